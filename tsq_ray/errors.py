@@ -1,0 +1,87 @@
+"""Every error this package raises on purpose.
+
+    TsqError
+    ├── UserError (ValueError)      the command line or its input is wrong: exit code 2
+    │   ├── ConfigError             a setting, a TOML file or a --set
+    │   ├── ManifestError           a manifest, a labels file, a source that matches nothing
+    │   ├── ModelError              weights, a bundle, a finetune output
+    │   └── RunError                a run folder or features that do not fit what is asked
+    ├── StorageError                storage answers with a failure; `.error_type` says which
+    │   (for a video: a failed row; for the run's own input or output: exit code 2)
+    ├── VideoError                  one video cannot be used; `.error_type`: becomes a failed row
+    └── RunFailed                   the run itself failed or does not add up: exit code 1
+
+A message is one line: what, the value got, what is allowed, what to do.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+ErrorType = Literal[
+    "not_found",
+    "access_denied",
+    "unavailable",
+    "source_changed",
+    "not_video",
+    "truncated",
+    "corrupt",
+    "unsupported",
+    "too_large",
+    "timeout",
+    "decoder_crash",
+    "out_of_memory",
+    "internal",
+]
+"""The closed list of reasons why a video has a failed row."""
+
+ERROR_TYPES: tuple[ErrorType, ...] = get_args(ErrorType)
+
+RETRIED_ERROR_TYPES: tuple[ErrorType, ...] = ("unavailable",)
+"""Reasons that the next run of the same command tries again without being asked."""
+
+
+class TsqError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class UserError(TsqError, ValueError):
+    """The command line or its input is wrong; the message says what to do."""
+
+
+class ConfigError(UserError):
+    """A setting has a value that is not allowed."""
+
+
+class ManifestError(UserError):
+    """A source, a labels file or a manifest cannot be used."""
+
+
+class ModelError(UserError):
+    """Weights, a bundle or a finetune output cannot be used."""
+
+
+class RunError(UserError):
+    """A run folder, features or predictions do not fit what is asked of them."""
+
+
+class _TypedError(TsqError):
+    def __init__(self, error_type: ErrorType, message: str) -> None:
+        assert error_type in ERROR_TYPES, error_type
+        super().__init__(message)
+        self.error_type: ErrorType = error_type
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # survives the way back from a child process
+        return type(self), (self.error_type, str(self))
+
+
+class StorageError(_TypedError):
+    """Storage answered with a failure: `error_type` is not_found, access_denied or unavailable."""
+
+
+class VideoError(_TypedError):
+    """One video cannot be decoded or used; it becomes a failed row with this `error_type`."""
+
+
+class RunFailed(TsqError):
+    """The run failed, was interrupted, or its rows do not add up."""

@@ -1,0 +1,175 @@
+"""Column names and Arrow schemas: the contract between the stages. docs/data-format.md is generated from here.
+
+Legend: T frames a video, K chosen frames, C classes, d dimensions of a frame's visual feature.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+TOP_OBJECTS = 10
+"""Objects kept a frame (paper, section 3.2: top 10)."""
+TOP_LABELS = 5
+"""Labels in `top_labels`."""
+CLASSES_KEY = b"tsq.classes"
+"""File metadata: the class names as a JSON list, in label order."""
+SHAPES_KEY = b"tsq.shapes"
+"""File metadata: {column: shape} of the tensor columns as JSON."""
+MANIFEST_KEY = b"tsq.manifest"
+"""File metadata of a manifest: its sources as JSON, {"id": str, "sources": [str]}."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `dims` names the shape of a tensor ("T", "d", "C" or a number), empty for other types."""
+
+    name: str
+    type: pa.DataType
+    doc: str
+    unit: str = ""
+    nullable: bool = False
+    dims: tuple[str | int, ...] = ()
+
+    def field(self, sizes: Mapping[str, int]) -> pa.Field:
+        """The Arrow field with the dimensions of this run put in."""
+        if not self.dims:
+            return pa.field(self.name, self.type, nullable=self.nullable)
+        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
+        return pa.field(self.name, pa.fixed_shape_tensor(self.type, shape), nullable=True)
+
+
+_LABELS = pa.list_(pa.int32())
+_STRINGS = pa.list_(pa.string())
+_TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+IDENTITY = (
+    Column("video_id", pa.string(), "first 16 hex digits of the sha256 of the normalised URI"),
+    Column("uri", pa.string(), "absolute path or s3:// URI"),
+    Column("size_bytes", pa.int64(), "size of the file", "bytes"),
+    Column("etag", pa.string(), "the object store's entity tag", nullable=True),
+    Column("modified", _TIMESTAMP, "last modification", "UTC", nullable=True),
+    Column("labels", _LABELS, "indices into tsq.classes; null: no label known", nullable=True),
+    Column("split", pa.string(), "for example train or val", nullable=True),
+)
+MANIFEST = IDENTITY
+
+STATUS = (
+    Column("status", pa.string(), '"ok" or "failed"'),
+    Column("error_type", pa.string(), "why it failed, one of the closed list (errors.py)", nullable=True),
+    Column("error_message", pa.string(), "the reason in one line", nullable=True),
+    Column("warnings", _STRINGS, "what was missing or odd in a video that is ok"),
+)
+SOURCE = (
+    Column("duration_s", pa.float64(), "duration of the frames that exist", "seconds", nullable=True),
+    Column("fps", pa.float64(), "average frame rate", "frames/second", nullable=True),
+    Column("width", pa.int32(), "width as shown, after rotation", "pixels", nullable=True),
+    Column("height", pa.int32(), "height as shown, after rotation", "pixels", nullable=True),
+    Column("codec", pa.string(), "FFmpeg's name of the codec", nullable=True),
+    Column("source_num_frames", pa.int64(), "frames that exist in the file", "frames", nullable=True),
+)
+FRAME_INDEX = Column("frame_index", pa.int32(), "index of each of the T frames in the source", "frames", dims=("T",))
+FRAME_PTS = Column("frame_pts_s", pa.float32(), "presentation time of each of the T frames", "seconds", dims=("T",))
+
+FEATURES = (
+    *IDENTITY,
+    *STATUS,
+    *SOURCE,
+    FRAME_INDEX,
+    FRAME_PTS,
+    Column("visual", pa.float16(), "pooled feature of each frame, before the classifier", dims=("T", "d")),
+    Column("object_ids", pa.int16(), "ImageNet-1K classes of the 10 most probable objects", dims=("T", TOP_OBJECTS)),
+    Column("object_probs", pa.float16(), "their softmax probabilities, not renormalised", dims=("T", TOP_OBJECTS)),
+)
+RECOGNIZER_LOGITS = Column("recognizer_logits", pa.float16(), "the recogniser's logits of each frame (extract --recognizer)", dims=("T", "C"))
+
+PREDICTIONS = (
+    *IDENTITY,
+    *STATUS,
+    *SOURCE,
+    FRAME_PTS,
+    Column("label_names", _STRINGS, "names of the labels", nullable=True),
+    Column("top_labels", _STRINGS, "names of the min(5, C) best classes, best first", nullable=True),
+    Column("top_scores", pa.list_(pa.float32()), "their scores", "probability", nullable=True),
+    Column("scores", pa.float32(), "probability of each class, in the bundle's order (absent with --scores top)", "probability", dims=("C",)),
+    Column("selected_slot", pa.list_(pa.int32()), "the chosen frames, at most K, as slots 0..T-1, ascending", nullable=True),
+    Column("selected_index", pa.list_(pa.int32()), "their indices in the source", "frames", nullable=True),
+    Column("selected_pts_s", pa.list_(pa.float32()), "their presentation times", "seconds", nullable=True),
+    Column("selected_by", _STRINGS, '"visual", "textual" or the name of a baseline, for each', nullable=True),
+    Column("saliency_visual", pa.float32(), "saliency of each frame by the visual module; null for baselines", dims=("T",)),
+    Column("saliency_textual", pa.float32(), "saliency of each frame by the textual module; null for baselines", dims=("T",)),
+    Column("decode_ms", pa.float32(), "time to fetch and decode", "milliseconds", nullable=True),
+    Column("sample_ms", pa.float32(), "time to encode and choose, its share of the batch", "milliseconds", nullable=True),
+    Column("recognize_ms", pa.float32(), "time to recognise, its share of the batch", "milliseconds", nullable=True),
+)
+
+
+def arrow_schema(columns: Sequence[Column], sizes: Mapping[str, int], classes: Sequence[str] | None) -> pa.Schema:
+    """The Arrow schema of `columns`, with the sizes of T, C and d, and the class names, in the metadata."""
+    fields = [column.field(sizes) for column in columns]
+    shapes = {field.name: list(field.type.shape) for field in fields if isinstance(field.type, pa.FixedShapeTensorType)}
+    metadata = {SHAPES_KEY: json.dumps(shapes).encode(), CLASSES_KEY: json.dumps(list(classes or ())).encode()}
+    return pa.schema(fields, metadata=metadata)
+
+
+def manifest_schema(classes: Sequence[str] | None) -> pa.Schema:
+    """Schema of a manifest."""
+    return arrow_schema(MANIFEST, {}, classes)
+
+
+def features_schema(num_frames: int, dim: int, classes: Sequence[str] | None, num_logits: int | None = None) -> pa.Schema:
+    """Schema of a features part; `num_logits` (C of the recogniser) adds `recognizer_logits`."""
+    columns = FEATURES if num_logits is None else (*FEATURES, RECOGNIZER_LOGITS)
+    return arrow_schema(columns, {"T": num_frames, "d": dim, "C": num_logits or 0}, classes)
+
+
+def predictions_schema(num_frames: int, num_classes: int, classes: Sequence[str] | None, with_scores: bool = True) -> pa.Schema:
+    """Schema of a predictions part; `classes` are the manifest's, which `labels` index."""
+    columns = tuple(column for column in PREDICTIONS if with_scores or column.name != "scores")
+    return arrow_schema(columns, {"T": num_frames, "C": num_classes}, classes)
+
+
+def classes_of(schema: pa.Schema) -> list[str]:
+    """The class names in a schema's metadata; empty where it has none."""
+    return json.loads((schema.metadata or {}).get(CLASSES_KEY, b"[]"))
+
+
+def table_from_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows (plain values, numpy arrays for tensors, a missing key or None for null) as a table of exactly `schema`."""
+    rows = list(rows)
+    columns = [_column_array([row.get(field.name) for row in rows], field) for field in schema]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _column_array(values: list[Any], field: pa.Field) -> pa.Array:
+    if not isinstance(field.type, pa.FixedShapeTensorType):
+        return pa.array([_plain(value) for value in values], type=field.type)
+    shape, dtype = tuple(field.type.shape), field.type.value_type.to_pandas_dtype()
+    size = int(np.prod(shape))
+    flat = np.zeros((len(values), size), dtype)
+    null = np.array([value is None for value in values], dtype=bool)
+    for row, value in enumerate(values):
+        if value is not None:
+            array = np.asarray(value, dtype)
+            assert array.shape == shape, f"{field.name}: shape {array.shape}, the schema says {shape}"
+            flat[row] = array.reshape(-1)
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), size, mask=pa.array(null))
+    return pa.ExtensionArray.from_storage(field.type, storage)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def tensor_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """A tensor column without nulls as one array, rows first: [N, *shape]."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # combine_chunks of an extension type may keep chunks
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
+    assert array.null_count == 0, "tensor_to_numpy: drop the failed rows first"
+    return array.storage.flatten().to_numpy(zero_copy_only=False).reshape(len(array), *array.type.shape)
