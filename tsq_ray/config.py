@@ -209,6 +209,8 @@ class ServeConfig(Section):
 
     decoder: ReplicaConfig = ReplicaConfig(max_replicas=2)
     """Fetches and decodes."""
+    decoder_processes: int = Field(default=2, ge=1)
+    """Decoding child processes of each decoder replica."""
     sampler: ReplicaConfig = ReplicaConfig()
     """Encodes the T frames and chooses K."""
     recognizer: ReplicaConfig = ReplicaConfig()

@@ -86,7 +86,9 @@ FEATURES = (
     Column("object_ids", pa.int16(), "ImageNet-1K classes of the 10 most probable objects", dims=("T", TOP_OBJECTS)),
     Column("object_probs", pa.float16(), "their softmax probabilities, not renormalised", dims=("T", TOP_OBJECTS)),
 )
-RECOGNIZER_LOGITS = Column("recognizer_logits", pa.float16(), "the recogniser's logits of each frame (extract --recognizer)", dims=("T", "C"))
+RECOGNIZER_LOGITS = Column(
+    "recognizer_logits", pa.float16(), "the recogniser's logits of each frame (extract --recognizer)", dims=("T", "C")
+)
 
 PREDICTIONS = (
     *IDENTITY,
@@ -96,7 +98,9 @@ PREDICTIONS = (
     Column("label_names", _STRINGS, "names of the labels", nullable=True),
     Column("top_labels", _STRINGS, "names of the min(5, C) best classes, best first", nullable=True),
     Column("top_scores", pa.list_(pa.float32()), "their scores", "probability", nullable=True),
-    Column("scores", pa.float32(), "probability of each class, in the bundle's order (absent with --scores top)", "probability", dims=("C",)),
+    Column(
+        "scores", pa.float32(), "probability of each class, in the bundle's order (absent with --scores top)", "probability", dims=("C",)
+    ),
     Column("selected_slot", pa.list_(pa.int32()), "the chosen frames, at most K, as slots 0..T-1, ascending", nullable=True),
     Column("selected_index", pa.list_(pa.int32()), "their indices in the source", "frames", nullable=True),
     Column("selected_pts_s", pa.list_(pa.float32()), "their presentation times", "seconds", nullable=True),
@@ -173,3 +177,35 @@ def tensor_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
     assert array.null_count == 0, "tensor_to_numpy: drop the failed rows first"
     return array.storage.flatten().to_numpy(zero_copy_only=False).reshape(len(array), *array.type.shape)
+
+
+def storage_schema(schema: pa.Schema) -> pa.Schema:
+    """`schema` with each tensor column as the plain fixed-size list that stores it: what travels between Ray tasks.
+
+    Ray Data turns a tensor column with a null row into a pickled blob; it leaves plain lists alone.
+    """
+    fields = []
+    for field in schema:
+        tensor = isinstance(field.type, pa.FixedShapeTensorType)
+        fields.append(pa.field(field.name, field.type.storage_type, field.nullable) if tensor else field)
+    return pa.schema(fields)
+
+
+def to_storage(table: pa.Table) -> pa.Table:
+    """A table with tensor columns -> the same with plain lists."""
+    columns = []
+    for column in table.columns:
+        tensor = isinstance(column.type, pa.FixedShapeTensorType)
+        columns.append(pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type) if tensor else column)
+    return pa.Table.from_arrays(columns, schema=storage_schema(table.schema))
+
+
+def from_storage(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The inverse of `to_storage`, onto exactly `schema`; columns that `schema` lacks are dropped."""
+    columns = []
+    for field in schema:
+        column = table[field.name].combine_chunks()
+        if isinstance(field.type, pa.FixedShapeTensorType):
+            column = pa.ExtensionArray.from_storage(field.type, column.cast(field.type.storage_type))
+        columns.append(column if column.type == field.type else column.cast(field.type))
+    return pa.Table.from_arrays(columns, schema=schema)

@@ -25,7 +25,16 @@ from tsq_ray.errors import ErrorType, StorageError, UserError
 
 _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")
-_DENIED_CODES = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "AllAccessDisabled"}
+_DENIED_CODES = {
+    "401",
+    "403",
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "AllAccessDisabled",
+}
 _MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket", "NotFound", "NoSuchUpload"}
 
 
@@ -91,17 +100,26 @@ def _options(uri: str) -> dict[str, Any]:
     if not uri.startswith("s3://"):
         return {}
     # a listing of a moment ago must not hide what another process wrote since
-    return {"use_listings_cache": False, "config_kwargs": {"retries": {"max_attempts": 4, "mode": "standard"}, "connect_timeout": 10, "read_timeout": 30}}
+    return {
+        "use_listings_cache": False,
+        "config_kwargs": {"retries": {"max_attempts": 4, "mode": "standard"}, "connect_timeout": 10, "read_timeout": 30},
+    }
 
 
 def classify(error: BaseException) -> ErrorType:
     """not_found, access_denied or unavailable: what a storage exception means."""
     seen: BaseException | None = error
     while seen is not None:
-        code = str(getattr(seen, "response", {}).get("Error", {}).get("Code", "")) if isinstance(getattr(seen, "response", None), dict) else ""
+        code = (
+            str(getattr(seen, "response", {}).get("Error", {}).get("Code", "")) if isinstance(getattr(seen, "response", None), dict) else ""
+        )
         if isinstance(seen, FileNotFoundError) or code in _MISSING_CODES or getattr(seen, "status", None) == 404:
             return "not_found"
-        if isinstance(seen, PermissionError) or code in _DENIED_CODES or type(seen).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+        if (
+            isinstance(seen, PermissionError)
+            or code in _DENIED_CODES
+            or type(seen).__name__ in ("NoCredentialsError", "PartialCredentialsError")
+        ):
             return "access_denied"
         if getattr(seen, "status", None) in (401, 403):
             return "access_denied"
@@ -207,7 +225,10 @@ def list_folder(uri: str) -> list[StoredFile]:
             entries = fs.ls(path, detail=True)
         except FileNotFoundError:
             return []
-        return sorted((_stored(fs, entry) for entry in entries if entry["type"] == "file" and entry["name"].rstrip("/") != path), key=lambda file: file.uri)
+        return sorted(
+            (_stored(fs, entry) for entry in entries if entry["type"] == "file" and entry["name"].rstrip("/") != path),
+            key=lambda file: file.uri,
+        )
 
 
 def _stored(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> StoredFile:
@@ -252,6 +273,14 @@ def remove(uri: str) -> None:
         fs, path = filesystem(uri)
         with contextlib.suppress(FileNotFoundError):
             fs.rm_file(path)
+
+
+def remove_folder(uri: str) -> None:
+    """Delete a folder or prefix and all below it; not an error where it is gone already."""
+    with storage_errors(uri, "delete"):
+        fs, path = filesystem(uri)
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm(path, recursive=True)
 
 
 def download(uri: str, folder: str | os.PathLike[str]) -> str:

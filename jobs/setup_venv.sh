@@ -1,0 +1,50 @@
+# Sourced by jobs/quickstart.sh and tests/run.sh: setup_venv EXTRAS installs this package with its extras into .venv at the
+# repository's root and leaves the interpreter's path in VENV_PYTHON. PYTHON names the Python to make it with (3.11 to 3.13).
+# A stamp file says what is installed, so a second call takes no time.
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+        if [ "$candidate" = "${PYTHON:-}" ]; then
+            echo "PYTHON=$PYTHON is not a Python 3.11, 3.12 or 3.13; name one of those" >&2
+            return 2
+        fi
+    done
+    echo "no Python 3.11, 3.12 or 3.13 found; install one, or name it: PYTHON=/path/to/python3.11" >&2
+    return 2
+}
+
+setup_venv() {
+    local extras=$1 root python stamp want
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    VENV_PYTHON=$root/.venv/bin/python
+    if [ ! -x "$VENV_PYTHON" ]; then
+        python=$(find_python) || return
+        echo "making .venv with $("$python" --version)"
+        if ! "$python" -m venv "$root/.venv"; then
+            rm -rf "$root/.venv"
+            echo "could not make .venv: on Debian and Ubuntu install python3-venv" >&2
+            return 2
+        fi
+    fi
+    # what `.[dev,weights]` installs holds what `.[weights]` does: one stamp for each, both under the same key
+    want=$("$VENV_PYTHON" - "$root/pyproject.toml" "$root/tests/constraints.txt" <<'PY'
+import hashlib, pathlib, sys
+print(hashlib.sha256(sys.version.encode() + b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])).hexdigest())
+PY
+    )
+    for stamp in "$root/.venv/.installed-$extras" "$root/.venv/.installed-dev,weights"; do
+        if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then
+            return 0
+        fi
+    done
+    echo "installing .[$extras] into .venv (torch with its CUDA libraries: some 6 GB; a few minutes)"
+    rm -f "$root/.venv/".installed-*
+    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-input \
+        -e "$root[$extras]" -c "$root/tests/constraints.txt" || return
+    echo "$want" >"$root/.venv/.installed-$extras"
+}

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs every check and test: bash tests/run.sh [--all] [pytest arguments]
+#   --all        also the tests marked slow
+#   PYTHON=...   the Python (3.11 to 3.13) to make .venv with
+#   TSQ_DATA=... the development data (default ../shared/data; tests that need it are skipped without)
+# All checks run even when one fails; the exit code is the first failure's.
+set -euo pipefail
+exec </dev/null
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source jobs/setup_venv.sh
+
+filter=(-m "not slow")
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --all ]; then
+        filter=()
+    else
+        arguments+=("$argument")
+    fi
+done
+
+setup_venv dev,weights
+
+if ! command -v chromium >/dev/null; then
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing chromium (the report's screenshot test needs a browser)"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 ||
+            echo "chromium could not be installed: the screenshot tests are skipped"
+    else
+        echo "no chromium, and no right to install it: the screenshot tests are skipped"
+    fi
+fi
+
+status=0
+check() {
+    local code=0
+    echo "== $*"
+    "$VENV_PYTHON" -m "$@" || code=$?
+    if [ "$status" = 0 ]; then
+        status=$code
+    fi
+}
+
+check ruff check .
+check ruff format --check .
+check mypy
+check pytest ${filter[@]+"${filter[@]}"} ${arguments[@]+"${arguments[@]}"}
+exit "$status"

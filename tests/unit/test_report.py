@@ -1,0 +1,394 @@
+"""The report's figures, its choice of videos, its curves and its page (the page in a browser: integration/test_report_browser.py)."""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import html.parser
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_case import (
+    BUDGET,
+    CLASSES,
+    HOSTILE_NAME,
+    NUM_FRAMES,
+    Case,
+    failed_row,
+    make_case,
+    make_video,
+    ok_row,
+    video_id,
+    write_run,
+)
+
+from tsq_ray.errors import RunError
+from tsq_ray.report import build_report
+from tsq_ray.report.curves import Mark, saliency_svg, time_text
+from tsq_ray.report.data import Outcome, outcomes, read_predictions
+from tsq_ray.report.pictures import uniform_slots
+from tsq_ray.report.summary import accounting, choose_shown, predicted_classes, quality
+
+VOID = {"meta", "link", "img", "input", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """The page as a flat list of elements with their attributes, and the text of each card."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.cards: dict[str, str] = {}
+        self.open: list[str] = []
+        self._card: str | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "article":
+            self._card = str(dict(attrs)["id"]).removeprefix("v-")
+            self.cards[self._card] = ""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+        if tag == "article":
+            self._card = None
+
+    def handle_data(self, data: str) -> None:
+        if self._card is not None:
+            self.cards[self._card] += " ".join(data.split()) + " "
+
+    def attributes(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def built(case: Case) -> tuple[dict, str]:
+    out = case.folder.parent / "report.html"
+    summary = build_report(str(case.folder), str(out))
+    return summary, out.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(built: tuple[dict, str]) -> Page:
+    return Page(built[1])
+
+
+def test_summary_has_the_figures(built: tuple[dict, str], case: Case) -> None:
+    summary = built[0]
+    assert summary["out"] == str(case.folder.parent / "report.html")
+    assert {key: summary[key] for key in ("inputs", "ok", "failed", "skipped", "shown")} == {
+        "inputs": 9,
+        "ok": 7,
+        "failed": 2,
+        "skipped": 0,
+        "shown": 9,
+    }
+    assert summary["failures"] == {"not_video": 1, "access_denied": 1}
+    assert summary["adds_up"] is True
+    assert summary["warned"] == 2
+    assert summary["without_pictures"] == 1
+
+
+def test_quality_over_the_labelled_videos_that_the_bundle_can_judge(built: tuple[dict, str]) -> None:
+    summary = built[0]
+    assert summary["judged"] == 5
+    assert summary["top1"] == pytest.approx(3 / 5)
+    # by hand, equal scores entering together; cook: 1, 1, 3/5; swim: 1, 1, 3/4
+    assert summary["map"] == pytest.approx(((1 + 1 + 3 / 5) / 3 + (1 + 1 + 3 / 4) / 3) / 2)
+    assert summary["map_interpolated"] == pytest.approx(summary["map"])
+    assert summary["unknown_labels"] == {"juggle": 1}
+
+
+def test_details_of_the_quality(case: Case) -> None:
+    predictions = read_predictions(str(case.folder))
+    figures = quality(predictions, outcomes(predictions))
+    assert [(row["name"], row["videos"], row["predicted"]) for row in figures["per_class"]] == [
+        ("cook", 3, 1),
+        ("swim", 3, 2),
+        (CLASSES[2], 0, 1),
+        (CLASSES[3], 0, 1),
+    ]
+    assert figures["per_class"][2]["ap"] is None
+    assert figures["confusions"] == [("cook", CLASSES[2], 1), ("cook", CLASSES[3], 1), ("swim", CLASSES[3], 1)]
+
+
+def test_verdicts(case: Case) -> None:
+    found = outcomes(read_predictions(str(case.folder)))
+    assert [outcome.verdict for outcome in found] == [
+        "right",
+        "wrong",
+        "wrong",
+        "right",
+        "right",
+        "unlabelled",
+        "unlabelled",
+        "failed",
+        "failed",
+    ]
+    assert predicted_classes(found) == [("swim", 3), ("cook", 2), ("</script><img src=x>", 1), ("=1+1", 1)]
+
+
+def test_warnings_are_counted_by_kind(case: Case) -> None:
+    predictions = read_predictions(str(case.folder))
+    assert accounting(predictions, outcomes(predictions))["warnings"] == {"… of … frames missing": 2}
+
+
+def test_a_card_a_video_well_formed(page: Page) -> None:
+    # wrong by certainty, the others by turns of their class, failed by turns of their reason
+    assert list(page.cards) == [video_id(number) for number in (2, 3, 4, 1, 6, 5, 7, 9, 8)]
+    assert page.open == []
+    assert {attributes["data-verdict"] for attributes in page.attributes("article")} == {"right", "wrong", "unlabelled", "failed"}
+
+
+def test_nothing_is_requested_or_run_from_outside(built: tuple[dict, str], page: Page) -> None:
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), f"an event handler: {name}"
+            if name in ("src", "href", "srcset", "action", "data", "poster"):
+                assert str(value).startswith("data:"), f"{name}={value!r} is a request"
+    assert len(page.attributes("script")) == 1
+    assert page.attributes("script")[0] == {}
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", built[1])
+    policy = next(a["content"] for a in page.attributes("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_hostile_names_are_text(built: tuple[dict, str], page: Page) -> None:
+    assert HOSTILE_NAME in page.cards[video_id(2)]
+    assert CLASSES[2] in page.cards[video_id(2)]
+    assert HOSTILE_NAME not in built[1]
+    assert CLASSES[2] not in built[1]
+
+
+def test_no_secret_of_a_presigned_url(built: tuple[dict, str], page: Page) -> None:
+    assert "X-Amz-Signature" not in built[1]
+    assert "https://store.example/v.mp4?..." in page.cards[video_id(9)]
+
+
+def test_the_run_is_described(built: tuple[dict, str]) -> None:
+    for text in ("/models/kitchen", "torch 2.9", "2026-01-02 03:04:05 UTC", "sampler.lambda_visual", "3 of 8"):
+        assert text in built[1]
+
+
+def test_a_video_that_is_gone_has_a_note_and_its_answer(page: Page) -> None:
+    card = page.cards[video_id(5)]
+    assert "No pictures: not_found" in card
+    assert "swim" in card
+    assert "visual module" in card
+
+
+def test_failed_videos_have_their_reason(page: Page) -> None:
+    assert "not_video no video stream in notes.txt" in page.cards[video_id(8)]
+
+
+def test_a_short_video_shows_each_frame_once(page: Page) -> None:
+    card = page.cards[video_id(4)]
+    assert "Chosen by the sampler 2 frames " in card
+    assert "Uniform 2 frames " in card
+
+
+def test_pictures_are_those_of_their_slots(built: tuple[dict, str], case: Case) -> None:
+    text = built[1][built[1].index(f'id="v-{video_id(1)}"') :]
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)" alt="Frame at ([0-9.]+) s"', text)[: 2 * BUDGET]
+    row = case.rows[0]
+    uniform = [float(row["frame_pts_s"][slot]) for slot in uniform_slots(NUM_FRAMES, BUDGET)]
+    times = [*row["selected_pts_s"], *uniform]
+    assert [float(time) for _, time in pictures] == pytest.approx(times, abs=0.051)
+    for (picture, _), time in zip(pictures, times, strict=True):
+        image = Image.open(io.BytesIO(base64.b64decode(picture)))
+        assert image.size == (160, 120)
+        red, green, blue = np.median(np.asarray(image).reshape(-1, 3), axis=0) / 255
+        hue = colorsys.rgb_to_hsv(red, green, blue)[0]
+        assert abs((hue - time / row["duration_s"] + 0.5) % 1 - 0.5) < 0.03
+
+
+def test_a_changed_video_is_not_shown_for_the_scored_one(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "a.mp4", 20)
+    folder = write_run(tmp_path / "run", [ok_row(1, video, [0.7, 0.1, 0.1, 0.1])])
+    make_video(video, 30)
+    assert build_report(str(folder), str(tmp_path / "r.html"))["without_pictures"] == 1
+    assert "No pictures: source_changed" in Page((tmp_path / "r.html").read_text("utf-8")).cards[video_id(1)]
+
+
+def test_without_scores_there_is_top1_but_no_map(tmp_path: Path) -> None:
+    case = make_case(tmp_path, with_scores=False)
+    summary = build_report(str(case.folder), str(tmp_path / "r.html"), max_videos=0)
+    assert summary["top1"] == pytest.approx(3 / 5)
+    assert summary["map"] is None
+    assert summary["shown"] == 0
+    assert "No mAP: these predictions do not hold the score of every class." in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_what_run_json_does_not_say_is_left_out(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "a.mp4", 20)
+    left_out = dict.fromkeys(("config", "bundle_classes", "counts", "model", "ended", "versions"))
+    folder = write_run(tmp_path / "run", [ok_row(1, video, [0.7, 0.1, 0.1, 0.1], ["cook"])], **left_out)
+    summary = build_report(str(folder), str(tmp_path / "r.html"))
+    assert (summary["top1"], summary["map"], summary["adds_up"]) == (1.0, None, True)
+    assert "Lambda" not in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_a_run_of_failures_only(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [failed_row(1, "/a/b.mp4", "truncated", "too short")])
+    summary = build_report(str(folder), str(tmp_path / "r.html"))
+    assert (summary["ok"], summary["failed"], summary["top1"]) == (0, 1, None)
+    assert "No video was labelled." in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_a_baseline_has_no_curves(tmp_path: Path) -> None:
+    video = make_video(tmp_path / "a.mp4", 20)
+    chosen = ["random"] * BUDGET
+    row = ok_row(1, video, [0.7, 0.1, 0.1, 0.1], saliency_visual=None, saliency_textual=None, selected_by=chosen)
+    folder = write_run(tmp_path / "run", [row], config={"sampler": {"mode": "random", "budget": BUDGET}})
+    build_report(str(folder), str(tmp_path / "r.html"))
+    text = (tmp_path / "r.html").read_text("utf-8")
+    assert "Chosen by the baseline random" in text
+    assert "<polyline" not in text
+    assert text.count('class="chosen random"') == BUDGET
+
+
+def test_an_accounting_that_does_not_add_up_is_told(tmp_path: Path) -> None:
+    rows = [failed_row(1, "/a/b.mp4", "truncated", "too short")]
+    folder = write_run(tmp_path / "run", rows, counts={"inputs": 5, "ok": 1, "failed": 1, "skipped": 2})
+    assert build_report(str(folder), str(tmp_path / "r.html"))["adds_up"] is False
+    assert "The rows do not add up" in (tmp_path / "r.html").read_text("utf-8")
+
+
+def test_progress_counts_the_decoded_videos(tmp_path: Path) -> None:
+    rows = [ok_row(i, make_video(tmp_path / f"{i}.mp4", 10), [0.7, 0.1, 0.1, 0.1]) for i in range(3)]
+    calls: list[tuple[int, int]] = []
+    folder = write_run(tmp_path / "run", rows)
+    build_report(str(folder), str(tmp_path / "r.html"), num_processes=1, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"kind": "features"}, "holds features, expected predictions"),
+        ({"format": 99}, "run format 99"),
+        ({"bundle_classes": ["a", "b"]}, r"scores of 4 classes, but _run.json names 2"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, run: dict, message: str) -> None:
+    folder = write_run(tmp_path / "run", [failed_row(1, "/a/b.mp4", "truncated", "too short")], **run)
+    with pytest.raises(RunError, match=message):
+        build_report(str(folder), str(tmp_path / "r.html"))
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_folder_without_a_run_or_without_parts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run folder"):
+        build_report(str(tmp_path), str(tmp_path / "r.html"))
+    folder = write_run(tmp_path / "run", [])
+    with pytest.raises(RunError, match=r"no part-\*\.parquet here"):
+        build_report(str(folder), str(tmp_path / "r.html"))
+
+
+def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [failed_row(1, "/a/b.mp4", "truncated", "too short")])
+    (folder / "part-0000.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(RunError, match=r"part-0000\.parquet: not readable as Parquet"):
+        build_report(str(folder), str(tmp_path / "r.html"))
+
+
+def _outcomes(wrong: int = 0, right: int = 0, failed: int = 0) -> list[Outcome]:
+    numbers = iter(range(1000))
+    found = [Outcome(i, video_id(i), f"/{i}.mp4", "wrong", ("x",), "y", i / 1000) for i in (next(numbers) for _ in range(wrong))]
+    found += [Outcome(i, video_id(i), f"/{i}.mp4", "right", ("x",), f"class {i % 3}", 0.5) for i in (next(numbers) for _ in range(right))]
+    found += [
+        Outcome(i, video_id(i), f"/{i}.mp4", "failed", error_type="corrupt" if i % 5 else "timeout")
+        for i in (next(numbers) for _ in range(failed))
+    ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("counts", "max_videos", "expected"),
+    [
+        ((3, 4, 2), 60, (3, 4, 2)),
+        ((50, 50, 50), 12, (6, 4, 2)),
+        ((2, 50, 0), 12, (2, 10, 0)),
+        ((50, 0, 0), 12, (12, 0, 0)),
+        ((50, 3, 0), 12, (9, 3, 0)),
+        ((0, 0, 50), 12, (0, 0, 12)),
+        ((1, 1, 50), 12, (1, 1, 10)),
+        ((50, 50, 50), 0, (0, 0, 0)),
+    ],
+)
+def test_which_videos_get_a_card(counts: tuple[int, int, int], max_videos: int, expected: tuple[int, int, int]) -> None:
+    shown = choose_shown(_outcomes(*counts), max_videos)
+    assert tuple(sum(o.verdict == verdict for o in shown) for verdict in ("wrong", "right", "failed")) == expected
+    assert len({o.video_id for o in shown}) == len(shown)
+
+
+def test_the_choice_does_not_hang_on_the_order_of_rows() -> None:
+    found = _outcomes(20, 20, 20)
+    shown = choose_shown(found, 18)
+    assert choose_shown(found[::-1], 18) == shown
+    assert [o.top_score for o in shown[:9]] == [(19 - i) / 1000 for i in range(9)], "the most confident mistakes first"
+    assert [o.top_label for o in shown[9:15]] == ["class 0", "class 1", "class 2"] * 2, "the classes by turns"
+    assert {o.error_type for o in shown[15:]} == {"corrupt", "timeout"}
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "budget", "slots"), [(16, 5, [1, 4, 8, 11, 14]), (8, 3, [1, 4, 6]), (4, 4, [0, 1, 2, 3]), (5, 1, [2])]
+)
+def test_uniform_slots(num_frames: int, budget: int, slots: list[int]) -> None:
+    assert uniform_slots(num_frames, budget) == slots
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.0, "0.0 s"), (12.34, "12.3 s"), (119.9, "119.9 s"), (125, "2:05"), (3600 * 2 + 61, "2:01:01")]
+)
+def test_time_text(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
+
+
+def test_curves_place_frames_by_time() -> None:
+    marks = [Mark(2.0, "visual"), Mark(8.0, "textual")]
+    svg = saliency_svg([0.0, 2.0, 8.0], 10.0, (("visual", [0.0, 0.5, 0.25]), ("textual", [0.1, 0.1, 0.4])), marks, [5.0])
+    lines = re.findall(r'<polyline class="line" points="([^"]*)"', svg)
+    assert lines == ["0.00,44.00 200.00,0.00 800.00,22.00", "0.00,33.00 200.00,33.00 800.00,0.00"]
+    assert re.findall(r'class="chosen (\w+)" cx="([0-9.]+)%"', svg) == [("visual", "20.00"), ("textual", "80.00")]
+    assert re.findall(r'class="uniform" x="([0-9.]+)%"', svg) == ["50.00"]
+    assert svg.count('class="point"') == 6, "few frames are drawn as points"
+    assert [text for text in re.findall(r">(\d+ s)</text>", svg)] == ["0 s", "2 s", "4 s", "6 s", "8 s", "10 s"]
+
+
+def test_curves_of_many_frames_have_no_points_and_repeated_frames_count_once() -> None:
+    many = saliency_svg(range(50), 50.0, (("visual", [0.02] * 50), ("textual", None)), [], [])
+    assert 'class="point"' not in many
+    assert many.count("<polyline") == 1
+    short = saliency_svg([0.0, 0.1, 0.0, 0.1], 0.2, (("visual", [0.1, 0.2, 0.3, 0.4]),), [], [])
+    assert re.findall(r'class="line" points="([^"]*)"', short) == ["0.00,22.00 500.00,0.00"]
+
+
+@pytest.mark.parametrize(
+    ("pts_s", "duration_s", "values"),
+    [
+        ([0.0], 0.0, [0.0]),
+        ([0.0], 0.04, [1.0]),
+        ([5.0, 9.0], 0.0, [float("nan"), 0.1]),
+        ([-0.5, 1.0], 1.5, [0.1, -0.1]),
+        ([0.0], 90_000.0, [0.1]),
+    ],
+)
+def test_curves_of_odd_videos_stay_inside(pts_s: list[float], duration_s: float, values: list[float]) -> None:
+    svg = saliency_svg(pts_s, duration_s, (("visual", values),), [Mark(pts_s[0], "visual")], pts_s)
+    assert "nan" not in svg
+    assert all(0 <= float(value) <= 100 for value in re.findall(r'"(-?[0-9.]+)%"', svg))
+    assert 1 <= len(re.findall(r'class="tick"', svg)) <= 30

@@ -1,0 +1,79 @@
+"""Full-size frames to the wanted sizes, one at a time: turned as shown, resized with antialiasing, stored once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from tsq_ray.decode.types import FrameSpec
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def orient(rgb: np.ndarray, matrix: Sequence[int]) -> np.ndarray:
+    """[H, W, 3] as stored -> as shown, by the 2 x 2 part (a, b, c, d) of a display matrix, rounded to quarter turns and flips.
+
+    A point (x, y) of the stored picture is shown at (a x + c y, b x + d y), so a transposing matrix has |b| > |a|.
+    """
+    a, b, c, d = matrix
+    if abs(b) > abs(a):
+        rgb = rgb.transpose(1, 0, 2)
+        across, down = c, b
+    else:
+        across, down = a, d
+    if across < 0:
+        rgb = rgb[:, ::-1]
+    if down < 0:
+        rgb = rgb[::-1]
+    return rgb
+
+
+def target_size(width: int, height: int, spec: FrameSpec) -> tuple[int, int]:
+    """Width and height to which a frame is resized (before the crop)."""
+    if spec.resize == "squash":
+        return spec.size, spec.size
+    short = spec.size if spec.resize == "keep" else round(spec.size * 8 / 7)
+    if width <= height:
+        return short, max(round(height * short / width), short)
+    return max(round(width * short / height), short), short
+
+
+def fit(rgb: np.ndarray, spec: FrameSpec, size: tuple[int, int] | None = None) -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [h, w, 3] in the size of `spec`, or resized to `size` (width, height) where given."""
+    width, height = size or target_size(rgb.shape[1], rgb.shape[0], spec)
+    image = Image.fromarray(np.ascontiguousarray(rgb)).resize((width, height), _FILTERS[spec.interpolation])
+    if spec.resize == "crop" and size is None:
+        left, top = (width - spec.size) // 2, (height - spec.size) // 2
+        image = image.crop((left, top, left + spec.size, top + spec.size))
+    return np.asarray(image)
+
+
+class FrameStore:
+    """Collects the N distinct frames of one video in every wanted size."""
+
+    def __init__(self, specs: Mapping[str, FrameSpec], count: int) -> None:
+        self.specs = specs
+        self.count = count
+        self.frames: dict[str, np.ndarray] = {}
+        self.width = self.height = 0
+        self._filled = np.zeros(count, bool)
+
+    def put(self, i: int, rgb: np.ndarray) -> None:
+        """Store frame i of N, uint8 [H, W, 3] as shown."""
+        if not self.width:
+            self.height, self.width = rgb.shape[:2]
+        for name, spec in self.specs.items():
+            # one array holds all frames, so a video that changes its size keeps the first frame's
+            size = target_size(self.width, self.height, spec) if spec.resize == "keep" else None
+            picture = fit(rgb, spec, size)
+            if name not in self.frames:
+                self.frames[name] = np.empty((self.count, *picture.shape), np.uint8)
+            self.frames[name][i] = picture
+        self._filled[i] = True
+
+    @property
+    def complete(self) -> bool:
+        """Whether all N frames have come."""
+        return bool(self._filled.all())

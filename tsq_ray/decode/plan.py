@@ -1,0 +1,72 @@
+"""Which frames fill the T slots. Pure: lists of timestamps in, indices out.
+
+Position i of T is at (i + 0.5) / T of the duration, and the frame there is the one on show: the last whose timestamp is
+not after it. Timestamps are integers in one time base, ascending; `end` is the time at which the last frame ends.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def uniform_indices(pts: Sequence[int], end: int, num_frames: int) -> list[int]:
+    """T frame indices, ascending; for a video of fewer than T frames 0..n-1 again and again."""
+    count = len(pts)
+    assert count > 0
+    if count < num_frames:
+        return [i % count for i in range(num_frames)]
+    return [frame_at(pts, position(pts[0], end, num_frames, i)) for i in range(num_frames)]
+
+
+def position(start: int, end: int, num_frames: int, i: int) -> int:
+    """The time of position i, rounded down: an integer timestamp is at or before it exactly where it is before the true one."""
+    return start + (2 * i + 1) * (end - start) // (2 * num_frames)
+
+
+def frame_at(pts: Sequence[int], time: int) -> int:
+    """Index of the frame on show at `time`: the last with pts <= time, the first one where there is none."""
+    return max(bisect_right(pts, time) - 1, 0)
+
+
+def interval_of(time: int, start: int, end: int, num_frames: int) -> int:
+    """Which of the T equal intervals of [start, end) holds `time`; -1 or T outside."""
+    if time < start:
+        return -1
+    if end <= start:
+        return 0
+    return min((time - start) * num_frames // (end - start), num_frames)
+
+
+def keyframe_choice(key_pts: Sequence[int], start: int, end: int, num_frames: int) -> list[int | None]:
+    """For each of the T intervals the keyframe (index into `key_pts`) in it that is nearest its centre, or None."""
+    best: list[int | None] = [None] * num_frames
+    for k, time in enumerate(key_pts):
+        i = interval_of(time, start, end, num_frames)
+        if not 0 <= i < num_frames:
+            continue
+        chosen = best[i]
+        if chosen is None or _off_centre(time, start, end, num_frames, i) < _off_centre(key_pts[chosen], start, end, num_frames, i):
+            best[i] = k
+    return best
+
+
+def _off_centre(time: int, start: int, end: int, num_frames: int, i: int) -> int:
+    return abs(2 * num_frames * (time - start) - (2 * i + 1) * (end - start))
+
+
+def distinct(indices: Sequence[int]) -> tuple[list[int], np.ndarray]:
+    """The N distinct frames, ascending, and int32 [T]: which of them fills each slot."""
+    values, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
+    return [int(value) for value in values], inverse.astype(np.int32)
+
+
+def end_of(pts: Sequence[int], last_duration: int | None) -> int:
+    """When the last frame ends: its own duration, else the median distance between frames, else its start."""
+    if last_duration is not None and last_duration > 0:
+        return pts[-1] + last_duration
+    if len(pts) > 1:
+        return pts[-1] + max(int(np.median(np.diff(np.asarray(pts, np.int64)))), 1)
+    return pts[-1]

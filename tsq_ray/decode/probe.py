@@ -1,0 +1,209 @@
+"""Opens a container and finds what it really holds: which stream, which frames, where the keyframes are.
+
+Two views of the frames. `scan` reads every packet (no decoding) and is exact for any container. `read_index` reads only
+the sample table of an unfragmented MP4/MOV, so that a keyframe of a remote object costs a few byte ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, BinaryIO
+
+import av
+import av.container
+import av.video.stream
+import numpy as np
+from av.stream import Discard
+
+from tsq_ray.decode.plan import end_of
+from tsq_ray.errors import VideoError
+
+# demuxers that read video from one file; playlists and concat scripts would open other files and URLs
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,m4v,h264,hevc,obu,ivf,flv,asf,ogg,mxf,nut,rm,dv,yuv4mpegpipe,mjpeg,swf,wtv"
+_NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS: a raw elementary stream
+_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a piece of music
+_BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx"}
+_MAGICS = (b"\x1aE\xdf\xa3", b"OggS", b"FLV\x01", b"GIF8", b"\x00\x00\x01\xba", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11")
+UPRIGHT = (1, 0, 0, 1)
+
+Container = av.container.InputContainer
+Stream = av.video.stream.VideoStream
+
+
+def looks_like_container(head: bytes) -> bool:
+    """Whether the first bytes are those of a video container, whole or not."""
+    if head[4:8] in _BOXES or head.startswith(_MAGICS):
+        return True
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return True
+    return len(head) > 376 and head[0] == head[188] == head[376] == 0x47  # MPEG transport stream
+
+
+def open_container(file: str | BinaryIO, uri: str, head: bytes) -> Container:
+    """`file` is a local path or a seekable file. VideoError where it is no video container (not_video) or one whose index is missing (truncated)."""
+    target: Any = f"file:{file}" if isinstance(file, str) else file
+    try:
+        return av.open(target, mode="r", metadata_errors="ignore", options={"format_whitelist": _FORMATS})
+    except av.error.MemoryError:
+        raise
+    except av.error.FFmpegError as error:
+        if looks_like_container(head):
+            raise VideoError("truncated", f"{uri}: a video container that is cut off or lacks its index ({error.strerror})") from None
+        what = "an empty file" if not head else "nothing in it is known as video"
+        raise VideoError("not_video", f"{uri}: {what}; a video file is needed") from None
+
+
+def pick_stream(container: Container, uri: str) -> Stream:
+    """The stream a player shows; not_video where there is none, unsupported where no decoder knows it."""
+    videos = [stream for stream in container.streams.video if not stream.disposition & _ATTACHED_PICTURE]
+    if not videos:
+        raise VideoError("not_video", f"{uri}: no video stream (audio only?); a video file is needed")
+    best = container.streams.best("video")
+    stream = best if best in videos else videos[0]
+    if stream.codec_context is None:
+        raise VideoError("unsupported", f"{uri}: no decoder for this video codec; convert the file, for example to H.264")
+    stream.codec_context.thread_count = 1
+    for other in container.streams:
+        if other.index != stream.index:
+            other.discard = Discard.all  # the demuxer then does not even read their bytes
+    return stream
+
+
+def is_raw(container: Container) -> bool:
+    """Whether this is an elementary stream without timestamps: random bytes, too, are taken for one."""
+    return bool(container.format.flags & _NO_TIMESTAMPS)
+
+
+@dataclass
+class PacketTable:
+    """The shown frames of a stream as its packets tell them, in presentation order (times in the stream's time base)."""
+
+    pts: list[int] = field(default_factory=list)
+    end: int = 0
+    key_pts: list[int] = field(default_factory=list)
+    """Times of the shown keyframes, ascending."""
+    key_dts: list[int] = field(default_factory=list)
+    """The same keyframes' decoding times: where to seek."""
+    num_packets: int = 0
+    num_discarded: int = 0
+    """Packets that an edit list hides."""
+    reliable: bool = True
+    """Every packet has a time of its own."""
+    open_gops: bool = False
+    """Some frame is decoded after a keyframe and shown before it."""
+    damaged: bool = False
+    """The demuxer met an error or a packet cut short."""
+
+
+def scan(container: Container, stream: Stream) -> PacketTable:
+    """Read every packet of `stream` from where the container stands: its beginning."""
+    table = PacketTable()
+    shown: list[tuple[int, int | None]] = []
+    keys: list[tuple[int, int]] = []
+    key_time: int | None = None
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            break
+        except av.error.MemoryError:
+            raise
+        except av.error.FFmpegError:
+            table.damaged = True
+            break
+        if packet.size == 0:
+            continue
+        table.num_packets += 1
+        table.damaged |= packet.is_corrupt
+        if packet.pts is None:
+            table.reliable = False
+            continue
+        if key_time is not None and packet.pts < key_time:
+            table.open_gops = True
+        if packet.is_keyframe:
+            key_time = packet.pts
+        if packet.is_discard:
+            table.num_discarded += 1
+            continue
+        shown.append((packet.pts, packet.duration))
+        if packet.is_keyframe:
+            keys.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
+    shown.sort(key=lambda item: item[0])
+    keys.sort()
+    table.pts = [pts for pts, _ in shown]
+    table.key_pts, table.key_dts = [pts for pts, _ in keys], [dts for _, dts in keys]
+    table.reliable &= bool(shown) and len(set(table.pts)) == len(table.pts)
+    if shown:
+        table.end = end_of(table.pts, shown[-1][1])
+    return table
+
+
+@dataclass
+class SampleIndex:
+    """What the sample table of an MP4/MOV says without a packet being read."""
+
+    num_frames: int
+    start_dts: int
+    end_dts: int
+    """Decoding time at which the last shown frame ends: end_dts - start_dts is the duration."""
+    key_dts: list[int]
+    key_pos: list[int]
+    """Byte position of each shown keyframe: tells whether a seek arrived at it."""
+    key_before: list[int]
+    """Number of shown frames that are decoded before each keyframe."""
+
+
+def read_index(container: Container, stream: Stream, size_bytes: int | None) -> SampleIndex | None:
+    """The sample table, or None where the container has none that covers the whole file (then `scan`)."""
+    if "mp4" not in container.format.name.split(",") or not stream.frames or stream.duration is None:
+        return None
+    entries = list(stream.index_entries)
+    shown = [entry for entry in entries if not entry.is_discard]
+    if not shown or any(a.timestamp >= b.timestamp for a, b in zip(entries, entries[1:], strict=False)):
+        return None
+    if size_bytes is None or max(entry.pos + entry.size for entry in entries) > size_bytes:
+        return None  # cut short
+    times = [entry.timestamp for entry in shown]
+    step = int(np.median(np.diff(times))) if len(times) > 1 else int(stream.duration)
+    # a hybrid file continues in fragments, which this table does not list
+    if container.duration is not None and (times[-1] + step - times[0]) * stream.time_base < Fraction(
+        container.duration, 1_000_000
+    ) * Fraction(4, 5):
+        return None
+    index = SampleIndex(len(shown), times[0], times[-1] + step, [], [], [])
+    for before, entry in enumerate(shown):
+        if entry.is_keyframe:
+            index.key_dts.append(entry.timestamp)
+            index.key_pos.append(entry.pos)
+            index.key_before.append(before)
+    # frames decoded before the first shown keyframe hang on a hidden one: leave such a start to the scan
+    return index if index.key_before and index.key_before[0] == 0 else None
+
+
+def display_matrix(frame: av.VideoFrame) -> Sequence[int]:
+    """(a, b, c, d) of the frame's display matrix, each -1, 0 or 1: quarter turns and reflections."""
+    turned = {0: UPRIGHT, 90: (0, -1, 1, 0), -90: (0, 1, -1, 0)}
+    upright = turned.get(round(frame.rotation / 90) * 90, (-1, 0, 0, -1))
+    try:
+        items = list(frame.side_data)
+    except ValueError:  # a kind of side data that this PyAV has no name for
+        return upright
+    for item in items:
+        if item.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = np.frombuffer(bytes(item), "<i4")[:5].tolist()
+            if max(abs(a), abs(d)) >= max(abs(b), abs(c)):
+                return _sign(a), 0, 0, _sign(d)
+            return 0, _sign(b), _sign(c), 0
+    return upright
+
+
+def _sign(value: int) -> int:
+    return -1 if value < 0 else 1
+
+
+def claimed_packets(stream: Stream) -> int | None:
+    """How many packets the header's sample table promises; None where there is no such table."""
+    return len(stream.index_entries) if stream.frames else None

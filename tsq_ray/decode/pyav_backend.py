@@ -1,0 +1,331 @@
+"""Decoding through PyAV: exact frames by timestamp, keyframes by byte range, and what is left of a damaged file."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from tsq_ray.decode.frames import FrameStore, orient
+from tsq_ray.decode.plan import end_of
+from tsq_ray.decode.probe import Container, PacketTable, SampleIndex, Stream, display_matrix
+from tsq_ray.errors import VideoError
+
+# a packet marked as a keyframe starts afresh (a GIF's or a screen codec's may not)
+_SEEKABLE_CODECS = (
+    "h264",
+    "hevc",
+    "vp8",
+    "vp9",
+    "av1",
+    "mpeg4",
+    "mpeg2video",
+    "mpeg1video",
+    "h263",
+    "mjpeg",
+    "prores",
+    "dnxhd",
+    "vvc",
+    "theora",
+    "wmv3",
+    "vc1",
+)
+_MAX_LEADING = 64  # packets looked at behind a keyframe for frames that are shown before it
+
+
+class DecodeTrouble(Exception):
+    """A fast path met an error, a damaged frame, or a frame that is not where it should be."""
+
+
+def to_rgb(frame: av.VideoFrame, max_pixels: int) -> np.ndarray:
+    """uint8 [H, W, 3] as shown; too_large where the frame has more than `max_pixels`."""
+    check_pixels(frame.width, frame.height, max_pixels)
+    return orient(frame.to_ndarray(format="rgb24"), display_matrix(frame))
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    """too_large where width x height is above `max_pixels`."""
+    if width * height > max_pixels:
+        raise VideoError("too_large", f"a frame of {width} x {height} = {width * height} pixels; decode.max_pixels allows {max_pixels}")
+
+
+def strict_frames(container: Container, stream: Stream) -> Iterator[av.VideoFrame]:
+    """Frames from here on in presentation order; DecodeTrouble at the first error or damaged frame."""
+    try:
+        for frame in container.decode(stream):
+            if frame.is_corrupt or frame.pts is None:
+                raise DecodeTrouble(f"damaged frame at {frame.pts}")
+            yield frame
+    except av.error.MemoryError:
+        raise
+    except av.error.FFmpegError as error:
+        raise DecodeTrouble(str(error)) from None
+
+
+def decode_exact(
+    container: Container, stream: Stream, table: PacketTable, wanted: Sequence[int], store: FrameStore, max_pixels: int
+) -> None:
+    """Put the frames `wanted` (ascending indices into `table.pts`) into the store, by seeks to keyframes.
+
+    Each picture is known by its timestamp; DecodeTrouble where one does not come at its own.
+    """
+    codec = stream.codec_context.codec.canonical_name
+    if codec not in _SEEKABLE_CODECS:
+        raise DecodeTrouble(f"a keyframe of {codec} is not known to decode by itself")
+    frames: Iterator[av.VideoFrame] = iter(())
+    current = None
+    for i, target in enumerate(table.pts[index] for index in wanted):
+        key = bisect_right(table.key_pts, target) - 1
+        if key < 0:
+            raise DecodeTrouble(f"no keyframe before {target}")
+        if key != current:
+            frames, current = _frames_from_key(container, stream, table, key), key
+        frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= target), None)
+        if frame is None or frame.pts != target:
+            raise DecodeTrouble(f"no frame at {target}")
+        store.put(i, to_rgb(frame, max_pixels))
+
+
+def _frames_from_key(container: Container, stream: Stream, table: PacketTable, key: int) -> Iterator[av.VideoFrame]:
+    """Frames from keyframe number `key` on, without those that are decoded after it but need what came before it."""
+    time = table.key_pts[key]
+    _seek(container, stream, table.key_dts[key])
+    first = True
+    for frame in strict_frames(container, stream):
+        assert frame.pts is not None
+        if first and frame.pts > time:
+            raise DecodeTrouble(f"a seek to {time} arrived at {frame.pts}")
+        first = False
+        if frame.pts >= time:
+            yield frame
+
+
+def _seek(container: Container, stream: Stream, time: int) -> None:
+    try:
+        container.seek(time, stream=stream)
+    except av.error.MemoryError:
+        raise
+    except av.error.FFmpegError as error:
+        raise DecodeTrouble(f"cannot seek to {time}: {error}") from None
+
+
+@dataclass
+class Survivors:
+    """The frames of a damaged or unindexed file that do decode, found by decoding all of it."""
+
+    pts: list[int]
+    """Ascending."""
+    order: list[int]
+    """For each of them its number in the decoder's output."""
+    end: int
+    time_base: Fraction
+    num_damaged: int
+    num_errors: int
+    num_packets: int
+    """Those that an edit list hides are not counted."""
+    demux_failed: bool
+    unsupported: bool
+    untimed: bool
+
+
+def find_survivors(container: Container, stream: Stream) -> Survivors:
+    """Decode a newly opened file once, without converting a picture; positions then run over what came out.
+
+    A file without timestamps gets frame numbers at the average rate.
+    """
+    walk = _Walk(container, stream)
+    times: list[tuple[int | None, int]] = []
+    damaged = 0
+    last_duration = 0
+    for frame in walk.frames():
+        times.append((frame.pts, len(times)))
+        damaged += frame.is_corrupt
+        last_duration = frame.duration or last_duration
+    time_base = stream.time_base or Fraction(1, 25)
+    untimed = walk.untimed or any(pts is None for pts, _ in times)
+    if untimed:
+        times, time_base, last_duration = (
+            [(i, i) for i in range(len(times))],
+            1 / (stream.average_rate or stream.guessed_rate or Fraction(25)),
+            1,
+        )
+    first_of: dict[int, int] = {}
+    for pts, number in times:
+        assert pts is not None
+        first_of.setdefault(pts, number)
+    pts_list = sorted(first_of)
+    end = end_of(pts_list, last_duration) if pts_list else 0
+    order = [first_of[pts] for pts in pts_list]
+    return Survivors(
+        pts_list,
+        order,
+        end,
+        time_base,
+        damaged,
+        walk.num_errors,
+        walk.num_packets - walk.num_discarded,
+        walk.demux_failed,
+        walk.unsupported,
+        untimed,
+    )
+
+
+def decode_survivors(container: Container, stream: Stream, order: Sequence[int], store: FrameStore, max_pixels: int) -> None:
+    """Second pass, again newly opened: put the frames with these numbers in the decoder's output into the store, in this order."""
+    place = {number: i for i, number in enumerate(order)}
+    last = max(place)
+    for number, frame in enumerate(_Walk(container, stream).frames()):
+        if number in place:
+            store.put(place[number], to_rgb(frame, max_pixels))
+        if number == last:
+            return
+
+
+class _Walk:
+    """A decode of the whole stream that goes on after every error and counts what it met."""
+
+    def __init__(self, container: Container, stream: Stream) -> None:
+        self.container, self.stream = container, stream
+        self.num_packets = self.num_discarded = self.num_errors = 0
+        self.demux_failed = self.unsupported = False
+        self.untimed = False
+
+    def frames(self) -> Iterator[av.VideoFrame]:
+        packets = self.container.demux(self.stream)
+        while True:
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return
+            except av.error.MemoryError:
+                raise
+            except av.error.FFmpegError:
+                self.demux_failed = True
+                yield from self._decode(None)
+                return
+            if packet.size:
+                self.num_packets += 1
+                self.num_discarded += packet.is_discard
+                self.untimed |= packet.pts is None and packet.dts is None
+                yield from self._decode(packet)
+            else:
+                yield from self._decode(None)
+
+    def _decode(self, packet: av.Packet | None) -> list[av.VideoFrame]:
+        try:
+            return self.stream.decode(packet)
+        except av.error.MemoryError:
+            raise
+        except (av.error.DecoderNotFoundError, av.error.PatchWelcomeError, av.error.NotImplementedError):
+            self.unsupported = True
+        except av.error.EOFError:  # flushed already
+            return []
+        except av.error.FFmpegError:
+            self.num_errors += 1
+        return []
+
+
+@dataclass
+class Placed:
+    """A frame with its place in the source."""
+
+    rgb: np.ndarray
+    pts: int
+    index: int
+
+
+class IndexedReader:
+    """Keyframes, and frames near them, of an unfragmented MP4/MOV by its sample table alone: reads only their bytes."""
+
+    def __init__(self, container: Container, stream: Stream, index: SampleIndex, max_pixels: int) -> None:
+        if stream.codec_context.codec.canonical_name not in _SEEKABLE_CODECS:
+            raise DecodeTrouble("a keyframe of this codec is not known to decode by itself")
+        self.container, self.stream, self.index, self.max_pixels = container, stream, index, max_pixels
+        self._delay = self._arrival = 0
+        self.start = self.keyframe(0).pts
+        # frames are shown a constant delay after the table's times; every keyframe's own time is read when it comes
+        self._delay = self.start - index.start_dts
+        self.end = index.end_dts + self._delay
+        self.key_pts = [dts + self._delay for dts in index.key_dts]
+        self._frames: Iterator[av.VideoFrame] = iter(())
+        self._current: av.VideoFrame | None = None
+        self._pending: av.VideoFrame | None = None
+        self._key = -1
+        self._index = 0
+
+    def keyframe(self, key: int) -> Placed:
+        """Keyframe number `key`, decoded by itself."""
+        self._key = -1  # the decoder leaves the place where `frame_at` was
+        try:
+            packets = self._packets_from(key)
+            packet = next(packets)
+            assert packet.pts is not None
+            index = self.index.key_before[key] + self._num_leading(packets, packet.pts)
+            frames = [*self.stream.decode(packet), *self.stream.decode(None)]
+        except av.error.MemoryError:
+            raise
+        except av.error.FFmpegError as error:
+            raise DecodeTrouble(str(error)) from None
+        if len(frames) != 1 or frames[0].is_corrupt or frames[0].pts != packet.pts:
+            raise DecodeTrouble(f"keyframe {key} does not decode by itself")
+        return Placed(to_rgb(frames[0], self.max_pixels), packet.pts, index)
+
+    def _packets_from(self, key: int) -> Iterator[av.Packet]:
+        dts = self.index.key_dts[key]
+        # FFmpeg takes the time for a decoding time, but for a presentation time at a keyframe with leading frames
+        for time in dict.fromkeys((dts, dts + self._delay)):
+            _seek(self.container, self.stream, time)
+            packets = self.container.demux(self.stream)
+            packet = next(packets, None)
+            if packet is not None and packet.pts is not None and packet.pos == self.index.key_pos[key]:
+                self._arrival = time
+                return itertools.chain([packet], packets)
+        raise DecodeTrouble(f"a seek to keyframe {key} did not arrive there")
+
+    @staticmethod
+    def _num_leading(packets: Iterator[av.Packet], key_time: int) -> int:
+        """Shown frames decoded after a keyframe and shown before it; they follow it at once."""
+        leading = 0
+        for packet in itertools.islice(packets, _MAX_LEADING):
+            if packet.size == 0 or packet.pts is None or packet.pts > key_time or packet.is_keyframe:
+                break
+            leading += not packet.is_discard
+        return leading
+
+    def frame_at(self, time: int) -> Placed:
+        """The frame on show at `time`, decoded from the keyframe before it; quick where times ascend from call to call."""
+        key = max(bisect_right(self.key_pts, time) - 1, 0)
+        while self._key != key or self._time() > time:
+            self._start(key)
+            if self._time() <= time:
+                break
+            key -= 1
+            if key < 0:
+                raise DecodeTrouble(f"no frame at {time}")
+        while True:
+            if self._pending is None:
+                self._pending = next(self._frames, None)
+            if self._pending is None or self._pending.pts is None or self._pending.pts > time:
+                break
+            self._current, self._pending = self._pending, None
+            self._index += 1
+        assert self._current is not None
+        return Placed(to_rgb(self._current, self.max_pixels), self._time(), self._index)
+
+    def _time(self) -> int:
+        assert self._current is not None and self._current.pts is not None
+        return self._current.pts
+
+    def _start(self, key: int) -> None:
+        placed = self.keyframe(key)
+        _seek(self.container, self.stream, self._arrival)
+        self._frames = (frame for frame in strict_frames(self.container, self.stream) if frame.pts is not None and frame.pts >= placed.pts)
+        self._current, self._pending = next(self._frames, None), None
+        if self._current is None or self._current.pts != placed.pts:
+            raise DecodeTrouble(f"keyframe {key} does not come first after a seek to it")
+        self._key, self._index = key, placed.index

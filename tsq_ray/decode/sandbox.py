@@ -1,0 +1,201 @@
+"""Decoding in child processes that can be killed: a crash, a hang or a memory bomb costs one video.
+
+The children come from a fork server of this module's own, for two reasons: it imports the decoders once, so that a child
+that was killed is replaced at once, and it never runs the parent's main module (multiprocessing would, in the server and
+in every child: a script without an `if __name__` guard would start again, a Ray worker would import ray).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing.context
+import multiprocessing.forkserver
+import multiprocessing.popen_forkserver
+import multiprocessing.process
+import multiprocessing.spawn
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from types import FunctionType, SimpleNamespace, TracebackType
+from typing import Any, Self, cast
+
+import pebble
+
+from tsq_ray import storage
+from tsq_ray.config import DecodeConfig
+from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
+from tsq_ray.decode.video import decode_video
+from tsq_ray.errors import StorageError, VideoError
+
+Outcome = DecodedVideo | VideoError | StorageError
+Task = Callable[[VideoSource, DecodeConfig, Mapping[str, FrameSpec]], DecodedVideo]
+
+_PR_SET_PDEATHSIG = 1
+_ATTEMPTS = 3
+_SERVER = multiprocessing.forkserver.ForkServer()
+_SERVER.set_forkserver_preload([__name__])
+_SERVER_LOCK = threading.Lock()
+
+
+def _preparation_data(name: str) -> dict[str, Any]:
+    data = multiprocessing.spawn.get_preparation_data(name)
+    return {key: value for key, value in data.items() if not key.startswith("init_main")}
+
+
+def _connect_to_new_process(fds: Sequence[int]) -> tuple[int, int]:
+    with _SERVER_LOCK:
+        return _SERVER.connect_to_new_process(fds)
+
+
+def _launch() -> FunctionType:
+    # the standard library's own _launch, over another fork server and without the main module's path
+    inherited = multiprocessing.popen_forkserver
+    over = {
+        "spawn": SimpleNamespace(get_preparation_data=_preparation_data),
+        "forkserver": SimpleNamespace(connect_to_new_process=_connect_to_new_process, read_signed=multiprocessing.forkserver.read_signed),
+    }
+    return FunctionType(inherited.Popen._launch.__code__, {**vars(inherited), **over})
+
+
+class _Popen(multiprocessing.popen_forkserver.Popen):
+    _launch = _launch()
+
+
+class _Process(multiprocessing.context.ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: multiprocessing.process.BaseProcess) -> Any:  # noqa: N802
+        return _Popen(process_obj)
+
+
+class _Context(multiprocessing.context.ForkServerContext):
+    Process = _Process  # type: ignore[assignment]
+
+
+def _start_child(max_memory_mb: int) -> None:
+    """Runs first in every child."""
+    # the fork server ends when its parent's end of a pipe closes; a child holds that end too, and the kernel kills the
+    # child with the server: so nothing outlives a parent that was killed
+    with contextlib.suppress(OSError):
+        os.close(cast(int, multiprocessing.forkserver._forkserver._forkserver_alive_fd))  # type: ignore[attr-defined]
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # a decoder that hangs in C never returns to a handler written in Python
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    limit = max_memory_mb * 1024 * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _run(task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> Outcome:
+    name = storage.redact(source.uri)
+    try:
+        return task(source, settings, specs)
+    except (VideoError, StorageError) as error:
+        return error
+    except MemoryError:
+        return VideoError("out_of_memory", f"{name}: decoding takes more than decode.max_memory_mb = {settings.max_memory_mb}")
+    except Exception as error:  # noqa: BLE001 the border at which a failure becomes a row
+        return VideoError("internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+class DecodePool:
+    """Children that decode, each under a time and a memory limit; a context manager.
+
+    `task` stands in for decode_video: a function that the children can import by its name.
+    """
+
+    def __init__(self, settings: DecodeConfig, specs: Mapping[str, FrameSpec], num_processes: int = 1, task: Task = decode_video) -> None:
+        self.settings = settings
+        self.specs = dict(specs)
+        self._num_processes = num_processes
+        self._task = task
+        self._lock = threading.RLock()
+        self._pool: pebble.ProcessPool | None = None
+        self._waiting: set[Future[Outcome]] = set()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def decode(self, sources: Sequence[VideoSource]) -> list[Outcome]:
+        """One outcome a source, in the same order; a video's failure is its outcome, never raised."""
+        return [future.result() for future in [self.submit(source) for source in sources]]
+
+    def submit(self, source: VideoSource) -> Future[Outcome]:
+        """`result()` gives the DecodedVideo, or the VideoError or StorageError of this video, and does not raise it.
+
+        The time limit runs from the moment a child takes the video, not while it waits.
+        """
+        outcome: Future[Outcome] = Future()
+        outcome.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed:
+                raise ValueError("this DecodePool is closed; make a new one")
+            self._waiting.add(outcome)
+            self._schedule(source, outcome, _ATTEMPTS)
+        return outcome
+
+    def _schedule(self, source: VideoSource, outcome: Future[Outcome], attempts: int) -> None:
+        if self._pool is not None and not self._pool.active:
+            threading.Thread(target=_stop, args=[self._pool], daemon=True).start()
+            self._pool = None
+        if self._pool is None:
+            self._pool = pebble.ProcessPool(
+                max_workers=self._num_processes, context=_Context(), initializer=_start_child, initargs=[self.settings.max_memory_mb]
+            )
+        running = self._pool.schedule(_run, args=[self._task, source, self.settings, self.specs], timeout=self.settings.timeout_s)
+        running.add_done_callback(lambda finished: self._done(source, outcome, attempts - 1, finished))
+
+    def _done(self, source: VideoSource, outcome: Future[Outcome], attempts: int, finished: Future[Outcome]) -> None:
+        with self._lock:
+            if outcome not in self._waiting:
+                return  # closed meanwhile
+            # a child that dies between two videos breaks pebble's whole pool, and every video in it comes back
+            if attempts and not finished.cancelled() and isinstance(finished.exception(), BrokenProcessPool):
+                self._schedule(source, outcome, attempts)
+                return
+            self._waiting.remove(outcome)
+        outcome.set_result(self._outcome(storage.redact(source.uri), finished))
+
+    def _outcome(self, name: str, finished: Future[Outcome]) -> Outcome:
+        error = finished.exception()
+        if error is None:
+            return finished.result()
+        if isinstance(error, FutureTimeoutError):
+            return VideoError("timeout", f"{name}: not done after decode.timeout_s = {self.settings.timeout_s:g} s")
+        if isinstance(error, (pebble.ProcessExpired, BrokenProcessPool)):
+            return VideoError("decoder_crash", f"{name}: the decoder process died ({_how(getattr(error, 'exitcode', None))})")
+        return VideoError("internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    def close(self) -> None:
+        """Kill what still runs and end the children; videos not done get the outcome `internal`."""
+        with self._lock:
+            self._closed = True
+            pool, self._pool = self._pool, None
+            waiting, self._waiting = self._waiting, set()
+        for outcome in waiting:
+            outcome.set_result(VideoError("internal", "the decoder pool was closed before this video was done"))
+        if pool is not None:
+            _stop(pool)
+
+
+def _stop(pool: pebble.ProcessPool) -> None:
+    pool.stop()
+    pool.join()
+
+
+def _how(code: int | None) -> str:
+    if code is None:
+        return "cause unknown"
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"{name}, perhaps the system's out-of-memory killer" if code == -signal.SIGKILL else name

@@ -1,0 +1,66 @@
+"""What goes into a decode and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class FrameSpec:
+    """One wanted picture size; `resize` is applied with antialiasing to the frame as it is shown.
+
+    `squash`: the whole frame to size x size; `crop`: the shorter side to round(size * 8/7), then the centre size x size;
+    `keep`: the shorter side to `size`, the aspect kept.
+    """
+
+    size: int
+    resize: Literal["squash", "crop", "keep"] = "squash"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+@dataclass(frozen=True)
+class VideoSource:
+    """One video as the manifest saw it; what is None is not compared with the file of now."""
+
+    uri: str
+    size_bytes: int | None = None
+    etag: str | None = None
+    modified: datetime | None = None
+
+
+@dataclass
+class DecodedVideo:
+    """The T frames of one video, each distinct source frame stored once, in every size asked for."""
+
+    frames: dict[str, np.ndarray]
+    """Spec name -> uint8 [N, h, w, 3], RGB, N distinct source frames in time order (h = w = size but for `keep`)."""
+    slot_frame: np.ndarray
+    """int32 [T]: which of the N frames fills each slot."""
+    frame_index: np.ndarray
+    """int32 [T]: the slot's frame in the source, counted in presentation order over the frames that exist."""
+    frame_pts_s: np.ndarray
+    """float32 [T]: its presentation time in seconds after the first frame's."""
+    duration_s: float
+    """From the first frame's start to the last frame's end, in seconds."""
+    fps: float
+    """Average frame rate: source_num_frames / duration_s (0 where the duration is unknown)."""
+    width: int
+    """Width in pixels as shown, that is after rotation."""
+    height: int
+    """Height in pixels as shown."""
+    codec: str
+    """FFmpeg's name of the codec (h264, hevc, av1, ...)."""
+    source_num_frames: int
+    """Number of frames that exist and are shown, whatever the header says."""
+    warnings: list[str]
+    """What was missing or wrong in the file, one line each."""
+    decode_ms: float
+    """Wall-clock time of fetch, decode and resize, in milliseconds."""
+
+    def slots(self, name: str) -> np.ndarray:
+        """uint8 [T, h, w, 3]: the picture of each slot in the size `name` (a copy)."""
+        return self.frames[name][self.slot_frame]

@@ -1,0 +1,319 @@
+"""One video to its T frames, in this process.
+
+Truth about the file. A file whose packets are all there is planned on its packet table and decoded where the positions
+need it. At the first sign of damage (a packet cut short, fewer packets than the header's table promises, an error or a
+damaged frame on the way) the whole file is decoded, and the positions run over the frames that came out. One frame is
+enough: fewer than T are used cyclically. What was missing is a warning. No frame at all is an error: `truncated` where
+the file is shorter than its index says, `unsupported` where the codec is not known, `not_video` for a raw stream (random
+bytes look like one), else `corrupt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from fractions import Fraction
+from typing import BinaryIO, cast
+
+import av
+import numpy as np
+
+from tsq_ray import storage
+from tsq_ray.config import DecodeConfig
+from tsq_ray.decode import decord_backend, pyav_backend
+from tsq_ray.decode.frames import FrameStore
+from tsq_ray.decode.plan import distinct, frame_at, interval_of, keyframe_choice, position, uniform_indices
+from tsq_ray.decode.probe import Container, PacketTable, Stream, claimed_packets, is_raw, open_container, pick_stream, read_index, scan
+from tsq_ray.decode.pyav_backend import DecodeTrouble, IndexedReader, Survivors
+from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
+from tsq_ray.errors import StorageError, VideoError
+
+_RANGE_BYTES = 256 * 1024  # least read of a remote object: about one keyframe
+_HEAD_BYTES = 1024
+
+
+def decode_video(source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> DecodedVideo:
+    """The T frames of one video in every size of `specs`, decoded in this process on one thread.
+
+    Raises VideoError (see the module's docstring; too_large where a limit of `settings` is passed, source_changed where
+    the file is not the one the manifest saw, out_of_memory) and StorageError. Has no time limit: DecodePool has.
+    """
+    started = time.perf_counter()
+    _silence()
+    name = storage.redact(source.uri)
+    try:
+        size = _check_source(source, settings, name)
+        decoded = _decode(source.uri, size, settings, specs, name)
+    except MemoryError:
+        raise VideoError(
+            "out_of_memory", f"{name}: the decoder found no memory; decode.max_memory_mb is {settings.max_memory_mb}"
+        ) from None
+    except VideoError as error:
+        text = str(error)
+        raise VideoError(error.error_type, text if text.startswith(name) else f"{name}: {text}") from None
+    decoded.decode_ms = (time.perf_counter() - started) * 1000
+    return decoded
+
+
+@functools.cache
+def _silence() -> None:
+    av.logging.set_level(None)
+
+
+def _check_source(source: VideoSource, settings: DecodeConfig, name: str) -> int:
+    """Size of the file in bytes; source_changed, too_large, not_video (a folder)."""
+    if storage.is_local(source.uri) and os.path.isdir(source.uri):
+        raise VideoError("not_video", f"{name}: a folder; a video file is needed")
+    now = storage.stat(source.uri)
+    changes = []
+    if source.size_bytes is not None and source.size_bytes != now.size_bytes:
+        changes.append(f"size {source.size_bytes} -> {now.size_bytes}")
+    if source.etag is not None and now.etag is not None and source.etag != now.etag:
+        changes.append(f"etag {source.etag} -> {now.etag}")
+    # a copy of the same bytes gives an object a new time, not a new etag
+    if source.etag is None and _differ(source.modified, now.modified):
+        changes.append(f"modified {source.modified} -> {now.modified}")
+    if changes:
+        raise VideoError("source_changed", f"{name}: changed since the manifest was made ({', '.join(changes)}); run tsq index --update")
+    if now.size_bytes > settings.max_bytes:
+        raise VideoError("too_large", f"{name}: {now.size_bytes} bytes; decode.max_bytes allows {settings.max_bytes}")
+    return now.size_bytes
+
+
+def _differ(before: datetime | None, now: datetime | None) -> bool:
+    return before is not None and now is not None and abs(before.timestamp() - now.timestamp()) > 1e-3
+
+
+def _decode(uri: str, size: int, settings: DecodeConfig, specs: Mapping[str, FrameSpec], name: str) -> DecodedVideo:
+    if settings.strategy == "keyframe":
+        with _opened(uri) as (file, head), open_container(file, name, head) as container, contextlib.suppress(DecodeTrouble):
+            decoded = _Job(name, size, settings, specs).by_index(container)
+            if decoded is not None:
+                return decoded
+    with tempfile.TemporaryDirectory(prefix="tsq-") as folder:
+        return _Job(name, size, settings, specs).exact(storage.download(uri, folder))
+
+
+@contextlib.contextmanager
+def _opened(uri: str) -> Iterator[tuple[str | BinaryIO, bytes]]:
+    """A local path as it is, a remote object as a file whose reads are byte ranges; and its first bytes."""
+    if storage.is_local(uri):
+        with storage.open_read(uri) as file:
+            head = file.read(_HEAD_BYTES)
+        yield uri, head
+        return
+    with storage.open_read(uri, block_size=_RANGE_BYTES, cache_type="readahead") as file:
+        ranges = _Ranges(file, uri)
+        head = ranges.read(_HEAD_BYTES)
+        ranges.seek(0)
+        try:
+            yield cast(BinaryIO, ranges), head
+        finally:
+            if ranges.failure is not None:
+                raise ranges.failure  # FFmpeg may have taken it for the end of the file
+
+
+class _Ranges:
+    """A remote file whose failures are StorageError, also where FFmpeg swallows them."""
+
+    def __init__(self, file: BinaryIO, uri: str) -> None:
+        self._file, self._uri = file, uri
+        self.failure: StorageError | None = None
+
+    def read(self, count: int = -1) -> bytes:
+        try:
+            with storage.storage_errors(self._uri, "read"):
+                return self._file.read(count)
+        except StorageError as error:
+            self.failure = error
+            raise
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+class _Job:
+    """One video on its way to a DecodedVideo."""
+
+    def __init__(self, name: str, size: int, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> None:
+        self.name, self.size, self.settings, self.specs = name, size, settings, specs
+        self.warnings: list[str] = []
+
+    def by_index(self, container: Container) -> DecodedVideo | None:
+        """Strategy `keyframe` by the sample table alone; None where there is no complete one, DecodeTrouble where it misleads."""
+        stream = self._stream(container)
+        index = read_index(container, stream, self.size)
+        count = self.settings.num_frames
+        if index is None or index.num_frames < count:
+            return None
+        self._check_duration((index.end_dts - index.start_dts) * _time_base(stream))
+        reader = IndexedReader(container, stream, index, self.settings.max_pixels)
+        store = FrameStore(self.specs, count)
+        times, indices = [0] * count, [0] * count
+        without = []
+        for i, key in enumerate(keyframe_choice(reader.key_pts, reader.start, reader.end, count)):
+            placed = reader.keyframe(key) if key is not None else None
+            if placed is None or interval_of(placed.pts, reader.start, reader.end, count) != i:
+                without.append(i)
+                continue
+            store.put(i, placed.rgb)
+            times[i], indices[i] = placed.pts, placed.index
+        for i in without:
+            placed = reader.frame_at(position(reader.start, reader.end, count, i))
+            store.put(i, placed.rgb)
+            times[i], indices[i] = placed.pts, placed.index
+        if sorted(times) != times or sorted(indices) != indices or indices[-1] >= index.num_frames:
+            raise DecodeTrouble("keyframes are not where the sample table has them")
+        _, first, slot_frame = np.unique(indices, return_index=True, return_inverse=True)
+        store.frames = {name: frames[first] for name, frames in store.frames.items()}
+        return self._result(stream, store, slot_frame, indices, times, reader.start, reader.end, index.num_frames, _time_base(stream))
+
+    def exact(self, path: str) -> DecodedVideo:
+        """Every frame known by its timestamp, of a local file."""
+        with self._open(path) as (container, stream):
+            claimed = claimed_packets(stream)
+            table = scan(container, stream)
+        if table.reliable and not table.damaged and (claimed is None or table.num_packets >= claimed):
+            with self._open(path) as (container, stream):
+                self._check_duration((table.end - table.pts[0]) * _time_base(stream))
+                with contextlib.suppress(DecodeTrouble):
+                    return self._by_table(path, container, stream, table)
+        return self._from_survivors(path)
+
+    @contextlib.contextmanager
+    def _open(self, path: str) -> Iterator[tuple[Container, Stream]]:
+        with open(path, "rb") as file:
+            head = file.read(_HEAD_BYTES)
+        with open_container(path, self.name, head) as container:
+            yield container, self._stream(container)
+
+    def _stream(self, container: Container) -> Stream:
+        stream = pick_stream(container, self.name)
+        pyav_backend.check_pixels(stream.codec_context.width or 0, stream.codec_context.height or 0, self.settings.max_pixels)
+        return stream
+
+    def _plan(self, table: PacketTable) -> list[int]:
+        """For each slot an index into `table.pts`."""
+        count = self.settings.num_frames
+        indices = uniform_indices(table.pts, table.end, count)
+        if self.settings.strategy == "keyframe" and len(table.pts) >= count:
+            for i, key in enumerate(keyframe_choice(table.key_pts, table.pts[0], table.end, count)):
+                if key is not None:
+                    indices[i] = frame_at(table.pts, table.key_pts[key])
+        return indices
+
+    def _by_table(self, path: str, container: Container, stream: Stream, table: PacketTable) -> DecodedVideo:
+        indices = self._plan(table)
+        wanted, slot_frame = distinct(indices)
+        first = next(pyav_backend.strict_frames(container, stream), None)
+        if first is None:
+            raise DecodeTrouble("no frame at the beginning")
+        pyav_backend.check_pixels(first.width, first.height, self.settings.max_pixels)
+        store = FrameStore(self.specs, len(wanted))
+        time_base = _time_base(stream)
+        try:
+            if decord_backend.refusal(stream, table, first) is not None:
+                raise DecodeTrouble
+            decord_backend.decode_exact(path, time_base, table, wanted, (first.width, first.height), store)
+        except DecodeTrouble:
+            pyav_backend.decode_exact(container, stream, table, wanted, store, self.settings.max_pixels)
+        times = [table.pts[i] for i in indices]
+        return self._result(stream, store, slot_frame, indices, times, table.pts[0], table.end, len(table.pts), time_base)
+
+    def _from_survivors(self, path: str) -> DecodedVideo:
+        with self._open(path) as (container, stream):
+            claimed = claimed_packets(stream)
+            found = pyav_backend.find_survivors(container, stream)
+            if not found.pts:
+                raise self._nothing_decodes(container, found, claimed)
+        self._warn_of_damage(found, claimed)
+        self._check_duration((found.end - found.pts[0]) * found.time_base)
+        indices = uniform_indices(found.pts, found.end, self.settings.num_frames)
+        wanted, slot_frame = distinct(indices)
+        store = FrameStore(self.specs, len(wanted))
+        with self._open(path) as (container, stream):
+            pyav_backend.decode_survivors(container, stream, [found.order[i] for i in wanted], store, self.settings.max_pixels)
+            assert store.complete
+            times = [found.pts[i] for i in indices]
+            return self._result(stream, store, slot_frame, indices, times, found.pts[0], found.end, len(found.pts), found.time_base)
+
+    def _nothing_decodes(self, container: Container, found: Survivors, claimed: int | None) -> VideoError:
+        if is_raw(container):
+            return VideoError("not_video", f"{self.name}: nothing in it is known as video; a video file is needed")
+        if found.unsupported:
+            return VideoError(
+                "unsupported", f"{self.name}: the decoder does not support this kind of video; convert the file, for example to H.264"
+            )
+        if found.demux_failed or found.num_packets == 0 or (claimed is not None and found.num_packets < claimed):
+            return VideoError("truncated", f"{self.name}: the file is cut off: none of its frames can be decoded")
+        return VideoError("corrupt", f"{self.name}: none of its {found.num_packets} packets can be decoded")
+
+    def _warn_of_damage(self, found: Survivors, claimed: int | None) -> None:
+        count = len(found.pts)
+        if claimed is not None and claimed > max(found.num_packets, count):
+            self.warnings.append(f"header says {claimed} frames, {count} can be decoded")
+        elif found.num_errors and count < found.num_packets:
+            self.warnings.append(f"{found.num_packets} frames are stored, {count} can be decoded")
+        elif found.demux_failed:
+            self.warnings.append(f"the file cannot be read to its end; {count} frames can be decoded")
+        if found.num_damaged:
+            self.warnings.append(f"{found.num_damaged} of the {count} decoded frames are damaged")
+        if found.untimed:
+            self.warnings.append(f"no timestamps in the file: {float(1 / found.time_base):g} frames per second assumed")
+
+    def _check_duration(self, duration: Fraction) -> None:
+        if duration > self.settings.max_duration_s:
+            raise VideoError(
+                "too_large", f"{self.name}: lasts {float(duration):.0f} s; decode.max_duration_s allows {self.settings.max_duration_s:g}"
+            )
+
+    def _result(
+        self,
+        stream: Stream,
+        store: FrameStore,
+        slot_frame: np.ndarray,
+        indices: list[int],
+        times: list[int],
+        start: int,
+        end: int,
+        count: int,
+        time_base: Fraction,
+    ) -> DecodedVideo:
+        duration = float((end - start) * time_base)
+        header = _header_duration(stream)
+        if header is not None and abs(header - duration) > 1 + 0.1 * duration:
+            self.warnings.append(f"header says {header:.1f} s, the frames last {duration:.1f} s")
+        return DecodedVideo(
+            frames=store.frames,
+            slot_frame=slot_frame.astype(np.int32),
+            frame_index=np.asarray(indices, np.int32),
+            frame_pts_s=np.asarray([float((pts - start) * time_base) for pts in times], np.float32),
+            duration_s=duration,
+            fps=count / duration if duration > 0 else 0.0,
+            width=store.width,
+            height=store.height,
+            codec=stream.codec_context.codec.canonical_name,
+            source_num_frames=count,
+            warnings=self.warnings,
+            decode_ms=0.0,
+        )
+
+
+def _time_base(stream: Stream) -> Fraction:
+    assert stream.time_base is not None
+    return stream.time_base
+
+
+def _header_duration(stream: Stream) -> float | None:
+    if stream.duration is not None:
+        return float(stream.duration * _time_base(stream))
+    container = stream.container
+    return container.duration / 1_000_000 if getattr(container, "duration", None) else None

@@ -1,0 +1,42 @@
+"""TSQNet's loss (paper, equation 4). Shapes: B videos, C classes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tsq_ray.model.tsq import TSQOutput
+
+
+def tsq_loss(output: TSQOutput, targets: Tensor, task: Literal["single", "multi"], alpha: float, beta: float) -> dict[str, Tensor]:
+    """L = L_v + L_t + alpha L_t->v + beta L_v->t, as a mean over the videos (equation 4).
+
+    Args:
+        output: of TSQNet in training mode; in evaluation mode or VQM-only the parts that do not exist are left out.
+        targets: multi-hot [B, C], each row with at least one 1.
+        task: "single": cross entropy, several labels sharing the weight 1; "multi": binary cross entropy, summed over the classes. (A mean over
+            them divides the gradient of a video's few labels by C: at the paper's learning rate nothing is learnt.)
+        alpha: weight of L_t->v.
+        beta: weight of L_v->t.
+
+    Returns:
+        "loss" and those of the parts "visual", "textual", "t2v", "v2t" that exist, unweighted; scalars.
+    """
+    weighted = (
+        ("visual", output.logits_visual, 1.0),
+        ("textual", output.logits_textual, 1.0),
+        ("t2v", output.logits_t2v, alpha),
+        ("v2t", output.logits_v2t, beta),
+    )
+    parts = {name: _classification_loss(logits, targets, task) for name, logits, _ in weighted if logits is not None}
+    total = sum((weight * parts[name] for name, _, weight in weighted if name in parts), start=targets.new_zeros(()))
+    return {"loss": total, **parts}
+
+
+def _classification_loss(logits: Tensor, targets: Tensor, task: Literal["single", "multi"]) -> Tensor:
+    targets = targets.to(logits.dtype)
+    if task == "multi":
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
+    return F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True).clamp(min=1))

@@ -1,0 +1,8 @@
+"""Predictions -> one self-contained HTML page (`build_report`); labels and chosen frames as files (`export_predictions`)."""
+
+from __future__ import annotations
+
+from tsq_ray.report.export import export_predictions
+from tsq_ray.report.html import build_report
+
+__all__ = ["build_report", "export_predictions"]

@@ -1,0 +1,232 @@
+"""Predictions -> one self-contained HTML page: totals, failures, quality, and a card for each of up to `max_videos` videos."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow.compute as pc
+from markupsafe import Markup
+
+from tsq_ray import storage
+from tsq_ray.config import TSQ_MODES, flatten
+from tsq_ray.report.curves import Mark, saliency_svg, time_text
+from tsq_ray.report.data import Outcome, Predictions, outcomes, read_predictions
+from tsq_ray.report.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
+from tsq_ray.report.summary import accounting, choose_shown, predicted_classes, quality
+
+THUMBNAIL_PX = 120
+"""Shorter side of a picture: 160 x 120 for 4:3."""
+JPEG_QUALITY = 78
+MAX_FAILED_LISTED = 500
+MAX_CLASSES_SHOWN = 12
+_LONG_KEYS = ("parts", "classes", "bundle_classes", "counts")
+_VERDICTS = {"right": "right", "wrong": "wrong", "unlabelled": "no label", "failed": "failed"}
+
+
+def build_report(
+    predictions_uri: str, out: str, max_videos: int = 60, num_processes: int = 2, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write the page of a predictions folder to `out` (a path or URI) and return the figures it shows.
+
+    The page opens offline: pictures are data URIs, and its content security policy allows no request at all. Pictures are
+    decoded anew from the videos, with `num_processes` children; a video that is gone has a note instead. Which videos get
+    a card: `summary.choose_shown`. Raises RunError or StorageError where the predictions cannot be read.
+
+    Returns {"out", "inputs", "ok", "failed", "skipped", "adds_up", "failures" {type: n}, "warned", "judged", "top1", "map",
+    "map_interpolated", "unknown_labels" {name: n}, "shown", "without_pictures"}; metrics are None where they are not known.
+    """
+    predictions = read_predictions(predictions_uri)
+    found = outcomes(predictions)
+    totals, figures = accounting(predictions, found), quality(predictions, found)
+    shown = choose_shown(found, max_videos)
+    cards, without_pictures = _cards(predictions, shown, num_processes, progress)
+    failed = [outcome for outcome in found if outcome.verdict == "failed"]
+    page = _render(
+        title=storage.redact(storage.name_of(predictions.uri)),
+        uri=storage.redact(predictions.uri),
+        facts=_facts(predictions),
+        settings=_settings(predictions.run),
+        cost=_cost(predictions),
+        totals=totals,
+        quality=figures,
+        classes=predicted_classes(found),
+        max_classes=MAX_CLASSES_SHOWN,
+        failed=[_failed_row(outcome) for outcome in failed[:MAX_FAILED_LISTED]],
+        num_failed=len(failed),
+        cards=cards,
+        num_videos=len(found),
+        budget=_budget(predictions),
+        num_frames=predictions.num_frames,
+        sampler=_sampler_name(predictions),
+    )
+    storage.write_bytes(out, page.encode("utf-8"))
+    kept = ("inputs", "ok", "failed", "skipped", "adds_up", "failures", "warned")
+    measured = ("judged", "top1", "map", "map_interpolated", "unknown_labels")
+    return (
+        {"out": storage.redact(out)}
+        | {key: totals[key] for key in kept}
+        | {key: figures[key] for key in measured}
+        | {"shown": len(cards), "without_pictures": without_pictures}
+    )
+
+
+def _render(**context: Any) -> str:
+    files = importlib.resources.files("tsq_ray.report")
+    script, style = ((files / name).read_text("utf-8") for name in ("report.js", "report.css"))
+    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"seconds": time_text, "count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.1f} %"}
+    template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
+    return template.render(script=Markup(script), style=Markup(style), script_hash=digest, **context)  # both are files of this package
+
+
+def _cards(
+    predictions: Predictions, shown: Sequence[Outcome], num_processes: int, progress: Progress | None
+) -> tuple[list[dict[str, Any]], int]:
+    """The cards in the order of `shown`, and how many of the ok ones have no pictures."""
+    budget = _budget(predictions)
+
+    def wanted(row: Mapping[str, Any]) -> list[int]:
+        uniform = uniform_slots(predictions.num_frames, budget)
+        return sorted({*(row["selected_slot"] or ()), *uniform})
+
+    ok = [outcome.index for outcome in shown if outcome.verdict != "failed"]
+    taken = take_pictures(predictions, ok, wanted, THUMBNAIL_PX, num_processes, progress)
+    bodies = {index: _body(predictions, pictures, budget) for index, pictures in zip(ok, taken, strict=True)}
+    cards = [_head(predictions, outcome, order) | bodies.get(outcome.index, {}) for order, outcome in enumerate(shown)]
+    return cards, sum(bool(body["note"]) for body in bodies.values())
+
+
+def _head(predictions: Predictions, outcome: Outcome, order: int) -> dict[str, Any]:
+    known = set(predictions.bundle_classes)
+    return {
+        "order": order,
+        "id": outcome.video_id,
+        "name": _name(outcome.uri),
+        "uri": storage.redact(outcome.uri),
+        "verdict": outcome.verdict,
+        "verdict_text": _VERDICTS[outcome.verdict],
+        "labels": [(name, not known or name in known) for name in outcome.labels],
+        "score": outcome.top_score,
+        "warnings": [storage.redact(warning) for warning in outcome.warnings],
+        "error_type": outcome.error_type,
+        "error_message": outcome.error_message,
+        "facts": "",
+        "top": [],
+    }
+
+
+def _body(predictions: Predictions, taken: Taken, budget: int) -> dict[str, Any]:
+    """What the card of an ok video shows beyond its head: answer, strips and curves."""
+    row = taken.row
+    labels = set(row["label_names"] or ())
+    pts = [float(time) for time in row["frame_pts_s"]]
+    marks = [Mark(float(time), by) for time, by in zip(row["selected_pts_s"] or (), row["selected_by"] or (), strict=True)]
+    pictures = {slot: data_uri(frame, JPEG_QUALITY) for slot, frame in taken.slots.items()}
+    uniform = [slot for _, slot in sorted({pts[slot]: slot for slot in uniform_slots(predictions.num_frames, budget)}.items())]
+    curves = (("visual", _floats(row["saliency_visual"])), ("textual", _floats(row["saliency_textual"])))
+    return {
+        "facts": _video_facts(row),
+        "top": [(name, float(score), name in labels) for name, score in zip(row["top_labels"], row["top_scores"], strict=True)],
+        "note": taken.note,
+        "note_type": taken.error_type,
+        "chosen": [{"src": pictures.get(slot), "mark": mark} for slot, mark in zip(row["selected_slot"] or (), marks, strict=True)],
+        "uniform": [{"src": pictures.get(slot), "pts_s": pts[slot]} for slot in uniform],
+        "curve": saliency_svg(pts, row["duration_s"] or 0.0, curves, marks, [pts[slot] for slot in uniform]),
+    }
+
+
+def _floats(values: np.ndarray | None) -> list[float] | None:
+    return None if values is None else [float(value) for value in values]
+
+
+def _video_facts(row: Mapping[str, Any]) -> str:
+    facts = [time_text(row["duration_s"])] if row["duration_s"] is not None else []
+    facts += [f"{row['width']} × {row['height']}"] if row["width"] and row["height"] else []
+    facts += [f"{row['fps']:.4g} fps"] if row["fps"] else []
+    return " · ".join([*facts, *([row["codec"]] if row["codec"] else [])])
+
+
+def _failed_row(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "name": _name(outcome.uri),
+        "uri": storage.redact(outcome.uri),
+        "error_type": outcome.error_type,
+        "error_message": outcome.error_message,
+    }
+
+
+def _name(uri: str) -> str:
+    return storage.redact(storage.name_of(uri)) or storage.redact(uri)
+
+
+def _sampler(predictions: Predictions) -> Mapping[str, Any]:
+    section = predictions.config.get("sampler")
+    return section if isinstance(section, dict) else {}
+
+
+def _budget(predictions: Predictions) -> int:
+    """K by the settings, else the most frames that any video was given."""
+    budget = _sampler(predictions).get("budget")
+    if isinstance(budget, int) and 1 <= budget <= predictions.num_frames:
+        return budget
+    return pc.max(pc.list_value_length(predictions.table.column("selected_slot"))).as_py() or 1
+
+
+def _sampler_name(predictions: Predictions) -> str:
+    mode = str(_sampler(predictions).get("mode", "both"))
+    return "the sampler" if mode in TSQ_MODES else f"the baseline {mode}"
+
+
+def _facts(predictions: Predictions) -> list[tuple[str, str]]:
+    """What run this is, in a few words; what `_run.json` does not say is left out."""
+    run, config = predictions.run, predictions.config
+    flat = flatten(config)
+    versions = run.get("versions")
+    wanted = [
+        ("Model", _place(run.get("model") or run.get("bundle") or config.get("model"))),
+        ("Manifest", _place(run.get("manifest"))),
+        ("Finished", str(run.get("ended") or "").replace("T", " ").replace("+00:00", " UTC")),
+        ("Frames looked at (T)", predictions.num_frames),
+        ("Frames recognised (K)", flat.get("sampler.budget")),
+        ("Sampler", flat.get("sampler.mode")),
+        ("Lambda (visual share)", flat.get("sampler.lambda_visual") if flat.get("sampler.mode", "both") == "both" else None),
+        ("Decoding", flat.get("decode.strategy")),
+        ("Task", flat.get("train.task") or run.get("task")),
+        ("Seed", flat.get("sampler.seed")),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else None),
+    ]
+    return [(name, storage.redact(str(value))) for name, value in wanted if value not in (None, "")]
+
+
+def _place(value: Any) -> str | None:
+    if isinstance(value, Mapping):
+        value = value.get("uri")
+    return str(value) if value else None
+
+
+def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """All that `_run.json` records, but for the long lists that the page shows in another form."""
+    flat = flatten({key: value for key, value in run.items() if key not in _LONG_KEYS})
+    texts = ((key, storage.redact(str(value))) for key, value in sorted(flat.items()))
+    return [(key, text if len(text) <= 300 else text[:300] + " …") for key, text in texts]
+
+
+def _cost(predictions: Predictions) -> list[tuple[str, str]]:
+    """Mean time of a video in each step, and how much video there is."""
+    table = predictions.table
+    found = []
+    for label, name in (("Mean decode", "decode_ms"), ("Mean choice", "sample_ms"), ("Mean recognition", "recognize_ms")):
+        mean = pc.mean(table.column(name)).as_py()
+        if mean is not None:
+            found.append((label, f"{mean:,.0f} ms" if mean >= 10 else f"{mean:.1f} ms"))
+    seconds = pc.sum(table.column("duration_s")).as_py()
+    if seconds:
+        found.append(("Video in all", f"{seconds / 3600:,.1f} h" if seconds >= 7200 else f"{seconds / 60:,.1f} min"))
+    return found

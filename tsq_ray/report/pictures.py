@@ -1,0 +1,86 @@
+"""The frames of scored videos taken anew, at another size, on the same slots."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tsq_ray import storage
+from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
+from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.report.data import Predictions, batches, source_of
+
+SPEC = "picture"
+_TOLERANCE_S = 0.05
+
+Progress = Callable[[int, int], None]
+"""Called with (videos done, videos in all)."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The frames of one row: `slots` maps a slot to uint8 [H, W, 3] RGB. Without frames `error_type` and `note` say why."""
+
+    row: dict[str, Any]
+    slots: dict[int, np.ndarray]
+    note: str = ""
+    error_type: str | None = None
+
+
+def take_pictures(
+    predictions: Predictions,
+    indices: Sequence[int],
+    wanted: Callable[[dict[str, Any]], Sequence[int]],
+    size: int,
+    num_processes: int,
+    progress: Progress | None = None,
+) -> Iterator[Taken]:
+    """Decode the rows `indices` again with the run's settings and yield them in that order with the slots that `wanted(row)` names.
+
+    `size` is the shorter side in pixels. A video that is gone, has changed or fails now has a note in place of frames.
+    """
+    if not indices:
+        return
+    specs = {SPEC: FrameSpec(size=size, resize="keep", interpolation="bilinear")}
+    done = 0
+    with DecodePool(predictions.decode_settings(), specs, num_processes) as pool:
+        for group in batches(list(indices), 2 * num_processes):
+            rows = [predictions.row(index) for index in group]
+            for row, decoded in zip(rows, pool.decode([source_of(row) for row in rows]), strict=True):
+                done += 1
+                if progress is not None:
+                    progress(done, len(indices))
+                yield _taken(row, decoded, wanted(row))
+
+
+def _taken(row: dict[str, Any], decoded: DecodedVideo | VideoError | StorageError, wanted: Sequence[int]) -> Taken:
+    if isinstance(decoded, (VideoError, StorageError)):
+        return Taken(row, {}, storage.redact(str(decoded)), decoded.error_type)
+    scored = row["frame_pts_s"]
+    if scored is None or not np.allclose(decoded.frame_pts_s, scored, rtol=0, atol=_TOLERANCE_S):
+        return Taken(row, {}, "its frames do not lie where they lay when it was scored; score the video again", "source_changed")
+    frames = decoded.frames[SPEC]
+    return Taken(row, {slot: frames[decoded.slot_frame[slot]] for slot in wanted})
+
+
+def uniform_slots(num_frames: int, budget: int) -> list[int]:
+    """The K slots of the uniform baseline: floor((i + 0.5) T / K)."""
+    return [int((i + 0.5) * num_frames / budget) for i in range(budget)]
+
+
+def jpeg(frame: np.ndarray, quality: int) -> bytes:
+    """A frame [H, W, 3] as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=quality, optimize=True)
+    return buffer.getvalue()
+
+
+def data_uri(frame: np.ndarray, quality: int) -> str:
+    """A frame as a data: URI for <img src>."""
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(frame, quality)).decode("ascii")

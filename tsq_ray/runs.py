@@ -1,0 +1,415 @@
+"""The run folder of extract and score: parts, what is done (resume), accounting, verify, `_run.json`.
+
+A part is published whole and named after the videos in it, so that a task that is run twice writes the same file twice.
+`_config.json` is written before the first part, `_run.json` after the last. What is done is read from the parts alone:
+a killed run leaves nothing else behind. Duplicate and outdated rows, which only kills and changed videos can leave,
+are taken out before `_run.json` is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tsq_ray import schema, storage
+from tsq_ray.config import Config, flatten
+from tsq_ray.errors import ERROR_TYPES, RETRIED_ERROR_TYPES, RunError, RunFailed, StorageError
+from tsq_ray.manifest import Manifest, VideoRef, read_manifest, same_content
+
+RUN_FILE = "_run.json"
+CONFIG_FILE = "_config.json"
+TODO_FILE = "_todo.parquet"
+FORMAT = 1
+Kind = Literal["features", "predictions"]
+_BRIEF = ["video_id", "uri", "size_bytes", "etag", "modified", "status", "error_type", "warnings"]
+
+
+@dataclass(frozen=True)
+class DoneRow:
+    """What a part says of one video; `part_age` orders rows of the same video (larger is newer)."""
+
+    ref: VideoRef
+    status: str
+    error_type: str | None
+    has_warnings: bool
+    part: str
+    part_age: float
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what makes the numbers: the package, torch, ray, timm, the decoders."""
+    found = {}
+    for name in ("tsq-ray", "torch", "ray", "timm", "transformers", "pyarrow", "decord2", "av"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_revision() -> str | None:
+    """The revision of the checkout this package runs from, where it is one."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None if answer.returncode == 0 else None
+
+
+def read_json(uri: str) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file."""
+    try:
+        data = storage.read_bytes(uri)
+    except StorageError as error:
+        if error.error_type == "not_found":
+            return None
+        raise
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise RunError(f"{storage.redact(uri)}: not JSON; the file is damaged, delete it and run again") from None
+
+
+def write_json(uri: str, content: Mapping[str, Any]) -> None:
+    """Publish a JSON object, readable by people."""
+    storage.write_bytes(uri, (json.dumps(content, indent=1, default=str) + "\n").encode())
+
+
+def read_run(uri: str, kind: Kind | None = None) -> dict[str, Any]:
+    """`_run.json` of a finished run. RunError where `uri` is no run folder, is not finished, or is of another kind."""
+    uri = storage.normalize(uri)
+    run = read_json(storage.join(uri, RUN_FILE))
+    if run is None:
+        if read_json(storage.join(uri, CONFIG_FILE)) is not None:
+            raise RunError(f"{storage.redact(uri)}: this run is not finished; give its command again, it goes on where it stopped")
+        raise RunError(f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); name what extract or score wrote with --out")
+    if run.get("format") != FORMAT:
+        raise RunError(f"{storage.redact(uri)}: run format {run.get('format')!r}; this version reads {FORMAT}")
+    if kind is not None and run["kind"] != kind:
+        raise RunError(f"{storage.redact(uri)}: holds {run['kind']}, expected {kind}")
+    return run
+
+
+def begin(uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest) -> None:
+    """Make or enter a run folder. RunError where it belongs to another configuration or manifest; names the keys that differ.
+
+    `identity` holds, nested, everything that the rows hang on.
+    """
+    want = json.loads(json.dumps({"format": FORMAT, "kind": kind, "manifest_id": manifest.id, "config": identity}, default=str))
+    have = read_json(storage.join(uri, CONFIG_FILE))
+    if have is None:
+        foreign = [file.uri for file in storage.list_folder(uri) if storage.name_of(file.uri).endswith(".parquet")]
+        if foreign:
+            raise RunError(
+                f"{storage.redact(uri)}: holds Parquet files of something else ({storage.name_of(foreign[0])}); take an empty folder"
+            )
+        write_json(storage.join(uri, CONFIG_FILE), want)
+        return
+    before, after = flatten(have), flatten(want)
+    differ = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    if differ:
+        shown = "; ".join(f"{key.removeprefix('config.')}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise RunError(f"{storage.redact(uri)}: made with another configuration ({shown}{more}); use the same one or another --out")
+
+
+def part_name(video_ids: Iterable[str]) -> str:
+    """The name of the part that holds exactly these videos."""
+    return f"part-{hashlib.sha256(','.join(sorted(video_ids)).encode()).hexdigest()[:20]}.parquet"
+
+
+def write_part(uri: str, table: pa.Table, compression: str) -> str:
+    """Publish a table as one part of the run folder; its name."""
+    name = part_name(table["video_id"].to_pylist())
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression=compression, use_dictionary=["status", "error_type", "codec", "split"])
+    storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
+    return name
+
+
+def list_parts(uri: str) -> list[storage.StoredFile]:
+    """The visible parts of a run folder."""
+    files = storage.list_folder(storage.normalize(uri))
+    return [file for file in files if storage.name_of(file.uri).startswith("part-") and file.uri.endswith(".parquet")]
+
+
+def read_part(part_uri: str, columns: list[str] | None = None) -> pa.Table:
+    """One part, or some of its columns. RunError where it is not readable as Parquet."""
+    try:
+        with storage.open_read(part_uri) as file:
+            return pq.read_table(file, columns=columns)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise RunError(f"{storage.redact(part_uri)}: not readable as Parquet ({error}); delete it and run again") from None
+
+
+def done_rows(uri: str) -> list[DoneRow]:
+    """Every row of every part, in short."""
+    rows = []
+    for part in list_parts(uri):
+        age = part.modified.timestamp() if part.modified else 0.0
+        for record in read_part(part.uri, _BRIEF).to_pylist():
+            ref = VideoRef(**{key: record[key] for key in ("video_id", "uri", "size_bytes", "etag", "modified")})
+            rows.append(DoneRow(ref, record["status"], record["error_type"], bool(record["warnings"]), storage.name_of(part.uri), age))
+    return rows
+
+
+def pick_current(rows: Iterable[DoneRow], manifest: Manifest) -> dict[str, DoneRow]:
+    """The one row of each video that counts: of the file as the manifest has it, ok before failed, newest first."""
+    refs = {row.video_id: row for row in manifest.rows}
+    current: dict[str, DoneRow] = {}
+    for row in rows:
+        ref = refs.get(row.ref.video_id)
+        if ref is None or not same_content(ref, row.ref):
+            continue
+        best = current.get(row.ref.video_id)
+        if best is None or _rank(row) > _rank(best):
+            current[row.ref.video_id] = row
+    return current
+
+
+def _rank(row: DoneRow) -> tuple[bool, float, str]:
+    return row.status == "ok", row.part_age, row.part
+
+
+def still_to_do(wanted: Sequence[VideoRef], current: Mapping[str, DoneRow], retry: Collection[str] = ()) -> list[VideoRef]:
+    """The wanted videos without a row that counts; failed ones again where their reason is in `retry` or storage was unavailable."""
+    again = {*retry, *RETRIED_ERROR_TYPES}
+    todo = []
+    for ref in wanted:
+        row = current.get(ref.video_id)
+        if row is None or (row.status == "failed" and row.error_type in again):
+            todo.append(ref)
+    return todo
+
+
+def retry_reasons(retry: str | None) -> tuple[str, ...]:
+    """`--retry-failed [REASON]` as error types: none, all, or the one named (RunError for an unknown one)."""
+    if retry is None:
+        return ()
+    if retry in ("", "all"):
+        return ERROR_TYPES
+    if retry not in ERROR_TYPES:
+        raise RunError(f"--retry-failed {retry}: no such reason; there is: {', '.join(ERROR_TYPES)}")
+    return (retry,)
+
+
+def reopen(uri: str) -> None:
+    """Take `_run.json` away before rows change: from here until `finish` the folder is not finished."""
+    storage.remove(storage.join(uri, RUN_FILE))
+
+
+def prune(uri: str, rows: Iterable[DoneRow], current: Mapping[str, DoneRow], compression: str) -> int:
+    """Take out rows that do not count: older duplicates, rows of changed and of deleted videos. How many went."""
+    drop: dict[str, set[str]] = {}
+    twice: set[tuple[str, str]] = set()
+    for row in rows:
+        key = (row.part, row.ref.video_id)
+        if current.get(row.ref.video_id) is not row or key in twice:
+            drop.setdefault(row.part, set()).add(row.ref.video_id)
+        twice.add(key)
+    for part, ids in drop.items():
+        table = read_part(storage.join(uri, part))
+        keep = table.filter(pc.invert(pc.is_in(table["video_id"], pa.array(sorted(ids)))))
+        if keep.num_rows:
+            write_part(uri, keep, compression)
+        storage.remove(storage.join(uri, part))
+    return sum(len(ids) for ids in drop.values())
+
+
+def accounting(manifest: Manifest, split: str | None, current: Mapping[str, DoneRow]) -> dict[str, Any]:
+    """inputs = ok + failed + skipped, failures by reason; what has no row is skipped by the split or by the limit."""
+    ok = sum(row.status == "ok" for row in current.values())
+    reasons = Counter(row.error_type or "internal" for row in current.values() if row.status == "failed")
+    missing = [ref for ref in manifest.rows if ref.video_id not in current]
+    by_split = sum(split is not None and ref.split != split for ref in missing)
+    return {
+        "inputs": len(manifest.rows),
+        "ok": ok,
+        "failed": sum(reasons.values()),
+        "skipped": len(missing),
+        "skipped_by": {"split": by_split, "limit": len(missing) - by_split},
+        "failed_by_type": dict(reasons.most_common()),
+        "with_warnings": sum(row.status == "ok" and row.has_warnings for row in current.values()),
+    }
+
+
+def finish(uri: str, kind: Kind, status: str, manifest: Manifest, counts: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `_run.json`, the last file of a run, and return it."""
+    config = read_json(storage.join(uri, CONFIG_FILE)) or {}
+    parts = [{"name": storage.name_of(part.uri), "bytes": part.size_bytes} for part in list_parts(uri)]
+    run = {
+        "format": FORMAT,
+        "kind": kind,
+        "status": status,
+        "counts": dict(counts),
+        "manifest": {"uri": storage.redact(manifest.uri), "id": manifest.id, "sha256": manifest.sha256},
+        "classes": manifest.classes,
+        "identity": config.get("config", {}),
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "ended": now(),
+        "parts": parts,
+        **more,
+    }
+    write_json(storage.join(uri, RUN_FILE), run)
+    return run
+
+
+def close_run(
+    out: str,
+    kind: Kind,
+    manifest: Manifest,
+    wanted: Sequence[VideoRef],
+    todo: Sequence[VideoRef],
+    split: str | None,
+    config: Config,
+    started: float,
+    seconds: Mapping[str, float],
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Take out rows that do not count, do the accounting and write `_run.json`. RunFailed where a wanted video has no row."""
+    rows = done_rows(out)
+    current = pick_current(rows, manifest)
+    stale = any(current.get(row.ref.video_id) is not row for row in rows)
+    storage.remove(storage.join(out, TODO_FILE))
+    finished = read_json(storage.join(out, RUN_FILE))
+    unchanged = finished is not None and finished.get("manifest", {}).get("sha256") == manifest.sha256
+    counts = accounting(manifest, split, current)
+    if not todo and not stale and finished is not None and unchanged and finished["counts"] == counts:
+        return finished
+    reopen(out)
+    if stale:
+        prune(out, rows, current, config.output.compression)
+    lost = [ref.uri for ref in wanted if ref.video_id not in current]
+    run = finish(
+        out,
+        kind,
+        "failed" if lost else "complete",
+        manifest,
+        counts,
+        {
+            "config": config.model_dump(mode="json"),
+            "split": split,
+            "started": _iso(started),
+            "wall_seconds": round(time.time() - started, 2),
+            "videos_done_now": len(todo),
+            "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "slowest_stage": max(seconds, key=lambda name: seconds[name]) if seconds else None,
+            **more,
+        },
+    )
+    if lost:
+        raise RunFailed(
+            f"{out}: {len(lost)} of {len(wanted)} videos have no row (first: {storage.redact(lost[0])}); give the same command again"
+        )
+    return run
+
+
+def _iso(timestamp: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(timestamp))
+
+
+def verify(uri: str) -> dict[str, Any]:
+    """Check a run folder against its own accounting and, where it can be read, against its manifest.
+
+    Returns {"uri", "kind", "counts", "checks", "problems"}; a run adds up when "problems" is empty.
+    Raises RunError where there is no finished run to verify.
+    """
+    uri = storage.normalize(uri)
+    run = read_run(uri)
+    problems: list[str] = []
+    listed, there = (
+        {part["name"]: part["bytes"] for part in run["parts"]},
+        {storage.name_of(part.uri): part.size_bytes for part in list_parts(uri)},
+    )
+    problems += [f"{name}: listed in {RUN_FILE} but missing" for name in sorted(listed.keys() - there.keys())]
+    problems += [f"{name}: not listed in {RUN_FILE}" for name in sorted(there.keys() - listed.keys())]
+    rows: list[DoneRow] = []
+    for name in sorted(there):
+        try:
+            problems += _check_part(storage.join(uri, name), run["kind"])
+        except RunError as error:
+            problems.append(str(error))
+    if not problems:
+        rows = done_rows(uri)
+    ids = Counter(row.ref.video_id for row in rows)
+    problems += [f"video {video}: {count} rows" for video, count in ids.items() if count > 1][:20]
+    counts = run["counts"]
+    if counts["inputs"] != counts["ok"] + counts["failed"] + counts["skipped"]:
+        problems.append(f"inputs {counts['inputs']} != ok {counts['ok']} + failed {counts['failed']} + skipped {counts['skipped']}")
+    for status in ("ok", "failed"):
+        found = sum(row.status == status for row in rows)
+        if found != counts[status]:
+            problems.append(f"{found} rows are {status}, {RUN_FILE} says {counts[status]}")
+    if run["status"] != "complete":
+        problems.append(f"the run's status is {run['status']!r}")
+    checks = ["parts", "rows", "counts"]
+    checks.append(_check_manifest(run, rows, problems))
+    return {"uri": storage.redact(uri), "kind": run["kind"], "counts": counts, "checks": checks, "problems": problems}
+
+
+def _check_part(uri: str, kind: str) -> list[str]:
+    name = storage.name_of(uri)
+    table = read_part(uri)
+    problems = []
+    columns = schema.FEATURES if kind == "features" else schema.PREDICTIONS
+    missing = [column.name for column in columns if column.name not in table.column_names and column.name != "scores"]
+    if missing:
+        return [f"{name}: lacks the columns {missing}"]
+    if name != part_name(table["video_id"].to_pylist()):
+        problems.append(f"{name}: its name does not fit the videos in it")
+    statuses = set(table["status"].to_pylist())
+    if not statuses <= {"ok", "failed"}:
+        problems.append(f"{name}: statuses {sorted(statuses)}")
+    failed = table.filter(pc.equal(table["status"], "failed"))
+    unknown = set(failed["error_type"].to_pylist()) - set(ERROR_TYPES)
+    if unknown:
+        problems.append(f"{name}: unknown error types {sorted(map(str, unknown))}")
+    ok = table.filter(pc.equal(table["status"], "ok"))
+    for column in ("visual", "object_ids", "frame_index") if kind == "features" else ("selected_slot", "top_labels", "frame_pts_s"):
+        if ok[column].null_count:
+            problems.append(f"{name}: {ok[column].null_count} rows are ok without {column}")
+    return problems
+
+
+def _check_manifest(run: Mapping[str, Any], rows: Sequence[DoneRow], problems: list[str]) -> str:
+    try:
+        manifest = read_manifest(run["manifest"]["uri"])
+    except (ValueError, StorageError) as error:
+        return f"manifest not checked ({error})"
+    if manifest.sha256 != run["manifest"]["sha256"]:
+        return "manifest not checked (it changed since this run)"
+    refs = {ref.video_id: ref for ref in manifest.rows}
+    for row in rows:
+        ref = refs.get(row.ref.video_id)
+        if ref is None:
+            problems.append(f"video {row.ref.video_id} ({storage.redact(row.ref.uri)}): not in the manifest")
+        elif not same_content(ref, row.ref):
+            problems.append(f"video {row.ref.video_id} ({storage.redact(row.ref.uri)}): the row is of another version of the file")
+    if run["counts"]["inputs"] != len(refs):
+        problems.append(f"the manifest has {len(refs)} videos, {RUN_FILE} says {run['counts']['inputs']}")
+    have = {row.ref.video_id for row in rows}
+    lost = [ref for ref in manifest.rows if ref.video_id not in have]
+    if len(lost) != run["counts"]["skipped"]:
+        problems.append(f"{len(lost)} videos of the manifest have no row, {RUN_FILE} says {run['counts']['skipped']} were skipped")
+    return "manifest"

@@ -1,0 +1,294 @@
+"""Ray for the stages that use it: start or join a cluster, quiet logs, shared progress, jobs. Imports ray only when called."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from tsq_ray import runs, schema, storage
+from tsq_ray.config import OutputConfig
+from tsq_ray.errors import RunFailed, TsqError
+from tsq_ray.manifest import VideoRef
+
+T = TypeVar("T")
+_POLL_S = 0.5
+_PLAIN_EVERY_S = 15.0
+
+
+@contextlib.contextmanager
+def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
+    """A Ray cluster for the time of the `with`: the one at `address` ("auto", ray://..., host:port), or one started here.
+
+    A cluster that is already connected is used and left as it is. Raises RunFailed where `address` does not answer.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # usage statistics would be a request to the outside that nobody asked for
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    level = logging.INFO if debug else logging.ERROR
+    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": level}
+    if address is None:
+        options |= {"include_dashboard": False, "num_gpus": None}
+    else:
+        options |= {"address": address}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"--address {address}: no Ray cluster answers there" if address else "Ray could not be started here"
+        raise RunFailed(f"{where} ({_one_line(error)}); start one with: ray start --head, or leave --address out") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def quiet_data(debug: bool = False) -> Any:
+    """Ray Data's context with its own bars and chatter off: our progress is shown instead."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = debug
+    context.execution_options.preserve_order = False
+    # a cluster may wait long for GPUs to be free
+    if hasattr(context, "execution_no_progress_timeout_s"):
+        context.execution_no_progress_timeout_s = 24 * 3600
+    if not debug:
+        for name in ("ray.data", "ray.train", "ray.serve", "ray"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    return context
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a Ray error is about: the exception the user's code raised, under Ray's wrappers."""
+    seen = error
+    while True:
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        if inner is None or inner is seen:
+            return seen
+        seen = inner
+
+
+def run_failed(error: BaseException, doing: str) -> TsqError:
+    """A one-line error for what came out of Ray; an error of this package keeps its kind."""
+    cause = root_cause(error)
+    if isinstance(cause, TsqError):
+        return cause
+    last = str(cause).strip().splitlines()
+    return RunFailed(
+        f"{doing} failed: {type(cause).__name__}: {last[-1] if last else ''}; give the same command again to go on (--debug shows more)"
+    )
+
+
+@dataclass
+class Counts:
+    """Shared counters of a run; an instance lives in a Ray actor."""
+
+    ok: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+
+    def add(self, statuses: Sequence[str | None]) -> None:
+        """One entry a video: None for ok, else the error type."""
+        self.ok += sum(status is None for status in statuses)
+        self.failed.update(status for status in statuses if status is not None)
+
+    def get(self) -> tuple[int, dict[str, int]]:
+        """Videos ok, failed ones by type."""
+        return self.ok, dict(self.failed)
+
+
+def start_counts() -> Any:
+    """A Counts actor for `run_with_progress` and the workers."""
+    import ray
+
+    return ray.remote(num_cpus=0)(Counts).remote()
+
+
+def run_with_progress(work: Callable[[], T], counts: Any, total: int, what: str, show: bool = True, unit: str = "videos") -> T:
+    """Run `work` in a thread and show videos done / failed / left, videos/s and ETA: a bar on a terminal, plain lines elsewhere."""
+    import ray
+
+    result: list[T] = []
+    raised: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            result.append(work())
+        except BaseException as error:  # noqa: BLE001  handed to the caller below
+            raised.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    with progress_display(total, what, show, unit) as update:
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            with contextlib.suppress(ray.exceptions.RayError):
+                ok, failed = ray.get(counts.get.remote(), timeout=10)
+                update(ok, sum(failed.values()))
+    if raised:
+        raise raised[0]
+    return result[0]
+
+
+@contextlib.contextmanager
+def progress_display(total: int, what: str, show: bool = True, unit: str = "videos") -> Iterator[Callable[[int, int], None]]:
+    """Yields update(ok, failed). Output goes to stderr, so that --json keeps stdout to itself."""
+    started = time.monotonic()
+
+    def line(ok: int, failed: int) -> str:
+        done, seconds = ok + failed, time.monotonic() - started
+        rate = done / seconds if seconds > 0 else 0.0
+        left = max(0, total - done)
+        eta = f"{left / rate:.0f} s" if rate > 0 else "?"
+        return f"{what}: {done}/{total} done, {failed} failed, {left} left, {rate:.2f} {unit}/s, ETA {eta}"
+
+    if not show:
+        yield lambda ok, failed: None
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        bar = Progress(BarColumn(30), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+        with bar:
+            task = bar.add_task(line(0, 0), total=total)
+            yield lambda ok, failed: bar.update(task, completed=ok + failed, description=line(ok, failed))
+        return
+    last = [0.0]
+
+    def plain(ok: int, failed: int) -> None:
+        if time.monotonic() - last[0] >= _PLAIN_EVERY_S and (ok or failed):
+            last[0] = time.monotonic()
+            print(line(ok, failed), file=sys.stderr, flush=True)  # noqa: T201
+
+    yield plain
+
+
+def todo_dataset(ray: Any, todo: Sequence[VideoRef], out: str, batch_size: int) -> Any:
+    """The videos to do as a Ray dataset of manifest rows, in blocks of `batch_size`: a block is what a worker takes at a time."""
+    place = storage.join(out, runs.TODO_FILE)
+    table = schema.table_from_rows((vars(row) for row in todo), schema.manifest_schema(None))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage.write_bytes(place, sink.getvalue().to_pybytes())
+    fs, path = storage.filesystem(place)
+    arrow_fs = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
+    data = ray.data.read_parquet(path, filesystem=arrow_fs, num_cpus=0.1, override_num_blocks=1)
+    return data.repartition(target_num_rows_per_block=batch_size)
+
+
+def refs_of(table: pa.Table) -> list[VideoRef]:
+    """Manifest rows of a batch."""
+    names = [column.name for column in schema.MANIFEST]
+    return [VideoRef(**record) for record in table.select(names).to_pylist()]
+
+
+STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = ("_decode_s", "_encode_s", "_sample_s", "_recognize_s")
+"""Columns that carry a row's seconds in each stage up to `write_parts`; they are not written."""
+
+
+def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema) -> pa.Table:
+    """Rows of a run as a table that Ray Data leaves alone: tensors as plain lists, and the seconds that each row took."""
+    table = schema.to_storage(schema.table_from_rows(rows, arrow))
+    for name in STAGE_SECONDS:
+        table = table.append_column(pa.field(name, pa.float64()), pa.array([row.get(name) or 0.0 for row in rows], pa.float64()))
+    return table
+
+
+def write_parts(data: Any, out: str, arrow: pa.Schema, output: OutputConfig) -> dict[str, float]:
+    """Run a dataset of transport tables and publish its rows as parts of the run folder; seconds by stage, summed over the rows."""
+    import ray
+
+    data = data.map_batches(
+        WritePart,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0.1,
+        batch_size=output.rows_per_file,
+        batch_format="pyarrow",
+        fn_constructor_args=(out, arrow, output.compression),
+    )
+    totals: dict[str, float] = {}
+    for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for name in table.column_names:
+            totals[name] = totals.get(name, 0.0) + pc.sum(table[name]).as_py()
+    return {name: value for name, value in totals.items() if value > 0}
+
+
+class WritePart:
+    """Rows -> one part of the run folder, whole or not at all."""
+
+    def __init__(self, out: str, arrow: pa.Schema, compression: str) -> None:
+        self.out, self.arrow, self.compression = out, arrow, compression
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Transport table -> one row of seconds by stage."""
+        started = time.perf_counter()
+        runs.write_part(self.out, schema.from_storage(batch, self.arrow), self.compression)
+        seconds = {name.strip("_").removesuffix("_s"): pc.sum(batch[name]).as_py() for name in STAGE_SECONDS}
+        return pa.table({name: [value] for name, value in (seconds | {"write": time.perf_counter() - started}).items()})
+
+
+def share_cpus(total: float, workers: int, reserve: float = 0.5) -> float:
+    """Logical CPUs for each of `workers`, so that `reserve` is left for reading and writing tasks on a small cluster."""
+    return max(0.1, int((total - reserve) / max(1, workers) * 20) / 20)
+
+
+def submit_job(argv: Sequence[str], address: str | None, env: Mapping[str, str] | None = None) -> str:
+    """Submit `tsq ARGV` as a Ray job; its id. The package travels with it. RunFailed where the cluster does not answer."""
+    from ray.job_submission import JobSubmissionClient
+
+    where = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    package = str(Path(__file__).parent)
+    try:
+        client = JobSubmissionClient(where)
+        return client.submit_job(
+            entrypoint=_quote(["python", "-m", "tsq_ray", *argv, "--address", "auto"]),
+            runtime_env={"py_modules": [package], "env_vars": dict(env or {})},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RunFailed(f"--submit to {where}: {_one_line(error)}; check --address and that the cluster's dashboard is up") from error
+
+
+def follow_job(job_id: str, address: str | None) -> str:
+    """Print a job's log until it ends; its final status."""
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265")
+    shown = 0
+    while True:
+        status = client.get_job_status(job_id)
+        logs = client.get_job_logs(job_id)
+        sys.stdout.write(logs[shown:])
+        sys.stdout.flush()
+        shown = len(logs)
+        if status.is_terminal():
+            return str(status.value)
+        time.sleep(1)
+
+
+def _quote(argv: Sequence[str]) -> str:
+    import shlex
+
+    return shlex.join(argv)

@@ -1,0 +1,128 @@
+"""The Serve graph: decoder -> sampler -> recogniser. Bulk scoring and the endpoint run the same one.
+
+Each deployment hands its answer to the next one by reference: frames go from replica to replica, not through the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from tsq_ray.bundle import load_bundle
+from tsq_ray.config import Config, ReplicaConfig
+from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
+from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.manifest import VideoRef
+from tsq_ray.stages import Recognize, Sample, Sampled, bundle_specs, source_of
+
+Decoded = tuple[VideoRef, DecodedVideo | VideoError | StorageError]
+
+
+def deployment_options(config: ReplicaConfig) -> dict[str, Any]:
+    """Options of a deployment: resources, autoscaling between minimum and maximum, bounded queue."""
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        "max_ongoing_requests": config.max_ongoing_requests,
+        "max_queued_requests": -1,  # the entry bounds what comes in; between the stages nothing may be turned away
+    }
+    if config.min_replicas == config.max_replicas:
+        return options | {"num_replicas": config.min_replicas}
+    target = max(1.0, config.max_ongoing_requests / 2)
+    scaling = {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas, "target_ongoing_requests": target}
+    return options | {"autoscaling_config": scaling}
+
+
+def _threads(config: Config) -> None:
+    import torch
+
+    torch.set_num_threads(config.resources.threads or os.cpu_count() or 1)
+
+
+@serve.deployment
+class Decoder:
+    """Fetches and decodes in killable children."""
+
+    def __init__(self, model: str, config: Config) -> None:
+        bundle = load_bundle(model)
+        self.pool = DecodePool(config.decode, bundle_specs(bundle, config.sampler.mode), config.serve.decoder_processes)
+
+    async def __call__(self, ref: VideoRef, upload: bytes | None = None) -> Decoded:
+        """A manifest row, or an upload under a made-up row, -> its frames or its failure."""
+        if upload is None:
+            return ref, await asyncio.wrap_future(self.pool.submit(source_of(ref)))
+        with tempfile.TemporaryDirectory(prefix="tsq-upload-") as folder:
+            path = os.path.join(folder, "video")
+            await asyncio.to_thread(_write, path, upload)
+            return ref, await asyncio.wrap_future(self.pool.submit(VideoSource(path)))
+
+
+def _write(path: str, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+@serve.deployment
+class Sampler:
+    """Encodes the T frames and chooses K; requests that wait together go through the networks together."""
+
+    def __init__(self, model: str, config: Config) -> None:
+        _threads(config)
+        self.sample = Sample(load_bundle(model), config.sampler)
+        self.run.set_max_batch_size(config.serve.batch_size)  # type: ignore[attr-defined]
+        self.run.set_batch_wait_timeout_s(config.serve.batch_wait_s)  # type: ignore[attr-defined]
+
+    @serve.batch
+    async def run(self, items: list[Decoded]) -> list[Sampled]:
+        """A batch."""
+        return await asyncio.to_thread(self.sample, items)
+
+    async def __call__(self, item: Decoded) -> Sampled:
+        """One video's frames, or its failure, -> its row so far and the pictures to recognise."""
+        return await self.run(item)
+
+
+@serve.deployment
+class Recognizer:
+    """Recognises the chosen frames."""
+
+    def __init__(self, model: str, config: Config) -> None:
+        _threads(config)
+        self.recognize = Recognize(load_bundle(model), config.sampler)
+        self.run.set_max_batch_size(config.serve.batch_size)  # type: ignore[attr-defined]
+        self.run.set_batch_wait_timeout_s(config.serve.batch_wait_s)  # type: ignore[attr-defined]
+
+    @serve.batch
+    async def run(self, items: list[Sampled]) -> list[dict[str, Any]]:
+        """A batch."""
+        return await asyncio.to_thread(self.recognize, items)
+
+    async def __call__(self, item: Sampled) -> dict[str, Any]:
+        """One video's chosen frames -> its prediction row."""
+        return await self.run(item)
+
+
+class Graph:
+    """The three deployments in a row."""
+
+    def __init__(self, decoder: DeploymentHandle, sampler: DeploymentHandle, recognizer: DeploymentHandle) -> None:
+        self.decoder, self.sampler, self.recognizer = decoder, sampler, recognizer
+
+    async def score(self, ref: VideoRef, upload: bytes | None = None) -> dict[str, Any]:
+        """The prediction row of one video; a failed video is a row too."""
+        decoded = self.decoder.remote(ref, upload)
+        return await self.recognizer.remote(self.sampler.remote(decoded))
+
+
+def bind_graph(model: str, config: Config) -> tuple[Any, Any, Any]:
+    """The three deployments with the options of `config.serve`, bound to the bundle at `model`."""
+    options = config.serve
+    return (
+        Decoder.options(**deployment_options(options.decoder)).bind(model, config),  # type: ignore[attr-defined]
+        Sampler.options(**deployment_options(options.sampler)).bind(model, config),  # type: ignore[attr-defined]
+        Recognizer.options(**deployment_options(options.recognizer)).bind(model, config),  # type: ignore[attr-defined]
+    )

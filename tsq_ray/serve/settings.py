@@ -1,0 +1,58 @@
+"""Settings of a scoring: the bundle's own, and the few that may be overridden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tsq_ray import storage
+from tsq_ray.bundle import read_bundle_settings
+from tsq_ray.config import Config, check_budget, flatten, load_config
+from tsq_ray.errors import ConfigError
+
+FREE = (
+    "sampler.budget",
+    "sampler.lambda_visual",
+    "sampler.mode",
+    "sampler.seed",
+    "decode.timeout_s",
+    "decode.max_",
+    "resources.",
+    "output.",
+    "serve.",
+    "train.",
+    "finetune.",
+    "encoders.text.",
+)
+"""Settings that scoring may change, or that it does not read; the others are what the bundle was trained with."""
+
+
+def scoring_config(model: str, path: str | None = None, sets: Iterable[str] = (), settings: Mapping[str, Any] | None = None) -> Config:
+    """The bundle's settings with a TOML file's, `sets` and nested `settings` on top.
+
+    ConfigError where they would change what the bundle was trained with, or K is above T.
+    """
+    content, _ = read_bundle_settings(model)
+    own = {name: value for name, value in content["config"].items() if value is not None}
+    base: dict[str, Any] = {**own}
+    before = flatten(load_config(None, (), base).model_dump(mode="json"))
+    if settings:
+        base = _layered(base, settings)
+    config = load_config(path, sets, base)
+    after = flatten(config.model_dump(mode="json"))
+    differ = [key for key in after if not key.startswith(FREE) and not key.endswith(".weights") and before.get(key) != after[key]]
+    if differ:
+        shown = "; ".join(f"{key}: {before.get(key)!r} in the bundle, {after[key]!r} asked for" for key in differ[:5])
+        raise ConfigError(
+            f"{storage.redact(model)}: scoring cannot change what the bundle was trained with ({shown}); it may set sampler.budget, "
+            "sampler.lambda_visual, sampler.mode, sampler.seed and resources.*"
+        )
+    check_budget(config.sampler.budget, config.decode.num_frames)
+    return config
+
+
+def _layered(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in more.items():
+        merged[key] = _layered(merged.get(key) or {}, value) if isinstance(value, Mapping) and key != "model_args" else value
+    return merged

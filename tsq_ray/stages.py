@@ -1,0 +1,321 @@
+"""Decode, encode, sample, recognize as plain callables on batches: no Ray here. Ray Data and Ray Serve wrap these.
+
+Legend: T frames (slots) a video, N distinct source frames, K chosen, C classes, D dims.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsq_ray import bundle as bundles
+from tsq_ray import storage
+from tsq_ray.bundle import Bundle
+from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, SamplerConfig, check_budget
+from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource
+from tsq_ray.encoders import FrameEncoder, best_device, encode_pictures, load_encoder, top_objects
+from tsq_ray.errors import ModelError, StorageError, VideoError
+from tsq_ray.manifest import VideoRef
+from tsq_ray.model import TSQNet, baselines, object_embeddings, saliency, select_frames
+from tsq_ray.model.selection import Selection
+from tsq_ray.schema import TOP_LABELS
+
+VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
+"""The three pictures that one decode makes of each frame."""
+
+
+def frame_spec(config: ModelConfig) -> FrameSpec:
+    """The picture a network wants."""
+    return FrameSpec(config.size, config.resize, config.interpolation)
+
+
+def bundle_specs(bundle: Bundle, mode: str) -> dict[str, FrameSpec]:
+    """The pictures that scoring with `mode` needs, and no others: baselines leave the sampler's encoders out."""
+    specs = {}
+    if mode in (*TSQ_MODES, "maxconf-l"):
+        specs[VISUAL] = frame_spec(bundle.encoders.visual)
+    if mode in TSQ_MODES and bundle.objects is not None and mode != "visual":
+        specs[OBJECTS] = frame_spec(bundle.encoders.objects)
+    if bundle.recognizer is not None:
+        specs[RECOGNIZER] = frame_spec(bundle.recognizer.config)
+    return specs
+
+
+def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
+    """A network by its settings; `weights` may also name what `tsq finetune` wrote."""
+    if (
+        config.weights != "hub"
+        and not config.weights.startswith(("package:", "random:"))
+        and storage.is_folder(storage.normalize(config.weights))
+    ):
+        return bundles.load_classifier(config.weights).encoder
+    return load_encoder(config, with_head)
+
+
+def classifier_settings(uri: str) -> ModelConfig:
+    """Settings that load the classifier at `uri` as a network: its own model and preprocessing, its weights."""
+    return bundles.load_classifier(uri).encoder.config.model_copy(update={"weights": storage.normalize(uri)})
+
+
+def identity_row(ref: VideoRef) -> dict[str, Any]:
+    """The manifest's columns of a row."""
+    return {**asdict(ref), "labels": list(ref.labels) if ref.labels is not None else None}
+
+
+def failed_row(ref: VideoRef, error: VideoError | StorageError) -> dict[str, Any]:
+    """The row of a video that cannot be used."""
+    message = storage.redact(" ".join(str(error).split()))[:500]
+    return {**identity_row(ref), "status": "failed", "error_type": error.error_type, "error_message": message, "warnings": []}
+
+
+def source_row(ref: VideoRef, video: DecodedVideo) -> dict[str, Any]:
+    """The columns that features and predictions share for a video that is ok."""
+    names = ("duration_s", "fps", "width", "height", "codec", "source_num_frames", "frame_pts_s", "warnings")
+    return {**identity_row(ref), "status": "ok", **{name: getattr(video, name) for name in names}}
+
+
+def source_of(ref: VideoRef) -> VideoSource:
+    """What decode needs of a manifest row."""
+    return VideoSource(ref.uri, ref.size_bytes, ref.etag, ref.modified)
+
+
+class Decode:
+    """Manifest rows -> frames, each video in a killable child; a video's failure is a value, not an exception."""
+
+    def __init__(self, config: DecodeConfig, specs: Mapping[str, FrameSpec], num_processes: int = 1) -> None:
+        self.pool = DecodePool(config, specs, num_processes)
+
+    def __call__(self, refs: Sequence[VideoRef]) -> list[DecodedVideo | VideoError | StorageError]:
+        """In the order of `refs`."""
+        return self.pool.decode([source_of(ref) for ref in refs])
+
+    def close(self) -> None:
+        """End the children."""
+        self.pool.close()
+
+
+@dataclass
+class FrameFeatures:
+    """What the cheap encoders say of a video's T frames; `object_*` are None without a textual module."""
+
+    visual: np.ndarray
+    """float32 [T, D]."""
+    object_ids: np.ndarray | None
+    """int16 [T, 10]."""
+    object_probs: np.ndarray | None
+    """float32 [T, 10]."""
+    visual_logits: np.ndarray | None = None
+    """float32 [T, C] of the frame head, where the visual encoder has one."""
+    recognizer_logits: np.ndarray | None = None
+    """float32 [T, C], where a recogniser was given."""
+
+
+class Encode:
+    """Frames -> FrameFeatures. Each distinct source frame is encoded once."""
+
+    def __init__(
+        self,
+        visual: FrameEncoder,
+        objects: FrameEncoder | None,
+        recognizer: FrameEncoder | None = None,
+        device: torch.device | None = None,
+        chunk: int = 64,
+    ) -> None:
+        self.device = device or best_device()
+        self.visual = visual.to(self.device)
+        self.objects = objects.to(self.device) if objects is not None else None
+        self.recognizer = recognizer.to(self.device) if recognizer is not None else None
+        self.chunk = chunk
+
+    def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
+        """In the order of `videos`; frames of all of them go through each network together."""
+        if not videos:
+            return []
+        visual, visual_logits = self._run(self.visual, videos, VISUAL)
+        ids: list[Any] = [None] * len(videos)
+        probs: list[Any] = [None] * len(videos)
+        logits: list[Any] = [None] * len(videos)
+        if self.objects is not None:
+            _, object_logits = self._run(self.objects, videos, OBJECTS)
+            assert object_logits is not None
+            for number, scores in enumerate(object_logits):
+                top_ids, top_probs = top_objects(scores)
+                ids[number], probs[number] = top_ids.numpy().astype(np.int16), top_probs.numpy()
+        if self.recognizer is not None:
+            _, found = self._run(self.recognizer, videos, RECOGNIZER)
+            assert found is not None
+            logits = [scores.numpy() for scores in found]
+        frame_logits = [scores.numpy() for scores in visual_logits] if visual_logits is not None else [None] * len(videos)
+        return [FrameFeatures(feature.numpy(), *rest) for feature, *rest in zip(visual, ids, probs, frame_logits, logits, strict=True)]
+
+    def _run(self, encoder: FrameEncoder, videos: Sequence[DecodedVideo], name: str) -> tuple[list[Tensor], list[Tensor] | None]:
+        pictures = np.concatenate([video.frames[name] for video in videos])
+        features, logits = encode_pictures(encoder, pictures, self.chunk)
+        counts = [len(video.frames[name]) for video in videos]
+        slots = [torch.from_numpy(video.slot_frame.astype(np.int64)) for video in videos]
+
+        def per_slot(values: Tensor) -> list[Tensor]:
+            return [part[slot] for part, slot in zip(values.split(counts), slots, strict=True)]
+
+        return per_slot(features), per_slot(logits) if logits is not None else None
+
+
+@dataclass
+class Sampled:
+    """A video on its way to the recogniser: its row so far, and the pictures to look at."""
+
+    row: dict[str, Any]
+    pictures: np.ndarray
+    """uint8 [n, H, W, 3]: the chosen frames; every frame of the T for `maxconf`; none of a failed video."""
+    frame_index: np.ndarray
+    """int32 [T]."""
+    choose: bool = False
+    """Whether the recogniser has yet to choose (maxconf)."""
+
+
+class Sample:
+    """Decoded videos -> the K frames of each (paper, section 3.3), or those of a baseline."""
+
+    def __init__(self, bundle: Bundle, config: SamplerConfig, device: torch.device | None = None) -> None:
+        check_sampler(bundle, config)
+        self.config, self.task = config, bundle.task
+        self.textual = bundle.objects is not None and config.mode in TSQ_MODES and config.mode != "visual"
+        self.encode: Encode | None = None
+        self.device = device or best_device()
+        if config.mode in (*TSQ_MODES, "maxconf-l"):
+            self.encode = Encode(bundle.encoder, bundle.objects if self.textual else None, device=self.device)
+            self.network: TSQNet = bundle.sampler.to(self.device).eval()
+            self.network.fold()
+            self.vocabulary = bundle.vocabulary.to(self.device) if self.textual and bundle.vocabulary is not None else None
+
+    def __call__(self, items: Sequence[tuple[VideoRef, DecodedVideo | VideoError | StorageError]]) -> list[Sampled]:
+        """In the order of `items`."""
+        started = time.perf_counter()
+        videos = [video for _, video in items if isinstance(video, DecodedVideo)]
+        chosen = iter(self._choose([ref for ref, video in items if isinstance(video, DecodedVideo)], videos))
+        share_ms = (time.perf_counter() - started) * 1000 / max(1, len(videos))
+        sampled = []
+        for ref, video in items:
+            if not isinstance(video, DecodedVideo):
+                sampled.append(Sampled(failed_row(ref, video), np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, np.int32)))
+                continue
+            selection, curves = next(chosen)
+            row = source_row(ref, video) | curves | {"decode_ms": video.decode_ms, "sample_ms": share_ms}
+            pictures = video.frames[RECOGNIZER]
+            if selection is None:
+                sampled.append(Sampled(row, pictures[video.slot_frame], video.frame_index, choose=True))
+            else:
+                row |= selection_columns(selection, video.frame_index, video.frame_pts_s)
+                sampled.append(Sampled(row, pictures[video.slot_frame[selection.slots]], video.frame_index))
+        return sampled
+
+    def _choose(self, refs: Sequence[VideoRef], videos: Sequence[DecodedVideo]) -> list[tuple[Selection | None, dict[str, Any]]]:
+        config = self.config
+        if config.mode == "uniform":
+            return [(baselines.uniform(video.frame_index, config.budget), {}) for video in videos]
+        if config.mode == "random":
+            return [
+                (baselines.random(video.frame_index, config.budget, config.seed, ref.video_id), {})
+                for ref, video in zip(refs, videos, strict=True)
+            ]
+        if config.mode == "maxconf" or not videos:
+            return [(None, {}) for _ in videos]
+        assert self.encode is not None
+        features = self.encode(videos)
+        if config.mode == "maxconf-l":
+            return [
+                (baselines.maxconf(_probabilities(feature.visual_logits, self.task), video.frame_index, config.budget, "maxconf-l"), {})
+                for feature, video in zip(features, videos, strict=True)
+            ]
+        return self._query(features, videos)
+
+    @torch.inference_mode()
+    def _query(self, features: Sequence[FrameFeatures], videos: Sequence[DecodedVideo]) -> list[tuple[Selection | None, dict[str, Any]]]:
+        visual = torch.from_numpy(np.stack([feature.visual for feature in features])).to(self.device)
+        text = None
+        if self.vocabulary is not None:
+            ids = torch.from_numpy(np.stack([feature.object_ids for feature in features]).astype(np.int64)).to(self.device)  # type: ignore[arg-type]
+            probs = torch.from_numpy(np.stack([feature.object_probs for feature in features])).to(self.device)  # type: ignore[arg-type]
+            text = object_embeddings(ids, probs, self.vocabulary)
+        output = self.network(visual, text)
+        top = self.config.top_classes
+        by_visual = saliency(output.attention_visual, output.logits_visual, self.task, top).cpu().numpy()
+        by_text = None
+        if output.attention_textual is not None and output.logits_textual is not None:
+            by_text = saliency(output.attention_textual, output.logits_textual, self.task, top).cpu().numpy()
+        chosen: list[tuple[Selection | None, dict[str, Any]]] = []
+        for number, video in enumerate(videos):
+            textual = by_text[number] if by_text is not None else None
+            selection = select_frames(
+                by_visual[number],
+                textual,
+                video.frame_index,
+                self.config.budget,
+                self.config.lambda_visual,
+                self.config.mode,  # type: ignore[arg-type]
+            )
+            chosen.append((selection, {"saliency_visual": by_visual[number], "saliency_textual": textual}))
+        return chosen
+
+
+def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
+    """Refuse K > T (ConfigError), a bundle without a recogniser and a mode that it cannot serve (ModelError)."""
+    check_budget(config.budget, bundle.decode.num_frames)
+    if bundle.recognizer is None:
+        raise ModelError("the bundle has no recogniser; train it again with --recognizer URI (from tsq finetune --role recognizer)")
+    if config.mode == "textual" and bundle.objects is None:
+        raise ModelError("sampler.mode 'textual': the bundle was trained with train.modules = 'visual'; use 'visual' or a baseline")
+
+
+def selection_columns(selection: Selection, frame_index: np.ndarray, frame_pts_s: np.ndarray) -> dict[str, Any]:
+    """The prediction columns of a choice."""
+    return {
+        "selected_slot": selection.slots,
+        "selected_index": frame_index[selection.slots],
+        "selected_pts_s": frame_pts_s[selection.slots],
+        "selected_by": selection.selected_by,
+    }
+
+
+def _probabilities(logits: np.ndarray | Tensor | None, task: str) -> np.ndarray:
+    assert logits is not None
+    scores = torch.as_tensor(logits).float()
+    return (scores.softmax(-1) if task == "single" else scores.sigmoid()).numpy()
+
+
+class Recognize:
+    """The chosen frames -> one answer a video: their logits averaged, then softmax (sigmoid for multi-label)."""
+
+    def __init__(self, bundle: Bundle, config: SamplerConfig, device: torch.device | None = None) -> None:
+        assert bundle.recognizer is not None
+        self.recognizer = bundle.recognizer.to(device or best_device())
+        self.classes, self.task, self.config = bundle.classes, bundle.task, config
+
+    def __call__(self, items: Sequence[Sampled]) -> list[dict[str, Any]]:
+        """Prediction rows in the order of `items`; rows of failed videos pass through."""
+        started = time.perf_counter()
+        live = [item for item in items if len(item.pictures)]
+        if live:
+            _, logits = encode_pictures(self.recognizer, np.concatenate([item.pictures for item in live]))
+            assert logits is not None
+            for item, frame_logits in zip(live, logits.split([len(item.pictures) for item in live]), strict=True):
+                self._answer(item, frame_logits)
+            share_ms = (time.perf_counter() - started) * 1000 / len(live)
+            for item in live:
+                item.row["recognize_ms"] = share_ms
+        return [item.row for item in items]
+
+    def _answer(self, item: Sampled, frame_logits: Tensor) -> None:
+        if item.choose:
+            selection = baselines.maxconf(_probabilities(frame_logits, self.task), item.frame_index, self.config.budget, "maxconf")
+            item.row |= selection_columns(selection, item.frame_index, item.row["frame_pts_s"])
+            frame_logits = frame_logits[torch.from_numpy(selection.slots.astype(np.int64))]
+        scores = _probabilities(frame_logits.mean(0), self.task)
+        best = np.argsort(-scores, kind="stable")[:TOP_LABELS]
+        item.row |= {"scores": scores, "top_labels": [self.classes[number] for number in best], "top_scores": scores[best]}

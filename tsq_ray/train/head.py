@@ -1,0 +1,80 @@
+"""A linear head over frozen features with TSN's segment consensus: frame head, recogniser's head.
+
+Legend: V videos, T frames, D dims, C classes, S segments.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tsq_ray.config import FinetuneConfig
+
+
+def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, task: str) -> nn.Linear:
+    """Fit logits = W x + b so that the mean over a video's segments predicts its labels (TSN's average consensus).
+
+    Args:
+        features: float [V, T, D], the frozen backbone's.
+        targets: multi-hot [V, C].
+        config: each step takes one random frame of each of `segments` equal parts of the T frames.
+        task: "single" (cross entropy) or "multi" (binary cross entropy).
+
+    Features are standardised for the fit; the returned head takes them as they are: the scale is folded into its weights.
+    """
+    x, y = torch.from_numpy(np.ascontiguousarray(features)), torch.from_numpy(targets).float()
+    if task == "single":
+        y = y / y.sum(1, keepdim=True)
+    num_videos, num_frames, dim = x.shape
+    generator = torch.Generator().manual_seed(config.seed)
+    mean, scale = standard_scale(features)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        head = nn.Linear(dim, y.shape[1])
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    steps = config.epochs * -(-num_videos // config.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    segments = min(config.segments, num_frames)
+    for _ in range(config.epochs):
+        for batch in torch.randperm(num_videos, generator=generator).split(config.batch_size):
+            slots = segment_slots(len(batch), num_frames, segments, generator)
+            frames = (x[batch[:, None], slots].float() - mean) / scale
+            loss = classification_loss(head(frames).mean(1), y[batch], task)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        head.weight /= scale
+        head.bias -= head.weight @ mean
+    return head.eval().requires_grad_(False)
+
+
+def standard_scale(features: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Mean [D] and standard deviation [D] over all frames; dead dimensions get scale 1."""
+    flat = features.reshape(-1, features.shape[-1])
+    mean, std = flat.mean(0, dtype=np.float64), flat.std(0, dtype=np.float64)
+    return torch.from_numpy(mean).float(), torch.from_numpy(np.where(std > 1e-6, std, 1.0)).float()
+
+
+def segment_slots(num_videos: int, num_frames: int, segments: int, generator: torch.Generator) -> Tensor:
+    """One random slot of each of S equal segments: int64 [num_videos, S]."""
+    edges = torch.arange(segments + 1) * num_frames // segments
+    width = (edges[1:] - edges[:-1]).float()
+    return edges[:-1] + (torch.rand(num_videos, segments, generator=generator) * width).long()
+
+
+def classification_loss(logits: Tensor, targets: Tensor, task: str) -> Tensor:
+    """Cross entropy with targets that sum to 1, or binary cross entropy."""
+    if task == "single":
+        return F.cross_entropy(logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets)
+
+
+@torch.inference_mode()
+def head_logits(head: nn.Module, features: np.ndarray) -> np.ndarray:
+    """float [V, T, D] -> float32 [V, T, C]."""
+    return np.stack([head(torch.from_numpy(video.astype(np.float32))).numpy() for video in features])
