@@ -99,7 +99,7 @@ def extract(
                 )
             except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
                 raise runtime.run_failed(error, "extract") from error
-    return runs.close_run(out, "features", manifest, wanted, todo, split, config, started, seconds, {"weights": networks.hashes()})
+    return runs.close_run(out, "features", manifest, wanted, todo, split, config, started, seconds, lambda: {"weights": networks.hashes()})
 
 
 @dataclass
@@ -159,19 +159,22 @@ def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ExtractPlan, debug: 
     cpus, gpus = float(resources.get("CPU", 1)), int(resources.get("GPU", 0))
     gpus = min(gpus, config.resources.gpus) if config.resources.gpus >= 0 else gpus
     batch = config.resources.batch_size
-    data = runtime.todo_dataset(ray, todo, plan.out, batch)
     pool = ray.data.ActorPoolStrategy
     common: dict[str, Any] = {"batch_size": batch, "batch_format": "pyarrow", "fn_constructor_args": (plan,)}
     if gpus or config.resources.decoders:
         decoders = config.resources.decoders or max(1, int(cpus) - 1)
         encoders = max(1, gpus)
         each = runtime.share_cpus(cpus, decoders, reserve=0.5 + 0.2 * encoders)
-        data = data.map_batches(DecodeWorker, compute=pool(size=decoders), num_cpus=each, **common)
+        data = runtime.todo_dataset(ray, todo, decoders, batch).map_batches(
+            DecodeWorker, compute=pool(size=decoders), num_cpus=each, **common
+        )
         gpu = {"num_gpus": 1} if gpus else {}
         data = data.map_batches(EncodeWorker, compute=pool(size=encoders), num_cpus=0.2, **gpu, **common)
     else:
         workers = _num_workers(config, ray)
-        data = data.map_batches(ExtractWorker, compute=pool(size=workers), num_cpus=runtime.share_cpus(cpus, workers), **common)
+        data = runtime.todo_dataset(ray, todo, workers, batch).map_batches(
+            ExtractWorker, compute=pool(size=workers), num_cpus=runtime.share_cpus(cpus, workers), **common
+        )
     return runtime.write_parts(data, plan.out, plan.schema, config.output)
 
 

@@ -332,7 +332,7 @@ def read_manifest(uri: str) -> Manifest:
     except IsADirectoryError:
         raise ManifestError(f"manifest {uri}: is a folder; name the Parquet file that tsq index wrote") from None
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        table = pq.read_table(pa.BufferReader(data), use_threads=False)
     except (pa.ArrowInvalid, OSError):
         raise ManifestError(f"manifest {storage.redact(uri)}: not a Parquet file; make one with tsq index") from None
     missing = [column.name for column in schema.MANIFEST if column.name not in table.column_names]

@@ -14,7 +14,7 @@ import json
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,7 +31,6 @@ from tsq_ray.manifest import Manifest, VideoRef, read_manifest, same_content
 
 RUN_FILE = "_run.json"
 CONFIG_FILE = "_config.json"
-TODO_FILE = "_todo.parquet"
 FORMAT = 1
 Kind = Literal["features", "predictions"]
 _BRIEF = ["video_id", "uri", "size_bytes", "etag", "modified", "status", "error_type", "warnings"]
@@ -157,7 +156,8 @@ def read_part(part_uri: str, columns: list[str] | None = None) -> pa.Table:
     """One part, or some of its columns. RunError where it is not readable as Parquet."""
     try:
         with storage.open_read(part_uri) as file:
-            return pq.read_table(file, columns=columns)
+            # with threads pyarrow may abort at the interpreter's end when it read from a Python file
+            return pq.read_table(file, columns=columns, use_threads=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise RunError(f"{storage.redact(part_uri)}: not readable as Parquet ({error}); delete it and run again") from None
 
@@ -285,13 +285,12 @@ def close_run(
     config: Config,
     started: float,
     seconds: Mapping[str, float],
-    more: Mapping[str, Any],
+    more: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Take out rows that do not count, do the accounting and write `_run.json`. RunFailed where a wanted video has no row."""
     rows = done_rows(out)
     current = pick_current(rows, manifest)
     stale = any(current.get(row.ref.video_id) is not row for row in rows)
-    storage.remove(storage.join(out, TODO_FILE))
     finished = read_json(storage.join(out, RUN_FILE))
     unchanged = finished is not None and finished.get("manifest", {}).get("sha256") == manifest.sha256
     counts = accounting(manifest, split, current)
@@ -315,7 +314,7 @@ def close_run(
             "videos_done_now": len(todo),
             "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
             "slowest_stage": max(seconds, key=lambda name: seconds[name]) if seconds else None,
-            **more,
+            **more(),
         },
     )
     if lost:

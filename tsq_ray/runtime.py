@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs
-import pyarrow.parquet as pq
 
 from tsq_ray import runs, schema, storage
 from tsq_ray.config import OutputConfig
@@ -39,6 +37,8 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # usage statistics would be a request to the outside that nobody asked for
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not debug:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     if ray.is_initialized():
@@ -186,17 +186,20 @@ def progress_display(total: int, what: str, show: bool = True, unit: str = "vide
     yield plain
 
 
-def todo_dataset(ray: Any, todo: Sequence[VideoRef], out: str, batch_size: int) -> Any:
-    """The videos to do as a Ray dataset of manifest rows, in blocks of `batch_size`: a block is what a worker takes at a time."""
-    place = storage.join(out, runs.TODO_FILE)
+_MOST_BLOCKS = 20_000
+
+
+def todo_dataset(ray: Any, todo: Sequence[VideoRef], workers: int, batch_size: int) -> Any:
+    """The videos to do as a Ray dataset of manifest rows.
+
+    A block is what a worker takes at a time: a batch, less where few videos are to be shared out, more where there are so many that blocks
+    would swamp the driver. Made from Arrow tables, not read from a file: reading asks for a whole free CPU, which a small cluster
+    full of workers never has.
+    """
+    share = -(-len(todo) // (4 * max(1, workers)))
+    rows = max(1, min(batch_size, share), -(-len(todo) // _MOST_BLOCKS))
     table = schema.table_from_rows((vars(row) for row in todo), schema.manifest_schema(None))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(place, sink.getvalue().to_pybytes())
-    fs, path = storage.filesystem(place)
-    arrow_fs = pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
-    data = ray.data.read_parquet(path, filesystem=arrow_fs, num_cpus=0.1, override_num_blocks=1)
-    return data.repartition(target_num_rows_per_block=batch_size)
+    return ray.data.from_arrow([table.slice(start, rows) for start in range(0, len(todo), rows)])
 
 
 def refs_of(table: pa.Table) -> list[VideoRef]:

@@ -5,6 +5,7 @@ Legend: T frames (slots) a video, N distinct source frames, K chosen, C classes,
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -240,8 +241,8 @@ class Sample:
         visual = torch.from_numpy(np.stack([feature.visual for feature in features])).to(self.device)
         text = None
         if self.vocabulary is not None:
-            ids = torch.from_numpy(np.stack([feature.object_ids for feature in features]).astype(np.int64)).to(self.device)  # type: ignore[arg-type]
-            probs = torch.from_numpy(np.stack([feature.object_probs for feature in features])).to(self.device)  # type: ignore[arg-type]
+            ids = torch.from_numpy(np.stack([feature.object_ids for feature in features]).astype(np.int64)).to(self.device)  # type: ignore[misc]
+            probs = torch.from_numpy(np.stack([feature.object_probs for feature in features])).to(self.device)  # type: ignore[misc]
             text = object_embeddings(ids, probs, self.vocabulary)
         output = self.network(visual, text)
         top = self.config.top_classes
@@ -319,3 +320,15 @@ class Recognize:
         scores = _probabilities(frame_logits.mean(0), self.task)
         best = np.argsort(-scores, kind="stable")[:TOP_LABELS]
         item.row |= {"scores": scores, "top_labels": [self.classes[number] for number in best], "top_scores": scores[best]}
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prediction row as JSON values, without the manifest's labels; queries of presigned URLs are left out."""
+    plain: dict[str, Any] = {}
+    for name, value in row.items():
+        if name in ("labels", "label_names", "split"):
+            continue
+        if isinstance(value, (np.ndarray, np.generic)):
+            value = value.tolist()
+        plain[name] = storage.redact(value) if isinstance(value, str) else value
+    return json.loads(json.dumps(plain, default=str))

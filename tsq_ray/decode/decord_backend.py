@@ -8,16 +8,40 @@ away from it; `decode_exact` also wants decord's own frame times to be those of 
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import av
-import decord
 import numpy as np
 
 from tsq_ray.decode.frames import FrameStore
 from tsq_ray.decode.probe import UPRIGHT, PacketTable, Stream, display_matrix
 from tsq_ray.decode.pyav_backend import DecodeTrouble
+
+
+
+def _import_decord() -> Any:
+    """decord, without the CUDA libraries that it would load for all of the process to see.
+
+    Among them is a BLAS (nvblas) that then takes PyTorch's matrix products on the CPU, and crashes where there is no GPU; they also cost
+    every decoding child half a second and hundreds of megabytes.
+    """
+    absent = object()
+    before = sys.modules.get("nvidia", absent)
+    sys.modules["nvidia"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("decord")
+    finally:
+        if before is absent:
+            del sys.modules["nvidia"]
+        else:
+            sys.modules["nvidia"] = before  # type: ignore[assignment]
+
+
+decord = _import_decord()
 
 _PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE
 _MIN_SIDE = 32

@@ -63,10 +63,16 @@ def distinct(indices: Sequence[int]) -> tuple[list[int], np.ndarray]:
     return [int(value) for value in values], inverse.astype(np.int32)
 
 
-def end_of(pts: Sequence[int], last_duration: int | None) -> int:
-    """When the last frame ends: its own duration, else the median distance between frames, else its start."""
+def end_of(pts: Sequence[int], last_duration: int | None, track_duration: int | None = None) -> int:
+    """When the last frame ends.
+
+    By the header's duration of the track where that ends within one frame distance after the last frame (a packet's own
+    duration is the distance to the next one *decoded*); else by the last frame's duration, the median distance between
+    frames, its start.
+    """
+    steps = np.diff(np.asarray(pts, np.int64))
+    if track_duration is not None and len(pts) > 1 and 0 < pts[0] + track_duration - pts[-1] <= int(steps.max()):
+        return pts[0] + track_duration
     if last_duration is not None and last_duration > 0:
         return pts[-1] + last_duration
-    if len(pts) > 1:
-        return pts[-1] + max(int(np.median(np.diff(np.asarray(pts, np.int64)))), 1)
-    return pts[-1]
+    return pts[-1] + max(int(np.median(steps)), 1) if len(pts) > 1 else pts[-1]

@@ -6,10 +6,11 @@ the sample table of an unfragmented MP4/MOV, so that a keyframe of a remote obje
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import av
 import av.container
@@ -137,7 +138,7 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     table.key_pts, table.key_dts = [pts for pts, _ in keys], [dts for _, dts in keys]
     table.reliable &= bool(shown) and len(set(table.pts)) == len(table.pts)
     if shown:
-        table.end = end_of(table.pts, shown[-1][1])
+        table.end = end_of(table.pts, shown[-1][1], stream.duration)
     return table
 
 
@@ -158,22 +159,20 @@ class SampleIndex:
 
 def read_index(container: Container, stream: Stream, size_bytes: int | None) -> SampleIndex | None:
     """The sample table, or None where the container has none that covers the whole file (then `scan`)."""
-    if "mp4" not in container.format.name.split(",") or not stream.frames or stream.duration is None:
+    if "mp4" not in container.format.name.split(",") or not stream.frames or stream.duration is None or stream.time_base is None:
         return None
     entries = list(stream.index_entries)
     shown = [entry for entry in entries if not entry.is_discard]
-    if not shown or any(a.timestamp >= b.timestamp for a, b in zip(entries, entries[1:], strict=False)):
+    if not shown or any(a.timestamp >= b.timestamp for a, b in itertools.pairwise(entries)):
         return None
     if size_bytes is None or max(entry.pos + entry.size for entry in entries) > size_bytes:
         return None  # cut short
     times = [entry.timestamp for entry in shown]
-    step = int(np.median(np.diff(times))) if len(times) > 1 else int(stream.duration)
+    end = end_of(times, None if len(times) > 1 else stream.duration, stream.duration)
     # a hybrid file continues in fragments, which this table does not list
-    if container.duration is not None and (times[-1] + step - times[0]) * stream.time_base < Fraction(
-        container.duration, 1_000_000
-    ) * Fraction(4, 5):
+    if container.duration is not None and (end - times[0]) * stream.time_base < Fraction(container.duration, 1_000_000) * Fraction(4, 5):
         return None
-    index = SampleIndex(len(shown), times[0], times[-1] + step, [], [], [])
+    index = SampleIndex(len(shown), times[0], end, [], [], [])
     for before, entry in enumerate(shown):
         if entry.is_keyframe:
             index.key_dts.append(entry.timestamp)
@@ -188,7 +187,7 @@ def display_matrix(frame: av.VideoFrame) -> Sequence[int]:
     turned = {0: UPRIGHT, 90: (0, -1, 1, 0), -90: (0, 1, -1, 0)}
     upright = turned.get(round(frame.rotation / 90) * 90, (-1, 0, 0, -1))
     try:
-        items = list(frame.side_data)
+        items = list(cast("Iterable[Any]", frame.side_data))
     except ValueError:  # a kind of side data that this PyAV has no name for
         return upright
     for item in items:

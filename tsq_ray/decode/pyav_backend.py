@@ -94,15 +94,14 @@ def decode_exact(
 def _frames_from_key(container: Container, stream: Stream, table: PacketTable, key: int) -> Iterator[av.VideoFrame]:
     """Frames from keyframe number `key` on, without those that are decoded after it but need what came before it."""
     time = table.key_pts[key]
-    _seek(container, stream, table.key_dts[key])
-    first = True
-    for frame in strict_frames(container, stream):
-        assert frame.pts is not None
-        if first and frame.pts > time:
-            raise DecodeTrouble(f"a seek to {time} arrived at {frame.pts}")
-        first = False
-        if frame.pts >= time:
-            yield frame
+    # some containers have no index, and a seek in them may arrive late: start earlier
+    for start in dict.fromkeys((key, max(key - 1, 0), max(key - 3, 0))):
+        _seek(container, stream, table.key_dts[start])
+        frames = strict_frames(container, stream)
+        first = next(frames, None)
+        if first is not None and first.pts is not None and first.pts <= time:
+            return (frame for frame in itertools.chain([first], frames) if frame.pts is not None and frame.pts >= time)
+    raise DecodeTrouble(f"no seek arrives at {time} or before")
 
 
 def _seek(container: Container, stream: Stream, time: int) -> None:
@@ -127,7 +126,8 @@ class Survivors:
     num_damaged: int
     num_errors: int
     num_packets: int
-    """Those that an edit list hides are not counted."""
+    num_discarded: int
+    """Packets that an edit list hides."""
     demux_failed: bool
     unsupported: bool
     untimed: bool
@@ -141,25 +141,22 @@ def find_survivors(container: Container, stream: Stream) -> Survivors:
     walk = _Walk(container, stream)
     times: list[tuple[int | None, int]] = []
     damaged = 0
-    last_duration = 0
+    durations: list[int] = []
     for frame in walk.frames():
         times.append((frame.pts, len(times)))
         damaged += frame.is_corrupt
-        last_duration = frame.duration or last_duration
+        durations.append(frame.duration)
     time_base = stream.time_base or Fraction(1, 25)
     untimed = walk.untimed or any(pts is None for pts, _ in times)
     if untimed:
-        times, time_base, last_duration = (
-            [(i, i) for i in range(len(times))],
-            1 / (stream.average_rate or stream.guessed_rate or Fraction(25)),
-            1,
-        )
+        times, durations = [(i, i) for i in range(len(times))], [1] * len(times)
+        time_base = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
     first_of: dict[int, int] = {}
     for pts, number in times:
         assert pts is not None
         first_of.setdefault(pts, number)
     pts_list = sorted(first_of)
-    end = end_of(pts_list, last_duration) if pts_list else 0
+    end = end_of(pts_list, durations[first_of[pts_list[-1]]]) if pts_list else 0
     order = [first_of[pts] for pts in pts_list]
     return Survivors(
         pts_list,
@@ -168,7 +165,8 @@ def find_survivors(container: Container, stream: Stream) -> Survivors:
         time_base,
         damaged,
         walk.num_errors,
-        walk.num_packets - walk.num_discarded,
+        walk.num_packets,
+        walk.num_discarded,
         walk.demux_failed,
         walk.unsupported,
         untimed,
@@ -318,7 +316,8 @@ class IndexedReader:
         return Placed(to_rgb(self._current, self.max_pixels), self._time(), self._index)
 
     def _time(self) -> int:
-        assert self._current is not None and self._current.pts is not None
+        assert self._current is not None
+        assert self._current.pts is not None
         return self._current.pts
 
     def _start(self, key: int) -> None:

@@ -60,7 +60,8 @@ def _launch() -> FunctionType:
         "spawn": SimpleNamespace(get_preparation_data=_preparation_data),
         "forkserver": SimpleNamespace(connect_to_new_process=_connect_to_new_process, read_signed=multiprocessing.forkserver.read_signed),
     }
-    return FunctionType(inherited.Popen._launch.__code__, {**vars(inherited), **over})
+    standard: Any = inherited.Popen._launch  # type: ignore[attr-defined]
+    return FunctionType(standard.__code__, {**vars(inherited), **over})
 
 
 class _Popen(multiprocessing.popen_forkserver.Popen):

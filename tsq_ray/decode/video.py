@@ -258,14 +258,15 @@ class _Job:
 
     def _warn_of_damage(self, found: Survivors, claimed: int | None) -> None:
         count = len(found.pts)
-        if claimed is not None and claimed > max(found.num_packets, count):
-            self.warnings.append(f"header says {claimed} frames, {count} can be decoded")
-        elif found.num_errors and count < found.num_packets:
-            self.warnings.append(f"{found.num_packets} frames are stored, {count} can be decoded")
+        stored = found.num_packets - found.num_discarded
+        if claimed is not None and claimed > found.num_packets:
+            self.warnings.append(f"header says {claimed - found.num_discarded} frames, {count} can be decoded")
+        elif found.num_errors and count < stored:
+            self.warnings.append(f"{stored} frames are stored, {count} can be decoded")
         elif found.demux_failed:
             self.warnings.append(f"the file cannot be read to its end; {count} frames can be decoded")
         if found.num_damaged:
-            self.warnings.append(f"{found.num_damaged} of the {count} decoded frames are damaged")
+            self.warnings.append(f"damaged: {found.num_damaged} of the {count} frames that can be decoded")
         if found.untimed:
             self.warnings.append(f"no timestamps in the file: {float(1 / found.time_base):g} frames per second assumed")
 
@@ -315,5 +316,5 @@ def _time_base(stream: Stream) -> Fraction:
 def _header_duration(stream: Stream) -> float | None:
     if stream.duration is not None:
         return float(stream.duration * _time_base(stream))
-    container = stream.container
-    return container.duration / 1_000_000 if getattr(container, "duration", None) else None
+    microseconds = cast(Container, stream.container).duration
+    return microseconds / 1_000_000 if microseconds else None

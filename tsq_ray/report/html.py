@@ -198,7 +198,7 @@ def _facts(predictions: Predictions) -> list[tuple[str, str]]:
         ("Sampler", flat.get("sampler.mode")),
         ("Lambda (visual share)", flat.get("sampler.lambda_visual") if flat.get("sampler.mode", "both") == "both" else None),
         ("Decoding", flat.get("decode.strategy")),
-        ("Task", flat.get("train.task") or run.get("task")),
+        ("Task", run.get("task")),
         ("Seed", flat.get("sampler.seed")),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else None),
     ]

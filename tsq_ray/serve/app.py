@@ -12,7 +12,6 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray import serve
@@ -25,11 +24,11 @@ from tsq_ray.errors import ConfigError, StorageError, UserError
 from tsq_ray.manifest import VideoRef, video_id
 from tsq_ray.serve.graph import Graph, bind_graph
 from tsq_ray.serve.settings import scoring_config
+from tsq_ray.stages import plain_row
 
-TOKEN_VARIABLE = "TSQ_SERVE_TOKEN"
+TOKEN_VARIABLE = "TSQ_TOKEN"
 _STATUS_OF = {"not_found": 404, "access_denied": 403, "unavailable": 503, "too_large": 413, "timeout": 504, "internal": 500}
 """HTTP status of a failed video by its error type; 422 for what is wrong with the video itself."""
-_HIDDEN = ("labels", "label_names", "split")
 
 api = FastAPI(title="tsq_ray", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json")
 
@@ -50,7 +49,7 @@ async def _refuse(_: Request, error: RequestError) -> JSONResponse:
 
 @serve.deployment
 @serve.ingress(api)
-class Endpoint:
+class Ingress:
     """Checks requests and runs the graph; bulk scoring calls `score_video` through a handle."""
 
     def __init__(
@@ -182,18 +181,6 @@ def check_prefix(uri: str, settings: ServeConfig) -> str:
     raise RequestError(403, f"uri {storage.redact(uri)!r} is not below an allowed prefix; allowed: {allowed}")
 
 
-def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A prediction row as JSON values."""
-    plain: dict[str, Any] = {}
-    for name, value in row.items():
-        if name in _HIDDEN:
-            continue
-        if isinstance(value, (np.ndarray, np.generic)):
-            value = value.tolist()
-        plain[name] = storage.redact(value) if isinstance(value, str) else value
-    return json.loads(json.dumps(plain, default=str))
-
-
 def application(model: str, config: Config, token: str | None) -> Any:
     """The whole application, bound; `token` None lets everybody in."""
     decoder, sampler, recognizer = bind_graph(model, config)
@@ -203,13 +190,13 @@ def application(model: str, config: Config, token: str | None) -> Any:
         "max_ongoing_requests": config.serve.max_queued_requests,
         "max_queued_requests": config.serve.max_queued_requests,
     }
-    return Endpoint.options(**options).bind(model, config, decoder, sampler, recognizer, token)  # type: ignore[attr-defined]
+    return Ingress.options(**options).bind(model, config, decoder, sampler, recognizer, token)  # type: ignore[attr-defined]
 
 
 def build(args: Mapping[str, Any]) -> Any:
     """Builder for Serve config files. args: model (bundle URI), settings (nested, optional), anonymous (default false).
 
-    Raises ConfigError where no token is set (environment variable TSQ_SERVE_TOKEN) and anonymous is not true.
+    Raises ConfigError where no token is set (environment variable TSQ_TOKEN) and anonymous is not true.
     """
     model = args.get("model")
     if not model:

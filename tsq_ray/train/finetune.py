@@ -67,7 +67,7 @@ def finetune(
         plan = _Plan(config, settings, network.dim, runtime.start_counts(), _threads(config, ray))
         try:
             features, failures = runtime.run_with_progress(
-                lambda: _features(ray, rows, plan, out, debug), plan.counts, len(rows), f"finetune {role}", show_progress
+                lambda: _features(ray, rows, plan, debug), plan.counts, len(rows), f"finetune {role}", show_progress
             )
         except ray.exceptions.RayError as error:
             raise runtime.run_failed(error, "finetune") from error
@@ -145,14 +145,14 @@ def _threads(config: Config, ray: Any) -> int:
     return config.resources.threads or max(1, cpus // (config.resources.workers or cpus))
 
 
-def _features(ray: Any, rows: list[VideoRef], plan: _Plan, out: str, debug: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _features(ray: Any, rows: list[VideoRef], plan: _Plan, debug: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """video id -> float16 [T, D], and URI -> error type of the failed ones."""
     runtime.quiet_data(debug)
     config, resources = plan.config, ray.cluster_resources()
     cpus = float(resources.get("CPU", 1))
     gpus = int(resources.get("GPU", 0)) if config.resources.gpus < 0 else min(int(resources.get("GPU", 0)), config.resources.gpus)
     workers = gpus or config.resources.workers or max(1, int(cpus))
-    data = runtime.todo_dataset(ray, rows, out, config.resources.batch_size)
+    data = runtime.todo_dataset(ray, rows, workers, config.resources.batch_size)
     data = data.map_batches(
         _BackboneWorker,
         compute=ray.data.ActorPoolStrategy(size=workers),
@@ -171,7 +171,6 @@ def _features(ray: Any, rows: list[VideoRef], plan: _Plan, out: str, debug: bool
                 features[record["video_id"]] = array
             else:
                 failures[storage.redact(record["uri"])] = record["error_type"]
-    storage.remove(storage.join(out, runs.TODO_FILE))
     return features, failures
 
 
@@ -190,7 +189,8 @@ class _BackboneWorker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         refs = runtime.refs_of(batch)
         futures: list[Future[Any]] = [self.pool.submit(source_of(ref)) for ref in refs]
-        features, errors = [], []
+        features: list[bytes | None] = []
+        errors: list[str | None] = []
         for future in futures:
             video = future.result()
             if isinstance(video, DecodedVideo):

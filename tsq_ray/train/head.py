@@ -48,8 +48,8 @@ def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, 
             optimizer.step()
             schedule.step()
     with torch.no_grad():
-        head.weight /= scale
-        head.bias -= head.weight @ mean
+        head.weight.div_(scale)
+        head.bias.sub_(head.weight @ mean)
     return head.eval().requires_grad_(False)
 
 

@@ -1,0 +1,498 @@
+"""`tsq`: thin. Parses the command line, loads the settings, calls one function of the package and prints its summary.
+
+The stages are imported inside the commands, so that `tsq --help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tsq_ray.errors import RunError, StorageError, TsqError, UserError
+
+app = typer.Typer(
+    name="tsq",
+    help="Label very large video archives cheaply: choose the salient frames, recognise only those.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Role(StrEnum):
+    """What finetune's output is for."""
+
+    encoder = "encoder"
+    recognizer = "recognizer"
+
+
+class Scores(StrEnum):
+    """How much of the scores predictions keep."""
+
+    all = "all"
+    top = "top"
+
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings as TOML.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="section.key=value", help="One setting; repeatable.")]
+Split = Annotated[str | None, typer.Option("--split", metavar="NAME", help="Only rows of this split.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N videos.")]
+Address = Annotated[str | None, typer.Option("--address", help="A Ray cluster (auto, host:port, ray://...); default: start one here.")]
+Submit = Annotated[bool, typer.Option("--submit", help="Run as a Ray job on the cluster at --address (its dashboard's URL).")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Probe a few videos and say what would run: time, GPU hours, output size.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and Ray's logs.")]
+MaxFailed = Annotated[
+    float | None, typer.Option("--max-failed", min=0, max=1, metavar="FRACTION", help="More failed videos than this are an error.")
+]
+Retry = Annotated[
+    str | None, typer.Option("--retry-failed", metavar="[REASON]", help="Do failed videos again: all, or those of one reason.")
+]
+Out = Annotated[str, typer.Option("--out", metavar="URI", help="Where the result goes: a path or s3:// URI.")]
+Encoder = Annotated[str | None, typer.Option("--encoder", metavar="URI", help="A frame encoder from tsq finetune.")]
+Recognizer = Annotated[str | None, typer.Option("--recognizer", metavar="URI", help="A recogniser from tsq finetune.")]
+Model = Annotated[str, typer.Option("--model", metavar="BUNDLE", help="The bundle from tsq train.")]
+
+
+@app.command()
+def index(
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")],
+    out: Annotated[str, typer.Option("--out", metavar="MANIFEST", help="The manifest, one Parquet file.")],
+    labels: Annotated[str | None, typer.Option("--labels", metavar="FILE", help="CSV or ActivityNet JSON; or: folders, none.")] = None,
+    classes: Annotated[str | None, typer.Option("--classes", metavar="FILE", help="Class names, one a line: fixes their order.")] = None,
+    split_name: Annotated[str | None, typer.Option("--split-name", metavar="NAME", help="Split of all rows.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="List again: new, changed and deleted videos.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List videos, join their labels, write the manifest."""
+    from tsq_ray import manifest as manifests
+    from tsq_ray import storage
+    from tsq_ray.errors import ManifestError
+
+    there = storage.exists(storage.normalize(out))
+    if there and not update:
+        raise ManifestError(f"--out {storage.redact(out)}: exists already; add --update to list again, or name another file")
+    old = manifests.read_manifest(out) if there else None
+    made, summary = manifests.build_manifest(sources, labels, classes, split_name, old)
+    manifests.write_manifest(made, out)
+    show(vars(summary) | {"out": storage.redact(out)}, as_json, _index_text(vars(summary), storage.redact(out)))
+
+
+@app.command()
+def extract(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    out: Out,
+    encoder: Encoder = None,
+    recognizer: Recognizer = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    limit: Limit = None,
+    retry_failed: Retry = None,
+    address: Address = None,
+    submit: Submit = False,
+    dry_run: DryRun = False,
+    max_failed: MaxFailed = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Features of every video, one row a video (Ray Data)."""
+    from tsq_ray.config import load_config
+
+    settings = load_config(config, sets or ())
+    if dry_run:
+        from tsq_ray.estimate import estimate_extract
+
+        return show_estimate(estimate_extract(manifest, settings, encoder, recognizer, split, limit), as_json)
+    if submit:
+        return submit_command(address)
+    from tsq_ray.extract import extract as run
+
+    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "debug": debug}
+    done = run(manifest, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)  # type: ignore[arg-type]
+    return end_run(done, out, as_json, max_failed)
+
+
+@app.command()
+def finetune(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    role: Annotated[Role, typer.Option("--role", help="What it is for.")],
+    out: Out,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    limit: Limit = None,
+    address: Address = None,
+    submit: Submit = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Fit a linear head on a frozen backbone: the sampler's frame encoder, or the recogniser."""
+    from tsq_ray.config import load_config
+
+    settings = load_config(config, sets or ())
+    if submit:
+        return submit_command(address)
+    from tsq_ray.train import finetune as run
+
+    options = {"split": split, "limit": limit, "address": address, "show_progress": not as_json, "debug": debug}
+    summary = run(manifest, role.value, out, settings, **options)  # type: ignore[arg-type]
+    return show(summary, as_json, _training_text(summary))
+
+
+@app.command()
+def train(
+    features: Annotated[str, typer.Argument(metavar="FEATURES")],
+    out: Annotated[str, typer.Option("--out", metavar="BUNDLE", help="The bundle, a folder.")],
+    encoder: Encoder = None,
+    recognizer: Recognizer = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    address: Address = None,
+    submit: Submit = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train TSQNet on features (Ray Train) and write the bundle."""
+    if submit:
+        return submit_command(address)
+    from tsq_ray.train import settings_for
+    from tsq_ray.train import train as run
+
+    settings = settings_for(features, str(config) if config else None, tuple(sets or ()))
+    options = {"split": split, "address": address, "show_progress": not as_json, "debug": debug}
+    summary = run(features, out, settings, encoder=encoder, recognizer=recognizer, **options)  # type: ignore[arg-type]
+    return show(summary, as_json, _training_text(summary))
+
+
+@app.command()
+def score(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    model: Model,
+    out: Out,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    limit: Limit = None,
+    retry_failed: Retry = None,
+    scores: Annotated[Scores, typer.Option("--scores", help="top: keep the best labels only.")] = Scores.all,
+    address: Address = None,
+    submit: Submit = False,
+    dry_run: DryRun = False,
+    max_failed: MaxFailed = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Label every video: Ray Data drives the Serve graph; predictions, one row a video."""
+    from tsq_ray.serve.settings import scoring_config
+
+    settings = scoring_config(model, str(config) if config else None, sets or ())
+    if dry_run:
+        from tsq_ray.estimate import estimate_score
+
+        return show_estimate(estimate_score(manifest, model, settings, split, limit), as_json)
+    if submit:
+        return submit_command(address)
+    from tsq_ray.score import score as run
+
+    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "debug": debug}
+    done = run(manifest, model, out, settings, with_scores=scores is Scores.all, show_progress=not as_json, **options)  # type: ignore[arg-type]
+    return end_run(done, out, as_json, max_failed)
+
+
+@app.command()
+def predict(
+    videos: Annotated[list[str], typer.Argument(metavar="VIDEO...", help="Paths or URIs.")],
+    model: Model,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """One or a few videos, here and now, without Ray."""
+    from tsq_ray.predict import predict as run
+    from tsq_ray.serve.settings import scoring_config
+    from tsq_ray.stages import plain_row
+
+    rows = [plain_row(row) for row in run(videos, model, scoring_config(model, str(config) if config else None, sets or ()))]
+    show({"videos": rows}, as_json, "\n".join(_prediction_text(row) for row in rows))
+
+
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option("--host", help="Address to bind; beyond loopback a token is needed.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    address: Address = None,
+    debug: Debug = False,
+) -> None:
+    """The endpoint: POST /v1/score. A bearer token comes from the environment variable TSQ_TOKEN."""
+    from tsq_ray.serve.settings import scoring_config
+
+    settings = scoring_config(model, str(config) if config else None, sets or ())
+    from tsq_ray.serve.endpoint import run_endpoint
+
+    run_endpoint(model, settings, host, port, address, debug)
+
+
+@app.command()
+def report(
+    predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
+    out: Annotated[str, typer.Option("--out", metavar="FILE.html", help="The page.")],
+    max_videos: Annotated[int, typer.Option("--max-videos", min=0, help="Videos shown with their frames.")] = 60,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """One self-contained HTML page: totals, failures, mAP, and the chosen frames of each video."""
+    from tsq_ray import storage
+    from tsq_ray.report import build_report
+
+    summary = build_report(storage.normalize(predictions), storage.normalize(out), max_videos=max_videos)
+    show(summary, as_json, f"report: {storage.redact(storage.normalize(out))}")
+
+
+@app.command()
+def export(
+    predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
+    out: Out,
+    frames: Annotated[bool, typer.Option("--frames/--no-frames", help="The chosen frames as JPEG.")] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Labels as CSV and JSONL, the chosen frames as JPEG."""
+    from tsq_ray import storage
+    from tsq_ray.report import export_predictions
+
+    summary = export_predictions(
+        storage.normalize(predictions), storage.normalize(out), what=("labels", "frames") if frames else ("labels",)
+    )
+    show(summary, as_json, "\n".join(f"{key}: {value}" for key, value in summary.items()))
+
+
+@app.command()
+def verify(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="What extract or score wrote.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Row accounting of a run; exit code 1 when it does not add up."""
+    from tsq_ray.runs import verify as run
+
+    result = run(uri)
+    counts = result["counts"]
+    verdict = "adds up" if not result["problems"] else f"does not add up: {len(result['problems'])} problems"
+    lines = [f"{result['uri']}: {result['kind']}: {_counts_text(counts)}", f"checked {', '.join(result['checks'])}: {verdict}"]
+    show(result, as_json, "\n".join([*lines, *(f"  {problem}" for problem in result["problems"])]))
+    if result["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    uri: Annotated[str | None, typer.Argument(metavar="BUNDLE|MANIFEST|URI")] = None,
+    cluster: Annotated[bool, typer.Option("--cluster", help="The Ray cluster, and the layout of a run on it.")] = False,
+    address: Address = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """What is this: counts, classes, settings, provenance, GFLOPs."""
+    from tsq_ray.describe import describe, describe_cluster
+
+    if cluster == (uri is not None):
+        raise RunError("info takes one thing: a bundle, a manifest or a run folder, or --cluster")
+    found = describe_cluster(address) if cluster else describe(uri or "")
+    show(found, as_json, _tree_text(found))
+
+
+def show(summary: dict[str, Any], as_json: bool, text: str) -> None:
+    """The summary for a machine or for a person, on stdout."""
+    print(json.dumps(summary, default=str, indent=1) if as_json else text)  # noqa: T201
+
+
+def show_estimate(estimate: dict[str, Any], as_json: bool) -> None:
+    """What --dry-run found."""
+    show(estimate, as_json, _tree_text(estimate))
+
+
+def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | None) -> None:
+    """Closing summary of extract and score; exit code 1 where more videos failed than --max-failed allows."""
+    from tsq_ray import storage
+
+    counts = run["counts"]
+    lines = [_counts_text(counts)]
+    if counts["failed_by_type"]:
+        lines.append("failed: " + ", ".join(f"{name} {count}" for name, count in counts["failed_by_type"].items()))
+    if counts["with_warnings"]:
+        lines.append(f"ok with warnings: {counts['with_warnings']}")
+    if run["stage_seconds"]:
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run["stage_seconds"].items())
+        lines.append(
+            f"seconds by stage, summed over workers: {stages}; {run['slowest_stage']} held it back; {run['wall_seconds']:.1f} s in all"
+        )
+    measured = run.get("metrics") or {}
+    if measured.get("labelled"):
+        figures = [f"{name} {measured[name]:.4f}" for name in ("mAP", "mAP_interpolated", "top1") if name in measured]
+        lines.append(f"{', '.join(figures)} over {measured['labelled']} labelled videos")
+    if measured.get("unknown_labels"):
+        lines.append(f"labels that the model does not know, left out: {', '.join(measured['unknown_labels'])}")
+    lines.append(f"out: {storage.redact(out)}")
+    show(run, as_json, "\n".join(lines))
+    done = counts["ok"] + counts["failed"]
+    if max_failed is not None and done and counts["failed"] / done > max_failed:
+        print(f"error: {counts['failed']} of {done} videos failed, above --max-failed {max_failed}", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(1)
+
+
+def submit_command(address: str | None) -> None:
+    """Send this very command line to a cluster as a job and follow it; exit code 1 where the job fails."""
+    from tsq_ray.runtime import follow_job, submit_job
+
+    argv = without_options(sys.argv[1:], flags=("--submit",), options=("--address",))
+    job = submit_job(argv, address)
+    print(f"job: {job}", file=sys.stderr)  # noqa: T201
+    status = follow_job(job, address)
+    print(f"job {job}: {status}", file=sys.stderr)  # noqa: T201
+    if status != "SUCCEEDED":
+        raise typer.Exit(1)
+
+
+def without_options(argv: Sequence[str], flags: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command line without some flags and some options with their values."""
+    kept, skip = [], False
+    for item in argv:
+        if skip:
+            skip = False
+        elif item in options:
+            skip = True
+        elif item not in flags and not item.startswith(tuple(f"{option}=" for option in options)):
+            kept.append(item)
+    return kept
+
+
+def _counts_text(counts: dict[str, Any]) -> str:
+    skipped = counts["skipped_by"]
+    why = ", ".join(f"{count} by --{name}" for name, count in skipped.items() if count)
+    text = f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['failed']} failed + {counts['skipped']} skipped"
+    return text + (f" ({why})" if why else "")
+
+
+def _index_text(summary: dict[str, Any], out: str) -> str:
+    lines = [f"{summary['videos']} videos, {summary['classes']} classes, labels from {summary['labels_from']}"]
+    lines.append(f"labelled {summary['labelled']}, unlabelled {summary['unlabelled']}; splits: {_pairs(summary['splits'])}")
+    lines.append(f"new {summary['new']}, changed {summary['changed']}, deleted {summary['deleted']}, unchanged {summary['unchanged']}")
+    if summary["left_out"]:
+        lines.append(f"left out, no video by its name: {_pairs(summary['left_out'])}")
+    if summary["missing"]:
+        shown = ", ".join(summary["missing"][:5]) + (", ..." if len(summary["missing"]) > 5 else "")
+        lines.append(f"missing, named by the labels but not found: {len(summary['missing'])}: {shown}")
+    return "\n".join([*lines, f"out: {out}"])
+
+
+def _training_text(summary: dict[str, Any]) -> str:
+    lines = [f"warning: {warning}" for warning in summary["warnings"]]
+    if summary.get("already_done"):
+        lines.append("done already: nothing to do")
+    lines.append(f"{summary['videos']} videos, {summary['classes']} classes")
+    if summary["left_out"]:
+        named = f" (unlabelled: {', '.join(summary['unlabelled'])})" if summary["unlabelled"] else ""
+        lines.append(f"left out: {_pairs(summary['left_out'])}{named}")
+    if summary.get("failed"):
+        lines.append(f"failed: {_pairs(summary['failed'])} (first: {', '.join(summary['failed_videos'])})")
+    if "losses" in summary:
+        lines.append("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in summary["losses"].items()))
+    if "train_accuracy" in summary:
+        lines.append(f"accuracy on the training videos: {summary['train_accuracy']}")
+    return "\n".join([*lines, f"out: {summary['out']}"])
+
+
+def _prediction_text(row: dict[str, Any]) -> str:
+    if row["status"] != "ok":
+        return f"{row['uri']}: failed: {row['error_type']}: {row['error_message']}"
+    best = ", ".join(f"{name} {value:.3f}" for name, value in zip(row["top_labels"], row["top_scores"], strict=True))
+    frames = ", ".join(f"{pts:.2f} s" for pts in row["selected_pts_s"])
+    warned = "".join(f"\n  warning: {warning}" for warning in row["warnings"])
+    return f"{row['uri']}: {best}\n  frames at {frames}{warned}"
+
+
+def _pairs(counts: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _tree_text(tree: dict[str, Any], indent: str = "") -> str:
+    lines = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", _tree_text(value, indent + "  ")] if value else [f"{indent}{key}: -"]
+        else:
+            lines.append(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 the run failed, 2 wrong input."""
+    arguments = bare_retry(list(sys.argv[1:] if argv is None else argv))
+    debug = "--debug" in arguments
+    return guarded(lambda: app(args=arguments, prog_name="tsq", standalone_mode=False), debug)
+
+
+def bare_retry(argv: list[str]) -> list[str]:
+    """`--retry-failed` without a reason means all of them."""
+    from tsq_ray.errors import ERROR_TYPES
+
+    fixed = []
+    for number, item in enumerate(argv):
+        fixed.append(item)
+        following = argv[number + 1] if number + 1 < len(argv) else ""
+        if item == "--retry-failed" and following not in (*ERROR_TYPES, "all") and (not following or following.startswith("-")):
+            fixed.append("all")
+    return fixed
+
+
+def guarded(run: Callable[[], Any], debug: bool) -> int:
+    """Run and turn what is raised into one line and an exit code."""
+    try:
+        code = run()
+        return code if isinstance(code, int) else 0
+    except typer.Exit as end:
+        return end.exit_code
+    except typer.Abort:
+        return fail("interrupted", 1, debug)
+    except KeyboardInterrupt:
+        return fail("interrupted; give the same command again to go on where it stopped", 1, debug)
+    except (UserError, StorageError) as error:
+        return fail(str(error), 2, debug)
+    except TsqError as error:
+        return fail(str(error), 1, debug)
+    except Exception as error:  # noqa: BLE001  the last border: everything else is a defect, told in one line
+        import click
+
+        if isinstance(error, click.ClickException):
+            error.show()
+            return 2
+        return fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1, debug)
+
+
+def fail(message: str, code: int, debug: bool) -> int:
+    """One line on stderr; with --debug the traceback before it."""
+    from tsq_ray.storage import redact
+
+    if debug:
+        traceback.print_exc()
+    print(f"error: {redact(message)}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

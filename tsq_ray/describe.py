@@ -1,0 +1,117 @@
+"""`tsq info`: what a bundle, a manifest, a run folder or a cluster is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
+
+from tsq_ray import bundle as bundles
+from tsq_ray import manifest as manifests
+from tsq_ray import runs, runtime, storage
+from tsq_ray.errors import ManifestError, RunError, StorageError
+
+
+def describe(uri: str) -> dict[str, Any]:
+    """Counts, classes, settings, provenance and, for a bundle, GFLOPs. RunError where `uri` is none of them."""
+    uri = storage.normalize(uri)
+    if storage.is_folder(uri):
+        for name, what in ((bundles.BUNDLE_FILE, _bundle), (bundles.CLASSIFIER_FILE, _classifier), (runs.RUN_FILE, _run)):
+            if storage.exists(storage.join(uri, name)):
+                return what(uri)
+        runs.read_run(uri)  # says why it is no run folder
+    try:
+        return _manifest(uri)
+    except (ManifestError, StorageError) as error:
+        raise RunError(f"info {storage.redact(uri)}: no bundle, manifest or run folder ({error})") from None
+
+
+def _manifest(uri: str) -> dict[str, Any]:
+    manifest = manifests.read_manifest(uri)
+    return {
+        "kind": "manifest",
+        "uri": storage.redact(uri),
+        "videos": len(manifest.rows),
+        "bytes": sum(row.size_bytes for row in manifest.rows),
+        "labelled": sum(row.labels is not None for row in manifest.rows),
+        "splits": dict(Counter(row.split or "(none)" for row in manifest.rows)),
+        "videos_by_class": {
+            name: sum(number in (row.labels or ()) for row in manifest.rows) for number, name in enumerate(manifest.classes)
+        },
+        "sources": list(manifest.sources),
+        "sha256": manifest.sha256,
+    }
+
+
+def _run(uri: str) -> dict[str, Any]:
+    run = runs.read_run(uri)
+    kept = ("kind", "status", "counts", "metrics", "manifest", "model", "identity", "versions", "git_revision", "started", "ended")
+    more = ("wall_seconds", "stage_seconds", "slowest_stage")
+    size = sum(part["bytes"] for part in run["parts"])
+    return (
+        {"uri": storage.redact(uri)}
+        | {key: run[key] for key in (*kept, *more) if run.get(key)}
+        | {"parts": len(run["parts"]), "bytes": size}
+    )
+
+
+def _classifier(uri: str) -> dict[str, Any]:
+    content, digest = bundles.read_classifier_settings(uri)
+    kept = ("role", "task", "classes", "model", "backbone_sha256", "provenance")
+    return {"kind": "classifier (finetune)", "uri": storage.redact(uri)} | {key: content[key] for key in kept} | {"sha256": digest}
+
+
+def _bundle(uri: str) -> dict[str, Any]:
+    content, digest = bundles.read_bundle_settings(uri)
+    kept = ("task", "classes", "config", "sampler_shape")
+    described = {"kind": "bundle", "uri": storage.redact(uri)} | {key: content[key] for key in kept}
+    return described | {"gflops": bundle_gflops(content), "provenance": content["provenance"], "sha256": digest}
+
+
+def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
+    """GFLOPs (multiply-adds) a video by the field's convention and as truly counted, row by row, for the bundle's T and K."""
+    from tsq_ray.config import EncodersConfig, ModelConfig, SamplerMode
+    from tsq_ray.model import TSQShape
+    from tsq_ray.model.flops import cost_table
+
+    config = content["config"]
+    if config["recognizer"] is None:
+        return {}
+    encoders = EncodersConfig.model_validate(config["encoders"])
+    shape = TSQShape(**content["sampler_shape"])
+    mode: SamplerMode = "both" if shape.modules == "both" else "visual"
+    found: dict[str, Any] = {}
+    countings: tuple[Literal["field", "true"], ...] = ("field", "true")
+    for counting in countings:
+        table = cost_table(
+            mode,
+            num_frames=config["decode"]["num_frames"],
+            budget=config["sampler"]["budget"],
+            recognizer=ModelConfig.model_validate(config["recognizer"]),
+            visual=encoders.visual,
+            objects=encoders.objects,
+            shape=shape,
+            counting=counting,
+        )
+        found[counting] = {row.module: round(row.gflops, 4) for row in table.rows} | {"total": round(table.gflops, 4)}
+    return found
+
+
+def describe_cluster(address: str | None) -> dict[str, Any]:
+    """Nodes and resources of a Ray cluster, and how an extraction would be laid out on it with the default settings."""
+    with runtime.cluster(address) as ray:
+        resources = ray.cluster_resources()
+        nodes = [
+            {
+                "address": node["NodeManagerAddress"],
+                "alive": node["Alive"],
+                "resources": {key: node["Resources"].get(key, 0) for key in ("CPU", "GPU")},
+            }
+            for node in ray.nodes()
+        ]
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    layout = f"{cpus} workers that decode and encode" if not gpus else f"{max(1, cpus - 1)} decoding workers beside {gpus} GPU encoders"
+    return {
+        "kind": "cluster",
+        "nodes": {node["address"]: node["resources"] | {"alive": node["alive"]} for node in nodes},
+        "extract": layout,
+    }

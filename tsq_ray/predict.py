@@ -1,0 +1,42 @@
+"""One or a few videos, here and now, without Ray: the stages in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tsq_ray import storage
+from tsq_ray.bundle import load_bundle
+from tsq_ray.config import Config
+from tsq_ray.decode import DecodedVideo
+from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.manifest import VideoRef, video_id
+from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
+
+
+def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str, Any]]:
+    """Prediction rows in the order of `videos` (paths or URIs); a video that cannot be used is a row with its reason.
+
+    `config` comes from `serve.settings.scoring_config`. Raises ModelError for a bundle that cannot score.
+    """
+    bundle = load_bundle(model)
+    sample, recognize = Sample(bundle, config.sampler), Recognize(bundle, config.sampler)
+    decode = Decode(config.decode, bundle_specs(bundle, config.sampler.mode))
+    rows: list[dict[str, Any]] = []
+    try:
+        for video in videos:
+            uri = storage.normalize(video)
+            ref, decoded = _decode(decode, uri)
+            rows += recognize(sample([(ref, decoded)]))
+    finally:
+        decode.close()
+    return rows
+
+
+def _decode(decode: Decode, uri: str) -> tuple[VideoRef, DecodedVideo | VideoError | StorageError]:
+    try:
+        file = storage.stat(uri)
+    except StorageError as error:
+        return VideoRef(video_id(uri), uri, 0), error
+    ref = VideoRef(video_id(uri), uri, file.size_bytes, file.etag, file.modified)
+    return ref, decode([ref])[0]

@@ -1,0 +1,244 @@
+"""Bulk scoring: Ray Data drives the Serve graph, predictions go to Parquet, one row a video."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from tsq_ray import metrics, runs, runtime, schema, storage
+from tsq_ray.bundle import read_bundle_settings
+from tsq_ray.config import Config, ReplicaConfig
+from tsq_ray.errors import ModelError, VideoError
+from tsq_ray.manifest import VideoRef, choose_split, read_manifest
+from tsq_ray.stages import failed_row
+
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """What a worker needs to know; travels to it whole."""
+
+    app: str
+    schema: pa.Schema
+    classes: list[str]
+    counts: Any
+    timeout_s: float
+
+
+def score(
+    manifest_uri: str,
+    model: str,
+    out: str,
+    config: Config,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    retry_failed: str | None = None,
+    with_scores: bool = True,
+    address: str | None = None,
+    show_progress: bool = True,
+    debug: bool = False,
+) -> dict[str, Any]:
+    """Predictions of every video of a manifest into the run folder `out`; goes on where an earlier run stopped.
+
+    `config` comes from `serve.settings.scoring_config`. Returns the content of `_run.json`, with mAP and top-1 under "metrics"
+    where there are labels. Raises UserError for wrong input, RunFailed where the run failed or does not add up.
+    """
+    started = time.time()
+    out, model = storage.normalize(out), storage.normalize(model)
+    content, digest = read_bundle_settings(model)
+    if "recognizer" not in content["files"]:
+        raise ModelError(
+            f"{storage.redact(model)}: the bundle has no recogniser; train it again with --recognizer URI (from tsq finetune --role recognizer)"
+        )
+    manifest = read_manifest(manifest_uri)
+    wanted = choose_split(manifest, split)[:limit]
+    retry = runs.retry_reasons(retry_failed)
+    classes = list(content["classes"])
+    arrow = schema.predictions_schema(config.decode.num_frames, len(classes), manifest.classes, with_scores)
+    runs.begin(out, "predictions", _identity(digest, config, with_scores), manifest)
+    current = runs.pick_current(runs.done_rows(out), manifest)
+    todo = runs.still_to_do(wanted, current, retry)
+    seconds: dict[str, float] = {}
+    if todo:
+        runs.reopen(out)
+        with runtime.cluster(address, debug) as ray:
+            counts = runtime.start_counts()
+            with serve_graph(ray, model, config, len(todo), debug) as app:
+                plan = ScorePlan(app, arrow, manifest.classes, counts, config.decode.timeout_s + config.serve.request_timeout_s)
+                try:
+                    seconds = runtime.run_with_progress(
+                        lambda: _run_pipeline(ray, todo, plan, out, config, debug), counts, len(todo), "score", show_progress
+                    )
+                except ray.exceptions.RayError as error:
+                    raise runtime.run_failed(error, "score") from error
+    more = {
+        "model": {"uri": storage.redact(model), "sha256": digest},
+        "bundle_classes": classes,
+        "task": content["task"],
+        "with_scores": with_scores,
+    }
+    return runs.close_run(
+        out, "predictions", manifest, wanted, todo, split, config, started, seconds, lambda: more | {"metrics": measure(out, classes)}
+    )
+
+
+def _identity(digest: str, config: Config, with_scores: bool) -> dict[str, Any]:
+    sampler = config.sampler.model_dump(mode="json")
+    if config.sampler.mode != "random":
+        sampler.pop("seed")
+    return {"model_sha256": digest, "sampler": sampler, "scores": "all" if with_scores else "top"}
+
+
+@contextlib.contextmanager
+def serve_graph(ray: Any, model: str, config: Config, videos: int, debug: bool) -> Iterator[str]:
+    """The graph deployed for the time of the `with`, without HTTP; yields the application's name."""
+    from ray import serve
+
+    from tsq_ray.serve.app import application
+
+    runtime.quiet_data(debug)
+    was_running = bool(serve.status().applications) if _serve_runs(ray) else False
+    name = f"tsq-score-{hashlib.sha256(f'{model}{time.time_ns()}'.encode()).hexdigest()[:8]}"
+    if not was_running:
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
+    try:
+        serve.run(application(model, bulk_config(config, ray.cluster_resources(), videos), None), name=name, route_prefix=None)
+    except Exception as error:
+        raise runtime.run_failed(error, "score: the graph") from error
+    try:
+        yield name
+    finally:
+        if was_running:
+            serve.delete(name)
+        else:
+            serve.shutdown()
+
+
+def _serve_runs(ray: Any) -> bool:
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
+    return True
+
+
+def bulk_config(config: Config, resources: dict[str, float], videos: int) -> Config:
+    """Replicas for a bulk run: as many as the cluster holds, all from the start; a one-machine cluster gets one of each."""
+    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    serve = config.serve
+    decoders = int(max(1, min(config.resources.decoders or max(1, (cpus - 1) // 2), videos)))
+    processes = max(1, int(min(serve.decoder_processes, cpus)))
+    encoders = int(max(1, gpus)) if config.resources.gpus else 1
+    gpu = 0.5 if gpus and config.resources.gpus else 0.0
+
+    def replicas(count: int, num_cpus: float, num_gpus: float, ongoing: int) -> ReplicaConfig:
+        return ReplicaConfig(min_replicas=count, max_replicas=count, num_cpus=num_cpus, num_gpus=num_gpus, max_ongoing_requests=ongoing)
+
+    return config.model_copy(
+        update={
+            "serve": serve.model_copy(
+                update={
+                    "decoder": replicas(decoders, min(1.0, cpus / 8), 0.0, 2 * processes),
+                    "decoder_processes": processes,
+                    "sampler": replicas(encoders, 0.2, gpu, 2 * serve.batch_size),
+                    "recognizer": replicas(encoders, 0.2, gpu, 2 * serve.batch_size),
+                }
+            )
+        }
+    )
+
+
+def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ScorePlan, out: str, config: Config, debug: bool) -> dict[str, float]:
+    runtime.quiet_data(debug)
+    batch = config.resources.batch_size
+    data = runtime.todo_dataset(ray, todo, 2, batch).map_batches(
+        ScoreWorker,
+        # two batches in flight: while one waits for its last video the other keeps the graph busy
+        compute=ray.data.ActorPoolStrategy(size=2),
+        num_cpus=0.05,
+        batch_size=batch,
+        batch_format="pyarrow",
+        fn_constructor_args=(plan,),
+    )
+    return runtime.write_parts(data, out, plan.schema, config.output)
+
+
+class ScoreWorker:
+    """Sends a batch of videos through the graph and gathers their rows."""
+
+    def __init__(self, plan: ScorePlan) -> None:
+        from ray import serve
+
+        self.plan = plan
+        self.handle = serve.get_app_handle(plan.app)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Manifest rows -> transport table of prediction rows."""
+        refs = runtime.refs_of(batch)
+        pending = [self.handle.score_video.remote(ref) for ref in refs]
+        rows = []
+        for ref, response in zip(refs, pending, strict=True):
+            row = self._answer(ref, response)
+            if ref.labels is not None:
+                row["label_names"] = [self.plan.classes[number] for number in ref.labels]
+            for stage in ("decode", "sample", "recognize"):
+                row[f"_{stage}_s"] = (row.get(f"{stage}_ms") or 0.0) / 1000
+            rows.append(row)
+            self.plan.counts.add.remote([row.get("error_type")])
+        return runtime.transport_table(rows, self.plan.schema)
+
+    def _answer(self, ref: VideoRef, response: Any) -> dict[str, Any]:
+        for attempt in range(_TRIES):
+            try:
+                return response.result(timeout_s=self.plan.timeout_s)
+            except Exception as error:  # noqa: BLE001  the border: whatever becomes of a replica, the video keeps its row
+                if attempt + 1 == _TRIES:
+                    cause = runtime.root_cause(error)
+                    message = f"the graph failed {_TRIES} times: {type(cause).__name__}: {cause}"
+                    return failed_row(ref, VideoError("internal", message))
+                time.sleep(1 + attempt)
+                response = self.handle.score_video.remote(ref)
+        raise AssertionError("unreachable")
+
+
+def measure(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:
+    """mAP (both conventions) and top-1 over the labelled videos that are ok; names that the bundle lacks are counted and left out."""
+    columns = ["status", "label_names", "scores", "top_labels"]
+    index = {name: number for number, name in enumerate(classes)}
+    scores, targets, right, unknown = [], [], [], set()
+    for part in runs.list_parts(predictions_uri):
+        table = runs.read_part(part.uri)
+        table = table.select([name for name in columns if name in table.column_names])
+        for record in table.to_pylist():
+            if record["status"] != "ok" or not record["label_names"]:
+                continue
+            unknown |= set(record["label_names"]) - index.keys()
+            known = [index[name] for name in record["label_names"] if name in index]
+            if not known:
+                continue
+            right.append(record["top_labels"][0] in record["label_names"])
+            if record.get("scores") is not None:
+                target = np.zeros(len(classes), bool)
+                target[known] = True
+                scores.append(np.asarray(record["scores"], np.float32))
+                targets.append(target)
+    if not right:
+        return {"labelled": 0, "unknown_labels": sorted(unknown)}
+    found: dict[str, Any] = {"labelled": len(right), "top1": round(float(np.mean(right)), 4), "unknown_labels": sorted(unknown)}
+    if scores:
+        stacked, wanted = np.stack(scores), np.stack(targets)
+        found["mAP"] = round(metrics.mean_average_precision(stacked, wanted), 4)
+        found["mAP_interpolated"] = round(metrics.mean_average_precision(stacked, wanted, interpolated=True), 4)
+    return json.loads(json.dumps(found))
