@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import runs, schema, storage
+from tsq_ray import runs, schema
 from tsq_ray.config import OutputConfig
 from tsq_ray.errors import RunFailed, TsqError
 from tsq_ray.manifest import VideoRef
@@ -51,7 +51,8 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     else:
         options |= {"address": address}
     try:
-        ray.init(**options)
+        with contextlib.nullcontext() if debug else _silent_stderr():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         where = f"--address {address}: no Ray cluster answers there" if address else "Ray could not be started here"
         raise RunFailed(f"{where} ({_one_line(error)}); start one with: ray start --head, or leave --address out") from error
@@ -59,6 +60,21 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Ray's C++ core announces its log level on stderr, at any log level; errors of ray.init come as exceptions."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
 
 
 def quiet_data(debug: bool = False) -> Any:

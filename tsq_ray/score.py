@@ -107,10 +107,9 @@ def serve_graph(ray: Any, model: str, config: Config, videos: int, debug: bool) 
     from tsq_ray.serve.app import application
 
     runtime.quiet_data(debug)
-    was_running = bool(serve.status().applications) if _serve_runs(ray) else False
     name = f"tsq-score-{hashlib.sha256(f'{model}{time.time_ns()}'.encode()).hexdigest()[:8]}"
-    if not was_running:
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
+    # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
     try:
         serve.run(application(model, bulk_config(config, ray.cluster_resources(), videos), None), name=name, route_prefix=None)
     except Exception as error:
@@ -118,20 +117,7 @@ def serve_graph(ray: Any, model: str, config: Config, videos: int, debug: bool) 
     try:
         yield name
     finally:
-        if was_running:
-            serve.delete(name)
-        else:
-            serve.shutdown()
-
-
-def _serve_runs(ray: Any) -> bool:
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-
-    try:
-        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    except ValueError:
-        return False
-    return True
+        serve.delete(name)
 
 
 def bulk_config(config: Config, resources: dict[str, float], videos: int) -> Config:

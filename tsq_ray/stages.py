@@ -126,13 +126,11 @@ class Encode:
         objects: FrameEncoder | None,
         recognizer: FrameEncoder | None = None,
         device: torch.device | None = None,
-        chunk: int = 64,
     ) -> None:
         self.device = device or best_device()
         self.visual = visual.to(self.device)
         self.objects = objects.to(self.device) if objects is not None else None
         self.recognizer = recognizer.to(self.device) if recognizer is not None else None
-        self.chunk = chunk
 
     def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
         """In the order of `videos`; frames of all of them go through each network together."""
@@ -157,7 +155,7 @@ class Encode:
 
     def _run(self, encoder: FrameEncoder, videos: Sequence[DecodedVideo], name: str) -> tuple[list[Tensor], list[Tensor] | None]:
         pictures = np.concatenate([video.frames[name] for video in videos])
-        features, logits = encode_pictures(encoder, pictures, self.chunk)
+        features, logits = encode_pictures(encoder, pictures)
         counts = [len(video.frames[name]) for video in videos]
         slots = [torch.from_numpy(video.slot_frame.astype(np.int64)) for video in videos]
 

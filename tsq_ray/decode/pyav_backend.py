@@ -58,13 +58,17 @@ def strict_frames(container: Container, stream: Stream) -> Iterator[av.VideoFram
     """Frames from here on in presentation order; DecodeTrouble at the first error or damaged frame."""
     try:
         for frame in container.decode(stream):
-            if frame.is_corrupt or frame.pts is None:
-                raise DecodeTrouble(f"damaged frame at {frame.pts}")
-            yield frame
+            yield _checked(frame)
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as error:
         raise DecodeTrouble(str(error)) from None
+
+
+def _checked(frame: av.VideoFrame) -> av.VideoFrame:
+    if frame.is_corrupt or frame.pts is None:
+        raise DecodeTrouble(f"damaged frame at {frame.pts}")
+    return frame
 
 
 def decode_exact(
@@ -77,31 +81,52 @@ def decode_exact(
     codec = stream.codec_context.codec.canonical_name
     if codec not in _SEEKABLE_CODECS:
         raise DecodeTrouble(f"a keyframe of {codec} is not known to decode by itself")
+    targets = [table.pts[index] for index in wanted]
+    needed = frozenset(targets)
     frames: Iterator[av.VideoFrame] = iter(())
     current = None
-    for i, target in enumerate(table.pts[index] for index in wanted):
+    for i, target in enumerate(targets):
         key = bisect_right(table.key_pts, target) - 1
         if key < 0:
             raise DecodeTrouble(f"no keyframe before {target}")
         if key != current:
-            frames, current = _frames_from_key(container, stream, table, key), key
+            frames, current = _frames_from_key(container, stream, table, key, needed), key
         frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= target), None)
         if frame is None or frame.pts != target:
             raise DecodeTrouble(f"no frame at {target}")
         store.put(i, to_rgb(frame, max_pixels))
 
 
-def _frames_from_key(container: Container, stream: Stream, table: PacketTable, key: int) -> Iterator[av.VideoFrame]:
+def _frames_from_key(container: Container, stream: Stream, table: PacketTable, key: int, needed: frozenset[int]) -> Iterator[av.VideoFrame]:
     """Frames from keyframe number `key` on, without those that are decoded after it but need what came before it."""
     time = table.key_pts[key]
     # some containers have no index, and a seek in them may arrive late: start earlier
     for start in dict.fromkeys((key, max(key - 1, 0), max(key - 3, 0))):
         _seek(container, stream, table.key_dts[start])
-        frames = strict_frames(container, stream)
+        frames = _needed_frames(container, stream, needed) if stream.codec_context.name == "h264" else strict_frames(container, stream)
         first = next(frames, None)
         if first is not None and first.pts is not None and first.pts <= time:
             return (frame for frame in itertools.chain([first], frames) if frame.pts is not None and frame.pts >= time)
     raise DecodeTrouble(f"no seek arrives at {time} or before")
+
+
+def _needed_frames(container: Container, stream: Stream, needed: frozenset[int]) -> Iterator[av.VideoFrame]:
+    """As `strict_frames`, without the frames that neither are at a time of `needed` nor serve others as a reference.
+
+    In H.264 these are known by their header and cost nothing when left out (in HEVC a higher layer may still refer to them).
+    """
+    context = stream.codec_context
+    try:
+        for packet in container.demux(stream):
+            context.skip_frame = "DEFAULT" if packet.size == 0 or packet.pts in needed else "NONREF"
+            for frame in packet.decode():
+                yield _checked(frame)
+    except av.error.MemoryError:
+        raise
+    except av.error.FFmpegError as error:
+        raise DecodeTrouble(str(error)) from None
+    finally:
+        context.skip_frame = "DEFAULT"
 
 
 def _seek(container: Container, stream: Stream, time: int) -> None:

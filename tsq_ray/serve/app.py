@@ -186,6 +186,7 @@ def application(model: str, config: Config, token: str | None) -> Any:
     decoder, sampler, recognizer = bind_graph(model, config)
     options = {
         "num_replicas": 1,
+        "graceful_shutdown_wait_loop_s": 0.1,
         "ray_actor_options": {"num_cpus": 0.1},
         "max_ongoing_requests": config.serve.max_queued_requests,
         "max_queued_requests": config.serve.max_queued_requests,

@@ -28,6 +28,7 @@ def deployment_options(config: ReplicaConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         "max_ongoing_requests": config.max_ongoing_requests,
+        "graceful_shutdown_wait_loop_s": 0.1,
         "max_queued_requests": -1,  # the entry bounds what comes in; between the stages nothing may be turned away
     }
     if config.min_replicas == config.max_replicas:

@@ -24,7 +24,7 @@ def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, 
 
     Features are standardised for the fit; the returned head takes them as they are: the scale is folded into its weights.
     """
-    x, y = torch.from_numpy(np.ascontiguousarray(features)), torch.from_numpy(targets).float()
+    x, y = torch.from_numpy(np.array(features)), torch.from_numpy(targets).float()
     if task == "single":
         y = y / y.sum(1, keepdim=True)
     num_videos, num_frames, dim = x.shape

@@ -1,0 +1,272 @@
+"""decode_video on videos whose frames carry their number: the right frames, sizes, errors and warnings."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from video_case import RATE, number_of, picture, write_audio, write_video
+from tsq_ray import storage
+from tsq_ray.config import DecodeConfig
+from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video
+from tsq_ray.decode.frames import fit, orient, target_size
+from tsq_ray.errors import StorageError, VideoError
+
+SPECS = {"wide": FrameSpec(64)}
+
+
+def decode(path: Path, strategy: str = "uniform", num_frames: int = 8, specs: dict[str, FrameSpec] | None = None, **more: float) -> DecodedVideo:
+    settings = DecodeConfig.model_validate({"strategy": strategy, "num_frames": num_frames, **more})
+    return decode_video(VideoSource(str(path)), settings, specs or SPECS)
+
+
+def numbers(decoded: DecodedVideo) -> list[int]:
+    return [number_of(rgb) for rgb in decoded.slots("wide")]
+
+
+KINDS = {
+    "h264.mp4": {},
+    "h264_b.mp4": {"b_frames": 4, "gop": 30},
+    "h264_open_gop.mkv": {"open_gop": True, "b_frames": 3},
+    "h264.ts": {"b_frames": 3},
+    "hevc_open_gop.mp4": {"codec": "libx265", "open_gop": True, "b_frames": 3},
+    "hevc.mkv": {"codec": "libx265"},
+    "vp8.webm": {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}},
+    "vp9.webm": {"codec": "libvpx-vp9", "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}},
+    "mpeg4.avi": {"codec": "mpeg4", "pix_fmt": "yuv420p"},
+    "mpeg2.mpg": {"codec": "mpeg2video", "b_frames": 2},
+    "odd_444.mp4": {"size": (161, 97), "pix_fmt": "yuv444p"},
+    "ten_bits.mp4": {"pix_fmt": "yuv420p10le"},
+    "fragmented.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("videos")
+    return {name: write_video(folder / name, 61, **kind) for name, kind in KINDS.items()}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+@pytest.mark.parametrize("num_frames", [1, 3, 8, 25, 61])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_picture_is_the_frame_it_is_said_to_be(videos: dict[str, Path], name: str, num_frames: int, strategy: str) -> None:
+    decoded = decode(videos[name], strategy, num_frames)
+    assert decoded.source_num_frames == 61
+    assert numbers(decoded) == decoded.frame_index.tolist()
+    assert decoded.frame_pts_s == pytest.approx(decoded.frame_index / RATE, abs=2e-3)
+    assert decoded.duration_s == pytest.approx(61 / RATE, abs=0.05)
+    assert decoded.warnings == []
+    if strategy == "uniform":
+        assert decoded.frame_index.tolist() == [int((i + 0.5) * 61 / num_frames) for i in range(num_frames)]
+
+
+def test_variable_frame_rate_by_timestamp(tmp_path: Path) -> None:
+    times = [0, 1, 2, 3, 40, 41, 42, 43, 44, 80]
+    decoded = decode(write_video(tmp_path / "v.mkv", 10, times=times, b_frames=0), num_frames=5)
+    positions = [(i + 0.5) / 5 * decoded.duration_s * RATE for i in range(5)]
+    assert numbers(decoded) == [max(k for k, time in enumerate(times) if time <= position + 0.05) for position in positions]
+    assert numbers(decoded) == decoded.frame_index.tolist()
+    assert len(decoded.frames["wide"]) == len(set(numbers(decoded))) < 5
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "h264_open_gop.mkv", "hevc_open_gop.mp4"])
+def test_keyframe_strategy_takes_keyframes_where_there_are_any(videos: dict[str, Path], name: str) -> None:
+    # keyframes at 0, 12, 24, 36, 48 and five intervals of 12 frames
+    decoded = decode(videos[name], "keyframe", 5)
+    assert decoded.frame_index.tolist() == [0, 12, 24, 36, 48]
+    assert numbers(decoded) == [0, 12, 24, 36, 48]
+
+
+def test_keyframe_strategy_takes_the_exact_frame_elsewhere(videos: dict[str, Path]) -> None:
+    assert decode(videos["h264_b.mp4"], "keyframe", 6).frame_index.tolist() == [0, 15, 25, 30, 45, 55]
+
+
+@pytest.mark.parametrize("num_frames", [1, 4])
+def test_fewer_frames_than_positions(tmp_path: Path, num_frames: int) -> None:
+    decoded = decode(write_video(tmp_path / "few.mp4", num_frames), num_frames=6)
+    assert decoded.frame_index.tolist() == [i % num_frames for i in range(6)]
+    assert numbers(decoded) == decoded.frame_index.tolist()
+    assert decoded.frames["wide"].shape == (num_frames, 64, 64, 3)
+    assert decoded.slot_frame.tolist() == decoded.frame_index.tolist()
+
+
+def test_one_decode_serves_all_sizes(videos: dict[str, Path]) -> None:
+    specs = {"squash": FrameSpec(48), "crop": FrameSpec(56, "crop", "bicubic"), "keep": FrameSpec(48, "keep")}
+    decoded = decode(videos["h264.mp4"], num_frames=4, specs=specs)
+    assert {name: frames.shape for name, frames in decoded.frames.items()} == {
+        "squash": (4, 48, 48, 3),
+        "crop": (4, 56, 56, 3),
+        "keep": (4, 48, 80, 3),
+    }
+    assert all(frames.dtype == np.uint8 for frames in decoded.frames.values())
+    assert (decoded.width, decoded.height, decoded.codec) == (160, 96, "h264")
+    assert decoded.fps == pytest.approx(RATE, rel=1e-3)
+
+
+@pytest.mark.parametrize(("rotation", "turns"), [(90, 1), (180, 2), (270, 3)])
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+def test_rotation_is_honoured(tmp_path: Path, rotation: int, turns: int, strategy: str) -> None:
+    path = write_video(tmp_path / "turned.mp4", 12, rotation=rotation, options={"crf": "5"})
+    decoded = decode(path, strategy, 1, {"all": FrameSpec(96, "keep")})
+    shown = np.rot90(picture(int(decoded.frame_index[0])), turns)
+    assert (decoded.height, decoded.width) == shown.shape[:2]
+    assert np.abs(decoded.slots("all")[0].astype(int) - shown).mean() < 4
+
+
+def test_orient_follows_the_display_matrix() -> None:
+    stored = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    for matrix in [(a, 0, 0, d) for a in (-1, 1) for d in (-1, 1)] + [(0, b, c, 0) for b in (-1, 1) for c in (-1, 1)]:
+        a, b, c, d = matrix
+        shown = orient(stored, matrix)
+        points = {(x, y): (a * x + c * y, b * x + d * y) for x in range(3) for y in range(2)}
+        left, top = min(x for x, _ in points.values()), min(y for _, y in points.values())
+        assert all((shown[y - top, x - left] == stored[v, u]).all() for (u, v), (x, y) in points.items())
+
+
+@pytest.mark.parametrize(("size", "expected"), [((320, 240), (341, 256)), ((240, 320), (256, 341)), ((256, 256), (256, 256)), ((8, 4000), (256, 128000))])
+def test_crop_resizes_the_shorter_side_to_eight_sevenths(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert target_size(*size, FrameSpec(224, "crop")) == expected
+
+
+def test_crop_takes_the_centre() -> None:
+    rgb = np.zeros((70, 210, 3), np.uint8)
+    rgb[:, 70:140] = 200
+    assert fit(rgb, FrameSpec(56, "crop"))[:, 2:-2].min() > 190
+
+
+def test_resize_is_antialiased() -> None:
+    checkers = np.indices((256, 256)).sum(0) % 2 * 255
+    small = fit(np.repeat(checkers[..., None], 3, 2).astype(np.uint8), FrameSpec(32))
+    assert np.abs(small.astype(int) - 127).max() < 10
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+def test_a_file_cut_short_runs_over_what_is_left(tmp_path: Path, strategy: str) -> None:
+    path = write_video(tmp_path / "whole.mp4", 60, container_options={"movflags": "faststart"})
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(path.read_bytes()[: int(path.stat().st_size * 0.7)])
+    decoded = decode(cut, strategy, 8)
+    left = decoded.source_num_frames
+    assert 20 < left < 60
+    assert decoded.warnings[0] == f"header says 60 frames, {left} can be decoded"
+    assert decoded.frame_index.tolist() == [int((i + 0.5) * left / 8) for i in range(8)]
+    assert numbers(decoded) == decoded.frame_index.tolist()
+    assert decoded.duration_s == pytest.approx(left / RATE, abs=0.05)
+
+
+def test_damage_in_the_middle_is_told(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", 60)
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat")
+    for i in range(start + (len(data) - start) // 4, start + (len(data) - start) // 2, 23):
+        data[i] ^= 0x5A
+    path.write_bytes(data)
+    decoded = decode(path, num_frames=16)
+    assert decoded.source_num_frames <= 60
+    assert any("can be decoded" in warning for warning in decoded.warnings)
+    assert len(decoded.slots("wide")) == 16
+
+
+def _no_index(folder: Path) -> Path:
+    path = write_video(folder / "v.mp4", 30)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return path
+
+
+def _head_only(folder: Path) -> Path:
+    path = write_video(folder / "v.mp4", 30, container_options={"movflags": "faststart"})
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"mdat") + 4])
+    return path
+
+
+def _all_damaged(folder: Path) -> Path:
+    path = write_video(folder / "v.mp4", 30, container_options={"movflags": "faststart"})
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4
+    data[start:] = bytes(len(data) - start)
+    path.write_bytes(data)
+    return path
+
+
+def _unknown_codec(folder: Path) -> Path:
+    path = write_video(folder / "v.mp4", 30)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz9"))
+    return path
+
+
+def _written(name: str, data: bytes) -> object:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return make
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+@pytest.mark.parametrize(
+    ("make", "error_type", "match"),
+    [
+        (_written("empty.mp4", b""), "not_video", "an empty file"),
+        (_written("text.mp4", b"this is not a video\n" * 20), "not_video", "nothing in it is known as video"),
+        (_written("random.mp4", np.random.default_rng(7).bytes(50_000)), "not_video", "nothing in it is known as video"),
+        (_written("list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/hostname\n"), "not_video", "nothing in it is known"),
+        (_written("list.ffconcat", b"ffconcat version 1.0\nfile v.mp4\n"), "not_video", "nothing in it is known"),
+        (lambda folder: write_audio(folder / "sound.mp4"), "not_video", "no video stream"),
+        (lambda folder: folder, "not_video", "a folder"),
+        (_no_index, "truncated", "cut off or lacks its index"),
+        (_head_only, "truncated", "none of its frames can be decoded"),
+        (_all_damaged, "corrupt", "can be decoded"),
+        (_unknown_codec, "unsupported", "no decoder for this video codec"),
+    ],
+)
+def test_error_types(tmp_path: Path, make: object, error_type: str, match: str, strategy: str) -> None:
+    path = make(tmp_path)  # type: ignore[operator]
+    with pytest.raises(VideoError, match=match) as caught:
+        decode(path, strategy)
+    assert caught.value.error_type == error_type
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+@pytest.mark.parametrize(
+    ("limit", "match"), [({"max_pixels": 160 * 95}, "160 x 96"), ({"max_duration_s": 2.0}, "lasts 2 s"), ({"max_bytes": 1000}, "max_bytes allows 1000")]
+)
+def test_limits(videos: dict[str, Path], limit: dict[str, float], match: str, strategy: str) -> None:
+    with pytest.raises(VideoError, match=match) as caught:
+        decode(videos["h264.mp4"], strategy, **limit)
+    assert caught.value.error_type == "too_large"
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no such file") as caught:
+        decode(tmp_path / "none.mp4")
+    assert caught.value.error_type == "not_found"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_unreadable_file(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", 3)
+    path.chmod(0)
+    with pytest.raises(StorageError, match="access denied"):
+        decode(path)
+
+
+@pytest.mark.parametrize("change", ["size", "modified"])
+def test_a_changed_source_is_refused(tmp_path: Path, change: str) -> None:
+    path = write_video(tmp_path / "v.mp4", 12)
+    seen = storage.stat(str(path))
+    assert seen.modified is not None
+    source = VideoSource(str(path), seen.size_bytes, seen.etag, seen.modified)
+    settings = DecodeConfig(num_frames=4)
+    assert decode_video(source, settings, SPECS).source_num_frames == 12
+    stale = replace(source, size_bytes=seen.size_bytes + 1) if change == "size" else replace(source, modified=seen.modified - timedelta(seconds=5))
+    with pytest.raises(VideoError, match=f"changed since the manifest was made \\({change}") as caught:
+        decode_video(stale, settings, SPECS)
+    assert caught.value.error_type == "source_changed"
