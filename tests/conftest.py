@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cluster_case import Chains, running_ray
+from s3_case import BUCKETS, S3Server, make_buckets, running_s3
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # jobs/ is not installed, and tests import from it
@@ -38,3 +42,29 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no development data at {folder} (TSQ_DATA names the folder)")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with the buckets of s3_case.BUCKETS; its address and keys are in the environment from here on."""
+    import fsspec
+
+    with running_s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        make_buckets(BUCKETS)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3: S3Server) -> Iterator[Any]:
+    """The Ray that every command of this process then uses; started after `s3`, so that its workers know the keys."""
+    with running_ray() as ray:
+        yield ray
+
+
+@pytest.fixture(scope="session")
+def chains(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Chains:
+    """chains("local"), chains("s3"): the main path's outputs, made once."""
+    return Chains(tmp_path_factory.mktemp("chain"))

@@ -20,11 +20,13 @@ from tsq_ray.errors import RunError, StorageError, TsqError, UserError
 app = typer.Typer(
     name="tsq",
     help="Label very large video archives cheaply: choose the salient frames, recognise only those.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""click's UsageError; newer versions of typer carry a click of their own."""
 
 
 class Role(StrEnum):
@@ -239,11 +241,12 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """The endpoint: POST /v1/score. A bearer token comes from the environment variable TSQ_TOKEN."""
+    from tsq_ray.serve.endpoint import check_address, run_endpoint
+
+    check_address(host, port, address)  # a wrong one is told before torch is imported
     from tsq_ray.serve.settings import scoring_config
 
     settings = scoring_config(model, str(config) if config else None, sets or ())
-    from tsq_ray.serve.endpoint import run_endpoint
-
     run_endpoint(model, settings, host, port, address, debug)
 
 
@@ -442,7 +445,7 @@ def _tree_text(tree: dict[str, Any], indent: str = "") -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 the run failed, 2 wrong input."""
-    arguments = bare_retry(list(sys.argv[1:] if argv is None else argv))
+    arguments = bare_retry(list(sys.argv[1:] if argv is None else argv)) or ["--help"]
     debug = "--debug" in arguments
     return guarded(lambda: app(args=arguments, prog_name="tsq", standalone_mode=False), debug)
 
@@ -475,12 +478,10 @@ def guarded(run: Callable[[], Any], debug: bool) -> int:
         return fail(str(error), 2, debug)
     except TsqError as error:
         return fail(str(error), 1, debug)
+    except USAGE_ERROR as error:
+        where = error.ctx.command_path if error.ctx else "tsq"
+        return fail(f"{' '.join(error.format_message().split())} (see {where} --help)", 2, debug)
     except Exception as error:  # noqa: BLE001  the last border: everything else is a defect, told in one line
-        import click
-
-        if isinstance(error, click.ClickException):
-            error.show()
-            return 2
         return fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1, debug)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -183,8 +183,8 @@ class ResourcesConfig(Section):
     """Threads of each worker's network (0: CPUs / workers)."""
 
 
-class ReplicaConfig(Section):
-    """How far one deployment of the Serve graph scales."""
+class ScaleConfig(Section):
+    """How far a deployment scales."""
 
     min_replicas: int = Field(default=1, ge=0)
     """Fewest replicas."""
@@ -194,19 +194,26 @@ class ReplicaConfig(Section):
     """Logical CPUs of a replica; may be fractional."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs of a replica; may be fractional."""
-    max_ongoing_requests: int = Field(default=32, ge=1)
-    """Requests a replica takes at a time; above its batch size."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> ReplicaConfig:
+    def _ordered(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
         return self
 
 
+class ReplicaConfig(ScaleConfig):
+    """How far one deployment of the Serve graph scales."""
+
+    max_ongoing_requests: int = Field(default=32, ge=1)
+    """Requests a replica takes at a time; above its batch size. A replica is added where more than half of them are taken."""
+
+
 class ServeConfig(Section):
     """The endpoint and its deployments."""
 
+    ingress: ScaleConfig = ScaleConfig(num_cpus=0.1)
+    """Takes the requests and checks them."""
     decoder: ReplicaConfig = ReplicaConfig(max_replicas=2)
     """Fetches and decodes."""
     decoder_processes: int = Field(default=2, ge=1)
@@ -220,13 +227,13 @@ class ServeConfig(Section):
     batch_wait_s: float = Field(default=0.01, ge=0)
     """Longest wait for a batch to fill, in seconds."""
     max_queued_requests: int = Field(default=256, ge=1)
-    """Requests that may wait; beyond it the endpoint answers 429."""
+    """Requests that an ingress replica has in hand, waiting ones too; one more is answered 429."""
     request_timeout_s: float = Field(default=120.0, gt=0)
-    """Longest time of one request, in seconds."""
+    """Longest time of one request, its upload too, in seconds; past it the answer is 504."""
     max_upload_mb: float = Field(default=256, gt=0)
     """Largest upload, in MiB; a larger one gets 413."""
-    allowed_uri_prefixes: tuple[str, ...] = ()
-    """Prefixes a request's `uri` may have; none by default, so that nobody reads files through the endpoint."""
+    allowed_uri_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Folders, as paths or URIs, below which a request's `uri` may lie; none by default, so that nobody reads files through the endpoint."""
 
 
 class Config(Section):

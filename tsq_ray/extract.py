@@ -160,7 +160,7 @@ def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ExtractPlan, debug: 
     gpus = min(gpus, config.resources.gpus) if config.resources.gpus >= 0 else gpus
     batch = config.resources.batch_size
     pool = ray.data.ActorPoolStrategy
-    common: dict[str, Any] = {"batch_size": batch, "batch_format": "pyarrow", "fn_constructor_args": (plan,)}
+    common: dict[str, Any] = {"batch_size": batch, "batch_format": "pyarrow", "fn_constructor_args": (plan,), **runtime.RETRIES}
     if gpus or config.resources.decoders:
         decoders = config.resources.decoders or max(1, int(cpus) - 1)
         encoders = max(1, gpus)

@@ -328,9 +328,9 @@ def read_manifest(uri: str) -> Manifest:
             raise ManifestError(
                 f"manifest {storage.redact(uri)}: no such file; make one with tsq index SOURCE --out {storage.redact(uri)}"
             ) from None
+        if isinstance(error.__cause__, IsADirectoryError):
+            raise ManifestError(f"manifest {uri}: is a folder; name the Parquet file that tsq index wrote") from None
         raise
-    except IsADirectoryError:
-        raise ManifestError(f"manifest {uri}: is a folder; name the Parquet file that tsq index wrote") from None
     try:
         table = pq.read_table(pa.BufferReader(data), use_threads=False)
     except (pa.ArrowInvalid, OSError):

@@ -218,22 +218,23 @@ def reopen(uri: str) -> None:
     storage.remove(storage.join(uri, RUN_FILE))
 
 
-def prune(uri: str, rows: Iterable[DoneRow], current: Mapping[str, DoneRow], compression: str) -> int:
-    """Take out rows that do not count: older duplicates, rows of changed and of deleted videos. How many went."""
-    drop: dict[str, set[str]] = {}
-    twice: set[tuple[str, str]] = set()
+def prune(uri: str, rows: Sequence[DoneRow], current: Mapping[str, DoneRow], compression: str) -> int:
+    """Take out rows that do not count: duplicates, rows of changed and of deleted videos. `rows` come from `done_rows`; how many went."""
+    counted: set[str] = set()
+    masks: dict[str, list[bool]] = {}
     for row in rows:
-        key = (row.part, row.ref.video_id)
-        if current.get(row.ref.video_id) is not row or key in twice:
-            drop.setdefault(row.part, set()).add(row.ref.video_id)
-        twice.add(key)
-    for part, ids in drop.items():
-        table = read_part(storage.join(uri, part))
-        keep = table.filter(pc.invert(pc.is_in(table["video_id"], pa.array(sorted(ids)))))
-        if keep.num_rows:
-            write_part(uri, keep, compression)
+        counts = current.get(row.ref.video_id) == row and row.ref.video_id not in counted
+        counted |= {row.ref.video_id} if counts else set()
+        masks.setdefault(row.part, []).append(counts)
+    stale = {part: mask for part, mask in masks.items() if not all(mask)}
+    written = set()
+    for part, mask in stale.items():
+        if any(mask):
+            written.add(write_part(uri, read_part(storage.join(uri, part)).filter(pa.array(mask)), compression))
+    # what is left of one part may have taken the name of another one that has nothing left
+    for part in stale.keys() - written:
         storage.remove(storage.join(uri, part))
-    return sum(len(ids) for ids in drop.values())
+    return sum(mask.count(False) for mask in stale.values())
 
 
 def accounting(manifest: Manifest, split: str | None, current: Mapping[str, DoneRow]) -> dict[str, Any]:

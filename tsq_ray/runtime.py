@@ -203,6 +203,8 @@ def progress_display(total: int, what: str, show: bool = True, unit: str = "vide
 
 
 _MOST_BLOCKS = 20_000
+RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 5}
+"""Of a stage's workers. Ray Data's own are endless: a batch that kills its worker each time would never end the run."""
 
 
 def todo_dataset(ray: Any, todo: Sequence[VideoRef], workers: int, batch_size: int) -> Any:
@@ -244,6 +246,7 @@ def write_parts(data: Any, out: str, arrow: pa.Schema, output: OutputConfig) -> 
         WritePart,
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0.1,
+        **RETRIES,
         batch_size=output.rows_per_file,
         batch_format="pyarrow",
         fn_constructor_args=(out, arrow, output.compression),

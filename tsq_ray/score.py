@@ -157,6 +157,7 @@ def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ScorePlan, out: str,
         batch_size=batch,
         batch_format="pyarrow",
         fn_constructor_args=(plan,),
+        **runtime.RETRIES,
     )
     return runtime.write_parts(data, out, plan.schema, config.output)
 

@@ -13,7 +13,9 @@ def test_uniform_positions_are_the_middles_of_equal_intervals() -> None:
     assert uniform_indices(range(0, 96), 96, 16) == [3, 9, 15, 21, 27, 33, 39, 45, 51, 57, 63, 69, 75, 81, 87, 93]
 
 
-@pytest.mark.parametrize(("count", "num_frames", "expected"), [(1, 4, [0, 0, 0, 0]), (3, 8, [0, 1, 2, 0, 1, 2, 0, 1]), (4, 4, [0, 1, 2, 3])])
+@pytest.mark.parametrize(
+    ("count", "num_frames", "expected"), [(1, 4, [0, 0, 0, 0]), (3, 8, [0, 1, 2, 0, 1, 2, 0, 1]), (4, 4, [0, 1, 2, 3])]
+)
 def test_few_frames_are_used_cyclically(count: int, num_frames: int, expected: list[int]) -> None:
     assert uniform_indices(range(count), count, num_frames) == expected
 

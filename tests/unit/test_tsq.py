@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -239,3 +240,13 @@ def test_training_learns_the_classes_and_finds_their_frames(task: str) -> None:
     attended = output.attention_visual[torch.arange(100), labels].gather(1, salient).sum(1).mean()
     assert (output.logits_visual.argmax(1) == labels).float().mean() > 0.95
     assert attended > 0.6
+
+
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+def test_balance_makes_frames_as_large_as_positions(size: float) -> None:
+    network = TSQNet(TSQShape(num_classes=3, visual_dim=40, text_dim=24, dim_visual=16, dim_textual=16))
+    visual, text = size * torch.randn(5, 7, 40), torch.randn(5, 7, 24) / size
+    network.balance(visual, text)
+    assert network.textual is not None
+    for branch, frames in ((network.visual, visual), (network.textual, text)):
+        assert branch.project(frames).square().mean().sqrt().item() == pytest.approx(math.sqrt(0.5), rel=1e-4)

@@ -168,6 +168,9 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
     if size_bytes is None or max(entry.pos + entry.size for entry in entries) > size_bytes:
         return None  # cut short
     times = [entry.timestamp for entry in shown]
+    steps = np.diff(times)
+    if stream.codec_context.has_b_frames and len(steps) and int(steps.max()) > 2 * int(np.median(steps)):
+        return None  # with reordering and a variable rate, decoding times do not tell presentation times
     end = end_of(times, None if len(times) > 1 else stream.duration, stream.duration)
     # a hybrid file continues in fragments, which this table does not list
     if container.duration is not None and (end - times[0]) * stream.time_base < Fraction(container.duration, 1_000_000) * Fraction(4, 5):

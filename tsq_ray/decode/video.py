@@ -90,23 +90,33 @@ def _differ(before: datetime | None, now: datetime | None) -> bool:
 
 
 def _decode(uri: str, size: int, settings: DecodeConfig, specs: Mapping[str, FrameSpec], name: str) -> DecodedVideo:
-    if settings.strategy == "keyframe":
-        with _opened(uri) as (file, head), open_container(file, name, head) as container, contextlib.suppress(DecodeTrouble):
-            decoded = _Job(name, size, settings, specs).by_index(container)
+    job = _Job(name, size, settings, specs)
+    by_index = settings.strategy == "keyframe"
+    # one request for a whole small object is cheaper than T for parts of it
+    if by_index and not storage.is_local(uri) and size > settings.num_frames * _RANGE_BYTES:
+        by_index = False
+        with _ranges_of(uri) as (file, head), open_container(file, name, head) as container:
+            decoded = job.by_index(container)
+        if decoded is not None:
+            return decoded
+    with tempfile.TemporaryDirectory(prefix="tsq-") as folder:
+        path = storage.download(uri, folder)
+        if by_index:
+            with open_container(path, name, _head(path)) as container:
+                decoded = job.by_index(container)
             if decoded is not None:
                 return decoded
-    with tempfile.TemporaryDirectory(prefix="tsq-") as folder:
-        return _Job(name, size, settings, specs).exact(storage.download(uri, folder))
+        return job.exact(path)
+
+
+def _head(path: str) -> bytes:
+    with storage.open_read(path) as file:
+        return file.read(_HEAD_BYTES)
 
 
 @contextlib.contextmanager
-def _opened(uri: str) -> Iterator[tuple[str | BinaryIO, bytes]]:
-    """A local path as it is, a remote object as a file whose reads are byte ranges; and its first bytes."""
-    if storage.is_local(uri):
-        with storage.open_read(uri) as file:
-            head = file.read(_HEAD_BYTES)
-        yield uri, head
-        return
+def _ranges_of(uri: str) -> Iterator[tuple[BinaryIO, bytes]]:
+    """A remote object as a file whose reads are byte ranges, and its first bytes."""
     with storage.open_read(uri, block_size=_RANGE_BYTES, cache_type="readahead") as file:
         ranges = _Ranges(file, uri)
         head = ranges.read(_HEAD_BYTES)
@@ -148,7 +158,13 @@ class _Job:
         self.warnings: list[str] = []
 
     def by_index(self, container: Container) -> DecodedVideo | None:
-        """Strategy `keyframe` by the sample table alone; None where there is no complete one, DecodeTrouble where it misleads."""
+        """Strategy `keyframe` by the sample table alone; None where there is no complete one or where it misleads."""
+        try:
+            return self._by_index(container)
+        except DecodeTrouble:
+            return None
+
+    def _by_index(self, container: Container) -> DecodedVideo | None:
         stream = self._stream(container)
         index = read_index(container, stream, self.size)
         count = self.settings.num_frames
@@ -190,9 +206,7 @@ class _Job:
 
     @contextlib.contextmanager
     def _open(self, path: str) -> Iterator[tuple[Container, Stream]]:
-        with open(path, "rb") as file:
-            head = file.read(_HEAD_BYTES)
-        with open_container(path, self.name, head) as container:
+        with open_container(path, self.name, _head(path)) as container:
             yield container, self._stream(container)
 
     def _stream(self, container: Container) -> Stream:

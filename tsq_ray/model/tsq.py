@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+_POSITION_RMS = math.sqrt(0.5)
+"""Root mean square of a sinusoidal positional embedding."""
+
+
 @dataclass(frozen=True)
 class TSQShape:
     """All that is needed to build a TSQNet; plain values, so `dataclasses.asdict` of it goes into bundle.json."""
@@ -93,7 +97,7 @@ class TSQBranch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier for the projections; embeddings N(0, 1); classifier rows as a linear layer's."""
+        """Xavier for the projections; embeddings N(0, 1); classifier rows as a linear layer's. `balance` sets the convolution's scale."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -166,6 +170,20 @@ class TSQNet(nn.Module):
             assert tuple(embeddings.shape) == expected, f"embeddings of shape {tuple(embeddings.shape)}, expected {expected}"
             branch.embeddings.copy_(embeddings)
             branch.unfold()
+
+    @torch.no_grad()
+    def balance(self, visual: Tensor, text: Tensor | None) -> None:
+        """Scale each convolution so that these frames, [N, T, Dv] and [N, T, Dt], come out as large as the positional embedding.
+
+        Features of different encoders differ in size by an order of magnitude. Where they come out larger, attention is sharp from
+        the first step and stays where it happened to look; where smaller, it sees positions instead of frames.
+        """
+        for branch, frames in ((self.visual, visual), (self.textual, text)):
+            if branch is not None and frames is not None:
+                size = branch.conv(frames.to(branch.conv.weight.dtype)).square().mean().sqrt()
+                if size > 0:
+                    branch.conv.weight.mul_(_POSITION_RMS / size)
+                branch.unfold()
 
     def forward(self, visual: Tensor, text: Tensor | None) -> TSQOutput:
         """Frames `visual` [B, T, Dv] and object embeddings `text` [B, T, Dt] -> logits and attention of both modules.

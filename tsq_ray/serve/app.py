@@ -1,50 +1,77 @@
 """The endpoint: POST /v1/score with an upload or a `uri`, GET /v1/model, GET /healthz.
 
-`build` is also the import path of a Serve config file: `tsq_ray.serve.app:build` with args {model, settings, anonymous}.
+Every answer is JSON. What is not a prediction row has `status` ("refused" | "failed"), `error_message` and, where a video is the reason,
+`error_type`. `build` is also the import path of a Serve config file: `tsq_ray.serve.app:build` with args {model, settings, anonymous}.
 """
 
-from __future__ import annotations
+# no `from __future__ import annotations` here: Serve sends the routes to the replicas by value, where FastAPI could not look up the
+# name `Request` in a string, and would take it for a query parameter
 
+import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.types import Message
 
 from tsq_ray import storage
 from tsq_ray.bundle import read_bundle_settings
 from tsq_ray.config import Config, ServeConfig
 from tsq_ray.errors import ConfigError, StorageError, UserError
 from tsq_ray.manifest import VideoRef, video_id
-from tsq_ray.serve.graph import Graph, bind_graph
+from tsq_ray.serve.access import TOKEN_VARIABLE, read_token
+from tsq_ray.serve.graph import Graph, bind_graph, deployment_options
 from tsq_ray.serve.settings import scoring_config
 from tsq_ray.stages import plain_row
 
-TOKEN_VARIABLE = "TSQ_TOKEN"
 _STATUS_OF = {"not_found": 404, "access_denied": 403, "unavailable": 503, "too_large": 413, "timeout": 504, "internal": 500}
 """HTTP status of a failed video by its error type; 422 for what is wrong with the video itself."""
+_MAX_JSON_BYTES = 16 * 1024
+_FORM_BYTES = 64 * 1024  # what a form may hold beside its file
+_TRIES = 2
+_log = logging.getLogger("ray.serve")
 
-api = FastAPI(title="tsq_ray", docs_url=None, redoc_url=None, openapi_url="/v1/openapi.json")
+api = FastAPI(title="tsq_ray", docs_url=None, redoc_url=None, openapi_url=None)
 
 
 class RequestError(UserError):
-    """A request that is refused; `status` is the HTTP status."""
+    """A request without a prediction; `status` is the HTTP status, `error_type` says why a video failed."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, error_type: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.error_type = status, error_type
+
+
+def _refusal(status: int, message: str, error_type: str | None = None, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    content = {"status": "failed" if error_type else "refused", "error_type": error_type, "error_message": storage.redact(message)}
+    return JSONResponse({key: value for key, value in content.items() if value is not None}, status, headers)
 
 
 @api.exception_handler(RequestError)
 async def _refuse(_: Request, error: RequestError) -> JSONResponse:
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse({"status": "refused", "error_message": str(error)}, status_code=error.status, headers=headers)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
+    return _refusal(error.status, str(error), error.error_type, headers)
+
+
+@api.exception_handler(HTTPException)
+async def _refuse_http(request: Request, error: HTTPException) -> JSONResponse:
+    there_is = "; there is POST /v1/score, GET /v1/model, GET /healthz" if error.status_code in (404, 405) else ""
+    return _refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}{there_is}", headers=error.headers)
+
+
+@api.exception_handler(Exception)
+async def _fail(_: Request, error: Exception) -> JSONResponse:
+    return _refusal(500, f"{type(error).__name__} in the endpoint; its log says more", "internal")
 
 
 @serve.deployment
@@ -61,7 +88,8 @@ class Ingress:
         recognizer: DeploymentHandle,
         token: str | None,
     ) -> None:
-        self.config, self.token = config, token
+        self.settings, self.token = config.serve, token
+        self.in_hand = 0
         self.graph = Graph(decoder, sampler, recognizer)
         content, digest = read_bundle_settings(model)
         self.model = {
@@ -92,105 +120,121 @@ class Ingress:
     async def score(self, request: Request) -> JSONResponse:
         """Score one video: JSON {"uri": ...}, the file as the body, or a form with a `file`."""
         check_token(request.headers.get("authorization"), self.token)
-        settings = self.config.serve
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        check_length(request.headers.get("content-length"), settings)
-        if kind == "application/json":
-            row = await self._score_uri(await read_limited(request.stream(), 64 * 1024))
-        elif kind == "multipart/form-data":
-            row = await self._score_upload(*await read_form(request, settings))
-        else:
-            data = await read_limited(request.stream(), int(settings.max_upload_mb * 2**20))
-            row = await self._score_upload(data, "upload")
+        if self.in_hand >= self.settings.max_queued_requests:
+            raise RequestError(429, f"{self.in_hand} requests are in hand, as many as are taken; try again later")
+        self.in_hand += 1
+        try:
+            async with asyncio.timeout(self.settings.request_timeout_s):
+                row = await self._score(*await read_request(request, self.settings))
+        except TimeoutError:
+            raise RequestError(
+                504, f"no answer within serve.request_timeout_s = {self.settings.request_timeout_s:g} s", "timeout"
+            ) from None
+        finally:
+            self.in_hand -= 1
         status = 200 if row["status"] == "ok" else _STATUS_OF.get(row["error_type"], 422)
         return JSONResponse(plain_row(row), status_code=status)
 
-    async def _score_uri(self, body: bytes) -> dict[str, Any]:
-        try:
-            content = json.loads(body)
-            uri = content["uri"]
-        except (ValueError, KeyError, TypeError):
-            raise RequestError(400, 'the JSON body must be {"uri": "s3://..."}') from None
-        if not isinstance(uri, str) or not uri:
-            raise RequestError(400, f"uri is {uri!r}; expected a non-empty string")
-        uri = check_prefix(uri, self.config.serve)
-        return await self.graph.score(VideoRef(video_id(uri), uri, None))  # type: ignore[arg-type]
-
-    async def _score_upload(self, data: bytes, name: str) -> dict[str, Any]:
-        if not data:
-            raise RequestError(400, "the body is empty; send the video's bytes, a form with a `file`, or JSON with a `uri`")
-        digest = hashlib.sha256(data).hexdigest()[:16]
-        return await self.graph.score(VideoRef(digest, f"upload:{os.path.basename(name)}", len(data)), data)
+    async def _score(self, ref: VideoRef, upload: bytes | None) -> dict[str, Any]:
+        for attempt in range(_TRIES):
+            try:
+                return await self.graph.score(ref, upload)
+            except Exception as error:  # noqa: BLE001  the border: whatever becomes of a replica, the client gets an answer
+                # where a replica died Serve starts another one, and the second try waits for it
+                _log.error("the graph failed, try %d of %d: %s", attempt + 1, _TRIES, storage.redact(str(error)))
+        raise RequestError(500, f"the graph failed {_TRIES} times; the endpoint's log says more", "internal")
 
 
 def check_token(header: str | None, token: str | None) -> None:
     """RequestError 401 unless `header` carries the bearer token; no token configured means no check."""
     if token is None:
         return
-    given = (header or "").removeprefix("Bearer ").strip()
-    if not header or not header.startswith("Bearer ") or not hmac.compare_digest(given.encode(), token.encode()):
+    scheme, _, given = (header or "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
         raise RequestError(401, "a valid token is needed: send the header Authorization: Bearer TOKEN")
 
 
-def check_length(header: str | None, settings: ServeConfig) -> None:
-    """RequestError 413 for a body that says itself that it is too large."""
-    if header is not None and header.isdigit() and int(header) > settings.max_upload_mb * 2**20 + 64 * 1024:
-        raise RequestError(413, f"the upload has {int(header)} bytes; at most {settings.max_upload_mb} MiB are taken")
+async def read_request(request: Request, settings: ServeConfig) -> tuple[VideoRef, bytes | None]:
+    """The video that is asked for: a row for its `uri`, or a made-up row and the upload. RequestError for what is refused."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    most = int(settings.max_upload_mb * 2**20)
+    if kind == "application/json":
+        uri = check_prefix(read_uri(await limited(request, _MAX_JSON_BYTES).body()), settings)
+        return VideoRef(video_id(uri), uri, None), None  # type: ignore[arg-type]
+    if kind == "multipart/form-data":
+        data, name = await read_form(limited(request, most + _FORM_BYTES))
+    else:
+        data, name = await limited(request, most).body(), ""
+    if len(data) > most:
+        raise RequestError(413, f"the file has {len(data)} bytes; at most {most} are taken")
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    return VideoRef(digest, f"upload:{os.path.basename(name)}" if name else "upload", len(data)), data
 
 
-async def read_limited(stream: AsyncIterator[bytes], limit: int) -> bytes:
-    """The body, or RequestError 413 as soon as it passes `limit` bytes."""
-    parts, size = [], 0
-    async for part in stream:
-        size += len(part)
+def limited(request: Request, limit: int) -> Request:
+    """The same request with its body under a limit: RequestError 413 as soon as more than `limit` bytes are announced or have come."""
+    refusal = RequestError(413, f"the body is larger than {limit} bytes, the most that is taken")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > limit:
+        raise refusal
+    size = 0
+
+    async def receive() -> Message:
+        nonlocal size
+        message = await request.receive()
+        size += len(message.get("body", b""))
         if size > limit:
-            raise RequestError(413, f"the body is larger than {limit} bytes, the most that is taken")
-        parts.append(part)
-    return b"".join(parts)
+            raise refusal
+        return message
+
+    return Request(request.scope, receive)
 
 
-async def read_form(request: Request, settings: ServeConfig) -> tuple[bytes, str]:
-    """(content, file name) of the form's `file`; the body is limited before it is parsed."""
-    limit = int(settings.max_upload_mb * 2**20) + 64 * 1024
-    body = await read_limited(request.stream(), limit)
-    sent = False
+def read_uri(body: bytes) -> str:
+    """The `uri` of a JSON body; RequestError 400 where there is none."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError):
+        content = None
+    uri = content.get("uri") if isinstance(content, dict) else None
+    if not isinstance(uri, str) or not uri or not uri.isprintable():
+        raise RequestError(400, 'the JSON body must be {"uri": "s3://..."}, with a string that is not empty')
+    return uri
 
-    async def receive() -> dict[str, Any]:
-        nonlocal sent
-        if sent:
-            return {"type": "http.disconnect"}
-        sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
 
-    form = await Request(request.scope, receive).form(max_files=1)  # type: ignore[arg-type]
-    file = form.get("file")
-    if file is None or isinstance(file, str):
-        raise RequestError(400, "the form has no `file`; send it as: curl -F file=@video.mp4")
-    return await file.read(), file.filename or "upload"
+async def read_form(request: Request) -> tuple[bytes, str]:
+    """(content, file name) of the form's `file`; RequestError 400 where there is none."""
+    async with request.form(max_files=1) as form:
+        file = form.get("file")
+        if file is None or isinstance(file, str):
+            raise RequestError(400, "the form has no `file`; send it as: curl -F file=@video.mp4")
+        return await file.read(), file.filename or ""
 
 
 def check_prefix(uri: str, settings: ServeConfig) -> str:
     """The normalised `uri`, if it lies below an allowed prefix; RequestError 403 otherwise."""
-    place = storage.normalize(uri)
-    if ".." not in place.split("/"):
+    try:
+        place = storage.normalize(uri)
+    except (OSError, RuntimeError, ValueError):  # a ~user that does not exist, a name that is too long
+        place = ""
+    # fsspec takes `a::b` for one file system inside another
+    if "::" not in place and ".." not in unquote(place).replace("\\", "/").split("/"):
         for prefix in settings.allowed_uri_prefixes:
-            base = storage.normalize(prefix).rstrip("/")
-            if place == base or place.startswith(base + "/"):
+            if place.startswith(storage.normalize(prefix).rstrip("/") + "/"):
                 return place
     allowed = ", ".join(settings.allowed_uri_prefixes) or "none (set serve.allowed_uri_prefixes)"
-    raise RequestError(403, f"uri {storage.redact(uri)!r} is not below an allowed prefix; allowed: {allowed}")
+    raise RequestError(403, f"uri {storage.redact(uri)!r} is not below an allowed prefix; allowed: {storage.redact(allowed)}")
 
 
 def application(model: str, config: Config, token: str | None) -> Any:
     """The whole application, bound; `token` None lets everybody in."""
+    # a relative prefix means the folder of whoever deploys, not of a replica
+    prefixes = tuple(storage.normalize(prefix) for prefix in config.serve.allowed_uri_prefixes)
+    config = config.model_copy(update={"serve": config.serve.model_copy(update={"allowed_uri_prefixes": prefixes})})
     decoder, sampler, recognizer = bind_graph(model, config)
-    options = {
-        "num_replicas": 1,
-        "graceful_shutdown_wait_loop_s": 0.1,
-        "ray_actor_options": {"num_cpus": 0.1},
-        "max_ongoing_requests": config.serve.max_queued_requests,
-        "max_queued_requests": config.serve.max_queued_requests,
-    }
+    # the ingress counts for itself and answers 429 in its own words; Serve's own limits lie above, for a flood and for a dead replica
+    most = config.serve.max_queued_requests
+    options = deployment_options(config.serve.ingress, 2 * most, 4 * most)
     return Ingress.options(**options).bind(model, config, decoder, sampler, recognizer, token)  # type: ignore[attr-defined]
 
 
@@ -199,11 +243,14 @@ def build(args: Mapping[str, Any]) -> Any:
 
     Raises ConfigError where no token is set (environment variable TSQ_TOKEN) and anonymous is not true.
     """
+    unknown = sorted(set(args) - {"model", "settings", "anonymous"})
+    if unknown:
+        raise ConfigError(f"args has {unknown[0]!r}; there is: model, settings, anonymous")
     model = args.get("model")
     if not model:
         raise ConfigError("args.model is missing: name the bundle's URI")
     anonymous = str(args.get("anonymous", False)).lower() in ("1", "true", "yes")
-    token = os.environ.get(TOKEN_VARIABLE) or None
+    token = read_token()
     if token is None and not anonymous:
         raise ConfigError(
             f"no token: set the environment variable {TOKEN_VARIABLE}, or args.anonymous = true behind a gateway that checks requests"
@@ -214,4 +261,4 @@ def build(args: Mapping[str, Any]) -> Any:
         raise ConfigError(str(error)) from error
 
 
-__all__ = ["TOKEN_VARIABLE", "application", "build"]
+__all__ = ["application", "build"]

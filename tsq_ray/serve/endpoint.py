@@ -2,62 +2,69 @@
 
 from __future__ import annotations
 
-import ipaddress
-import os
 import signal
-import socket
 import sys
 import threading
+from collections.abc import Mapping
+from typing import Any
 
 from tsq_ray import runtime, storage
-from tsq_ray.bundle import read_bundle_settings
-from tsq_ray.config import Config
-from tsq_ray.errors import ConfigError, ModelError
+from tsq_ray.config import Config, ServeConfig
+from tsq_ray.errors import ConfigError
+from tsq_ray.serve.access import check_binding, check_token_rule, read_token
+
+APP = "tsq"
+_SLACK_S = 10.0
+"""Time that the proxy leaves the ingress to answer by itself that a request took too long."""
 
 
-def is_loopback(host: str) -> bool:
-    """Whether `host` is reachable from this machine alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def check_room(config: ServeConfig, resources: Mapping[str, float]) -> None:
+    """ConfigError where the fewest replicas ask for more than `resources` has: Serve would wait for ever."""
+    parts = (config.ingress, config.decoder, config.sampler, config.recognizer)
+    for resource, field in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        wanted = sum(part.min_replicas * getattr(part, field) for part in parts)
+        there = resources.get(resource, 0.0)
+        if wanted > there:
+            raise ConfigError(
+                f"the replicas want {wanted:g} {resource}s, there are {there:g}; lower serve.*.min_replicas or serve.*.{field}"
+            )
 
 
-def check_binding(host: str, port: int, token: str | None) -> None:
-    """ConfigError for a binding beyond loopback without a token, or a port that is taken."""
-    if token is None and not is_loopback(host):
-        raise ConfigError(f"--host {host}: beyond loopback a bearer token is needed; set the environment variable TSQ_TOKEN")
-    try:
-        with socket.create_server((host, port), reuse_port=False):
-            pass
-    except OSError as error:
-        raise ConfigError(f"--host {host} --port {port}: cannot be bound ({error.strerror}); choose another --port") from None
+def check_address(host: str, port: int, address: str | None) -> str | None:
+    """The token to ask for; ConfigError where host, port and token do not go together, or the port is taken."""
+    token = read_token()
+    check_token_rule(host, token)
+    if address is None:  # on a cluster the port is another machine's
+        check_binding(host, port)
+    return token
 
 
 def run_endpoint(model: str, config: Config, host: str, port: int, address: str | None = None, debug: bool = False) -> None:
-    """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM. ConfigError or ModelError for wrong input, RunFailed else."""
-    from tsq_ray.serve.app import TOKEN_VARIABLE
+    """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM. UserError for wrong input, RunFailed else."""
+    from tsq_ray.bundle import load_bundle
+    from tsq_ray.stages import check_sampler
 
-    token = os.environ.get(TOKEN_VARIABLE) or None
-    check_binding(host, port, token)
+    token = check_address(host, port, address)
     model = storage.normalize(model)
-    if "recognizer" not in read_bundle_settings(model)[0]["files"]:
-        raise ModelError(f"{storage.redact(model)}: the bundle has no recogniser; train it again with --recognizer URI")
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    with runtime.cluster(address, debug):
-        deploy(model, config, host, port, token, debug)
-        print(f"serving {storage.redact(model)} on http://{host}:{port}/v1/score (stop with Ctrl-C)", file=sys.stderr, flush=True)  # noqa: T201
-        stop.wait()
-        from ray import serve
+    check_sampler(load_bundle(model), config.sampler)  # what is wrong with the bundle is told now, not by a replica
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with runtime.cluster(address, debug) as ray:
+            if address is None:
+                check_room(config.serve, ray.cluster_resources())
+            deploy(ray, model, config, host, port, token, debug)
+            try:
+                shown = f"[{host}]" if ":" in host else host
+                line = f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score (stop with Ctrl-C)"
+                print(line, file=sys.stderr, flush=True)  # noqa: T201
+                threading.Event().wait()
+            finally:
+                end()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)  # noqa: T201
 
-        serve.shutdown()
 
-
-def deploy(model: str, config: Config, host: str, port: int, token: str | None, debug: bool = False) -> None:
+def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: str | None, debug: bool = False) -> None:
     """Start Serve's HTTP server and the application on the connected cluster; returns when it is ready."""
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -65,9 +72,26 @@ def deploy(model: str, config: Config, host: str, port: int, token: str | None, 
     from tsq_ray.serve.app import application
 
     runtime.quiet_data(debug)
+    if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
+        raise ConfigError(
+            "--address: Serve runs on this cluster already, with a host and port of its own; end it with: serve shutdown, "
+            "or deploy tsq_ray.serve.app:build with: serve deploy"
+        )
     logs = {"log_level": "INFO" if debug else "ERROR", "enable_access_log": debug}
-    serve.start(http_options=HTTPOptions(host=host, port=port, request_timeout_s=config.serve.request_timeout_s), logging_config=logs)
+    http = HTTPOptions(host=host, port=port, request_timeout_s=config.serve.request_timeout_s + _SLACK_S)
     try:
-        serve.run(application(model, config, token), name="tsq", route_prefix="/")
+        serve.start(http_options=http, logging_config=logs)
+        serve.run(application(model, config, token), name=APP, route_prefix="/")
     except Exception as error:
+        serve.shutdown()
         raise runtime.run_failed(error, "serve") from error
+
+
+def end() -> None:
+    """Take the application down, and Serve with it unless somebody else uses it by now."""
+    from ray import serve
+
+    if set(serve.status().applications) - {APP}:
+        serve.delete(APP)
+    else:
+        serve.shutdown()

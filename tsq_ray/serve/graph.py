@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from typing import Any
+from typing import IO, Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from tsq_ray.bundle import load_bundle
-from tsq_ray.config import Config, ReplicaConfig
+from tsq_ray.config import Config, ReplicaConfig, ScaleConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef
@@ -23,18 +23,21 @@ from tsq_ray.stages import Recognize, Sample, Sampled, bundle_specs, source_of
 Decoded = tuple[VideoRef, DecodedVideo | VideoError | StorageError]
 
 
-def deployment_options(config: ReplicaConfig) -> dict[str, Any]:
-    """Options of a deployment: resources, autoscaling between minimum and maximum, bounded queue."""
+def deployment_options(config: ScaleConfig, max_ongoing: int, max_queued: int = -1) -> dict[str, Any]:
+    """Options of a deployment: resources, autoscaling between minimum and maximum; `max_queued` -1: nothing is turned away."""
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
-        "max_ongoing_requests": config.max_ongoing_requests,
+        "max_ongoing_requests": max_ongoing,
+        "max_queued_requests": max_queued,
         "graceful_shutdown_wait_loop_s": 0.1,
-        "max_queued_requests": -1,  # the entry bounds what comes in; between the stages nothing may be turned away
     }
     if config.min_replicas == config.max_replicas:
         return options | {"num_replicas": config.min_replicas}
-    target = max(1.0, config.max_ongoing_requests / 2)
-    scaling = {"min_replicas": config.min_replicas, "max_replicas": config.max_replicas, "target_ongoing_requests": target}
+    scaling = {
+        "min_replicas": config.min_replicas,
+        "max_replicas": config.max_replicas,
+        "target_ongoing_requests": max(1.0, max_ongoing / 2),
+    }
     return options | {"autoscaling_config": scaling}
 
 
@@ -56,15 +59,23 @@ class Decoder:
         """A manifest row, or an upload under a made-up row, -> its frames or its failure."""
         if upload is None:
             return ref, await asyncio.wrap_future(self.pool.submit(source_of(ref)))
-        with tempfile.TemporaryDirectory(prefix="tsq-upload-") as folder:
-            path = os.path.join(folder, "video")
-            await asyncio.to_thread(_write, path, upload)
-            return ref, await asyncio.wrap_future(self.pool.submit(VideoSource(path)))
+        # to its end also where the request is given up: a child may be reading the upload
+        return ref, await asyncio.shield(asyncio.ensure_future(self._decode_upload(ref.uri, upload)))
+
+    async def _decode_upload(self, name: str, upload: bytes) -> DecodedVideo | VideoError | StorageError:
+        # a file without a name: it goes with this process, whatever ends it; the children read it through /proc
+        with tempfile.TemporaryFile(prefix="tsq-upload-") as file:
+            await asyncio.to_thread(_write, file, upload)
+            path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+            outcome = await asyncio.wrap_future(self.pool.submit(VideoSource(path)))
+        if isinstance(outcome, DecodedVideo):
+            return outcome
+        return type(outcome)(outcome.error_type, str(outcome).replace(path, name))
 
 
-def _write(path: str, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
+def _write(file: IO[bytes], data: bytes) -> None:
+    file.write(data)
+    file.flush()
 
 
 @serve.deployment
@@ -119,11 +130,9 @@ class Graph:
         return await self.recognizer.remote(self.sampler.remote(decoded))
 
 
-def bind_graph(model: str, config: Config) -> tuple[Any, Any, Any]:
+def bind_graph(model: str, config: Config) -> tuple[Any, ...]:
     """The three deployments with the options of `config.serve`, bound to the bundle at `model`."""
-    options = config.serve
-    return (
-        Decoder.options(**deployment_options(options.decoder)).bind(model, config),  # type: ignore[attr-defined]
-        Sampler.options(**deployment_options(options.sampler)).bind(model, config),  # type: ignore[attr-defined]
-        Recognizer.options(**deployment_options(options.recognizer)).bind(model, config),  # type: ignore[attr-defined]
-    )
+    settings = config.serve
+    parts: list[tuple[Any, ReplicaConfig]] = [(Decoder, settings.decoder), (Sampler, settings.sampler), (Recognizer, settings.recognizer)]
+    # no bound on the queues: the entry limits what comes in, and between the stages nothing may be turned away
+    return tuple(part.options(**deployment_options(scale, scale.max_ongoing_requests)).bind(model, config) for part, scale in parts)

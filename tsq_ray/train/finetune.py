@@ -161,6 +161,7 @@ def _features(ray: Any, rows: list[VideoRef], plan: _Plan, debug: bool) -> tuple
         batch_size=config.resources.batch_size,
         batch_format="pyarrow",
         fn_constructor_args=(plan,),
+        **runtime.RETRIES,
     )
     features: dict[str, np.ndarray] = {}
     failures: dict[str, str] = {}

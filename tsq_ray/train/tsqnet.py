@@ -37,6 +37,8 @@ from tsq_ray.train.head import fit_head, head_logits
 WORK_FOLDER = "_train"
 CURVES_FILE = "curves.csv"
 _STATE_FILE = "state.pt"
+_SAMPLE = 64
+"""Videos that set the scale of the convolutions."""
 
 
 def settings_for(features_uri: str, path: str | None = None, sets: tuple[str, ...] = ()) -> Config:
@@ -336,11 +338,12 @@ def _train_loop(job: dict[str, Any]) -> None:
     torch.manual_seed(config.seed)
     bare = TSQNet(TSQShape(**job["shape"]))
     bare.set_embeddings(*(torch.from_numpy(value.copy()) if value is not None else None for value in job["start"].values()))
+    batches = Batches(arrays, job["vocabulary"], config, rank, world, device)
+    bare.balance(*batches.sample())
     optimizer = torch.optim.SGD(bare.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     first, curve = _resume(bare, optimizer)
     network = prepare_model(bare.to(device))
     _to_device(optimizer, device)
-    batches = Batches(arrays, job["vocabulary"], config, rank, world, device)
     for epoch in range(first, config.epochs):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, epoch)
@@ -385,12 +388,20 @@ class Batches:
         weight = len(mine) * self.world / len(batch)
         if not len(mine):  # fewer videos than workers: compute one for the sake of the collective, count none
             mine = batch[:1]
-        visual = self.tensors["visual"][mine].to(self.device, non_blocking=True).float()
-        text = None
-        if self.vocabulary is not None:
-            ids, probs = (self.tensors[name][mine].to(self.device, non_blocking=True) for name in ("object_ids", "object_probs"))
-            text = object_embeddings(ids.long(), probs.float(), self.vocabulary)
-        return visual, text, self.tensors["targets"][mine].to(self.device).float(), weight
+        return *self._frames(mine), self.tensors["targets"][mine].to(self.device).float(), weight
+
+    def sample(self) -> tuple[Tensor, Tensor | None]:
+        """The same few videos on every worker, on the CPU: (visual [n, T, D], text [n, T, Dt])."""
+        num_videos = len(self.tensors["targets"])
+        visual, text = self._frames(torch.arange(min(_SAMPLE, num_videos)) * num_videos // min(_SAMPLE, num_videos))
+        return visual.cpu(), text.cpu() if text is not None else None
+
+    def _frames(self, videos: Tensor) -> tuple[Tensor, Tensor | None]:
+        visual = self.tensors["visual"][videos].to(self.device, non_blocking=True).float()
+        if self.vocabulary is None:
+            return visual, None
+        ids, probs = (self.tensors[name][videos].to(self.device, non_blocking=True) for name in ("object_ids", "object_probs"))
+        return visual, object_embeddings(ids.long(), probs.float(), self.vocabulary)
 
 
 def train_epoch(

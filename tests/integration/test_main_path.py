@@ -1,0 +1,467 @@
+"""The main path, command by command, on local folders and on a real S3 server: index, extract, finetune, train, score, report."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from archive_case import CLASSES, Archive, make_archive, write_clip
+from cluster_case import BUDGET, NUM_FRAMES, Chain, Chains, read_rows, refused, tsq, upload, visible_parts
+from PIL import Image
+
+from tsq_ray import schema, storage
+from tsq_ray.model.baselines import uniform
+
+pytestmark = pytest.mark.ray
+
+INPUTS, OK, FAILED = 18, 15, 3
+BY_TYPE = {"not_video": 2, "truncated": 1}
+TIMES = ["decode_ms", "sample_ms", "recognize_ms"]
+
+
+@pytest.fixture(scope="module", params=["local", "s3"])
+def chain(request: pytest.FixtureRequest, chains: Chains) -> Chain:
+    return chains(request.param)
+
+
+@pytest.fixture(scope="module")
+def local(chains: Chains) -> Chain:
+    return chains("local")
+
+
+def relative(chain: Chain, uri: str) -> str:
+    """A video's path in the archive."""
+    return uri.removeprefix(f"{chain.base}/videos/")
+
+
+def state_of(uri: str) -> dict[str, Any]:
+    """What tells that a folder's files were not written again."""
+    return {file.uri: (file.size_bytes, file.modified) for file in storage.walk(uri)} | {
+        file.uri: (file.size_bytes, file.modified) for file in storage.list_folder(uri)
+    }
+
+
+def test_index(chain: Chain) -> None:
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(chain.manifest)))
+    found = chain.outputs["index"]
+    assert (found["videos"], found["labelled"], found["unlabelled"], found["new"]) == (INPUTS, INPUTS - 1, 1, INPUTS)
+    assert (found["splits"], found["left_out"], found["missing"]) == ({"train": 12, "val": 5, "(none)": 1}, {".csv": 1}, [])
+    assert table.schema.equals(schema.manifest_schema(CLASSES))
+    assert json.loads(table.schema.metadata[b"tsq.classes"]) == CLASSES
+    rows = table.to_pylist()
+    assert sorted(relative(chain, row["uri"]) for row in rows) == chain.archive.paths
+    for row in rows:
+        path = relative(chain, row["uri"])
+        assert row["video_id"] == hashlib.sha256(row["uri"].encode()).hexdigest()[:16]
+        assert row["size_bytes"] == (chain.archive.root / path).stat().st_size
+        assert (row["etag"] is None) == storage.is_local(chain.base)
+        assert row["modified"].tzinfo is not None
+        assert row["labels"] == ([CLASSES.index(chain.archive.labels[path])] if path in chain.archive.labels else None)
+        assert row["split"] == chain.archive.splits.get(path)
+
+
+@pytest.mark.parametrize("role", ["encoder", "recognizer"])
+def test_finetune(chain: Chain, role: str) -> None:
+    place = getattr(chain, role)
+    found = chain.outputs[role]
+    assert (found["videos"], found["classes"], found["failed"]) == (10, 3, {"truncated": 1, "not_video": 1})
+    assert found["left_out"] == {"other_split": 6}
+    assert found["train_accuracy"] >= 0.9
+    settings = json.loads(storage.read_bytes(f"{place}/finetune.json"))
+    assert (settings["role"], settings["classes"], settings["task"]) == (role, CLASSES, "single")
+    assert [storage.name_of(file.uri) for file in storage.list_folder(place)] == ["finetune.json", "model.safetensors"]
+
+
+def test_extract(chain: Chain) -> None:
+    table = read_rows(chain.features)
+    counts = chain.outputs["extract"]["counts"]
+    assert (counts["inputs"], counts["ok"], counts["failed"], counts["skipped"]) == (INPUTS, OK, FAILED, 0)
+    assert counts["failed_by_type"] == BY_TYPE
+    dim = table.schema.field("visual").type.shape[1]
+    assert table.schema.equals(schema.features_schema(NUM_FRAMES, dim, CLASSES, len(CLASSES)))
+    shapes = json.loads(table.schema.metadata[b"tsq.shapes"])
+    assert shapes["visual"] == [NUM_FRAMES, dim]
+    assert shapes["object_ids"] == [NUM_FRAMES, 10]
+    assert shapes["recognizer_logits"] == [NUM_FRAMES, len(CLASSES)]
+    for row in table.to_pylist():
+        path = relative(chain, row["uri"])
+        assert (row["status"], row["error_type"]) == (("failed", chain.archive.bad[path]) if path in chain.archive.bad else ("ok", None))
+        tensors = [name for name in shapes if row[name] is None]
+        assert tensors == (list(shapes) if path in chain.archive.bad else [])
+        assert bool(row["error_message"]) == (path in chain.archive.bad)
+
+
+def test_features_hold_what_they_should(chain: Chain) -> None:
+    table = read_rows(chain.features)
+    ok = table.filter(pa.compute.equal(table["status"], "ok"))
+    index, pts = (schema.tensor_to_numpy(ok[name]) for name in ("frame_index", "frame_pts_s"))
+    for row, numbers, times in zip(ok.to_pylist(), index, pts, strict=True):
+        if row["source_num_frames"] == 1:
+            assert numbers.tolist() == [0] * NUM_FRAMES
+            continue
+        assert (row["source_num_frames"], row["fps"], row["codec"]) == (24, 8.0, "h264")
+        assert row["duration_s"] == pytest.approx(3.0)
+        assert numbers.tolist() == [1, 4, 7, 10, 13, 16, 19, 22]  # (i + 0.5) / 8 of 24 frames
+        assert times == pytest.approx(numbers / 8)
+    shape = {relative(chain, row["uri"]): (row["width"], row["height"]) for row in ok.to_pylist()}
+    assert shape.pop("val/portrait.mp4") == (48, 128)
+    assert set(shape.values()) == {(96, 64)}
+    probs, ids = schema.tensor_to_numpy(ok["object_probs"]), schema.tensor_to_numpy(ok["object_ids"])
+    assert (np.diff(probs.astype(np.float32), axis=2) <= 0).all()
+    assert ids.min() >= 0
+    assert ids.max() < 1000
+    assert np.isfinite(schema.tensor_to_numpy(ok["visual"])).all()
+
+
+@pytest.mark.parametrize("kind", ["features", "predictions"])
+def test_read_without_this_package(chain: Chain, kind: str, tmp_path: Path) -> None:
+    uri = getattr(chain, kind)
+    for name in visible_parts(uri):
+        (tmp_path / name).write_bytes(storage.read_bytes(f"{uri}/{name}"))
+    table = read_rows(uri)
+    tensor = "visual" if kind == "features" else "scores"
+    frame = pd.concat([pd.read_parquet(path) for path in tmp_path.iterdir()]).sort_values("video_id")
+    assert frame["video_id"].tolist() == table["video_id"].to_pylist()
+    assert frame[tensor].isna().sum() == FAILED
+    query = f"select video_id, status, error_type, size_bytes, warnings, {tensor} from read_parquet('{tmp_path}/part-*.parquet') order by 1"
+    rows = duckdb.sql(query).fetchall()
+    wanted = table.select(["video_id", "status", "error_type", "size_bytes", "warnings", tensor]).to_pylist()
+    assert len(rows) == INPUTS
+    for found, row, again in zip(rows, wanted, frame[tensor].tolist(), strict=True):
+        *plain, values = row.values()
+        assert list(found[:5]) == plain
+        if values is None:
+            assert found[5] is None
+        else:
+            assert np.allclose(np.asarray(found[5], np.float32), np.asarray(values, np.float32))
+            assert np.allclose(np.asarray(again, np.float32), np.asarray(values, np.float32))
+
+
+def test_train(chain: Chain) -> None:
+    place, found = chain.bundle, chain.outputs["train"]
+    assert (found["videos"], found["classes"], found["epochs"]) == (10, 3, 4)
+    assert found["left_out"] == {"other_split": 6, "failed": 2}
+    assert found["losses"].keys() == {"loss", "visual", "textual", "t2v", "v2t"}
+    settings = json.loads(storage.read_bytes(f"{place}/bundle.json"))
+    assert (settings["format"], settings["task"], settings["classes"]) == (1, "single", CLASSES)
+    assert settings["config"]["decode"]["num_frames"] == NUM_FRAMES
+    assert settings["files"].keys() == {"sampler", "encoder", "objects", "text", "recognizer"}
+    for name, digest in settings["files"].items():
+        assert hashlib.sha256(storage.read_bytes(f"{place}/{name}.safetensors")).hexdigest() == digest
+    assert len(storage.read_text(f"{place}/curves.csv").splitlines()) == 1 + 4
+    assert not storage.exists(f"{place}/_train")
+
+
+def test_score(chain: Chain) -> None:
+    table = read_rows(chain.predictions)
+    run = chain.outputs["score"]
+    counts = run["counts"]
+    assert (counts["inputs"], counts["ok"], counts["failed"], counts["skipped"]) == (INPUTS, OK, FAILED, 0)
+    assert counts["failed_by_type"] == BY_TYPE
+    assert table.schema.equals(schema.predictions_schema(NUM_FRAMES, len(CLASSES), CLASSES))
+    assert (run["bundle_classes"], run["metrics"]["labelled"], run["metrics"]["unknown_labels"]) == (CLASSES, OK - 1, [])
+    assert run["metrics"]["top1"] >= 0.8  # the colours are easy: below that labels or frames are mixed up
+    assert run["metrics"]["mAP"] >= 0.8
+    for row in table.to_pylist():
+        path = relative(chain, row["uri"])
+        label = chain.archive.labels.get(path)
+        assert row["label_names"] == ([label] if label else None)
+        if path in chain.archive.bad:
+            assert (row["error_type"], row["top_labels"], row["scores"]) == (chain.archive.bad[path], None, None)
+        else:
+            check_prediction(row)
+
+
+def check_prediction(row: dict[str, Any]) -> None:
+    """What holds for every row of the sampler that is ok."""
+    scores = np.array(row["scores"])
+    assert scores.sum() == pytest.approx(1, abs=1e-5)
+    assert row["top_labels"] == [CLASSES[number] for number in np.argsort(-scores, kind="stable")]
+    assert row["top_scores"] == pytest.approx(sorted(scores, reverse=True))
+    slots = row["selected_slot"]
+    assert len(slots) == min(BUDGET, row["source_num_frames"])
+    assert slots == sorted(set(slots))
+    assert 0 <= slots[0] <= slots[-1] < NUM_FRAMES
+    assert row["selected_pts_s"] == pytest.approx([row["frame_pts_s"][slot] for slot in slots])
+    assert len(set(row["selected_index"])) == len(slots)
+    assert set(row["selected_by"]) <= {"visual", "textual"}
+    assert len(row["selected_by"]) == len(slots)
+    for name in ("saliency_visual", "saliency_textual"):
+        assert len(row[name]) == NUM_FRAMES
+        assert min(row[name]) >= 0
+    assert all(row[name] > 0 for name in TIMES)
+
+
+@pytest.mark.parametrize("kind", ["features", "predictions"])
+def test_verify(chain: Chain, kind: str) -> None:
+    found = tsq("verify", getattr(chain, kind), "--json").json
+    assert (found["kind"], found["problems"], found["counts"]["inputs"]) == (kind, [], INPUTS)
+    assert "manifest" in found["checks"]
+
+
+def test_verify_sees_a_lost_and_a_double_part(local: Chain, tmp_path: Path) -> None:
+    names = sorted(visible_parts(local.features))
+    for name in [*names, "_run.json", "_config.json"]:
+        (tmp_path / name).write_bytes(Path(local.features, name).read_bytes())
+    (tmp_path / names[0]).unlink()
+    lost = tsq("verify", tmp_path)
+    assert lost.code == 1
+    assert f"{names[0]}: listed in _run.json but missing" in lost.out
+    (tmp_path / names[0]).write_bytes((tmp_path / names[1]).read_bytes())
+    double = tsq("verify", tmp_path)
+    assert double.code == 1
+    assert "its name does not fit the videos in it" in double.out
+
+
+def test_predict_agrees_with_score(chain: Chain) -> None:
+    rows = {relative(chain, row["uri"]): row for row in read_rows(chain.predictions).to_pylist()}
+    paths = ["train/1_0.mp4", "val/portrait.mp4", "train/one_frame.mp4", "train/cut.mp4"]
+    found = tsq("predict", *(f"{chain.base}/videos/{path}" for path in paths), "--model", chain.bundle, "--json").json["videos"]
+    for path, answer in zip(paths, found, strict=True):
+        row = rows[path]
+        for name in ("video_id", "uri", "status", "error_type", "error_message", "selected_slot", "selected_by", "top_labels", "codec"):
+            assert answer.get(name) == row[name], name
+        if row["status"] == "ok":
+            for name in ("scores", "top_scores", "saliency_visual", "saliency_textual"):
+                assert answer[name] == pytest.approx(row[name], abs=1e-4), name
+
+
+def test_report(chain: Chain) -> None:
+    out = chain.at("report.html")
+    found = tsq("report", chain.predictions, "--out", out, "--json").json
+    assert (found["inputs"], found["ok"], found["failed"], found["skipped"], found["adds_up"]) == (INPUTS, OK, FAILED, 0, True)
+    assert found["failures"] == BY_TYPE
+    assert (found["judged"], found["shown"], found["without_pictures"]) == (OK - 1, INPUTS, 0)
+    measured = chain.outputs["score"]["metrics"]
+    assert (found["map"], found["top1"]) == (pytest.approx(measured["mAP"], abs=1e-3), pytest.approx(measured["top1"], abs=1e-3))
+    page = storage.read_text(out)
+    assert page.count('<article class="card') == INPUTS
+    assert page.count("data:image/") > OK
+    assert 'src="http' not in page
+
+
+def test_export(chain: Chain) -> None:
+    out = chain.at("export")
+    found = tsq("export", chain.predictions, "--out", out, "--json").json
+    rows = {row["video_id"]: row for row in read_rows(chain.predictions).to_pylist()}
+    chosen = sum(len(row["selected_slot"] or ()) for row in rows.values())
+    assert (found["videos"], found["failed"], found["frames"], found["frames_missing"]) == (INPUTS, FAILED, chosen, {})
+    lines = list(csv.DictReader(io.StringIO(storage.read_text(f"{out}/labels.csv"))))
+    assert {line["video_id"] for line in lines} == rows.keys()
+    assert all(line["label_1"] == (rows[line["video_id"]]["top_labels"] or [""])[0] for line in lines)
+    some = next(row for row in rows.values() if row["status"] == "ok" and row["width"] == 48)
+    pictures = [file.uri for file in storage.list_folder(f"{out}/frames/{some['video_id']}")]
+    assert len(pictures) == BUDGET
+    with Image.open(io.BytesIO(storage.read_bytes(pictures[0]))) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (48, 128))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("manifest", "manifest"),
+        ("recognizer", "classifier (finetune)"),
+        ("features", "features"),
+        ("bundle", "bundle"),
+        ("predictions", "predictions"),
+    ],
+)
+def test_info(chain: Chain, name: str, kind: str) -> None:
+    found = tsq("info", getattr(chain, name), "--json").json
+    assert (found["kind"], found["uri"]) == (kind, getattr(chain, name))
+    if kind == "manifest":
+        assert found["videos_by_class"] == {CLASSES[0]: 5, CLASSES[1]: 5, CLASSES[2]: 7}
+    if kind == "bundle":
+        field = found["gflops"]["field"]
+        assert field["total"] == pytest.approx(sum(value for row, value in field.items() if row != "total"), abs=1e-3)
+
+
+def test_again_does_nothing(chain: Chain) -> None:
+    folders = [chain.encoder, chain.features, chain.bundle, chain.predictions]
+    before = [state_of(folder) for folder in folders]
+    train = ["--encoder", chain.encoder, "--recognizer", chain.recognizer, "--config", str(chain.settings)]
+    settings = str(chain.settings)
+    encoder = tsq("finetune", chain.manifest, "--role", "encoder", "--out", chain.encoder, "--config", settings, "--json").json
+    extract = tsq("extract", chain.manifest, "--out", chain.features, *chain.extract_options, "--json").json
+    bundle = tsq("train", chain.features, "--out", chain.bundle, *train, "--json").json
+    score = tsq("score", chain.manifest, "--model", chain.bundle, "--out", chain.predictions, "--json").json
+    assert encoder == chain.outputs["encoder"] | {"already_done": True, "seconds": encoder["seconds"]}
+    assert bundle["already_done"]
+    assert (extract, score) == (chain.outputs["extract"], chain.outputs["score"])
+    assert [state_of(folder) for folder in folders] == before
+
+
+def test_index_does_not_overwrite(chain: Chain) -> None:
+    again = tsq("index", chain.at("videos"), "--out", chain.manifest)
+    assert "exists already; add --update" in refused(again)
+
+
+@pytest.mark.parametrize(
+    ("command", "change", "key"),
+    [
+        ("extract", "decode.num_frames=9", r"decode\.num_frames: 8 there, 9 now"),
+        ("extract", "encoders.objects.size=64", r"encoders\.objects\.size: 32 there, 64 now"),
+        ("train", "train.epochs=5", r"train\.epochs: 4 there, 5 now"),
+        ("train", "decode.num_frames=9", r"decode\.num_frames: 8 there, 9 asked for"),
+        ("score", "sampler.budget=2", r"sampler\.budget: 3 there, 2 now"),
+        ("score", "decode.num_frames=9", r"decode\.num_frames: 8 in the bundle, 9 asked for"),
+        ("finetune", "finetune.epochs=7", "holds the result of another finetune"),
+    ],
+)
+def test_another_configuration_is_refused(local: Chain, command: str, change: str, key: str) -> None:
+    trained = ["--encoder", local.encoder, "--recognizer", local.recognizer, "--config", str(local.settings)]
+    argv = {
+        "extract": ["extract", local.manifest, "--out", local.features, *local.extract_options],
+        "train": ["train", local.features, "--out", local.bundle, *trained],
+        "score": ["score", local.manifest, "--model", local.bundle, "--out", local.predictions],
+        "finetune": ["finetune", local.manifest, "--role", "encoder", "--out", local.encoder, "--config", str(local.settings)],
+    }[command]
+    if command == "score":
+        assert local.predictions
+    if command == "train":
+        assert local.bundle
+    assert re.search(key, refused(tsq(*argv, "--set", change)))
+
+
+@pytest.mark.parametrize("mode", ["uniform", "random", "maxconf-l", "maxconf", "visual", "textual"])
+def test_every_sampler_scores(local: Chain, mode: str) -> None:
+    out = local.at(f"predictions-{mode}")
+    scores = "top" if mode == "uniform" else "all"
+    argv = [
+        "score",
+        local.manifest,
+        "--model",
+        local.bundle,
+        "--out",
+        out,
+        "--split",
+        "val",
+        "--scores",
+        scores,
+        "--set",
+        f"sampler.mode={mode}",
+    ]
+    run = tsq(*argv, "--json").json
+    assert (run["counts"]["ok"], run["counts"]["failed"], run["counts"]["skipped_by"]) == (4, 1, {"split": 13, "limit": 0})
+    table = read_rows(out)
+    assert ("scores" in table.column_names, "mAP" in run["metrics"]) == ((False, False) if scores == "top" else (True, True))
+    assert tsq("verify", out, "--json").json["problems"] == []
+    ok = [row for row in table.to_pylist() if row["status"] == "ok"]
+    baseline = mode not in ("visual", "textual")
+    for row in ok:
+        assert (len(row["selected_slot"]), len(row["top_labels"])) == (BUDGET, len(CLASSES))
+        assert row["selected_by"] == [mode] * BUDGET
+        assert (row["saliency_visual"] is None) == baseline
+        assert (row["saliency_textual"] is None) == (mode != "textual")
+        if mode == "uniform":
+            assert row["selected_slot"] == uniform(np.arange(NUM_FRAMES), BUDGET).slots.tolist() == [1, 4, 6]
+    if mode == "maxconf":  # the middle third shows the class: a sure recogniser looks there
+        assert np.mean([2 < slot < 6 for row in ok for slot in row["selected_slot"]]) > 0.5
+
+
+def test_limit_split_retry_and_max_failed(local: Chain, tmp_path: Path) -> None:
+    archive = make_archive(tmp_path / "videos", train=1, val=1, odd=False)
+    (archive.root / "train/zero.mp4").write_bytes(b"")
+    manifest, out = tmp_path / "m.parquet", tmp_path / "features"
+    assert tsq("index", archive.root, "--labels", archive.root / "labels.csv", "--out", manifest).code == 0
+    away = (archive.root / "val/0_1.mp4").rename(tmp_path / "away.mp4")
+
+    def extract(*more: str) -> dict[str, Any]:
+        return tsq("extract", manifest, "--out", out, "--config", local.settings, *more, "--json").json
+
+    run = extract("--split", "val", "--limit", "2")
+    assert run["counts"]["skipped_by"] == {"split": 4, "limit": 1}
+    assert (run["counts"]["ok"], run["counts"]["failed_by_type"], run["videos_done_now"]) == (1, {"not_found": 1}, 2)
+    run = extract()
+    assert (run["counts"]["ok"], run["counts"]["skipped"], run["videos_done_now"]) == (5, 0, 5)
+    assert run["counts"]["failed_by_type"] == {"not_found": 1, "not_video": 1}
+    away.rename(archive.root / "val/0_1.mp4")
+    assert extract() == run, "a failed video is left alone until it is asked for"
+    run = extract("--retry-failed", "not_found")
+    assert (run["counts"]["ok"], run["counts"]["failed_by_type"], run["videos_done_now"]) == (6, {"not_video": 1}, 1)
+    run = extract("--retry-failed")
+    assert (run["counts"]["failed_by_type"], run["videos_done_now"]) == ({"not_video": 1}, 1)
+    assert tsq("verify", out, "--json").json["problems"] == []
+    too_many = tsq("extract", manifest, "--out", out, "--config", local.settings, "--max-failed", "0.1")
+    assert (too_many.code, too_many.err) == (1, "error: 1 of 7 videos failed, above --max-failed 0.1\n")
+    assert tsq("extract", manifest, "--out", out, "--config", local.settings, "--max-failed", "0.2").code == 0
+    wrong = tsq("extract", manifest, "--out", out, "--config", local.settings, "--retry-failed=bad_luck")
+    assert "--retry-failed bad_luck: no such reason; there is: not_found, " in refused(wrong)
+    assert "--split tset: no video has it; there is: train (3), val (3)" in refused(
+        tsq("extract", manifest, "--out", out, "--config", local.settings, "--split", "tset")
+    )
+
+
+def changed_archive(archive: Archive, put: Callable[[str, bytes | None], None]) -> None:
+    """One video changed, one deleted, one added."""
+    put("train/0_0.mp4", write_clip(archive.root / "train/0_0.mp4", CLASSES[0], seed=70, num_frames=30).read_bytes())
+    put("train/1_0.mp4", None)
+    archive.add("train/new.mp4", CLASSES[2], "train", seed=71)
+    put("train/new.mp4", (archive.root / "train/new.mp4").read_bytes())
+    del archive.labels["train/1_0.mp4"]
+    put("labels.csv", archive.write_labels().read_bytes())
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_update_replaces_removes_and_adds_rows(chains: Chains, where: str, tmp_path: Path) -> None:
+    archive = make_archive(tmp_path / "videos", train=1, val=1, odd=False)
+    base = str(tmp_path) if where == "local" else "s3://tsq-other/update"
+    if where == "s3":
+        upload(archive.root, f"{base}/videos")
+    manifest, out = f"{base}/m.parquet", f"{base}/features"
+    index = ["index", f"{base}/videos", "--labels", f"{base}/videos/labels.csv", "--out", manifest, "--json"]
+    extract = ["extract", manifest, "--out", out, "--config", str(chains.settings), "--json"]
+    assert tsq(*index).json["new"] == 6
+    assert tsq(*extract).json["counts"]["ok"] == 6
+    before = {row["uri"]: row for row in read_rows(out).to_pylist()}
+
+    def put(path: str, content: bytes | None) -> None:
+        uri = f"{base}/videos/{path}"
+        storage.write_bytes(uri, content) if content is not None else storage.remove(uri)
+
+    changed_archive(archive, put)
+    found = tsq(*index, "--update").json
+    assert {name: found[name] for name in ("new", "changed", "deleted", "unchanged")} == {
+        "new": 1,
+        "changed": 1,
+        "deleted": 1,
+        "unchanged": 4,
+    }
+    run = tsq(*extract).json
+    assert (run["counts"]["inputs"], run["counts"]["ok"], run["videos_done_now"]) == (6, 6, 2)
+    after = {row["uri"]: row for row in read_rows(out).to_pylist()}
+    gone, new, other = (f"{base}/videos/train/{name}.mp4" for name in ("1_0", "new", "0_0"))
+    assert after.keys() - before.keys() == {new}
+    assert before.keys() - after.keys() == {gone}
+    assert (before[other]["source_num_frames"], after[other]["source_num_frames"]) == (24, 30)
+    assert {uri for uri in before.keys() & after.keys() if before[uri] != after[uri]} == {other}
+    assert tsq("verify", out, "--json").json["problems"] == []
+
+
+def test_decoding_apart_gives_the_same_features(local: Chain) -> None:
+    out = local.at("features-apart")
+    run = tsq("extract", local.manifest, "--out", out, *local.extract_options, "--set", "resources.decoders=1", "--json").json
+    assert run["counts"] == local.outputs["extract"]["counts"]
+    fused, apart = read_rows(local.features), read_rows(out)
+    assert fused.schema.equals(apart.schema)
+    close = ["visual", "object_probs", "recognizer_logits"]  # other batches, other rounding
+    exact = [name for name in fused.column_names if name not in (*close, "object_ids")]
+    assert fused.select(exact).to_pylist() == apart.select(exact).to_pylist()
+    ok = pa.compute.equal(fused["status"], "ok")
+    for name in close:
+        one, other = (schema.tensor_to_numpy(table.filter(ok)[name]).astype(np.float32) for table in (fused, apart))
+        assert one == pytest.approx(other, abs=2e-3, rel=2e-3), name
+    same = schema.tensor_to_numpy(fused.filter(ok)["object_ids"]) == schema.tensor_to_numpy(apart.filter(ok)["object_ids"])
+    assert same.mean() > 0.98

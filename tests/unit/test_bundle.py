@@ -1,0 +1,204 @@
+"""The trained artifacts: what is written comes back, and what is damaged or of another kind is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bundle_case import make_bundle
+from torch import nn
+
+from tsq_ray.bundle import (
+    BUNDLE_FILE,
+    CLASSIFIER_FILE,
+    Classifier,
+    class_order,
+    is_bundle,
+    load_bundle,
+    load_classifier,
+    read_bundle_settings,
+    save_bundle,
+    save_classifier,
+)
+from tsq_ray.config import ModelConfig
+from tsq_ray.encoders import load_encoder
+from tsq_ray.errors import ModelError
+
+CLASSES = ["cats", "dogs"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle folder that tests read."""
+    return Path(make_bundle(tmp_path_factory.mktemp("bundle") / "bundle"))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle folder that a test may damage."""
+    return Path(make_bundle(tmp_path / "bundle"))
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    config = ModelConfig(model="test_resnet", weights="random:3", size=32, mean=(0.5, 0.4, 0.3))
+    encoder = load_encoder(config, with_head=False)
+    encoder.head = nn.Linear(encoder.dim, len(CLASSES))
+    save_classifier(Classifier(encoder, CLASSES, "single", "recognizer", {"note": "made by a test"}), str(tmp_path / "classifier"))
+    return tmp_path / "classifier"
+
+
+def same_networks(one: nn.Module | None, other: nn.Module | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_bundle_comes_back_as_it_was(made: Path, tmp_path: Path) -> None:
+    first = load_bundle(str(made))
+    save_bundle(first, str(tmp_path / "again"))
+    second = load_bundle(str(tmp_path / "again"))
+    for name in ("classes", "task", "decode", "encoders", "sampler_defaults", "provenance"):
+        assert getattr(first, name) == getattr(second, name), name
+    for name in ("sampler", "encoder", "objects", "recognizer"):
+        assert getattr(first, name) is not None
+        assert same_networks(getattr(first, name), getattr(second, name)), name
+    assert first.vocabulary is not None
+    assert torch.equal(first.vocabulary, second.vocabulary)  # type: ignore[arg-type]
+    assert first.sha256 == second.sha256 == read_bundle_settings(str(made))[1]
+
+
+def test_loaded_networks_are_for_inference(made: Path) -> None:
+    bundle = load_bundle(str(made))
+    for network in (bundle.sampler, bundle.encoder, bundle.objects, bundle.recognizer):
+        assert network is not None
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_a_bundle_without_a_recogniser_loads(tmp_path: Path) -> None:
+    uri = make_bundle(tmp_path / "bundle", with_recognizer=False)
+    assert load_bundle(uri).recognizer is None
+    assert not (tmp_path / "bundle" / "recognizer.safetensors").exists()
+
+
+def test_a_visual_bundle_has_no_textual_files(bundle: Path, tmp_path: Path) -> None:
+    import dataclasses
+
+    from tsq_ray.model import TSQNet
+
+    full = load_bundle(str(bundle))
+    network = TSQNet(dataclasses.replace(full.sampler.shape, modules="visual"))
+    save_bundle(dataclasses.replace(full, sampler=network, objects=None, vocabulary=None), str(tmp_path / "visual"))
+    loaded = load_bundle(str(tmp_path / "visual"))
+    assert loaded.objects is None
+    assert loaded.vocabulary is None
+    assert loaded.sampler.textual is None
+    assert sorted(path.name for path in (tmp_path / "visual").glob("*.safetensors")) == [
+        "encoder.safetensors",
+        "recognizer.safetensors",
+        "sampler.safetensors",
+    ]
+
+
+def change_settings(folder: Path, name: str, **changes: Any) -> None:
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | changes))
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = folder / "sampler.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_byte, r"sampler.safetensors: its content is not what was written \(sha256 differs\)"),
+        (lambda folder: (folder / "text.safetensors").unlink(), "text.safetensors: missing; the folder is not whole"),
+        (lambda folder: (folder / BUNDLE_FILE).unlink(), "has no bundle.json; name what tsq train wrote with --out"),
+        (lambda folder: (folder / BUNDLE_FILE).write_text("{"), "bundle.json: not JSON; the file is damaged"),
+        (lambda folder: change_settings(folder, BUNDLE_FILE, format=2), "bundle.json has format 2; this version reads 1"),
+        (lambda folder: change_settings(folder, BUNDLE_FILE, classes=["one"]), "encoder.safetensors: weight has shape"),
+    ],
+    ids=["flipped byte", "missing file", "missing settings", "settings cut", "unknown format", "other classes"],
+)
+def test_a_damaged_bundle_is_refused(bundle: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(bundle)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_bundle(str(bundle))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_bundle_is_none(made: Path, classifier: Path, tmp_path: Path) -> None:
+    assert is_bundle(str(made))
+    assert not is_bundle(str(classifier))
+    assert not is_bundle(str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match="nowhere: has no bundle.json"):
+        load_bundle(str(tmp_path / "nowhere"))
+
+
+def test_writing_over_a_bundle_never_mixes_old_and_new(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tsq_ray import storage
+
+    whole, write = load_bundle(str(bundle)), storage.write_bytes
+
+    def stop_at_the_second(uri: str, data: bytes) -> None:
+        if uri.endswith("encoder.safetensors"):
+            raise KeyboardInterrupt
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        save_bundle(whole, str(bundle))
+    assert not is_bundle(str(bundle))
+
+
+def test_a_classifier_comes_back_as_it_was(classifier: Path) -> None:
+    loaded = load_classifier(str(classifier))
+    assert (loaded.classes, loaded.task, loaded.role, loaded.provenance) == (CLASSES, "single", "recognizer", {"note": "made by a test"})
+    assert loaded.encoder.config.mean == (0.5, 0.4, 0.3)
+    assert same_networks(loaded.encoder.backbone, load_encoder(loaded.encoder.config, with_head=False).backbone)
+    settings = json.loads((classifier / CLASSIFIER_FILE).read_text())
+    assert settings["backbone_sha256"] == loaded.encoder.backbone_hash()
+    pictures = torch.randint(0, 255, (2, 32, 32, 3), dtype=torch.uint8)
+    assert loaded.encoder(pictures)[1].shape == (2, len(CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / CLASSIFIER_FILE).unlink(), "has no finetune.json; name what tsq finetune wrote with --out"),
+        (lambda folder: change_settings(folder, CLASSIFIER_FILE, format="x"), "finetune.json has format 'x'; this version reads 1"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "sha256 differs"),
+    ],
+    ids=["missing settings", "unknown format", "emptied"],
+)
+def test_a_damaged_classifier_is_refused(classifier: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(classifier)
+    with pytest.raises(ModelError, match=message):
+        load_classifier(str(classifier))
+
+
+def test_the_same_classes_in_the_same_order_pass() -> None:
+    class_order(CLASSES, list(CLASSES), "--encoder x")
+
+
+@pytest.mark.parametrize(
+    ("have", "message"),
+    [
+        (["dogs", "cats"], r"--encoder x: its class list differs from the features' \(the same names in another order\)"),
+        (["cats", "birds"], r"2 classes against 2; unknown 'birds'; missing 'dogs'"),
+        (["cats"], r"1 classes against 2; missing 'dogs'"),
+    ],
+)
+def test_other_classes_are_refused(have: list[str], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        class_order(have, CLASSES, "--encoder x")

@@ -1,0 +1,205 @@
+"""The shape of the repository: which way imports go, what importing loads, sizes, docstrings, the top level."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGE = REPO / "tsq_ray"
+ORDER = (
+    *("errors", "schema", "config", "storage", "manifest", "runs", "decode", "encoders", "model", "bundle", "metrics", "stages"),
+    *(
+        "prototypes",
+        "runtime",
+        "extract",
+        "train",
+        "serve",
+        "predict",
+        "score",
+        "evaluate",
+        "report",
+        "estimate",
+        "describe",
+        "cli",
+        "__main__",
+    ),
+)
+"""A module imports only from those before its own; `evaluate` is not built yet."""
+STAGES = ("extract", "train", "serve", "score")
+"""They meet through Parquet, the bundle and what comes before them, never through one another; only score drives serve's graph."""
+ALLOWED_STAGES = {("score", "serve")}
+RAY_AT_IMPORT = {"serve/app.py", "serve/graph.py"}
+"""Serve's decorators need ray when the module is imported; everybody else imports it when called."""
+MAX_LINES = 450
+LONG = {"cli.py": 500, "train/tsqnet.py": 465}
+"""Files above MAX_LINES and where they are held."""
+TOP = {"pyproject.toml", "README.md", "LICENSE", "tsq_ray", "jobs", "cluster", "tests", "docs"}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def unit_of(path: Path) -> str:
+    """The entry of ORDER that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, and whether it is imported only when something is called."""
+
+    module: str
+    line: int
+    lazy: bool
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """Every import of a file, lazy ones too."""
+    for node, lazy in walk(ast.parse(path.read_text()), False):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, lazy)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}:{node.lineno}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                yield Import(f"{node.module}.{alias.name}", node.lineno, lazy)
+
+
+def walk(node: ast.AST, lazy: bool) -> Iterator[tuple[ast.AST, bool]]:
+    for child in ast.iter_child_nodes(node):
+        inside = lazy or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        yield child, inside
+        yield from walk(child, inside)
+
+
+def imported_units(path: Path) -> list[tuple[str, int]]:
+    """(entry of ORDER, line) of what a file imports from the package; the package itself counts for nothing."""
+    found = []
+    for item in imports_of(path):
+        parts = item.module.split(".")
+        if parts[0] == "tsq_ray" and len(parts) > 1 and parts[1] != "__version__":
+            found.append((parts[1], item.line))
+    return found
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert {unit_of(path) for path in SOURCES} - {"__init__"} <= set(ORDER)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_go_one_way(path: Path) -> None:
+    own = unit_of(path)
+    if own == "__init__":
+        assert imported_units(path) == []
+        return
+    wrong = [f"line {line}: {unit}" for unit, line in imported_units(path) if unit != own and ORDER.index(unit) > ORDER.index(own)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if unit_of(path) in STAGES], ids=name_of)
+def test_stages_do_not_import_each_other(path: Path) -> None:
+    own = unit_of(path)
+    others = {unit for unit, _ in imported_units(path) if unit in STAGES and unit != own}
+    assert {(own, other) for other in others} <= ALLOWED_STAGES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_ray_is_imported_when_called_but_in_serve(path: Path) -> None:
+    at_import = any(item.module.split(".")[0] == "ray" and not item.lazy for item in imports_of(path))
+    assert at_import == (name_of(path) in RAY_AT_IMPORT)
+
+
+@pytest.mark.parametrize("unit", ORDER[: ORDER.index("runtime")])
+def test_below_runtime_nothing_imports_ray_at_all(unit: str) -> None:
+    files = [path for path in SOURCES if unit_of(path) == unit]
+    assert [name_of(path) for path in files if any(item.module.split(".")[0] == "ray" for item in imports_of(path))] == []
+
+
+def loaded(code: str) -> set[str]:
+    """Which of the heavy packages a new interpreter has loaded after `code`."""
+    heavy = ("torch", "ray", "pyarrow", "fsspec", "timm", "transformers", "av", "pydantic")
+    script = f"{code}\nimport sys\nprint('loaded:', *(name for name in {heavy!r} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+@pytest.mark.parametrize(
+    ("code", "allowed"),
+    [
+        ("import tsq_ray", set()),
+        ("import tsq_ray.errors, tsq_ray.config", {"pydantic"}),
+        ("import tsq_ray.cli", set()),
+        ("from tsq_ray.cli import main\nassert main(['--help']) == 0", set()),
+        ("from tsq_ray.cli import main\nassert main(['score', '--help']) == 0", {"pydantic"}),
+        (
+            "from tsq_ray.cli import main\nassert main(['extract', 'm', '--out', 'o', '--config', 'nowhere.toml']) == 2",
+            {"pydantic", "fsspec"},
+        ),
+        ("import tsq_ray.runs, tsq_ray.manifest", {"pydantic", "pyarrow", "fsspec"}),
+    ],
+    ids=["package", "config", "cli", "help", "command help", "wrong settings", "runs"],
+)
+def test_what_importing_loads(code: str, allowed: set[str]) -> None:
+    assert loaded(code) <= allowed
+
+
+def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
+    from tsq_ray.cli import main
+
+    assert main(["--help"]) == 0
+    text = capfd.readouterr().out
+    commands = ("index", "extract", "finetune", "train", "score", "predict", "serve", "report", "export", "verify", "info")
+    assert [name for name in commands if f"\n  {name} " not in text] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_are_short(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= LONG.get(name_of(path), MAX_LINES), "split it"
+
+
+@pytest.mark.parametrize("name", sorted(LONG))
+def test_long_files_are_still_long(name: str) -> None:
+    assert len((PACKAGE / name).read_text().splitlines()) > MAX_LINES, f"{name} is short now: take it out of LONG"
+
+
+def test_top_level_holds_nothing_else() -> None:
+    done = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    found = {line.split("/")[0] for line in done.stdout.splitlines()}
+    assert {name for name in found if not name.startswith(".")} == TOP
+
+
+def public_definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+    """Public functions, classes and their public methods; not what is inside functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from public_definitions(node, f"{prefix}{node.name}.")
+
+
+def is_stub(node: ast.AST) -> bool:
+    """A member of a Protocol: its body is `...`."""
+    body = getattr(node, "body", [])
+    return len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and body[0].value.value is ...
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_public_things_have_docstrings(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), "the module has no docstring"
+    bare = [name for name, node in public_definitions(tree) if not ast.get_docstring(node) and not is_stub(node)]
+    assert bare == []

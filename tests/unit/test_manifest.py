@@ -1,0 +1,314 @@
+"""Manifests: listing, labels from everywhere, stable ids, updates, the file itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tsq_ray.errors import ManifestError, UserError
+from tsq_ray.manifest import (
+    IndexSummary,
+    Manifest,
+    VideoRef,
+    build_manifest,
+    choose_split,
+    read_manifest,
+    same_content,
+    video_id,
+    write_manifest,
+)
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """make("a/1.mp4", ...) -> the folder `videos` with these files; a listing does not look into them."""
+
+    def files(*names: str) -> Path:
+        for name in names:
+            path = tmp_path / "videos" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(name.encode())
+        return tmp_path / "videos"
+
+    return files
+
+
+def index(folder: Path, **options: object) -> tuple[Manifest, IndexSummary]:
+    return build_manifest([str(folder)], **options)  # type: ignore[arg-type]
+
+
+def labels_of(manifest: Manifest) -> dict[str, tuple[list[str], str | None]]:
+    """File name -> (class names, split)."""
+    return {os.path.basename(row.uri): ([manifest.classes[label] for label in row.labels or ()], row.split) for row in manifest.rows}
+
+
+# ------------------------------------------------------------------------------------------------------------- listing
+
+
+def test_videos_are_taken_by_their_names_and_the_rest_is_counted(make: Make) -> None:
+    manifest, summary = index(make("a.mp4", "b/c.MKV", "b/notes.txt", "b/readme", ".hidden.mp4"))
+    assert [os.path.basename(row.uri) for row in manifest.rows] == ["a.mp4", "c.MKV"]
+    assert summary.left_out == {".txt": 1, "(no suffix)": 1}
+    assert (summary.videos, summary.new, summary.labelled, summary.unlabelled) == (2, 2, 0, 2)
+
+
+def test_a_file_named_outright_is_taken_whatever_its_name_and_each_file_once(make: Make) -> None:
+    folder = make("a.mp4", "odd.bin")
+    manifest, _ = build_manifest([str(folder), str(folder / "a.mp4"), str(folder / "odd.bin")])
+    assert [os.path.basename(row.uri) for row in manifest.rows] == ["a.mp4", "odd.bin"]
+
+
+def test_ids_hang_on_the_place_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make("a.mp4")
+    before = index(folder)[0].rows[0]
+    (folder / "a.mp4").write_bytes(b"other content")
+    monkeypatch.chdir(folder.parent)
+    after = build_manifest(["videos"])[0].rows[0]
+    assert before.video_id == after.video_id == video_id("videos/a.mp4")
+    assert before.size_bytes != after.size_bytes
+    assert len(before.video_id) == 16
+    assert video_id("s3://bucket/a.mp4") == "fd373ff61094d28c"
+
+
+@pytest.mark.parametrize(
+    ("names", "source", "message"),
+    [
+        ((), "nowhere", "nowhere: no such file, folder, bucket or prefix; check the name"),
+        (("notes.txt", "data.csv"), "", "no video found; it holds 2 other files; name a folder, an s3:// prefix or a file"),
+        (("empty/.keep",), "empty", "empty: no video found; name a folder"),
+    ],
+)
+def test_a_source_that_matches_nothing_is_an_error(make: Make, names: tuple[str, ...], source: str, message: str) -> None:
+    make("x.mp4")
+    folder = make(*names)
+    if source == "":
+        (folder / "x.mp4").unlink()
+    with pytest.raises(ManifestError, match=message):
+        build_manifest([str(folder / source)])
+
+
+def test_one_of_several_sources_that_matches_nothing_is_an_error(make: Make) -> None:
+    folder = make("a/1.mp4", "b/notes.txt")
+    with pytest.raises(ManifestError, match="b: no video found"):
+        build_manifest([str(folder / "a"), str(folder / "b")])
+
+
+def test_no_source_is_an_error() -> None:
+    with pytest.raises(ManifestError, match="no source given"):
+        build_manifest([])
+
+
+# -------------------------------------------------------------------------------------------------------------- labels
+
+
+def test_a_csv_gives_labels_and_splits_by_relative_and_absolute_paths(make: Make) -> None:
+    folder = make("a.mp4", "sub/b.mp4", "c.mp4", "d.mp4")
+    labels = folder / "labels.csv"
+    labels.write_text(
+        "\ufeffpath, label ,split\r\n"
+        "a.mp4,cats,train\r\n"
+        "sub/../sub/b.mp4,dogs|cats|dogs,val\r\n"
+        f"{folder}/c.mp4, big dogs ,\r\n"
+        "d.mp4,,train\r\n"
+        "gone.mp4,cats,train\r\n"
+        ",,\r\n"
+    )
+    manifest, summary = index(folder, labels=str(labels))
+    assert manifest.classes == ["big dogs", "cats", "dogs"]
+    assert labels_of(manifest) == {
+        "a.mp4": (["cats"], "train"),
+        "b.mp4": (["cats", "dogs"], "val"),
+        "c.mp4": (["big dogs"], None),
+        "d.mp4": ([], "train"),
+    }
+    assert summary.missing == ["gone.mp4"]
+    assert (summary.labelled, summary.unlabelled, summary.splits) == (3, 1, {"train": 2, "(none)": 1, "val": 1})
+    assert {row.labels for row in manifest.rows if row.uri.endswith("d.mp4")} == {None}
+
+
+def test_paths_are_relative_to_the_csv_not_to_the_working_folder(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make("a.mp4")
+    (folder.parent / "labels.csv").write_text("path,label\nvideos/a.mp4,cats\n")
+    monkeypatch.chdir("/")
+    assert labels_of(index(folder, labels=str(folder.parent / "labels.csv"))[0]) == {"a.mp4": (["cats"], None)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("file,class\na.mp4,cats\n", r"columns are \['file', 'class'\]; expected path,label\[,split\]"),
+        ("", r"columns are \[\]; expected path"),
+        ("path,label\nb.mp4,cats\n", r"none of its 1 paths is among the 1 videos found \(first: \['b.mp4'\]\)"),
+        ("{not json", "not ActivityNet JSON"),
+        ('{"videos": {}}', "not ActivityNet JSON: no usable 'database'"),
+        ('{"database": {"x": 3}}', "not ActivityNet JSON"),
+        ('{"database": {"other": {"subset": "training", "annotations": []}}}', "none of its 1 videos is among the files found"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_told(make: Make, tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "labels").write_text(content)
+    with pytest.raises(ManifestError, match=message):
+        index(make("a.mp4"), labels=str(tmp_path / "labels"))
+
+
+def test_labels_in_another_encoding_are_told(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes("path,label\na.mp4,Äpfel\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        index(make("a.mp4"), labels=str(tmp_path / "labels.csv"))
+
+
+def test_activitynet_json_matches_by_name_with_or_without_v(make: Make, tmp_path: Path) -> None:
+    def entry(subset: str, *labels: str) -> dict[str, object]:
+        return {"subset": subset, "annotations": [{"label": label, "segment": [0, 1]} for label in labels]}
+
+    database = {
+        "aaa": entry("training", "Running", "Running", "Archery"),
+        "v_bbb": entry("validation", "Archery"),
+        "ccc": entry("testing"),
+        "ddd": entry("training", "Gone"),
+    }
+    (tmp_path / "anet.json").write_text(json.dumps({"version": "1.3", "database": database}))
+    manifest, summary = index(make("v_aaa.mp4", "bbb.webm", "x/ccc.mkv", "other.mp4"), labels=str(tmp_path / "anet.json"))
+    assert labels_of(manifest) == {
+        "v_aaa.mp4": (["Archery", "Running"], "train"),
+        "bbb.webm": (["Archery"], "val"),
+        "ccc.mkv": ([], "test"),
+        "other.mp4": ([], None),
+    }
+    assert summary.missing == ["ddd"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("cats/1.mp4", "big_dogs/2.mp4"), {"1.mp4": (["cats"], None), "2.mp4": (["big dogs"], None)}),
+        (("train/cats/1.mp4", "val/dogs/2.mp4"), {"1.mp4": (["cats"], "train"), "2.mp4": (["dogs"], "val")}),
+        (("cats/1.mp4", "2.mp4"), {"1.mp4": ([], None), "2.mp4": ([], None)}),
+        (("cats/1.mp4", "cats/2.mp4"), {"1.mp4": ([], None), "2.mp4": ([], None)}),
+        (("2019/cats/1.mp4", "2020/dogs/2.mp4"), {"1.mp4": ([], None), "2.mp4": ([], None)}),
+    ],
+    ids=["classes", "splits and classes", "a video beside the folders", "one folder only", "folders that are no splits"],
+)
+def test_class_folders_are_seen_where_all_videos_lie_in_one(
+    make: Make, names: tuple[str, ...], expected: dict[str, tuple[list[str], str | None]]
+) -> None:
+    manifest, summary = index(make(*names))
+    assert labels_of(manifest) == expected
+    assert summary.labels_from == ("class folders" if any(labels for labels, _ in expected.values()) else "none")
+
+
+def test_class_folders_asked_for_must_be_there(make: Make) -> None:
+    with pytest.raises(ManifestError, match="--labels folders: some videos do not lie in a class folder"):
+        index(make("1.mp4"), labels="folders")
+
+
+def test_labels_none_leaves_class_folders_alone(make: Make) -> None:
+    manifest, summary = index(make("cats/1.mp4", "dogs/2.mp4"), labels="none")
+    assert manifest.classes == []
+    assert summary.labelled == 0
+
+
+def test_a_classes_file_fixes_the_order_and_may_name_more(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("dogs\n\n birds \ncats\n")
+    manifest, _ = index(make("cats/1.mp4", "dogs/2.mp4"), classes_file=str(tmp_path / "classes.txt"))
+    assert manifest.classes == ["dogs", "birds", "cats"]
+    assert [row.labels for row in manifest.rows] == [(2,), (0,)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("cats\ndogs\ncats\n", "a class name stands twice: 'cats'"), ("cats\n", "lacks 1 classes of the labels, first 'dogs'; add them")],
+)
+def test_a_classes_file_that_does_not_fit_is_refused(make: Make, tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "classes.txt").write_text(content)
+    with pytest.raises(ManifestError, match=message):
+        index(make("cats/1.mp4", "dogs/2.mp4"), classes_file=str(tmp_path / "classes.txt"))
+
+
+def test_a_split_name_is_every_rows(make: Make) -> None:
+    manifest, summary = index(make("train/cats/1.mp4", "val/dogs/2.mp4"), split_name="all of it")
+    assert {row.split for row in manifest.rows} == {"all of it"}
+    assert summary.splits == {"all of it": 2}
+
+
+# -------------------------------------------------------------------------------------------------------------- update
+
+
+def test_an_update_counts_new_changed_deleted_and_unchanged(make: Make) -> None:
+    folder = make("same.mp4", "touched.mp4", "grown.mp4", "gone.mp4")
+    old, _ = index(folder)
+    make("new.mp4")
+    (folder / "grown.mp4").write_bytes(b"much longer than before")
+    os.utime(folder / "touched.mp4", (1, 1))
+    (folder / "gone.mp4").unlink()
+    _, summary = index(folder, old=old)
+    assert (summary.new, summary.changed, summary.deleted, summary.unchanged) == (1, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [({}, True), ({"modified": None}, True), ({"etag": "b"}, False), ({"size_bytes": 2}, False), ({"labels": (1,), "split": "x"}, True)],
+)
+def test_an_etag_outweighs_the_time(change: dict[str, object], same: bool) -> None:
+    row = VideoRef("i", "s3://b/k", 1, "a")
+    assert same_content(VideoRef(**(vars(row) | change)), row) == same  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------------ the file
+
+
+def test_a_manifest_comes_back_as_it_was(make: Make, tmp_path: Path) -> None:
+    manifest, _ = index(make("train/cats/1.mp4", "val/dogs/2.mp4"))
+    place = str(tmp_path / "out" / "manifest.parquet")
+    write_manifest(manifest, place)
+    read = read_manifest(place)
+    assert (read.rows, read.classes, read.id, read.sources) == (manifest.rows, manifest.classes, manifest.id, manifest.sources)
+    assert len(read.sha256) == 64
+    assert read.uri == place
+
+
+def test_the_identity_of_a_manifest_is_its_sources(make: Make) -> None:
+    folder = make("a/1.mp4", "b/2.mp4")
+    first, second = ([str(folder / "a"), str(folder / "b")], [str(folder / "b"), str(folder / "a")])
+    assert build_manifest(first)[0].id == build_manifest(second)[0].id
+    assert build_manifest(first)[0].id != index(folder)[0].id
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "text", "other columns", "no metadata"])
+def test_something_else_than_a_manifest_is_told(make: Make, tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "manifest.parquet"
+    messages = {
+        "missing": "no such file; make one with tsq index SOURCE --out",
+        "folder": "is a folder; name the Parquet file that tsq index wrote",
+        "text": "not a Parquet file; make one with tsq index",
+        "other columns": r"lacks the columns \['video_id', ",
+        "no metadata": "lacks the manifest's metadata",
+    }
+    if kind == "folder":
+        place.mkdir()
+    elif kind == "text":
+        place.write_text("path,label\n")
+    elif kind == "other columns":
+        pq.write_table(pa.table({"uri": ["a"]}), place)
+    elif kind == "no metadata":
+        write_manifest(index(make("a.mp4"))[0], str(place))
+        pq.write_table(pq.read_table(place).replace_schema_metadata({}), place)
+    with pytest.raises(ManifestError, match=messages[kind]):
+        read_manifest(str(place))
+
+
+def test_a_split_is_chosen_or_named() -> None:
+    rows = [VideoRef("a", "/a", 1, split="train"), VideoRef("b", "/b", 1), VideoRef("c", "/c", 1, split="train")]
+    manifest = Manifest(rows, [])
+    assert choose_split(manifest, None) == rows
+    assert choose_split(manifest, "train") == [rows[0], rows[2]]
+    with pytest.raises(ManifestError, match=r"--split val: no video has it; there is: \(none\) \(1\), train \(2\)"):
+        choose_split(manifest, "val")

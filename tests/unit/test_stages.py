@@ -1,0 +1,289 @@
+"""Encode, Sample and Recognize on made-up frames with tiny random networks: no files, no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bundle_case import BUDGET, NUM_FRAMES, make_bundle
+
+from tsq_ray import schema
+from tsq_ray.bundle import Bundle, load_bundle
+from tsq_ray.config import SamplerConfig
+from tsq_ray.decode import DecodedVideo
+from tsq_ray.errors import ConfigError, ModelError, StorageError, VideoError
+from tsq_ray.manifest import VideoRef
+from tsq_ray.stages import (
+    OBJECTS,
+    RECOGNIZER,
+    VISUAL,
+    Encode,
+    Recognize,
+    Sample,
+    bundle_specs,
+    failed_row,
+    plain_row,
+    source_row,
+)
+
+CPU = torch.device("cpu")
+MODES = ("both", "visual", "textual", "uniform", "random", "maxconf-l", "maxconf")
+FAILURES = (VideoError("corrupt", "v: no frame\ncan be decoded"), StorageError("unavailable", "https://h/v?key=s3cret: no answer"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small are slower on many."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture
+def bundle(uri: str) -> Bundle:
+    return load_bundle(uri)
+
+
+def ref(number: int) -> VideoRef:
+    return VideoRef(f"{number:016x}", f"/videos/{number}.mp4", 10, labels=(1,), split="val")
+
+
+def video(bundle: Bundle, seed: int, num_distinct: int = NUM_FRAMES) -> DecodedVideo:
+    """A video of `num_distinct` source frames, every third of its file, as random pictures in all sizes."""
+    rng = np.random.default_rng(seed)
+    slot_frame = np.arange(NUM_FRAMES, dtype=np.int32) % num_distinct
+    frame_index = slot_frame * 3
+    specs = bundle_specs(bundle, "both")
+    return DecodedVideo(
+        frames={name: rng.integers(0, 255, (num_distinct, spec.size, spec.size, 3), np.uint8) for name, spec in specs.items()},
+        slot_frame=slot_frame,
+        frame_index=frame_index,
+        frame_pts_s=(frame_index / 8).astype(np.float32),
+        duration_s=num_distinct * 3 / 8,
+        fps=8.0,
+        width=96,
+        height=64,
+        codec="h264",
+        source_num_frames=num_distinct * 3,
+        warnings=[],
+        decode_ms=1.5,
+    )
+
+
+def score(bundle: Bundle, items: list[Any], **settings: Any) -> list[dict[str, Any]]:
+    config = SamplerConfig(**({"budget": BUDGET} | settings))
+    return Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)(items))
+
+
+# -------------------------------------------------------------------------------------------------------------- encode
+
+
+def test_encode_gives_each_slot_its_features(bundle: Bundle) -> None:
+    encode = Encode(bundle.encoder, bundle.objects, bundle.recognizer, CPU)
+    features = encode([video(bundle, 0), video(bundle, 1, num_distinct=3)])
+    for feature in features:
+        assert feature.visual.shape == (NUM_FRAMES, bundle.encoder.dim)
+        assert feature.object_ids is not None
+        assert feature.object_probs is not None
+        assert feature.object_ids.shape == feature.object_probs.shape == (NUM_FRAMES, 10)
+        assert (np.diff(feature.object_probs, axis=1) <= 0).all(), "best first"
+        assert (feature.object_probs.sum(axis=1) < 1).all(), "not renormalised"
+        assert feature.visual_logits is not None
+        assert feature.recognizer_logits is not None
+        assert feature.visual_logits.shape == feature.recognizer_logits.shape == (NUM_FRAMES, len(bundle.classes))
+    short = features[1].visual
+    assert np.array_equal(short[:3], short[3:6])
+    assert not np.array_equal(short[0], short[1])
+
+
+def test_encode_gives_a_video_the_same_alone_and_in_company(bundle: Bundle) -> None:
+    encode = Encode(bundle.encoder, bundle.objects, device=CPU)
+    alone = encode([video(bundle, 1)])[0]
+    together = encode([video(bundle, 0, 3), video(bundle, 1)])[1]
+    assert alone.object_ids is not None
+    assert together.object_ids is not None
+    np.testing.assert_allclose(alone.visual, together.visual, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(alone.object_ids, together.object_ids)
+
+
+def test_encode_without_the_textual_side_and_without_videos(bundle: Bundle) -> None:
+    encode = Encode(bundle.encoder, None, device=CPU)
+    assert encode([]) == []
+    feature = encode([video(bundle, 0)])[0]
+    assert feature.object_ids is None
+    assert feature.recognizer_logits is None
+
+
+# ------------------------------------------------------------------------------------------------- sample and recognize
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_answers_with_a_row_of_the_schema(bundle: Bundle, mode: str) -> None:
+    videos = [video(bundle, seed) for seed in range(3)]
+    rows = score(bundle, [(ref(number), item) for number, item in enumerate(videos)], mode=mode)
+    arrow = schema.predictions_schema(NUM_FRAMES, len(bundle.classes), bundle.classes)
+    table = schema.table_from_rows(rows, arrow)
+    assert table["video_id"].to_pylist() == [ref(number).video_id for number in range(3)]
+    assert table["status"].to_pylist() == ["ok"] * 3
+    learned = mode in ("both", "visual", "textual")
+    assert table["saliency_visual"].null_count == (0 if learned else 3)
+    assert table["saliency_textual"].null_count == (0 if mode in ("both", "textual") else 3)
+    for row in rows:
+        slots = row["selected_slot"].tolist()
+        assert len(slots) == len(set(slots)) == BUDGET
+        assert slots == sorted(slots)
+        assert row["selected_index"].tolist() == [3 * slot for slot in slots]
+        assert row["selected_pts_s"].tolist() == [3 * slot / 8 for slot in slots]
+        assert set(row["selected_by"]) <= ({"visual", "textual"} if mode == "both" else {mode})
+        assert abs(float(row["scores"].sum()) - 1) < 1e-5
+        best = [bundle.classes[number] for number in np.argsort(-row["scores"])]
+        assert row["top_labels"] == best
+        assert row["top_scores"].tolist() == sorted(row["scores"].tolist(), reverse=True)
+        assert row["decode_ms"] == 1.5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_distinct", [1, 2])
+def test_a_short_video_gives_all_its_frames(bundle: Bundle, mode: str, num_distinct: int) -> None:
+    (row,) = score(bundle, [(ref(0), video(bundle, 0, num_distinct))], mode=mode)
+    assert row["selected_slot"].tolist() == list(range(num_distinct))
+    assert len(row["top_labels"]) == len(bundle.classes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_failed_videos_pass_through_in_their_places(bundle: Bundle, mode: str) -> None:
+    items = [(ref(0), FAILURES[0]), (ref(1), video(bundle, 1)), (ref(2), FAILURES[1])]
+    rows = score(bundle, items, mode=mode)
+    assert [row["status"] for row in rows] == ["failed", "ok", "failed"]
+    assert [row["video_id"] for row in rows] == [ref(number).video_id for number in range(3)]
+    assert [row.get("error_type") for row in rows] == ["corrupt", None, "unavailable"]
+    assert rows[0]["error_message"] == "v: no frame can be decoded"
+    assert "s3cret" not in rows[2]["error_message"]
+    alone = score(bundle, [items[1]], mode=mode)[0]
+    np.testing.assert_allclose(rows[1]["scores"], alone["scores"], atol=1e-5)
+    assert rows[1]["selected_slot"].tolist() == alone["selected_slot"].tolist()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_of_failures_needs_no_network(bundle: Bundle, mode: str) -> None:
+    rows = score(bundle, [(ref(0), FAILURES[0])], mode=mode)
+    assert rows == [failed_row(ref(0), FAILURES[0])]
+    assert score(bundle, [], mode=mode) == []
+
+
+def test_the_answer_is_that_of_the_chosen_frames_alone(bundle: Bundle) -> None:
+    item = video(bundle, 5)
+    (row,) = score(bundle, [(ref(0), item)])
+    assert bundle.recognizer is not None
+    logits = bundle.recognizer(torch.from_numpy(item.slots(RECOGNIZER)[row["selected_slot"]]))[1]
+    np.testing.assert_allclose(row["scores"], logits.mean(0).softmax(0).detach().numpy(), atol=1e-5)
+
+
+def test_maxconf_takes_the_surest_frames_of_the_recogniser(bundle: Bundle) -> None:
+    item = video(bundle, 6)
+    (row,) = score(bundle, [(ref(0), item)], mode="maxconf")
+    assert bundle.recognizer is not None
+    surest = bundle.recognizer(torch.from_numpy(item.slots(RECOGNIZER)))[1].softmax(1).max(1).values
+    assert set(row["selected_slot"].tolist()) == set(surest.topk(BUDGET).indices.tolist())
+
+
+def test_maxconf_l_takes_the_surest_frames_of_the_light_encoder(bundle: Bundle) -> None:
+    item = video(bundle, 6)
+    (row,) = score(bundle, [(ref(0), item)], mode="maxconf-l")
+    surest = bundle.encoder(torch.from_numpy(item.slots(VISUAL)))[1].softmax(1).max(1).values
+    assert set(row["selected_slot"].tolist()) == set(surest.topk(BUDGET).indices.tolist())
+
+
+def test_uniform_takes_the_middles_and_random_hangs_on_seed_and_video(bundle: Bundle) -> None:
+    items = [(ref(number), video(bundle, 0)) for number in range(6)]
+    assert {tuple(row["selected_slot"].tolist()) for row in score(bundle, items, mode="uniform")} == {(1, 4, 6)}
+    first, again, other = (
+        [tuple(row["selected_slot"].tolist()) for row in score(bundle, items, mode="random", seed=seed)] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert len(set(first)) > 1
+
+
+def test_multi_label_scores_are_independent(bundle: Bundle) -> None:
+    import dataclasses
+
+    multi = dataclasses.replace(bundle, task="multi")
+    item = video(bundle, 5)
+    (row,) = score(multi, [(ref(0), item)])
+    assert bundle.recognizer is not None
+    logits = bundle.recognizer(torch.from_numpy(item.slots(RECOGNIZER)[row["selected_slot"]]))[1]
+    np.testing.assert_allclose(row["scores"], logits.mean(0).sigmoid().detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("both", {VISUAL, OBJECTS, RECOGNIZER}),
+        ("visual", {VISUAL, RECOGNIZER}),
+        ("textual", {VISUAL, OBJECTS, RECOGNIZER}),
+        ("maxconf-l", {VISUAL, RECOGNIZER}),
+        ("uniform", {RECOGNIZER}),
+        ("maxconf", {RECOGNIZER}),
+    ],
+)
+def test_only_the_pictures_that_a_mode_needs_are_made(bundle: Bundle, mode: str, expected: set[str]) -> None:
+    assert set(bundle_specs(bundle, mode)) == expected
+
+
+@pytest.mark.parametrize("mode", ["visual", "uniform"])
+def test_a_mode_works_on_the_pictures_it_asked_for(bundle: Bundle, mode: str) -> None:
+    item = video(bundle, 0)
+    item.frames = {name: item.frames[name] for name in bundle_specs(bundle, mode)}
+    assert score(bundle, [(ref(0), item)], mode=mode)[0]["status"] == "ok"
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:
+    with pytest.raises(ConfigError, match=r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8"):
+        Sample(bundle, SamplerConfig(budget=9), CPU)
+
+
+def test_a_bundle_without_a_recogniser_is_refused(tmp_path: Path) -> None:
+    bundle = load_bundle(make_bundle(tmp_path, with_recognizer=False))
+    with pytest.raises(ModelError, match="the bundle has no recogniser; train it again with --recognizer URI"):
+        Sample(bundle, SamplerConfig(budget=BUDGET), CPU)
+
+
+def test_textual_of_a_visual_bundle_is_refused(bundle: Bundle) -> None:
+    import dataclasses
+
+    visual = dataclasses.replace(bundle, objects=None, vocabulary=None)
+    with pytest.raises(ModelError, match="sampler.mode 'textual': the bundle was trained with train.modules = 'visual'"):
+        Sample(visual, SamplerConfig(budget=BUDGET, mode="textual"), CPU)
+    (row,) = score(visual, [(ref(0), video(bundle, 0))], mode="both")
+    assert set(row["selected_by"]) == {"visual"}
+    assert row["saliency_textual"] is None
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_a_plain_row_is_json_without_the_manifests_labels(bundle: Bundle) -> None:
+    (row,) = score(bundle, [(ref(0), video(bundle, 0))])
+    plain = plain_row(row | {"uri": "https://h/v.mp4?key=s3cret"})
+    assert not {"labels", "label_names", "split"} & set(plain)
+    assert plain["uri"] == "https://h/v.mp4?..."
+    assert plain["selected_slot"] == row["selected_slot"].tolist()
+    assert isinstance(plain["scores"], list)
+
+
+def test_a_source_row_keeps_what_the_manifest_says(bundle: Bundle) -> None:
+    row = source_row(ref(7), video(bundle, 0))
+    assert (row["labels"], row["split"], row["status"], row["codec"]) == ([1], "val", "ok", "h264")
