@@ -245,18 +245,21 @@ def end_marked(mark: str) -> None:
 
 
 class Driver:
-    """`tsq ARGV` as a process with a Ray of its own; a context manager that leaves no process behind."""
+    """`tsq ARGV`, or another module's command line, as a process with a Ray of its own; a context manager that leaves none behind."""
 
-    def __init__(self, argv: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, argv: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None, module: str = "tsq_ray"
+    ) -> None:
         self.mark, self.log = uuid.uuid4().hex, log
         self._stack = contextlib.ExitStack()
         own = {MARK: self.mark, "RAY_TMPDIR": str(self._stack.enter_context(short_folder()))}
+        self.environment = {**os.environ, **(environment or {}), **own}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tsq_ray", *map(str, argv)],
+            [sys.executable, "-m", module, *map(str, argv)],
             stdin=subprocess.DEVNULL,
             stdout=self._stack.enter_context(log.with_suffix(".out").open("wb")),
             stderr=self._stack.enter_context(log.with_suffix(".err").open("wb")),
-            env={**os.environ, **(environment or {}), **own},
+            env=self.environment,
             start_new_session=True,
         )
 

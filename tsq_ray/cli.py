@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tsq_ray.console import counts_text, index_text, prediction_text, run_text, training_text, tree_text
 from tsq_ray.errors import RunError, StorageError, TsqError, UserError
 
 app = typer.Typer(
@@ -86,7 +87,7 @@ def index(
     old = manifests.read_manifest(out) if there else None
     made, summary = manifests.build_manifest(sources, labels, classes, split_name, old)
     manifests.write_manifest(made, out)
-    show(vars(summary) | {"out": storage.redact(out)}, as_json, _index_text(vars(summary), storage.redact(out)))
+    show(vars(summary) | {"out": storage.redact(out)}, as_json, index_text(vars(summary), storage.redact(out)))
 
 
 @app.command()
@@ -148,7 +149,7 @@ def finetune(
 
     options = {"split": split, "limit": limit, "address": address, "show_progress": not as_json, "debug": debug}
     summary = run(manifest, role.value, out, settings, **options)  # type: ignore[arg-type]
-    return show(summary, as_json, _training_text(summary))
+    return show(summary, as_json, training_text(summary))
 
 
 @app.command()
@@ -174,7 +175,7 @@ def train(
     settings = settings_for(features, str(config) if config else None, tuple(sets or ()))
     options = {"split": split, "address": address, "show_progress": not as_json, "debug": debug}
     summary = run(features, out, settings, encoder=encoder, recognizer=recognizer, **options)  # type: ignore[arg-type]
-    return show(summary, as_json, _training_text(summary))
+    return show(summary, as_json, training_text(summary))
 
 
 @app.command()
@@ -227,7 +228,7 @@ def predict(
     from tsq_ray.stages import plain_row
 
     rows = [plain_row(row) for row in run(videos, model, scoring_config(model, str(config) if config else None, sets or ()))]
-    show({"videos": rows}, as_json, "\n".join(_prediction_text(row) for row in rows))
+    show({"videos": rows}, as_json, "\n".join(prediction_text(row) for row in rows))
 
 
 @app.command()
@@ -296,7 +297,7 @@ def verify(
     result = run(uri)
     counts = result["counts"]
     verdict = "adds up" if not result["problems"] else f"does not add up: {len(result['problems'])} problems"
-    lines = [f"{result['uri']}: {result['kind']}: {_counts_text(counts)}", f"checked {', '.join(result['checks'])}: {verdict}"]
+    lines = [f"{result['uri']}: {result['kind']}: {counts_text(counts)}", f"checked {', '.join(result['checks'])}: {verdict}"]
     show(result, as_json, "\n".join([*lines, *(f"  {problem}" for problem in result["problems"])]))
     if result["problems"]:
         raise typer.Exit(1)
@@ -316,7 +317,7 @@ def info(
     if cluster == (uri is not None):
         raise RunError("info takes one thing: a bundle, a manifest or a run folder, or --cluster")
     found = describe_cluster(address) if cluster else describe(uri or "")
-    show(found, as_json, _tree_text(found))
+    show(found, as_json, tree_text(found))
 
 
 def show(summary: dict[str, Any], as_json: bool, text: str) -> None:
@@ -326,7 +327,7 @@ def show(summary: dict[str, Any], as_json: bool, text: str) -> None:
 
 def show_estimate(estimate: dict[str, Any], as_json: bool) -> None:
     """What --dry-run found."""
-    show(estimate, as_json, _tree_text(estimate))
+    show(estimate, as_json, tree_text(estimate))
 
 
 def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | None) -> None:
@@ -334,24 +335,7 @@ def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | No
     from tsq_ray import storage
 
     counts = run["counts"]
-    lines = [_counts_text(counts)]
-    if counts["failed_by_type"]:
-        lines.append("failed: " + ", ".join(f"{name} {count}" for name, count in counts["failed_by_type"].items()))
-    if counts["with_warnings"]:
-        lines.append(f"ok with warnings: {counts['with_warnings']}")
-    if run["stage_seconds"]:
-        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run["stage_seconds"].items())
-        lines.append(
-            f"seconds by stage, summed over workers: {stages}; {run['slowest_stage']} held it back; {run['wall_seconds']:.1f} s in all"
-        )
-    measured = run.get("metrics") or {}
-    if measured.get("labelled"):
-        figures = [f"{name} {measured[name]:.4f}" for name in ("mAP", "mAP_interpolated", "top1") if name in measured]
-        lines.append(f"{', '.join(figures)} over {measured['labelled']} labelled videos")
-    if measured.get("unknown_labels"):
-        lines.append(f"labels that the model does not know, left out: {', '.join(measured['unknown_labels'])}")
-    lines.append(f"out: {storage.redact(out)}")
-    show(run, as_json, "\n".join(lines))
+    show(run, as_json, run_text(run, storage.redact(out)))
     done = counts["ok"] + counts["failed"]
     if max_failed is not None and done and counts["failed"] / done > max_failed:
         print(f"error: {counts['failed']} of {done} videos failed, above --max-failed {max_failed}", file=sys.stderr)  # noqa: T201
@@ -382,65 +366,6 @@ def without_options(argv: Sequence[str], flags: Sequence[str], options: Sequence
         elif item not in flags and not item.startswith(tuple(f"{option}=" for option in options)):
             kept.append(item)
     return kept
-
-
-def _counts_text(counts: dict[str, Any]) -> str:
-    skipped = counts["skipped_by"]
-    why = ", ".join(f"{count} by --{name}" for name, count in skipped.items() if count)
-    text = f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['failed']} failed + {counts['skipped']} skipped"
-    return text + (f" ({why})" if why else "")
-
-
-def _index_text(summary: dict[str, Any], out: str) -> str:
-    lines = [f"{summary['videos']} videos, {summary['classes']} classes, labels from {summary['labels_from']}"]
-    lines.append(f"labelled {summary['labelled']}, unlabelled {summary['unlabelled']}; splits: {_pairs(summary['splits'])}")
-    lines.append(f"new {summary['new']}, changed {summary['changed']}, deleted {summary['deleted']}, unchanged {summary['unchanged']}")
-    if summary["left_out"]:
-        lines.append(f"left out, no video by its name: {_pairs(summary['left_out'])}")
-    if summary["missing"]:
-        shown = ", ".join(summary["missing"][:5]) + (", ..." if len(summary["missing"]) > 5 else "")
-        lines.append(f"missing, named by the labels but not found: {len(summary['missing'])}: {shown}")
-    return "\n".join([*lines, f"out: {out}"])
-
-
-def _training_text(summary: dict[str, Any]) -> str:
-    lines = [f"warning: {warning}" for warning in summary["warnings"]]
-    if summary.get("already_done"):
-        lines.append("done already: nothing to do")
-    lines.append(f"{summary['videos']} videos, {summary['classes']} classes")
-    if summary["left_out"]:
-        named = f" (unlabelled: {', '.join(summary['unlabelled'])})" if summary["unlabelled"] else ""
-        lines.append(f"left out: {_pairs(summary['left_out'])}{named}")
-    if summary.get("failed"):
-        lines.append(f"failed: {_pairs(summary['failed'])} (first: {', '.join(summary['failed_videos'])})")
-    if "losses" in summary:
-        lines.append("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in summary["losses"].items()))
-    if "train_accuracy" in summary:
-        lines.append(f"accuracy on the training videos: {summary['train_accuracy']}")
-    return "\n".join([*lines, f"out: {summary['out']}"])
-
-
-def _prediction_text(row: dict[str, Any]) -> str:
-    if row["status"] != "ok":
-        return f"{row['uri']}: failed: {row['error_type']}: {row['error_message']}"
-    best = ", ".join(f"{name} {value:.3f}" for name, value in zip(row["top_labels"], row["top_scores"], strict=True))
-    frames = ", ".join(f"{pts:.2f} s" for pts in row["selected_pts_s"])
-    warned = "".join(f"\n  warning: {warning}" for warning in row["warnings"])
-    return f"{row['uri']}: {best}\n  frames at {frames}{warned}"
-
-
-def _pairs(counts: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.items())
-
-
-def _tree_text(tree: dict[str, Any], indent: str = "") -> str:
-    lines = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", _tree_text(value, indent + "  ")] if value else [f"{indent}{key}: -"]
-        else:
-            lines.append(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
-    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

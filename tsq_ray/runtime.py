@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ _PLAIN_EVERY_S = 15.0
 def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     """A Ray cluster for the time of the `with`: the one at `address` ("auto", ray://..., host:port), or one started here.
 
-    A cluster that is already connected is used and left as it is. Raises RunFailed where `address` does not answer.
+    Without `address` the environment's RAY_ADDRESS counts, as everywhere in Ray. A cluster that is already connected is used and left
+    as it is. Raises RunFailed where `address` does not answer.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
@@ -45,16 +47,16 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
         yield ray
         return
     level = logging.INFO if debug else logging.ERROR
-    options: dict[str, Any] = {"log_to_driver": debug, "logging_level": level}
-    if address is None:
-        options |= {"include_dashboard": False, "num_gpus": None}
-    else:
-        options |= {"address": address}
+    # without an address Ray would join whatever head node runs on this machine
+    place = address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {"address": place, "log_to_driver": debug, "logging_level": level}
+    if place == "local":
+        options["include_dashboard"] = False
     try:
         with contextlib.nullcontext() if debug else _silent_stderr():
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        where = f"--address {address}: no Ray cluster answers there" if address else "Ray could not be started here"
+        where = f"--address {place}: no Ray cluster answers there" if place != "local" else "Ray could not be started here"
         raise RunFailed(f"{where} ({_one_line(error)}); start one with: ray start --head, or leave --address out") from error
     try:
         yield ray
@@ -81,6 +83,8 @@ def quiet_data(debug: bool = False) -> Any:
     """Ray Data's context with its own bars and chatter off: our progress is shown instead."""
     import ray
 
+    # RETRIES have no named parameters; Ray Data's source names these very arguments as the way
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = debug
     context.execution_options.preserve_order = False

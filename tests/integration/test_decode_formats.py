@@ -6,14 +6,17 @@ import csv
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
+from s3_case import BUCKETS, S3Server
 
+from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video
+from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video
 from tsq_ray.errors import VideoError
 
 pytestmark = pytest.mark.data
@@ -198,3 +201,31 @@ def test_damaged_files_run_over_what_decodes(data_dir: Path, name: str, count: i
     assert decoded.frame_index.tolist() == sorted(set(decoded.frame_index.tolist()))
     assert decoded.frame_index[-1] < count
     assert decoded.duration_s < 10
+
+
+def test_keyframes_of_an_s3_object_take_byte_ranges_only(data_dir: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = data_dir / "untrimmed" / "untrimmed_117s_1.mp4"
+    uri = f"s3://{BUCKETS[0]}/decode/video.mp4"
+    storage.write_bytes(uri, path.read_bytes())
+    opened: list[Any] = []
+    plain_open = storage.open_read
+
+    def watched(uri: str, **options: Any) -> BinaryIO:
+        file = plain_open(uri, **options)
+        if uri.startswith("s3://"):
+            opened.append(cast(Any, file).cache)
+        return file
+
+    monkeypatch.setattr(storage, "open_read", watched)
+    settings = DecodeConfig(strategy="keyframe", num_frames=4)
+    remote, local = (decode_video(VideoSource(place), settings, SPECS) for place in (uri, str(path)))
+    assert (remote.slots("small") == local.slots("small")).all()
+    assert remote.frame_pts_s.tolist() == local.frame_pts_s.tolist()
+    assert len(opened) == 1
+    assert opened[0].total_requested_bytes < path.stat().st_size / 2
+    missing = f"s3://{BUCKETS[0]}/decode/none.mp4"
+    with DecodePool(settings, SPECS) as pool:
+        outcomes = pool.decode([VideoSource(uri), VideoSource(missing)])
+    assert isinstance(outcomes[0], DecodedVideo)
+    assert isinstance(outcomes[1], storage.StorageError)
+    assert outcomes[1].error_type == "not_found"

@@ -126,7 +126,7 @@ def flip_a_byte(folder: Path) -> None:
         (lambda folder: (folder / BUNDLE_FILE).unlink(), "has no bundle.json; name what tsq train wrote with --out"),
         (lambda folder: (folder / BUNDLE_FILE).write_text("{"), "bundle.json: not JSON; the file is damaged"),
         (lambda folder: change_settings(folder, BUNDLE_FILE, format=2), "bundle.json has format 2; this version reads 1"),
-        (lambda folder: change_settings(folder, BUNDLE_FILE, classes=["one"]), "encoder.safetensors: weight has shape"),
+        (lambda folder: change_settings(folder, BUNDLE_FILE, classes=["one"]), "recognizer.safetensors: weight has shape"),
     ],
     ids=["flipped byte", "missing file", "missing settings", "settings cut", "unknown format", "other classes"],
 )
@@ -141,7 +141,7 @@ def test_what_is_no_bundle_is_none(made: Path, classifier: Path, tmp_path: Path)
     assert is_bundle(str(made))
     assert not is_bundle(str(classifier))
     assert not is_bundle(str(tmp_path / "nowhere"))
-    with pytest.raises(ModelError, match="nowhere: has no bundle.json"):
+    with pytest.raises(ModelError, match=r"nowhere: has no bundle\.json"):
         load_bundle(str(tmp_path / "nowhere"))
 
 

@@ -130,7 +130,12 @@ def test_a_budget_above_the_number_of_frames_is_refused() -> None:
 def test_the_defaults_are_the_papers() -> None:
     config = Config()
     assert (config.decode.num_frames, config.sampler.budget, config.sampler.lambda_visual, config.sampler.top_classes) == (16, 5, 0.6, 5)
-    assert (config.encoders.visual.size, config.encoders.objects.size, config.recognizer.size, config.recognizer.resize) == (188, 112, 224, "crop")
+    assert (config.encoders.visual.size, config.encoders.objects.size, config.recognizer.size, config.recognizer.resize) == (
+        188,
+        112,
+        224,
+        "crop",
+    )
     train = config.train
     assert (train.epochs, train.lr, train.momentum, train.weight_decay, train.batch_size) == (100, 1e-2, 0.9, 0.0, 64)
     assert (train.alpha, train.beta, train.dim_visual, train.dim_textual) == (0.6, 0.6, 512, 256)

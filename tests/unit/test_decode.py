@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import tempfile
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -290,7 +292,7 @@ def test_a_changed_source_is_refused(tmp_path: Path, change: str) -> None:
     assert caught.value.error_type == "source_changed"
 
 
-@pytest.mark.parametrize("range_bytes", [500, 1 << 18])
+@pytest.mark.parametrize("range_bytes", [500, 1 << 17])
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 @pytest.mark.parametrize("name", ["h264_b.mp4", "hevc_open_gop.mp4", "fragmented.mp4", "vp9.webm"])
 def test_a_remote_object_gives_what_the_local_file_gives(
@@ -313,3 +315,19 @@ def test_a_remote_object_that_is_no_video() -> None:
         decode_video(VideoSource("memory://decode-test/text.mp4"), DecodeConfig(strategy="keyframe"), SPECS)
     with pytest.raises(StorageError, match="no such file"):
         decode_video(VideoSource("memory://decode-test/none.mp4"), DecodeConfig(strategy="keyframe"), SPECS)
+
+
+def test_copies_of_killed_processes_are_removed_and_those_in_use_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folders = [tmp_path / name for name in ("tsq-decode-dead", "tsq-decode-busy", "another")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "video.mp4").write_bytes(b"x")
+        (folder / ".lock").touch()
+    with open(folders[1] / ".lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        video.sweep_copies()
+        assert [folder.exists() for folder in folders] == [False, True, True]
+    storage.write_bytes("memory://decode-test/copy.mp4", write_video(tmp_path / "v.mp4", 5).read_bytes())
+    assert decode_video(VideoSource("memory://decode-test/copy.mp4"), DecodeConfig(num_frames=2), SPECS).source_num_frames == 5
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "another", tmp_path / "v.mp4"]

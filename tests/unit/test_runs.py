@@ -70,7 +70,9 @@ class Folder:
     def close(self, todo: Iterable[VideoRef] = (), wanted: list[VideoRef] | None = None, split: str | None = None) -> dict[str, Any]:
         wanted = self.manifest.rows if wanted is None else wanted
         seconds = {"decode": 2.0, "encode": 3.0}
-        return runs.close_run(self.uri, "features", self.manifest, wanted, list(todo), split, Config(), 0.0, seconds, lambda: {"weights": {}})
+        return runs.close_run(
+            self.uri, "features", self.manifest, wanted, list(todo), split, Config(), 0.0, seconds, lambda: {"weights": {}}
+        )
 
     def rows(self) -> list[tuple[str, str]]:
         """(uri, status) of every row of every part, sorted."""
@@ -174,9 +176,18 @@ def test_videos_without_a_row_are_left(folder: Folder) -> None:
 
 @pytest.mark.parametrize(
     ("retry", "left"),
-    [(None, ["2"]), ("corrupt", ["1", "2"]), ("unavailable", ["2"]), ("timeout", ["2", "3"]), ("all", ["1", "2", "3"]), ("", ["1", "2", "3"])],
+    [
+        (None, ["2"]),
+        ("corrupt", ["1", "2"]),
+        ("unavailable", ["2"]),
+        ("timeout", ["2", "3"]),
+        ("all", ["1", "2", "3"]),
+        ("", ["1", "2", "3"]),
+    ],
 )
-def test_failed_videos_are_done_again_when_asked_or_when_storage_was_unavailable(folder: Folder, retry: str | None, left: list[str]) -> None:
+def test_failed_videos_are_done_again_when_asked_or_when_storage_was_unavailable(
+    folder: Folder, retry: str | None, left: list[str]
+) -> None:
     folder.write(row(ref(1), "corrupt"), row(ref(2), "unavailable"), row(ref(3), "timeout"))
     assert folder.left(*runs.retry_reasons(retry)) == [f"/videos/{number}.mp4" for number in left]
 

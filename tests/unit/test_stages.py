@@ -265,7 +265,7 @@ def test_textual_of_a_visual_bundle_is_refused(bundle: Bundle) -> None:
     import dataclasses
 
     visual = dataclasses.replace(bundle, objects=None, vocabulary=None)
-    with pytest.raises(ModelError, match="sampler.mode 'textual': the bundle was trained with train.modules = 'visual'"):
+    with pytest.raises(ModelError, match=r"sampler\.mode 'textual': the bundle was trained with train.modules = 'visual'"):
         Sample(visual, SamplerConfig(budget=BUDGET, mode="textual"), CPU)
     (row,) = score(visual, [(ref(0), video(bundle, 0))], mode="both")
     assert set(row["selected_by"]) == {"visual"}

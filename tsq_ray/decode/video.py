@@ -11,8 +11,11 @@ bytes look like one), else `corrupt`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
+import glob
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -33,8 +36,10 @@ from tsq_ray.decode.pyav_backend import DecodeTrouble, IndexedReader, Survivors
 from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
 from tsq_ray.errors import StorageError, VideoError
 
-_RANGE_BYTES = 256 * 1024  # least read of a remote object: about one keyframe
+_RANGE_BYTES = 128 * 1024  # least read of a remote object: about one keyframe
 _HEAD_BYTES = 1024
+_COPIES = "tsq-decode-"
+_LOCK = ".lock"
 
 
 def decode_video(source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> DecodedVideo:
@@ -99,14 +104,34 @@ def _decode(uri: str, size: int, settings: DecodeConfig, specs: Mapping[str, Fra
             decoded = job.by_index(container)
         if decoded is not None:
             return decoded
-    with tempfile.TemporaryDirectory(prefix="tsq-") as folder:
-        path = storage.download(uri, folder)
+    with _local_copy(uri) as path:
         if by_index:
             with open_container(path, name, _head(path)) as container:
                 decoded = job.by_index(container)
             if decoded is not None:
                 return decoded
         return job.exact(path)
+
+
+@contextlib.contextmanager
+def _local_copy(uri: str) -> Iterator[str]:
+    """A path with the object's bytes, for the time of the `with`."""
+    if storage.is_local(uri):
+        yield uri
+        return
+    sweep_copies()
+    with tempfile.TemporaryDirectory(prefix=_COPIES) as folder, open(os.path.join(folder, _LOCK + ".new"), "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        os.rename(lock.name, os.path.join(folder, _LOCK))  # never seen without its lock held
+        yield storage.download(uri, folder)
+
+
+def sweep_copies() -> None:
+    """Remove the copies that killed processes left behind: those whose lock nobody holds any more."""
+    for folder in glob.glob(os.path.join(tempfile.gettempdir(), f"{_COPIES}*")):
+        with contextlib.suppress(OSError), open(os.path.join(folder, _LOCK), "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _head(path: str) -> bytes:

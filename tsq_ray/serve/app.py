@@ -4,52 +4,37 @@ Every answer is JSON. What is not a prediction row has `status` ("refused" | "fa
 `error_type`. `build` is also the import path of a Serve config file: `tsq_ray.serve.app:build` with args {model, settings, anonymous}.
 """
 
-# no `from __future__ import annotations` here: Serve sends the routes to the replicas by value, where FastAPI could not look up the
-# name `Request` in a string, and would take it for a query parameter
+# `serve.ingress` pickles the routes by value while this module is still being imported. So what they use stands above them, and there is
+# no `from __future__ import annotations`: FastAPI could not look the name `Request` up, and would take it for a query parameter.
 
 import asyncio
-import hashlib
-import hmac
-import json
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import unquote
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
-from starlette.types import Message
 
 from tsq_ray import storage
 from tsq_ray.bundle import read_bundle_settings
-from tsq_ray.config import Config, ServeConfig
-from tsq_ray.errors import ConfigError, StorageError, UserError
-from tsq_ray.manifest import VideoRef, video_id
+from tsq_ray.config import Config
+from tsq_ray.errors import ConfigError, StorageError
+from tsq_ray.manifest import VideoRef
 from tsq_ray.serve.access import TOKEN_VARIABLE, read_token
 from tsq_ray.serve.graph import Graph, bind_graph, deployment_options
+from tsq_ray.serve.requests import RequestError, check_token, read_request
 from tsq_ray.serve.settings import scoring_config
 from tsq_ray.stages import plain_row
 
 _STATUS_OF = {"not_found": 404, "access_denied": 403, "unavailable": 503, "too_large": 413, "timeout": 504, "internal": 500}
 """HTTP status of a failed video by its error type; 422 for what is wrong with the video itself."""
-_MAX_JSON_BYTES = 16 * 1024
-_FORM_BYTES = 64 * 1024  # what a form may hold beside its file
 _TRIES = 2
 _log = logging.getLogger("ray.serve")
 
 api = FastAPI(title="tsq_ray", docs_url=None, redoc_url=None, openapi_url=None)
-
-
-class RequestError(UserError):
-    """A request without a prediction; `status` is the HTTP status, `error_type` says why a video failed."""
-
-    def __init__(self, status: int, message: str, error_type: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.error_type = status, error_type
 
 
 def _refusal(status: int, message: str, error_type: str | None = None, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -143,87 +128,6 @@ class Ingress:
                 # where a replica died Serve starts another one, and the second try waits for it
                 _log.error("the graph failed, try %d of %d: %s", attempt + 1, _TRIES, storage.redact(str(error)))
         raise RequestError(500, f"the graph failed {_TRIES} times; the endpoint's log says more", "internal")
-
-
-def check_token(header: str | None, token: str | None) -> None:
-    """RequestError 401 unless `header` carries the bearer token; no token configured means no check."""
-    if token is None:
-        return
-    scheme, _, given = (header or "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
-        raise RequestError(401, "a valid token is needed: send the header Authorization: Bearer TOKEN")
-
-
-async def read_request(request: Request, settings: ServeConfig) -> tuple[VideoRef, bytes | None]:
-    """The video that is asked for: a row for its `uri`, or a made-up row and the upload. RequestError for what is refused."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    most = int(settings.max_upload_mb * 2**20)
-    if kind == "application/json":
-        uri = check_prefix(read_uri(await limited(request, _MAX_JSON_BYTES).body()), settings)
-        return VideoRef(video_id(uri), uri, None), None  # type: ignore[arg-type]
-    if kind == "multipart/form-data":
-        data, name = await read_form(limited(request, most + _FORM_BYTES))
-    else:
-        data, name = await limited(request, most).body(), ""
-    if len(data) > most:
-        raise RequestError(413, f"the file has {len(data)} bytes; at most {most} are taken")
-    digest = hashlib.sha256(data).hexdigest()[:16]
-    return VideoRef(digest, f"upload:{os.path.basename(name)}" if name else "upload", len(data)), data
-
-
-def limited(request: Request, limit: int) -> Request:
-    """The same request with its body under a limit: RequestError 413 as soon as more than `limit` bytes are announced or have come."""
-    refusal = RequestError(413, f"the body is larger than {limit} bytes, the most that is taken")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > limit:
-        raise refusal
-    size = 0
-
-    async def receive() -> Message:
-        nonlocal size
-        message = await request.receive()
-        size += len(message.get("body", b""))
-        if size > limit:
-            raise refusal
-        return message
-
-    return Request(request.scope, receive)
-
-
-def read_uri(body: bytes) -> str:
-    """The `uri` of a JSON body; RequestError 400 where there is none."""
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        content = None
-    uri = content.get("uri") if isinstance(content, dict) else None
-    if not isinstance(uri, str) or not uri or not uri.isprintable():
-        raise RequestError(400, 'the JSON body must be {"uri": "s3://..."}, with a string that is not empty')
-    return uri
-
-
-async def read_form(request: Request) -> tuple[bytes, str]:
-    """(content, file name) of the form's `file`; RequestError 400 where there is none."""
-    async with request.form(max_files=1) as form:
-        file = form.get("file")
-        if file is None or isinstance(file, str):
-            raise RequestError(400, "the form has no `file`; send it as: curl -F file=@video.mp4")
-        return await file.read(), file.filename or ""
-
-
-def check_prefix(uri: str, settings: ServeConfig) -> str:
-    """The normalised `uri`, if it lies below an allowed prefix; RequestError 403 otherwise."""
-    try:
-        place = storage.normalize(uri)
-    except (OSError, RuntimeError, ValueError):  # a ~user that does not exist, a name that is too long
-        place = ""
-    # fsspec takes `a::b` for one file system inside another
-    if "::" not in place and ".." not in unquote(place).replace("\\", "/").split("/"):
-        for prefix in settings.allowed_uri_prefixes:
-            if place.startswith(storage.normalize(prefix).rstrip("/") + "/"):
-                return place
-    allowed = ", ".join(settings.allowed_uri_prefixes) or "none (set serve.allowed_uri_prefixes)"
-    raise RequestError(403, f"uri {storage.redact(uri)!r} is not below an allowed prefix; allowed: {storage.redact(allowed)}")
 
 
 def application(model: str, config: Config, token: str | None) -> Any:

@@ -47,9 +47,10 @@ def run_endpoint(model: str, config: Config, host: str, port: int, address: str 
     token = check_address(host, port, address)
     model = storage.normalize(model)
     check_sampler(load_bundle(model), config.sampler)  # what is wrong with the bundle is told now, not by a replica
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with runtime.cluster(address, debug) as ray:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray put its own in the place
             if address is None:
                 check_room(config.serve, ray.cluster_resources())
             deploy(ray, model, config, host, port, token, debug)

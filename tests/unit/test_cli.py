@@ -1,0 +1,360 @@
+"""The command line in this process: exit codes, one line for an error, JSON for machines. Nothing here starts Ray."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundle_case import make_bundle
+
+from tsq_ray import runs, schema
+from tsq_ray.cli import bare_retry, main, without_options
+from tsq_ray.errors import ERROR_TYPES
+from tsq_ray.manifest import read_manifest
+
+Answer = tuple[int, str, str]
+
+
+@pytest.fixture
+def tsq(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+    """tsq("index", ...) in tmp_path -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Answer:
+        capfd.readouterr()
+        code = main([str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    """Two classes of two files each; nobody looks into them."""
+    for name in ("cats/1.mp4", "cats/2.mp4", "big_dogs/3.mp4", "big_dogs/4.mp4"):
+        path = tmp_path / "videos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return tmp_path / "videos"
+
+
+@pytest.fixture
+def manifest(tsq: Callable[..., Answer], videos: Path, tmp_path: Path) -> Path:
+    assert tsq("index", videos, "--out", "manifest.parquet")[0] == 0
+    return tmp_path / "manifest.parquet"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+def one_error(answer: Answer, code: int, message: str) -> None:
+    """The answer is one line on stderr, nothing on stdout, and this exit code."""
+    assert answer[0] == code, answer
+    assert answer[1] == ""
+    assert re.fullmatch(f"error: .*{message}.*\n", answer[2]), answer[2]
+
+
+# -------------------------------------------------------------------------------------------------- the command line itself
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuch"], r"No such command 'nosuch'.* \(see tsq --help\)"),
+        (["index"], r"Missing argument .*\(see tsq index --help\)"),
+        (["index", "videos"], r"Missing option '--out'.*\(see tsq index --help\)"),
+        (["score", "--bogus"], r"No such option: --bogus.*\(see tsq score --help\)"),
+        (["score", "m", "--model", "b", "--out", "o", "--limit", "0"], "--limit"),
+        (["score", "m", "--model", "b", "--out", "o", "--max-failed", "2"], "--max-failed"),
+        (["score", "m", "--model", "b", "--out", "o", "--scores", "some"], "--scores.*some"),
+        (["finetune", "m", "--role", "sampler", "--out", "o"], "--role.*sampler.*encoder.*recognizer"),
+        (["serve", "--model", "b", "--port", "none"], "--port"),
+        (["report", "predictions", "--out"], "--out.* requires an argument"),
+        (["info"], "info takes one thing: a bundle, a manifest or a run folder, or --cluster"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(tsq: Callable[..., Answer], arguments: list[str], message: str) -> None:
+    one_error(tsq(*arguments), 2, message)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"]])
+def test_help_is_no_error(tsq: Callable[..., Answer], arguments: list[str]) -> None:
+    code, out, err = tsq(*arguments)
+    assert (code, err) == (0, "")
+    assert out.startswith("Usage: tsq")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("decode.frames=3", "unknown setting decode.frames; there is: strategy, num_frames"),
+        ("decode.num_frames", "expected section.key=value"),
+        ("decode.num_frames=0", "setting decode.num_frames = 0: input should be greater than or equal to 1"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [["extract", "m", "--out", "o"], ["finetune", "m", "--role", "encoder", "--out", "o"]], ids=lambda c: c[0]
+)
+def test_a_wrong_setting_is_told_before_anything_else(tsq: Callable[..., Answer], command: list[str], setting: str, message: str) -> None:
+    one_error(tsq(*command, "--set", setting), 2, message)
+
+
+def test_debug_adds_the_traceback(tsq: Callable[..., Answer]) -> None:
+    code, _, err = tsq("extract", "m", "--out", "o", "--set", "x.y=1", "--debug")
+    assert code == 2
+    assert err.startswith("Traceback (most recent call last):")
+    assert err.splitlines()[-1].startswith("error: unknown setting x")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["extract", "none.parquet", "--out", "o"], "manifest .*none.parquet: no such file; make one with tsq index"),
+        (["extract", "videos", "--out", "o"], "manifest .*videos: is a folder; name the Parquet file that tsq index wrote"),
+        (["finetune", "none.parquet", "--role", "encoder", "--out", "o"], "manifest .*none.parquet: no such file"),
+        (["train", "none", "--out", "o"], r"none: no run folder \(no _run.json\); name what extract or score wrote"),
+        (["score", "none.parquet", "--model", "none", "--out", "o"], "none: has no bundle.json; name what tsq train wrote"),
+        (["predict", "v.mp4", "--model", "none"], "none: has no bundle.json"),
+        (["serve", "--model", "none"], "none: has no bundle.json"),
+        (["report", "none", "--out", "r.html"], "none: no run folder"),
+        (["export", "none", "--out", "e"], "none: no run folder"),
+        (["verify", "none"], "none: no run folder"),
+        (["verify", "videos"], "videos: no run folder"),
+        (["info", "none"], "info .*none: no bundle, manifest or run folder"),
+        (["info", "videos"], "videos: no run folder"),
+        (["extract", "m", "--out", "o", "--config", "none.toml"], "--config: no file none.toml"),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_input_that_is_not_there_is_one_line_and_exit_code_2(
+    tsq: Callable[..., Answer], videos: Path, command: list[str], message: str
+) -> None:
+    one_error(tsq(*command), 2, message)
+
+
+# --------------------------------------------------------------------------------------------------------------- index
+
+
+def test_index_writes_the_manifest_and_tells_what_it_found(tsq: Callable[..., Answer], videos: Path) -> None:
+    (videos / "notes.txt").write_text("x")
+    code, out, _ = tsq("index", videos, "--out", "manifest.parquet")
+    assert code == 0
+    assert out.splitlines() == [
+        "4 videos, 2 classes, labels from class folders",
+        "labelled 4, unlabelled 0; splits: (none) 4",
+        "new 4, changed 0, deleted 0, unchanged 0",
+        "left out, no video by its name: .txt 1",
+        "out: manifest.parquet",
+    ]
+    assert read_manifest("manifest.parquet").classes == ["big dogs", "cats"]
+
+
+def test_index_as_json(tsq: Callable[..., Answer], videos: Path) -> None:
+    code, out, _ = tsq("index", videos, "--out", "manifest.parquet", "--json", "--split-name", "train")
+    summary = json.loads(out)
+    assert code == 0
+    assert (summary["videos"], summary["splits"], summary["out"]) == (4, {"train": 4}, "manifest.parquet")
+
+
+def test_index_does_not_write_over_a_manifest_unasked(tsq: Callable[..., Answer], videos: Path, manifest: Path) -> None:
+    before = manifest.read_bytes()
+    one_error(tsq("index", videos, "--out", manifest), 2, "exists already; add --update to list again, or name another file")
+    assert manifest.read_bytes() == before
+
+
+def test_index_update_lists_again(tsq: Callable[..., Answer], videos: Path, manifest: Path) -> None:
+    (videos / "cats" / "5.mp4").write_bytes(b"new")
+    (videos / "cats" / "1.mp4").write_bytes(b"another content")
+    (videos / "cats" / "2.mp4").unlink()
+    code, out, _ = tsq("index", videos, "--out", manifest, "--update")
+    assert code == 0
+    assert "new 1, changed 1, deleted 1, unchanged 2" in out
+
+
+def test_index_update_does_not_write_over_something_else(tsq: Callable[..., Answer], videos: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.parquet").write_bytes(b"not a manifest")
+    one_error(tsq("index", videos, "--out", "precious.parquet", "--update"), 2, "not a Parquet file")
+    assert (tmp_path / "precious.parquet").read_bytes() == b"not a manifest"
+
+
+def test_index_names_labelled_videos_that_are_missing(tsq: Callable[..., Answer], videos: Path, tmp_path: Path) -> None:
+    lines = ["path,label", "videos/cats/1.mp4,cats", *(f"videos/gone{number}.mp4,cats" for number in range(7))]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    code, out, _ = tsq("index", videos, "--out", "m.parquet", "--labels", "labels.csv")
+    assert code == 0
+    assert "missing, named by the labels but not found: 7: videos/gone0.mp4, " in out
+    assert out.count("gone") == 5, "the first five are named"
+
+
+# -------------------------------------------------------------------------------------------- manifests, bundles, folders
+
+
+def test_extract_refuses_a_split_that_nobody_has(tsq: Callable[..., Answer], manifest: Path) -> None:
+    one_error(tsq("extract", manifest, "--out", "o", "--split", "val"), 2, r"--split val: no video has it; there is: \(none\) \(4\)")
+
+
+def test_extract_refuses_an_unknown_reason(tsq: Callable[..., Answer], manifest: Path) -> None:
+    one_error(
+        tsq("extract", manifest, "--out", "o", "--retry-failed", "bored"), 2, "--retry-failed bored: no such reason; there is: not_found"
+    )
+
+
+@pytest.mark.parametrize("role", ["encoder", "recognizer"])
+def test_finetune_refuses_a_manifest_without_labels(tsq: Callable[..., Answer], videos: Path, role: str) -> None:
+    assert tsq("index", videos, "--out", "m.parquet", "--labels", "none")[0] == 0
+    one_error(tsq("finetune", "m.parquet", "--role", role, "--out", "o"), 2, "no labelled video; index it with labels")
+
+
+def test_score_refuses_more_frames_than_there_are(tsq: Callable[..., Answer], manifest: Path, bundle: str) -> None:
+    answer = tsq("score", manifest, "--model", bundle, "--out", "o", "--set", "sampler.budget=9")
+    one_error(answer, 2, r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8")
+
+
+def test_score_refuses_to_change_what_was_trained(tsq: Callable[..., Answer], manifest: Path, bundle: str) -> None:
+    answer = tsq("score", manifest, "--model", bundle, "--out", "o", "--set", "decode.num_frames=16")
+    one_error(answer, 2, r"scoring cannot change what the bundle was trained with \(decode.num_frames: 8 in the bundle, 16 asked for\)")
+
+
+def test_score_refuses_a_bundle_without_a_recogniser(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+    uri = make_bundle(tmp_path / "bare", with_recognizer=False)
+    one_error(tsq("score", manifest, "--model", uri, "--out", "o"), 2, "the bundle has no recogniser; train it again with --recognizer URI")
+
+
+def test_info_describes_a_manifest_and_a_bundle(tsq: Callable[..., Answer], manifest: Path, bundle: str) -> None:
+    code, out, _ = tsq("info", manifest, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["kind"], found["videos"], found["videos_by_class"]) == ("manifest", 4, {"big dogs": 2, "cats": 2})
+    code, out, _ = tsq("info", bundle, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert (found["kind"], found["task"], len(found["sha256"])) == ("bundle", "single", 64)
+    for counting in ("field", "true"):
+        costs = dict(found["gflops"][counting])
+        assert abs(costs.pop("total") - sum(costs.values())) < 1e-3
+    code, out, _ = tsq("info", manifest)
+    assert code == 0
+    assert out.startswith("kind: manifest\n")
+
+
+def finished_run(folder: Path, manifest_uri: str, status: str = "failed") -> Path:
+    """A features folder whose four videos all failed, or have another `status`."""
+    manifest = read_manifest(manifest_uri)
+    runs.begin(str(folder), "features", {"decode": {}}, manifest)
+    rows = [
+        {**vars(ref), "labels": list(ref.labels or ()), "status": status, "error_type": "not_video", "error_message": "no", "warnings": []}
+        for ref in manifest.rows
+    ]
+    runs.write_part(str(folder), schema.table_from_rows(rows, schema.features_schema(2, 4, manifest.classes)), "zstd")
+    counts = runs.accounting(manifest, None, runs.pick_current(runs.done_rows(str(folder)), manifest))
+    runs.finish(str(folder), "features", "complete", manifest, counts, {})
+    return folder
+
+
+def test_verify_of_a_run_that_adds_up(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "features", str(manifest))
+    code, out, _ = tsq("verify", folder)
+    assert code == 0
+    assert out.splitlines() == [
+        f"{folder}: features: 4 inputs = 0 ok + 4 failed + 0 skipped",
+        "checked parts, rows, counts, manifest: adds up",
+    ]
+    code, out, _ = tsq("verify", folder, "--json")
+    assert (code, json.loads(out)["problems"]) == (0, [])
+
+
+def test_verify_of_a_run_that_does_not_add_up(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "features", str(manifest))
+    next(folder.glob("part-*")).unlink()
+    code, out, _ = tsq("verify", folder)
+    assert code == 1
+    assert "does not add up: " in out
+    code, out, _ = tsq("verify", folder, "--json")
+    assert code == 1
+    assert json.loads(out)["problems"]
+
+
+def test_train_refuses_features_without_an_ok_video(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "features", str(manifest))
+    run = runs.read_run(str(folder))
+    from tsq_ray.config import Config
+
+    runs.write_json(str(folder / "_run.json"), run | {"config": Config().model_dump(mode="json")})
+    one_error(tsq("train", folder, "--out", "o"), 2, "no labelled video")
+
+
+def test_report_refuses_features(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / "features", str(manifest))
+    one_error(tsq("report", folder, "--out", "r.html"), 2, "holds features, expected predictions")
+
+
+def test_predict_answers_for_a_file_that_is_not_there(tsq: Callable[..., Answer], bundle: str, tmp_path: Path) -> None:
+    code, out, _ = tsq("predict", tmp_path / "none.mp4", "--model", bundle, "--json")
+    (row,) = json.loads(out)["videos"]
+    assert code == 0
+    assert (row["status"], row["error_type"]) == ("failed", "not_found")
+
+
+def test_no_secret_is_shown(tsq: Callable[..., Answer], bundle: str) -> None:
+    for command in (["verify", "gopher://h/x"], ["index", "http://127.0.0.1:9/v.mp4?sig=s3cret", "--out", "m.parquet"]):
+        code, out, err = tsq(*command)
+        assert code == 2
+        assert "s3cret" not in out + err
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--retry-failed"], ["--retry-failed", "all"]),
+        (["--retry-failed", "--json"], ["--retry-failed", "all", "--json"]),
+        (["--retry-failed", "timeout", "--json"], ["--retry-failed", "timeout", "--json"]),
+        (["--retry-failed", "all"], ["--retry-failed", "all"]),
+        (["--retry-failed", "bored"], ["--retry-failed", "bored"]),
+        (["--json"], ["--json"]),
+    ],
+)
+def test_a_bare_retry_means_all(given: list[str], expected: list[str]) -> None:
+    assert bare_retry(["extract", *given]) == ["extract", *expected]
+
+
+def test_retry_reasons_are_the_error_types() -> None:
+    for name in ERROR_TYPES:
+        assert bare_retry(["--retry-failed", name]) == ["--retry-failed", name]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["score", "m", "--submit", "--address", "http://h:8265", "--limit", "3"], ["score", "m", "--limit", "3"]),
+        (["--submit", "score", "--address=auto", "--json"], ["score", "--json"]),
+        (["score", "--addressee", "x"], ["score", "--addressee", "x"]),
+    ],
+)
+def test_a_submitted_command_loses_its_submission(given: list[str], expected: list[str]) -> None:
+    assert without_options(given, flags=("--submit",), options=("--address",)) == expected
+
+
+def run_summary(**counts: Any) -> dict[str, Any]:
+    zero = {"inputs": 10, "ok": 0, "failed": 0, "skipped": 0, "skipped_by": {}, "failed_by_type": {}, "with_warnings": 0}
+    return {"counts": zero | counts, "stage_seconds": {}, "slowest_stage": None, "wall_seconds": 1.0}
+
+
+@pytest.mark.parametrize(("failed", "allowed", "code"), [(1, 0.1, 0), (2, 0.1, 1), (0, 0.0, 0), (1, 0.0, 1), (5, None, 0)])
+def test_max_failed_makes_too_many_an_error(capfd: pytest.CaptureFixture[str], failed: int, allowed: float | None, code: int) -> None:
+    from tsq_ray.cli import end_run, guarded
+
+    run = run_summary(ok=10 - failed, failed=failed, failed_by_type={"timeout": failed} if failed else {})
+    assert guarded(lambda: end_run(run, "out", False, allowed), debug=False) == code
+    out, err = capfd.readouterr()
+    assert f"10 inputs = {10 - failed} ok + {failed} failed + 0 skipped" in out
+    assert (f"{failed} of 10 videos failed, above --max-failed {allowed}" in err) == bool(code)
