@@ -169,7 +169,7 @@ def columns_table(columns: Sequence[schema.Column]) -> str:
     rows = []
     for column in columns:
         nullable = "yes" if column.nullable or column.dims else ""
-        rows.append([f"`{column.name}`", type_text(column), column.unit, nullable, column.doc])
+        rows.append([f"`{column.name}`", f"`{type_text(column)}`", column.unit, nullable, column.doc])
     return table(["column", "type", "unit", "may be null", "what"], rows)
 
 

@@ -135,7 +135,9 @@ def load_networks(config: Config, recognizer: ModelConfig | None) -> Networks:
 def _identity(config: Config, recognizer: ModelConfig | None, networks: Networks) -> dict[str, Any]:
     encoders = {"visual": config.encoders.visual, "objects": config.encoders.objects}
     return {
-        "decode": config.decode.model_dump(mode="json", include={"strategy", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}),
+        "decode": config.decode.model_dump(
+            mode="json", include={"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
+        ),
         # where weights lie does not matter, what they are does
         "encoders": {name: model.model_dump(mode="json", exclude={"weights"}) for name, model in encoders.items()},
         "recognizer": recognizer.model_dump(mode="json", exclude={"weights"}) if recognizer is not None else None,

@@ -130,6 +130,20 @@ def begin(uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest)
         shown = "; ".join(f"{key.removeprefix('config.')}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise RunError(f"{storage.redact(uri)}: made with another configuration ({shown}{more}); use the same one or another --out")
+    if kind == "features":
+        _check_classes(uri, manifest)
+
+
+def _check_classes(uri: str, manifest: Manifest) -> None:
+    """Labels in rows are indices: with other classes they would silently mean something else."""
+    for part in list_parts(uri)[:1]:
+        with storage.open_read(part.uri) as file:
+            classes = schema.classes_of(pq.read_schema(file))
+        if classes != manifest.classes:
+            raise RunError(
+                f"{storage.redact(uri)}: its rows have labels of {len(classes)} classes, the manifest now has {len(manifest.classes)} or others; "
+                "index with the old list first (--classes FILE) or take another --out"
+            )
 
 
 def part_name(video_ids: Iterable[str]) -> str:

@@ -39,6 +39,8 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # usage statistics would be a request to the outside that nobody asked for
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # after an interrupt a thread that still runs must not start another Ray
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if not debug:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray

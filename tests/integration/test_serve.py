@@ -262,17 +262,33 @@ def test_sixteen_requests_at_once_each_get_their_own_answer(endpoint: Endpoint, 
     assert len({answer["top_scores"][0] for answer in answers if answer["status"] == "ok"}) > 8  # a mix-up would be seen
 
 
+def process_of(mark: str, title: str) -> int:
+    """The server's process whose title is `title`."""
+    found = []
+    for pid in marked(mark):
+        with contextlib.suppress(OSError):
+            if title in Path(f"/proc/{pid}/cmdline").read_text(errors="replace").partition("\0")[0]:
+                found.append(pid)
+    assert len(found) == 1, found
+    return found[0]
+
+
 DETAILS = """
-import json, ray
+import json, ray, sys
 from ray.serve.context import _get_global_client
-ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 deployments = _get_global_client().get_serve_details()["applications"]["tsq"]["deployments"]
 print(json.dumps({name: found["deployment_config"] for name, found in deployments.items()}, default=str))
 """
 
 
 def test_replicas_scale_as_the_settings_say(endpoint: Endpoint) -> None:
-    done = subprocess.run([sys.executable, "-c", DETAILS], env=endpoint.driver.environment, capture_output=True, text=True, check=True)
+    raylet = Path(f"/proc/{process_of(endpoint.driver.mark, '/raylet')}/cmdline").read_text().split("\0")
+    (address,) = (word.partition("=")[2] for word in raylet if word.startswith("--gcs-address="))
+    done = subprocess.run(
+        [sys.executable, "-c", DETAILS, address], env=endpoint.driver.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     configs = json.loads(done.stdout.splitlines()[-1])
     limits = {}
     for name, config in configs.items():
@@ -290,17 +306,6 @@ def test_no_upload_and_no_secret_is_left_behind(endpoint: Endpoint, archive: Arc
     texts = {path: path.read_text(errors="replace") for path in logs if path.is_file()}
     assert len(texts) > 10
     assert [path.name for path, text in texts.items() if any(secret in text for secret in secrets)] == []
-
-
-def process_of(mark: str, title: str) -> int:
-    """The server's process whose title is `title`."""
-    found = []
-    for pid in marked(mark):
-        with contextlib.suppress(OSError):
-            if title in Path(f"/proc/{pid}/cmdline").read_text(errors="replace"):
-                found.append(pid)
-    assert len(found) == 1, found
-    return found[0]
 
 
 def until_answered(endpoint: Endpoint, status: int, **request_: Any) -> httpx.Response:

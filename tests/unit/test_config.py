@@ -53,7 +53,7 @@ def test_values_of_set_are_toml_or_plain_text(item: str, key: str, value: object
         ("=3", "expected section.key=value"),
         ("decode..x=3", "expected section.key=value"),
         ("decode.num_frames.x=3", "num_frames is a value, not a section"),
-        ("decode.frames=3", r"unknown setting decode.frames; there is: strategy, num_frames, .*timeout_s"),
+        ("decode.frames=3", r"unknown setting decode.frames; there is: strategy, .*timeout_s"),
         ("encoders.visual.modle=x", "unknown setting encoders.visual.modle; there is: model, model_args"),
         ("nothing.at_all=1", "unknown setting nothing; there is: decode, encoders"),
         ("decode.num_frames=0", "setting decode.num_frames = 0: input should be greater than or equal to 1"),

@@ -331,3 +331,11 @@ def test_copies_of_killed_processes_are_removed_and_those_in_use_are_kept(tmp_pa
     storage.write_bytes("memory://decode-test/copy.mp4", write_video(tmp_path / "v.mp4", 5).read_bytes())
     assert decode_video(VideoSource("memory://decode-test/copy.mp4"), DecodeConfig(num_frames=2), SPECS).source_num_frames == 5
     assert sorted(tmp_path.iterdir()) == [tmp_path / "another", tmp_path / "v.mp4"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_decord_gives_the_same_frames(videos: dict[str, Path], name: str) -> None:
+    source, settings = VideoSource(str(videos[name])), DecodeConfig(num_frames=7)
+    exact, decord = (decode_video(source, settings.model_copy(update={"backend": backend}), SPECS) for backend in ("pyav", "decord"))
+    assert numbers(decord) == numbers(exact)
+    assert decord.frame_index.tolist() == exact.frame_index.tolist()

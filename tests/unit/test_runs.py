@@ -159,6 +159,13 @@ def test_a_folder_with_foreign_parquet_is_refused(tmp_path: Path) -> None:
         folder.begin()
 
 
+@pytest.mark.parametrize("classes", [["apples", *CLASSES], list(reversed(CLASSES)), []])
+def test_features_with_labels_of_other_classes_are_refused(done: Folder, classes: list[str]) -> None:
+    done.manifest = dataclasses.replace(done.manifest, classes=classes)
+    with pytest.raises(RunError, match="its rows have labels of 2 classes, the manifest now has"):
+        done.begin()
+
+
 def test_a_damaged_configuration_is_told(folder: Folder) -> None:
     (folder.path / CONFIG_FILE).write_text("{")
     with pytest.raises(RunError, match="not JSON; the file is damaged"):

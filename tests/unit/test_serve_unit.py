@@ -198,7 +198,7 @@ def test_check_prefix_of_local_files(name: str, passes: bool, scheme: str, tmp_p
 
 def test_no_prefix_is_no_prefix() -> None:
     assert ServeConfig().allowed_uri_prefixes == ()
-    with pytest.raises(ConfigError, match="setting serve.allowed_uri_prefixes"):
+    with pytest.raises(ConfigError, match=r"setting serve\.allowed_uri_prefixes"):
         load_config(None, ['serve.allowed_uri_prefixes=[""]'])
 
 

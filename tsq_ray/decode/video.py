@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from fractions import Fraction
 from typing import BinaryIO, cast
@@ -28,7 +28,7 @@ import numpy as np
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import pyav_backend
+from tsq_ray.decode import decord_backend, pyav_backend
 from tsq_ray.decode.frames import FrameStore
 from tsq_ray.decode.plan import distinct, frame_at, interval_of, keyframe_choice, position, uniform_indices
 from tsq_ray.decode.probe import Container, PacketTable, Stream, claimed_packets, is_raw, open_container, pick_stream, read_index, scan
@@ -226,7 +226,7 @@ class _Job:
             with self._open(path) as (container, stream):
                 self._check_duration((table.end - table.pts[0]) * _time_base(stream))
                 with contextlib.suppress(DecodeTrouble):
-                    return self._by_table(container, stream, table)
+                    return self._by_table(path, container, stream, table)
         return self._from_survivors(path)
 
     @contextlib.contextmanager
@@ -249,13 +249,28 @@ class _Job:
                     indices[i] = frame_at(table.pts, table.key_pts[key])
         return indices
 
-    def _by_table(self, container: Container, stream: Stream, table: PacketTable) -> DecodedVideo:
+    def _by_table(self, path: str, container: Container, stream: Stream, table: PacketTable) -> DecodedVideo:
         indices = self._plan(table)
         wanted, slot_frame = distinct(indices)
         store = FrameStore(self.specs, len(wanted))
-        pyav_backend.decode_exact(container, stream, table, wanted, store, self.settings.max_pixels)
+        if not (self.settings.backend == "decord" and self._by_decord(path, container, stream, table, wanted, store)):
+            pyav_backend.decode_exact(container, stream, table, wanted, store, self.settings.max_pixels)
         times = [table.pts[i] for i in indices]
         return self._result(stream, store, slot_frame, indices, times, table.pts[0], table.end, len(table.pts), _time_base(stream))
+
+    def _by_decord(
+        self, path: str, container: Container, stream: Stream, table: PacketTable, wanted: Sequence[int], store: FrameStore
+    ) -> bool:
+        """Whether decord could be trusted with this file and filled the store."""
+        first = next(pyav_backend.strict_frames(container, stream), None)
+        if first is None or decord_backend.refusal(stream, table, first) is not None:
+            return False
+        pyav_backend.check_pixels(first.width, first.height, self.settings.max_pixels)
+        try:
+            decord_backend.decode_exact(path, _time_base(stream), table, wanted, (first.width, first.height), store)
+        except DecodeTrouble:
+            return False
+        return True
 
     def _from_survivors(self, path: str) -> DecodedVideo:
         with self._open(path) as (container, stream):

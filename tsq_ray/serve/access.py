@@ -36,7 +36,9 @@ def check_binding(host: str, port: int) -> None:
     """ConfigError for a host that is not this machine's, or a port that is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port), family=family, reuse_port=False):
-            pass
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose last connections are closing is free
+            probe.bind((host, port))
+            probe.listen()
     except OSError as error:
         raise ConfigError(f"--host {host} --port {port}: cannot be bound ({error.strerror}); choose another --port or --host") from None

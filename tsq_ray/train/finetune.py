@@ -114,7 +114,7 @@ def _identity(
         "role": role,
         "model": settings.model_dump(mode="json", exclude={"weights"}),
         "backbone": backbone,
-        "decode": config.decode.model_dump(mode="json", include={"strategy", "num_frames"}),
+        "decode": config.decode.model_dump(mode="json", include={"strategy", "backend", "num_frames"}),
         "finetune": config.finetune.model_dump(mode="json"),
         "task": config.train.task,
         "split": split,

@@ -1,0 +1,102 @@
+"""Decoding through decord (`decode.backend = "decord"`), where it can be exact; everything else goes to PyAV.
+
+Against a sequential FFmpeg decode decord was wrong without a word on open groups of pictures (HEVC: another frame after a
+seek), on edit lists (hidden frames counted), on reflections and rotations, on interlaced video (deinterlaced), on 10 bits
+(other colours) and on very small pictures (a fourth channel). `refusal` keeps all of these, and what was not compared,
+away from it; `decode_exact` also wants decord's own frame times to be those of the packets. It is not the default because
+one fault cannot be caught so: on a busy machine a long skip gives up after 10,000 polls and the reader goes on as if it
+had arrived (a 6 minute 1080p video with one keyframe in 10 s: one call in twenty gave the picture of another time).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+
+from tsq_ray.decode.frames import FrameStore
+from tsq_ray.decode.probe import UPRIGHT, PacketTable, Stream, display_matrix
+from tsq_ray.decode.pyav_backend import DecodeTrouble
+
+
+@functools.cache
+def _decord() -> Any:
+    """decord, imported where it is asked for, without the CUDA libraries that it would load for all of the process to see.
+
+    Among them is a BLAS (nvblas) that then takes PyTorch's matrix products on the CPU, and crashes where there is no GPU; they also cost
+    every decoding child half a second and hundreds of megabytes.
+    """
+    absent = object()
+    before = sys.modules.get("nvidia", absent)
+    sys.modules["nvidia"] = None  # type: ignore[assignment]
+    try:
+        decord = importlib.import_module("decord")
+    finally:
+        if before is absent:
+            del sys.modules["nvidia"]
+        else:
+            sys.modules["nvidia"] = before  # type: ignore[assignment]
+    decord.logging.set_level(decord.logging.QUIET)
+    return decord
+
+
+_PROGRESSIVE = 1  # AV_FIELD_PROGRESSIVE
+_MIN_SIDE = 32
+_TOLERANCE_S = 1e-3
+
+
+def refusal(stream: Stream, table: PacketTable, first: av.VideoFrame) -> str | None:
+    """Why this file goes to PyAV, or None where decord is exact. `first` is the first decoded frame."""
+    codec = stream.codec_context.codec.canonical_name
+    if codec not in ("h264", "vp9", "av1"):
+        return f"codec {codec}"
+    if codec == "h264" and stream.codec_context.field_order != _PROGRESSIVE:
+        return "not known to be progressive"
+    if first.format.name not in ("yuv420p", "yuvj420p"):
+        return f"pixel format {first.format.name}"
+    if tuple(display_matrix(first)) != UPRIGHT:
+        return "rotated"
+    if first.interlaced_frame:
+        return "interlaced"
+    if table.num_discarded:
+        return "edit list"
+    if table.open_gops:
+        return "open groups of pictures"
+    if min(first.width, first.height) < _MIN_SIDE:
+        return f"only {first.width} x {first.height} pixels"
+    if not table.key_pts or table.key_pts[0] != table.pts[0]:
+        return "does not start with a keyframe"
+    return None
+
+
+def decode_exact(
+    path: str, time_base: Fraction, table: PacketTable, wanted: Sequence[int], size: tuple[int, int], store: FrameStore
+) -> None:
+    """Put the frames `wanted` (ascending indices into `table.pts`) of a local file into the store.
+
+    `size` is the (width, height) to expect. DecodeTrouble where decord fails or sees other frames than the packets tell.
+    """
+    decord = _decord()
+    try:
+        # a tolerance of next to nothing: a frame that cannot be decoded is an error, not a copy of another
+        reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
+        if len(reader) != len(table.pts):
+            raise DecodeTrouble(f"decord sees {len(reader)} frames, the packets are {len(table.pts)}")
+        seen = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
+        known = np.asarray([pts - table.pts[0] for pts in table.pts], np.float64) * float(time_base)
+        # decord keeps float32 seconds
+        if np.abs(seen - seen[0] - known).max() > _TOLERANCE_S + known[-1] * 2e-7:
+            raise DecodeTrouble("decord sees other frame times than the packets have")
+        for i, index in enumerate(wanted):
+            rgb = reader[index].asnumpy()
+            if rgb.shape != (size[1], size[0], 3):
+                raise DecodeTrouble(f"decord gives a frame of shape {rgb.shape}")
+            store.put(i, rgb)
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, IndexError, StopIteration) as error:
+        raise DecodeTrouble(f"decord: {' '.join(str(error).split())[:200]}") from None
