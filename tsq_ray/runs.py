@@ -9,22 +9,18 @@ are taken out before `_run.json` is written.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tsq_ray import schema, storage
+from tsq_ray import provenance, schema, storage
 from tsq_ray.config import Config, flatten
 from tsq_ray.errors import ERROR_TYPES, RETRIED_ERROR_TYPES, RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest, same_content
@@ -33,7 +29,8 @@ RUN_FILE = "_run.json"
 CONFIG_FILE = "_config.json"
 FORMAT = 1
 Kind = Literal["features", "predictions"]
-_BRIEF = ["video_id", "uri", "size_bytes", "etag", "modified", "status", "error_type", "warnings"]
+_IDENTITY = ["video_id", "uri", "size_bytes", "etag", "modified", "labels", "split"]
+_BRIEF = [*_IDENTITY, "status", "error_type", "warnings"]
 
 
 @dataclass(frozen=True)
@@ -46,33 +43,6 @@ class DoneRow:
     has_warnings: bool
     part: str
     part_age: float
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what makes the numbers: the package, torch, ray, timm, the decoders."""
-    found = {}
-    for name in ("tsq-ray", "torch", "ray", "timm", "transformers", "pyarrow", "decord2", "av"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def git_revision() -> str | None:
-    """The revision of the checkout this package runs from, where it is one."""
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
@@ -130,20 +100,6 @@ def begin(uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest)
         shown = "; ".join(f"{key.removeprefix('config.')}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise RunError(f"{storage.redact(uri)}: made with another configuration ({shown}{more}); use the same one or another --out")
-    if kind == "features":
-        _check_classes(uri, manifest)
-
-
-def _check_classes(uri: str, manifest: Manifest) -> None:
-    """Labels in rows are indices: with other classes they would silently mean something else."""
-    for part in list_parts(uri)[:1]:
-        with storage.open_read(part.uri) as file:
-            classes = schema.classes_of(pq.read_schema(file))
-        if classes != manifest.classes:
-            raise RunError(
-                f"{storage.redact(uri)}: its rows have labels of {len(classes)} classes, the manifest now has {len(manifest.classes)} or others; "
-                "index with the old list first (--classes FILE) or take another --out"
-            )
 
 
 def part_name(video_ids: Iterable[str]) -> str:
@@ -182,7 +138,8 @@ def done_rows(uri: str) -> list[DoneRow]:
     for part in list_parts(uri):
         age = part.modified.timestamp() if part.modified else 0.0
         for record in read_part(part.uri, _BRIEF).to_pylist():
-            ref = VideoRef(**{key: record[key] for key in ("video_id", "uri", "size_bytes", "etag", "modified")})
+            labels = tuple(record["labels"]) if record["labels"] is not None else None
+            ref = VideoRef(**{key: record[key] for key in _IDENTITY} | {"labels": labels})
             rows.append(DoneRow(ref, record["status"], record["error_type"], bool(record["warnings"]), storage.name_of(part.uri), age))
     return rows
 
@@ -251,6 +208,35 @@ def prune(uri: str, rows: Sequence[DoneRow], current: Mapping[str, DoneRow], com
     return sum(mask.count(False) for mask in stale.values())
 
 
+def outdated_labels(uri: str, current: Mapping[str, DoneRow], manifest: Manifest) -> set[str]:
+    """Parts whose rows have other labels, class names or splits than the manifest has now."""
+    refs = {ref.video_id: ref for ref in manifest.rows}
+    parts = {row.part for row in current.values()}
+    found = {row.part for key, row in current.items() if (row.ref.labels, row.ref.split) != (refs[key].labels, refs[key].split)}
+    return found | {part for part in parts - found if _part_classes(storage.join(uri, part)) != manifest.classes}
+
+
+def _part_classes(part_uri: str) -> list[str]:
+    with storage.open_read(part_uri) as file:
+        return schema.classes_of(pq.read_schema(file))
+
+
+def relabel(uri: str, parts: Iterable[str], manifest: Manifest, compression: str) -> None:
+    """Take labels, their names and splits of these parts from the manifest anew; nothing else of a row changes."""
+    refs = {ref.video_id: ref for ref in manifest.rows}
+    for part in parts:
+        table = read_part(storage.join(uri, part))
+        rows = [refs[key] for key in table["video_id"].to_pylist()]
+        names = [[manifest.classes[number] for number in row.labels] if row.labels else None for row in rows]
+        values = {"labels": [row.labels for row in rows], "split": [row.split for row in rows], "label_names": names}
+        for column, new in values.items():
+            if column in table.column_names:
+                place = table.schema.get_field_index(column)
+                table = table.set_column(place, table.schema.field(place), pa.array(new, table.schema.field(place).type))
+        metadata = {**(table.schema.metadata or {}), schema.CLASSES_KEY: json.dumps(manifest.classes).encode()}
+        write_part(uri, table.replace_schema_metadata(metadata), compression)
+
+
 def accounting(manifest: Manifest, split: str | None, current: Mapping[str, DoneRow]) -> dict[str, Any]:
     """inputs = ok + failed + skipped, failures by reason; what has no row is skipped by the split or by the limit."""
     ok = sum(row.status == "ok" for row in current.values())
@@ -280,9 +266,9 @@ def finish(uri: str, kind: Kind, status: str, manifest: Manifest, counts: Mappin
         "manifest": {"uri": storage.redact(manifest.uri), "id": manifest.id, "sha256": manifest.sha256},
         "classes": manifest.classes,
         "identity": config.get("config", {}),
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "ended": now(),
+        "versions": provenance.versions(),
+        "git_revision": provenance.git_revision(),
+        "ended": provenance.now(),
         "parts": parts,
         **more,
     }
@@ -309,11 +295,15 @@ def close_run(
     finished = read_json(storage.join(out, RUN_FILE))
     unchanged = finished is not None and finished.get("manifest", {}).get("sha256") == manifest.sha256
     counts = accounting(manifest, split, current)
-    if not todo and not stale and finished is not None and unchanged and finished["counts"] == counts:
+    relabelled = outdated_labels(out, current, manifest)
+    if not todo and not stale and not relabelled and finished is not None and unchanged and finished["counts"] == counts:
         return finished
     reopen(out)
     if stale:
         prune(out, rows, current, config.output.compression)
+        current = pick_current(done_rows(out), manifest)
+        relabelled = outdated_labels(out, current, manifest)
+    relabel(out, relabelled, manifest, config.output.compression)
     lost = [ref.uri for ref in wanted if ref.video_id not in current]
     run = finish(
         out,

@@ -46,7 +46,8 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     import ray
 
     if ray.is_initialized():
-        yield ray
+        with contextlib.redirect_stdout(sys.stderr):
+            yield ray
         return
     level = logging.INFO if debug else logging.ERROR
     # without an address Ray would join whatever head node runs on this machine
@@ -61,7 +62,9 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
         where = f"--address {place}: no Ray cluster answers there" if place != "local" else "Ray could not be started here"
         raise RunFailed(f"{where} ({_one_line(error)}); start one with: ray start --head, or leave --address out") from error
     try:
-        yield ray
+        # Ray prints its warnings to stdout, which is for the summary alone
+        with contextlib.redirect_stdout(sys.stderr):
+            yield ray
     finally:
         ray.shutdown()
 

@@ -161,7 +161,8 @@ def test_train(chain: Chain) -> None:
     for name, digest in settings["files"].items():
         assert hashlib.sha256(storage.read_bytes(f"{place}/{name}.safetensors")).hexdigest() == digest
     assert len(storage.read_text(f"{place}/curves.csv").splitlines()) == 1 + 4
-    assert not storage.exists(f"{place}/_train")
+    fs, path = storage.filesystem(place)
+    assert not [name for name in fs.find(path) if "_train" in name], "checkpoints are of no use beside the finished bundle"
 
 
 def test_score(chain: Chain) -> None:
@@ -399,7 +400,7 @@ def test_limit_split_retry_and_max_failed(local: Chain, tmp_path: Path) -> None:
     assert tsq("extract", manifest, "--out", out, "--config", local.settings, "--max-failed", "0.2").code == 0
     wrong = tsq("extract", manifest, "--out", out, "--config", local.settings, "--retry-failed=bad_luck")
     assert "--retry-failed bad_luck: no such reason; there is: not_found, " in refused(wrong)
-    assert "--split tset: no video has it; there is: train (3), val (3)" in refused(
+    assert "--split tset: no video has it; there is: (none) (1), train (3), val (3)" in refused(
         tsq("extract", manifest, "--out", out, "--config", local.settings, "--split", "tset")
     )
 

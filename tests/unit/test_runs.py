@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -157,13 +158,6 @@ def test_a_folder_with_foreign_parquet_is_refused(tmp_path: Path) -> None:
     (folder.path / "table.parquet").write_bytes(b"x")
     with pytest.raises(RunError, match=r"holds Parquet files of something else \(table.parquet\); take an empty folder"):
         folder.begin()
-
-
-@pytest.mark.parametrize("classes", [["apples", *CLASSES], list(reversed(CLASSES)), []])
-def test_features_with_labels_of_other_classes_are_refused(done: Folder, classes: list[str]) -> None:
-    done.manifest = dataclasses.replace(done.manifest, classes=classes)
-    with pytest.raises(RunError, match="its rows have labels of 2 classes, the manifest now has"):
-        done.begin()
 
 
 def test_a_damaged_configuration_is_told(folder: Folder) -> None:
@@ -452,3 +446,21 @@ def test_verify_says_when_the_manifest_cannot_be_compared(done: Folder, change: 
     assert result["problems"] == []
     assert "manifest not checked" in result["checks"][-1]
     assert told in result["checks"][-1]
+
+
+def test_labels_and_splits_that_changed_reach_the_rows(done: Folder) -> None:
+    before = done.close()
+    classes = ["another", *CLASSES]
+    moved = [dataclasses.replace(video, labels=(2,), split="val") for video in done.manifest.rows]
+    write_manifest(Manifest(moved, classes, id="source"), done.manifest_uri)
+    done.manifest = runs.read_manifest(done.manifest_uri)
+    done.begin()
+    assert done.left() == []
+    run = done.close()
+    table = pa.concat_tables([runs.read_part(part.uri) for part in runs.list_parts(done.uri)])
+    assert table["labels"].to_pylist() == [[2]] * table.num_rows
+    assert set(table["split"].to_pylist()) == {"val"}
+    assert schema.classes_of(table.schema) == classes == run["classes"]
+    assert run["counts"] == before["counts"]
+    assert done.problems() == []
+    assert done.close() == run

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 _POSITION_RMS = math.sqrt(0.5)
 """Root mean square of a sinusoidal positional embedding."""
 

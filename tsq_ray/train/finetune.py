@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from tsq_ray import bundle as bundles
-from tsq_ray import runs, runtime, storage
+from tsq_ray import provenance, runtime, storage
 from tsq_ray.bundle import Classifier
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool
@@ -91,18 +91,18 @@ def finetune(
         "train_accuracy": _accuracy(network.head, stacked, targets),
         "seconds": round(time.time() - started, 2),
     }
-    provenance = {
+    record = {
         "identity": identity,
         "summary": summary,
         "manifest": {"uri": storage.redact(manifest.uri), "sha256": manifest.sha256},
         "finetune": config.finetune.model_dump(mode="json"),
         "decode": config.decode.model_dump(mode="json"),
-        "versions": runs.versions(),
-        "git_revision": runs.git_revision(),
-        "ended": runs.now(),
+        "versions": provenance.versions(),
+        "git_revision": provenance.git_revision(),
+        "ended": provenance.now(),
     }
     network.config = settings
-    bundles.save_classifier(Classifier(network, manifest.classes, config.train.task, role, provenance), out)
+    bundles.save_classifier(Classifier(network, manifest.classes, config.train.task, role, record), out)
     return summary
 
 

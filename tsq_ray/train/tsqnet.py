@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tsq_ray import bundle as bundles
-from tsq_ray import runs, runtime, storage
+from tsq_ray import provenance, runs, runtime, storage
 from tsq_ray.bundle import Bundle
 from tsq_ray.config import Config, check_budget, flatten, load_config
 from tsq_ray.encoders import FrameEncoder, TextEncoder, object_names
@@ -114,7 +114,7 @@ def train(
         "losses": losses,
         "train_seconds": round(seconds, 2),
     }
-    provenance = {
+    record = {
         "identity": identity,
         "features": storage.redact(features_uri),
         "features_manifest": run["manifest"],
@@ -122,9 +122,9 @@ def train(
         "train": config.train.model_dump(mode="json"),
         "text": config.encoders.text.model_dump(mode="json") | {"sha256": text.sha256 if text else None},
         "summary": summary,
-        "versions": runs.versions(),
-        "git_revision": runs.git_revision(),
-        "ended": runs.now(),
+        "versions": provenance.versions(),
+        "git_revision": provenance.git_revision(),
+        "ended": provenance.now(),
     }
     objects = load_network(config.encoders.objects, with_head=True) if text else None
     if objects is not None:
@@ -140,7 +140,7 @@ def train(
         objects,
         text.vocabulary if text else None,
         answerer,
-        provenance,
+        record,
     )
     _write_curves(out, curve)
     bundles.save_bundle(result, out)
