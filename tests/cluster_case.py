@@ -237,11 +237,13 @@ def marked(mark: str) -> list[int]:
 def end_marked(mark: str) -> None:
     """Wait for the marked processes to end on their own, as Ray's do when their driver is gone; kill those that do not."""
     deadline = time.monotonic() + _END_S
-    while (left := marked(mark)) and time.monotonic() < deadline:
+    while left := marked(mark):
+        late = time.monotonic() - deadline
+        assert late < _END_S, f"processes {left} cannot be ended"
+        for pid in left if late > 0 else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 class Driver:

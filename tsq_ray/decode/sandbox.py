@@ -98,7 +98,7 @@ def _run(task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping
         return task(source, settings, specs)
     except (VideoError, StorageError) as error:
         return error
-    except MemoryError:
+    except (MemoryError, BlockingIOError):  # FFmpeg says "temporarily unavailable" where it got no memory for a picture
         return VideoError("out_of_memory", f"{name}: decoding takes more than decode.max_memory_mb = {settings.max_memory_mb}")
     except Exception as error:  # noqa: BLE001 the border at which a failure becomes a row
         return VideoError("internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
