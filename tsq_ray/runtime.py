@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -56,9 +57,10 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     if place == "local":
         options["include_dashboard"] = False
     try:
+        _knock(place)
         with contextlib.nullcontext() if debug else _silent_stderr():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"--address {place}: no Ray cluster answers there" if place != "local" else "Ray could not be started here"
         raise RunFailed(f"{where} ({_one_line(error)}); start one with: ray start --head, or leave --address out") from error
     try:
@@ -67,6 +69,14 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
             yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """OSError where nobody listens at `[ray://]host:port`: Ray itself tries for five minutes before it says so."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            pass
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -42,8 +43,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "ray-client-server-port",
     )
     ports = dict(zip(names, free_ports(len(names), below=10000), strict=True))
-    mark, log = uuid.uuid4().hex, tmp_path_factory.mktemp("head") / "log"
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {MARK: mark}
+    mark, token, log = uuid.uuid4().hex, secrets.token_hex(32), tmp_path_factory.mktemp("head") / "log"
+    # a Ray that this process started has left its own token's mode in the environment
+    own = {MARK: mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | own
     with short_folder() as folder, log.open("wb") as sink:
         command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
         command += [f"--temp-dir={folder}", "--disable-usage-stats", f"--object-store-memory={256 * 2**20}"]
@@ -51,7 +54,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{ports['dashboard-port']}"
-            wait_for(f"{url}/api/version", process, log)
+            wait_for(urllib.request.Request(f"{url}/api/version", headers={"Authorization": f"Bearer {token}"}), process, log)
             yield Head(url, environment)
         finally:
             process.terminate()  # it ends what it started
@@ -62,11 +65,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             end_marked(mark)
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(request: urllib.request.Request, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_S
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=5):
+            with urllib.request.urlopen(request, timeout=5):
                 return
         except OSError:
             assert process.poll() is None, log.read_text()[-2000:]

@@ -334,18 +334,25 @@ def test_limits_a_crash_and_the_end(archive: Archive, bundle: str, rows: dict[st
     argv = ["serve", "--model", bundle, "--port", str(port), "--set", "serve.max_queued_requests=2"]
     argv += ["--set", f"serve.request_timeout_s={TIMEOUT_S}"]
     data = (archive.root / GOOD[1]).read_bytes()
-    with running(argv, port, tmp_path, {"TSQ_TOKEN": ""}, None) as endpoint, ThreadPoolExecutor(2) as pool:
+    with running(argv, port, tmp_path, {"TSQ_TOKEN": ""}, None) as endpoint, ThreadPoolExecutor(8) as pool:
         until_answered(endpoint, 200, content=data)  # loopback needs no token
 
-        bodies = [SlowBody(data, ANSWER_S), SlowBody(data, TIMEOUT_S + 5)]
-        waiting = [pool.submit(endpoint.score, content=body) for body in bodies]
-        full = until_answered(endpoint, 429, content=data)
+        bodies: list[SlowBody] = []
+        waiting = []
+        while (full := endpoint.score(json={})).status_code != 429:  # a probe of no length: 400 while there is room
+            assert full.status_code == 400
+            assert len(bodies) < 8
+            bodies.append(SlowBody(data, ANSWER_S))
+            waiting.append(pool.submit(endpoint.score, content=bodies[-1]))
+            time.sleep(1)
         assert full.headers["Retry-After"] == "1"
         assert full.json().keys() == {"status", "error_message"}
         assert "2 requests are in hand" in full.json()["error_message"]
-        bodies[0].go_on.set()
-        assert waiting[0].result(ANSWER_S).status_code == 200
-        late = waiting[1].result(ANSWER_S)  # its body came too late
+        for body in bodies:
+            body.go_on.set()
+        assert [found.result(ANSWER_S).status_code for found in waiting].count(200) == 2
+
+        late = endpoint.score(content=SlowBody(data, TIMEOUT_S + 5))
         assert (late.status_code, late.json()["error_type"]) == (504, "timeout")
         assert f"serve.request_timeout_s = {TIMEOUT_S} s" in late.json()["error_message"]
 
