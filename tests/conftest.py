@@ -14,6 +14,8 @@ from s3_case import BUCKETS, S3Server, make_buckets, running_s3
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))  # jobs/ is not installed, and tests import from it
+# a Ray node runs jobs with the first `python` on its PATH: this one, with the package in it
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 

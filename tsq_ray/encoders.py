@@ -154,7 +154,9 @@ def read_weights(source: str) -> dict[str, Tensor]:
             state = torch.load(file.name, map_location="cpu", weights_only=True)
         return dict(state.get("state_dict", state))
     except Exception as error:  # noqa: BLE001  three formats, each with errors of its own
-        raise ModelError(f"weights {storage.redact(source)!r}: not readable as safetensors or a plain state dict ({error})") from None
+        raise ModelError(
+            f"weights {storage.redact(source)!r}: not readable as safetensors or a plain state dict ({type(error).__name__}); name such a file"
+        ) from None
 
 
 def _package_folder(name: str) -> Path:

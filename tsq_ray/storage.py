@@ -267,6 +267,13 @@ def write_bytes(uri: str, data: bytes) -> None:
             raise
 
 
+def check_writable(folder: str) -> None:
+    """StorageError now, rather than after long work, where nothing can be written below `folder`."""
+    probe = join(folder, f".probe-{uuid.uuid4().hex[:8]}")
+    write_bytes(probe, b"")
+    remove(probe)
+
+
 def remove(uri: str) -> None:
     """Delete one file; not an error where it is gone already."""
     with storage_errors(uri, "delete"):

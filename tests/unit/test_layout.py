@@ -14,7 +14,21 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "tsq_ray"
 ORDER = (
-    *("errors", "schema", "config", "storage", "manifest", "provenance", "runs", "decode", "encoders", "model", "bundle", "metrics", "stages"),
+    *(
+        "errors",
+        "schema",
+        "config",
+        "storage",
+        "manifest",
+        "provenance",
+        "runs",
+        "decode",
+        "encoders",
+        "model",
+        "bundle",
+        "metrics",
+        "stages",
+    ),
     *(
         "prototypes",
         "runtime",

@@ -63,6 +63,7 @@ def finetune(
     done = _finished(out, identity)
     if done is not None:
         return done
+    storage.check_writable(out)
     with runtime.cluster(address, debug) as ray:
         plan = _Plan(config, settings, network.dim, runtime.start_counts(), _threads(config, ray))
         try:

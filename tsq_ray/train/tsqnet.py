@@ -30,6 +30,7 @@ from tsq_ray.train.head import fit_head, head_logits
 from tsq_ray.train.loop import STATE_FILE, train_loop
 
 WORK_FOLDER = "_train"
+_IDENTITY_FILE = "identity.json"
 CURVES_FILE = "curves.csv"
 
 
@@ -87,6 +88,7 @@ def train(
     answerer = _recognizer(recognizer, data.classes, config.train.task)
     text = _TextSide.make(config, data.classes) if config.train.modules == "both" else None
     shape = _shape(config, data, text)
+    runs.write_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE), identity)
     start = {
         "visual": _visual_start(config, data, frame_encoder),
         "textual": text.classes if text and config.train.init_textual == "text" else None,
@@ -174,12 +176,9 @@ def _finished(out: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
         provenance = bundles.read_bundle_settings(out)[0]["provenance"]
         _refuse_other(out, flatten(provenance["identity"]), want)
         return provenance["summary"] | {"already_done": True}
-    place = storage.join(out, WORK_FOLDER, "identity.json")
-    begun = runs.read_json(place)
+    begun = runs.read_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE))
     if begun is not None:
         _refuse_other(out, flatten(begun), want)
-    else:
-        runs.write_json(place, identity)
     return None
 
 
