@@ -416,7 +416,7 @@ def fail(message: str, code: int, debug: bool) -> int:
 
     if debug:
         traceback.print_exc()
-    print(f"error: {redact(message)}", file=sys.stderr)  # noqa: T201
+    print(f"error: {' '.join(redact(message).split())}", file=sys.stderr)  # noqa: T201
     return code
 
 
