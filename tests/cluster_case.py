@@ -234,9 +234,9 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def end_marked(mark: str) -> None:
+def end_marked(mark: str, patience_s: float = _END_S) -> None:
     """Wait for the marked processes to end on their own, as Ray's do when their driver is gone; kill those that do not."""
-    deadline = time.monotonic() + _END_S
+    deadline = time.monotonic() + patience_s
     while left := marked(mark):
         late = time.monotonic() - deadline
         assert late < _END_S, f"processes {left} cannot be ended"

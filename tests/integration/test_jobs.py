@@ -57,12 +57,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
             wait_for(urllib.request.Request(f"{url}/api/version", headers={"Authorization": f"Bearer {token}"}), process, log)
             yield Head(url, environment)
         finally:
-            process.terminate()  # it ends what it started
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            end_marked(mark)
+            process.kill()
+            process.wait()
+            end_marked(mark, patience_s=0)
 
 
 def wait_for(request: urllib.request.Request, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -243,10 +243,24 @@ def test_training_learns_the_classes_and_finds_their_frames(task: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
-def test_balance_makes_frames_as_large_as_positions(size: float) -> None:
+def test_balance_centres_frames_and_makes_them_as_large_as_positions(size: float) -> None:
     network = TSQNet(TSQShape(num_classes=3, visual_dim=40, text_dim=24, dim_visual=16, dim_textual=16))
-    visual, text = size * torch.randn(5, 7, 40), torch.randn(5, 7, 24) / size
+    visual, text = size * (3 + torch.randn(5, 7, 40)), torch.randn(5, 7, 24) / size
     network.balance(visual, text)
     assert network.textual is not None
     for branch, frames in ((network.visual, visual), (network.textual, text)):
-        assert branch.project(frames).square().mean().sqrt().item() == pytest.approx(math.sqrt(0.5), rel=1e-4)
+        projected = branch.project(frames)
+        assert projected.square().mean().sqrt().item() == pytest.approx(math.sqrt(0.5), rel=1e-3)
+        assert projected.mean((0, 1)).abs().max().item() < 1e-3
+
+
+def test_balance_makes_a_prototype_attend_to_its_own_frames() -> None:
+    torch.manual_seed(0)
+    prototypes = 5 + torch.randn(4, 40)
+    visual = prototypes[torch.arange(20) % 4][None] + 0.1 * torch.randn(6, 20, 40)
+    network = TSQNet(TSQShape(num_classes=4, visual_dim=40, dim_visual=64, modules="visual"))
+    network.set_embeddings(prototypes, None)
+    network.balance(visual, None)
+    attention = network.eval()(visual, None).attention_visual
+    own = torch.stack([attention[:, c, torch.arange(20) % 4 == c].sum(-1) for c in range(4)])
+    assert (own > 0.25).all()

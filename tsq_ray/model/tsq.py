@@ -96,7 +96,7 @@ class TSQBranch(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier for the projections; embeddings N(0, 1); classifier rows as a linear layer's. `balance` sets the convolution's scale."""
+        """Xavier for the projections; embeddings N(0, 1); classifier rows as a linear layer's. `balance` follows before training."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -172,17 +172,25 @@ class TSQNet(nn.Module):
 
     @torch.no_grad()
     def balance(self, visual: Tensor, text: Tensor | None) -> None:
-        """Scale each convolution so that these frames, [N, T, Dv] and [N, T, Dt], come out as large as the positional embedding.
+        """Start each module so that it attends by similarity, from frames such as these, [N, T, Dv] and [N, T, Dt].
 
-        Features of different encoders differ in size by an order of magnitude. Where they come out larger, attention is sharp from
-        the first step and stays where it happened to look; where smaller, it sees positions instead of frames.
+        - The convolution centres the frames and makes them as large as the positional embedding. Features of different encoders
+          differ in size by an order of magnitude and have a large mean in common. Where they come out larger, attention is sharp from the
+          first step and stays where it happened to look; where smaller, it sees positions instead of frames.
+        - W_k starts equal to W_q. With two independent random matrices a prototype is no more like its own frames than like others,
+          whatever it was initialised with; so Q K^T starts as the similarity of query and frame.
         """
         for branch, frames in ((self.visual, visual), (self.textual, text)):
-            if branch is not None and frames is not None:
-                size = branch.conv(frames.to(branch.conv.weight.dtype)).square().mean().sqrt()
-                if size > 0:
-                    branch.conv.weight.mul_(_POSITION_RMS / size)
-                branch.unfold()
+            if branch is None or frames is None:
+                continue
+            flat = frames.to(branch.conv.weight.dtype).flatten(0, -2)
+            mean = flat.mean(0)
+            size = ((flat - mean) @ branch.conv.weight.T).square().mean().sqrt()
+            if size > 0:
+                branch.conv.weight.mul_(_POSITION_RMS / size)
+            branch.conv.bias.copy_(-(branch.conv.weight @ mean))
+            branch.key.weight.copy_(branch.query.weight)
+            branch.unfold()
 
     def forward(self, visual: Tensor, text: Tensor | None) -> TSQOutput:
         """Frames `visual` [B, T, Dv] and object embeddings `text` [B, T, Dt] -> logits and attention of both modules.
