@@ -7,7 +7,8 @@ if it had not been. Legend: B batch, b this worker's share of it, T frames, C cl
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,48 @@ STATE_FILE = "state.pt"
 """In a checkpoint: the model, the optimiser, the losses of each epoch so far."""
 _SAMPLE = 64
 """Videos that set the scale of the convolutions."""
+_CPU = torch.device("cpu")
+
+
+def fit(
+    arrays: Mapping[str, np.ndarray],
+    vocabulary: Tensor | None,
+    start: Mapping[str, Tensor | None],
+    shape: TSQShape,
+    config: TrainConfig,
+    *,
+    device: torch.device | None = None,
+    threads: int | None = None,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Train in this process, without Ray: what one Ray Train worker does, with the same result.
+
+    Args:
+        arrays: "visual" float16 [V, T, D], "object_ids" int16 and "object_probs" float16 [V, T, n], "targets" bool [V, C].
+        vocabulary: float [1000, Dt], the object names' embeddings; None for a VQM-only network.
+        start: "visual" [C, D] and "textual" [C, Dt], where the queries start; None for a random start.
+        shape: of the network.
+        config: the settings; `num_workers` and `checkpoint_every` do not count here.
+        device: default the CPU.
+        threads: of torch; default as they are.
+
+    Returns:
+        The state dict, on the CPU, and the losses of each epoch with its number, "epoch". Raises RunFailed where the loss is not finite.
+    """
+    device = device or torch.device("cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with torch.random.fork_rng():
+            training = Training.begin(arrays, vocabulary, start, shape, config, device=device)
+            for _ in training.epochs(training.network):
+                pass
+    finally:
+        torch.set_num_threads(before)
+    return training.state(), training.curve
 
 
 def train_loop(job: dict[str, Any]) -> None:
-    """One worker: its share of every batch, gradients averaged over the workers."""
+    """One Ray Train worker: its share of every batch, gradients averaged over the workers."""
     import ray
     import ray.train
     from ray.train.torch import get_device, prepare_model
@@ -35,32 +74,71 @@ def train_loop(job: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(job["config"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    arrays = ray.get(job["data"])
-    device = get_device()
-    torch.manual_seed(config.seed)
-    bare = TSQNet(TSQShape(**job["shape"]))
-    bare.set_embeddings(*(torch.from_numpy(value.copy()) if value is not None else None for value in job["start"].values()))
-    batches = Batches(arrays, job["vocabulary"], config, rank, world, device)
-    bare.balance(*batches.sample())
-    optimizer = torch.optim.SGD(bare.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    first, curve = _resume(bare, optimizer)
-    network = prepare_model(bare.to(device))
-    _to_device(optimizer, device)
-    for epoch in range(first, config.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, epoch)
-        losses = train_epoch(network, optimizer, batches, config, epoch)
-        curve.append({"epoch": epoch + 1, **losses})
-        last = epoch + 1 == config.epochs
+    arrays, shape = ray.get(job["data"]), TSQShape(**job["shape"])
+    training = Training.begin(arrays, job["vocabulary"], job["start"], shape, config, rank, world, get_device())
+    _resume(training)
+    for epoch in training.epochs(prepare_model(training.network)):
         if rank == 0:
-            job["counts"].set.remote(epoch + 1)
-        if last or (epoch + 1) % config.checkpoint_every == 0:
-            _report(bare, optimizer, curve, rank)
+            job["counts"].set.remote(epoch)
+        if epoch == config.epochs or epoch % config.checkpoint_every == 0:
+            _report(training, rank)
+
+
+@dataclass
+class Training:
+    """A training in progress, as one worker holds it."""
+
+    network: TSQNet
+    optimizer: torch.optim.Optimizer
+    batches: Batches
+    config: TrainConfig
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """The losses of each epoch so far."""
+
+    @classmethod
+    def begin(
+        cls,
+        arrays: Mapping[str, np.ndarray],
+        vocabulary: Any,
+        start: Mapping[str, Any],
+        shape: TSQShape,
+        config: TrainConfig,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device = _CPU,
+    ) -> Training:
+        """The same start on every worker; `vocabulary` and `start` hold tensors or arrays."""
+        torch.manual_seed(config.seed)
+        network = TSQNet(shape)
+        network.set_embeddings(*(None if start[name] is None else _tensor(start[name]) for name in ("visual", "textual")))
+        batches = Batches(arrays, vocabulary, config, rank, world, device)
+        network.balance(*batches.sample())
+        network.to(device)
+        optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        return cls(network, optimizer, batches, config)
+
+    def epochs(self, network: torch.nn.Module) -> Iterator[int]:
+        """Train the epochs that are left and yield the number of each after it. `network`: `self.network`, or what wraps it."""
+        for epoch in range(len(self.curve), self.config.epochs):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.config, epoch)
+            losses = train_epoch(network, self.optimizer, self.batches, self.config, epoch)
+            self.curve.append({"epoch": epoch + 1, **losses})
+            yield epoch + 1
+
+    def state(self) -> dict[str, Tensor]:
+        """The network's state dict on the CPU, independent of what follows."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.network.state_dict().items()}
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
     """x0.1 at 1/4, 1/2 and 3/4 of the epochs (appendix A: 25, 50 and 75 of 100)."""
     return config.lr * 0.1 ** sum(epoch >= config.epochs * quarter // 4 for quarter in (1, 2, 3))
+
+
+def _tensor(value: Any) -> Tensor:
+    """A copy of an array, maybe a read-only one, or of a tensor."""
+    return torch.from_numpy(np.array(value))
 
 
 class Batches:
@@ -69,14 +147,14 @@ class Batches:
     def __init__(
         self,
         arrays: Mapping[str, np.ndarray],
-        vocabulary: np.ndarray | None,
+        vocabulary: np.ndarray | Tensor | None,
         config: TrainConfig,
         rank: int,
         world: int,
         device: torch.device,
     ) -> None:
-        self.tensors = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
-        self.vocabulary = torch.from_numpy(np.array(vocabulary)).to(device) if vocabulary is not None else None
+        self.tensors = {name: _tensor(value) for name, value in arrays.items()}
+        self.vocabulary = _tensor(vocabulary).to(device) if vocabulary is not None else None
         self.config, self.rank, self.world, self.device = config, rank, world, device
 
     def order(self, epoch: int) -> list[Tensor]:
@@ -128,33 +206,27 @@ def train_epoch(
     return totals
 
 
-def _resume(network: TSQNet, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, float]]]:
+def _resume(training: Training) -> None:
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return 0, []
+        return
     with checkpoint.as_directory() as folder:
         content = torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
-    network.load_state_dict(content["model"])
-    optimizer.load_state_dict(content["optimizer"])
-    return len(content["curve"]), content["curve"]
+    training.network.load_state_dict(content["model"])
+    training.optimizer.load_state_dict(content["optimizer"])  # to each parameter's device
+    training.curve[:] = content["curve"]
 
 
-def _to_device(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                state[name] = value.to(device)
-
-
-def _report(network: TSQNet, optimizer: torch.optim.Optimizer, curve: list[dict[str, float]], rank: int) -> None:
+def _report(training: Training, rank: int) -> None:
     import ray.train
 
+    losses = dict(training.curve[-1])
     if rank != 0:
-        ray.train.report(dict(curve[-1]))
+        ray.train.report(losses)
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-        torch.save({"model": model, "optimizer": optimizer.state_dict(), "curve": curve}, Path(folder, STATE_FILE))
-        ray.train.report(dict(curve[-1]), checkpoint=ray.train.Checkpoint.from_directory(folder))
+        content = {"model": training.state(), "optimizer": training.optimizer.state_dict(), "curve": training.curve}
+        torch.save(content, Path(folder, STATE_FILE))
+        ray.train.report(losses, checkpoint=ray.train.Checkpoint.from_directory(folder))
