@@ -69,7 +69,12 @@ Model = Annotated[str, typer.Option("--model", metavar="BUNDLE", help="The bundl
 def index(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")],
     out: Annotated[str, typer.Option("--out", metavar="MANIFEST", help="The manifest, one Parquet file.")],
-    labels: Annotated[str | None, typer.Option("--labels", metavar="FILE", help="CSV or ActivityNet JSON; or: folders, none.")] = None,
+    labels: Annotated[
+        list[str] | None, typer.Option("--labels", metavar="FILE", help="Labels, in any known format; repeatable; or: folders, none.")
+    ] = None,
+    labels_format: Annotated[
+        str | None, typer.Option("--labels-format", metavar="NAME", help="The format of the labels, where their content does not tell.")
+    ] = None,
     classes: Annotated[str | None, typer.Option("--classes", metavar="FILE", help="Class names, one a line: fixes their order.")] = None,
     split_name: Annotated[str | None, typer.Option("--split-name", metavar="NAME", help="Split of all rows.")] = None,
     update: Annotated[bool, typer.Option("--update", help="List again: new, changed and deleted videos.")] = False,
@@ -85,7 +90,7 @@ def index(
     if there and not update:
         raise ManifestError(f"--out {storage.redact(out)}: exists already; add --update to list again, or name another file")
     old = manifests.read_manifest(out) if there else None
-    made, summary = manifests.build_manifest(sources, labels, classes, split_name, old)
+    made, summary = manifests.build_manifest(sources, labels or (), classes, split_name, old, labels_format)
     manifests.write_manifest(made, out)
     show(vars(summary) | {"out": storage.redact(out)}, as_json, index_text(vars(summary), storage.redact(out)))
 

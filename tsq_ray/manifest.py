@@ -1,54 +1,20 @@
-"""Listing -> one Parquet row a video: stable ids, labels (CSV, ActivityNet JSON, class folders), incremental update."""
+"""Listing -> one Parquet row a video: stable ids, labels and splits joined by URI, incremental update."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsq_ray import schema, storage
 from tsq_ray.errors import ManifestError, StorageError
-
-VIDEO_SUFFIXES = frozenset(
-    [
-        ".3gp",
-        ".asf",
-        ".avi",
-        ".divx",
-        ".f4v",
-        ".flv",
-        ".gif",
-        ".m2ts",
-        ".m4a",
-        ".m4v",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".mxf",
-        ".ogv",
-        ".qt",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".wmv",
-        ".y4m",
-    ]
-)
-"""File names that a listing takes; a file named outright is taken whatever its name."""
-SPLIT_NAMES = frozenset(("train", "training", "val", "validation", "valid", "test", "testing"))
-"""Folder names that are splits where class folders lie below them."""
+from tsq_ray.labels import VIDEO_SUFFIXES, Classes, Labels, read_classes, read_labels
 
 
 @dataclass(frozen=True)
@@ -141,15 +107,16 @@ def _suffix(uri: str) -> str:
 
 def build_manifest(
     sources: Sequence[str],
-    labels: str | None = None,
+    labels: str | Sequence[str] = (),
     classes_file: str | None = None,
     split_name: str | None = None,
     old: Manifest | None = None,
+    labels_format: str | None = None,
 ) -> tuple[Manifest, IndexSummary]:
     """List `sources` and join the labels.
 
-    `labels`: a CSV (`path,label[,split]`) or ActivityNet JSON; "folders" or "none"; by default the class folders where every video
-    lies in one (`class/video` or `split/class/video`). `classes_file`: class names, one a line, that fix the label order
+    `labels`: label files (`labels_format`: the name of their format, else by their content; see labels.py), "folders" or "none"; by
+    default the class folders where every video lies in one. `classes_file`: class names, one a line, that fix the label order
     (else alphabetical). `old`: the manifest to compare with (--update). Raises ManifestError.
     """
     sources = [storage.normalize(source) for source in sources]
@@ -160,8 +127,10 @@ def build_manifest(
     files = list(list_sources(sources, left_out))
     summary.left_out = dict(left_out)
     rows = [VideoRef(video_id(file.uri), file.uri, file.size_bytes, file.etag, file.modified) for _, file in files]
-    names = _read_labels(labels, files, summary)
-    rows, classes = _join(rows, names, classes_file, split_name, summary)
+    fixed = read_classes(classes_file) if classes_file is not None else None
+    found = read_labels([labels] if isinstance(labels, str) else labels, files, fixed, labels_format)
+    summary.labels_from, summary.missing = found.origin, found.missing
+    rows, classes = _join(rows, found, fixed, split_name, summary)
     summary.videos, summary.classes = len(rows), len(classes)
     summary.splits = dict(Counter(row.split or "(none)" for row in rows))
     _compare(rows, old, summary)
@@ -169,118 +138,19 @@ def build_manifest(
     return Manifest(rows, classes, identity, tuple(sources)), summary
 
 
-_Names = dict[str, tuple[tuple[str, ...], str | None]]
-"""Normalised URI -> (class names, split)."""
-
-
-def _read_labels(labels: str | None, files: list[tuple[str, storage.StoredFile]], summary: IndexSummary) -> _Names:
-    if labels == "none":
-        summary.labels_from = "none (--labels none)"
-        return {}
-    if labels in (None, "folders"):
-        names = _from_folders(files)
-        if labels == "folders" and not names:
-            raise ManifestError(
-                "--labels folders: some videos do not lie in a class folder (SOURCE/class/video or SOURCE/split/class/video)"
-            )
-        summary.labels_from = "class folders" if names else "none"
-        return names
-    assert labels is not None
-    summary.labels_from = storage.redact(labels)
-    text = storage.read_text(storage.normalize(labels))
-    if text.lstrip().startswith("{"):
-        return _from_activitynet(text, labels, files, summary)
-    return _from_csv(text, labels, files, summary)
-
-
-def _from_folders(files: list[tuple[str, storage.StoredFile]]) -> _Names:
-    names: _Names = {}
-    for source, file in files:
-        parts = file.uri[len(source) :].strip("/").split("/") if file.uri.startswith(source) else []
-        if len(parts) == 2:
-            names[file.uri] = ((_spaces(parts[0]),), None)
-        elif len(parts) == 3 and parts[0].lower() in SPLIT_NAMES:
-            names[file.uri] = ((_spaces(parts[1]),), parts[0])
-        else:
-            return {}
-    return names if len({labels for labels, _ in names.values()}) > 1 else {}
-
-
-def _spaces(folder: str) -> str:
-    return folder.replace("_", " ").strip()
-
-
-def _from_csv(text: str, labels: str, files: list[tuple[str, storage.StoredFile]], summary: IndexSummary) -> _Names:
-    reader = csv.DictReader(io.StringIO(text))
-    columns = [name.strip() for name in reader.fieldnames or ()]
-    if "path" not in columns or "label" not in columns:
-        raise ManifestError(f"{storage.redact(labels)}: columns are {columns}; expected path,label[,split]")
-    reader.fieldnames = columns
-    base = storage.parent_of(storage.normalize(labels))
-    uris = {file.uri for _, file in files}
-    names: _Names = {}
-    for line in reader:
-        path, label = (line["path"] or "").strip(), (line["label"] or "").strip()
-        if not path:
-            continue
-        uri = path if not storage.is_local(path) or path.startswith("/") else storage.join(base, path)
-        uri = storage.normalize(uri)
-        if uri not in uris:
-            summary.missing.append(path)
-            continue
-        classes = tuple(dict.fromkeys(part.strip() for part in label.split("|") if part.strip()))
-        names[uri] = (classes, (line.get("split") or "").strip() or None)
-    if not names:
-        raise ManifestError(
-            f"{storage.redact(labels)}: none of its {len(summary.missing)} paths is among the {len(uris)} videos found "
-            f"(first: {summary.missing[:1]}); paths are relative to the folder of the CSV"
-        )
-    return names
-
-
-def _from_activitynet(text: str, labels: str, files: list[tuple[str, storage.StoredFile]], summary: IndexSummary) -> _Names:
-    try:
-        database: dict[str, Any] = json.loads(text)["database"]
-        entries = {key: (entry.get("subset"), [part["label"] for part in entry.get("annotations", [])]) for key, entry in database.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(f"{storage.redact(labels)}: not ActivityNet JSON: no usable 'database' ({error!r})") from None
-    by_stem: dict[str, list[str]] = {}
-    for _, file in files:
-        by_stem.setdefault(storage.name_of(file.uri).rpartition(".")[0].removeprefix("v_"), []).append(file.uri)
-    names: _Names = {}
-    subsets = {"training": "train", "validation": "val", "testing": "test"}
-    for key, (subset, found) in entries.items():
-        uris = by_stem.get(key.removeprefix("v_"), [])
-        if not uris:
-            summary.missing.append(key)
-        for uri in uris:
-            names[uri] = (tuple(dict.fromkeys(found)), subsets.get(str(subset), subset))
-    if not names:
-        raise ManifestError(
-            f"{storage.redact(labels)}: none of its {len(entries)} videos is among the files found (names v_ID.mp4 or ID.mp4)"
-        )
-    return names
-
-
 def _join(
-    rows: list[VideoRef], names: _Names, classes_file: str | None, split_name: str | None, summary: IndexSummary
+    rows: list[VideoRef], labels: Labels, fixed: Classes | None, split_name: str | None, summary: IndexSummary
 ) -> tuple[list[VideoRef], list[str]]:
-    found = sorted({name for labels, _ in names.values() for name in labels})
-    classes = found
-    if classes_file is not None:
-        classes = [line.strip() for line in storage.read_text(storage.normalize(classes_file)).splitlines() if line.strip()]
-        if len(set(classes)) != len(classes):
-            raise ManifestError(f"{storage.redact(classes_file)}: a class name stands twice: {Counter(classes).most_common(1)[0][0]!r}")
-        unknown = [name for name in found if name not in set(classes)]
-        if unknown:
-            raise ManifestError(
-                f"{storage.redact(classes_file)}: lacks {len(unknown)} classes of the labels, first {unknown[0]!r}; add them"
-            )
+    found = sorted({name for names, _ in labels.by_uri.values() for name in names})
+    classes = fixed.names if fixed else found
     index = {name: number for number, name in enumerate(classes)}
+    unknown = [name for name in found if name not in index]
+    if fixed and unknown:
+        raise ManifestError(f"{storage.redact(fixed.uri)}: lacks {len(unknown)} classes of the labels, first {unknown[0]!r}; add them")
     joined = []
     for row in rows:
-        labels, split = names.get(row.uri, ((), None))
-        numbers = tuple(sorted(index[name] for name in labels)) or None
+        names, split = labels.by_uri.get(row.uri, ((), None))
+        numbers = tuple(sorted(index[name] for name in names)) or None
         joined.append(replace(row, labels=numbers, split=split_name or split))
     summary.labelled = sum(row.labels is not None for row in joined)
     summary.unlabelled = len(joined) - summary.labelled

@@ -19,6 +19,7 @@ ORDER = (
         "schema",
         "config",
         "storage",
+        "labels",
         "manifest",
         "provenance",
         "runs",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsq_ray.errors import ManifestError, UserError
+from tsq_ray.errors import ManifestError
 from tsq_ray.manifest import (
     IndexSummary,
     Manifest,
@@ -25,20 +24,6 @@ from tsq_ray.manifest import (
 )
 
 Make = Callable[..., Path]
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """make("a/1.mp4", ...) -> the folder `videos` with these files; a listing does not look into them."""
-
-    def files(*names: str) -> Path:
-        for name in names:
-            path = tmp_path / "videos" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(name.encode())
-        return tmp_path / "videos"
-
-    return files
 
 
 def index(folder: Path, **options: object) -> tuple[Manifest, IndexSummary]:
@@ -109,83 +94,6 @@ def test_no_source_is_an_error() -> None:
 # -------------------------------------------------------------------------------------------------------------- labels
 
 
-def test_a_csv_gives_labels_and_splits_by_relative_and_absolute_paths(make: Make) -> None:
-    folder = make("a.mp4", "sub/b.mp4", "c.mp4", "d.mp4")
-    labels = folder / "labels.csv"
-    labels.write_text(
-        "\ufeffpath, label ,split\r\n"
-        "a.mp4,cats,train\r\n"
-        "sub/../sub/b.mp4,dogs|cats|dogs,val\r\n"
-        f"{folder}/c.mp4, big dogs ,\r\n"
-        "d.mp4,,train\r\n"
-        "gone.mp4,cats,train\r\n"
-        ",,\r\n"
-    )
-    manifest, summary = index(folder, labels=str(labels))
-    assert manifest.classes == ["big dogs", "cats", "dogs"]
-    assert labels_of(manifest) == {
-        "a.mp4": (["cats"], "train"),
-        "b.mp4": (["cats", "dogs"], "val"),
-        "c.mp4": (["big dogs"], None),
-        "d.mp4": ([], "train"),
-    }
-    assert summary.missing == ["gone.mp4"]
-    assert (summary.labelled, summary.unlabelled, summary.splits) == (3, 1, {"train": 2, "(none)": 1, "val": 1})
-    assert {row.labels for row in manifest.rows if row.uri.endswith("d.mp4")} == {None}
-
-
-def test_paths_are_relative_to_the_csv_not_to_the_working_folder(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make("a.mp4")
-    (folder.parent / "labels.csv").write_text("path,label\nvideos/a.mp4,cats\n")
-    monkeypatch.chdir("/")
-    assert labels_of(index(folder, labels=str(folder.parent / "labels.csv"))[0]) == {"a.mp4": (["cats"], None)}
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("file,class\na.mp4,cats\n", r"columns are \['file', 'class'\]; expected path,label\[,split\]"),
-        ("", r"columns are \[\]; expected path"),
-        ("path,label\nb.mp4,cats\n", r"none of its 1 paths is among the 1 videos found \(first: \['b.mp4'\]\)"),
-        ("{not json", "not ActivityNet JSON"),
-        ('{"videos": {}}', "not ActivityNet JSON: no usable 'database'"),
-        ('{"database": {"x": 3}}', "not ActivityNet JSON"),
-        ('{"database": {"other": {"subset": "training", "annotations": []}}}', "none of its 1 videos is among the files found"),
-    ],
-)
-def test_labels_that_cannot_be_used_are_told(make: Make, tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "labels").write_text(content)
-    with pytest.raises(ManifestError, match=message):
-        index(make("a.mp4"), labels=str(tmp_path / "labels"))
-
-
-def test_labels_in_another_encoding_are_told(make: Make, tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_bytes("path,label\na.mp4,Äpfel\n".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8 text"):
-        index(make("a.mp4"), labels=str(tmp_path / "labels.csv"))
-
-
-def test_activitynet_json_matches_by_name_with_or_without_v(make: Make, tmp_path: Path) -> None:
-    def entry(subset: str, *labels: str) -> dict[str, object]:
-        return {"subset": subset, "annotations": [{"label": label, "segment": [0, 1]} for label in labels]}
-
-    database = {
-        "aaa": entry("training", "Running", "Running", "Archery"),
-        "v_bbb": entry("validation", "Archery"),
-        "ccc": entry("testing"),
-        "ddd": entry("training", "Gone"),
-    }
-    (tmp_path / "anet.json").write_text(json.dumps({"version": "1.3", "database": database}))
-    manifest, summary = index(make("v_aaa.mp4", "bbb.webm", "x/ccc.mkv", "other.mp4"), labels=str(tmp_path / "anet.json"))
-    assert labels_of(manifest) == {
-        "v_aaa.mp4": (["Archery", "Running"], "train"),
-        "bbb.webm": (["Archery"], "val"),
-        "ccc.mkv": ([], "test"),
-        "other.mp4": ([], None),
-    }
-    assert summary.missing == ["ddd"]
-
-
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
@@ -208,6 +116,8 @@ def test_class_folders_are_seen_where_all_videos_lie_in_one(
 def test_class_folders_asked_for_must_be_there(make: Make) -> None:
     with pytest.raises(ManifestError, match="--labels folders: some videos do not lie in a class folder"):
         index(make("1.mp4"), labels="folders")
+    with pytest.raises(ManifestError, match=r"--labels none: cannot be combined with other labels, got none, a\.csv"):
+        index(make("1.mp4"), labels=["none", "a.csv"])
 
 
 def test_labels_none_leaves_class_folders_alone(make: Make) -> None:
