@@ -53,6 +53,8 @@ lr = 0.01
 dim_visual = 32
 dim_textual = 16
 [finetune]
+backbone = "frozen"
+[finetune.head]
 epochs = 60
 lr = 0.01
 [output]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tsq_ray.errors import ConfigError
 
@@ -72,9 +72,9 @@ class TextConfig(Section):
     """The language model that embeds class and object names."""
 
     model: str = "bert-base-uncased"
-    """Hugging Face id of a BERT-family encoder."""
+    """Hugging Face id of a BERT-family encoder; not used with a file of word vectors."""
     weights: str = "hub"
-    """`hub`, a folder's path or URI, or `package:NAME` of an installed Python package."""
+    """`hub`, a folder's path or URI, `package:NAME` of an installed Python package, or the path or URI of a file of static word vectors in GloVe's or word2vec's text format."""
 
 
 class EncodersConfig(Section):
@@ -86,6 +86,8 @@ class EncodersConfig(Section):
     """ImageNet-1K object recogniser of the textual query module."""
     text: TextConfig = TextConfig()
     """Embeds the object names and the class names."""
+    num_objects: int = Field(default=10, ge=1, le=1000)
+    """Most probable objects that `extract` stores of each frame; `train.top_objects` may keep fewer of them (paper, table 9: 10, all 1000)."""
 
 
 class SamplerConfig(Section):
@@ -101,6 +103,17 @@ class SamplerConfig(Section):
     """`both`, `visual` or `textual` module, or a baseline: `uniform`, `random`, `maxconf-l`, `maxconf`."""
     top_classes: int = Field(default=5, ge=1)
     """Number of most probable classes whose saliencies are aggregated (paper: 5)."""
+
+
+def _worker_count(value: Any) -> int | tuple[int, int]:
+    ends = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+    if len(ends) != 2 or any(type(end) is not int for end in ends) or not 1 <= ends[0] <= ends[1]:
+        raise ValueError(f"got {value!r}; expected a number from 1, or [fewest, most] with 1 <= fewest <= most")
+    return value if isinstance(value, int) else (ends[0], ends[1])
+
+
+WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_worker_count)]
+"""A fixed number, or the fewest and the most."""
 
 
 class TrainConfig(Section):
@@ -132,33 +145,114 @@ class TrainConfig(Section):
     """d' of the visual query module."""
     dim_textual: int = Field(default=256, ge=8)
     """d' of the textual query module."""
+    attention: Literal["class-specific", "class-agnostic"] = "class-specific"
+    """`class-specific`: a query a category; `class-agnostic`: one query, whose attention is the saliency (paper, table 7)."""
+    classifier: Literal["class-specific", "shared"] = "class-specific"
+    """`class-specific`: a weight row a category; `shared`: one row for the responses of all categories (paper, table 7: CS attention, CA classifier)."""
+    num_layers: int = Field(default=1, ge=1, le=16)
+    """Decoder blocks one after the other; the last one's attention is the saliency (paper, table A.5)."""
+    num_heads: int = Field(default=1, ge=1, le=64)
+    """Attention heads, averaged for the saliency; a divisor of `dim_visual` and `dim_textual` (paper, table A.5)."""
+    self_attention: bool = False
+    """Self-attention among the queries before they ask the frames (paper, table A.4)."""
+    top_objects: int = Field(default=10, ge=1, le=1000)
+    """Most probable objects of each frame that the textual module sees; at most `encoders.num_objects`, which the features hold."""
     init_visual: Literal["prototype", "random"] = "prototype"
     """Start of the visual TSQ embeddings."""
     init_textual: Literal["text", "random"] = "text"
     """Start of the textual TSQ embeddings."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, order of samples and dropout."""
-    num_workers: int = Field(default=1, ge=1)
-    """Ray Train workers; the batch is shared out among them."""
+    num_workers: WorkerCount = 1
+    """Ray Train workers, which share out the batch among them: a number, or `[fewest, most]` to take as many as the cluster holds and to go on with fewer."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Epochs between two checkpoints."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16`: autocast; `auto`: bf16 on a GPU that has it, fp32 on a CPU."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.attention == "class-agnostic" and self.classifier == "shared":
+            raise ValueError(
+                "attention 'class-agnostic' gives one response, from which a 'shared' row makes the same score for every category; "
+                "leave classifier at 'class-specific' (one layer d' -> C: the paper's CA + CA)"
+            )
+        if self.attention == "class-agnostic" and self.self_attention:
+            raise ValueError("self_attention needs several queries; with attention 'class-agnostic' there is one: set one of the two")
+        dims = {"dim_visual": self.dim_visual} | ({"dim_textual": self.dim_textual} if self.modules == "both" else {})
+        for name, dim in dims.items():
+            if dim % self.num_heads:
+                raise ValueError(f"num_heads {self.num_heads} does not divide {name} {dim}; take a divisor of it")
+        return self
 
 
-class FinetuneConfig(Section):
-    """Fitting a linear head on a frozen backbone, with TSN's segment consensus."""
+class HeadConfig(Section):
+    """A linear head on features of a frozen backbone, with TSN's segment consensus: AdamW, cosine to zero."""
 
     epochs: int = Field(default=100, ge=1)
     """Passes over the training videos."""
     lr: float = Field(default=1e-3, gt=0)
-    """Initial learning rate of AdamW, cosine to zero."""
+    """Initial learning rate."""
     weight_decay: float = Field(default=1e-2, ge=0)
-    """Weight decay of AdamW."""
+    """Weight decay."""
     batch_size: int = Field(default=64, ge=1)
     """Videos a step."""
     segments: int = Field(default=5, ge=1)
-    """Frames a video and step: one from each of so many equal segments, their logits averaged (TSN)."""
+    """Frames a video and step: one from each of so many equal segments, their logits averaged."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, order and the choice of frames."""
+
+
+class FinetuneConfig(Section):
+    """A frame classifier, trained with TSN's segment consensus: backbone and head together, or the head alone."""
+
+    backbone: Literal["trained", "frozen"] = "trained"
+    """`trained`: the whole network, by the settings of this section; `frozen`: only a linear head, by those of `finetune.head`."""
+    epochs: int = Field(default=10, ge=1)
+    """Passes over the training videos (paper: 10)."""
+    segments: int = Field(default=3, ge=1)
+    """Frames a video and step: a random one from each of so many equal parts of the video, their logits averaged (TSN)."""
+    batch_size: int = Field(default=16, ge=1)
+    """Videos a step, over all workers; memory grows with batch_size x segments / num_workers frames."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` with momentum 0.9, or `adamw`, for which `finetune.lr` is better at 1e-4 or less."""
+    lr: float = Field(default=1e-2, gt=0)
+    """Highest learning rate of the backbone: reached after the warm-up, then a cosine to zero."""
+    head_lr_factor: float = Field(default=5.0, gt=0)
+    """The new head learns faster than the backbone by this factor."""
+    warmup_epochs: float = Field(default=1.0, ge=0)
+    """Epochs in which the learning rate rises from zero."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Weight decay; none on biases and norms."""
+    clip_grad_norm: float = Field(default=20.0, ge=0)
+    """Gradients of a larger norm are scaled down to it; 0: never."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a target that is spread over all classes."""
+    crop_scale: tuple[float, float] = (0.4, 1.0)
+    """Smallest and largest share of the picture that a random crop takes (TSN's multi-scale crop: 0.44 to 1); (1, 1): no crop."""
+    flip: bool = True
+    """Flip half of the videos left to right; switch it off where left and right differ in meaning."""
+    color_jitter: float = Field(default=0.0, ge=0, le=1)
+    """Brightness, contrast and saturation are changed by up to this share, the hue by up to a tenth of it."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`bf16`: autocast; `auto`: bf16 where the GPU or the CPU has instructions for it."""
+    val_split: str = "val"
+    """Measured after each `checkpoint_every` epochs where the manifest has this split; empty: never."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of initialisation, order, frames and augmentation."""
+    num_workers: int = Field(default=1, ge=1)
+    """Ray Train workers; the batch is shared out among them."""
+    checkpoint_every: int = Field(default=1, ge=1)
+    """Epochs between two checkpoints."""
+    head: HeadConfig = HeadConfig()
+    """Of `backbone = "frozen"`, and of the frame head that `tsq train` fits without --encoder."""
+
+    @model_validator(mode="after")
+    def _crops(self) -> Self:
+        smallest, largest = self.crop_scale
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(f"crop_scale {list(self.crop_scale)}: expected 0 < smallest <= largest <= 1")
+        return self
 
 
 class OutputConfig(Section):
@@ -211,6 +305,24 @@ class ReplicaConfig(ScaleConfig):
     """Requests a replica takes at a time; above its batch size. A replica is added where more than half of them are taken."""
 
 
+class EvaluateConfig(Section):
+    """What `tsq evaluate` measures."""
+
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
+    """Seeds of the trainings and of the random baseline; figures are means over them with a 95 % interval."""
+    budgets: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=tuple(range(1, 11)), min_length=1)
+    """Budgets K of the accuracy-cost plot; tables of one budget take `sampler.budget`."""
+    word_vectors: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Files of static word vectors (GloVe, word2vec; as `encoders.text.weights`) for table 9."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        for name, values in (("seeds", self.seeds), ("budgets", self.budgets)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} {list(values)} names one twice")
+        return self
+
+
 class ServeConfig(Section):
     """The endpoint and its deployments."""
 
@@ -250,6 +362,7 @@ class Config(Section):
     output: OutputConfig = OutputConfig()
     resources: ResourcesConfig = ResourcesConfig()
     serve: ServeConfig = ServeConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 def check_budget(budget: int, num_frames: int) -> None:
@@ -257,6 +370,15 @@ def check_budget(budget: int, num_frames: int) -> None:
     if budget > num_frames:
         raise ConfigError(
             f"sampler.budget (K) is {budget}, above decode.num_frames (T) = {num_frames}: K frames are chosen of T; lower K or raise T"
+        )
+
+
+def check_top_objects(top_objects: int, num_objects: int) -> None:
+    """Refuse to train on more objects a frame than the features hold (ConfigError)."""
+    if top_objects > num_objects:
+        raise ConfigError(
+            f"train.top_objects is {top_objects}, above encoders.num_objects = {num_objects}, what the features hold of a frame; "
+            "lower it or extract again with more"
         )
 
 
@@ -292,6 +414,23 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Keys of two flattened records whose values differ.
+
+    A record may be older than a setting: a key that one side lacks in a section that it has counts with the setting's default.
+    """
+    defaults = flatten(Config().model_dump(mode="json"))
+
+    def value(record: Mapping[str, Any], key: str) -> Any:
+        section = key.rpartition(".")[0]
+        if key in record or not section or not any(name.startswith(f"{section}.") for name in record):
+            return record.get(key)
+        parts = key.split(".")
+        return next((defaults[name] for name in (".".join(parts[start:]) for start in range(len(parts))) if name in defaults), None)
+
+    return sorted(key for key in before.keys() | after.keys() if value(before, key) != value(after, key))
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -338,4 +477,6 @@ def _explain(error: ValidationError) -> str:
             section = section.model_fields[part].annotation
         return f"unknown setting {where}; there is: {', '.join(section.model_fields)}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "value_error":  # of a whole section
+        return f"settings {where}: {first['msg'].removeprefix('Value error, ')}{more}"
     return f"setting {where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"

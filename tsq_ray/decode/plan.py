@@ -1,7 +1,7 @@
 """Which frames fill the T slots. Pure: lists of timestamps in, indices out.
 
-Position i of T is at (i + 0.5) / T of the duration, and the frame there is the one on show: the last whose timestamp is
-not after it. Timestamps are integers in one time base, ascending; `end` is the time at which the last frame ends.
+Position i of T is at (i + 0.5) / T of the duration, or at (i + place) / T where places are given (training), and the frame there is the
+one on show: the last whose timestamp is not after it. Timestamps are integers in one time base, ascending; `end` is the time at which the last frame ends.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Places = Sequence[float] | None
 
-def uniform_indices(pts: Sequence[int], end: int, num_frames: int) -> list[int]:
+
+def uniform_indices(pts: Sequence[int], end: int, num_frames: int, places: Places = None) -> list[int]:
     """T frame indices, ascending; for a video of fewer than T frames 0..n-1 again and again."""
     count = len(pts)
     assert count > 0
     if count < num_frames:
         return [i % count for i in range(num_frames)]
-    return [frame_at(pts, position(pts[0], end, num_frames, i)) for i in range(num_frames)]
+    return [frame_at(pts, position(pts[0], end, num_frames, i, places)) for i in range(num_frames)]
 
 
-def position(start: int, end: int, num_frames: int, i: int) -> int:
+def position(start: int, end: int, num_frames: int, i: int, places: Places = None) -> int:
     """The time of position i, rounded down: an integer timestamp is at or before it exactly where it is before the true one."""
+    if places is not None:
+        return start + int((i + places[i]) * (end - start) / num_frames)
     return start + (2 * i + 1) * (end - start) // (2 * num_frames)
 
 
@@ -40,20 +44,22 @@ def interval_of(time: int, start: int, end: int, num_frames: int) -> int:
     return min((time - start) * num_frames // (end - start), num_frames)
 
 
-def keyframe_choice(key_pts: Sequence[int], start: int, end: int, num_frames: int) -> list[int | None]:
-    """For each of the T intervals the keyframe (index into `key_pts`) in it that is nearest its centre, or None."""
+def keyframe_choice(key_pts: Sequence[int], start: int, end: int, num_frames: int, places: Places = None) -> list[int | None]:
+    """For each of the T intervals the keyframe (index into `key_pts`) in it that is nearest its centre (its place), or None."""
     best: list[int | None] = [None] * num_frames
     for k, time in enumerate(key_pts):
         i = interval_of(time, start, end, num_frames)
         if not 0 <= i < num_frames:
             continue
         chosen = best[i]
-        if chosen is None or _off_centre(time, start, end, num_frames, i) < _off_centre(key_pts[chosen], start, end, num_frames, i):
+        if chosen is None or _off(time, start, end, num_frames, i, places) < _off(key_pts[chosen], start, end, num_frames, i, places):
             best[i] = k
     return best
 
 
-def _off_centre(time: int, start: int, end: int, num_frames: int, i: int) -> int:
+def _off(time: int, start: int, end: int, num_frames: int, i: int, places: Places) -> int:
+    if places is not None:
+        return abs(time - position(start, end, num_frames, i, places))
     return abs(2 * num_frames * (time - start) - (2 * i + 1) * (end - start))
 
 

@@ -24,12 +24,16 @@ class FrameSpec:
 
 @dataclass(frozen=True)
 class VideoSource:
-    """One video as the manifest saw it; what is None is not compared with the file of now."""
+    """One video as the manifest saw it; what is None is not compared with the file of now.
+
+    `places`: where in each of the T intervals its frame is looked for, T numbers of 0..1; None: in the middle of each.
+    """
 
     uri: str
     size_bytes: int | None = None
     etag: str | None = None
     modified: datetime | None = None
+    places: tuple[float, ...] | None = None
 
 
 @dataclass

@@ -30,7 +30,7 @@ from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import decord_backend, pyav_backend
 from tsq_ray.decode.frames import FrameStore
-from tsq_ray.decode.plan import distinct, frame_at, interval_of, keyframe_choice, position, uniform_indices
+from tsq_ray.decode.plan import Places, distinct, frame_at, interval_of, keyframe_choice, position, uniform_indices
 from tsq_ray.decode.probe import Container, PacketTable, Stream, claimed_packets, is_raw, open_container, pick_stream, read_index, scan
 from tsq_ray.decode.pyav_backend import DecodeTrouble, IndexedReader, Survivors
 from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
@@ -53,7 +53,7 @@ def decode_video(source: VideoSource, settings: DecodeConfig, specs: Mapping[str
     name = storage.redact(source.uri)
     try:
         size = _check_source(source, settings, name)
-        decoded = _decode(source.uri, size, settings, specs, name)
+        decoded = _decode(source, size, settings, specs, name)
     except MemoryError:
         raise VideoError(
             "out_of_memory", f"{name}: the decoder found no memory; decode.max_memory_mb is {settings.max_memory_mb}"
@@ -94,8 +94,9 @@ def _differ(before: datetime | None, now: datetime | None) -> bool:
     return before is not None and now is not None and abs(before.timestamp() - now.timestamp()) > 1e-3
 
 
-def _decode(uri: str, size: int, settings: DecodeConfig, specs: Mapping[str, FrameSpec], name: str) -> DecodedVideo:
-    job = _Job(name, size, settings, specs)
+def _decode(source: VideoSource, size: int, settings: DecodeConfig, specs: Mapping[str, FrameSpec], name: str) -> DecodedVideo:
+    uri = source.uri
+    job = _Job(name, size, settings, specs, source.places)
     by_index = settings.strategy == "keyframe"
     # one request for a whole small object is cheaper than T for parts of it
     if by_index and not storage.is_local(uri) and size > settings.num_frames * _RANGE_BYTES:
@@ -178,8 +179,8 @@ class _Ranges:
 class _Job:
     """One video on its way to a DecodedVideo."""
 
-    def __init__(self, name: str, size: int, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> None:
-        self.name, self.size, self.settings, self.specs = name, size, settings, specs
+    def __init__(self, name: str, size: int, settings: DecodeConfig, specs: Mapping[str, FrameSpec], places: Places = None) -> None:
+        self.name, self.size, self.settings, self.specs, self.places = name, size, settings, specs, places
         self.warnings: list[str] = []
 
     def by_index(self, container: Container) -> DecodedVideo | None:
@@ -200,7 +201,7 @@ class _Job:
         store = FrameStore(self.specs, count)
         times, indices = [0] * count, [0] * count
         without = []
-        for i, key in enumerate(keyframe_choice(reader.key_pts, reader.start, reader.end, count)):
+        for i, key in enumerate(keyframe_choice(reader.key_pts, reader.start, reader.end, count, self.places)):
             placed = reader.keyframe(key) if key is not None else None
             if placed is None or interval_of(placed.pts, reader.start, reader.end, count) != i:
                 without.append(i)
@@ -208,7 +209,7 @@ class _Job:
             store.put(i, placed.rgb)
             times[i], indices[i] = placed.pts, placed.index
         for i in without:
-            placed = reader.frame_at(position(reader.start, reader.end, count, i))
+            placed = reader.frame_at(position(reader.start, reader.end, count, i, self.places))
             store.put(i, placed.rgb)
             times[i], indices[i] = placed.pts, placed.index
         if sorted(times) != times or sorted(indices) != indices or indices[-1] >= index.num_frames:
@@ -242,9 +243,9 @@ class _Job:
     def _plan(self, table: PacketTable) -> list[int]:
         """For each slot an index into `table.pts`."""
         count = self.settings.num_frames
-        indices = uniform_indices(table.pts, table.end, count)
+        indices = uniform_indices(table.pts, table.end, count, self.places)
         if self.settings.strategy == "keyframe" and len(table.pts) >= count:
-            for i, key in enumerate(keyframe_choice(table.key_pts, table.pts[0], table.end, count)):
+            for i, key in enumerate(keyframe_choice(table.key_pts, table.pts[0], table.end, count, self.places)):
                 if key is not None:
                     indices[i] = frame_at(table.pts, table.key_pts[key])
         return indices
@@ -280,7 +281,7 @@ class _Job:
                 raise self._nothing_decodes(container, found, claimed)
         self._warn_of_damage(found, claimed)
         self._check_duration((found.end - found.pts[0]) * found.time_base)
-        indices = uniform_indices(found.pts, found.end, self.settings.num_frames)
+        indices = uniform_indices(found.pts, found.end, self.settings.num_frames, self.places)
         wanted, slot_frame = distinct(indices)
         store = FrameStore(self.specs, len(wanted))
         with self._open(path) as (container, stream):

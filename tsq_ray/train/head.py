@@ -5,12 +5,17 @@ Legend: V videos, T frames, D dims, C classes, S segments.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tsq_ray.config import FinetuneConfig
+
+_CHUNK = 64
+"""Videos that are widened at a time."""
 
 
 def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, task: str) -> nn.Linear:
@@ -19,30 +24,32 @@ def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, 
     Args:
         features: float [V, T, D], the frozen backbone's.
         targets: multi-hot [V, C].
-        config: each step takes one random frame of each of `segments` equal parts of the T frames.
+        config: its `head` counts; each step takes one random frame of each of `segments` equal parts of the T frames.
         task: "single" (cross entropy) or "multi" (binary cross entropy).
 
     Features are standardised for the fit; the returned head takes them as they are: the scale is folded into its weights.
     """
-    x, y = torch.from_numpy(np.array(features)), torch.from_numpy(targets).float()
-    if task == "single":
-        y = y / y.sum(1, keepdim=True)
+    settings = config.head
+    x, y = torch.from_numpy(features), torch.from_numpy(targets)
     num_videos, num_frames, dim = x.shape
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
     mean, scale = standard_scale(features)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(settings.seed)
         head = nn.Linear(dim, y.shape[1])
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    steps = config.epochs * -(-num_videos // config.batch_size)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    steps = settings.epochs * -(-num_videos // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    segments = min(config.segments, num_frames)
-    for _ in range(config.epochs):
-        for batch in torch.randperm(num_videos, generator=generator).split(config.batch_size):
+    segments = min(settings.segments, num_frames)
+    for _ in range(settings.epochs):
+        for batch in torch.randperm(num_videos, generator=generator).split(settings.batch_size):
             slots = segment_slots(len(batch), num_frames, segments, generator)
             frames = (x[batch[:, None], slots].float() - mean) / scale
-            loss = classification_loss(head(frames).mean(1), y[batch], task)
+            wanted = y[batch].float()
+            if task == "single":
+                wanted /= wanted.sum(1, keepdim=True)
+            loss = classification_loss(head(frames).mean(1), wanted, task)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -54,9 +61,15 @@ def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, 
 
 
 def standard_scale(features: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean [D] and standard deviation [D] over all frames; dead dimensions get scale 1."""
-    flat = features.reshape(-1, features.shape[-1])
-    mean, std = flat.mean(0, dtype=np.float64), flat.std(0, dtype=np.float64)
+    """Mean [D] and standard deviation [D] over all frames; dead dimensions get scale 1. Reads [V, T, D] a few videos at a time."""
+    count = features.size // features.shape[-1]
+    chunks = range(0, len(features), _CHUNK)
+
+    def mean_over_frames(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        return sum(of(features[start : start + _CHUNK].astype(np.float64)).sum((0, 1)) for start in chunks) / count
+
+    mean = mean_over_frames(lambda frames: frames)
+    std = np.sqrt(mean_over_frames(lambda frames: np.square(frames - mean)))
     return torch.from_numpy(mean).float(), torch.from_numpy(np.where(std > 1e-6, std, 1.0)).float()
 
 
@@ -75,6 +88,7 @@ def classification_loss(logits: Tensor, targets: Tensor, task: str) -> Tensor:
 
 
 @torch.inference_mode()
-def head_logits(head: nn.Module, features: np.ndarray) -> np.ndarray:
-    """float [V, T, D] -> float32 [V, T, C]."""
-    return np.stack([head(torch.from_numpy(video.astype(np.float32))).numpy() for video in features])
+def head_logits(head: nn.Module, features: np.ndarray) -> Iterator[np.ndarray]:
+    """float [V, T, D] -> float32 [T, C] of one video after the other."""
+    for video in features:
+        yield head(torch.from_numpy(video.astype(np.float32))).numpy()

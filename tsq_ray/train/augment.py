@@ -1,0 +1,65 @@
+"""Random views of a video's frames for training: the same crop, flip and colours for all frames of one video (TSN).
+
+What a video shows in an epoch hangs on (seed, epoch, video id) alone, so a resumed run sees what an undisturbed one does.
+Legend: S frames (segments), h w as decoded, size as the network takes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision.transforms import InterpolationMode, v2
+
+from tsq_ray.config import FinetuneConfig, ModelConfig
+from tsq_ray.decode import FrameSpec
+
+_MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
+
+@dataclass(frozen=True)
+class View:
+    """What is random about one video in one epoch."""
+
+    places: tuple[float, ...]
+    """S numbers of 0..1: where in each segment its frame is taken."""
+    seed: int
+    """Of crop, flip and colours."""
+
+
+def view_of(seed: int, epoch: int, video_id: str, segments: int) -> View:
+    """The view of a video (id of 16 hex digits) in an epoch (from 0)."""
+    rng = np.random.default_rng([seed, epoch, int(video_id, 16)])
+    return View(tuple(rng.random(segments).tolist()), int(rng.integers(2**62)))
+
+
+def training_spec(model: ModelConfig) -> FrameSpec:
+    """The picture that random crops are taken from: larger than the network's by 8/7, squashed or not as the network's."""
+    return FrameSpec(round(model.size * 8 / 7), "squash" if model.resize == "squash" else "keep", model.interpolation)
+
+
+class Augment:
+    """uint8 [S, h, w, 3] -> uint8 [S, size, size, 3]: random resized crop, flip, colour jitter."""
+
+    def __init__(self, config: FinetuneConfig, model: ModelConfig) -> None:
+        mode = _MODES[model.interpolation]
+        size = [model.size, model.size]
+        steps: list[torch.nn.Module] = []
+        if config.crop_scale == (1, 1):
+            steps += [v2.Resize(model.size, mode, antialias=True), v2.CenterCrop(size)]
+        else:
+            steps.append(v2.RandomResizedCrop(size, scale=config.crop_scale, interpolation=mode, antialias=True))
+        if config.flip:
+            steps.append(v2.RandomHorizontalFlip())
+        if config.color_jitter:
+            share = config.color_jitter
+            steps.append(v2.ColorJitter(brightness=share, contrast=share, saturation=share, hue=share / 10))
+        self.transform = v2.Compose(steps)
+
+    def __call__(self, frames: np.ndarray, seed: int) -> np.ndarray:
+        """The same result for the same seed, whatever the state of torch's generator, which stays as it is."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            view = self.transform(torch.from_numpy(frames).permute(0, 3, 1, 2))
+        return np.ascontiguousarray(view.permute(0, 2, 3, 1).numpy())

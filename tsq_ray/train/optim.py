@@ -1,0 +1,56 @@
+"""Optimiser, learning rate and precision of a whole network's training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from tsq_ray.config import FinetuneConfig
+from tsq_ray.encoders import FrameEncoder
+
+
+def make_optimizer(network: FrameEncoder, config: FinetuneConfig) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9 or AdamW over four groups: backbone and head, with weight decay and (biases, norms) without."""
+    groups = []
+    assert network.head is not None
+    for module, scale in ((network.backbone, 1.0), (network.head, config.head_lr_factor)):
+        for decayed in (True, False):
+            parameters = [value for value in module.parameters() if (value.ndim > 1) == decayed]
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "scale": scale})
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
+
+
+def lr_factor(step: int, num_steps: int, warmup_steps: int) -> float:
+    """Share of the highest learning rate at a step (from 0): a linear rise over the warm-up, then a cosine to zero."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, config: FinetuneConfig, epoch: int, step: int, steps_per_epoch: int) -> float:
+    """Set the learning rate of one step of an epoch in every group; that of the backbone is returned."""
+    total = config.epochs * steps_per_epoch
+    lr = config.lr * lr_factor(epoch * steps_per_epoch + step, total, round(config.warmup_epochs * steps_per_epoch))
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+    return lr
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16. `auto`: where the device has instructions for it; others emulate it, slowly."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def clip_gradients(network: nn.Module, limit: float) -> None:
+    """Scale gradients whose norm is above `limit` down to it; 0: leave them."""
+    if limit:
+        nn.utils.clip_grad_norm_(network.parameters(), limit)

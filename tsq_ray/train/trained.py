@@ -1,0 +1,181 @@
+"""Full fine-tuning: backbone and head on Ray Train, clips from Ray Data. What a worker does is in tuning.py."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import torch
+
+from tsq_ray import runtime, schema, storage
+from tsq_ray.config import Config
+from tsq_ray.encoders import FrameEncoder
+from tsq_ray.errors import ModelError, RunError, RunFailed
+from tsq_ray.manifest import VideoRef
+from tsq_ray.train.clips import ClipPlan
+from tsq_ray.train.data import multi_hot
+from tsq_ray.train.tuning import STATE_FILE, TuneJob, start_network, tune_loop
+
+WORK_FOLDER = "_finetune"
+CURVES_FILE = "curves.csv"
+_STORE_SHARE = 0.3
+"""Of the object store, for clips that wait for the training."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came out of a fine-tuning."""
+
+    network: FrameEncoder
+    failed: dict[str, str]
+    """URI -> error type, of training and validation videos."""
+    figures: dict[str, Any]
+    """For the summary."""
+    curve: list[dict[str, float]]
+    """One row an epoch; none for a frozen backbone."""
+
+
+def check_input(network: FrameEncoder) -> None:
+    """ModelError where the network does not take pictures of its settings' size."""
+    size = network.config.size
+    try:
+        with torch.inference_mode():
+            network.features(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ModelError(
+            f"model {network.config.model!r}: does not take pictures of size {size} ({' '.join(str(error).split())[:120]}); "
+            "set the size it is made for, or model_args = {img_size = ...} where it has that argument"
+        ) from None
+
+
+def tune(
+    ray: Any,
+    network: FrameEncoder,
+    train: Sequence[VideoRef],
+    val: Sequence[VideoRef],
+    num_classes: int,
+    out: str,
+    config: Config,
+    *,
+    show: bool,
+    debug: bool,
+) -> Tuned:
+    """Train `network` (its backbone as it is, a new head) on the labelled videos `train`, measure it on `val`.
+
+    Checkpoints go below `out`, and a run that finds some there goes on from the last. Raises RunFailed where the training fails.
+    """
+    settings = config.finetune
+    layout = _Layout.of(config, ray)
+    videos = [*train, *val]
+    table = schema.table_from_rows((vars(row) for row in videos), schema.manifest_schema(None))
+    counts = runtime.start_counts()
+    plan = ClipPlan(
+        config=settings,
+        model=network.config,
+        decode=config.decode.model_copy(update={"num_frames": settings.segments}),
+        videos=ray.put(table),
+        counts=counts,
+        decoders=layout.decoders,
+        cpus=layout.cpus,
+        memory=int(ray.cluster_resources().get("object_store_memory", 1e9) * _STORE_SHARE / settings.num_workers),
+    )
+    backbone = network.backbone.state_dict()
+    job = TuneJob(
+        clips=plan,
+        task=config.train.task,
+        num_classes=num_classes,
+        num_train=len(train),
+        num_val=len(val),
+        labels=ray.put(multi_hot([list(row.labels or ()) for row in videos], num_classes)),
+        backbone=ray.put(backbone),
+        threads=layout.threads,
+    )
+    content = _run(ray, job, layout, out, show, debug)
+    tuned = start_network(job, backbone)
+    tuned.load_state_dict(content["model"])
+    last = content["curve"][-1]
+    figures = {"epochs": settings.epochs, "epoch_kept": "last", "losses": {"loss": last["loss"]}, "train_accuracy": last["accuracy"]}
+    figures |= {name: value for name, value in last.items() if name.startswith("val_")}
+    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
+    return Tuned(tuned.eval().requires_grad_(False), content["failed"], rounded, content["curve"])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How training workers and their decoders share the cluster."""
+
+    workers: int
+    gpu: bool
+    decoders: int
+    """Of each training worker."""
+    cpus: float
+    """Logical CPUs of each training worker and of each decoder."""
+    threads: int
+
+    @classmethod
+    def of(cls, config: Config, ray: Any) -> _Layout:
+        resources = ray.cluster_resources()
+        cpus, gpus = float(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+        workers = config.finetune.num_workers
+        gpu = gpus >= workers and config.resources.gpus != 0
+        # a CPU trains much slower than it decodes; a GPU needs all decoders there is room for
+        wanted = config.resources.decoders or (int(cpus) - workers if gpu else int(cpus) // 4)
+        decoders = max(1, wanted // workers)
+        largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+        each = min(runtime.share_cpus(cpus, workers * (1 + decoders)), runtime.share_cpus(largest, 1))
+        if workers * (1 + decoders) * each > cpus:
+            raise RunError(
+                f"finetune.num_workers = {workers} with {decoders} decoders each: too many for the {cpus:g} CPUs of the cluster; "
+                "lower it or resources.decoders"
+            )
+        return cls(workers, gpu, decoders, each, config.resources.threads or max(1, int(cpus) // workers))
+
+
+def _run(ray: Any, job: TuneJob, layout: _Layout, out: str, show: bool, debug: bool) -> dict[str, Any]:
+    """The content of the last checkpoint."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    runtime.quiet_data(debug)
+    fs, path = storage.filesystem(storage.join(out, WORK_FOLDER))
+    trainer = TorchTrainer(
+        tune_loop,
+        train_loop_config={"job": job},
+        scaling_config=ScalingConfig(
+            num_workers=layout.workers,
+            use_gpu=layout.gpu,
+            resources_per_worker={"CPU": layout.cpus} | ({"GPU": 1} if layout.gpu else {}),
+        ),
+        run_config=RunConfig(
+            name="finetune",
+            storage_path=path,
+            storage_filesystem=pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)),
+            failure_config=FailureConfig(max_failures=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    total = job.num_clips(job.clips.config.epochs)
+    try:
+        result = runtime.run_with_progress(trainer.fit, job.clips.counts, total, "finetune", show)
+    except Exception as error:
+        raise runtime.run_failed(error, "finetune") from error
+    if result.checkpoint is None:
+        raise RunFailed("finetune: Ray Train returned no checkpoint; give the same command again (--debug shows its log)")
+    with result.checkpoint.as_directory() as folder:
+        return torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
+
+
+def write_curves(out: str, curve: Sequence[Mapping[str, float]]) -> None:
+    """curves.csv beside the output: one row an epoch, empty where nothing was measured."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in curve for name in row))
+    writer = csv.DictWriter(text, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(curve)
+    storage.write_bytes(storage.join(out, CURVES_FILE), text.getvalue().encode())

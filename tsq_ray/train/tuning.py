@@ -1,0 +1,296 @@
+"""What a worker of a full fine-tuning does: its share of every batch, validation, checkpoints.
+
+Order of videos, frames, augmentation and dropout hang on (seed, epoch, step) alone, so a run that was killed and resumed from a checkpoint
+goes on as if it had not been. Legend: B clips of this worker's share, S segments, C classes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tsq_ray import metrics
+from tsq_ray.bundle import linear_head
+from tsq_ray.config import FinetuneConfig
+from tsq_ray.encoders import FrameEncoder, create_network, split_network
+from tsq_ray.errors import RunFailed
+from tsq_ray.train.batchnorm import folded_norms, unfold_norms
+from tsq_ray.train.clips import Clip, ClipPlan, ClipStream, Work, epoch_batches
+from tsq_ray.train.head import classification_loss
+from tsq_ray.train.optim import clip_gradients, make_optimizer, set_lr, use_bf16
+
+STATE_FILE = "state.pt"
+"""In a checkpoint: the model, the optimiser, the curve so far, the videos that failed."""
+_HEAD_STD = 0.01
+_SAMPLE = 64
+"""Videos that the statistics of folded batch norms are taken from."""
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """What a training worker needs to know; travels to it whole."""
+
+    clips: ClipPlan
+    task: str
+    num_classes: int
+    num_train: int
+    """The first videos of the table; the `num_val` after them are the validation's."""
+    num_val: int
+    labels: Any
+    """Reference of bool [V, C]."""
+    backbone: Any
+    """Reference of the backbone's state dict."""
+    threads: int
+
+    def due(self, epoch: int) -> bool:
+        """Whether an epoch (from 0) ends with a validation and a checkpoint."""
+        config = self.clips.config
+        return epoch + 1 == config.epochs or (epoch + 1) % config.checkpoint_every == 0
+
+    def num_clips(self, epochs: int) -> int:
+        """Clips of the first `epochs` epochs and their validations."""
+        return epochs * self.num_train + sum(self.due(epoch) for epoch in range(epochs)) * self.num_val
+
+
+def start_network(job: TuneJob, backbone: dict[str, Tensor]) -> FrameEncoder:
+    """The pretrained backbone with a new head, small random weights: the same on every worker."""
+    config = job.clips.config
+    network = split_network(job.clips.model, create_network(job.clips.model, job.num_classes), with_head=False)
+    network.backbone.load_state_dict(backbone)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network.head = linear_head(network.dim, job.num_classes)
+        torch.nn.init.normal_(network.head.weight, std=_HEAD_STD)
+        torch.nn.init.zeros_(network.head.bias)
+    return network.requires_grad_(True)
+
+
+def clip_logits(network: torch.nn.Module, pictures: Tensor, bf16: bool) -> Tensor:
+    """uint8 [B, S, H, W, 3] -> float32 [B, C]: the mean of the frames' logits (TSN's consensus)."""
+    frames = pictures.flatten(0, 1)
+    if len(frames) == 1 and network.training:  # a batch norm refuses a single value a channel
+        frames = frames.repeat(2, 1, 1, 1)
+    with torch.autocast(frames.device.type, torch.bfloat16, enabled=bf16):
+        _, logits = network(frames)
+    logits = logits.float()
+    return logits[: pictures.shape[0] * pictures.shape[1]].unflatten(0, pictures.shape[:2]).mean(1)
+
+
+def smoothed(targets: Tensor, config: FinetuneConfig, task: str) -> Tensor:
+    """Multi-hot bool [B, C] -> what the loss wants: distributions (single) or probabilities (multi), smoothed."""
+    values = targets.float()
+    share = config.label_smoothing
+    if task == "single":
+        return values / values.sum(1, keepdim=True) * (1 - share) + share / values.shape[1]
+    return values * (1 - share) + share / 2
+
+
+def tune_loop(worker: dict[str, Any]) -> None:
+    """One Ray Train worker."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    job: TuneJob = worker["job"]
+    torch.set_num_threads(job.threads)
+    context = ray.train.get_context()
+    tuner = _Tuner(job, context.get_world_rank(), context.get_world_size(), get_device())
+    for epoch in range(tuner.first, job.clips.config.epochs):
+        row = {"epoch": epoch + 1, **tuner.train_epoch(epoch)}
+        if job.due(epoch):
+            row |= tuner.validate()
+        tuner.curve.append(row)
+        if job.due(epoch):
+            tuner.report()
+
+
+class _Tuner:
+    """The state of a worker."""
+
+    def __init__(self, job: TuneJob, rank: int, world: int, device: torch.device) -> None:
+        import ray
+        from ray.train.torch import prepare_model
+
+        self.job, self.config = job, job.clips.config
+        self.rank, self.world, self.device = rank, world, device
+        self.bf16 = use_bf16(self.config.precision, device)
+        self.labels = torch.from_numpy(np.array(ray.get(job.labels)))
+        self.failed: dict[str, str] = {}
+        """URI -> error type."""
+        self.bare = start_network(job, ray.get(job.backbone)).to(device)
+        self.optimizer = make_optimizer(self.bare, self.config)
+        self.first, self.curve = self._resume()
+        rows = np.arange(job.num_train)
+        # the others get rank 0's weights with the first step
+        sample = rows[:: -(-len(rows) // _SAMPLE)] if rank == 0 and not self.first and folded_norms(self.bare) else rows[:0]
+        self.clips = ClipStream(job.clips, [Work(sample), *self._work()])
+        if len(sample):
+            self._unfold(sample)
+        self.network = prepare_model(self.bare)
+
+    def _work(self) -> Iterator[Work]:
+        for epoch in range(self.first, self.config.epochs):
+            for batch in self._batches(epoch):
+                yield Work(batch[self.rank :: self.world], epoch)
+            if self.job.due(epoch):
+                yield Work(self._val_rows())
+
+    def _batches(self, epoch: int) -> list[np.ndarray]:
+        return epoch_batches(self.config.seed, epoch, self.job.num_train, self.config.batch_size)
+
+    def _val_rows(self) -> np.ndarray:
+        """This worker's share of the validation videos."""
+        return np.arange(self.job.num_train, len(self.labels))[self.rank :: self.world]
+
+    def _resume(self) -> tuple[int, list[dict[str, float]]]:
+        import ray
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return 0, []
+        with checkpoint.as_directory() as folder:
+            content = torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
+        self.bare.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.failed = content["failed"]
+        if self.rank == 0:
+            # so that progress counts what was done before
+            self.job.clips.counts.add.remote([None] * self.job.num_clips(len(content["curve"])))
+        return len(content["curve"]), content["curve"]
+
+    def _take(self, rows: np.ndarray) -> tuple[Tensor | None, Tensor]:
+        """The clips of `rows` that are ok: uint8 [B, S, H, W, 3] (None for none) and their rows int64 [B]; the failed ones are noted."""
+        clips = self.clips.take(rows)
+        for clip in clips:
+            if clip.error_type is not None:
+                self.failed[clip.uri] = clip.error_type
+        good = [clip for clip in clips if clip.pictures is not None]
+        found = torch.tensor([clip.row for clip in good], dtype=torch.int64)
+        return self._stack(good), found
+
+    def _stack(self, clips: Sequence[Clip]) -> Tensor | None:
+        if not clips:
+            return None
+        return torch.from_numpy(np.stack([clip.pictures for clip in clips if clip.pictures is not None])).to(self.device, non_blocking=True)
+
+    def _unfold(self, sample: np.ndarray) -> None:
+        size = self.config.batch_size
+        parts = (self._take(sample[start : start + size])[0] for start in range(0, len(sample), size))
+        unfold_norms(self.bare, (pictures.flatten(0, 1) for pictures in parts if pictures is not None))
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """One pass over the training videos: mean loss and accuracy over those that could be decoded, as they were seen in training."""
+        self.network.train()
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, right answers, videos
+        batches = self._batches(epoch)
+        lr = 0.0
+        for step, batch in enumerate(batches):
+            lr = set_lr(self.optimizer, self.config, epoch, step, len(batches))
+            # dropout is the same in an undisturbed and in a resumed run
+            torch.manual_seed(((self.config.seed * 1_000_003 + epoch) * 10_007 + step) * 101 + self.rank)
+            sums += self._step(batch)
+        self._add_up(sums)
+        if not sums[2]:
+            raise RunFailed(f"finetune: none of the {self.job.num_train} videos could be used")
+        loss, right = (float(value / sums[2]) for value in sums[:2])
+        if not np.isfinite(loss):
+            raise RunFailed(f"finetune: the loss is {loss} in epoch {epoch + 1}; lower finetune.lr ({self.config.lr})")
+        return {"loss": loss, "accuracy": right, "lr": lr}
+
+    def _step(self, batch: np.ndarray) -> Tensor:
+        """One step over a global batch; float64 [3]: this worker's sum of losses, right answers, number of clips."""
+        pictures, rows = self._take(batch[self.rank :: self.world])
+        counted = self._add_up(torch.tensor([float(len(rows))]))
+        if not counted:
+            return torch.zeros(3, dtype=torch.float64)
+        self.optimizer.zero_grad()
+        if pictures is None:
+            # nothing to learn here, but the others wait for this worker's gradients; statistics stay as they are
+            self.network.eval()
+            size = self.job.clips.model.size
+            blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=self.device)
+            (clip_logits(self.network, blank, self.bf16).sum() * 0).backward()
+            self.network.train()
+            result = torch.zeros(3, dtype=torch.float64)
+        else:
+            targets = self.labels[rows].to(self.device)
+            logits = clip_logits(self.network, pictures, self.bf16)
+            loss = classification_loss(logits, smoothed(targets, self.config, self.job.task), self.job.task)
+            # gradients are averaged over the workers: this makes it the mean over the batch
+            (loss * (len(rows) * self.world / counted)).backward()
+            right = targets[torch.arange(len(rows)), logits.argmax(1)].sum()
+            result = torch.tensor([float(loss.detach()) * len(rows), float(right), float(len(rows))], dtype=torch.float64)
+        clip_gradients(self.bare, self.config.clip_grad_norm)
+        self.optimizer.step()
+        return result
+
+    def _add_up(self, values: Tensor) -> float:
+        """Sum over the workers, in place; the last value."""
+        if self.world > 1:
+            moved = values.to(self.device)
+            dist.all_reduce(moved)
+            values.copy_(moved)
+        return float(values[-1])
+
+    def validate(self) -> dict[str, float]:
+        """Loss, top-1 and mAP on the validation videos, each by the middle frames of its segments; nothing where there are none."""
+        if not self.job.num_val:
+            return {}
+        self.network.eval()
+        for buffer in self.bare.buffers() if self.world > 1 else ():
+            dist.broadcast(buffer, 0)  # each worker has statistics of its own; rank 0's are kept
+        logits, rows = [torch.zeros(0, self.job.num_classes)], [torch.zeros(0, dtype=torch.int64)]
+        mine = self._val_rows()
+        for start in range(0, len(mine), self.config.batch_size):
+            pictures, found = self._take(mine[start : start + self.config.batch_size])
+            if pictures is not None:
+                with torch.inference_mode():
+                    logits.append(clip_logits(self.bare, pictures, self.bf16).cpu())
+                rows.append(found)
+        parts = self._gather((torch.cat(logits).numpy(), torch.cat(rows).numpy()))
+        found_logits = torch.from_numpy(np.concatenate([part[0] for part in parts]))
+        targets = self.labels[np.concatenate([part[1] for part in parts])]
+        if not len(targets):
+            return {}
+        wanted = smoothed(targets, self.config.model_copy(update={"label_smoothing": 0.0}), self.job.task)
+        scores = (found_logits.softmax(1) if self.job.task == "single" else found_logits.sigmoid()).numpy()
+        return {
+            "val_loss": float(classification_loss(found_logits, wanted, self.job.task)),
+            "val_top1": metrics.top1_accuracy(scores, targets.numpy()),
+            "val_mAP": metrics.mean_average_precision(scores, targets.numpy()),
+        }
+
+    def _gather(self, value: Any) -> list[Any]:
+        """The value of every worker, on every worker."""
+        if self.world == 1:
+            return [value]
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, value)
+        return parts
+
+    def report(self) -> None:
+        """Rank 0 writes the checkpoint, the others agree."""
+        import ray.train
+
+        self.failed = {uri: error for part in self._gather(self.failed) for uri, error in part.items()}
+        numbers = dict(self.curve[-1])
+        if self.rank != 0:
+            ray.train.report(numbers)
+            return
+        content = {
+            "model": {name: value.detach().cpu() for name, value in self.bare.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "curve": self.curve,
+            "failed": self.failed,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(content, Path(folder, STATE_FILE))
+            ray.train.report(numbers, checkpoint=ray.train.Checkpoint.from_directory(folder))
