@@ -11,19 +11,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tsq_ray.errors import ConfigError
+from tsq_ray.sections import OutputConfig, ResourcesConfig, Section, ServeConfig
 
 SamplerMode = Literal["both", "visual", "textual", "uniform", "random", "maxconf-l", "maxconf"]
 TSQ_MODES: tuple[str, ...] = ("both", "visual", "textual")
 """Modes that run the sampler network; the others are baselines."""
-
-
-class Section(BaseModel):
-    """A frozen settings section; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
 class DecodeConfig(Section):
@@ -255,56 +250,6 @@ class FinetuneConfig(Section):
         return self
 
 
-class OutputConfig(Section):
-    """What a run writes."""
-
-    rows_per_file: int = Field(default=128, ge=1)
-    """Rows of a Parquet part; also how many videos' work a killed worker can lose."""
-    compression: Literal["zstd", "snappy", "none"] = "zstd"
-    """Compression of the Parquet parts."""
-
-
-class ResourcesConfig(Section):
-    """What the stages ask of the cluster; 0 means: choose from what the cluster has."""
-
-    workers: int = Field(default=0, ge=0)
-    """Parallel workers of a CPU-only extraction (0: one a CPU)."""
-    decoders: int = Field(default=0, ge=0)
-    """Decoding workers beside GPU encoders (0: as many as there are CPUs left)."""
-    gpus: int = Field(default=-1, ge=-1)
-    """GPU workers (-1: one a GPU of the cluster; 0: CPU only)."""
-    batch_size: int = Field(default=8, ge=1)
-    """Videos a worker takes at a time."""
-    threads: int = Field(default=0, ge=0)
-    """Threads of each worker's network (0: CPUs / workers)."""
-
-
-class ScaleConfig(Section):
-    """How far a deployment scales."""
-
-    min_replicas: int = Field(default=1, ge=0)
-    """Fewest replicas."""
-    max_replicas: int = Field(default=1, ge=1)
-    """Most replicas."""
-    num_cpus: float = Field(default=0.25, ge=0)
-    """Logical CPUs of a replica; may be fractional."""
-    num_gpus: float = Field(default=0, ge=0)
-    """GPUs of a replica; may be fractional."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
-        return self
-
-
-class ReplicaConfig(ScaleConfig):
-    """How far one deployment of the Serve graph scales."""
-
-    max_ongoing_requests: int = Field(default=32, ge=1)
-    """Requests a replica takes at a time; above its batch size. A replica is added where more than half of them are taken."""
-
-
 class EvaluateConfig(Section):
     """What `tsq evaluate` measures."""
 
@@ -321,33 +266,6 @@ class EvaluateConfig(Section):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} names one twice")
         return self
-
-
-class ServeConfig(Section):
-    """The endpoint and its deployments."""
-
-    ingress: ScaleConfig = ScaleConfig(num_cpus=0.1)
-    """Takes the requests and checks them."""
-    decoder: ReplicaConfig = ReplicaConfig(max_replicas=2)
-    """Fetches and decodes."""
-    decoder_processes: int = Field(default=2, ge=1)
-    """Decoding child processes of each decoder replica."""
-    sampler: ReplicaConfig = ReplicaConfig()
-    """Encodes the T frames and chooses K."""
-    recognizer: ReplicaConfig = ReplicaConfig()
-    """Recognises the K frames."""
-    batch_size: int = Field(default=8, ge=1)
-    """Most videos in one batch of the sampler or the recogniser."""
-    batch_wait_s: float = Field(default=0.01, ge=0)
-    """Longest wait for a batch to fill, in seconds."""
-    max_queued_requests: int = Field(default=256, ge=1)
-    """Requests that an ingress replica has in hand, waiting ones too; one more is answered 429."""
-    request_timeout_s: float = Field(default=120.0, gt=0)
-    """Longest time of one request, its upload too, in seconds; past it the answer is 504."""
-    max_upload_mb: float = Field(default=256, gt=0)
-    """Largest upload, in MiB; a larger one gets 413."""
-    allowed_uri_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Folders, as paths or URIs, below which a request's `uri` may lie; none by default, so that nobody reads files through the endpoint."""
 
 
 class Config(Section):

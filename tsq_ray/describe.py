@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
 from typing import Any, Literal
 
 from tsq_ray import bundle as bundles
@@ -62,8 +63,10 @@ def _classifier(uri: str) -> dict[str, Any]:
 
 def _bundle(uri: str) -> dict[str, Any]:
     content, digest = bundles.read_bundle_settings(uri)
-    kept = ("task", "classes", "config", "sampler_shape")
-    described = {"kind": "bundle", "uri": storage.redact(uri)} | {key: content[key] for key in kept}
+    from tsq_ray.model import TSQShape
+
+    described = {"kind": "bundle", "uri": storage.redact(uri)} | {key: content[key] for key in ("task", "classes", "config")}
+    described["sampler_shape"] = asdict(TSQShape(**content["sampler_shape"]))  # with what a bundle from before a setting leaves out
     return described | {"gflops": bundle_gflops(content), "provenance": content["provenance"], "sha256": digest}
 
 

@@ -46,12 +46,12 @@ def estimate_extract(
         config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
     answerer = classifier_settings(recognizer) if recognizer is not None else None
     networks = load_networks(config, answerer)
-    encode = Encode(networks.visual, networks.objects, networks.recognizer)
+    encode = Encode(networks.visual, networks.objects, networks.recognizer, num_objects=config.encoders.num_objects)
     specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
     if answerer is not None:
         specs[RECOGNIZER] = frame_spec(answerer)
     decode = Decode(config.decode, specs)
-    arrow = schema.features_schema(config.decode.num_frames, networks.visual.dim, manifest.classes, networks.num_logits())
+    arrow = networks.features_schema(config, manifest.classes)
 
     def run(ref: VideoRef) -> dict[str, Any]:
         video = decode([ref])[0]

@@ -83,7 +83,7 @@ def extract(
         config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
     recognizer_settings = classifier_settings(recognizer) if recognizer is not None else None
     networks = load_networks(config, recognizer_settings)
-    features = schema.features_schema(config.decode.num_frames, networks.visual.dim, manifest.classes, networks.num_logits())
+    features = networks.features_schema(config, manifest.classes)
     identity = _identity(config, recognizer_settings, networks)
     runs.begin(out, "features", identity, manifest)
     current = runs.pick_current(runs.done_rows(out), manifest)
@@ -114,6 +114,10 @@ class Networks:
         """C of the recogniser."""
         return self.recognizer.head.out_features if self.recognizer is not None else None  # type: ignore[union-attr,return-value]
 
+    def features_schema(self, config: Config, classes: Sequence[str]) -> pa.Schema:
+        """Of the features that they make with these settings."""
+        return schema.features_schema(config.decode.num_frames, self.visual.dim, classes, self.num_logits(), config.encoders.num_objects)
+
     def hashes(self) -> dict[str, str]:
         """Identity of each network's weights; the object recogniser's with its head, which makes the objects."""
         found = {VISUAL: self.visual.backbone_hash(), OBJECTS: self.objects.state_hash()}
@@ -139,7 +143,8 @@ def _identity(config: Config, recognizer: ModelConfig | None, networks: Networks
             mode="json", include={"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
         ),
         # where weights lie does not matter, what they are does
-        "encoders": {name: model.model_dump(mode="json", exclude={"weights"}) for name, model in encoders.items()},
+        "encoders": {name: model.model_dump(mode="json", exclude={"weights"}) for name, model in encoders.items()}
+        | {"num_objects": config.encoders.num_objects},
         "recognizer": recognizer.model_dump(mode="json", exclude={"weights"}) if recognizer is not None else None,
         "weights": networks.hashes(),
     }
@@ -191,7 +196,7 @@ def _make_encode(plan: ExtractPlan) -> Encode:
 
     torch.set_num_threads(plan.threads)
     networks = load_networks(plan.config, plan.recognizer)
-    return Encode(networks.visual, networks.objects, networks.recognizer)
+    return Encode(networks.visual, networks.objects, networks.recognizer, num_objects=plan.config.encoders.num_objects)
 
 
 class ExtractWorker:

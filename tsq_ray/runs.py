@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tsq_ray import provenance, schema, storage
-from tsq_ray.config import Config, flatten
+from tsq_ray.config import Config, differing, flatten
 from tsq_ray.errors import ERROR_TYPES, RETRIED_ERROR_TYPES, RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest, same_content
 
@@ -95,7 +95,7 @@ def begin(uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest)
         write_json(storage.join(uri, CONFIG_FILE), want)
         return
     before, after = flatten(have), flatten(want)
-    differ = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    differ = differing(before, after)
     if differ:
         shown = "; ".join(f"{key.removeprefix('config.')}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""

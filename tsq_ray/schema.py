@@ -1,6 +1,6 @@
 """Column names and Arrow schemas: the contract between the stages. docs/data-format.md is generated from here.
 
-Legend: T frames a video, K chosen frames, C classes, d dimensions of a frame's visual feature.
+Legend: T frames a video, K chosen frames, C classes, d dimensions of a frame's visual feature, n objects a frame.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 TOP_OBJECTS = 10
-"""Objects kept a frame (paper, section 3.2: top 10)."""
+"""Objects stored a frame unless encoders.num_objects says otherwise (paper, table 9: top 10)."""
 TOP_LABELS = 5
 """Labels in `top_labels`."""
 CLASSES_KEY = b"tsq.classes"
@@ -27,20 +27,20 @@ MANIFEST_KEY = b"tsq.manifest"
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `dims` names the shape of a tensor ("T", "d", "C" or a number), empty for other types."""
+    """One column: `dims` names the shape of a tensor ("T", "d", "n", "C"), empty for other types."""
 
     name: str
     type: pa.DataType
     doc: str
     unit: str = ""
     nullable: bool = False
-    dims: tuple[str | int, ...] = ()
+    dims: tuple[str, ...] = ()
 
     def field(self, sizes: Mapping[str, int]) -> pa.Field:
         """The Arrow field with the dimensions of this run put in."""
         if not self.dims:
             return pa.field(self.name, self.type, nullable=self.nullable)
-        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
+        shape = tuple(sizes[dim] for dim in self.dims)
         return pa.field(self.name, pa.fixed_shape_tensor(self.type, shape), nullable=True)
 
 
@@ -83,8 +83,8 @@ FEATURES = (
     FRAME_INDEX,
     FRAME_PTS,
     Column("visual", pa.float16(), "pooled feature of each frame, before the classifier", dims=("T", "d")),
-    Column("object_ids", pa.int16(), "ImageNet-1K classes of the 10 most probable objects", dims=("T", TOP_OBJECTS)),
-    Column("object_probs", pa.float16(), "their softmax probabilities, not renormalised", dims=("T", TOP_OBJECTS)),
+    Column("object_ids", pa.int16(), "ImageNet-1K classes of the n most probable objects, best first", dims=("T", "n")),
+    Column("object_probs", pa.float16(), "their softmax probabilities, not renormalised", dims=("T", "n")),
 )
 RECOGNIZER_LOGITS = Column(
     "recognizer_logits", pa.float16(), "the recogniser's logits of each frame (extract --recognizer)", dims=("T", "C")
@@ -126,10 +126,12 @@ def manifest_schema(classes: Sequence[str] | None) -> pa.Schema:
     return arrow_schema(MANIFEST, {}, classes)
 
 
-def features_schema(num_frames: int, dim: int, classes: Sequence[str] | None, num_logits: int | None = None) -> pa.Schema:
+def features_schema(
+    num_frames: int, dim: int, classes: Sequence[str] | None, num_logits: int | None = None, num_objects: int = TOP_OBJECTS
+) -> pa.Schema:
     """Schema of a features part; `num_logits` (C of the recogniser) adds `recognizer_logits`."""
     columns = FEATURES if num_logits is None else (*FEATURES, RECOGNIZER_LOGITS)
-    return arrow_schema(columns, {"T": num_frames, "d": dim, "C": num_logits or 0}, classes)
+    return arrow_schema(columns, {"T": num_frames, "d": dim, "n": num_objects, "C": num_logits or 0}, classes)
 
 
 def predictions_schema(num_frames: int, num_classes: int, classes: Sequence[str] | None, with_scores: bool = True) -> pa.Schema:

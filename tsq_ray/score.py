@@ -15,9 +15,10 @@ import pyarrow as pa
 
 from tsq_ray import metrics, runs, runtime, schema, storage
 from tsq_ray.bundle import read_bundle_settings
-from tsq_ray.config import Config, ReplicaConfig
+from tsq_ray.config import Config
 from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef, choose_split, read_manifest
+from tsq_ray.sections import ReplicaConfig
 from tsq_ray.stages import failed_row
 
 _TRIES = 3

@@ -25,7 +25,7 @@ from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, baselines, object_embeddings, saliency, select_frames
 from tsq_ray.model.selection import Selection
-from tsq_ray.schema import TOP_LABELS
+from tsq_ray.schema import TOP_LABELS, TOP_OBJECTS
 
 VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
 """The three pictures that one decode makes of each frame."""
@@ -108,9 +108,9 @@ class FrameFeatures:
     visual: np.ndarray
     """float32 [T, D]."""
     object_ids: np.ndarray | None
-    """int16 [T, 10]."""
+    """int16 [T, n]."""
     object_probs: np.ndarray | None
-    """float32 [T, 10]."""
+    """float32 [T, n]."""
     visual_logits: np.ndarray | None = None
     """float32 [T, C] of the frame head, where the visual encoder has one."""
     recognizer_logits: np.ndarray | None = None
@@ -118,7 +118,7 @@ class FrameFeatures:
 
 
 class Encode:
-    """Frames -> FrameFeatures. Each distinct source frame is encoded once."""
+    """Frames -> FrameFeatures, with the `num_objects` most probable objects. Each distinct source frame is encoded once."""
 
     def __init__(
         self,
@@ -126,8 +126,9 @@ class Encode:
         objects: FrameEncoder | None,
         recognizer: FrameEncoder | None = None,
         device: torch.device | None = None,
+        num_objects: int = TOP_OBJECTS,
     ) -> None:
-        self.device = device or best_device()
+        self.device, self.num_objects = device or best_device(), num_objects
         self.visual = visual.to(self.device)
         self.objects = objects.to(self.device) if objects is not None else None
         self.recognizer = recognizer.to(self.device) if recognizer is not None else None
@@ -144,7 +145,7 @@ class Encode:
             _, object_logits = self._run(self.objects, videos, OBJECTS)
             assert object_logits is not None
             for number, scores in enumerate(object_logits):
-                top_ids, top_probs = top_objects(scores)
+                top_ids, top_probs = top_objects(scores, self.num_objects)
                 ids[number], probs[number] = top_ids.numpy().astype(np.int16), top_probs.numpy()
         if self.recognizer is not None:
             _, found = self._run(self.recognizer, videos, RECOGNIZER)
@@ -188,7 +189,8 @@ class Sample:
         self.encode: Encode | None = None
         self.device = device or best_device()
         if config.mode in (*TSQ_MODES, "maxconf-l"):
-            self.encode = Encode(bundle.encoder, bundle.objects if self.textual else None, device=self.device)
+            objects, kept = bundle.objects if self.textual else None, bundle.sampler.shape.top_objects
+            self.encode = Encode(bundle.encoder, objects, device=self.device, num_objects=kept)
             self.network: TSQNet = bundle.sampler.to(self.device).eval()
             self.network.fold()
             self.vocabulary = bundle.vocabulary.to(self.device) if self.textual and bundle.vocabulary is not None else None

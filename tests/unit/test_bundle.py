@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,10 @@ from tsq_ray.bundle import (
     save_classifier,
 )
 from tsq_ray.config import ModelConfig
+from tsq_ray.describe import describe
 from tsq_ray.encoders import load_encoder
 from tsq_ray.errors import ModelError
+from tsq_ray.model import TSQNet
 
 CLASSES = ["cats", "dogs"]
 
@@ -88,10 +91,6 @@ def test_a_bundle_without_a_recogniser_loads(tmp_path: Path) -> None:
 
 
 def test_a_visual_bundle_has_no_textual_files(bundle: Path, tmp_path: Path) -> None:
-    import dataclasses
-
-    from tsq_ray.model import TSQNet
-
     full = load_bundle(str(bundle))
     network = TSQNet(dataclasses.replace(full.sampler.shape, modules="visual"))
     save_bundle(dataclasses.replace(full, sampler=network, objects=None, vocabulary=None), str(tmp_path / "visual"))
@@ -104,6 +103,34 @@ def test_a_visual_bundle_has_no_textual_files(bundle: Path, tmp_path: Path) -> N
         "recognizer.safetensors",
         "sampler.safetensors",
     ]
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"attention": "class-agnostic"}, {"classifier": "shared", "num_layers": 2, "num_heads": 2, "self_attention": True, "top_objects": 3}],
+    ids=["class-agnostic", "the others"],
+)
+def test_a_variant_comes_back_as_it_was(made: Path, tmp_path: Path, variant: dict[str, Any]) -> None:
+    first = load_bundle(str(made))
+    network = TSQNet(dataclasses.replace(first.sampler.shape, **variant))
+    save_bundle(dataclasses.replace(first, sampler=network), str(tmp_path / "variant"))
+    second = load_bundle(str(tmp_path / "variant")).sampler
+    assert second.shape == network.shape
+    assert same_networks(network, second)
+
+
+def test_a_bundle_from_before_the_variants_is_the_default_one(bundle: Path) -> None:
+    now = load_bundle(str(bundle))
+    content = json.loads((bundle / BUNDLE_FILE).read_text())
+    first = ("num_classes", "visual_dim", "text_dim", "dim_visual", "dim_textual", "dropout", "swap_values", "modules")
+    old_shape = {key: content["sampler_shape"][key] for key in first}
+    old_encoders = {key: content["config"]["encoders"][key] for key in ("visual", "objects", "text")}
+    change_settings(bundle, BUNDLE_FILE, sampler_shape=old_shape, config=content["config"] | {"encoders": old_encoders})
+    old = load_bundle(str(bundle))
+    assert old.sampler.shape == now.sampler.shape
+    assert old.encoders == now.encoders
+    assert same_networks(old.sampler, now.sampler)
+    assert describe(str(bundle))["sampler_shape"] == dataclasses.asdict(now.sampler.shape)
 
 
 def change_settings(folder: Path, name: str, **changes: Any) -> None:

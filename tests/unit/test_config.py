@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tsq_ray.config import Config, ReplicaConfig, check_budget, flatten, load_config, validate_config
+from tsq_ray.config import (
+    Config,
+    check_budget,
+    check_top_objects,
+    differing,
+    flatten,
+    load_config,
+    validate_config,
+)
 from tsq_ray.errors import ConfigError
+from tsq_ray.sections import ReplicaConfig
 
 
 @pytest.fixture
@@ -139,3 +148,46 @@ def test_the_defaults_are_the_papers() -> None:
     train = config.train
     assert (train.epochs, train.lr, train.momentum, train.weight_decay, train.batch_size) == (100, 1e-2, 0.9, 0.0, 64)
     assert (train.alpha, train.beta, train.dim_visual, train.dim_textual) == (0.6, 0.6, 512, 256)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["train.num_heads=3"], "settings train: num_heads 3 does not divide dim_visual 512; take a divisor of it"),
+        (["train.num_heads=8", "train.dim_textual=20"], "num_heads 8 does not divide dim_textual 20"),
+        (["train.attention=class-agnostic", "train.classifier=shared"], "a 'shared' row makes the same score for every category; leave"),
+        (["train.attention=class-agnostic", "train.self_attention=true"], "self_attention needs several queries"),
+        (["train.classifier=class-agnostic"], "setting train.classifier = 'class-agnostic': input should be 'class-specific' or 'shared'"),
+        (["encoders.num_objects=1001"], "setting encoders.num_objects = 1001: .*less than or equal to 1000"),
+    ],
+)
+def test_impossible_variants_are_refused_in_one_line(sets: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(sets=sets)
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_need_not_divide_the_dims_of_a_module_that_is_not_there() -> None:
+    assert load_config(sets=["train.num_heads=8", "train.dim_textual=20", "train.modules=visual"]).train.num_heads == 8
+
+
+def test_more_objects_than_the_features_hold_are_refused() -> None:
+    check_top_objects(10, 10)
+    with pytest.raises(ConfigError, match=r"train.top_objects is 20, above encoders.num_objects = 10, what the features hold"):
+        check_top_objects(20, 10)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({"train.lr": 0.1}, {"train.lr": 0.1, "train.num_heads": 1}, []),
+        ({"train.lr": 0.1}, {"train.lr": 0.1, "train.num_heads": 8}, ["train.num_heads"]),
+        ({"a.train.lr": 0.1, "a.train.num_heads": 8}, {"a.train.lr": 0.1}, ["a.train.num_heads"]),
+        ({"recognizer": None}, {"recognizer.size": 224}, ["recognizer.size"]),
+        ({"weights.a": "x"}, {"weights.b": "x"}, ["weights.a", "weights.b"]),
+        ({"limit": 5}, {}, ["limit"]),
+    ],
+    ids=["default", "another value", "older now", "a section that was not there", "no settings", "no section"],
+)
+def test_a_record_from_before_a_setting_has_its_default(before: dict[str, object], after: dict[str, object], expected: list[str]) -> None:
+    assert differing(before, after) == expected

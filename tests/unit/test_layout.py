@@ -17,6 +17,7 @@ ORDER = (
     *(
         "errors",
         "schema",
+        "sections",
         "config",
         "storage",
         "labels",

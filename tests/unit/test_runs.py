@@ -141,6 +141,15 @@ def test_another_configuration_is_refused_with_the_keys(folder: Folder) -> None:
         folder.begin(other)
 
 
+def test_a_folder_from_before_a_setting_goes_on_with_its_default(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, [ref(1)])
+    encoders = {"visual": {"size": 188}}
+    folder.begin({"encoders": encoders})
+    folder.begin({"encoders": encoders | {"num_objects": 10}})
+    with pytest.raises(RunError, match=r"encoders.num_objects: None there, 50 now"):
+        folder.begin({"encoders": encoders | {"num_objects": 50}})
+
+
 def test_another_manifest_is_refused(folder: Folder) -> None:
     folder.manifest = dataclasses.replace(folder.manifest, id="another source")
     with pytest.raises(RunError, match="manifest_id: 'source' there, 'another source' now"):

@@ -140,6 +140,12 @@ def test_optional_columns(arrow: pa.Schema, present: set[str], absent: set[str])
     assert schema.classes_of(arrow) == []
 
 
+def test_features_may_hold_another_number_of_objects() -> None:
+    arrow = schema.features_schema(T, D, None, num_objects=3)
+    assert json.loads(arrow.metadata[schema.SHAPES_KEY])["object_probs"] == [T, 3]
+    assert arrow.field("object_ids").type.shape == [T, 3]
+
+
 def test_a_tensor_of_another_shape_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"visual: shape \(3, 3\), the schema says \(3, 4\)"):
         schema.table_from_rows([features_row(1) | {"visual": np.zeros((3, 3))}], schema.features_schema(T, D, None))

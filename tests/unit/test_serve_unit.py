@@ -13,8 +13,9 @@ import pytest
 from bundle_case import make_bundle
 from starlette.requests import Request
 
-from tsq_ray.config import ReplicaConfig, ScaleConfig, ServeConfig, load_config
+from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError, ModelError, UserError
+from tsq_ray.sections import ReplicaConfig, ScaleConfig, ServeConfig
 from tsq_ray.serve.access import TOKEN_VARIABLE, check_binding, check_token_rule, is_loopback, read_token
 from tsq_ray.serve.endpoint import check_room
 from tsq_ray.serve.requests import RequestError, check_prefix, check_token, limited, read_form, read_request, read_uri

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tsq_ray.config import SamplerConfig
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import ConfigError, ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
+from tsq_ray.model import TSQNet, object_embeddings, saliency
 from tsq_ray.stages import (
     OBJECTS,
     RECOGNIZER,
@@ -104,6 +106,30 @@ def test_encode_gives_each_slot_its_features(bundle: Bundle) -> None:
     short = features[1].visual
     assert np.array_equal(short[:3], short[3:6])
     assert not np.array_equal(short[0], short[1])
+
+
+def test_encode_gives_as_many_objects_as_it_is_asked_for(bundle: Bundle) -> None:
+    few, every = (Encode(bundle.encoder, bundle.objects, device=CPU, num_objects=count)([video(bundle, 0)])[0] for count in (3, 1000))
+    assert few.object_ids is not None
+    assert every.object_ids is not None
+    assert every.object_probs is not None
+    assert np.array_equal(few.object_ids, every.object_ids[:, :3])
+    assert np.array_equal(np.sort(every.object_ids, axis=1), np.tile(np.arange(1000), (NUM_FRAMES, 1)))
+    np.testing.assert_allclose(every.object_probs.sum(axis=1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_objects", [1, 10])
+def test_scoring_sees_the_objects_that_training_saw(bundle: Bundle, top_objects: int) -> None:
+    shape = dataclasses.replace(bundle.sampler.shape, top_objects=top_objects)
+    network = TSQNet(shape).eval().requires_grad_(False)
+    network.load_state_dict(bundle.sampler.state_dict())
+    one = video(bundle, 0)
+    sampled = Sample(dataclasses.replace(bundle, sampler=network), SamplerConfig(budget=BUDGET), CPU)([(ref(0), one)])[0]
+    feature = Encode(bundle.encoder, bundle.objects, device=CPU)([one])[0]
+    ids, probs = (torch.from_numpy(array[None, :, :top_objects]) for array in (feature.object_ids, feature.object_probs))
+    output = network(torch.from_numpy(feature.visual)[None], object_embeddings(ids, probs, bundle.vocabulary))
+    expected = saliency(output.attention_textual, output.logits_textual, "single")[0]
+    np.testing.assert_allclose(sampled.row["saliency_textual"], expected.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_encode_gives_a_video_the_same_alone_and_in_company(bundle: Bundle) -> None:

@@ -98,7 +98,7 @@ def test_swap_gathers_with_the_other_attention_through_the_own_classifier(swap_v
         values = branch.conv(frames)
         if swap_values == "projected":
             values = branch.value(values)
-        torch.testing.assert_close(logits, branch.classify(attention, values))
+        torch.testing.assert_close(logits, branch.look_with([attention], [values]))
 
 
 def attention_parameters(net: TSQNet, name: str) -> list[Tensor]:
@@ -195,11 +195,12 @@ def test_set_embeddings() -> None:
         make_net(modules="visual").set_embeddings(None, torch.zeros(C, DT))
 
 
-def test_object_embeddings_are_the_kept_objects_weighted() -> None:
+@pytest.mark.parametrize("count", [10, 300, 1000], ids=["rows", "matrix", "all"])
+def test_object_embeddings_are_the_kept_objects_weighted(count: int) -> None:
     generator = torch.Generator().manual_seed(2)
     vocabulary = torch.randn(1000, 12, generator=generator)
     dense = torch.rand(2, 4, 1000, generator=generator).softmax(-1)
-    probs, ids = dense.topk(10, dim=-1)
+    probs, ids = dense.topk(count, dim=-1)
     kept = torch.zeros_like(dense).scatter(-1, ids, probs)
     torch.testing.assert_close(object_embeddings(ids.to(torch.int16), probs, vocabulary), kept @ vocabulary)
     half = object_embeddings(ids.to(torch.int16), probs.half(), vocabulary)

@@ -28,9 +28,12 @@ class Selection:
 def saliency(attention: Tensor, logits: Tensor, task: Literal["single", "multi"], top_classes: int = 5) -> Tensor:
     """s_i = sum over the most probable classes of p_c A_c,i (equation 5): attention [B, C, T], logits [B, C] -> [B, T].
 
+    Class-agnostic attention, [B, 1, T], is the saliency itself (section 4.4).
     p is softmax(z), or sigmoid(z) for the multi-label task, and is not renormalised over the `top_classes`; of classes with the
     same p the first ones are taken.
     """
+    if attention.shape[1] == 1:
+        return attention[:, 0]
     probabilities = logits.softmax(dim=1) if task == "single" else logits.sigmoid()
     weights, classes = probabilities.sort(dim=1, descending=True, stable=True)
     count = min(top_classes, logits.shape[1])

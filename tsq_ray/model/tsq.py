@@ -1,17 +1,21 @@
 """The Temporal Saliency Query network (paper, section 3): which frames does each category ask for?
 
-Shapes: B videos, T frames, C classes, D dims of an input (Dv visual, Dt textual), d' dims inside a module.
+Shapes: B videos, T frames, C classes, D dims of an input (Dv visual, Dt textual), d' dims inside a module, H heads, Q queries: C of
+them, or 1 with class-agnostic attention.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tsq_ray.model.layers import TSQLayer
 
 _POSITION_RMS = math.sqrt(0.5)
 """Root mean square of a sinusoidal positional embedding."""
@@ -37,63 +41,90 @@ class TSQShape:
     """What swap attention gathers: X after the conv, as equation 3 prints it, or X W_v."""
     modules: Literal["both", "visual"] = "both"
     """VQM and TQM, or the paper's VQM-only."""
+    attention: Literal["class-specific", "class-agnostic"] = "class-specific"
+    """A query a category, or one query for all of them (table 7)."""
+    classifier: Literal["class-specific", "shared"] = "class-specific"
+    """A weight row a category, or one row for the responses of all of them (table 7)."""
+    num_layers: int = 1
+    """Decoder blocks one after the other (table A.5)."""
+    num_heads: int = 1
+    """H, attention heads; divides d' of both modules (table A.5)."""
+    self_attention: bool = False
+    """Whether the queries attend to each other before they ask the frames (table A.4)."""
+    top_objects: int = 10
+    """Objects of each frame whose embeddings make up its textual feature (table 9); the network itself does not see them."""
+
+    @property
+    def num_queries(self) -> int:
+        """Q."""
+        return 1 if self.attention == "class-agnostic" else self.num_classes
 
 
 @dataclass
 class TSQOutput:
     """Coarse predictions z and saliencies A of one batch; what was not computed is None.
 
-    The swap logits exist in training mode only; everything textual is None without a TQM or without text features.
+    The swap logits exist in training mode only; everything textual is None without a TQM or without text features. A is that of the last
+    layer, averaged over its heads.
     """
 
     logits_visual: Tensor
     """z^v, [B, C]."""
     attention_visual: Tensor
-    """A^v, [B, C, T]; each row sums to 1."""
+    """A^v, [B, Q, T]; each row sums to 1."""
     logits_textual: Tensor | None = None
     """z^t, [B, C]."""
     attention_textual: Tensor | None = None
-    """A^t, [B, C, T]."""
+    """A^t, [B, Q, T]."""
     logits_t2v: Tensor | None = None
     """Of the visual frames gathered with A^t, [B, C]; A^t is not detached (equation 3)."""
     logits_v2t: Tensor | None = None
     """Of the textual frames gathered with A^v, [B, C]; A^v is detached (table A.2: VQM does not feel beta)."""
 
 
-class TSQBranch(nn.Module):
-    """One query module: reduction d -> d', TSQ layer, class-specific classifier (equations 1 and 2).
+class _Look(NamedTuple):
+    logits: Tensor
+    """[B, C]."""
+    attentions: list[Tensor]
+    """[B * H, Q, T] of each layer."""
+    values: list[Tensor]
+    """X W_v [B, T, d'] of each layer."""
 
-    The layer is Query2Label's decoder block with one head, without self-attention and without the queries in the residual:
 
-        Q = conv(E) W_q,  K = (conv(X) + P) W_k,  V = conv(X) W_v,  A = softmax(Q K^T / sqrt(d')),  R = A V
-        R' = norm(dropout(R W_o));  R^ = norm(R' + dropout(FFN(R')));  z_c = W_c . R^_c + b_c
+class TSQBranch(TSQLayer):
+    """One query module: reduction d -> d', TSQ layer, classifier (equations 1 and 2).
 
-    P is the sinusoidal positional embedding, on the keys only; FFN has one hidden ReLU layer of d' units. The projections Q, W_o and
-    the two of the FFN are the 4 C d'^2 multiply-adds that the paper's 0.36 G (VQM) and 0.10 G (TQM) need. A 1D convolution of
-    kernel 1 is one linear map at each position; E and X share it: section 3.2 adds *a* convolution "to E and X" (the cost is
-    the same either way).
+    The module is its own first layer (the only one in the paper, whose parameters are then `query`, `key`, ... of the module);
+    `further` holds the others. Queries and frames are conv(embeddings) and conv(features). The projections Q, W_o and the two of the FFN
+    are the 4 C d'^2 multiply-adds that the paper's 0.36 G (VQM) and 0.10 G (TQM) need. A 1D convolution of kernel 1 is one linear map
+    at each position; E and X share it: section 3.2 adds *a* convolution "to E and X" (the cost is the same either way).
+
+    The classifier is z_c = W_c . R^_c + b_c; with shared rows W . R^_c + b_c; of the one response of class-agnostic attention W_c . R^ + b_c.
     """
 
     folded_queries: Tensor | None
+    folded_embeddings: Tensor | None
 
-    def __init__(self, num_classes: int, in_dim: int, dim: int, dropout: float) -> None:
-        super().__init__()
-        self.dim = dim
-        self.embeddings = nn.Parameter(torch.empty(num_classes, in_dim))
+    def __init__(self, shape: TSQShape, in_dim: int, dim: int) -> None:
+        possible = (shape.attention, shape.classifier) != ("class-agnostic", "shared")
+        assert possible, "one response and one row give every class the same score"
+        nn.Module.__init__(self)
+        self.shape = shape
+        self.embeddings = nn.Parameter(torch.empty(shape.num_queries, in_dim))
         self.conv = nn.Linear(in_dim, dim)
-        self.query = nn.Linear(dim, dim)
-        self.key = nn.Linear(dim, dim)
-        self.value = nn.Linear(dim, dim)
-        self.out = nn.Linear(dim, dim)
-        self.norm_response = nn.LayerNorm(dim)
-        self.ffn_in = nn.Linear(dim, dim)
-        self.ffn_out = nn.Linear(dim, dim)
-        self.norm_ffn = nn.LayerNorm(dim)
-        self.class_weight = nn.Parameter(torch.empty(num_classes, dim))
-        self.class_bias = nn.Parameter(torch.zeros(num_classes))
-        self.dropout = nn.Dropout(dropout)
+        block = dim, shape.num_heads, shape.dropout, shape.self_attention
+        self._add_block(*block)
+        self.further = nn.ModuleList(TSQLayer(*block) for _ in range(shape.num_layers - 1))
+        self.class_weight = nn.Parameter(torch.empty(1 if shape.classifier == "shared" else shape.num_classes, dim))
+        self.class_bias = nn.Parameter(torch.zeros(shape.num_classes))
         self.register_buffer("folded_queries", None, persistent=False)
+        self.register_buffer("folded_embeddings", None, persistent=False)
         self.reset_parameters()
+
+    @property
+    def layers(self) -> list[TSQLayer]:
+        """All decoder blocks, first to last."""
+        return [self, *(layer for layer in self.further if isinstance(layer, TSQLayer))]
 
     def reset_parameters(self) -> None:
         """Xavier for the projections; embeddings N(0, 1); classifier rows as a linear layer's. `balance` follows before training."""
@@ -111,31 +142,56 @@ class TSQBranch(nn.Module):
         """The convolution: [B, T, D] -> [B, T, d']."""
         return self.conv(frames.to(self.conv.weight.dtype))
 
-    def attend(self, frames: Tensor) -> Tensor:
-        """A [B, C, T] of projected frames [B, T, d'] (equation 1, left)."""
-        queries = self.folded_queries if self.folded_queries is not None else self._queries()
-        keys = self.key(frames + _positions(frames.shape[1], self.dim, frames))
-        scores = F.linear(keys, queries).transpose(1, 2)
-        return (scores / math.sqrt(self.dim)).softmax(dim=-1)
+    def look(self, frames: Tensor) -> _Look:
+        """What the module makes of projected frames [B, T, d']."""
+        response: Tensor | None = None
+        attentions, values = [], []
+        queries, embeddings = self._queries()
+        for layer in self.layers:
+            if response is not None:
+                queries = layer.ask(embeddings + response)
+            attentions.append(layer.attend(queries, frames))
+            values.append(layer.value(frames))
+            response = layer.respond(attentions[-1], values[-1], response)
+        assert response is not None
+        return _Look(self.classify(response), attentions, values)
 
-    def classify(self, attention: Tensor, values: Tensor) -> Tensor:
-        """Logits [B, C] of the responses R = A V (equation 1, right, and 2); attention [B, C, T], values [B, T, d']."""
-        response = self.norm_response(self.dropout(self.out(torch.bmm(self.dropout(attention), values))))
-        hidden = self.ffn_out(self.dropout(F.relu(self.ffn_in(response))))
-        response = self.norm_ffn(response + self.dropout(hidden))
+    def look_with(self, attentions: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """Logits [B, C] of values [B, T, d'] gathered with another module's attention, layer by layer (equation 3)."""
+        response: Tensor | None = None
+        for layer, attention, gathered in zip(self.layers, attentions, values, strict=True):
+            response = layer.respond(attention, gathered, response)
+        assert response is not None
+        return self.classify(response)
+
+    def classify(self, response: Tensor) -> Tensor:
+        """Logits [B, C] of the last layer's response [B, Q, d'] (equation 2)."""
+        if self.shape.attention == "class-agnostic":
+            return F.linear(response[:, 0], self.class_weight, self.class_bias)
+        if self.shape.classifier == "shared":
+            return F.linear(response, self.class_weight)[..., 0] + self.class_bias
         return torch.einsum("bcd,cd->bc", response, self.class_weight) + self.class_bias
 
-    def _queries(self) -> Tensor:
-        return self.query(self.conv(self.embeddings))
+    def saliency_map(self, attentions: Sequence[Tensor]) -> Tensor:
+        """A [B, Q, T]: of the last layer, averaged over the heads."""
+        last = attentions[-1]
+        return last if self.num_heads == 1 else last.unflatten(0, (-1, self.num_heads)).mean(1)
+
+    def _queries(self) -> tuple[Tensor, Tensor]:
+        """The first layer's projected queries and, for the further ones, conv(E)."""
+        if self.folded_queries is not None and self.folded_embeddings is not None:
+            return self.folded_queries, self.folded_embeddings
+        embeddings = self.conv(self.embeddings)
+        return self.ask(embeddings), embeddings
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Keep conv(E) W_q, which does not hang on the video."""
-        self.folded_queries = self._queries()
+        """Keep what does not hang on the video."""
+        self.folded_queries, self.folded_embeddings = self._queries()
 
     def unfold(self) -> None:
         """Compute the queries from E at each call again."""
-        self.folded_queries = None
+        self.folded_queries = self.folded_embeddings = None
 
     def train(self, mode: bool = True) -> TSQBranch:
         """Training drops the folded queries: E is about to change."""
@@ -150,24 +206,25 @@ class TSQNet(nn.Module):
     def __init__(self, shape: TSQShape) -> None:
         super().__init__()
         self.shape = shape
-        self.visual = TSQBranch(shape.num_classes, shape.visual_dim, shape.dim_visual, shape.dropout)
+        self.visual = TSQBranch(shape, shape.visual_dim, shape.dim_visual)
         self.textual: TSQBranch | None = None
         if shape.modules == "both":
-            self.textual = TSQBranch(shape.num_classes, shape.text_dim, shape.dim_textual, shape.dropout)
+            self.textual = TSQBranch(shape, shape.text_dim, shape.dim_textual)
 
     @torch.no_grad()
     def set_embeddings(self, visual: Tensor | None, textual: Tensor | None) -> None:
         """Start E^v from prototypes [C, Dv] and E^t from the class names' text embeddings [C, Dt]; None leaves the random start.
 
-        Both are in the space of the input features: the convolution projects them as it does the frames.
+        Both are in the space of the input features: the convolution projects them as it does the frames. The one query of class-agnostic
+        attention starts at their mean.
         """
         for branch, embeddings in ((self.visual, visual), (self.textual, textual)):
             if embeddings is None:
                 continue
             assert branch is not None, "textual embeddings given to a VQM-only network"
-            expected = tuple(branch.embeddings.shape)
+            expected = self.shape.num_classes, branch.embeddings.shape[1]
             assert tuple(embeddings.shape) == expected, f"embeddings of shape {tuple(embeddings.shape)}, expected {expected}"
-            branch.embeddings.copy_(embeddings)
+            branch.embeddings.copy_(embeddings.mean(0, keepdim=True) if self.shape.attention == "class-agnostic" else embeddings)
             branch.unfold()
 
     @torch.no_grad()
@@ -177,8 +234,8 @@ class TSQNet(nn.Module):
         - The convolution centres the frames and makes them as large as the positional embedding. Features of different encoders
           differ in size by an order of magnitude and have a large mean in common. Where they come out larger, attention is sharp from the
           first step and stays where it happened to look; where smaller, it sees positions instead of frames.
-        - W_k starts equal to W_q. With two independent random matrices a prototype is no more like its own frames than like others,
-          whatever it was initialised with; so Q K^T starts as the similarity of query and frame.
+        - W_k starts equal to W_q, in every layer. With two independent random matrices a prototype is no more like its own frames than
+          like others, whatever it was initialised with; so Q K^T starts as the similarity of query and frame.
         """
         for branch, frames in ((self.visual, visual), (self.textual, text)):
             if branch is None or frames is None:
@@ -189,7 +246,8 @@ class TSQNet(nn.Module):
             if size > 0:
                 branch.conv.weight.mul_(_POSITION_RMS / size)
             branch.conv.bias.copy_(-(branch.conv.weight @ mean))
-            branch.key.weight.copy_(branch.query.weight)
+            for layer in branch.layers:
+                layer.key.weight.copy_(layer.query.weight)
             branch.unfold()
 
     def forward(self, visual: Tensor, text: Tensor | None) -> TSQOutput:
@@ -198,26 +256,25 @@ class TSQNet(nn.Module):
         In evaluation mode `text` may be None: then only the VQM runs.
         """
         frames_v = self.visual.project(visual)
-        attention_v = self.visual.attend(frames_v)
-        values_v = self.visual.value(frames_v)
-        output = TSQOutput(self.visual.classify(attention_v, values_v), attention_v)
+        visual_look = self.visual.look(frames_v)
+        output = TSQOutput(visual_look.logits, self.visual.saliency_map(visual_look.attentions))
         if self.textual is None:
             return output
         if text is None:
             assert not self.training, "a network with a TQM trains on both features; text is None"
             return output
         frames_t = self.textual.project(text)
-        attention_t = self.textual.attend(frames_t)
-        values_t = self.textual.value(frames_t)
-        output.logits_textual, output.attention_textual = self.textual.classify(attention_t, values_t), attention_t
+        text_look = self.textual.look(frames_t)
+        output.logits_textual, output.attention_textual = text_look.logits, self.textual.saliency_map(text_look.attentions)
         if self.training:
-            as_printed = self.shape.swap_values == "input"
-            output.logits_t2v = self.visual.classify(attention_t, frames_v if as_printed else values_v)
-            output.logits_v2t = self.textual.classify(attention_v.detach(), frames_t if as_printed else values_t)
+            as_printed, layers = self.shape.swap_values == "input", self.shape.num_layers
+            output.logits_t2v = self.visual.look_with(text_look.attentions, [frames_v] * layers if as_printed else visual_look.values)
+            detached = [attention.detach() for attention in visual_look.attentions]
+            output.logits_v2t = self.textual.look_with(detached, [frames_t] * layers if as_printed else text_look.values)
         return output
 
     def fold(self) -> None:
-        """Compute each module's queries once, for inference (halves its cost); `train()` and new weights drop them.
+        """Compute what hangs on no video once, for inference (halves the cost of one layer); `train()` and new weights drop it.
 
         The state dict stays the same.
         """
@@ -235,16 +292,11 @@ class TSQNet(nn.Module):
 
 
 def object_embeddings(object_ids: Tensor, object_probs: Tensor, vocabulary: Tensor) -> Tensor:
-    """X^t = O W with all but the kept objects zero: ids and probabilities [B, T, 10], vocabulary [1000, D] -> [B, T, D] (section 3.2)."""
+    """X^t = O W with all but the kept objects zero: ids and probabilities [B, T, n], vocabulary [1000, D] -> [B, T, D] (section 3.2)."""
     kept = object_ids.shape[-1]
-    weights = object_probs.reshape(-1, kept).to(vocabulary.dtype)
-    frames = F.embedding_bag(object_ids.reshape(-1, kept).long(), vocabulary, per_sample_weights=weights, mode="sum")
+    ids, weights = object_ids.reshape(-1, kept).long(), object_probs.reshape(-1, kept).to(vocabulary.dtype)
+    if kept * 8 > len(vocabulary):  # picking rows one by one is slower than the whole product
+        frames = weights.new_zeros(len(ids), len(vocabulary)).scatter_(1, ids, weights) @ vocabulary
+    else:
+        frames = F.embedding_bag(ids, vocabulary, per_sample_weights=weights, mode="sum")
     return frames.reshape(*object_ids.shape[:-1], vocabulary.shape[1])
-
-
-def _positions(num_frames: int, dim: int, like: Tensor) -> Tensor:
-    """Sinusoidal positional embedding [T, d'] (Vaswani et al. 2017, section 3.5), of `like`'s device and dtype."""
-    position = torch.arange(num_frames, device=like.device, dtype=torch.float32)[:, None]
-    rate = torch.exp(torch.arange(0, dim, 2, device=like.device, dtype=torch.float32) * (-math.log(10000.0) / dim))
-    waves = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1)
-    return waves.reshape(num_frames, -1)[:, :dim].to(like.dtype)

@@ -14,10 +14,11 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from tsq_ray.bundle import load_bundle
-from tsq_ray.config import Config, ReplicaConfig, ScaleConfig
+from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef
+from tsq_ray.sections import ReplicaConfig, ScaleConfig
 from tsq_ray.stages import Recognize, Sample, Sampled, bundle_specs, source_of
 
 Decoded = tuple[VideoRef, DecodedVideo | VideoError | StorageError]

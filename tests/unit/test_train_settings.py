@@ -1,0 +1,72 @@
+"""From settings to a training: what features carry on, what old ones leave out, how the ablations' settings reach the network."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tsq_ray import runs
+from tsq_ray.config import Config, load_config
+from tsq_ray.errors import ConfigError, RunError
+from tsq_ray.model import TSQShape
+from tsq_ray.train import settings_for, train
+from tsq_ray.train.tsqnet import _shape
+
+
+def features(folder: Path, *sets: str, leave_out: str = "") -> str:
+    """The `_run.json` of features made with these settings; by a version that did not know `encoders.<leave_out>`."""
+    config = load_config(None, sets).model_dump(mode="json")
+    config["encoders"].pop(leave_out, None)
+    runs.write_json(str(folder / runs.RUN_FILE), {"format": 1, "kind": "features", "config": config})
+    return str(folder)
+
+
+def test_features_carry_their_number_of_objects(tmp_path: Path) -> None:
+    uri = features(tmp_path, "encoders.num_objects=50")
+    assert settings_for(uri).encoders.num_objects == 50
+    with pytest.raises(RunError, match=r"encoders.num_objects: 50 there, 10 asked for"):
+        settings_for(uri, None, ("encoders.num_objects=10",))
+
+
+def test_features_from_before_the_setting_hold_ten_objects(tmp_path: Path) -> None:
+    uri = features(tmp_path, leave_out="num_objects")
+    assert settings_for(uri).encoders.num_objects == 10
+    assert settings_for(uri, None, ("encoders.num_objects=10",)) == settings_for(uri)
+    with pytest.raises(RunError, match=r"encoders.num_objects: None there, 50 asked for"):
+        settings_for(uri, None, ("encoders.num_objects=50",))
+
+
+def test_more_objects_than_the_features_hold_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    config = load_config(None, ["train.top_objects=20"])
+    with pytest.raises(ConfigError, match=r"train.top_objects is 20, above encoders.num_objects = 10"):
+        train(str(tmp_path / "nowhere"), str(tmp_path / "out"), config)
+
+
+def test_every_setting_of_a_variant_reaches_the_network() -> None:
+    variant: dict[str, Any] = {
+        "attention": "class-agnostic",
+        "classifier": "class-specific",
+        "num_layers": 2,
+        "num_heads": 4,
+        "self_attention": False,
+        "top_objects": 7,
+        "dim_visual": 32,
+        "dim_textual": 16,
+        "dropout": 0.25,
+        "swap_values": "projected",
+    }
+    config = load_config(None, base={"train": variant})
+    data = SimpleNamespace(classes=["a", "b"], visual=np.zeros((1, 2, 24), np.float16), dim=24)
+    shape = _shape(config, data, SimpleNamespace(vocabulary=np.zeros((1000, 12))))  # type: ignore[arg-type]
+    assert dataclasses.asdict(shape).items() >= {**variant, "num_classes": 2, "visual_dim": 24, "text_dim": 12, "modules": "both"}.items()
+
+
+def test_the_default_settings_are_the_default_network() -> None:
+    data = SimpleNamespace(classes=["a", "b"], visual=np.zeros((1, 2, 1280), np.float16), dim=1280)
+    shape = _shape(Config(), data, SimpleNamespace(vocabulary=np.zeros((1000, 768))))  # type: ignore[arg-type]
+    assert shape == TSQShape(2)
