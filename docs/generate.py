@@ -282,6 +282,8 @@ def kind_text(kind: Any) -> str:
         return words[kind]
     if get_origin(kind) is Annotated:
         return kind_text(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(map(kind_text, get_args(kind)))
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         return f"list of {kind_text(inner[0])}" if Ellipsis in inner else f"{len(inner)} x {kind_text(inner[0])}"
