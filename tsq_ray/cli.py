@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from tsq_ray.console import counts_text, index_text, prediction_text, run_text, training_text, tree_text
-from tsq_ray.errors import RunError, StorageError, TsqError, UserError
+from tsq_ray.console import (
+    bare_retry,
+    counts_text,
+    evaluation_text,
+    guarded,
+    index_text,
+    prediction_text,
+    run_text,
+    training_text,
+    tree_text,
+    without_options,
+)
+from tsq_ray.errors import RunError
 
 app = typer.Typer(
     name="tsq",
@@ -25,9 +35,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-USAGE_ERROR: Any = typer.BadParameter.__base__
-"""click's UsageError; newer versions of typer carry a click of their own."""
 
 
 class Role(StrEnum):
@@ -257,6 +264,41 @@ def serve(
 
 
 @app.command()
+def evaluate(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="FEATURES|PREDICTIONS...", help="One features folder with recognizer_logits, or finished runs of score."),
+    ],
+    model: Model,
+    out: Out,
+    annotations: Annotated[
+        str | None, typer.Option("--annotations", metavar="FILE", help="Known salient segments (docs/evaluation.md).")
+    ] = None,
+    tables: Annotated[
+        list[str] | None,
+        typer.Option("--table", metavar="NAME", help="Only this one, table2 or figure3 for example; repeatable; default: all."),
+    ] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    address: Address = None,
+    submit: Submit = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """The paper's tables: samplers x budgets, ablations, GFLOPs; or finished predictions, compared as they are."""
+    if submit:
+        return submit_command(address)
+    from tsq_ray.evaluate import evaluate as run
+    from tsq_ray.evaluate import settings_for
+
+    settings = settings_for(model, str(config) if config else None, tuple(sets or ()))
+    options = {"annotations": annotations, "tables": tables or (), "split": split, "address": address, "debug": debug}
+    summary = run(sources, model, out, settings, show_progress=not as_json, **options)  # type: ignore[arg-type]
+    return show(summary, as_json, evaluation_text(summary))
+
+
+@app.command()
 def report(
     predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
     out: Annotated[str, typer.Option("--out", metavar="FILE.html", help="The page.")],
@@ -360,69 +402,11 @@ def submit_command(address: str | None) -> None:
         raise typer.Exit(1)
 
 
-def without_options(argv: Sequence[str], flags: Sequence[str], options: Sequence[str]) -> list[str]:
-    """A command line without some flags and some options with their values."""
-    kept, skip = [], False
-    for item in argv:
-        if skip:
-            skip = False
-        elif item in options:
-            skip = True
-        elif item not in flags and not item.startswith(tuple(f"{option}=" for option in options)):
-            kept.append(item)
-    return kept
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 the run failed, 2 wrong input."""
     arguments = bare_retry(list(sys.argv[1:] if argv is None else argv)) or ["--help"]
     debug = "--debug" in arguments
     return guarded(lambda: app(args=arguments, prog_name="tsq", standalone_mode=False), debug)
-
-
-def bare_retry(argv: list[str]) -> list[str]:
-    """`--retry-failed` without a reason means all of them."""
-    from tsq_ray.errors import ERROR_TYPES
-
-    fixed = []
-    for number, item in enumerate(argv):
-        fixed.append(item)
-        following = argv[number + 1] if number + 1 < len(argv) else ""
-        if item == "--retry-failed" and following not in (*ERROR_TYPES, "all") and (not following or following.startswith("-")):
-            fixed.append("all")
-    return fixed
-
-
-def guarded(run: Callable[[], Any], debug: bool) -> int:
-    """Run and turn what is raised into one line and an exit code."""
-    try:
-        code = run()
-        return code if isinstance(code, int) else 0
-    except typer.Exit as end:
-        return end.exit_code
-    except typer.Abort:
-        return fail("interrupted", 1, debug)
-    except KeyboardInterrupt:
-        return fail("interrupted; give the same command again to go on where it stopped", 1, debug)
-    except (UserError, StorageError) as error:
-        return fail(str(error), 2, debug)
-    except TsqError as error:
-        return fail(str(error), 1, debug)
-    except USAGE_ERROR as error:
-        where = error.ctx.command_path if error.ctx else "tsq"
-        return fail(f"{' '.join(error.format_message().split())} (see {where} --help)", 2, debug)
-    except Exception as error:  # noqa: BLE001  the last border: everything else is a defect, told in one line
-        return fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1, debug)
-
-
-def fail(message: str, code: int, debug: bool) -> int:
-    """One line on stderr; with --debug the traceback before it."""
-    from tsq_ray.storage import redact
-
-    if debug:
-        traceback.print_exc()
-    print(f"error: {' '.join(redact(message).split())}", file=sys.stderr)  # noqa: T201
-    return code
 
 
 if __name__ == "__main__":

@@ -1,8 +1,18 @@
-"""What the commands print for a person: summaries as text."""
+"""What surrounds the commands: summaries as text for a person, errors as one line and an exit code, the command line as it was given."""
 
 from __future__ import annotations
 
+import sys
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import typer
+
+from tsq_ray.errors import StorageError, TsqError, UserError
+
+USAGE_ERROR: Any = typer.BadParameter.__base__
+"""click's UsageError; newer versions of typer carry a click of their own."""
 
 
 def run_text(run: dict[str, Any], out: str) -> str:
@@ -67,6 +77,18 @@ def training_text(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, f"out: {summary['out']}"])
 
 
+def evaluation_text(summary: dict[str, Any]) -> str:
+    """What evaluate measured: each table's rows, then where the files are."""
+    lines = []
+    for table in summary["tables"].values():
+        rows = [list(table["rows"][0]), *(list(row.values()) for row in table["rows"])] if table["rows"] else []
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+        lines += [table["title"], *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)]
+        lines += [f"  {note}" for note in table["notes"] if note.startswith(("sign in the paper", "warning", "not measured"))]
+        lines += [f"  files: {', '.join(table['files'])}", ""]
+    return "\n".join([*lines, f"trained now: {summary['trained_now']}", f"out: {summary['out']}"])
+
+
 def prediction_text(row: dict[str, Any]) -> str:
     """One video's labels and frames."""
     if row["status"] != "ok":
@@ -91,3 +113,61 @@ def tree_text(tree: dict[str, Any], indent: str = "") -> str:
         else:
             lines.append(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
     return "\n".join(lines)
+
+
+def without_options(argv: Sequence[str], flags: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command line without some flags and some options with their values."""
+    kept, skip = [], False
+    for item in argv:
+        if skip:
+            skip = False
+        elif item in options:
+            skip = True
+        elif item not in flags and not item.startswith(tuple(f"{option}=" for option in options)):
+            kept.append(item)
+    return kept
+
+
+def bare_retry(argv: list[str]) -> list[str]:
+    """`--retry-failed` without a reason means all of them."""
+    from tsq_ray.errors import ERROR_TYPES
+
+    fixed = []
+    for number, item in enumerate(argv):
+        fixed.append(item)
+        following = argv[number + 1] if number + 1 < len(argv) else ""
+        if item == "--retry-failed" and following not in (*ERROR_TYPES, "all") and (not following or following.startswith("-")):
+            fixed.append("all")
+    return fixed
+
+
+def guarded(run: Callable[[], Any], debug: bool) -> int:
+    """Run and turn what is raised into one line and an exit code."""
+    try:
+        code = run()
+        return code if isinstance(code, int) else 0
+    except typer.Exit as end:
+        return end.exit_code
+    except typer.Abort:
+        return fail("interrupted", 1, debug)
+    except KeyboardInterrupt:
+        return fail("interrupted; give the same command again to go on where it stopped", 1, debug)
+    except (UserError, StorageError) as error:
+        return fail(str(error), 2, debug)
+    except TsqError as error:
+        return fail(str(error), 1, debug)
+    except USAGE_ERROR as error:
+        where = error.ctx.command_path if error.ctx else "tsq"
+        return fail(f"{' '.join(error.format_message().split())} (see {where} --help)", 2, debug)
+    except Exception as error:  # noqa: BLE001  the last border: everything else is a defect, told in one line
+        return fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1, debug)
+
+
+def fail(message: str, code: int, debug: bool) -> int:
+    """One line on stderr; with --debug the traceback before it."""
+    from tsq_ray.storage import redact
+
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(redact(message).split())}", file=sys.stderr)  # noqa: T201
+    return code

@@ -79,11 +79,12 @@ def predictions(tmp_path: Path) -> Path:
 
 
 def test_table_row_counts_measures_and_finds_the_evidence(predictions: Path) -> None:
-    from jobs.quickstart_table import read_segments, table_row
+    from jobs.quickstart_table import table_row
+    from tsq_ray.evaluate import read_annotations
 
     annotations = predictions.parent / "videos" / "annotations.json"
     annotations.parent.mkdir()
     videos = {"a.mp4": {"label": "cats", "segments": [[0.5, 1.5]]}, "b.mp4": {"label": "dogs", "segments": [[0, 3]]}}
     annotations.write_text(json.dumps({"videos": videos}))
     assert table_row("x", str(predictions), None) == ["x", "2", "1", "1.000", "0.500"]
-    assert table_row("x", str(predictions), read_segments(str(annotations))) == ["x", "2", "1", "1.000", "0.500", "0.750"]
+    assert table_row("x", str(predictions), read_annotations(str(annotations))) == ["x", "2", "1", "1.000", "0.500", "0.750"]

@@ -1,0 +1,164 @@
+"""The paper's tables as lists of configurations: which settings a row changes, which columns are measured, which signs the paper saw.
+
+Only names and overrides: what a configuration does is in train/ and model/. A row's figure is mAP at `sampler.budget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+from tsq_ray.config import Config
+
+Mode = Literal["both", "visual", "textual"]
+VQM: tuple[str, Mode] = ("VQM", "visual")
+TQM: tuple[str, Mode] = ("TQM", "textual")
+OURS: tuple[str, Mode] = ("TSQNet", "both")
+_VISUAL = {"modules": "visual"}
+_APART = {"modules": "both", "alpha": 0.0, "beta": 0.0}
+"""Without swap losses the two modules share nothing, so that the TQM is what it would be alone."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration: what the table's first columns say, and what it changes of `train.*` and `encoders.text.*`."""
+
+    cells: tuple[str, ...]
+    train: Mapping[str, Any]
+    text: Mapping[str, Any] = field(default_factory=dict)
+    mode: Mode | None = None
+    """How this row's network chooses, where it is not as the column says."""
+
+
+@dataclass(frozen=True)
+class Trend:
+    """A sign that the paper saw: `better` above `worse`, each (row, column) of the table, by number."""
+
+    better: tuple[int, int]
+    worse: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A table of the paper; `columns` are (title, sampler.mode), each measured with the row's network."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[Row, ...]
+    columns: tuple[tuple[str, Mode], ...]
+    trends: tuple[Trend, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+TABLES = ("table7", "table8", "table9", "table10", "tableA2", "tableA3", "tableA4", "tableA5")
+
+
+def ablation(name: str, config: Config, num_objects: int) -> Ablation:
+    """The table of that name, for these settings and features that hold `num_objects` objects a frame."""
+    if name == "table8":
+        return _table8(config.train.alpha or 0.6, config.train.beta or 0.6)
+    if name == "table9":
+        return _table9(config, num_objects)
+    fixed = {"table7": _table7, "table10": _table10, "tableA2": _table_a2, "tableA3": _table_a3, "tableA4": _table_a4, "tableA5": _table_a5}
+    return fixed[name]()
+
+
+def _table7() -> Ablation:
+    agnostic, specific = "class-agnostic", "class-specific"
+    rows = (
+        # one query gives one response; its classifier has a row a class, d' -> C, as the paper's CA + CA
+        Row(("CA", "CA"), _VISUAL | {"attention": agnostic, "classifier": specific}),
+        Row(("CS", "CA"), _VISUAL | {"attention": specific, "classifier": "shared"}),
+        Row(("CS", "CS"), _VISUAL | {"attention": specific, "classifier": specific}),
+    )
+    return Ablation(
+        "Table 7: class-specific designs, VQM trained alone", ("Attention", "Classifier"), rows, (VQM,), (_above(2, 0), _above(0, 1))
+    )
+
+
+def _table8(alpha: float, beta: float) -> Ablation:
+    rows = tuple(
+        Row((f"{a:g}", f"{b:g}"), {"modules": "both", "alpha": a, "beta": b})
+        for a, b in ((0.0, 0.0), (alpha, 0.0), (0.0, beta), (alpha, beta))
+    )
+    trends = (
+        *(Trend((3, 2), (3, 1)), Trend((3, 1), (3, 0))),  # fusion above VQM above TQM
+        *(Trend((1, 0), (0, 0)), Trend((2, 0), (0, 0)), Trend((3, 2), (0, 2))),  # swap losses help the TQM, and the whole
+    )
+    return Ablation("Table 8: fusion and swap losses", ("weight of L_t->v", "weight of L_v->t"), rows, (TQM, VQM, OURS), trends)
+
+
+def _table9(config: Config, num_objects: int) -> Ablation:
+    rows, notes, trends = [], [], []
+    for place in config.evaluate.word_vectors:
+        rows.append(Row((PurePosixPath(place).stem, "top 10"), _APART | {"top_objects": min(10, num_objects)}, {"weights": place}))
+    if not rows:
+        notes.append("static word vectors (GloVe, word2vec): not measured, no file in evaluate.word_vectors")
+    model = config.encoders.text.model.rpartition("/")[2]
+    if num_objects > 10:
+        rows.append(Row((model, f"top {num_objects}"), _APART | {"top_objects": num_objects}))
+        trends.append(_above(len(rows), len(rows) - 1))
+    else:
+        notes.append(
+            f"all objects: not measured, the features hold {num_objects} a frame; "
+            "extract with --set encoders.num_objects=1000 into another folder"
+        )
+    rows.append(Row((model, "top 10"), _APART | {"top_objects": min(10, num_objects)}))
+    trends += [_above(len(rows) - 1, number) for number in range(len(config.evaluate.word_vectors))]
+    return Ablation(
+        "Table 9: textual features, TQM alone (joint network without swap losses)",
+        ("Text", "Usage"),
+        tuple(rows),
+        (TQM,),
+        tuple(trends),
+        tuple(notes),
+    )
+
+
+def _table10() -> Ablation:
+    rows = (
+        Row(("Vis", "Random"), _VISUAL | {"init_visual": "random"}),
+        Row(("Vis", "Prototype"), _VISUAL | {"init_visual": "prototype"}),
+        Row(("Text", "Random"), _APART | {"init_textual": "random"}, mode="textual"),
+        Row(("Text", "Text emb."), _APART | {"init_textual": "text"}, mode="textual"),
+    )
+    title = "Table 10: start of the TSQ embeddings; VQM trained alone, TQM in the joint network without swap losses"
+    return Ablation(title, ("Branch", "Init"), rows, (("mAP", "visual"),), (_above(1, 0), _above(3, 2)))
+
+
+def _table_a2() -> Ablation:
+    betas = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    rows = tuple(Row((f"{beta:g}",), {"modules": "both", "alpha": 0.0, "beta": beta}) for beta in betas)
+    trends = (Trend((3, 0), (0, 0)), Trend((3, 1), (0, 1)), Trend((3, 0), (5, 0)))
+    return Ablation("Table A.2: beta, with alpha = 0", ("beta",), rows, (OURS, TQM, VQM), trends)
+
+
+def _table_a3() -> Ablation:
+    alphas = (0.0, 0.2, 0.4, 0.6, 0.8)
+    rows = tuple(Row((f"{alpha:g}",), {"modules": "both", "alpha": alpha, "beta": 0.6}) for alpha in alphas)
+    trends = (Trend((3, 0), (0, 0)), Trend((3, 1), (0, 1)), Trend((3, 2), (4, 2)), Trend((3, 0), (4, 0)))
+    return Ablation("Table A.3: alpha, with beta = 0.6", ("alpha",), rows, (OURS, TQM, VQM), trends)
+
+
+def _table_a4() -> Ablation:
+    rows = (
+        Row(("with self-attention",), _VISUAL | {"self_attention": True}),
+        Row(("without self-attention",), _VISUAL | {"self_attention": False}),
+    )
+    return Ablation("Table A.4: self-attention among the queries, VQM trained alone", ("Method",), rows, (VQM,), (_above(1, 0),))
+
+
+def _table_a5() -> Ablation:
+    rows = tuple(
+        Row((f"{layers} layer{'s' * (layers > 1)} {heads} head{'s' * (heads > 1)}",), _VISUAL | {"num_layers": layers, "num_heads": heads})
+        for layers, heads in ((1, 8), (2, 1), (1, 1))
+    )
+    title = "Table A.5: layers and heads, VQM trained alone"
+    return Ablation(title, ("Method",), rows, (VQM,), (_above(2, 0), _above(2, 1)))
+
+
+def _above(better: int, worse: int) -> Trend:
+    """In a table of one column."""
+    return Trend((better, 0), (worse, 0))

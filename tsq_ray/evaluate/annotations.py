@@ -1,0 +1,89 @@
+"""Known salient segments of videos, and how many of a sampler's frames lie in them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from tsq_ray import storage
+from tsq_ray.errors import ManifestError
+from tsq_ray.metrics import salient_recall
+
+Segment = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Salient segments, in seconds, by normalised URI, by path below some folder, or by a video's bare name."""
+
+    by_name: Mapping[str, list[Segment]]
+    sha256: str
+
+    def of(self, uri: str) -> list[Segment]:
+        """The segments of a video: by its URI, else by the longest end of its path that is known, else by its name without the suffix."""
+        if uri in self.by_name:
+            return self.by_name[uri]
+        parts = uri.split("/")
+        ends = ["/".join(parts[start:]) for start in range(len(parts))]
+        stem = PurePosixPath(parts[-1]).stem
+        return next((self.by_name[name] for name in (*ends, stem, stem.removeprefix("v_")) if name in self.by_name), [])
+
+
+def read_annotations(uri: str) -> Annotations:
+    """Read known salient segments. Three formats, told apart by their content:
+
+    - `{"videos": {path: {"segments": [[start_s, end_s], ...]}}}`: what jobs/sample_archive.py writes; paths are relative to the file.
+    - `{"videos": [{"path", "fps", "segments": [{"start_frame", "end_frame", "kind"}, ...]}]}`: frames, the last one not included, of
+      which those of kind "sal" are salient.
+    - ActivityNet's JSON: `{"database": {id: {"annotations": [{"segment": [start_s, end_s]}, ...]}}}`; a video's file is `id.*` or `v_id.*`.
+
+    ManifestError where it is none of them.
+    """
+    uri = storage.normalize(uri)
+    data = storage.read_bytes(uri)
+    try:
+        found = _segments(json.loads(data), storage.parent_of(uri))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(
+            f"--annotations {storage.redact(uri)}: not readable as salient segments ({type(error).__name__}: {error}); "
+            "expected ActivityNet JSON ({'database': ...}) or {'videos': ...} (docs/evaluation.md)"
+        ) from None
+    return Annotations(found, storage.sha256_of(data))
+
+
+def _segments(content: Any, folder: str) -> dict[str, list[Segment]]:
+    if "database" in content:
+        return {name: [_pair(note["segment"]) for note in video["annotations"]] for name, video in content["database"].items()}
+    videos = content["videos"]
+    if isinstance(videos, list):
+        read = {video["path"]: _from_frames(video) for video in videos}
+    else:
+        read = {path: [_pair(pair) for pair in video["segments"]] for path, video in videos.items()}
+    return read | {storage.normalize(storage.join(folder, path)): segments for path, segments in read.items()}
+
+
+def _pair(pair: Sequence[float]) -> Segment:
+    start, end = pair
+    return float(start), float(end)
+
+
+def _from_frames(video: Mapping[str, Any]) -> list[Segment]:
+    # half a frame on each side: a frame's time as float32 may lie just beside its number / fps
+    fps = float(video["fps"])
+    salient = (part for part in video["segments"] if part["kind"] == "sal")
+    return [((part["start_frame"] - 0.5) / fps, (part["end_frame"] - 0.5) / fps) for part in salient]
+
+
+def on_evidence(chosen: Iterable[tuple[str, Sequence[float]]], annotations: Annotations) -> float:
+    """Mean over the videos of the share of the chosen frames that lie in a salient segment (`metrics.salient_recall`).
+
+    `chosen`: URI and presentation times in seconds of each video's frames. Videos without a known segment are left out; nan where
+    none is left.
+    """
+    shares = [salient_recall(pts_s, annotations.of(uri)) for uri, pts_s in chosen]
+    known = [share for share in shares if not math.isnan(share)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,161 @@
+"""What an evaluation is about, and the trainings it needs: run as Ray tasks, kept as they finish.
+
+Legend: V videos, T frames, D dims, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from tsq_ray import runtime, storage
+from tsq_ray.bundle import Bundle
+from tsq_ray.config import Config, TextConfig, TrainConfig
+from tsq_ray.encoders import object_names, text_encoder
+from tsq_ray.errors import ModelError
+from tsq_ray.evaluate.annotations import Annotations
+from tsq_ray.evaluate.data import Features, VideoSet
+from tsq_ray.evaluate.samplers import Task, frame_head_logits, true_class_probability
+from tsq_ray.evaluate.store import Store
+from tsq_ray.evaluate.trained import Job, Learned, arrays_of, learn
+from tsq_ray.model import TSQShape
+from tsq_ray.prototypes import prototypes
+
+
+@dataclass
+class Bench:
+    """The data, the bundle and the settings of an evaluation, and the trainings so far."""
+
+    bundle: Bundle
+    features: Features
+    config: Config
+    annotations: Annotations | None
+    store: Store
+    learned: dict[Job, Learned] = field(default_factory=dict)
+
+    @property
+    def videos(self) -> VideoSet:
+        """The measured ones."""
+        return self.features.measured
+
+    @property
+    def task(self) -> Task:
+        """single or multi."""
+        return self.bundle.task
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the trainings and the random baseline."""
+        return self.config.evaluate.seeds
+
+    def job(self, train: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> Job:
+        """A training of TSQNet: the settings with some of `train.*` and `encoders.text.*` changed. ConfigError for values that do not go together."""
+        values = self.config.train.model_dump() | dict(train) | {"seed": seed, "task": self.task}
+        return Job("tsq", TrainConfig.model_validate(values), self.config.encoders.text.model_copy(update=dict(text)))
+
+    def scsampler(self, seed: int) -> Job:
+        """A training of the ranker."""
+        return Job("scsampler", TrainConfig(seed=seed), TextConfig())
+
+    def shape(self, config: TrainConfig, text_dim: int) -> TSQShape:
+        """The network that a training makes: every field of the shape that is a setting is taken from there."""
+        names = {item.name for item in dataclasses.fields(TSQShape)} & set(TrainConfig.model_fields)
+        settings = {name: getattr(config, name) for name in names}
+        dim = self.videos.visual.shape[-1]
+        return TSQShape(num_classes=len(self.bundle.classes), visual_dim=dim, text_dim=text_dim, **settings)
+
+
+def train_all(bench: Bench, jobs: Iterable[Job], *, address: str | None, show: bool, debug: bool) -> int:
+    """Put the result of every job into `bench.learned`: from the store, or trained now in parallel, one CPU each; how many were trained now.
+
+    Each result is published as it comes in. Raises what a training raised; a loss that is not finite is a result ("diverged").
+    """
+    wanted = list(dict.fromkeys(job for job in jobs if job not in bench.learned))
+    todo = []
+    for job in wanted:
+        found = bench.store.read(job)
+        if found is None:
+            todo.append(job)
+        else:
+            bench.learned[job] = found
+    if not todo:
+        return 0
+    assert bench.features.training is not None, "nothing to train on: the caller leaves such samplers out"
+    side = _Side(bench, bench.features.training)
+    calls = [(job, side.arguments(job)) for job in todo]
+    with runtime.cluster(address, debug) as ray:
+        arrays = side.training_arrays(any(job.kind == "scsampler" for job in todo))
+        shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
+        texts = {id(text): ray.put(text) for _, (_, text, _) in calls if text is not None}
+        task = ray.remote(num_cpus=1, max_retries=3)(learn)
+        top = bench.config.sampler.top_classes
+        pending = {
+            task.remote(job, *shared, shape, texts[id(text)] if text is not None else None, start, top): job
+            for job, (shape, text, start) in calls
+        }
+        with runtime.progress_display(len(todo), "evaluate", show, "trainings") as update:
+            while pending:
+                ready, _ = ray.wait(list(pending), timeout=0.5)
+                for reference in ready:
+                    job = pending.pop(reference)
+                    try:
+                        bench.learned[job] = ray.get(reference)
+                    except ray.exceptions.RayError as error:
+                        raise runtime.run_failed(error, "evaluate") from error
+                    bench.store.write(job, bench.learned[job])
+                update(len(todo) - len(pending), 0)
+    return len(todo)
+
+
+class _Side:
+    """What trainings start from, each made once."""
+
+    def __init__(self, bench: Bench, training: VideoSet) -> None:
+        self.bench, self.training = bench, training
+        self.logits: np.ndarray | None = None
+        self.texts: dict[TextConfig, dict[str, np.ndarray]] = {}
+        self.starts: dict[int, np.ndarray] = {}
+
+    def arguments(self, job: Job) -> tuple[TSQShape | None, dict[str, np.ndarray] | None, dict[str, np.ndarray | None]]:
+        """Shape, text embeddings and first queries of a training."""
+        if job.kind == "scsampler":
+            return None, None, {}
+        text = self._text(job.text) if job.config.modules == "both" else None
+        shape = self.bench.shape(job.config, text["vocabulary"].shape[1] if text else 1)
+        start = {
+            "visual": self._prototypes(job.config.seed) if job.config.init_visual == "prototype" else None,
+            "textual": text["classes"] if text and job.config.init_textual == "text" else None,
+        }
+        return shape, text, start
+
+    def training_arrays(self, with_teacher: bool) -> dict[str, np.ndarray]:
+        """The training videos; with the recogniser's probability of the true class for the ranker."""
+        teacher = {"teacher": true_class_probability(self.training, self.bench.task)} if with_teacher else {}
+        return arrays_of(self.training) | teacher
+
+    def _text(self, config: TextConfig) -> dict[str, np.ndarray]:
+        if config not in self.texts:
+            encoder, classes = text_encoder(config), self.bench.bundle.classes
+            self.texts[config] = {"vocabulary": encoder.embed(object_names()).numpy(), "classes": encoder.embed(classes).numpy()}
+            unknown = [name for name, row in zip(classes, self.texts[config]["classes"], strict=True) if not row.any()]
+            if unknown:
+                raise ModelError(
+                    f"text weights {storage.redact(config.weights)!r}: no word of {len(unknown)} class names (first: {unknown[0]!r}); "
+                    "take other vectors"
+                )
+        return self.texts[config]
+
+    def _prototypes(self, seed: int) -> np.ndarray:
+        if seed not in self.starts:
+            head, task = self.bench.bundle.encoder.head, self.bench.task
+            assert head is not None, "a bundle's encoder has the frame head"
+            if self.logits is None:
+                self.logits = frame_head_logits(head, self.training)
+            labels: Sequence[Sequence[int]] = [np.flatnonzero(row).tolist() for row in self.training.targets]
+            num_classes = len(self.bench.bundle.classes)
+            self.starts[seed] = prototypes(self.training.visual, self.logits, labels, num_classes, seed, task).numpy()
+        return self.starts[seed]

@@ -1,0 +1,130 @@
+"""What a choice of frames is worth and what it costs. Legend: V videos, T frames, C classes, K budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from tsq_ray import metrics
+from tsq_ray.bundle import Bundle
+from tsq_ray.evaluate.annotations import Annotations, on_evidence
+from tsq_ray.evaluate.data import VideoSet
+from tsq_ray.evaluate.samplers import Sampler, Task, probabilities
+from tsq_ray.evaluate.trained import SCSAMPLER_HIDDEN
+from tsq_ray.model import TSQShape
+from tsq_ray.model.flops import Counting, Mode, cost_table, network_multiply_adds
+
+Cost = Literal["uniform", "maxconf", "maxconf-l", "visual", "textual", "both", "scsampler"]
+"""As sampler.mode, and "scsampler": the light encoder on T frames, its ranker, the recogniser on K."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure, measured once or once a seed."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return float(np.mean(self.values))
+
+    @property
+    def half(self) -> float | None:
+        """Half the 95 % interval of the mean over the seeds (Student's t); None of a single value."""
+        count = len(self.values)
+        if count < 2:
+            return None
+        return float(student_t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count))
+
+    def above(self, other: Figure) -> Figure:
+        """The difference, seed by seed where both have the same seeds; of the means otherwise."""
+        if len(self.values) == len(other.values):
+            return Figure(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
+        if len(other.values) == 1:
+            return Figure(tuple(value - other.values[0] for value in self.values))
+        if len(self.values) == 1:
+            return Figure(tuple(self.values[0] - value for value in other.values))
+        return Figure((self.mean - other.mean,))
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one sampler, budget and seed; fractions 0..1, nan where they cannot be told."""
+
+    map: float
+    map_interpolated: float
+    top1: float
+    recall: float
+    """Mean share of the chosen frames that lie in a known salient segment."""
+    frames: float
+    """Mean number of frames that the recogniser sees."""
+
+
+def answers(videos: VideoSet, chosen: Sequence[np.ndarray], task: Task) -> np.ndarray:
+    """What `score` answers for these slots: the mean of their logits, then softmax or sigmoid: float32 [V, C]."""
+    means = [logits[slots].astype(np.float32).mean(axis=0) for logits, slots in zip(videos.logits, chosen, strict=True)]
+    return probabilities(np.stack(means), task)
+
+
+def measure(videos: VideoSet, sampler: Sampler, budget: int, task: Task, annotations: Annotations | None) -> Measures:
+    """Choose at most `budget` frames of each video and judge the recogniser's answers."""
+    chosen = [sampler.choose(video, budget) for video in range(len(videos))]
+    scores = answers(videos, chosen, task)
+    recall = math.nan
+    if annotations is not None:
+        pts = [times[slots].tolist() for times, slots in zip(videos.frame_pts_s, chosen, strict=True)]
+        recall = on_evidence(zip(videos.uris, pts, strict=True), annotations)
+    return Measures(
+        metrics.mean_average_precision(scores, videos.targets),
+        metrics.mean_average_precision(scores, videos.targets, interpolated=True),
+        metrics.top1_accuracy(scores, videos.targets),
+        recall,
+        float(np.mean([len(slots) for slots in chosen])),
+    )
+
+
+def gflops(bundle: Bundle, cost: Cost, num_frames: int, budget: int, shape: TSQShape, counting: Counting) -> float:
+    """GFLOPs (1e9 multiply-adds) of one video with the bundle's networks and a sampler network of `shape`."""
+    assert bundle.recognizer is not None
+    mode: Mode = "maxconf-l" if cost == "scsampler" else cost
+    table = cost_table(
+        mode,
+        num_frames=num_frames,
+        budget=budget,
+        recognizer=bundle.recognizer.config,
+        visual=bundle.encoders.visual,
+        objects=bundle.encoders.objects,
+        shape=shape,
+        counting=counting,
+    )
+    ranker = num_frames * SCSAMPLER_HIDDEN * (bundle.encoder.dim + 1) / 1e9 if cost == "scsampler" else 0.0
+    return table.gflops + ranker
+
+
+class Clock:
+    """Seconds of work a video, from what the extraction took.
+
+    Decoding T frames costs what it cost there. The extraction's seconds of encoding, in which every frame went through the light encoder, the
+    object recogniser and the recogniser, are shared out by true multiply-adds: an estimate, on the extraction's machine.
+    """
+
+    def __init__(self, run: Mapping[str, Any], bundle: Bundle, num_frames: int) -> None:
+        seconds, videos = run.get("stage_seconds") or {}, run.get("videos_done_now") or 0
+        self.known = bool(videos and "decode" in seconds and "encode" in seconds)
+        if not self.known:
+            return
+        assert bundle.recognizer is not None
+        networks = (bundle.encoders.visual, bundle.encoders.objects, bundle.recognizer.config)
+        each = sum(network_multiply_adds(network, "true") for network in networks) / 1e9
+        self.decode_s = seconds["decode"] / videos
+        self.s_per_gflop = seconds["encode"] / videos / (each * num_frames)
+
+    def seconds(self, true_gflops: float) -> float | None:
+        """Of one video that costs so many true GFLOPs; None where the extraction does not say."""
+        return self.decode_s + true_gflops * self.s_per_gflop if self.known else None

@@ -1,0 +1,213 @@
+"""The samplers of table 2 and figure 3: what each is, what it needs, what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from tsq_ray.evaluate.bench import Bench
+from tsq_ray.evaluate.measures import Cost, Figure, Measures, gflops, measure
+from tsq_ray.evaluate.samplers import (
+    Dense,
+    Query,
+    Random,
+    Ranked,
+    Sampler,
+    Uniform,
+    change_scores,
+    confidence,
+    frame_head_logits,
+    oracle_scores,
+)
+from tsq_ray.evaluate.trained import Job, saliencies
+from tsq_ray.model import TSQShape
+from tsq_ray.model.flops import Counting
+
+Mode = Literal["both", "visual", "textual"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A sampler of the catalogue."""
+
+    name: str
+    what: str
+    """One line for the table's notes."""
+    cost: Cost | None
+    """None: it cannot be had at any cost (the oracle)."""
+    train: Mapping[str, Any] | None = None
+    """What it changes of `train.*`, where it is a network trained here."""
+    mode: Mode = "both"
+    """How such a network chooses."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has to be fitted first."""
+        return self.train is not None or self.name == "scsampler"
+
+    @property
+    def seeded(self) -> bool:
+        """Whether its choice hangs on a seed."""
+        return self.trained or self.name == "random"
+
+
+_AGNOSTIC = {"modules": "visual", "attention": "class-agnostic", "classifier": "class-specific"}
+_JOINT = {"modules": "both"}
+
+METHODS = (
+    Method("uniform", "slots floor((i + 0.5) T / K)", "uniform"),
+    Method("random", "K frames at random", "uniform"),
+    Method("dense", "the recogniser on all T frames, whatever K", "maxconf"),
+    Method("maxconf", "the K frames on which the recogniser is surest, having seen all T", "maxconf"),
+    Method("maxconf-l", "the K frames on which the light encoder's frame head is surest", "maxconf-l"),
+    Method("stillness", "the K frames whose visual feature changes least to their neighbours (mean of 1 - cosine)", "maxconf-l"),
+    Method("motion", "the K frames whose visual feature changes most to their neighbours", "maxconf-l"),
+    Method("attention", "class-agnostic attention: one query for all classes, its attention is the saliency", "visual", _AGNOSTIC),
+    Method(
+        "scsampler",
+        "after Korbar et al. 2019: a multilayer perceptron on the light encoder's feature, fitted to rank frames as the recogniser's "
+        "probability of the true class does",
+        "scsampler",
+    ),
+    Method("vqm-only", "the visual query module, trained alone", "visual", {"modules": "visual"}, "visual"),
+    Method("vqm", "the visual module of the joint network (lambda_v = 1)", "visual", _JOINT, "visual"),
+    Method("tqm", "the textual module of the joint network (lambda_v = 0)", "textual", _JOINT, "textual"),
+    Method("tsqnet", "both modules, trained here with each seed", "both", _JOINT, "both"),
+    Method("bundle", "the network of --model as it is", "both"),
+    Method("oracle", "an oracle restricted to the T frames", None),
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One sampler at one budget, over its seeds."""
+
+    method: Method
+    budget: int
+    map: Figure
+    map_interpolated: Figure
+    top1: Figure
+    recall: Figure
+    frames: Figure
+    diverged: int = 0
+    """Seeds whose training diverged; they are not in the figures."""
+
+    @classmethod
+    def of(cls, method: Method, budget: int, found: list[Measures], diverged: int = 0) -> Measured:
+        """Gather the seeds."""
+
+        def figure(name: str) -> Figure:
+            return Figure(tuple(getattr(item, name) for item in found))
+
+        return cls(method, budget, figure("map"), figure("map_interpolated"), figure("top1"), figure("recall"), figure("frames"), diverged)
+
+
+def possible(bench: Bench) -> tuple[list[Method], list[str]]:
+    """The samplers that can be measured here, and one line for each group that cannot."""
+    methods, notes = list(METHODS), []
+    if bench.features.training is None:
+        gone = [method.name for method in methods if method.trained]
+        methods = [method for method in methods if not method.trained]
+        notes.append(f"not measured, the features have no split 'train' to fit them on: {', '.join(gone)}")
+    return methods, notes
+
+
+def jobs_of(bench: Bench, method: Method) -> list[Job]:
+    """The trainings that a sampler needs, one a seed."""
+    if method.name == "scsampler":
+        return [bench.scsampler(seed) for seed in bench.seeds]
+    if method.train is not None:
+        return [bench.job(method.train, {}, seed) for seed in bench.seeds]
+    return []
+
+
+def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
+    """The sampler with each of its seeds, and how many seeds diverged."""
+    videos, name = bench.videos, method.name
+    if method.trained:
+        found = [bench.learned[job] for job in jobs_of(bench, method)]
+        made = [learned_sampler(bench, learned.arrays, method.mode) for learned in found if not learned.diverged]
+        return made, len(found) - len(made)
+    if name == "random":
+        return [Random(videos, seed) for seed in bench.seeds], 0
+    if name == "uniform":
+        return [Uniform(videos)], 0
+    if name == "dense":
+        return [Dense(videos)], 0
+    if name == "bundle":
+        visual, textual = saliencies(
+            bench.bundle.sampler, bundle_arrays(bench), bench.bundle.vocabulary, bench.task, bench.config.sampler.top_classes
+        )
+        return [Query(videos, visual, textual, bench.config.sampler.lambda_visual)], 0
+    return [Ranked(videos, _scores(bench, name))], 0
+
+
+def learned_sampler(bench: Bench, arrays: Mapping[str, np.ndarray], mode: Mode) -> Sampler:
+    """A sampler from the saliencies that a training made."""
+    textual = arrays.get("saliency_textual")
+    return Query(bench.videos, arrays["saliency_visual"], textual, bench.config.sampler.lambda_visual, mode)
+
+
+def bundle_arrays(bench: Bench) -> dict[str, np.ndarray]:
+    """What the bundle's own network looks at."""
+    videos = bench.videos
+    return {"visual": videos.visual, "object_ids": videos.object_ids, "object_probs": videos.object_probs}
+
+
+def _scores(bench: Bench, name: str) -> np.ndarray:
+    videos = bench.videos
+    if name == "maxconf":
+        return confidence(videos.logits, bench.task)
+    if name == "maxconf-l":
+        assert bench.bundle.encoder.head is not None
+        return confidence(frame_head_logits(bench.bundle.encoder.head, videos), bench.task)
+    if name in ("stillness", "motion"):
+        return change_scores(videos) * (1 if name == "motion" else -1)
+    assert name == "oracle", name
+    known = bench.annotations
+    return oracle_scores(videos, bench.task, [known.of(uri) for uri in videos.uris] if known is not None else None)
+
+
+def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[Measured]:
+    """A sampler at each budget; only the first one, T, for `dense`. Empty where every seed diverged."""
+    samplers, diverged = samplers_of(bench, method)
+    if not samplers:
+        return []
+    if method.name == "dense":
+        budgets = (bench.videos.num_frames,)
+    return [
+        Measured.of(
+            method, budget, [measure(bench.videos, sampler, budget, bench.task, bench.annotations) for sampler in samplers], diverged
+        )
+        for budget in budgets
+    ]
+
+
+def cost_of(bench: Bench, method: Method, budget: int, counting: Counting) -> float | None:
+    """GFLOPs a video; None for the oracle."""
+    if method.cost is None:
+        return None
+    cost: Cost = method.cost
+    if method.name == "bundle" and bench.bundle.sampler.shape.modules == "visual":
+        cost = "visual"
+    return gflops(bench.bundle, cost, bench.videos.num_frames, budget, shape_of(bench, method), counting)
+
+
+def shape_of(bench: Bench, method: Method) -> TSQShape:
+    """Of the network whose cost counts; the bundle's own where nothing is trained."""
+    own = bench.bundle.sampler.shape
+    if method.train is None:
+        return own
+    return bench.shape(bench.job(method.train, {}, bench.seeds[0]).config, text_dim_of(bench))
+
+
+def text_dim_of(bench: Bench) -> int:
+    """Dt; of a VQM-only bundle, which has no text, that of the trainings made here."""
+    own = bench.bundle.sampler.shape
+    if own.modules == "both":
+        return own.text_dim
+    found = (learned.arrays["textual_after"].shape[1] for learned in bench.learned.values() if "textual_after" in learned.arrays)
+    return next(found, own.text_dim)

@@ -1,0 +1,238 @@
+"""The paper's tables and figures, made from a bench. A figure of a table is a fraction 0..1; what is shown is in tables.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tsq_ray.evaluate import plots
+from tsq_ray.evaluate.ablations import TABLES, Ablation, Mode, Row, ablation
+from tsq_ray.evaluate.bench import Bench
+from tsq_ray.evaluate.measures import Clock, Figure, measure
+from tsq_ray.evaluate.methods import METHODS, Measured, Method, cost_of, jobs_of, learned_sampler, measured_at, possible
+from tsq_ray.evaluate.tables import Cell, Column, Table, verdict
+from tsq_ray.evaluate.trained import Job
+from tsq_ray.model.flops import Counting, cost_table
+
+Make = Callable[[Bench, str], Table]
+_TABLE2_SIGNS = (("tsqnet", "uniform"), ("tsqnet", "random"), ("tsqnet", "maxconf-l"), ("tsqnet", "maxconf"), ("maxconf-l", "uniform"))
+
+
+def names() -> list[str]:
+    """What --table takes, in the order in which all are made."""
+    return ["table1", "table2", "figure3", *TABLES, "figure4"]
+
+
+def jobs_for(bench: Bench, name: str) -> list[Job]:
+    """The trainings that a table needs; none where there is nothing to train on."""
+    if bench.features.training is None or name == "table1":
+        return []
+    if name in ("table2", "figure3"):
+        return [job for method in METHODS for job in jobs_of(bench, method)]
+    if name == "figure4":
+        return jobs_of(bench, _method("tsqnet"))[:1]
+    return [_job(bench, row, seed) for row in _ablation(bench, name).rows for seed in bench.seeds]
+
+
+def make(bench: Bench, name: str, out: str) -> Table:
+    """One table, its trainings being done; pictures are published below `out`."""
+    made: dict[str, Make] = {"table1": table1, "table2": table2, "figure3": figure3, "figure4": figure4}
+    return made[name](bench, out) if name in made else ablation_table(bench, name)
+
+
+def _ablation(bench: Bench, name: str) -> Ablation:
+    return ablation(name, bench.config, bench.videos.object_ids.shape[-1])
+
+
+def _method(name: str) -> Method:
+    return next(method for method in METHODS if method.name == name)
+
+
+def _job(bench: Bench, row: Row, seed: int) -> Job:
+    return bench.job(row.train, row.text, seed)
+
+
+def table1(bench: Bench, out: str) -> Table:
+    """What one video costs with the bundle, module by module, in both countings."""
+    bundle, budget = bench.bundle, bench.config.sampler.budget
+    assert bundle.recognizer is not None
+    columns = [Column("Module"), Column("Arch."), Column("Res."), Column("#F")]
+    columns += [Column("GFLOPs/F", "G"), Column("GFLOPs", "G"), Column("true GFLOPs/F", "G"), Column("true GFLOPs", "G")]
+    mode: Mode = "both" if bundle.sampler.shape.modules == "both" else "visual"
+
+    def rows_of(counting: Counting) -> list[tuple[str, str, str, str, float | None, float]]:
+        assert bundle.recognizer is not None
+        table = cost_table(
+            mode,
+            num_frames=bench.videos.num_frames,
+            budget=budget,
+            recognizer=bundle.recognizer.config,
+            visual=bundle.encoders.visual,
+            objects=bundle.encoders.objects,
+            shape=bundle.sampler.shape,
+            counting=counting,
+        )
+        shown = [
+            (r.module, r.arch or "-", str(r.resolution or "-"), str(r.num_frames or "-"), r.gflops_per_frame, r.gflops) for r in table.rows
+        ]
+        return [*shown, ("Total", "-", "-", "-", None, table.gflops)]
+
+    rows: list[list[Cell]] = [
+        [*field[:4], _figure(field[4]), _figure(field[5]), _figure(true[4]), _figure(true[5])]
+        for field, true in zip(rows_of("field"), rows_of("true"), strict=True)
+    ]
+    notes = [
+        "GFLOPs: 1e9 multiply-adds by the field's convention (convolutions, and 2 per output element of a batch normalisation, without "
+        "the classifier; other sizes than 224 by (size / 224)^2; the queries computed each time)",
+        "true GFLOPs: counted at the true size, the queries folded, as it runs",
+    ]
+    return Table("table1", f"Table 1: cost of a video, T = {bench.videos.num_frames}, K = {budget}", columns, rows, notes)
+
+
+def table2(bench: Bench, out: str) -> Table:
+    """Every sampler at the budget of the settings."""
+    budget, clock = bench.config.sampler.budget, Clock(bench.features.run, bench.bundle, bench.videos.num_frames)
+    methods, notes = possible(bench)
+    found: dict[str, Figure] = {}
+    rows: list[list[Cell]] = []
+    for method in methods:
+        for measured in measured_at(bench, method, (budget,)):
+            found[method.name] = measured.map
+            rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
+            notes += _diverged(measured)
+    columns = [Column("sampler"), Column("K"), *_COLUMNS]
+    notes += [f"{method.name}: {_what(bench, method)}" for method in methods]
+    notes += _signs([(better, worse, found.get(better), found.get(worse)) for better, worse in _TABLE2_SIGNS])
+    return Table("table2", f"Table 2: samplers at K = {budget} of T = {bench.videos.num_frames}", columns, rows, notes + _reading(clock))
+
+
+def figure3(bench: Bench, out: str) -> Table:
+    """Every sampler at every budget: the accuracy-cost plot and its figures."""
+    clock = Clock(bench.features.run, bench.bundle, bench.videos.num_frames)
+    methods, notes = possible(bench)
+    rows: list[list[Cell]] = []
+    lines, level = [], {}
+    for method in methods:
+        found = measured_at(bench, method, bench.config.evaluate.budgets)
+        for measured in found:
+            rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
+        notes += _diverged(found[0]) if found else []
+        costs = [cost_of(bench, method, measured.budget, "field") for measured in found]
+        if found and None not in costs:
+            lines.append(plots.Line(method.name, [cost for cost in costs if cost is not None], [measured.map for measured in found]))
+        elif found:
+            level[f"{method.name}, K = {found[-1].budget}"] = found[-1].map
+    title = f"Accuracy and cost by budget, T = {bench.videos.num_frames}"
+    pictures = plots.accuracy_cost(lines, level, out, "figure3", title)
+    columns = [Column("sampler"), Column("K"), *_COLUMNS]
+    return Table("figure3", f"Figure 3: {title[0].lower()}{title[1:]}", columns, rows, notes + _reading(clock), pictures[:1])
+
+
+_COLUMNS = (
+    *(Column(title, "%") for title in ("mAP", "mAP interpolated", "top-1", "on evidence")),
+    Column("frames", "n"),
+    *(Column(title, "G") for title in ("GFLOPs", "true GFLOPs")),
+    Column("s/video", "s"),
+)
+
+
+def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
+    field, true = (cost_of(bench, measured.method, measured.budget, counting) for counting in ("field", "true"))  # type: ignore[arg-type]
+    seconds = clock.seconds(true) if true is not None else None
+    quality = [measured.map, measured.map_interpolated, measured.top1, measured.recall, Figure((measured.frames.mean,))]
+    return [*quality, _figure(field), _figure(true), _figure(seconds)]
+
+
+def _figure(value: float | None) -> Figure | None:
+    return None if value is None else Figure((value,))
+
+
+def _diverged(measured: Measured) -> list[str]:
+    return [f"{measured.method.name}: the training of {measured.diverged} seeds diverged; not in its figures"] if measured.diverged else []
+
+
+def _what(bench: Bench, method: Method) -> str:
+    if method.name != "oracle":
+        return method.what
+    by = "the recogniser's probability of the true class"
+    order = f"frames in a known salient segment first, then by {by}" if bench.annotations is not None else f"by {by}; no annotations given"
+    return f"{method.what}: {order}; it has no cost, since it knows the answer"
+
+
+def _reading(clock: Clock) -> list[str]:
+    notes = [
+        "± is half the 95 % interval of the mean over the seeds (Student's t); figures without it hang on no seed",
+        "on evidence: mean share of the chosen frames that lie in a known salient segment; frames: mean number the recogniser sees",
+        "GFLOPs by the field's convention, true GFLOPs as it runs (table 1)",
+    ]
+    if clock.known:
+        notes.append("s/video: decoding and encoding as the extraction measured them, encoding shared out by true GFLOPs: an estimate")
+    return notes
+
+
+def _signs(pairs: Sequence[tuple[str, str, Cell, Cell]]) -> list[str]:
+    return [f"sign in the paper: {better} above {worse}: here {verdict(first, second)}" for better, worse, first, second in pairs]
+
+
+def ablation_table(bench: Bench, name: str) -> Table:
+    """mAP of each configuration and column at the budget of the settings, and whether the paper's signs are seen."""
+    wanted, budget = _ablation(bench, name), bench.config.sampler.budget
+    notes = list(wanted.notes)
+    if bench.features.training is None:
+        rows: list[list[Cell]] = []
+        notes.append("not measured: the features have no split 'train' apart from the measured one")
+    else:
+        rows = [[*row.cells, *(_cell(bench, row, row.mode or mode, budget, notes) for _, mode in wanted.columns)] for row in wanted.rows]
+        texts = len(wanted.head)
+        for trend in wanted.trends:
+            (better, first), (worse, second) = trend.better, trend.worse
+            titles = [_place(wanted, row, column) for row, column in (trend.better, trend.worse)]
+            notes += _signs([(titles[0], titles[1], rows[better][texts + first], rows[worse][texts + second])])
+    columns = [
+        *(Column(title) for title in wanted.head),
+        *(Column(f"{title} mAP".replace("mAP mAP", "mAP"), "%") for title, _ in wanted.columns),
+    ]
+    notes.append("± is half the 95 % interval of the mean over the seeds; signs by the differences seed by seed, in points of mAP")
+    return Table(name, f"{wanted.title}; K = {budget} of T = {bench.videos.num_frames}", columns, rows, notes)
+
+
+def _place(wanted: Ablation, row: int, column: int) -> str:
+    cells = " + ".join(wanted.rows[row].cells)
+    return cells if len(wanted.columns) == 1 else f"{wanted.columns[column][0]} at {cells}"
+
+
+def _cell(bench: Bench, row: Row, mode: Mode, budget: int, notes: list[str]) -> Cell:
+    values = []
+    for seed in bench.seeds:
+        learned = bench.learned[_job(bench, row, seed)]
+        if learned.diverged:
+            notes.append(f"{' + '.join(row.cells)}, seed {seed}: the training diverged; not in its figures ({mode})")
+        else:
+            sampler = learned_sampler(bench, learned.arrays, mode)
+            values.append(measure(bench.videos, sampler, budget, bench.task, None).map)
+    return Figure(tuple(values)) if values else "diverged"
+
+
+def figure4(bench: Bench, out: str) -> Table:
+    """The TSQ embeddings before and after the training of the first seed, by t-SNE."""
+    columns = [Column(title) for title in ("module", "training", "class", "x", "y")]
+    job = jobs_of(bench, _method("tsqnet"))[0]
+    title = f"Figure 4: TSQ embeddings before and after training, seed {bench.seeds[0]}"
+    learned = bench.learned.get(job)
+    if learned is None or learned.diverged:
+        return Table("figure4", title, columns, [], ["not made: no split 'train', or the training diverged"])
+    maps = {
+        (module, moment): plots.project(learned.arrays[f"{module}_{moment}"])
+        for module in ("visual", "textual")
+        for moment in ("before", "after")
+        if f"{module}_before" in learned.arrays
+    }
+    rows: list[list[Cell]] = [
+        [module, moment, name, f"{x:.3f}", f"{y:.3f}"]
+        for (module, moment), points in maps.items()
+        for name, (x, y) in zip(bench.bundle.classes, points.tolist(), strict=True)
+    ]
+    notes = [
+        "t-SNE (scikit-learn, perplexity min(30, (C - 1) / 3), start by PCA, seed 0) of the embeddings themselves, before the convolution"
+    ]
+    pictures = plots.embedding_maps(maps, bench.bundle.classes, out, "figure4") if maps else []
+    return Table("figure4", title, columns, rows, notes, pictures[:1])

@@ -1,0 +1,95 @@
+"""Figures 3 and 4 of the paper, on our data: PNG and SVG by matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tsq_ray import storage
+from tsq_ray.evaluate.measures import Figure
+
+FORMATS = ("png", "svg")
+_TSNE_SEED = 0
+_MOST_NAMES = 60
+"""Points that get their class's name; with more nobody could read them."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One sampler's points of the accuracy-cost plot."""
+
+    name: str
+    gflops: list[float]
+    map: list[Figure]
+
+
+def accuracy_cost(lines: Sequence[Line], level: Mapping[str, Figure], out: str, name: str, title: str) -> list[str]:
+    """mAP over GFLOPs a video, a line a sampler, bars of the 95 % interval; `level`: figures without a cost, as dashed lines. The files' names."""
+    from matplotlib import colormaps
+
+    figure, axes = _figure(9, 6)
+    palette = [colormaps["tab20"](shade) for shade in (*range(0, 20, 2), *range(1, 20, 2))]
+    for number, line in enumerate(lines):
+        colour, marker = palette[number % len(palette)], "os^vDPX*"[number % 8]
+        means = [value.mean * 100 for value in line.map]
+        halves = [(value.half or 0.0) * 100 for value in line.map]
+        axes.errorbar(line.gflops, means, yerr=halves, label=line.name, color=colour, marker=marker, markersize=4, capsize=2, linewidth=1.2)
+    for value_name, value in level.items():
+        axes.axhline(value.mean * 100, linestyle="--", linewidth=1, color="0.5", label=value_name)
+    axes.set_xlabel("GFLOPs a video (the field's convention)")
+    axes.set_ylabel("mAP (%)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2)
+    return _save(figure, out, name)
+
+
+def project(embeddings: np.ndarray) -> np.ndarray:
+    """t-SNE to two dimensions, [C, D] -> float [C, 2]; always the same for the same embeddings."""
+    from sklearn.manifold import TSNE
+
+    count = len(embeddings)
+    perplexity = max(1.0, min(30.0, (count - 1) / 3))
+    points = np.asarray(embeddings, np.float64)
+    return TSNE(2, perplexity=perplexity, init="pca" if min(points.shape) >= 2 else "random", random_state=_TSNE_SEED).fit_transform(points)
+
+
+def embedding_maps(maps: Mapping[tuple[str, str], np.ndarray], classes: Sequence[str], out: str, name: str) -> list[str]:
+    """One panel for each (module, moment): points [C, 2] with the classes' names. The files' names."""
+    modules = list(dict.fromkeys(module for module, _ in maps))
+    figure, _ = _figure(14, 6.5 * len(modules), rows=len(modules), columns=2)
+    for axes, ((module, moment), points) in zip(figure.axes, maps.items(), strict=True):
+        colours = np.arange(len(points))
+        axes.scatter(points[:, 0], points[:, 1], c=colours, cmap="hsv", s=18)
+        if len(points) <= _MOST_NAMES:
+            for (x, y), label in zip(points, classes, strict=True):
+                axes.annotate(label, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points", parse_math=False)
+        axes.margins(x=0.2, y=0.08)
+        axes.set_title(f"{module} TSQ embeddings {moment} training")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return _save(figure, out, name)
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
+
+
+def _save(figure: Any, out: str, name: str) -> list[str]:
+    names = []
+    for kind in FORMATS:
+        data = io.BytesIO()
+        # no date in the file: the same figures give the same bytes
+        figure.savefig(data, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+        storage.write_bytes(storage.join(out, f"{name}.{kind}"), data.getvalue())
+        names.append(f"{name}.{kind}")
+    return names

@@ -1,0 +1,192 @@
+"""`tsq evaluate`: features or finished predictions -> the paper's tables."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tsq_ray import provenance, runs, storage
+from tsq_ray.bundle import Bundle, load_bundle, read_bundle_settings
+from tsq_ray.config import Config, check_budget, differing, flatten, load_config
+from tsq_ray.errors import ConfigError, ModelError, RunError
+from tsq_ray.evaluate import paper
+from tsq_ray.evaluate.annotations import read_annotations
+from tsq_ray.evaluate.bench import Bench, train_all
+from tsq_ray.evaluate.compare import compare
+from tsq_ray.evaluate.data import Features, load_features
+from tsq_ray.evaluate.store import Store
+from tsq_ray.evaluate.tables import Table
+
+SUMMARY_FILE = "evaluation.json"
+"""What the folder is about, written first; a folder that is about something else is refused."""
+
+
+def settings_for(model: str, path: str | None = None, sets: Sequence[str] = ()) -> Config:
+    """Settings of an evaluation: those that the bundle was trained with as the base, then the TOML file and the sets."""
+    content, _ = read_bundle_settings(model)
+    made = content["config"]
+    base = {"decode": made["decode"], "encoders": made["encoders"], "sampler": made["sampler"]}
+    base["train"] = {**(content["provenance"].get("train") or {}), "task": content["task"]}
+    return load_config(path, sets, base)
+
+
+def evaluate(
+    sources: Sequence[str],
+    model: str,
+    out: str,
+    config: Config,
+    *,
+    annotations: str | None = None,
+    tables: Sequence[str] = (),
+    split: str | None = None,
+    address: str | None = None,
+    show_progress: bool = True,
+    debug: bool = False,
+) -> dict[str, Any]:
+    """Make the paper's tables below `out` from one features folder, or compare finished predictions as they are.
+
+    Args:
+        sources: one run folder of `tsq extract --recognizer`, or one or several of `tsq score`.
+        model: the bundle: its networks' costs, its recogniser, its frame head, its settings of training.
+        out: folder for a Markdown and a CSV file per table, and the plots; trainings are kept there, so that a killed evaluation goes on.
+        config: from `settings_for`.
+        annotations: a file of known salient segments (`read_annotations`).
+        tables: names of `paper.names()`; all of them by default.
+        split: of the measured videos, `val` by default.
+        address, show_progress, debug: as elsewhere.
+
+    Returns a summary. Raises UserError for wrong input, RunFailed where a training failed.
+    """
+    started = time.time()
+    out = storage.normalize(out)
+    unknown = [name for name in tables if name not in paper.names()]
+    if unknown:
+        raise RunError(f"--table {unknown[0]}: no such table; there is: {', '.join(paper.names())}")
+    kinds = {runs.read_run(uri)["kind"] for uri in sources}
+    if kinds == {"features"} and len(sources) > 1:
+        raise RunError(f"evaluate takes one features folder at a time, got {len(sources)}; T = 16 and T = 50 are two evaluations")
+    if len(kinds) > 1:
+        raise RunError("evaluate takes features or predictions, not both at once; give two commands")
+    bundle = load_bundle(model)
+    if bundle.recognizer is None:
+        raise ModelError(
+            f"--model {storage.redact(model)}: the bundle has no recogniser, whose answers are measured; train it again with --recognizer URI"
+        )
+    known = read_annotations(annotations) if annotations else None
+    if kinds == {"predictions"}:
+        if tables or split:
+            raise RunError("--table and --split are for features; predictions are compared as they are")
+        table = compare(sources, bundle, known)
+        header = [f"model: {storage.redact(storage.normalize(model))} (sha256 {bundle.sha256[:12]})", _version()]
+        files = table.write(out, header)
+        return _summary(out, [(table, files)], started, 0, {"runs": len(sources)})
+    features = load_features(sources[0], bundle, split)
+    check_budget(config.sampler.budget, features.measured.num_frames)
+    too_large = [budget for budget in config.evaluate.budgets if budget > features.measured.num_frames]
+    if too_large:
+        raise ConfigError(
+            f"evaluate.budgets: K = {too_large[0]} is above T = {features.measured.num_frames} of the features; "
+            "leave it out, for example --set evaluate.budgets=[1,2,3]"
+        )
+    data = _data(features, bundle)
+    _enter(out, {"data": data, "sampler": config.sampler.model_dump(mode="json", exclude={"seed"}), "train": _trainings(config)})
+    bench = Bench(bundle, features, config, known, Store(out, data))
+    wanted = list(tables) or paper.names()
+    jobs = [job for name in wanted for job in paper.jobs_for(bench, name)]
+    trained = train_all(bench, jobs, address=address, show=show_progress, debug=debug)
+    made, header = [], _header(bench, model, annotations)
+    for name in wanted:
+        table = paper.make(bench, name, out)
+        made.append((table, table.write(out, header)))
+    counts = {"videos": len(features.measured), "left_out": features.measured.left_out, "split": features.split or "(all rows)"}
+    return _summary(out, made, started, trained, counts)
+
+
+def _data(features: Features, bundle: Bundle) -> dict[str, Any]:
+    """What every training of the folder is about."""
+    run = features.run
+    ids = [features.measured.video_ids, features.training.video_ids if features.training else []]
+    return {
+        "features": {"manifest": run["manifest"]["sha256"], "config": run["identity"]},
+        "bundle": bundle.sha256,
+        "split": features.split,
+        "videos": storage.sha256_of(json.dumps(ids).encode()),
+        "classes": storage.sha256_of(json.dumps(features.classes).encode()),
+    }
+
+
+def _trainings(config: Config) -> dict[str, Any]:
+    return config.train.model_dump(mode="json", exclude={"seed", "num_workers", "checkpoint_every"})
+
+
+def _enter(out: str, identity: dict[str, Any]) -> None:
+    """Make or enter the folder; RunError where it is about something else."""
+    place = storage.join(out, SUMMARY_FILE)
+    have, want = runs.read_json(place), json.loads(json.dumps(identity, default=str))
+    if have is None:
+        runs.write_json(place, want)
+        return
+    before, after = flatten(have), flatten(want)
+    differ = differing(before, after)
+    if differ:
+        shown = "; ".join(f"{key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
+        raise RunError(f"{storage.redact(out)}: holds another evaluation ({shown}); take another --out")
+
+
+def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
+    """What was measured and how: the lines above each table."""
+    features, videos, config = bench.features, bench.videos, bench.config
+    run, made = features.run, features.run["config"]
+    left = ", ".join(f"{count} {reason}" for reason, count in videos.left_out.items()) or "none"
+    skipped = run["counts"]["skipped"]
+    versions = run["versions"]
+    decoders = ", ".join(f"{name} {versions[name]}" for name in ("av", "decord2") if name in versions)
+    training = f"{len(features.training)} of split 'train'" if features.training else "none"
+    low, high = videos.fps
+    lines = [
+        f"data: {storage.redact(features.uri)} (manifest sha256 {run['manifest']['sha256'][:12]}); split {features.split or 'none, all rows'}: "
+        f"{len(videos)} videos measured, left out: {left}; {skipped} inputs of the manifest without features; trained on: {training}",
+        f"T = {videos.num_frames}, K = {config.sampler.budget}, lambda_v = {config.sampler.lambda_visual:g}; "
+        f"fps of the videos: {low:.3g}" + (f" to {high:.3g}" if high > low else ""),
+        f"decoder: {made['decode']['strategy']} by {made['decode']['backend']} ({decoders}); batch size: {made['resources']['batch_size']} videos in "
+        f"the extraction, {config.train.batch_size} in training; {config.train.epochs} epochs",
+        f"seeds: {', '.join(map(str, bench.seeds))}; known salient segments: {storage.redact(storage.normalize(annotations)) if annotations else 'none given'}",
+        f"label order: the bundle's, {len(features.classes)} classes (sha256 {storage.sha256_of(json.dumps(features.classes).encode())[:12]}): "
+        f"{', '.join(features.classes[:3])}, ...",
+        f"model: {storage.redact(storage.normalize(model))} (sha256 {bench.bundle.sha256[:12]}); recogniser "
+        f"{bench.bundle.recognizer.config.model if bench.bundle.recognizer else '-'}",
+        _version(),
+    ]
+    if features.unknown_labels:
+        lines.append(f"labels that the bundle lacks, left out: {', '.join(features.unknown_labels)}")
+    return lines
+
+
+def _version() -> str:
+    versions, revision = provenance.versions(), provenance.git_revision()
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("tsq-ray", "torch", "ray", "timm") if name in versions)
+    return f"version: {shown}" + (f", git {revision[:12]}" if revision else "")
+
+
+def _summary(out: str, made: list[tuple[Table, list[str]]], started: float, trained: int, more: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "out": storage.redact(out),
+        **more,
+        "trained_now": trained,
+        "tables": {
+            table.name: {
+                "title": table.title,
+                "files": [*files, *table.pictures],
+                "rows": [
+                    {column.title: column.shown(cell) for column, cell in zip(table.columns, row, strict=True)}
+                    for row in table.rows
+                    if table.name != "figure4"
+                ],
+                "notes": table.notes,
+            }
+            for table, files in made
+        },
+        "seconds": round(time.time() - started, 2),
+    }

@@ -1,0 +1,54 @@
+"""Finished trainings of an evaluation, in its output folder: a killed evaluation goes on with what is missing.
+
+A training is found by the hash of everything its result hangs on, so that another configuration in the same folder is another training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from tsq_ray import provenance, runs, storage
+from tsq_ray.errors import RunError
+from tsq_ray.evaluate.trained import Job, Learned
+
+FOLDER = "trainings"
+FORMAT = 1
+
+
+class Store:
+    """The trainings below one output folder, on the data that `data` names."""
+
+    def __init__(self, out: str, data: Mapping[str, Any]) -> None:
+        self.folder, self.data = storage.join(out, FOLDER), data
+
+    def key(self, job: Job) -> str:
+        """The name of a training."""
+        content = {"format": FORMAT, "data": self.data, **job.identity()}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+    def read(self, job: Job) -> Learned | None:
+        """A finished training, or None. RunError where its arrays are damaged."""
+        place = storage.join(self.folder, self.key(job))
+        record = runs.read_json(f"{place}.json")
+        if record is None:
+            return None
+        data = storage.read_bytes(f"{place}.safetensors")
+        if storage.sha256_of(data) != record["sha256"]:
+            raise RunError(f"{storage.redact(place)}.safetensors: not what was written (sha256 differs); delete {place}.json and run again")
+        return Learned(load_arrays(data), record["losses"], record["seconds"], record["diverged"])
+
+    def write(self, job: Job, learned: Learned) -> None:
+        """Publish a finished training, its JSON last: only then does it count."""
+        place = storage.join(self.folder, self.key(job))
+        data = save_arrays(learned.arrays)
+        storage.write_bytes(f"{place}.safetensors", data)
+        record = {"losses": learned.losses, "seconds": learned.seconds, "diverged": learned.diverged, "sha256": storage.sha256_of(data)}
+        runs.write_json(
+            f"{place}.json", {**job.identity(), "data": self.data, **record, "versions": provenance.versions(), "ended": provenance.now()}
+        )

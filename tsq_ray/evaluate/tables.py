@@ -1,0 +1,99 @@
+"""Tables of figures as Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tsq_ray import storage
+from tsq_ray.evaluate.measures import Figure
+
+Cell = str | int | Figure | None
+Unit = Literal["", "%", "G", "s", "n"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """`unit`: "%" of fractions, "G" of GFLOPs, "s" of seconds, "n" of counts that may have a fraction, "" of text."""
+
+    title: str
+    unit: Unit = ""
+
+    def shown(self, cell: Cell) -> str:
+        """A cell for a reader: mean and half the 95 % interval over the seeds."""
+        if not isinstance(cell, Figure):
+            return "-" if cell is None else str(cell)
+        if math.isnan(cell.mean):
+            return "-"
+        scale, digits = {"%": (100, 1), "G": (1, 2), "s": (1, 3), "n": (1, 2), "": (1, 3)}[self.unit]
+        if self.unit == "G" and cell.mean < 1:
+            digits = 4
+        half = cell.half
+        return f"{cell.mean * scale:.{digits}f}" + (f" ± {half * scale:.{digits}f}" if half is not None else "")
+
+
+@dataclass
+class Table:
+    """What one Markdown and one CSV file hold."""
+
+    name: str
+    """The files' name."""
+    title: str
+    columns: list[Column]
+    rows: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+    """Lines below the table."""
+    pictures: list[str] = field(default_factory=list)
+    """Names of image files beside it."""
+
+    def markdown(self, header: Sequence[str]) -> str:
+        """The page; `header` says what was measured and how."""
+        lines = [[column.title for column in self.columns], ["---"] * len(self.columns)]
+        lines += [[column.shown(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
+        table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        pictures = [f"![{self.title}]({name})" for name in self.pictures]
+        parts = [f"# {self.title}", "\n".join(f"- {line}" for line in header), "\n".join(table)]
+        parts += ["\n".join(f"- {note}" for note in self.notes)] * bool(self.notes) + pictures
+        return "\n\n".join(parts) + "\n"
+
+    def csv(self) -> str:
+        """Raw figures: of each column measured over seeds the mean, half the 95 % interval, and the values with `;` between them."""
+        text = io.StringIO()
+        writer = csv.writer(text)
+        measured = [any(isinstance(row[i], Figure) for row in self.rows) for i in range(len(self.columns))]
+        head: list[str] = []
+        for column, figures in zip(self.columns, measured, strict=True):
+            head += [column.title, f"{column.title} ±", f"{column.title} values"] if figures else [column.title]
+        writer.writerow(head)
+        for row in self.rows:
+            line: list[str] = []
+            for cell, figures in zip(row, measured, strict=True):
+                if isinstance(cell, Figure):
+                    half = cell.half
+                    line += [repr(cell.mean), "" if half is None else repr(half), ";".join(repr(value) for value in cell.values)]
+                else:
+                    line += ["" if cell is None else str(cell)] + [""] * (2 * figures)
+            writer.writerow(line)
+        return text.getvalue()
+
+    def write(self, out: str, header: Sequence[str]) -> list[str]:
+        """Publish both files below `out`; their names."""
+        storage.write_bytes(storage.join(out, f"{self.name}.md"), self.markdown(header).encode())
+        storage.write_bytes(storage.join(out, f"{self.name}.csv"), self.csv().encode())
+        return [f"{self.name}.md", f"{self.name}.csv"]
+
+
+def verdict(better: Cell, worse: Cell) -> str:
+    """Whether a sign that the paper saw is seen here: in the means, and whether the 95 % interval of the difference leaves zero out."""
+    if not isinstance(better, Figure) or not isinstance(worse, Figure):
+        return "not measured"
+    difference = better.above(worse)
+    mean, half = difference.mean * 100, difference.half
+    if half is None:
+        return f"{'held' if mean > 0 else 'not held'} ({mean:+.1f})"
+    sure = "" if abs(mean) > half * 100 else ", within the interval"
+    return f"{'held' if mean > 0 else 'not held'} ({mean:+.1f} ± {half * 100:.1f}{sure})"
