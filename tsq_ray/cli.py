@@ -151,7 +151,7 @@ def finetune(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Fit a linear head on a frozen backbone: the sampler's frame encoder, or the recogniser."""
+    """Train a frame classifier, the sampler's encoder or the recogniser: the whole network (Ray Train), or a head on a frozen backbone."""
     from tsq_ray.config import load_config
 
     settings = load_config(config, sets or ())

@@ -94,6 +94,21 @@ def test_keyframe_strategy_takes_the_exact_frame_elsewhere(videos: dict[str, Pat
     assert numbers(decoded) == [0, 15, 30, 35, 45, 60]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "places", "expected"),
+    [
+        ("uniform", (0.0, 0.5, 0.99, 0.25), [0, 22, 45, 49]),
+        # keyframes at 0, 12, 24, 36, 48, 60; intervals of 15.25
+        ("keyframe", (0.0, 0.5, 0.99, 0.99), [0, 24, 36, 60]),
+    ],
+)
+def test_frames_at_the_places_asked_for(videos: dict[str, Path], strategy: str, places: tuple[float, ...], expected: list[int]) -> None:
+    settings = DecodeConfig.model_validate({"strategy": strategy, "num_frames": 4})
+    decoded = decode_video(VideoSource(str(videos["h264.mp4"]), places=places), settings, SPECS)
+    assert decoded.frame_index.tolist() == expected
+    assert numbers(decoded) == expected
+
+
 @pytest.mark.parametrize("num_frames", [1, 4])
 def test_fewer_frames_than_positions(tmp_path: Path, num_frames: int) -> None:
     decoded = decode(write_video(tmp_path / "few.mp4", num_frames), num_frames=6)

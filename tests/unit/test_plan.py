@@ -63,6 +63,18 @@ def test_keyframes_outside_the_duration_are_left_out() -> None:
     assert keyframe_choice([-5, 100, 130], 0, 100, 2) == [None, None]
 
 
+def test_places_say_where_in_each_interval() -> None:
+    # intervals of 25 frames
+    assert uniform_indices(range(100), 100, 4, (0.0, 0.5, 0.999, 0.04)) == [0, 37, 74, 76]
+    assert uniform_indices(range(1000, 1100), 1100, 4, (0.5,) * 4) == uniform_indices(range(100), 100, 4)
+    assert uniform_indices(range(3), 3, 4, (0.9,) * 4) == [0, 1, 2, 0]
+
+
+def test_keyframe_nearest_the_place() -> None:
+    keys = [0, 10, 20, 26, 40, 49, 75, 99]
+    assert keyframe_choice(keys, 0, 100, 4, (0.0, 0.99, 0.5, 0.9)) == [0, 5, None, 7]
+
+
 def test_distinct_maps_slots_to_frames() -> None:
     values, slot_frame = distinct([4, 4, 9, 2, 9])
     assert values == [2, 4, 9]

@@ -98,7 +98,7 @@ def finetune(
     }
     tuned.network.config = settings
     if whole:
-        trained.write_curves(out, tuned.curve)
+        bundles.write_curves(out, tuned.curve)
     bundles.save_classifier(Classifier(tuned.network, manifest.classes, config.train.task, role, record), out)
     storage.remove_folder(storage.join(out, trained.WORK_FOLDER))
     return summary

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.fs
 import torch
 
 from tsq_ray import runtime, schema, storage
@@ -20,10 +17,10 @@ from tsq_ray.errors import ModelError, RunError, RunFailed
 from tsq_ray.manifest import VideoRef
 from tsq_ray.train.clips import ClipPlan
 from tsq_ray.train.data import multi_hot
-from tsq_ray.train.tuning import STATE_FILE, TuneJob, start_network, tune_loop
+from tsq_ray.train.resumable import run_workers
+from tsq_ray.train.tuning import TuneJob, start_network, tune_loop
 
 WORK_FOLDER = "_finetune"
-CURVES_FILE = "curves.csv"
 _STORE_SHARE = 0.3
 """Of the object store, for clips that wait for the training."""
 
@@ -38,7 +35,7 @@ class Tuned:
     figures: dict[str, Any]
     """For the summary."""
     curve: list[dict[str, float]]
-    """One row an epoch; none for a frozen backbone."""
+    """One row an epoch, nan where nothing was measured; none for a frozen backbone."""
 
 
 def check_input(network: FrameEncoder) -> None:
@@ -96,14 +93,30 @@ def tune(
         backbone=ray.put(backbone),
         threads=layout.threads,
     )
-    content = _run(ray, job, layout, out, show, debug)
+    total = job.num_clips(settings.epochs)
+    work = storage.join(out, WORK_FOLDER)
+    options: dict[str, Any] = {"counts": counts, "total": total, "show": show, "debug": debug}
+    content = run_workers(tune_loop, {"job": job}, layout.scaling(), work, "finetune", **options)
+    last = content["curve"][-1]
+    if not math.isfinite(last["loss"]):
+        storage.remove_folder(work)  # nothing to go on from
+        if len(content["failed"]) < len(train):
+            raise RunFailed(f"finetune: the loss is {last['loss']} in epoch {last['epoch']}; lower finetune.lr ({settings.lr})")
+        raise RunFailed(f"finetune: none of the {len(train)} videos could be used ({dict(Counter(content['failed'].values()))})")
     tuned = start_network(job, backbone)
     tuned.load_state_dict(content["model"])
-    last = content["curve"][-1]
-    figures = {"epochs": settings.epochs, "epoch_kept": "last", "losses": {"loss": last["loss"]}, "train_accuracy": last["accuracy"]}
+    figures = {
+        "epochs": settings.epochs,
+        "epoch_kept": "last",
+        "went_on_after_epoch": content["resumed_at"],
+        "losses": {"loss": last["loss"]},
+        "train_accuracy": last["accuracy"],
+    }
     figures |= {name: value for name, value in last.items() if name.startswith("val_")}
     rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
-    return Tuned(tuned.eval().requires_grad_(False), content["failed"], rounded, content["curve"])
+    names = list(dict.fromkeys(name for row in content["curve"] for name in row))
+    curve = [{name: row.get(name, math.nan) for name in names} for row in content["curve"]]
+    return Tuned(tuned.eval().requires_grad_(False), content["failed"], rounded, curve)
 
 
 @dataclass(frozen=True)
@@ -136,46 +149,9 @@ class _Layout:
             )
         return cls(workers, gpu, decoders, each, config.resources.threads or max(1, int(cpus) // workers))
 
+    def scaling(self) -> Any:
+        """Ray Train's ScalingConfig."""
+        from ray.train import ScalingConfig
 
-def _run(ray: Any, job: TuneJob, layout: _Layout, out: str, show: bool, debug: bool) -> dict[str, Any]:
-    """The content of the last checkpoint."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    runtime.quiet_data(debug)
-    fs, path = storage.filesystem(storage.join(out, WORK_FOLDER))
-    trainer = TorchTrainer(
-        tune_loop,
-        train_loop_config={"job": job},
-        scaling_config=ScalingConfig(
-            num_workers=layout.workers,
-            use_gpu=layout.gpu,
-            resources_per_worker={"CPU": layout.cpus} | ({"GPU": 1} if layout.gpu else {}),
-        ),
-        run_config=RunConfig(
-            name="finetune",
-            storage_path=path,
-            storage_filesystem=pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)),
-            failure_config=FailureConfig(max_failures=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    total = job.num_clips(job.clips.config.epochs)
-    try:
-        result = runtime.run_with_progress(trainer.fit, job.clips.counts, total, "finetune", show)
-    except Exception as error:
-        raise runtime.run_failed(error, "finetune") from error
-    if result.checkpoint is None:
-        raise RunFailed("finetune: Ray Train returned no checkpoint; give the same command again (--debug shows its log)")
-    with result.checkpoint.as_directory() as folder:
-        return torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
-
-
-def write_curves(out: str, curve: Sequence[Mapping[str, float]]) -> None:
-    """curves.csv beside the output: one row an epoch, empty where nothing was measured."""
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for row in curve for name in row))
-    writer = csv.DictWriter(text, fieldnames=names)
-    writer.writeheader()
-    writer.writerows(curve)
-    storage.write_bytes(storage.join(out, CURVES_FILE), text.getvalue().encode())
+        each = {"CPU": self.cpus} | ({"GPU": 1} if self.gpu else {})
+        return ScalingConfig(num_workers=self.workers, use_gpu=self.gpu, resources_per_worker=each)

@@ -6,6 +6,7 @@ goes on as if it had not been. Legend: B clips of this worker's share, S segment
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,14 +22,12 @@ from tsq_ray import metrics
 from tsq_ray.bundle import linear_head
 from tsq_ray.config import FinetuneConfig
 from tsq_ray.encoders import FrameEncoder, create_network, split_network
-from tsq_ray.errors import RunFailed
 from tsq_ray.train.batchnorm import folded_norms, unfold_norms
 from tsq_ray.train.clips import Clip, ClipPlan, ClipStream, Work, epoch_batches
 from tsq_ray.train.head import classification_loss
 from tsq_ray.train.optim import clip_gradients, make_optimizer, set_lr, use_bf16
+from tsq_ray.train.resumable import STATE_FILE
 
-STATE_FILE = "state.pt"
-"""In a checkpoint: the model, the optimiser, the curve so far, the videos that failed."""
 _HEAD_STD = 0.01
 _SAMPLE = 64
 """Videos that the statistics of folded batch norms are taken from."""
@@ -104,11 +103,14 @@ def tune_loop(worker: dict[str, Any]) -> None:
     tuner = _Tuner(job, context.get_world_rank(), context.get_world_size(), get_device())
     for epoch in range(tuner.first, job.clips.config.epochs):
         row = {"epoch": epoch + 1, **tuner.train_epoch(epoch)}
-        if job.due(epoch):
+        lost = not math.isfinite(row["loss"])
+        if job.due(epoch) and not lost:
             row |= tuner.validate()
         tuner.curve.append(row)
-        if job.due(epoch):
+        if job.due(epoch) or lost:
             tuner.report()
+        if lost:  # the same would come of it again: no failure that Ray Train should retry
+            return
 
 
 class _Tuner:
@@ -187,7 +189,7 @@ class _Tuner:
         unfold_norms(self.bare, (pictures.flatten(0, 1) for pictures in parts if pictures is not None))
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training videos: mean loss and accuracy over those that could be decoded, as they were seen in training."""
+        """One pass over the training videos: mean loss and accuracy over those that could be decoded (nan for none), as seen in training."""
         self.network.train()
         sums = torch.zeros(3, dtype=torch.float64)  # loss, right answers, videos
         batches = self._batches(epoch)
@@ -198,11 +200,7 @@ class _Tuner:
             torch.manual_seed(((self.config.seed * 1_000_003 + epoch) * 10_007 + step) * 101 + self.rank)
             sums += self._step(batch)
         self._add_up(sums)
-        if not sums[2]:
-            raise RunFailed(f"finetune: none of the {self.job.num_train} videos could be used")
         loss, right = (float(value / sums[2]) for value in sums[:2])
-        if not np.isfinite(loss):
-            raise RunFailed(f"finetune: the loss is {loss} in epoch {epoch + 1}; lower finetune.lr ({self.config.lr})")
         return {"loss": loss, "accuracy": right, "lr": lr}
 
     def _step(self, batch: np.ndarray) -> Tensor:
@@ -290,6 +288,7 @@ class _Tuner:
             "optimizer": self.optimizer.state_dict(),
             "curve": self.curve,
             "failed": self.failed,
+            "resumed_at": self.first,
         }
         with tempfile.TemporaryDirectory() as folder:
             torch.save(content, Path(folder, STATE_FILE))

@@ -1,0 +1,129 @@
+"""Full fine-tuning on the sample archive: two workers that learn, what takes the result, and a run killed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from archive_case import CLASSES
+from cluster_case import Chain, Chains, Driver, Ended, descendants, read_rows, tsq
+
+from tsq_ray import storage
+from tsq_ray.bundle import load_bundle, load_classifier, read_curves
+from tsq_ray.stages import load_network
+
+pytestmark = pytest.mark.ray
+
+SETS = ("backbone=trained", "optimizer=adamw", "lr=3e-3", "epochs=6", "batch_size=4", "crop_scale=[0.8,1.0]", "num_workers=2")
+EPOCHS = 6
+PATIENCE_S = 200.0
+
+
+def command(chain: Chain, out: str | Path, *more: str) -> list[str]:
+    sets = [word for item in SETS for word in ("--set", f"finetune.{item}")]
+    return ["finetune", chain.manifest, "--role", "encoder", "--out", str(out), "--config", str(chain.settings), "--json", *sets, *more]
+
+
+@dataclass
+class Undisturbed:
+    """An encoder trained by two workers, nobody killed."""
+
+    chain: Chain
+    out: str
+    summary: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(chains: Chains, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    chain, out = chains("local"), str(tmp_path_factory.mktemp("finetune") / "encoder")
+    return Undisturbed(chain, out, tsq(*command(chain, out)).json)
+
+
+def checkpoints(out: str | Path) -> set[str]:
+    """Names of the checkpoints that are there now; they begin with the time."""
+    return {path.parent.name for path in Path(out, "_finetune", "run").glob("checkpoint_20*/state.pt")}
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not ready():
+        assert time.monotonic() < deadline, "never came"
+        time.sleep(0.01)
+
+
+def test_two_workers_learn(undisturbed: Undisturbed) -> None:
+    found, curve = undisturbed.summary, read_curves(undisturbed.out)
+    assert (found["backbone"], found["videos"], found["classes"]) == ("trained", 10, 3)
+    assert found["failed"] == {"truncated": 1, "not_video": 2}  # one of them is a validation video
+    assert (found["left_out"], found["went_on_after_epoch"]) == ({"other_split": 6}, 0)
+    assert [row["epoch"] for row in curve] == list(range(1, EPOCHS + 1))
+    assert curve[-1]["loss"] < 0.6 * curve[0]["loss"]
+    assert found["train_accuracy"] == pytest.approx(curve[-1]["accuracy"], abs=1e-4)
+    assert found["train_accuracy"] >= 0.8
+    assert found["val_top1"] == pytest.approx(curve[-1]["val_top1"], abs=1e-4)
+    assert curve[-1]["val_loss"] < curve[0]["val_loss"]
+    names = [storage.name_of(file.uri) for file in storage.list_folder(undisturbed.out)]
+    assert names == ["curves.csv", "finetune.json", "model.safetensors"]
+    assert not Path(undisturbed.out, "_finetune").exists()
+    assert tsq(*command(undisturbed.chain, undisturbed.out)).json["already_done"] is True
+
+
+def test_backbone_and_head_have_changed(undisturbed: Undisturbed) -> None:
+    classifier = load_classifier(undisturbed.out)
+    start = load_network(classifier.encoder.config, with_head=False)
+    assert classifier.classes == CLASSES
+    moved = [
+        name
+        for (name, one), other in zip(classifier.encoder.backbone.named_parameters(), start.backbone.parameters(), strict=True)
+        if not torch.equal(one, other)
+    ]
+    assert len(moved) == len(list(start.backbone.parameters()))
+    assert not classifier.encoder.training
+
+
+def test_the_encoder_is_taken_by_extract_and_train(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    chain, encoder = undisturbed.chain, ["--encoder", undisturbed.out]
+    features, bundle = str(tmp_path / "features"), str(tmp_path / "bundle")
+    config = ["--config", str(chain.settings)]
+    tsq("extract", chain.manifest, "--out", features, *encoder, *config, "--limit", "8", "--json").json  # noqa: B018
+    rows = read_rows(features)
+    assert rows["status"].to_pylist().count("ok") >= 6
+    tsq("train", features, "--out", bundle, *encoder, "--set", "train.modules=visual", "--set", "train.epochs=1", *config, "--json").json  # noqa: B018
+    assert load_bundle(bundle).encoder.state_hash() == load_classifier(undisturbed.out).encoder.state_hash()
+
+
+def test_a_run_whose_driver_and_worker_were_killed(undisturbed: Undisturbed, ray_cluster: Any, tmp_path: Path) -> None:
+    out = tmp_path / "encoder"
+    argv = command(undisturbed.chain, out)
+    address = ray_cluster.get_runtime_context().gcs_address
+    with Driver([*argv, "--address", address], tmp_path / "driver") as driver:
+        driver.kill_when(lambda: bool(checkpoints(out)), PATIENCE_S)
+    wait_for(lambda: not descendants("ray::RayTrainWorker"))
+    assert not (out / "finetune.json").exists()
+    other = tsq(*argv, "--set", "finetune.lr=1e-4")
+    assert (other.code, "finetune.lr: 0.003 there, 0.0001 now" in other.err) == (2, True)
+    before = checkpoints(out)
+    assert before
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(tsq, *argv)
+        wait_for(lambda: running.done() or bool(checkpoints(out) - before))
+        workers = descendants("ray::RayTrainWorker")
+        assert len(workers) == 2, running.result() if running.done() else workers
+        os.kill(workers[0], signal.SIGKILL)
+        ended: Ended = running.result(PATIENCE_S)
+    assert 1 <= ended.json["went_on_after_epoch"] < EPOCHS
+    whole, killed = read_curves(undisturbed.out), read_curves(str(out))
+    assert [row.keys() for row in killed] == [row.keys() for row in whole]
+    for one, other_row in zip(killed, whole, strict=True):
+        assert one == pytest.approx(other_row, abs=1e-4)
+    settings = json.loads((out / "finetune.json").read_text())
+    assert settings["provenance"]["summary"]["failed"] == undisturbed.summary["failed"]
