@@ -119,7 +119,7 @@ The keys of `_run.json`: `format` ({format}), `kind` (`features` or `predictions
 `skipped`, `skipped_by`, `failed_by_type`, `with_warnings`), `manifest` (`uri`, `id`, `sha256`), `classes` (the manifest's), `identity` (as in
 `_config.json`), `config` (all settings), `split`, `versions`, `git_revision`, `started`, `ended`, `wall_seconds`, `stage_seconds` (summed over the
 workers), `slowest_stage`, `videos_done_now` (by the last call), `parts` (`name`, `bytes`). Features add `weights`; predictions add `model` (`uri`,
-`sha256` of `bundle.json`), `bundle_classes` (the order of `scores`), `task`, `with_scores` and `metrics`.
+`sha256` of `bundle.json`), `bundle_classes` (the order of `scores`), `task`, `with_scores`, `metrics` and `training_curve` (the bundle's losses, epoch by epoch).
 """
 
 FAILED_TEXT = """\
@@ -128,7 +128,7 @@ FAILED_TEXT = """\
 
 ARTIFACTS_TEXT = """\
 ## What `tsq finetune` writes
-A folder: `model.safetensors` (`backbone.*` and `head.*`) and, written last, `finetune.json` with `format`, `role` (`encoder` or `recognizer`), `classes`,
+A folder: `model.safetensors` (`backbone.*` and `head.*`), `curves.csv` (one row an epoch; a trained backbone only) and, written last, `finetune.json` with `format`, `role` (`encoder` or `recognizer`), `classes`,
 `task`, `model` (the network and its preprocessing), `backbone_sha256`, `provenance` and `files` (sha256 of each file).
 
 ## The bundle

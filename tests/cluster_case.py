@@ -236,6 +236,24 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def descendants(title: str) -> list[int]:
+    """The processes that come from this one and whose title (the command line) begins so, the oldest first."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+
+    def comes_from_here(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and comes_from_here(parents[pid]))
+
+    found = []
+    for pid in sorted(parents):
+        with contextlib.suppress(OSError):
+            if comes_from_here(pid) and Path(f"/proc/{pid}/cmdline").read_text().startswith(title):
+                found.append(pid)
+    return found
+
+
 def end_marked(mark: str, patience_s: float = _END_S) -> None:
     """Wait for the marked processes to end on their own, as Ray's do when their driver is gone; kill those that do not."""
     deadline = time.monotonic() + patience_s

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tsq_ray.config import TrainConfig
+from tsq_ray import runs, schema
+from tsq_ray.config import Config, TrainConfig, validate_config
 from tsq_ray.model import TSQShape
+from tsq_ray.stages import OBJECTS, VISUAL, load_network
 
 VIDEOS, FRAMES, DIM, CLASSES, TEXT_DIM = 22, 4, 6, 3, 5
+ENCODER: dict[str, Any] = {"model": "test_efficientnet", "size": 32}
+NAMES = ["cat", "dog", "bird"]
+_WORDS = {word: np.random.default_rng(number).normal(size=TEXT_DIM) for number, word in enumerate([*NAMES, "fish", "bear", "house"])}
 SHAPE = TSQShape(CLASSES, visual_dim=DIM, text_dim=TEXT_DIM, dim_visual=8, dim_textual=8, dropout=0.1)
 
 
@@ -19,16 +26,16 @@ def config_with(**settings: Any) -> TrainConfig:
     return TrainConfig(**({"epochs": 4, "batch_size": 4, "dim_visual": 8, "dim_textual": 8, "checkpoint_every": 1} | settings))
 
 
-def make_arrays(videos: int = VIDEOS) -> dict[str, np.ndarray]:
+def make_arrays(dim: int = DIM) -> dict[str, np.ndarray]:
     """What `fit` takes; one frame of a video carries its class."""
     random = np.random.default_rng(5)
-    labels = np.arange(videos) % CLASSES
-    visual = random.normal(size=(videos, FRAMES, DIM))
-    visual[np.arange(videos), labels, labels] += 3
+    labels = np.arange(VIDEOS) % CLASSES
+    visual = random.normal(size=(VIDEOS, FRAMES, dim))
+    visual[np.arange(VIDEOS), labels, labels] += 3
     return {
         "visual": visual.astype(np.float16),
-        "object_ids": random.integers(0, 1000, (videos, FRAMES, 10)).astype(np.int16),
-        "object_probs": random.dirichlet(np.ones(10), (videos, FRAMES)).astype(np.float16),
+        "object_ids": random.integers(0, 1000, (VIDEOS, FRAMES, 10)).astype(np.int16),
+        "object_probs": random.dirichlet(np.ones(10), (VIDEOS, FRAMES)).astype(np.float16),
         "targets": np.eye(CLASSES, dtype=bool)[labels],
     }
 
@@ -41,3 +48,42 @@ def make_vocabulary() -> torch.Tensor:
 def make_start() -> dict[str, torch.Tensor | None]:
     """Where the queries start."""
     return {"visual": torch.eye(CLASSES, DIM), "textual": None}
+
+
+def write_features(uri: str, arrays: dict[str, np.ndarray], words: Path) -> Config:
+    """A finished extraction that holds these videos as its split `train`, in three parts and no order, among rows that do not count.
+
+    Its encoders are tiny random networks, its language model the word vectors written to `words`. The settings come back.
+    """
+    words.write_text("".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in _WORDS.items()))
+    encoders = {name: ENCODER | {"weights": f"random:{seed}"} for seed, name in enumerate(("visual", "objects"))}
+    encoders["text"] = {"weights": str(words)}
+    config = validate_config({"decode": {"num_frames": FRAMES}, "encoders": encoders})
+    tensors = {name: arrays[name] for name in ("visual", "object_ids", "object_probs")}
+    rows: list[dict[str, Any]] = []
+    for number, target in enumerate(arrays["targets"]):
+        values = {name: array[number] for name, array in tensors.items()}
+        rows.append(_row(f"{number}") | {"labels": np.flatnonzero(target).tolist()} | values)
+    spare = {name: np.ones_like(array[0]) for name, array in tensors.items()}
+    rows += [_row("other") | {"labels": [0], "split": "val"} | spare, _row("bare") | spare]
+    rows.append(_row("broken") | {"labels": [0], "status": "failed", "error_type": "corrupt"})
+    np.random.default_rng(2).shuffle(rows)  # type: ignore[arg-type]
+    arrow = schema.features_schema(FRAMES, arrays["visual"].shape[2], NAMES)
+    for start in range(3):
+        runs.write_part(uri, schema.table_from_rows(rows[start::3], arrow), "none")
+    weights = {
+        VISUAL: load_network(config.encoders.visual, with_head=False).backbone_hash(),
+        OBJECTS: load_network(config.encoders.objects, with_head=True).state_hash(),
+    }
+    run = {"format": runs.FORMAT, "kind": "features", "classes": NAMES, "config": config.model_dump(mode="json"), "weights": weights}
+    runs.write_json(f"{uri}/{runs.RUN_FILE}", run | {"identity": {}, "manifest": {"sha256": "0"}})
+    return config
+
+
+def video_id(name: str) -> str:
+    """Of the video that `write_features` writes for the row `name` of its arrays."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
+def _row(name: str) -> dict[str, Any]:
+    return {"video_id": video_id(name), "uri": f"/videos/{name}.mp4", "size_bytes": 1, "split": "train", "status": "ok", "warnings": []}

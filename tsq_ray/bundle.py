@@ -5,6 +5,8 @@ Nothing is unpickled. Both files of settings are written last, and name the sha2
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +25,8 @@ from tsq_ray.model import TSQNet, TSQShape
 
 BUNDLE_FILE = "bundle.json"
 CLASSIFIER_FILE = "finetune.json"
+CURVES_FILE = "curves.csv"
+"""Losses of each epoch of the training, beside the bundle."""
 FORMAT = 1
 Task = Literal["single", "multi"]
 
@@ -146,6 +150,26 @@ def read_classifier_settings(uri: str) -> tuple[dict[str, Any], str]:
 def is_bundle(uri: str) -> bool:
     """Whether `uri` is a bundle folder."""
     return storage.exists(storage.join(storage.normalize(uri), BUNDLE_FILE))
+
+
+def write_curves(uri: str, curve: Sequence[Mapping[str, float]]) -> None:
+    """Put the losses of each epoch beside the bundle."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(curve[0]))
+    writer.writeheader()
+    writer.writerows(curve)
+    storage.write_bytes(storage.join(storage.normalize(uri), CURVES_FILE), text.getvalue().encode())
+
+
+def read_curves(uri: str) -> list[dict[str, float]]:
+    """The losses of each epoch, from beside the bundle; empty where they are not there."""
+    try:
+        text = storage.read_text(storage.join(storage.normalize(uri), CURVES_FILE))
+    except StorageError as error:
+        if error.error_type == "not_found":
+            return []
+        raise
+    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
 
 
 def class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:

@@ -72,8 +72,13 @@ def training_text(summary: dict[str, Any]) -> str:
         lines.append(f"failed: {pairs(summary['failed'])} (first: {', '.join(summary['failed_videos'])})")
     if "losses" in summary:
         lines.append("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in summary["losses"].items()))
+    if "videos_per_s" in summary:
+        again = f", went on after epoch {summary['went_on_after_epoch']}" if summary["went_on_after_epoch"] else ""
+        lines.append(f"speed: {summary['videos_per_s']} videos/s, workers: {summary['workers']}{again}")
     if "train_accuracy" in summary:
         lines.append(f"accuracy on the training videos: {summary['train_accuracy']}")
+    if "val_top1" in summary:
+        lines.append(f"on the validation videos: top1 {summary['val_top1']:.4f}, mAP {summary['val_mAP']:.4f} (weights of the last epoch)")
     return "\n".join([*lines, f"out: {summary['out']}"])
 
 

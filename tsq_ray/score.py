@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from tsq_ray import metrics, runs, runtime, schema, storage
-from tsq_ray.bundle import read_bundle_settings
+from tsq_ray.bundle import read_bundle_settings, read_curves
 from tsq_ray.config import Config
 from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef, choose_split, read_manifest
@@ -87,6 +87,7 @@ def score(
         "bundle_classes": classes,
         "task": content["task"],
         "with_scores": with_scores,
+        "training_curve": read_curves(model),
     }
     return runs.close_run(
         out, "predictions", manifest, wanted, todo, split, config, started, seconds, lambda: more | {"metrics": measure(out, classes)}

@@ -49,6 +49,8 @@ def test_a_set_wins_over_the_file_the_file_over_the_base_the_base_over_the_defau
         ('encoders.visual.model_args={pad_type = "same"}', "encoders.visual.model_args", {"pad_type": "same"}),
         ("recognizer.weights=s3://bucket/w.safetensors?a=b", "recognizer.weights", "s3://bucket/w.safetensors?a=b"),
         (" train.seed =3", "train.seed", 3),
+        ("train.num_workers=3", "train.num_workers", 3),
+        ("train.num_workers=[1, 4]", "train.num_workers", [1, 4]),
     ],
 )
 def test_values_of_set_are_toml_or_plain_text(item: str, key: str, value: object) -> None:
@@ -70,6 +72,11 @@ def test_values_of_set_are_toml_or_plain_text(item: str, key: str, value: object
         ("decode.strategy=fast", "setting decode.strategy = 'fast': input should be 'uniform' or 'keyframe'"),
         ("sampler.lambda_visual=1.5", "setting sampler.lambda_visual = 1.5: .*less than or equal to 1"),
         ("decode=5", "setting decode = 5: "),
+        (
+            "train.num_workers=[3, 1]",
+            r"train.num_workers.*\[3, 1\]; expected a number from 1, or \[fewest, most\] with 1 <= fewest <= most",
+        ),
+        ("train.num_workers=0", "train.num_workers.* 0; expected a number from 1"),
     ],
 )
 def test_a_wrong_set_is_one_line_that_names_it(item: str, message: str) -> None:

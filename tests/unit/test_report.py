@@ -30,6 +30,7 @@ from tsq_ray.errors import RunError
 from tsq_ray.report import build_report
 from tsq_ray.report.curves import Mark, saliency_svg, time_text
 from tsq_ray.report.data import Outcome, outcomes, read_predictions
+from tsq_ray.report.losses import losses_svg
 from tsq_ray.report.pictures import uniform_slots
 from tsq_ray.report.summary import accounting, choose_shown, predicted_classes, quality
 
@@ -356,6 +357,31 @@ def test_uniform_slots(num_frames: int, budget: int, slots: list[int]) -> None:
 )
 def test_time_text(seconds: float, text: str) -> None:
     assert time_text(seconds) == text
+
+
+CURVE = [{"epoch": 1.0, "loss": 4.0, "visual": 2.0, "t2v": 1.5}, {"epoch": 2.0, "loss": 2.0, "visual": 0.5, "t2v": 1.0}]
+
+
+def test_losses_of_the_training(tmp_path: Path) -> None:
+    svg = losses_svg(CURVE)
+    lines = re.findall(r'<polyline class="line (\w+)" points="([^"]*)"', svg)
+    assert lines == [("visual", "0.00,0.00 1000.00,105.00"), ("t2v", "0.00,35.00 1000.00,70.00")]
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", svg) == ["highest 2", "epoch 1", "2"]
+    case = make_case(tmp_path, training_curve=CURVE)
+    build_report(str(case.folder), str(tmp_path / "with.html"), 0)
+    page = (tmp_path / "with.html").read_text()
+    assert svg in page
+    assert re.findall(r'</span>(\w+)</td><td class="num">([0-9.]+)</td><td class="num">([0-9.]+)', page) == [
+        ("loss", "4.000", "2.000"),
+        ("visual", "2.000", "0.500"),
+        ("t2v", "1.500", "1.000"),
+    ]
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(1, ["epoch 1"]), (4, ["epoch 1", "4"]), (100, ["epoch 1", "25", "50", "75", "100"])])
+def test_losses_name_their_epochs(count: int, epochs: list[str]) -> None:
+    svg = losses_svg([{"epoch": number, "visual": 1.0} for number in range(count)])
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", svg)[1:] == epochs
 
 
 def test_curves_place_frames_by_time() -> None:

@@ -8,7 +8,7 @@ import torch
 from train_case import SHAPE, config_with, make_arrays, make_start, make_vocabulary
 
 from tsq_ray.errors import RunFailed
-from tsq_ray.train.loop import fit
+from tsq_ray.train.loop import Batches, fit
 
 
 def test_it_learns_and_the_same_again() -> None:
@@ -30,3 +30,42 @@ def test_a_loss_that_is_no_number_ends_it() -> None:
     arrays["visual"][3] = np.inf
     with pytest.raises(RunFailed, match=r"the loss is nan in epoch 1; lower train\.lr"):
         fit(arrays, make_vocabulary(), make_start(), SHAPE, config_with())
+
+
+def test_precision() -> None:
+    curves = {
+        precision: fit(make_arrays(), make_vocabulary(), make_start(), SHAPE, config_with(precision=precision, epochs=2), threads=1)[1]
+        for precision in ("auto", "fp32", "bf16")
+    }
+    assert curves["auto"] == curves["fp32"], "on a CPU"
+    assert curves["bf16"] != curves["fp32"]
+    for narrow, wide in zip(curves["bf16"], curves["fp32"], strict=True):
+        assert narrow == pytest.approx(wide, rel=0.05)
+
+
+def test_shares_make_up_the_batch() -> None:
+    """Whatever the number of workers: each video once, and weights under which the mean over the workers is the mean over the batch."""
+    config = config_with()
+    workers = [Batches(make_arrays(), make_vocabulary(), config, rank, 3, torch.device("cpu")) for rank in range(3)]
+    whole = Batches(make_arrays(), make_vocabulary(), config, 0, 1, torch.device("cpu"))
+    for batch in whole.order(7):
+        _, _, targets, weight = whole.share(batch)
+        assert weight == 1
+        shares = [worker.share(batch) for worker in workers]
+        means = [share[2].mean(0) * share[3] for share in shares]
+        assert torch.allclose(torch.stack(means).mean(0), targets.mean(0))
+        assert sum(share[3] for share in shares) == pytest.approx(3)
+    assert [len(batch) for batch in whole.order(7)] == [4, 4, 4, 4, 4, 2], "the last one is short: a worker has none of it"
+    assert not torch.equal(torch.cat(whole.order(7)), torch.cat(whole.order(8)))
+    assert torch.equal(torch.cat(workers[2].order(7)), torch.cat(whole.order(7)))
+
+
+def test_only_the_best_objects_count() -> None:
+    few, all_of_them = (config_with(top_objects=count) for count in (3, 10))
+    arrays = make_arrays()
+    cut = arrays | {name: arrays[name][..., :3].copy() for name in ("object_ids", "object_probs")}
+    state, _ = fit(arrays, make_vocabulary(), make_start(), SHAPE, few, threads=1)
+    same, _ = fit(cut, make_vocabulary(), make_start(), SHAPE, few, threads=1)
+    other, _ = fit(arrays, make_vocabulary(), make_start(), SHAPE, all_of_them, threads=1)
+    assert torch.equal(state["textual.conv.weight"], same["textual.conv.weight"])
+    assert not torch.equal(state["textual.conv.weight"], other["textual.conv.weight"])

@@ -17,6 +17,7 @@ from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, flatten
 from tsq_ray.report.curves import Mark, saliency_svg, time_text
 from tsq_ray.report.data import Outcome, Predictions, outcomes, read_predictions
+from tsq_ray.report.losses import PARTS, losses_svg
 from tsq_ray.report.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
 from tsq_ray.report.summary import accounting, choose_shown, predicted_classes, quality
 
@@ -25,7 +26,7 @@ THUMBNAIL_PX = 120
 JPEG_QUALITY = 78
 MAX_FAILED_LISTED = 500
 MAX_CLASSES_SHOWN = 12
-_LONG_KEYS = ("parts", "classes", "bundle_classes", "counts")
+_LONG_KEYS = ("parts", "classes", "bundle_classes", "counts", "training_curve")
 _VERDICTS = {"right": "right", "wrong": "wrong", "unlabelled": "no label", "failed": "failed"}
 
 
@@ -53,6 +54,7 @@ def build_report(
         facts=_facts(predictions),
         settings=_settings(predictions.run),
         cost=_cost(predictions),
+        training=_training(predictions.run),
         totals=totals,
         quality=figures,
         classes=predicted_classes(found),
@@ -216,6 +218,15 @@ def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     flat = flatten({key: value for key, value in run.items() if key not in _LONG_KEYS})
     texts = ((key, storage.redact(str(value))) for key, value in sorted(flat.items()))
     return [(key, text if len(text) <= 300 else text[:300] + " …") for key, text in texts]
+
+
+def _training(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How the model learned: the drawing, and each part of the loss in the first and the last epoch; None where the run does not say."""
+    curve = run.get("training_curve")
+    if not curve:
+        return None
+    parts = [(name, curve[0][name], curve[-1][name]) for name in ("loss", *PARTS) if name in curve[0]]
+    return {"epochs": len(curve), "drawing": losses_svg(curve), "parts": parts}
 
 
 def _cost(predictions: Predictions) -> list[tuple[str, str]]:

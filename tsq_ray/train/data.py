@@ -5,43 +5,100 @@ Legend: V videos, T frames, D dims, C classes.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from tsq_ray import runs, schema, storage
-from tsq_ray.errors import RunError
+from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.manifest import VideoRef, describe_splits
+from tsq_ray.train.cache import Create, node_arrays
 
 DEFAULT_SPLIT = "train"
 
 
-@dataclass
-class TrainingSet:
-    """The videos a training takes, and the account of the others."""
+VISUAL, OBJECT_IDS, OBJECT_PROBS, TARGETS = "visual", "object_ids", "object_probs", "targets"
+OBJECTS = (OBJECT_IDS, OBJECT_PROBS)
+_BRIEF = ["video_id", "uri", "split", "status", "labels"]
+_READERS = 4
+"""Parts that are read at a time."""
 
-    video_ids: list[str]
-    visual: np.ndarray
-    """float16 [V, T, D]."""
-    object_ids: np.ndarray
-    """int16 [V, T, 10]."""
-    object_probs: np.ndarray
-    """float16 [V, T, 10]."""
-    labels: list[list[int]]
+
+@dataclass(frozen=True)
+class Source:
+    """The features to train on, as every worker can read them."""
+
+    uri: str
+    split: str | None
+    task: str
+    columns: tuple[str, ...]
+    """The tensor columns to take."""
+    key: str
+    """Changes with the content."""
+
+    @classmethod
+    def of(cls, features_uri: str, split: str | None, task: str, with_objects: bool = True) -> Source:
+        """RunError where `features_uri` is no finished extraction."""
+        uri, columns = storage.normalize(features_uri), (VISUAL, *OBJECTS) if with_objects else (VISUAL,)
+        content = json.dumps([runs.read_run(uri, "features"), uri, split, columns], sort_keys=True)
+        return cls(uri, split, task, columns, hashlib.sha256(content.encode()).hexdigest()[:20])
+
+
+@dataclass
+class Selection:
+    """The videos that a training takes, by video id, and the account of the others."""
+
+    labels: pa.ChunkedArray
+    """Of the V videos taken."""
     classes: list[str]
+    parts: list[tuple[str, np.ndarray]]
+    """Part and, for each row in it, its place among the V videos, or -1."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Reason -> count."""
     named: list[str] = field(default_factory=list)
     """The first unlabelled videos, by URI."""
     warnings: list[str] = field(default_factory=list)
 
+
+@dataclass
+class TrainingSet:
+    """The features and labels of the videos of a selection, by video id."""
+
+    selection: Selection
+    arrays: dict[str, np.ndarray]
+    """`visual` float16 [V, T, D], `object_ids` int16 and `object_probs` float16 [V, T, n], `targets` bool [V, C]."""
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names."""
+        return self.selection.classes
+
+    @property
+    def visual(self) -> np.ndarray:
+        """float16 [V, T, D]."""
+        return self.arrays[VISUAL]
+
     @property
     def targets(self) -> np.ndarray:
         """Multi-hot bool [V, C]."""
-        return multi_hot(self.labels, len(self.classes))
+        return self.arrays[TARGETS]
+
+    @property
+    def labels(self) -> Iterator[list[int]]:
+        """Of one video after the other, ascending."""
+        return (np.flatnonzero(row).tolist() for row in self.targets)
 
 
 def multi_hot(labels: list[list[int]], num_classes: int) -> np.ndarray:
@@ -81,13 +138,15 @@ def single_labels(labels: list[list[int]], task: str, what: str) -> None:
         raise RunError(f"{what}: {several} of {len(labels)} videos have several labels; set train.task=multi (--set train.task=multi)")
 
 
-def load_training_set(features_uri: str, split: str | None, task: str) -> TrainingSet:
-    """The rows of a finished extraction that training takes: ok, of the split, labelled."""
-    uri = storage.normalize(features_uri)
-    run = runs.read_run(uri, "features")
-    table = pa.concat_tables([runs.read_part(part.uri) for part in runs.list_parts(uri)])
-    table = table.sort_by("video_id")
-    chosen, warnings = training_split(table["split"].to_pylist(), split, f"features {storage.redact(uri)}")
+def select_videos(source: Source) -> Selection:
+    """The rows of a finished extraction that training takes: ok, of the split, labelled. Reads no tensors."""
+    what = f"features {storage.redact(source.uri)}"
+    parts = [part.uri for part in runs.list_parts(source.uri)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        tables = list(pool.map(lambda part: runs.read_part(part, _BRIEF), parts))
+    table = pa.concat_tables(tables)
+    table = table.append_column("row", pa.array(np.arange(table.num_rows))).sort_by("video_id")
+    chosen, warnings = training_split(table["split"].to_pylist(), source.split, what)
     left_out: dict[str, int] = {}
     if chosen is not None:
         in_split = table.filter(pc.equal(table["split"], chosen))
@@ -98,21 +157,58 @@ def load_training_set(features_uri: str, split: str | None, task: str) -> Traini
     unlabelled = ok.filter(pc.is_null(ok["labels"]))
     left_out["unlabelled"] = unlabelled.num_rows
     ok = ok.filter(pc.is_valid(ok["labels"]))
-    classes = list(run["classes"])
-    check_classes(classes, ok.num_rows, f"features {storage.redact(uri)}")
-    labels = ok["labels"].to_pylist()
-    single_labels(labels, task, f"features {storage.redact(uri)}")
-    return TrainingSet(
-        video_ids=ok["video_id"].to_pylist(),
-        visual=schema.tensor_to_numpy(ok["visual"]),
-        object_ids=schema.tensor_to_numpy(ok["object_ids"]),
-        object_probs=schema.tensor_to_numpy(ok["object_probs"]),
-        labels=labels,
-        classes=classes,
-        left_out=left_out,
-        named=[storage.redact(name) for name in unlabelled["uri"].to_pylist()[:5]],
-        warnings=warnings,
-    )
+    classes = list(runs.read_run(source.uri, "features")["classes"])
+    check_classes(classes, ok.num_rows, what)
+    single_labels(ok["labels"].to_pylist(), source.task, what)
+    places = np.full(sum(part.num_rows for part in tables), -1)
+    places[ok["row"].to_numpy()] = np.arange(ok.num_rows)
+    by_part = np.split(places, np.cumsum([part.num_rows for part in tables])[:-1])
+    named = [storage.redact(name) for name in unlabelled["uri"].slice(0, 5).to_pylist()]
+    return Selection(ok["labels"], classes, list(zip(parts, by_part, strict=True)), left_out, named, warnings)
+
+
+def copy_features(source: Source, selection: Selection, create: Create) -> None:
+    """Write the selected rows into arrays that `create` makes, a few parts at a time."""
+    taken = [(part, places) for part, places in selection.parts if (places >= 0).any()]
+    with storage.open_read(taken[0][0]) as file:
+        types = {name: pq.read_schema(file).field(name).type for name in source.columns}
+    num_videos = len(selection.labels)
+    arrays = {
+        name: create(name, np.dtype(column.value_type.to_pandas_dtype()), (num_videos, *column.shape)) for name, column in types.items()
+    }
+
+    def copy(part: str, places: np.ndarray) -> None:
+        table = runs.read_part(part, list(source.columns)).filter(pa.array(places >= 0))
+        for name, array in arrays.items():
+            array[places[places >= 0]] = schema.tensor_to_numpy(table[name])
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(copy, *zip(*taken, strict=True)):
+            pass
+    targets = create(TARGETS, np.dtype(bool), (num_videos, len(selection.classes)))
+    for row, numbers in enumerate(selection.labels):
+        targets[row, numbers.as_py()] = True
+
+
+@contextlib.contextmanager
+def source_arrays(source: Source, selection: Selection | None = None) -> Iterator[dict[str, np.ndarray]]:
+    """`TrainingSet.arrays` in mapped files of this machine, shared by its processes (see cache.py)."""
+
+    def write(create: Create) -> None:
+        if Source.of(source.uri, source.split, source.task, OBJECT_IDS in source.columns) != source:
+            raise RunFailed(f"{storage.redact(source.uri)}: the features have changed since the training began; start it again")
+        copy_features(source, selection or select_videos(source), create)
+
+    with node_arrays(source.key, write) as arrays:
+        yield arrays
+
+
+@contextlib.contextmanager
+def open_training_set(source: Source) -> Iterator[TrainingSet]:
+    """What training takes of a finished extraction, in mapped files, for the time of the `with`."""
+    selection = select_videos(source)
+    with source_arrays(source, selection) as arrays:
+        yield TrainingSet(selection, arrays)
 
 
 def training_rows(rows: list[VideoRef], split: str | None, what: str) -> tuple[list[VideoRef], dict[str, int], list[str], list[str]]:

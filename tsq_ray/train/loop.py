@@ -7,7 +7,8 @@ if it had not been. Legend: B batch, b this worker's share of it, T frames, C cl
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from torch import Tensor
 from tsq_ray.config import TrainConfig
 from tsq_ray.errors import RunFailed
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
+from tsq_ray.train.data import source_arrays
+from tsq_ray.train.resumable import STATE_FILE
 
-STATE_FILE = "state.pt"
-"""In a checkpoint: the model, the optimiser, the losses of each epoch so far."""
 _SAMPLE = 64
 """Videos that set the scale of the convolutions."""
+_GPU_SHARE = 0.25
+"""Of a GPU's free memory, that the features may take; larger ones stay in the machine's memory."""
 _CPU = torch.device("cpu")
 
 
@@ -51,11 +54,10 @@ def fit(
     Returns:
         The state dict, on the CPU, and the losses of each epoch with its number, "epoch". Raises RunFailed where the loss is not finite.
     """
-    device = device or torch.device("cpu")
-    before = torch.get_num_threads()
+    before, device = torch.get_num_threads(), device or _CPU
     torch.set_num_threads(threads or before)
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             training = Training.begin(arrays, vocabulary, start, shape, config, device=device)
             for _ in training.epochs(training.network):
                 pass
@@ -66,22 +68,20 @@ def fit(
 
 def train_loop(job: dict[str, Any]) -> None:
     """One Ray Train worker: its share of every batch, gradients averaged over the workers."""
-    import ray
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
-    torch.set_num_threads(job["threads"])
-    config = TrainConfig.model_validate(job["config"])
+    config, shape = TrainConfig.model_validate(job["config"]), TSQShape(**job["shape"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    arrays, shape = ray.get(job["data"]), TSQShape(**job["shape"])
-    training = Training.begin(arrays, job["vocabulary"], job["start"], shape, config, rank, world, get_device())
-    _resume(training)
-    for epoch in training.epochs(prepare_model(training.network)):
-        if rank == 0:
-            job["counts"].set.remote(epoch)
-        if epoch == config.epochs or epoch % config.checkpoint_every == 0:
-            _report(training, rank)
+    torch.set_num_threads(job["threads"] or max(1, job["cpus"] // world))
+    with source_arrays(job["source"]) as arrays:
+        training = Training.begin(arrays, job["vocabulary"], job["start"], shape, config, rank, world, get_device())
+        _resume(training)
+        progress = _Progress(job["counts"]) if rank == 0 else None
+        for epoch in training.epochs(prepare_model(training.network), progress):
+            if epoch == config.epochs or epoch % config.checkpoint_every == 0:
+                _report(training, rank)
 
 
 @dataclass
@@ -94,6 +94,10 @@ class Training:
     config: TrainConfig
     curve: list[dict[str, float]] = field(default_factory=list)
     """The losses of each epoch so far."""
+    seconds: list[float] = field(default_factory=list)
+    """How long each of them took."""
+    resumed_at: int = 0
+    """Epochs that were done when this worker began."""
 
     @classmethod
     def begin(
@@ -117,13 +121,18 @@ class Training:
         optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
         return cls(network, optimizer, batches, config)
 
-    def epochs(self, network: torch.nn.Module) -> Iterator[int]:
-        """Train the epochs that are left and yield the number of each after it. `network`: `self.network`, or what wraps it."""
+    def epochs(self, network: torch.nn.Module, progress: Callable[[int], None] | None = None) -> Iterator[int]:
+        """Train the epochs that are left and yield the number of each after it.
+
+        `network`: `self.network`, or what wraps it. `progress` is told the videos done after each step, earlier epochs' too.
+        """
         for epoch in range(len(self.curve), self.config.epochs):
+            started = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, epoch)
-            losses = train_epoch(network, self.optimizer, self.batches, self.config, epoch)
+            losses = train_epoch(network, self.optimizer, self.batches, self.config, epoch, progress)
             self.curve.append({"epoch": epoch + 1, **losses})
+            self.seconds.append(time.perf_counter() - started)
             yield epoch + 1
 
     def state(self) -> dict[str, Tensor]:
@@ -153,14 +162,21 @@ class Batches:
         world: int,
         device: torch.device,
     ) -> None:
-        self.tensors = {name: _tensor(value) for name, value in arrays.items()}
+        self.tensors = {name: torch.from_numpy(value if value.flags.writeable else value.copy()) for name, value in arrays.items()}
+        size = sum(value.nbytes for value in self.tensors.values())
+        if device.type == "cuda" and size < _GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+            self.tensors = {name: value.to(device) for name, value in self.tensors.items()}
         self.vocabulary = _tensor(vocabulary).to(device) if vocabulary is not None else None
         self.config, self.rank, self.world, self.device = config, rank, world, device
+
+    def __len__(self) -> int:
+        """Videos."""
+        return len(self.tensors["targets"])
 
     def order(self, epoch: int) -> list[Tensor]:
         """The global batches of an epoch: int64 [<= B] each."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        return list(torch.randperm(len(self.tensors["targets"]), generator=generator).split(self.config.batch_size))
+        return list(torch.randperm(len(self), generator=generator).split(self.config.batch_size))
 
     def share(self, batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor, float]:
         """(visual [b, T, D], text [b, T, Dt], targets [b, C], weight): weight makes the mean over workers the mean over the batch."""
@@ -168,42 +184,78 @@ class Batches:
         weight = len(mine) * self.world / len(batch)
         if not len(mine):  # fewer videos than workers: compute one for the sake of the collective, count none
             mine = batch[:1]
-        return *self._frames(mine), self.tensors["targets"][mine].to(self.device).float(), weight
+        return *self._frames(mine), self._rows("targets", mine).float(), weight
 
     def sample(self) -> tuple[Tensor, Tensor | None]:
         """The same few videos on every worker, on the CPU: (visual [n, T, D], text [n, T, Dt])."""
-        num_videos = len(self.tensors["targets"])
-        visual, text = self._frames(torch.arange(min(_SAMPLE, num_videos)) * num_videos // min(_SAMPLE, num_videos))
+        visual, text = self._frames(torch.arange(min(_SAMPLE, len(self))) * len(self) // min(_SAMPLE, len(self)))
         return visual.cpu(), text.cpu() if text is not None else None
 
     def _frames(self, videos: Tensor) -> tuple[Tensor, Tensor | None]:
-        visual = self.tensors["visual"][videos].to(self.device, non_blocking=True).float()
+        visual = self._rows("visual", videos).float()
         if self.vocabulary is None:
             return visual, None
-        ids, probs = (self.tensors[name][videos].to(self.device, non_blocking=True) for name in ("object_ids", "object_probs"))
+        ids, probs = (self._rows(name, videos)[..., : self.config.top_objects] for name in ("object_ids", "object_probs"))  # best first
         return visual, object_embeddings(ids.long(), probs.float(), self.vocabulary)
+
+    def _rows(self, name: str, videos: Tensor) -> Tensor:
+        rows = self.tensors[name]
+        return rows[videos.to(rows.device)].to(self.device)
 
 
 def train_epoch(
-    network: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, config: TrainConfig, epoch: int
+    network: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    config: TrainConfig,
+    epoch: int,
+    progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """One pass: mean of each loss over the steps, as this worker saw them."""
+    """One pass: mean of each loss over the steps, over all workers."""
     network.train()
-    totals: dict[str, float] = {}
     order = batches.order(epoch)
+    bf16 = wants_bf16(config.precision, batches.device)
+    totals: dict[str, Tensor] = {}
     for step, batch in enumerate(order):
-        # dropout is the same in an undisturbed and in a resumed run
+        # dropout is the same in an undisturbed and in a resumed run; with another number of workers it is another draw
         torch.manual_seed(((config.seed * 1_000_003 + epoch) * 10_007 + step) * 101 + batches.rank)
         visual, text, targets, weight = batches.share(batch)
-        parts = tsq_loss(network(visual, text), targets, config.task, config.alpha, config.beta)
+        with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
+            parts = tsq_loss(network(visual, text), targets, config.task, config.alpha, config.beta)
         optimizer.zero_grad()
         (parts["loss"] * weight).backward()
         optimizer.step()
         for name, value in parts.items():
-            totals[name] = totals.get(name, 0.0) + float(value.detach()) / len(order)
-    if not np.isfinite(totals["loss"]):
-        raise RunFailed(f"train: the loss is {totals['loss']} in epoch {epoch + 1}; lower train.lr ({config.lr})")
-    return totals
+            # stays on the device: reading a loss at each step would wait for the GPU
+            totals[name] = totals.get(name, 0.0) + value.detach().double() * (weight / batches.world / len(order))
+        if progress is not None:
+            progress(epoch * len(batches) + step * config.batch_size + len(batch))
+    means = torch.stack(list(totals.values()))
+    if batches.world > 1:
+        torch.distributed.all_reduce(means)
+    losses = dict(zip(totals, means.tolist(), strict=True))
+    if not np.isfinite(losses["loss"]):
+        raise RunFailed(f"train: the loss is {losses['loss']} in epoch {epoch + 1}; lower train.lr ({config.lr})")
+    return losses
+
+
+def wants_bf16(precision: str, device: torch.device) -> bool:
+    """Whether `train.precision` means autocast to bfloat16 on this device."""
+    return precision == "bf16" or (
+        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+
+
+class _Progress:
+    """Tells the driver's counter the videos done, about once a second."""
+
+    def __init__(self, counts: Any) -> None:
+        self.counts, self.told = counts, 0.0
+
+    def __call__(self, done: int) -> None:
+        if time.monotonic() - self.told > 1:
+            self.told = time.monotonic()
+            self.counts.set.remote(done)
 
 
 def _resume(training: Training) -> None:
@@ -216,7 +268,8 @@ def _resume(training: Training) -> None:
         content = torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
     training.network.load_state_dict(content["model"])
     training.optimizer.load_state_dict(content["optimizer"])  # to each parameter's device
-    training.curve[:] = content["curve"]
+    training.curve, training.seconds = content["curve"], content["seconds"]
+    training.resumed_at = len(training.curve)
 
 
 def _report(training: Training, rank: int) -> None:
@@ -227,6 +280,13 @@ def _report(training: Training, rank: int) -> None:
         ray.train.report(losses)
         return
     with tempfile.TemporaryDirectory() as folder:
-        content = {"model": training.state(), "optimizer": training.optimizer.state_dict(), "curve": training.curve}
+        content = {
+            "model": training.state(),
+            "optimizer": training.optimizer.state_dict(),
+            "curve": training.curve,
+            "seconds": training.seconds,
+            "workers": training.batches.world,
+            "resumed_at": training.resumed_at,
+        }
         torch.save(content, Path(folder, STATE_FILE))
         ray.train.report(losses, checkpoint=ray.train.Checkpoint.from_directory(folder))

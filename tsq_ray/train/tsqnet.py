@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.fs
-import torch
 from torch import Tensor
 
 from tsq_ray import bundle as bundles
 from tsq_ray import provenance, runs, runtime, storage
 from tsq_ray.bundle import Bundle
-from tsq_ray.config import Config, check_budget, flatten, load_config
-from tsq_ray.encoders import FrameEncoder, TextEncoder, object_names
-from tsq_ray.errors import ModelError, RunError, RunFailed
+from tsq_ray.config import Config, check_budget, check_top_objects, differing, flatten, load_config
+from tsq_ray.encoders import FrameEncoder, object_names, text_encoder
+from tsq_ray.errors import ModelError, RunError
 from tsq_ray.model import TSQNet, TSQShape
 from tsq_ray.prototypes import prototypes
 from tsq_ray.stages import OBJECTS, VISUAL, classifier_settings, load_network
-from tsq_ray.train.data import TrainingSet, describe_left_out, load_training_set
+from tsq_ray.train.data import Source, TrainingSet, describe_left_out, open_training_set
 from tsq_ray.train.head import fit_head, head_logits
-from tsq_ray.train.loop import STATE_FILE, train_loop
+from tsq_ray.train.workers import fit_on_cluster
 
 WORK_FOLDER = "_train"
 _IDENTITY_FILE = "identity.json"
-CURVES_FILE = "curves.csv"
 
 
 def settings_for(features_uri: str, path: str | None = None, sets: tuple[str, ...] = ()) -> Config:
@@ -46,9 +39,9 @@ def settings_for(features_uri: str, path: str | None = None, sets: tuple[str, ..
     before, after = (flatten({"decode": tree["decode"], "encoders": tree["encoders"]}) for tree in (made, now))
     # where weights lie may differ: their hashes are compared; the text model is only used from here on
     free = ("encoders.text.", "encoders.visual.", "decode.timeout_s", "decode.max_")
-    differ = [key for key in after if not key.startswith(free) and not key.endswith(".weights") and before.get(key) != after[key]]
+    differ = [key for key in differing(before, after) if not key.startswith(free) and not key.endswith(".weights")]
     if differ:
-        shown = "; ".join(f"{key}: {before.get(key)!r} there, {after[key]!r} asked for" for key in differ[:5])
+        shown = "; ".join(f"{key}: {before.get(key)!r} there, {after.get(key)!r} asked for" for key in differ[:5])
         raise RunError(
             f"{storage.redact(features_uri)}: the features were made with other settings ({shown}); leave them out or extract again"
         )
@@ -76,45 +69,52 @@ def train(
     started = time.time()
     out, features_uri = storage.normalize(out), storage.normalize(features_uri)
     check_budget(config.sampler.budget, config.decode.num_frames)
+    if config.train.modules == "both":
+        check_top_objects(config.train.top_objects, config.encoders.num_objects)
     run = runs.read_run(features_uri, "features")
     if encoder is not None:
         config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
-    data = load_training_set(features_uri, split, config.train.task)
     identity = _identity(run, config, encoder, recognizer, split)
     done = _finished(out, identity)
     if done is not None:
         return done
-    frame_encoder = _frame_encoder(config, run, data, encoder)
-    answerer = _recognizer(recognizer, data.classes, config.train.task)
-    text = _TextSide.make(config, data.classes) if config.train.modules == "both" else None
-    shape = _shape(config, data, text)
-    runs.write_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE), identity)
-    start = {
-        "visual": _visual_start(config, data, frame_encoder),
-        "textual": text.classes if text and config.train.init_textual == "text" else None,
-    }
-    job = {
-        "config": config.train.model_dump(mode="json"),
-        "shape": dataclasses.asdict(shape),
-        "start": {name: value.numpy() if value is not None else None for name, value in start.items()},
-        "vocabulary": text.vocabulary.numpy() if text else None,
-        "threads": config.resources.threads,
-    }
-    with runtime.cluster(address, debug) as ray:
-        state, curve, seconds = _fit(ray, job, data, out, show_progress, debug)
+    source = Source.of(features_uri, split, config.train.task, with_objects=config.train.modules == "both")
+    with open_training_set(source) as data:
+        frame_encoder = _frame_encoder(config, run, data, encoder)
+        answerer = _recognizer(recognizer, data.classes, config.train.task)
+        text = _TextSide.make(config, data.classes) if config.train.modules == "both" else None
+        shape = _shape(config, data, text)
+        runs.write_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE), identity)
+        start = {
+            "visual": _visual_start(config, data, frame_encoder),
+            "textual": text.classes if text else None,
+        }
+        job = {
+            "config": config.train.model_dump(mode="json"),
+            "shape": dataclasses.asdict(shape),
+            "start": {name: value.numpy() if value is not None else None for name, value in start.items()},
+            "vocabulary": text.vocabulary.numpy() if text else None,
+            "threads": config.resources.threads,
+            "source": source,
+        }
+        with runtime.cluster(address, debug) as ray:
+            fitted = fit_on_cluster(ray, job, config, len(data), storage.join(out, WORK_FOLDER), show_progress, debug)
     network = TSQNet(shape)
-    network.load_state_dict(state)
-    losses = {key: value for key, value in curve[-1].items() if key != "epoch"}
+    network.load_state_dict(fitted.state)
+    losses = {key: value for key, value in fitted.curve[-1].items() if key != "epoch"}
     summary = {
         "out": storage.redact(out),
-        "videos": len(data.video_ids),
-        "left_out": describe_left_out(data.left_out),
-        "unlabelled": data.named,
-        "warnings": data.warnings,
+        "videos": len(data),
+        "left_out": describe_left_out(data.selection.left_out),
+        "unlabelled": data.selection.named,
+        "warnings": [*data.selection.warnings, *(text.warnings if text else ())],
         "classes": len(data.classes),
         "epochs": config.train.epochs,
         "losses": losses,
-        "train_seconds": round(seconds, 2),
+        "workers": fitted.workers,
+        "went_on_after_epoch": fitted.resumed_at,
+        "train_seconds": round(fitted.seconds, 2),
+        "videos_per_s": round(len(data) * config.train.epochs / sum(fitted.epoch_seconds), 1),
     }
     record = {
         "identity": identity,
@@ -144,7 +144,7 @@ def train(
         answerer,
         record,
     )
-    _write_curves(out, curve)
+    bundles.write_curves(out, fitted.curve)
     bundles.save_bundle(result, out)
     _remove_work(out)
     return summary | {"seconds": round(time.time() - started, 2)}
@@ -183,7 +183,7 @@ def _finished(out: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _refuse_other(out: str, before: Mapping[str, Any], want: Mapping[str, Any]) -> None:
-    differ = sorted(key for key in before.keys() | want.keys() if before.get(key) != want.get(key))
+    differ = differing(before, want)
     if differ:
         shown = "; ".join(f"{key}: {before.get(key)!r} there, {want.get(key)!r} now" for key in differ[:5])
         raise RunError(f"{storage.redact(out)}: holds another training ({shown}); take another --out")
@@ -222,14 +222,36 @@ def _recognizer(uri: str | None, classes: list[str], task: str) -> FrameEncoder 
 class _TextSide:
     vocabulary: Tensor
     """[1000, Dt], the object names."""
-    classes: Tensor
-    """[C, Dt], the class names."""
+    classes: Tensor | None
+    """[C, Dt], the class names; None with a random start."""
     sha256: str
+    warnings: list[str]
 
     @classmethod
     def make(cls, config: Config, classes: list[str]) -> _TextSide:
-        encoder = TextEncoder(config.encoders.text)
-        return cls(encoder.embed(object_names()), encoder.embed(classes), encoder.state_hash())
+        """ModelError where the word vectors know no object, or a class that a query is to start from."""
+        encoder, place = text_encoder(config.encoders.text), storage.redact(config.encoders.text.weights)
+        objects = object_names()
+        vocabulary = encoder.embed(objects)
+        unknown = _unknown(objects, vocabulary)
+        if len(unknown) == len(objects):
+            raise ModelError(
+                f"encoders.text.weights {place!r}: has no word of any of the {len(objects)} object names; take English vectors"
+            )
+        start = encoder.embed(classes) if config.train.init_textual == "text" else None
+        strange = _unknown(classes, start) if start is not None else []
+        if strange:
+            raise ModelError(
+                f"encoders.text.weights {place!r}: has no word of {len(strange)} of the {len(classes)} class names (first: {strange[0]!r}); "
+                "rename them, take other vectors, or set train.init_textual=random"
+            )
+        warnings = [f"{len(unknown)} object names have no word in {place} and count for nothing (first: {unknown[0]!r})"] if unknown else []
+        return cls(vocabulary, start, encoder.state_hash(), warnings)
+
+
+def _unknown(names: list[str], vectors: Tensor) -> list[str]:
+    """Names without a vector."""
+    return [name for name, known in zip(names, vectors.any(1).tolist(), strict=True) if not known]
 
 
 def _shape(config: Config, data: TrainingSet, text: _TextSide | None) -> TSQShape:
@@ -243,6 +265,12 @@ def _shape(config: Config, data: TrainingSet, text: _TextSide | None) -> TSQShap
         dropout=settings.dropout,
         swap_values=settings.swap_values,
         modules=settings.modules,
+        attention=settings.attention,
+        classifier=settings.classifier,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        self_attention=settings.self_attention,
+        top_objects=settings.top_objects,
     )
 
 
@@ -252,74 +280,6 @@ def _visual_start(config: Config, data: TrainingSet, encoder: FrameEncoder) -> T
     assert encoder.head is not None
     logits = head_logits(encoder.head, data.visual)
     return prototypes(data.visual, logits, data.labels, len(data.classes), config.train.seed, config.train.task)
-
-
-def _fit(
-    ray: Any, job: dict[str, Any], data: TrainingSet, out: str, show: bool, debug: bool
-) -> tuple[dict[str, Tensor], list[dict[str, float]], float]:
-    """Run the Ray Train job; the final weights, the losses of each epoch, the seconds it took."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    runtime.quiet_data(debug)
-    settings = job["config"]
-    workers, resources = settings["num_workers"], ray.cluster_resources()
-    arrays = {"visual": data.visual, "object_ids": data.object_ids, "object_probs": data.object_probs, "targets": data.targets}
-    counts = ray.remote(num_cpus=0)(_Epochs).remote()
-    gpu = resources.get("GPU", 0) >= workers
-    job = job | {
-        "data": ray.put(arrays),
-        "counts": counts,
-        "threads": job["threads"] or max(1, int(resources.get("CPU", 1)) // workers),
-    }
-    fs, path = storage.filesystem(storage.join(out, WORK_FOLDER))
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config=job,
-        scaling_config=ScalingConfig(
-            num_workers=workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": runtime.share_cpus(resources.get("CPU", 1), workers)} | ({"GPU": 1} if gpu else {}),
-        ),
-        run_config=RunConfig(
-            name="tsqnet",
-            storage_path=path,
-            storage_filesystem=pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)),
-            failure_config=FailureConfig(max_failures=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-        ),
-    )
-    started = time.monotonic()
-    try:
-        result = runtime.run_with_progress(trainer.fit, counts, settings["epochs"], "train", show, unit="epochs")
-    except Exception as error:
-        raise runtime.run_failed(error, "train") from error
-    if result.checkpoint is None:
-        raise RunFailed("train: Ray Train returned no checkpoint; give the same command again (--debug shows its log)")
-    with result.checkpoint.as_directory() as folder:
-        content = torch.load(Path(folder, STATE_FILE), weights_only=True)
-    return content["model"], content["curve"], time.monotonic() - started
-
-
-class _Epochs:
-    """Progress of a training; lives in a Ray actor."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def set(self, done: int) -> None:
-        self.done = done
-
-    def get(self) -> tuple[int, dict[str, int]]:
-        return self.done, {}
-
-
-def _write_curves(out: str, curve: list[dict[str, float]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(curve[0]))
-    writer.writeheader()
-    writer.writerows(curve)
-    storage.write_bytes(storage.join(out, CURVES_FILE), text.getvalue().encode())
 
 
 def _remove_work(out: str) -> None:

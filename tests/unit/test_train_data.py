@@ -1,0 +1,164 @@
+"""Features of a run folder as arrays: which rows, in which order, in files that the processes of a machine share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import multiprocessing
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from train_case import CLASSES, NAMES, VIDEOS, make_arrays, video_id, write_features
+
+from tsq_ray.config import FinetuneConfig
+from tsq_ray.errors import RunError, RunFailed, StorageError
+from tsq_ray.prototypes import prototypes
+from tsq_ray.train.cache import Create, node_arrays
+from tsq_ray.train.data import Source, open_training_set, source_arrays
+from tsq_ray.train.head import fit_head, head_logits, standard_scale
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the copies go."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    return place
+
+
+@pytest.fixture
+def features(tmp_path: Path) -> str:
+    write_features(str(tmp_path / "features"), make_arrays(), tmp_path / "words.txt")
+    return str(tmp_path / "features")
+
+
+def test_rows_in_the_order_of_the_ids(features: str, temporary: Path) -> None:
+    arrays = make_arrays()
+    order = sorted(range(VIDEOS), key=lambda number: video_id(str(number)))
+    with open_training_set(Source.of(features, None, "single")) as data:
+        assert data.arrays.keys() == arrays.keys()
+        for name, array in data.arrays.items():
+            assert array.dtype == arrays[name].dtype
+            assert np.array_equal(array, arrays[name][order]), name
+        assert list(data.labels) == [[number % CLASSES] for number in order]
+        assert (data.classes, len(data)) == (NAMES, VIDEOS)
+        assert data.selection.left_out == {"other_split": 1, "failed": 1, "unlabelled": 1}
+        assert data.selection.named == ["/videos/bare.mp4"]
+        assert len(list(temporary.iterdir())) == 1
+    assert list(temporary.iterdir()) == [], "the last one removes the files"
+
+
+def test_only_what_the_visual_module_needs(features: str) -> None:
+    with source_arrays(Source.of(features, "val", "single", with_objects=False)) as arrays:
+        assert arrays.keys() == {"visual", "targets"}
+        assert arrays["visual"].shape[0] == 1
+
+
+@pytest.mark.parametrize(("split", "message"), [("test", "no row of split 'test'"), (None, "3 of 22 videos have several labels")])
+def test_refused(tmp_path: Path, split: str | None, message: str) -> None:
+    arrays = make_arrays()
+    arrays["targets"][:3] = True
+    write_features(str(tmp_path / "features"), arrays, tmp_path / "words.txt")
+    with pytest.raises(RunError, match=message), open_training_set(Source.of(str(tmp_path / "features"), split, "single")):
+        pass
+
+
+def test_features_that_changed_meanwhile(features: str) -> None:
+    source = Source.of(features, None, "single")
+    other = source_arrays(dataclasses.replace(source, key="another"))
+    with pytest.raises(RunFailed, match="the features have changed since the training began"), other:
+        pass
+
+
+def test_head_scale_and_prototypes_from_files_are_those_from_memory(features: str) -> None:
+    config = FinetuneConfig()
+    with open_training_set(Source.of(features, None, "single")) as data:
+        assert not data.visual.flags.owndata
+        copy, labels = np.array(data.visual), list(data.labels)
+        flat = copy.reshape(-1, copy.shape[-1]).astype(np.float64)
+        mean, scale = standard_scale(data.visual)
+        assert torch.equal(mean, torch.from_numpy(flat.mean(0)).float())
+        assert torch.equal(scale, torch.from_numpy(flat.std(0)).float())
+        head = fit_head(data.visual, data.targets, config, "single")
+        assert torch.equal(head.weight, fit_head(copy, np.array(data.targets), config, "single").weight)
+        found = prototypes(data.visual, head_logits(head, data.visual), data.labels, CLASSES, 0, "single")
+    whole = head(torch.from_numpy(copy.astype(np.float32))).numpy()
+    assert torch.allclose(found, prototypes(copy, whole, labels, CLASSES, 0, "single"), atol=1e-6)
+
+
+def _counted(key: str, made: list[str], value: int = 7) -> contextlib.AbstractContextManager[dict[str, np.ndarray]]:
+    def write(create: Create) -> None:
+        made.append(key)
+        create("numbers", np.dtype(np.int16), (3, 2))[:] = value
+
+    return node_arrays(key, write)
+
+
+def test_made_once_and_gone_with_the_last(temporary: Path) -> None:
+    made: list[str] = []
+    with _counted("one", made) as first:
+        with _counted("one", made) as second:
+            assert made == ["one"]
+            second["numbers"][0] = 1
+            assert (first["numbers"] == 7).all(), "each process has its own changes"
+        assert len(list(temporary.iterdir())) == 1, "somebody still uses it"
+        with _counted("other", made):
+            assert len(list(temporary.iterdir())) == 2
+    assert list(temporary.iterdir()) == []
+    assert (first["numbers"] == 7).all(), "what is mapped stays"
+
+
+def test_a_failed_write_is_made_anew(temporary: Path) -> None:
+    def fail(create: Create) -> None:
+        create("numbers", np.dtype(np.int16), (1,))
+        raise OSError("storage went away")
+
+    with pytest.raises(OSError, match="storage went away"), node_arrays("one", fail):
+        pass
+    made: list[str] = []
+    with _counted("one", made) as arrays:
+        assert (made, arrays["numbers"].shape) == (["one"], (3, 2))
+    assert list(temporary.iterdir()) == []
+
+
+@pytest.fixture
+def killed(temporary: Path) -> Path:
+    """What a process left that was killed while it used its files."""
+
+    def use() -> None:
+        with _counted("one", [], 9):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=use)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = temporary.iterdir()
+    return left
+
+
+@pytest.mark.parametrize(("key", "expected"), [("one", 9), ("other", 7)])
+def test_what_a_killed_process_left_is_used_or_removed(killed: Path, temporary: Path, key: str, expected: int) -> None:
+    with _counted(key, []) as arrays:
+        assert (arrays["numbers"] == expected).all()
+        assert killed.exists() == (key == "one")
+    assert list(temporary.iterdir()) == []
+
+
+def test_no_room(temporary: Path) -> None:
+    def write(create: Create) -> None:
+        create("numbers", np.dtype(np.int16), (2**60,))
+
+    with pytest.raises(StorageError, match=r"no room for the .* GB of numbers .*; set TMPDIR to a larger disk"), node_arrays("one", write):
+        pass
+    lock = os.open(temporary, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(lock)
+    assert list(temporary.iterdir()) == []

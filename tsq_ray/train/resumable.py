@@ -1,0 +1,62 @@
+"""A Ray Train run that goes on from its last checkpoint, whatever was killed: a worker, a node or the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import torch
+
+from tsq_ray import runtime, storage
+from tsq_ray.errors import RunFailed
+
+STATE_FILE = "state.pt"
+"""The one file of a checkpoint."""
+_MAX_FAILURES = 3
+
+
+def run_workers(
+    loop: Callable[[dict[str, Any]], None],
+    job: dict[str, Any],
+    scaling: Any,
+    work: str,
+    what: str,
+    *,
+    counts: Any,
+    total: int,
+    show: bool,
+    debug: bool,
+) -> dict[str, Any]:
+    """Run `loop(job)` on Ray Train workers and return what the last checkpoint holds, on the CPU.
+
+    `scaling`: a ScalingConfig. `work`: the folder of the checkpoints; where it has some, `loop` finds the last one. `counts` and `total`
+    are for the progress. Raises RunFailed where the workers fail more than three times.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig
+    from ray.train.torch import TorchTrainer
+
+    runtime.quiet_data(debug)
+    fs, path = storage.filesystem(work)
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=job,
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name="run",
+            storage_path=path,
+            storage_filesystem=pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs)),
+            failure_config=FailureConfig(max_failures=_MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    try:
+        result = runtime.run_with_progress(trainer.fit, counts, total, what, show)
+    except Exception as error:
+        raise runtime.run_failed(error, what) from error
+    if result.checkpoint is None:
+        raise RunFailed(f"{what}: Ray Train returned no checkpoint; give the same command again (--debug shows its log)")
+    with result.checkpoint.as_directory() as folder:
+        return torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
