@@ -298,7 +298,7 @@ Exit codes: 0 all rows accounted for (failed videos are rows; `--max-failed FRAC
 add up, 2 the command line or its input is wrong. An error is one line on stderr: what, the value got, what is allowed, what to do; with
 `--debug` after a traceback. Progress goes to stderr, the summary to stdout (`--json`: as JSON).
 
-Every path may be an `s3://` URI. Settings (`--config`, `--set`): [configuration](configuration.md). `python -m tsq_ray` is `tsq`.
+Every path may be an `s3://` URI. Settings (`--config`, `--set`): [configuration](configuration.md). `python -m tsq_ray` is `tsq`; `tsq --version` is the package's version.
 """
 
 

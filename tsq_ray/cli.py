@@ -72,6 +72,22 @@ Recognizer = Annotated[str | None, typer.Option("--recognizer", metavar="URI", h
 Model = Annotated[str, typer.Option("--model", metavar="BUNDLE", help="The bundle from tsq train.")]
 
 
+def print_version(wanted: bool) -> None:
+    """`tsq --version`."""
+    if wanted:
+        from tsq_ray import __version__
+
+        print(f"tsq_ray {__version__}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="The package's version.")] = False,
+) -> None:
+    """Label very large video archives cheaply: choose the salient frames, recognise only those."""
+
+
 @app.command()
 def index(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")],

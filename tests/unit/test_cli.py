@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Callable
@@ -82,6 +83,11 @@ def one_error(answer: Answer, code: int, message: str) -> None:
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(tsq: Callable[..., Answer], arguments: list[str], message: str) -> None:
     one_error(tsq(*arguments), 2, message)
+
+
+def test_version(tsq: Callable[..., Answer]) -> None:
+    code, out, err = tsq("--version")
+    assert (code, out, err) == (0, f"tsq_ray {importlib.metadata.version('tsq_ray')}\n", "")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"]])
