@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path on a laptop: bash jobs/quickstart.sh [VIDEOS]
 #   VIDEOS   a folder or an s3:// prefix of labelled videos: VIDEOS/labels.csv (path,label[,split]), else class = parent folder.
-#            Without it a small archive is rendered (5 classes, 110 videos of some 20 s).
+#            Without it a small archive is rendered (5 classes, 80 videos of some 20 s).
 # Sets up .venv, then: index, extract, finetune, train, score, verify, report. What it makes lies in runs/quickstart or
 # runs/<name of VIDEOS>; run again, it goes on where it stopped. Delete that folder to start over.
 set -euo pipefail
@@ -48,7 +48,7 @@ if [ -z "$videos" ]; then
     run=runs/quickstart
     videos=$run/videos
     step "render the sample archive into $videos"
-    "$VENV_PYTHON" jobs/sample_archive.py "$videos"
+    "$VENV_PYTHON" jobs/sample_archive.py "$videos" --videos-per-class 12
 else
     run=runs/$(basename "$videos" | tr -c 'A-Za-z0-9._\n-' '_')
     mkdir -p "$run"
