@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from tsq_ray import runs, schema, storage
 from tsq_ray.bundle import Bundle
@@ -108,7 +109,7 @@ def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
 
 def _check_logits(part_uri: str, shown: str) -> None:
     with storage.open_read(part_uri) as file:
-        columns = pa.parquet.read_schema(file).names
+        columns = pq.read_schema(file).names
     if LOGITS not in columns:
         raise RunError(
             f"{shown}: the features lack {LOGITS}, without which no sampler is measured; extract them with the recogniser into "
