@@ -336,40 +336,39 @@ def test_another_configuration_is_refused(local: Chain, command: str, change: st
     assert re.search(key, refused(tsq(*argv, "--set", change)))
 
 
-@pytest.mark.parametrize("mode", ["uniform", "random", "maxconf-l", "maxconf", "visual", "textual"])
-def test_every_sampler_scores(local: Chain, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["uniform", "maxconf"])  # no sampler, and a choice by the recogniser: the other two ways through the graph
+def test_baselines_score(local: Chain, mode: str) -> None:
     out = local.at(f"predictions-{mode}")
     scores = "top" if mode == "uniform" else "all"
-    argv = [
-        "score",
-        local.manifest,
-        "--model",
-        local.bundle,
-        "--out",
-        out,
-        "--split",
-        "val",
-        "--scores",
-        scores,
-        "--set",
-        f"sampler.mode={mode}",
-    ]
-    run = tsq(*argv, "--json").json
+    argv = ["score", local.manifest, "--model", local.bundle, "--out", out, "--split", "val", "--scores", scores]
+    run = tsq(*argv, "--set", f"sampler.mode={mode}", "--json").json
     assert (run["counts"]["ok"], run["counts"]["failed"], run["counts"]["skipped_by"]) == (4, 1, {"split": 13, "limit": 0})
     table = read_rows(out)
     assert ("scores" in table.column_names, "mAP" in run["metrics"]) == ((False, False) if scores == "top" else (True, True))
     assert tsq("verify", out, "--json").json["problems"] == []
     ok = [row for row in table.to_pylist() if row["status"] == "ok"]
-    baseline = mode not in ("visual", "textual")
     for row in ok:
-        assert (len(row["selected_slot"]), len(row["top_labels"])) == (BUDGET, len(CLASSES))
-        assert row["selected_by"] == [mode] * BUDGET
-        assert (row["saliency_visual"] is None) == baseline
-        assert (row["saliency_textual"] is None) == (mode != "textual")
+        check_choice(row, mode)
         if mode == "uniform":
             assert row["selected_slot"] == uniform(np.arange(NUM_FRAMES), BUDGET).slots.tolist() == [1, 4, 6]
     if mode == "maxconf":  # the middle third shows the class: a sure recogniser looks there
         assert np.mean([2 < slot < 6 for row in ok for slot in row["selected_slot"]]) > 0.5
+
+
+@pytest.mark.parametrize("mode", ["random", "maxconf-l", "visual", "textual"])
+def test_every_sampler_predicts(local: Chain, mode: str) -> None:
+    videos = [f"{local.base}/videos/val/{name}" for name in ("0_0.mp4", "1_0.mp4")]
+    found = tsq("predict", *videos, "--model", local.bundle, "--set", f"sampler.mode={mode}", "--json").json["videos"]
+    assert len(found) == len(videos)
+    for row in found:
+        check_choice(row, mode)
+
+
+def check_choice(row: dict[str, Any], mode: str) -> None:
+    assert (len(row["selected_slot"]), len(row["top_labels"])) == (BUDGET, len(CLASSES))
+    assert row["selected_by"] == [mode] * BUDGET
+    assert (row.get("saliency_visual") is None) == (mode not in ("visual", "textual"))
+    assert (row.get("saliency_textual") is None) == (mode != "textual")
 
 
 def test_limit_split_retry_and_max_failed(local: Chain, tmp_path: Path) -> None:
