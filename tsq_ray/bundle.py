@@ -153,23 +153,23 @@ def is_bundle(uri: str) -> bool:
 
 
 def write_curves(uri: str, curve: Sequence[Mapping[str, float]]) -> None:
-    """Put the losses of each epoch beside the bundle."""
+    """Put the losses of each epoch beside a bundle or a classifier; what an epoch lacks stays empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(curve[0]))
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in curve for name in row)))
     writer.writeheader()
     writer.writerows(curve)
     storage.write_bytes(storage.join(storage.normalize(uri), CURVES_FILE), text.getvalue().encode())
 
 
 def read_curves(uri: str) -> list[dict[str, float]]:
-    """The losses of each epoch, from beside the bundle; empty where they are not there."""
+    """The losses of each epoch, from beside the bundle; no rows where they are not there."""
     try:
         text = storage.read_text(storage.join(storage.normalize(uri), CURVES_FILE))
     except StorageError as error:
         if error.error_type == "not_found":
             return []
         raise
-    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(text))]
+    return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))]
 
 
 def class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:

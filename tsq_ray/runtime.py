@@ -38,6 +38,8 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    # a worker's report waits until it is fetched: with Ray's 2 s a checkpoint would cost more than a short epoch
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     # usage statistics would be a request to the outside that nobody asked for
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # after an interrupt a thread that still runs must not start another Ray

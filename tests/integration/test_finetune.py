@@ -23,14 +23,28 @@ from tsq_ray.stages import load_network
 
 pytestmark = pytest.mark.ray
 
-SETS = ("backbone=trained", "optimizer=adamw", "lr=3e-3", "epochs=6", "batch_size=4", "crop_scale=[0.8,1.0]", "num_workers=2")
 EPOCHS = 6
+SETS = ("backbone=trained", f"epochs={EPOCHS}", "lr=0.03", "batch_size=12", "crop_scale=[1,1]", "num_workers=2", "precision=fp32")
+NETWORK = ["--set", "encoders.visual.model=test_resnet"]
 PATIENCE_S = 200.0
 
 
 def command(chain: Chain, out: str | Path, *more: str) -> list[str]:
     sets = [word for item in SETS for word in ("--set", f"finetune.{item}")]
-    return ["finetune", chain.manifest, "--role", "encoder", "--out", str(out), "--config", str(chain.settings), "--json", *sets, *more]
+    return [
+        "finetune",
+        chain.manifest,
+        "--role",
+        "encoder",
+        "--out",
+        str(out),
+        "--config",
+        str(chain.settings),
+        "--json",
+        *sets,
+        *NETWORK,
+        *more,
+    ]
 
 
 @dataclass
@@ -66,9 +80,9 @@ def test_two_workers_learn(undisturbed: Undisturbed) -> None:
     assert found["failed"] == {"truncated": 1, "not_video": 2}  # one of them is a validation video
     assert (found["left_out"], found["went_on_after_epoch"]) == ({"other_split": 6}, 0)
     assert [row["epoch"] for row in curve] == list(range(1, EPOCHS + 1))
-    assert curve[-1]["loss"] < 0.6 * curve[0]["loss"]
+    assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
     assert found["train_accuracy"] == pytest.approx(curve[-1]["accuracy"], abs=1e-4)
-    assert found["train_accuracy"] >= 0.8
+    assert found["train_accuracy"] >= 0.6
     assert found["val_top1"] == pytest.approx(curve[-1]["val_top1"], abs=1e-4)
     assert curve[-1]["val_loss"] < curve[0]["val_loss"]
     names = [storage.name_of(file.uri) for file in storage.list_folder(undisturbed.out)]
@@ -106,16 +120,16 @@ def test_a_run_whose_driver_and_worker_were_killed(undisturbed: Undisturbed, ray
     argv = command(undisturbed.chain, out)
     address = ray_cluster.get_runtime_context().gcs_address
     with Driver([*argv, "--address", address], tmp_path / "driver") as driver:
-        driver.kill_when(lambda: bool(checkpoints(out)), PATIENCE_S)
+        driver.kill_when(lambda: len(checkpoints(out)) > 1, PATIENCE_S)  # so that Ray Train knows of the first
     wait_for(lambda: not descendants("ray::RayTrainWorker"))
     assert not (out / "finetune.json").exists()
     other = tsq(*argv, "--set", "finetune.lr=1e-4")
-    assert (other.code, "finetune.lr: 0.003 there, 0.0001 now" in other.err) == (2, True)
+    assert (other.code, "finetune.lr: 0.03 there, 0.0001 now" in other.err) == (2, True)
     before = checkpoints(out)
     assert before
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(tsq, *argv)
-        wait_for(lambda: running.done() or bool(checkpoints(out) - before))
+        wait_for(lambda: running.done() or len(checkpoints(out) - before) > 1)
         workers = descendants("ray::RayTrainWorker")
         assert len(workers) == 2, running.result() if running.done() else workers
         os.kill(workers[0], signal.SIGKILL)

@@ -173,6 +173,7 @@ def test_score(chain: Chain) -> None:
     assert counts["failed_by_type"] == BY_TYPE
     assert table.schema.equals(schema.predictions_schema(NUM_FRAMES, len(CLASSES), CLASSES))
     assert (run["bundle_classes"], run["metrics"]["labelled"], run["metrics"]["unknown_labels"]) == (CLASSES, OK - 1, [])
+    assert [losses["epoch"] for losses in run["training_curve"]] == [1, 2, 3, 4], "the report shows how the bundle was trained"
     assert run["metrics"]["top1"] >= 0.8  # the colours are easy: below that labels or frames are mixed up
     assert run["metrics"]["mAP"] >= 0.8
     for row in table.to_pylist():
@@ -250,6 +251,7 @@ def test_report(chain: Chain) -> None:
     page = storage.read_text(out)
     assert page.count('<article class="card') == INPUTS
     assert page.count("data:image/") > OK
+    assert page.count('<polyline class="line t2v"') == 1
     assert 'src="http' not in page
 
 

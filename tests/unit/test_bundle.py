@@ -22,8 +22,10 @@ from tsq_ray.bundle import (
     load_bundle,
     load_classifier,
     read_bundle_settings,
+    read_curves,
     save_bundle,
     save_classifier,
+    write_curves,
 )
 from tsq_ray.config import ModelConfig
 from tsq_ray.describe import describe
@@ -229,3 +231,10 @@ def test_the_same_classes_in_the_same_order_pass() -> None:
 def test_other_classes_are_refused(have: list[str], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         class_order(have, CLASSES, "--encoder x")
+
+
+def test_curves_come_back_and_are_none_where_there_are_none(tmp_path: Path) -> None:
+    curve = [{"epoch": 1.0, "loss": 1 / 3}, {"epoch": 2.0, "loss": 0.25, "val_top1": 0.5}]
+    write_curves(str(tmp_path), curve)
+    assert read_curves(str(tmp_path)) == curve
+    assert read_curves(str(tmp_path / "older")) == []

@@ -95,7 +95,7 @@ class Training:
     curve: list[dict[str, float]] = field(default_factory=list)
     """The losses of each epoch so far."""
     seconds: list[float] = field(default_factory=list)
-    """How long each of them took."""
+    """How long each of them took, with the checkpoint before it."""
     resumed_at: int = 0
     """Epochs that were done when this worker began."""
 
@@ -126,13 +126,15 @@ class Training:
 
         `network`: `self.network`, or what wraps it. `progress` is told the videos done after each step, earlier epochs' too.
         """
+        before = time.perf_counter()
         for epoch in range(len(self.curve), self.config.epochs):
-            started = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, epoch)
             losses = train_epoch(network, self.optimizer, self.batches, self.config, epoch, progress)
             self.curve.append({"epoch": epoch + 1, **losses})
-            self.seconds.append(time.perf_counter() - started)
+            now = time.perf_counter()
+            self.seconds.append(now - before)
+            before = now
             yield epoch + 1
 
     def state(self) -> dict[str, Tensor]:

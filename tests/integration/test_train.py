@@ -1,0 +1,165 @@
+"""Training on Ray Train workers: as many as wanted, killed or not, it gives what one undisturbed process gives."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cluster_case import Driver, Ended, descendants, tsq
+from torch import Tensor
+from train_case import CLASSES, ENCODER, TEXT_DIM, VIDEOS, make_arrays, write_features
+
+from tsq_ray import storage
+from tsq_ray.bundle import load_bundle, read_curves
+from tsq_ray.config import ModelConfig, load_config
+from tsq_ray.encoders import object_names, text_encoder
+from tsq_ray.errors import StorageError
+from tsq_ray.model import TSQShape
+from tsq_ray.stages import load_network
+from tsq_ray.train.data import Source, open_training_set
+from tsq_ray.train.loop import fit
+
+pytestmark = pytest.mark.ray
+
+SMALL = (
+    "batch_size=4",
+    "dim_visual=16",
+    "dim_textual=8",
+    "init_visual=random",
+    "init_textual=random",
+    "checkpoint_every=1",
+    "sampler.budget=2",
+)
+PATIENCE_S = 900.0
+
+
+@dataclass
+class Case:
+    """The same features on both storages, and what training on them gives."""
+
+    local: str
+    s3: str
+    base: dict[str, Any]
+
+    def undisturbed(self, *sets: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+        """The parameters and the losses that this process comes to, without Ray."""
+        config = load_config(None, _sets(*sets), self.base)
+        vocabulary = text_encoder(config.encoders.text).embed(object_names())
+        train = config.train
+        with open_training_set(Source.of(self.local, None, "single")) as data:
+            shape = TSQShape(CLASSES, data.visual.shape[2], TEXT_DIM, train.dim_visual, train.dim_textual, train.dropout)
+            return fit(data.arrays, vocabulary, {"visual": None, "textual": None}, shape, train, threads=1)
+
+
+@pytest.fixture(scope="module")
+def case(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("train")
+    dim = load_network(ModelConfig(**ENCODER, weights="random:0"), with_head=False).dim
+    config = write_features(str(folder / "features"), make_arrays(dim), folder / "words.txt")
+    for path in (folder / "features").iterdir():
+        storage.write_bytes(f"s3://tsq-other/train/features/{path.name}", path.read_bytes())
+    return Case(str(folder / "features"), "s3://tsq-other/train/features", config.model_dump(mode="json"))
+
+
+def _sets(*sets: str) -> list[str]:
+    """Settings of the section train; those that name another one as they are."""
+    return [item if "." in item.partition("=")[0] else f"train.{item}" for item in (*SMALL, *sets)]
+
+
+def _command(features: str, out: str, *sets: str) -> list[str]:
+    return ["train", features, "--out", out, "--json", *(word for item in _sets(*sets) for word in ("--set", item))]
+
+
+def check(out: str, wanted: tuple[dict[str, Tensor], list[dict[str, float]]], near: float) -> None:
+    """The bundle's sampler and its curve are those."""
+    state, curve = wanted
+    found = read_curves(out)
+    assert [losses.keys() for losses in found] == [losses.keys() for losses in curve]
+    for one, other in zip(found, curve, strict=True):
+        assert one == pytest.approx(other, abs=near)
+    trained = load_bundle(out).sampler.state_dict()
+    assert trained.keys() == state.keys()
+    for name, value in trained.items():
+        assert torch.allclose(value, state[name], rtol=0, atol=near), name
+
+
+def has_checkpoint(out: str) -> bool:
+    """Whether there is a checkpoint to go on from: one that Ray Train has taken note of."""
+    try:
+        return "checkpoint_20" in storage.read_text(f"{out}/_train/run/checkpoint_manager_snapshot.json")
+    except StorageError:
+        return False
+
+
+def wait_for(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not ready():
+        assert time.monotonic() < deadline, "never came"
+        time.sleep(0.005)
+
+
+# 22 videos in batches of 4: six steps an epoch, the last one of two videos; five epochs pass the paper's falls of the learning rate
+@pytest.mark.parametrize(
+    ("workers", "more", "expected"),
+    [("2", (), 2), ("[1, 2]", ("resources.threads=3",), 1)],
+    ids=["two workers", "elastic, where one fits"],
+)
+def test_any_number_of_workers_gives_the_same(case: Case, tmp_path: Path, workers: str, more: tuple[str, ...], expected: int) -> None:
+    sets = ("epochs=5", "dropout=0.0", *more)
+    out = str(tmp_path / "bundle")
+    summary = tsq(*_command(case.local, out, f"num_workers={workers}", *sets)).json
+    assert (summary["workers"], summary["videos"], summary["went_on_after_epoch"]) == (expected, VIDEOS, 0)
+    assert summary["left_out"] == {"other_split": 1, "failed": 1, "unlabelled": 1}
+    assert summary["videos_per_s"] > 0
+    check(out, case.undisturbed(*sets), 1e-5)
+
+
+def test_a_killed_worker_is_replaced(case: Case, tmp_path: Path) -> None:
+    sets, out = ("epochs=16", "dropout=0.0"), "s3://tsq-other/train/bundle"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(tsq, *_command(case.s3, out, "num_workers=[1, 2]", *sets))
+        wait_for(lambda: running.done() or has_checkpoint(out))
+        workers = descendants("ray::RayTrainWorker")
+        assert len(workers) == 2, running.result() if running.done() else workers
+        os.kill(workers[0], signal.SIGKILL)
+        ended: Ended = running.result(PATIENCE_S)
+    summary = ended.json
+    assert (summary["workers"], summary["epochs"]) == (2, 16)
+    assert 1 <= summary["went_on_after_epoch"] < 16
+    check(out, case.undisturbed(*sets), 1e-4)
+
+
+def test_a_killed_driver_is_gone_on_from(case: Case, ray_cluster: Any, tmp_path: Path) -> None:
+    sets, out = ("epochs=16",), str(tmp_path / "bundle")
+    command = _command(case.local, out, *sets)
+    address = ray_cluster.get_runtime_context().gcs_address
+    with Driver([*command, "--address", address], tmp_path / "driver") as driver:
+        driver.kill_when(lambda: has_checkpoint(out), PATIENCE_S)
+    wait_for(lambda: not descendants("ray::RayTrainWorker"))
+    assert not Path(out, "bundle.json").exists()
+    summary = tsq(*command).json
+    assert 1 <= summary["went_on_after_epoch"] < 16
+    check(out, case.undisturbed(*sets), 1e-4)
+    assert tsq(*command).json["already_done"] is True
+    assert not Path(out, "_train").exists()
+
+
+def test_the_benchmark_prints_its_table(ray_cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.benchmarks import train as benchmark
+
+    sizes = {"videos": 20, "frames": 2, "dim": 8, "classes": 3, "text-dim": 4, "dim-visual": 8, "dim-textual": 8, "batch-size": 8}
+    argv = [word for name, value in (sizes | {"epochs": 2, "rounds": 1, "threads": 1}).items() for word in (f"--{name}", str(value))]
+    assert benchmark.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[:5]] == ["steps/s", "---", "tsq train", "plain loop", "ratio"]
+    ours, plain, ratio = (float(line.split("|")[2]) for line in lines[2:5])
+    assert ratio == pytest.approx(ours / plain, rel=0.05)
+    assert "20 videos, T=2, 8 dims, C=3, batch 8, 1 worker(s) of 1 thread(s)" in lines[-1]
