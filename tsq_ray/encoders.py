@@ -1,6 +1,7 @@
 """Frame encoders, object recogniser, text embeddings: timm and transformers, with weights from a hub, a path, a URI or a package.
 
 Legend: N frames, D dimensions, C classes. Pictures come as uint8 [N, H, W, 3] RGB and are normalised here, on the device.
+timm and transformers are imported where a network is made: most workers of a cluster make none, and each import costs a process seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ class FrameEncoder(nn.Module):
 
 def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
     """A timm network with random weights; `num_classes` 0 leaves the classifier out. ModelError for an unknown name or argument."""
+    import timm
+
     if not timm.is_model(config.model):
         near = timm.list_models(f"*{config.model.split('_')[0]}*")[:5]
         raise ModelError(f"model {config.model!r}: timm has no model of this name" + (f"; near: {', '.join(near)}" if near else ""))
@@ -123,6 +125,8 @@ def split_network(config: ModelConfig, network: nn.Module, with_head: bool) -> F
 
 
 def _from_hub(config: ModelConfig) -> nn.Module:
+    import timm
+
     try:
         return timm.create_model(config.model, pretrained=True, **config.model_args)
     except Exception as error:
@@ -201,6 +205,8 @@ def top_objects(logits: Tensor, count: int = TOP_OBJECTS) -> tuple[Tensor, Tenso
 
 def object_names() -> list[str]:
     """The 1000 ImageNet-1K class names in index order, the first synonym of each."""
+    import timm
+
     info = timm.data.ImageNetInfo("imagenet-1k")
     return [info.index_to_description(index, detailed=False).split(",")[0].strip() for index in range(NUM_OBJECTS)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import average_precision_score, precision_recall_curve
 
 
 def average_precisions(scores: np.ndarray, targets: np.ndarray, interpolated: bool = False) -> np.ndarray:
@@ -23,6 +22,8 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray, interpolated: bo
     Returns:
         float64 [C].
     """
+    from sklearn.metrics import average_precision_score
+
     assert scores.shape == targets.shape, f"scores {scores.shape} and targets {targets.shape} differ in shape"
     result = np.full(scores.shape[1], np.nan)
     for c in np.flatnonzero(targets.any(axis=0)):
@@ -68,6 +69,8 @@ def salient_recall(selected_pts_s: Sequence[float], segments: Sequence[tuple[flo
 
 
 def _interpolated(scores: np.ndarray, targets: np.ndarray) -> float:
+    from sklearn.metrics import precision_recall_curve
+
     precision, recall, _ = precision_recall_curve(targets, scores)  # recall falling, from 1 to the added point (1, 0)
     precision, recall = precision[:-1][::-1], recall[:-1][::-1]
     best_from_here = np.maximum.accumulate(precision[::-1])[::-1]

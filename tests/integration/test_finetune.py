@@ -115,6 +115,7 @@ def test_the_encoder_is_taken_by_extract_and_train(undisturbed: Undisturbed, tmp
     assert load_bundle(bundle).encoder.state_hash() == load_classifier(undisturbed.out).encoder.state_hash()
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_and_worker_were_killed(undisturbed: Undisturbed, ray_cluster: Any, tmp_path: Path) -> None:
     out = tmp_path / "encoder"
     argv = command(undisturbed.chain, out)

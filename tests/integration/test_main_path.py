@@ -416,7 +416,7 @@ def changed_archive(archive: Archive, put: Callable[[str, bytes | None], None]) 
     put("labels.csv", archive.write_labels().read_bytes())
 
 
-@pytest.mark.parametrize("where", ["local", "s3"])
+@pytest.mark.parametrize("where", [pytest.param("local", marks=pytest.mark.slow), "s3"])
 def test_update_replaces_removes_and_adds_rows(chains: Chains, where: str, tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "videos", train=1, val=1, odd=False)
     base = str(tmp_path) if where == "local" else "s3://tsq-other/update"

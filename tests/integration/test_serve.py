@@ -269,6 +269,7 @@ def process_of(mark: str, title: str) -> int:
     return found[0]
 
 
+@pytest.mark.slow
 def test_replicas_scale_as_the_settings_say(ray_cluster: Any, bundle: str) -> None:
     from ray import serve
     from ray.serve.context import _get_global_client
@@ -371,6 +372,7 @@ def test_limits_a_crash_and_the_end(archive: Archive, bundle: str, rows: dict[st
             time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_the_kubernetes_config_serves(
     archive: Archive, bundle: str, rows: dict[str, dict[str, Any]], repo_dir: Path, tmp_path: Path
 ) -> None:

@@ -10,12 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torchvision.transforms import InterpolationMode, v2
 
 from tsq_ray.config import FinetuneConfig, ModelConfig
 from tsq_ray.decode import FrameSpec
-
-_MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,10 @@ class Augment:
     """uint8 [S, h, w, 3] -> uint8 [S, size, size, 3]: random resized crop, flip, colour jitter."""
 
     def __init__(self, config: FinetuneConfig, model: ModelConfig) -> None:
-        mode = _MODES[model.interpolation]
+        # slow to import, and only the decoders of a fine-tuning come here
+        from torchvision.transforms import InterpolationMode, v2
+
+        mode = InterpolationMode(model.interpolation)
         size = [model.size, model.size]
         steps: list[torch.nn.Module] = []
         if config.crop_scale == (1, 1):
