@@ -359,7 +359,7 @@ def test_baselines_score(local: Chain, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["random", "maxconf-l", "visual", "textual"])
 def test_every_sampler_predicts(local: Chain, mode: str) -> None:
-    videos = [f"{local.base}/videos/val/{name}" for name in ("0_0.mp4", "1_0.mp4")]
+    videos = [f"{local.base}/videos/train/{name}" for name in ("0_0.mp4", "1_0.mp4")]
     found = tsq("predict", *videos, "--model", local.bundle, "--set", f"sampler.mode={mode}", "--json").json["videos"]
     assert len(found) == len(videos)
     for row in found:
