@@ -1,14 +1,12 @@
 """The trained artifacts: `finetune`'s classifier and `train`'s bundle; safetensors + JSON in one folder, one URI.
 
-Nothing is unpickled. Both files of settings are written last, and name the sha256 of every other file.
+Nothing is unpickled. What of it needs no network is in `artifact`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -18,16 +16,20 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from tsq_ray import storage
+from tsq_ray.artifact import (
+    BUNDLE_FILE,
+    CLASSIFIER_FILE,
+    FORMAT,
+    NO_RECOGNIZER,
+    read_bundle_settings,
+    read_checked,
+    read_classifier_settings,
+)
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, create_network, load_weights, split_network
-from tsq_ray.errors import ModelError, StorageError
+from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQNet, TSQShape
 
-BUNDLE_FILE = "bundle.json"
-CLASSIFIER_FILE = "finetune.json"
-CURVES_FILE = "curves.csv"
-"""Losses of each epoch of the training, beside the bundle."""
-FORMAT = 1
 Task = Literal["single", "multi"]
 
 
@@ -137,53 +139,15 @@ def load_bundle(uri: str) -> Bundle:
     )
 
 
-def read_bundle_settings(uri: str) -> tuple[dict[str, Any], str]:
-    """bundle.json and its sha256, which is the identity of the whole bundle since it names the hash of each file."""
-    return _read_settings(storage.normalize(uri), BUNDLE_FILE, "what tsq train wrote with --out")
-
-
-def read_classifier_settings(uri: str) -> tuple[dict[str, Any], str]:
-    """finetune.json and its sha256, which names the hash of the weights too."""
-    return _read_settings(storage.normalize(uri), CLASSIFIER_FILE, "what tsq finetune wrote with --out")
-
-
-def is_bundle(uri: str) -> bool:
-    """Whether `uri` is a bundle folder."""
-    return storage.exists(storage.join(storage.normalize(uri), BUNDLE_FILE))
-
-
-def write_curves(uri: str, curve: Sequence[Mapping[str, float]]) -> None:
-    """Put the losses of each epoch beside a bundle or a classifier; what an epoch lacks stays empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in curve for name in row)))
-    writer.writeheader()
-    writer.writerows(curve)
-    storage.write_bytes(storage.join(storage.normalize(uri), CURVES_FILE), text.getvalue().encode())
-
-
-def read_curves(uri: str) -> list[dict[str, float]]:
-    """The losses of each epoch, from beside the bundle; no rows where they are not there."""
-    try:
-        text = storage.read_text(storage.join(storage.normalize(uri), CURVES_FILE))
-    except StorageError as error:
-        if error.error_type == "not_found":
-            return []
-        raise
-    return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))]
-
-
-def class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:
-    """ModelError unless two class lists are equal, order included."""
-    if list(have) == list(want):
-        return
-    extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
-    if not extra and not missing:
-        detail = "the same names in another order"
-    else:
-        detail = f"{len(have)} classes against {len(want)}" + "".join(
-            f"; {word} {names[0]!r}" for word, names in (("unknown", extra), ("missing", missing)) if names
-        )
-    raise ModelError(f"{what}: its class list differs from the features' ({detail}); make both from manifests with the same --classes FILE")
+def load_recognizer(uri: str) -> Classifier:
+    """The recogniser of a bundle alone, as `load_bundle` would give it. ModelError where the bundle has none."""
+    uri = storage.normalize(uri)
+    content, _ = read_bundle_settings(uri)
+    if content["config"]["recognizer"] is None:
+        raise ModelError(NO_RECOGNIZER)
+    classes = list(content["classes"])
+    encoder = _restore_encoder(uri, content, "recognizer", ModelConfig.model_validate(content["config"]["recognizer"]), len(classes))
+    return Classifier(encoder, classes, content["task"], "recognizer", content["provenance"])
 
 
 def _encoder_state(encoder: FrameEncoder) -> dict[str, Tensor]:
@@ -205,36 +169,11 @@ def _write_folder(uri: str, settings_name: str, content: dict[str, Any], states:
     storage.write_bytes(storage.join(uri, settings_name), (json.dumps(content, indent=1, default=str) + "\n").encode())
 
 
-def _read_settings(uri: str, name: str, what: str) -> tuple[dict[str, Any], str]:
-    try:
-        data = storage.read_bytes(storage.join(uri, name))
-    except StorageError as error:
-        if error.error_type == "not_found":
-            raise ModelError(f"{storage.redact(uri)}: has no {name}; name {what}") from None
-        raise
-    try:
-        content = json.loads(data)
-    except ValueError:
-        raise ModelError(f"{storage.redact(uri)}/{name}: not JSON; the file is damaged") from None
-    if content.get("format") != FORMAT:
-        raise ModelError(f"{storage.redact(uri)}: {name} has format {content.get('format')!r}; this version reads {FORMAT}")
-    return content, storage.sha256_of(data)
-
-
 def _read_file(uri: str, content: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    place = storage.join(uri, f"{name}.safetensors")
     try:
-        data = storage.read_bytes(place)
-    except StorageError as error:
-        if error.error_type == "not_found":
-            raise ModelError(f"{storage.redact(place)}: missing; the folder is not whole, copy or train it again") from None
-        raise
-    if storage.sha256_of(data) != content["files"][name]:
-        raise ModelError(f"{storage.redact(place)}: its content is not what was written (sha256 differs); copy or train it again")
-    try:
-        return load_safetensors(data)
+        return load_safetensors(read_checked(uri, content, name))
     except SafetensorError as error:
-        raise ModelError(f"{storage.redact(place)}: not readable as safetensors ({error})") from None
+        raise ModelError(f"{storage.redact(uri)}/{name}.safetensors: not readable as safetensors ({error})") from None
 
 
 def _load_into(network: nn.Module, uri: str, content: Mapping[str, Any], name: str) -> None:

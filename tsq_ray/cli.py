@@ -252,8 +252,8 @@ def predict(
 ) -> None:
     """One or a few videos, here and now, without Ray."""
     from tsq_ray.predict import predict as run
+    from tsq_ray.rows import plain_row
     from tsq_ray.serve.settings import scoring_config
-    from tsq_ray.stages import plain_row
 
     rows = [plain_row(row) for row in run(videos, model, scoring_config(model, str(config) if config else None, sets or ()))]
     show({"videos": rows}, as_json, "\n".join(prediction_text(row) for row in rows))

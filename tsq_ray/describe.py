@@ -6,9 +6,8 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any, Literal
 
-from tsq_ray import bundle as bundles
+from tsq_ray import artifact, runs, runtime, storage
 from tsq_ray import manifest as manifests
-from tsq_ray import runs, runtime, storage
 from tsq_ray.errors import ManifestError, RunError, StorageError
 
 
@@ -16,7 +15,7 @@ def describe(uri: str) -> dict[str, Any]:
     """Counts, classes, settings, provenance and, for a bundle, GFLOPs. RunError where `uri` is none of them."""
     uri = storage.normalize(uri)
     if storage.is_folder(uri):
-        for name, what in ((bundles.BUNDLE_FILE, _bundle), (bundles.CLASSIFIER_FILE, _classifier), (runs.RUN_FILE, _run)):
+        for name, what in ((artifact.BUNDLE_FILE, _bundle), (artifact.CLASSIFIER_FILE, _classifier), (runs.RUN_FILE, _run)):
             if storage.exists(storage.join(uri, name)):
                 return what(uri)
         runs.read_run(uri)  # says why it is no run folder
@@ -56,13 +55,13 @@ def _run(uri: str) -> dict[str, Any]:
 
 
 def _classifier(uri: str) -> dict[str, Any]:
-    content, digest = bundles.read_classifier_settings(uri)
+    content, digest = artifact.read_classifier_settings(uri)
     kept = ("role", "task", "classes", "model", "backbone_sha256", "provenance")
     return {"kind": "classifier (finetune)", "uri": storage.redact(uri)} | {key: content[key] for key in kept} | {"sha256": digest}
 
 
 def _bundle(uri: str) -> dict[str, Any]:
-    content, digest = bundles.read_bundle_settings(uri)
+    content, digest = artifact.read_bundle_settings(uri)
     from tsq_ray.model import TSQShape
 
     described = {"kind": "bundle", "uri": storage.redact(uri)} | {key: content[key] for key in ("task", "classes", "config")}

@@ -16,20 +16,8 @@ from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.extract import load_networks
 from tsq_ray.manifest import VideoRef, choose_split, read_manifest
-from tsq_ray.stages import (
-    OBJECTS,
-    RECOGNIZER,
-    VISUAL,
-    Decode,
-    Encode,
-    Recognize,
-    Sample,
-    bundle_specs,
-    classifier_settings,
-    failed_row,
-    frame_spec,
-    source_row,
-)
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, source_row
+from tsq_ray.stages import Decode, Encode, Recognize, Sample, bundle_specs, classifier_settings
 
 PROBES = 4
 """Videos that are really done, spread over the manifest."""

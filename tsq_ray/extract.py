@@ -21,19 +21,8 @@ from tsq_ray.decode import DecodedVideo, DecodePool
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder
 from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef, choose_split, read_manifest
-from tsq_ray.stages import (
-    OBJECTS,
-    RECOGNIZER,
-    VISUAL,
-    Encode,
-    FrameFeatures,
-    classifier_settings,
-    failed_row,
-    frame_spec,
-    load_network,
-    source_of,
-    source_row,
-)
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, source_of, source_row
+from tsq_ray.stages import Encode, FrameFeatures, classifier_settings, load_network
 
 
 @dataclass(frozen=True)

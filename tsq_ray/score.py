@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from tsq_ray import metrics, runs, runtime, schema, storage
-from tsq_ray.bundle import read_bundle_settings, read_curves
+from tsq_ray.artifact import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
 from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef, choose_split, read_manifest
+from tsq_ray.rows import failed_row
 from tsq_ray.sections import ReplicaConfig
-from tsq_ray.stages import failed_row
 
 _TRIES = 3
 
@@ -58,9 +58,7 @@ def score(
     out, model = storage.normalize(out), storage.normalize(model)
     content, digest = read_bundle_settings(model)
     if "recognizer" not in content["files"]:
-        raise ModelError(
-            f"{storage.redact(model)}: the bundle has no recogniser; train it again with --recognizer URI (from tsq finetune --role recognizer)"
-        )
+        raise ModelError(f"{storage.redact(model)}: {NO_RECOGNIZER}")
     manifest = read_manifest(manifest_uri)
     wanted = choose_split(manifest, split)[:limit]
     retry = runs.retry_reasons(retry_failed)

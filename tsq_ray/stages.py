@@ -5,10 +5,9 @@ Legend: T frames (slots) a video, N distinct source frames, K chosen, C classes,
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,35 +16,23 @@ from torch import Tensor
 
 from tsq_ray import bundle as bundles
 from tsq_ray import storage
-from tsq_ray.bundle import Bundle
+from tsq_ray.artifact import NO_RECOGNIZER
+from tsq_ray.bundle import Bundle, Classifier
 from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, SamplerConfig, check_budget
-from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource
+from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.encoders import FrameEncoder, best_device, encode_pictures, load_encoder, top_objects
 from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, baselines, object_embeddings, saliency, select_frames
 from tsq_ray.model.selection import Selection
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, picture_specs, source_of, source_row
 from tsq_ray.schema import TOP_LABELS, TOP_OBJECTS
-
-VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
-"""The three pictures that one decode makes of each frame."""
-
-
-def frame_spec(config: ModelConfig) -> FrameSpec:
-    """The picture a network wants."""
-    return FrameSpec(config.size, config.resize, config.interpolation)
 
 
 def bundle_specs(bundle: Bundle, mode: str) -> dict[str, FrameSpec]:
-    """The pictures that scoring with `mode` needs, and no others: baselines leave the sampler's encoders out."""
-    specs = {}
-    if mode in (*TSQ_MODES, "maxconf-l"):
-        specs[VISUAL] = frame_spec(bundle.encoders.visual)
-    if mode in TSQ_MODES and bundle.objects is not None and mode != "visual":
-        specs[OBJECTS] = frame_spec(bundle.encoders.objects)
-    if bundle.recognizer is not None:
-        specs[RECOGNIZER] = frame_spec(bundle.recognizer.config)
-    return specs
+    """The pictures that scoring with `mode` needs, and no others."""
+    recognizer = bundle.recognizer.config if bundle.recognizer is not None else None
+    return picture_specs(bundle.encoders, bundle.objects is not None, recognizer, mode)
 
 
 def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
@@ -62,28 +49,6 @@ def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
 def classifier_settings(uri: str) -> ModelConfig:
     """Settings that load the classifier at `uri` as a network: its own model and preprocessing, its weights."""
     return bundles.load_classifier(uri).encoder.config.model_copy(update={"weights": storage.normalize(uri)})
-
-
-def identity_row(ref: VideoRef) -> dict[str, Any]:
-    """The manifest's columns of a row."""
-    return {**asdict(ref), "labels": list(ref.labels) if ref.labels is not None else None}
-
-
-def failed_row(ref: VideoRef, error: VideoError | StorageError) -> dict[str, Any]:
-    """The row of a video that cannot be used."""
-    message = storage.redact(" ".join(str(error).split()))[:500]
-    return {**identity_row(ref), "status": "failed", "error_type": error.error_type, "error_message": message, "warnings": []}
-
-
-def source_row(ref: VideoRef, video: DecodedVideo) -> dict[str, Any]:
-    """The columns that features and predictions share for a video that is ok."""
-    names = ("duration_s", "fps", "width", "height", "codec", "source_num_frames", "frame_pts_s", "warnings")
-    return {**identity_row(ref), "status": "ok", **{name: getattr(video, name) for name in names}}
-
-
-def source_of(ref: VideoRef) -> VideoSource:
-    """What decode needs of a manifest row."""
-    return VideoSource(ref.uri, ref.size_bytes, ref.etag, ref.modified)
 
 
 class Decode:
@@ -269,7 +234,7 @@ def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
     """Refuse K > T (ConfigError), a bundle without a recogniser and a mode that it cannot serve (ModelError)."""
     check_budget(config.budget, bundle.decode.num_frames)
     if bundle.recognizer is None:
-        raise ModelError("the bundle has no recogniser; train it again with --recognizer URI (from tsq finetune --role recognizer)")
+        raise ModelError(NO_RECOGNIZER)
     if config.mode == "textual" and bundle.objects is None:
         raise ModelError("sampler.mode 'textual': the bundle was trained with train.modules = 'visual'; use 'visual' or a baseline")
 
@@ -293,10 +258,12 @@ def _probabilities(logits: np.ndarray | Tensor | None, task: str) -> np.ndarray:
 class Recognize:
     """The chosen frames -> one answer a video: their logits averaged, then softmax (sigmoid for multi-label)."""
 
-    def __init__(self, bundle: Bundle, config: SamplerConfig, device: torch.device | None = None) -> None:
-        assert bundle.recognizer is not None
-        self.recognizer = bundle.recognizer.to(device or best_device())
-        self.classes, self.task, self.config = bundle.classes, bundle.task, config
+    def __init__(self, model: Bundle | Classifier, config: SamplerConfig, device: torch.device | None = None) -> None:
+        """`model`: a bundle, or its recogniser alone (`load_recognizer`)."""
+        encoder = model.recognizer if isinstance(model, Bundle) else model.encoder
+        assert encoder is not None
+        self.recognizer = encoder.to(device or best_device())
+        self.classes, self.task, self.config = model.classes, model.task, config
 
     def __call__(self, items: Sequence[Sampled]) -> list[dict[str, Any]]:
         """Prediction rows in the order of `items`; rows of failed videos pass through."""
@@ -320,15 +287,3 @@ class Recognize:
         scores = _probabilities(frame_logits.mean(0), self.task)
         best = np.argsort(-scores, kind="stable")[:TOP_LABELS]
         item.row |= {"scores": scores, "top_labels": [self.classes[number] for number in best], "top_scores": scores[best]}
-
-
-def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A prediction row as JSON values, without the manifest's labels; queries of presigned URLs are left out."""
-    plain: dict[str, Any] = {}
-    for name, value in row.items():
-        if name in ("labels", "label_names", "split"):
-            continue
-        if isinstance(value, (np.ndarray, np.generic)):
-            value = value.tolist()
-        plain[name] = storage.redact(value) if isinstance(value, str) else value
-    return json.loads(json.dumps(plain, default=str))

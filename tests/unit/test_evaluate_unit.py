@@ -42,7 +42,8 @@ from tsq_ray.evaluate.tables import Column, Table, verdict
 from tsq_ray.evaluate.trained import Job, Learned, arrays_of, fit_scsampler, learn, saliencies
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQShape
-from tsq_ray.stages import RECOGNIZER, VISUAL, Encode, Recognize, Sample, bundle_specs
+from tsq_ray.rows import RECOGNIZER, VISUAL
+from tsq_ray.stages import Encode, Recognize, Sample, bundle_specs
 
 SALIENT = {2, 5}
 

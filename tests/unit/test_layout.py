@@ -23,8 +23,10 @@ ORDER = (
         "labels",
         "manifest",
         "provenance",
+        "artifact",
         "runs",
         "decode",
+        "rows",
         "encoders",
         "model",
         "bundle",
@@ -162,8 +164,10 @@ def loaded(code: str) -> set[str]:
             {"pydantic", "fsspec"},
         ),
         ("import tsq_ray.runs, tsq_ray.manifest", {"pydantic", "pyarrow", "fsspec"}),
+        ("import tsq_ray.score, tsq_ray.rows, tsq_ray.artifact", {"pydantic", "pyarrow", "fsspec", "av"}),
+        ("import tsq_ray.serve.app", {"pydantic", "pyarrow", "fsspec", "av", "ray"}),
     ],
-    ids=["package", "config", "cli", "help", "command help", "wrong settings", "runs"],
+    ids=["package", "config", "cli", "help", "command help", "wrong settings", "runs", "score", "serve"],
 )
 def test_what_importing_loads(code: str, allowed: set[str]) -> None:
     assert loaded(code) <= allowed

@@ -19,18 +19,8 @@ from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import ConfigError, ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, object_embeddings, saliency
-from tsq_ray.stages import (
-    OBJECTS,
-    RECOGNIZER,
-    VISUAL,
-    Encode,
-    Recognize,
-    Sample,
-    bundle_specs,
-    failed_row,
-    plain_row,
-    source_row,
-)
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, plain_row, source_row
+from tsq_ray.stages import Encode, Recognize, Sample, bundle_specs
 
 CPU = torch.device("cpu")
 MODES = ("both", "visual", "textual", "uniform", "random", "maxconf-l", "maxconf")

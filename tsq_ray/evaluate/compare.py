@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from tsq_ray import runs, storage
-from tsq_ray.bundle import Bundle, is_bundle, load_bundle, read_bundle_settings
+from tsq_ray.artifact import is_bundle, read_bundle_settings
+from tsq_ray.bundle import Bundle, load_bundle
 from tsq_ray.errors import RunError
 from tsq_ray.evaluate.annotations import Annotations, on_evidence
 from tsq_ray.evaluate.measures import Cost, Figure, gflops

@@ -18,7 +18,7 @@ from tsq_ray import runs, schema, storage
 from tsq_ray.bundle import Bundle
 from tsq_ray.errors import ModelError, RunError
 from tsq_ray.manifest import describe_splits
-from tsq_ray.stages import RECOGNIZER, VISUAL
+from tsq_ray.rows import RECOGNIZER, VISUAL
 
 LOGITS = schema.RECOGNIZER_LOGITS.name
 TRAIN_SPLIT, VAL_SPLIT = "train", "val"

@@ -19,15 +19,15 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from tsq_ray import storage
-from tsq_ray.bundle import read_bundle_settings
+from tsq_ray.artifact import read_bundle_settings
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError, StorageError
 from tsq_ray.manifest import VideoRef
+from tsq_ray.rows import plain_row
 from tsq_ray.serve.access import TOKEN_VARIABLE, read_token
 from tsq_ray.serve.graph import Graph, bind_graph, deployment_options
 from tsq_ray.serve.requests import RequestError, check_token, read_request
 from tsq_ray.serve.settings import scoring_config
-from tsq_ray.stages import plain_row
 
 _STATUS_OF = {"not_found": 404, "access_denied": 403, "unavailable": 503, "too_large": 413, "timeout": 504, "internal": 500}
 """HTTP status of a failed video by its error type; 422 for what is wrong with the video itself."""

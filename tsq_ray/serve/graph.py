@@ -8,18 +8,21 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from tsq_ray.bundle import load_bundle
-from tsq_ray.config import Config
+from tsq_ray.artifact import read_bundle_settings
+from tsq_ray.config import Config, EncodersConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef
+from tsq_ray.rows import picture_specs, source_of
 from tsq_ray.sections import ReplicaConfig, ScaleConfig
-from tsq_ray.stages import Recognize, Sample, Sampled, bundle_specs, source_of
+
+if TYPE_CHECKING:  # torch: only in the replicas that need it
+    from tsq_ray.stages import Sampled
 
 Decoded = tuple[VideoRef, DecodedVideo | VideoError | StorageError]
 
@@ -53,8 +56,15 @@ class Decoder:
     """Fetches and decodes in killable children."""
 
     def __init__(self, model: str, config: Config) -> None:
-        bundle = load_bundle(model)
-        self.pool = DecodePool(config.decode, bundle_specs(bundle, config.sampler.mode), config.serve.decoder_processes)
+        content, _ = read_bundle_settings(model)
+        made_with, answerer = content["config"], content["config"]["recognizer"]
+        specs = picture_specs(
+            EncodersConfig.model_validate(made_with["encoders"]),
+            "objects" in content["files"],
+            ModelConfig.model_validate(answerer) if answerer is not None else None,
+            config.sampler.mode,
+        )
+        self.pool = DecodePool(config.decode, specs, config.serve.decoder_processes)
 
     async def __call__(self, ref: VideoRef, upload: bytes | None = None) -> Decoded:
         """A manifest row, or an upload under a made-up row, -> its frames or its failure."""
@@ -84,6 +94,9 @@ class Sampler:
     """Encodes the T frames and chooses K; requests that wait together go through the networks together."""
 
     def __init__(self, model: str, config: Config) -> None:
+        from tsq_ray.bundle import load_bundle
+        from tsq_ray.stages import Sample
+
         _threads(config)
         self.sample = Sample(load_bundle(model), config.sampler)
         self.run.set_max_batch_size(config.serve.batch_size)  # type: ignore[attr-defined]
@@ -104,8 +117,11 @@ class Recognizer:
     """Recognises the chosen frames."""
 
     def __init__(self, model: str, config: Config) -> None:
+        from tsq_ray.bundle import load_recognizer
+        from tsq_ray.stages import Recognize
+
         _threads(config)
-        self.recognize = Recognize(load_bundle(model), config.sampler)
+        self.recognize = Recognize(load_recognizer(model), config.sampler)
         self.run.set_max_batch_size(config.serve.batch_size)  # type: ignore[attr-defined]
         self.run.set_batch_wait_timeout_s(config.serve.batch_wait_s)  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tsq_ray import storage
-from tsq_ray.bundle import read_bundle_settings
+from tsq_ray.artifact import read_bundle_settings
 from tsq_ray.config import Config, check_budget, flatten, load_config
 from tsq_ray.errors import ConfigError
 

@@ -18,7 +18,7 @@ import torch
 from tsq_ray import runtime, storage
 from tsq_ray.config import DecodeConfig, FinetuneConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool
-from tsq_ray.stages import frame_spec, source_of
+from tsq_ray.rows import frame_spec, source_of
 from tsq_ray.train.augment import Augment, training_spec, view_of
 
 _BATCH = 4

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from tsq_ray import artifact, provenance, runs, runtime, storage
 from tsq_ray import bundle as bundles
-from tsq_ray import provenance, runs, runtime, storage
 from tsq_ray.bundle import Classifier
 from tsq_ray.config import Config, ModelConfig, differing, flatten
 from tsq_ray.errors import RunError, RunFailed
@@ -98,7 +98,7 @@ def finetune(
     }
     tuned.network.config = settings
     if whole:
-        bundles.write_curves(out, tuned.curve)
+        artifact.write_curves(out, tuned.curve)
     bundles.save_classifier(Classifier(tuned.network, manifest.classes, config.train.task, role, record), out)
     storage.remove_folder(storage.join(out, trained.WORK_FOLDER))
     return summary
@@ -134,9 +134,9 @@ def _identity(
 
 def _finished(out: str, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The summary of an equal finetune that is done already; RunError where `out` holds another one, done or begun."""
-    done = storage.exists(storage.join(out, bundles.CLASSIFIER_FILE))
+    done = storage.exists(storage.join(out, artifact.CLASSIFIER_FILE))
     if done:
-        record = bundles.read_classifier_settings(out)[0]["provenance"]
+        record = artifact.read_classifier_settings(out)[0]["provenance"]
         before = record["identity"]
     else:
         before = runs.read_json(storage.join(out, trained.WORK_FOLDER, _IDENTITY_FILE))

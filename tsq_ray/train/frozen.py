@@ -16,7 +16,8 @@ from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool
 from tsq_ray.encoders import FrameEncoder, encode_pictures
 from tsq_ray.manifest import VideoRef
-from tsq_ray.stages import frame_spec, load_network, source_of
+from tsq_ray.rows import frame_spec, source_of
+from tsq_ray.stages import load_network
 from tsq_ray.train.data import multi_hot
 from tsq_ray.train.head import fit_head
 from tsq_ray.train.trained import Tuned

@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
+from tsq_ray import artifact, provenance, runs, runtime, storage
 from tsq_ray import bundle as bundles
-from tsq_ray import provenance, runs, runtime, storage
 from tsq_ray.bundle import Bundle
 from tsq_ray.config import Config, check_budget, check_top_objects, differing, flatten, load_config
 from tsq_ray.encoders import FrameEncoder, object_names, text_encoder
 from tsq_ray.errors import ModelError, RunError
 from tsq_ray.model import TSQNet, TSQShape
 from tsq_ray.prototypes import prototypes
-from tsq_ray.stages import OBJECTS, VISUAL, classifier_settings, load_network
+from tsq_ray.rows import OBJECTS, VISUAL
+from tsq_ray.stages import classifier_settings, load_network
 from tsq_ray.train.data import Source, TrainingSet, describe_left_out, open_training_set
 from tsq_ray.train.head import fit_head, head_logits
 from tsq_ray.train.workers import fit_on_cluster
@@ -144,7 +145,7 @@ def train(
         answerer,
         record,
     )
-    bundles.write_curves(out, fitted.curve)
+    artifact.write_curves(out, fitted.curve)
     bundles.save_bundle(result, out)
     _remove_work(out)
     return summary | {"seconds": round(time.time() - started, 2)}
@@ -166,14 +167,14 @@ def _identity(run: Mapping[str, Any], config: Config, encoder: str | None, recog
 def _classifier_digest(uri: str | None) -> str | None:
     if uri is None:
         return None
-    return bundles.read_classifier_settings(uri)[1]
+    return artifact.read_classifier_settings(uri)[1]
 
 
 def _finished(out: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """The summary of an equal training that is done already; RunError where `out` holds another one."""
     want = flatten(json.loads(json.dumps(identity)))
-    if bundles.is_bundle(out):
-        provenance = bundles.read_bundle_settings(out)[0]["provenance"]
+    if artifact.is_bundle(out):
+        provenance = artifact.read_bundle_settings(out)[0]["provenance"]
         _refuse_other(out, flatten(provenance["identity"]), want)
         return provenance["summary"] | {"already_done": True}
     begun = runs.read_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE))
@@ -197,7 +198,7 @@ def _frame_encoder(config: Config, run: Mapping[str, Any], data: TrainingSet, en
         network.head = fit_head(data.visual, data.targets, config.finetune, config.train.task)
     else:
         classifier = bundles.load_classifier(encoder)
-        bundles.class_order(classifier.classes, data.classes, f"--encoder {storage.redact(encoder)}")
+        artifact.class_order(classifier.classes, data.classes, f"--encoder {storage.redact(encoder)}")
     return network
 
 
@@ -212,7 +213,7 @@ def _recognizer(uri: str | None, classes: list[str], task: str) -> FrameEncoder 
     if uri is None:
         return None
     classifier = bundles.load_classifier(uri)
-    bundles.class_order(classifier.classes, classes, f"--recognizer {storage.redact(uri)}")
+    artifact.class_order(classifier.classes, classes, f"--recognizer {storage.redact(uri)}")
     if classifier.task != task:
         raise ModelError(f"--recognizer {storage.redact(uri)}: was finetuned for task {classifier.task!r}, train.task is {task!r}")
     return classifier.encoder
