@@ -105,6 +105,7 @@ def test_backbone_and_head_have_changed(undisturbed: Undisturbed) -> None:
     assert not classifier.encoder.training
 
 
+@pytest.mark.slow
 def test_the_encoder_is_taken_by_extract_and_train(undisturbed: Undisturbed, tmp_path: Path) -> None:
     chain, encoder = undisturbed.chain, ["--encoder", undisturbed.out]
     features, bundle = str(tmp_path / "features"), str(tmp_path / "bundle")

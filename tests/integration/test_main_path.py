@@ -338,7 +338,8 @@ def test_another_configuration_is_refused(local: Chain, command: str, change: st
     assert re.search(key, refused(tsq(*argv, "--set", change)))
 
 
-@pytest.mark.parametrize("mode", ["uniform", "maxconf"])  # no sampler, and a choice by the recogniser: the other two ways through the graph
+# no sampler, and a choice by the recogniser: the other two ways through the graph
+@pytest.mark.parametrize("mode", [pytest.param("uniform", marks=pytest.mark.slow), "maxconf"])
 def test_baselines_score(local: Chain, mode: str) -> None:
     out = local.at(f"predictions-{mode}")
     scores = "top" if mode == "uniform" else "all"

@@ -76,6 +76,7 @@ def test_the_single_task_refuses_several_labels(chain: Chain, tmp_path: Path) ->
     assert several in refused(tsq("train", chain.features, "--out", out, *settings))
 
 
+@pytest.mark.slow
 def test_the_task_goes_with_the_models(chain: Chain) -> None:
     for place in (f"{chain.recognizer}/finetune.json", f"{chain.bundle}/bundle.json"):
         content = json.loads(storage.read_bytes(place))

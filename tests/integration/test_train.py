@@ -110,8 +110,10 @@ def wait_for(ready: Callable[[], bool]) -> None:
 # 22 videos in batches of 4: six steps an epoch, the last one of two videos; five epochs pass the paper's falls of the learning rate
 @pytest.mark.parametrize(
     ("workers", "more", "expected"),
-    [("2", (), 2), ("[1, 2]", ("resources.threads=3",), 1)],
-    ids=["two workers", "elastic, where one fits"],
+    [
+        pytest.param("2", (), 2, id="two workers"),
+        pytest.param("[1, 2]", ("resources.threads=3",), 1, id="elastic, where one fits", marks=pytest.mark.slow),
+    ],
 )
 def test_any_number_of_workers_gives_the_same(case: Case, tmp_path: Path, workers: str, more: tuple[str, ...], expected: int) -> None:
     sets = ("epochs=5", "dropout=0.0", *more)
