@@ -223,7 +223,7 @@ A value of `--set` is read as TOML: `5`, `0.6`, `true`, `[0.5, 0.5, 0.5]`, `{pad
 a value that is not allowed are refused before anything starts (exit code 2), and so is K > T by `tsq train` and `tsq score`. The resolved settings are in `_run.json` beside every output.
 
 Features carry `decode.*` and `encoders.*` to `tsq train`, and the bundle carries them to `tsq score`: there they need not be given again, and others
-than those are refused. Scoring may set `sampler.budget`, `sampler.lambda_visual`, `sampler.mode`, `sampler.seed`, `decode.timeout_s`, the limits `decode.max_*`,
+than those are refused. Scoring may set `sampler.budget`, `sampler.max_budget`, `sampler.margin`, `sampler.lambda_visual`, `sampler.mode`, `sampler.seed`, `decode.timeout_s`, the limits `decode.max_*`,
 `output.*`, `resources.*` and `serve.*`.
 """
 
@@ -282,6 +282,8 @@ def kind_text(kind: Any) -> str:
         return words[kind]
     if get_origin(kind) is Annotated:
         return kind_text(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(map(kind_text, get_args(kind)))
     if get_origin(kind) is tuple:

@@ -88,8 +88,12 @@ class EncodersConfig(Section):
 class SamplerConfig(Section):
     """How K of the T frames are chosen (paper, section 3.3)."""
 
-    budget: int = Field(default=5, ge=1)
-    """K, the number of frames the recogniser sees."""
+    budget: Annotated[int, Field(ge=1)] | Literal["adaptive"] = 5
+    """K, the number of frames the recogniser sees; `adaptive`: up to `max_budget` of them, until it is sure (`margin`)."""
+    max_budget: int = Field(default=5, ge=1)
+    """Most frames that the recogniser sees with `budget = "adaptive"`."""
+    margin: float = Field(default=2.2, gt=0)
+    """With `budget = "adaptive"`: the recogniser is sure once its probabilities, summed over the frames so far, put a class so many frames ahead of the next one."""
     lambda_visual: float = Field(default=0.6, ge=0, le=1)
     """Share of the K frames that the visual module chooses (paper: 0.6)."""
     seed: int = Field(default=0, ge=0)
@@ -98,6 +102,11 @@ class SamplerConfig(Section):
     """`both`, `visual` or `textual` module, or a baseline: `uniform`, `random`, `maxconf-l`, `maxconf`."""
     top_classes: int = Field(default=5, ge=1)
     """Number of most probable classes whose saliencies are aggregated (paper: 5)."""
+
+    @property
+    def most_frames(self) -> int:
+        """K, or the most that an adaptive budget may come to."""
+        return self.max_budget if self.budget == "adaptive" else self.budget
 
 
 def _worker_count(value: Any) -> int | tuple[int, int]:
@@ -283,12 +292,23 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
-def check_budget(budget: int, num_frames: int) -> None:
-    """Refuse K > T (ConfigError)."""
-    if budget > num_frames:
+def check_budget(sampler: SamplerConfig, num_frames: int, task: str = "single") -> None:
+    """Refuse K > T, and an adaptive K where nothing ranks the frames or several labels may be true (ConfigError)."""
+    if sampler.most_frames > num_frames:
+        name = "sampler.max_budget" if sampler.budget == "adaptive" else "sampler.budget (K)"
         raise ConfigError(
-            f"sampler.budget (K) is {budget}, above decode.num_frames (T) = {num_frames}: K frames are chosen of T; lower K or raise T"
+            f"{name} is {sampler.most_frames}, above decode.num_frames (T) = {num_frames}: K frames are chosen of T; lower K or raise T"
         )
+    if sampler.budget == "adaptive":
+        if sampler.mode not in TSQ_MODES:
+            raise ConfigError(
+                f"sampler.budget 'adaptive' needs frames in the order of their saliency, which sampler.mode {sampler.mode!r} does not give; "
+                f"take one of {', '.join(TSQ_MODES)}, or a number"
+            )
+        if task != "single":
+            raise ConfigError(
+                "sampler.budget 'adaptive' waits for one class to lead, and with train.task 'multi' several may be true; give a number"
+            )
 
 
 def check_top_objects(top_objects: int, num_objects: int) -> None:

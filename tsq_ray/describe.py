@@ -71,7 +71,7 @@ def _bundle(uri: str) -> dict[str, Any]:
 
 def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
     """GFLOPs (multiply-adds) a video by the field's convention and as truly counted, row by row, for the bundle's T and K."""
-    from tsq_ray.config import EncodersConfig, ModelConfig, SamplerMode
+    from tsq_ray.config import EncodersConfig, ModelConfig, SamplerConfig, SamplerMode
     from tsq_ray.model import TSQShape
     from tsq_ray.model.flops import cost_table
 
@@ -87,7 +87,7 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
         table = cost_table(
             mode,
             num_frames=config["decode"]["num_frames"],
-            budget=config["sampler"]["budget"],
+            budget=SamplerConfig.model_validate(config["sampler"]).most_frames,
             recognizer=ModelConfig.model_validate(config["recognizer"]),
             visual=encoders.visual,
             objects=encoders.objects,

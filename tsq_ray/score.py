@@ -96,6 +96,9 @@ def _identity(digest: str, config: Config, with_scores: bool) -> dict[str, Any]:
     sampler = config.sampler.model_dump(mode="json")
     if config.sampler.mode != "random":
         sampler.pop("seed")
+    if config.sampler.budget != "adaptive":  # it says all; the runs of before these settings are the same
+        sampler.pop("max_budget")
+        sampler.pop("margin")
     return {"model_sha256": digest, "sampler": sampler, "scores": "all" if with_scores else "top"}
 
 

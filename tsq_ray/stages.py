@@ -5,6 +5,7 @@ Legend: T frames (slots) a video, N distinct source frames, K chosen, C classes,
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.encoders import FrameEncoder, best_device, encode_pictures, load_encoder, top_objects
 from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
-from tsq_ray.model import TSQNet, baselines, object_embeddings, saliency, select_frames
+from tsq_ray.model import TSQNet, baselines, by_importance, frames_until_sure, object_embeddings, saliency, select_frames
 from tsq_ray.model.selection import Selection
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, picture_specs, source_of, source_row
 from tsq_ray.schema import TOP_LABELS, TOP_OBJECTS
@@ -142,6 +143,8 @@ class Sampled:
     """int32 [T]."""
     choose: bool = False
     """Whether the recogniser has yet to choose (maxconf)."""
+    order: np.ndarray | None = None
+    """int [n]: with an adaptive budget, the places in `pictures` in which the recogniser looks at them, until it is sure."""
 
 
 class Sample:
@@ -167,6 +170,7 @@ class Sample:
         chosen = iter(self._choose([ref for ref, video in items if isinstance(video, DecodedVideo)], videos))
         share_ms = (time.perf_counter() - started) * 1000 / max(1, len(videos))
         sampled = []
+        config = self.config
         for ref, video in items:
             if not isinstance(video, DecodedVideo):
                 sampled.append(Sampled(failed_row(ref, video), np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, np.int32)))
@@ -178,16 +182,23 @@ class Sample:
                 sampled.append(Sampled(row, pictures[video.slot_frame], video.frame_index, choose=True))
             else:
                 row |= selection_columns(selection, video.frame_index, video.frame_pts_s)
-                sampled.append(Sampled(row, pictures[video.slot_frame[selection.slots]], video.frame_index))
+                order = self._order(curves, video, selection) if config.budget == "adaptive" else None
+                sampled.append(Sampled(row, pictures[video.slot_frame[selection.slots]], video.frame_index, order=order))
         return sampled
+
+    def _order(self, curves: Mapping[str, Any], video: DecodedVideo, selection: Selection) -> np.ndarray:
+        visual, textual = curves["saliency_visual"], curves["saliency_textual"]
+        config = self.config
+        ranked = by_importance(visual, textual, video.frame_index, config.most_frames, config.lambda_visual, config.mode)  # type: ignore[arg-type]
+        return np.searchsorted(selection.slots, ranked)
 
     def _choose(self, refs: Sequence[VideoRef], videos: Sequence[DecodedVideo]) -> list[tuple[Selection | None, dict[str, Any]]]:
         config = self.config
         if config.mode == "uniform":
-            return [(baselines.uniform(video.frame_index, config.budget), {}) for video in videos]
+            return [(baselines.uniform(video.frame_index, config.most_frames), {}) for video in videos]
         if config.mode == "random":
             return [
-                (baselines.random(video.frame_index, config.budget, config.seed, ref.video_id), {})
+                (baselines.random(video.frame_index, config.most_frames, config.seed, ref.video_id), {})
                 for ref, video in zip(refs, videos, strict=True)
             ]
         if config.mode == "maxconf" or not videos:
@@ -196,7 +207,10 @@ class Sample:
         features = self.encode(videos)
         if config.mode == "maxconf-l":
             return [
-                (baselines.maxconf(_probabilities(feature.visual_logits, self.task), video.frame_index, config.budget, "maxconf-l"), {})
+                (
+                    baselines.maxconf(_probabilities(feature.visual_logits, self.task), video.frame_index, config.most_frames, "maxconf-l"),
+                    {},
+                )
                 for feature, video in zip(features, videos, strict=True)
             ]
         return self._query(features, videos)
@@ -222,7 +236,7 @@ class Sample:
                 by_visual[number],
                 textual,
                 video.frame_index,
-                self.config.budget,
+                self.config.most_frames,
                 self.config.lambda_visual,
                 self.config.mode,  # type: ignore[arg-type]
             )
@@ -232,7 +246,7 @@ class Sample:
 
 def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
     """Refuse K > T (ConfigError), a bundle without a recogniser and a mode that it cannot serve (ModelError)."""
-    check_budget(config.budget, bundle.decode.num_frames)
+    check_budget(config, bundle.decode.num_frames, bundle.task)
     if bundle.recognizer is None:
         raise ModelError(NO_RECOGNIZER)
     if config.mode == "textual" and bundle.objects is None:
@@ -264,24 +278,52 @@ class Recognize:
         assert encoder is not None
         self.recognizer = encoder.to(device or best_device())
         self.classes, self.task, self.config = model.classes, model.task, config
+        self._first = math.ceil(config.margin)
 
     def __call__(self, items: Sequence[Sampled]) -> list[dict[str, Any]]:
         """Prediction rows in the order of `items`; rows of failed videos pass through."""
         started = time.perf_counter()
         live = [item for item in items if len(item.pictures)]
         if live:
-            _, logits = encode_pictures(self.recognizer, np.concatenate([item.pictures for item in live]))
-            assert logits is not None
-            for item, frame_logits in zip(live, logits.split([len(item.pictures) for item in live]), strict=True):
+            for item, frame_logits in zip(live, self._until_sure(live), strict=True):
                 self._answer(item, frame_logits)
             share_ms = (time.perf_counter() - started) * 1000 / len(live)
             for item in live:
                 item.row["recognize_ms"] = share_ms
         return [item.row for item in items]
 
+    def _logits(self, pictures: Sequence[np.ndarray]) -> list[Tensor]:
+        """[n, H, W, 3] of several videos -> [n, C] of each; they go through the network together."""
+        _, logits = encode_pictures(self.recognizer, np.concatenate(pictures))
+        assert logits is not None
+        return list(logits.split([len(each) for each in pictures]))
+
+    def _until_sure(self, items: Sequence[Sampled]) -> list[Tensor]:
+        """The logits of every picture; with an adaptive budget of those it took, and the other pictures leave the item's row.
+
+        No margin is reached by fewer frames than itself, so that many go first, then one more of each video that is still open.
+        """
+        found = self._logits([item.pictures if item.order is None else item.pictures[item.order[: self._first]] for item in items])
+        open_items = [number for number, item in enumerate(items) if item.order is not None]
+        while open_items := [number for number in open_items if self._is_open(items[number], found[number])]:
+            more = self._logits([items[number].pictures[items[number].order[len(found[number]), None]] for number in open_items])  # type: ignore[index]
+            for number, logits in zip(open_items, more, strict=True):
+                found[number] = torch.cat([found[number], logits])
+        for number, item in enumerate(items):
+            if item.order is not None:
+                keep = np.sort(item.order[: len(found[number])])
+                for name in ("selected_slot", "selected_index", "selected_pts_s"):
+                    item.row[name] = item.row[name][keep]
+                item.row["selected_by"] = [item.row["selected_by"][place] for place in keep]
+        return found
+
+    def _is_open(self, item: Sampled, logits: Tensor) -> bool:
+        assert item.order is not None
+        return len(logits) < len(item.order) and frames_until_sure(_probabilities(logits, self.task), self.config.margin) is None
+
     def _answer(self, item: Sampled, frame_logits: Tensor) -> None:
         if item.choose:
-            selection = baselines.maxconf(_probabilities(frame_logits, self.task), item.frame_index, self.config.budget, "maxconf")
+            selection = baselines.maxconf(_probabilities(frame_logits, self.task), item.frame_index, self.config.most_frames, "maxconf")
             item.row |= selection_columns(selection, item.frame_index, item.row["frame_pts_s"])
             frame_logits = frame_logits[torch.from_numpy(selection.slots.astype(np.int64))]
         scores = _probabilities(frame_logits.mean(0), self.task)

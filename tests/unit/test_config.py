@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from tsq_ray.config import (
     Config,
+    SamplerConfig,
     check_budget,
     check_top_objects,
     differing,
@@ -135,12 +136,13 @@ def test_flatten_keeps_model_args_whole() -> None:
 
 @pytest.mark.parametrize(("budget", "num_frames"), [(1, 1), (5, 16), (16, 16)])
 def test_a_budget_up_to_the_number_of_frames_is_taken(budget: int, num_frames: int) -> None:
-    check_budget(budget, num_frames)
+    check_budget(SamplerConfig(budget=budget), num_frames)
+    check_budget(SamplerConfig(budget="adaptive", max_budget=budget), num_frames)
 
 
 def test_a_budget_above_the_number_of_frames_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"sampler.budget \(K\) is 17, above decode.num_frames \(T\) = 16"):
-        check_budget(17, 16)
+        check_budget(SamplerConfig(budget=17), 16)
 
 
 def test_the_defaults_are_the_papers() -> None:

@@ -31,6 +31,7 @@ from tsq_ray.evaluate.samplers import (
     Dense,
     Ranked,
     Uniform,
+    UntilSure,
     change_scores,
     confidence,
     frame_head_logits,
@@ -248,8 +249,11 @@ def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
         "maxconf-l": Ranked(videos, confidence(frame_head_logits(head, videos), "single")),
         **{mode: learned_like(videos, visual, textual, mode) for mode in ("both", "visual", "textual")},
     }
+    margin = 0.05  # of random networks
+    sides["adaptive"] = UntilSure(sides["both"], margin, "single")
+    assert len(sides["adaptive"].choose(0, 3)) < 3
     for mode, sampler in sides.items():
-        config = SamplerConfig(mode=mode, budget=3)  # type: ignore[arg-type]
+        config = SamplerConfig(mode=mode, budget=3) if mode != "adaptive" else SamplerConfig(budget="adaptive", max_budget=3, margin=margin)
         row = Recognize(bundle, config)(Sample(bundle, config)([(ref, video)]))[0]
         slots = sampler.choose(0, 3)
         assert slots.tolist() == row["selected_slot"].tolist(), mode

@@ -19,7 +19,7 @@ SCRIPTS = ("jobs/quickstart.sh", "jobs/setup_venv.sh", "tests/run.sh")
 
 def test_settings_load_and_their_weights_are_packages_of_the_extra() -> None:
     config = load_config(REPO / "jobs" / "quickstart.toml")
-    check_budget(config.sampler.budget, config.decode.num_frames)
+    check_budget(config.sampler, config.decode.num_frames, config.train.task)
     extra = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["weights"]
     packages = {requirement.partition("==")[0] for requirement in extra}
     for part in (config.encoders.visual, config.encoders.objects, config.encoders.text, config.recognizer):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tsq_ray.errors import ModelError
-from tsq_ray.model import saliency, select_frames
+from tsq_ray.model import by_importance, frames_until_sure, saliency, select_frames
 
 
 def scores(order: list[int], num_slots: int) -> np.ndarray:
@@ -122,3 +122,30 @@ def test_always_k_distinct_source_frames(seed: int) -> None:
     budget, share = int(generator.integers(1, 16)), float(generator.random())
     chosen = select_frames(generator.random(16), generator.random(16), frames, budget, share)
     assert len(set(frames[chosen.slots])) == len(chosen.slots) == min(budget, len(set(frames)))
+
+
+def test_by_importance_is_the_choice_for_k_with_the_first_choices_first() -> None:
+    visual, textual = scores([9, 3, 7, 5, 2], 16), scores([3, 12, 9, 1], 16)
+    order = by_importance(visual, textual, ALL, 5, 0.6)
+    # K = 1: 9 (a share of 0.6 is one frame); K = 2: 9 and 3; K = 3: 9, 3 and, for the 3 that both want, the VQM's next, 7; K = 4: 12
+    assert order.tolist() == [9, 3, 7, 12, 5]
+    assert sorted(order) == select_frames(visual, textual, ALL, 5, 0.6).slots.tolist()
+    for budget in range(1, 17):
+        for mode in ("both", "visual", "textual"):
+            found = by_importance(visual, textual, ALL // 2, budget, 0.6, mode)  # type: ignore[arg-type]
+            assert sorted(found) == select_frames(visual, textual, ALL // 2, budget, 0.6, mode).slots.tolist()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rows", "margin", "expected"),
+    [
+        ([[0.9, 0.1, 0.0]] * 4, 2.2, 3),  # 0.8 a frame
+        ([[0.9, 0.1, 0.0]] * 4, 0.8, 1),
+        ([[0.9, 0.1, 0.0]] * 2, 2.2, None),
+        # a frame of something else sets it back, however sure it looks
+        ([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 2.2, 5),
+        ([[0.5, 0.5]] * 9, 0.1, None),
+    ],
+)
+def test_frames_until_sure(rows: list[list[float]], margin: float, expected: int | None) -> None:
+    assert frames_until_sure(np.array(rows), margin) == expected

@@ -230,6 +230,35 @@ def test_uniform_takes_the_middles_and_random_hangs_on_seed_and_video(bundle: Bu
     assert len(set(first)) > 1
 
 
+def test_an_adaptive_budget_stops_where_the_recogniser_is_sure(bundle: Bundle) -> None:
+    """Fixed K is an adaptive budget that is never sure; each video stops for itself, in company as alone."""
+    items: list[Any] = [(ref(number), video(bundle, number)) for number in range(6)] + [(ref(9), FAILURES[0])]
+    whole = score(bundle, items, budget=6)
+    never = score(bundle, items, budget="adaptive", max_budget=6, margin=7.0)
+    for one, other in zip(never[:-1], whole[:-1], strict=True):
+        assert one["selected_slot"].tolist() == other["selected_slot"].tolist()
+        np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-6)
+    assert bundle.recognizer is not None
+    margins = []
+    for _, item in items[:-1]:
+        summed = bundle.recognizer(torch.from_numpy(item.slots(RECOGNIZER)))[1].softmax(1).sum(0).sort().values
+        margins.append(float(summed[-1] - summed[-2]))
+    margin = sorted(margins)[3] / NUM_FRAMES * 3  # what the middling video needs three of its eight frames for
+    rows = score(bundle, items, budget="adaptive", max_budget=6, margin=margin)
+    taken = [len(row["selected_slot"]) for row in rows[:-1]]
+    assert len(set(taken)) > 1, taken
+    for row, full, (_, item) in zip(rows[:-1], whole[:-1], items[:-1], strict=True):
+        slots = row["selected_slot"]
+        assert set(slots) <= set(full["selected_slot"])
+        assert list(slots) == sorted(slots)
+        assert len(slots) == len(row["selected_by"]) == len(row["selected_index"]) == len(row["selected_pts_s"])
+        logits = bundle.recognizer(torch.from_numpy(item.slots(RECOGNIZER)[slots]))[1]
+        np.testing.assert_allclose(row["scores"], logits.mean(0).softmax(0).detach().numpy(), atol=1e-5)
+        summed = logits.softmax(1).sum(0).sort().values
+        assert (float(summed[-1] - summed[-2]) >= margin) or len(slots) == 6
+    assert rows[-1]["status"] == "failed"
+
+
 def test_multi_label_scores_are_independent(bundle: Bundle) -> None:
     import dataclasses
 
@@ -269,6 +298,23 @@ def test_a_mode_works_on_the_pictures_it_asked_for(bundle: Bundle, mode: str) ->
 def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:
     with pytest.raises(ConfigError, match=r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8"):
         Sample(bundle, SamplerConfig(budget=9), CPU)
+
+
+@pytest.mark.parametrize(
+    ("settings", "task", "message"),
+    [
+        (
+            {"mode": "uniform"},
+            "single",
+            r"'adaptive' needs frames in the order of their saliency, which sampler\.mode 'uniform' does not give",
+        ),
+        ({"max_budget": 9}, "single", r"sampler\.max_budget is 9, above decode\.num_frames \(T\) = 8"),
+        ({}, "multi", "waits for one class to lead, and with train.task 'multi' several may be true; give a number"),
+    ],
+)
+def test_an_adaptive_budget_that_cannot_be(bundle: Bundle, settings: dict[str, Any], task: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sample(dataclasses.replace(bundle, task=task), SamplerConfig(budget="adaptive", **settings), CPU)
 
 
 def test_a_bundle_without_a_recogniser_is_refused(tmp_path: Path) -> None:

@@ -30,16 +30,15 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
         *(Column("GFLOPs", "G"), Column("true GFLOPs", "G"), Column("s/video", "s")),
     ]
     rows: list[list[Any]] = [
-        [run.name, run.mode, str(run.num_frames), str(run.budget), str(run.ok), str(run.failed), *map(_figure, run.figures)]
-        for run in found
+        [run.name, run.mode, str(run.num_frames), run.budget, str(run.ok), str(run.failed), *map(_figure, run.figures)] for run in found
     ]
-    groups: dict[tuple[str, int, int], list[_Run]] = {}
+    groups: dict[tuple[str, int, str], list[_Run]] = {}
     for run in found:
         groups.setdefault((run.mode, run.num_frames, run.budget), []).append(run)
     for (mode, num_frames, budget), members in groups.items():
         if len(members) > 1:
             means = [Figure(tuple(values)) for values in zip(*(run.figures for run in members), strict=True)]
-            rows.append([f"mean of {len(members)} runs", mode, str(num_frames), str(budget), "", "", *means])
+            rows.append([f"mean of {len(members)} runs", mode, str(num_frames), budget, "", "", *means])
     notes = ["seconds a video: decode, sample and recognise as the runs measured them, on their machines"]
     if len({run.video_ids for run in found}) > 1:
         notes.append("warning: the runs hold different videos, so their figures are not of the same thing")
@@ -69,7 +68,10 @@ class _Run:
         self.video_ids = frozenset(table["video_id"].to_pylist())
         sampler = run["config"]["sampler"]
         self.mode: Any = sampler["mode"]
-        self.budget, self.num_frames = sampler["budget"], run["config"]["decode"]["num_frames"]
+        self.num_frames = run["config"]["decode"]["num_frames"]
+        adaptive = sampler["budget"] == "adaptive"
+        self.budget = f"up to {sampler['max_budget']}" if adaptive else str(sampler["budget"])
+        self.frames = float(np.mean([len(record["selected_pts_s"]) for record in ok] or [0])) if adaptive else sampler["budget"]
         measured = run.get("metrics") or measure(self.uri, run["bundle_classes"])
         evidence = math.nan
         if annotations is not None:
@@ -88,8 +90,8 @@ class _Run:
         mode: Cost = "visual" if self.mode == "both" and bundle.objects is None else "uniform" if self.mode == "random" else self.mode
         shape = bundle.sampler.shape
         return (
-            gflops(bundle, mode, self.num_frames, self.budget, shape, "field"),
-            gflops(bundle, mode, self.num_frames, self.budget, shape, "true"),
+            gflops(bundle, mode, self.num_frames, self.frames, shape, "field"),
+            gflops(bundle, mode, self.num_frames, self.frames, shape, "true"),
         )
 
     @staticmethod

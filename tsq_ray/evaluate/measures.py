@@ -89,8 +89,8 @@ def measure(videos: VideoSet, sampler: Sampler, budget: int, task: Task, annotat
     )
 
 
-def gflops(bundle: Bundle, cost: Cost, num_frames: int, budget: int, shape: TSQShape, counting: Counting) -> float:
-    """GFLOPs (1e9 multiply-adds) of one video with the bundle's networks and a sampler network of `shape`."""
+def gflops(bundle: Bundle, cost: Cost, num_frames: int, budget: float, shape: TSQShape, counting: Counting) -> float:
+    """GFLOPs (1e9 multiply-adds) of one video with the bundle's networks and a sampler network of `shape`; `budget` may be a mean."""
     assert bundle.recognizer is not None
     mode: Mode = "maxconf-l" if cost == "scsampler" else cost
     table = cost_table(

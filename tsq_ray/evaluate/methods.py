@@ -17,6 +17,7 @@ from tsq_ray.evaluate.samplers import (
     Ranked,
     Sampler,
     Uniform,
+    UntilSure,
     change_scores,
     confidence,
     frame_head_logits,
@@ -42,6 +43,8 @@ class Method:
     """What it changes of `train.*`, where it is a network trained here."""
     mode: Mode = "both"
     """How such a network chooses."""
+    adaptive: bool = False
+    """Whether K is the most, and the recogniser stops where it is sure."""
 
     @property
     def trained(self) -> bool:
@@ -76,6 +79,14 @@ METHODS = (
     Method("vqm", "the visual module of the joint network (lambda_v = 1)", "visual", _JOINT, "visual"),
     Method("tqm", "the textual module of the joint network (lambda_v = 0)", "textual", _JOINT, "textual"),
     Method("tsqnet", "both modules, trained here with each seed", "both", _JOINT, "both"),
+    Method(
+        "adaptive",
+        "tsqnet's frames one by one, K at most, until the recogniser's summed probabilities put one class sampler.margin frames ahead",
+        "both",
+        _JOINT,
+        "both",
+        adaptive=True,
+    ),
     Method("bundle", "the network of --model as it is", "both"),
     Method("oracle", "an oracle restricted to the T frames", None),
 )
@@ -112,6 +123,9 @@ def possible(bench: Bench) -> tuple[list[Method], list[str]]:
         gone = [method.name for method in methods if method.trained]
         methods = [method for method in methods if not method.trained]
         notes.append(f"not measured, the features have no split 'train' to fit them on: {', '.join(gone)}")
+    if bench.task == "multi":
+        methods = [method for method in methods if not method.adaptive]
+        notes.append("not measured with several labels a video: adaptive")
     return methods, notes
 
 
@@ -129,8 +143,10 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
     videos, name = bench.videos, method.name
     if method.trained:
         found = [bench.learned[job] for job in jobs_of(bench, method)]
-        made = [learned_sampler(bench, learned.arrays, method.mode) for learned in found if not learned.diverged]
-        return made, len(found) - len(made)
+        made: list[Sampler] = [learned_sampler(bench, learned.arrays, method.mode) for learned in found if not learned.diverged]
+        if method.adaptive:
+            made = [UntilSure(sampler, bench.config.sampler.margin, bench.task) for sampler in made if isinstance(sampler, Query)]
+        return made, sum(bool(learned.diverged) for learned in found)
     if name == "random":
         return [Random(videos, seed) for seed in bench.seeds], 0
     if name == "uniform":
@@ -186,8 +202,8 @@ def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[
     ]
 
 
-def cost_of(bench: Bench, method: Method, budget: int, counting: Counting) -> float | None:
-    """GFLOPs a video; None for the oracle."""
+def cost_of(bench: Bench, method: Method, budget: float, counting: Counting) -> float | None:
+    """GFLOPs a video, `budget` frames recognised on average; None for the oracle."""
     if method.cost is None:
         return None
     cost: Cost = method.cost

@@ -53,7 +53,7 @@ def _job(bench: Bench, row: Row, seed: int) -> Job:
 
 def table1(bench: Bench, out: str) -> Table:
     """What one video costs with the bundle, module by module, in both countings."""
-    bundle, budget = bench.bundle, bench.config.sampler.budget
+    bundle, budget = bench.bundle, bench.config.sampler.most_frames
     assert bundle.recognizer is not None
     columns = [Column("Module"), Column("Arch."), Column("Res."), Column("#F")]
     columns += [Column("GFLOPs/F", "G"), Column("GFLOPs", "G"), Column("true GFLOPs/F", "G"), Column("true GFLOPs", "G")]
@@ -90,7 +90,7 @@ def table1(bench: Bench, out: str) -> Table:
 
 def table2(bench: Bench, out: str) -> Table:
     """Every sampler at the budget of the settings."""
-    budget, clock = bench.config.sampler.budget, Clock(bench.features.run, bench.bundle, bench.videos.num_frames)
+    budget, clock = bench.config.sampler.most_frames, Clock(bench.features.run, bench.bundle, bench.videos.num_frames)
     methods, notes = possible(bench)
     found: dict[str, Figure] = {}
     rows: list[list[Cell]] = []
@@ -116,7 +116,7 @@ def figure3(bench: Bench, out: str) -> Table:
         for measured in found:
             rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
         notes += _diverged(found[0]) if found else []
-        costs = [cost_of(bench, method, measured.budget, "field") for measured in found]
+        costs = [cost_of(bench, method, _frames(measured), "field") for measured in found]
         if found and None not in costs:
             lines.append(plots.Line(method.name, [cost for cost in costs if cost is not None], [measured.map for measured in found]))
         elif found:
@@ -136,10 +136,15 @@ _COLUMNS = (
 
 
 def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
-    field, true = (cost_of(bench, measured.method, measured.budget, counting) for counting in ("field", "true"))  # type: ignore[arg-type]
+    field, true = (cost_of(bench, measured.method, _frames(measured), counting) for counting in ("field", "true"))  # type: ignore[arg-type]
     seconds = clock.seconds(true) if true is not None else None
     quality = [measured.map, measured.map_interpolated, measured.top1, measured.recall, Figure((measured.frames.mean,))]
     return [*quality, _figure(field), _figure(true), _figure(seconds)]
+
+
+def _frames(measured: Measured) -> float:
+    """What the recogniser's cost counts: K, also where a short video has fewer frames; the mean where K is adaptive."""
+    return measured.frames.mean if measured.method.adaptive else measured.budget
 
 
 def _figure(value: float | None) -> Figure | None:
@@ -175,7 +180,7 @@ def _signs(pairs: Sequence[tuple[str, str, Cell, Cell]]) -> list[str]:
 
 def ablation_table(bench: Bench, name: str) -> Table:
     """mAP of each configuration and column at the budget of the settings, and whether the paper's signs are seen."""
-    wanted, budget = _ablation(bench, name), bench.config.sampler.budget
+    wanted, budget = _ablation(bench, name), bench.config.sampler.most_frames
     notes = list(wanted.notes)
     if bench.features.training is None:
         rows: list[list[Cell]] = []

@@ -84,7 +84,7 @@ def evaluate(
         files = table.write(out, header)
         return _summary(out, [(table, files)], started, 0, {"runs": len(sources)})
     features = load_features(sources[0], bundle, split)
-    check_budget(config.sampler.budget, features.measured.num_frames)
+    check_budget(config.sampler, features.measured.num_frames, bundle.task)
     too_large = [budget for budget in config.evaluate.budgets if budget > features.measured.num_frames]
     if too_large:
         raise ConfigError(
@@ -149,7 +149,7 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
     lines = [
         f"data: {storage.redact(features.uri)} (manifest sha256 {run['manifest']['sha256'][:12]}); split {features.split or 'none, all rows'}: "
         f"{len(videos)} videos measured, left out: {left}; {skipped} inputs of the manifest without features; trained on: {training}",
-        f"T = {videos.num_frames}, K = {config.sampler.budget}, lambda_v = {config.sampler.lambda_visual:g}; "
+        f"T = {videos.num_frames}, K = {config.sampler.most_frames}, lambda_v = {config.sampler.lambda_visual:g}; "
         f"fps of the videos: {low:.3g}" + (f" to {high:.3g}" if high > low else ""),
         f"decoder: {made['decode']['strategy']} by {made['decode']['backend']} ({decoders}); batch size: {made['resources']['batch_size']} videos in "
         f"the extraction, {config.train.batch_size} in training; {config.train.epochs} epochs",

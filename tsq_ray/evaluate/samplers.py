@@ -14,7 +14,7 @@ from torch import nn
 
 from tsq_ray.evaluate.annotations import Segment
 from tsq_ray.evaluate.data import VideoSet
-from tsq_ray.model import baselines, select_frames
+from tsq_ray.model import baselines, by_importance, frames_until_sure, select_frames
 from tsq_ray.model.selection import distinct_slots, in_time_order, ranked
 
 Task = Literal["single", "multi"]
@@ -92,6 +92,21 @@ class Query:
         textual = self.textual[video] if self.textual is not None else None
         index = self.videos.frame_index[video]
         return select_frames(self.visual[video], textual, index, budget, self.lambda_visual, self.mode).slots
+
+
+class UntilSure:
+    """TSQNet's frames in the order of their saliency until the recogniser is sure (`sampler.budget = "adaptive"`)."""
+
+    def __init__(self, query: Query, margin: float, task: Task) -> None:
+        self.query, self.margin, self.task = query, margin, task
+
+    def choose(self, video: int, budget: int) -> np.ndarray:
+        """As Sampler; `budget` is the most."""
+        query = self.query
+        textual = query.textual[video] if query.textual is not None else None
+        index = query.videos.frame_index[video]
+        order = by_importance(query.visual[video], textual, index, budget, query.lambda_visual, query.mode)
+        return np.sort(order[: frames_until_sure(probabilities(query.videos.logits[video][order], self.task), self.margin)])
 
 
 def probabilities(logits: np.ndarray, task: Task) -> np.ndarray:

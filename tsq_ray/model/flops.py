@@ -76,7 +76,7 @@ class CostRow:
     arch: str | None
     resolution: int | None
     gflops_per_frame: float | None
-    num_frames: int | None
+    num_frames: float | None
     gflops: float
 
 
@@ -144,7 +144,7 @@ def cost_table(
     mode: Mode,
     *,
     num_frames: int,
-    budget: int,
+    budget: float,
     recognizer: NetworkLike,
     visual: NetworkLike | None = None,
     objects: NetworkLike | None = None,
@@ -156,7 +156,7 @@ def cost_table(
     Args:
         mode: as `sampler.mode`.
         num_frames: T.
-        budget: K.
+        budget: K; of an adaptive one the mean.
         recognizer: sees the K frames; all T of them with "maxconf".
         visual: the frame encoder; not needed by "textual", "uniform", "random" and "maxconf".
         objects: the object recogniser, for "both" and "textual".
@@ -165,7 +165,7 @@ def cost_table(
     """
     rows: list[CostRow] = []
 
-    def add(module: str, network: NetworkLike | None, frames: int) -> None:
+    def add(module: str, network: NetworkLike | None, frames: float) -> None:
         assert network is not None, f"the cost of mode {mode!r} needs the network of {module}"
         each = network_multiply_adds(network, counting) / 1e9
         rows.append(CostRow(module, network.model, network.size, each, frames, each * frames))

@@ -86,6 +86,34 @@ def select_frames(
     return in_time_order(chosen)
 
 
+def by_importance(
+    saliency_visual: np.ndarray,
+    saliency_textual: np.ndarray | None,
+    frame_index: np.ndarray,
+    budget: int,
+    lambda_visual: float,
+    mode: Literal["both", "visual", "textual"] = "both",
+) -> np.ndarray:
+    """The slots of `select_frames` for K = `budget`, those first that are chosen for the smallest budgets: int32 [<= K]. Arguments as there."""
+    chosen = select_frames(saliency_visual, saliency_textual, frame_index, budget, lambda_visual, mode).slots.tolist()
+    order: dict[int, None] = {}
+    for smaller in range(1, budget):
+        slots = select_frames(saliency_visual, saliency_textual, frame_index, smaller, lambda_visual, mode).slots.tolist()
+        order |= dict.fromkeys(slot for slot in slots if slot in chosen)
+    return np.array(list(order | dict.fromkeys(chosen)), dtype=np.int32)
+
+
+def frames_until_sure(probabilities: np.ndarray, margin: float) -> int | None:
+    """How many of the frames, in the order given, it takes until one class leads the next one by `margin`; None where they do not suffice.
+
+    A frame adds its probabilities, float [K, C], to the classes' sums: what counts is that several frames agree, since a single frame of
+    something else is often answered with great confidence.
+    """
+    two = np.sort(np.cumsum(probabilities, axis=0), axis=1)[:, -2:]
+    reached = np.flatnonzero(two[:, 1] - two[:, 0] >= margin)
+    return int(reached[0]) + 1 if len(reached) else None
+
+
 def distinct_slots(frame_index: np.ndarray) -> np.ndarray:
     """The first slot of each distinct source frame, ascending: int [T] -> int64 [n]."""
     return np.sort(np.unique(frame_index, return_index=True)[1])

@@ -175,7 +175,8 @@ def _sampler(predictions: Predictions) -> Mapping[str, Any]:
 
 def _budget(predictions: Predictions) -> int:
     """K by the settings, else the most frames that any video was given."""
-    budget = _sampler(predictions).get("budget")
+    sampler = _sampler(predictions)
+    budget = sampler.get("max_budget" if sampler.get("budget") == "adaptive" else "budget")
     if isinstance(budget, int) and 1 <= budget <= predictions.num_frames:
         return budget
     return pc.max(pc.list_value_length(predictions.table.column("selected_slot"))).as_py() or 1
@@ -189,14 +190,14 @@ def _sampler_name(predictions: Predictions) -> str:
 def _facts(predictions: Predictions) -> list[tuple[str, str]]:
     """What run this is, in a few words; what `_run.json` does not say is left out."""
     run, config = predictions.run, predictions.config
-    flat = flatten(config)
+    flat, budget = flatten(config), _budget(predictions)
     versions = run.get("versions")
     wanted = [
         ("Model", _place(run.get("model") or run.get("bundle") or config.get("model"))),
         ("Manifest", _place(run.get("manifest"))),
         ("Finished", str(run.get("ended") or "").replace("T", " ").replace("+00:00", " UTC")),
         ("Frames looked at (T)", predictions.num_frames),
-        ("Frames recognised (K)", flat.get("sampler.budget")),
+        ("Frames recognised (K)", f"adaptive, up to {budget}" if flat.get("sampler.budget") == "adaptive" else flat.get("sampler.budget")),
         ("Sampler", flat.get("sampler.mode")),
         ("Lambda (visual share)", flat.get("sampler.lambda_visual") if flat.get("sampler.mode", "both") == "both" else None),
         ("Decoding", flat.get("decode.strategy")),

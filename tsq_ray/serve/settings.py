@@ -12,6 +12,8 @@ from tsq_ray.errors import ConfigError
 
 FREE = (
     "sampler.budget",
+    "sampler.max_budget",
+    "sampler.margin",
     "sampler.lambda_visual",
     "sampler.mode",
     "sampler.seed",
@@ -47,7 +49,7 @@ def scoring_config(model: str, path: str | None = None, sets: Iterable[str] = ()
             f"{storage.redact(model)}: scoring cannot change what the bundle was trained with ({shown}); it may set sampler.budget, "
             "sampler.lambda_visual, sampler.mode, sampler.seed and resources.*"
         )
-    check_budget(config.sampler.budget, config.decode.num_frames)
+    check_budget(config.sampler, config.decode.num_frames, str(content["task"]))
     return config
 
 

@@ -69,7 +69,7 @@ def train(
     """
     started = time.time()
     out, features_uri = storage.normalize(out), storage.normalize(features_uri)
-    check_budget(config.sampler.budget, config.decode.num_frames)
+    check_budget(config.sampler, config.decode.num_frames, config.train.task)
     if config.train.modules == "both":
         check_top_objects(config.train.top_objects, config.encoders.num_objects)
     run = runs.read_run(features_uri, "features")
