@@ -34,7 +34,13 @@ def estimate_extract(
         config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
     answerer = classifier_settings(recognizer) if recognizer is not None else None
     networks = load_networks(config, answerer)
-    encode = Encode(networks.visual, networks.objects, networks.recognizer, num_objects=config.encoders.num_objects)
+    encode = Encode(
+        networks.visual,
+        networks.objects,
+        networks.recognizer,
+        num_objects=config.encoders.num_objects,
+        precision=config.resources.precision,
+    )
     specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
     if answerer is not None:
         specs[RECOGNIZER] = frame_spec(answerer)
@@ -59,7 +65,8 @@ def estimate_score(manifest_uri: str, model: str, config: Config, split: str | N
     """Time, GPU hours and output size of a scoring, extrapolated from PROBES videos."""
     wanted = choose_split(manifest := read_manifest(manifest_uri), split)[:limit]
     bundle = load_bundle(model)
-    sample, recognize = Sample(bundle, config.sampler), Recognize(bundle, config.sampler)
+    precision = config.resources.precision
+    sample, recognize = Sample(bundle, config.sampler, precision=precision), Recognize(bundle, config.sampler, precision=precision)
     decode = Decode(config.decode, bundle_specs(bundle, config.sampler.mode))
     arrow = schema.predictions_schema(config.decode.num_frames, len(bundle.classes), manifest.classes)
 

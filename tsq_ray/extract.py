@@ -185,7 +185,14 @@ def _make_encode(plan: ExtractPlan) -> Encode:
 
     torch.set_num_threads(plan.threads)
     networks = load_networks(plan.config, plan.recognizer)
-    return Encode(networks.visual, networks.objects, networks.recognizer, num_objects=plan.config.encoders.num_objects)
+    config = plan.config
+    return Encode(
+        networks.visual,
+        networks.objects,
+        networks.recognizer,
+        num_objects=config.encoders.num_objects,
+        precision=config.resources.precision,
+    )
 
 
 class ExtractWorker:

@@ -35,6 +35,8 @@ class ResourcesConfig(Section):
     """Videos a worker takes at a time."""
     threads: int = Field(default=0, ge=0)
     """Threads of each worker's network (0: CPUs / workers)."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the networks compute in, in `extract`, `score`, `predict` and `serve`; `auto`: bf16 on GPUs that have it, fp32 on CPUs."""
 
 
 class ScaleConfig(Section):

@@ -21,8 +21,9 @@ from tsq_ray.artifact import NO_RECOGNIZER
 from tsq_ray.bundle import Bundle, Classifier
 from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, SamplerConfig, check_budget
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
-from tsq_ray.encoders import FrameEncoder, best_device, encode_pictures, load_encoder, top_objects
+from tsq_ray.encoders import FrameEncoder, best_device, load_encoder, top_objects
 from tsq_ray.errors import ModelError, StorageError, VideoError
+from tsq_ray.inference import Precision, encode_pictures, ready
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, baselines, by_importance, frames_until_sure, object_embeddings, saliency, select_frames
 from tsq_ray.model.selection import Selection
@@ -93,11 +94,12 @@ class Encode:
         recognizer: FrameEncoder | None = None,
         device: torch.device | None = None,
         num_objects: int = TOP_OBJECTS,
+        precision: Precision = "auto",
     ) -> None:
         self.device, self.num_objects = device or best_device(), num_objects
-        self.visual = visual.to(self.device)
-        self.objects = objects.to(self.device) if objects is not None else None
-        self.recognizer = recognizer.to(self.device) if recognizer is not None else None
+        self.visual = ready(visual, self.device, precision)
+        self.objects = ready(objects, self.device, precision) if objects is not None else None
+        self.recognizer = ready(recognizer, self.device, precision) if recognizer is not None else None
 
     def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
         """In the order of `videos`; frames of all of them go through each network together."""
@@ -150,7 +152,7 @@ class Sampled:
 class Sample:
     """Decoded videos -> the K frames of each (paper, section 3.3), or those of a baseline."""
 
-    def __init__(self, bundle: Bundle, config: SamplerConfig, device: torch.device | None = None) -> None:
+    def __init__(self, bundle: Bundle, config: SamplerConfig, device: torch.device | None = None, precision: Precision = "auto") -> None:
         check_sampler(bundle, config)
         self.config, self.task = config, bundle.task
         self.textual = bundle.objects is not None and config.mode in TSQ_MODES and config.mode != "visual"
@@ -158,7 +160,7 @@ class Sample:
         self.device = device or best_device()
         if config.mode in (*TSQ_MODES, "maxconf-l"):
             objects, kept = bundle.objects if self.textual else None, bundle.sampler.shape.top_objects
-            self.encode = Encode(bundle.encoder, objects, device=self.device, num_objects=kept)
+            self.encode = Encode(bundle.encoder, objects, device=self.device, num_objects=kept, precision=precision)
             self.network: TSQNet = bundle.sampler.to(self.device).eval()
             self.network.fold()
             self.vocabulary = bundle.vocabulary.to(self.device) if self.textual and bundle.vocabulary is not None else None
@@ -272,11 +274,13 @@ def _probabilities(logits: np.ndarray | Tensor | None, task: str) -> np.ndarray:
 class Recognize:
     """The chosen frames -> one answer a video: their logits averaged, then softmax (sigmoid for multi-label)."""
 
-    def __init__(self, model: Bundle | Classifier, config: SamplerConfig, device: torch.device | None = None) -> None:
+    def __init__(
+        self, model: Bundle | Classifier, config: SamplerConfig, device: torch.device | None = None, precision: Precision = "auto"
+    ) -> None:
         """`model`: a bundle, or its recogniser alone (`load_recognizer`)."""
         encoder = model.recognizer if isinstance(model, Bundle) else model.encoder
         assert encoder is not None
-        self.recognizer = encoder.to(device or best_device())
+        self.recognizer = ready(encoder, device or best_device(), precision)
         self.classes, self.task, self.config = model.classes, model.task, config
         self._first = math.ceil(config.margin)
 

@@ -28,6 +28,7 @@ ORDER = (
         "decode",
         "rows",
         "encoders",
+        "inference",
         "model",
         "bundle",
         "metrics",

@@ -14,7 +14,8 @@ import torch
 from tsq_ray import runtime, storage
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool
-from tsq_ray.encoders import FrameEncoder, encode_pictures
+from tsq_ray.encoders import FrameEncoder, best_device
+from tsq_ray.inference import encode_pictures, ready
 from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import frame_spec, source_of
 from tsq_ray.stages import load_network
@@ -99,10 +100,9 @@ class _BackboneWorker:
     def __init__(self, plan: _Plan) -> None:
         torch.set_num_threads(plan.threads)
         self.counts = plan.counts
-        self.network = load_network(plan.model, with_head=False)
-        self.network.head = None
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.network.to(device)
+        network = load_network(plan.model, with_head=False)
+        network.head = None
+        self.network = ready(network, best_device(), plan.config.resources.precision)
         self.pool = DecodePool(plan.config.decode, {"frame": frame_spec(plan.model)}, 1)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -1,0 +1,128 @@
+"""A frame encoder made ready to run: batch norms folded into their convolutions, channels last, bf16 where that is wanted.
+
+The copies made here are for inference alone: their weights are no longer those that `FrameEncoder.state_hash` names.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from tsq_ray.encoders import FrameEncoder
+
+Precision = Literal["auto", "fp32", "bf16"]
+_CHUNK = {"cpu": 8, "cuda": 256}
+"""Frames that go through a network at a time: on a CPU the activations of 8 stay in its cache, 1.5 times faster than 50 at once."""
+
+
+def takes_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether a network runs in bf16: `auto` is yes on a GPU that has it."""
+    if precision != "auto":
+        return precision == "bf16"
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def ready(encoder: FrameEncoder, device: torch.device, precision: Precision = "auto") -> FrameEncoder:
+    """A copy of an encoder on `device` that computes the same, faster; in bf16 nearly the same. The encoder stays as it is."""
+    made = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
+    fold_batch_norms(made.backbone, made.config.size)
+    made.to(device=device)
+    made.backbone.to(memory_format=torch.channels_last)
+    made.dtype = torch.bfloat16 if takes_bf16(precision, device) else torch.float32
+    made.backbone.to(made.dtype)
+    if made.head is not None:
+        made.head.to(made.dtype)
+    return made
+
+
+@torch.inference_mode()
+def encode_pictures(encoder: FrameEncoder, pictures: np.ndarray) -> tuple[Tensor, Tensor | None]:
+    """uint8 [N, H, W, 3] -> features [N, D] and logits [N, C] or None, on the CPU in float32, a chunk of frames at a time."""
+    device = next(encoder.parameters()).device
+    chunk = _CHUNK[device.type]
+    features, logits = [], []
+    for start in range(0, len(pictures), chunk):
+        part = torch.from_numpy(np.ascontiguousarray(pictures[start : start + chunk]))
+        if device.type == "cuda":
+            part = part.pin_memory().to(device, non_blocking=True)
+        feature = encoder.features(part)
+        features.append(feature.float())
+        if encoder.head is not None:
+            logits.append(encoder.head(feature).float())
+    # one copy back at the end: the device goes on while the next chunk is on its way
+    return torch.cat(features).cpu(), torch.cat(logits).cpu() if logits else None
+
+
+@torch.no_grad()
+def fold_batch_norms(network: nn.Module, size: int) -> int:
+    """Fold each batch norm that follows a convolution into it, in place; how many. A network in eval mode computes what it did before.
+
+    Which one follows which is seen on one picture of `size` x `size`: a batch norm whose input is the very tensor that a convolution gave, both
+    called once. Nothing is folded where the network then computes something else (a convolution's output that is used elsewhere too).
+    """
+    pairs = _conv_norm_pairs(network, size)
+    if not pairs:
+        return 0
+    probe = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
+    before, kept = network(probe), copy.deepcopy(network.state_dict())
+    replaced: list[tuple[nn.Conv2d, bool, str, _BatchNorm]] = []
+    for conv_name, norm_name in pairs:
+        conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, _BatchNorm)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        replaced.append((conv, conv.bias is not None, norm_name, norm))
+        conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+        # timm's batch norms carry the activation
+        _put(network, norm_name, getattr(norm, "act", None) or nn.Identity())
+    if torch.allclose(network(probe), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+        return len(pairs)
+    for conv, had_bias, norm_name, norm in replaced:
+        if not had_bias:
+            conv.register_parameter("bias", None)
+        _put(network, norm_name, norm)
+    network.load_state_dict(kept)
+    return 0
+
+
+def _conv_norm_pairs(network: nn.Module, size: int) -> list[tuple[str, str]]:
+    """Names of (convolution, batch norm), in the order in which they run."""
+    made_by: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no two have the same id
+    pairs: list[tuple[str, str]] = []
+    calls: Counter[str] = Counter()
+
+    def after_conv(name: str, output: Tensor) -> None:
+        calls[name] += 1
+        made_by[id(output)] = (name, output)
+
+    def before_norm(name: str, x: Tensor) -> None:
+        calls[name] += 1
+        if id(x) in made_by:
+            pairs.append((made_by[id(x)][0], name))
+
+    hooks = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(lambda _m, _i, output, name=name: after_conv(name, output)))  # type: ignore[misc]
+        elif isinstance(module, _BatchNorm) and module.running_var is not None:
+            hooks.append(module.register_forward_pre_hook(lambda _m, inputs, name=name: before_norm(name, inputs[0])))  # type: ignore[misc]
+    try:
+        network(torch.zeros(1, 3, size, size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
+
+
+def _put(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, module)
