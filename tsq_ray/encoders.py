@@ -58,6 +58,8 @@ class FrameEncoder(nn.Module):
     std: Tensor
     dtype = torch.float32
     """What the backbone computes in."""
+    fixed_sizes = False
+    """Whether it is compiled for few numbers of frames."""
 
     def __init__(self, config: ModelConfig, backbone: nn.Module, head: nn.Module | None) -> None:
         super().__init__()

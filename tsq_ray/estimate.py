@@ -39,7 +39,7 @@ def estimate_extract(
         networks.objects,
         networks.recognizer,
         num_objects=config.encoders.num_objects,
-        precision=config.resources.precision,
+        how=config.resources,
     )
     specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
     if answerer is not None:
@@ -65,8 +65,7 @@ def estimate_score(manifest_uri: str, model: str, config: Config, split: str | N
     """Time, GPU hours and output size of a scoring, extrapolated from PROBES videos."""
     wanted = choose_split(manifest := read_manifest(manifest_uri), split)[:limit]
     bundle = load_bundle(model)
-    precision = config.resources.precision
-    sample, recognize = Sample(bundle, config.sampler, precision=precision), Recognize(bundle, config.sampler, precision=precision)
+    sample, recognize = Sample(bundle, config.sampler, how=config.resources), Recognize(bundle, config.sampler, how=config.resources)
     decode = Decode(config.decode, bundle_specs(bundle, config.sampler.mode))
     arrow = schema.predictions_schema(config.decode.num_frames, len(bundle.classes), manifest.classes)
 

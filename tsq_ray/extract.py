@@ -191,7 +191,7 @@ def _make_encode(plan: ExtractPlan) -> Encode:
         networks.objects,
         networks.recognizer,
         num_objects=config.encoders.num_objects,
-        precision=config.resources.precision,
+        how=config.resources,
     )
 
 

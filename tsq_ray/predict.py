@@ -20,8 +20,7 @@ def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str,
     `config` comes from `serve.settings.scoring_config`. Raises ModelError for a bundle that cannot score.
     """
     bundle = load_bundle(model)
-    precision = config.resources.precision
-    sample, recognize = Sample(bundle, config.sampler, precision=precision), Recognize(bundle, config.sampler, precision=precision)
+    sample, recognize = Sample(bundle, config.sampler, how=config.resources), Recognize(bundle, config.sampler, how=config.resources)
     decode = Decode(config.decode, bundle_specs(bundle, config.sampler.mode))
     rows: list[dict[str, Any]] = []
     try:

@@ -37,6 +37,8 @@ class ResourcesConfig(Section):
     """Threads of each worker's network (0: CPUs / workers)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """What the networks compute in, in `extract`, `score`, `predict` and `serve`; `auto`: bf16 on GPUs that have it, fp32 on CPUs."""
+    compile: bool = False
+    """Compile these networks with torch.compile, as CUDA graphs on GPUs: a minute more at the start of each worker. Needs a C++ compiler on the node."""
 
 
 class ScaleConfig(Section):

@@ -23,12 +23,13 @@ from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, SamplerConfig, 
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.encoders import FrameEncoder, best_device, load_encoder, top_objects
 from tsq_ray.errors import ModelError, StorageError, VideoError
-from tsq_ray.inference import Precision, encode_pictures, ready
+from tsq_ray.inference import AS_IT_COMES, encode_pictures, ready
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, baselines, by_importance, frames_until_sure, object_embeddings, saliency, select_frames
 from tsq_ray.model.selection import Selection
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, picture_specs, source_of, source_row
 from tsq_ray.schema import TOP_LABELS, TOP_OBJECTS
+from tsq_ray.sections import ResourcesConfig
 
 
 def bundle_specs(bundle: Bundle, mode: str) -> dict[str, FrameSpec]:
@@ -94,12 +95,12 @@ class Encode:
         recognizer: FrameEncoder | None = None,
         device: torch.device | None = None,
         num_objects: int = TOP_OBJECTS,
-        precision: Precision = "auto",
+        how: ResourcesConfig = AS_IT_COMES,
     ) -> None:
         self.device, self.num_objects = device or best_device(), num_objects
-        self.visual = ready(visual, self.device, precision)
-        self.objects = ready(objects, self.device, precision) if objects is not None else None
-        self.recognizer = ready(recognizer, self.device, precision) if recognizer is not None else None
+        self.visual = ready(visual, self.device, how)
+        self.objects = ready(objects, self.device, how) if objects is not None else None
+        self.recognizer = ready(recognizer, self.device, how) if recognizer is not None else None
 
     def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
         """In the order of `videos`; frames of all of them go through each network together."""
@@ -152,7 +153,9 @@ class Sampled:
 class Sample:
     """Decoded videos -> the K frames of each (paper, section 3.3), or those of a baseline."""
 
-    def __init__(self, bundle: Bundle, config: SamplerConfig, device: torch.device | None = None, precision: Precision = "auto") -> None:
+    def __init__(
+        self, bundle: Bundle, config: SamplerConfig, device: torch.device | None = None, how: ResourcesConfig = AS_IT_COMES
+    ) -> None:
         check_sampler(bundle, config)
         self.config, self.task = config, bundle.task
         self.textual = bundle.objects is not None and config.mode in TSQ_MODES and config.mode != "visual"
@@ -160,7 +163,7 @@ class Sample:
         self.device = device or best_device()
         if config.mode in (*TSQ_MODES, "maxconf-l"):
             objects, kept = bundle.objects if self.textual else None, bundle.sampler.shape.top_objects
-            self.encode = Encode(bundle.encoder, objects, device=self.device, num_objects=kept, precision=precision)
+            self.encode = Encode(bundle.encoder, objects, device=self.device, num_objects=kept, how=how)
             self.network: TSQNet = bundle.sampler.to(self.device).eval()
             self.network.fold()
             self.vocabulary = bundle.vocabulary.to(self.device) if self.textual and bundle.vocabulary is not None else None
@@ -275,12 +278,12 @@ class Recognize:
     """The chosen frames -> one answer a video: their logits averaged, then softmax (sigmoid for multi-label)."""
 
     def __init__(
-        self, model: Bundle | Classifier, config: SamplerConfig, device: torch.device | None = None, precision: Precision = "auto"
+        self, model: Bundle | Classifier, config: SamplerConfig, device: torch.device | None = None, how: ResourcesConfig = AS_IT_COMES
     ) -> None:
         """`model`: a bundle, or its recogniser alone (`load_recognizer`)."""
         encoder = model.recognizer if isinstance(model, Bundle) else model.encoder
         assert encoder is not None
-        self.recognizer = ready(encoder, device or best_device(), precision)
+        self.recognizer = ready(encoder, device or best_device(), how)
         self.classes, self.task, self.config = model.classes, model.task, config
         self._first = math.ceil(config.margin)
 

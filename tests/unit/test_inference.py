@@ -13,6 +13,7 @@ from torch import nn
 from tsq_ray.config import ModelConfig
 from tsq_ray.encoders import FrameEncoder, load_encoder
 from tsq_ray.inference import encode_pictures, fold_batch_norms, ready, takes_bf16
+from tsq_ray.sections import ResourcesConfig
 
 CPU = torch.device("cpu")
 NORMS = (nn.BatchNorm2d,)
@@ -123,12 +124,24 @@ def test_a_ready_encoder_is_a_copy_that_says_the_same() -> None:
 
 def test_bf16_says_nearly_the_same_in_float32() -> None:
     encoder, frames = encoder_of("test_resnet", 64), pictures(9, 64)
-    exact, _ = encode_pictures(ready(encoder, CPU, "fp32"), frames)
-    features, logits = encode_pictures(ready(encoder, CPU, "bf16"), frames)
+    exact, _ = encode_pictures(ready(encoder, CPU, ResourcesConfig(precision="fp32")), frames)
+    features, logits = encode_pictures(ready(encoder, CPU, ResourcesConfig(precision="bf16")), frames)
     assert logits is not None
     assert (features.dtype, logits.dtype) == (torch.float32, torch.float32)
     assert torch.nn.functional.cosine_similarity(features, exact).min() > 0.99
     assert not torch.equal(features, exact)
+
+
+@pytest.mark.slow
+def test_compiled_says_the_same_whatever_the_number_of_frames() -> None:
+    encoder = encoder_of("test_resnet", 64)
+    compiled = ready(encoder, CPU, ResourcesConfig(compile=True))
+    for count in (1, 8, 11):
+        expected, _ = encode_pictures(ready(encoder, CPU), pictures(count, 64))
+        features, logits = encode_pictures(compiled, pictures(count, 64))
+        assert logits is not None
+        assert len(logits) == count
+        torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("auto", False), ("fp32", False), ("bf16", True)])

@@ -98,7 +98,7 @@ class Sampler:
         from tsq_ray.stages import Sample
 
         _threads(config)
-        self.sample = Sample(load_bundle(model), config.sampler, precision=config.resources.precision)
+        self.sample = Sample(load_bundle(model), config.sampler, how=config.resources)
         self.run.set_max_batch_size(config.serve.batch_size)  # type: ignore[attr-defined]
         self.run.set_batch_wait_timeout_s(config.serve.batch_wait_s)  # type: ignore[attr-defined]
 
@@ -121,7 +121,7 @@ class Recognizer:
         from tsq_ray.stages import Recognize
 
         _threads(config)
-        self.recognize = Recognize(load_recognizer(model), config.sampler, precision=config.resources.precision)
+        self.recognize = Recognize(load_recognizer(model), config.sampler, how=config.resources)
         self.run.set_max_batch_size(config.serve.batch_size)  # type: ignore[attr-defined]
         self.run.set_batch_wait_timeout_s(config.serve.batch_wait_s)  # type: ignore[attr-defined]
 

@@ -102,7 +102,7 @@ class _BackboneWorker:
         self.counts = plan.counts
         network = load_network(plan.model, with_head=False)
         network.head = None
-        self.network = ready(network, best_device(), plan.config.resources.precision)
+        self.network = ready(network, best_device(), plan.config.resources)
         self.pool = DecodePool(plan.config.decode, {"frame": frame_spec(plan.model)}, 1)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
