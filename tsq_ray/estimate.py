@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tsq_ray import schema, storage
@@ -15,7 +16,7 @@ from tsq_ray.bundle import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.extract import load_networks
-from tsq_ray.manifest import VideoRef, choose_split, read_manifest
+from tsq_ray.manifest import VideoRef, VideoRows, choose_split, read_manifest
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, source_row
 from tsq_ray.stages import Decode, Encode, Recognize, Sample, bundle_specs, classifier_settings
 
@@ -72,7 +73,7 @@ def estimate_score(manifest_uri: str, model: str, config: Config, split: str | N
         decode.close()
 
 
-def _probe(wanted: Sequence[VideoRef], inputs: int, run: Callable[[VideoRef], dict[str, Any]], arrow: pa.Schema) -> dict[str, Any]:
+def _probe(wanted: VideoRows, inputs: int, run: Callable[[VideoRef], dict[str, Any]], arrow: pa.Schema) -> dict[str, Any]:
     import torch
 
     chosen = [wanted[number * len(wanted) // min(PROBES, len(wanted))] for number in range(min(PROBES, len(wanted)))]
@@ -87,7 +88,7 @@ def _probe(wanted: Sequence[VideoRef], inputs: int, run: Callable[[VideoRef], di
     return {
         "videos": len(wanted),
         "inputs": inputs,
-        "bytes_in": sum(ref.size_bytes for ref in wanted),
+        "bytes_in": pc.sum(wanted.table["size_bytes"]).as_py(),
         "probed": [storage.redact(ref.uri) for ref in chosen],
         "probed_failed": sum(row["status"] == "failed" for row in rows),
         "seconds_a_video": round(seconds, 3),
