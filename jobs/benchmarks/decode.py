@@ -244,10 +244,9 @@ def _keyframe(options: argparse.Namespace) -> list[str]:
             turns = [[_cpu_of_decode(path, settings, options.size)[0] for settings in strategies] for _ in range(options.rounds + 1)]
             exact, keyframe = (min(turn[side] for turn in turns[1:]) for side in range(2))
             ratios.append(exact / keyframe)
-            lines.append(
-                f"| {folder}/{path.name} | {exact:.3f} | {keyframe:.3f} | {ratios[-1]:.1f}x | {'>= 3' if folder == 'untrimmed' else ''} |"
-            )
-        lines.append(f"| {folder}: least, median | | | **{min(ratios):.1f}x, {statistics.median(ratios):.1f}x** | {aim} |")
+            cells = [f"{exact:.3f}", f"{keyframe:.3f}", f"{_with_keyframe(path, options.frames)} of {options.frames}", f"{ratios[-1]:.1f}x"]
+            lines.append(f"| {folder}/{path.name} | " + " | ".join(cells) + f" | {'>= 3' if folder == 'untrimmed' else ''} |")
+        lines.append(f"| {folder}: least, median | | | | **{min(ratios):.1f}x, {statistics.median(ratios):.1f}x** | {aim} |")
     return lines
 
 
