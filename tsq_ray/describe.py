@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from typing import Any, Literal
+
+import pyarrow.compute as pc
 
 from tsq_ray import artifact, runs, runtime, storage
 from tsq_ray import manifest as manifests
@@ -27,16 +28,16 @@ def describe(uri: str) -> dict[str, Any]:
 
 def _manifest(uri: str) -> dict[str, Any]:
     manifest = manifests.read_manifest(uri)
+    table = manifest.rows.table
+    by_class = {record["values"]: record["counts"] for record in pc.value_counts(pc.list_flatten(table["labels"])).to_pylist()}
     return {
         "kind": "manifest",
         "uri": storage.redact(uri),
         "videos": len(manifest.rows),
-        "bytes": sum(row.size_bytes for row in manifest.rows),
-        "labelled": sum(row.labels is not None for row in manifest.rows),
-        "splits": dict(Counter(row.split or "(none)" for row in manifest.rows)),
-        "videos_by_class": {
-            name: sum(number in (row.labels or ()) for row in manifest.rows) for number, name in enumerate(manifest.classes)
-        },
+        "bytes": pc.sum(table["size_bytes"]).as_py() or 0,
+        "labelled": len(manifest.rows) - table["labels"].null_count,
+        "splits": {record["values"] or "(none)": record["counts"] for record in pc.value_counts(table["split"]).to_pylist()},
+        "videos_by_class": {name: by_class.get(number, 0) for number, name in enumerate(manifest.classes)},
         "sources": list(manifest.sources),
         "sha256": manifest.sha256,
     }

@@ -1,28 +1,38 @@
-"""`--dry-run`: what a run would do, from a probe of a few videos on this machine. No Ray, no output."""
+"""`--dry-run`: what a run would do, from a probe of a few videos on this machine. No Ray, no output.
+
+The probe does PROBES videos, a like share of each size of file, as the run does them: so many decoding children and so many networks side by side as the run has
+workers, each with the run's threads. So what they take from one another is measured with the rest. What is added is the start-up of Ray and of the workers.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tsq_ray import schema, storage
 from tsq_ray.bundle import load_bundle
 from tsq_ray.config import Config
-from tsq_ray.decode import DecodedVideo
+from tsq_ray.decode import DecodedVideo, FrameSpec
 from tsq_ray.extract import load_networks
-from tsq_ray.manifest import VideoRef, choose_split, read_manifest
-from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, source_row
+from tsq_ray.manifest import VideoRef, VideoRows, choose_split, read_manifest
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, source_of, source_row
 from tsq_ray.stages import Decode, Encode, Recognize, Sample, bundle_specs, classifier_settings
 
-PROBES = 4
-"""Videos that are really done, spread over the manifest."""
-STARTUP_S = 20.0
-"""Starting Ray and the workers, which no probe shows."""
+PROBES = 16
+"""Videos that are really done."""
+STARTUP_S = 15.0
+"""Starting Ray and its workers, which no probe shows; loading the networks is measured and added."""
+
+Finish = Callable[[VideoRef, Any], dict[str, Any]]
+"""Decoded video or failure -> row."""
 
 
 def estimate_extract(
@@ -33,6 +43,7 @@ def estimate_extract(
     if encoder is not None:
         config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
     answerer = classifier_settings(recognizer) if recognizer is not None else None
+    started = time.perf_counter()
     networks = load_networks(config, answerer)
     encode = Encode(
         networks.visual,
@@ -44,64 +55,90 @@ def estimate_extract(
     specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
     if answerer is not None:
         specs[RECOGNIZER] = frame_spec(answerer)
-    decode = Decode(config.decode, specs)
+    loading = time.perf_counter() - started
     arrow = networks.features_schema(config, manifest.classes)
 
-    def run(ref: VideoRef) -> dict[str, Any]:
-        video = decode([ref])[0]
+    def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
         if not isinstance(video, DecodedVideo):
             return failed_row(ref, video)
         names = ("visual", "object_ids", "object_probs", "recognizer_logits")
         features = encode([video])[0]
         return source_row(ref, video) | {"frame_index": video.frame_index} | {name: getattr(features, name) for name in names}
 
-    try:
-        return _probe(wanted, len(manifest.rows), run, arrow)
-    finally:
-        decode.close()
+    return _estimate(wanted, len(manifest.rows), config, specs, finish, arrow, loading)
 
 
 def estimate_score(manifest_uri: str, model: str, config: Config, split: str | None, limit: int | None) -> dict[str, Any]:
     """Time, GPU hours and output size of a scoring, extrapolated from PROBES videos."""
     wanted = choose_split(manifest := read_manifest(manifest_uri), split)[:limit]
+    started = time.perf_counter()
     bundle = load_bundle(model)
     sample, recognize = Sample(bundle, config.sampler, how=config.resources), Recognize(bundle, config.sampler, how=config.resources)
-    decode = Decode(config.decode, bundle_specs(bundle, config.sampler.mode))
+    loading = time.perf_counter() - started
     arrow = schema.predictions_schema(config.decode.num_frames, len(bundle.classes), manifest.classes)
 
-    def run(ref: VideoRef) -> dict[str, Any]:
-        return recognize(sample([(ref, decode([ref])[0])]))[0]
+    def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
+        return recognize(sample([(ref, video)]))[0]
 
-    try:
-        return _probe(wanted, len(manifest.rows), run, arrow)
-    finally:
-        decode.close()
+    return _estimate(wanted, len(manifest.rows), config, bundle_specs(bundle, config.sampler.mode), finish, arrow, loading)
 
 
-def _probe(wanted: Sequence[VideoRef], inputs: int, run: Callable[[VideoRef], dict[str, Any]], arrow: pa.Schema) -> dict[str, Any]:
+def _estimate(
+    wanted: VideoRows, inputs: int, config: Config, specs: Mapping[str, FrameSpec], finish: Finish, arrow: pa.Schema, loading: float
+) -> dict[str, Any]:
     import torch
 
-    chosen = [wanted[number * len(wanted) // min(PROBES, len(wanted))] for number in range(min(PROBES, len(wanted)))]
-    run(chosen[0])  # the first one pays for warming up
-    started = time.perf_counter()
-    rows = [run(ref) for ref in chosen]
-    seconds = (time.perf_counter() - started) / len(chosen)
-    gpus = torch.cuda.device_count()
-    # on the CPU the probe already keeps all cores busy while it encodes
-    workers = max(1, gpus)
-    wall = seconds * len(wanted) / workers + STARTUP_S
+    cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if config.resources.gpus else 0
+    workers = 1 if gpus else config.resources.workers or cpus
+    threads = config.resources.threads or max(1, cpus // workers)
+    children = config.resources.decoders or max(1, cpus - 1) if gpus else workers
+    chosen = [wanted[int(place)] for place in _of_every_size(wanted)]
+    with Decode(config.decode, specs, children) as decode:
+        rows, seconds = _probe(chosen, decode, finish, workers, threads)
+    seconds /= max(1, gpus)  # the probe had one of them
+    wall = seconds * len(wanted) + STARTUP_S + loading * max(1.0, workers / cpus)
     return {
         "videos": len(wanted),
         "inputs": inputs,
-        "bytes_in": sum(ref.size_bytes for ref in wanted),
+        "bytes_in": pc.sum(wanted.table["size_bytes"]).as_py(),
         "probed": [storage.redact(ref.uri) for ref in chosen],
         "probed_failed": sum(row["status"] == "failed" for row in rows),
+        "workers": gpus or workers,
         "seconds_a_video": round(seconds, 3),
         "wall_seconds": round(wall, 1),
-        "gpu_hours": round(seconds * len(wanted) / 3600, 3) if gpus else 0.0,
-        "cpu_hours": round(seconds * len(wanted) * (os.cpu_count() or 1) / 3600, 3),
+        "gpu_hours": round(seconds * len(wanted) * gpus / 3600, 3),
+        "cpu_hours": round(seconds * len(wanted) * cpus / 3600, 3),
         "bytes_out": int(_encoded_size(rows, arrow) / len(rows) * len(wanted)),
     }
+
+
+def _of_every_size(wanted: VideoRows) -> np.ndarray:
+    """Places of PROBES videos: in the middle of as many equal shares by the size of the file, which goes along with the time it takes.
+
+    The largest first, so that none of them is left alone at the end.
+    """
+    order = pc.sort_indices(wanted.table["size_bytes"]).to_numpy()[::-1]
+    count = min(PROBES, len(order))
+    return order[((np.arange(count) + 0.5) * len(order) / count).astype(np.int64)]
+
+
+def _probe(chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int) -> tuple[list[dict[str, Any]], float]:
+    """Rows of the chosen videos, and seconds a video with all workers at work."""
+    import torch
+
+    def work(ref: VideoRef, decoded: Future[Any]) -> dict[str, Any]:
+        return finish(ref, decoded.result())
+
+    # the number of threads is a setting of the thread that calls
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+
+        def run(refs: Sequence[VideoRef]) -> list[dict[str, Any]]:
+            return list(pool.map(work, refs, [decode.pool.submit(source_of(ref)) for ref in refs]))
+
+        run([chosen[number % len(chosen)] for number in range(workers)])  # the first ones pay for warming up
+        started = time.perf_counter()
+        rows = run(chosen)
+        return rows, (time.perf_counter() - started) / len(chosen)
 
 
 def _encoded_size(rows: Sequence[dict[str, Any]], arrow: pa.Schema) -> int:

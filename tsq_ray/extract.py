@@ -161,17 +161,17 @@ def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ExtractPlan, debug: 
         decoders = config.resources.decoders or max(1, int(cpus) - 1)
         encoders = max(1, gpus)
         each = runtime.share_cpus(cpus, decoders, reserve=0.5 + 0.2 * encoders)
-        data = runtime.todo_dataset(ray, todo, decoders, batch).map_batches(
-            DecodeWorker, compute=pool(size=decoders), num_cpus=each, **common
-        )
+        block = runtime.block_rows(len(todo), decoders, batch, config.output.rows_per_file)
+        data = runtime.todo_dataset(ray, todo, block).map_batches(DecodeWorker, compute=pool(size=decoders), num_cpus=each, **common)
         gpu = {"num_gpus": 1} if gpus else {}
         data = data.map_batches(EncodeWorker, compute=pool(size=encoders), num_cpus=0.2, **gpu, **common)
     else:
         workers = _num_workers(config, ray)
-        data = runtime.todo_dataset(ray, todo, workers, batch).map_batches(
+        block = runtime.block_rows(len(todo), workers, batch, config.output.rows_per_file)
+        data = runtime.todo_dataset(ray, todo, block).map_batches(
             ExtractWorker, compute=pool(size=workers), num_cpus=runtime.share_cpus(cpus, workers), **common
         )
-    return runtime.write_parts(data, plan.out, plan.schema, config.output)
+    return runtime.write_parts(data, plan.out, plan.schema, config.output, block)
 
 
 def _feature_row(ref: VideoRef, video: DecodedVideo, features: FrameFeatures) -> dict[str, Any]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
+from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tsq_ray import schema, storage
@@ -30,16 +34,78 @@ class VideoRef:
     split: str | None = None
 
 
+_NAMES = [column.name for column in schema.MANIFEST]
+_CHUNK = 10_000
+
+
+class VideoRows(Sequence[VideoRef]):
+    """Manifest rows as an Arrow table; a VideoRef is made when it is asked for. A million take 150 MB, as objects they would take 1 GB."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.select(_NAMES)
+
+    @classmethod
+    def of(cls, rows: Iterable[VideoRef]) -> VideoRows:
+        """From VideoRefs; VideoRows stay what they are."""
+        if isinstance(rows, VideoRows):
+            return rows
+        arrow, source, tables = schema.manifest_schema(None), iter(rows), []
+        while chunk := list(islice(source, _CHUNK)):
+            tables.append(schema.table_from_rows((vars(row) for row in chunk), arrow))
+        return cls(pa.concat_tables(tables) if tables else arrow.empty_table())
+
+    @property
+    def ids(self) -> pa.ChunkedArray:
+        """The video ids."""
+        return self.table["video_id"]
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __iter__(self) -> Iterator[VideoRef]:
+        for start in range(0, len(self), _CHUNK):
+            yield from map(_ref, self.table.slice(start, _CHUNK).to_pylist())
+
+    @overload
+    def __getitem__(self, key: int) -> VideoRef: ...
+    @overload
+    def __getitem__(self, key: slice) -> VideoRows: ...
+    def __getitem__(self, key: int | slice) -> VideoRef | VideoRows:
+        places = range(len(self))[key]
+        if isinstance(places, int):
+            return _ref(self.table.slice(places, 1).to_pylist()[0])
+        if places.step == 1:
+            return VideoRows(self.table.slice(places.start, len(places)))
+        return VideoRows(self.table.take(pa.array(places, pa.int64())))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def places(self, ids: pa.ChunkedArray) -> np.ndarray:
+        """int64: the row of each id, -1 where it has none."""
+        return pc.fill_null(pc.index_in(ids, value_set=self.ids.combine_chunks()), -1).to_numpy().astype(np.int64)
+
+
+def _ref(record: dict[str, Any]) -> VideoRef:
+    labels = record.pop("labels")
+    return VideoRef(**record, labels=tuple(labels) if labels else None)
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """Rows, class names, and where they came from; `sha256` is the hash of the file it was read from."""
+    """Rows (any VideoRefs; kept as VideoRows), class names, and where they came from; `sha256` is the hash of the file it was read from."""
 
-    rows: list[VideoRef]
+    rows: VideoRows
     classes: list[str]
     id: str = ""
     sources: tuple[str, ...] = ()
     sha256: str = ""
     uri: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", VideoRows.of(self.rows))
 
 
 @dataclass
@@ -70,7 +136,7 @@ def list_sources(sources: Sequence[str], left_out: Counter[str]) -> Iterator[tup
 
     ManifestError where a source matches nothing; StorageError where it cannot be listed.
     """
-    seen: set[str] = set()
+    seen: set[str] = set()  # one listing names nothing twice
     for source in sources:
         found = 0
         folder = storage.is_folder(source)
@@ -80,9 +146,11 @@ def list_sources(sources: Sequence[str], left_out: Counter[str]) -> Iterator[tup
                 left_out[suffix or "(no suffix)"] += 1
                 continue
             found += 1
-            if file.uri not in seen:
+            if len(sources) > 1:
+                if file.uri in seen:
+                    continue
                 seen.add(file.uri)
-                yield source, file
+            yield source, file
         if not found:
             other = f"; it holds {sum(left_out.values())} other files" if left_out else ""
             raise ManifestError(
@@ -124,50 +192,88 @@ def build_manifest(
         raise ManifestError("no source given; name a folder, an s3:// prefix or video files")
     summary = IndexSummary()
     left_out: Counter[str] = Counter()
-    files = list(list_sources(sources, left_out))
+    files = _Listed.of(list_sources(sources, left_out))
     summary.left_out = dict(left_out)
-    rows = [VideoRef(video_id(file.uri), file.uri, file.size_bytes, file.etag, file.modified) for _, file in files]
     fixed = read_classes(classes_file) if classes_file is not None else None
     found = read_labels([labels] if isinstance(labels, str) else labels, files, fixed, labels_format)
     summary.labels_from, summary.missing = found.origin, found.missing
-    rows, classes = _join(rows, found, fixed, split_name, summary)
+    rows, classes = _join(files.rows, found, fixed, split_name, summary)
     summary.videos, summary.classes = len(rows), len(classes)
-    summary.splits = dict(Counter(row.split or "(none)" for row in rows))
+    counted = pc.value_counts(rows.table["split"])
+    summary.splits = {record["values"] or "(none)": record["counts"] for record in counted.to_pylist()}
     _compare(rows, old, summary)
     identity = hashlib.sha256("\n".join(sorted(sources)).encode()).hexdigest()[:16]
     return Manifest(rows, classes, identity, tuple(sources)), summary
 
 
+class _Listed(Sequence[tuple[str, str]]):
+    """(source, URI) of every video found, and their manifest rows, without labels."""
+
+    def __init__(self, sources: list[str], source_of: np.ndarray, rows: VideoRows) -> None:
+        self.sources, self.source_of, self.rows = sources, source_of, rows
+
+    @classmethod
+    def of(cls, found: Iterable[tuple[str, storage.StoredFile]]) -> _Listed:
+        """Takes one page after the other into Arrow."""
+        sources: dict[str, int] = {}
+        numbers: list[np.ndarray] = []
+
+        def refs() -> Iterator[VideoRef]:
+            pages = iter(found)
+            while page := list(islice(pages, _CHUNK)):
+                numbers.append(np.array([sources.setdefault(source, len(sources)) for source, _ in page], np.int32))
+                for _, file in page:
+                    yield VideoRef(video_id(file.uri), file.uri, file.size_bytes, file.etag, file.modified)
+
+        rows = VideoRows.of(refs())
+        return cls(list(sources), np.concatenate([*numbers, np.zeros(0, np.int32)]), rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for start in range(0, len(self), _CHUNK):
+            uris = self.rows.table["uri"].slice(start, _CHUNK).to_pylist()
+            yield from ((self.sources[number], uri) for number, uri in zip(self.source_of[start : start + _CHUNK], uris, strict=True))
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self)[key] if isinstance(key, slice) else (self.sources[self.source_of[key]], self.rows[key].uri)
+
+
 def _join(
-    rows: list[VideoRef], labels: Labels, fixed: Classes | None, split_name: str | None, summary: IndexSummary
-) -> tuple[list[VideoRef], list[str]]:
+    rows: VideoRows, labels: Labels, fixed: Classes | None, split_name: str | None, summary: IndexSummary
+) -> tuple[VideoRows, list[str]]:
     found = sorted({name for names, _ in labels.by_uri.values() for name in names})
     classes = fixed.names if fixed else found
     index = {name: number for number, name in enumerate(classes)}
     unknown = [name for name in found if name not in index]
     if fixed and unknown:
         raise ManifestError(f"{storage.redact(fixed.uri)}: lacks {len(unknown)} classes of the labels, first {unknown[0]!r}; add them")
-    joined = []
-    for row in rows:
-        names, split = labels.by_uri.get(row.uri, ((), None))
-        numbers = tuple(sorted(index[name] for name in names)) or None
-        joined.append(replace(row, labels=numbers, split=split_name or split))
-    summary.labelled = sum(row.labels is not None for row in joined)
-    summary.unlabelled = len(joined) - summary.labelled
-    return joined, classes
+    named = [labels.by_uri.get(uri, ((), None)) for uri in rows.table["uri"].to_pylist()] if labels.by_uri else [((), None)] * len(rows)
+    columns = {
+        "labels": [sorted(index[name] for name in names) or None for names, _ in named],
+        "split": [split_name or split for _, split in named],
+    }
+    table = rows.table
+    for name, values in columns.items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+    summary.unlabelled = table["labels"].null_count
+    summary.labelled = len(rows) - summary.unlabelled
+    return VideoRows(table), classes
 
 
-def _compare(rows: list[VideoRef], old: Manifest | None, summary: IndexSummary) -> None:
-    before = {row.video_id: row for row in old.rows} if old else {}
-    for row in rows:
-        was = before.pop(row.video_id, None)
-        if was is None:
-            summary.new += 1
-        elif same_content(row, was):
-            summary.unchanged += 1
-        else:
-            summary.changed += 1
-    summary.deleted = len(before)
+def _compare(rows: VideoRows, old: Manifest | None, summary: IndexSummary) -> None:
+    if old is None:
+        summary.new = len(rows)
+        return
+    before = old.rows.places(rows.ids)
+    known = np.flatnonzero(before >= 0)
+    same = same_contents(rows.table.take(pa.array(known)), old.rows.table.take(pa.array(before[known])))
+    summary.new = len(rows) - len(known)
+    summary.unchanged = int(same.sum())
+    summary.changed = len(known) - summary.unchanged
+    summary.deleted = len(old.rows) - len(np.unique(before[known]))
 
 
 def same_content(row: VideoRef, was: VideoRef) -> bool:
@@ -177,12 +283,23 @@ def same_content(row: VideoRef, was: VideoRef) -> bool:
     return row.etag is not None or row.modified == was.modified
 
 
+def same_contents(rows: pa.Table, was: pa.Table) -> np.ndarray:
+    """bool: `same_content` of two tables, row by row."""
+    etag = rows["etag"]
+    same = pc.and_(pc.equal(rows["size_bytes"], was["size_bytes"]), _equal(etag, was["etag"]))
+    return pc.and_(same, pc.or_(pc.is_valid(etag), _equal(rows["modified"], was["modified"]))).to_numpy()
+
+
+def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.fill_null(pc.equal(left, right), pc.and_(pc.is_null(left), pc.is_null(right)))
+
+
 def write_manifest(manifest: Manifest, uri: str) -> None:
     """Publish the manifest as one Parquet file."""
     arrow = schema.manifest_schema(manifest.classes)
     identity = json.dumps({"id": manifest.id, "sources": [storage.redact(source) for source in manifest.sources]})
     arrow = arrow.with_metadata({**(arrow.metadata or {}), schema.MANIFEST_KEY: identity.encode()})
-    table = schema.table_from_rows((vars(row) for row in manifest.rows), arrow)
+    table = manifest.rows.table.cast(arrow)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", row_group_size=100_000)
     storage.write_bytes(storage.normalize(uri), sink.getvalue().to_pybytes())
@@ -210,21 +327,17 @@ def read_manifest(uri: str) -> Manifest:
         what = f"lacks the columns {missing}" if missing else "lacks the manifest's metadata"
         raise ManifestError(f"manifest {storage.redact(uri)}: {what}; make one with tsq index")
     identity = json.loads(table.schema.metadata[schema.MANIFEST_KEY])
-    names = [column.name for column in schema.MANIFEST]
-    rows = []
-    for record in table.select(names).to_pylist():
-        labels = record.pop("labels")
-        rows.append(VideoRef(**record, labels=tuple(labels) if labels else None))
+    rows = VideoRows(table)
     return Manifest(rows, schema.classes_of(table.schema), identity["id"], tuple(identity["sources"]), storage.sha256_of(data), uri)
 
 
-def choose_split(manifest: Manifest, split: str | None) -> list[VideoRef]:
+def choose_split(manifest: Manifest, split: str | None) -> VideoRows:
     """The rows of one split, or all. ManifestError where no row has that split."""
     if split is None:
         return manifest.rows
-    rows = [row for row in manifest.rows if row.split == split]
+    rows = VideoRows(manifest.rows.table.filter(pc.equal(manifest.rows.table["split"], split)))
     if not rows:
-        raise ManifestError(f"--split {split}: no video has it; {describe_splits(row.split for row in manifest.rows)}")
+        raise ManifestError(f"--split {split}: no video has it; {describe_splits(manifest.rows.table['split'].to_pylist())}")
     return rows
 
 

@@ -12,37 +12,26 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tsq_ray import provenance, schema, storage
 from tsq_ray.config import Config, differing, flatten
-from tsq_ray.errors import ERROR_TYPES, RETRIED_ERROR_TYPES, RunError, RunFailed, StorageError
-from tsq_ray.manifest import Manifest, VideoRef, read_manifest, same_content
+from tsq_ray.done import EMPTY, Current, DoneRow, Part, done_rows, list_parts, outdated_labels, pick_current, read_part, still_to_do
+from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed, StorageError
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest, same_contents
+
+__all__ = ["Current", "DoneRow", "done_rows", "list_parts", "pick_current", "read_manifest", "read_part", "still_to_do"]
 
 RUN_FILE = "_run.json"
 CONFIG_FILE = "_config.json"
 FORMAT = 1
 Kind = Literal["features", "predictions"]
-_IDENTITY = ["video_id", "uri", "size_bytes", "etag", "modified", "labels", "split"]
-_BRIEF = [*_IDENTITY, "status", "error_type", "warnings"]
-
-
-@dataclass(frozen=True)
-class DoneRow:
-    """What a part says of one video; `part_age` orders rows of the same video (larger is newer)."""
-
-    ref: VideoRef
-    status: str
-    error_type: str | None
-    has_warnings: bool
-    part: str
-    part_age: float
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
@@ -116,63 +105,6 @@ def write_part(uri: str, table: pa.Table, compression: str) -> str:
     return name
 
 
-def list_parts(uri: str) -> list[storage.StoredFile]:
-    """The visible parts of a run folder."""
-    files = storage.list_folder(storage.normalize(uri))
-    return [file for file in files if storage.name_of(file.uri).startswith("part-") and file.uri.endswith(".parquet")]
-
-
-def read_part(part_uri: str, columns: list[str] | None = None) -> pa.Table:
-    """One part, or some of its columns. RunError where it is not readable as Parquet."""
-    try:
-        with storage.open_read(part_uri) as file:
-            # with threads pyarrow may abort at the interpreter's end when it read from a Python file
-            return pq.read_table(file, columns=columns, use_threads=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise RunError(f"{storage.redact(part_uri)}: not readable as Parquet ({error}); delete it and run again") from None
-
-
-def done_rows(uri: str) -> list[DoneRow]:
-    """Every row of every part, in short."""
-    rows = []
-    for part in list_parts(uri):
-        age = part.modified.timestamp() if part.modified else 0.0
-        for record in read_part(part.uri, _BRIEF).to_pylist():
-            labels = tuple(record["labels"]) if record["labels"] is not None else None
-            ref = VideoRef(**{key: record[key] for key in _IDENTITY} | {"labels": labels})
-            rows.append(DoneRow(ref, record["status"], record["error_type"], bool(record["warnings"]), storage.name_of(part.uri), age))
-    return rows
-
-
-def pick_current(rows: Iterable[DoneRow], manifest: Manifest) -> dict[str, DoneRow]:
-    """The one row of each video that counts: of the file as the manifest has it, ok before failed, newest first."""
-    refs = {row.video_id: row for row in manifest.rows}
-    current: dict[str, DoneRow] = {}
-    for row in rows:
-        ref = refs.get(row.ref.video_id)
-        if ref is None or not same_content(ref, row.ref):
-            continue
-        best = current.get(row.ref.video_id)
-        if best is None or _rank(row) > _rank(best):
-            current[row.ref.video_id] = row
-    return current
-
-
-def _rank(row: DoneRow) -> tuple[bool, float, str]:
-    return row.status == "ok", row.part_age, row.part
-
-
-def still_to_do(wanted: Sequence[VideoRef], current: Mapping[str, DoneRow], retry: Collection[str] = ()) -> list[VideoRef]:
-    """The wanted videos without a row that counts; failed ones again where their reason is in `retry` or storage was unavailable."""
-    again = {*retry, *RETRIED_ERROR_TYPES}
-    todo = []
-    for ref in wanted:
-        row = current.get(ref.video_id)
-        if row is None or (row.status == "failed" and row.error_type in again):
-            todo.append(ref)
-    return todo
-
-
 def retry_reasons(retry: str | None) -> tuple[str, ...]:
     """`--retry-failed [REASON]` as error types: none, all, or the one named (RunError for an unknown one)."""
     if retry is None:
@@ -189,68 +121,58 @@ def reopen(uri: str) -> None:
     storage.remove(storage.join(uri, RUN_FILE))
 
 
-def prune(uri: str, rows: Sequence[DoneRow], current: Mapping[str, DoneRow], compression: str) -> int:
-    """Take out rows that do not count: duplicates, rows of changed and of deleted videos. `rows` come from `done_rows`; how many went."""
-    counted: set[str] = set()
-    masks: dict[str, list[bool]] = {}
-    for row in rows:
-        counts = current.get(row.ref.video_id) == row and row.ref.video_id not in counted
-        counted |= {row.ref.video_id} if counts else set()
-        masks.setdefault(row.part, []).append(counts)
-    stale = {part: mask for part, mask in masks.items() if not all(mask)}
-    written = set()
-    for part, mask in stale.items():
-        if any(mask):
-            written.add(write_part(uri, read_part(storage.join(uri, part)).filter(pa.array(mask)), compression))
+def prune(uri: str, current: Current, compression: str) -> int:
+    """Take out rows that do not count: duplicates, rows of changed and of deleted videos; how many went."""
+    counts, written, stale = current.counts(), set(), []
+    for part in current.rows.parts:
+        mask = counts[part.start : part.start + part.num_rows]
+        if mask.all():
+            continue
+        stale.append(part.name)
+        if mask.any():
+            written.add(write_part(uri, read_part(storage.join(uri, part.name)).filter(pa.array(mask)), compression))
     # what is left of one part may have taken the name of another one that has nothing left
-    for part in stale.keys() - written:
-        storage.remove(storage.join(uri, part))
-    return sum(mask.count(False) for mask in stale.values())
+    for name in set(stale) - written:
+        storage.remove(storage.join(uri, name))
+    return int((~counts).sum())
 
 
-def outdated_labels(uri: str, current: Mapping[str, DoneRow], manifest: Manifest) -> set[str]:
-    """Parts whose rows have other labels, class names or splits than the manifest has now."""
-    refs = {ref.video_id: ref for ref in manifest.rows}
-    parts = {row.part for row in current.values()}
-    found = {row.part for key, row in current.items() if (row.ref.labels, row.ref.split) != (refs[key].labels, refs[key].split)}
-    return found | {part for part in parts - found if _part_classes(storage.join(uri, part)) != manifest.classes}
+def relabel(uri: str, parts: Iterable[Part], current: Current, compression: str) -> None:
+    """Take labels, their names and splits of these parts from the manifest anew; nothing else of a row changes.
 
-
-def _part_classes(part_uri: str) -> list[str]:
-    with storage.open_read(part_uri) as file:
-        return schema.classes_of(pq.read_schema(file))
-
-
-def relabel(uri: str, parts: Iterable[str], manifest: Manifest, compression: str) -> None:
-    """Take labels, their names and splits of these parts from the manifest anew; nothing else of a row changes."""
-    refs = {ref.video_id: ref for ref in manifest.rows}
+    Every row of the parts must count: prune first.
+    """
+    manifest = current.manifest
     for part in parts:
-        table = read_part(storage.join(uri, part))
-        rows = [refs[key] for key in table["video_id"].to_pylist()]
+        table = read_part(storage.join(uri, part.name))
+        rows = VideoRows(manifest.rows.table.take(pa.array(current.place[part.start : part.start + part.num_rows])))
         names = [[manifest.classes[number] for number in row.labels] if row.labels else None for row in rows]
-        values = {"labels": [row.labels for row in rows], "split": [row.split for row in rows], "label_names": names}
+        values = {"labels": rows.table["labels"], "split": rows.table["split"], "label_names": names}
         for column, new in values.items():
             if column in table.column_names:
                 place = table.schema.get_field_index(column)
-                table = table.set_column(place, table.schema.field(place), pa.array(new, table.schema.field(place).type))
+                field = table.schema.field(place)
+                table = table.set_column(place, field, pa.array(new, field.type) if isinstance(new, list) else new)
         metadata = {**(table.schema.metadata or {}), schema.CLASSES_KEY: json.dumps(manifest.classes).encode()}
         write_part(uri, table.replace_schema_metadata(metadata), compression)
 
 
-def accounting(manifest: Manifest, split: str | None, current: Mapping[str, DoneRow]) -> dict[str, Any]:
+def accounting(manifest: Manifest, split: str | None, current: Current) -> dict[str, Any]:
     """inputs = ok + failed + skipped, failures by reason; what has no row is skipped by the split or by the limit."""
-    ok = sum(row.status == "ok" for row in current.values())
-    reasons = Counter(row.error_type or "internal" for row in current.values() if row.status == "failed")
-    missing = [ref for ref in manifest.rows if ref.video_id not in current]
-    by_split = sum(split is not None and ref.split != split for ref in missing)
+    table = current.table
+    is_ok = pc.equal(table["status"], "ok")
+    reasons = pc.value_counts(pc.fill_null(table["error_type"].filter(pc.equal(table["status"], "failed")), "internal"))
+    by_reason = Counter({record["values"]: record["counts"] for record in reasons.to_pylist()})
+    missing = manifest.rows.table["split"].filter(pa.array(current.row < 0))
+    by_split = len(missing) - pc.sum(pc.equal(pc.fill_null(missing, ""), split)).as_py() if split is not None and len(missing) else 0
     return {
         "inputs": len(manifest.rows),
-        "ok": ok,
-        "failed": sum(reasons.values()),
+        "ok": pc.sum(is_ok).as_py() or 0,
+        "failed": sum(by_reason.values()),
         "skipped": len(missing),
         "skipped_by": {"split": by_split, "limit": len(missing) - by_split},
-        "failed_by_type": dict(reasons.most_common()),
-        "with_warnings": sum(row.status == "ok" and row.has_warnings for row in current.values()),
+        "failed_by_type": dict(by_reason.most_common()),
+        "with_warnings": pc.sum(pc.and_(is_ok, table["has_warnings"])).as_py() or 0,
     }
 
 
@@ -289,22 +211,21 @@ def close_run(
     more: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Take out rows that do not count, do the accounting and write `_run.json`. RunFailed where a wanted video has no row."""
-    rows = done_rows(out)
-    current = pick_current(rows, manifest)
-    stale = any(current.get(row.ref.video_id) is not row for row in rows)
+    current = pick_current(done_rows(out), manifest)
+    stale = len(current) < len(current.rows)
     finished = read_json(storage.join(out, RUN_FILE))
     unchanged = finished is not None and finished.get("manifest", {}).get("sha256") == manifest.sha256
     counts = accounting(manifest, split, current)
-    relabelled = outdated_labels(out, current, manifest)
+    relabelled = outdated_labels(current)
     if not todo and not stale and not relabelled and finished is not None and unchanged and finished["counts"] == counts:
         return finished
     reopen(out)
     if stale:
-        prune(out, rows, current, config.output.compression)
+        prune(out, current, config.output.compression)
         current = pick_current(done_rows(out), manifest)
-        relabelled = outdated_labels(out, current, manifest)
-    relabel(out, relabelled, manifest, config.output.compression)
-    lost = [ref.uri for ref in wanted if ref.video_id not in current]
+        relabelled = outdated_labels(current)
+    relabel(out, relabelled, current, config.output.compression)
+    lost = VideoRows.of(wanted).table["uri"].filter(pc.invert(pc.is_in(VideoRows.of(wanted).ids, value_set=current.table["video_id"])))
     run = finish(
         out,
         kind,
@@ -324,7 +245,7 @@ def close_run(
     )
     if lost:
         raise RunFailed(
-            f"{out}: {len(lost)} of {len(wanted)} videos have no row (first: {storage.redact(lost[0])}); give the same command again"
+            f"{out}: {len(lost)} of {len(wanted)} videos have no row (first: {storage.redact(lost[0].as_py())}); give the same command again"
         )
     return run
 
@@ -348,21 +269,19 @@ def verify(uri: str) -> dict[str, Any]:
     )
     problems += [f"{name}: listed in {RUN_FILE} but missing" for name in sorted(listed.keys() - there.keys())]
     problems += [f"{name}: not listed in {RUN_FILE}" for name in sorted(there.keys() - listed.keys())]
-    rows: list[DoneRow] = []
     for name in sorted(there):
         try:
             problems += _check_part(storage.join(uri, name), run["kind"])
         except RunError as error:
             problems.append(str(error))
-    if not problems:
-        rows = done_rows(uri)
-    ids = Counter(row.ref.video_id for row in rows)
-    problems += [f"video {video}: {count} rows" for video, count in ids.items() if count > 1][:20]
+    rows = EMPTY if problems else done_rows(uri).table
+    ids = pc.value_counts(rows["video_id"])
+    problems += [f"video {row['values']}: {row['counts']} rows" for row in ids.filter(pc.greater(ids.field("counts"), 1))[:20].to_pylist()]
     counts = run["counts"]
     if counts["inputs"] != counts["ok"] + counts["failed"] + counts["skipped"]:
         problems.append(f"inputs {counts['inputs']} != ok {counts['ok']} + failed {counts['failed']} + skipped {counts['skipped']}")
     for status in ("ok", "failed"):
-        found = sum(row.status == status for row in rows)
+        found = pc.sum(pc.equal(rows["status"], status)).as_py() or 0
         if found != counts[status]:
             problems.append(f"{found} rows are {status}, {RUN_FILE} says {counts[status]}")
     if run["status"] != "complete":
@@ -396,24 +315,25 @@ def _check_part(uri: str, kind: str) -> list[str]:
     return problems
 
 
-def _check_manifest(run: Mapping[str, Any], rows: Sequence[DoneRow], problems: list[str]) -> str:
+def _check_manifest(run: Mapping[str, Any], rows: pa.Table, problems: list[str]) -> str:
     try:
         manifest = read_manifest(run["manifest"]["uri"])
     except (ValueError, StorageError) as error:
         return f"manifest not checked ({error})"
     if manifest.sha256 != run["manifest"]["sha256"]:
         return "manifest not checked (it changed since this run)"
-    refs = {ref.video_id: ref for ref in manifest.rows}
-    for row in rows:
-        ref = refs.get(row.ref.video_id)
-        if ref is None:
-            problems.append(f"video {row.ref.video_id} ({storage.redact(row.ref.uri)}): not in the manifest")
-        elif not same_content(ref, row.ref):
-            problems.append(f"video {row.ref.video_id} ({storage.redact(row.ref.uri)}): the row is of another version of the file")
-    if run["counts"]["inputs"] != len(refs):
-        problems.append(f"the manifest has {len(refs)} videos, {RUN_FILE} says {run['counts']['inputs']}")
-    have = {row.ref.video_id for row in rows}
-    lost = [ref for ref in manifest.rows if ref.video_id not in have]
-    if len(lost) != run["counts"]["skipped"]:
-        problems.append(f"{len(lost)} videos of the manifest have no row, {RUN_FILE} says {run['counts']['skipped']} were skipped")
+    place = manifest.rows.places(rows["video_id"])
+    known = pa.array(np.flatnonzero(place >= 0))
+    same = same_contents(manifest.rows.table.take(pa.array(place[place >= 0])), rows.take(known))
+    for numbers, what in (
+        (pa.array(np.flatnonzero(place < 0)), "not in the manifest"),
+        (known.filter(pa.array(~same)), "the row is of another version of the file"),
+    ):
+        for row in rows.select(["video_id", "uri"]).take(numbers).to_pylist():
+            problems.append(f"video {row['video_id']} ({storage.redact(row['uri'])}): {what}")
+    if run["counts"]["inputs"] != len(manifest.rows):
+        problems.append(f"the manifest has {len(manifest.rows)} videos, {RUN_FILE} says {run['counts']['inputs']}")
+    lost = len(manifest.rows) - len(np.unique(place[place >= 0]))
+    if lost != run["counts"]["skipped"]:
+        problems.append(f"{lost} videos of the manifest have no row, {RUN_FILE} says {run['counts']['skipped']} were skipped")
     return "manifest"

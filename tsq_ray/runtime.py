@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from tsq_ray import runs, schema
 from tsq_ray.config import OutputConfig
 from tsq_ray.errors import RunFailed, TsqError
-from tsq_ray.manifest import VideoRef
+from tsq_ray.manifest import VideoRef, VideoRows
 
 T = TypeVar("T")
 _POLL_S = 0.5
@@ -228,23 +228,31 @@ RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 5}
 """Of a stage's workers. Ray Data's own are endless: a batch that kills its worker each time would never end the run."""
 
 
-def todo_dataset(ray: Any, todo: Sequence[VideoRef], workers: int, batch_size: int) -> Any:
-    """The videos to do as a Ray dataset of manifest rows.
+def block_rows(num_videos: int, workers: int, batch_size: int, rows_per_file: int) -> int:
+    """Rows of a block: what a worker takes at a time.
 
-    A block is what a worker takes at a time: a batch, less where few videos are to be shared out, more where there are so many that blocks
-    would swamp the driver. Made from Arrow tables, not read from a file: reading asks for a whole free CPU, which a small cluster
-    full of workers never has.
+    A batch, less where few videos are to be shared out. More where there are so many that blocks would swamp the driver: then so many that
+    blocks fill a part, or parts a block, without a rest.
     """
-    share = -(-len(todo) // (4 * max(1, workers)))
-    rows = max(1, min(batch_size, share), -(-len(todo) // _MOST_BLOCKS))
-    table = schema.table_from_rows((vars(row) for row in todo), schema.manifest_schema(None))
-    return ray.data.from_arrow([table.slice(start, rows) for start in range(0, len(todo), rows)])
+    share = -(-num_videos // (4 * max(1, workers)))
+    few, least = max(1, min(batch_size, share)), -(-num_videos // _MOST_BLOCKS)
+    if least <= few:
+        return few
+    return rows_per_file // (rows_per_file // least) if least <= rows_per_file else -(-least // rows_per_file) * rows_per_file
+
+
+def todo_dataset(ray: Any, todo: Sequence[VideoRef], rows: int) -> Any:
+    """The videos to do as a Ray dataset of manifest rows, in blocks of `rows`.
+
+    Made from Arrow tables, not read from a file: reading asks for a whole free CPU, which a small cluster full of workers never has.
+    """
+    table = VideoRows.of(todo).table.replace_schema_metadata(None)
+    return ray.data.from_arrow([table.slice(start, rows) for start in range(0, len(table), rows)])
 
 
 def refs_of(table: pa.Table) -> list[VideoRef]:
     """Manifest rows of a batch."""
-    names = [column.name for column in schema.MANIFEST]
-    return [VideoRef(**record) for record in table.select(names).to_pylist()]
+    return list(VideoRows(table))
 
 
 STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = ("_decode_s", "_encode_s", "_sample_s", "_recognize_s")
@@ -259,8 +267,11 @@ def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema) -> pa.T
     return table
 
 
-def write_parts(data: Any, out: str, arrow: pa.Schema, output: OutputConfig) -> dict[str, float]:
-    """Run a dataset of transport tables and publish its rows as parts of the run folder; seconds by stage, summed over the rows."""
+def write_parts(data: Any, out: str, arrow: pa.Schema, output: OutputConfig, block: int = 1) -> dict[str, float]:
+    """Run a dataset of transport tables and publish its rows as parts of the run folder; seconds by stage, summed over the rows.
+
+    `block`: rows of its blocks. Ray Data gathers whole blocks up to what a part holds and would make a part of its own of the rest.
+    """
     import ray
 
     data = data.map_batches(
@@ -268,7 +279,7 @@ def write_parts(data: Any, out: str, arrow: pa.Schema, output: OutputConfig) -> 
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=0.1,
         **RETRIES,
-        batch_size=output.rows_per_file,
+        batch_size=max(1, output.rows_per_file // block) * min(block, output.rows_per_file),
         batch_format="pyarrow",
         fn_constructor_args=(out, arrow, output.compression),
     )

@@ -152,7 +152,8 @@ def bulk_config(config: Config, resources: dict[str, float], videos: int) -> Con
 def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ScorePlan, out: str, config: Config, debug: bool) -> dict[str, float]:
     runtime.quiet_data(debug)
     batch = config.resources.batch_size
-    data = runtime.todo_dataset(ray, todo, 2, batch).map_batches(
+    block = runtime.block_rows(len(todo), 2, batch, config.output.rows_per_file)
+    data = runtime.todo_dataset(ray, todo, block).map_batches(
         ScoreWorker,
         # two batches in flight: while one waits for its last video the other keeps the graph busy
         compute=ray.data.ActorPoolStrategy(size=2),
@@ -162,7 +163,7 @@ def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ScorePlan, out: str,
         fn_constructor_args=(plan,),
         **runtime.RETRIES,
     )
-    return runtime.write_parts(data, out, plan.schema, config.output)
+    return runtime.write_parts(data, out, plan.schema, config.output, block)
 
 
 class ScoreWorker:

@@ -206,15 +206,41 @@ def is_folder(uri: str) -> bool:
 
 
 def walk(uri: str) -> Iterator[StoredFile]:
-    """Every file below a folder or prefix, sorted by folder and name; hidden names and names with `_` in front are passed over."""
+    """Every file below a folder or prefix; hidden names and names with `_` in front are passed over.
+
+    Sorted by folder and name on disks, by key on S3, where one page of a thousand keys after the other is asked for.
+    """
     with storage_errors(uri, "list"):
         fs, path = filesystem(uri)
+        if uri.startswith("s3://"):
+            yield from _pages(fs, path)
+            return
         for _, folders, files in fs.walk(path, detail=True, on_error="raise"):
-            for name in [name for name in folders if name.startswith((".", "_"))]:
+            for name in [name for name in folders if _hidden(name)]:
                 del folders[name]
             for name in sorted(files):
-                if name and not name.startswith((".", "_")):
+                if name and not _hidden(name):
                     yield _stored(fs, files[name])
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
+
+
+def _pages(fs: Any, path: str) -> Iterator[StoredFile]:
+    bucket, _, folder = path.partition("/")
+    prefix = f"{folder}/" if folder else ""
+    wanted: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = fs.call_s3("list_objects_v2", **wanted)
+        for item in page.get("Contents", ()):
+            key = item["Key"]
+            # a key with a slash at its end is a folder's mark
+            if not key.endswith("/") and not any(map(_hidden, key[len(prefix) :].split("/"))):
+                yield StoredFile(f"s3://{bucket}/{key}", int(item["Size"]), item["ETag"].strip('"'), item["LastModified"])
+        if not page.get("IsTruncated"):
+            return
+        wanted["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def list_folder(uri: str) -> list[StoredFile]:

@@ -24,6 +24,7 @@ ORDER = (
         "manifest",
         "provenance",
         "artifact",
+        "done",
         "runs",
         "decode",
         "rows",

@@ -17,7 +17,7 @@ from tsq_ray import runs, schema
 from tsq_ray.config import Config
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed
 from tsq_ray.manifest import Manifest, VideoRef, write_manifest
-from tsq_ray.runs import CONFIG_FILE, RUN_FILE, DoneRow
+from tsq_ray.runs import CONFIG_FILE, RUN_FILE, Current
 
 CLASSES = ["cats", "dogs"]
 T, D = 2, 4
@@ -61,7 +61,7 @@ class Folder:
             os.utime(self.path / name, (time, time))
         return name
 
-    def current(self) -> dict[str, DoneRow]:
+    def current(self) -> Current:
         return runs.pick_current(runs.done_rows(self.uri), self.manifest)
 
     def left(self, *retry: str) -> list[str]:
@@ -218,7 +218,7 @@ def test_of_several_rows_the_ok_one_counts_then_the_newest(folder: Folder) -> No
     folder.write(row(ref(1), "timeout"), row(ref(2), "timeout"), age=50)
     newest = folder.write(row(ref(2), "corrupt"), row(ref(3)), age=1)
     current = folder.current()
-    assert {video: (done.part, done.error_type) for video, done in current.items()} == {
+    assert {done.ref.video_id: (done.part, done.error_type) for done in current.counting()} == {
         ref(1).video_id: (ok, None),
         ref(2).video_id: (newest, "corrupt"),
         ref(3).video_id: (newest, None),
@@ -227,7 +227,7 @@ def test_of_several_rows_the_ok_one_counts_then_the_newest(folder: Folder) -> No
 
 def test_rows_of_deleted_videos_do_not_count(folder: Folder) -> None:
     folder.write(row(ref(9)), row(ref(1)))
-    assert list(folder.current()) == [ref(1).video_id]
+    assert [done.ref.video_id for done in folder.current().counting()] == [ref(1).video_id]
 
 
 # ------------------------------------------------------------------------------------------------------ prune and close
@@ -237,8 +237,7 @@ def test_pruning_leaves_one_row_a_video(folder: Folder) -> None:
     folder.write(row(ref(1), "timeout"), row(ref(2)), age=60)
     folder.write(row(ref(1)), row(ref(9)), age=40)
     folder.write(row(ref(2, size_bytes=9)), row(ref(3)), age=20)
-    rows = runs.done_rows(folder.uri)
-    assert runs.prune(folder.uri, rows, folder.current(), "zstd") == 3
+    assert runs.prune(folder.uri, folder.current(), "zstd") == 3
     assert folder.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "ok"), ("/videos/3.mp4", "ok")]
     assert all(name == runs.part_name(pq.read_table(folder.path / name)["video_id"].to_pylist()) for name in parts_of(folder))
 
@@ -250,7 +249,7 @@ def parts_of(folder: Folder) -> list[str]:
 def test_a_part_without_a_row_that_counts_goes(folder: Folder) -> None:
     old = folder.write(row(ref(9)))
     kept = folder.write(row(ref(1)))
-    runs.prune(folder.uri, runs.done_rows(folder.uri), folder.current(), "zstd")
+    runs.prune(folder.uri, folder.current(), "zstd")
     assert parts_of(folder) == [kept]
     assert old != kept
 
@@ -259,7 +258,7 @@ def test_a_part_that_is_rewritten_under_the_name_of_another_part_survives(folder
     folder.write(row(ref(1)), age=50)
     folder.write(row(ref(1), "timeout"), row(ref(2)), age=40)
     folder.write(row(ref(2), "timeout"), age=30)
-    runs.prune(folder.uri, runs.done_rows(folder.uri), folder.current(), "zstd")
+    runs.prune(folder.uri, folder.current(), "zstd")
     assert folder.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "ok")]
 
 

@@ -10,8 +10,8 @@ from tsq_ray import storage
 from tsq_ray.errors import ManifestError
 from tsq_ray.labels.formats import READERS, SPLITS, Classes, LabelFile, Reader, recognise, stem_of
 
-Source = tuple[str, storage.StoredFile]
-"""(source that was listed, file found below it)."""
+Source = tuple[str, str]
+"""(source that was listed, URI of a file found below it)."""
 
 
 @dataclass
@@ -52,12 +52,12 @@ def read_labels(labels: Sequence[str], files: Sequence[Source], classes: Classes
 
 def _from_folders(files: Sequence[Source], asked_for: bool) -> Labels:
     found = Labels(origin="class folders")
-    for source, file in files:
-        parts = file.uri[len(source) :].strip("/").split("/") if file.uri.startswith(source) else []
+    for source, uri in files:
+        parts = uri[len(source) :].strip("/").split("/") if uri.startswith(source) else []
         if len(parts) == 2:
-            found.by_uri[file.uri] = ((_spaces(parts[0]),), None)
+            found.by_uri[uri] = ((_spaces(parts[0]),), None)
         elif len(parts) == 3 and parts[0].lower() in SPLITS:
-            found.by_uri[file.uri] = ((_spaces(parts[1]),), parts[0])
+            found.by_uri[uri] = ((_spaces(parts[1]),), parts[0])
         else:
             break
     if len(found.by_uri) == len(files) and len({labels for labels, _ in found.by_uri.values()}) > 1:
@@ -82,7 +82,7 @@ class _Videos:
     """The videos found, looked up as label files name them."""
 
     def __init__(self, files: Sequence[Source]) -> None:
-        self.uris = {file.uri for _, file in files}
+        self.uris = {uri for _, uri in files}
         self.folders = list(dict.fromkeys(source for source, _ in files))
         self._by_name: dict[str, list[str]] = {}
         self._by_id: dict[str, list[str]] = {}

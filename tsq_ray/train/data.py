@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -211,7 +211,7 @@ def open_training_set(source: Source) -> Iterator[TrainingSet]:
         yield TrainingSet(selection, arrays)
 
 
-def training_rows(rows: list[VideoRef], split: str | None, what: str) -> tuple[list[VideoRef], dict[str, int], list[str], list[str]]:
+def training_rows(rows: Sequence[VideoRef], split: str | None, what: str) -> tuple[list[VideoRef], dict[str, int], list[str], list[str]]:
     """Manifest rows that training takes: (rows, left out by reason, first unlabelled URIs, warnings)."""
     chosen, warnings = training_split([row.split for row in rows], split, what)
     inside = [row for row in rows if chosen is None or row.split == chosen]

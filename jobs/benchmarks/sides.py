@@ -1,0 +1,99 @@
+"""One side of jobs/benchmarks/decode.py, in a process of its own: `python sides.py NAME OPTIONS_AS_JSON`.
+
+For each line on its standard input it decodes and resizes the frames of all videos once and prints the seconds and the number of frames, as JSON. The first
+line that it prints is its start-up. Imports what it needs only when it is asked for: a peer may live in an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Round = Callable[[], int]
+
+
+def main() -> None:
+    """Serve rounds until the input ends."""
+    name, options = sys.argv[1], json.loads(sys.argv[2])
+    started = time.perf_counter()
+    try:
+        work = {"exact": _ours, "keyframe": _ours, "read_videos": _read_videos, "daft": _daft}[name](name, options)
+    except ImportError as error:
+        _say({"missing": str(error)})
+        return
+    _say({"seconds": time.perf_counter() - started})
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        frames = work()
+        _say({"seconds": time.perf_counter() - started, "frames": frames})
+
+
+def _say(answer: dict[str, Any]) -> None:
+    sys.__stdout__.write(json.dumps(answer) + "\n")  # type: ignore[union-attr]
+    sys.__stdout__.flush()  # type: ignore[union-attr]
+
+
+def _ours(strategy: str, options: dict[str, Any]) -> Round:
+    """This package's decode in `workers` killable children."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from tsq_ray.config import validate_config
+    from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource
+
+    config = validate_config({"decode": {"strategy": strategy.replace("exact", "uniform"), "num_frames": options["frames"]}})
+    pool = DecodePool(config.decode, {"picture": FrameSpec(options["size"])}, options["workers"])
+    sources = [VideoSource(path) for path in options["paths"]]
+
+    def work() -> int:
+        videos = pool.decode(sources)
+        assert all(isinstance(video, DecodedVideo) for video in videos), videos
+        return sum(len(video.frames["picture"]) for video in videos if isinstance(video, DecodedVideo))
+
+    return work
+
+
+def _read_videos(name: str, options: dict[str, Any]) -> Round:
+    """Ray Data's own way to frames: one a second, the fewest that it gives, resized by its decoder."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from tsq_ray import runtime
+
+    runtime.cluster().__enter__()  # until this process ends
+    import ray
+
+    runtime.quiet_data()
+
+    def work() -> int:
+        size = options["size"]
+        data = ray.data.read_videos(options["paths"], fps=1, resize=(size, size))
+        return sum(len(batch["frame"]) for batch in data.iter_batches(batch_size=None, batch_format="numpy"))
+
+    return work
+
+
+def _daft(name: str, options: dict[str, Any]) -> Round:
+    """Daft's way to T frames: one every T-th part of the duration. One file at a time: of two at once it hung (0.7.26, two cores)."""
+    import av  # Daft's own way of decoding
+    import daft
+
+    def interval(path: str) -> float:
+        with av.open(path) as container:
+            assert container.duration is not None
+            return container.duration / 1_000_000 / options["frames"]
+
+    every = {path: interval(path) for path in options["paths"]}
+
+    def work() -> int:
+        found = 0
+        for path, seconds in every.items():
+            size = options["size"]
+            found += len(daft.read_video_frames(path, image_height=size, image_width=size, sample_interval_seconds=seconds).collect())
+        return found
+
+    return work
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Each benchmark at a size at which it says nothing, but runs and prints its whole table."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from video_case import write_video
+
+from tsq_ray import runs
+from tsq_ray.manifest import build_manifest, read_manifest, write_manifest
+
+REPO = Path(__file__).resolve().parents[2]
+NETWORKS = [
+    f"encoders.{name}.{setting}"
+    for number, name in enumerate(("visual", "objects"))
+    for setting in ("model=test_efficientnet", f"weights=random:{number}", "size=32")
+]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Eight of 2.5 s, a keyframe every half second."""
+    folder = tmp_path_factory.mktemp("videos")
+    return [write_video(folder / f"{number}.mp4", num_frames=60) for number in range(8)]
+
+
+def first_cells(text: str) -> list[str]:
+    """The first column of every table."""
+    return [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The other columns of a row."""
+    return [cell.strip().strip("*x") for line in text.splitlines() if line.startswith(f"| {first} |") for cell in line.split("|")[2:-1]]
+
+
+def printed(name: str, *argv: str) -> str:
+    """What a benchmark prints in a process of its own, as the ones that start an S3 server must be: clients keep their server."""
+    command = [sys.executable, str(REPO / "jobs" / "benchmarks" / f"{name}.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("only", ["keyframe", "ffmpeg", "s3"])
+def test_decode_prints_its_tables(videos: list[Path], only: str) -> None:
+    if only == "ffmpeg" and shutil.which("ffmpeg") is None:
+        pytest.skip("no program ffmpeg")
+    options = ["--only", only, "--frames", "4", "--size", "32", "--rounds", "1"]
+    text = printed("decode", *options, "--videos", str(videos[0]), str(videos[1]))
+    assert "T = 4, 32 x 32, 1 rounds" in text
+    name = f"untrimmed/{videos[0].name}" if only == "keyframe" else videos[0].name
+    row = cells(text, name)
+    if only == "keyframe":
+        assert row[2] == "4 of 4"
+        assert float(row[3]) == pytest.approx(float(row[0]) / float(row[1]), rel=0.2)
+    elif only == "ffmpeg":
+        assert row[2] in ("one pass", "seeks")
+        assert row[4] == "<= 1.15"
+    else:
+        size = videos[0].stat().st_size
+        assert [int(cell.replace(",", "")) >= size for cell in row[:3]] == [True] * 3, "a small object is fetched whole"
+
+
+def test_ffmpeg_is_asked_for_the_frames_that_were_chosen(videos: list[Path]) -> None:
+    from jobs.benchmarks import decode as benchmark
+
+    options = argparse.Namespace(frames=4)
+    _, video = benchmark._cpu_of_decode(videos[0], benchmark._settings(options, "uniform"), 32)
+    one_pass, seeks = benchmark.ffmpeg_commands("ffmpeg", videos[0], video, 32)
+    assert video.frame_index.tolist() == [7, 22, 37, 52]
+    assert "eq(n,7)+eq(n,22)+eq(n,37)+eq(n,52)" in " ".join(one_pass)
+    assert seeks.count("-ss") == 4
+
+
+def test_a_peer_that_is_missing_says_how_to_install_it(videos: list[Path], monkeypatch: Any) -> None:
+    from jobs.benchmarks import decode as benchmark
+
+    monkeypatch.setenv("PYTHONPATH", "")
+    options = benchmark._options(["--videos", str(videos[0]), "--frames", "4", "--size", "32"])
+    side = benchmark.Side("daft", options, [videos[0]], 1)
+    side.round()
+    side.close()
+    if not side.trouble:
+        pytest.skip("daft is installed")
+    assert side.trouble.startswith("not installed: ")
+    assert "daft" in side.trouble
+
+
+def test_a_side_does_rounds(videos: list[Path]) -> None:
+    from jobs.benchmarks import decode as benchmark
+
+    side = benchmark.Side("exact", benchmark._options(["--frames", "4", "--size", "32"]), videos[:2], 1)
+    side.round()
+    side.round()
+    side.close()
+    assert (len(side.rounds), side.frames, side.trouble) == (2, 8, "")
+
+
+@pytest.mark.slow
+def test_extract_prints_its_tables(videos: list[Path], ray_cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from jobs.benchmarks import extract as benchmark
+
+    manifest, _ = build_manifest([str(videos[0].parent)], labels="none")
+    write_manifest(manifest, str(tmp_path / "manifest.parquet"))
+    sets = [word for value in ("decode.num_frames=4", *NETWORKS) for word in ("--set", value)]
+    argv = [str(tmp_path / "manifest.parquet"), "--videos", "8", "--rounds", "1", "--workers", "1", *sets]
+    assert benchmark.main(argv) == 0
+    text = capsys.readouterr().out
+    ours, loop = (float(cells(text, name)[-1]) for name in ("tsq extract", "loop by hand"))
+    assert float(cells(text, "ratio (aim >= 0.95)")[-1]) == pytest.approx(ours / loop, rel=0.05)
+    assert len(cells(text, "limit")) == 3
+    assert "failed 0" in text
+    assert "--dry-run: " in text
+
+
+@pytest.mark.slow
+def test_scale_prints_its_tables() -> None:
+    text = printed("scale", "--rows", "300", "500", "--through-ray", "300", "--objects", "20", "--entries", "2500")
+    assert cells(text, "300")[4] == "3", "300 rows are parts of 128, 128 and 44"
+    assert cells(text, "500")[1] == "-"
+    assert [cells(text, name)[0] for name in ("S3 server (SeaweedFS)", "made-up pages")] == ["20", "2500"]
+
+
+def test_scale_makes_up_runs_that_add_up(tmp_path: Path) -> None:
+    from jobs.benchmarks import scale as benchmark
+
+    config, uri, out = benchmark._config(), str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
+    write_manifest(benchmark.made_up_manifest(300), uri)
+    manifest = read_manifest(uri)
+    runs.begin(out, "features", {}, manifest)
+    arrow = benchmark.extracting.load_networks(config, None).features_schema(config, manifest.classes)
+    benchmark._write_parts(out, manifest.rows[:290], arrow, config)
+    todo = runs.still_to_do(manifest.rows, runs.pick_current(runs.done_rows(out), manifest))
+    assert todo == manifest.rows[290:]
+    benchmark._write_parts(out, todo, arrow, config)
+    benchmark._close(uri, out, config)
+    assert runs.read_run(out)["counts"]["ok"] == 300

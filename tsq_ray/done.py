@@ -1,0 +1,213 @@
+"""What the parts of a run folder hold: every row in short, as an Arrow table, and the one row of each video that counts.
+
+The same for ten videos and ten million: no step here makes an object a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from tsq_ray import schema, storage
+from tsq_ray.errors import RETRIED_ERROR_TYPES, RunError
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows, same_contents
+
+_IDENTITY = [column.name for column in schema.MANIFEST]
+_CONTENT = ["size_bytes", "etag", "modified"]
+_BRIEF = [*_IDENTITY, "status", "error_type", "warnings"]
+_SCHEMA = pa.schema(
+    [
+        *(column.field({}) for column in schema.MANIFEST),
+        pa.field("status", pa.string()),
+        pa.field("error_type", pa.string()),
+        pa.field("has_warnings", pa.bool_()),
+        pa.field("part", pa.int32()),
+    ]
+)
+EMPTY = _SCHEMA.empty_table()
+"""What `done_rows` finds in an empty folder."""
+_REMOTE_READERS = 16
+_COMPACT = 1000
+
+
+@dataclass(frozen=True)
+class DoneRow:
+    """What a part says of one video."""
+
+    ref: VideoRef
+    status: str
+    error_type: str | None
+    has_warnings: bool
+    part: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part that was read: `age_s` orders rows of the same video (larger is newer), `start` and `num_rows` say which rows are its own."""
+
+    name: str
+    age_s: float
+    classes: list[str]
+    start: int
+    num_rows: int
+
+
+class DoneRows(Sequence[DoneRow]):
+    """Every row of every part, part after part; columns as in `_SCHEMA`, `part` the number of the part."""
+
+    def __init__(self, table: pa.Table, parts: list[Part]) -> None:
+        self.table, self.parts = table, parts
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __iter__(self) -> Iterator[DoneRow]:
+        for batch in self.table.to_batches():
+            for ref, record in zip(VideoRows(pa.table(batch)), batch.drop_columns(_IDENTITY).to_pylist(), strict=True):
+                yield DoneRow(ref, **record | {"part": self.parts[record["part"]].name})
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self)[key]
+
+    def part_of(self) -> np.ndarray:
+        """int32: the number of each row's part."""
+        return self.table["part"].to_numpy()
+
+
+class Current:
+    """The one row of each video of a manifest that counts.
+
+    `place`: the manifest's row of each done row, -1 where it does not count as one. `row`: for each manifest row the number of its done
+    row, -1 where it has none.
+    """
+
+    def __init__(self, rows: DoneRows, manifest: Manifest, place: np.ndarray, row: np.ndarray) -> None:
+        self.rows, self.manifest, self.place, self.row = rows, manifest, place, row
+
+    @cached_property
+    def table(self) -> pa.Table:
+        """The rows that count, in the manifest's order, without what the manifest itself says of the file."""
+        return self.rows.table.drop_columns(["uri", *_CONTENT]).take(pa.array(self.row[self.row >= 0]))
+
+    def counting(self) -> DoneRows:
+        """The rows that count, in the manifest's order."""
+        return DoneRows(self.rows.table.take(pa.array(self.row[self.row >= 0])), self.rows.parts)
+
+    def __len__(self) -> int:
+        return int((self.row >= 0).sum())
+
+    def counts(self) -> np.ndarray:
+        """bool: whether each done row counts."""
+        mask = np.zeros(len(self.rows), bool)
+        mask[self.row[self.row >= 0]] = True
+        return mask
+
+
+def read_part(part_uri: str, columns: list[str] | None = None) -> pa.Table:
+    """One part, or some of its columns. RunError where it is not readable as Parquet."""
+    try:
+        with storage.open_read(part_uri) as file, pq.ParquetFile(file) as part:
+            # with threads pyarrow may abort at the interpreter's end when it read from a Python file
+            return part.read(columns=columns, use_threads=False)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise RunError(f"{storage.redact(part_uri)}: not readable as Parquet ({error}); delete it and run again") from None
+
+
+def list_parts(uri: str) -> list[storage.StoredFile]:
+    """The visible parts of a run folder."""
+    files = storage.list_folder(storage.normalize(uri))
+    return [file for file in files if storage.name_of(file.uri).startswith("part-") and file.uri.endswith(".parquet")]
+
+
+def done_rows(uri: str) -> DoneRows:
+    """Every row of every part, in short."""
+    files = list_parts(uri)
+    known: dict[bytes, list[str]] = {}  # the class names are the same in nearly all parts
+    parts: list[Part] = []
+    tables: list[pa.Table] = []
+    with ThreadPoolExecutor(1 if storage.is_local(uri) else _REMOTE_READERS) as pool:
+        start = 0
+        for number, (file, table) in enumerate(zip(files, pool.map(lambda file: read_part(file.uri, _BRIEF), files), strict=True)):
+            names = (table.schema.metadata or {}).get(schema.CLASSES_KEY, b"[]")
+            classes = known.setdefault(names, json.loads(names) if names not in known else [])
+            age = file.modified.timestamp() if file.modified else 0.0
+            parts.append(Part(storage.name_of(file.uri), age, classes, start, table.num_rows))
+            tables.append(_brief(table, number))
+            start += table.num_rows
+            if len(tables) == _COMPACT:  # what Parquet decoded has room to spare, three times what it holds
+                tables[:] = [pa.concat_tables(tables).combine_chunks()]
+    return DoneRows(pa.concat_tables([EMPTY, *tables]).combine_chunks(), parts)
+
+
+def _brief(table: pa.Table, number: int) -> pa.Table:
+    warned = pc.greater(pc.fill_null(pc.list_value_length(table["warnings"]), 0), 0)
+    part = pa.array(np.full(table.num_rows, number, np.int32))
+    columns = [*(table[name] for name in _BRIEF[:-1]), warned, part]
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def pick_current(rows: DoneRows, manifest: Manifest) -> Current:
+    """The one row of each video that counts: of the file as the manifest has it, ok before failed, newest first."""
+    place = manifest.rows.places(rows.table["video_id"])
+    known = np.flatnonzero(place >= 0)
+    if len(known):
+        theirs, ours = manifest.rows.table.select(_CONTENT), rows.table.select(_CONTENT)
+        same = same_contents(theirs.take(pa.array(place[known])), ours.take(pa.array(known)))
+        place[known[~same]] = -1
+        known = known[same]
+    row = np.full(len(manifest.rows), -1, np.int64)
+    row[place[known]] = known
+    again = known[np.bincount(place[known], minlength=len(row))[place[known]] > 1]
+    if len(again):
+        best = _best_first(rows, again)
+        places, first = np.unique(place[best], return_index=True)
+        row[places] = best[first]
+    return Current(rows, manifest, place, row)
+
+
+def _best_first(rows: DoneRows, numbers: np.ndarray) -> np.ndarray:
+    part = rows.part_of()[numbers]
+    ok = pc.equal(rows.table["status"], "ok").to_numpy()[numbers]
+    age = np.array([part.age_s for part in rows.parts])[part]
+    # parts are listed by name, so their numbers order as their names
+    return numbers[np.lexsort((numbers, -part, -age, ~ok))]
+
+
+def still_to_do(wanted: Sequence[VideoRef], current: Current, retry: Collection[str] = ()) -> VideoRows:
+    """The wanted videos without a row that counts; failed ones again where their reason is in `retry` or storage was unavailable."""
+    wanted, table = VideoRows.of(wanted), current.table
+    again = pc.is_in(table["error_type"], value_set=pa.array(sorted({*retry, *RETRIED_ERROR_TYPES}), pa.string()))
+    settled = table["video_id"].filter(pc.invert(pc.and_(pc.equal(table["status"], "failed"), again)))
+    return VideoRows(wanted.table.filter(pc.invert(pc.is_in(wanted.ids, value_set=settled.combine_chunks()))))
+
+
+def outdated_labels(current: Current) -> list[Part]:
+    """Parts whose rows have other labels, class names or splits than the manifest has now."""
+    manifest, rows = current.manifest, current.table
+    wanted = manifest.rows.table.filter(pa.array(current.row >= 0))
+    same_split = pc.equal(pc.fill_null(rows["split"], ""), pc.fill_null(wanted["split"], "")).to_numpy()
+    other = _lists_differ(rows["labels"], wanted["labels"]) | ~same_split
+    parts = rows["part"].to_numpy()
+    found = set(np.unique(parts[other]).tolist())
+    found |= {number for number in np.unique(parts).tolist() if current.rows.parts[number].classes != manifest.classes}
+    return [current.rows.parts[number] for number in sorted(found)]
+
+
+def _lists_differ(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:
+    """bool: where two columns of lists of numbers differ; null is the same as empty."""
+    sizes = [pc.fill_null(pc.list_value_length(column), 0).to_numpy() for column in (left, right)]
+    differ = sizes[0] != sizes[1]
+    alike = pa.array(~differ)
+    values = [pc.list_flatten(column.filter(alike)).to_numpy() for column in (left, right)]
+    owner = np.repeat(np.flatnonzero(~differ), sizes[0][~differ])
+    differ[owner[values[0] != values[1]]] = True
+    return differ
