@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -237,7 +238,7 @@ def marked(mark: str) -> list[int]:
 
 
 def descendants(title: str) -> list[int]:
-    """The processes that come from this one and whose title (the command line) begins so, the oldest first."""
+    """The processes that come from this one and whose title (the command line) begins as this pattern says, the oldest first."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -249,7 +250,7 @@ def descendants(title: str) -> list[int]:
     found = []
     for pid in sorted(parents):
         with contextlib.suppress(OSError):
-            if comes_from_here(pid) and Path(f"/proc/{pid}/cmdline").read_text().startswith(title):
+            if comes_from_here(pid) and re.match(title, Path(f"/proc/{pid}/cmdline").read_text()):
                 found.append(pid)
     return found
 
@@ -304,13 +305,17 @@ class Driver:
         code = self.process.wait(timeout_s)
         return Ended(code, self.log.with_suffix(".out").read_text(), self.log.with_suffix(".err").read_text())
 
-    def kill_when(self, ready: Callable[[], bool], timeout_s: float = 240.0) -> None:
-        """Kill as soon as `ready` says so; fails where the command ends before."""
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float = 240.0) -> None:
+        """Wait for `ready`; fails where the command ends before."""
         deadline = time.monotonic() + timeout_s
         while not ready():
-            assert self.process.poll() is None, f"ended before it could be killed: {self.ended()}"
-            assert time.monotonic() < deadline, "never became ready to be killed"
+            assert self.process.poll() is None, f"ended too early: {self.ended()}"
+            assert time.monotonic() < deadline, "never became ready"
             time.sleep(0.005)
+
+    def kill_when(self, ready: Callable[[], bool], timeout_s: float = 240.0) -> None:
+        """Kill as soon as `ready` says so; fails where the command ends before."""
+        self.wait_until(ready, timeout_s)
         self.kill()
 
 

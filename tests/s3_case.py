@@ -61,37 +61,59 @@ def weed_program() -> str:
     return found
 
 
+class S3Process:
+    """A server that can be stopped and started again on the same ports with the same data; `server` says where it is."""
+
+    def __init__(self, folder: Path) -> None:
+        ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
+        self.server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", secrets.token_hex(10), secrets.token_hex(20))
+        keys = [{"accessKey": self.server.access_key, "secretKey": self.server.secret_key}]
+        identities = folder / "s3.json"
+        identities.write_text(
+            json.dumps({"identities": [{"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}]})
+        )
+        (folder / "data").mkdir()
+        self._command = [
+            weed_program(),
+            "server",
+            f"-dir={folder / 'data'}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            "-s3",
+            f"-s3.config={identities}",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            "-s3.autoCreateBucket=false",
+            "-master.volumeSizeLimitMB=64",
+            "-volume.max=100",
+        ]
+        self._command += [f"-{name}={port}" for name, port in ports.items()]
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        log = self._folder / "weed.log"
+        with log.open("ab") as sink:
+            self._process = subprocess.Popen(self._command, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
+        _wait(self._process, self.server.endpoint, log)
+
+    def stop(self, kill: bool = False) -> None:
+        """End it; with `kill` not in good order."""
+        if self._process is not None:
+            self._process.kill() if kill else self._process.terminate()
+            self._process.wait()
+
+
 @contextlib.contextmanager
 def running_s3(folder: Path) -> Iterator[S3Server]:
     """The server for the time of the `with`; its data and log lie in `folder`."""
-    ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-    server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", secrets.token_hex(10), secrets.token_hex(20))
-    keys = [{"accessKey": server.access_key, "secretKey": server.secret_key}]
-    identities = folder / "s3.json"
-    identities.write_text(
-        json.dumps({"identities": [{"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}]})
-    )
-    (folder / "data").mkdir()
-    command = [
-        weed_program(),
-        "server",
-        f"-dir={folder / 'data'}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        "-s3",
-        f"-s3.config={identities}",
-    ]
-    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-master.volumeSizeLimitMB=64", "-volume.max=100"]
-    command += [f"-{name}={port}" for name, port in ports.items()]
-    log = folder / "weed.log"
-    with log.open("wb") as sink:
-        process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
+    process = S3Process(folder)
     try:
-        _wait(process, server.endpoint, log)
-        yield server
+        process.start()
+        yield process.server
     finally:
-        process.kill()  # its data is thrown away: nothing to close in good order
-        process.wait()
+        process.stop(kill=True)  # its data is thrown away: nothing to close in good order
 
 
 def _wait(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:

@@ -8,11 +8,12 @@ are taken out before `_run.json` is written.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -198,6 +199,15 @@ def finish(uri: str, kind: Kind, status: str, manifest: Manifest, counts: Mappin
     return run
 
 
+@contextlib.contextmanager
+def _storage_fails_the_run() -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        raise RunFailed(f"{error}; the rows are there, the run is not closed: give the same command again") from error
+
+
+@_storage_fails_the_run()
 def close_run(
     out: str,
     kind: Kind,
@@ -210,7 +220,7 @@ def close_run(
     seconds: Mapping[str, float],
     more: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Take out rows that do not count, do the accounting and write `_run.json`. RunFailed where a wanted video has no row."""
+    """Take out rows that do not count, do the accounting and write `_run.json`. RunFailed where a wanted video has no row, or storage fails."""
     current = pick_current(done_rows(out), manifest)
     stale = len(current) < len(current.rows)
     finished = read_json(storage.join(out, RUN_FILE))

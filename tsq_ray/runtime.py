@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import socket
@@ -14,19 +15,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import runs, schema
+from tsq_ray import runs, schema, storage
 from tsq_ray.config import OutputConfig
-from tsq_ray.errors import RunFailed, TsqError
+from tsq_ray.errors import RunFailed, StorageError, TsqError
 from tsq_ray.manifest import VideoRef, VideoRows
 
 T = TypeVar("T")
 _POLL_S = 0.5
 _PLAIN_EVERY_S = 15.0
+_MOST_CHATTER = 200
 
 
 @contextlib.contextmanager
@@ -49,7 +51,7 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     import ray
 
     if ray.is_initialized():
-        with contextlib.redirect_stdout(sys.stderr):
+        with _chatter_apart(debug):
             yield ray
         return
     level = logging.INFO if debug else logging.ERROR
@@ -65,12 +67,11 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     except (OSError, RuntimeError, ValueError) as error:
         where = f"--address {place}: no Ray cluster answers there" if place != "local" else "Ray could not be started here"
         raise RunFailed(f"{where} ({_one_line(error)}); start one with: ray start --head, or leave --address out") from error
-    try:
-        # Ray prints its warnings to stdout, which is for the summary alone
-        with contextlib.redirect_stdout(sys.stderr):
+    with _chatter_apart(debug):
+        try:
             yield ray
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _knock(address: str) -> None:
@@ -79,6 +80,29 @@ def _knock(address: str) -> None:
     if colon and port.isdigit():
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
             pass
+
+
+@contextlib.contextmanager
+def _chatter_apart(debug: bool) -> Iterator[None]:
+    """Ray prints what befalls its nodes and workers to stdout, which is for the summary alone: that goes to stderr, a line each."""
+    with contextlib.redirect_stdout(sys.stderr if debug else _FirstLines(sys.stderr)):
+        yield
+
+
+class _FirstLines(io.TextIOBase):
+    """The first line of each text that is printed: the news of a lost node comes with twenty more of the node's log."""
+
+    def __init__(self, sink: TextIO) -> None:
+        self._sink = sink
+
+    def write(self, text: str) -> int:
+        lines = text.strip().splitlines()
+        if lines:
+            self._sink.write(f"{lines[0][:_MOST_CHATTER]}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._sink.flush()
 
 
 @contextlib.contextmanager
@@ -111,6 +135,8 @@ def quiet_data(debug: bool = False) -> Any:
     if not debug:
         for name in ("ray.data", "ray.train", "ray.serve", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # a failed run ends with one line of ours, not with Ray Data's traceback before it
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return context
 
 
@@ -129,8 +155,10 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def run_failed(error: BaseException, doing: str) -> TsqError:
-    """A one-line error for what came out of Ray; an error of this package keeps its kind."""
+    """A one-line error for what came out of Ray; an error of this package keeps its kind, but storage that fails in mid-run is a failed run."""
     cause = root_cause(error)
+    if isinstance(cause, StorageError):
+        return RunFailed(str(cause))
     if isinstance(cause, TsqError):
         return cause
     last = str(cause).strip().splitlines()
@@ -224,8 +252,11 @@ def progress_display(total: int, what: str, show: bool = True, unit: str = "vide
 
 
 _MOST_BLOCKS = 20_000
-RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 5}
-"""Of a stage's workers. Ray Data's own are endless: a batch that kills its worker each time would never end the run."""
+RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
+"""Of a stage's workers. Ray Data's own are endless: a batch that kills its worker each time would never end the run.
+
+A lost node takes many: until Ray believes that it is gone, 10 to 30 s, every task sent to it is tried again about once a second.
+"""
 
 
 def block_rows(num_videos: int, workers: int, batch_size: int, rows_per_file: int) -> int:
@@ -271,6 +302,7 @@ def write_parts(data: Any, out: str, arrow: pa.Schema, output: OutputConfig, blo
     """Run a dataset of transport tables and publish its rows as parts of the run folder; seconds by stage, summed over the rows.
 
     `block`: rows of its blocks. Ray Data gathers whole blocks up to what a part holds and would make a part of its own of the rest.
+    RunFailed where a part cannot be written.
     """
     import ray
 
@@ -285,9 +317,15 @@ def write_parts(data: Any, out: str, arrow: pa.Schema, output: OutputConfig, blo
     )
     totals: dict[str, float] = {}
     for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for name in table.column_names:
+        for message in table[_ERROR].drop_null().to_pylist():
+            raise RunFailed(message)
+        for name in table.drop_columns(_ERROR).column_names:
             totals[name] = totals.get(name, 0.0) + pc.sum(table[name]).as_py()
     return {name: value for name, value in totals.items() if value > 0}
+
+
+_WRITE_WAITS_S = (5, 10, 20, 40)
+_ERROR = "error"
 
 
 class WritePart:
@@ -297,11 +335,28 @@ class WritePart:
         self.out, self.arrow, self.compression = out, arrow, compression
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Transport table -> one row of seconds by stage."""
+        """Transport table -> one row of seconds by stage, with what storage said where it failed: an exception would lose its cause on the way."""
         started = time.perf_counter()
-        runs.write_part(self.out, schema.from_storage(batch, self.arrow), self.compression)
+        error = None
+        try:
+            self._publish(schema.from_storage(batch, self.arrow))
+        except StorageError as failure:
+            error = str(failure)
         seconds = {name.strip("_").removesuffix("_s"): pc.sum(batch[name]).as_py() for name in STAGE_SECONDS}
-        return pa.table({name: [value] for name, value in (seconds | {"write": time.perf_counter() - started}).items()})
+        columns = {name: pa.array([value]) for name, value in (seconds | {"write": time.perf_counter() - started}).items()}
+        return pa.table(columns | {_ERROR: pa.array([error], pa.string())})
+
+    def _publish(self, rows: pa.Table) -> None:
+        """A bucket that is away for a moment must not cost the rows that are made, and with them the run."""
+        for wait_s in () if storage.is_local(self.out) else _WRITE_WAITS_S:
+            try:
+                runs.write_part(self.out, rows, self.compression)
+                return
+            except StorageError as error:
+                if error.error_type != "unavailable":
+                    raise
+            time.sleep(wait_s)
+        runs.write_part(self.out, rows, self.compression)
 
 
 def share_cpus(total: float, workers: int, reserve: float = 0.5) -> float:

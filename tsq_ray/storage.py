@@ -31,10 +31,10 @@ _DENIED_CODES = {
     "AccessDenied",
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
-    "ExpiredToken",
     "InvalidToken",
     "AllAccessDisabled",
 }
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket", "NotFound", "NoSuchUpload"}
 
 
@@ -107,24 +107,32 @@ def _options(uri: str) -> dict[str, Any]:
 
 
 def classify(error: BaseException) -> ErrorType:
-    """not_found, access_denied or unavailable: what a storage exception means."""
+    """not_found, access_denied or unavailable: what a storage exception means.
+
+    Keys that expired are `unavailable`: they will be renewed, and the next run tries again by itself.
+    """
+    chain = []
     seen: BaseException | None = error
     while seen is not None:
-        code = (
-            str(getattr(seen, "response", {}).get("Error", {}).get("Code", "")) if isinstance(getattr(seen, "response", None), dict) else ""
-        )
-        if isinstance(seen, FileNotFoundError) or code in _MISSING_CODES or getattr(seen, "status", None) == 404:
-            return "not_found"
-        if (
-            isinstance(seen, PermissionError)
-            or code in _DENIED_CODES
-            or type(seen).__name__ in ("NoCredentialsError", "PartialCredentialsError")
-        ):
-            return "access_denied"
-        if getattr(seen, "status", None) in (401, 403):
-            return "access_denied"
+        chain.append(seen)
         seen = seen.__cause__ or seen.__context__
+    if _EXPIRED_CODES & {_code(seen) for seen in chain}:
+        return "unavailable"  # before the rest: s3fs wraps it in a PermissionError
+    for seen in chain:
+        code, status = _code(seen), getattr(seen, "status", None)
+        if isinstance(seen, FileNotFoundError) or code in _MISSING_CODES or status == 404:
+            return "not_found"
+        if isinstance(seen, PermissionError) or code in _DENIED_CODES or status in (401, 403):
+            return "access_denied"
+        if type(seen).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            return "access_denied"
     return "unavailable"
+
+
+def _code(error: BaseException) -> str:
+    """The code in a botocore error's response, empty where it is no such error."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -69,6 +71,8 @@ FORMATS = [
     "torchcodec_h265_video.mp4",
     "torchcodec_nasa_13013.mp4",
 ]
+LARGE = "androidx_sample_fragmented_seekable_multiple_sidx.mp4"  # 600 frames of 1080p: half a minute
+DAMAGED = "decord_corrupted.mp4"  # decodes with warnings
 LONGER = ["long/charades.mp4", "long/car-detection.mp4", "untrimmed/untrimmed_64s_0.mp4"]
 # the display matrix of these files, written out from their headers: turns of the stored picture, then a reflection
 TURNS = {"decord_video_90.mov": 3, "decord_video_180.mov": 2, "decord_video_270.mov": 1}
@@ -84,13 +88,20 @@ class Reference:
     size: tuple[int, int]
 
 
+def every_frame(container: Any, stream: Any) -> Iterator[Any]:
+    """All that decodes, in order; a packet that does not is passed over."""
+    for packet in container.demux(stream):
+        with suppress(av.error.InvalidDataError):
+            yield from packet.decode()
+
+
 @cache
 def reference(path: Path) -> Reference:
     frames = []
     with av.open(str(path)) as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1
-        for frame in container.decode(stream):
+        for frame in every_frame(container, stream):
             rgb = frame.to_ndarray(format="rgb24")
             rgb = (
                 rgb.transpose(1, 0, 2) if path.name == "androidx_sample_rotate_and_reflect.mp4" else np.rot90(rgb, TURNS.get(path.name, 0))
@@ -118,7 +129,9 @@ def check(path: Path, decoded: DecodedVideo, num_frames: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
-@pytest.mark.parametrize("name", [f"formats/{name}" for name in FORMATS] + LONGER)
+@pytest.mark.parametrize(
+    "name", [f"formats/{name}" for name in FORMATS] + LONGER + [pytest.param(f"formats/{LARGE}", marks=pytest.mark.slow)]
+)
 def test_pictures_and_times_are_those_of_a_whole_decode(data_dir: Path, name: str, strategy: str) -> None:
     path = data_dir / name
     for num_frames in (3, 16):
@@ -132,6 +145,16 @@ def test_pictures_and_times_are_those_of_a_whole_decode(data_dir: Path, name: st
         elif strategy == "uniform":
             positions = (np.arange(num_frames) + 0.5) / num_frames * decoded.duration_s + 1e-9
             assert decoded.frame_index.tolist() == (np.searchsorted(known.times_s, positions, side="right") - 1).tolist()
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+def test_pictures_of_a_damaged_file_are_those_of_its_own_decode(data_dir: Path, strategy: str) -> None:
+    path = data_dir / "formats" / DAMAGED
+    check(path, decode(path, strategy, 16), 16)
+
+
+def test_no_format_is_left_out(data_dir: Path) -> None:
+    assert sorted([*FORMATS, LARGE, DAMAGED]) == sorted(path.name for path in (data_dir / "formats").iterdir())
 
 
 @pytest.mark.parametrize("name", LONGER)

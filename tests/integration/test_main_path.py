@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from archive_case import CLASSES, Archive, make_archive, write_clip
+from bundle_case import make_bundle
 from cluster_case import BUDGET, NUM_FRAMES, Chain, Chains, read_rows, refused, tsq, upload, visible_parts
 from PIL import Image
 from sklearn.metrics import average_precision_score
@@ -320,6 +321,7 @@ def test_index_does_not_overwrite(chain: Chain) -> None:
     ("command", "change", "key"),
     [
         ("extract", "decode.num_frames=9", r"decode\.num_frames: 8 there, 9 now"),
+        ("extract", "encoders.objects.weights=random:7", r"weights\.objects: "),
         ("extract", "encoders.objects.size=64", r"encoders\.objects\.size: 32 there, 64 now"),
         ("train", "train.epochs=5", r"train\.epochs: 4 there, 5 now"),
         ("train", "decode.num_frames=9", r"decode\.num_frames: 8 there, 9 asked for"),
@@ -341,6 +343,14 @@ def test_another_configuration_is_refused(local: Chain, command: str, change: st
     if command == "train":
         assert local.bundle
     assert re.search(key, refused(tsq(*argv, "--set", change)))
+
+
+def test_another_model_over_the_same_archive_takes_another_folder(local: Chain, tmp_path: Path) -> None:
+    before = state_of(local.predictions)
+    other = make_bundle(tmp_path / "bundle")
+    said = refused(tsq("score", local.manifest, "--model", other, "--out", local.predictions))
+    assert re.search(r"made with another configuration \(model_sha256: .* there, .* now", said)
+    assert state_of(local.predictions) == before
 
 
 # no sampler, and a choice by the recogniser: the other two ways through the graph

@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -304,6 +305,37 @@ def test_a_changed_source_is_refused(tmp_path: Path, change: str) -> None:
     )
     with pytest.raises(VideoError, match=f"changed since the manifest was made \\({change}") as caught:
         decode_video(stale, settings, SPECS)
+    assert caught.value.error_type == "source_changed"
+
+
+def test_a_local_file_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "v.mp4", 12)
+    seen = storage.stat(str(path))
+    plain = video._decode
+
+    def decode_then_replace(*arguments: Any) -> Any:
+        decoded = plain(*arguments)
+        write_video(path, 30)
+        return decoded
+
+    monkeypatch.setattr(video, "_decode", decode_then_replace)
+    with pytest.raises(VideoError, match="changed since the manifest was made") as caught:
+        decode_video(VideoSource(str(path), seen.size_bytes, seen.etag, seen.modified), DecodeConfig(num_frames=4), SPECS)
+    assert caught.value.error_type == "source_changed"
+
+
+def test_an_object_replaced_before_it_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "memory://tsq-decode/v.mp4"
+    storage.filesystem(uri)[0].pipe_file("/tsq-decode/v.mp4", write_video(tmp_path / "v.mp4", 12).read_bytes())
+    plain = storage.download
+
+    def replace_then_download(uri: str, folder: Any) -> str:
+        storage.filesystem(uri)[0].pipe_file("/tsq-decode/v.mp4", write_video(tmp_path / "other.mp4", 30).read_bytes())
+        return plain(uri, folder)
+
+    monkeypatch.setattr(storage, "download", replace_then_download)
+    with pytest.raises(VideoError, match="replaced while it was fetched") as caught:
+        decode_video(VideoSource(uri), DecodeConfig(num_frames=4), SPECS)
     assert caught.value.error_type == "source_changed"
 
 

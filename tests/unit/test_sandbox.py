@@ -20,6 +20,7 @@ from tsq_ray.errors import StorageError, VideoError
 
 SPECS = {"wide": FrameSpec(64)}
 SETTINGS = DecodeConfig(num_frames=4, timeout_s=20)
+HOARD: list[np.ndarray] = []
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,9 @@ def act(source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSp
         np.ones(2 << 30, np.uint8)
     if what == "bug":
         raise KeyError("a bug")
+    if what == "hoard":
+        HOARD.append(np.ones(300 << 20, np.uint8))
+        raise VideoError("internal", str(os.getpid()))
     if what == "pid":
         raise VideoError("internal", str(os.getpid()))
     return decode_video(source, settings, specs)
@@ -88,6 +92,22 @@ def test_a_real_picture_too_large_for_the_memory_limit(tmp_path: Path, video: st
     assert isinstance(huge, VideoError)
     assert huge.error_type == "out_of_memory"
     assert isinstance(small, DecodedVideo)
+
+
+def test_large_pictures_one_after_another(tmp_path: Path) -> None:
+    """What one video took is given back before the next: each of them alone fits the limit, two do not."""
+    path = write_video(tmp_path / "large.mp4", 2, size=(3840, 2160), gop=1, b_frames=0, options={"preset": "ultrafast"})
+    with DecodePool(DecodeConfig(num_frames=2, timeout_s=60, max_memory_mb=384), SPECS) as pool:
+        outcomes = pool.decode([VideoSource(str(path))] * 8)
+    assert [str(outcome) for outcome in outcomes if not isinstance(outcome, DecodedVideo)] == []
+
+
+def test_a_child_that_keeps_much_memory_is_replaced_before_the_next_video(video: str) -> None:
+    with DecodePool(DecodeConfig(num_frames=4, timeout_s=20, max_memory_mb=512), SPECS, task=act) as pool:
+        hoarders = [str(outcome) for outcome in pool.decode([VideoSource("/hoard")] * 3)]
+        (after,) = pool.decode([VideoSource(video)])
+    assert len(set(hoarders)) == 3
+    assert isinstance(after, DecodedVideo)
 
 
 def test_waiting_does_not_count_against_the_time_limit() -> None:

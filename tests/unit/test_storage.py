@@ -109,6 +109,12 @@ def test_the_cause_of_an_exception_counts() -> None:
     assert storage.classify(error) == "access_denied"
 
 
+def test_keys_that_expired_are_renewed_sooner_or_later() -> None:
+    error = PermissionError("the provided token has expired")  # what s3fs makes of it
+    error.__cause__ = RemoteFailure("ExpiredToken")
+    assert storage.classify(error) == "unavailable"
+
+
 @pytest.mark.parametrize(
     ("raised", "kind", "message"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.popen_forkserver
@@ -38,6 +39,7 @@ Task = Callable[[VideoSource, DecodeConfig, Mapping[str, FrameSpec]], DecodedVid
 
 _PR_SET_PDEATHSIG = 1
 _ATTEMPTS = 3
+_SPENT = 75
 _SERVER = multiprocessing.forkserver.ForkServer()
 _SERVER.set_forkserver_preload([__name__])
 _SERVER_LOCK = threading.Lock()
@@ -90,14 +92,39 @@ def _start_child(max_memory_mb: int) -> None:
     limit = max_memory_mb * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    gc.freeze()  # what is there from the start need not be looked through after every video
+    global _at_start
+    _at_start = _data_bytes()
+
+
+_at_start = 0
+
+
+def _data_bytes() -> int:
+    """What RLIMIT_DATA counts of this process."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
 
 
 def _run(task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> Outcome:
+    left = settings.max_memory_mb * 1024 * 1024 - _at_start
+    if _data_bytes() - _at_start > left / 2:
+        os._exit(_SPENT)  # earlier videos left so much behind that this one would pay for it: it gets a fresh child
+    try:
+        return _outcome_of(task, source, settings, specs)
+    finally:
+        # PyAV's containers and codecs stand in reference cycles, and 200 MB of pictures of an 8K video hang on eleven objects:
+        # too few for Python to collect them by itself
+        gc.collect()
+
+
+def _outcome_of(task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> Outcome:
     name = storage.redact(source.uri)
     try:
         return task(source, settings, specs)
     except (VideoError, StorageError) as error:
-        return error
+        error.__context__ = error.__cause__ = None  # with their tracebacks they would keep the decoder alive
+        return error.with_traceback(None)
     except (MemoryError, BlockingIOError):  # FFmpeg says "temporarily unavailable" where it got no memory for a picture
         return VideoError("out_of_memory", f"{name}: decoding takes more than decode.max_memory_mb = {settings.max_memory_mb}")
     except Exception as error:  # noqa: BLE001 the border at which a failure becomes a row
@@ -160,7 +187,7 @@ class DecodePool:
             if outcome not in self._waiting:
                 return  # closed meanwhile
             # a child that dies between two videos breaks pebble's whole pool, and every video in it comes back
-            if attempts and not finished.cancelled() and isinstance(finished.exception(), BrokenProcessPool):
+            if attempts and not finished.cancelled() and _is_not_the_videos_fault(finished.exception()):
                 self._schedule(source, outcome, attempts)
                 return
             self._waiting.remove(outcome)
@@ -186,6 +213,10 @@ class DecodePool:
             outcome.set_result(VideoError("internal", "the decoder pool was closed before this video was done"))
         if pool is not None:
             _stop(pool)
+
+
+def _is_not_the_videos_fault(error: BaseException | None) -> bool:
+    return isinstance(error, BrokenProcessPool) or (isinstance(error, pebble.ProcessExpired) and error.exitcode == _SPENT)
 
 
 def _stop(pool: pebble.ProcessPool) -> None:

@@ -54,6 +54,8 @@ def decode_video(source: VideoSource, settings: DecodeConfig, specs: Mapping[str
     try:
         size = _check_source(source, settings, name)
         decoded = _decode(source, size, settings, specs, name)
+        if storage.is_local(source.uri):
+            _check_source(source, settings, name)  # again: it may have been replaced while it was read
     except MemoryError:
         raise VideoError(
             "out_of_memory", f"{name}: the decoder found no memory; decode.max_memory_mb is {settings.max_memory_mb}"
@@ -106,6 +108,10 @@ def _decode(source: VideoSource, size: int, settings: DecodeConfig, specs: Mappi
         if decoded is not None:
             return decoded
     with _local_copy(uri) as path:
+        if not storage.is_local(uri) and (fetched := os.path.getsize(path)) != size:
+            raise VideoError(
+                "source_changed", f"{name}: {fetched} bytes came of {size}: replaced while it was fetched; run tsq index --update"
+            )
         if by_index:
             with open_container(path, name, _head(path)) as container:
                 decoded = job.by_index(container)

@@ -1,0 +1,129 @@
+"""An archive and a run over it that something befalls; what must hold afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from archive_case import Archive, make_archive
+from cluster_case import SETTINGS, Ended, read_rows, tsq, upload, visible_parts
+
+ONE_AT_A_TIME = ["--set", "output.rows_per_file=2", "--set", "resources.batch_size=1", "--set", "resources.workers=1"]
+INPUTS = 18
+BAD = {"not_video": 2, "truncated": 1}
+"""The files of the archive that are no good whatever happens."""
+PATIENCE_S = 600.0
+
+
+@dataclass
+class Site:
+    """18 videos, 3 of them no good, their manifest, and where the features go."""
+
+    archive: Archive
+    manifest: str
+    out: str
+    settings: Path
+    options: list[str] = field(default_factory=lambda: list(ONE_AT_A_TIME))
+
+    @property
+    def argv(self) -> list[str]:
+        """The command: the same one before and after."""
+        return ["extract", self.manifest, "--out", self.out, "--config", str(self.settings), *self.options]
+
+    @property
+    def parts(self) -> set[str]:
+        """Names that a reader of the output sees."""
+        return visible_parts(self.out)
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Video's name in the archive -> its row; fails where a video has two."""
+        rows = read_rows(self.out).to_pylist()
+        found = {row["uri"].partition("/videos/")[2]: row for row in rows}
+        assert len(found) == len(rows), "a video has two rows"
+        return found
+
+
+def make_site(folder: Path, base: str | None = None, out: str | None = None) -> Site:
+    """`base`: where the archive and the manifest are put, e.g. an s3:// prefix (default: `folder`)."""
+    archive = make_archive(folder / "videos")
+    settings = folder / "settings.toml"
+    settings.write_text(SETTINGS)
+    if base is not None:
+        upload(archive.root, f"{base}/videos")
+    base = base or str(folder)
+    site = Site(archive, f"{base}/manifest.parquet", out or f"{base}/features", settings)
+    index(site, base)
+    return site
+
+
+def index(site: Site, base: str, *options: str) -> Any:
+    """`tsq index` over the site's videos."""
+    return tsq("index", f"{base}/videos", "--out", site.manifest, "--json", *options).json
+
+
+def adds_up(site: Site, failed: Mapping[str, int] = BAD) -> None:
+    """inputs = ok + failed + skipped with these failures, one row a video, no partial file to be seen."""
+    found = tsq("verify", site.out, "--json").json
+    counts = found["counts"]
+    assert found["problems"] == []
+    assert (counts["inputs"], counts["failed"], counts["skipped"]) == (INPUTS, sum(failed.values()), 0)
+    assert counts["inputs"] == counts["ok"] + counts["failed"] + counts["skipped"]
+    assert counts["failed_by_type"] == failed
+    assert len(site.rows()) == INPUTS
+    assert all(name.startswith("part-") and name.endswith(".parquet") for name in site.parts), site.parts
+
+
+def one_line(ended: Ended) -> str:
+    """The error of a run that failed: one line, without a traceback."""
+    assert ended.code == 1, (ended.code, ended.err)
+    assert ended.out == ""
+    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, ended.err
+    assert "Traceback" not in ended.err
+    return errors[0]
+
+
+class Started:
+    """`tsq ARGV` in a thread of this process, on the session's Ray."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self._ended: list[Ended] = []
+        self._thread = threading.Thread(target=lambda: self._ended.append(tsq(*argv)), daemon=True)
+        self._thread.start()
+
+    def wait_until(self, ready: Callable[[], Any]) -> None:
+        """Wait for `ready`; fails where the command ends before."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not ready():
+            assert self._thread.is_alive(), f"ended too early: {self._ended}"
+            assert time.monotonic() < deadline, "never became ready"
+            time.sleep(0.002)
+
+    def ended(self) -> Ended:
+        self._thread.join(PATIENCE_S)
+        assert self._ended, "the command does not end"
+        return self._ended[0]
+
+
+def readers_of(name: str) -> list[int]:
+    """The processes that hold a file of this name open."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        with suppress(OSError):
+            if any(os.readlink(link).endswith(f"/{name}") for link in folder.iterdir()):
+                found.append(int(folder.parent.name))
+    return found
+
+
+def mounted(folder: Path, size: str) -> str | None:
+    """Mount a small file system of its own; why that cannot be done here, or None."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    return (done.stderr.strip() or "mount failed") if done.returncode else None

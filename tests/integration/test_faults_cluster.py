@@ -1,0 +1,111 @@
+"""What befalls a run on a cluster of two nodes with S3 behind a proxy: rows of the fault table in docs/operations.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster_case import Driver, Ended, short_folder, tsq
+from fault_case import BAD, Site, adds_up, make_site, one_line
+from proxy_case import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble, running_proxy
+from s3_case import S3Server
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+END_S = 900.0
+
+
+@dataclass
+class Cloud:
+    """A Ray cluster whose nodes know S3 only through the proxy."""
+
+    cluster: Any
+    proxy: S3Proxy
+
+    def driver(self, site: Site, log: Path, *more: str) -> Driver:
+        """The site's command as a process of its own, on this cluster."""
+        return Driver([*site.argv, "--address", self.cluster.address, *more], log, {"AWS_ENDPOINT_URL": self.proxy.endpoint})
+
+    def run(self, site: Site, log: Path, *more: str) -> Ended:
+        with self.driver(site, log, *more) as driver:
+            return driver.ended(END_S)
+
+
+@pytest.fixture(scope="module")
+def cloud(s3: S3Server) -> Iterator[Cloud]:
+    from ray.cluster_utils import Cluster
+
+    with running_proxy(s3.endpoint) as proxy, short_folder() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 128 * 2**20, "temp_dir": str(folder)}
+        cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
+        try:
+            patch.undo()
+            yield Cloud(cluster, proxy)
+        finally:
+            cluster.shutdown()
+
+
+def test_storage_stumbles(cloud: Cloud, tmp_path: Path) -> None:
+    site = make_site(tmp_path, "s3://tsq-other/stumbles")
+    with cloud.driver(site, tmp_path / "run") as driver:
+        for number, trouble in enumerate((SLOW_DOWN, INTERNAL_ERROR, CUT)):
+            driver.wait_until(lambda number=number: len(site.parts) > number, END_S)  # type: ignore[misc]
+            cloud.proxy.trouble(trouble, 3)
+        ended = driver.ended(END_S)
+    given = [trouble for trouble, _, _ in cloud.proxy.given]
+    cloud.proxy.heal()
+    assert ended.code == 0, ended.err
+    assert {SLOW_DOWN, INTERNAL_ERROR, CUT} == set(given)
+    adds_up(site)
+
+
+@pytest.mark.parametrize("trouble", [INTERNAL_ERROR, EXPIRED_TOKEN], ids=lambda trouble: trouble.code)
+def test_storage_stays_away(cloud: Cloud, trouble: Trouble, tmp_path: Path) -> None:
+    site = make_site(tmp_path, f"s3://tsq-other/{trouble.code}")
+    try:
+        with cloud.driver(site, tmp_path / "run") as driver:
+            driver.wait_until(lambda: site.parts, END_S)
+            cloud.proxy.trouble(trouble)
+            ended = driver.ended(END_S)
+    finally:
+        cloud.proxy.heal()
+    assert "storage does not answer as it should" in one_line(ended)
+    before = site.parts
+    assert 0 < len(before) < 9
+    assert tsq("verify", site.out).code == 2, "the run is not finished"
+    assert cloud.run(site, tmp_path / "again").code == 0
+    assert before <= site.parts
+    adds_up(site)
+
+
+def test_keys_are_refused_in_mid_run(cloud: Cloud, tmp_path: Path) -> None:
+    """The output lies elsewhere, so that the run goes on to its end."""
+    site = make_site(tmp_path, "s3://tsq-other/refused", out=str(tmp_path / "features"))
+    try:
+        with cloud.driver(site, tmp_path / "run") as driver:
+            driver.wait_until(lambda: site.parts, END_S)
+            cloud.proxy.trouble(EXPIRED_TOKEN_403)
+            ended = driver.ended(END_S)
+    finally:
+        cloud.proxy.heal()
+    assert ended.code in (0, 1), ended.err
+    denied = [row for row in site.rows().values() if row["error_type"] == "access_denied"]
+    assert denied
+    assert all("check the keys" in row["error_message"] for row in denied)
+    assert cloud.run(site, tmp_path / "again", "--retry-failed", "access_denied").code == 0
+    adds_up(site)
+
+
+def test_a_node_is_lost(cloud: Cloud, tmp_path: Path) -> None:
+    site = make_site(tmp_path)
+    site.options += ["--set", "resources.workers=2"]
+    node = cloud.cluster.add_node(num_cpus=2, object_store_memory=128 * 2**20)
+    with cloud.driver(site, tmp_path / "run") as driver:
+        driver.wait_until(lambda: site.parts, END_S)
+        cloud.cluster.remove_node(node, allow_graceful=False)
+        ended = driver.ended(END_S)
+    assert ended.code == 0, ended.err
+    adds_up(site, BAD)

@@ -1,0 +1,125 @@
+"""Damaged files through the real sandbox: each gets its row, in time, and nothing else suffers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from fuzz_case import MUTATIONS, mutated
+
+from tsq_ray import runs, schema
+from tsq_ray.config import DecodeConfig
+from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
+from tsq_ray.manifest import VideoRef
+from tsq_ray.rows import failed_row, source_of, source_row
+
+pytestmark = pytest.mark.data
+
+NUM_FRAMES, LIMIT_S, MARGIN_S = 8, 20.0, 2.0
+SPECS = {"visual": FrameSpec(48)}
+SENSIBLE = {"not_video", "truncated", "corrupt", "unsupported", "too_large", "timeout", "decoder_crash", "out_of_memory"}
+"""What damage to a file may become; the other types speak of storage or of a defect of ours."""
+
+
+def write_damaged(files: list[Path], seed: int, folder: Path) -> VideoRef:
+    name, data = mutated(files, seed)
+    path = folder / name
+    path.write_bytes(data)
+    modified = datetime.fromtimestamp(os.stat(path).st_mtime, tz=timezone.utc)
+    return VideoRef(f"{seed:016x}", str(path), len(data), None, modified, None, None)
+
+
+def row_of(ref: VideoRef, outcome: object) -> dict[str, object]:
+    if not isinstance(outcome, DecodedVideo):
+        return failed_row(ref, outcome)  # type: ignore[arg-type]
+    check_whole(outcome)
+    features = {"visual": np.zeros((NUM_FRAMES, 2), np.float16), "object_ids": np.zeros((NUM_FRAMES, 10), np.int16)}
+    features["object_probs"] = np.zeros((NUM_FRAMES, 10), np.float16)
+    return source_row(ref, outcome) | features | {"frame_index": outcome.frame_index}
+
+
+def check_whole(video: DecodedVideo) -> None:
+    """A row that is ok has all its frames, in their places."""
+    assert video.slots("visual").shape == (NUM_FRAMES, 48, 48, 3)
+    assert 0 <= video.frame_index.min() <= video.frame_index.max() < video.source_num_frames
+    assert np.isfinite(video.frame_pts_s).all()
+    assert video.frame_pts_s.min() >= 0
+    assert video.frame_pts_s.max() <= video.duration_s + 1e-3
+    if video.source_num_frames >= NUM_FRAMES:
+        assert (np.diff(video.frame_index) >= 0).all()
+    assert video.width > 0
+    assert video.height > 0
+    assert video.codec
+
+
+def decode_all(refs: list[VideoRef], strategy: str) -> list[dict[str, object]]:
+    """One row a file; `seconds` is what it cost, one file at a time."""
+    rows = []
+    with DecodePool(DecodeConfig.model_validate({"strategy": strategy, "num_frames": NUM_FRAMES, "timeout_s": LIMIT_S}), SPECS) as pool:
+        for ref in refs:
+            started = time.monotonic()
+            (outcome,) = pool.decode([source_of(ref)])
+            rows.append(row_of(ref, outcome) | {"seconds": time.monotonic() - started})
+    return rows
+
+
+def check_rows(rows: list[dict[str, object]], refs: list[VideoRef], folder: Path) -> None:
+    """Every file has its row, every failure a type that fits, and the rows make a part."""
+    assert [row["video_id"] for row in rows] == [ref.video_id for ref in refs]
+    wrong = {row["uri"]: row["error_message"] for row in rows if row["status"] == "failed" and row["error_type"] not in SENSIBLE}
+    assert wrong == {}
+    late = {row["uri"]: row["seconds"] for row in rows if row["seconds"] > LIMIT_S + MARGIN_S}  # type: ignore[operator]
+    assert late == {}, "a file may cost its time limit and two seconds"
+    arrow = schema.features_schema(NUM_FRAMES, 2, None, None)
+    table = schema.table_from_rows([{key: value for key, value in row.items() if key != "seconds"} for row in rows], arrow)
+    runs.write_part(str(folder), table, "zstd")
+    done = runs.done_rows(str(folder))
+    assert Counter(row.status for row in done) == Counter(str(row["status"]) for row in rows)
+    assert pa.compute.count_distinct(table["video_id"]).as_py() == len(refs)
+
+
+def files_of(data_dir: Path) -> list[Path]:
+    return sorted((data_dir / "formats").iterdir())
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+def test_a_sample_of_damaged_files(data_dir: Path, tmp_path: Path, strategy: str) -> None:
+    start = 1000 if strategy == "uniform" else 2000
+    small = [path for path in files_of(data_dir) if path.stat().st_size < 150_000]
+    refs = [write_damaged(small, seed, tmp_path) for seed in range(start, start + 20)]
+    check_rows(decode_all(refs, strategy), refs, tmp_path / "features")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+def test_damaged_files(data_dir: Path, tmp_path: Path, strategy: str) -> None:
+    """250 of each strategy: 500 in all."""
+    start = 0 if strategy == "uniform" else 250
+    refs = [write_damaged(files_of(data_dir), seed, tmp_path) for seed in range(start, start + 250)]
+    rows = decode_all(refs, strategy)
+    check_rows(rows, refs, tmp_path / "features")
+    by_type = Counter(row.get("error_type") or "ok" for row in rows)
+    assert len(by_type) >= 4, f"the damage is too tame: {by_type}"
+    assert by_type["ok"] > 50, f"the damage is too wild: {by_type}"
+
+
+def test_damage_is_the_same_every_time(data_dir: Path) -> None:
+    files = files_of(data_dir)
+    for seed in range(len(MUTATIONS)):
+        assert mutated(files, seed) == mutated(files, seed)
+        assert mutated(files, seed)[1] != mutated(files, seed + len(MUTATIONS))[1]
+
+
+def test_undamaged_files_are_never_failures(data_dir: Path) -> None:
+    """The other side of `internal` and its likes: what is whole is ok."""
+    with DecodePool(DecodeConfig(num_frames=NUM_FRAMES, timeout_s=60), SPECS) as pool:
+        for path in files_of(data_dir):
+            (outcome,) = pool.decode([source_of(VideoRef("0" * 16, str(path), path.stat().st_size, None, None, None, None))])
+            assert isinstance(outcome, DecodedVideo), outcome
+            check_whole(outcome)
