@@ -50,7 +50,7 @@ _SIDES = Path(__file__).with_name("sides.py")
 _BUCKET = "tsq-bench"
 _INSTALL = {
     "daft": "not installed: python -m venv DIR && DIR/bin/pip install daft av pillow numpy, then --daft-python DIR/bin/python",
-    "read_videos": "not installed: pip install 'tsq-ray[benchmarks]'",
+    "read_videos": "not installed: pip install 'ray[data]' decord2",
 }
 
 

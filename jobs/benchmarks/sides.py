@@ -60,14 +60,15 @@ def _read_videos(name: str, options: dict[str, Any]) -> Round:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from tsq_ray import runtime
 
-    runtime.cluster().__enter__()  # until this process ends
-    import ray
+    started = runtime.cluster()
+    ray = started.__enter__()  # until this process ends
 
     runtime.quiet_data()
 
     def work() -> int:
         size = options["size"]
         data = ray.data.read_videos(options["paths"], fps=1, resize=(size, size))
+        assert started  # what was started ends with its last reference
         return sum(len(batch["frame"]) for batch in data.iter_batches(batch_size=None, batch_format="numpy"))
 
     return work

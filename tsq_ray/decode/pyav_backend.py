@@ -100,9 +100,11 @@ def decode_exact(
 def _frames_from_key(container: Container, stream: Stream, table: PacketTable, key: int, needed: frozenset[int]) -> Iterator[av.VideoFrame]:
     """Frames from keyframe number `key` on, without those that are decoded after it but need what came before it."""
     time = table.key_pts[key]
+    # FFmpeg's MP4 reader takes the time for one of presentation, and with a decoding time goes to the keyframe before: twice the work
+    first_try = [] if table.open_gops else [time]
     # some containers have no index, and a seek in them may arrive late: start earlier
-    for start in dict.fromkeys((key, max(key - 1, 0), max(key - 3, 0))):
-        _seek(container, stream, table.key_dts[start])
+    for start in dict.fromkeys((*first_try, *(table.key_dts[number] for number in (key, max(key - 1, 0), max(key - 3, 0))))):
+        _seek(container, stream, start)
         frames = _needed_frames(container, stream, needed) if stream.codec_context.name == "h264" else strict_frames(container, stream)
         first = next(frames, None)
         if first is not None and first.pts is not None and first.pts <= time:
@@ -300,8 +302,8 @@ class IndexedReader:
 
     def _packets_from(self, key: int) -> Iterator[av.Packet]:
         dts = self.index.key_dts[key]
-        # FFmpeg takes the time for a decoding time, but for a presentation time at a keyframe with leading frames
-        for time in dict.fromkeys((dts, dts + self._delay)):
+        # FFmpeg takes the time for one of presentation; with a decoding time it mostly goes to the keyframe before, whose bytes nobody needs
+        for time in dict.fromkeys((dts + self._delay, dts)):
             _seek(self.container, self.stream, time)
             packets = self.container.demux(self.stream)
             packet = next(packets, None)

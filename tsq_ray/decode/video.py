@@ -37,6 +37,7 @@ from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
 from tsq_ray.errors import StorageError, VideoError
 
 _RANGE_BYTES = 128 * 1024  # least read of a remote object: about one keyframe
+_RARE = 0.25  # share of the intervals without a keyframe above which byte ranges do not pay
 _HEAD_BYTES = 1024
 _COPIES = "tsq-decode-"
 _LOCK = ".lock"
@@ -204,10 +205,14 @@ class _Job:
             return None
         self._check_duration((index.end_dts - index.start_dts) * _time_base(stream))
         reader = IndexedReader(container, stream, index, self.settings.max_pixels)
+        choice = keyframe_choice(reader.key_pts, reader.start, reader.end, count, self.places)
+        # what lies between rare keyframes is nearly the whole file: better read in one go, and decoded with all timestamps known
+        if choice.count(None) > count * _RARE:
+            return None
         store = FrameStore(self.specs, count)
         times, indices = [0] * count, [0] * count
         without = []
-        for i, key in enumerate(keyframe_choice(reader.key_pts, reader.start, reader.end, count, self.places)):
+        for i, key in enumerate(choice):
             placed = reader.keyframe(key) if key is not None else None
             if placed is None or interval_of(placed.pts, reader.start, reader.end, count) != i:
                 without.append(i)
