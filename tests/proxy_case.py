@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,18 +59,12 @@ class S3Proxy:
             self._decide = lambda method, path: None
             self.given.clear()
 
-    def trouble(self, trouble: Trouble, count: int | None = None) -> None:
-        """From here on every request gets `trouble`, or the next `count` of them."""
+    def trouble(self, trouble: Trouble, count: int | None = None, after: int = 0) -> None:
+        """From here on every request gets `trouble`, or only `count` of them; the first `after` are passed on."""
         with self._lock:
-            left = [count]
-
-            def decide(method: str, path: str) -> Trouble | None:
-                if left[0] is None:
-                    return trouble
-                left[0] -= 1
-                return trouble if left[0] >= 0 else None
-
-            self._decide = decide
+            seen = itertools.count()
+            self._decide = lambda method, path: trouble if after <= next(seen) and (count is None or len(self.given) < count) else None
+            self.given.clear()
 
     def pick(self, method: str, path: str) -> Trouble | None:
         with self._lock:

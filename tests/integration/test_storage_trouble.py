@@ -1,0 +1,66 @@
+"""One video through an S3 that stumbles: its frames, or `unavailable`, and never a verdict on the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from proxy_case import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble, running_proxy
+from s3_case import S3Server
+from video_case import write_video
+
+from tsq_ray import storage
+from tsq_ray.config import DecodeConfig
+from tsq_ray.decode import FrameSpec, VideoSource, decode_video
+from tsq_ray.errors import StorageError
+
+SPECS = {"wide": FrameSpec(32)}
+URI = "s3://tsq-other/trouble/v.mp4"
+
+
+@pytest.fixture
+def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3Proxy]:
+    """Between this process and a bucket with one video of 1.5 MB, enough for byte ranges."""
+    if not storage.exists(URI):
+        storage.write_bytes(URI, write_video(tmp_path / "v.mp4", 48, size=(640, 384), gop=12, options={"crf": "0"}).read_bytes())
+    clear = fsspec.get_filesystem_class("s3").clear_instance_cache
+    with running_proxy(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        clear()
+        yield proxy
+    clear()
+
+
+def decode(strategy: str) -> int:
+    return decode_video(VideoSource(URI), DecodeConfig.model_validate({"strategy": strategy, "num_frames": 4}), SPECS).source_num_frames
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+@pytest.mark.parametrize("trouble", [SLOW_DOWN, INTERNAL_ERROR, CUT], ids=lambda trouble: trouble.code)
+def test_a_moment_of_trouble_passes(proxy: S3Proxy, trouble: Trouble, strategy: str) -> None:
+    proxy.trouble(trouble, 2)
+    assert decode(strategy) == 48
+    assert len(proxy.given) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
+@pytest.mark.parametrize(
+    ("trouble", "kind"),
+    [
+        (SLOW_DOWN, "unavailable"),
+        (INTERNAL_ERROR, "unavailable"),
+        (CUT, "unavailable"),
+        (EXPIRED_TOKEN, "unavailable"),
+        (EXPIRED_TOKEN_403, "access_denied"),
+    ],
+    ids=lambda value: value.code + str(value.status) if isinstance(value, Trouble) else value,
+)
+@pytest.mark.parametrize("healthy", [0, 1, 2])
+def test_trouble_that_stays_is_no_fault_of_the_video(proxy: S3Proxy, trouble: Trouble, kind: str, strategy: str, healthy: int) -> None:
+    proxy.trouble(trouble, after=healthy)
+    with pytest.raises(StorageError, match=r"cannot .*v\.mp4") as caught:
+        decode(strategy)
+    assert caught.value.error_type in {kind, "unavailable"}
