@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 MIB = 2**20
 WORKERS, MAX_MEMORY_MB = 2, 1024
-FIXED_MB, WORKER_MB = 2048, 1024
+FIXED_MB, WORKER_MB = 2560, 1024
 """docs/operations.md: Ray with its idle processes, the driver and the writer; a worker with its networks."""
 
 

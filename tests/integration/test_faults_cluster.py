@@ -51,9 +51,12 @@ def cloud(s3: S3Server) -> Iterator[Cloud]:
 def test_storage_stumbles(cloud: Cloud, tmp_path: Path) -> None:
     site = make_site(tmp_path, "s3://tsq-other/stumbles")
     with cloud.driver(site, tmp_path / "run") as driver:
-        for number, trouble in enumerate((SLOW_DOWN, INTERNAL_ERROR, CUT)):
-            driver.wait_until(lambda number=number: len(site.parts) > number, END_S)  # type: ignore[misc]
+        seen = 0
+        for trouble in (SLOW_DOWN, INTERNAL_ERROR, CUT):
+            driver.wait_until(lambda seen=seen: len(site.parts) > seen, END_S)  # type: ignore[misc]
+            seen = len(site.parts)
             cloud.proxy.trouble(trouble, 2)
+            driver.wait_until(lambda: len(cloud.proxy.given) == 2, END_S)
         ended = driver.ended(END_S)
     cloud.proxy.heal()
     assert ended.code == 0, ended.err

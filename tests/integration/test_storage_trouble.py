@@ -7,9 +7,9 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from archive_case import CLASSES, write_clip
 from proxy_case import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble, running_proxy
 from s3_case import S3Server
-from video_case import write_video
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
@@ -22,9 +22,10 @@ URI = "s3://tsq-other/trouble/v.mp4"
 
 @pytest.fixture
 def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3Proxy]:
-    """Between this process and a bucket with one video of 1.5 MB, enough for byte ranges."""
+    """Between this process and a bucket with one video, large enough for byte ranges."""
     if not storage.exists(URI):
-        storage.write_bytes(URI, write_video(tmp_path / "v.mp4", 48, size=(640, 384), gop=12, options={"crf": "0"}).read_bytes())
+        storage.write_bytes(URI, write_clip(tmp_path / "v.mp4", CLASSES[0], seed=0, num_frames=48, size=(320, 240)).read_bytes())
+    assert storage.stat(URI).size_bytes > 4 * 128 * 1024
     clear = fsspec.get_filesystem_class("s3").clear_instance_cache
     with running_proxy(s3.endpoint) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -58,9 +59,19 @@ def test_a_moment_of_trouble_passes(proxy: S3Proxy, trouble: Trouble, strategy: 
     ],
     ids=lambda value: value.code + str(value.status) if isinstance(value, Trouble) else value,
 )
-@pytest.mark.parametrize("healthy", [0, 1, 2])
+@pytest.mark.parametrize("healthy", [0, 1])
 def test_trouble_that_stays_is_no_fault_of_the_video(proxy: S3Proxy, trouble: Trouble, kind: str, strategy: str, healthy: int) -> None:
     proxy.trouble(trouble, after=healthy)
     with pytest.raises(StorageError, match=r"cannot .*v\.mp4") as caught:
         decode(strategy)
     assert caught.value.error_type in {kind, "unavailable"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", [INTERNAL_ERROR, CUT, EXPIRED_TOKEN], ids=lambda trouble: trouble.code)
+def test_trouble_between_byte_ranges_is_no_fault_of_the_video(proxy: S3Proxy, trouble: Trouble) -> None:
+    proxy.trouble(trouble, after=3)
+    with pytest.raises(StorageError, match=r"cannot .*v\.mp4") as caught:
+        decode("keyframe")
+    assert caught.value.error_type == "unavailable"
+    assert len(proxy.given) > 0
