@@ -251,7 +251,7 @@ def progress_display(total: int, what: str, show: bool = True, unit: str = "vide
     yield plain
 
 
-_MOST_BLOCKS = 20_000
+_MOST_BLOCKS = 5000  # each costs the driver some milliseconds
 RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
 """Of a stage's workers. Ray Data's own are endless: a batch that kills its worker each time would never end the run.
 

