@@ -162,6 +162,7 @@ def test_nothing_to_learn_from(chain: Chain, labels: Callable[[str], tuple[Path,
         assert re.search(said, error)
 
 
+@pytest.mark.slow
 def test_two_classes_are_enough(chain: Chain, tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "videos", train=2, val=1, odd=False)
     for path, label in list(archive.labels.items()):

@@ -51,6 +51,7 @@ def test_a_decode_child_and_a_worker_are_killed(ray_cluster: Any, tmp_path: Path
     adds_up(site)
 
 
+@pytest.mark.slow
 def test_videos_that_took_too_long_are_done_again_on_request(ray_cluster: Any, tmp_path: Path) -> None:
     site = make_site(tmp_path)
     write_video(tmp_path / "videos/unlabelled.mp4", 400, size=(640, 384), gop=400)

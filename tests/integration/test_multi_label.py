@@ -69,6 +69,7 @@ def test_index_keeps_all_labels(chain: Chain) -> None:
     assert tsq("info", chain.manifest, "--json").json["videos_by_class"] == dict(zip(NAMES, [3, 3, 3, 6], strict=True))
 
 
+@pytest.mark.slow
 def test_the_single_task_refuses_several_labels(chain: Chain, tmp_path: Path) -> None:
     out, settings = tmp_path / "out", ["--config", chain.settings]
     several = "4 of 6 videos have several labels; set train.task=multi"
