@@ -104,15 +104,11 @@ def test_a_side_does_rounds(videos: list[Path]) -> None:
 
 
 @pytest.mark.slow
-def test_extract_prints_its_tables(videos: list[Path], ray_cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from jobs.benchmarks import extract as benchmark
-
+def test_extract_prints_its_tables(videos: list[Path], tmp_path: Path) -> None:
     manifest, _ = build_manifest([str(videos[0].parent)], labels="none")
     write_manifest(manifest, str(tmp_path / "manifest.parquet"))
     sets = [word for value in ("decode.num_frames=4", *NETWORKS) for word in ("--set", value)]
-    argv = [str(tmp_path / "manifest.parquet"), "--videos", "8", "--rounds", "1", "--workers", "1", *sets]
-    assert benchmark.main(argv) == 0
-    text = capsys.readouterr().out
+    text = printed("extract", str(tmp_path / "manifest.parquet"), "--videos", "8", "--rounds", "1", "--workers", "1", *sets)
     ours, loop = (float(cells(text, name)[-1]) for name in ("tsq extract", "loop by hand"))
     assert float(cells(text, "ratio (aim >= 0.95)")[-1]) == pytest.approx(ours / loop, rel=0.05)
     assert len(cells(text, "limit")) == 3
