@@ -324,7 +324,7 @@ def _list(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    """A server that knows one request: a page of a listing. Prints its endpoint and serves until it is killed."""
+    """A server that knows listings, page by page. Prints its endpoint and serves until it is killed."""
 
     class Pages(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -338,6 +338,11 @@ def _serve(options: argparse.Namespace) -> None:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        def do_HEAD(self) -> None:
+            self.send_response(404)  # the prefix is no object
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
