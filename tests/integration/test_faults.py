@@ -151,7 +151,7 @@ def test_the_s3_server_is_stopped_and_started(ray_cluster: Any, tmp_path: Path, 
             monkeypatch.setenv(name, value)
         run_over_a_server_that_goes_away(process, tmp_path)
     finally:
-        process.stop(kill=True)
+        process.stop()
 
 
 def run_over_a_server_that_goes_away(process: S3Process, folder: Path) -> None:
