@@ -113,12 +113,12 @@ class Started:
         return self._ended[0]
 
 
-def readers_of(name: str) -> list[int]:
-    """The processes that hold a file of this name open."""
+def readers_of(path: Path) -> list[int]:
+    """The processes that hold this file open."""
     found = []
     for folder in Path("/proc").glob("[0-9]*/fd"):
         with suppress(OSError):
-            if any(os.readlink(link).endswith(f"/{name}") for link in folder.iterdir()):
+            if any(os.readlink(link) == str(path) for link in folder.iterdir()):
                 found.append(int(folder.parent.name))
     return found
 

@@ -98,10 +98,10 @@ class S3Process:
             self._process = subprocess.Popen(self._command, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
         _wait(self._process, self.server.endpoint, log)
 
-    def stop(self, kill: bool = False) -> None:
-        """End it; with `kill` not in good order."""
+    def stop(self) -> None:
+        """SIGKILL: in good order it takes minutes. What it has said to have written is on the disk."""
         if self._process is not None:
-            self._process.kill() if kill else self._process.terminate()
+            self._process.kill()
             self._process.wait()
 
 
@@ -113,7 +113,7 @@ def running_s3(folder: Path) -> Iterator[S3Server]:
         process.start()
         yield process.server
     finally:
-        process.stop(kill=True)  # its data is thrown away: nothing to close in good order
+        process.stop()
 
 
 def _wait(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:

@@ -20,13 +20,13 @@ pytestmark = pytest.mark.ray
 WORKER, WRITER, SENDER = (rf"ray::MapWorker\(MapBatches\({name}" for name in ("ExtractWorker", "WritePart", "ScoreWorker"))
 
 
-def kill_the_decode_of(name: str, started: Started) -> None:
+def kill_the_decode_of(path: Path, started: Started) -> None:
     """SIGKILL a decode child that is in the middle of this video."""
 
     def caught() -> bool:
-        for pid in readers_of(name):
+        for pid in readers_of(path):
             os.kill(pid, signal.SIGSTOP)
-            if pid in readers_of(name):
+            if pid in readers_of(path):
                 os.kill(pid, signal.SIGKILL)
                 return True
             os.kill(pid, signal.SIGCONT)
@@ -40,7 +40,7 @@ def test_a_decode_child_and_a_worker_are_killed(ray_cluster: Any, tmp_path: Path
     big = write_video(tmp_path / "videos/unlabelled.mp4", 400, size=(640, 384), gop=400)  # takes long enough to be caught in
     index(site, str(tmp_path), "--update")
     started = Started(site.argv)
-    kill_the_decode_of(big.name, started)
+    kill_the_decode_of(big, started)
     started.wait_until(lambda: site.parts)
     os.kill(descendants(WORKER)[0], signal.SIGKILL)
     assert started.ended().code == 0, "the run goes on by itself"
@@ -152,7 +152,7 @@ def test_the_s3_server_is_stopped_and_started(ray_cluster: Any, tmp_path: Path, 
             monkeypatch.setenv(name, value)
         run_over_a_server_that_goes_away(process, tmp_path)
     finally:
-        process.stop(kill=True)
+        process.stop()
 
 
 def run_over_a_server_that_goes_away(process: S3Process, folder: Path) -> None:
