@@ -35,6 +35,7 @@ def kill_the_decode_of(path: Path, started: Started) -> None:
     started.wait_until(caught)
 
 
+@pytest.mark.slow
 def test_a_decode_child_and_a_worker_are_killed(ray_cluster: Any, tmp_path: Path) -> None:
     site = make_site(tmp_path)
     big = write_video(tmp_path / "videos/unlabelled.mp4", 400, size=(640, 384), gop=400)  # takes long enough to be caught in

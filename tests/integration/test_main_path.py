@@ -471,6 +471,7 @@ def test_update_replaces_removes_and_adds_rows(chains: Chains, where: str, tmp_p
     assert tsq("verify", out, "--json").json["problems"] == []
 
 
+@pytest.mark.slow
 def test_decoding_apart_gives_the_same_features(local: Chain) -> None:
     out = local.at("features-apart")
     run = tsq("extract", local.manifest, "--out", out, *local.extract_options, "--set", "resources.decoders=1", "--json").json

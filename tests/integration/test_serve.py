@@ -330,6 +330,7 @@ class SlowBody:
         yield self.data[100:]
 
 
+@pytest.mark.slow
 def test_limits_a_crash_and_the_end(archive: Archive, bundle: str, rows: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     (port,) = free_ports(1, below=10000)
     argv = ["serve", "--model", bundle, "--port", str(port), "--set", "serve.max_queued_requests=2"]

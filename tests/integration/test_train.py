@@ -155,6 +155,7 @@ def test_a_killed_driver_is_gone_on_from(case: Case, ray_cluster: Any, tmp_path:
     assert not Path(out, "_train").exists()
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_table(ray_cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
     from jobs.benchmarks import train as benchmark
 
