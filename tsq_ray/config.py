@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from tsq_ray.errors import ConfigError
-from tsq_ray.sections import OutputConfig, ResourcesConfig, Section, ServeConfig
+from tsq_ray.sections import OutputConfig, Precision, ResourcesConfig, Section, ServeConfig
 
 SamplerMode = Literal["both", "visual", "textual", "uniform", "random", "maxconf-l", "maxconf"]
 TSQ_MODES: tuple[str, ...] = ("both", "visual", "textual")
@@ -171,7 +171,7 @@ class TrainConfig(Section):
     """Ray Train workers, which share out the batch among them: a number, or `[fewest, most]` to take as many as the cluster holds and to go on with fewer."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Epochs between two checkpoints."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """`bf16`: autocast; `auto`: bf16 on a GPU that has it, fp32 on a CPU."""
 
     @model_validator(mode="after")
@@ -238,7 +238,7 @@ class FinetuneConfig(Section):
     """Flip half of the videos left to right; switch it off where left and right differ in meaning."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
     """Brightness, contrast and saturation are changed by up to this share, the hue by up to a tenth of it."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """`bf16`: autocast; `auto`: bf16 where the GPU or the CPU has instructions for it."""
     val_split: str = "val"
     """Measured after each `checkpoint_every` epochs where the manifest has this split; empty: never."""

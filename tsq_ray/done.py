@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -61,7 +60,7 @@ class Part:
     num_rows: int
 
 
-class DoneRows(Sequence[DoneRow]):
+class DoneRows:
     """Every row of every part, part after part; columns as in `_SCHEMA`, `part` the number of the part."""
 
     def __init__(self, table: pa.Table, parts: list[Part]) -> None:
@@ -74,9 +73,6 @@ class DoneRows(Sequence[DoneRow]):
         for batch in self.table.to_batches():
             for ref, record in zip(VideoRows(pa.table(batch)), batch.drop_columns(_IDENTITY).to_pylist(), strict=True):
                 yield DoneRow(ref, **record | {"part": self.parts[record["part"]].name})
-
-    def __getitem__(self, key: Any) -> Any:
-        return list(self)[key]
 
     def part_of(self) -> np.ndarray:
         """int32: the number of each row's part."""

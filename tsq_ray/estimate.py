@@ -24,7 +24,7 @@ from tsq_ray.decode import DecodedVideo, FrameSpec
 from tsq_ray.extract import load_networks
 from tsq_ray.manifest import VideoRef, VideoRows, choose_split, read_manifest
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, source_of, source_row
-from tsq_ray.stages import Decode, Encode, Recognize, Sample, bundle_specs, classifier_settings
+from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs, classifier_settings
 
 PROBES = 16
 """Videos that are really done."""
@@ -45,13 +45,7 @@ def estimate_extract(
     answerer = classifier_settings(recognizer) if recognizer is not None else None
     started = time.perf_counter()
     networks = load_networks(config, answerer)
-    encode = Encode(
-        networks.visual,
-        networks.objects,
-        networks.recognizer,
-        num_objects=config.encoders.num_objects,
-        how=config.resources,
-    )
+    encode = networks.encode(config)
     specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
     if answerer is not None:
         specs[RECOGNIZER] = frame_spec(answerer)

@@ -107,6 +107,10 @@ class Networks:
         """Of the features that they make with these settings."""
         return schema.features_schema(config.decode.num_frames, self.visual.dim, classes, self.num_logits(), config.encoders.num_objects)
 
+    def encode(self, config: Config) -> Encode:
+        """The networks at work with these settings."""
+        return Encode(self.visual, self.objects, self.recognizer, num_objects=config.encoders.num_objects, how=config.resources)
+
     def hashes(self) -> dict[str, str]:
         """Identity of each network's weights; the object recogniser's with its head, which makes the objects."""
         found = {VISUAL: self.visual.backbone_hash(), OBJECTS: self.objects.state_hash()}
@@ -184,15 +188,7 @@ def _make_encode(plan: ExtractPlan) -> Encode:
     import torch
 
     torch.set_num_threads(plan.threads)
-    networks = load_networks(plan.config, plan.recognizer)
-    config = plan.config
-    return Encode(
-        networks.visual,
-        networks.objects,
-        networks.recognizer,
-        num_objects=config.encoders.num_objects,
-        how=config.resources,
-    )
+    return load_networks(plan.config, plan.recognizer).encode(plan.config)
 
 
 class ExtractWorker:

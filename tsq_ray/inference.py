@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,9 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tsq_ray.encoders import FrameEncoder
-from tsq_ray.sections import ResourcesConfig
+from tsq_ray.sections import Precision, ResourcesConfig
 
-Precision = Literal["auto", "fp32", "bf16"]
 AS_IT_COMES = ResourcesConfig()
 """bf16 on GPUs, fp32 on CPUs, not compiled."""
 _CHUNK = {"cpu": 8, "cuda": 256}
@@ -26,10 +24,10 @@ _CHUNK = {"cpu": 8, "cuda": 256}
 
 
 def takes_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether a network runs in bf16: `auto` is yes on a GPU that has it."""
+    """Whether a network computes in bf16: `auto` is yes on a GPU with instructions for it; others emulate it, slowly."""
     if precision != "auto":
         return precision == "bf16"
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def ready(encoder: FrameEncoder, device: torch.device, how: ResourcesConfig = AS_IT_COMES) -> FrameEncoder:

@@ -276,15 +276,8 @@ def _compare(rows: VideoRows, old: Manifest | None, summary: IndexSummary) -> No
     summary.deleted = len(old.rows) - len(np.unique(before[known]))
 
 
-def same_content(row: VideoRef, was: VideoRef) -> bool:
-    """Whether two rows of a video show the same file: size and etag, or the modification time where there is no etag."""
-    if row.size_bytes != was.size_bytes or row.etag != was.etag:
-        return False
-    return row.etag is not None or row.modified == was.modified
-
-
 def same_contents(rows: pa.Table, was: pa.Table) -> np.ndarray:
-    """bool: `same_content` of two tables, row by row."""
+    """bool: whether two tables name the same version of a file, row by row: size and etag, and the time where storage gives no etag."""
     etag = rows["etag"]
     same = pc.and_(pc.equal(rows["size_bytes"], was["size_bytes"]), _equal(etag, was["etag"]))
     return pc.and_(same, pc.or_(pc.is_valid(etag), _equal(rows["modified"], was["modified"]))).to_numpy()

@@ -235,7 +235,8 @@ def close_run(
         current = pick_current(done_rows(out), manifest)
         relabelled = outdated_labels(current)
     relabel(out, relabelled, current, config.output.compression)
-    lost = VideoRows.of(wanted).table["uri"].filter(pc.invert(pc.is_in(VideoRows.of(wanted).ids, value_set=current.table["video_id"])))
+    rows = VideoRows.of(wanted)
+    lost = rows.table["uri"].filter(pc.invert(pc.is_in(rows.ids, value_set=current.table["video_id"])))
     run = finish(
         out,
         kind,

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Precision = Literal["auto", "fp32", "bf16"]
+
 
 class Section(BaseModel):
     """A frozen settings section; an unknown key is an error."""
@@ -35,7 +37,7 @@ class ResourcesConfig(Section):
     """Videos a worker takes at a time."""
     threads: int = Field(default=0, ge=0)
     """Threads of each worker's network (0: CPUs / workers)."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """What the networks compute in, in `extract`, `score`, `predict` and `serve`; `auto`: bf16 on GPUs that have it, fp32 on CPUs."""
     compile: bool = False
     """Compile these networks with torch.compile, as CUDA graphs on GPUs: a minute more at the start of each worker. Needs a C++ compiler on the node."""

@@ -181,7 +181,6 @@ class Sample:
         chosen = iter(self._choose([ref for ref, video in items if isinstance(video, DecodedVideo)], videos))
         share_ms = (time.perf_counter() - started) * 1000 / max(1, len(videos))
         sampled = []
-        config = self.config
         for ref, video in items:
             if not isinstance(video, DecodedVideo):
                 sampled.append(Sampled(failed_row(ref, video), np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, np.int32)))
@@ -193,14 +192,16 @@ class Sample:
                 sampled.append(Sampled(row, pictures[video.slot_frame], video.frame_index, choose=True))
             else:
                 row |= selection_columns(selection, video.frame_index, video.frame_pts_s)
-                order = self._order(curves, video, selection) if config.budget == "adaptive" else None
+                order = self._order(curves, video, selection) if self.config.budget == "adaptive" else None
                 sampled.append(Sampled(row, pictures[video.slot_frame[selection.slots]], video.frame_index, order=order))
         return sampled
 
+    def _select(self, curves: Mapping[str, Any], video: DecodedVideo, budget: int) -> Selection:
+        visual, textual, config = curves["saliency_visual"], curves["saliency_textual"], self.config
+        return select_frames(visual, textual, video.frame_index, budget, config.lambda_visual, config.mode)  # type: ignore[arg-type]
+
     def _order(self, curves: Mapping[str, Any], video: DecodedVideo, selection: Selection) -> np.ndarray:
-        visual, textual = curves["saliency_visual"], curves["saliency_textual"]
-        config = self.config
-        ranked = by_importance(visual, textual, video.frame_index, config.most_frames, config.lambda_visual, config.mode)  # type: ignore[arg-type]
+        ranked = by_importance(lambda budget: self._select(curves, video, budget).slots, self.config.most_frames)
         return np.searchsorted(selection.slots, ranked)
 
     def _choose(self, refs: Sequence[VideoRef], videos: Sequence[DecodedVideo]) -> list[tuple[Selection | None, dict[str, Any]]]:
@@ -242,16 +243,8 @@ class Sample:
             by_text = saliency(output.attention_textual, output.logits_textual, self.task, top).cpu().numpy()
         chosen: list[tuple[Selection | None, dict[str, Any]]] = []
         for number, video in enumerate(videos):
-            textual = by_text[number] if by_text is not None else None
-            selection = select_frames(
-                by_visual[number],
-                textual,
-                video.frame_index,
-                self.config.most_frames,
-                self.config.lambda_visual,
-                self.config.mode,  # type: ignore[arg-type]
-            )
-            chosen.append((selection, {"saliency_visual": by_visual[number], "saliency_textual": textual}))
+            curves = {"saliency_visual": by_visual[number], "saliency_textual": by_text[number] if by_text is not None else None}
+            chosen.append((self._select(curves, video, self.config.most_frames), curves))
         return chosen
 
 

@@ -34,9 +34,9 @@ from tsq_ray.bundle import Bundle
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, load_encoder
+from tsq_ray.evaluate.measures import gflops
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, TSQShape
-from tsq_ray.model.flops import cost_table
 from tsq_ray.sections import ResourcesConfig
 from tsq_ray.stages import Recognize, Sample, bundle_specs
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bundle = _bundle(options)
     budget = SamplerConfig(budget=min(options.budget, options.num_frames))
     peaks = {precision: _matrix_peak(device, precision, options.matrix) for precision in options.precisions}
-    each = _multiply_adds(bundle, budget.most_frames)
+    each = 1e9 * gflops(bundle, "both", options.num_frames, budget.most_frames, bundle.sampler.shape, "true")
     ways = [(precision, compiled) for precision in options.precisions for compiled in ((False, True) if options.compile else (False,))]
     sys.stdout.write(_head(options, device, each))
     best: tuple[float, Callable[[list[DecodedVideo]], Any]] | None = None
@@ -128,22 +128,6 @@ def _bundle(options: argparse.Namespace) -> Bundle:
         vocabulary=torch.randn(NUM_OBJECTS, _TEXT_DIM),
         recognizer=with_head(_model(options.recognizer, 2), options.classes),
     )
-
-
-def _multiply_adds(bundle: Bundle, budget: int) -> float:
-    """Of one video, as it runs."""
-    assert bundle.recognizer is not None
-    table = cost_table(
-        "both",
-        num_frames=bundle.decode.num_frames,
-        budget=budget,
-        recognizer=bundle.recognizer.config,
-        visual=bundle.encoders.visual,
-        objects=bundle.encoders.objects,
-        shape=bundle.sampler.shape,
-        counting="true",
-    )
-    return table.gflops * 1e9
 
 
 def _network(bundle: Bundle, budget: SamplerConfig, device: torch.device, how: ResourcesConfig) -> Callable[[list[DecodedVideo]], Any]:

@@ -27,9 +27,9 @@ import torch
 
 from tsq_ray import runs, runtime, schema
 from tsq_ray.config import Config, validate_config
+from tsq_ray.inference import takes_bf16
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.train.data import Source, source_arrays
-from tsq_ray.train.loop import wants_bf16
 from tsq_ray.train.workers import Fitted, fit_on_cluster
 
 _ROWS = 128
@@ -116,7 +116,7 @@ def _plain(source: Source, vocabulary: torch.Tensor, shape: TSQShape, config: Co
     torch.manual_seed(settings.seed)
     network, words = TSQNet(shape).to(device).train(), vocabulary.to(device)
     optimizer = torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=settings.momentum)
-    bf16 = wants_bf16(settings.precision, device)
+    bf16 = takes_bf16(settings.precision, device)
     seconds = []
     for _ in range(settings.epochs):
         started = time.perf_counter()

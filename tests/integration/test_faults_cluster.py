@@ -32,6 +32,16 @@ class Cloud:
         with self.driver(site, log, *more) as driver:
             return driver.ended(END_S)
 
+    def run_into(self, trouble: Trouble, site: Site, log: Path) -> Ended:
+        """From the first part on every request is answered so, until the run has ended."""
+        try:
+            with self.driver(site, log) as driver:
+                driver.wait_until(lambda: site.parts, END_S)
+                self.proxy.trouble(trouble)
+                return driver.ended(END_S)
+        finally:
+            self.proxy.heal()
+
 
 @pytest.fixture(scope="module")
 def cloud(s3: S3Server) -> Iterator[Cloud]:
@@ -66,13 +76,7 @@ def test_storage_stumbles(cloud: Cloud, tmp_path: Path) -> None:
 @pytest.mark.parametrize("trouble", [INTERNAL_ERROR, EXPIRED_TOKEN], ids=lambda trouble: trouble.code)
 def test_storage_stays_away(cloud: Cloud, trouble: Trouble, tmp_path: Path) -> None:
     site = make_site(tmp_path, f"s3://tsq-other/{trouble.code}")
-    try:
-        with cloud.driver(site, tmp_path / "run") as driver:
-            driver.wait_until(lambda: site.parts, END_S)
-            cloud.proxy.trouble(trouble)
-            ended = driver.ended(END_S)
-    finally:
-        cloud.proxy.heal()
+    ended = cloud.run_into(trouble, site, tmp_path / "run")
     assert "storage does not answer as it should" in one_line(ended)
     before = site.parts
     assert 0 < len(before) < 9
@@ -85,13 +89,7 @@ def test_storage_stays_away(cloud: Cloud, trouble: Trouble, tmp_path: Path) -> N
 def test_keys_are_refused_in_mid_run(cloud: Cloud, tmp_path: Path) -> None:
     """The output lies elsewhere, so that the run goes on to its end."""
     site = make_site(tmp_path, "s3://tsq-other/refused", out=str(tmp_path / "features"))
-    try:
-        with cloud.driver(site, tmp_path / "run") as driver:
-            driver.wait_until(lambda: site.parts, END_S)
-            cloud.proxy.trouble(EXPIRED_TOKEN_403)
-            ended = driver.ended(END_S)
-    finally:
-        cloud.proxy.heal()
+    ended = cloud.run_into(EXPIRED_TOKEN_403, site, tmp_path / "run")
     assert ended.code in (0, 1), ended.err
     denied = [row for row in site.rows().values() if row["error_type"] == "access_denied"]
     assert denied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,14 +127,17 @@ def test_always_k_distinct_source_frames(seed: int) -> None:
 
 def test_by_importance_is_the_choice_for_k_with_the_first_choices_first() -> None:
     visual, textual = scores([9, 3, 7, 5, 2], 16), scores([3, 12, 9, 1], 16)
-    order = by_importance(visual, textual, ALL, 5, 0.6)
+    order = by_importance(lambda k: select_frames(visual, textual, ALL, k, 0.6).slots, 5)
     # K = 1: 9 (a share of 0.6 is one frame); K = 2: 9 and 3; K = 3: 9, 3 and, for the 3 that both want, the VQM's next, 7; K = 4: 12
     assert order.tolist() == [9, 3, 7, 12, 5]
     assert sorted(order) == select_frames(visual, textual, ALL, 5, 0.6).slots.tolist()
-    for budget in range(1, 17):
-        for mode in ("both", "visual", "textual"):
-            found = by_importance(visual, textual, ALL // 2, budget, 0.6, mode)  # type: ignore[arg-type]
-            assert sorted(found) == select_frames(visual, textual, ALL // 2, budget, 0.6, mode).slots.tolist()  # type: ignore[arg-type]
+    for mode in ("both", "visual", "textual"):
+
+        def choose(budget: int, mode: Any = mode) -> np.ndarray:
+            return select_frames(visual, textual, ALL // 2, budget, 0.6, mode).slots
+
+        for budget in range(1, 17):
+            assert sorted(by_importance(choose, budget)) == choose(budget).tolist()
 
 
 @pytest.mark.parametrize(

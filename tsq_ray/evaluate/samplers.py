@@ -102,11 +102,8 @@ class UntilSure:
 
     def choose(self, video: int, budget: int) -> np.ndarray:
         """As Sampler; `budget` is the most."""
-        query = self.query
-        textual = query.textual[video] if query.textual is not None else None
-        index = query.videos.frame_index[video]
-        order = by_importance(query.visual[video], textual, index, budget, query.lambda_visual, query.mode)
-        return np.sort(order[: frames_until_sure(probabilities(query.videos.logits[video][order], self.task), self.margin)])
+        order = by_importance(lambda smaller: self.query.choose(video, smaller), budget)
+        return np.sort(order[: frames_until_sure(probabilities(self.query.videos.logits[video][order], self.task), self.margin)])
 
 
 def probabilities(logits: np.ndarray, task: Task) -> np.ndarray:

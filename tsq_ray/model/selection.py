@@ -6,6 +6,7 @@ Shapes: B videos, T frames (slots), C classes, K budget.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,20 +87,15 @@ def select_frames(
     return in_time_order(chosen)
 
 
-def by_importance(
-    saliency_visual: np.ndarray,
-    saliency_textual: np.ndarray | None,
-    frame_index: np.ndarray,
-    budget: int,
-    lambda_visual: float,
-    mode: Literal["both", "visual", "textual"] = "both",
-) -> np.ndarray:
-    """The slots of `select_frames` for K = `budget`, those first that are chosen for the smallest budgets: int32 [<= K]. Arguments as there."""
-    chosen = select_frames(saliency_visual, saliency_textual, frame_index, budget, lambda_visual, mode).slots.tolist()
+def by_importance(choose: Callable[[int], np.ndarray], budget: int) -> np.ndarray:
+    """The slots of choose(`budget`), those first that are chosen for the smallest budgets: int32 [<= K].
+
+    `choose`: K -> slots; the choice for K need not be part of that for K + 1.
+    """
+    chosen = choose(budget).tolist()
     order: dict[int, None] = {}
     for smaller in range(1, budget):
-        slots = select_frames(saliency_visual, saliency_textual, frame_index, smaller, lambda_visual, mode).slots.tolist()
-        order |= dict.fromkeys(slot for slot in slots if slot in chosen)
+        order |= dict.fromkeys(slot for slot in choose(smaller).tolist() if slot in chosen)
     return np.array(list(order | dict.fromkeys(chosen)), dtype=np.int32)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tsq_ray.config import TrainConfig
 from tsq_ray.errors import RunFailed
+from tsq_ray.inference import takes_bf16
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.train.data import source_arrays
 from tsq_ray.train.resumable import STATE_FILE
@@ -216,7 +217,7 @@ def train_epoch(
     """One pass: mean of each loss over the steps, over all workers."""
     network.train()
     order = batches.order(epoch)
-    bf16 = wants_bf16(config.precision, batches.device)
+    bf16 = takes_bf16(config.precision, batches.device)
     totals: dict[str, Tensor] = {}
     for step, batch in enumerate(order):
         # dropout is the same in an undisturbed and in a resumed run; with another number of workers it is another draw
@@ -239,13 +240,6 @@ def train_epoch(
     if not np.isfinite(losses["loss"]):
         raise RunFailed(f"train: the loss is {losses['loss']} in epoch {epoch + 1}; lower train.lr ({config.lr})")
     return losses
-
-
-def wants_bf16(precision: str, device: torch.device) -> bool:
-    """Whether `train.precision` means autocast to bfloat16 on this device."""
-    return precision == "bf16" or (
-        precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
 
 
 class _Progress:

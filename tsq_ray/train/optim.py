@@ -9,6 +9,8 @@ from torch import nn
 
 from tsq_ray.config import FinetuneConfig
 from tsq_ray.encoders import FrameEncoder
+from tsq_ray.inference import takes_bf16
+from tsq_ray.sections import Precision
 
 
 def make_optimizer(network: FrameEncoder, config: FinetuneConfig) -> torch.optim.Optimizer:
@@ -41,13 +43,11 @@ def set_lr(optimizer: torch.optim.Optimizer, config: FinetuneConfig, epoch: int,
     return lr
 
 
-def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16. `auto`: where the device has instructions for it; others emulate it, slowly."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def use_bf16(precision: Precision, device: torch.device) -> bool:
+    """Whether to autocast to bfloat16: `takes_bf16`, and with `auto` on CPUs that have instructions for it too."""
+    if precision == "auto" and device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return takes_bf16(precision, device)
 
 
 def clip_gradients(network: nn.Module, limit: float) -> None:
