@@ -223,7 +223,7 @@ A value of `--set` is read as TOML: `5`, `0.6`, `true`, `[0.5, 0.5, 0.5]`, `{pad
 a value that is not allowed are refused before anything starts (exit code 2), and so is K > T by `tsq train` and `tsq score`. The resolved settings are in `_run.json` beside every output.
 
 Features carry `decode.*` and `encoders.*` to `tsq train`, and the bundle carries them to `tsq score`: there they need not be given again, and others
-than those are refused. Scoring may set `sampler.budget`, `sampler.max_budget`, `sampler.margin`, `sampler.lambda_visual`, `sampler.mode`, `sampler.seed`, `decode.timeout_s`, the limits `decode.max_*`,
+than those are refused. Scoring may set `sampler.budget`, `sampler.max_budget`, `sampler.margin`, `sampler.lambda_visual`, `sampler.mode`, `sampler.seed`, `decode.backend`, `decode.timeout_s`, the limits `decode.max_*`,
 `output.*`, `resources.*` and `serve.*`.
 """
 

@@ -26,8 +26,8 @@ class DecodeConfig(Section):
 
     strategy: Literal["uniform", "keyframe"] = "uniform"
     """`uniform`: the exact T frames; `keyframe`: a keyframe of each of the T intervals where there is one, else the exact frame."""
-    backend: Literal["pyav", "decord"] = "pyav"
-    """What decodes the exact frames; `decord` is used where it can be exact, PyAV for the other files (docs/architecture.md)."""
+    backend: Literal["pyav", "decord", "nvdec"] = "pyav"
+    """What decodes the exact frames; `decord` is used where it can be exact, `nvdec` (an NVIDIA GPU's decoder) for codecs that it takes, PyAV on the CPU for the other files (docs/architecture.md)."""
     num_frames: int = Field(default=16, ge=1, le=1024)
     """T, the number of frames the sampler looks at."""
     timeout_s: float = Field(default=60.0, gt=0)

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
 
 from tsq_ray import schema, storage
 from tsq_ray.bundle import load_bundle
@@ -23,7 +24,7 @@ from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec
 from tsq_ray.extract import load_networks
 from tsq_ray.manifest import VideoRef, VideoRows, choose_split, read_manifest
-from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, source_of, source_row
+from tsq_ray.rows import failed_row, picture_specs, source_of, source_row
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs, classifier_settings
 
 PROBES = 16
@@ -46,9 +47,7 @@ def estimate_extract(
     started = time.perf_counter()
     networks = load_networks(config, answerer)
     encode = networks.encode(config)
-    specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
-    if answerer is not None:
-        specs[RECOGNIZER] = frame_spec(answerer)
+    specs = picture_specs(config.encoders, True, answerer, "both", _resizes_on_device(config))
     loading = time.perf_counter() - started
     arrow = networks.features_schema(config, manifest.classes)
 
@@ -70,19 +69,26 @@ def estimate_score(manifest_uri: str, model: str, config: Config, split: str | N
     sample, recognize = Sample(bundle, config.sampler, how=config.resources), Recognize(bundle, config.sampler, how=config.resources)
     loading = time.perf_counter() - started
     arrow = schema.predictions_schema(config.decode.num_frames, len(bundle.classes), manifest.classes)
+    specs = bundle_specs(bundle, config.sampler.mode, _resizes_on_device(config))
 
     def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
         return recognize(sample([(ref, video)]))[0]
 
-    return _estimate(wanted, len(manifest.rows), config, bundle_specs(bundle, config.sampler.mode), finish, arrow, loading)
+    return _estimate(wanted, len(manifest.rows), config, specs, finish, arrow, loading)
+
+
+def _resizes_on_device(config: Config) -> bool:
+    return config.resources.resizes_on_device(_num_gpus(config) > 0)
+
+
+def _num_gpus(config: Config) -> int:
+    return torch.cuda.device_count() if config.resources.gpus else 0
 
 
 def _estimate(
     wanted: VideoRows, inputs: int, config: Config, specs: Mapping[str, FrameSpec], finish: Finish, arrow: pa.Schema, loading: float
 ) -> dict[str, Any]:
-    import torch
-
-    cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if config.resources.gpus else 0
+    cpus, gpus = os.cpu_count() or 1, _num_gpus(config)
     workers = 1 if gpus else config.resources.workers or cpus
     threads = config.resources.threads or max(1, cpus // workers)
     children = config.resources.decoders or max(1, cpus - 1) if gpus else workers
@@ -118,7 +124,6 @@ def _of_every_size(wanted: VideoRows) -> np.ndarray:
 
 def _probe(chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int) -> tuple[list[dict[str, Any]], float]:
     """Rows of the chosen videos, and seconds a video with all workers at work."""
-    import torch
 
     def work(ref: VideoRef, decoded: Future[Any]) -> dict[str, Any]:
         return finish(ref, decoded.result())

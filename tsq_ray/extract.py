@@ -17,11 +17,11 @@ import pyarrow as pa
 
 from tsq_ray import runs, runtime, schema, storage
 from tsq_ray.config import Config, ModelConfig
-from tsq_ray.decode import DecodedVideo, DecodePool
+from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder
 from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef, choose_split, read_manifest
-from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, source_of, source_row
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, picture_specs, source_of, source_row
 from tsq_ray.stages import Encode, FrameFeatures, classifier_settings, load_network
 
 
@@ -35,13 +35,11 @@ class ExtractPlan:
     counts: Any
     threads: int
     out: str = ""
+    on_gpu: bool = False
 
-    def specs(self) -> dict[str, Any]:
-        """The pictures one decode makes."""
-        specs = {VISUAL: frame_spec(self.config.encoders.visual), OBJECTS: frame_spec(self.config.encoders.objects)}
-        if self.recognizer is not None:
-            specs[RECOGNIZER] = frame_spec(self.recognizer)
-        return specs
+    def specs(self) -> dict[str, FrameSpec]:
+        """What one decode makes of each frame."""
+        return picture_specs(self.config.encoders, True, self.recognizer, "both", self.config.resources.resizes_on_device(self.on_gpu))
 
 
 def extract(
@@ -81,7 +79,9 @@ def extract(
     if todo:
         runs.reopen(out)
         with runtime.cluster(address, debug) as ray:
-            plan = ExtractPlan(config, recognizer_settings, features, runtime.start_counts(), _threads(config, ray), out)
+            plan = ExtractPlan(
+                config, recognizer_settings, features, runtime.start_counts(), _threads(config, ray), out, _num_gpus(config, ray) > 0
+            )
             try:
                 seconds = runtime.run_with_progress(
                     lambda: _run_pipeline(ray, todo, plan, debug), plan.counts, len(todo), "extract", show_progress
@@ -153,11 +153,14 @@ def _num_workers(config: Config, ray: Any) -> int:
     return config.resources.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def _num_gpus(config: Config, ray: Any) -> int:
+    there, wanted = int(ray.cluster_resources().get("GPU", 0)), config.resources.gpus
+    return min(there, wanted) if wanted >= 0 else there
+
+
 def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ExtractPlan, debug: bool) -> dict[str, float]:
     runtime.quiet_data(debug)
-    config, resources = plan.config, ray.cluster_resources()
-    cpus, gpus = float(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-    gpus = min(gpus, config.resources.gpus) if config.resources.gpus >= 0 else gpus
+    config, cpus, gpus = plan.config, float(ray.cluster_resources().get("CPU", 1)), _num_gpus(plan.config, ray)
     batch = config.resources.batch_size
     pool = ray.data.ActorPoolStrategy
     common: dict[str, Any] = {"batch_size": batch, "batch_format": "pyarrow", "fn_constructor_args": (plan,), **runtime.RETRIES}
@@ -261,6 +264,7 @@ class EncodeWorker:
         return runtime.transport_table(rows, self.plan.schema)
 
 
+_FRAMES = "frames_"
 _PACKED = {
     "error_type": pa.string(),
     "error_message": pa.string(),
@@ -280,24 +284,28 @@ _PACKED = {
 
 def packed_fields(names: Sequence[str]) -> dict[str, pa.DataType]:
     """Column types of `pack_video`."""
-    return _PACKED | {f"frames_{name}": pa.large_binary() for name in names}
+    return _PACKED | {f"{_FRAMES}{name}": pa.large_binary() for name in names}
 
 
 def pack_video(video: DecodedVideo | VideoError | StorageError, names: Sequence[str]) -> dict[str, Any]:
-    """A decoded video, or its failure, as Arrow values."""
+    """A decoded video, or its failure, as Arrow values; of `names` those pictures that it has."""
     if not isinstance(video, DecodedVideo):
         return {"error_type": video.error_type, "error_message": str(video)}
     lists = {name: getattr(video, name).tolist() for name in ("slot_frame", "frame_index", "frame_pts_s")}
     plain = {name: getattr(video, name) for name in _PACKED if name not in lists and not name.startswith("error_")}
-    return lists | plain | {f"frames_{name}": video.frames[name].tobytes() for name in names}
+    return lists | plain | {f"{_FRAMES}{name}": video.frames[name].tobytes() for name in names if name in video.frames}
 
 
-def unpack_video(record: Mapping[str, Any], specs: Mapping[str, Any]) -> DecodedVideo | VideoError:
+def unpack_video(record: Mapping[str, Any], specs: Mapping[str, FrameSpec]) -> DecodedVideo | VideoError:
     """The inverse of `pack_video`."""
     if record["error_type"] is not None:
         return VideoError(record["error_type"], record["error_message"])
     values = {name: record[name] for name in _PACKED if not name.startswith("error_")}
     for name, dtype in (("slot_frame", np.int32), ("frame_index", np.int32), ("frame_pts_s", np.float32)):
         values[name] = np.array(values[name], dtype)
-    frames = {name: np.frombuffer(record[f"frames_{name}"], np.uint8).reshape(-1, spec.size, spec.size, 3) for name, spec in specs.items()}
+    frames = {}
+    for name, spec in specs.items():
+        if (data := record[f"{_FRAMES}{name}"]) is not None:
+            height, width = (record["height"], record["width"]) if name == WHOLE else (spec.size, spec.size)
+            frames[name] = np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
     return DecodedVideo(frames=frames, **values)

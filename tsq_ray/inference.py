@@ -1,4 +1,4 @@
-"""A frame encoder made ready to run: batch norms folded into their convolutions, channels last, bf16 where that is wanted.
+"""A frame encoder made ready to run: batch norms folded into their convolutions, channels last, bf16 where that is wanted; and pictures sent through it.
 
 The copies made here are for inference alone: their weights are no longer those that `FrameEncoder.state_hash` names.
 """
@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from tsq_ray.decode import FrameSpec
+from tsq_ray.decode.frames import target_size
 from tsq_ray.encoders import FrameEncoder
+from tsq_ray.rows import frame_spec
 from tsq_ray.sections import Precision, ResourcesConfig
 
 AS_IT_COMES = ResourcesConfig()
@@ -49,19 +55,25 @@ def ready(encoder: FrameEncoder, device: torch.device, how: ResourcesConfig = AS
     return made
 
 
+class Pictures(NamedTuple):
+    """What a network is to look at of one video."""
+
+    frames: np.ndarray
+    """uint8 [n, H, W, 3], RGB."""
+    whole: bool = False
+    """Whether these are frames as they are, of any size, still to be resized for the network."""
+
+
 @torch.inference_mode()
-def encode_pictures(encoder: FrameEncoder, pictures: np.ndarray) -> tuple[Tensor, Tensor | None]:
-    """uint8 [N, H, W, 3] -> features [N, D] and logits [N, C] or None, on the CPU in float32, a chunk of frames at a time."""
+def encode_pictures(encoder: FrameEncoder, pictures: Sequence[Pictures]) -> tuple[Tensor, Tensor | None]:
+    """N pictures in all -> features [N, D] and logits [N, C] or None, on the CPU in float32, a chunk of frames at a time."""
     device = next(encoder.parameters()).device
     chunk = _CHUNK[device.type]
     features, logits = [], []
-    for start in range(0, len(pictures), chunk):
-        part = torch.from_numpy(np.ascontiguousarray(pictures[start : start + chunk]))
+    for part in _chunks(pictures, chunk, device, frame_spec(encoder.config)):
         count = len(part)
         if encoder.fixed_sizes:
             part = _padded(part, chunk)
-        if device.type == "cuda":
-            part = part.pin_memory().to(device, non_blocking=True)
         # a CUDA graph writes its next result over this one
         feature = encoder.features(part)[:count].clone() if encoder.fixed_sizes else encoder.features(part)
         features.append(feature.float())
@@ -69,6 +81,38 @@ def encode_pictures(encoder: FrameEncoder, pictures: np.ndarray) -> tuple[Tensor
             logits.append(encoder.head(feature).float())
     # one copy back at the end: the device goes on while the next chunk is on its way
     return torch.cat(features).cpu(), torch.cat(logits).cpu() if logits else None
+
+
+def _chunks(pictures: Sequence[Pictures], chunk: int, device: torch.device, spec: FrameSpec) -> Iterator[Tensor]:
+    """uint8 [n, size, size, 3] on `device`, `chunk` of them at a time and the rest last, whichever videos they are of."""
+    waiting: list[Tensor] = []
+    room = chunk
+    for frames, whole in pictures:
+        start = 0
+        while start < len(frames):
+            # what came through Ray's object store is read-only
+            part = torch.from_numpy(np.require(frames[start : start + room], requirements=("C", "W")))
+            start, room = start + len(part), room - len(part)
+            if device.type == "cuda":
+                part = part.pin_memory().to(device, non_blocking=True)
+            waiting.append(resize_frames(part, spec) if whole else part)
+            if not room:
+                yield torch.cat(waiting)
+                waiting, room = [], chunk
+    if waiting:
+        yield torch.cat(waiting)
+
+
+def resize_frames(frames: Tensor, spec: FrameSpec) -> Tensor:
+    """uint8 [N, H, W, 3] -> uint8 [N, size, size, 3] on the same device; as the decoder does it with Pillow (`decode.frames.fit`), within a rounding."""
+    width, height = target_size(frames.shape[2], frames.shape[1], spec)
+    resized = frames.permute(0, 3, 1, 2).float()
+    for size in ((frames.shape[1], width), (height, width)):  # one direction after the other, each to whole numbers, as Pillow does it
+        if size != resized.shape[2:]:
+            resized = F.interpolate(resized, size, mode=spec.interpolation, antialias=True).round_().clamp_(0, 255)
+    top, left = (height - spec.size) // 2, (width - spec.size) // 2
+    resized = resized[:, :, top : top + spec.size, left : left + spec.size]
+    return resized.byte().permute(0, 2, 3, 1)
 
 
 def _padded(part: Tensor, chunk: int) -> Tensor:

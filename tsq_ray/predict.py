@@ -9,6 +9,7 @@ from tsq_ray import storage
 from tsq_ray.bundle import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo
+from tsq_ray.encoders import best_device
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef, video_id
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
@@ -21,7 +22,8 @@ def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str,
     """
     bundle = load_bundle(model)
     sample, recognize = Sample(bundle, config.sampler, how=config.resources), Recognize(bundle, config.sampler, how=config.resources)
-    decode = Decode(config.decode, bundle_specs(bundle, config.sampler.mode))
+    whole = config.resources.resizes_on_device(best_device().type == "cuda")
+    decode = Decode(config.decode, bundle_specs(bundle, config.sampler.mode, whole))
     rows: list[dict[str, Any]] = []
     try:
         for video in videos:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, EncodersConfig, ModelConfig
-from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource
+from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, with_whole_frames
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 
@@ -24,8 +24,13 @@ def frame_spec(config: ModelConfig) -> FrameSpec:
     return FrameSpec(config.size, config.resize, config.interpolation)
 
 
-def picture_specs(encoders: EncodersConfig, with_objects: bool, recognizer: ModelConfig | None, mode: str) -> dict[str, FrameSpec]:
-    """The pictures that scoring with `mode` needs, and no others: baselines leave the sampler's encoders out."""
+def picture_specs(
+    encoders: EncodersConfig, with_objects: bool, recognizer: ModelConfig | None, mode: str, whole: bool = False
+) -> dict[str, FrameSpec]:
+    """The pictures that scoring with `mode` needs, and no others: baselines leave the sampler's encoders out.
+
+    `whole`: where frames are small, these as they are instead, since the networks' device resizes (`ResourcesConfig.resizes_on_device`).
+    """
     specs = {}
     if mode in (*TSQ_MODES, "maxconf-l"):
         specs[VISUAL] = frame_spec(encoders.visual)
@@ -33,7 +38,7 @@ def picture_specs(encoders: EncodersConfig, with_objects: bool, recognizer: Mode
         specs[OBJECTS] = frame_spec(encoders.objects)
     if recognizer is not None:
         specs[RECOGNIZER] = frame_spec(recognizer)
-    return specs
+    return with_whole_frames(specs) if whole else specs
 
 
 def identity_row(ref: VideoRef) -> dict[str, Any]:

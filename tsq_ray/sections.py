@@ -39,8 +39,14 @@ class ResourcesConfig(Section):
     """Threads of each worker's network (0: CPUs / workers)."""
     precision: Precision = "auto"
     """What the networks compute in, in `extract`, `score`, `predict` and `serve`; `auto`: bf16 on GPUs that have it, fp32 on CPUs."""
+    resize: Literal["auto", "decoder", "device"] = "auto"
+    """Who makes the pictures that the networks want of a frame: the `decoder` on its CPU, or, of frames that hold at most twice the data of these pictures, the networks' `device`; the same within a rounding. `auto`: the device where it is a GPU."""
     compile: bool = False
     """Compile these networks with torch.compile, as CUDA graphs on GPUs: a minute more at the start of each worker. Needs a C++ compiler on the node."""
+
+    def resizes_on_device(self, on_gpu: bool) -> bool:
+        """Whether decoders hand on small frames as they are, given where the networks run."""
+        return self.resize == "device" or (self.resize == "auto" and on_gpu)
 
 
 class ScaleConfig(Section):

@@ -20,10 +20,10 @@ from tsq_ray import storage
 from tsq_ray.artifact import NO_RECOGNIZER
 from tsq_ray.bundle import Bundle, Classifier
 from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, SamplerConfig, check_budget
-from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
+from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.encoders import FrameEncoder, best_device, load_encoder, top_objects
 from tsq_ray.errors import ModelError, StorageError, VideoError
-from tsq_ray.inference import AS_IT_COMES, encode_pictures, ready
+from tsq_ray.inference import AS_IT_COMES, Pictures, encode_pictures, ready
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, baselines, by_importance, frames_until_sure, object_embeddings, saliency, select_frames
 from tsq_ray.model.selection import Selection
@@ -32,10 +32,15 @@ from tsq_ray.schema import TOP_LABELS, TOP_OBJECTS
 from tsq_ray.sections import ResourcesConfig
 
 
-def bundle_specs(bundle: Bundle, mode: str) -> dict[str, FrameSpec]:
-    """The pictures that scoring with `mode` needs, and no others."""
+def bundle_specs(bundle: Bundle, mode: str, whole: bool = False) -> dict[str, FrameSpec]:
+    """The pictures that scoring with `mode` needs, and no others; `whole` as in `picture_specs`."""
     recognizer = bundle.recognizer.config if bundle.recognizer is not None else None
-    return picture_specs(bundle.encoders, bundle.objects is not None, recognizer, mode)
+    return picture_specs(bundle.encoders, bundle.objects is not None, recognizer, mode, whole)
+
+
+def pictures_of(video: DecodedVideo, name: str) -> Pictures:
+    """The pictures `name` of a video's N distinct frames, or the whole frames to make them of."""
+    return Pictures(video.frames[WHOLE], True) if WHOLE in video.frames else Pictures(video.frames[name])
 
 
 def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
@@ -130,9 +135,9 @@ class Encode:
         return [FrameFeatures(feature.numpy(), *rest) for feature, *rest in zip(visual, ids, probs, frame_logits, logits, strict=True)]
 
     def _run(self, encoder: FrameEncoder, videos: Sequence[DecodedVideo], name: str) -> tuple[list[Tensor], list[Tensor] | None]:
-        pictures = np.concatenate([video.frames[name] for video in videos])
+        pictures = [pictures_of(video, name) for video in videos]
         features, logits = encode_pictures(encoder, pictures)
-        counts = [len(video.frames[name]) for video in videos]
+        counts = [len(part.frames) for part in pictures]
         slots = [torch.from_numpy(video.slot_frame.astype(np.int64)) for video in videos]
 
         def per_slot(values: Tensor) -> list[Tensor]:
@@ -146,14 +151,21 @@ class Sampled:
     """A video on its way to the recogniser: its row so far, and the pictures to look at."""
 
     row: dict[str, Any]
-    pictures: np.ndarray
-    """uint8 [n, H, W, 3]: the chosen frames; every frame of the T for `maxconf`; none of a failed video."""
+    pictures: Pictures
+    """n of them: the chosen frames; every frame of the T for `maxconf`; none of a failed video."""
     frame_index: np.ndarray
     """int32 [T]."""
     choose: bool = False
     """Whether the recogniser has yet to choose (maxconf)."""
     order: np.ndarray | None = None
     """int [n]: with an adaptive budget, the places in `pictures` in which the recogniser looks at them, until it is sure."""
+
+
+_NOTHING = Pictures(np.zeros((0, 1, 1, 3), np.uint8))
+
+
+def _take(pictures: Pictures, places: np.ndarray) -> Pictures:
+    return pictures._replace(frames=pictures.frames[places])
 
 
 class Sample:
@@ -183,17 +195,17 @@ class Sample:
         sampled = []
         for ref, video in items:
             if not isinstance(video, DecodedVideo):
-                sampled.append(Sampled(failed_row(ref, video), np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, np.int32)))
+                sampled.append(Sampled(failed_row(ref, video), _NOTHING, np.zeros(0, np.int32)))
                 continue
             selection, curves = next(chosen)
             row = source_row(ref, video) | curves | {"decode_ms": video.decode_ms, "sample_ms": share_ms}
-            pictures = video.frames[RECOGNIZER]
+            pictures = pictures_of(video, RECOGNIZER)
             if selection is None:
-                sampled.append(Sampled(row, pictures[video.slot_frame], video.frame_index, choose=True))
+                sampled.append(Sampled(row, _take(pictures, video.slot_frame), video.frame_index, choose=True))
             else:
                 row |= selection_columns(selection, video.frame_index, video.frame_pts_s)
                 order = self._order(curves, video, selection) if self.config.budget == "adaptive" else None
-                sampled.append(Sampled(row, pictures[video.slot_frame[selection.slots]], video.frame_index, order=order))
+                sampled.append(Sampled(row, _take(pictures, video.slot_frame[selection.slots]), video.frame_index, order=order))
         return sampled
 
     def _select(self, curves: Mapping[str, Any], video: DecodedVideo, budget: int) -> Selection:
@@ -289,7 +301,7 @@ class Recognize:
     def __call__(self, items: Sequence[Sampled]) -> list[dict[str, Any]]:
         """Prediction rows in the order of `items`; rows of failed videos pass through."""
         started = time.perf_counter()
-        live = [item for item in items if len(item.pictures)]
+        live = [item for item in items if len(item.pictures.frames)]
         if live:
             for item, frame_logits in zip(live, self._until_sure(live), strict=True):
                 self._answer(item, frame_logits)
@@ -298,21 +310,21 @@ class Recognize:
                 item.row["recognize_ms"] = share_ms
         return [item.row for item in items]
 
-    def _logits(self, pictures: Sequence[np.ndarray]) -> list[Tensor]:
-        """[n, H, W, 3] of several videos -> [n, C] of each; they go through the network together."""
-        _, logits = encode_pictures(self.recognizer, np.concatenate(pictures))
+    def _logits(self, pictures: Sequence[Pictures]) -> list[Tensor]:
+        """n pictures of each of several videos -> [n, C] of each; they go through the network together."""
+        _, logits = encode_pictures(self.recognizer, pictures)
         assert logits is not None
-        return list(logits.split([len(each) for each in pictures]))
+        return list(logits.split([len(each.frames) for each in pictures]))
 
     def _until_sure(self, items: Sequence[Sampled]) -> list[Tensor]:
         """The logits of every picture; with an adaptive budget of those it took, and the other pictures leave the item's row.
 
         No margin is reached by fewer frames than itself, so that many go first, then one more of each video that is still open.
         """
-        found = self._logits([item.pictures if item.order is None else item.pictures[item.order[: self._first]] for item in items])
+        found = self._logits([item.pictures if item.order is None else _take(item.pictures, item.order[: self._first]) for item in items])
         open_items = [number for number, item in enumerate(items) if item.order is not None]
         while open_items := [number for number in open_items if self._is_open(items[number], found[number])]:
-            more = self._logits([items[number].pictures[items[number].order[len(found[number]), None]] for number in open_items])  # type: ignore[index]
+            more = self._logits([_take(items[number].pictures, items[number].order[len(found[number]), None]) for number in open_items])  # type: ignore[index]
             for number, logits in zip(open_items, more, strict=True):
                 found[number] = torch.cat([found[number], logits])
         for number, item in enumerate(items):

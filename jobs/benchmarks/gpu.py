@@ -1,17 +1,19 @@
 """Inference speed of the whole network (encoders, TSQNet, recogniser) on a GPU: alone at several batch sizes, and fed by CPU decoding.
 
-python jobs/benchmarks/gpu.py [--videos FOLDER] [--batches 1,32,128] [--num-frames 50] [--compile] [--device cuda]
+python jobs/benchmarks/gpu.py [--videos FOLDER] [--batches 1,32,128] [--num-frames 50] [--compile] [--backend nvdec] [--device cuda]
 
 Random weights of the paper's networks (MobileNetV2, EfficientNet-B0, ResNet-50; others by options), random uint8 frames on the host: the copy to the
-device is part of the time, decoding is not. What runs are the package's own stages. Prints one table: videos/s, multiply-adds a second, and their share of the largest
+device is part of the time, decoding is not. With resize `device` these are whole frames of --frame pixels, resized there for each network; with `decoder` they come
+in the sizes that the networks want. What runs are the package's own stages. Prints one table: videos/s, multiply-adds a second, and their share of the largest
 matrix product's rate on the same device in the same precision, measured in the same run. With --videos a second one: the same network fed by decoding
-processes, against decoding alone and the network alone. The paper has 17.7 and 121.1 videos/s at batches of 1 and 32 on an RTX 3090 (its
+processes (--backend nvdec: on the GPU's decoder), against decoding alone and the network alone, by the fastest way of the first table. The paper has 17.7 and 121.1 videos/s at batches of 1 and 32 on an RTX 3090 (its
 table A.1). On a machine without a GPU it runs on the CPU, slowly: --small makes all of it small.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
@@ -32,7 +34,7 @@ from torch import nn
 from tsq_ray import storage
 from tsq_ray.bundle import Bundle
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig
-from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
+from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, VideoSource
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, load_encoder
 from tsq_ray.evaluate.measures import gflops
 from tsq_ray.manifest import VideoRef
@@ -52,20 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     budget = SamplerConfig(budget=min(options.budget, options.num_frames))
     peaks = {precision: _matrix_peak(device, precision, options.matrix) for precision in options.precisions}
     each = 1e9 * gflops(bundle, "both", options.num_frames, budget.most_frames, bundle.sampler.shape, "true")
-    ways = [(precision, compiled) for precision in options.precisions for compiled in ((False, True) if options.compile else (False,))]
+    ways = itertools.product(options.precisions, (False, True) if options.compile else (False,), options.resizes)
     sys.stdout.write(_head(options, device, each))
-    best: tuple[float, Callable[[list[DecodedVideo]], Any]] | None = None
-    for precision, compiled in ways:
-        run = _network(bundle, budget, device, ResourcesConfig(precision=precision, compile=compiled))
+    best: tuple[float, bool, Callable[[list[DecodedVideo]], Any]] | None = None
+    for precision, compiled, resize in ways:
+        run, whole = _network(bundle, budget, device, ResourcesConfig(precision=precision, compile=compiled)), resize == "device"
         for batch in options.batches:
-            rate = _rate(run, [_frames(bundle, number) for number in range(batch)], options.rounds)
-            share = rate * each / peaks[precision]
-            sys.stdout.write(
-                f"| {precision} | {'yes' if compiled else 'no'} | {batch} | {rate:.1f} | {rate * each / 1e12:.3f} | {share:.1%} |\n"
+            rate = _rate(run, [_frames(bundle, number, options.frame if whole else None) for number in range(batch)], options.rounds)
+            cells = (
+                precision,
+                "yes" if compiled else "no",
+                resize,
+                batch,
+                f"{rate:.1f}",
+                f"{rate * each / 1e12:.3f}",
+                f"{rate * each / peaks[precision]:.1%}",
             )
+            sys.stdout.write(f"| {' | '.join(map(str, cells))} |\n")
             sys.stdout.flush()
             if best is None or rate > best[0]:
-                best = rate, run
+                best = rate, whole, run
     shown = ", ".join(f"{precision} {peak / 1e12:.3f}" for precision, peak in peaks.items())
     sys.stdout.write(f"\nmeasured matrix peak, T multiply-adds/s: {shown}\n")
     if options.videos and best is not None:
@@ -86,6 +94,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--objects", default="tf_efficientnet_b0:112", help="MODEL:SIZE")
     parser.add_argument("--recognizer", default="resnet50:224", help="MODEL:SIZE")
     parser.add_argument("--precisions", type=lambda text: text.split(","), default=["fp32", "bf16"], help="default fp32,bf16")
+    parser.add_argument("--resizes", type=lambda text: text.split(","), default=["decoder", "device"], help="default decoder,device")
+    parser.add_argument("--frame", type=_pair, default=(340, 256), help="WIDTHxHEIGHT of a whole frame; default 340x256")
+    parser.add_argument("--backend", choices=("pyav", "nvdec"), default="pyav", help="what decodes the videos of the second table")
     parser.add_argument("--compile", action="store_true", help="each also compiled (CUDA graphs): minutes more")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--matrix", type=int, default=8192, help="side of the matrices whose product gives the peak; default 8192")
@@ -94,11 +105,17 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     if options.small:
         options.visual, options.objects, options.recognizer = "test_efficientnet:32", "test_efficientnet:32", "test_resnet:32"
         options.num_frames, options.batches, options.classes, options.matrix, options.rounds = 8, [1, 2], 5, 256, 2
+        options.frame = (48, 32)
     return options
 
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def _pair(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return int(width), int(height)
 
 
 def _model(text: str, seed: int) -> ModelConfig:
@@ -119,7 +136,7 @@ def _bundle(options: argparse.Namespace) -> Bundle:
     return Bundle(
         classes=[str(number) for number in range(options.classes)],
         task="single",
-        decode=DecodeConfig(num_frames=options.num_frames),
+        decode=DecodeConfig(num_frames=options.num_frames, backend=options.backend),
         encoders=encoders,
         sampler_defaults=SamplerConfig(),
         sampler=TSQNet(TSQShape(options.classes, visual.dim, _TEXT_DIM)).eval().requires_grad_(False),
@@ -135,14 +152,13 @@ def _network(bundle: Bundle, budget: SamplerConfig, device: torch.device, how: R
     return lambda videos: recognize(sample([(REF, video) for video in videos]))
 
 
-def _frames(bundle: Bundle, seed: int) -> DecodedVideo:
-    """A decoded video of noise."""
+def _frames(bundle: Bundle, seed: int, frame: tuple[int, int] | None) -> DecodedVideo:
+    """A decoded video of noise; `frame`: width and height of its whole frames, None: already in the networks' sizes."""
     random, count = np.random.default_rng(seed), bundle.decode.num_frames
     index = np.arange(count, dtype=np.int32)
+    sizes = {WHOLE: frame} if frame else {name: (spec.size, spec.size) for name, spec in bundle_specs(bundle, "both").items()}
     return DecodedVideo(
-        frames={
-            name: random.integers(0, 256, (count, spec.size, spec.size, 3), np.uint8) for name, spec in bundle_specs(bundle, "both").items()
-        },
+        frames={name: random.integers(0, 256, (count, height, width, 3), np.uint8) for name, (width, height) in sizes.items()},
         slot_frame=index,
         frame_index=index,
         frame_pts_s=index.astype(np.float32),
@@ -186,15 +202,16 @@ def _head(options: argparse.Namespace, device: torch.device, each: float) -> str
     models = f"{options.visual}, {options.objects}, {options.recognizer}"
     return (
         f"{name}; {models}; T = {options.num_frames}, K = {options.budget}, C = {options.classes}; {each / 1e9:.2f} G multiply-adds a video\n\n"
-        "| precision | compiled | batch | videos/s | T multiply-adds/s | of the matrix peak |\n| --- | --- | ---: | ---: | ---: | ---: |\n"
+        "| precision | compiled | resize | batch | videos/s | T multiply-adds/s | of the matrix peak |\n"
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |\n"
     )
 
 
-def _end_to_end(bundle: Bundle, options: argparse.Namespace, rate: float, run: Callable[[list[DecodedVideo]], Any]) -> str:
+def _end_to_end(bundle: Bundle, options: argparse.Namespace, rate: float, whole: bool, run: Callable[[list[DecodedVideo]], Any]) -> str:
     """Decoding alone, and decoding processes that feed the network: videos/s of each over the same files."""
     uris = [file.uri for file in storage.walk(storage.normalize(options.videos)) if file.uri.endswith((".mp4", ".webm", ".mkv", ".avi"))]
     batch = max(options.batches)
-    with DecodePool(bundle.decode, bundle_specs(bundle, "both"), options.decoders) as pool:
+    with DecodePool(bundle.decode, bundle_specs(bundle, "both", whole), options.decoders) as pool:
         started = time.perf_counter()
         decoded = sum(1 for _ in _decoded(pool, uris, options.decoders))
         alone = decoded / (time.perf_counter() - started)
@@ -208,7 +225,7 @@ def _end_to_end(bundle: Bundle, options: argparse.Namespace, rate: float, run: C
             run(waiting)
         together = (done + len(waiting)) / (time.perf_counter() - started)
     return (
-        f"\n| {decoded} of {len(uris)} videos, {options.decoders} decoding processes, batches of {batch} | videos/s |\n| --- | ---: |\n"
+        f"\n| {decoded} of {len(uris)} videos, {options.decoders} decoding processes ({options.backend}), batches of {batch} | videos/s |\n| --- | ---: |\n"
         f"| decoding alone | {alone:.2f} |\n| network alone | {rate:.2f} |\n| together | {together:.2f} |\n"
         f"| together, of the slower one | {together / min(alone, rate):.2f} |\n"
     )

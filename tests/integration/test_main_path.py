@@ -472,18 +472,21 @@ def test_update_replaces_removes_and_adds_rows(chains: Chains, where: str, tmp_p
 
 
 @pytest.mark.slow
-def test_decoding_apart_gives_the_same_features(local: Chain) -> None:
-    out = local.at("features-apart")
-    run = tsq("extract", local.manifest, "--out", out, *local.extract_options, "--set", "resources.decoders=1", "--json").json
+@pytest.mark.parametrize("resize", ["decoder", "device"])
+def test_decoding_apart_gives_the_same_features(local: Chain, resize: str) -> None:
+    out = local.at(f"features-apart-{resize}")
+    sets = ("--set", "resources.decoders=1", "--set", f"resources.resize={resize}")
+    run = tsq("extract", local.manifest, "--out", out, *local.extract_options, *sets, "--json").json
     assert run["counts"] == local.outputs["extract"]["counts"]
     fused, apart = read_rows(local.features), read_rows(out)
     assert fused.schema.equals(apart.schema)
     close = ["visual", "object_probs", "recognizer_logits"]  # other batches, other rounding
+    tolerance = 2e-3 if resize == "decoder" else 2e-2
     exact = [name for name in fused.column_names if name not in (*close, "object_ids")]
     assert fused.select(exact).to_pylist() == apart.select(exact).to_pylist()
     ok = pa.compute.equal(fused["status"], "ok")
     for name in close:
         one, other = (schema.tensor_to_numpy(table.filter(ok)[name]).astype(np.float32) for table in (fused, apart))
-        assert one == pytest.approx(other, abs=2e-3, rel=2e-3), name
+        assert one == pytest.approx(other, abs=tolerance, rel=tolerance), name
     same = schema.tensor_to_numpy(fused.filter(ok)["object_ids"]) == schema.tensor_to_numpy(apart.filter(ok)["object_ids"])
-    assert same.mean() > 0.98
+    assert same.mean() > 1 - 10 * tolerance

@@ -12,19 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from av.codec.hwaccel import HWAccel
 from video_case import RATE, number_of, picture, write_audio, write_video
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video, video
-from tsq_ray.decode.frames import fit, orient, target_size
+from tsq_ray.decode import WHOLE, DecodedVideo, FrameSpec, VideoSource, decode_video, nvdec, video, with_whole_frames
+from tsq_ray.decode.frames import FrameStore, fit, orient, target_size
 from tsq_ray.errors import StorageError, VideoError
 
 SPECS = {"wide": FrameSpec(64)}
 
 
 def decode(
-    path: Path, strategy: str = "uniform", num_frames: int = 8, specs: dict[str, FrameSpec] | None = None, **more: float
+    path: Path, strategy: str = "uniform", num_frames: int = 8, specs: dict[str, FrameSpec] | None = None, **more: Any
 ) -> DecodedVideo:
     settings = DecodeConfig.model_validate({"strategy": strategy, "num_frames": num_frames, **more})
     return decode_video(VideoSource(str(path)), settings, specs or SPECS)
@@ -130,6 +131,26 @@ def test_one_decode_serves_all_sizes(videos: dict[str, Path]) -> None:
     assert all(frames.dtype == np.uint8 for frames in decoded.frames.values())
     assert (decoded.width, decoded.height, decoded.codec) == (160, 96, "h264")
     assert decoded.fps == pytest.approx(RATE, rel=1e-3)
+
+
+@pytest.mark.parametrize(("side", "whole"), [(88, True), (84, False)])
+def test_frames_stay_whole_where_that_is_at_most_twice_the_data_of_the_pictures(videos: dict[str, Path], side: int, whole: bool) -> None:
+    pictures = {"squash": FrameSpec(side), "crop": FrameSpec(16, "crop")}  # of frames of 160 x 96
+    decoded = decode(videos["h264.mp4"], num_frames=4, specs=with_whole_frames(pictures))
+    assert list(decoded.frames) == ([WHOLE] if whole else list(pictures))
+    if whole:
+        assert decoded.frames[WHOLE].shape == (4, 96, 160, 3)
+        made = decode(videos["h264.mp4"], num_frames=4, specs=pictures)
+        assert all(
+            (fit(frame, pictures["crop"]) == expected).all()
+            for frame, expected in zip(decoded.frames[WHOLE], made.frames["crop"], strict=True)
+        )
+
+
+def test_frames_of_a_strip_do_not_stay_whole() -> None:
+    store = FrameStore(with_whole_frames({"crop": FrameSpec(64, "crop")}), 1)
+    store.put(0, np.zeros((8, 40, 3), np.uint8))
+    assert list(store.frames) == ["crop"]
 
 
 @pytest.mark.parametrize(("rotation", "turns"), [(90, 1), (180, 2), (270, 3)])
@@ -354,6 +375,35 @@ def test_a_remote_object_gives_what_the_local_file_gives(
     assert (remote.slots("wide") == local.slots("wide")).all()
     assert remote.frame_index.tolist() == local.frame_index.tolist()
     assert (remote.duration_s, remote.source_num_frames, remote.warnings) == (local.duration_s, local.source_num_frames, [])
+
+
+@pytest.mark.parametrize("name", ["h264_b.mp4", "hevc.mkv", "vp9.webm"])
+def test_nvdec_without_a_gpu_decodes_on_the_cpu_and_says_so(videos: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvdec, "accelerator", lambda: None)
+    exact, decoded = decode(videos[name]), decode(videos[name], backend="nvdec")
+    assert (decoded.slots("wide") == exact.slots("wide")).all()
+    assert (exact.warnings, decoded.warnings) == ([], [nvdec.NO_GPU])
+
+
+def test_nvdec_on_a_gpu_that_fails_decodes_on_the_cpu(videos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvdec, "accelerator", lambda: HWAccel("cuda", device="99"))  # there is no such GPU
+    exact, decoded = decode(videos["h264_b.mp4"]), decode(videos["h264_b.mp4"], backend="nvdec")
+    assert (decoded.slots("wide") == exact.slots("wide")).all()
+    assert decoded.warnings == []
+    with pytest.raises(VideoError, match=r"max_duration_s allows 0\.1") as caught:
+        decode(videos["h264_b.mp4"], backend="nvdec", max_duration_s=0.1)
+    assert caught.value.error_type == "too_large"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["h264.mp4", "h264_b.mp4", "h264_open_gop.mkv", "hevc_open_gop.mp4", "hevc.mkv", "vp9.webm"])
+def test_nvdec_gives_the_frames_of_the_cpu(name: str, tmp_path: Path) -> None:
+    # the smallest that every NVDEC takes is 144 pixels a side
+    path = write_video(tmp_path / name, size=(320, 192), **KINDS[name])
+    exact, decoded = decode(path), decode(path, backend="nvdec")
+    assert decoded.frame_index.tolist() == exact.frame_index.tolist()
+    assert np.abs(decoded.slots("wide").astype(int) - exact.slots("wide")).mean() < 2
+    assert decoded.warnings == []
 
 
 def test_a_remote_object_that_is_no_video() -> None:

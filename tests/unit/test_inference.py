@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from tsq_ray.config import ModelConfig
+from tsq_ray.decode import FrameSpec
+from tsq_ray.decode.frames import fit
 from tsq_ray.encoders import FrameEncoder, load_encoder
-from tsq_ray.inference import encode_pictures, fold_batch_norms, ready, takes_bf16
+from tsq_ray.inference import Pictures, encode_pictures, fold_batch_norms, ready, resize_frames, takes_bf16
 from tsq_ray.sections import ResourcesConfig
 
 CPU = torch.device("cpu")
@@ -114,7 +116,7 @@ def encoder_of(name: str, size: int) -> FrameEncoder:
 def test_a_ready_encoder_is_a_copy_that_says_the_same() -> None:
     encoder = encoder_of("test_efficientnet", 64)
     own, frames = encoder.state_hash(), pictures(19, 64)
-    features, logits = encode_pictures(ready(encoder, CPU), frames)
+    features, logits = encode_pictures(ready(encoder, CPU), [Pictures(frames[:3]), Pictures(frames[3:17]), Pictures(frames[17:])])
     with torch.inference_mode():
         expected, expected_logits = encoder(torch.from_numpy(frames))
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
@@ -124,8 +126,8 @@ def test_a_ready_encoder_is_a_copy_that_says_the_same() -> None:
 
 def test_bf16_says_nearly_the_same_in_float32() -> None:
     encoder, frames = encoder_of("test_resnet", 64), pictures(9, 64)
-    exact, _ = encode_pictures(ready(encoder, CPU, ResourcesConfig(precision="fp32")), frames)
-    features, logits = encode_pictures(ready(encoder, CPU, ResourcesConfig(precision="bf16")), frames)
+    exact, _ = encode_pictures(ready(encoder, CPU, ResourcesConfig(precision="fp32")), [Pictures(frames)])
+    features, logits = encode_pictures(ready(encoder, CPU, ResourcesConfig(precision="bf16")), [Pictures(frames)])
     assert logits is not None
     assert (features.dtype, logits.dtype) == (torch.float32, torch.float32)
     assert torch.nn.functional.cosine_similarity(features, exact).min() > 0.99
@@ -137,8 +139,8 @@ def test_compiled_says_the_same_whatever_the_number_of_frames() -> None:
     encoder = encoder_of("test_resnet", 64)
     compiled = ready(encoder, CPU, ResourcesConfig(compile=True))
     for count in (1, 8, 11):
-        expected, _ = encode_pictures(ready(encoder, CPU), pictures(count, 64))
-        features, logits = encode_pictures(compiled, pictures(count, 64))
+        expected, _ = encode_pictures(ready(encoder, CPU), [Pictures(pictures(count, 64))])
+        features, logits = encode_pictures(compiled, [Pictures(pictures(count, 64))])
         assert logits is not None
         assert len(logits) == count
         torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
@@ -152,6 +154,43 @@ def test_precision_on_a_cpu(precision: Any, expected: bool) -> None:
 @pytest.mark.gpu
 def test_a_gpu_says_nearly_the_same() -> None:
     encoder, frames = encoder_of("test_resnet", 64), pictures(300, 64)
-    exact, _ = encode_pictures(ready(encoder, CPU), frames)
-    features, _ = encode_pictures(ready(encoder, torch.device("cuda")), frames)
+    exact, _ = encode_pictures(ready(encoder, CPU), [Pictures(frames)])
+    features, _ = encode_pictures(ready(encoder, torch.device("cuda")), [Pictures(frames)])
     assert torch.nn.functional.cosine_similarity(features, exact).min() > 0.99
+
+
+SPECS = [FrameSpec(48), FrameSpec(48, interpolation="bicubic"), FrameSpec(48, "crop"), FrameSpec(56, "crop", "bicubic")]
+
+
+def assert_resized_as_by_the_decoder(shape: tuple[int, int], spec: FrameSpec, device: torch.device) -> None:
+    frames = np.random.default_rng(2).integers(0, 256, (3, *shape, 3)).astype(np.uint8)
+    frames[1, :, shape[1] // 2 :] = 0  # an edge, at which bicubic overshoots
+    expected = np.stack([fit(frame, spec) for frame in frames]).astype(int)
+    resized = resize_frames(torch.from_numpy(frames).to(device), spec)
+    assert resized.dtype == torch.uint8
+    difference = np.abs(resized.cpu().numpy() - expected)
+    assert difference.mean() < 0.3
+    assert difference.max() <= 1, "a rounding"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shape", [(240, 320), (97, 61), (48, 48), (20, 33)])
+def test_the_device_resizes_as_the_decoder_does(shape: tuple[int, int], spec: FrameSpec) -> None:
+    assert_resized_as_by_the_decoder(shape, spec, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_gpu_resizes_as_the_decoder_does(spec: FrameSpec) -> None:
+    assert_resized_as_by_the_decoder((240, 320), spec, torch.device("cuda"))
+
+
+def test_whole_frames_of_several_sizes_go_through_a_network_together() -> None:
+    encoder = ready(encoder_of("test_resnet", 64), CPU)
+    spec, sizes = FrameSpec(64), [(5, 90, 120), (0, 64, 64), (9, 64, 64), (4, 200, 70)]
+    videos = [np.random.default_rng(number).integers(0, 256, (*size, 3)).astype(np.uint8) for number, size in enumerate(sizes)]
+    videos[2].flags.writeable = False  # as it comes from Ray
+    expected, _ = encode_pictures(encoder, [Pictures(np.stack([fit(frame, spec) for frame in video])) for video in videos if len(video)])
+    features, _ = encode_pictures(encoder, [Pictures(video, whole=True) for video in videos])
+    assert len(features) == 18
+    torch.testing.assert_close(features, expected, rtol=0, atol=0.02 * float(expected.abs().max()))

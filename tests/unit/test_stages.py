@@ -15,7 +15,8 @@ from bundle_case import BUDGET, NUM_FRAMES, make_bundle
 from tsq_ray import schema
 from tsq_ray.bundle import Bundle, load_bundle
 from tsq_ray.config import SamplerConfig
-from tsq_ray.decode import DecodedVideo
+from tsq_ray.decode import WHOLE, DecodedVideo, FrameSpec
+from tsq_ray.decode.frames import fit
 from tsq_ray.errors import ConfigError, ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, object_embeddings, saliency
@@ -293,6 +294,21 @@ def test_a_mode_works_on_the_pictures_it_asked_for(bundle: Bundle, mode: str) ->
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) -> None:
+    config, specs = SamplerConfig(budget=BUDGET, mode=mode), bundle_specs(bundle, mode)
+    made, whole = video(bundle, 3), video(bundle, 3)
+    rng = np.random.default_rng(4)
+    # smooth pictures, as of a camera: those of noise change wholly with a rounding
+    frames = np.stack([fit(rng.integers(0, 256, (4, 6, 3), np.uint8), FrameSpec(64), (96, 64)) for _ in range(NUM_FRAMES)])
+    made.frames = {name: np.stack([fit(frame, spec) for frame in frames]) for name, spec in specs.items()}
+    whole.frames = {WHOLE: frames}
+    expected, row = (Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)([(ref(0), one)]))[0] for one in (made, whole))
+    assert row["scores"] == pytest.approx(expected["scores"], abs=0.02)
+    assert row["top_labels"] == expected["top_labels"]
+    assert len(row["selected_slot"]) == BUDGET
 
 
 def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:

@@ -1,7 +1,7 @@
 """Videos to frames: a sampling plan, exact and keyframe decoding, and a sandbox in which a crash or a hang costs one video."""
 
 from tsq_ray.decode.sandbox import DecodePool
-from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
+from tsq_ray.decode.types import WHOLE, DecodedVideo, FrameSpec, VideoSource, with_whole_frames
 from tsq_ray.decode.video import decode_video
 
-__all__ = ["DecodePool", "DecodedVideo", "FrameSpec", "VideoSource", "decode_video"]
+__all__ = ["WHOLE", "DecodePool", "DecodedVideo", "FrameSpec", "VideoSource", "decode_video", "with_whole_frames"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from tsq_ray.decode.types import FrameSpec
+from tsq_ray.decode.types import WHOLE, FrameSpec
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -32,6 +32,8 @@ def orient(rgb: np.ndarray, matrix: Sequence[int]) -> np.ndarray:
 
 def target_size(width: int, height: int, spec: FrameSpec) -> tuple[int, int]:
     """Width and height to which a frame is resized (before the crop)."""
+    if spec.resize == "none":
+        return width, height
     if spec.resize == "squash":
         return spec.size, spec.size
     short = spec.size if spec.resize == "keep" else round(spec.size * 8 / 7)
@@ -43,11 +45,18 @@ def target_size(width: int, height: int, spec: FrameSpec) -> tuple[int, int]:
 def fit(rgb: np.ndarray, spec: FrameSpec, size: tuple[int, int] | None = None) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [h, w, 3] in the size of `spec`, or resized to `size` (width, height) where given."""
     width, height = size or target_size(rgb.shape[1], rgb.shape[0], spec)
+    if (height, width) == rgb.shape[:2] and spec.resize != "crop":
+        return rgb
     image = Image.fromarray(np.ascontiguousarray(rgb)).resize((width, height), _FILTERS[spec.interpolation])
     if spec.resize == "crop" and size is None:
         left, top = (width - spec.size) // 2, (height - spec.size) // 2
         image = image.crop((left, top, left + spec.size, top + spec.size))
     return np.asarray(image)
+
+
+def _is_small(height: int, width: int, spec: FrameSpec) -> bool:
+    """Whether whole frames are worth handing on. Not those of a strip, which is made many times larger before its centre is cropped."""
+    return height * width <= spec.size**2 and max(height, width) <= 4 * min(height, width)
 
 
 class FrameStore:
@@ -64,9 +73,11 @@ class FrameStore:
         """Store frame i of N, uint8 [H, W, 3] as shown."""
         if not self.width:
             self.height, self.width = rgb.shape[:2]
+            whole = WHOLE in self.specs and _is_small(self.height, self.width, self.specs[WHOLE])
+            self.specs = {name: spec for name, spec in self.specs.items() if (name == WHOLE) == whole}
         for name, spec in self.specs.items():
             # one array holds all frames, so a video that changes its size keeps the first frame's
-            size = target_size(self.width, self.height, spec) if spec.resize == "keep" else None
+            size = target_size(self.width, self.height, spec) if spec.resize in ("keep", "none") else None
             picture = fit(rgb, spec, size)
             if name not in self.frames:
                 self.frames[name] = np.empty((self.count, *picture.shape), np.uint8)

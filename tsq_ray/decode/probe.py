@@ -16,6 +16,7 @@ import av
 import av.container
 import av.video.stream
 import numpy as np
+from av.codec.hwaccel import HWAccel
 from av.stream import Discard
 
 from tsq_ray.decode.plan import end_of
@@ -42,11 +43,11 @@ def looks_like_container(head: bytes) -> bool:
     return len(head) > 376 and head[0] == head[188] == head[376] == 0x47  # MPEG transport stream
 
 
-def open_container(file: str | BinaryIO, uri: str, head: bytes) -> Container:
-    """`file` is a local path or a seekable file. VideoError where it is no video container (not_video) or one whose index is missing (truncated)."""
+def open_container(file: str | BinaryIO, uri: str, head: bytes, accelerator: HWAccel | None = None) -> Container:
+    """`file` is a local path or a seekable file, decoded by `accelerator` where that can. VideoError where it is no video container (not_video) or one whose index is missing (truncated)."""
     target: Any = f"file:{file}" if isinstance(file, str) else file
     try:
-        return av.open(target, mode="r", metadata_errors="ignore", options={"format_whitelist": _FORMATS})
+        return av.open(target, mode="r", metadata_errors="ignore", options={"format_whitelist": _FORMATS}, hwaccel=accelerator)
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -14,12 +16,23 @@ class FrameSpec:
     """One wanted picture size; `resize` is applied with antialiasing to the frame as it is shown.
 
     `squash`: the whole frame to size x size; `crop`: the shorter side to round(size * 8/7), then the centre size x size;
-    `keep`: the shorter side to `size`, the aspect kept.
+    `keep`: the shorter side to `size`, the aspect kept; `none`: the frame as it is, see `with_whole_frames`.
     """
 
     size: int
-    resize: Literal["squash", "crop", "keep"] = "squash"
+    resize: Literal["squash", "crop", "keep", "none"] = "squash"
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+WHOLE = "whole"
+"""Name of the frames as they are, from which the networks' device makes the pictures."""
+_MOST_DATA = 2
+
+
+def with_whole_frames(specs: Mapping[str, FrameSpec]) -> dict[str, FrameSpec]:
+    """`specs`, but of a video whose frames are small only the frames as they are, named WHOLE: at most twice the data of the pictures."""
+    pixels = _MOST_DATA * sum(spec.size**2 for spec in specs.values())
+    return {**specs, WHOLE: FrameSpec(math.isqrt(pixels), "none")}
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,10 @@ class DecodedVideo:
     """The T frames of one video, each distinct source frame stored once, in every size asked for."""
 
     frames: dict[str, np.ndarray]
-    """Spec name -> uint8 [N, h, w, 3], RGB, N distinct source frames in time order (h = w = size but for `keep`)."""
+    """Spec name -> uint8 [N, h, w, 3], RGB, N distinct source frames in time order (h = w = size but for `keep`).
+
+    Either WHOLE alone, where that was asked for and the frames have at most size² pixels, or all others.
+    """
     slot_frame: np.ndarray
     """int32 [T]: which of the N frames fills each slot."""
     frame_index: np.ndarray

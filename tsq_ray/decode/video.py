@@ -25,10 +25,11 @@ from typing import BinaryIO, cast
 
 import av
 import numpy as np
+from av.codec.hwaccel import HWAccel
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import decord_backend, pyav_backend
+from tsq_ray.decode import decord_backend, nvdec, pyav_backend
 from tsq_ray.decode.frames import FrameStore
 from tsq_ray.decode.plan import Places, distinct, frame_at, interval_of, keyframe_choice, position, uniform_indices
 from tsq_ray.decode.probe import Container, PacketTable, Stream, claimed_packets, is_raw, open_container, pick_stream, read_index, scan
@@ -235,15 +236,27 @@ class _Job:
             claimed = claimed_packets(stream)
             table = scan(container, stream)
         if table.reliable and not table.damaged and (claimed is None or table.num_packets >= claimed):
-            with self._open(path) as (container, stream):
-                self._check_duration((table.end - table.pts[0]) * _time_base(stream))
-                with contextlib.suppress(DecodeTrouble):
+            for accelerator in self._accelerators():
+                # a GPU without memory left, for example, does not even open what has just been scanned
+                trouble = (DecodeTrouble,) if accelerator is None else (DecodeTrouble, VideoError)
+                with contextlib.suppress(*trouble), self._open(path, accelerator) as (container, stream):
+                    self._check_duration((table.end - table.pts[0]) * _time_base(stream))
                     return self._by_table(path, container, stream, table)
         return self._from_survivors(path)
 
+    def _accelerators(self) -> list[HWAccel | None]:
+        """What to try to decode with, in this order; None is the CPU."""
+        if self.settings.backend != "nvdec":
+            return [None]
+        accelerator = nvdec.accelerator()
+        if accelerator is None:
+            self.warnings.append(nvdec.NO_GPU)
+            return [None]
+        return [accelerator, None]
+
     @contextlib.contextmanager
-    def _open(self, path: str) -> Iterator[tuple[Container, Stream]]:
-        with open_container(path, self.name, _head(path)) as container:
+    def _open(self, path: str, accelerator: HWAccel | None = None) -> Iterator[tuple[Container, Stream]]:
+        with open_container(path, self.name, _head(path), accelerator) as container:
             yield container, self._stream(container)
 
     def _stream(self, container: Container) -> Stream:

@@ -63,6 +63,8 @@ class Decoder:
             "objects" in content["files"],
             ModelConfig.model_validate(answerer) if answerer is not None else None,
             config.sampler.mode,
+            # a recogniser or a sampler without a GPU would resize on its CPU, which the decoders have more of
+            config.resources.resizes_on_device(min(config.serve.sampler.num_gpus, config.serve.recognizer.num_gpus) > 0),
         )
         self.pool = DecodePool(config.decode, specs, config.serve.decoder_processes)
 

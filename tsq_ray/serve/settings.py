@@ -17,6 +17,7 @@ FREE = (
     "sampler.lambda_visual",
     "sampler.mode",
     "sampler.seed",
+    "decode.backend",
     "decode.timeout_s",
     "decode.max_",
     "resources.",
@@ -47,7 +48,7 @@ def scoring_config(model: str, path: str | None = None, sets: Iterable[str] = ()
         shown = "; ".join(f"{key}: {before.get(key)!r} in the bundle, {after[key]!r} asked for" for key in differ[:5])
         raise ConfigError(
             f"{storage.redact(model)}: scoring cannot change what the bundle was trained with ({shown}); it may set sampler.budget, "
-            "sampler.lambda_visual, sampler.mode, sampler.seed and resources.*"
+            "sampler.lambda_visual, sampler.mode, sampler.seed, decode.backend and resources.*"
         )
     check_budget(config.sampler, config.decode.num_frames, str(content["task"]))
     return config

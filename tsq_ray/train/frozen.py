@@ -15,7 +15,7 @@ from tsq_ray import runtime, storage
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool
 from tsq_ray.encoders import FrameEncoder, best_device
-from tsq_ray.inference import encode_pictures, ready
+from tsq_ray.inference import Pictures, encode_pictures, ready
 from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import frame_spec, source_of
 from tsq_ray.stages import load_network
@@ -114,7 +114,7 @@ class _BackboneWorker:
         for future in futures:
             video = future.result()
             if isinstance(video, DecodedVideo):
-                encoded, _ = encode_pictures(self.network, video.frames["frame"])
+                encoded, _ = encode_pictures(self.network, [Pictures(video.frames["frame"])])
                 features.append(encoded.numpy()[video.slot_frame].astype(np.float16).tobytes())
                 errors.append(None)
             else:
