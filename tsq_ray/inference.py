@@ -107,12 +107,11 @@ def resize_frames(frames: Tensor, spec: FrameSpec) -> Tensor:
     """uint8 [N, H, W, 3] -> uint8 [N, size, size, 3] on the same device; as the decoder does it with Pillow (`decode.frames.fit`), within a rounding."""
     width, height = target_size(frames.shape[2], frames.shape[1], spec)
     resized = frames.permute(0, 3, 1, 2).float()
-    for size in ((frames.shape[1], width), (height, width)):  # one direction after the other, each to whole numbers, as Pillow does it
-        if size != resized.shape[2:]:
-            resized = F.interpolate(resized, size, mode=spec.interpolation, antialias=True).round_().clamp_(0, 255)
+    if (height, width) != frames.shape[1:3]:
+        resized = F.interpolate(resized, (height, width), mode=spec.interpolation, antialias=True)
     top, left = (height - spec.size) // 2, (width - spec.size) // 2
     resized = resized[:, :, top : top + spec.size, left : left + spec.size]
-    return resized.byte().permute(0, 2, 3, 1)
+    return resized.round().clamp_(0, 255).byte().permute(0, 2, 3, 1)
 
 
 def _padded(part: Tensor, chunk: int) -> Tensor:
