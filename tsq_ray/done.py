@@ -183,6 +183,8 @@ def still_to_do(wanted: Sequence[VideoRef], current: Current, retry: Collection[
     wanted, table = VideoRows.of(wanted), current.table
     again = pc.is_in(table["error_type"], value_set=pa.array(sorted({*retry, *RETRIED_ERROR_TYPES}), pa.string()))
     settled = table["video_id"].filter(pc.invert(pc.and_(pc.equal(table["status"], "failed"), again)))
+    if not len(settled):
+        return wanted
     return VideoRows(wanted.table.filter(pc.invert(pc.is_in(wanted.ids, value_set=settled.combine_chunks()))))
 
 

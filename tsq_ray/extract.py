@@ -72,9 +72,7 @@ def extract(
     networks = load_networks(config, recognizer_settings)
     features = networks.features_schema(config, manifest.classes)
     identity = _identity(config, recognizer_settings, networks)
-    runs.begin(out, "features", identity, manifest)
-    current = runs.pick_current(runs.done_rows(out), manifest)
-    todo = runs.still_to_do(wanted, current, retry)
+    todo = runs.enter(out, "features", identity, manifest, wanted, retry)
     seconds: dict[str, float] = {}
     if todo:
         runs.reopen(out)

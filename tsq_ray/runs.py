@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -90,6 +90,17 @@ def begin(uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest)
         shown = "; ".join(f"{key.removeprefix('config.')}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise RunError(f"{storage.redact(uri)}: made with another configuration ({shown}{more}); use the same one or another --out")
+
+
+def enter(
+    uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest, wanted: Sequence[VideoRef], retry: Collection[str] = ()
+) -> VideoRows:
+    """Make or enter a run folder, as `begin`; the wanted videos that are still to do in it, failed ones again where their reason is in `retry`."""
+    begin(uri, kind, identity, manifest)
+    todo = still_to_do(wanted, pick_current(done_rows(uri), manifest), retry)
+    # Arrow keeps what it was given back: of a large folder some hundred megabytes, which the run would carry to its end
+    pa.default_memory_pool().release_unused()
+    return todo
 
 
 def part_name(video_ids: Iterable[str]) -> str:

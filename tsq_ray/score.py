@@ -64,9 +64,7 @@ def score(
     retry = runs.retry_reasons(retry_failed)
     classes = list(content["classes"])
     arrow = schema.predictions_schema(config.decode.num_frames, len(classes), manifest.classes, with_scores)
-    runs.begin(out, "predictions", _identity(digest, config, with_scores), manifest)
-    current = runs.pick_current(runs.done_rows(out), manifest)
-    todo = runs.still_to_do(wanted, current, retry)
+    todo = runs.enter(out, "predictions", _identity(digest, config, with_scores), manifest, wanted, retry)
     seconds: dict[str, float] = {}
     if todo:
         runs.reopen(out)

@@ -98,8 +98,7 @@ def _clips(plan: ClipPlan, rows: np.ndarray, epochs: np.ndarray) -> Iterator[Cli
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=plan.memory)
     size = max(_BATCH, -(-len(rows) // _MOST_BLOCKS))
     todo = pa.table({"row": pa.array(rows, pa.int64()), "epoch": pa.array(epochs, pa.int64())})
-    data: Any = ray.data.from_arrow([todo.slice(start, size) for start in range(0, len(rows), size)])
-    data = data.map_batches(
+    data = runtime.blocks_dataset(ray, todo, size).map_batches(
         ClipWorker,
         compute=ray.data.ActorPoolStrategy(size=plan.decoders),
         num_cpus=plan.cpus,
