@@ -6,7 +6,7 @@ The same for ten videos and ten million: no step here makes an object a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,18 +35,12 @@ _SCHEMA = pa.schema(
 EMPTY = _SCHEMA.empty_table()
 """What `done_rows` finds in an empty folder."""
 _REMOTE_READERS = 16
-_COMPACT = 1000
+_COMPACT = 500
+"""Parts that are read ahead and put together at a time."""
 
 
-@dataclass(frozen=True)
-class DoneRow:
-    """What a part says of one video."""
-
-    ref: VideoRef
-    status: str
-    error_type: str | None
-    has_warnings: bool
-    part: str
+_ROWS = 100_000
+"""Rows that are copied at a time to be compared."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,6 @@ class DoneRows:
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __iter__(self) -> Iterator[DoneRow]:
-        for batch in self.table.to_batches():
-            for ref, record in zip(VideoRows(pa.table(batch)), batch.drop_columns(_IDENTITY).to_pylist(), strict=True):
-                yield DoneRow(ref, **record | {"part": self.parts[record["part"]].name})
-
     def part_of(self) -> np.ndarray:
         """int32: the number of each row's part."""
         return self.table["part"].to_numpy()
@@ -94,9 +83,12 @@ class Current:
         """The rows that count, in the manifest's order, without what the manifest itself says of the file."""
         return self.rows.table.drop_columns(["uri", *_CONTENT]).take(pa.array(self.row[self.row >= 0]))
 
-    def counting(self) -> DoneRows:
-        """The rows that count, in the manifest's order."""
-        return DoneRows(self.rows.table.take(pa.array(self.row[self.row >= 0])), self.rows.parts)
+    def row_of(self, videos: VideoRows) -> np.ndarray:
+        """int64: as `row`, for these videos of the manifest."""
+        if videos is self.manifest.rows:
+            return self.row.copy()
+        place = self.manifest.rows.places(videos.ids)
+        return np.where(place >= 0, self.row[place], -1)
 
     def __len__(self) -> int:
         return int((self.row >= 0).sum())
@@ -130,18 +122,21 @@ def done_rows(uri: str) -> DoneRows:
     known: dict[bytes, list[str]] = {}  # the class names are the same in nearly all parts
     parts: list[Part] = []
     tables: list[pa.Table] = []
+    start = 0
     with ThreadPoolExecutor(1 if storage.is_local(uri) else _REMOTE_READERS) as pool:
-        start = 0
-        for number, (file, table) in enumerate(zip(files, pool.map(lambda file: read_part(file.uri, _BRIEF), files), strict=True)):
-            names = (table.schema.metadata or {}).get(schema.CLASSES_KEY, b"[]")
-            classes = known.setdefault(names, json.loads(names) if names not in known else [])
-            age = file.modified.timestamp() if file.modified else 0.0
-            parts.append(Part(storage.name_of(file.uri), age, classes, start, table.num_rows))
-            tables.append(_brief(table, number))
-            start += table.num_rows
-            if len(tables) == _COMPACT:  # what Parquet decoded has room to spare, three times what it holds
-                tables[:] = [pa.concat_tables(tables).combine_chunks()]
-    return DoneRows(pa.concat_tables([EMPTY, *tables]).combine_chunks(), parts)
+        for first in range(0, len(files), _COMPACT):
+            some = files[first : first + _COMPACT]
+            read = []
+            for file, table in zip(some, pool.map(lambda file: read_part(file.uri, _BRIEF), some), strict=True):
+                names = (table.schema.metadata or {}).get(schema.CLASSES_KEY, b"[]")
+                classes = known.setdefault(names, json.loads(names) if names not in known else [])
+                age = file.modified.timestamp() if file.modified else 0.0
+                read.append(_brief(table, len(parts)))
+                parts.append(Part(storage.name_of(file.uri), age, classes, start, table.num_rows))
+                start += table.num_rows
+            # what Parquet decoded has room to spare, three times what it holds
+            tables.append(pa.concat_tables(read).combine_chunks())
+    return DoneRows(pa.concat_tables([EMPTY, *tables]), parts)
 
 
 def _brief(table: pa.Table, number: int) -> pa.Table:
@@ -151,15 +146,18 @@ def _brief(table: pa.Table, number: int) -> pa.Table:
     return pa.table(columns, schema=_SCHEMA)
 
 
+def other_version(rows: pa.Table, manifest: Manifest, place: np.ndarray) -> np.ndarray:
+    """Numbers of the rows that are of another version of their file than the manifest names; `place`: the manifest's row of each, or -1."""
+    known, theirs, ours = np.flatnonzero(place >= 0), manifest.rows.table.select(_CONTENT), rows.select(_CONTENT)
+    some = np.array_split(known, -(-len(known) // _ROWS) or 1)
+    return np.concatenate([part[~same_contents(theirs.take(pa.array(place[part])), ours.take(pa.array(part)))] for part in some])
+
+
 def pick_current(rows: DoneRows, manifest: Manifest) -> Current:
     """The one row of each video that counts: of the file as the manifest has it, ok before failed, newest first."""
     place = manifest.rows.places(rows.table["video_id"])
+    place[other_version(rows.table, manifest, place)] = -1
     known = np.flatnonzero(place >= 0)
-    if len(known):
-        theirs, ours = manifest.rows.table.select(_CONTENT), rows.table.select(_CONTENT)
-        same = same_contents(theirs.take(pa.array(place[known])), ours.take(pa.array(known)))
-        place[known[~same]] = -1
-        known = known[same]
     row = np.full(len(manifest.rows), -1, np.int64)
     row[place[known]] = known
     again = known[np.bincount(place[known], minlength=len(row))[place[known]] > 1]
@@ -180,18 +178,19 @@ def _best_first(rows: DoneRows, numbers: np.ndarray) -> np.ndarray:
 
 def still_to_do(wanted: Sequence[VideoRef], current: Current, retry: Collection[str] = ()) -> VideoRows:
     """The wanted videos without a row that counts; failed ones again where their reason is in `retry` or storage was unavailable."""
-    wanted, table = VideoRows.of(wanted), current.table
-    again = pc.is_in(table["error_type"], value_set=pa.array(sorted({*retry, *RETRIED_ERROR_TYPES}), pa.string()))
-    settled = table["video_id"].filter(pc.invert(pc.and_(pc.equal(table["status"], "failed"), again)))
-    if not len(settled):
-        return wanted
-    return VideoRows(wanted.table.filter(pc.invert(pc.is_in(wanted.ids, value_set=settled.combine_chunks()))))
+    wanted, done = VideoRows.of(wanted), current.rows.table
+    row = current.row_of(wanted)
+    reasons = pa.array(sorted({*retry, *RETRIED_ERROR_TYPES}), pa.string())
+    again = pc.and_(pc.equal(done["status"], "failed"), pc.is_in(done["error_type"], value_set=reasons)).to_numpy()
+    todo = row < 0
+    todo[~todo] = again[row[~todo]]
+    return wanted if todo.all() else VideoRows(wanted.table.filter(pa.array(todo)))
 
 
 def outdated_labels(current: Current) -> list[Part]:
     """Parts whose rows have other labels, class names or splits than the manifest has now."""
     manifest, rows = current.manifest, current.table
-    wanted = manifest.rows.table.filter(pa.array(current.row >= 0))
+    wanted = manifest.rows.table.select(["labels", "split"]).filter(pa.array(current.row >= 0))
     same_split = pc.equal(pc.fill_null(rows["split"], ""), pc.fill_null(wanted["split"], "")).to_numpy()
     other = _lists_differ(rows["labels"], wanted["labels"]) | ~same_split
     parts = rows["part"].to_numpy()

@@ -23,11 +23,11 @@ import pyarrow.parquet as pq
 
 from tsq_ray import provenance, schema, storage
 from tsq_ray.config import Config, differing, flatten
-from tsq_ray.done import EMPTY, Current, DoneRow, Part, done_rows, list_parts, outdated_labels, pick_current, read_part, still_to_do
+from tsq_ray.done import EMPTY, Current, Part, done_rows, list_parts, other_version, outdated_labels, pick_current, read_part, still_to_do
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed, StorageError
-from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest, same_contents
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest
 
-__all__ = ["Current", "DoneRow", "done_rows", "list_parts", "pick_current", "read_manifest", "read_part", "still_to_do"]
+__all__ = ["Current", "done_rows", "list_parts", "pick_current", "read_manifest", "read_part", "still_to_do"]
 
 RUN_FILE = "_run.json"
 CONFIG_FILE = "_config.json"
@@ -98,9 +98,13 @@ def enter(
     """Make or enter a run folder, as `begin`; the wanted videos that are still to do in it, failed ones again where their reason is in `retry`."""
     begin(uri, kind, identity, manifest)
     todo = still_to_do(wanted, pick_current(done_rows(uri), manifest), retry)
-    # Arrow keeps what it was given back: of a large folder some hundred megabytes, which the run would carry to its end
-    pa.default_memory_pool().release_unused()
+    _release()
     return todo
+
+
+def _release() -> None:
+    """Give back what Arrow keeps for later: of a large folder some hundred megabytes."""
+    pa.default_memory_pool().release_unused()
 
 
 def part_name(video_ids: Iterable[str]) -> str:
@@ -232,6 +236,7 @@ def close_run(
     more: Callable[[], Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Take out rows that do not count, do the accounting and write `_run.json`. RunFailed where a wanted video has no row, or storage fails."""
+    _release()
     current = pick_current(done_rows(out), manifest)
     stale = len(current) < len(current.rows)
     finished = read_json(storage.join(out, RUN_FILE))
@@ -247,7 +252,7 @@ def close_run(
         relabelled = outdated_labels(current)
     relabel(out, relabelled, current, config.output.compression)
     rows = VideoRows.of(wanted)
-    lost = rows.table["uri"].filter(pc.invert(pc.is_in(rows.ids, value_set=current.table["video_id"])))
+    lost = rows.table["uri"].filter(pa.array(current.row_of(rows) < 0))
     run = finish(
         out,
         kind,
@@ -345,13 +350,11 @@ def _check_manifest(run: Mapping[str, Any], rows: pa.Table, problems: list[str])
     if manifest.sha256 != run["manifest"]["sha256"]:
         return "manifest not checked (it changed since this run)"
     place = manifest.rows.places(rows["video_id"])
-    known = pa.array(np.flatnonzero(place >= 0))
-    same = same_contents(manifest.rows.table.take(pa.array(place[place >= 0])), rows.take(known))
     for numbers, what in (
-        (pa.array(np.flatnonzero(place < 0)), "not in the manifest"),
-        (known.filter(pa.array(~same)), "the row is of another version of the file"),
+        (np.flatnonzero(place < 0), "not in the manifest"),
+        (other_version(rows, manifest, place), "the row is of another version of the file"),
     ):
-        for row in rows.select(["video_id", "uri"]).take(numbers).to_pylist():
+        for row in rows.select(["video_id", "uri"]).take(pa.array(numbers)).to_pylist():
             problems.append(f"video {row['video_id']} ({storage.redact(row['uri'])}): {what}")
     if run["counts"]["inputs"] != len(manifest.rows):
         problems.append(f"the manifest has {len(manifest.rows)} videos, {RUN_FILE} says {run['counts']['inputs']}")

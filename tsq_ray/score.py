@@ -208,9 +208,7 @@ def measure(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:
     index = {name: number for number, name in enumerate(classes)}
     scores, targets, right, unknown = [], [], [], set()
     for part in runs.list_parts(predictions_uri):
-        table = runs.read_part(part.uri)
-        table = table.select([name for name in columns if name in table.column_names])
-        for record in table.to_pylist():
+        for record in runs.read_part(part.uri, columns).to_pylist():  # `scores` is left out by --scores top
             if record["status"] != "ok" or not record["label_names"]:
                 continue
             unknown |= set(record["label_names"]) - index.keys()

