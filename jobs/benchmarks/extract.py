@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ours.append(_extract(ray, manifest_uri, str(Path(folder, f"features{turn}")), config))
                 for folded, found in loops.items():
                     found.append(_loop(paths, config, cores, folded))
+        layers = _layers(config, max(one["peak"] for found in loops.values() for one in found))
         limit = _limit(read_manifest(manifest_uri), config, [one for found in loops.values() for one in found])
-    sys.stdout.write(_tables(ours, loops, limit, predicted, options))
+    sys.stdout.write(_tables(ours, loops, limit, predicted, options) + "\n".join(layers) + "\n")
     return 0
 
 
@@ -216,6 +218,46 @@ def _limit(manifest: Manifest, config: Config, loops: Sequence[dict[str, float]]
     )
     peak = max(one["peak"] for one in loops)
     return {"decode": decode, "adds": adds, "peak": peak, "encode": adds / peak}
+
+
+def _layers(config: Config, peak: float) -> list[str]:
+    """Where the networks spend their time: CPU time of one thread, 8 frames at a time."""
+    torch.set_num_threads(1)
+    lines = [
+        "",
+        "| networks alone | of the time | of the multiply-adds | G multiply-adds/s | of the peak |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    networks = extracting.load_networks(config, None)
+    for model in (networks.visual, networks.objects):
+        encoder = inference.ready(model, torch.device("cpu"), config.resources)
+        seconds, adds, started = Counter[str](), Counter[str](), list[float]()
+
+        def after(layer: torch.nn.Conv2d, output: torch.Tensor, kind: str) -> None:
+            seconds[kind] += time.process_time() - started.pop()  # type: ignore[assignment]  # noqa: B023
+            adds[kind] += output.numel() * layer.weight[0].numel()  # noqa: B023
+
+        for layer in encoder.backbone.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                kind = "depthwise" if layer.groups > 1 else "1 x 1" if layer.kernel_size == (1, 1) else "the first"
+                layer.register_forward_pre_hook(lambda *_: started.append(time.process_time()))  # noqa: B023
+                layer.register_forward_hook(lambda layer, _, output, kind=kind: after(layer, output, kind))  # type: ignore[misc]
+        size = encoder.config.size
+        frames = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8)
+        with torch.inference_mode():
+            encoder.features(frames)
+            seconds.clear()
+            adds.clear()
+            whole = time.process_time()
+            for _ in range(10):
+                encoder.features(frames)
+            whole = time.process_time() - whole
+        for kind in seconds:
+            rate = adds[kind] / seconds[kind]
+            cells = (f"{seconds[kind] / whole:.0%}", f"{adds[kind] / adds.total():.0%}", f"{rate / 1e9:.1f}", f"{rate / peak:.0%}")
+            lines.append(f"| {encoder.config.model} at {size}, convolutions: {kind} | {' | '.join(cells)} |")
+        lines.append(f"| {encoder.config.model} at {size}, the rest | {1 - seconds.total() / whole:.0%} | | | |")
+    return lines
 
 
 def _tables(

@@ -48,18 +48,24 @@ def printed(name: str, *argv: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("only", ["keyframe", "ffmpeg", "s3"])
+@pytest.mark.parametrize("only", ["keyframe", "profile", "ffmpeg", "s3"])
 def test_decode_prints_its_tables(videos: list[Path], only: str) -> None:
     if only == "ffmpeg" and shutil.which("ffmpeg") is None:
         pytest.skip("no program ffmpeg")
     options = ["--only", only, "--frames", "4", "--size", "32", "--rounds", "1"]
     text = printed("decode", *options, "--videos", str(videos[0]), str(videos[1]))
     assert "T = 4, 32 x 32, 1 rounds" in text
-    name = f"untrimmed/{videos[0].name}" if only == "keyframe" else videos[0].name
+    name = {"keyframe": f"untrimmed/{videos[0].name}", "profile": f"{videos[0].parent.name}/{videos[0].name}, keyframe"}.get(
+        only, videos[0].name
+    )
     row = cells(text, name)
     if only == "keyframe":
         assert row[2] == "4 of 4"
         assert float(row[3]) == pytest.approx(float(row[0]) / float(row[1]), rel=0.2)
+    elif only == "profile":
+        *parts, total = map(float, row)
+        assert sum(parts) == pytest.approx(total, abs=0.4)
+        assert min(parts) > 0
     elif only == "ffmpeg":
         assert row[2] in ("one pass", "seeks")
         assert row[4] == "<= 1.15"
