@@ -20,12 +20,12 @@ from tsq_ray import schema, storage
 from tsq_ray.errors import RETRIED_ERROR_TYPES, RunError
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, same_contents
 
-_IDENTITY = [column.name for column in schema.MANIFEST]
+_IDENTITY = [column for column in schema.MANIFEST if column.name != "uri"]  # a third of what the rows take, and the id says it
 _CONTENT = ["size_bytes", "etag", "modified"]
-_BRIEF = [*_IDENTITY, "status", "error_type", "warnings"]
+_BRIEF = [*(column.name for column in _IDENTITY), "status", "error_type", "warnings"]
 _SCHEMA = pa.schema(
     [
-        *(column.field({}) for column in schema.MANIFEST),
+        *(column.field({}) for column in _IDENTITY),
         pa.field("status", pa.string()),
         pa.field("error_type", pa.string()),
         pa.field("has_warnings", pa.bool_()),
@@ -69,7 +69,7 @@ class DoneRows:
 
 
 class Current:
-    """The one row of each video of a manifest that counts.
+    """The one row of each video of a manifest that counts; `rows` without what the manifest itself says of the file.
 
     `place`: the manifest's row of each done row, -1 where it does not count as one. `row`: for each manifest row the number of its done
     row, -1 where it has none.
@@ -80,8 +80,8 @@ class Current:
 
     @cached_property
     def table(self) -> pa.Table:
-        """The rows that count, in the manifest's order, without what the manifest itself says of the file."""
-        return self.rows.table.drop_columns(["uri", *_CONTENT]).take(pa.array(self.row[self.row >= 0]))
+        """The rows that count, in the manifest's order."""
+        return self.rows.table.take(pa.array(self.row[self.row >= 0]))
 
     def row_of(self, videos: VideoRows) -> np.ndarray:
         """int64: as `row`, for these videos of the manifest."""
@@ -165,7 +165,7 @@ def pick_current(rows: DoneRows, manifest: Manifest) -> Current:
         best = _best_first(rows, again)
         places, first = np.unique(place[best], return_index=True)
         row[places] = best[first]
-    return Current(rows, manifest, place, row)
+    return Current(DoneRows(rows.table.drop_columns(_CONTENT), rows.parts), manifest, place, row)
 
 
 def _best_first(rows: DoneRows, numbers: np.ndarray) -> np.ndarray:

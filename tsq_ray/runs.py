@@ -9,6 +9,7 @@ are taken out before `_run.json` is written.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import time
@@ -23,7 +24,19 @@ import pyarrow.parquet as pq
 
 from tsq_ray import provenance, schema, storage
 from tsq_ray.config import Config, differing, flatten
-from tsq_ray.done import EMPTY, Current, Part, done_rows, list_parts, other_version, outdated_labels, pick_current, read_part, still_to_do
+from tsq_ray.done import (
+    EMPTY,
+    Current,
+    DoneRows,
+    Part,
+    done_rows,
+    list_parts,
+    other_version,
+    outdated_labels,
+    pick_current,
+    read_part,
+    still_to_do,
+)
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest
 
@@ -103,7 +116,8 @@ def enter(
 
 
 def _release() -> None:
-    """Give back what Arrow keeps for later: of a large folder some hundred megabytes."""
+    """Give back what Arrow keeps for later and what Ray Data leaves in reference cycles: of a large run some hundred megabytes."""
+    gc.collect()
     pa.default_memory_pool().release_unused()
 
 
@@ -301,7 +315,8 @@ def verify(uri: str) -> dict[str, Any]:
             problems += _check_part(storage.join(uri, name), run["kind"])
         except RunError as error:
             problems.append(str(error))
-    rows = EMPTY if problems else done_rows(uri).table
+    done = DoneRows(EMPTY, []) if problems else done_rows(uri)
+    rows = done.table
     ids = pc.value_counts(rows["video_id"])
     problems += [f"video {row['values']}: {row['counts']} rows" for row in ids.filter(pc.greater(ids.field("counts"), 1))[:20].to_pylist()]
     counts = run["counts"]
@@ -314,7 +329,7 @@ def verify(uri: str) -> dict[str, Any]:
     if run["status"] != "complete":
         problems.append(f"the run's status is {run['status']!r}")
     checks = ["parts", "rows", "counts"]
-    checks.append(_check_manifest(run, rows, problems))
+    checks.append(_check_manifest(run, done, problems))
     return {"uri": storage.redact(uri), "kind": run["kind"], "counts": counts, "checks": checks, "problems": problems}
 
 
@@ -342,20 +357,20 @@ def _check_part(uri: str, kind: str) -> list[str]:
     return problems
 
 
-def _check_manifest(run: Mapping[str, Any], rows: pa.Table, problems: list[str]) -> str:
+def _check_manifest(run: Mapping[str, Any], done: DoneRows, problems: list[str]) -> str:
     try:
         manifest = read_manifest(run["manifest"]["uri"])
     except (ValueError, StorageError) as error:
         return f"manifest not checked ({error})"
     if manifest.sha256 != run["manifest"]["sha256"]:
         return "manifest not checked (it changed since this run)"
+    rows = done.table
     place = manifest.rows.places(rows["video_id"])
-    for numbers, what in (
-        (np.flatnonzero(place < 0), "not in the manifest"),
-        (other_version(rows, manifest, place), "the row is of another version of the file"),
-    ):
-        for row in rows.select(["video_id", "uri"]).take(pa.array(numbers)).to_pylist():
-            problems.append(f"video {row['video_id']} ({storage.redact(row['uri'])}): {what}")
+    strangers, outdated = np.flatnonzero(place < 0), other_version(rows, manifest, place)
+    for row in rows.select(["video_id", "part"]).take(pa.array(strangers)).to_pylist():
+        problems.append(f"{done.parts[row['part']].name}: video {row['video_id']} is not in the manifest")
+    for row in VideoRows(manifest.rows.table.take(pa.array(place[outdated]))):
+        problems.append(f"video {row.video_id} ({storage.redact(row.uri)}): the row is of another version of the file")
     if run["counts"]["inputs"] != len(manifest.rows):
         problems.append(f"the manifest has {len(manifest.rows)} videos, {RUN_FILE} says {run['counts']['inputs']}")
     lost = len(manifest.rows) - len(np.unique(place[place >= 0]))

@@ -77,7 +77,8 @@ class Folder:
 
     def rows(self) -> list[tuple[str, str]]:
         """(uri, status) of every row of every part, sorted."""
-        return sorted((row["uri"], row["status"]) for row in runs.done_rows(self.uri).table.to_pylist())
+        tables = [runs.read_part(part.uri, ["uri", "status"]) for part in runs.list_parts(self.uri)]
+        return sorted((row["uri"], row["status"]) for table in tables for row in table.to_pylist())
 
     def problems(self) -> list[str]:
         return runs.verify(self.uri)["problems"]
@@ -433,7 +434,7 @@ def test_verify_finds_two_rows_of_a_video(done: Folder) -> None:
 @pytest.mark.parametrize(
     ("videos", "problem"),
     [
-        ([ref(1), ref(2)], "(/videos/3.mp4): not in the manifest"),
+        ([ref(1), ref(2)], f"video {ref(3).video_id} is not in the manifest"),
         ([ref(1, size_bytes=11), ref(2), ref(3)], "(/videos/1.mp4): the row is of another version of the file"),
         ([ref(1), ref(2), ref(3), ref(4)], "the manifest has 4 videos, _run.json says 3"),
         ([ref(1), ref(2), ref(3), ref(4)], "1 videos of the manifest have no row, _run.json says 0 were skipped"),
