@@ -115,8 +115,9 @@ def test_extract_prints_its_tables(videos: list[Path], tmp_path: Path) -> None:
     write_manifest(manifest, str(tmp_path / "manifest.parquet"))
     sets = [word for value in ("decode.num_frames=4", *NETWORKS) for word in ("--set", value)]
     text = printed("extract", str(tmp_path / "manifest.parquet"), "--videos", "8", "--rounds", "1", "--workers", "1", *sets)
-    ours, loop = (float(cells(text, name)[-1]) for name in ("tsq extract", "loop by hand"))
+    ours, loop, folded = (float(cells(text, name)[1]) for name in ("tsq extract", "loop by hand", "loop by hand, folded"))
     assert float(cells(text, "ratio (aim >= 0.95)")[-1]) == pytest.approx(ours / loop, rel=0.05)
+    assert float(cells(text, "ratio to folded")[-1]) == pytest.approx(ours / folded, rel=0.05)
     assert len(cells(text, "limit")) == 3
     assert "failed 0" in text
     assert "--dry-run: " in text
