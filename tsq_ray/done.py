@@ -148,9 +148,14 @@ def _brief(table: pa.Table, number: int) -> pa.Table:
 
 def other_version(rows: pa.Table, manifest: Manifest, place: np.ndarray) -> np.ndarray:
     """Numbers of the rows that are of another version of their file than the manifest names; `place`: the manifest's row of each, or -1."""
-    known, theirs, ours = np.flatnonzero(place >= 0), manifest.rows.table.select(_CONTENT), rows.select(_CONTENT)
-    some = np.array_split(known, -(-len(known) // _ROWS) or 1)
-    return np.concatenate([part[~same_contents(theirs.take(pa.array(place[part])), ours.take(pa.array(part)))] for part in some])
+    theirs, ours = manifest.rows.table.select(_CONTENT).combine_chunks(), rows.select(_CONTENT)
+    other = [np.zeros(0, np.int64)]
+    for start in range(0, len(rows), _ROWS):
+        here = place[start : start + _ROWS]
+        known = here >= 0
+        same = same_contents(theirs.take(pa.array(here[known])), ours.slice(start, _ROWS).filter(pa.array(known)))
+        other.append(start + np.flatnonzero(known)[~same])
+    return np.concatenate(other)
 
 
 def pick_current(rows: DoneRows, manifest: Manifest) -> Current:

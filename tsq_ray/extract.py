@@ -78,7 +78,7 @@ def extract(
         runs.reopen(out)
         with runtime.cluster(address, debug) as ray:
             plan = ExtractPlan(
-                config, recognizer_settings, features, runtime.start_counts(), _threads(config, ray), out, _num_gpus(config, ray) > 0
+                config, recognizer_settings, features, runtime.start_counts(), _threads(config, ray), out, runtime.num_gpus(ray, config) > 0
             )
             try:
                 seconds = runtime.run_with_progress(
@@ -151,14 +151,9 @@ def _num_workers(config: Config, ray: Any) -> int:
     return config.resources.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _num_gpus(config: Config, ray: Any) -> int:
-    there, wanted = int(ray.cluster_resources().get("GPU", 0)), config.resources.gpus
-    return min(there, wanted) if wanted >= 0 else there
-
-
 def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ExtractPlan, debug: bool) -> dict[str, float]:
     runtime.quiet_data(debug)
-    config, cpus, gpus = plan.config, float(ray.cluster_resources().get("CPU", 1)), _num_gpus(plan.config, ray)
+    config, cpus, gpus = plan.config, float(ray.cluster_resources().get("CPU", 1)), runtime.num_gpus(ray, plan.config)
     batch = config.resources.batch_size
     pool = ray.data.ActorPoolStrategy
     common: dict[str, Any] = {"batch_size": batch, "batch_format": "pyarrow", "fn_constructor_args": (plan,), **runtime.RETRIES}
@@ -238,15 +233,14 @@ class EncodeWorker:
     """Encode alone, on a GPU."""
 
     def __init__(self, plan: ExtractPlan) -> None:
-        self.plan = plan
+        self.plan, self.specs = plan, plan.specs()
         self.encode = _make_encode(plan)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows with frames -> transport table of feature rows."""
         refs = runtime.refs_of(batch)
         videos = [
-            unpack_video(record, self.plan.specs())
-            for record in batch.drop_columns(list(batch.column_names[: len(schema.MANIFEST)])).to_pylist()
+            unpack_video(record, self.specs) for record in batch.drop_columns(list(batch.column_names[: len(schema.MANIFEST)])).to_pylist()
         ]
         started = time.perf_counter()
         live = [video for video in videos if isinstance(video, DecodedVideo)]

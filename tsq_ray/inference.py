@@ -104,7 +104,7 @@ def _chunks(pictures: Sequence[Pictures], chunk: int, device: torch.device, spec
 
 
 def resize_frames(frames: Tensor, spec: FrameSpec) -> Tensor:
-    """uint8 [N, H, W, 3] -> uint8 [N, size, size, 3] on the same device; as the decoder does it with Pillow (`decode.frames.fit`), within a rounding."""
+    """uint8 [N, H, W, 3] -> uint8 [N, size, size, 3] on the same device; as the decoder does it with Pillow (`decode.frames.fit`), but for rounding."""
     width, height = target_size(frames.shape[2], frames.shape[1], spec)
     resized = frames.permute(0, 3, 1, 2).float()
     if (height, width) != frames.shape[1:3]:

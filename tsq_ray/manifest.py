@@ -74,6 +74,8 @@ class VideoRows(Sequence[VideoRef]):
         places = range(len(self))[key]
         if isinstance(places, int):
             return _ref(self.table.slice(places, 1).to_pylist()[0])
+        if len(places) == len(self) and places.step == 1:
+            return self
         if places.step == 1:
             return VideoRows(self.table.slice(places.start, len(places)))
         return VideoRows(self.table.take(pa.array(places, pa.int64())))

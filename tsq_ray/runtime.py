@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tsq_ray import runs, schema, storage
-from tsq_ray.config import OutputConfig
+from tsq_ray.config import Config, OutputConfig
 from tsq_ray.errors import RunFailed, StorageError, TsqError
 from tsq_ray.manifest import VideoRef, VideoRows
 
@@ -362,6 +362,12 @@ class WritePart:
                     raise
             time.sleep(wait_s)
         runs.write_part(self.out, rows, self.compression)
+
+
+def num_gpus(ray: Any, config: Config) -> int:
+    """GPU workers: one a GPU of the cluster, at most as many as `resources.gpus` says."""
+    there, most = int(ray.cluster_resources().get("GPU", 0)), config.resources.gpus
+    return min(there, most) if most >= 0 else there
 
 
 def share_cpus(total: float, workers: int, reserve: float = 0.5) -> float:

@@ -64,7 +64,7 @@ def score(
     retry = runs.retry_reasons(retry_failed)
     classes = list(content["classes"])
     arrow = schema.predictions_schema(config.decode.num_frames, len(classes), manifest.classes, with_scores)
-    todo = runs.enter(out, "predictions", _identity(digest, config, with_scores), manifest, wanted, retry)
+    todo = runs.enter(out, "predictions", _identity(content, digest, config, with_scores), manifest, wanted, retry)
     seconds: dict[str, float] = {}
     if todo:
         runs.reopen(out)
@@ -90,14 +90,17 @@ def score(
     )
 
 
-def _identity(digest: str, config: Config, with_scores: bool) -> dict[str, Any]:
+def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> dict[str, Any]:
     sampler = config.sampler.model_dump(mode="json")
     if config.sampler.mode != "random":
         sampler.pop("seed")
     if config.sampler.budget != "adaptive":  # it says all; the runs of before these settings are the same
         sampler.pop("max_budget")
         sampler.pop("margin")
-    return {"model_sha256": digest, "sampler": sampler, "scores": "all" if with_scores else "top"}
+    identity = {"model_sha256": digest, "sampler": sampler, "scores": "all" if with_scores else "top"}
+    # likewise of what the bundle says: only another backend than its own
+    own = bundle["config"]["decode"].get("backend", config.decode.backend)
+    return identity | ({"decode": {"backend": config.decode.backend}} if config.decode.backend != own else {})
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ class ResourcesConfig(Section):
     precision: Precision = "auto"
     """What the networks compute in, in `extract`, `score`, `predict` and `serve`; `auto`: bf16 on GPUs that have it, fp32 on CPUs."""
     resize: Literal["auto", "decoder", "device"] = "auto"
-    """Who makes the pictures that the networks want of a frame: the `decoder` on its CPU, or, of frames that hold at most twice the data of these pictures, the networks' `device`; the same within a rounding. `auto`: the device where it is a GPU."""
+    """Who makes the pictures that the networks want of a frame: the `decoder` on its CPU, or, of frames that hold at most twice the data of these pictures, the networks' `device`; the same but for rounding. In `extract`, `score`, `predict` and `serve`; `auto`: the device where it is a GPU (`serve`: where its networks ask for one)."""
     compile: bool = False
     """Compile these networks with torch.compile, as CUDA graphs on GPUs: a minute more at the start of each worker. Needs a C++ compiler on the node."""
 

@@ -213,7 +213,8 @@ def _end_to_end(bundle: Bundle, options: argparse.Namespace, rate: float, whole:
     batch = max(options.batches)
     with DecodePool(bundle.decode, bundle_specs(bundle, "both", whole), options.decoders) as pool:
         started = time.perf_counter()
-        decoded = sum(1 for _ in _decoded(pool, uris, options.decoders))
+        kept = [WHOLE in video.frames for video in _decoded(pool, uris, options.decoders)]
+        decoded = len(kept)
         alone = decoded / (time.perf_counter() - started)
         started, waiting, done = time.perf_counter(), list[DecodedVideo](), 0
         for video in _decoded(pool, uris, max(batch, options.decoders)):
@@ -227,7 +228,7 @@ def _end_to_end(bundle: Bundle, options: argparse.Namespace, rate: float, whole:
     return (
         f"\n| {decoded} of {len(uris)} videos, {options.decoders} decoding processes ({options.backend}), batches of {batch} | videos/s |\n| --- | ---: |\n"
         f"| decoding alone | {alone:.2f} |\n| network alone | {rate:.2f} |\n| together | {together:.2f} |\n"
-        f"| together, of the slower one | {together / min(alone, rate):.2f} |\n"
+        f"| together, of the slower one | {together / min(alone, rate):.2f} |\n\n{sum(kept)} videos with whole frames\n"
     )
 
 

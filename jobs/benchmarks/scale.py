@@ -177,7 +177,7 @@ def _plan(ray: Any, manifest_uri: str, out: str, config: Config) -> tuple[float,
     """Seconds from the manifest's file to the Ray dataset of what is to do, and how much that is. The steps of `extract`."""
     started = time.perf_counter()
     manifest = read_manifest(manifest_uri)
-    todo = runs.enter(out, "features", {}, manifest, choose_split(manifest, None))
+    todo = runs.enter(out, "features", {}, manifest, choose_split(manifest, None)[:None])
     runtime.todo_dataset(ray, todo, runtime.block_rows(len(todo), 2, config.resources.batch_size, config.output.rows_per_file))
     return time.perf_counter() - started, len(todo)
 

@@ -55,7 +55,7 @@ def test_a_decode_child_and_a_worker_are_killed(ray_cluster: Any, tmp_path: Path
 @pytest.mark.slow
 def test_videos_that_took_too_long_are_done_again_on_request(ray_cluster: Any, tmp_path: Path) -> None:
     site = make_site(tmp_path)
-    write_video(tmp_path / "videos/unlabelled.mp4", 400, size=(640, 384), gop=400)
+    write_video(tmp_path / "videos/unlabelled.mp4", 600, size=(1280, 768), gop=600)  # half a second and more
     index(site, str(tmp_path), "--update")
     assert tsq(*site.argv, "--set", "decode.timeout_s=0.05").code == 0
     late = {name for name, row in site.rows().items() if row["error_type"] == "timeout"}

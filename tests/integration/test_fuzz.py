@@ -80,7 +80,7 @@ def check_rows(rows: list[dict[str, object]], refs: list[VideoRef], folder: Path
     table = schema.table_from_rows([{key: value for key, value in row.items() if key != "seconds"} for row in rows], arrow)
     runs.write_part(str(folder), table, "zstd")
     done = runs.done_rows(str(folder))
-    assert Counter(row.status for row in done) == Counter(str(row["status"]) for row in rows)
+    assert Counter(done.table["status"].to_pylist()) == Counter(str(row["status"]) for row in rows)
     assert pa.compute.count_distinct(table["video_id"]).as_py() == len(refs)
 
 

@@ -147,6 +147,20 @@ def test_frames_stay_whole_where_that_is_at_most_twice_the_data_of_the_pictures(
         )
 
 
+def test_frames_that_change_their_size_do_not_stay_whole() -> None:
+    pictures, frames = (
+        {"squash": FrameSpec(88)},
+        [picture(number, *size) for number, size in ((1, (160, 96)), (2, (320, 200)), (3, (160, 96)))],
+    )
+    stores = [FrameStore(specs, 3) for specs in (pictures, with_whole_frames(pictures))]
+    for store in stores:
+        for i in (2, 0, 1):
+            store.put(i, frames[i])
+    assert [list(store.frames) for store in stores] == [["squash"], ["squash"]]
+    assert (stores[0].frames["squash"] == stores[1].frames["squash"]).all()
+    assert stores[1].complete
+
+
 def test_frames_of_a_strip_do_not_stay_whole() -> None:
     store = FrameStore(with_whole_frames({"crop": FrameSpec(64, "crop")}), 1)
     store.put(0, np.zeros((8, 40, 3), np.uint8))
@@ -396,10 +410,10 @@ def test_nvdec_on_a_gpu_that_fails_decodes_on_the_cpu(videos: dict[str, Path], t
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["h264.mp4", "h264_b.mp4", "h264_open_gop.mkv", "hevc_open_gop.mp4", "hevc.mkv", "vp9.webm"])
+@pytest.mark.parametrize("name", ["h264.mp4", "h264_b.mp4", "h264_open_gop.mkv", "hevc_open_gop.mp4", "hevc.mkv", "vp9.webm", "turned.mp4"])
 def test_nvdec_gives_the_frames_of_the_cpu(name: str, tmp_path: Path) -> None:
     # the smallest that every NVDEC takes is 144 pixels a side
-    path = write_video(tmp_path / name, size=(320, 192), **KINDS[name])
+    path = write_video(tmp_path / name, size=(320, 192), **KINDS.get(name, {"rotation": 90}))
     exact, decoded = decode(path), decode(path, backend="nvdec")
     assert decoded.frame_index.tolist() == exact.frame_index.tolist()
     assert np.abs(decoded.slots("wide").astype(int) - exact.slots("wide")).mean() < 2

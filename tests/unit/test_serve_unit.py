@@ -13,6 +13,8 @@ import pytest
 from bundle_case import make_bundle
 from starlette.requests import Request
 
+from tsq_ray import score
+from tsq_ray.artifact import read_bundle_settings
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError, ModelError, UserError
 from tsq_ray.sections import ReplicaConfig, ScaleConfig, ServeConfig
@@ -327,6 +329,14 @@ def test_scoring_may_override(setting: str, value: Any, bundle: str, tmp_path: P
     ]
     assert [getattr(getattr(config, section), key) for config in found] == [value] * 3
     assert {config.decode.num_frames for config in found} == {8}  # the bundle's own, not the default
+
+
+def test_predictions_of_another_decoder_than_the_bundles_are_another_run(bundle: str) -> None:
+    content, digest = read_bundle_settings(bundle)
+    configs = [scoring_config(bundle, sets=[f"decode.backend={backend}"]) for backend in ("pyav", "nvdec")]
+    own, other = (score._identity(content, digest, config, True) for config in configs)
+    assert other == own | {"decode": {"backend": "nvdec"}}
+    assert "decode" not in own, "folders of before the choice stay the same run"
 
 
 @pytest.mark.parametrize(

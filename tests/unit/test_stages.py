@@ -293,9 +293,6 @@ def test_a_mode_works_on_the_pictures_it_asked_for(bundle: Bundle, mode: str) ->
     assert score(bundle, [(ref(0), item)], mode=mode)[0]["status"] == "ok"
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) -> None:
     config, specs = SamplerConfig(budget=BUDGET, mode=mode), bundle_specs(bundle, mode)
@@ -309,6 +306,9 @@ def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) ->
     assert row["scores"] == pytest.approx(expected["scores"], abs=0.02)
     assert row["top_labels"] == expected["top_labels"]
     assert len(row["selected_slot"]) == BUDGET
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:

@@ -68,13 +68,17 @@ class FrameStore:
         self.frames: dict[str, np.ndarray] = {}
         self.width = self.height = 0
         self._filled = np.zeros(count, bool)
+        self._pictures: Mapping[str, FrameSpec] = specs
 
     def put(self, i: int, rgb: np.ndarray) -> None:
         """Store frame i of N, uint8 [H, W, 3] as shown."""
         if not self.width:
             self.height, self.width = rgb.shape[:2]
             whole = WHOLE in self.specs and _is_small(self.height, self.width, self.specs[WHOLE])
-            self.specs = {name: spec for name, spec in self.specs.items() if (name == WHOLE) == whole}
+            self._pictures = {name: spec for name, spec in self.specs.items() if name != WHOLE}
+            self.specs = {WHOLE: self.specs[WHOLE]} if whole else self._pictures
+        elif WHOLE in self.frames and rgb.shape[:2] != (self.height, self.width):
+            self._no_longer_whole()
         for name, spec in self.specs.items():
             # one array holds all frames, so a video that changes its size keeps the first frame's
             size = target_size(self.width, self.height, spec) if spec.resize in ("keep", "none") else None
@@ -83,6 +87,12 @@ class FrameStore:
                 self.frames[name] = np.empty((self.count, *picture.shape), np.uint8)
             self.frames[name][i] = picture
         self._filled[i] = True
+
+    def _no_longer_whole(self) -> None:
+        """A video that changes its size: whole frames of several sizes do not go into one array, their pictures do."""
+        self.specs, whole = self._pictures, self.frames.pop(WHOLE)
+        for i in np.flatnonzero(self._filled):
+            self.put(int(i), whole[i])
 
     @property
     def complete(self) -> bool:

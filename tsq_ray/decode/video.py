@@ -237,8 +237,8 @@ class _Job:
             table = scan(container, stream)
         if table.reliable and not table.damaged and (claimed is None or table.num_packets >= claimed):
             for accelerator in self._accelerators():
-                # a GPU without memory left, for example, does not even open what has just been scanned
-                trouble = (DecodeTrouble,) if accelerator is None else (DecodeTrouble, VideoError)
+                # a GPU may have no memory or surfaces left for what has just been scanned without trouble, or give frames that nobody converts
+                trouble = (DecodeTrouble,) if accelerator is None else (DecodeTrouble, VideoError, MemoryError, av.error.FFmpegError)
                 with contextlib.suppress(*trouble), self._open(path, accelerator) as (container, stream):
                     self._check_duration((table.end - table.pts[0]) * _time_base(stream))
                     return self._by_table(path, container, stream, table)

@@ -14,7 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from tsq_ray.artifact import read_bundle_settings
-from tsq_ray.config import Config, EncodersConfig, ModelConfig
+from tsq_ray.config import TSQ_MODES, Config, EncodersConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef
@@ -58,13 +58,13 @@ class Decoder:
     def __init__(self, model: str, config: Config) -> None:
         content, _ = read_bundle_settings(model)
         made_with, answerer = content["config"], content["config"]["recognizer"]
+        networks = [config.serve.recognizer] + ([config.serve.sampler] if config.sampler.mode in (*TSQ_MODES, "maxconf-l") else [])
         specs = picture_specs(
             EncodersConfig.model_validate(made_with["encoders"]),
             "objects" in content["files"],
             ModelConfig.model_validate(answerer) if answerer is not None else None,
             config.sampler.mode,
-            # a recogniser or a sampler without a GPU would resize on its CPU, which the decoders have more of
-            config.resources.resizes_on_device(min(config.serve.sampler.num_gpus, config.serve.recognizer.num_gpus) > 0),
+            config.resources.resizes_on_device(all(network.num_gpus > 0 for network in networks)),
         )
         self.pool = DecodePool(config.decode, specs, config.serve.decoder_processes)
 

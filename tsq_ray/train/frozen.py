@@ -67,9 +67,7 @@ def _threads(config: Config, ray: Any) -> int:
 def _features(ray: Any, rows: Sequence[VideoRef], plan: _Plan, debug: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """video id -> float16 [T, D], and URI -> error type of the failed ones."""
     runtime.quiet_data(debug)
-    config, resources = plan.config, ray.cluster_resources()
-    cpus = float(resources.get("CPU", 1))
-    gpus = int(resources.get("GPU", 0)) if config.resources.gpus < 0 else min(int(resources.get("GPU", 0)), config.resources.gpus)
+    config, cpus, gpus = plan.config, float(ray.cluster_resources().get("CPU", 1)), runtime.num_gpus(ray, plan.config)
     workers = gpus or config.resources.workers or max(1, int(cpus))
     batch = config.resources.batch_size
     data = runtime.todo_dataset(ray, rows, runtime.block_rows(len(rows), workers, batch, batch))
