@@ -35,7 +35,7 @@ _SCHEMA = pa.schema(
 EMPTY = _SCHEMA.empty_table()
 """What `done_rows` finds in an empty folder."""
 _REMOTE_READERS = 16
-_COMPACT = 500
+_COMPACT = 100
 """Parts that are read ahead and put together at a time."""
 
 
