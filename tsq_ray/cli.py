@@ -6,6 +6,7 @@ The stages are imported inside the commands, so that `tsq --help` is instant.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -420,6 +421,8 @@ def submit_command(address: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 the run failed, 2 wrong input."""
+    # before Arrow is loaded, and for Ray's workers too: its own allocator keeps what is freed, 170 MiB of the driver at a million rows
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     arguments = bare_retry(list(sys.argv[1:] if argv is None else argv)) or ["--help"]
     debug = "--debug" in arguments
     return guarded(lambda: app(args=arguments, prog_name="tsq", standalone_mode=False), debug)

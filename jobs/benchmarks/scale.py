@@ -86,7 +86,8 @@ def _child(work: str, environment: dict[str, str] | None = None, **options: Any)
     command = [sys.executable, __file__, "--child", work]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    done = subprocess.run(command, env={**os.environ, **(environment or {})}, stdout=subprocess.PIPE, check=True, text=True)
+    as_in_tsq = {"ARROW_DEFAULT_MEMORY_POOL": "system"}
+    done = subprocess.run(command, env={**as_in_tsq, **os.environ, **(environment or {})}, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
