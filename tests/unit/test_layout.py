@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -173,6 +174,16 @@ def loaded(code: str) -> set[str]:
 )
 def test_what_importing_loads(code: str, allowed: set[str]) -> None:
     assert loaded(code) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [({}, "system"), ({"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}, "mimalloc")], ids=["default", "asked for"]
+)
+def test_the_command_line_chooses_arrows_allocator(wanted: dict[str, str], found: str) -> None:
+    code = "from tsq_ray.cli import main\nmain(['--help'])\nimport pyarrow\nprint('pool:', pyarrow.default_memory_pool().backend_name)"
+    environment = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"} | wanted
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith(f"pool: {found}\n")
 
 
 def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
