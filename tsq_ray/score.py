@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from tsq_ray.rows import failed_row
 from tsq_ray.sections import ReplicaConfig
 
 _TRIES = 3
+_HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,17 @@ def score(
         runs.reopen(out)
         with runtime.cluster(address, debug) as ray:
             counts = runtime.start_counts()
-            with serve_graph(ray, model, config, len(todo), debug) as app:
+            resources = ray.cluster_resources()
+            bulk = bulk_config(config, resources, len(todo))
+            with serve_graph(model, bulk, debug) as app:
                 plan = ScorePlan(app, arrow, manifest.classes, counts, config.decode.timeout_s + config.serve.request_timeout_s)
                 try:
                     seconds = runtime.run_with_progress(
-                        lambda: _run_pipeline(ray, todo, plan, out, config, debug), counts, len(todo), "score", show_progress
+                        lambda: _run_pipeline(ray, todo, plan, out, bulk, num_senders(bulk, resources), debug),
+                        counts,
+                        len(todo),
+                        "score",
+                        show_progress,
                     )
                 except ray.exceptions.RayError as error:
                     raise runtime.run_failed(error, "score") from error
@@ -104,7 +111,7 @@ def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: 
 
 
 @contextlib.contextmanager
-def serve_graph(ray: Any, model: str, config: Config, videos: int, debug: bool) -> Iterator[str]:
+def serve_graph(model: str, config: Config, debug: bool) -> Iterator[str]:
     """The graph deployed for the time of the `with`, without HTTP; yields the application's name."""
     from ray import serve
 
@@ -115,7 +122,7 @@ def serve_graph(ray: Any, model: str, config: Config, videos: int, debug: bool) 
     # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
     serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
     try:
-        serve.run(application(model, bulk_config(config, ray.cluster_resources(), videos), None), name=name, route_prefix=None)
+        serve.run(application(model, config, None), name=name, route_prefix=None)
     except Exception as error:
         raise runtime.run_failed(error, "score: the graph") from error
     try:
@@ -124,14 +131,20 @@ def serve_graph(ray: Any, model: str, config: Config, videos: int, debug: bool) 
         serve.delete(name)
 
 
-def bulk_config(config: Config, resources: dict[str, float], videos: int) -> Config:
-    """Replicas for a bulk run: as many as the cluster holds, all from the start; a one-machine cluster gets one of each."""
-    cpus, gpus = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
-    serve = config.serve
+def bulk_config(config: Config, resources: Mapping[str, float], videos: int) -> Config:
+    """Replicas for a bulk run: as many as the cluster holds, all from the start.
+
+    `resources`: of the cluster, as Ray names them. Networks: one replica of each a GPU, at most `resources.gpus`; without GPUs one of each a node, which uses all of its cores.
+    """
+    serve, most = config.serve, config.resources.gpus
+    cpus, there = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    gpus = min(there, most) if most >= 0 else there
+    nodes = max(1, sum(name.startswith("node:") and name != _HEAD for name in resources))
     decoders = int(max(1, min(config.resources.decoders or max(1, (cpus - 1) // 2), videos)))
     processes = max(1, int(min(serve.decoder_processes, cpus)))
-    encoders = int(max(1, gpus)) if config.resources.gpus else 1
-    gpu = 0.5 if gpus and config.resources.gpus else 0.0
+    networks = int(max(1, min(gpus or nodes, videos)))
+    gpu = 0.5 if gpus else 0.0
+    ahead = 2 * serve.batch_size if gpus else max(2 * serve.batch_size, int(2 * cpus / nodes))
 
     def replicas(count: int, num_cpus: float, num_gpus: float, ongoing: int) -> ReplicaConfig:
         return ReplicaConfig(min_replicas=count, max_replicas=count, num_cpus=num_cpus, num_gpus=num_gpus, max_ongoing_requests=ongoing)
@@ -142,22 +155,32 @@ def bulk_config(config: Config, resources: dict[str, float], videos: int) -> Con
                 update={
                     "decoder": replicas(decoders, min(1.0, cpus / 8), 0.0, 2 * processes),
                     "decoder_processes": processes,
-                    "sampler": replicas(encoders, 0.2, gpu, 2 * serve.batch_size),
-                    "recognizer": replicas(encoders, 0.2, gpu, 2 * serve.batch_size),
+                    "sampler": replicas(networks, 0.2, gpu, ahead),
+                    "recognizer": replicas(networks, 0.2, gpu, ahead),
                 }
             )
         }
     )
 
 
-def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ScorePlan, out: str, config: Config, debug: bool) -> dict[str, float]:
+def num_senders(bulk: Config, resources: Mapping[str, float]) -> int:
+    """Workers that send videos to the graph, so many that their batches fill its decoders and samplers.
+
+    At least two: while one waits for its last video the other keeps the graph busy.
+    """
+    room = sum(part.max_replicas * part.max_ongoing_requests for part in (bulk.serve.decoder, bulk.serve.sampler))
+    return max(2, min(-(-room // bulk.resources.batch_size), int(resources.get("CPU", 1.0))))
+
+
+def _run_pipeline(
+    ray: Any, todo: Sequence[VideoRef], plan: ScorePlan, out: str, config: Config, senders: int, debug: bool
+) -> dict[str, float]:
     runtime.quiet_data(debug)
     batch = config.resources.batch_size
-    block = runtime.block_rows(len(todo), 2, batch, config.output.rows_per_file)
+    block = runtime.block_rows(len(todo), senders, batch, config.output.rows_per_file)
     data = runtime.todo_dataset(ray, todo, block).map_batches(
         ScoreWorker,
-        # two batches in flight: while one waits for its last video the other keeps the graph busy
-        compute=ray.data.ActorPoolStrategy(size=2),
+        compute=ray.data.ActorPoolStrategy(size=senders),
         num_cpus=0.05,
         batch_size=batch,
         batch_format="pyarrow",

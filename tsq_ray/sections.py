@@ -89,9 +89,9 @@ class ServeConfig(Section):
     recognizer: ReplicaConfig = ReplicaConfig()
     """Recognises the K frames."""
     batch_size: int = Field(default=8, ge=1)
-    """Most videos in one batch of the sampler or the recogniser."""
+    """Most videos in one batch of the sampler or the recogniser on a GPU; on a CPU a replica does a video a thread, side by side."""
     batch_wait_s: float = Field(default=0.01, ge=0)
-    """Longest wait for a batch to fill, in seconds."""
+    """Longest wait for a batch to fill on a GPU, in seconds."""
     max_queued_requests: int = Field(default=256, ge=1)
     """Requests that an ingress replica has in hand, waiting ones too; one more is answered 429."""
     request_timeout_s: float = Field(default=120.0, gt=0)

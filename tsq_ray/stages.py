@@ -294,7 +294,8 @@ class Recognize:
         """`model`: a bundle, or its recogniser alone (`load_recognizer`)."""
         encoder = model.recognizer if isinstance(model, Bundle) else model.encoder
         assert encoder is not None
-        self.recognizer = ready(encoder, device or best_device(), how)
+        self.device = device or best_device()
+        self.recognizer = ready(encoder, self.device, how)
         self.classes, self.task, self.config = model.classes, model.task, config
         self._first = math.ceil(config.margin)
 

@@ -361,3 +361,35 @@ def test_scoring_refuses_more_frames_than_there_are(bundle: str) -> None:
         scoring_config(bundle, sets=["sampler.budget=9"])
     with pytest.raises(ModelError, match=r"has no bundle\.json"):
         scoring_config(os.path.dirname(bundle))
+
+
+# ------------------------------------------------------------------------------------------------------------ bulk scoring
+
+
+def cluster(cpus: int, gpus: int = 0, nodes: int = 1) -> dict[str, float]:
+    """Resources as Ray names them."""
+    found = {"CPU": float(cpus), "node:__internal_head__": 1.0, "memory": 1e9} | {f"node:10.0.0.{number}": 1.0 for number in range(nodes)}
+    return found | ({"GPU": float(gpus)} if gpus else {})
+
+
+@pytest.mark.parametrize(
+    ("resources", "settings", "videos", "networks", "num_gpus", "decoders", "senders"),
+    [
+        (cluster(2), [], 100, 1, 0.0, 1, 2),
+        (cluster(64, nodes=4), [], 1000, 4, 0.0, 31, 32),  # 31 decoders of 4 and 4 samplers of 32 requests: 252 in batches of 8
+        (cluster(64, nodes=4), [], 3, 3, 0.0, 3, 14),
+        (cluster(32, gpus=2), [], 1000, 2, 0.5, 15, 12),
+        (cluster(32, gpus=2), ["resources.gpus=1"], 1000, 1, 0.5, 15, 10),
+        (cluster(32, gpus=2), ["resources.gpus=0"], 1000, 1, 0.0, 15, 16),
+        (cluster(32, gpus=2), ["resources.batch_size=64", "resources.decoders=4"], 1000, 2, 0.5, 4, 2),
+    ],
+    ids=["two cores", "four nodes", "few videos", "GPUs", "one of two GPUs", "no GPU wanted", "large batches"],
+)
+def test_replicas_of_a_bulk_run(
+    resources: dict[str, float], settings: list[str], videos: int, networks: int, num_gpus: float, decoders: int, senders: int
+) -> None:
+    bulk = score.bulk_config(load_config(None, settings), resources, videos)
+    for part in (bulk.serve.sampler, bulk.serve.recognizer):
+        assert (part.min_replicas, part.max_replicas, part.num_gpus) == (networks, networks, num_gpus)
+    assert (bulk.serve.decoder.min_replicas, bulk.serve.decoder.max_replicas, bulk.serve.decoder.num_gpus) == (decoders, decoders, 0.0)
+    assert score.num_senders(bulk, resources) == senders

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
+from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
 from ray import serve
@@ -20,6 +21,7 @@ from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import picture_specs, source_of
 from tsq_ray.sections import ReplicaConfig, ScaleConfig
+from tsq_ray.serve.batching import Answer, Batches, Item
 
 if TYPE_CHECKING:  # torch: only in the replicas that need it
     from tsq_ray.stages import Sampled
@@ -45,10 +47,14 @@ def deployment_options(config: ScaleConfig, max_ongoing: int, max_queued: int = 
     return options | {"autoscaling_config": scaling}
 
 
-def _threads(config: Config) -> None:
-    import torch
+def _before_torch() -> None:
+    # a network's threads would else spin for some milliseconds in each of its layers, on cores that other replicas want
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    torch.set_num_threads(config.resources.threads or os.cpu_count() or 1)
+
+def _batches(work: Callable[[list[Item]], list[Answer]], config: Config, on_gpu: bool) -> Batches[Item, Answer]:
+    settings, threads = config.serve, config.resources.threads or os.cpu_count() or 1
+    return Batches(work, settings.batch_size, settings.batch_wait_s, threads, on_gpu)
 
 
 @serve.deployment
@@ -93,25 +99,19 @@ def _write(file: IO[bytes], data: bytes) -> None:
 
 @serve.deployment
 class Sampler:
-    """Encodes the T frames and chooses K; requests that wait together go through the networks together."""
+    """Encodes the T frames and chooses K."""
 
     def __init__(self, model: str, config: Config) -> None:
+        _before_torch()
         from tsq_ray.bundle import load_bundle
         from tsq_ray.stages import Sample
 
-        _threads(config)
-        self.sample = Sample(load_bundle(model), config.sampler, how=config.resources)
-        self.run.set_max_batch_size(config.serve.batch_size)  # type: ignore[attr-defined]
-        self.run.set_batch_wait_timeout_s(config.serve.batch_wait_s)  # type: ignore[attr-defined]
-
-    @serve.batch
-    async def run(self, items: list[Decoded]) -> list[Sampled]:
-        """A batch."""
-        return await asyncio.to_thread(self.sample, items)
+        sample = Sample(load_bundle(model), config.sampler, how=config.resources)
+        self.batches: Batches[Decoded, Sampled] = _batches(sample, config, sample.device.type == "cuda")
 
     async def __call__(self, item: Decoded) -> Sampled:
         """One video's frames, or its failure, -> its row so far and the pictures to recognise."""
-        return await self.run(item)
+        return await self.batches(item)
 
 
 @serve.deployment
@@ -119,22 +119,16 @@ class Recognizer:
     """Recognises the chosen frames."""
 
     def __init__(self, model: str, config: Config) -> None:
+        _before_torch()
         from tsq_ray.bundle import load_recognizer
         from tsq_ray.stages import Recognize
 
-        _threads(config)
-        self.recognize = Recognize(load_recognizer(model), config.sampler, how=config.resources)
-        self.run.set_max_batch_size(config.serve.batch_size)  # type: ignore[attr-defined]
-        self.run.set_batch_wait_timeout_s(config.serve.batch_wait_s)  # type: ignore[attr-defined]
-
-    @serve.batch
-    async def run(self, items: list[Sampled]) -> list[dict[str, Any]]:
-        """A batch."""
-        return await asyncio.to_thread(self.recognize, items)
+        recognize = Recognize(load_recognizer(model), config.sampler, how=config.resources)
+        self.batches: Batches[Sampled, dict[str, Any]] = _batches(recognize, config, recognize.device.type == "cuda")
 
     async def __call__(self, item: Sampled) -> dict[str, Any]:
         """One video's chosen frames -> its prediction row."""
-        return await self.run(item)
+        return await self.batches(item)
 
 
 class Graph:

@@ -1,0 +1,143 @@
+"""Requests to a network, gathered: what runs together, with how many threads, and who gets what when work fails or a request is given up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tsq_ray.serve.batching import Batches
+
+
+@pytest.fixture(autouse=True)
+def same_threads_after() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class Network:
+    """Doubles numbers, when it is let; notes the batches it sees and the threads it has. Negative numbers fail their batch."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.seen: list[list[int]] = []
+        self.threads: list[int] = []
+        self.inside = self.most_inside = 0
+        self.lock = threading.Lock()
+
+    def __call__(self, items: list[int]) -> list[int]:
+        with self.lock:
+            self.seen.append(items)
+            self.threads.append(torch.get_num_threads())
+            self.inside += 1
+            self.most_inside = max(self.most_inside, self.inside)
+        assert self.open.wait(20)
+        with self.lock:
+            self.inside -= 1
+        if min(items) < 0:
+            raise ValueError(f"negative: {items}")
+        return [2 * item for item in items]
+
+
+async def until_seen(network: Network, batches: int) -> None:
+    async with asyncio.timeout(20):
+        while len(network.seen) < batches:
+            await asyncio.sleep(0.005)
+
+
+def test_what_waits_for_a_gpu_goes_through_together() -> None:
+    network = Network()
+
+    async def run() -> list[int]:
+        batches = Batches(network, size=4, wait_s=0.0, threads=3, on_gpu=True)
+        first = asyncio.create_task(batches(0))
+        await until_seen(network, 1)
+        rest = [asyncio.create_task(batches(number)) for number in range(1, 8)]
+        await asyncio.sleep(0.05)
+        assert network.seen == [[0]]  # one batch at a time
+        network.open.set()
+        return [await task for task in (first, *rest)]
+
+    assert asyncio.run(run()) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert network.seen == [[0], [1, 2, 3, 4], [5, 6, 7]]
+    assert set(network.threads) == {3}
+
+
+def test_the_first_of_a_batch_waits_for_others() -> None:
+    network = Network()
+    network.open.set()
+
+    async def run() -> list[int]:
+        batches = Batches(network, size=2, wait_s=20.0, threads=1, on_gpu=True)
+        first = asyncio.create_task(batches(1))
+        await asyncio.sleep(0.05)
+        assert network.seen == []
+        async with asyncio.timeout(10):  # a full batch waits for nothing
+            return await asyncio.gather(first, batches(2))
+
+    assert asyncio.run(run()) == [2, 4]
+    assert network.seen == [[1, 2]]
+
+
+def test_a_cpu_does_one_item_a_thread_side_by_side() -> None:
+    network = Network()
+
+    async def run() -> list[int]:
+        batches = Batches(network, size=8, wait_s=20.0, threads=3, on_gpu=False)
+        tasks = [asyncio.create_task(batches(number)) for number in range(5)]
+        await until_seen(network, 3)
+        await asyncio.sleep(0.05)
+        assert network.inside == 3
+        network.open.set()
+        return await asyncio.gather(*tasks)
+
+    assert asyncio.run(run()) == [0, 2, 4, 6, 8]
+    assert sorted(network.seen) == [[0], [1], [2], [3], [4]]
+    assert network.most_inside == 3
+
+
+@pytest.mark.parametrize(("others", "threads"), [(0, 4), (1, 2), (2, 1), (9, 1)])
+def test_the_items_in_hand_share_the_threads_of_a_cpu(others: int, threads: int) -> None:
+    network = Network()
+    network.open.set()
+
+    async def run() -> None:
+        batches = Batches(network, size=8, wait_s=0.0, threads=4, on_gpu=False)
+        await asyncio.gather(*(batches(number) for number in range(others + 1)))
+
+    asyncio.run(run())
+    assert network.threads[0] == threads
+
+
+def test_a_batch_that_fails_fails_its_own_items_alone() -> None:
+    network = Network()
+    network.open.set()
+
+    async def run() -> list[int | BaseException]:
+        batches = Batches(network, size=2, wait_s=0.05, threads=1, on_gpu=True)
+        numbers = [1, -1, 2, 3, 4]
+        return await asyncio.gather(*(batches(number) for number in numbers), return_exceptions=True)
+
+    answers = asyncio.run(run())
+    assert [str(answer) for answer in answers] == ["negative: [1, -1]", "negative: [1, -1]", "4", "6", "8"]
+
+
+def test_a_request_that_is_given_up_is_not_worked_on() -> None:
+    network = Network()
+
+    async def run() -> int:
+        batches = Batches(network, size=1, wait_s=0.0, threads=1, on_gpu=True)
+        running, given_up, kept = (asyncio.create_task(batches(number)) for number in (1, 2, 3))
+        await until_seen(network, 1)
+        running.cancel()
+        given_up.cancel()
+        await asyncio.gather(running, given_up, return_exceptions=True)
+        network.open.set()
+        return await kept
+
+    assert asyncio.run(run()) == 6
+    assert network.seen == [[1], [3]]
