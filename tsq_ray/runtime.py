@@ -220,14 +220,20 @@ def run_with_progress(work: Callable[[], T], counts: Any, total: int, what: str,
 @contextlib.contextmanager
 def progress_display(total: int, what: str, show: bool = True, unit: str = "videos") -> Iterator[Callable[[int, int], None]]:
     """Yields update(ok, failed). Output goes to stderr, so that --json keeps stdout to itself."""
-    started = time.monotonic()
+    began: list[
+        tuple[float, int]
+    ] = []  # when the first ones were done, and how many: before that is start-up, which says nothing of the rate
 
     def line(ok: int, failed: int) -> str:
-        done, seconds = ok + failed, time.monotonic() - started
-        rate = done / seconds if seconds > 0 else 0.0
+        now, done = time.monotonic(), ok + failed
         left = max(0, total - done)
-        eta = f"{left / rate:.0f} s" if rate > 0 else "?"
-        return f"{what}: {done}/{total} done, {failed} failed, {left} left, {rate:.2f} {unit}/s, ETA {eta}"
+        text = f"{what}: {done}/{total} done, {failed} failed, {left} left"
+        if done and not began:
+            began.append((now, done))
+        if not began or done <= began[0][1]:
+            return text
+        rate = (done - began[0][1]) / (now - began[0][0])
+        return f"{text}, {rate:.2f} {unit}/s, ETA {left / rate:.0f} s"
 
     if not show:
         yield lambda ok, failed: None
