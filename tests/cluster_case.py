@@ -300,6 +300,10 @@ class Driver:
             self.process.wait()
         end_marked(self.mark)
 
+    def interrupt(self) -> None:
+        """As Ctrl-C does."""
+        self.process.send_signal(signal.SIGINT)
+
     def ended(self, timeout_s: float = 240.0) -> Ended:
         """Wait for the end."""
         code = self.process.wait(timeout_s)

@@ -18,6 +18,7 @@ import typer
 from tsq_ray.console import (
     bare_retry,
     counts_text,
+    estimate_text,
     evaluation_text,
     guarded,
     index_text,
@@ -144,7 +145,9 @@ def extract(
     if dry_run:
         from tsq_ray.estimate import estimate_extract
 
-        return show_estimate(estimate_extract(manifest, settings, encoder, recognizer, split, limit), as_json)
+        where: dict[str, Any] = {"split": split, "limit": limit, "out": out, "retry_failed": retry_failed}
+        estimate = estimate_extract(manifest, settings, encoder, recognizer, **where)
+        return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
     from tsq_ray.extract import extract as run
@@ -232,7 +235,9 @@ def score(
     if dry_run:
         from tsq_ray.estimate import estimate_score
 
-        return show_estimate(estimate_score(manifest, model, settings, split, limit), as_json)
+        where: dict[str, Any] = {"split": split, "limit": limit, "out": out, "retry_failed": retry_failed}
+        estimate = estimate_score(manifest, model, settings, **where)
+        return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
     from tsq_ray.score import score as run
@@ -258,6 +263,8 @@ def predict(
 
     rows = [plain_row(row) for row in run(videos, model, scoring_config(model, str(config) if config else None, sets or ()))]
     show({"videos": rows}, as_json, "\n".join(prediction_text(row) for row in rows))
+    if all(row["status"] == "failed" for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -387,11 +394,6 @@ def info(
 def show(summary: dict[str, Any], as_json: bool, text: str) -> None:
     """The summary for a machine or for a person, on stdout."""
     print(json.dumps(summary, default=str, indent=1) if as_json else text)  # noqa: T201
-
-
-def show_estimate(estimate: dict[str, Any], as_json: bool) -> None:
-    """What --dry-run found."""
-    show(estimate, as_json, tree_text(estimate))
 
 
 def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | None) -> None:

@@ -408,7 +408,8 @@ def _apply_set(tree: dict[str, Any], item: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
+    # what is a number or a word is told once for each, with what it was taken for at the end of its place
+    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "literal[")))
     if first["type"] == "extra_forbidden":
         section: Any = Config
         for part in first["loc"][:-1]:

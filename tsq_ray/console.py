@@ -13,6 +13,9 @@ from tsq_ray.errors import StorageError, TsqError, UserError
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's UsageError; newer versions of typer carry a click of their own."""
+_TYPER_INTERRUPTED = 130
+"""What newer versions of typer make of a KeyboardInterrupt."""
+_INTERRUPTED = "interrupted; give the same command again to go on where it stopped"
 
 
 def run_text(run: dict[str, Any], out: str) -> str:
@@ -23,7 +26,12 @@ def run_text(run: dict[str, Any], out: str) -> str:
         lines.append("failed: " + ", ".join(f"{name} {count}" for name, count in counts["failed_by_type"].items()))
     if counts["with_warnings"]:
         lines.append(f"ok with warnings: {counts['with_warnings']}")
-    if run["stage_seconds"]:
+    now = run["videos_done_now"]
+    if now == 0:
+        lines.append("done already: nothing to do")
+    elif now < counts["ok"] + counts["failed"]:
+        lines.append(f"done now {now}, before {counts['ok'] + counts['failed'] - now}")
+    if now and run["stage_seconds"]:
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run["stage_seconds"].items())
         lines.append(
             f"seconds by stage, summed over workers: {stages}; {run['slowest_stage']} held it back; {run['wall_seconds']:.1f} s in all"
@@ -44,6 +52,23 @@ def counts_text(counts: dict[str, Any]) -> str:
     why = ", ".join(f"{count} by --{name}" for name, count in skipped.items() if count)
     text = f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['failed']} failed + {counts['skipped']} skipped"
     return text + (f" ({why})" if why else "")
+
+
+def estimate_text(estimate: dict[str, Any]) -> str:
+    """What --dry-run found."""
+    lines = [f"to do: {estimate['videos']} of {estimate['inputs']} videos, {_megabytes(estimate['bytes_in'])} to read"]
+    if estimate["videos"]:
+        lines.append(
+            f"would take {estimate['wall_seconds']:.0f} s on a machine like this one, start-up too: {estimate['seconds_a_video']} s a video "
+            f"with {estimate['workers']} workers ({estimate['cpu_hours']} CPU hours, {estimate['gpu_hours']} GPU hours)"
+        )
+        lines.append(f"would write {_megabytes(estimate['bytes_out'])}")
+        lines.append(f"from a probe of {len(estimate['probed'])} videos, {estimate['probed_failed']} of which failed (--json names them)")
+    return "\n".join(lines)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def index_text(summary: dict[str, Any], out: str) -> str:
@@ -150,13 +175,13 @@ def guarded(run: Callable[[], Any], debug: bool) -> int:
     """Run and turn what is raised into one line and an exit code."""
     try:
         code = run()
+        if code == _TYPER_INTERRUPTED:
+            return fail(_INTERRUPTED, 1, debug)
         return code if isinstance(code, int) else 0
     except typer.Exit as end:
         return end.exit_code
-    except typer.Abort:
-        return fail("interrupted", 1, debug)
-    except KeyboardInterrupt:
-        return fail("interrupted; give the same command again to go on where it stopped", 1, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return fail(_INTERRUPTED, 1, debug)
     except (UserError, StorageError) as error:
         return fail(str(error), 2, debug)
     except TsqError as error:

@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from tsq_ray import schema, storage
+from tsq_ray import runs, schema, storage
 from tsq_ray.bundle import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec
 from tsq_ray.extract import load_networks
-from tsq_ray.manifest import VideoRef, VideoRows, choose_split, read_manifest
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows, choose_split, read_manifest
 from tsq_ray.rows import failed_row, picture_specs, source_of, source_row
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs, classifier_settings
 
@@ -37,10 +37,18 @@ Finish = Callable[[VideoRef, Any], dict[str, Any]]
 
 
 def estimate_extract(
-    manifest_uri: str, config: Config, encoder: str | None, recognizer: str | None, split: str | None, limit: int | None
+    manifest_uri: str,
+    config: Config,
+    encoder: str | None = None,
+    recognizer: str | None = None,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    out: str | None = None,
+    retry_failed: str | None = None,
 ) -> dict[str, Any]:
-    """Time, GPU hours and output size of an extraction, extrapolated from PROBES videos."""
-    wanted = choose_split(manifest := read_manifest(manifest_uri), split)[:limit]
+    """Time, GPU hours and output size of what an extraction into `out` has still to do, extrapolated from PROBES videos."""
+    manifest, todo = _to_do(manifest_uri, split, limit, out, retry_failed)
     if encoder is not None:
         config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
     answerer = classifier_settings(recognizer) if recognizer is not None else None
@@ -58,12 +66,21 @@ def estimate_extract(
         features = encode([video])[0]
         return source_row(ref, video) | {"frame_index": video.frame_index} | {name: getattr(features, name) for name in names}
 
-    return _estimate(wanted, len(manifest.rows), config, specs, finish, arrow, loading)
+    return _estimate(todo, len(manifest.rows), config, specs, finish, arrow, loading)
 
 
-def estimate_score(manifest_uri: str, model: str, config: Config, split: str | None, limit: int | None) -> dict[str, Any]:
-    """Time, GPU hours and output size of a scoring, extrapolated from PROBES videos."""
-    wanted = choose_split(manifest := read_manifest(manifest_uri), split)[:limit]
+def estimate_score(
+    manifest_uri: str,
+    model: str,
+    config: Config,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    out: str | None = None,
+    retry_failed: str | None = None,
+) -> dict[str, Any]:
+    """Time, GPU hours and output size of what a scoring into `out` has still to do, extrapolated from PROBES videos."""
+    manifest, todo = _to_do(manifest_uri, split, limit, out, retry_failed)
     started = time.perf_counter()
     bundle = load_bundle(model)
     sample, recognize = Sample(bundle, config.sampler, how=config.resources), Recognize(bundle, config.sampler, how=config.resources)
@@ -74,7 +91,15 @@ def estimate_score(manifest_uri: str, model: str, config: Config, split: str | N
     def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
         return recognize(sample([(ref, video)]))[0]
 
-    return _estimate(wanted, len(manifest.rows), config, specs, finish, arrow, loading)
+    return _estimate(todo, len(manifest.rows), config, specs, finish, arrow, loading)
+
+
+def _to_do(
+    manifest_uri: str, split: str | None, limit: int | None, out: str | None, retry_failed: str | None
+) -> tuple[Manifest, VideoRows]:
+    manifest = read_manifest(manifest_uri)
+    wanted = choose_split(manifest, split)[:limit]
+    return manifest, wanted if out is None else runs.remaining(storage.normalize(out), manifest, wanted, runs.retry_reasons(retry_failed))
 
 
 def _resizes_on_device(config: Config) -> bool:
@@ -92,15 +117,18 @@ def _estimate(
     workers = 1 if gpus else config.resources.workers or cpus
     threads = config.resources.threads or max(1, cpus // workers)
     children = config.resources.decoders or max(1, cpus - 1) if gpus else workers
-    chosen = [wanted[int(place)] for place in _of_every_size(wanted)]
-    with Decode(config.decode, specs, children) as decode:
-        rows, seconds = _probe(chosen, decode, finish, workers, threads)
-    seconds /= max(1, gpus)  # the probe had one of them
-    wall = seconds * len(wanted) + STARTUP_S + loading * max(1.0, workers / cpus)
+    chosen = [wanted[int(place)] for place in _of_every_size(wanted)] if wanted else []
+    rows: list[dict[str, Any]] = []
+    seconds = wall = 0.0
+    if chosen:
+        with Decode(config.decode, specs, children) as decode:
+            rows, seconds = _probe(chosen, decode, finish, workers, threads)
+        seconds /= max(1, gpus)  # the probe had one of them
+        wall = seconds * len(wanted) + STARTUP_S + loading * max(1.0, workers / cpus)
     return {
         "videos": len(wanted),
         "inputs": inputs,
-        "bytes_in": pc.sum(wanted.table["size_bytes"]).as_py(),
+        "bytes_in": pc.sum(wanted.table["size_bytes"]).as_py() or 0,
         "probed": [storage.redact(ref.uri) for ref in chosen],
         "probed_failed": sum(row["status"] == "failed" for row in rows),
         "workers": gpus or workers,
@@ -108,7 +136,7 @@ def _estimate(
         "wall_seconds": round(wall, 1),
         "gpu_hours": round(seconds * len(wanted) * gpus / 3600, 3),
         "cpu_hours": round(seconds * len(wanted) * cpus / 3600, 3),
-        "bytes_out": int(_encoded_size(rows, arrow) / len(rows) * len(wanted)),
+        "bytes_out": int(_encoded_size(rows, arrow) / len(rows) * len(wanted)) if rows else 0,
     }
 
 

@@ -158,15 +158,15 @@ def _run_pipeline(ray: Any, todo: Sequence[VideoRef], plan: ExtractPlan, debug: 
     pool = ray.data.ActorPoolStrategy
     common: dict[str, Any] = {"batch_size": batch, "batch_format": "pyarrow", "fn_constructor_args": (plan,), **runtime.RETRIES}
     if gpus or config.resources.decoders:
-        decoders = config.resources.decoders or max(1, int(cpus) - 1)
-        encoders = max(1, gpus)
+        decoders = min(config.resources.decoders or max(1, int(cpus) - 1), len(todo))
+        encoders = min(max(1, gpus), len(todo))
         each = runtime.share_cpus(cpus, decoders, reserve=0.5 + 0.2 * encoders)
         block = runtime.block_rows(len(todo), decoders, batch, config.output.rows_per_file)
         data = runtime.todo_dataset(ray, todo, block).map_batches(DecodeWorker, compute=pool(size=decoders), num_cpus=each, **common)
         gpu = {"num_gpus": 1} if gpus else {}
         data = data.map_batches(EncodeWorker, compute=pool(size=encoders), num_cpus=0.2, **gpu, **common)
     else:
-        workers = _num_workers(config, ray)
+        workers = min(_num_workers(config, ray), len(todo))
         block = runtime.block_rows(len(todo), workers, batch, config.output.rows_per_file)
         data = runtime.todo_dataset(ray, todo, block).map_batches(
             ExtractWorker, compute=pool(size=workers), num_cpus=runtime.share_cpus(cpus, workers), **common

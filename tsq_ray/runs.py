@@ -88,21 +88,26 @@ def begin(uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest)
     `identity` holds, nested, everything that the rows hang on.
     """
     want = json.loads(json.dumps({"format": FORMAT, "kind": kind, "manifest_id": manifest.id, "config": identity}, default=str))
+    shown_uri = storage.redact(uri)
+    if storage.is_file(uri):
+        raise RunError(f"{shown_uri}: is a file; name a folder, a new one or that of an earlier run")
     have = read_json(storage.join(uri, CONFIG_FILE))
     if have is None:
-        foreign = [file.uri for file in storage.list_folder(uri) if storage.name_of(file.uri).endswith(".parquet")]
-        if foreign:
-            raise RunError(
-                f"{storage.redact(uri)}: holds Parquet files of something else ({storage.name_of(foreign[0])}); take an empty folder"
-            )
+        foreign = next(storage.walk(uri), None) if storage.is_folder(uri) else None
+        if foreign is not None:
+            raise RunError(f"{shown_uri}: holds files of something else ({storage.redact(foreign.uri)}); take an empty folder")
         write_json(storage.join(uri, CONFIG_FILE), want)
         return
+    if have.get("kind") != kind:
+        raise RunError(f"{shown_uri}: holds {have.get('kind')}, not {kind}; take another --out")
+    if have.get("manifest_id") != manifest.id:
+        raise RunError(f"{shown_uri}: made from a manifest of other sources; use that manifest or another --out")
     before, after = flatten(have), flatten(want)
     differ = differing(before, after)
     if differ:
         shown = "; ".join(f"{key.removeprefix('config.')}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise RunError(f"{storage.redact(uri)}: made with another configuration ({shown}{more}); use the same one or another --out")
+        raise RunError(f"{shown_uri}: made with another configuration ({shown}{more}); use the same one or another --out")
 
 
 def enter(
@@ -110,6 +115,11 @@ def enter(
 ) -> VideoRows:
     """Make or enter a run folder, as `begin`; the wanted videos that are still to do in it, failed ones again where their reason is in `retry`."""
     begin(uri, kind, identity, manifest)
+    return remaining(uri, manifest, wanted, retry)
+
+
+def remaining(uri: str, manifest: Manifest, wanted: Sequence[VideoRef], retry: Collection[str] = ()) -> VideoRows:
+    """The wanted videos that are still to do in a run folder, which may not exist yet; failed ones again where their reason is in `retry`."""
     todo = still_to_do(wanted, pick_current(done_rows(uri), manifest), retry)
     _release()
     return todo
@@ -258,7 +268,7 @@ def close_run(
     counts = accounting(manifest, split, current)
     relabelled = outdated_labels(current)
     if not todo and not stale and not relabelled and finished is not None and unchanged and finished["counts"] == counts:
-        return finished
+        return finished | {"videos_done_now": 0}
     reopen(out)
     if stale:
         prune(out, current, config.output.compression)

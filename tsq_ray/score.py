@@ -176,7 +176,7 @@ def _run_pipeline(
     ray: Any, todo: Sequence[VideoRef], plan: ScorePlan, out: str, config: Config, senders: int, debug: bool
 ) -> dict[str, float]:
     runtime.quiet_data(debug)
-    batch = config.resources.batch_size
+    batch, senders = config.resources.batch_size, min(senders, len(todo))
     block = runtime.block_rows(len(todo), senders, batch, config.output.rows_per_file)
     data = runtime.todo_dataset(ray, todo, block).map_batches(
         ScoreWorker,

@@ -203,6 +203,16 @@ def exists(uri: str) -> bool:
         return True
 
 
+def is_file(uri: str) -> bool:
+    """Whether `uri` is a file or an object, and no folder."""
+    with storage_errors(uri, "look up"):
+        fs, path = filesystem(uri)
+        try:
+            return fs.info(path)["type"] == "file"
+        except FileNotFoundError:
+            return False
+
+
 def is_folder(uri: str) -> bool:
     """Whether `uri` is a folder or a prefix with something below it."""
     with storage_errors(uri, "look up"):

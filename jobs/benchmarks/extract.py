@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         manifest_uri = str(Path(folder, "manifest.parquet"))
         paths = _some_videos(options.manifest, options.videos, manifest_uri)
-        predicted = estimate_extract(manifest_uri, config, None, None, None, None)
+        predicted = estimate_extract(manifest_uri, config)
         ours: list[dict[str, Any]] = []
         loops: dict[bool, list[dict[str, float]]] = {False: [], True: []}  # by whether batch norms are folded
         with runtime.cluster() as ray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,17 @@ def test_score_killed_twice(chain: Chain, tmp_path: Path) -> None:
             assert (one[name] is None) == (other[name] is None)
             assert one[name] is None or one[name] == pytest.approx(other[name], abs=1e-4)
         assert len(one["selected_slot"] or ()) <= BUDGET
+
+
+def test_interrupted_it_says_how_to_go_on(chain: Chain, tmp_path: Path) -> None:
+    out = str(tmp_path / "interrupted")
+    argv = ["extract", chain.manifest, "--out", out, *chain.extract_options, *ONE_AT_A_TIME]
+    with Driver(argv, tmp_path / "run0") as driver:
+        driver.wait_until(lambda: len(visible_parts(out)) > 0)
+        driver.interrupt()
+        ended = driver.ended()
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.splitlines()[-1] == "error: interrupted; give the same command again to go on where it stopped"
+    done = tsq(*argv)
+    assert re.search(r"^done now \d+, before \d+$", done.out, re.MULTILINE), done.out
+    check_folder(out)

@@ -14,6 +14,7 @@ from bundle_case import make_bundle
 
 from tsq_ray import runs, schema
 from tsq_ray.cli import bare_retry, main, without_options
+from tsq_ray.console import estimate_text, run_text
 from tsq_ray.errors import ERROR_TYPES
 from tsq_ray.manifest import read_manifest
 
@@ -304,7 +305,7 @@ def test_report_refuses_features(tsq: Callable[..., Answer], manifest: Path, tmp
 def test_predict_answers_for_a_file_that_is_not_there(tsq: Callable[..., Answer], bundle: str, tmp_path: Path) -> None:
     code, out, _ = tsq("predict", tmp_path / "none.mp4", "--model", bundle, "--json")
     (row,) = json.loads(out)["videos"]
-    assert code == 0
+    assert code == 1  # there is no other row
     assert (row["status"], row["error_type"]) == ("failed", "not_found")
 
 
@@ -352,7 +353,28 @@ def test_a_submitted_command_loses_its_submission(given: list[str], expected: li
 
 def run_summary(**counts: Any) -> dict[str, Any]:
     zero = {"inputs": 10, "ok": 0, "failed": 0, "skipped": 0, "skipped_by": {}, "failed_by_type": {}, "with_warnings": 0}
-    return {"counts": zero | counts, "stage_seconds": {}, "slowest_stage": None, "wall_seconds": 1.0}
+    return {"counts": zero | counts, "stage_seconds": {}, "slowest_stage": None, "wall_seconds": 1.0, "videos_done_now": 10}
+
+
+@pytest.mark.parametrize(
+    ("now", "said"), [(0, "\ndone already: nothing to do\n"), (4, "\ndone now 4, before 6\n"), (10, None)], ids=["none", "some", "all"]
+)
+def test_the_summary_tells_what_was_there_before(now: int, said: str | None) -> None:
+    text = run_text(run_summary(ok=9, failed=1) | {"videos_done_now": now}, "out")
+    assert (said in text) if said else ("done" not in text)
+
+
+def test_a_dry_run_is_told_in_words() -> None:
+    estimate = {
+        **{"videos": 30, "inputs": 40, "bytes_in": 12_345_678, "probed": ["a", "b"], "probed_failed": 1, "workers": 2},
+        **{"seconds_a_video": 0.5, "wall_seconds": 34.6, "gpu_hours": 0.0, "cpu_hours": 0.008, "bytes_out": 250_000},
+    }
+    assert estimate_text(estimate).splitlines() == [
+        "to do: 30 of 40 videos, 12.3 MB to read",
+        "would take 35 s on a machine like this one, start-up too: 0.5 s a video with 2 workers (0.008 CPU hours, 0.0 GPU hours)",
+        "would write 0.2 MB",
+        "from a probe of 2 videos, 1 of which failed (--json names them)",
+    ]
 
 
 @pytest.mark.parametrize(("failed", "allowed", "code"), [(1, 0.1, 0), (2, 0.1, 1), (0, 0.0, 0), (1, 0.0, 1), (5, None, 0)])

@@ -153,7 +153,7 @@ def test_a_folder_from_before_a_setting_goes_on_with_its_default(tmp_path: Path)
 
 def test_another_manifest_is_refused(folder: Folder) -> None:
     folder.manifest = dataclasses.replace(folder.manifest, id="another source")
-    with pytest.raises(RunError, match="manifest_id: 'source' there, 'another source' now"):
+    with pytest.raises(RunError, match="made from a manifest of other sources; use that manifest or another --out"):
         folder.begin()
 
 
@@ -162,11 +162,27 @@ def test_many_differences_are_counted(folder: Folder) -> None:
         folder.begin({"decode": {"num_frames": T}, "weights": {f"w{number}": "x" for number in range(8)}})
 
 
-def test_a_folder_with_foreign_parquet_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["table.parquet", "labels.csv", "cats/1.mp4"])
+def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    folder = Folder(tmp_path, [ref(1)])
+    (folder.path / name).parent.mkdir(parents=True)
+    (folder.path / name).write_bytes(b"x")
+    with pytest.raises(RunError, match=rf"holds files of something else \(.*{name}\); take an empty folder"):
+        folder.begin()
+    assert [str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()] == [name]
+
+
+def test_what_a_killed_start_left_behind_is_no_foreign_file(tmp_path: Path) -> None:
     folder = Folder(tmp_path, [ref(1)])
     folder.path.mkdir()
-    (folder.path / "table.parquet").write_bytes(b"x")
-    with pytest.raises(RunError, match=r"holds Parquet files of something else \(table.parquet\); take an empty folder"):
+    (folder.path / "._config.json.12345678.tmp").write_bytes(b"{")
+    folder.begin()
+
+
+def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, [ref(1)])
+    folder.path.write_bytes(b"x")
+    with pytest.raises(RunError, match="is a file; name a folder"):
         folder.begin()
 
 
