@@ -365,7 +365,8 @@ def test_limits_a_crash_and_the_end(archive: Archive, bundle: str, rows: dict[st
         ended = endpoint.driver.ended(END_S)
         assert ended.code == 0, ended
         shown = [line for line in ended.err.strip().splitlines() if "(raylet)" not in line]  # Ray tells of the killed replica
-        assert shown == [f"serving {bundle} on http://127.0.0.1:{port}/v1/score (stop with Ctrl-C)", "stopped"]
+        serving = f"serving {bundle} on http://127.0.0.1:{port}/v1/score (stop with Ctrl-C)"
+        assert shown == ["starting: some 20 s until it serves", serving, "stopped"]
         assert "Traceback" not in ended.out
         deadline = time.monotonic() + END_S
         while left := marked(endpoint.driver.mark):

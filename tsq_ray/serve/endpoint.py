@@ -47,6 +47,7 @@ def run_endpoint(model: str, config: Config, host: str, port: int, address: str 
     token = check_address(host, port, address)
     model = storage.normalize(model)
     check_sampler(load_bundle(model), config.sampler)  # what is wrong with the bundle is told now, not by a replica
+    _say("starting: some 20 s until it serves")
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with runtime.cluster(address, debug) as ray:
@@ -56,13 +57,16 @@ def run_endpoint(model: str, config: Config, host: str, port: int, address: str 
             deploy(ray, model, config, host, port, token, debug)
             try:
                 shown = f"[{host}]" if ":" in host else host
-                line = f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score (stop with Ctrl-C)"
-                print(line, file=sys.stderr, flush=True)  # noqa: T201
+                _say(f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score (stop with Ctrl-C)")
                 threading.Event().wait()
             finally:
                 end()
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)  # noqa: T201
+        _say("stopped")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: str | None, debug: bool = False) -> None:
