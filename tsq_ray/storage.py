@@ -194,33 +194,26 @@ def stat(uri: str) -> StoredFile:
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there; access and network failures are raised, not taken for a no."""
-    with storage_errors(uri, "look up"):
-        fs, path = filesystem(uri)
-        try:
-            fs.info(path)
-        except FileNotFoundError:
-            return False
-        return True
+    return _kind(uri) is not None
 
 
 def is_file(uri: str) -> bool:
     """Whether `uri` is a file or an object, and no folder."""
-    with storage_errors(uri, "look up"):
-        fs, path = filesystem(uri)
-        try:
-            return fs.info(path)["type"] == "file"
-        except FileNotFoundError:
-            return False
+    return _kind(uri) == "file"
 
 
 def is_folder(uri: str) -> bool:
     """Whether `uri` is a folder or a prefix with something below it."""
+    return _kind(uri) == "directory"
+
+
+def _kind(uri: str) -> str | None:
     with storage_errors(uri, "look up"):
         fs, path = filesystem(uri)
         try:
-            return fs.info(path)["type"] == "directory"
+            return cast(str, fs.info(path)["type"])
         except FileNotFoundError:
-            return False
+            return None
 
 
 def walk(uri: str) -> Iterator[StoredFile]:
