@@ -27,7 +27,7 @@ def run_text(run: dict[str, Any], out: str) -> str:
     if counts["with_warnings"]:
         lines.append(f"ok with warnings: {counts['with_warnings']}")
     now = run["videos_done_now"]
-    if now == 0:
+    if run.get("already_done"):
         lines.append("done already: nothing to do")
     elif now < counts["ok"] + counts["failed"]:
         lines.append(f"done now {now}, before {counts['ok'] + counts['failed'] - now}")

@@ -48,7 +48,7 @@ def estimate_extract(
     retry_failed: str | None = None,
 ) -> dict[str, Any]:
     """Time, GPU hours and output size of what an extraction into `out` has still to do, extrapolated from PROBES videos."""
-    manifest, todo = _to_do(manifest_uri, split, limit, out, retry_failed)
+    manifest, todo = _to_do("features", manifest_uri, split, limit, out, retry_failed)
     if encoder is not None:
         config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
     answerer = classifier_settings(recognizer) if recognizer is not None else None
@@ -80,7 +80,7 @@ def estimate_score(
     retry_failed: str | None = None,
 ) -> dict[str, Any]:
     """Time, GPU hours and output size of what a scoring into `out` has still to do, extrapolated from PROBES videos."""
-    manifest, todo = _to_do(manifest_uri, split, limit, out, retry_failed)
+    manifest, todo = _to_do("predictions", manifest_uri, split, limit, out, retry_failed)
     started = time.perf_counter()
     bundle = load_bundle(model)
     sample, recognize = Sample(bundle, config.sampler, how=config.resources), Recognize(bundle, config.sampler, how=config.resources)
@@ -95,11 +95,15 @@ def estimate_score(
 
 
 def _to_do(
-    manifest_uri: str, split: str | None, limit: int | None, out: str | None, retry_failed: str | None
+    kind: runs.Kind, manifest_uri: str, split: str | None, limit: int | None, out: str | None, retry_failed: str | None
 ) -> tuple[Manifest, VideoRows]:
     manifest = read_manifest(manifest_uri)
     wanted = choose_split(manifest, split)[:limit]
-    return manifest, wanted if out is None else runs.remaining(storage.normalize(out), manifest, wanted, runs.retry_reasons(retry_failed))
+    if out is None:
+        return manifest, wanted
+    out = storage.normalize(out)
+    runs.check_folder(out, kind, manifest)
+    return manifest, runs.remaining(out, manifest, wanted, runs.retry_reasons(retry_failed))
 
 
 def _resizes_on_device(config: Config) -> bool:

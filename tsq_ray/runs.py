@@ -88,6 +88,20 @@ def begin(uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest)
     `identity` holds, nested, everything that the rows hang on.
     """
     want = json.loads(json.dumps({"format": FORMAT, "kind": kind, "manifest_id": manifest.id, "config": identity}, default=str))
+    have = check_folder(uri, kind, manifest)
+    if have is None:
+        write_json(storage.join(uri, CONFIG_FILE), want)
+        return
+    before, after = flatten(have), flatten(want)
+    differ = differing(before, after)
+    if differ:
+        shown = "; ".join(f"{key.removeprefix('config.')}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise RunError(f"{storage.redact(uri)}: made with another configuration ({shown}{more}); use the same one or another --out")
+
+
+def check_folder(uri: str, kind: Kind, manifest: Manifest) -> dict[str, Any] | None:
+    """`_config.json` of a run folder, None of a new one. RunError where it is a file, holds something else, or belongs to another kind of run or manifest."""
     shown_uri = storage.redact(uri)
     if storage.is_file(uri):
         raise RunError(f"{shown_uri}: is a file; name a folder, a new one or that of an earlier run")
@@ -96,18 +110,12 @@ def begin(uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest)
         foreign = next(storage.walk(uri), None) if storage.is_folder(uri) else None
         if foreign is not None:
             raise RunError(f"{shown_uri}: holds files of something else ({storage.redact(foreign.uri)}); take an empty folder")
-        write_json(storage.join(uri, CONFIG_FILE), want)
-        return
+        return None
     if have.get("kind") != kind:
         raise RunError(f"{shown_uri}: holds {have.get('kind')}, not {kind}; take another --out")
     if have.get("manifest_id") != manifest.id:
         raise RunError(f"{shown_uri}: made from a manifest of other sources; use that manifest or another --out")
-    before, after = flatten(have), flatten(want)
-    differ = differing(before, after)
-    if differ:
-        shown = "; ".join(f"{key.removeprefix('config.')}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise RunError(f"{shown_uri}: made with another configuration ({shown}{more}); use the same one or another --out")
+    return have
 
 
 def enter(
@@ -268,7 +276,7 @@ def close_run(
     counts = accounting(manifest, split, current)
     relabelled = outdated_labels(current)
     if not todo and not stale and not relabelled and finished is not None and unchanged and finished["counts"] == counts:
-        return finished | {"videos_done_now": 0}
+        return finished | {"videos_done_now": 0, "already_done": True}
     reopen(out)
     if stale:
         prune(out, current, config.output.compression)

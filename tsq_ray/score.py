@@ -22,7 +22,6 @@ from tsq_ray.rows import failed_row
 from tsq_ray.sections import ReplicaConfig
 
 _TRIES = 3
-_HEAD = "node:__internal_head__"
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,14 @@ def score(
         runs.reopen(out)
         with runtime.cluster(address, debug) as ray:
             counts = runtime.start_counts()
-            resources = ray.cluster_resources()
-            bulk = bulk_config(config, resources, len(todo))
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            bulk = bulk_config(config, nodes, len(todo))
+            senders = num_senders(bulk, nodes, len(todo))
             with serve_graph(model, bulk, debug) as app:
                 plan = ScorePlan(app, arrow, manifest.classes, counts, config.decode.timeout_s + config.serve.request_timeout_s)
                 try:
                     seconds = runtime.run_with_progress(
-                        lambda: _run_pipeline(ray, todo, plan, out, bulk, num_senders(bulk, resources), debug),
+                        lambda: _run_pipeline(ray, todo, plan, out, bulk, senders, debug),
                         counts,
                         len(todo),
                         "score",
@@ -131,20 +131,20 @@ def serve_graph(model: str, config: Config, debug: bool) -> Iterator[str]:
         serve.delete(name)
 
 
-def bulk_config(config: Config, resources: Mapping[str, float], videos: int) -> Config:
+def bulk_config(config: Config, nodes: Sequence[Mapping[str, float]], videos: int) -> Config:
     """Replicas for a bulk run: as many as the cluster holds, all from the start.
 
-    `resources`: of the cluster, as Ray names them. Networks: one replica of each a GPU, at most `resources.gpus`; without GPUs one of each a node, which uses all of its cores.
+    `nodes`: resources of each, as Ray names them. Networks: one replica of each a GPU, at most `resources.gpus`; without GPUs one of each a node with CPUs, which uses all of its cores.
     """
     serve, most = config.serve, config.resources.gpus
-    cpus, there = resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+    cores = [node["CPU"] for node in nodes if node.get("CPU")] or [1.0]
+    cpus, there = sum(cores), sum(node.get("GPU", 0.0) for node in nodes)
     gpus = min(there, most) if most >= 0 else there
-    nodes = max(1, sum(name.startswith("node:") and name != _HEAD for name in resources))
     decoders = int(max(1, min(config.resources.decoders or max(1, (cpus - 1) // 2), videos)))
     processes = max(1, int(min(serve.decoder_processes, cpus)))
-    networks = int(max(1, min(gpus or nodes, videos)))
+    networks = int(max(1, min(gpus or len(cores), videos)))
     gpu = 0.5 if gpus else 0.0
-    ahead = 2 * serve.batch_size if gpus else max(2 * serve.batch_size, int(2 * cpus / nodes))
+    ahead = 2 * serve.batch_size if gpus else max(2 * serve.batch_size, int(2 * max(cores)))
 
     def replicas(count: int, num_cpus: float, num_gpus: float, ongoing: int) -> ReplicaConfig:
         return ReplicaConfig(min_replicas=count, max_replicas=count, num_cpus=num_cpus, num_gpus=num_gpus, max_ongoing_requests=ongoing)
@@ -153,7 +153,7 @@ def bulk_config(config: Config, resources: Mapping[str, float], videos: int) -> 
         update={
             "serve": serve.model_copy(
                 update={
-                    "decoder": replicas(decoders, min(1.0, cpus / 8), 0.0, 2 * processes),
+                    "decoder": replicas(decoders, min(1.0, cpus / 8, min(cores) / 2), 0.0, 2 * processes),
                     "decoder_processes": processes,
                     "sampler": replicas(networks, 0.2, gpu, ahead),
                     "recognizer": replicas(networks, 0.2, gpu, ahead),
@@ -163,25 +163,26 @@ def bulk_config(config: Config, resources: Mapping[str, float], videos: int) -> 
     )
 
 
-def num_senders(bulk: Config, resources: Mapping[str, float]) -> int:
-    """Workers that send videos to the graph, so many that their batches fill its decoders and samplers.
+def num_senders(bulk: Config, nodes: Sequence[Mapping[str, float]], videos: int) -> int:
+    """Workers that send videos to the graph, so many that their batches fill its decoders and samplers, at most one a CPU.
 
     At least two: while one waits for its last video the other keeps the graph busy.
     """
+    cpus = int(sum(node.get("CPU", 0.0) for node in nodes))
     room = sum(part.max_replicas * part.max_ongoing_requests for part in (bulk.serve.decoder, bulk.serve.sampler))
-    return max(2, min(-(-room // bulk.resources.batch_size), int(resources.get("CPU", 1.0))))
+    return min(max(2, min(-(-room // bulk.resources.batch_size), cpus)), videos)
 
 
 def _run_pipeline(
     ray: Any, todo: Sequence[VideoRef], plan: ScorePlan, out: str, config: Config, senders: int, debug: bool
 ) -> dict[str, float]:
     runtime.quiet_data(debug)
-    batch, senders = config.resources.batch_size, min(senders, len(todo))
+    batch = config.resources.batch_size
     block = runtime.block_rows(len(todo), senders, batch, config.output.rows_per_file)
     data = runtime.todo_dataset(ray, todo, block).map_batches(
         ScoreWorker,
         compute=ray.data.ActorPoolStrategy(size=senders),
-        num_cpus=0.05,
+        num_cpus=0.1 / senders,  # they only wait
         batch_size=batch,
         batch_format="pyarrow",
         fn_constructor_args=(plan,),

@@ -36,7 +36,7 @@ class ResourcesConfig(Section):
     batch_size: int = Field(default=8, ge=1)
     """Videos a worker takes at a time."""
     threads: int = Field(default=0, ge=0)
-    """Threads of each worker's network (0: CPUs / workers)."""
+    """Threads of each worker's network (0: CPUs / workers); in `score` and `serve` of each replica's, which on a CPU does as many videos side by side (0: the node's CPUs)."""
     precision: Precision = "auto"
     """What the networks compute in, in `extract`, `score`, `predict` and `serve`; `auto`: bf16 on GPUs that have it, fp32 on CPUs."""
     resize: Literal["auto", "decoder", "device"] = "auto"

@@ -308,7 +308,7 @@ def test_again_does_nothing(chain: Chain) -> None:
     score = tsq("score", chain.manifest, "--model", chain.bundle, "--out", chain.predictions, "--json").json
     assert encoder == chain.outputs["encoder"] | {"already_done": True, "seconds": encoder["seconds"]}
     assert bundle["already_done"]
-    assert (extract, score) == tuple(chain.outputs[name] | {"videos_done_now": 0} for name in ("extract", "score"))
+    assert (extract, score) == tuple(chain.outputs[name] | {"videos_done_now": 0, "already_done": True} for name in ("extract", "score"))
     dry_extract = tsq("extract", chain.manifest, "--out", chain.features, *chain.extract_options, "--dry-run")
     dry_score = tsq("score", chain.manifest, "--model", chain.bundle, "--out", chain.predictions, "--dry-run")
     assert [run.out for run in (dry_extract, dry_score)] == ["to do: 0 of 18 videos, 0.0 MB to read\n"] * 2
@@ -412,7 +412,7 @@ def test_limit_split_retry_and_max_failed(local: Chain, tmp_path: Path) -> None:
     assert (run["counts"]["ok"], run["counts"]["skipped"], run["videos_done_now"]) == (5, 0, 5)
     assert run["counts"]["failed_by_type"] == {"not_found": 1, "not_video": 1}
     away.rename(archive.root / "val/0_1.mp4")
-    again = run | {"videos_done_now": 0}
+    again = run | {"videos_done_now": 0, "already_done": True}
     assert extract() == again, "a failed video is left alone until it is asked for"
     run = extract("--retry-failed", "not_found")
     assert (run["counts"]["ok"], run["counts"]["failed_by_type"], run["videos_done_now"]) == (6, {"not_video": 1}, 1)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import os
 import threading
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,3 +145,58 @@ def test_a_request_that_is_given_up_is_not_worked_on() -> None:
 
     assert asyncio.run(run()) == 6
     assert network.seen == [[1], [3]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads of a process as Linux shows them")
+def test_threads_do_not_multiply() -> None:
+    """A thread keeps as many helpers as it ever had: were single items given to any thread, each would end with all of them."""
+    threads, picture = 16, torch.rand(64, 3, 32, 32)
+    weights = torch.rand(8, 3, 3, 3)
+
+    def network(items: list[int]) -> list[int]:
+        torch.nn.functional.conv2d(picture, weights).relu().sum().item()
+        return items
+
+    async def run() -> None:
+        batches = Batches(network, size=1, wait_s=0.0, threads=threads, on_gpu=False)
+        for _ in range(2):
+            await asyncio.gather(*(batches(number) for number in range(threads)))
+            for number in range(3 * threads):
+                await batches(number)
+
+    before = len(os.listdir("/proc/self/task"))
+    asyncio.run(run())
+    assert len(os.listdir("/proc/self/task")) - before < threads * threads / 2
+
+
+def test_compiled_work_keeps_to_one_lane_and_one_number_of_threads() -> None:
+    network = Network()
+    network.open.set()
+
+    async def run() -> list[int]:
+        batches = Batches(network, size=8, wait_s=0.0, threads=4, on_gpu=False, compiled=True)
+        return await asyncio.gather(*(batches(number) for number in range(5)))
+
+    assert asyncio.run(run()) == [0, 2, 4, 6, 8]
+    assert (network.most_inside, network.seen, network.threads) == (1, [[0], [1], [2], [3], [4]], [4] * 5)
+
+
+def test_an_idle_network_keeps_no_item() -> None:
+    class Frames:
+        pass
+
+    kept: list[weakref.ref[Frames]] = []
+
+    async def run() -> None:
+        batches: Batches[Frames, int] = Batches(lambda items: [0] * len(items), size=1, wait_s=0.0, threads=2, on_gpu=False)
+        for _ in range(3):
+            item = Frames()
+            kept.append(weakref.ref(item))
+            await batches(item)
+        del item
+        async with asyncio.timeout(10):
+            while any(one() for one in kept):
+                gc.collect()
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())

@@ -357,10 +357,17 @@ def run_summary(**counts: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("now", "said"), [(0, "\ndone already: nothing to do\n"), (4, "\ndone now 4, before 6\n"), (10, None)], ids=["none", "some", "all"]
+    ("how", "said"),
+    [
+        ({"videos_done_now": 0, "already_done": True}, "\ndone already: nothing to do\n"),
+        ({"videos_done_now": 0}, "\ndone now 0, before 10\n"),
+        ({"videos_done_now": 4}, "\ndone now 4, before 6\n"),
+        ({"videos_done_now": 10}, None),
+    ],
+    ids=["nothing", "labels only", "some", "all"],
 )
-def test_the_summary_tells_what_was_there_before(now: int, said: str | None) -> None:
-    text = run_text(run_summary(ok=9, failed=1) | {"videos_done_now": now}, "out")
+def test_the_summary_tells_what_was_there_before(how: dict[str, Any], said: str | None) -> None:
+    text = run_text(run_summary(ok=9, failed=1) | how, "out")
     assert (said in text) if said else ("done" not in text)
 
 

@@ -366,30 +366,39 @@ def test_scoring_refuses_more_frames_than_there_are(bundle: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ bulk scoring
 
 
-def cluster(cpus: int, gpus: int = 0, nodes: int = 1) -> dict[str, float]:
-    """Resources as Ray names them."""
-    found = {"CPU": float(cpus), "node:__internal_head__": 1.0, "memory": 1e9} | {f"node:10.0.0.{number}": 1.0 for number in range(nodes)}
-    return found | ({"GPU": float(gpus)} if gpus else {})
+def cluster(*cpus: float, gpus: int = 0) -> list[dict[str, float]]:
+    """Resources of each node as Ray names them, the GPUs on the last."""
+    found = [{"CPU": count, "memory": 1e9, f"node:10.0.0.{number}": 1.0} if count else {"memory": 1e9} for number, count in enumerate(cpus)]
+    if gpus:
+        found[-1]["GPU"] = float(gpus)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("resources", "settings", "videos", "networks", "num_gpus", "decoders", "senders"),
+    ("nodes", "settings", "videos", "networks", "num_gpus", "decoders", "senders"),
     [
-        (cluster(2), [], 100, 1, 0.0, 1, 2),
-        (cluster(64, nodes=4), [], 1000, 4, 0.0, 31, 32),  # 31 decoders of 4 and 4 samplers of 32 requests: 252 in batches of 8
-        (cluster(64, nodes=4), [], 3, 3, 0.0, 3, 14),
-        (cluster(32, gpus=2), [], 1000, 2, 0.5, 15, 12),
-        (cluster(32, gpus=2), ["resources.gpus=1"], 1000, 1, 0.5, 15, 10),
-        (cluster(32, gpus=2), ["resources.gpus=0"], 1000, 1, 0.0, 15, 16),
-        (cluster(32, gpus=2), ["resources.batch_size=64", "resources.decoders=4"], 1000, 2, 0.5, 4, 2),
+        (cluster(2.0), [], 100, 1, 0.0, 1, 2),
+        (cluster(16.0, 16.0, 16.0, 16.0), [], 1000, 4, 0.0, 31, 32),  # 31 decoders of 4 and 4 samplers of 32 requests: 252 in batches of 8
+        (cluster(0.0, 8.0), [], 1000, 1, 0.0, 3, 4),
+        (cluster(16.0, 16.0, 16.0, 16.0), [], 3, 3, 0.0, 3, 3),
+        (cluster(2.0), [], 1, 1, 0.0, 1, 1),
+        (cluster(32.0, gpus=2), [], 1000, 2, 0.5, 15, 12),
+        (cluster(32.0, gpus=2), ["resources.gpus=1"], 1000, 1, 0.5, 15, 10),
+        (cluster(32.0, gpus=2), ["resources.gpus=0"], 1000, 1, 0.0, 15, 16),
+        (cluster(32.0, gpus=2), ["resources.batch_size=64", "resources.decoders=4"], 1000, 2, 0.5, 4, 2),
     ],
-    ids=["two cores", "four nodes", "few videos", "GPUs", "one of two GPUs", "no GPU wanted", "large batches"],
+    ids=["two cores", "four nodes", "head without", "few videos", "one video", "GPUs", "one of two GPUs", "no GPU wanted", "large batches"],
 )
 def test_replicas_of_a_bulk_run(
-    resources: dict[str, float], settings: list[str], videos: int, networks: int, num_gpus: float, decoders: int, senders: int
+    nodes: list[dict[str, float]], settings: list[str], videos: int, networks: int, num_gpus: float, decoders: int, senders: int
 ) -> None:
-    bulk = score.bulk_config(load_config(None, settings), resources, videos)
+    bulk = score.bulk_config(load_config(None, settings), nodes, videos)
     for part in (bulk.serve.sampler, bulk.serve.recognizer):
         assert (part.min_replicas, part.max_replicas, part.num_gpus) == (networks, networks, num_gpus)
     assert (bulk.serve.decoder.min_replicas, bulk.serve.decoder.max_replicas, bulk.serve.decoder.num_gpus) == (decoders, decoders, 0.0)
-    assert score.num_senders(bulk, resources) == senders
+    assert score.num_senders(bulk, nodes, videos) == senders
+
+
+def test_a_bulk_run_leaves_each_small_node_room_for_its_networks() -> None:
+    bulk = score.bulk_config(load_config(None, []), cluster(0.0, *[1.0] * 8), 1000)
+    assert bulk.serve.decoder.num_cpus + bulk.serve.sampler.num_cpus + bulk.serve.recognizer.num_cpus <= 1.0

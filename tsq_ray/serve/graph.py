@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -53,8 +54,15 @@ def _before_torch() -> None:
 
 
 def _batches(work: Callable[[list[Item]], list[Answer]], config: Config, on_gpu: bool) -> Batches[Item, Answer]:
-    settings, threads = config.serve, config.resources.threads or os.cpu_count() or 1
-    return Batches(work, settings.batch_size, settings.batch_wait_s, threads, on_gpu)
+    settings, how = config.serve, config.resources
+    return Batches(work, settings.batch_size, settings.batch_wait_s, how.threads or _node_cpus(), on_gpu, how.compile)
+
+
+def _node_cpus() -> int:
+    # a container may have fewer than the machine: Ray knows
+    here, there = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here]
+    return max(1, min([there, *(count for count in cpus if count)]))
 
 
 @serve.deployment
