@@ -219,23 +219,30 @@ def _kind(uri: str) -> str | None:
 def walk(uri: str) -> Iterator[StoredFile]:
     """Every file below a folder or prefix; hidden names and names with `_` in front are passed over.
 
-    Sorted by folder and name on disks, by key on S3, where one page of a thousand keys after the other is asked for.
+    Sorted by folder and name on disks, by key on S3, where one page of a thousand keys after the other is asked for. StorageError where any
+    of the folders cannot be listed.
     """
     with storage_errors(uri, "list"):
         fs, path = filesystem(uri)
         if uri.startswith("s3://"):
             yield from _pages(fs, path)
             return
-        for _, folders, files in fs.walk(path, detail=True, on_error="raise"):
-            for name in [name for name in folders if _hidden(name)]:
-                del folders[name]
-            for name in sorted(files):
-                if name and not _hidden(name):
-                    yield _stored(fs, files[name])
+        yield from _below(fs, path)
+
+
+def _below(fs: Any, path: str) -> Iterator[StoredFile]:
+    # not by fs.walk: that passes in silence over a folder below the first one that it cannot read
+    with storage_errors(path, "list"):
+        listed = {name_of(entry["name"]): entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path}
+    visible = [listed[name] for name in sorted(listed) if not _hidden(name)]
+    yield from (_stored(fs, entry) for entry in visible if entry["type"] != "directory")
+    for entry in visible:
+        if entry["type"] == "directory":
+            yield from _below(fs, entry["name"].rstrip("/"))
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith((".", "_"))
+    return name.startswith((".", "_")) or name == "lost+found"  # which is the file system's own
 
 
 def _pages(fs: Any, path: str) -> Iterator[StoredFile]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
+import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -198,6 +201,30 @@ def test_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     assert [storage.exists(str(tmp_path / name)) for name in (".", "file", "none")] == [True, True, False]
     assert [storage.is_folder(str(tmp_path / name)) for name in (".", "file", "none")] == [True, False, False]
+
+
+def test_walk_tells_of_a_folder_that_it_may_not_read() -> None:
+    code = """
+import os, sys
+from tsq_ray import storage
+folder = sys.argv[1]
+assert len(list(storage.walk(folder))) == 2
+os.chmod(f"{folder}/b/closed", 0)
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    list(storage.walk(folder))
+except storage.StorageError as error:
+    print(error.error_type, error)
+"""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users as a whole
+        os.chmod(folder, 0o755)
+        for name in ("a/1.mp4", "b/closed/2.mp4"):
+            (Path(folder) / name).parent.mkdir(parents=True)
+            (Path(folder) / name).write_bytes(b"x")
+        done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
+        (Path(folder) / "b/closed").chmod(0o755)
+    assert done.stdout.startswith(f"access_denied cannot list {folder}/b/closed: access denied"), (done.stdout, done.stderr)
 
 
 def test_walk_is_sorted_and_passes_over_hidden_names(tmp_path: Path) -> None:
