@@ -284,6 +284,8 @@ class Driver:
             stderr=self._stack.enter_context(log.with_suffix(".err").open("wb")),
             env=self.environment,
             start_new_session=True,
+            # where a script started these tests in the background, Ctrl-C is ignored, and so it would be here
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def __enter__(self) -> Driver:
