@@ -146,7 +146,9 @@ def alone(argv: list[str], environment: dict[str, str] | None = None) -> Ended:
 
 def test_a_video_that_may_not_be_read_is_a_row(chains: Chains) -> None:
     argv = ["predict", chains("s3").at("videos/train/0_0.mp4"), "--model", chains("local").bundle, "--json"]
-    (row,) = alone(argv, {"AWS_SECRET_ACCESS_KEY": "wrong"}).json["videos"]
+    ended = alone(argv, {"AWS_SECRET_ACCESS_KEY": "wrong"})
+    assert ended.code == 1, "there is no other row"
+    (row,) = json.loads(ended.out)["videos"]
     assert (row["status"], row["error_type"]) == ("failed", "access_denied")
 
 
