@@ -18,7 +18,7 @@ from s3_case import BUCKETS, S3Server
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video
+from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video, video
 from tsq_ray.errors import VideoError
 
 pytestmark = pytest.mark.data
@@ -74,6 +74,21 @@ FORMATS = [
 LARGE = "androidx_sample_fragmented_seekable_multiple_sidx.mp4"  # 600 frames of 1080p: half a minute
 DAMAGED = "decord_corrupted.mp4"  # decodes with warnings
 LONGER = ["long/charades.mp4", "long/car-detection.mp4", "untrimmed/untrimmed_64s_0.mp4"]
+# H.264 with and without frames that no other refers to, HEVC, VP9, AV1, 10 bits, rotations
+BY_THE_TABLE = [
+    "formats/androidx_bbb_800x640_768kbps_30fps_avc_non_reference_3b.mp4",
+    "formats/androidx_bbb_800x640_768kbps_30fps_avc_pyramid_3b.mp4",
+    "formats/androidx_bbb_800x640_768kbps_30fps_vp9.mp4",
+    "formats/androidx_h265_bframes.mp4",
+    "formats/androidx_sample_av1.mp4",
+    "formats/androidx_sample_portrait.mp4",
+    "formats/androidx_sample_rotate_and_reflect.mp4",
+    "formats/synthetic_ok_h264_bframes_faststart.mp4",
+    "formats/synthetic_ok_hevc_10bit.mp4",
+    "formats/torchcodec_h264_10bits.mp4",
+    "formats/torchcodec_nasa_13013.mp4",
+    *LONGER,
+]
 # the display matrix of these files, written out from their headers: turns of the stored picture, then a reflection
 TURNS = {"decord_video_90.mov": 3, "decord_video_180.mov": 2, "decord_video_270.mov": 1}
 
@@ -128,6 +143,19 @@ def check(path: Path, decoded: DecodedVideo, num_frames: int) -> None:
     assert decoded.duration_s >= known.times_s[-1]
 
 
+def check_choice(path: Path, decoded: DecodedVideo, num_frames: int) -> None:
+    """Each interval's keyframe nearest to its middle; the frame on show in the middle where there is none."""
+    known = reference(path)
+    intervals = np.minimum(known.times_s / decoded.duration_s * num_frames + 1e-6, num_frames - 0.001).astype(int)
+    for i, index in enumerate(decoded.frame_index):
+        keys = np.flatnonzero(known.is_key & (intervals == i))
+        centre = (i + 0.5) / num_frames * decoded.duration_s
+        if len(keys):
+            assert index == keys[np.abs(known.times_s[keys] - centre).argmin()]
+        else:
+            assert index == np.searchsorted(known.times_s, centre + 1e-6, side="right") - 1
+
+
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 @pytest.mark.parametrize(
     "name", [f"formats/{name}" for name in FORMATS] + LONGER + [pytest.param(f"formats/{LARGE}", marks=pytest.mark.slow)]
@@ -147,6 +175,16 @@ def test_pictures_and_times_are_those_of_a_whole_decode(data_dir: Path, name: st
             assert decoded.frame_index.tolist() == (np.searchsorted(known.times_s, positions, side="right") - 1).tolist()
 
 
+@pytest.mark.parametrize("name", BY_THE_TABLE)
+def test_frames_between_keyframes_by_the_sample_table_alone(data_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "_RARE", 1.0)  # also where a file with few keyframes would be decoded whole
+    monkeypatch.delattr(video._Job, "exact")
+    for num_frames in (7, 16):
+        decoded = decode(data_dir / name, "keyframe", num_frames)
+        check(data_dir / name, decoded, num_frames)
+        check_choice(data_dir / name, decoded, num_frames)
+
+
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 def test_pictures_of_a_damaged_file_are_those_of_its_own_decode(data_dir: Path, strategy: str) -> None:
     path = data_dir / "formats" / DAMAGED
@@ -159,17 +197,7 @@ def test_no_format_is_left_out(data_dir: Path) -> None:
 
 @pytest.mark.parametrize("name", LONGER)
 def test_keyframe_strategy_on_real_footage(data_dir: Path, name: str) -> None:
-    path = data_dir / name
-    decoded = decode(path, "keyframe", 16)
-    known = reference(path)
-    intervals = np.minimum(known.times_s / decoded.duration_s * 16, 15.999).astype(int)
-    for i, index in enumerate(decoded.frame_index):
-        keys = np.flatnonzero(known.is_key & (intervals == i))
-        centre = (i + 0.5) / 16 * decoded.duration_s
-        if len(keys):
-            assert index == keys[np.abs(known.times_s[keys] - centre).argmin()]
-        else:
-            assert index == np.searchsorted(known.times_s, centre, side="right") - 1
+    check_choice(data_dir / name, decode(data_dir / name, "keyframe", 16), 16)
 
 
 def test_frame_counts_are_those_of_the_list(data_dir: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -54,21 +56,36 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
         raise VideoError("too_large", f"a frame of {width} x {height} = {width * height} pixels; decode.max_pixels allows {max_pixels}")
 
 
-def strict_frames(container: Container, stream: Stream) -> Iterator[av.VideoFrame]:
-    """Frames from here on in presentation order; DecodeTrouble at the first error or damaged frame."""
+@contextlib.contextmanager
+def _errors_are_trouble(doing: str = "") -> Iterator[None]:
     try:
-        for frame in container.decode(stream):
-            yield _checked(frame)
+        yield
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as error:
-        raise DecodeTrouble(str(error)) from None
+        raise DecodeTrouble(f"{doing}{error}") from None
 
 
-def _checked(frame: av.VideoFrame) -> av.VideoFrame:
-    if frame.is_corrupt or frame.pts is None:
-        raise DecodeTrouble(f"damaged frame at {frame.pts}")
-    return frame
+def strict_frames(
+    packets: Iterable[av.Packet], stream: Stream, is_wanted: Callable[[int | None], bool] = lambda pts: True
+) -> Iterator[av.VideoFrame]:
+    """Frames from here on in presentation order; DecodeTrouble at the first error or damaged frame.
+
+    Frames whose timestamp is not wanted may be left out, where they serve no other as a reference: in H.264 these are known by their
+    header and cost nothing then (in HEVC a higher layer may still refer to them).
+    """
+    context = stream.codec_context
+    try:
+        with _errors_are_trouble():
+            for packet in packets:
+                if context.name == "h264":
+                    context.skip_frame = "DEFAULT" if packet.size == 0 or is_wanted(packet.pts) else "NONREF"
+                for frame in packet.decode():
+                    if frame.is_corrupt or frame.pts is None:
+                        raise DecodeTrouble(f"damaged frame at {frame.pts}")
+                    yield frame
+    finally:
+        context.skip_frame = "DEFAULT"
 
 
 def decode_exact(
@@ -105,39 +122,16 @@ def _frames_from_key(container: Container, stream: Stream, table: PacketTable, k
     # some containers have no index, and a seek in them may arrive late: start earlier
     for start in dict.fromkeys((*first_try, *(table.key_dts[number] for number in (key, max(key - 1, 0), max(key - 3, 0))))):
         _seek(container, stream, start)
-        frames = _needed_frames(container, stream, needed) if stream.codec_context.name == "h264" else strict_frames(container, stream)
+        frames = strict_frames(container.demux(stream), stream, needed.__contains__)
         first = next(frames, None)
         if first is not None and first.pts is not None and first.pts <= time:
             return (frame for frame in itertools.chain([first], frames) if frame.pts is not None and frame.pts >= time)
     raise DecodeTrouble(f"no seek arrives at {time} or before")
 
 
-def _needed_frames(container: Container, stream: Stream, needed: frozenset[int]) -> Iterator[av.VideoFrame]:
-    """As `strict_frames`, without the frames that neither are at a time of `needed` nor serve others as a reference.
-
-    In H.264 these are known by their header and cost nothing when left out (in HEVC a higher layer may still refer to them).
-    """
-    context = stream.codec_context
-    try:
-        for packet in container.demux(stream):
-            context.skip_frame = "DEFAULT" if packet.size == 0 or packet.pts in needed else "NONREF"
-            for frame in packet.decode():
-                yield _checked(frame)
-    except av.error.MemoryError:
-        raise
-    except av.error.FFmpegError as error:
-        raise DecodeTrouble(str(error)) from None
-    finally:
-        context.skip_frame = "DEFAULT"
-
-
 def _seek(container: Container, stream: Stream, time: int) -> None:
-    try:
+    with _errors_are_trouble(f"cannot seek to {time}: "):
         container.seek(time, stream=stream)
-    except av.error.MemoryError:
-        raise
-    except av.error.FFmpegError as error:
-        raise DecodeTrouble(f"cannot seek to {time}: {error}") from None
 
 
 @dataclass
@@ -271,31 +265,30 @@ class IndexedReader:
         if stream.codec_context.codec.canonical_name not in _SEEKABLE_CODECS:
             raise DecodeTrouble("a keyframe of this codec is not known to decode by itself")
         self.container, self.stream, self.index, self.max_pixels = container, stream, index, max_pixels
-        self._delay = self._arrival = 0
+        self._delay = 0
         self.start = self.keyframe(0).pts
         # frames are shown a constant delay after the table's times; every keyframe's own time is read when it comes
         self._delay = self.start - index.start_dts
         self.end = index.end_dts + self._delay
         self.key_pts = [dts + self._delay for dts in index.key_dts]
+        # where `frame_at` is: the keyframe it began at, what was read since and not decoded yet, when all of that is shown, in decoding order
+        self._key = -1
+        self._ahead: deque[av.Packet] = deque()
+        self._times: list[int] = []
+        self._packets: Iterator[av.Packet] = iter(())
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._current: av.VideoFrame | None = None
-        self._pending: av.VideoFrame | None = None
-        self._key = -1
-        self._index = 0
+        self._wanted = 0
 
     def keyframe(self, key: int) -> Placed:
         """Keyframe number `key`, decoded by itself."""
         self._key = -1  # the decoder leaves the place where `frame_at` was
-        try:
+        with _errors_are_trouble():
             packets = self._packets_from(key)
             packet = next(packets)
             assert packet.pts is not None
             index = self.index.key_before[key] + self._num_leading(packets, packet.pts)
             frames = [*self.stream.decode(packet), *self.stream.decode(None)]
-        except av.error.MemoryError:
-            raise
-        except av.error.FFmpegError as error:
-            raise DecodeTrouble(str(error)) from None
         if len(frames) != 1 or frames[0].is_corrupt or frames[0].pts != packet.pts:
             raise DecodeTrouble(f"keyframe {key} does not decode by itself")
         return Placed(to_rgb(frames[0], self.max_pixels), packet.pts, index)
@@ -308,7 +301,6 @@ class IndexedReader:
             packets = self.container.demux(self.stream)
             packet = next(packets, None)
             if packet is not None and packet.pts is not None and packet.pos == self.index.key_pos[key]:
-                self._arrival = time
                 return itertools.chain([packet], packets)
         raise DecodeTrouble(f"a seek to keyframe {key} did not arrive there")
 
@@ -323,35 +315,43 @@ class IndexedReader:
         return leading
 
     def frame_at(self, time: int) -> Placed:
-        """The frame on show at `time`, decoded from the keyframe before it; quick where times ascend from call to call."""
+        """The frame on show at `time`, decoded from the keyframe before it. Times ascend from call to call."""
         key = max(bisect_right(self.key_pts, time) - 1, 0)
-        while self._key != key or self._time() > time:
+        if key != self._key:
             self._start(key)
-            if self._time() <= time:
-                break
-            key -= 1
-            if key < 0:
+        while not self._times or self._times[0] > time:
+            if key == 0:
                 raise DecodeTrouble(f"no frame at {time}")
-        while True:
-            if self._pending is None:
-                self._pending = next(self._frames, None)
-            if self._pending is None or self._pending.pts is None or self._pending.pts > time:
-                break
-            self._current, self._pending = self._pending, None
-            self._index += 1
-        assert self._current is not None
-        return Placed(to_rgb(self._current, self.max_pixels), self._time(), self._index)
-
-    def _time(self) -> int:
-        assert self._current is not None
-        assert self._current.pts is not None
-        return self._current.pts
+            key -= 1
+            self._start(key)
+        # no frame is shown before it is decoded, so that none that comes later in the file is shown by `time`
+        while (packet := self._read()) is not None and packet.dts is not None and packet.dts <= time:
+            pass
+        self._wanted = max(pts for pts in self._times if pts <= time)
+        if self._current is None or self._current.pts != self._wanted:
+            self._current = next((frame for frame in self._frames if frame.pts is not None and frame.pts >= self._wanted), None)
+        if self._current is None or self._current.pts != self._wanted:
+            raise DecodeTrouble(f"no frame at {self._wanted}")
+        index = self.index.key_before[self._key] + sum(pts < self._wanted for pts in self._times)
+        return Placed(to_rgb(self._current, self.max_pixels), self._wanted, index)
 
     def _start(self, key: int) -> None:
-        placed = self.keyframe(key)
-        _seek(self.container, self.stream, self._arrival)
-        self._frames = (frame for frame in strict_frames(self.container, self.stream) if frame.pts is not None and frame.pts >= placed.pts)
-        self._current, self._pending = next(self._frames, None), None
-        if self._current is None or self._current.pts != placed.pts:
-            raise DecodeTrouble(f"keyframe {key} does not come first after a seek to it")
-        self._key, self._index = key, placed.index
+        """Go to keyframe number `key` and read it."""
+        self._key, self._packets = key, self._packets_from(key)
+        self._ahead, self._times, self._current = deque(), [], None
+        # what comes after the wanted frame may be wanted next
+        self._frames = strict_frames(self._undecoded(), self.stream, lambda pts: pts is None or pts >= self._wanted)
+        self._read()
+
+    def _read(self) -> av.Packet | None:
+        with _errors_are_trouble():
+            packet = next(self._packets, None)
+        if packet is not None:
+            self._ahead.append(packet)
+            if packet.pts is not None and not packet.is_discard:
+                self._times.append(packet.pts)
+        return packet
+
+    def _undecoded(self) -> Iterator[av.Packet]:
+        while self._ahead or self._read() is not None:
+            yield self._ahead.popleft()

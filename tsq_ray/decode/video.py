@@ -287,7 +287,7 @@ class _Job:
         self, path: str, container: Container, stream: Stream, table: PacketTable, wanted: Sequence[int], store: FrameStore
     ) -> bool:
         """Whether decord could be trusted with this file and filled the store."""
-        first = next(pyav_backend.strict_frames(container, stream), None)
+        first = next(pyav_backend.strict_frames(container.demux(stream), stream), None)
         if first is None or decord_backend.refusal(stream, table, first) is not None:
             return False
         pyav_backend.check_pixels(first.width, first.height, self.settings.max_pixels)
