@@ -19,6 +19,7 @@ from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, FrameSpec, VideoSource, decode_video, nvdec, video, with_whole_frames
 from tsq_ray.decode.frames import FrameStore, fit, orient, target_size
+from tsq_ray.decode.pyav_backend import IndexedReader
 from tsq_ray.errors import StorageError, VideoError
 
 SPECS = {"wide": FrameSpec(64)}
@@ -94,6 +95,23 @@ def test_keyframe_strategy_takes_the_exact_frame_elsewhere(videos: dict[str, Pat
     decoded = decode(videos["h264_b.mp4"], "keyframe", 6)
     assert decoded.frame_index.tolist() == [0, 15, 30, 35, 45, 60]
     assert numbers(decoded) == [0, 15, 30, 35, 45, 60]
+
+
+def test_few_packets_are_held_on_the_way_to_a_frame_far_from_its_keyframe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "one_keyframe.mp4", 200, gop=200, b_frames=3)
+    held: list[int] = []
+    read = IndexedReader._read
+
+    def watched(self: IndexedReader) -> Any:
+        outcome = read(self)
+        held.append(len(self._ahead))
+        return outcome
+
+    monkeypatch.setattr(IndexedReader, "_read", watched)
+    monkeypatch.setattr(video, "_RARE", 1.0)
+    assert numbers(decode(path, "keyframe", 4)) == [0, 74, 124, 174]
+    assert len(held) > 150
+    assert max(held) < 16
 
 
 @pytest.mark.parametrize(

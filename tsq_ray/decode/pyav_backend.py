@@ -271,14 +271,15 @@ class IndexedReader:
         self._delay = self.start - index.start_dts
         self.end = index.end_dts + self._delay
         self.key_pts = [dts + self._delay for dts in index.key_dts]
-        # where `frame_at` is: the keyframe it began at, what was read since and not decoded yet, when all of that is shown, in decoding order
+        # where `frame_at` is: the keyframe it began at, what was read since and not decoded yet, when what was read is shown, in decoding order
         self._key = -1
         self._ahead: deque[av.Packet] = deque()
         self._times: list[int] = []
         self._packets: Iterator[av.Packet] = iter(())
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._current: av.VideoFrame | None = None
-        self._wanted = 0
+        self._time = self._wanted = 0
+        self._read_on = True
 
     def keyframe(self, key: int) -> Placed:
         """Keyframe number `key`, decoded by itself."""
@@ -324,12 +325,16 @@ class IndexedReader:
                 raise DecodeTrouble(f"no frame at {time}")
             key -= 1
             self._start(key)
-        # no frame is shown before it is decoded, so that none that comes later in the file is shown by `time`
-        while (packet := self._read()) is not None and packet.dts is not None and packet.dts <= time:
-            pass
+        self._time, self._read_on = time, True
         self._wanted = max(pts for pts in self._times if pts <= time)
-        if self._current is None or self._current.pts != self._wanted:
-            self._current = next((frame for frame in self._frames if frame.pts is not None and frame.pts >= self._wanted), None)
+        while True:
+            if self._current is not None:
+                self._settle(self._current.pts)
+                if self._current.pts is not None and self._current.pts >= self._wanted:
+                    break
+            self._current = next(self._frames, None)
+            if self._current is None:
+                break
         if self._current is None or self._current.pts != self._wanted:
             raise DecodeTrouble(f"no frame at {self._wanted}")
         index = self.index.key_before[self._key] + sum(pts < self._wanted for pts in self._times)
@@ -343,15 +348,28 @@ class IndexedReader:
         self._frames = strict_frames(self._undecoded(), self.stream, lambda pts: pts is None or pts >= self._wanted)
         self._read()
 
-    def _read(self) -> av.Packet | None:
+    def _read(self) -> bool:
+        """Read a packet; False at the end."""
         with _errors_are_trouble():
             packet = next(self._packets, None)
-        if packet is not None:
-            self._ahead.append(packet)
-            if packet.pts is not None and not packet.is_discard:
-                self._times.append(packet.pts)
-        return packet
+        if packet is None:
+            self._read_on = False
+            return False
+        self._ahead.append(packet)
+        if packet.pts is not None and not packet.is_discard:
+            self._times.append(packet.pts)
+            if self._wanted < packet.pts <= self._time:
+                self._wanted = packet.pts
+        # no frame is shown before it is decoded, so that none that comes later in the file is shown by then
+        self._read_on = packet.dts is not None and packet.dts <= self._time
+        return True
+
+    def _settle(self, pts: int | None) -> None:
+        """Read on until it shows whether the frame of `pts` is the wanted one; no further, since all that is read ahead is held in memory."""
+        while pts == self._wanted and self._read_on:
+            self._read()
 
     def _undecoded(self) -> Iterator[av.Packet]:
-        while self._ahead or self._read() is not None:
+        while self._ahead or self._read():
+            self._settle(self._ahead[0].pts)
             yield self._ahead.popleft()
