@@ -21,6 +21,7 @@ from typer.models import ArgumentInfo, OptionInfo
 
 from tsq_ray import cli, schema
 from tsq_ray.config import Config
+from tsq_ray.containers import VIDEO_SUFFIXES
 from tsq_ray.errors import ERROR_TYPES, RETRIED_ERROR_TYPES
 from tsq_ray.sections import Section
 
@@ -75,9 +76,31 @@ classes = json.loads(pq.read_schema("runs/manifest.parquet").metadata[b"tsq.clas
 """
 
 MANIFEST_TEXT = """\
-One Parquet file, written by `tsq index`. Its metadata `tsq.manifest` names the sources. `video_id` hangs on the URI alone, so it stays the same when
-the file is listed again or changes. A video is taken for unchanged while its size and its etag are the same, or its modification time where
-storage knows no etag.
+One Parquet file, written by `tsq index`. Its metadata `tsq.manifest` names the sources. `video_id`
+depends only on the URI, spelled as in the listing, so it stays the same when the file is listed
+again or changes; no two rows share one. A video counts as unchanged while its size and its etag are
+the same, or its modification time where storage has no etag. A time outside the years 1 to 9999 is
+null.
+
+A listing takes the files below a folder or prefix whose names end in one of these:
+{suffixes}.
+A file named outright is taken whatever its suffix. Everything else is left out and counted by
+reason, and the first three of each reason are named:
+
+| reason | what it is |
+| --- | --- |
+| a suffix, or `(no suffix)` | other files |
+| `hidden (name begins with .)` | hidden files and folders; a hidden folder counts once. Names that begin with `_` are not hidden |
+| `name is not UTF-8` | a file or folder that Parquet cannot name: rename it |
+| `not a regular file (...)` | a FIFO, a socket, a device |
+| `broken link`, `link loop` | links that lead nowhere, or to a folder that contains the link |
+| `linked folder, listed under its own name` or `... under another link` | a link to a folder that is listed anyway. Other links to folders are entered, under the link's name |
+| `name ends in /` | an S3 object with content whose key marks a folder |
+| `vanished while it was listed`, `path is too long`, `cannot be looked up (...)`, `lost+found (...)` | entries of a disk that cannot be read, or that belong to the file system |
+
+A folder that cannot be listed is an error. A video and a link to it are two rows, each with its own
+id. Names are taken literally, on disks and on S3: `::`, `?`, `#`, `%`, `*` and blanks have no
+special meaning; only http(s) URLs have a query.
 
 Labels come from class folders, `SOURCE/class/video` or `SOURCE/split/class/video`, where every video lies in one (`_` in a folder's name becomes a
 space), or from label files: `--labels FILE`, repeatable, for lists that come one a split. The first line tells the format; `--labels-format NAME` where it does not.
@@ -95,9 +118,14 @@ space), or from label files: `--labels FILE`, repeatable, for lists that come on
   are numbered from 0 or 1). ActivityNet has two orders in the wild, the alphabet's and mmaction2's: take the file that came with the list. From then on the names go with the ids.
 - **Paths of the last three formats** are relative to the list, to a source, or the end of a video's path (`ID.mp4` for `SOURCE/any/folder/ID.mp4`); the suffix may differ, and
   `v_` may be missing. A path that means several videos is an error.
+- **Words for a split** mean the same in every format and as folders, in any case: `training` is
+  `train`; `valid`, `validate` and `validation` are `val`; `testing` is `test`. Other words are kept.
+- **Unicode.** Label files are UTF-8. Names match in composed (NFC) and decomposed form (NFD, as macOS
+  writes it), the exact spelling first; class names are stored as NFC. A line ends with LF, CRLF or CR.
+- **Links.** A path may lead through a link to a folder or through the folder itself.
 - **A list's split** is the word train, val or test in its file's name (`anet_val_video.txt`), if it has one such word; `--split-name` overrules all.
-- **Nothing is dropped in silence.** Videos that the labels name and that were not found are counted and the first ones named (all of them with `--json`), videos
-  without a label are counted. A line that cannot be read, a class id out of range and a video with two contradicting entries are errors, with file and line.
+- **Nothing is dropped in silence.** Every entry of the listing is a row or counted, as above. Videos that the labels name and that were
+  not found are counted and the first ones named (all of them with `--json`), videos without a label are counted. A line that cannot be read, a class id out of range and a video with two contradicting entries are errors, with file and line.
 
 Names are sorted for the order of the classes unless `--classes FILE` gives one. Features, bundle and predictions carry it on.
 """
@@ -161,7 +189,7 @@ def data_format() -> str:
             "# Data format",
             DATA_INTRO,
             "## Manifest",
-            MANIFEST_TEXT,
+            MANIFEST_TEXT.replace("{suffixes}", ", ".join(sorted(VIDEO_SUFFIXES))),
             columns_table(schema.MANIFEST),
             "",
             "## The run folder",

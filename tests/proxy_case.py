@@ -27,6 +27,7 @@ SLOW_DOWN = Trouble(503, "SlowDown")
 INTERNAL_ERROR = Trouble(500, "InternalError")
 CUT = Trouble(0, "cut")
 EXPIRED_TOKEN = Trouble(400, "ExpiredToken")  # 400 is what S3 says
+ARCHIVED = Trouble(403, "InvalidObjectState")  # what reading an object in Glacier gives
 EXPIRED_TOKEN_403 = Trouble(403, "ExpiredToken")  # as some of its likes do
 
 
@@ -39,6 +40,8 @@ class S3Proxy:
     def __init__(self, backend: str) -> None:
         self.backend = urlsplit(backend)
         self.given: list[tuple[Trouble, str, str]] = []
+        self.headers: list[dict[str, str]] = []
+        """Of every request, names in lower case."""
         self._lock = threading.Lock()
         self._decide: Callable[[str, str], Trouble | None] = lambda method, path: None
         handler = type("Handler", (_Handler,), {"proxy": self})
@@ -58,6 +61,7 @@ class S3Proxy:
         with self._lock:
             self._decide = lambda method, path: None
             self.given.clear()
+            self.headers.clear()
 
     def trouble(self, trouble: Trouble, count: int | None = None, after: int = 0) -> None:
         """From here on every request gets `trouble`, or only `count` of them; the first `after` are passed on."""
@@ -83,6 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self._body()
+        self.proxy.headers.append({name.lower(): value for name, value in self.headers.items()})
         trouble = self.proxy.pick(self.command, self.path)
         if trouble is not None and trouble.status:
             self._refuse(trouble)

@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS on free loopback ports, one identity with random keys."""
+"""A real S3 server for tests: SeaweedFS on free loopback ports, one identity with random keys, and a bucket for everybody."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REGION = "us-east-1"
-BUCKETS = ("tsq-chain", "tsq-other")
+PUBLIC_BUCKET = "tsq-public"
+"""Who has no keys may list and read it."""
+BUCKETS = ("tsq-chain", "tsq-other", PUBLIC_BUCKET)
 _PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
 _START_S = 60.0
 
@@ -69,9 +71,9 @@ class S3Process:
         self.server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", secrets.token_hex(10), secrets.token_hex(20))
         keys = [{"accessKey": self.server.access_key, "secretKey": self.server.secret_key}]
         identities = folder / "s3.json"
-        identities.write_text(
-            json.dumps({"identities": [{"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}]})
-        )
+        known = {"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}
+        everybody = {"name": "anonymous", "actions": [f"Read:{PUBLIC_BUCKET}", f"List:{PUBLIC_BUCKET}"]}
+        identities.write_text(json.dumps({"identities": [known, everybody]}))
         (folder / "data").mkdir()
         self._command = [
             weed_program(),

@@ -76,7 +76,7 @@ class _TypedError(TsqError):
 
 
 class StorageError(_TypedError):
-    """Storage answered with a failure: `error_type` is not_found, access_denied or unavailable."""
+    """Storage answered with a failure: `error_type` is not_found, access_denied, unavailable, not_video or unsupported."""
 
 
 class VideoError(_TypedError):

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tsq_ray import schema, storage
+from tsq_ray.containers import VIDEO_SUFFIXES
 from tsq_ray.errors import ManifestError, StorageError
-from tsq_ray.labels import VIDEO_SUFFIXES, Classes, Labels, read_classes, read_labels
+from tsq_ray.labels import Classes, Labels, read_classes, read_labels
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class VideoRef:
 
 _NAMES = [column.name for column in schema.MANIFEST]
 _CHUNK = 10_000
+_EXAMPLES = 3
 
 
 class VideoRows(Sequence[VideoRef]):
@@ -121,51 +123,72 @@ class IndexSummary:
     unlabelled: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    """Entries of the listing that are no rows, by reason or, of other files, by suffix."""
+    left_out_examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first of each reason."""
     missing: list[str] = field(default_factory=list)
     new: int = 0
     changed: int = 0
     deleted: int = 0
     unchanged: int = 0
 
+    def leave_out(self, uri: str, reason: str) -> None:
+        """Count an entry, and name it where it is one of the first."""
+        self.left_out[reason] = self.left_out.get(reason, 0) + 1
+        examples = self.left_out_examples.setdefault(reason, [])
+        if len(examples) < _EXAMPLES:
+            examples.append(storage.redact(uri))
+
 
 def video_id(uri: str) -> str:
     """First 16 hex digits of the sha256 of the normalised URI."""
-    return hashlib.sha256(storage.normalize(uri).encode()).hexdigest()[:16]
+    place = storage.normalize(uri).encode("utf-8", "surrogatepass")  # a failed row needs an id, too
+    return hashlib.sha256(place).hexdigest()[:16]
 
 
-def list_sources(sources: Sequence[str], left_out: Counter[str]) -> Iterator[tuple[str, storage.StoredFile]]:
-    """(source, file) of every video below the sources, each once; other suffixes are counted in `left_out`.
+def list_sources(sources: Sequence[str], summary: IndexSummary) -> Iterator[tuple[str, storage.StoredFile]]:
+    """(source, file) of every video below the sources, each once; the rest is counted in `summary`.
 
     ManifestError where a source matches nothing; StorageError where it cannot be listed.
     """
     seen: set[str] = set()  # one listing names nothing twice
-    for source in sources:
-        found = 0
-        folder = storage.is_folder(source)
-        for file in storage.walk(source) if folder else _one(source):
-            suffix = _suffix(file.uri)
-            if folder and suffix not in VIDEO_SUFFIXES:
-                left_out[suffix or "(no suffix)"] += 1
-                continue
-            found += 1
-            if len(sources) > 1:
-                if file.uri in seen:
+    is_folder = {source: storage.is_folder(source) for source in sources}
+    for source, folder in is_folder.items():
+        found, others = 0, Counter[str]()
+        for entry in storage.entries(source) if folder else _one(source):
+            reason = _why_left_out(entry) if folder else None
+            found += reason is None
+            if len(is_folder) > 1:
+                named_outright = reason is not None and entry.uri in is_folder
+                if entry.uri in seen or named_outright:
                     continue
-                seen.add(file.uri)
-            yield source, file
+                seen.add(entry.uri)
+            if isinstance(entry, storage.StoredFile) and reason is None:
+                yield source, entry
+            else:
+                others[str(reason)] += 1
+                summary.leave_out(entry.uri, str(reason))
         if not found:
-            other = f"; it holds {sum(left_out.values())} other files" if left_out else ""
+            counts = ", ".join(f"{reason} {count}" for reason, count in others.items())
+            held = f"; it holds {others.total()} other files: {counts}" if others else ""
             raise ManifestError(
-                f"{storage.redact(source)}: no video found{other}; name a folder, an s3:// prefix or a file with "
-                "mp4, mkv, webm, mov, avi or another video suffix"
+                f"{storage.redact(source)}: no video found{held}; name a folder, an s3:// prefix "
+                "or a file with mp4, mkv, webm, mov, avi or another video suffix"
             )
+
+
+def _why_left_out(entry: storage.StoredFile | storage.LeftOut) -> str | None:
+    if isinstance(entry, storage.LeftOut):
+        return entry.reason
+    suffix = _suffix(entry.uri)
+    return None if suffix in VIDEO_SUFFIXES else suffix or "(no suffix)"
 
 
 def _one(source: str) -> Iterator[storage.StoredFile]:
     try:
         yield storage.stat(source)
     except StorageError as error:
-        if error.error_type == "not_found":
+        if isinstance(error.__cause__, FileNotFoundError) and error.error_type == "not_found":
             raise ManifestError(f"{storage.redact(source)}: no such file, folder, bucket or prefix; check the name") from None
         raise
 
@@ -189,13 +212,15 @@ def build_manifest(
     default the class folders where every video lies in one. `classes_file`: class names, one a line, that fix the label order
     (else alphabetical). `old`: the manifest to compare with (--update). Raises ManifestError.
     """
-    sources = [storage.normalize(source) for source in sources]
+    sources = list(dict.fromkeys(map(storage.normalize, sources)))
     if not sources:
         raise ManifestError("no source given; name a folder, an s3:// prefix or video files")
+    for source in sources:
+        if not storage.is_utf8(source):
+            raise ManifestError(f"{storage.redact(source)}: the name is not UTF-8, as a manifest needs it; rename it")
     summary = IndexSummary()
-    left_out: Counter[str] = Counter()
-    files = _Listed.of(list_sources(sources, left_out))
-    summary.left_out = dict(left_out)
+    files = _Listed.of(list_sources(sources, summary))
+    _check_ids(files.rows)
     fixed = read_classes(classes_file) if classes_file is not None else None
     found = read_labels([labels] if isinstance(labels, str) else labels, files, fixed, labels_format)
     summary.labels_from, summary.missing = found.origin, found.missing
@@ -206,6 +231,16 @@ def build_manifest(
     _compare(rows, old, summary)
     identity = hashlib.sha256("\n".join(sorted(sources)).encode()).hexdigest()[:16]
     return Manifest(rows, classes, identity, tuple(sources)), summary
+
+
+def _check_ids(rows: VideoRows) -> None:
+    """Each id stands for one row, or every run over them would miss one. ManifestError otherwise."""
+    if pc.count_distinct(rows.ids).as_py() == len(rows):
+        return
+    counts = pc.value_counts(rows.ids)
+    twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
+    first, second = rows.table.filter(pc.equal(rows.ids, twice))["uri"].to_pylist()[:2]
+    raise ManifestError(f"{storage.redact(first)} and {storage.redact(second)} have the same video_id {twice}; rename one of the two")
 
 
 class _Listed(Sequence[tuple[str, str]]):
@@ -314,7 +349,9 @@ def read_manifest(uri: str) -> Manifest:
             raise ManifestError(f"manifest {uri}: is a folder; name the Parquet file that tsq index wrote") from None
         raise
     try:
-        table = pq.read_table(pa.BufferReader(data), use_threads=False)
+        # not by pq.read_table, nor with pre_buffer: one of Arrow's threads may drop the bytes as the interpreter ends, which aborts the process
+        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
+            table = file.read(use_threads=False)
     except (pa.ArrowInvalid, OSError):
         raise ManifestError(f"manifest {storage.redact(uri)}: not a Parquet file; make one with tsq index") from None
     missing = [column.name for column in schema.MANIFEST if column.name not in table.column_names]

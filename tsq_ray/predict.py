@@ -27,18 +27,23 @@ def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str,
     rows: list[dict[str, Any]] = []
     try:
         for video in videos:
-            uri = storage.normalize(video)
-            ref, decoded = _decode(decode, uri)
-            rows += recognize(sample([(ref, decoded)]))
+            rows += recognize(sample([_decode(decode, video)]))
     finally:
         decode.close()
     return rows
 
 
-def _decode(decode: Decode, uri: str) -> tuple[VideoRef, DecodedVideo | VideoError | StorageError]:
+def _decode(decode: Decode, video: str) -> tuple[VideoRef, DecodedVideo | VideoError | StorageError]:
+    """A video by name, decoded, or why it is not: never an exception, that would take the others' answers along."""
+    # a row is text that JSON and a terminal can take, whatever bytes the name is made of
+    shown = video if storage.is_utf8(video) else storage.redact(video)
     try:
+        uri = storage.normalize(video)
         file = storage.stat(uri)
+        ref = VideoRef(video_id(uri), uri, file.size_bytes, file.etag, file.modified)
+        return ref, decode([ref])[0]
     except StorageError as error:
-        return VideoRef(video_id(uri), uri, 0), error
-    ref = VideoRef(video_id(uri), uri, file.size_bytes, file.etag, file.modified)
-    return ref, decode([ref])[0]
+        return VideoRef(video_id(video), storage.normalize(shown), 0), error
+    except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row
+        what = f"{storage.redact(shown)}: unexpected {type(error).__name__}: {error}"
+        return VideoRef(video_id(shown), shown, 0), VideoError("internal", what)

@@ -1,59 +1,45 @@
-"""fsspec: open, list, publish atomically. Local paths and s3:// take the same calls.
+"""Open, list, publish atomically. Local paths and s3:// take the same calls.
 
-An S3 endpoint and its keys come from the usual environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...). Failures are
-StorageError with a closed error type; messages never hold a query string or a secret.
+An S3 endpoint and its keys come from the usual environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
+...; AWS_NO_SIGN_REQUEST=true reads public buckets without keys, AWS_REQUEST_PAYER=requester pays
+for requests). Failures are StorageError with a closed error type; messages never hold a query
+string or a secret.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
-import errno
+import functools
 import hashlib
 import os
 import posixpath
-import re
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from pathlib import Path
+from datetime import datetime
 from typing import Any, BinaryIO, cast
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from tsq_ray.errors import ErrorType, StorageError, UserError
+from tsq_ray import local_files
+from tsq_ray.advice import SCHEME, classify, is_local, redact, storage_errors
+from tsq_ray.errors import StorageError, UserError
+from tsq_ray.local_files import LeftOut, StoredFile, is_utf8
 
-_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
-_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")
-_DENIED_CODES = {
-    "401",
-    "403",
-    "AccessDenied",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "InvalidToken",
-    "AllAccessDisabled",
-}
-_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
-_MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket", "NotFound", "NoSuchUpload"}
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One file as its listing shows it: `modified` in UTC, `etag` None on local disks."""
-
-    uri: str
-    size_bytes: int
-    etag: str | None
-    modified: datetime | None
+_REMOTE = ("http", "https", "memory", "gs", "gcs", "az", "abfs", "abfss", "hdfs")
+_MAX_NAME_BYTES = 255
 
 
 def normalize(uri: str | os.PathLike[str]) -> str:
-    """The one spelling of a place: an absolute local path without a scheme, or `scheme://...` without doubled slashes at the end."""
+    """The one spelling of a place: an absolute local path without a scheme, or `scheme://...`.
+
+    Links are not followed: a video and a link to it are two places.
+    """
     text = os.fspath(uri)
-    match = _SCHEME.match(text)
+    match = SCHEME.match(text)
     if match is None:
-        return str(Path(text).expanduser().absolute().resolve(strict=False)) if text else text
+        return local_files.absolute(text)
     scheme, rest = match.group(1).lower(), text[match.end() :]
     if scheme in ("file", "local"):
         return normalize(rest)
@@ -62,9 +48,10 @@ def normalize(uri: str | os.PathLike[str]) -> str:
     return f"{scheme}://{rest.rstrip('/')}"
 
 
-def is_local(uri: str) -> bool:
-    """Whether `uri` is a path of this machine's file system."""
-    return _SCHEME.match(uri) is None
+def real_path(uri: str | os.PathLike[str]) -> str:
+    """The normalised `uri`, its links followed where it is local: to tell where it really lies."""
+    place = normalize(uri)
+    return os.path.realpath(place) if is_local(place) else place
 
 
 def join(base: str, *parts: str) -> str:
@@ -73,8 +60,10 @@ def join(base: str, *parts: str) -> str:
 
 
 def name_of(uri: str) -> str:
-    """The last part of a path or URI, without a query."""
-    return posixpath.basename(uri.rstrip("/").partition("?")[0] if not is_local(uri) else uri.rstrip("/"))
+    """The last part of a path or URI, without the query of an http(s) URL."""
+    if uri.startswith(("http://", "https://")):
+        uri = uri.partition("?")[0]
+    return posixpath.basename(uri.rstrip("/"))
 
 
 def parent_of(uri: str) -> str:
@@ -82,112 +71,135 @@ def parent_of(uri: str) -> str:
     return posixpath.dirname(uri.rstrip("/"))
 
 
-def redact(text: str) -> str:
-    """`text` with the query part of every http(s) URL left out: presigned URLs carry their secret there."""
-    return _QUERY.sub(r"\1?...", text)
-
-
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of `uri` and the path within it. UserError for an unknown scheme."""
+    """The file system of `uri` and the path within it. StorageError for an unknown scheme."""
+    path = _local_path(uri)
+    if path is not None:
+        return LocalFileSystem(), path
+    scheme = uri.partition("://")[0].lower()
+    if "\0" in uri or not is_utf8(uri):
+        raise StorageError("not_found", f"{redact(uri)!r}: a URI is UTF-8 and holds no NUL")
+    if scheme in ("s3", "s3a") and not uri.partition("://")[2].partition("/")[0]:
+        raise StorageError("not_found", f"{uri}: lacks the bucket's name; expected s3://BUCKET/KEY")
     try:
-        fs, path = fsspec.core.url_to_fs(uri, **_options(uri))
-    except (ImportError, ValueError) as error:
-        raise UserError(f"{redact(uri)}: storage of this kind cannot be opened ({error}); use a local path or an s3:// URI") from None
+        # not by fsspec's url_to_fs: it reads `a::b` as one file system inside another
+        if scheme in ("s3", "s3a"):
+            fs = _open_s3(_s3_options())
+        elif scheme in _REMOTE:
+            fs = fsspec.filesystem(scheme, **fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(uri))
+        else:
+            raise ValueError(f"no such scheme: {scheme}")
+    except (ImportError, ValueError, TypeError) as error:
+        raise StorageError(
+            "unsupported",
+            f"{redact(uri)}: storage of this kind cannot be opened ({error}); use a local path or an s3:// URI",
+        ) from None
+    return fs, fs._strip_protocol(uri)
+
+
+def _object(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system and path of one remote file. StorageError where `uri` is a whole bucket."""
+    fs, path = filesystem(uri)
+    if uri.startswith("s3://") and "/" not in path:
+        raise StorageError("not_found", f"{uri}: a bucket; name a key in it, s3://BUCKET/KEY")
     return fs, path
 
 
-def _options(uri: str) -> dict[str, Any]:
-    if not uri.startswith("s3://"):
-        return {}
-    # a listing of a moment ago must not hide what another process wrote since
-    return {
+def _local_path(uri: str) -> str | None:
+    """The path of a local `uri`, None of any other. StorageError where no file can have that name."""
+    match = SCHEME.match(uri)
+    if match is not None and match.group(1).lower() not in ("file", "local"):
+        return None
+    path = normalize(uri)
+    if not path or "\0" in path:
+        raise StorageError("not_found", f"{path!r}: no path; it is empty or holds a NUL, name a file or folder")
+    return path
+
+
+def _s3_options() -> dict[str, Any]:
+    options: dict[str, Any] = {
+        # a listing of a moment ago must not hide what another process wrote since
         "use_listings_cache": False,
-        "config_kwargs": {"retries": {"max_attempts": 4, "mode": "standard"}, "connect_timeout": 10, "read_timeout": 30},
+        "config_kwargs": {
+            "retries": {"max_attempts": 4, "mode": "standard"},
+            "connect_timeout": 10,
+            "read_timeout": 30,
+        },
     }
+    if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("true", "yes", "1"):
+        options["anon"] = True
+    if os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester":
+        options["requester_pays"] = True
+    return options
 
 
-def classify(error: BaseException) -> ErrorType:
-    """not_found, access_denied or unavailable: what a storage exception means.
-
-    Keys that expired are `unavailable`: they will be renewed, and the next run tries again by itself.
-    """
-    chain = []
-    seen: BaseException | None = error
-    while seen is not None:
-        chain.append(seen)
-        seen = seen.__cause__ or seen.__context__
-    if _EXPIRED_CODES & {_code(seen) for seen in chain}:
-        return "unavailable"  # before the rest: s3fs wraps it in a PermissionError
-    for seen in chain:
-        code, status = _code(seen), getattr(seen, "status", None)
-        if isinstance(seen, FileNotFoundError) or code in _MISSING_CODES or status == 404:
-            return "not_found"
-        if isinstance(seen, PermissionError) or code in _DENIED_CODES or status in (401, 403):
-            return "access_denied"
-        if type(seen).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
-            return "access_denied"
-    return "unavailable"
+def _open_s3(options: dict[str, Any]) -> fsspec.AbstractFileSystem:
+    return _s3_class()(**options)
 
 
-def _code(error: BaseException) -> str:
-    """The code in a botocore error's response, empty where it is no such error."""
-    response = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+@functools.cache
+def _s3_class() -> Any:
+    from s3fs import S3FileSystem
 
+    class WholeKeys(S3FileSystem):
+        """S3 in which a key may hold `?versionId=`."""
 
-@contextlib.contextmanager
-def storage_errors(uri: str, doing: str = "open") -> Iterator[None]:
-    """Turn what a file system raises into StorageError with a type and a message that names `uri`."""
-    try:
-        yield
-    except (StorageError, UserError):
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError("unavailable", f"{redact(uri)}: the disk is full; free some room and run again") from error
-        raise StorageError(classify(error), _message(uri, doing, error)) from error
-    except Exception as error:  # botocore's and aiohttp's errors share no base class with anything
-        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "asyncio"):
-            raise
-        raise StorageError(classify(error), _message(uri, doing, error)) from error
+        def split_path(self, path: str) -> tuple[str, str, None]:
+            before, mark, after = path.partition("?versionId=")
+            bucket, key, _ = super().split_path(before)
+            return bucket, key + mark + after, None
 
+        def __reduce__(self) -> tuple[Any, ...]:  # the class has no name to be imported by
+            return _open_s3, (self.storage_options,)
 
-def _message(uri: str, doing: str, error: BaseException) -> str:
-    kind = classify(error)
-    advice = {
-        "not_found": "no such file, folder or bucket; check the name",
-        "access_denied": "access denied; check the keys (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the rights",
-        "unavailable": "storage does not answer as it should; check AWS_ENDPOINT_URL and the network, then run again",
-    }[kind]
-    detail = redact(" ".join(str(error).split()))[:200]
-    return f"cannot {doing} {redact(uri)}: {advice}" + (f" ({detail})" if kind == "unavailable" and detail else "")
+    # whoever clears fsspec's instances of S3 clears these too
+    WholeKeys._cache = S3FileSystem._cache
+    return WholeKeys
 
 
 def open_read(uri: str, **options: Any) -> BinaryIO:
     """A seekable binary file; reads of s3:// fetch ranges. Used in a `with`."""
     with storage_errors(uri):
-        fs, path = filesystem(uri)
+        local = _local_path(uri)
+        if local is not None:
+            return local_files.open_file(local)
+        fs, path = _object(uri)
         return cast(BinaryIO, fs.open(path, "rb", **options))
 
 
 def read_bytes(uri: str) -> bytes:
     """The whole content."""
     with storage_errors(uri, "read"):
-        fs, path = filesystem(uri)
+        local = _local_path(uri)
+        if local is not None:
+            with local_files.open_file(local) as file:
+                return file.read()
+        fs, path = _object(uri)
         return cast(bytes, fs.cat_file(path))
 
 
 def read_text(uri: str) -> str:
     """The whole content as UTF-8; UserError where it is not."""
+    data = read_bytes(uri)
     try:
-        return read_bytes(uri).decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{redact(uri)}: not UTF-8 text") from None
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        found = "UTF-16, not UTF-8 text" if utf16 else "not UTF-8 text"
+        raise UserError(f"{redact(uri)}: {found}; save it as UTF-8") from None
 
 
 def stat(uri: str) -> StoredFile:
-    """Size, etag and modification time now; StorageError where there is no such file."""
+    """Size, etag and modification time now; StorageError where there is no such file.
+
+    `not_video` where it is a FIFO, a socket or a device, `unsupported` where no manifest could hold its name.
+    """
     with storage_errors(uri, "look up"):
+        if not is_utf8(uri):
+            raise StorageError("unsupported", f"{redact(uri)}: its name is not UTF-8; rename it")
+        local = _local_path(uri)
+        if local is not None:
+            return local_files.look_up(local)
         fs, path = filesystem(uri)
         return _stored(fs, fs.info(path))
 
@@ -209,53 +221,73 @@ def is_folder(uri: str) -> bool:
 
 def _kind(uri: str) -> str | None:
     with storage_errors(uri, "look up"):
+        local = _local_path(uri)
+        if local is not None:
+            return local_files.kind_of(local)
         fs, path = filesystem(uri)
         try:
             return cast(str, fs.info(path)["type"])
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if classify(error) != "not_found":
+                raise
             return None
 
 
-def walk(uri: str) -> Iterator[StoredFile]:
-    """Every file below a folder or prefix; hidden names and names with `_` in front are passed over.
+def entries(uri: str) -> Iterator[StoredFile | LeftOut]:
+    """Every entry below a folder or prefix: a file, or what is left out and why.
 
-    Sorted by folder and name on disks, by key on S3, where one page of a thousand keys after the other is asked for. StorageError where any
-    of the folders cannot be listed.
+    Sorted by folder and name on disks, by key on S3, where one page of a thousand keys after the
+    other is asked for. StorageError where any of the folders cannot be listed.
     """
+    local = _local_path(uri)
+    if local is not None:
+        try:
+            yield from local_files.walk(local)
+        except OSError as error:
+            with storage_errors(str(error.filename or uri), "list"):
+                raise
+        return
     with storage_errors(uri, "list"):
         fs, path = filesystem(uri)
-        if uri.startswith("s3://"):
-            yield from _pages(fs, path)
-            return
-        yield from _below(fs, path)
+        yield from _pages(fs, path) if uri.startswith("s3://") else _below(fs, path)
 
 
-def _below(fs: Any, path: str) -> Iterator[StoredFile]:
+def walk(uri: str) -> Iterator[StoredFile]:
+    """The files among `entries`."""
+    return (entry for entry in entries(uri) if isinstance(entry, StoredFile))
+
+
+def _below(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
     # not by fs.walk: that passes in silence over a folder below the first one that it cannot read
     with storage_errors(path, "list"):
         listed = {name_of(entry["name"]): entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path}
-    visible = [listed[name] for name in sorted(listed) if not _hidden(name)]
-    yield from (_stored(fs, entry) for entry in visible if entry["type"] != "directory")
-    for entry in visible:
-        if entry["type"] == "directory":
-            yield from _below(fs, entry["name"].rstrip("/"))
+    folders = []
+    for name, entry in sorted(listed.items()):
+        if name.startswith("."):
+            yield LeftOut(fs.unstrip_protocol(entry["name"]), local_files.HIDDEN)
+        elif entry["type"] == "directory":
+            folders.append(entry["name"].rstrip("/"))
+        else:
+            yield _stored(fs, entry)
+    for folder in folders:
+        yield from _below(fs, folder)
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "_")) or name == "lost+found"  # which is the file system's own
-
-
-def _pages(fs: Any, path: str) -> Iterator[StoredFile]:
+def _pages(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
     bucket, _, folder = path.partition("/")
     prefix = f"{folder}/" if folder else ""
     wanted: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
     while True:
         page = fs.call_s3("list_objects_v2", **wanted)
         for item in page.get("Contents", ()):
-            key = item["Key"]
-            # a key with a slash at its end is a folder's mark
-            if not key.endswith("/") and not any(map(_hidden, key[len(prefix) :].split("/"))):
-                yield StoredFile(f"s3://{bucket}/{key}", int(item["Size"]), item["ETag"].strip('"'), item["LastModified"])
+            key, size = item["Key"], int(item["Size"])
+            uri = f"s3://{bucket}/{key}"
+            if any(part.startswith(".") for part in key.removeprefix(prefix).split("/")):
+                yield LeftOut(uri, local_files.HIDDEN)
+            elif not key.endswith("/"):
+                yield StoredFile(uri, size, item["ETag"].strip('"'), item["LastModified"])
+            elif size:  # without content it is a folder's mark
+                yield LeftOut(uri, "name ends in /")
         if not page.get("IsTruncated"):
             return
         wanted["ContinuationToken"] = page["NextContinuationToken"]
@@ -264,51 +296,41 @@ def _pages(fs: Any, path: str) -> Iterator[StoredFile]:
 def list_folder(uri: str) -> list[StoredFile]:
     """Files directly in a folder, hidden ones too, sorted; empty where there is no such folder."""
     with storage_errors(uri, "list"):
+        local = _local_path(uri)
+        if local is not None:
+            return local_files.list_folder(local)
         fs, path = filesystem(uri)
         try:
-            entries = fs.ls(path, detail=True)
+            found = fs.ls(path, detail=True)
         except FileNotFoundError:
             return []
+        files = (entry for entry in found if entry["type"] == "file")
         return sorted(
-            (_stored(fs, entry) for entry in entries if entry["type"] == "file" and entry["name"].rstrip("/") != path),
+            (_stored(fs, entry) for entry in files if entry["name"].rstrip("/") != path),
             key=lambda file: file.uri,
         )
 
 
 def _stored(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> StoredFile:
-    modified = info.get("LastModified") or info.get("mtime")
-    if isinstance(modified, (int, float)):
-        modified = datetime.fromtimestamp(modified, tz=timezone.utc)
-    etag = info.get("ETag")
-    local = "file" in fs.protocol or "local" in fs.protocol if isinstance(fs.protocol, tuple) else fs.protocol == "file"
+    """A remote file."""
+    modified, etag = info.get("LastModified"), info.get("ETag")
     return StoredFile(
-        uri=info["name"] if local else fs.unstrip_protocol(info["name"]),
+        uri=fs.unstrip_protocol(info["name"]),
         size_bytes=int(info.get("size") or 0),
         etag=str(etag).strip('"') if etag else None,
-        modified=modified,
+        modified=modified if isinstance(modified, datetime) else None,
     )
 
 
 def write_bytes(uri: str, data: bytes) -> None:
     """Publish atomically: readers see the old content or the whole new one, never a part of it."""
     with storage_errors(uri, "write"):
-        fs, path = filesystem(uri)
-        if not is_local(uri):
-            fs.pipe_file(path, data)  # an object appears with its last byte
+        local = _local_path(uri)
+        if local is not None:
+            local_files.write(local, data)
             return
-        os.makedirs(posixpath.dirname(path), exist_ok=True)
-        # readers of Parquet folders skip names with a dot in front
-        temporary = posixpath.join(posixpath.dirname(path), f".{posixpath.basename(path)}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        fs, path = _object(uri)
+        fs.pipe_file(path, data)  # an object appears with its last byte
 
 
 def check_writable(folder: str) -> None:
@@ -320,27 +342,39 @@ def check_writable(folder: str) -> None:
 
 def remove(uri: str) -> None:
     """Delete one file; not an error where it is gone already."""
-    with storage_errors(uri, "delete"):
+    with storage_errors(uri, "delete"), contextlib.suppress(FileNotFoundError):
+        local = _local_path(uri)
+        if local is not None:
+            os.remove(local)
+            return
         fs, path = filesystem(uri)
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm_file(path)
+        fs.rm_file(path)
 
 
 def remove_folder(uri: str) -> None:
     """Delete a folder or prefix and all below it; not an error where it is gone already."""
-    with storage_errors(uri, "delete"):
+    with storage_errors(uri, "delete"), contextlib.suppress(FileNotFoundError):
+        local = _local_path(uri)
+        if local is not None:
+            local_files.remove_folder(local)
+            return
         fs, path = filesystem(uri)
-        with contextlib.suppress(FileNotFoundError):
-            fs.rm(path, recursive=True)
+        # not fs.rm, which reads `*`, `?` and `[` in a name as a pattern; some stores keep folders
+        for name in (*reversed(fs.find(path, withdirs=True)), path):
+            with contextlib.suppress(FileNotFoundError):
+                fs.rm_file(name)
 
 
 def download(uri: str, folder: str | os.PathLike[str]) -> str:
     """A local copy of one file in `folder`, or the path itself where it is local already."""
     if is_local(uri):
         return uri
-    target = os.path.join(folder, name_of(uri) or "download")
+    name = name_of(uri)
+    if not name or len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES:  # keys may be longer
+        name = "download"
+    target = os.path.join(folder, name)
     with storage_errors(uri, "fetch"):
-        fs, path = filesystem(uri)
+        fs, path = _object(uri)
         fs.get_file(path, target)
     return target
 

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,7 +39,7 @@ from tsq_ray import extract as extracting
 from tsq_ray import runs, runtime, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
-from tsq_ray.manifest import Manifest, VideoRows, build_manifest, choose_split, list_sources, read_manifest, write_manifest
+from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, choose_split, list_sources, read_manifest, write_manifest
 from tsq_ray.stages import FrameFeatures
 
 _CLASSES = [f"class {number}" for number in range(200)]
@@ -309,7 +308,7 @@ def _listings(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]
 def _list(options: argparse.Namespace) -> dict[str, Any]:
     """`tsq index` of the bucket; before that, how long it takes to the first video and what memory the process has then."""
     memory, source, started = Memory(), f"s3://{_BUCKET}/videos", time.perf_counter()
-    next(iter(list_sources([source], Counter())))
+    next(iter(list_sources([source], IndexSummary())))
     first, before = time.perf_counter() - started, memory.now()
     started = time.perf_counter()
     manifest, _ = build_manifest([source], labels="none")

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.ray
 
 BAD_FILES = {
     # an AAC track and nothing to see
-    "bad_audio_only.m4a": "not_video",
     "bad_audio_only.mp4": "not_video",
     # damaged pictures in a whole container: what decodes is used, with a warning
     "bad_bitflips_mdat.mp4": "ok",

@@ -84,10 +84,110 @@ def test_paths_of_a_csv_are_relative_to_it_and_to_nothing_else(
     assert (summary.labelled, summary.missing) == (1, ["sub/b.mp4", "b.mp4"])
 
 
+def test_odd_paths_of_a_csv_are_plain_names(
+    make: Make, write: Callable[[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("~a.mp4", "std::vec.mp4", "what?.mp4", "50%20.mp4", "#1.mp4", "-b.mp4", "_c.mp4", "a b.mp4")
+    folder = make(*names)
+    lines = "".join(f"{name},x\n" for name in (*names, "gone\0.mp4", "n" * 5000, "https://h/v.mp4?s=1"))
+    (folder / "labels.csv").write_text(f"path,label\n{lines}~/videos/~a.mp4,x\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, summary = index(folder, str(folder / "labels.csv"))
+    assert (summary.labelled, len(summary.missing)) == (len(names), 3)
+
+
 def test_labels_in_another_encoding_are_told(make: Make, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes("path,label\na.mp4,Äpfel\n".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8 text"):
+    with pytest.raises(UserError, match="not UTF-8 text; save it as UTF-8"):
         index(make("a.mp4"), str(tmp_path / "labels.csv"))
+
+
+@pytest.mark.parametrize(
+    ("line", "label"),
+    [
+        ('a.mp4, "dog"', "dog"),
+        ('  "a.mp4",  "dog"', "dog"),
+        ("a.mp4,dog", "dog"),
+        ("./a.mp4,dog", "dog"),
+        ('a.mp4,"dog, big"', "dog, big"),
+        ('a.mp4,"say ""dog"" twice"', 'say "dog" twice'),
+        ('a.mp4,5" dog', '5" dog'),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+def test_quotes_and_line_ends_of_a_csv(make: Make, line: str, label: str, end: str) -> None:
+    labels = make("a.mp4") / "labels.csv"
+    labels.write_bytes(f"path, label{end}{line}{end}".encode())
+    assert labels_of(index(labels.parent, str(labels))[0]) == {"a.mp4": ([label], None)}
+
+
+@pytest.mark.parametrize("line", ['a.mp4,\t"dog"', 'a.mp4,"""dog"""', '\t"a.mp4",dog'])
+def test_quotes_that_would_become_part_of_a_name_are_refused(make: Make, write: Callable[[str, str], str], line: str) -> None:
+    message = r"""labels\.csv line 3: '"(dog|a\.mp4)"' keeps its quotes; expected them right after a comma"""
+    with pytest.raises(ManifestError, match=message):
+        index(make("a.mp4", "b.mp4"), write("labels.csv", f"path,label\nvideos/b.mp4,x\n{line}\n"))
+
+
+@pytest.mark.parametrize(
+    ("word", "split"),
+    [("Train", "train"), ("training", "train"), ("VALIDATION", "val"), ("valid", "val"), ("Test", "test"), ("holdout B", "holdout B")],
+)
+def test_a_word_for_a_split_means_the_same_in_every_format(make: Make, write: Callable[[str, str], str], word: str, split: str) -> None:
+    files = {
+        "a.csv": f"path,label,split\nvideos/v.mp4,x,{word}\n",
+        "k.csv": f"youtube_id,time_start,time_end,label,split\nv,0,10,x,{word}\n",
+        "a.json": json.dumps({"database": {"v": {"subset": word, "annotations": [{"label": "x"}]}}}),
+    }
+    for name, content in files.items():
+        assert labels_of(index(make("v.mp4"), write(name, content))[0])["v.mp4"] == (["x"], split), name
+
+
+def test_folders_for_splits_are_named_as_in_files(make: Make) -> None:
+    found = labels_of(index(make("Train/cats/1.mp4", "validation/dogs/2.mp4"))[0])
+    assert found == {"Train/cats/1.mp4": (["cats"], "train"), "validation/dogs/2.mp4": (["dogs"], "val")}
+
+
+# ------------------------------------------------------------------------------------------------------------- unicode
+
+NFC, NFD = "Caf\u00e9 Z\u00fcrich", "Cafe\u0301 Zu\u0308rich"
+
+
+@pytest.mark.parametrize(("on_disk", "in_file"), [(NFC, NFD), (NFD, NFC), (NFC, NFC), (NFD, NFD)])
+def test_composed_and_decomposed_names_are_the_same(make: Make, write: Callable[[str, str], str], on_disk: str, in_file: str) -> None:
+    folder, classes = make(f"{on_disk}/{on_disk}.mp4"), write("classes.txt", f"{on_disk}\nother\n")
+    files = {
+        "labels.csv": f"path,label\nvideos/{in_file}/{in_file}.mp4,{in_file}\n",
+        "anet.json": json.dumps({"database": {in_file: {"subset": "training", "annotations": [{"label": in_file}]}}}),
+        "list.txt": f"{in_file}/{in_file}.mp4 0\n",
+        "frames.txt": f"{in_file}/{in_file} 90 0\n",
+    }
+    for name, content in files.items():
+        manifest, summary = index(folder, write(name, content), classes_file=classes)
+        assert [row.labels for row in manifest.rows] == [(0,)], name
+        assert (manifest.classes, summary.missing) == ([NFC, "other"], [])
+        assert manifest.rows[0].uri == f"{folder}/{on_disk}/{on_disk}.mp4", "a path keeps its spelling"
+
+
+def test_class_folders_that_look_the_same_are_one_class(make: Make) -> None:
+    manifest, _ = index(make(f"{NFC}/1.mp4", f"{NFD}/2.mp4", "other/3.mp4"))
+    assert (manifest.classes, [row.labels for row in manifest.rows]) == ([NFC, "other"], [(0,), (0,), (1,)])
+
+
+def test_the_exact_spelling_goes_first(make: Make, write: Callable[[str, str], str]) -> None:
+    folder = make(f"{NFC}.mp4", f"{NFD}.mp4")
+    found = labels_of(index(folder, write("labels.csv", f"path,label\nvideos/{NFC}.mp4,x\nvideos/{NFD}.mp4,y\n"))[0])
+    assert found == {f"{NFC}.mp4": (["x"], None), f"{NFD}.mp4": (["y"], None)}
+    half = "Caf\u00e9 Zu\u0308rich"
+    with pytest.raises(ManifestError, match="is 2 of the videos found"):
+        index(folder, write("labels.csv", f"path,label\nvideos/{half}.mp4,x\n"))
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_line_ends_end_a_line(make: Make, write: Callable[[str, str], str], odd: str) -> None:
+    classes = write("classes.txt", f"one\rline{odd}feed\r\nthree\n")
+    manifest, _ = index(make("a.mp4", f"b{odd}c.mp4"), write("list.txt", f"a.mp4 2\nb{odd}c.mp4 1\n"), classes_file=classes)
+    assert manifest.classes == ["one", f"line{odd}feed", "three"]
+    assert [row.labels for row in manifest.rows] == [(2,), (1,)]
 
 
 # --------------------------------------------------------------------------------------------------------- data sets

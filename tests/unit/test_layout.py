@@ -18,8 +18,11 @@ ORDER = (
     *(
         "errors",
         "schema",
+        "containers",
         "sections",
         "config",
+        "local_files",
+        "advice",
         "storage",
         "labels",
         "manifest",

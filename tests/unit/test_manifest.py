@@ -42,7 +42,12 @@ def labels_of(manifest: Manifest) -> dict[str, tuple[list[str], str | None]]:
 def test_videos_are_taken_by_their_names_and_the_rest_is_counted(make: Make) -> None:
     manifest, summary = index(make("a.mp4", "b/c.MKV", "b/notes.txt", "b/readme", ".hidden.mp4"))
     assert [os.path.basename(row.uri) for row in manifest.rows] == ["a.mp4", "c.MKV"]
-    assert summary.left_out == {".txt": 1, "(no suffix)": 1}
+    assert summary.left_out == {"hidden (name begins with .)": 1, ".txt": 1, "(no suffix)": 1}
+    assert [name.rpartition("/")[2] for names in summary.left_out_examples.values() for name in names] == [
+        ".hidden.mp4",
+        "notes.txt",
+        "readme",
+    ]
     assert (summary.videos, summary.new, summary.labelled, summary.unlabelled) == (2, 2, 0, 2)
 
 
@@ -68,13 +73,17 @@ def test_ids_hang_on_the_place_alone(make: Make, monkeypatch: pytest.MonkeyPatch
     ("names", "source", "message"),
     [
         ((), "nowhere", "nowhere: no such file, folder, bucket or prefix; check the name"),
-        (("notes.txt", "data.csv"), "", "no video found; it holds 2 other files; name a folder, an s3:// prefix or a file"),
-        (("empty/.keep",), "empty", "empty: no video found; name a folder"),
+        (("notes.txt", "data.csv"), "", r"no video found; it holds 2 other files: \.csv 1, \.txt 1; name a folder, an s3:// prefix"),
+        (("empty/.keep",), "empty", r"empty: no video found; it holds 1 other files: hidden \(name begins with \.\) 1; name a folder"),
+        (("bare/",), "bare", "bare: no video found; name a folder"),
     ],
 )
 def test_a_source_that_matches_nothing_is_an_error(make: Make, names: tuple[str, ...], source: str, message: str) -> None:
-    make("x.mp4")
-    folder = make(*names)
+    make("x.mp4", *(name for name in names if not name.endswith("/")))
+    folder = make()
+    for name in names:
+        if name.endswith("/"):
+            (folder / name).mkdir()
     if source == "":
         (folder / "x.mp4").unlink()
     with pytest.raises(ManifestError, match=message):

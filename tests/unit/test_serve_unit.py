@@ -151,7 +151,8 @@ HTTP = ("https://host.example/videos/",)
         ("s3://bucket/open/..", S3, None),
         ("s3://Bucket/open/a.mp4", S3, None),
         ("gs://bucket/open/a.mp4", S3, None),
-        ("s3://bucket/open/a.zip::file:///etc/passwd", S3, None),
+        # a plain key: no name is a chain of file systems
+        ("s3://bucket/open/a.zip::file:///etc/passwd", S3, "s3://bucket/open/a.zip::file:///etc/passwd"),
         ("zip://a.mp4::s3://bucket/open/a.zip", S3, None),
         ("https://host.example/videos/a.mp4?sig=1", HTTP, "https://host.example/videos/a.mp4?sig=1"),
         ("https://host.example/videos/%2e%2e/a.mp4", HTTP, None),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import re
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -24,6 +28,8 @@ from tsq_ray.errors import StorageError, UserError
         ("s3a://bucket/a", "s3://bucket/a"),
         ("file:///data/a/../b.mp4", "/data/b.mp4"),
         ("/data//a/./b.mp4", "/data/a/b.mp4"),
+        ("//data/a::b.mp4", "/data/a::b.mp4"),
+        ("s3://bucket/Why? Because//x#1%20.mp4", "s3://bucket/Why? Because//x#1%20.mp4"),
         ("https://host/v.mp4?sig=1", "https://host/v.mp4?sig=1"),
         ("", ""),
     ],
@@ -33,12 +39,16 @@ def test_a_place_has_one_spelling(given: str, expected: str) -> None:
     assert storage.normalize(expected) == expected
 
 
-def test_relative_paths_become_absolute_and_links_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_become_absolute_and_links_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.chdir(tmp_path)
     assert storage.normalize("a.mp4") == str(tmp_path / "a.mp4")
-    assert storage.normalize(Path("link") / "a.mp4") == str(tmp_path / "real" / "a.mp4")
+    assert storage.normalize(Path("link") / "a.mp4") == str(tmp_path / "link" / "a.mp4")
+    assert storage.normalize("link/../a.mp4") == str(tmp_path / "a.mp4")
+    assert storage.normalize("std::vec.mp4") == str(tmp_path / "std::vec.mp4")
+    assert storage.real_path("link/a.mp4") == str(tmp_path / "real" / "a.mp4")
+    assert storage.real_path("s3a://bucket/a/") == "s3://bucket/a"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert storage.normalize("~/a.mp4") == str(tmp_path / "a.mp4")
 
@@ -50,6 +60,7 @@ def test_relative_paths_become_absolute_and_links_are_followed(tmp_path: Path, m
         ("/data/a/", "a", "/data"),
         ("s3://bucket/a/b.mp4", "b.mp4", "s3://bucket/a"),
         ("/data/what?.mp4", "what?.mp4", "/data"),
+        ("s3://bucket/Why? Because/q?versionId=a.mp4", "q?versionId=a.mp4", "s3://bucket/Why? Because"),
     ],
 )
 def test_parts_of_a_name(uri: str, name: str, parent: str) -> None:
@@ -58,7 +69,7 @@ def test_parts_of_a_name(uri: str, name: str, parent: str) -> None:
     assert storage.join(parent, name) == uri.rstrip("/")
 
 
-def test_the_query_is_no_part_of_a_remote_name() -> None:
+def test_the_query_is_no_part_of_the_name_in_a_url() -> None:
     assert storage.name_of("https://host/a/b.mp4?X-Amz-Signature=0123") == "b.mp4"
 
 
@@ -96,6 +107,11 @@ class RemoteFailure(Exception):
         (RemoteFailure("403"), "access_denied"),
         (RemoteFailure(status=404), "not_found"),
         (RemoteFailure(status=401), "access_denied"),
+        (type("ParamValidationError", (Exception,), {})("Invalid bucket name"), "not_found"),
+        (OSError(errno.ENOTDIR, "x"), "not_found"),
+        (OSError(errno.ELOOP, "x"), "not_found"),
+        (OSError(errno.ENAMETOOLONG, "x"), "not_found"),
+        (IsADirectoryError(errno.EISDIR, "x"), "not_video"),
         (RemoteFailure("SlowDown"), "unavailable"),
         (ConnectionResetError("x"), "unavailable"),
         (TimeoutError("x"), "unavailable"),
@@ -116,13 +132,18 @@ def test_keys_that_expired_are_renewed_sooner_or_later() -> None:
     error = PermissionError("the provided token has expired")  # what s3fs makes of it
     error.__cause__ = RemoteFailure("ExpiredToken")
     assert storage.classify(error) == "unavailable"
+    with (
+        pytest.raises(StorageError, match="cannot read s3://b/k: the keys have expired; renew them"),
+        storage.storage_errors("s3://b/k", "read"),
+    ):
+        raise error
 
 
 @pytest.mark.parametrize(
     ("raised", "kind", "message"),
     [
         (FileNotFoundError("x"), "not_found", r"cannot read https://h/v\?\.\.\.: no such file"),
-        (PermissionError("x"), "access_denied", "access denied; check the keys"),
+        (PermissionError("x"), "access_denied", r"access denied; check the URL \(a presigned one expires\)"),
         (ConnectionError("to https://h/?k=s3cret"), "unavailable", "storage does not answer as it should"),
         (OSError(errno.ENOSPC, "no space"), "unavailable", "the disk is full"),
     ],
@@ -140,9 +161,13 @@ def test_defects_are_not_taken_for_storage_failures() -> None:
         1 / 0  # noqa: B018
 
 
-def test_an_unknown_kind_of_storage_is_the_users_error() -> None:
-    with pytest.raises(UserError, match=r"gopher://x: storage of this kind cannot be opened .* use a local path or an s3:// URI"):
-        storage.read_bytes("gopher://x")
+@pytest.mark.parametrize("uri", ["gopher://x", "ftp://127.0.0.1/v.mp4", "zip://a.mp4", "simplecache://s3://b/k"])
+@pytest.mark.parametrize("call", [storage.stat, storage.read_bytes, storage.is_folder])
+def test_an_unknown_kind_of_storage_is_told(uri: str, call: Callable[[str], object]) -> None:
+    message = f"{uri}: storage of this kind cannot be opened .* use a local path or an s3:// URI"
+    with pytest.raises(StorageError, match=message) as caught:
+        call(uri)
+    assert caught.value.error_type == "unsupported"
 
 
 def test_a_write_makes_its_folders_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -180,6 +205,9 @@ def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="cannot write"):
         storage.write_bytes(str(tmp_path / "file" / "below"), b"x")
+    with pytest.raises(StorageError, match="a part of its path is a file, not a folder") as caught:
+        storage.stat(str(tmp_path / "file" / "below"))
+    assert caught.value.error_type == "not_found"
 
 
 def test_stat_tells_size_and_time_in_utc(tmp_path: Path) -> None:
@@ -227,14 +255,6 @@ except storage.StorageError as error:
     assert done.stdout.startswith(f"access_denied cannot list {folder}/b/closed: access denied"), (done.stdout, done.stderr)
 
 
-def test_walk_is_sorted_and_passes_over_hidden_names(tmp_path: Path) -> None:
-    for name in ("b/2.mp4", "b/1.mp4", "a.mp4", ".hidden/x.mp4", "_work/x.mp4", ".x.mp4", "_x.mp4", "b/c/3.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"x")
-    found = [file.uri.removeprefix(f"{tmp_path}/") for file in storage.walk(str(tmp_path))]
-    assert found == ["a.mp4", "b/1.mp4", "b/2.mp4", "b/c/3.mp4"]
-
-
 def test_list_folder_shows_hidden_files_but_no_folders(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("b", ".a", "_c"):
@@ -260,11 +280,161 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path: Path, content: bytes, tex
     assert storage.read_text(str(tmp_path / "t")) == text
 
 
-def test_other_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "t").write_bytes("é".encode("latin-1"))
-    with pytest.raises(UserError, match="not UTF-8 text"):
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [("latin-1", "t: not UTF-8 text; save it as UTF-8"), ("utf-16", "t: UTF-16, not UTF-8 text; save it as UTF-8")],
+)
+def test_other_text_is_refused(tmp_path: Path, encoding: str, message: str) -> None:
+    (tmp_path / "t").write_bytes("é".encode(encoding))
+    with pytest.raises(UserError, match=message):
         storage.read_text(str(tmp_path / "t"))
 
 
 def test_a_local_download_is_the_file_itself(tmp_path: Path) -> None:
     assert storage.download(str(tmp_path / "v"), tmp_path) == str(tmp_path / "v")
+
+
+# ------------------------------------------------------------------------------------------------------------ odd names
+
+
+def test_a_name_is_never_read_as_a_chain_or_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run::1", "run::2", "a::b.parquet", "file:x", "50%20? [x]*", "-v", "~no such user"):
+        storage.write_bytes(name, name.encode())
+        assert (tmp_path / name).read_bytes() == name.encode() == storage.read_bytes(name)
+        with storage.open_read(name) as file:
+            assert file.read() == name.encode()
+        assert storage.stat(name).uri == str(tmp_path / name)
+        assert storage.is_file(name)
+    assert len(os.listdir(tmp_path)) == 7
+    for folder in ("work*", "work1", "work[1]", "work?"):
+        storage.write_bytes(f"{folder}/x", b"")
+    storage.remove_folder("work*")
+    assert not (tmp_path / "work*").exists()
+    storage.remove_folder("work?")
+    storage.remove_folder("work[1]")
+    assert (tmp_path / "work1" / "x").exists()
+
+
+def test_the_file_system_of_a_path_is_the_local_one(tmp_path: Path) -> None:
+    fs, path = storage.filesystem(f"file://{tmp_path}/a::b")
+    assert (fs.protocol, path) == (("file", "local"), f"{tmp_path}/a::b")
+
+
+def test_a_name_may_have_255_bytes(tmp_path: Path) -> None:
+    place = tmp_path / ("ü" * 125 + ".mp4")
+    storage.write_bytes(str(place), b"x")
+    assert storage.stat(str(place)).size_bytes == 1
+
+
+def test_a_link_to_a_folder_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    storage.write_bytes(str(tmp_path / "real" / "x"), b"")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    storage.remove_folder(str(tmp_path / "link"))
+    assert os.listdir(tmp_path) == ["real"]
+    assert (tmp_path / "real" / "x").exists()
+
+
+READERS = [storage.stat, storage.read_bytes, storage.open_read]
+
+
+@pytest.mark.parametrize("call", READERS)
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("", "not_found", "'': no path; it is empty or holds a NUL"),
+        ("a\0b", "not_found", r"'a\\x00b': no path; it is empty or holds a NUL"),
+        ("a" * 300, "not_found", "the name is too long"),
+        ("loop", "not_found", "its links lead in a circle"),
+        ("s3://", "not_found", "s3://: lacks the bucket's name; expected s3://BUCKET/KEY"),
+        ("s3:///key", "not_found", "s3:///key: lacks the bucket's name"),
+        ("s3://b/a\0b", "not_found", "a URI is UTF-8 and holds no NUL"),
+        ("s3://b/\udce9", "(not_found|unsupported)", "UTF-8"),
+    ],
+    ids=["empty", "NUL", "long", "loop", "no bucket", "no bucket but a key", "NUL in a key", "bytes in a key"],
+)
+def test_a_name_that_no_file_can_have(
+    call: Callable[[str], object], name: str, kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StorageError, match=message) as caught:
+        call(name)
+    assert re.fullmatch(kind, caught.value.error_type)
+    assert "AWS" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", READERS)
+@pytest.mark.parametrize("kind", ["FIFO", "socket", "character device"])
+def test_what_is_no_file_is_never_opened(call: Callable[[str], object], kind: str, tmp_path: Path) -> None:
+    place = str(tmp_path / "v.mp4")
+    with socket.socket(socket.AF_UNIX) as listening:
+        if kind == "FIFO":
+            os.mkfifo(place)
+        elif kind == "socket":
+            listening.bind(place)
+        else:
+            place = os.devnull
+        with pytest.raises(StorageError, match=f"cannot .* {place}: a {kind}, no regular file; name a file$") as caught:
+            call(place)
+    assert caught.value.error_type == "not_video"
+    assert storage.is_file(place)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=f"cannot read {tmp_path}: a folder; name a file") as caught:
+        storage.read_bytes(str(tmp_path))
+    assert caught.value.error_type == "not_video"
+
+
+def test_a_name_that_is_not_utf8_is_told_in_text_that_can_be_printed(tmp_path: Path) -> None:
+    name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp4")
+    storage.write_bytes(name, b"x")
+    with pytest.raises(StorageError, match=r"caf\\udce9\.mp4: its name is not UTF-8; rename it") as caught:
+        storage.stat(name)
+    assert caught.value.error_type == "unsupported"
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("seconds", [569034205384, -99999999999], ids=["year 20001", "year -1199"])
+def test_an_impossible_time_is_no_time(seconds: int) -> None:
+    with odd_time(seconds) as place:
+        assert storage.stat(place) == storage.StoredFile(place, 1, None, None)
+        assert [file.uri for file in storage.walk(os.path.dirname(place))] == [place]
+        assert storage.list_folder(os.path.dirname(place))[0].modified is None
+
+
+@contextlib.contextmanager
+def odd_time(seconds: int) -> Iterator[str]:
+    """A file with that time, on a file system that takes it."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        place = os.path.join(folder, "v.mp4")
+        Path(place).write_bytes(b"x")
+        os.utime(place, (seconds, seconds))
+        if os.stat(place).st_mtime != seconds:
+            pytest.skip("this file system clips the time")
+        yield place
+
+
+# --------------------------------------------------------------------------------------------------------------- advice
+
+
+def test_advice_on_a_local_path_speaks_of_the_path() -> None:
+    for raised, message in (
+        (PermissionError(errno.EACCES, "x"), "access denied; check the rights of the path and of the folders above it$"),
+        (PermissionError(errno.EPERM, "x"), "access denied; check the rights of the path"),
+        (OSError(errno.EIO, "Input/output error"), r"the file system answers with an error; see to the disk .*Input/output error"),
+    ):
+        with pytest.raises(StorageError, match=f"cannot list /data: {message}") as caught, storage.storage_errors("/data", "list"):
+            raise raised
+        assert "AWS" not in str(caught.value)
+
+
+def test_a_dead_address_is_no_missing_file() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    for call in (storage.stat, storage.read_bytes, storage.exists):
+        with pytest.raises(StorageError, match=r"no connection \(refused\): check the host and the network") as caught:
+            call(f"http://127.0.0.1:{port}/x.mp4?sig=s3cret")
+        assert caught.value.error_type == "unavailable"
+        assert "s3cret" not in str(caught.value)

@@ -17,25 +17,40 @@ import io
 import json
 import posixpath
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tsq_ray import storage
+from tsq_ray.containers import VIDEO_SUFFIXES
 from tsq_ray.errors import ManifestError, StorageError
 
-_SUFFIXES = "3gp asf avi divx f4v flv gif m2ts m4a m4v mkv mov mp4 mpeg mpg mts mxf ogv qt ts vob webm wmv y4m"
-VIDEO_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""File names that a listing takes; a file named outright is taken whatever its name."""
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validate", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """Words for a split, in files, in the names of lists and as folders above class folders -> its name in the manifest."""
+_LINE_END = re.compile(r"\r\n|\n|\r")
 FCVID_MATRIX = "FCVID_Label.txt"
 """Row i belongs to line i of FCVID's list of videos: 0 or 1 for each class."""
+
+
+def composed(name: str) -> str:
+    """`name` in Unicode's composed form (NFC): macOS writes names decomposed that look the same."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def split_named(word: str | None) -> str | None:
+    """The split that a file's word means: Training is train; unknown words stay, an empty one is none."""
+    return SPLITS.get(word.lower(), word) if word else None
+
+
+def _lines_of(text: str) -> list[str]:
+    """Lines as editors count them; str.splitlines also splits at U+2028 and others inside names."""
+    return _LINE_END.split(text)
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ class LabelFile:
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """(number, line) of those that are not blank."""
-        return ((number, line.strip()) for number, line in enumerate(self.text.splitlines(), 1) if line.strip())
+        return ((number, line.strip()) for number, line in enumerate(_lines_of(self.text), 1) if line.strip())
 
     def first_line(self) -> str:
         """The first that is not blank; empty where there is none."""
@@ -112,7 +127,8 @@ def stem_of(name: str) -> str:
 
 def read_classes(uri: str) -> Classes:
     """Class names, one a line, in the order of their ids; a file that numbers its lines from 0 or 1 numbers the ids so."""
-    names = [line.strip() for line in storage.read_text(storage.normalize(uri)).splitlines() if line.strip()]
+    lines = _lines_of(storage.read_text(storage.normalize(uri)))
+    names = [composed(line.strip()) for line in lines if line.strip()]
     numbered = [re.match(r"(\d+)[\s,:;]+(\S.*)$", name) for name in names]
     first = 0
     if numbered and numbered[0] and numbered[0][1] in ("0", "1"):
@@ -128,7 +144,8 @@ def read_classes(uri: str) -> Classes:
 
 def _rows(file: LabelFile, needed: Sequence[str], optional: str) -> Iterator[tuple[str, dict[str, str]]]:
     """(line, column -> value) of a CSV with a header; blank lines are passed over."""
-    reader = csv.reader(io.StringIO(file.text), strict=True)
+    # newline="": a line may also end in \r alone
+    reader = csv.reader(io.StringIO(file.text, newline=""), strict=True, skipinitialspace=True)
     columns: list[str] = []
     try:
         for cells in reader:
@@ -145,9 +162,18 @@ def _rows(file: LabelFile, needed: Sequence[str], optional: str) -> Iterator[tup
                     "(a value with a comma in it stands in quotes)"
                 )
             else:
+                _check_quotes(f"{file.shown} line {reader.line_num}", values)
                 yield f"line {reader.line_num}", dict(zip(columns, values, strict=True))
     except csv.Error as error:
         raise ManifestError(f"{file.shown} line {reader.line_num}: not CSV ({error}); expected {','.join(needed)}{optional}") from None
+
+
+def _check_quotes(place: str, values: Sequence[str]) -> None:
+    for value in values:
+        if len(value) > 1 and value[0] == value[-1] == '"':
+            raise ManifestError(
+                f"{place}: {value[:80]!r} keeps its quotes; expected them right after a comma (or a comma and blanks) and once"
+            )
 
 
 def _columns(first_line: str) -> set[str]:
@@ -158,7 +184,7 @@ def _read_csv(file: LabelFile) -> list[Entry]:
     entries = []
     for line, row in _rows(file, ("path", "label"), "[,split]"):
         labels = tuple(dict.fromkeys(part.strip() for part in row["label"].split("|") if part.strip()))
-        entries.append(Entry(line, row["path"], labels, row.get("split") or None))
+        entries.append(Entry(line, row["path"], labels, split_named(row.get("split"))))
     return entries
 
 
@@ -172,9 +198,10 @@ def _read_kinetics(file: LabelFile) -> list[Entry]:
                 f"{file.shown} {line}: got time_start {row['time_start']!r} and time_end {row['time_end']!r}; expected seconds"
             ) from None
         video = row["youtube_id"]
-        clip, split = f"{video}_{start:06d}_{end:06d}", row.get("split", "")
+        clip = f"{video}_{start:06d}_{end:06d}"
         labels = (row["label"],) if row.get("label") else ()  # some test sets keep their labels back
-        entries.append(Entry(line, clip, labels, SPLITS.get(split, split) or None, keys=(clip, video)))
+        split = split_named(row.get("split"))
+        entries.append(Entry(line, clip, labels, split, keys=(clip, video)))
     return entries
 
 
@@ -188,19 +215,19 @@ def _read_activitynet(file: LabelFile) -> list[Entry]:
     for key, video in videos:
         try:
             labels = tuple(dict.fromkeys(str(part["label"]) for part in video.get("annotations", ())))
-            subset = video.get("subset")
+            subset = None if video.get("subset") is None else str(video["subset"])
         except (KeyError, TypeError, AttributeError):
             raise ManifestError(
                 f"{file.shown}: not ActivityNet JSON: {key!r} is {str(video)[:80]!r}; expected 'subset' and 'annotations' with a 'label' each"
             ) from None
-        entries.append(Entry(repr(key), key, labels, SPLITS.get(str(subset), subset), keys=(key,)))
+        entries.append(Entry(repr(key), key, labels, split_named(subset), keys=(key,)))
     return entries
 
 
 def _read_fcvid(file: LabelFile) -> list[Entry]:
     place = storage.join(file.folder, FCVID_MATRIX)
     try:
-        rows = storage.read_text(place).splitlines()
+        rows = _lines_of(storage.read_text(place))
     except StorageError as error:
         raise ManifestError(f"{file.shown}: a list of FCVID's videos needs {FCVID_MATRIX} beside it: {error}") from None
     while rows and not rows[-1].strip():

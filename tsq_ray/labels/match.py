@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 from tsq_ray import storage
 from tsq_ray.errors import ManifestError
-from tsq_ray.labels.formats import READERS, SPLITS, Classes, LabelFile, Reader, recognise, stem_of
+from tsq_ray.labels.formats import (
+    READERS,
+    SPLITS,
+    Classes,
+    LabelFile,
+    Reader,
+    composed,
+    recognise,
+    split_named,
+    stem_of,
+)
 
 Source = tuple[str, str]
 """(source that was listed, URI of a file found below it)."""
@@ -55,9 +67,9 @@ def _from_folders(files: Sequence[Source], asked_for: bool) -> Labels:
     for source, uri in files:
         parts = uri[len(source) :].strip("/").split("/") if uri.startswith(source) else []
         if len(parts) == 2:
-            found.by_uri[uri] = ((_spaces(parts[0]),), None)
+            found.by_uri[uri] = ((_class_of(parts[0]),), None)
         elif len(parts) == 3 and parts[0].lower() in SPLITS:
-            found.by_uri[uri] = ((_spaces(parts[1]),), parts[0])
+            found.by_uri[uri] = ((_class_of(parts[1]),), split_named(parts[0]))
         else:
             break
     if len(found.by_uri) == len(files) and len({labels for labels, _ in found.by_uri.values()}) > 1:
@@ -69,13 +81,29 @@ def _from_folders(files: Sequence[Source], asked_for: bool) -> Labels:
     return Labels()
 
 
-def _spaces(folder: str) -> str:
-    return folder.replace("_", " ").strip()
+def _class_of(folder: str) -> str:
+    return composed(folder.replace("_", " ").strip())
 
 
 def _id_of(name: str) -> str:
     """ActivityNet's files are named v_ID.* or ID.*."""
     return stem_of(name).removeprefix("v_")
+
+
+class _Names:
+    """Which URIs go by a name. Where none has its exact spelling: those that look the same."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self._exact: dict[str, list[str]] = {}
+        self._composed: dict[str, list[str]] = {}
+        for name, uri in pairs:
+            self._exact.setdefault(name, []).append(uri)
+            if not name.isascii():
+                self._composed.setdefault(composed(name), []).append(uri)
+
+    def find(self, name: str) -> list[str]:
+        """The URIs, none where no video goes by that name."""
+        return self._exact.get(name) or self._composed.get(composed(name), [])
 
 
 class _Videos:
@@ -84,23 +112,47 @@ class _Videos:
     def __init__(self, files: Sequence[Source]) -> None:
         self.uris = {uri for _, uri in files}
         self.folders = list(dict.fromkeys(source for source, _ in files))
-        self._by_name: dict[str, list[str]] = {}
-        self._by_id: dict[str, list[str]] = {}
-        for uri in sorted(self.uris):
-            name = storage.name_of(uri)
-            for key in dict.fromkeys((name, stem_of(name))):
-                self._by_name.setdefault(key, []).append(uri)
-            self._by_id.setdefault(_id_of(name), []).append(uri)
+        ordered = sorted(self.uris)
+        self._composed: dict[str, list[str]] = {}
+        for uri in ordered:
+            if not uri.isascii():
+                self._composed.setdefault(composed(uri), []).append(uri)
+        self._by_name = _Names(
+            (key, uri) for uri in ordered for key in dict.fromkeys((storage.name_of(uri), stem_of(storage.name_of(uri))))
+        )
+        self._real_path = lru_cache(maxsize=4096)(os.path.realpath)
+        self._by_id = _Names((_id_of(storage.name_of(uri)), uri) for uri in ordered)
+
+    def _spelled(self, uri: str) -> list[str]:
+        return [uri] if uri in self.uris else self._composed.get(composed(uri), [])
+
+    @cached_property
+    def _by_real_folder(self) -> _Names:
+        """Local videos listed through links, by their folders' real paths."""
+        real = ((self._in_real_folder(uri), uri) for uri in sorted(self.uris) if storage.is_local(uri))
+        return _Names((path, uri) for path, uri in real if path != uri)
+
+    def _in_real_folder(self, path: str) -> str:
+        folder, name = posixpath.split(path)
+        return storage.join(self._real_path(folder), name)
 
     def at(self, path: str, folder: str) -> list[str]:
         """The video at a path relative to `folder`, or at a URI."""
-        place = path if not storage.is_local(path) or path.startswith(("/", "~")) else storage.join(folder, path)
-        # a link to a video is listed under its own name, a link to a folder under the folder's
-        return [uri for uri in dict.fromkeys((place, storage.normalize(place))) if uri in self.uris][:1]
+        # join leaves an absolute path alone; a file's name may begin with ~, too
+        place = storage.join(folder, path) if storage.is_local(path) else path
+        home = [storage.normalize(path)] if path.startswith("~") else []
+        for spelling in (place, storage.normalize(place), *home):
+            if found := self._spelled(spelling):
+                return found
+        if not storage.is_local(place) or "\0" in place:
+            return []
+        # a folder may be listed under a link's name and be written by its own, or the other way
+        real = self._in_real_folder(storage.normalize(place))
+        return self._spelled(real) or self._by_real_folder.find(real)
 
     def named(self, keys: Sequence[str]) -> list[str]:
         """The videos, in whatever folders, that have the first of these ids that some have."""
-        return next((self._by_id[_id_of(key)] for key in keys if _id_of(key) in self._by_id), [])
+        return next((found for key in keys if (found := self._by_id.find(_id_of(key)))), [])
 
     def like(self, path: str, folder: str) -> list[str]:
         """The video at a path relative to `folder` or to a source, else those whose own paths end so, with any suffix or none."""
@@ -108,11 +160,16 @@ class _Videos:
             return self.at(path, folder)
         path = posixpath.normpath(path)
         for base in (folder, *self.folders):
-            if (place := storage.join(base, path)) in self.uris:
-                return [place]
+            if found := self._spelled(storage.join(base, path)):
+                return found
         parent, name = posixpath.split(path)
-        for same in (self._by_name.get(name), self._by_name.get(stem_of(name)), self._by_id.get(_id_of(name))):
-            found = [uri for uri in same or () if not parent or storage.parent_of(uri).endswith("/" + parent)]
+        end = composed(f"/{parent}") if parent else ""
+        for same in (
+            self._by_name.find(name),
+            self._by_name.find(stem_of(name)),
+            self._by_id.find(_id_of(name)),
+        ):
+            found = [uri for uri in same if composed(storage.parent_of(uri)).endswith(end)]
             if found:
                 return found
         return []
@@ -131,7 +188,7 @@ def _join(file: LabelFile, reader: Reader, videos: _Videos, found: Labels, place
         elif len(uris) > 1 and not entry.keys:
             raise ManifestError(f"{place}: {entry.name} is {len(uris)} of the videos found, {uris[0]} and {uris[1]}; name its folder too")
         for uri in uris:
-            now = (entry.labels, entry.split)
+            now = (tuple(dict.fromkeys(map(composed, entry.labels))), entry.split)
             before = found.by_uri.setdefault(uri, now)
             if (set(before[0]), before[1]) != (set(now[0]), now[1]):
                 raise ManifestError(f"{place}: {entry.name} has other labels or another split than in {places[uri]}; keep one of the two")

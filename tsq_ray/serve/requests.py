@@ -97,13 +97,12 @@ async def read_form(request: Request) -> tuple[bytes, str]:
 def check_prefix(uri: str, settings: ServeConfig) -> str:
     """The normalised `uri`, if it lies below an allowed prefix; RequestError 403 otherwise."""
     try:
-        place = storage.normalize(uri)
-    except (OSError, RuntimeError, ValueError):  # a ~user that does not exist, a name that is too long
+        place = "" if uri.startswith("~") else storage.real_path(uri)
+    except (OSError, ValueError):  # a name that is too long, one that holds a NUL
         place = ""
-    # fsspec takes `a::b` for one file system inside another
-    if "::" not in place and ".." not in unquote(place).replace("\\", "/").split("/"):
+    if ".." not in unquote(place).replace("\\", "/").split("/"):
         for prefix in settings.allowed_uri_prefixes:
-            if place.startswith(storage.normalize(prefix).rstrip("/") + "/"):
+            if place.startswith(storage.real_path(prefix).rstrip("/") + "/"):
                 return place
     allowed = ", ".join(settings.allowed_uri_prefixes) or "none (set serve.allowed_uri_prefixes)"
     raise RequestError(403, f"uri {storage.redact(uri)!r} is not below an allowed prefix; allowed: {storage.redact(allowed)}")

@@ -1,0 +1,169 @@
+"""What a storage failure means and what to do about it; what of a place may be shown."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+import socket
+from collections.abc import Iterator
+
+from tsq_ray.errors import ErrorType, StorageError, UserError
+from tsq_ray.local_files import SpecialFile, is_utf8
+
+SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
+_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")
+_DENIED_CODES = {
+    "401",
+    "403",
+    "AccessDenied",
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "InvalidToken",
+    "AllAccessDisabled",
+}
+_ARCHIVED_CODE = "InvalidObjectState"
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket", "NotFound", "NoSuchUpload"}
+_BAD_NAME_ERROR = "ParamValidationError"  # no bucket or key can have such a name
+_KEY_ERRORS = ("NoCredentialsError", "PartialCredentialsError")
+_TIMEOUTS = ("ConnectTimeoutError", "ReadTimeoutError")
+_CONNECTION_ERRORS = ("ClientConnectorError", "EndpointConnectionError")
+_REMOTE_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "asyncio")
+_PATH_ERRORS = {
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.ELOOP: "its links lead in a circle",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def is_local(uri: str) -> bool:
+    """Whether `uri` is a path of this machine's file system."""
+    return SCHEME.match(uri) is None
+
+
+def redact(text: str) -> str:
+    """`text` as it may be shown: without the query of http(s) URLs (presigned ones carry their
+    secret there), and with escapes for bytes of names that are not UTF-8."""
+    shown = text if is_utf8(text) else text.encode("utf-8", "backslashreplace").decode()
+    return _QUERY.sub(r"\1?...", shown)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    chain: list[BaseException] = []
+    seen: BaseException | None = error
+    while seen is not None and seen not in chain:
+        chain.append(seen)
+        seen = seen.__cause__ or seen.__context__
+    return chain
+
+
+def classify(error: BaseException) -> ErrorType:
+    """What a storage exception means: not_found, access_denied, not_video or unavailable.
+
+    Keys that expired are `unavailable`: they will be renewed, and the next run tries again by itself.
+    """
+    chain = _chain(error)
+    if _EXPIRED_CODES & {_code(seen) for seen in chain}:
+        return "unavailable"  # before the rest: s3fs wraps it in a PermissionError
+    connected = _no_connection(chain) is None
+    for seen in chain:
+        code, status = _code(seen), getattr(seen, "status", None)
+        if type(seen).__name__ == _BAD_NAME_ERROR:
+            return "not_found"
+        # fsspec reports an http server that it cannot reach as a missing file
+        if isinstance(seen, FileNotFoundError) and connected:
+            return "not_found"
+        if code in _MISSING_CODES or status == 404 or _errno(seen) in _PATH_ERRORS:
+            return "not_found"
+        if isinstance(seen, PermissionError) or code in _DENIED_CODES or status in (401, 403):
+            return "access_denied"
+        if type(seen).__name__ in _KEY_ERRORS:
+            return "access_denied"
+        if isinstance(seen, (SpecialFile, IsADirectoryError)):
+            return "not_video"
+    return "unavailable"
+
+
+def _errno(error: BaseException) -> int | None:
+    return error.errno if isinstance(error, OSError) else None
+
+
+def _code(error: BaseException) -> str:
+    """The code in a botocore error's response, empty where it is no such error."""
+    response = getattr(error, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+
+
+def _no_connection(chain: list[BaseException]) -> str | None:
+    """Why no connection came about; None where that is not what `chain` is about."""
+    names = {type(seen).__name__ for seen in chain}
+    if any(_errno(seen) == errno.ECONNREFUSED for seen in chain):
+        return "refused"
+    if "ClientConnectorDNSError" in names or any(isinstance(e, socket.gaierror) for e in chain):
+        return "the host is unknown"
+    if names & set(_TIMEOUTS) or any(isinstance(seen, TimeoutError) for seen in chain):
+        return "timed out"
+    return "failed" if names & set(_CONNECTION_ERRORS) else None
+
+
+@contextlib.contextmanager
+def storage_errors(uri: str, doing: str = "open") -> Iterator[None]:
+    """Turn what a file system raises into StorageError with a type and a message that names `uri`."""
+    try:
+        yield
+    except (StorageError, UserError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageError("unavailable", f"{redact(uri)}: the disk is full; free some room and run again") from error
+        raise StorageError(classify(error), _message(uri, doing, error)) from error
+    except Exception as error:  # botocore's and aiohttp's errors share no base class with anything
+        if type(error).__module__.partition(".")[0] not in _REMOTE_LIBRARIES:
+            raise
+        raise StorageError(classify(error), _message(uri, doing, error)) from error
+
+
+def _message(uri: str, doing: str, error: BaseException) -> str:
+    kind = classify(error)
+    detail = redact(" ".join(str(error).split()))[:200]
+    advice = _local_advice(kind, error) if is_local(uri) else _remote_advice(uri, kind, error)
+    shown = f" ({detail})" if kind == "unavailable" and detail else ""
+    return f"cannot {doing} {redact(uri)}: {advice}{shown}"
+
+
+def _local_advice(kind: ErrorType, error: BaseException) -> str:
+    if isinstance(error, SpecialFile):
+        return f"{error.strerror}; name a file"
+    if isinstance(error, IsADirectoryError):
+        return "a folder; name a file"
+    if kind == "not_found":
+        known = _PATH_ERRORS.get(_errno(error) or 0)
+        return known or "no such file, folder or bucket; check the name"
+    if kind == "access_denied":
+        return "access denied; check the rights of the path and of the folders above it"
+    return "the file system answers with an error; see to the disk or its server, then run again"
+
+
+def _remote_advice(uri: str, kind: ErrorType, error: BaseException) -> str:
+    chain, s3 = _chain(error), uri.startswith("s3://")
+    codes = {_code(seen) for seen in chain}
+    if codes & _EXPIRED_CODES:
+        return "the keys have expired; renew them, then run again"
+    if _ARCHIVED_CODE in codes:
+        return f"is archived ({_ARCHIVED_CODE}): restore it first, then run again"
+    if kind == "not_found":
+        return "no such file, folder or bucket; check the name"
+    if kind == "access_denied" and s3:
+        return (
+            "access denied; check the keys (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the "
+            "rights; a public bucket without keys: AWS_NO_SIGN_REQUEST=true; one whose reader "
+            "pays: AWS_REQUEST_PAYER=requester"
+        )
+    if kind == "access_denied":
+        return "access denied; check the URL (a presigned one expires) and the rights"
+    place = "AWS_ENDPOINT_URL" if s3 else "the host"
+    why = _no_connection(chain)
+    if why is not None:
+        return f"no connection ({why}): check {place} and the network, then run again"
+    return f"storage does not answer as it should; check {place} and the network, then run again"

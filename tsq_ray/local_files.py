@@ -1,0 +1,246 @@
+"""Local disks: what lies at a path, the files below a folder, writing and removing.
+
+Calls raise OSError where the system refuses; storage.py turns that into StorageError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import BinaryIO
+
+_LOST_AND_FOUND = "lost+found"
+_SPECIAL = {
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "character device",
+    stat.S_IFBLK: "block device",
+}
+HIDDEN = "hidden (name begins with .)"
+NOT_UTF8 = "name is not UTF-8"
+VANISHED = "vanished while it was listed"
+LINK_LOOP = "link loop"
+LISTED_ELSEWHERE = "linked folder, listed under another link"
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file as its listing shows it: `modified` in UTC, `etag` None on local disks."""
+
+    uri: str
+    size_bytes: int
+    etag: str | None
+    modified: datetime | None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An entry of a listing that is not taken, and why, in plain words."""
+
+    uri: str
+    reason: str
+
+
+class SpecialFile(OSError):
+    """A FIFO, a socket or a device where a file is needed; opening one may never return."""
+
+
+def absolute(path: str) -> str:
+    """The path made absolute; links are kept as they are, and `..` is resolved by text alone."""
+    if not path or "\0" in path:
+        return path
+    path = os.path.abspath(os.path.expanduser(path))
+    return f"/{path.lstrip('/')}"  # POSIX gives two slashes in front a meaning of their own
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written as UTF-8, as manifests need it."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def kind_of(path: str) -> str | None:
+    """ "directory", "file" (anything else that is there) or None."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return "directory" if stat.S_ISDIR(found.st_mode) else "file"
+
+
+def look_up(path: str) -> StoredFile:
+    """Size and time of a file or folder. SpecialFile where it is neither."""
+    return _stored(path, _check(path))
+
+
+def open_file(path: str) -> BinaryIO:
+    """A file for reading. SpecialFile, before it is opened, where it is none."""
+    _check(path)
+    return open(path, "rb")
+
+
+def _check(path: str) -> os.stat_result:
+    found = os.stat(path)
+    special = _special(found)
+    if special:
+        raise SpecialFile(errno.EINVAL, f"a {special}, no regular file", path)
+    return found
+
+
+def _special(found: os.stat_result) -> str | None:
+    kind = stat.S_IFMT(found.st_mode)
+    return None if kind in (stat.S_IFREG, stat.S_IFDIR) else _SPECIAL.get(kind, "special file")
+
+
+def _stored(path: str, found: os.stat_result) -> StoredFile:
+    try:
+        modified = datetime.fromtimestamp(found.st_mtime, tz=timezone.utc)
+    except (ValueError, OverflowError, OSError):  # beyond the years 1 to 9999
+        modified = None
+    return StoredFile(path, found.st_size, None, modified)
+
+
+def list_folder(folder: str) -> list[StoredFile]:
+    """Files directly in a folder, hidden ones too, sorted; empty where there is no such folder."""
+    found = []
+    with (
+        contextlib.suppress(FileNotFoundError, NotADirectoryError),
+        os.scandir(folder) as entries,
+    ):
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.is_file():
+                    found.append(_stored(entry.path, entry.stat()))
+    return sorted(found, key=lambda file: file.uri)
+
+
+def walk(root: str) -> Iterator[StoredFile | LeftOut]:
+    """Every entry below a folder, sorted by folder and name: a file, or what is left out and why.
+
+    A link to a folder is entered under the link's name, once, unless the folder is met under its
+    own name. OSError where a folder cannot be listed; its `filename` says which.
+    """
+    yield from _Walk(root).entries()
+
+
+class _Walk:
+    """One listing: which folders it meets through links."""
+
+    def __init__(self, root: str) -> None:
+        self.given, self.root = root, os.path.realpath(root)
+        self.entered: set[tuple[int, int]] = set()
+
+    def entries(self) -> Iterator[StoredFile | LeftOut]:
+        # a stack of its own: folders may lie deeper than Python recurses
+        todo = [(self.given, False)]
+        while todo:
+            folder, through_link = todo.pop()
+            below = []
+            for entry in self._scan(folder):
+                found = entry if isinstance(entry, LeftOut) else self._look_at(entry, through_link)
+                if isinstance(found, tuple):
+                    below.append(found)
+                else:
+                    yield found
+            todo += reversed(below)
+
+    def _scan(self, folder: str) -> list[os.DirEntry[str]] | list[LeftOut]:
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            if folder == self.given or error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+                raise
+            return [LeftOut(folder, _why(error))]
+
+    def _look_at(self, entry: os.DirEntry[str], through_link: bool) -> StoredFile | LeftOut | tuple[str, bool]:
+        """A file, what is left out, or a folder to enter and whether a link led there."""
+        if entry.name.startswith("."):
+            return LeftOut(entry.path, HIDDEN)
+        if not is_utf8(entry.name):
+            return LeftOut(entry.path, NOT_UTF8)
+        try:
+            own_folder = entry.is_dir(follow_symlinks=False)
+            if own_folder and entry.name == _LOST_AND_FOUND:
+                return LeftOut(entry.path, f"{_LOST_AND_FOUND} (the file system's own)")
+            if own_folder and not through_link:
+                return entry.path, False
+            found = entry.stat()
+        except OSError as error:
+            broken = error.errno in (errno.ENOENT, errno.ENOTDIR) and entry.is_symlink()
+            return LeftOut(entry.path, "broken link" if broken else _why(error))
+        if stat.S_ISDIR(found.st_mode):
+            return self._through_link(entry.path, found, own_folder)
+        special = _special(found)
+        if special:
+            return LeftOut(entry.path, f"not a regular file ({special})")
+        return _stored(entry.path, found)
+
+    def _through_link(self, path: str, found: os.stat_result, own_folder: bool) -> LeftOut | tuple[str, bool]:
+        if not own_folder:
+            target = os.path.realpath(path)
+            if _lies_in(os.path.realpath(os.path.dirname(path)), target) or _lies_in(self.root, target):
+                return LeftOut(path, LINK_LOOP)
+            if _lies_in(target, self.root) and all(map(_is_entered, os.path.relpath(target, self.root).split("/"))):
+                return LeftOut(path, "linked folder, listed under its own name")
+        # some file systems repeat inode numbers: only folders behind links are told apart by them
+        number = found.st_dev, found.st_ino
+        if number in self.entered:
+            return LeftOut(path, LISTED_ELSEWHERE)
+        self.entered.add(number)
+        return path, True
+
+
+def _is_entered(name: str) -> bool:
+    return not name.startswith(".") and name != _LOST_AND_FOUND and is_utf8(name)
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _why(error: OSError) -> str:
+    known = {
+        errno.ENOENT: VANISHED,
+        errno.ELOOP: LINK_LOOP,
+        errno.ENAMETOOLONG: "path is too long",
+        errno.EACCES: "cannot be looked up (access denied)",
+        errno.EPERM: "cannot be looked up (access denied)",
+    }
+    return known.get(error.errno or 0, f"cannot be looked up ({error.strerror})")
+
+
+def write(path: str, data: bytes) -> None:
+    """Publish atomically: readers see the old content or the whole new one."""
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
+    # readers of Parquet folders skip names with a dot in front; a name may have 255 bytes in all
+    temporary = os.path.join(folder, f".{name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def remove_folder(path: str) -> None:
+    """Delete a folder and all below it, or a file."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path)
+    else:
+        os.remove(path)
