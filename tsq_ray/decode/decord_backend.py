@@ -66,10 +66,10 @@ def refusal(stream: Stream, table: PacketTable, first: av.VideoFrame) -> str | N
         return "interlaced"
     if table.num_discarded:
         return "edit list"
-    if table.open_gops:
-        return "open groups of pictures"
     if min(first.width, first.height) < _MIN_SIDE:
         return f"only {first.width} x {first.height} pixels"
+    if table.reordered or stream.codec_context.has_b_frames:
+        return "frames are reordered, and only a decode of all of them proves that their times are right"
     if not table.key_pts or table.key_pts[0] != table.pts[0]:
         return "does not start with a keyframe"
     return None

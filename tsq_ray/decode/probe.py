@@ -19,12 +19,13 @@ import numpy as np
 from av.codec.hwaccel import HWAccel
 from av.stream import Discard
 
+from tsq_ray.containers import FORMATS
+from tsq_ray.decode.clock import in_order, jumps, max_step
 from tsq_ray.decode.plan import end_of
 from tsq_ray.errors import VideoError
 
-# demuxers that read video from one file; playlists and concat scripts would open other files and URLs
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,m4v,h264,hevc,obu,ivf,flv,asf,ogg,mxf,nut,rm,dv,yuv4mpegpipe,mjpeg,swf,wtv"
 _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS: a raw elementary stream
+_DISCONTINUOUS = 0x200  # AVFMT_TS_DISCONT: its clock may start again
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a piece of music
 _BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx"}
 _MAGICS = (b"\x1aE\xdf\xa3", b"OggS", b"FLV\x01", b"GIF8", b"\x00\x00\x01\xba", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11")
@@ -47,7 +48,7 @@ def open_container(file: str | BinaryIO, uri: str, head: bytes, accelerator: HWA
     """`file` is a local path or a seekable file, decoded by `accelerator` where that can. VideoError where it is no video container (not_video) or one whose index is missing (truncated)."""
     target: Any = f"file:{file}" if isinstance(file, str) else file
     try:
-        return av.open(target, mode="r", metadata_errors="ignore", options={"format_whitelist": _FORMATS}, hwaccel=accelerator)
+        return av.open(target, mode="r", metadata_errors="ignore", options={"format_whitelist": FORMATS}, hwaccel=accelerator)
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as error:
@@ -78,11 +79,18 @@ def is_raw(container: Container) -> bool:
     return bool(container.format.flags & _NO_TIMESTAMPS)
 
 
+def believed_step(container: Container, time_base: Fraction) -> int:
+    """The longest step between two frames that is taken for a picture that stands still, in `time_base`."""
+    return max_step(time_base, bool(container.format.flags & _DISCONTINUOUS))
+
+
 @dataclass
 class PacketTable:
     """The shown frames of a stream as its packets tell them, in presentation order (times in the stream's time base)."""
 
     pts: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    """The same times in decoding order."""
     end: int = 0
     key_pts: list[int] = field(default_factory=list)
     """Times of the shown keyframes, ascending."""
@@ -92,19 +100,26 @@ class PacketTable:
     num_discarded: int = 0
     """Packets that an edit list hides."""
     reliable: bool = True
-    """Every packet has a time of its own."""
-    open_gops: bool = False
-    """Some frame is decoded after a keyframe and shown before it."""
+    """Every packet has a time of its own, and these times can be those of reordered frames: the decoder has the last word."""
+    open_keys: frozenset[int] = frozenset()
+    """Numbers of the keyframes after which frames are decoded that are shown before them."""
     damaged: bool = False
     """The demuxer met an error or a packet cut short."""
+
+    @property
+    def reordered(self) -> bool:
+        """Whether frames are decoded in another order than they are shown."""
+        return self.order != self.pts
 
 
 def scan(container: Container, stream: Stream) -> PacketTable:
     """Read every packet of `stream` from where the container stands: its beginning."""
     table = PacketTable()
-    shown: list[tuple[int, int | None]] = []
+    last_duration: int | None = None
+    last_pts: int | None = None
     keys: list[tuple[int, int]] = []
     key_time: int | None = None
+    open_times: set[int] = set()
     packets = container.demux(stream)
     while True:
         try:
@@ -124,22 +139,29 @@ def scan(container: Container, stream: Stream) -> PacketTable:
             table.reliable = False
             continue
         if key_time is not None and packet.pts < key_time:
-            table.open_gops = True
+            open_times.add(key_time)
         if packet.is_keyframe:
             key_time = packet.pts
         if packet.is_discard:
             table.num_discarded += 1
             continue
-        shown.append((packet.pts, packet.duration))
+        table.order.append(packet.pts)
+        if last_pts is None or packet.pts >= last_pts:
+            last_pts, last_duration = packet.pts, packet.duration
         if packet.is_keyframe:
             keys.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
-    shown.sort(key=lambda item: item[0])
     keys.sort()
-    table.pts = [pts for pts, _ in shown]
+    table.pts = sorted(table.order)
     table.key_pts, table.key_dts = [pts for pts, _ in keys], [dts for _, dts in keys]
-    table.reliable &= bool(shown) and len(set(table.pts)) == len(table.pts)
-    if shown:
-        table.end = end_of(table.pts, shown[-1][1], stream.duration)
+    table.open_keys = frozenset(number for number, pts in enumerate(table.key_pts) if pts in open_times)
+    table.reliable &= len(set(table.pts)) == len(table.pts) and in_order(table.order, table.key_pts)
+    # a decoder that reorders nothing cannot have been given reordered frames
+    table.reliable &= stream.codec_context.has_b_frames or not table.reordered
+    if table.reliable:
+        assert stream.time_base is not None
+        limit = believed_step(container, stream.time_base)
+        table.reliable = not jumps(table.pts, limit)
+        table.end = end_of(table.pts, last_duration, stream.duration)
     return table
 
 
@@ -172,6 +194,8 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
     steps = np.diff(times)
     if stream.codec_context.has_b_frames and len(steps) and int(steps.max()) > 2 * int(np.median(steps)):
         return None  # with reordering and a variable rate, decoding times do not tell presentation times
+    if jumps(times, believed_step(container, stream.time_base)):
+        return None
     end = end_of(times, None if len(times) > 1 else stream.duration, stream.duration)
     # a hybrid file continues in fragments, which this table does not list
     if container.duration is not None and (end - times[0]) * stream.time_base < Fraction(container.duration, 1_000_000) * Fraction(4, 5):

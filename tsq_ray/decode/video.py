@@ -31,9 +31,11 @@ from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import decord_backend, nvdec, pyav_backend
 from tsq_ray.decode.frames import FrameStore
+from tsq_ray.decode.indexed import IndexedReader
 from tsq_ray.decode.plan import Places, distinct, frame_at, interval_of, keyframe_choice, position, uniform_indices
 from tsq_ray.decode.probe import Container, PacketTable, Stream, claimed_packets, is_raw, open_container, pick_stream, read_index, scan
-from tsq_ray.decode.pyav_backend import DecodeTrouble, IndexedReader, Survivors
+from tsq_ray.decode.pyav_backend import DecodeTrouble
+from tsq_ray.decode.survivors import Survivors, decode_survivors, find_survivors
 from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
 from tsq_ray.errors import StorageError, VideoError
 
@@ -287,7 +289,7 @@ class _Job:
         self, path: str, container: Container, stream: Stream, table: PacketTable, wanted: Sequence[int], store: FrameStore
     ) -> bool:
         """Whether decord could be trusted with this file and filled the store."""
-        first = next(pyav_backend.strict_frames(container.demux(stream), stream), None)
+        first = next(pyav_backend.strict_frames(container.demux(stream), stream, table.pts[0]), None)
         if first is None or decord_backend.refusal(stream, table, first) is not None:
             return False
         pyav_backend.check_pixels(first.width, first.height, self.settings.max_pixels)
@@ -300,7 +302,7 @@ class _Job:
     def _from_survivors(self, path: str) -> DecodedVideo:
         with self._open(path) as (container, stream):
             claimed = claimed_packets(stream)
-            found = pyav_backend.find_survivors(container, stream)
+            found = find_survivors(container, stream)
             if not found.pts:
                 raise self._nothing_decodes(container, found, claimed)
         self._warn_of_damage(found, claimed)
@@ -309,7 +311,7 @@ class _Job:
         wanted, slot_frame = distinct(indices)
         store = FrameStore(self.specs, len(wanted))
         with self._open(path) as (container, stream):
-            pyav_backend.decode_survivors(container, stream, [found.order[i] for i in wanted], store, self.settings.max_pixels)
+            decode_survivors(container, stream, wanted, store, self.settings.max_pixels)
             assert store.complete
             times = [found.pts[i] for i in indices]
             return self._result(stream, store, slot_frame, indices, times, found.pts[0], found.end, len(found.pts), found.time_base)
@@ -317,33 +319,39 @@ class _Job:
     def _nothing_decodes(self, container: Container, found: Survivors, claimed: int | None) -> VideoError:
         if is_raw(container):
             return VideoError("not_video", f"{self.name}: nothing in it is known as video; a video file is needed")
-        if found.unsupported:
+        if found.walk.unsupported:
             return VideoError(
                 "unsupported", f"{self.name}: the decoder does not support this kind of video; convert the file, for example to H.264"
             )
-        if found.demux_failed or found.num_packets == 0 or (claimed is not None and found.num_packets < claimed):
+        if found.walk.demux_failed or found.walk.num_packets == 0 or (claimed is not None and found.walk.num_packets < claimed):
             return VideoError("truncated", f"{self.name}: the file is cut off: none of its frames can be decoded")
-        return VideoError("corrupt", f"{self.name}: none of its {found.num_packets} packets can be decoded")
+        return VideoError("corrupt", f"{self.name}: none of its {found.walk.num_packets} packets can be decoded")
 
     def _warn_of_damage(self, found: Survivors, claimed: int | None) -> None:
-        count = len(found.pts)
-        stored = found.num_packets - found.num_discarded
-        if claimed is not None and claimed > found.num_packets:
-            self.warnings.append(f"header says {claimed - found.num_discarded} frames, {count} can be decoded")
-        elif found.num_errors and count < stored:
+        count, walk = len(found.pts), found.walk
+        stored = walk.num_packets - walk.num_discarded
+        if claimed is not None and claimed > walk.num_packets:
+            self.warnings.append(f"header says {claimed - walk.num_discarded} frames, {count} can be decoded")
+        elif (walk.num_errors or walk.num_before_key) and count < stored:
             self.warnings.append(f"{stored} frames are stored, {count} can be decoded")
-        elif found.demux_failed:
+        elif walk.demux_failed:
             self.warnings.append(f"the file cannot be read to its end; {count} frames can be decoded")
         if found.num_damaged:
             self.warnings.append(f"damaged: {found.num_damaged} of the {count} frames that can be decoded")
-        if found.untimed:
-            self.warnings.append(f"no timestamps in the file: {float(1 / found.time_base):g} frames per second assumed")
+        if found.clock_fault is not None:
+            self.warnings.append(found.clock_fault)
 
     def _check_duration(self, duration: Fraction) -> None:
         if duration > self.settings.max_duration_s:
             raise VideoError(
                 "too_large", f"{self.name}: lasts {float(duration):.0f} s; decode.max_duration_s allows {self.settings.max_duration_s:g}"
             )
+
+    def _warn_of_duration(self, stream: Stream, duration: float, start_s: float) -> None:
+        header = _header_duration(stream)
+        # some containers count from zero, whenever the first frame comes
+        if header is not None and min(abs(header - duration), abs(header - start_s - duration)) > 1 + 0.1 * duration:
+            self.warnings.append(f"header says {header:.1f} s, the frames last {duration:.1f} s")
 
     def _result(
         self,
@@ -358,9 +366,10 @@ class _Job:
         time_base: Fraction,
     ) -> DecodedVideo:
         duration = float((end - start) * time_base)
-        header = _header_duration(stream)
-        if header is not None and abs(header - duration) > 1 + 0.1 * duration:
-            self.warnings.append(f"header says {header:.1f} s, the frames last {duration:.1f} s")
+        self._warn_of_duration(stream, duration, float(start * time_base))
+        shown = len(set(indices))
+        if count >= len(indices) and shown <= len(indices) / 2:
+            self.warnings.append(f"{len(indices)} slots hold {shown} distinct frames of {count}: the picture stands still")
         return DecodedVideo(
             frames=store.frames,
             slot_frame=slot_frame.astype(np.int32),

@@ -1,0 +1,119 @@
+"""Which times are believed, and what is made of those that are not."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from tsq_ray.decode.clock import anchor_groups, in_order, jumps, max_step, rebuilt, skippable
+
+TICK = Fraction(1, 1000)
+LIMIT = max_step(TICK, discontinuous=True)
+HOUR = 3_600_000
+
+
+def seconds(times: list[int | None]) -> list[float]:
+    fixed = rebuilt(times, TICK, LIMIT, 40)
+    assert fixed is not None
+    assert (np.diff(fixed.pts) > 0).all()
+    assert len(fixed.pts) == len(times)
+    return [float((time - fixed.pts[0]) * fixed.time_base) for time in fixed.pts]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        [0, 40, 80, 120],
+        [HOUR, HOUR + 40, HOUR + 80],
+        [7],
+        [0, 40, 80, 10_080, 10_120],  # ten seconds: a picture that stands still
+        [0, 20_000, 40_000, 60_000],  # one frame every 20 s: no step is unusual
+    ],
+)
+def test_times_that_can_be_true_are_left_alone(times: list[int | None]) -> None:
+    assert rebuilt(times, TICK, LIMIT, 40) is None
+
+
+EVEN = [0.0, 0.04, 0.08, 0.12, 0.16, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("times", "fault"),
+    [
+        ([0, 40, 80, 0, 40, 80], "1 run backwards"),
+        ([0, 40, 80, HOUR, HOUR + 40, HOUR + 80], "1 jump by up to 3599.9 s"),
+        ([0, 40, HOUR, 120, 160, 200], "1 run backwards, 1 jump by up to 3600.0 s"),
+        ([HOUR, HOUR + 40, 0, HOUR + 120, HOUR + 160, HOUR + 200], "1 run backwards, 1 jump by up to 3600.1 s"),
+        ([0, 80, 40, 120, 200, 160], "2 run backwards"),
+        ([0, 0, 80, 80, 160, 160], "3 repeat"),
+        ([0, None, 80, None, 160, None], "3 are missing"),
+        ([None, None, 80, 120, 160, 200], "2 are missing"),
+    ],
+)
+def test_times_are_rebuilt_in_the_decoders_order(times: list[int | None], fault: str) -> None:
+    fixed = rebuilt(times, TICK, LIMIT, 40)
+    assert fixed is not None
+    assert fault in fixed.fault
+    if "repeat" not in fault:
+        assert seconds(times) == pytest.approx(EVEN)
+
+
+def test_a_frame_two_seconds_off_moves_no_other() -> None:
+    times: list[int | None] = [40 * i for i in range(100)]
+    for off in (2000, -1500):
+        assert seconds([*times[:50], 40 * 50 + off, *times[51:]]) == pytest.approx([0.04 * i for i in range(100)])  # type: ignore[list-item]
+
+
+def test_frames_that_share_a_time_share_the_step_to_the_next() -> None:
+    assert seconds([0, 0, 0, 0, 100, 140]) == pytest.approx([0, 0.025, 0.05, 0.075, 0.1, 0.14])
+
+
+def test_a_good_stretch_keeps_its_own_steps() -> None:
+    assert seconds([0, 40, 5000, 5040, 0, 40, 80]) == pytest.approx([0, 0.04, 5.0, 5.04, 5.08, 5.12, 5.16])
+
+
+def test_all_frames_at_one_time() -> None:
+    assert len(set(seconds([5] * 5000))) == 5000
+
+
+def test_a_jump_is_long_and_unusual() -> None:
+    assert jumps([0, 40, 80, 80 + LIMIT + 1], LIMIT)
+    assert not jumps([0, 40, 80, 80 + LIMIT], LIMIT)
+    assert not jumps([0, LIMIT + 1, 2 * LIMIT + 2], LIMIT)
+    assert not jumps([5], LIMIT)
+    assert max_step(TICK, discontinuous=False) == 600_000
+
+
+@pytest.mark.parametrize(
+    ("order", "keys", "believed"),
+    [
+        ([0, 1, 2, 3], [0, 2], True),
+        ([0, 4, 2, 1, 3, 8, 6, 5, 7], [0], True),
+        ([2, 0, 1, 5, 3, 4], [2], True),  # an open group at the start
+        ([0, 4, 2, 1, 3, 8, 0, 5, 7], [0], False),  # behind the anchor before
+        ([0, 1, 30, 2, 3, 4, 5], [0, 4], False),  # a keyframe is never shown before a frame decoded earlier
+        ([100, *range(99)], [100], False),  # nobody reorders a hundred frames
+        ([], [], False),
+    ],
+)
+def test_what_a_codec_may_have_reordered(order: list[int], keys: list[int], believed: bool) -> None:
+    assert in_order(order, keys) is believed
+
+
+def test_groups_are_an_anchor_and_what_is_shown_before_it() -> None:
+    anchors, group = anchor_groups([0, 4, 2, 1, 3, 8, 6])
+    assert anchors.tolist() == [True, True, False, False, False, True, False]
+    assert group.tolist() == [0, 1, 1, 1, 1, 2, 2]
+
+
+def test_frames_are_skipped_but_for_one_whole_group_of_each_pattern() -> None:
+    order = [0, 4, 2, 1, 3, 8, 6, 5, 7]
+    assert skippable(order, [6], reordered=True) == {1, 2, 3}
+    assert skippable(order, [8], reordered=True) == {1, 2, 3}
+    assert skippable(order, [1, 6], reordered=True) == {5, 7}, "the second group is ordered as the first"
+    assert skippable([*order[:-2], 7, 5], [1, 6], reordered=True) == set(), "this one is not"
+    assert skippable(order, [0], reordered=True) == {1, 2, 3, 5, 6, 7}
+    assert skippable([0, 1, 2, 3], [2], reordered=True) == set()
+    assert skippable([0, 1, 2, 3], [2], reordered=False) == {0, 1, 3}

@@ -1,0 +1,209 @@
+"""Containers x codecs x clocks that lie: no picture is another frame's than its row says, and lies are told."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from clock_case import (
+    CONTAINERS,
+    NUM_FRAMES,
+    STEP,
+    TICKS,
+    Clock,
+    joined,
+    right,
+    sequential,
+    write_clock,
+    write_packed_b_frames,
+    write_sources,
+)
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from video_case import number_of, write_video
+
+from tsq_ray.config import DecodeConfig
+from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video
+
+HOUR = 3600 * TICKS
+HEALTHY = ("right", "starts at one hour", "wraps at 33 bits")
+CLOCKS: dict[str, Clock] = {
+    "right": right,
+    "starts at one hour": lambda i: right(i) + HOUR,
+    "wraps at 33 bits": lambda i: right(i) + (1 << 33) - TICKS - 20 * STEP,
+    "jumps": lambda i: right(i) + (HOUR if i >= 30 else 0),
+    "starts again": lambda i: right(i % 30),
+    "one far ahead": lambda i: right(i) + (HOUR if i == 30 else 0),
+    "one a little ahead": lambda i: right(i) + (2 * TICKS + 1000 if i == 20 else 0),
+    "one behind": lambda i: right(i) + 2 * HOUR - (HOUR if i == 30 else 0),
+    "threes share a time": lambda i: right(i // 3 * 3),
+    "neighbours swapped": lambda i: right(i ^ 1),
+    "two pairs swapped": lambda i: right(i ^ 1 if i in (20, 21, 40, 41) else i),
+    "threes rotated": lambda i: right(i // 3 * 3 + (i + 1) % 3),
+    "stands still for a second": lambda i: right(i) + (TICKS if i >= 30 else 0),
+}
+NOT_IN_AVI = ("starts at one hour", "wraps at 33 bits", "jumps", "one far ahead", "one behind")
+"""An AVI counts frames: a clock may stand still in it for a while and no more."""
+WAYS = (("uniform", "pyav", None), ("keyframe", "pyav", None), ("uniform", "decord", None), ("uniform", "pyav", (0.1, 0.9) * 8))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_sources(tmp_path_factory.mktemp("sources"))
+
+
+def decode(path: Path, strategy: str = "uniform", backend: str = "pyav", places: tuple[float, ...] | None = None) -> DecodedVideo:
+    config = DecodeConfig.model_validate({"strategy": strategy, "backend": backend, "num_frames": 16})
+    return decode_video(VideoSource(str(path), places=places), config, {"all": FrameSpec(64)})
+
+
+def check(path: Path, healthy: bool = False, told: bool = True) -> list[DecodedVideo]:
+    """Every picture is the one that a sequential decode gives in that place; slots of few distinct frames are a warning.
+
+    `told`: so are wrong times, which need not be seen where no chosen frame is near them.
+    """
+    found = sequential(path)
+    truth, times = [number for number, _ in found], [time for _, time in found]
+    ascends = all(a is not None and b is not None and a < b for a, b in itertools.pairwise(times))
+    decoded = [decode(path, *way) for way in WAYS]
+    for way, video in zip(WAYS, decoded, strict=True):
+        shown = [number_of(picture) for picture in video.slots("all")]
+        assert shown == [truth[i] for i in video.frame_index], (path.name, way)
+        assert video.source_num_frames == len(truth), (path.name, way)
+        assert len(truth) < 16 or (np.diff(video.frame_pts_s) >= 0).all(), (path.name, way)
+        warned = bool(video.warnings)
+        assert warned or len(set(shown)) > 8 or len(truth) < 16, (path.name, way, "no warning of few frames")
+        assert warned or ascends or not told, (path.name, way, "no warning of wrong times")
+        assert not (healthy and warned), (path.name, way, video.warnings)
+    return decoded
+
+
+@pytest.mark.parametrize(
+    ("container", "codec"), [(container, codec) for container in CONTAINERS for codec in sorted(CONTAINERS[container])]
+)
+def test_every_picture_is_the_one_said(sources: dict[str, Path], tmp_path: Path, container: str, codec: str) -> None:
+    for name, clock in CLOCKS.items():
+        if container == "avi" and name in NOT_IN_AVI:
+            continue
+        path = write_clock(sources[codec], tmp_path / f"{codec} {name}.{container}", clock)
+        # an AVI has decoding times only: what is reordered comes at times that FFmpeg invents
+        invented = container == "avi" and codec in ("h264_b", "h264_flat_b")
+        decoded = check(path, healthy=name in HEALTHY and not invented)
+        if container != "avi" and name in ("jumps", "starts again", "one far ahead", "one a little ahead"):
+            assert all(len(set(video.frame_index.tolist())) == 16 for video in decoded[:1]), name
+        if name in HEALTHY or name in ("jumps", "one far ahead", "neighbours swapped"):
+            # where an edit list hides a frame whose time lies before all others, it is gone
+            assert decoded[0].duration_s == pytest.approx(NUM_FRAMES / 24, abs=0.1), name
+
+
+def test_packed_b_frames(tmp_path: Path) -> None:
+    for video in check(write_packed_b_frames(tmp_path / "packed.avi")):
+        assert "run backwards" in video.warnings[0]
+
+
+@pytest.mark.parametrize("codec", ["h264", "h264_b", "mpeg2_b", "hevc_b"])
+def test_segments_one_after_the_other(sources: dict[str, Path], tmp_path: Path, codec: str) -> None:
+    part = write_clock(sources[codec], tmp_path / "part.ts", right)
+    later = write_clock(sources[codec], tmp_path / "later.ts", lambda i: right(i) + HOUR)
+    for path in (joined(tmp_path / "same.ts", part, part), joined(tmp_path / "hour.ts", part, later)):
+        for video in check(path):
+            assert video.source_num_frames == 2 * NUM_FRAMES
+            assert video.duration_s == pytest.approx(2 * NUM_FRAMES / 24, abs=0.1)
+
+
+@pytest.mark.parametrize("clock", [lambda i: None if i % 3 else right(i), lambda i: None if i > 20 else right(i), lambda i: None])
+@pytest.mark.parametrize("codec", ["h264", "h264_b", "mpeg2_b"])
+def test_frames_without_a_time(sources: dict[str, Path], tmp_path: Path, codec: str, clock: Clock) -> None:
+    for video in check(write_clock(sources[codec], tmp_path / "untimed.ts", clock)):
+        assert video.source_num_frames == NUM_FRAMES
+
+
+def test_more_frames_a_second_than_the_clock_has_ticks(tmp_path: Path) -> None:
+    path = write_clock(write_video(tmp_path / "source.mkv", 240, size=(96, 64)), tmp_path / "fast.mkv", lambda i: i * TICKS // 2400)
+    for video in check(path):
+        assert video.source_num_frames == 240
+        assert video.duration_s == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_picture_that_stands_still_for_a_minute(tmp_path: Path, suffix: str) -> None:
+    times = [*range(24), *range(24 * 61, 24 * 62)]
+    for video in check(write_video(tmp_path / f"still.{suffix}", 48, times=times, size=(96, 64))):
+        assert video.duration_s == pytest.approx(62, abs=0.1)
+        assert video.warnings == [f"16 slots hold {len(set(video.frame_index))} distinct frames of 48: the picture stands still"]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "num_frames", "duration_s", "warning"),
+    [
+        ("ts_concat_same_start.ts", 100, 10.0, "1 run backwards"),
+        ("ts_jump_forward_1h.ts", 100, 10.0, "1 jump by"),
+        ("dvr_outlier_ahead.ts", 100, 10.0, "1 jump by"),
+        ("avi_h264_b.avi", 50, 5.0, "22 run backwards"),
+        ("fps2400.mkv", 2400, 1.0, "1399 repeat"),
+        ("start_1h.mkv", 50, 5.0, None),
+    ],
+)
+def test_files_of_the_reports(data_dir: Path, name: str, num_frames: int, duration_s: float, warning: str | None) -> None:
+    for strategy in ("uniform", "keyframe"):
+        video = decode(data_dir / "cases" / name, strategy)
+        assert (video.source_num_frames, video.duration_s) == (num_frames, pytest.approx(duration_s, abs=0.1))
+        assert len(set(video.frame_index.tolist())) == 16
+        assert (video.warnings == []) if warning is None else (warning in video.warnings[0])
+
+
+def one_frame(far: int) -> Callable[[int, int], Clock]:
+    return lambda at, size: lambda i: right(i) + (far * size if i == at else 0)
+
+
+FAULTS: dict[str, Callable[[int, int], Clock]] = {
+    "shift": lambda at, size: lambda i: right(i) + size * 977,
+    "wrap": lambda at, size: lambda i: right(i) + (1 << 33) - TICKS - right(at),
+    "jump": lambda at, size: lambda i: right(i) + (size * size * STEP if i >= at else 0),
+    "restart": lambda at, size: lambda i: right(i % max(1, at)),
+    "ahead": one_frame(STEP + 7),
+    "far ahead": one_frame(STEP * 1999),
+    "behind": lambda at, size: lambda i: right(i) + HOUR - (size * STEP // 3 if i == at else 0),
+    "repeats": lambda at, size: lambda i: right(i - i % (size % 7 + 1)) if i >= at else right(i),
+    "gaps": lambda at, size: lambda i: right(i) + i // (at + 1) * size * STEP,
+    "missing": lambda at, size: lambda i: None if i % (size % 5 + 2) == at % 2 else right(i),
+    "reordered": lambda at, size: lambda i: right(at - (i - at)) if at <= i < at + size % 9 and i <= 2 * at else right(i),
+}
+
+
+@st.composite
+def clocks(draw: st.DrawFn) -> tuple[str, str, str, int, int]:
+    container = draw(st.sampled_from(sorted(CONTAINERS)))
+    codec = draw(st.sampled_from(sorted(CONTAINERS[container])))
+    fault = draw(st.sampled_from([name for name in FAULTS if container == "ts" or name != "missing"]))
+    return container, codec, fault, draw(st.integers(1, NUM_FRAMES - 1)), draw(st.integers(1, 200))
+
+
+def drawn(sources: dict[str, Path], folder: Path, case: tuple[str, str, str, int, int]) -> None:
+    container, codec, fault, at, size = case
+    try:
+        path = write_clock(sources[codec], folder / f"{codec}-{fault}-{at}-{size}.{container}", FAULTS[fault](at, size))
+    except av.error.FFmpegError:
+        assume(False)  # the container cannot hold such times
+    check(path, told=False)
+
+
+QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@given(case=clocks())
+def test_a_sample_of_drawn_clocks(sources: dict[str, Path], tmp_path: Path, case: tuple[str, str, str, int, int]) -> None:
+    drawn(sources, tmp_path, case)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
+@given(case=clocks())
+def test_drawn_clocks(sources: dict[str, Path], tmp_path: Path, case: tuple[str, str, str, int, int]) -> None:
+    drawn(sources, tmp_path, case)

@@ -1,0 +1,204 @@
+"""Keyframes, and frames near them, of an unfragmented MP4 or MOV by its sample table alone: only their bytes are read."""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import av
+import numpy as np
+
+from tsq_ray.decode.probe import Container, SampleIndex, Stream
+from tsq_ray.decode.pyav_backend import SEEKABLE_CODECS, DecodeTrouble, errors_are_trouble, seek, strict_frames, to_rgb
+
+_MAX_LEADING = 64  # packets looked at behind a keyframe for frames that are shown before it
+
+
+@dataclass
+class Placed:
+    """A frame with its place in the source."""
+
+    rgb: np.ndarray
+    pts: int
+    index: int
+
+
+class IndexedReader:
+    """The frames of one container by its sample table."""
+
+    def __init__(self, container: Container, stream: Stream, index: SampleIndex, max_pixels: int) -> None:
+        if stream.codec_context.codec.canonical_name not in SEEKABLE_CODECS:
+            raise DecodeTrouble("a keyframe of this codec is not known to decode by itself")
+        self.container, self.stream, self.index, self.max_pixels = container, stream, index, max_pixels
+        self._delay = 0
+        self.start = self.keyframe(0).pts
+        # frames are shown a constant delay after the table's times; every keyframe's own time is read when it comes
+        self._delay = self.start - index.start_dts
+        self.end = index.end_dts + self._delay
+        self.key_pts = [dts + self._delay for dts in index.key_dts]
+        # where `frame_at` is: the keyframe it began at, what was read since and not decoded yet, and what was read
+        self._key = -1
+        self._ahead: deque[av.Packet] = deque()
+        self._seen = _Groups()
+        self._packets: Iterator[av.Packet] = iter(())
+        self._frames: Iterator[av.VideoFrame] = iter(())
+        self._current: av.VideoFrame | None = None
+        self._time = self._wanted = 0
+        self._read_on = True
+        self._reorders = stream.codec_context.has_b_frames
+
+    def keyframe(self, key: int) -> Placed:
+        """Keyframe number `key`, decoded by itself."""
+        self._key = -1  # the decoder leaves the place where `frame_at` was
+        with errors_are_trouble():
+            packets = self._packets_from(key)
+            packet = next(packets)
+            assert packet.pts is not None
+            after = self._leading(packets, packet.pts)
+            leading = sum(not other.is_discard for other in after[:-1])
+            more = [other for other in after if other.size] if leading else []
+            frames = list(self._decoded([packet, *more], packet.pts))
+        if self.stream.codec_context.has_b_frames and packet.pts == packet.dts:
+            raise DecodeTrouble("frames are reordered, and their times are those of decoding")
+        # of what is shown before the keyframe, nothing may come after it
+        times = [frame.pts for frame in frames]
+        if packet.pts not in times or times != sorted(times, key=lambda pts: -1 if pts is None else pts):
+            raise DecodeTrouble(f"keyframe {key} does not decode by itself")
+        frame = frames[times.index(packet.pts)]
+        if frame.is_corrupt:
+            raise DecodeTrouble(f"keyframe {key} is damaged")
+        return Placed(to_rgb(frame, self.max_pixels), packet.pts, self.index.key_before[key] + leading)
+
+    def _decoded(self, packets: Iterable[av.Packet], key_time: int) -> Iterator[av.VideoFrame]:
+        """What comes out of these packets, up to the first frame after the keyframe."""
+        for packet in (*packets, None):
+            for frame in self.stream.decode(packet):
+                yield frame
+                if frame.pts is not None and frame.pts > key_time:
+                    return
+
+    def _packets_from(self, key: int) -> Iterator[av.Packet]:
+        dts = self.index.key_dts[key]
+        # FFmpeg takes the time for one of presentation; with a decoding time it mostly goes to the keyframe before, whose bytes nobody needs
+        for time in dict.fromkeys((dts + self._delay, dts)):
+            seek(self.container, self.stream, time)
+            packets = self.container.demux(self.stream)
+            packet = next(packets, None)
+            if packet is not None and packet.pts is not None and packet.pos == self.index.key_pos[key]:
+                return itertools.chain([packet], packets)
+        raise DecodeTrouble(f"a seek to keyframe {key} did not arrive there")
+
+    @staticmethod
+    def _leading(packets: Iterator[av.Packet], key_time: int) -> list[av.Packet]:
+        """Packets decoded after a keyframe and shown before it, which follow it at once, and the first of those after them."""
+        found: list[av.Packet] = []
+        for packet in itertools.islice(packets, _MAX_LEADING):
+            found.append(packet)
+            if packet.size == 0 or packet.pts is None or packet.pts > key_time or packet.is_keyframe:
+                break
+        return found
+
+    def frame_at(self, time: int) -> Placed:
+        """The frame on show at `time`, decoded from the keyframe before it. Times ascend from call to call."""
+        key = max(bisect_right(self.key_pts, time) - 1, 0)
+        if key != self._key:
+            self._start(key)
+        while self._seen.first > time:
+            if key == 0:
+                raise DecodeTrouble(f"no frame at {time}")
+            key -= 1
+            self._start(key)
+        self._time, self._read_on = time, True
+        self._wanted = self._seen.last_until(time)
+        while True:
+            if self._current is not None:
+                self._settle(self._current.pts)
+                if self._current.pts is not None and self._current.pts >= self._wanted:
+                    break
+            self._current = next(self._frames, None)
+            if self._current is None:
+                break
+        late = any(packet.pts is not None and packet.pts < self._wanted for packet in self._ahead)
+        if self._current is None or self._current.pts != self._wanted or late:
+            raise DecodeTrouble(f"the frame at {self._wanted} does not come when its time says")
+        index = self.index.key_before[self._key] + self._seen.num_before(self._wanted)
+        return Placed(to_rgb(self._current, self.max_pixels), self._wanted, index)
+
+    def _start(self, key: int) -> None:
+        """Go to keyframe number `key` and read it."""
+        self._key, self._packets = key, self._packets_from(key)
+        self._ahead, self._seen, self._current = deque(), _Groups(), None
+        self._wanted = self._time = self.key_pts[key]
+        self._read()
+        self._frames = strict_frames(self._undecoded(), self.stream, self._seen.first, self._may_skip)
+
+    def _may_skip(self, pts: int | None) -> bool:
+        # what comes after the wanted frame may be wanted next
+        if pts is None or pts >= self._wanted:
+            return False
+        return not self._reorders or self._seen.proves_nothing(pts, self._wanted)
+
+    def _read(self) -> bool:
+        """Read a packet; False at the end."""
+        with errors_are_trouble():
+            packet = next(self._packets, None)
+        if packet is None:
+            self._read_on = False
+            return False
+        self._ahead.append(packet)
+        if packet.pts is not None and not packet.is_discard:
+            self._seen.add(packet.pts)
+            if self._wanted < packet.pts <= self._time:
+                self._wanted = packet.pts
+        # no frame is shown before it is decoded, so that none that comes later in the file is shown by then
+        self._read_on = packet.dts is not None and packet.dts <= self._time
+        return True
+
+    def _settle(self, pts: int | None) -> None:
+        """Read on until it shows whether the frame of `pts` is the wanted one; no further, since all that is read ahead is held in memory."""
+        while pts == self._wanted and self._read_on:
+            self._read()
+
+    def _undecoded(self) -> Iterator[av.Packet]:
+        while self._ahead or self._read():
+            self._settle(self._ahead[0].pts)
+            yield self._ahead.popleft()
+
+
+class _Groups:
+    """When the packets read since a keyframe are shown, in decoding order and by group (see `clock.anchor_groups`)."""
+
+    def __init__(self) -> None:
+        self._times: list[int] = []
+        self._group: dict[int, int] = {}
+        self._anchors: list[int] = []
+
+    @property
+    def first(self) -> int:
+        """The keyframe's own time."""
+        return self._times[0]
+
+    def add(self, pts: int) -> None:
+        """DecodeTrouble where no reordering gives this time."""
+        if pts in self._group or (len(self._anchors) > 1 and pts < self._anchors[-2]):
+            raise DecodeTrouble(f"the time {pts} is not one of reordered frames")
+        if not self._anchors or pts > self._anchors[-1]:
+            self._anchors.append(pts)
+        self._times.append(pts)
+        self._group[pts] = len(self._anchors)
+
+    def last_until(self, time: int) -> int:
+        """The latest that is not after `time`."""
+        return max(pts for pts in self._times if pts <= time)
+
+    def num_before(self, pts: int) -> int:
+        """How many are before `pts`."""
+        return sum(time < pts for time in self._times)
+
+    def proves_nothing(self, pts: int, wanted: int) -> bool:
+        """Whether the frame at `pts` lies in another group than that of `wanted`, and is not the one that others refer to."""
+        group = self._group.get(pts)
+        return group is not None and group != self._group.get(wanted) and self._anchors[group - 1] != pts
