@@ -103,8 +103,8 @@ class Current:
 def read_part(part_uri: str, columns: list[str] | None = None) -> pa.Table:
     """One part, or some of its columns. RunError where it is not readable as Parquet."""
     try:
-        with storage.open_read(part_uri) as file, pq.ParquetFile(file) as part:
-            # with threads pyarrow may abort at the interpreter's end when it read from a Python file
+        # both off: one of Arrow's threads may drop the file as the interpreter ends, which aborts the process
+        with storage.open_read(part_uri) as file, pq.ParquetFile(file, pre_buffer=False) as part:
             return part.read(columns=columns, use_threads=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise RunError(f"{storage.redact(part_uri)}: not readable as Parquet ({error}); delete it and run again") from None
