@@ -23,6 +23,7 @@ from tsq_ray.console import (
     guarded,
     index_text,
     prediction_text,
+    prepare_output,
     run_text,
     training_text,
     tree_text,
@@ -423,6 +424,7 @@ def submit_command(address: str | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 the run failed, 2 wrong input."""
+    prepare_output()
     # before Arrow is loaded, and for Ray's workers too: its own allocator keeps what is freed, 170 MiB of the driver at a million rows
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     arguments = bare_retry(list(sys.argv[1:] if argv is None else argv)) or ["--help"]

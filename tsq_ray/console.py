@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +18,46 @@ USAGE_ERROR: Any = typer.BadParameter.__base__
 _TYPER_INTERRUPTED = 130
 """What newer versions of typer make of a KeyboardInterrupt."""
 _INTERRUPTED = "interrupted; give the same command again to go on where it stopped"
+
+
+class _Output(io.FileIO):
+    """Standard output or error that may lose its reader (`tsq info ... | head -1`): the command
+    then ends as it would have, and what it still says goes nowhere.
+    """
+
+    def write(self, data: Any) -> int:
+        """Write, or drop the data if nobody reads any more."""
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(memoryview(data).cast("B"))
+
+
+def prepare_output() -> None:
+    """Make this process's standard streams take any text, and the loss of their reader.
+
+    A name that is not UTF-8, or text that the terminal's encoding lacks, is shown with backslashes.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):
+            continue  # a caller put something else in its place
+        if stream is not getattr(sys, f"__{name}__"):
+            stream.reconfigure(errors="backslashreplace")
+            continue
+        stream.flush()
+        output = _Output(stream.fileno(), "w", closefd=False)
+        wrapped = io.TextIOWrapper(
+            output if stream.write_through else io.BufferedWriter(output),  # type: ignore[arg-type]
+            encoding=stream.encoding,
+            errors="backslashreplace",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, wrapped)
 
 
 def run_text(run: dict[str, Any], out: str) -> str:
@@ -76,8 +118,15 @@ def index_text(summary: dict[str, Any], out: str) -> str:
     lines = [f"{summary['videos']} videos, {summary['classes']} classes, labels from {summary['labels_from']}"]
     lines.append(f"labelled {summary['labelled']}, unlabelled {summary['unlabelled']}; splits: {pairs(summary['splits'])}")
     lines.append(f"new {summary['new']}, changed {summary['changed']}, deleted {summary['deleted']}, unchanged {summary['unchanged']}")
-    if summary["left_out"]:
-        lines.append(f"left out, no video by its name: {pairs(summary['left_out'])}")
+    # other files are counted by their suffix, everything else by a reason
+    left, examples = summary["left_out"], summary["left_out_examples"]
+    other = {name: left[name] for name in left if name.startswith(".") or name == "(no suffix)"}
+    if other:
+        lines.append(f"left out, no video by its name: {pairs(other)}")
+    for reason, count in left.items():
+        if reason not in other:
+            more = ", ..." if count > len(examples[reason]) else ""
+            lines.append(f"left out, {reason}: {count}: {', '.join(examples[reason])}{more}")
     if summary["missing"]:
         shown = ", ".join(summary["missing"][:5]) + (", ..." if len(summary["missing"]) > 5 else "")
         lines.append(f"missing, named by the labels but not found: {len(summary['missing'])}: {shown}")

@@ -45,6 +45,19 @@ def test_a_decode_child_and_a_worker_are_killed(ray_cluster: Any, tmp_path: Path
     started.wait_until(lambda: site.parts)
     os.kill(descendants(WORKER)[0], signal.SIGKILL)
     assert started.ended().code == 0, "the run goes on by itself"
+    assert site.rows()["unlabelled.mp4"]["status"] == "ok", "whoever kills a child does not say anything of its video"
+    adds_up(site)
+
+
+@pytest.mark.slow
+def test_a_decode_child_is_killed_twice(ray_cluster: Any, tmp_path: Path) -> None:
+    site = make_site(tmp_path)
+    big = write_video(tmp_path / "videos/unlabelled.mp4", 400, size=(640, 384), gop=400)
+    index(site, str(tmp_path), "--update")
+    started = Started(site.argv)
+    for _ in range(2):
+        kill_the_decode_of(big, started)
+    assert started.ended().code == 0, "the run goes on by itself"
     row = site.rows()["unlabelled.mp4"]
     assert (row["error_type"], "SIGKILL" in row["error_message"]) == ("decoder_crash", True)
     adds_up(site, BAD | {"decoder_crash": 1})
@@ -66,7 +79,6 @@ def test_videos_that_took_too_long_are_done_again_on_request(ray_cluster: Any, t
     adds_up(site)
 
 
-@pytest.mark.slow
 def test_every_worker_of_an_extraction_is_killed(ray_cluster: Any, tmp_path: Path) -> None:
     site = make_site(tmp_path)
     started = Started(site.argv)

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,6 +19,7 @@ import fsspec
 import pytest
 from archive_case import CLASSES, write_clip
 from bundle_case import make_bundle
+from cluster_case import SETTINGS, read_rows, tsq
 from proxy_case import ARCHIVED, S3Proxy, running_proxy
 from s3_case import PUBLIC_BUCKET, S3Server
 
@@ -312,3 +315,43 @@ def test_a_defect_in_a_lookup_is_a_row_too(model: str, clip: Path, monkeypatch: 
     bad, good = predict(["/x/bad.mp4", str(clip)], model, scoring_config(model))
     assert (bad["uri"], bad["status"], bad["error_type"], good["status"]) == ("/x/bad.mp4", "failed", "internal", "ok")
     assert bad["error_message"].startswith("/x/bad.mp4: unexpected KeyError: ")
+
+
+@pytest.mark.ray
+def test_a_run_over_links_and_odd_names_ends(ray_cluster: Any, clip: Path, tmp_path: Path) -> None:
+    """Each entry has its row, in a folder with every odd character in its name."""
+    videos, elsewhere = tmp_path / "videos", tmp_path / "elsewhere"
+    videos.mkdir()
+    elsewhere.mkdir()
+    for name in ("std::vec.mp4", "_1W44j2lpIA.mp4", "What is it?.mp4", "#1 50%20.mp4", "-dash.mp4"):
+        (videos / name).write_bytes(clip.read_bytes())
+    (elsewhere / "far.mp4").write_bytes(clip.read_bytes())
+    (videos / "favourite.mp4").symlink_to(videos / "std::vec.mp4")
+    (videos / "linked").symlink_to(elsewhere)
+    os.mkfifo(videos / "pipe.mp4")
+    settings, manifest = tmp_path / "settings.toml", str(tmp_path / "m::1.parquet")
+    settings.write_text(SETTINGS)
+    index = tsq("index", videos, "--out", manifest, "--json").json
+    assert (index["videos"], index["left_out"]) == (7, {"not a regular file (FIFO)": 1})
+    out = str(tmp_path / "out dir #1/50%20? k=v [x]*/ünï::1")
+    ended = tsq("extract", manifest, "--out", out, "--config", settings, "--json")
+    assert ended.json["counts"]["ok"] == 7
+    assert tsq("verify", out, "--json").json["problems"] == []
+    assert sorted(read_rows(out)["uri"].to_pylist()) == sorted(
+        [*(str(path) for path in videos.glob("*.mp4") if not path.is_fifo()), str(videos / "linked/far.mp4")]
+    )
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_proxy_of_the_network_is_not_asked_for_what_is_local(clip: Path, model: str, tmp_path: Path) -> None:
+    """Scoring through Serve on this machine where HTTP_PROXY leads nowhere."""
+    manifest, out = str(tmp_path / "m.parquet"), str(tmp_path / "predictions")
+    assert tsq("index", clip, "--out", manifest).code == 0
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    argv = [sys.executable, "-m", "tsq_ray", "score", manifest, "--model", model, "--out", out]
+    done = subprocess.run(argv, env=own | nowhere, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert read_rows(out)["status"].to_pylist() == ["ok"]

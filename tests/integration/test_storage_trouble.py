@@ -46,20 +46,19 @@ def test_a_moment_of_trouble_passes(proxy: S3Proxy, trouble: Trouble, strategy: 
     assert len(proxy.given) == 2
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 @pytest.mark.parametrize(
     ("trouble", "kind"),
     [
-        (SLOW_DOWN, "unavailable"),
+        pytest.param(SLOW_DOWN, "unavailable", marks=pytest.mark.slow),
         (INTERNAL_ERROR, "unavailable"),
-        (CUT, "unavailable"),
+        pytest.param(CUT, "unavailable", marks=pytest.mark.slow),
         (EXPIRED_TOKEN, "unavailable"),
         (EXPIRED_TOKEN_403, "access_denied"),
     ],
     ids=lambda value: value.code + str(value.status) if isinstance(value, Trouble) else value,
 )
-@pytest.mark.parametrize("healthy", [0, 1])
+@pytest.mark.parametrize("healthy", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_trouble_that_stays_is_no_fault_of_the_video(proxy: S3Proxy, trouble: Trouble, kind: str, strategy: str, healthy: int) -> None:
     proxy.trouble(trouble, after=healthy)
     with pytest.raises(StorageError, match=r"cannot .*v\.mp4") as caught:
@@ -67,8 +66,11 @@ def test_trouble_that_stays_is_no_fault_of_the_video(proxy: S3Proxy, trouble: Tr
     assert caught.value.error_type in {kind, "unavailable"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("trouble", [INTERNAL_ERROR, CUT, EXPIRED_TOKEN], ids=lambda trouble: trouble.code)
+@pytest.mark.parametrize(
+    "trouble",
+    [*(pytest.param(trouble, marks=pytest.mark.slow) for trouble in (INTERNAL_ERROR, CUT)), EXPIRED_TOKEN],
+    ids=lambda trouble: trouble.code,
+)
 def test_trouble_between_byte_ranges_is_no_fault_of_the_video(proxy: S3Proxy, trouble: Trouble) -> None:
     proxy.trouble(trouble, after=3)
     with pytest.raises(StorageError, match=r"cannot .*v\.mp4") as caught:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,6 +317,103 @@ def test_no_secret_is_shown(tsq: Callable[..., Answer], bundle: str) -> None:
         code, out, err = tsq(*command)
         assert code == 2
         assert "s3cret" not in out + err
+
+
+# --------------------------------------------------------------------------------- standard output of all kinds
+
+
+def tsq_process(
+    folder: Path, *argv: str | bytes, environment: dict[str, str] | None = None, **streams: Any
+) -> subprocess.CompletedProcess[bytes]:
+    """`tsq ARGV` as a process of its own: only there is stdout what a shell gives it."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    command = [sys.executable, "-m", "tsq_ray", *argv]
+    own = {**os.environ, **(environment or {})}
+    return subprocess.run(command, cwd=folder, env=own, timeout=120, check=False, **streams)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "missing"),
+    [
+        ("ascii", b"videos/\\xfcn\\xef \\u732b.mp4"),
+        ("latin-1", b"videos/\xfcn\xef \\u732b.mp4"),
+        ("utf-8", "videos/ünï 猫.mp4".encode()),
+    ],
+)
+def test_text_that_the_output_has_no_letters_for(videos: Path, encoding: str, missing: bytes) -> None:
+    lines = "path,label\nvideos/cats/1.mp4,cats\nvideos/ünï 猫.mp4,x\n"
+    (videos.parent / "labels.csv").write_text(lines)
+    argv = ["index", "videos", "--labels", "labels.csv", "--out", "m.parquet"]
+    done = tsq_process(videos.parent, *argv, environment={"PYTHONIOENCODING": encoding})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"not found: 1: " + missing in done.stdout
+    assert done.stdout.endswith(b"out: m.parquet\n")
+
+
+def test_a_name_that_is_not_utf_8_is_shown(videos: Path) -> None:
+    environment = {"PYTHONIOENCODING": "utf-8"}
+    done = tsq_process(videos.parent, "index", "videos", "--out", b"m\xff.parquet", environment=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"out: m\\udcff.parquet\n")
+    assert os.path.exists(os.fsencode(videos.parent) + b"/m\xff.parquet")
+
+
+def closed_pipe() -> int:
+    """The end to write into of a pipe that nobody reads, as after `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "closed", "unbuffered"),
+    [
+        (["index", "videos", "--out", "m.parquet"], 0, "stdout", ""),
+        (["index", "videos", "--out", "m.parquet"], 0, "both", "1"),
+        (["verify", "features"], 1, "stdout", ""),
+        (["--help"], 0, "stdout", ""),
+        (["--help"], 0, "both", "1"),
+        (["index"], 2, "both", ""),
+    ],
+    ids=str,
+)
+def test_an_output_that_nobody_reads(manifest: Path, argv: list[str], code: int, closed: str, unbuffered: str) -> None:
+    """The command ends with its own exit code, without a word about the pipe."""
+    folder = finished_run(manifest.parent / "features", str(manifest))
+    next(folder.glob("part-*")).unlink()
+    pipe = closed_pipe()
+    streams: dict[str, Any] = {"stdout": pipe} | ({"stderr": pipe} if closed == "both" else {})
+    environment = {"PYTHONUNBUFFERED": unbuffered}
+    done = tsq_process(folder.parent, *argv, environment=environment, **streams)
+    os.close(pipe)
+    assert (done.returncode, done.stderr or b"") == (code, b"")
+    assert (folder.parent / "m.parquet").exists() == ("--out" in argv)
+
+
+def test_the_readers_first_line_is_all_that_a_reader_needs(tmp_path: Path) -> None:
+    """More text than a pipe holds, of which somebody reads one line."""
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/1.mp4").touch()
+    names = "\n".join(f"v/gone{number:0200}.mp4,x" for number in range(4000))
+    (tmp_path / "labels.csv").write_text(f"path,label\nv/1.mp4,x\n{names}\n")
+    command = [sys.executable, "-m", "tsq_ray", "index", "v", "--labels", "labels.csv", "--json"]
+    command += ["--out", "m.parquet"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"{\n"
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_threads_wait_without_spinning() -> None:
+    """libgomp reads the variable while torch is loaded, so it has to be there before."""
+    code = "import os, sys, tsq_ray; print(os.getenv('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+    for given, expected in ((None, "PASSIVE False"), ("ACTIVE", "ACTIVE False")):
+        own = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        environment = own | ({"OMP_WAIT_POLICY": given} if given else {})
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

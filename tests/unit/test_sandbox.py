@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,149 @@ def test_closing_answers_videos_that_wait() -> None:
         pool.submit(VideoSource("/pid"))
 
 
+# ------------------------------------------------------------------------ children that are killed from outside
+
+
+def planned(source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> DecodedVideo:
+    """In the child: what line n of VIDEO.plan says for call n, then an ordinary decode.
+
+    VIDEO.calls has a line a call: process, start, and the end where there is one.
+    """
+    calls = Path(f"{source.uri}.calls")
+    before = calls.read_text().splitlines() if calls.exists() else []
+    began = time.monotonic()
+    calls.write_text("\n".join([*before, f"{os.getpid()} {began}"]))
+    plan = Path(f"{source.uri}.plan")
+    steps = plan.read_text().splitlines() if plan.exists() else []
+    for step in steps[len(before)].split() if len(before) < len(steps) else ():
+        if step.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[step])
+        elif step.startswith("exit"):
+            os._exit(int(step.removeprefix("exit")))
+        else:
+            time.sleep(float(step))
+    decoded = decode_video(source, settings, specs)
+    calls.write_text("\n".join([*before, f"{os.getpid()} {began} {time.monotonic()}"]))
+    return decoded
+
+
+@pytest.fixture
+def plan(tmp_path: Path, video: str) -> Callable[..., str]:
+    """plan("name", "step step", ...) -> a video whose call n does the steps of line n."""
+
+    def make(name: str, *lines: str) -> str:
+        path = tmp_path / f"{name}.mp4"
+        path.write_bytes(Path(video).read_bytes())
+        Path(f"{path}.plan").write_text("\n".join(lines))
+        return str(path)
+
+    return make
+
+
+def calls_of(uri: str) -> list[list[float]]:
+    """[process, start, end] of each call that ended, [process, start] of each that did not."""
+    calls = Path(f"{uri}.calls")
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    return [[float(value) for value in line.split()] for line in lines]
+
+
+def wait_for_call(uri: str, number: int) -> int:
+    """The process of this call, once it is there."""
+    deadline = time.monotonic() + 30
+    while len(calls_of(uri)) < number:
+        assert time.monotonic() < deadline, f"no call {number} of {uri}"
+        time.sleep(0.01)
+    return int(calls_of(uri)[number - 1][0])
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_child_killed_from_outside_is_not_the_videos_fault(plan: Callable[..., str], name: str, num_processes: int) -> None:
+    uris = [plan("a"), plan("b", name), plan("c")]
+    with DecodePool(SETTINGS, SPECS, num_processes, planned) as pool:
+        outcomes = pool.decode([VideoSource(uri) for uri in uris])
+    assert [str(outcome) for outcome in outcomes if not isinstance(outcome, DecodedVideo)] == []
+    assert [len(calls_of(uri)) for uri in uris] == [1, 2, 1]
+    assert len({call[0] for call in calls_of(uris[1])}) == 2, "the second try has a fresh child"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message", "num_calls"),
+    [
+        (["SIGKILL"] * 4, r"died twice, the second time with no other video beside it \(SIGKILL", 2),
+        (["SIGTERM"] * 4, r"died twice, the second time with no other video beside it \(SIGTERM", 2),
+        (["SIGKILL", "SIGSEGV"], r"died twice, .* \(SIGSEGV", 2),
+        (["SIGSEGV"], r"the decoder process died \(SIGSEGV", 1),
+        (["SIGABRT"], r"the decoder process died \(SIGABRT", 1),
+        (["exit3"], r"the decoder process died \(exit code 3", 1),
+    ],
+    ids=["killed", "terminated", "killed-segfault", "segfault", "abort", "exit"],
+)
+def test_how_often_a_video_is_tried_whose_child_dies(plan: Callable[..., str], lines: list[str], message: str, num_calls: int) -> None:
+    uris = [plan("a"), plan("b", *lines), plan("c")]
+    with DecodePool(SETTINGS, SPECS, 2, planned) as pool:
+        before, failed, after = pool.decode([VideoSource(uri) for uri in uris])
+    assert isinstance(failed, VideoError)
+    assert failed.error_type == "decoder_crash"
+    assert re.search(message, str(failed))
+    assert len(calls_of(uris[1])) == num_calls
+    assert isinstance(before, DecodedVideo)
+    assert isinstance(after, DecodedVideo)
+
+
+def test_a_child_is_killed_while_it_decodes(plan: Callable[..., str]) -> None:
+    uri = plan("a", "60")
+    with DecodePool(SETTINGS, SPECS, task=planned) as pool:
+        future = pool.submit(VideoSource(uri))
+        os.kill(wait_for_call(uri, 1), signal.SIGTERM)
+        assert isinstance(future.result(timeout=30), DecodedVideo)
+
+
+def test_a_second_try_is_alone(plan: Callable[..., str]) -> None:
+    """No other video decodes meanwhile, neither one that was running nor one that came later."""
+    killed = [plan("k1", "SIGKILL", "0.5"), plan("k2", "0.2 SIGKILL", "0.5")]
+    others = [plan("a", "1"), *(plan(f"o{number}", "0.1") for number in range(8))]
+    with DecodePool(SETTINGS, SPECS, 3, planned) as pool:
+        futures = [pool.submit(VideoSource(uri)) for uri in [*killed, *others]]
+        wait_for_call(killed[0], 2)
+        late = plan("late")
+        futures.append(pool.submit(VideoSource(late)))
+        outcomes = [future.result(timeout=60) for future in futures]
+    assert [str(outcome) for outcome in outcomes if not isinstance(outcome, DecodedVideo)] == []
+    seconds = [calls_of(uri)[1] for uri in killed]
+    rest = [call for uri in [*others, late] for call in calls_of(uri)]
+    for number, (_, start, end) in enumerate(seconds):
+        beside = [call for call in [*rest, seconds[1 - number]] if call[1] < end and call[2] > start]
+        assert beside == []
+
+
+def test_the_time_limit_counts_for_each_try(plan: Callable[..., str]) -> None:
+    slow, hanging = plan("slow", "1 SIGKILL", "1"), plan("hanging", "SIGKILL", "60")
+    with DecodePool(DecodeConfig(num_frames=4, timeout_s=1.8), SPECS, 2, planned) as pool:
+        outcomes = pool.decode([VideoSource(slow), VideoSource(hanging)])
+    assert isinstance(outcomes[0], DecodedVideo)
+    assert isinstance(outcomes[1], VideoError)
+    assert outcomes[1].error_type == "timeout"
+
+
+@pytest.mark.parametrize("second_runs", [True, False])
+def test_closing_answers_a_second_try(plan: Callable[..., str], second_runs: bool) -> None:
+    killed, other, late = plan("killed", "SIGKILL", "60"), plan("other", "60"), plan("late")
+    pool = DecodePool(SETTINGS, SPECS, 2, planned)
+    uris = [killed, late] if second_runs else [killed, other, late]
+    futures = [pool.submit(VideoSource(uri)) for uri in uris]
+    wait_for_call(killed, 2 if second_runs else 1)
+    if not second_runs:
+        time.sleep(1)  # the other one runs on, so the second try and perhaps the late one wait
+    pool.close()
+    outcomes = [future.result(timeout=30) for future in futures]
+    assert "closed before this video was done" in str(outcomes[0])
+    assert all(isinstance(outcome, (DecodedVideo, VideoError)) for outcome in outcomes)
+
+
+# --------------------------------------------------------------------------------------------------------------
+
+
 def test_children_are_light() -> None:
     with DecodePool(SETTINGS, SPECS, task=heavy_modules) as pool:
         assert str(pool.decode([VideoSource("x")])[0]) == "none"
@@ -166,6 +310,17 @@ def test_a_script_without_a_main_guard_runs_once_and_in_silence(tmp_path: Path, 
     assert done.stdout.splitlines()[:2] == ["main runs", "24"]
     assert done.stdout.splitlines()[3:] == ["not_video"]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("length", [84, 150])
+def test_a_long_temporary_folder(tmp_path: Path, video: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a Unix socket's path may be: batch systems make such ones."""
+    folder = Path(f"{tmp_path}/".ljust(length, "x"))
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    done = _run(SCRIPT, video)
+    assert (done.stdout, done.stderr) == ("main runs\n24\n", "")
+    assert list(folder.iterdir()) == []
 
 
 PARENT = """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.popen_forkserver
@@ -19,10 +20,12 @@ import os
 import resource
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace, TracebackType
 from typing import Any, Self, cast
 
@@ -40,7 +43,35 @@ Task = Callable[[VideoSource, DecodeConfig, Mapping[str, FrameSpec]], DecodedVid
 _PR_SET_PDEATHSIG = 1
 _ATTEMPTS = 3
 _SPENT = 75
-_SERVER = multiprocessing.forkserver.ForkServer()
+_KILLED = (-signal.SIGKILL, -signal.SIGTERM)
+"""Exit codes of a child that somebody else ended: no failing decoder sends itself these."""
+_MAX_SOCKET_PATH = 107
+
+
+def _listener_address(family: str) -> str:
+    """Path of the fork server's Unix socket, short enough whatever TMPDIR is."""
+    choose: Any = multiprocessing.connection.arbitrary_address  # type: ignore[attr-defined]
+    address: str = choose(family)
+    if len(os.fsencode(address)) <= _MAX_SOCKET_PATH:
+        return address
+    folder, name = os.path.split(address)
+    # the same folder by a short path; only this process connects, and it keeps the folder open
+    return f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}/{name}"
+
+
+def _ensure_running() -> FunctionType:
+    # the standard library's own ensure_running, with another choice of the socket's path
+    module = multiprocessing.forkserver
+    standard: Any = module.ForkServer.ensure_running
+    over = {"connection": SimpleNamespace(arbitrary_address=_listener_address)}
+    return FunctionType(standard.__code__, {**vars(module), **over})
+
+
+class _Server(multiprocessing.forkserver.ForkServer):
+    ensure_running = _ensure_running()  # type: ignore[assignment]
+
+
+_SERVER = _Server()
 _SERVER.set_forkserver_preload([__name__])
 _SERVER_LOCK = threading.Lock()
 
@@ -131,6 +162,16 @@ def _outcome_of(task: Task, source: VideoSource, settings: DecodeConfig, specs: 
         return VideoError("internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
+@dataclass(eq=False)
+class _Video:
+    """A video that was submitted and has no outcome yet."""
+
+    source: VideoSource
+    outcome: Future[Outcome]
+    attempts: int = _ATTEMPTS
+    was_killed: bool = False
+
+
 class DecodePool:
     """Children that decode, each under a time and a memory limit; a context manager.
 
@@ -144,7 +185,11 @@ class DecodePool:
         self._task = task
         self._lock = threading.RLock()
         self._pool: pebble.ProcessPool | None = None
+        self._running = 0
         self._waiting: set[Future[Outcome]] = set()
+        self._second_tries: deque[_Video] = deque()
+        self._second_pool: pebble.ProcessPool | None = None
+        self._held: deque[_Video] = deque()
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -168,51 +213,125 @@ class DecodePool:
             if self._closed:
                 raise ValueError("this DecodePool is closed; make a new one")
             self._waiting.add(outcome)
-            self._schedule(source, outcome, _ATTEMPTS)
+            self._held.append(_Video(source, outcome))
+            self._start_next()
         return outcome
 
-    def _schedule(self, source: VideoSource, outcome: Future[Outcome], attempts: int) -> None:
+    def _start_next(self) -> None:
+        """Start what may start now: second tries first, each of them alone.
+
+        RuntimeError where no child can be started.
+        """
+        if self._second_tries and not self._running and self._second_pool is None:
+            # a pool of its own: a fresh child, whatever the other pool's children did before
+            self._second_pool = self._new_pool(1)
+            self._schedule(self._second_tries.popleft(), self._second_pool)
+        # each child has its next video at hand; the rest waits here, so that a second try need
+        # not wait for it
+        while self._held and self._running < 2 * self._num_processes:
+            if self._second_tries or self._second_pool is not None:
+                return
+            pool = self._shared_pool()
+            self._running += 1
+            self._schedule(self._held.popleft(), pool)
+
+    def _shared_pool(self) -> pebble.ProcessPool:
         if self._pool is not None and not self._pool.active:
-            threading.Thread(target=_stop, args=[self._pool], daemon=True).start()
+            _stop_later(self._pool)
             self._pool = None
         if self._pool is None:
-            self._pool = pebble.ProcessPool(
-                max_workers=self._num_processes, context=_Context(), initializer=_start_child, initargs=[self.settings.max_memory_mb]
-            )
-        running = self._pool.schedule(_run, args=[self._task, source, self.settings, self.specs], timeout=self.settings.timeout_s)
-        running.add_done_callback(lambda finished: self._done(source, outcome, attempts - 1, finished))
+            self._pool = self._new_pool(self._num_processes)
+        return self._pool
 
-    def _done(self, source: VideoSource, outcome: Future[Outcome], attempts: int, finished: Future[Outcome]) -> None:
+    def _new_pool(self, num_processes: int) -> pebble.ProcessPool:
+        limit = self.settings.max_memory_mb
+        pool = pebble.ProcessPool(num_processes, 0, _start_child, [limit], _Context())
+        if not pool.active:  # the question starts the children
+            raise BrokenProcessPool("the decoder's processes ended as soon as they were started")
+        return pool
+
+    def _schedule(self, video: _Video, pool: pebble.ProcessPool) -> None:
+        arguments = [self._task, video.source, self.settings, self.specs]
+        running: Future[Outcome]
+        try:
+            running = pool.schedule(_run, args=arguments, timeout=self.settings.timeout_s)
+        except RuntimeError as error:  # it broke a moment ago
+            running = Future()
+            running.set_exception(BrokenProcessPool(str(error)))
+        running.add_done_callback(lambda finished: self._done(video, finished))
+
+    def _done(self, video: _Video, finished: Future[Outcome]) -> None:
+        answers: list[tuple[_Video, Outcome]] = []
         with self._lock:
-            if outcome not in self._waiting:
-                return  # closed meanwhile
-            # a child that dies between two videos breaks pebble's whole pool, and every video in it comes back
-            if attempts and not finished.cancelled() and _is_not_the_videos_fault(finished.exception()):
-                self._schedule(source, outcome, attempts)
+            if self._closed:
                 return
-            self._waiting.remove(outcome)
-        outcome.set_result(self._outcome(storage.redact(source.uri), finished))
+            if self._second_pool is None:
+                self._running -= 1
+            else:
+                _stop_later(self._second_pool)
+                self._second_pool = None
+            if finished.cancelled() or not self._again(video, finished.exception()):
+                answers.append((video, self._outcome(video, finished)))
+            try:
+                self._start_next()
+            except RuntimeError as error:  # this is a thread of pebble's: nobody would see it
+                message = f"no decoder process can be started: {error.__cause__ or error}"
+                queued = [*self._held, *self._second_tries]
+                answers += [(other, VideoError("internal", message)) for other in queued]
+                self._held.clear()
+                self._second_tries.clear()
+            self._waiting.difference_update(answered.outcome for answered, _ in answers)
+        for answered, outcome in answers:
+            answered.outcome.set_result(outcome)
 
-    def _outcome(self, name: str, finished: Future[Outcome]) -> Outcome:
+    def _again(self, video: _Video, error: BaseException | None) -> bool:
+        """Queue the video once more if it was not the video that ended its child."""
+        video.attempts -= 1
+        if video.attempts and _is_not_the_videos_fault(error):
+            # a child that dies between two videos breaks pebble's whole pool: all its videos return
+            (self._second_tries if video.was_killed else self._held).appendleft(video)
+            return True
+        if not video.was_killed and _was_killed(error):
+            # by the out-of-memory killer or by somebody; if it happens again with nothing beside
+            # it, then it is the video that takes so much
+            video.was_killed, video.attempts = True, _ATTEMPTS
+            self._second_tries.append(video)
+            return True
+        return False
+
+    def _outcome(self, video: _Video, finished: Future[Outcome]) -> Outcome:
+        name = storage.redact(video.source.uri)
+        if finished.cancelled():
+            return VideoError("internal", f"{name}: its decoding was cancelled")
         error = finished.exception()
         if error is None:
             return finished.result()
         if isinstance(error, FutureTimeoutError):
             return VideoError("timeout", f"{name}: not done after decode.timeout_s = {self.settings.timeout_s:g} s")
         if isinstance(error, (pebble.ProcessExpired, BrokenProcessPool)):
-            return VideoError("decoder_crash", f"{name}: the decoder process died ({_how(getattr(error, 'exitcode', None))})")
+            how = _how(getattr(error, "exitcode", None))
+            alone = " twice, the second time with no other video beside it"
+            twice = alone if video.was_killed else ""
+            return VideoError("decoder_crash", f"{name}: the decoder process died{twice} ({how})")
         return VideoError("internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
     def close(self) -> None:
         """Kill what still runs and end the children; videos not done get the outcome `internal`."""
         with self._lock:
             self._closed = True
-            pool, self._pool = self._pool, None
+            pools = [pool for pool in (self._pool, self._second_pool) if pool is not None]
+            self._pool = self._second_pool = None
             waiting, self._waiting = self._waiting, set()
+            self._second_tries.clear()
+            self._held.clear()
         for outcome in waiting:
             outcome.set_result(VideoError("internal", "the decoder pool was closed before this video was done"))
-        if pool is not None:
+        for pool in pools:
             _stop(pool)
+
+
+def _was_killed(error: BaseException | None) -> bool:
+    return isinstance(error, pebble.ProcessExpired) and error.exitcode in _KILLED
 
 
 def _is_not_the_videos_fault(error: BaseException | None) -> bool:
@@ -222,6 +341,11 @@ def _is_not_the_videos_fault(error: BaseException | None) -> bool:
 def _stop(pool: pebble.ProcessPool) -> None:
     pool.stop()
     pool.join()
+
+
+def _stop_later(pool: pebble.ProcessPool) -> None:
+    # not here: a pool's own thread calls this, and it cannot wait for itself
+    threading.Thread(target=_stop, args=[pool], daemon=True).start()
 
 
 def _how(code: int | None) -> str:

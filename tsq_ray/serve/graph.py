@@ -48,11 +48,6 @@ def deployment_options(config: ScaleConfig, max_ongoing: int, max_queued: int = 
     return options | {"autoscaling_config": scaling}
 
 
-def _before_torch() -> None:
-    # a network's threads would else spin for some milliseconds in each of its layers, on cores that other replicas want
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 def _batches(work: Callable[[list[Item]], list[Answer]], config: Config, on_gpu: bool) -> Batches[Item, Answer]:
     settings, how = config.serve, config.resources
     return Batches(work, settings.batch_size, settings.batch_wait_s, how.threads or _node_cpus(), on_gpu, how.compile)
@@ -110,7 +105,6 @@ class Sampler:
     """Encodes the T frames and chooses K."""
 
     def __init__(self, model: str, config: Config) -> None:
-        _before_torch()
         from tsq_ray.bundle import load_bundle
         from tsq_ray.stages import Sample
 
@@ -127,7 +121,6 @@ class Recognizer:
     """Recognises the chosen frames."""
 
     def __init__(self, model: str, config: Config) -> None:
-        _before_torch()
         from tsq_ray.bundle import load_recognizer
         from tsq_ray.stages import Recognize
 

@@ -1,12 +1,10 @@
-"""Ray for the stages that use it: start or join a cluster, quiet logs, shared progress, jobs. Imports ray only when called."""
+"""Ray for the stages that use it: a cluster, quiet logs, shared progress, parts, jobs. Imports ray only when called."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -15,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,100 +22,12 @@ from tsq_ray import runs, schema, storage
 from tsq_ray.config import Config, OutputConfig
 from tsq_ray.errors import RunFailed, StorageError, TsqError
 from tsq_ray.manifest import VideoRef, VideoRows
+from tsq_ray.runtime.ray_start import cluster as cluster
+from tsq_ray.runtime.ray_start import one_line
 
 T = TypeVar("T")
 _POLL_S = 0.5
 _PLAIN_EVERY_S = 15.0
-_MOST_CHATTER = 200
-
-
-@contextlib.contextmanager
-def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
-    """A Ray cluster for the time of the `with`: the one at `address` ("auto", ray://..., host:port), or one started here.
-
-    Without `address` the environment's RAY_ADDRESS counts, as everywhere in Ray. A cluster that is already connected is used and left
-    as it is. Raises RunFailed where `address` does not answer.
-    """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # a worker's report waits until it is fetched: with Ray's 2 s a checkpoint would cost more than a short epoch
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # usage statistics would be a request to the outside that nobody asked for
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # after an interrupt a thread that still runs must not start another Ray
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    if not debug:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    import ray
-
-    if ray.is_initialized():
-        with _chatter_apart(debug):
-            yield ray
-        return
-    level = logging.INFO if debug else logging.ERROR
-    # without an address Ray would join whatever head node runs on this machine
-    place = address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {"address": place, "log_to_driver": debug, "logging_level": level}
-    if place == "local":
-        options["include_dashboard"] = False
-    try:
-        _knock(place)
-        with contextlib.nullcontext() if debug else _silent_stderr():
-            ray.init(**options)
-    except (OSError, RuntimeError, ValueError) as error:
-        where = f"--address {place}: no Ray cluster answers there" if place != "local" else "Ray could not be started here"
-        raise RunFailed(f"{where} ({_one_line(error)}); start one with: ray start --head, or leave --address out") from error
-    with _chatter_apart(debug):
-        try:
-            yield ray
-        finally:
-            ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """OSError where nobody listens at `[ray://]host:port`: Ray itself tries for five minutes before it says so."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdigit():
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
-            pass
-
-
-@contextlib.contextmanager
-def _chatter_apart(debug: bool) -> Iterator[None]:
-    """Ray prints what befalls its nodes and workers to stdout, which is for the summary alone: that goes to stderr, a line each."""
-    with contextlib.redirect_stdout(sys.stderr if debug else _FirstLines(sys.stderr)):
-        yield
-
-
-class _FirstLines(io.TextIOBase):
-    """The first line of each text that is printed: the news of a lost node comes with twenty more of the node's log."""
-
-    def __init__(self, sink: TextIO) -> None:
-        self._sink = sink
-
-    def write(self, text: str) -> int:
-        lines = text.strip().splitlines()
-        if lines:
-            self._sink.write(f"{lines[0][:_MOST_CHATTER]}\n")
-        return len(text)
-
-    def flush(self) -> None:
-        self._sink.flush()
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Ray's C++ core announces its log level on stderr, at any log level; errors of ray.init come as exceptions."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(nowhere)
-        os.close(kept)
 
 
 def quiet_data(debug: bool = False) -> Any:
@@ -138,10 +48,6 @@ def quiet_data(debug: bool = False) -> Any:
         # a failed run ends with one line of ours, not with Ray Data's traceback before it
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return context
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def root_cause(error: BaseException) -> BaseException:
@@ -386,7 +292,8 @@ def submit_job(argv: Sequence[str], address: str | None, env: Mapping[str, str] 
     from ray.job_submission import JobSubmissionClient
 
     where = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-    package = str(Path(__file__).parent)
+    named_by = "RAY_ADDRESS" if where == os.environ.get("RAY_ADDRESS") and not address else "--address"
+    package = str(Path(__file__).parents[1])
     try:
         client = JobSubmissionClient(where)
         return client.submit_job(
@@ -394,7 +301,7 @@ def submit_job(argv: Sequence[str], address: str | None, env: Mapping[str, str] 
             runtime_env={"py_modules": [package], "env_vars": dict(env or {})},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunFailed(f"--submit to {where}: {_one_line(error)}; check --address and that the cluster's dashboard is up") from error
+        raise RunFailed(f"--submit to {where}: {one_line(error)}; check {named_by} and that the cluster's dashboard is up") from error
 
 
 def follow_job(job_id: str, address: str | None) -> str:
