@@ -67,20 +67,24 @@ def skippable(pts: Sequence[int], wanted: Collection[int], reordered: bool) -> f
     """Times, of those in decoding order, of frames that need not be decoded to prove that `wanted` are in their places.
 
     Without reordering all others. Else which frame of a group is shown first only the decoder can tell: of the groups with
-    a wanted frame, the first of each pattern is decoded whole. The others of that pattern are then right too, since an
-    encoder orders groups alike, and a time that is wrong makes another pattern. A stream that reorders and whose times
-    ascend in decoding order proves nothing: every frame.
+    a wanted frame, one of each pattern is decoded whole, where it costs least. The others of that pattern are then right
+    too, since an encoder orders groups alike, and a time that is wrong makes another pattern. A stream that reorders and
+    whose times ascend in decoding order proves nothing: every frame.
     """
     if not reordered:
         return frozenset(pts).difference(wanted)
     times = np.asarray(pts, np.int64)
     anchors, group = anchor_groups(pts)
     needed = np.isin(times, np.fromiter(wanted, np.int64))
-    whole: dict[tuple[int, ...], int] = {}
+    extra = ~anchors & ~needed
+    whole: dict[tuple[int, ...], tuple[int, int]] = {}
     bounds = np.append(np.flatnonzero(anchors), len(times))
     for number in np.unique(group[needed]).tolist():
-        whole.setdefault(tuple(np.argsort(times[bounds[number] : bounds[number + 1]]).tolist()), number)
-    return frozenset(times[~anchors & ~needed & ~np.isin(group, list(whole.values()))].tolist())
+        members = slice(bounds[number], bounds[number + 1])
+        pattern = tuple(np.argsort(times[members]).tolist())
+        found = (int(extra[members].sum()), number)
+        whole[pattern] = min(found, whole.get(pattern, found))
+    return frozenset(times[extra & ~np.isin(group, [number for _, number in whole.values()])].tolist())
 
 
 @dataclass(frozen=True)
