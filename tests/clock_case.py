@@ -36,8 +36,10 @@ def sequential(path: Path) -> list[tuple[int, int | None]]:
     return found
 
 
-def write_clock(source: Path, path: Path, clock: Clock) -> Path:
+def write_clock(source: Path, path: Path, clock: Clock, by_decoding: bool = False) -> Path:
     """Remux `source` (frame i at i/24 s) so that frame i has the time `clock(i)`; decoding times ascend as muxers want it.
+
+    `by_decoding`: i is the place in decoding order instead, as where presentation times were made up from decoding times.
 
     In an AVI only decoding times are stored, so the clock's steps are those of decoding there. FFmpeg's errors where the
     container cannot hold such times.
@@ -48,7 +50,7 @@ def write_clock(source: Path, path: Path, clock: Clock) -> Path:
         template = given.streams.video[0]
         stream = made.add_stream_from_template(template)
         packets = [packet for packet in given.demux(template) if packet.size]
-        ranks = _ranks([packet.pts for packet in packets])
+        ranks = list(range(len(packets))) if by_decoding else _ranks([packet.pts for packet in packets])
         if path.suffix == ".avi" and template.codec_context.name == "h264":
             start_codes = av.BitStreamFilterContext("h264_mp4toannexb", template)
             packets = [made for packet in packets for made in start_codes.filter(packet)]

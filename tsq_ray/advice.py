@@ -12,7 +12,8 @@ from tsq_ray.errors import ErrorType, StorageError, UserError
 from tsq_ray.local_files import SpecialFile, is_utf8
 
 SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
-_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]+")
+_QUERY = re.compile(r"(https?://[^?\n]*?)\?[^\s'\"]+(?:['\"][^\s'\"=]*=[^\s'\"]*)*", re.IGNORECASE)
+_USER = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
 _DENIED_CODES = {
     "401",
     "403",
@@ -44,9 +45,9 @@ def is_local(uri: str) -> bool:
 
 def redact(text: str) -> str:
     """`text` as it may be shown: without the query of http(s) URLs (presigned ones carry their
-    secret there), and with escapes for bytes of names that are not UTF-8."""
+    secret there) and the user of any URL, and with escapes for bytes that are not UTF-8."""
     shown = text if is_utf8(text) else text.encode("utf-8", "backslashreplace").decode()
-    return _QUERY.sub(r"\1?...", shown)
+    return _USER.sub(r"\1...@", _QUERY.sub(r"\1?...", shown))
 
 
 def _chain(error: BaseException) -> list[BaseException]:

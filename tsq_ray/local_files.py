@@ -53,10 +53,15 @@ class SpecialFile(OSError):
 
 
 def absolute(path: str) -> str:
-    """The path made absolute; links are kept as they are, and `..` is resolved by text alone."""
+    """The path made absolute; links are kept as they are, but for those before a `..`, which leads on from where they lead."""
     if not path or "\0" in path:
         return path
-    path = os.path.abspath(os.path.expanduser(path))
+    path = os.path.join(os.getcwd(), os.path.expanduser(path))
+    parts = path.split("/")
+    if ".." in parts:
+        tail = len(parts) - parts[::-1].index("..")
+        path = os.path.join(os.path.realpath("/".join(parts[:tail])), *parts[tail:])
+    path = os.path.normpath(path)
     return f"/{path.lstrip('/')}"  # POSIX gives two slashes in front a meaning of their own
 
 
@@ -146,7 +151,7 @@ class _Walk:
         while todo:
             folder, through_link = todo.pop()
             below = []
-            for entry in self._scan(folder):
+            for entry in self._scan(folder, through_link):
                 found = entry if isinstance(entry, LeftOut) else self._look_at(entry, through_link)
                 if isinstance(found, tuple):
                     below.append(found)
@@ -154,14 +159,15 @@ class _Walk:
                     yield found
             todo += reversed(below)
 
-    def _scan(self, folder: str) -> list[os.DirEntry[str]] | list[LeftOut]:
+    def _scan(self, folder: str, through_link: bool) -> list[os.DirEntry[str]] | list[LeftOut]:
         try:
             with os.scandir(folder) as entries:
                 return sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            if folder == self.given or error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+            gone = error.errno in (errno.ENOENT, errno.ENAMETOOLONG)
+            if folder == self.given or not (gone or through_link):
                 raise
-            return [LeftOut(folder, _why(error))]
+            return [LeftOut(folder, _why(error) if gone else f"linked folder, {_why(error)}")]
 
     def _look_at(self, entry: os.DirEntry[str], through_link: bool) -> StoredFile | LeftOut | tuple[str, bool]:
         """A file, what is left out, or a folder to enter and whether a link led there."""
@@ -221,7 +227,9 @@ def _why(error: OSError) -> str:
 
 
 def write(path: str, data: bytes) -> None:
-    """Publish atomically: readers see the old content or the whole new one."""
+    """Publish atomically: readers see the old content or the whole new one. A link stays, and what it leads to is written."""
+    if os.path.islink(path):
+        path = os.path.realpath(path)
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     # readers of Parquet folders skip names with a dot in front; a name may have 255 bytes in all

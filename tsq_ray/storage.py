@@ -88,7 +88,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         elif scheme in _REMOTE:
             fs = fsspec.filesystem(scheme, **fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(uri))
         else:
-            raise ValueError(f"no such scheme: {scheme}")
+            raise ValueError(f"scheme {scheme} is not supported")
     except (ImportError, ValueError, TypeError) as error:
         raise StorageError(
             "unsupported",
@@ -259,10 +259,11 @@ def walk(uri: str) -> Iterator[StoredFile]:
 
 def _below(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
     # not by fs.walk: that passes in silence over a folder below the first one that it cannot read
-    with storage_errors(path, "list"):
-        listed = {name_of(entry["name"]): entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path}
+    with storage_errors(fs.unstrip_protocol(path), "list"):
+        found = [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path]
     folders = []
-    for name, entry in sorted(listed.items()):
+    for entry in sorted(found, key=lambda entry: (name_of(entry["name"]), entry["type"])):
+        name = name_of(entry["name"])
         if name.startswith("."):
             yield LeftOut(fs.unstrip_protocol(entry["name"]), local_files.HIDDEN)
         elif entry["type"] == "directory":

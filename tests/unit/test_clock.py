@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tsq_ray.decode.clock import anchor_groups, in_order, jumps, max_step, rebuilt, skippable
+from tsq_ray.decode.clock import anchor_groups, in_order, jumps, max_step, rebuilt, skippable, unproven_keys
 
 TICK = Fraction(1, 1000)
 LIMIT = max_step(TICK, discontinuous=True)
@@ -28,8 +28,8 @@ def seconds(times: list[int | None]) -> list[float]:
         [0, 40, 80, 120],
         [HOUR, HOUR + 40, HOUR + 80],
         [7],
-        [0, 40, 80, 10_080, 10_120],  # ten seconds: a picture that stands still
-        [0, 20_000, 40_000, 60_000],  # one frame every 20 s: no step is unusual
+        [0, 40, 80, 120_080, 120_120],  # two minutes: a picture that stands still
+        [0, 200_000, 400_000, 600_000],  # one frame every 200 s: no step is unusual
     ],
 )
 def test_times_that_can_be_true_are_left_alone(times: list[int | None]) -> None:
@@ -117,3 +117,17 @@ def test_frames_are_skipped_but_for_one_whole_group_of_each_pattern() -> None:
     assert skippable(order, [0], reordered=True) == {1, 2, 3, 5, 6, 7}
     assert skippable([0, 1, 2, 3], [2], reordered=True) == set()
     assert skippable([0, 1, 2, 3], [2], reordered=False) == {0, 1, 3}
+
+
+@pytest.mark.parametrize("times", [[2**62, 40, 80, 120], [0, -(2**63) + 1, 2, 3], [0, 40, 2**63 - 1, 120]])
+def test_times_that_no_clock_gives_are_wrong_too(times: list[int | None]) -> None:
+    fixed = rebuilt(times, TICK, LIMIT, 40)
+    assert fixed is not None
+    assert (np.diff(fixed.pts) > 0).all()
+
+
+def test_keyframes_that_only_the_next_frame_proves() -> None:
+    assert unproven_keys([0, 4, 2, 1, 3, 8, 6], [0]) == set(), "what follows is reordered, so its times are not those of decoding"
+    assert unproven_keys([0, 1, 2, 3], [0, 2]) == {0, 2}
+    assert unproven_keys([0, 4, 2, 8, 5, 6, 12, 10], [0, 8]) == {8}, "5 and 6 are shown before it"
+    assert unproven_keys([0, 1, 2], [2]) == {2}, "nothing follows"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from av.video.frame import PictureType
 from clock_case import (
     CONTAINERS,
     NUM_FRAMES,
@@ -24,10 +26,11 @@ from clock_case import (
 )
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from video_case import number_of, write_video
+from video_case import number_of, picture, write_video
 
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video
+from tsq_ray.decode import video as decoding
 
 HOUR = 3600 * TICKS
 HEALTHY = ("right", "starts at one hour", "wraps at 33 bits")
@@ -48,7 +51,10 @@ CLOCKS: dict[str, Clock] = {
 }
 NOT_IN_AVI = ("starts at one hour", "wraps at 33 bits", "jumps", "one far ahead", "one behind")
 """An AVI counts frames: a clock may stand still in it for a while and no more."""
-WAYS = (("uniform", "pyav", None), ("keyframe", "pyav", None), ("uniform", "decord", None), ("uniform", "pyav", (0.1, 0.9) * 8))
+WAYS = (
+    *(("uniform", "pyav", 16), ("keyframe", "pyav", 16), ("uniform", "decord", 16)),
+    *(("uniform", "pyav", 16, (0.1, 0.9) * 8), ("keyframe", "pyav", 4), ("uniform", "pyav", 5, (0.0,) * 5)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +62,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_sources(tmp_path_factory.mktemp("sources"))
 
 
-def decode(path: Path, strategy: str = "uniform", backend: str = "pyav", places: tuple[float, ...] | None = None) -> DecodedVideo:
-    config = DecodeConfig.model_validate({"strategy": strategy, "backend": backend, "num_frames": 16})
+def decode(
+    path: Path, strategy: str = "uniform", backend: str = "pyav", num_frames: int = 16, places: tuple[float, ...] | None = None
+) -> DecodedVideo:
+    config = DecodeConfig.model_validate({"strategy": strategy, "backend": backend, "num_frames": num_frames})
     return decode_video(VideoSource(str(path), places=places), config, {"all": FrameSpec(64)})
 
 
@@ -76,8 +84,8 @@ def check(path: Path, healthy: bool = False, told: bool = True) -> list[DecodedV
         assert video.source_num_frames == len(truth), (path.name, way)
         assert len(truth) < 16 or (np.diff(video.frame_pts_s) >= 0).all(), (path.name, way)
         warned = bool(video.warnings)
-        assert warned or len(set(shown)) > 8 or len(truth) < 16, (path.name, way, "no warning of few frames")
-        assert warned or ascends or not told, (path.name, way, "no warning of wrong times")
+        assert warned or len(set(shown)) > len(shown) / 2 or len(truth) < 16, (path.name, way, "no warning of few frames")
+        assert warned or ascends or not told or len(shown) < 16, (path.name, way, "no warning of wrong times")
         assert not (healthy and warned), (path.name, way, video.warnings)
     return decoded
 
@@ -98,6 +106,16 @@ def test_every_picture_is_the_one_said(sources: dict[str, Path], tmp_path: Path,
         if name in HEALTHY or name in ("jumps", "one far ahead", "neighbours swapped"):
             # where an edit list hides a frame whose time lies before all others, it is gone
             assert decoded[0].duration_s == pytest.approx(NUM_FRAMES / 24, abs=0.1), name
+
+
+@pytest.mark.parametrize("container", ["mkv", "mp4", "mov"])
+@pytest.mark.parametrize("codec", [codec for codec in sorted(CONTAINERS["mkv"]) if codec not in ("h264", "mpeg4")])
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_times_of_decoding_in_the_place_of_times_of_presentation(
+    sources: dict[str, Path], tmp_path: Path, codec: str, container: str, late: int
+) -> None:
+    path = write_clock(sources[codec], tmp_path / f"{codec}.{container}", lambda i: right(i + late), by_decoding=True)
+    check(path, told=False)
 
 
 def test_packed_b_frames(tmp_path: Path) -> None:
@@ -129,12 +147,14 @@ def test_more_frames_a_second_than_the_clock_has_ticks(tmp_path: Path) -> None:
         assert video.duration_s == pytest.approx(0.1, abs=0.01)
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 def test_a_picture_that_stands_still_for_a_minute(tmp_path: Path, suffix: str) -> None:
     times = [*range(24), *range(24 * 61, 24 * 62)]
     for video in check(write_video(tmp_path / f"still.{suffix}", 48, times=times, size=(96, 64))):
         assert video.duration_s == pytest.approx(62, abs=0.1)
-        assert video.warnings == [f"16 slots hold {len(set(video.frame_index))} distinct frames of 48: the picture stands still"]
+        slots, shown = len(video.frame_index), len(set(video.frame_index.tolist()))
+        told = [f"{slots} slots hold {shown} distinct frames of 48: the picture stands still"]
+        assert video.warnings == (told if shown <= slots / 2 else [])
 
 
 @pytest.mark.data
@@ -207,3 +227,25 @@ def test_a_sample_of_drawn_clocks(sources: dict[str, Path], tmp_path: Path, case
 @given(case=clocks())
 def test_drawn_clocks(sources: dict[str, Path], tmp_path: Path, case: tuple[str, str, str, int, int]) -> None:
     drawn(sources, tmp_path, case)
+
+
+def test_a_stream_that_may_reorder_and_does_not_is_read_by_its_sample_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source.mkv"
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("libx264", rate=24, options={"bf": "3", "g": "3", "x264-params": "scenecut=0:keyint=3:min-keyint=3"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in range(NUM_FRAMES):
+            frame = av.VideoFrame.from_ndarray(picture(number, 96, 64), format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base, frame.pict_type = number, Fraction(1, 24), PictureType.P
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    path = write_clock(source, tmp_path / "one_clock.mp4", right)
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(container.streams.video[0]) if packet.size]
+        assert container.streams.video[0].codec_context.has_b_frames
+        assert all(packet.pts == packet.dts for packet in packets)
+    expected = decode(path, "keyframe").frame_index.tolist()
+    monkeypatch.setattr(decoding, "scan", None)  # nothing is read but what the table names
+    decoded = decode(path, "keyframe")
+    assert [number_of(rgb) for rgb in decoded.slots("all")] == decoded.frame_index.tolist() == expected
+    assert decoded.warnings == []

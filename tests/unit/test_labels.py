@@ -112,6 +112,7 @@ def test_labels_in_another_encoding_are_told(make: Make, tmp_path: Path) -> None
         ('a.mp4,"dog, big"', "dog, big"),
         ('a.mp4,"say ""dog"" twice"', 'say "dog" twice'),
         ('a.mp4,5" dog', '5" dog'),
+        ('a.mp4,"""dog"""', '"dog"'),
     ],
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
@@ -121,9 +122,9 @@ def test_quotes_and_line_ends_of_a_csv(make: Make, line: str, label: str, end: s
     assert labels_of(index(labels.parent, str(labels))[0]) == {"a.mp4": ([label], None)}
 
 
-@pytest.mark.parametrize("line", ['a.mp4,\t"dog"', 'a.mp4,"""dog"""', '\t"a.mp4",dog'])
+@pytest.mark.parametrize("line", ['a.mp4,\t"dog"', '\t"a.mp4",dog'])
 def test_quotes_that_would_become_part_of_a_name_are_refused(make: Make, write: Callable[[str, str], str], line: str) -> None:
-    message = r"""labels\.csv line 3: '"(dog|a\.mp4)"' keeps its quotes; expected them right after a comma"""
+    message = r"""labels\.csv line 3: '\\t"(dog|a\.mp4)"' keeps its quotes; expected them right after a comma"""
     with pytest.raises(ManifestError, match=message):
         index(make("a.mp4", "b.mp4"), write("labels.csv", f"path,label\nvideos/b.mp4,x\n{line}\n"))
 

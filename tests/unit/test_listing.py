@@ -326,3 +326,20 @@ def test_every_container_is_one_that_ffmpeg_reads() -> None:
 
 def test_readers_know_no_suffixes_of_their_own() -> None:
     assert READERS["video-list"].recognise("clip.rmvb 3")
+
+
+def test_dots_after_a_link_lead_on_from_where_it_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "far/sub").mkdir(parents=True)
+    (tmp_path / "far/x.mp4").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "far/sub")
+    monkeypatch.chdir(tmp_path)
+    assert storage.normalize("link/../x.mp4") == str(tmp_path / "far/x.mp4")
+    assert storage.normalize("link/.") == str(tmp_path / "link")
+    assert storage.normalize("far/../link") == str(tmp_path / "link")
+
+
+def test_an_output_that_is_a_link_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    storage.write_bytes(str(tmp_path / "link"), b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"

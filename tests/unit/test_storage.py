@@ -438,3 +438,10 @@ def test_a_dead_address_is_no_missing_file() -> None:
             call(f"http://127.0.0.1:{port}/x.mp4?sig=s3cret")
         assert caught.value.error_type == "unavailable"
         assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://h/it's a.mp4?sig=SECRET", "HTTPS://h/a?sig=SECRET", "https://user:SECRET@h/a", "https://h/a?b=it's&sig=SECRET"]
+)
+def test_no_spelling_of_a_url_shows_its_secret(url: str) -> None:
+    assert "SECRET" not in storage.redact(f"cannot open {url}: refused")

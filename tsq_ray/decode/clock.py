@@ -14,9 +14,9 @@ import numpy as np
 
 _JUMP = 100
 """A step is a jump only where it is this many times the usual one, whatever its length."""
-_MAX_GAP_S, _MAX_STILL_S = 10, 600
-"""Longest step in seconds: in a stream whose clock may start again (FFmpeg's own threshold), and in any other one, where a
-long step is a picture that stands still: a screen recording's may stand for minutes."""
+_MAX_GAP_S, _MAX_STILL_S = 120, 600
+"""Longest step in seconds, in a stream whose clock may start again and in any other one: up to there a picture stands still,
+as a screen recording's may for minutes."""
 _MAX_GROUP = 64
 """Most frames between two anchors: codecs reorder 16 to 32."""
 _NEAR = 16
@@ -87,6 +87,20 @@ def skippable(pts: Sequence[int], wanted: Collection[int], reordered: bool) -> f
     return frozenset(times[extra & ~np.isin(group, [number for _, number in whole.values()])].tolist())
 
 
+def unproven_keys(pts: Sequence[int], key_pts: Sequence[int]) -> frozenset[int]:
+    """Times of the keyframes, of a stream that reorders, whose own place the packets do not prove.
+
+    Frames decoded after such a keyframe are shown before it, or no frame behind it is reordered: then its time may be that of
+    decoding, and frames shown before it may have come later.
+    """
+    times = np.asarray(pts, np.int64)
+    _, group = anchor_groups(pts)
+    sizes = np.append(np.bincount(group), 1)
+    keys = np.flatnonzero(np.isin(times, key_pts))
+    own = group[keys]
+    return frozenset(times[keys[(sizes[own] > 1) | (sizes[own + 1] == 1)]].tolist())
+
+
 @dataclass(frozen=True)
 class Rebuilt:
     """Strictly ascending times, one a frame in the decoder's order, and what was wrong with those that came."""
@@ -96,7 +110,7 @@ class Rebuilt:
     step: int
     """The usual step."""
     only_swapped: bool
-    """The same times, exchanged between neighbours: damaged frames come so."""
+    """The same times, exchanged between neighbours, as those of damaged frames are."""
     fault: str
 
 
@@ -108,6 +122,8 @@ def rebuilt(times: Sequence[int | None], time_base: Fraction, limit: int, defaul
     frames, and frames that share a time share the step to the next. Missing times lie evenly between their neighbours.
     """
     finer = max(_FINER, 2 * len(times))
+    bound = 2**61 // finer  # so that no difference overflows
+    times = [time if time is None else min(max(time, -bound), bound) for time in times]
     known, missing = _filled(times, finer, default_step)
     limit *= finer
     if not missing and (np.diff(known) > 0).all() and not jumps(known, limit):
@@ -158,7 +174,10 @@ def _split(times: np.ndarray, breaks: np.ndarray) -> list[np.ndarray]:
 
 
 def _unswapped(stretch: np.ndarray) -> list[np.ndarray]:
-    """Times in ascending order, those of swapped frames exchanged; in pieces where that would make two equal: there the clock began again."""
+    """Times in ascending order, those of swapped frames exchanged.
+
+    In pieces, one for each start of the clock, where the exchange would make two times equal.
+    """
     ordered = np.sort(stretch)
     if (np.diff(ordered) == 0).sum() <= (np.diff(stretch) == 0).sum():
         return [ordered]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import av
@@ -34,6 +34,7 @@ class IndexedReader:
             raise DecodeTrouble("a keyframe of this codec is not known to decode by itself")
         self.container, self.stream, self.index, self.max_pixels = container, stream, index, max_pixels
         self._delay = 0
+        self._reorders = stream.codec_context.has_b_frames
         self.start = self.keyframe(0).pts
         # frames are shown a constant delay after the table's times; every keyframe's own time is read when it comes
         self._delay = self.start - index.start_dts
@@ -48,7 +49,6 @@ class IndexedReader:
         self._current: av.VideoFrame | None = None
         self._time = self._wanted = 0
         self._read_on = True
-        self._reorders = stream.codec_context.has_b_frames
 
     def keyframe(self, key: int) -> Placed:
         """Keyframe number `key`, decoded by itself."""
@@ -57,28 +57,25 @@ class IndexedReader:
             packets = self._packets_from(key)
             packet = next(packets)
             assert packet.pts is not None
-            after = self._leading(packets, packet.pts)
-            leading = sum(not other.is_discard for other in after[:-1])
-            more = [other for other in after if other.size] if leading else []
-            frames = list(self._decoded([packet, *more], packet.pts))
-        if self.stream.codec_context.has_b_frames and packet.pts == packet.dts:
-            raise DecodeTrouble("frames are reordered, and their times are those of decoding")
-        # of what is shown before the keyframe, nothing may come after it
-        times = [frame.pts for frame in frames]
-        if packet.pts not in times or times != sorted(times, key=lambda pts: -1 if pts is None else pts):
+            after = self._after(packets, packet.pts)
+            early = [other for other in after if other.pts is not None and other.pts < packet.pts]
+            if early and (not self._reorders or early != after[: len(early)]):
+                raise DecodeTrouble("frames are shown before a keyframe that they cannot be shown before")
+            leading = sum(not other.is_discard for other in early)
+            if self._reorders and (early or not self._shows_reordering(after)):
+                frames = self._proven(itertools.chain([packet], after, packets), packet.pts)
+            else:
+                frames = [*self.stream.decode(packet), *self.stream.decode(None)]
+        if len(frames) != 1 or frames[0].is_corrupt or frames[0].pts != packet.pts:
             raise DecodeTrouble(f"keyframe {key} does not decode by itself")
-        frame = frames[times.index(packet.pts)]
-        if frame.is_corrupt:
-            raise DecodeTrouble(f"keyframe {key} is damaged")
-        return Placed(to_rgb(frame, self.max_pixels), packet.pts, self.index.key_before[key] + leading)
+        return Placed(to_rgb(frames[0], self.max_pixels), packet.pts, self.index.key_before[key] + leading)
 
-    def _decoded(self, packets: Iterable[av.Packet], key_time: int) -> Iterator[av.VideoFrame]:
-        """What comes out of these packets, up to the first frame after the keyframe."""
-        for packet in (*packets, None):
-            for frame in self.stream.decode(packet):
-                yield frame
-                if frame.pts is not None and frame.pts > key_time:
-                    return
+    def _proven(self, packets: Iterator[av.Packet], start: int) -> list[av.VideoFrame]:
+        """The first frame, after the next one has shown that it came in its place."""
+        frames = strict_frames(packets, self.stream, start)
+        first = next(frames, None)
+        next(frames, None)
+        return [] if first is None else [first]
 
     def _packets_from(self, key: int) -> Iterator[av.Packet]:
         dts = self.index.key_dts[key]
@@ -92,14 +89,22 @@ class IndexedReader:
         raise DecodeTrouble(f"a seek to keyframe {key} did not arrive there")
 
     @staticmethod
-    def _leading(packets: Iterator[av.Packet], key_time: int) -> list[av.Packet]:
-        """Packets decoded after a keyframe and shown before it, which follow it at once, and the first of those after them."""
+    def _after(packets: Iterator[av.Packet], key_time: int) -> list[av.Packet]:
+        """The packets that follow a keyframe: those shown before it, which come at once, and two more."""
         found: list[av.Packet] = []
+        later = 0
         for packet in itertools.islice(packets, _MAX_LEADING):
             found.append(packet)
-            if packet.size == 0 or packet.pts is None or packet.pts > key_time or packet.is_keyframe:
+            later += packet.pts is None or packet.pts > key_time
+            if packet.size == 0 or later == 2:
                 break
         return found
+
+    @staticmethod
+    def _shows_reordering(after: Sequence[av.Packet]) -> bool:
+        """Whether the two packets that follow a keyframe are not shown in the order in which they are decoded."""
+        times = [packet.pts for packet in after[-2:]]
+        return len(times) == 2 and times[0] is not None and times[1] is not None and times[1] < times[0]
 
     def frame_at(self, time: int) -> Placed:
         """The frame on show at `time`, decoded from the keyframe before it. Times ascend from call to call."""

@@ -101,8 +101,8 @@ class PacketTable:
     """Packets that an edit list hides."""
     reliable: bool = True
     """Every packet has a time of its own, and these times can be those of reordered frames: the decoder has the last word."""
-    open_keys: frozenset[int] = frozenset()
-    """Numbers of the keyframes after which frames are decoded that are shown before them."""
+    open_gops: bool = False
+    """Some frame is decoded after a keyframe and shown before it."""
     damaged: bool = False
     """The demuxer met an error or a packet cut short."""
 
@@ -119,7 +119,6 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     last_pts: int | None = None
     keys: list[tuple[int, int]] = []
     key_time: int | None = None
-    open_times: set[int] = set()
     packets = container.demux(stream)
     while True:
         try:
@@ -139,7 +138,7 @@ def scan(container: Container, stream: Stream) -> PacketTable:
             table.reliable = False
             continue
         if key_time is not None and packet.pts < key_time:
-            open_times.add(key_time)
+            table.open_gops = True
         if packet.is_keyframe:
             key_time = packet.pts
         if packet.is_discard:
@@ -153,7 +152,6 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     keys.sort()
     table.pts = sorted(table.order)
     table.key_pts, table.key_dts = [pts for pts, _ in keys], [dts for _, dts in keys]
-    table.open_keys = frozenset(number for number, pts in enumerate(table.key_pts) if pts in open_times)
     table.reliable &= len(set(table.pts)) == len(table.pts) and in_order(table.order, table.key_pts)
     # a decoder that reorders nothing cannot have been given reordered frames
     table.reliable &= stream.codec_context.has_b_frames or not table.reordered

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import av
 import numpy as np
 
-from tsq_ray.decode.clock import skippable
+from tsq_ray.decode.clock import skippable, unproven_keys
 from tsq_ray.decode.frames import FrameStore, orient
 from tsq_ray.decode.probe import Container, PacketTable, Stream, display_matrix
 from tsq_ray.errors import VideoError
@@ -113,7 +113,9 @@ def decode_exact(
     if codec not in SEEKABLE_CODECS:
         raise DecodeTrouble(f"a keyframe of {codec} is not known to decode by itself")
     targets = [table.pts[index] for index in wanted]
-    may_skip = skippable(table.order, targets, table.reordered or stream.codec_context.has_b_frames)
+    reordered = table.reordered or stream.codec_context.has_b_frames
+    may_skip = skippable(table.order, targets, reordered)
+    unproven = unproven_keys(table.order, table.key_pts) if reordered else frozenset()
     # how many of the frames up to each one must have come when it comes; the last entry, 0, is also the one before the first
     due = [*itertools.accumulate(pts not in may_skip for pts in table.pts), 0]
     frames: Iterator[av.VideoFrame] = iter(())
@@ -123,7 +125,7 @@ def decode_exact(
         if key < 0:
             raise DecodeTrouble(f"no keyframe before {target}")
         if key != current:
-            frames, current = _frames_from_key(container, stream, table, key, may_skip), key
+            frames, current = _frames_from_key(container, stream, table, key, may_skip, table.key_pts[key] in unproven), key
             come = due[bisect_left(table.pts, table.key_pts[key]) - 1]
         for frame in frames:
             assert frame.pts is not None
@@ -138,12 +140,15 @@ def decode_exact(
 
 
 def _frames_from_key(
-    container: Container, stream: Stream, table: PacketTable, key: int, may_skip: frozenset[int]
+    container: Container, stream: Stream, table: PacketTable, key: int, may_skip: frozenset[int], unproven: bool
 ) -> Iterator[av.VideoFrame]:
-    """Frames from keyframe number `key` on, without those that are decoded after it but need what came before it."""
+    """Frames from keyframe number `key` on, without those that are decoded after it but need what came before it.
+
+    `unproven`: only the frame after the keyframe tells whether the keyframe's own time is right.
+    """
     time = table.key_pts[key]
     # FFmpeg's MP4 reader takes the time for one of presentation, and with a decoding time goes to the keyframe before: twice the work
-    first_try = [] if table.open_keys else [time]
+    first_try = [] if table.open_gops else [time]
     # some containers have no index, and a seek in them may arrive late: start earlier
     for start in dict.fromkeys((*first_try, *(table.key_dts[number] for number in (key, max(key - 1, 0), max(key - 3, 0))))):
         seek(container, stream, start)
@@ -151,8 +156,7 @@ def _frames_from_key(
         with contextlib.suppress(DecodeTrouble):
             first = next(frames, None)
             if first is not None and first.pts == time:
-                # frames decoded after a keyframe and shown before it: the next one to come tells whether that is so
-                second = next(frames, None) if key in table.open_keys else None
+                second = next(frames, None) if unproven else None
                 return itertools.chain([first], () if second is None else [second], frames)
     raise DecodeTrouble(f"no seek arrives at {time} or before")
 

@@ -212,15 +212,22 @@ class DecodePool:
         with self._lock:
             if self._closed:
                 raise ValueError("this DecodePool is closed; make a new one")
+            video = _Video(source, outcome)
             self._waiting.add(outcome)
-            self._held.append(_Video(source, outcome))
-            self._start_next()
+            self._held.append(video)
+            try:
+                self._start_next()
+            except BaseException:
+                self._waiting.discard(outcome)
+                if video in self._held:
+                    self._held.remove(video)
+                raise
         return outcome
 
     def _start_next(self) -> None:
         """Start what may start now: second tries first, each of them alone.
 
-        RuntimeError where no child can be started.
+        RuntimeError or OSError where no child can be started.
         """
         if self._second_tries and not self._running and self._second_pool is None:
             # a pool of its own: a fresh child, whatever the other pool's children did before
@@ -274,7 +281,7 @@ class DecodePool:
                 answers.append((video, self._outcome(video, finished)))
             try:
                 self._start_next()
-            except RuntimeError as error:  # this is a thread of pebble's: nobody would see it
+            except Exception as error:  # noqa: BLE001  this is a thread of pebble's: nobody would see it
                 message = f"no decoder process can be started: {error.__cause__ or error}"
                 queued = [*self._held, *self._second_tries]
                 answers += [(other, VideoError("internal", message)) for other in queued]
@@ -310,7 +317,7 @@ class DecodePool:
             return VideoError("timeout", f"{name}: not done after decode.timeout_s = {self.settings.timeout_s:g} s")
         if isinstance(error, (pebble.ProcessExpired, BrokenProcessPool)):
             how = _how(getattr(error, "exitcode", None))
-            alone = " twice, the second time with no other video beside it"
+            alone = " twice, the second time with no other video beside it in this worker"
             twice = alone if video.was_killed else ""
             return VideoError("decoder_crash", f"{name}: the decoder process died{twice} ({how})")
         return VideoError("internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

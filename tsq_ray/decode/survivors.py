@@ -66,7 +66,7 @@ def decode_survivors(container: Container, stream: Stream, wanted: Sequence[int]
 
 
 class Walk:
-    """A decode of the whole stream that goes on after every error and counts what it met."""
+    """Decodes the whole stream, continues after every error and counts what it meets."""
 
     def __init__(self, container: Container, stream: Stream) -> None:
         self.container, self.stream = container, stream

@@ -162,18 +162,16 @@ def _rows(file: LabelFile, needed: Sequence[str], optional: str) -> Iterator[tup
                     "(a value with a comma in it stands in quotes)"
                 )
             else:
-                _check_quotes(f"{file.shown} line {reader.line_num}", values)
+                _check_quotes(f"{file.shown} line {reader.line_num}", cells)
                 yield f"line {reader.line_num}", dict(zip(columns, values, strict=True))
     except csv.Error as error:
         raise ManifestError(f"{file.shown} line {reader.line_num}: not CSV ({error}); expected {','.join(needed)}{optional}") from None
 
 
-def _check_quotes(place: str, values: Sequence[str]) -> None:
-    for value in values:
-        if len(value) > 1 and value[0] == value[-1] == '"':
-            raise ManifestError(
-                f"{place}: {value[:80]!r} keeps its quotes; expected them right after a comma (or a comma and blanks) and once"
-            )
+def _check_quotes(place: str, cells: Sequence[str]) -> None:
+    for cell in cells:
+        if cell[:1].isspace() and cell.strip().startswith('"'):
+            raise ManifestError(f"{place}: {cell[:80]!r} keeps its quotes; expected them right after a comma, or a comma and blanks")
 
 
 def _columns(first_line: str) -> set[str]:

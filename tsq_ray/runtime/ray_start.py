@@ -1,4 +1,4 @@
-"""Start or join a Ray cluster: its settings, where its files go, what is said where that fails."""
+"""Start or join a Ray cluster: its settings, where its files go, its error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from tsq_ray.errors import RunFailed
 
-_MOST_CHATTER = 200
+_MAX_CHATTER = 200
 _MAX_SOCKET_PATH = 107
 _LONGEST_SOCKET = "/ray/session_2026-12-31_23-59-59_999999_{pid}/sockets/plasma_store"
 _SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
@@ -165,7 +165,7 @@ class _FirstLines(io.TextIOBase):
     def write(self, text: str) -> int:
         lines = text.strip().splitlines()
         if lines:
-            self._sink.write(f"{lines[0][:_MOST_CHATTER]}\n")
+            self._sink.write(f"{lines[0][:_MAX_CHATTER]}\n")
         return len(text)
 
     def flush(self) -> None:
