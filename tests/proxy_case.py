@@ -42,6 +42,8 @@ class S3Proxy:
         self.given: list[tuple[Trouble, str, str]] = []
         self.headers: list[dict[str, str]] = []
         """Of every request, names in lower case."""
+        self.sent = 0
+        """Bytes of content that clients were given."""
         self._lock = threading.Lock()
         self._decide: Callable[[str, str], Trouble | None] = lambda method, path: None
         handler = type("Handler", (_Handler,), {"proxy": self})
@@ -111,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         if trouble is not None:
             content = content[: len(content) // 2]
             self.close_connection = True
+        self.proxy.sent += 0 if self.command == "HEAD" else len(content)
         with contextlib.suppress(OSError):
             self.wfile.write(content)
 

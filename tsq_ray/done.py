@@ -35,6 +35,8 @@ _SCHEMA = pa.schema(
 EMPTY = _SCHEMA.empty_table()
 """What `done_rows` finds in an empty folder."""
 _REMOTE_READERS = 16
+_COLUMN_READS = {"cache_type": "bytes", "block_size": 16 * 1024}
+"""Of some columns of a remote part: their own bytes, which lie side by side, and not the tensors behind them."""
 _COMPACT = 100
 """Parts that are read ahead and put together at a time."""
 
@@ -103,8 +105,9 @@ class Current:
 def read_part(part_uri: str, columns: list[str] | None = None) -> pa.Table:
     """One part, or some of its columns. RunError where it is not readable as Parquet."""
     try:
+        options = {} if columns is None else _COLUMN_READS
         # both off: one of Arrow's threads may drop the file as the interpreter ends, which aborts the process
-        with storage.open_read(part_uri) as file, pq.ParquetFile(file, pre_buffer=False) as part:
+        with storage.open_read(part_uri, **options) as file, pq.ParquetFile(file, pre_buffer=False) as part:
             return part.read(columns=columns, use_threads=False)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise RunError(f"{storage.redact(part_uri)}: not readable as Parquet ({error}); delete it and run again") from None
