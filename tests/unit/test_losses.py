@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tsq_ray.model import TSQOutput, tsq_loss
+from tsq_ray.model.losses import classification_loss
 
 ATTENTION = torch.full((1, 2, 3), 1 / 3)
 
@@ -54,3 +55,22 @@ def test_mean_over_the_videos(task: str, expected: float) -> None:
     output = TSQOutput(torch.tensor([[LOG3, 0.0], [LOG3, 0.0]]), ATTENTION)
     loss = tsq_loss(output, torch.tensor([[1.0, 0.0], [0.0, 1.0]]), task, 0.0, 0.0)["loss"]
     assert loss.item() == pytest.approx(expected)
+
+
+def test_a_multi_label_network_of_many_classes_learns_in_a_few_steps_of_sgd() -> None:
+    """Averaged over the classes instead of summed, the gradient would be 50 times smaller and nothing would be learnt."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.stack([torch.randperm(50, generator=generator)[:2] for _ in range(200)])
+    targets = torch.zeros(200, 50).scatter_(1, labels, 1.0)
+    prototypes = torch.randn(50, 64, generator=generator)
+    inputs = targets @ prototypes + 0.3 * torch.randn(200, 64, generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(64, 50)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-2, momentum=0.9)
+    for _ in range(20):
+        optimizer.zero_grad()
+        classification_loss(network(inputs), targets, "multi").backward()
+        optimizer.step()
+    found = network(inputs).topk(2, dim=1).indices
+    assert targets.gather(1, found).mean().item() > 0.8

@@ -1,4 +1,4 @@
-"""TSQNet's loss (paper, equation 4). Shapes: B videos, C classes."""
+"""The classification loss of every network, and TSQNet's sum of four (paper, equation 4). Shapes: B videos, C classes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def tsq_loss(output: TSQOutput, targets: Tensor, task: Literal["single", "multi"
     Args:
         output: of TSQNet in training mode; in evaluation mode or VQM-only the parts that do not exist are left out.
         targets: multi-hot [B, C], each row with at least one 1.
-        task: "single": cross entropy, several labels sharing the weight 1; "multi": binary cross entropy, summed over the classes. (A mean over
-            them divides the gradient of a video's few labels by C: at the paper's learning rate nothing is learnt.)
+        task: as in `classification_loss`.
         alpha: weight of L_t->v.
         beta: weight of L_v->t.
 
@@ -30,12 +29,20 @@ def tsq_loss(output: TSQOutput, targets: Tensor, task: Literal["single", "multi"
         ("t2v", output.logits_t2v, alpha),
         ("v2t", output.logits_v2t, beta),
     )
-    parts = {name: _classification_loss(logits, targets, task) for name, logits, _ in weighted if logits is not None}
+    parts = {name: classification_loss(logits, targets, task) for name, logits, _ in weighted if logits is not None}
     total = sum((weight * parts[name] for name, _, weight in weighted if name in parts), start=targets.new_zeros(()))
     return {"loss": total, **parts}
 
 
-def _classification_loss(logits: Tensor, targets: Tensor, task: Literal["single", "multi"]) -> Tensor:
+def classification_loss(logits: Tensor, targets: Tensor, task: Literal["single", "multi"]) -> Tensor:
+    """A mean over the videos; scalar.
+
+    Args:
+        logits: [B, C].
+        targets: [B, C], multi-hot or smoothed, each row with a positive sum.
+        task: "single": cross entropy, several labels sharing the weight 1; "multi": binary cross entropy, summed over the
+            classes. (A mean over them divides the gradient of a video's few labels by C: with SGD nothing is learnt.)
+    """
     targets = targets.to(logits.dtype)
     if task == "multi":
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tsq_ray import runtime, storage
+from tsq_ray import runtime
 from tsq_ray.config import DecodeConfig, FinetuneConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool
 from tsq_ray.rows import frame_spec, source_of
@@ -54,7 +54,7 @@ class Clip:
     """In the table of videos."""
     pictures: np.ndarray | None
     """uint8 [S, size, size, 3]."""
-    uri: str
+    video_id: str
     error_type: str | None
 
 
@@ -109,12 +109,12 @@ def _clips(plan: ClipPlan, rows: np.ndarray, epochs: np.ndarray) -> Iterator[Cli
     )
     shape = (-1, plan.model.size, plan.model.size, 3)
     for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-        columns = (table[name].to_pylist() for name in ("row", "uri", "error_type"))
-        for number, (row, uri, error) in enumerate(zip(*columns, strict=True)):
+        columns = (table[name].to_pylist() for name in ("row", "video_id", "error_type"))
+        for number, (row, video_id, error) in enumerate(zip(*columns, strict=True)):
             pictures = None
             if error is None:
                 pictures = np.frombuffer(table["pictures"][number].as_buffer(), np.uint8).reshape(shape)
-            yield Clip(row, pictures, uri, error)
+            yield Clip(row, pictures, video_id, error)
 
 
 class ClipWorker:
@@ -133,7 +133,7 @@ class ClipWorker:
         }
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """(row, epoch) -> (row, uri, pictures, error_type)."""
+        """(row, epoch) -> (row, video_id, pictures, error_type)."""
         rows = batch["row"].to_pylist()
         views = []
         futures: list[Future[Any]] = []
@@ -158,7 +158,7 @@ class ClipWorker:
         return pa.table(
             {
                 "row": rows,
-                "uri": [storage.redact(ref.uri) for ref in refs],
+                "video_id": [ref.video_id for ref in refs],
                 "pictures": pa.array(pictures, pa.large_binary()),
                 "error_type": pa.array(errors, pa.string()),
             }

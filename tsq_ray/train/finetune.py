@@ -69,7 +69,7 @@ def finetune(
             tuned = trained.tune(ray, network, rows, val, classes, out, config, **options)
         else:
             tuned = frozen.fit(ray, network, settings, rows, classes, config, **options)
-    used = [row for row in rows if storage.redact(row.uri) not in tuned.failed]
+    used = [row for row in rows if row.video_id not in tuned.failed]
     if not used:
         raise RunFailed(f"finetune: none of the {len(rows)} videos could be used ({dict(Counter(tuned.failed.values()))})")
     summary = {
@@ -79,7 +79,7 @@ def finetune(
         "videos": len(used),
         "classes": classes,
         "failed": dict(Counter(tuned.failed.values())),
-        "failed_videos": list(tuned.failed)[:5],
+        "failed_videos": [storage.redact(row.uri) for row in (*rows, *val) if row.video_id in tuned.failed][:5],
         "left_out": describe_left_out(left_out),
         "unlabelled": named,
         "warnings": warnings,

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tsq_ray import runtime, storage
+from tsq_ray import runtime
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool
 from tsq_ray.encoders import FrameEncoder, best_device
@@ -65,7 +65,7 @@ def _threads(config: Config, ray: Any) -> int:
 
 
 def _features(ray: Any, rows: Sequence[VideoRef], plan: _Plan, debug: bool) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """video id -> float16 [T, D], and URI -> error type of the failed ones."""
+    """video id -> float16 [T, D], and of the failed ones video id -> error type."""
     runtime.quiet_data(debug)
     config, cpus, gpus = plan.config, float(ray.cluster_resources().get("CPU", 1)), runtime.num_gpus(ray, plan.config)
     workers = gpus or config.resources.workers or max(1, int(cpus))
@@ -89,7 +89,7 @@ def _features(ray: Any, rows: Sequence[VideoRef], plan: _Plan, debug: bool) -> t
                 array = np.frombuffer(record["features"], np.float16).reshape(config.decode.num_frames, plan.dim)
                 features[record["video_id"]] = array
             else:
-                failures[storage.redact(record["uri"])] = record["error_type"]
+                failures[record["video_id"]] = record["error_type"]
     return features, failures
 
 
@@ -122,7 +122,6 @@ class _BackboneWorker:
         return pa.table(
             {
                 "video_id": [ref.video_id for ref in refs],
-                "uri": [ref.uri for ref in refs],
                 "features": pa.array(features, pa.large_binary()),
                 "error_type": pa.array(errors, pa.string()),
             }

@@ -6,26 +6,27 @@ Legend: V videos, T frames, D dims, C classes, S segments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tsq_ray.config import FinetuneConfig
+from tsq_ray.model.losses import classification_loss
 
 _CHUNK = 64
 """Videos that are widened at a time."""
 
 
-def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, task: str) -> nn.Linear:
+def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, task: Literal["single", "multi"]) -> nn.Linear:
     """Fit logits = W x + b so that the mean over a video's segments predicts its labels (TSN's average consensus).
 
     Args:
         features: float [V, T, D], the frozen backbone's.
         targets: multi-hot [V, C].
         config: its `head` counts; each step takes one random frame of each of `segments` equal parts of the T frames.
-        task: "single" (cross entropy) or "multi" (binary cross entropy).
+        task: as in `model.losses.classification_loss`.
 
     Features are standardised for the fit; the returned head takes them as they are: the scale is folded into its weights.
     """
@@ -46,10 +47,7 @@ def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, 
         for batch in torch.randperm(num_videos, generator=generator).split(settings.batch_size):
             slots = segment_slots(len(batch), num_frames, segments, generator)
             frames = (x[batch[:, None], slots].float() - mean) / scale
-            wanted = y[batch].float()
-            if task == "single":
-                wanted /= wanted.sum(1, keepdim=True)
-            loss = classification_loss(head(frames).mean(1), wanted, task)
+            loss = classification_loss(head(frames).mean(1), y[batch], task)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -78,13 +76,6 @@ def segment_slots(num_videos: int, num_frames: int, segments: int, generator: to
     edges = torch.arange(segments + 1) * num_frames // segments
     width = (edges[1:] - edges[:-1]).float()
     return edges[:-1] + (torch.rand(num_videos, segments, generator=generator) * width).long()
-
-
-def classification_loss(logits: Tensor, targets: Tensor, task: str) -> Tensor:
-    """Cross entropy with targets that sum to 1, or binary cross entropy."""
-    if task == "single":
-        return F.cross_entropy(logits, targets)
-    return F.binary_cross_entropy_with_logits(logits, targets)
 
 
 @torch.inference_mode()

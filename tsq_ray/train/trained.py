@@ -31,7 +31,7 @@ class Tuned:
 
     network: FrameEncoder
     failed: dict[str, str]
-    """URI -> error type, of training and validation videos."""
+    """Video id -> error type, of training and validation videos."""
     figures: dict[str, Any]
     """For the summary."""
     curve: list[dict[str, float]]

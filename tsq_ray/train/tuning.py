@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from tsq_ray import metrics
 from tsq_ray.bundle import linear_head
 from tsq_ray.config import FinetuneConfig
 from tsq_ray.encoders import FrameEncoder, create_network, split_network
+from tsq_ray.model.losses import classification_loss
 from tsq_ray.train.batchnorm import folded_norms, unfold_norms
 from tsq_ray.train.clips import Clip, ClipPlan, ClipStream, Work, epoch_batches
-from tsq_ray.train.head import classification_loss
 from tsq_ray.train.optim import clip_gradients, make_optimizer, set_lr, use_bf16
 from tsq_ray.train.resumable import STATE_FILE
 
@@ -38,7 +38,7 @@ class TuneJob:
     """What a training worker needs to know; travels to it whole."""
 
     clips: ClipPlan
-    task: str
+    task: Literal["single", "multi"]
     num_classes: int
     num_train: int
     """The first videos of the table; the `num_val` after them are the validation's."""
@@ -173,7 +173,7 @@ class _Tuner:
         clips = self.clips.take(rows)
         for clip in clips:
             if clip.error_type is not None:
-                self.failed[clip.uri] = clip.error_type
+                self.failed[clip.video_id] = clip.error_type
         good = [clip for clip in clips if clip.pictures is not None]
         found = torch.tensor([clip.row for clip in good], dtype=torch.int64)
         return self._stack(good), found
@@ -278,7 +278,7 @@ class _Tuner:
         """Rank 0 writes the checkpoint, the others agree."""
         import ray.train
 
-        self.failed = {uri: error for part in self._gather(self.failed) for uri, error in part.items()}
+        self.failed = {video: error for part in self._gather(self.failed) for video, error in part.items()}
         numbers = dict(self.curve[-1])
         if self.rank != 0:
             ray.train.report(numbers)
