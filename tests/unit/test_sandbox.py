@@ -202,8 +202,8 @@ def test_a_child_killed_from_outside_is_not_the_videos_fault(plan: Callable[...,
 @pytest.mark.parametrize(
     ("lines", "message", "num_calls"),
     [
-        (["SIGKILL"] * 4, r"died twice, the second time with no other video beside it \(SIGKILL", 2),
-        (["SIGTERM"] * 4, r"died twice, the second time with no other video beside it \(SIGTERM", 2),
+        (["SIGKILL"] * 4, r"died twice, the second time with no other video beside it in this worker \(SIGKILL", 2),
+        (["SIGTERM"] * 4, r"died twice, the second time with no other video beside it in this worker \(SIGTERM", 2),
         (["SIGKILL", "SIGSEGV"], r"died twice, .* \(SIGSEGV", 2),
         (["SIGSEGV"], r"the decoder process died \(SIGSEGV", 1),
         (["SIGABRT"], r"the decoder process died \(SIGABRT", 1),
@@ -359,3 +359,26 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_pool_that_cannot_be_started_in_the_middle_loses_no_video(plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a process may open no more files: no real limit could be set without the tests' own files."""
+    uris = [plan("a"), plan("b", "SIGKILL"), plan("c"), plan("d")]
+    with DecodePool(SETTINGS, SPECS, 1, planned) as pool:
+        first = pool._new_pool
+        calls: list[int] = []
+
+        def start(num_processes: int) -> object:
+            calls.append(num_processes)
+            if len(calls) > 1:
+                raise OSError(24, "Too many open files")
+            return first(num_processes)
+
+        monkeypatch.setattr(pool, "_new_pool", start)
+        futures = [pool.submit(VideoSource(uri)) for uri in uris]
+        outcomes = [future.result(timeout=60) for future in futures]
+    assert len(calls) == 2
+    assert isinstance(outcomes[0], DecodedVideo)
+    lost = [outcome for outcome in outcomes if not isinstance(outcome, DecodedVideo)]
+    assert lost
+    assert all("no decoder process can be started: [Errno 24] Too many open files" in str(outcome) for outcome in lost)
