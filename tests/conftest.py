@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from cluster_case import Chains, running_ray
+from proxy_case import S3Proxy, running_proxy
 from s3_case import BUCKETS, S3Server, make_buckets, running_s3
 
 REPO = Path(__file__).resolve().parent.parent
@@ -71,6 +72,19 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         make_buckets(BUCKETS)
         yield server
+
+
+@pytest.fixture
+def s3_proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
+    """Between this process and the S3 server: counts, and makes trouble."""
+    import fsspec
+
+    clear = fsspec.get_filesystem_class("s3").clear_instance_cache
+    with running_proxy(s3.endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        clear()
+        yield proxy
+    clear()
 
 
 @pytest.fixture(scope="session")

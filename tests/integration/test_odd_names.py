@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ import pytest
 from archive_case import CLASSES, write_clip
 from bundle_case import make_bundle
 from cluster_case import SETTINGS, read_rows, tsq
-from proxy_case import ARCHIVED, S3Proxy, running_proxy
+from proxy_case import ARCHIVED, S3Proxy
 from s3_case import PUBLIC_BUCKET, S3Server
 
 from tsq_ray import storage
@@ -180,13 +179,9 @@ def test_the_file_system_is_made_once_and_travels(bucket: str) -> None:
 
 
 @pytest.fixture
-def proxy(bucket: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
-    """Between this process and the server."""
-    with running_proxy(s3.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        clear()
-        yield proxy
-    clear()
+def proxy(bucket: str, s3_proxy: S3Proxy) -> S3Proxy:
+    """Between this process and the server, with the odd keys."""
+    return s3_proxy
 
 
 @pytest.fixture

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import fsspec
 import numpy as np
-import pytest
-from proxy_case import S3Proxy, running_proxy
-from s3_case import S3Server
+from proxy_case import S3Proxy
 
 from tsq_ray import runs, schema, storage
 from tsq_ray.manifest import VideoRef
@@ -17,17 +12,7 @@ FOLDER = "s3://tsq-other/part-reads"
 ROWS, NUM_FRAMES, DIM = 128, 50, 1280
 
 
-@pytest.fixture
-def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
-    clear = fsspec.get_filesystem_class("s3").clear_instance_cache
-    with running_proxy(s3.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        clear()
-        yield proxy
-    clear()
-
-
-def test_what_is_done_is_known_without_reading_the_features(proxy: S3Proxy) -> None:
+def test_what_is_done_is_known_without_reading_the_features(s3_proxy: S3Proxy) -> None:
     rng = np.random.default_rng(0)
     rows = [
         vars(VideoRef(f"{i:016x}", f"s3://tsq-videos/a/long/enough/name/{i:08}.mp4", 10**6 + i, f"{i:032x}"))
@@ -38,10 +23,10 @@ def test_what_is_done_is_known_without_reading_the_features(proxy: S3Proxy) -> N
     name = runs.write_part(FOLDER, schema.table_from_rows(rows, schema.features_schema(NUM_FRAMES, DIM, ["a"])), "zstd")
     size = storage.stat(f"{FOLDER}/{name}").size_bytes
     assert size > 10_000_000
-    proxy.sent = 0
+    s3_proxy.sent = 0
     done = runs.done_rows(FOLDER)
     assert (len(done), done.table["status"].to_pylist()) == (ROWS, ["ok"] * ROWS)
-    assert proxy.sent < 100_000
-    proxy.sent = 0
+    assert s3_proxy.sent < 100_000
+    s3_proxy.sent = 0
     assert runs.read_part(f"{FOLDER}/{name}").num_rows == ROWS
-    assert proxy.sent < 1.02 * size
+    assert s3_proxy.sent < 1.02 * size

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 from archive_case import CLASSES, write_clip
-from proxy_case import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble, running_proxy
-from s3_case import S3Server
+from proxy_case import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
@@ -21,17 +18,12 @@ URI = "s3://tsq-other/trouble/v.mp4"
 
 
 @pytest.fixture
-def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[S3Proxy]:
+def proxy(s3_proxy: S3Proxy, tmp_path: Path) -> S3Proxy:
     """Between this process and a bucket with one video, large enough for byte ranges."""
     if not storage.exists(URI):
         storage.write_bytes(URI, write_clip(tmp_path / "v.mp4", CLASSES[0], seed=0, num_frames=48, size=(320, 240)).read_bytes())
     assert storage.stat(URI).size_bytes > 4 * 128 * 1024
-    clear = fsspec.get_filesystem_class("s3").clear_instance_cache
-    with running_proxy(s3.endpoint) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        clear()
-        yield proxy
-    clear()
+    return s3_proxy
 
 
 def decode(strategy: str) -> int:
