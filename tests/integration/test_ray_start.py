@@ -71,6 +71,7 @@ def test_an_extraction_below_a_long_tmpdir(tmp_path: Path, length: int) -> None:
     assert read_rows(str(out)).column("status").to_pylist() == ["ok", "ok"]
 
 
+@pytest.mark.slow
 def test_a_relative_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Ray's processes not all run in this folder."""
     monkeypatch.chdir("/tmp")

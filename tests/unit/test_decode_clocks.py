@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -51,10 +52,9 @@ CLOCKS: dict[str, Clock] = {
 }
 NOT_IN_AVI = ("starts at one hour", "wraps at 33 bits", "jumps", "one far ahead", "one behind")
 """An AVI counts frames: a clock may stand still in it for a while and no more."""
-WAYS = (
-    *(("uniform", "pyav", 16), ("keyframe", "pyav", 16), ("uniform", "decord", 16)),
-    *(("uniform", "pyav", 16, (0.1, 0.9) * 8), ("keyframe", "pyav", 4), ("uniform", "pyav", 5, (0.0,) * 5)),
-)
+MAIN_WAYS = (("uniform", "pyav", 16), ("keyframe", "pyav", 16), ("keyframe", "pyav", 4))
+WAYS = (*MAIN_WAYS, ("uniform", "decord", 16), ("uniform", "pyav", 16, (0.1, 0.9) * 8), ("uniform", "pyav", 5, (0.0,) * 5))
+EVERY_WAY = ("right", "jumps", "two pairs swapped")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def decode(
     return decode_video(VideoSource(str(path), places=places), config, {"all": FrameSpec(64)})
 
 
-def check(path: Path, healthy: bool = False, told: bool = True) -> list[DecodedVideo]:
+def check(path: Path, healthy: bool = False, told: bool = True, ways: Sequence[Any] = WAYS) -> list[DecodedVideo]:
     """Every picture is the one that a sequential decode gives in that place; slots of few distinct frames are a warning.
 
     `told`: so are wrong times, which need not be seen where no chosen frame is near them.
@@ -77,8 +77,8 @@ def check(path: Path, healthy: bool = False, told: bool = True) -> list[DecodedV
     found = sequential(path)
     truth, times = [number for number, _ in found], [time for _, time in found]
     ascends = all(a is not None and b is not None and a < b for a, b in itertools.pairwise(times))
-    decoded = [decode(path, *way) for way in WAYS]
-    for way, video in zip(WAYS, decoded, strict=True):
+    decoded = [decode(path, *way) for way in ways]
+    for way, video in zip(ways, decoded, strict=True):
         shown = [number_of(picture) for picture in video.slots("all")]
         assert shown == [truth[i] for i in video.frame_index], (path.name, way)
         assert video.source_num_frames == len(truth), (path.name, way)
@@ -100,7 +100,7 @@ def test_every_picture_is_the_one_said(sources: dict[str, Path], tmp_path: Path,
         path = write_clock(sources[codec], tmp_path / f"{codec} {name}.{container}", clock)
         # an AVI has decoding times only: what is reordered comes at times that FFmpeg invents
         invented = container == "avi" and codec in ("h264_b", "h264_flat_b")
-        decoded = check(path, healthy=name in HEALTHY and not invented)
+        decoded = check(path, healthy=name in HEALTHY and not invented, ways=WAYS if name in EVERY_WAY else MAIN_WAYS)
         if container != "avi" and name in ("jumps", "starts again", "one far ahead", "one a little ahead"):
             assert all(len(set(video.frame_index.tolist())) == 16 for video in decoded[:1]), name
         if name in HEALTHY or name in ("jumps", "one far ahead", "neighbours swapped"):
@@ -108,9 +108,9 @@ def test_every_picture_is_the_one_said(sources: dict[str, Path], tmp_path: Path,
             assert decoded[0].duration_s == pytest.approx(NUM_FRAMES / 24, abs=0.1), name
 
 
-@pytest.mark.parametrize("container", ["mkv", "mp4", "mov"])
+@pytest.mark.parametrize("container", ["mkv", "mp4"])
 @pytest.mark.parametrize("codec", [codec for codec in sorted(CONTAINERS["mkv"]) if codec not in ("h264", "mpeg4")])
-@pytest.mark.parametrize("late", [0, 1, 3])
+@pytest.mark.parametrize("late", [0, 1])
 def test_times_of_decoding_in_the_place_of_times_of_presentation(
     sources: dict[str, Path], tmp_path: Path, codec: str, container: str, late: int
 ) -> None:
