@@ -59,6 +59,9 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="section.key=va
 Split = Annotated[str | None, typer.Option("--split", metavar="NAME", help="Only rows of this split.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N videos.")]
 Address = Annotated[str | None, typer.Option("--address", help="A Ray cluster (auto, host:port, ray://...); default: start one here.")]
+WaitS = Annotated[
+    float, typer.Option("--wait-s", min=0, metavar="SECONDS", help="Give up when the cluster has had no room for so long; default: wait.")
+]
 Submit = Annotated[bool, typer.Option("--submit", help="Run as a Ray job on the cluster at --address (its dashboard's URL).")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Probe a few videos and say what would run: time, GPU hours, output size.")]
 AsJson = Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")]
@@ -133,6 +136,7 @@ def extract(
     limit: Limit = None,
     retry_failed: Retry = None,
     address: Address = None,
+    wait_s: WaitS = 0.0,
     submit: Submit = False,
     dry_run: DryRun = False,
     max_failed: MaxFailed = None,
@@ -153,7 +157,7 @@ def extract(
         return submit_command(address)
     from tsq_ray.extract import extract as run
 
-    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "debug": debug}
+    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "wait_s": wait_s, "debug": debug}
     done = run(manifest, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return end_run(done, out, as_json, max_failed)
 
@@ -168,6 +172,7 @@ def finetune(
     split: Split = None,
     limit: Limit = None,
     address: Address = None,
+    wait_s: WaitS = 0.0,
     submit: Submit = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -180,7 +185,7 @@ def finetune(
         return submit_command(address)
     from tsq_ray.train import finetune as run
 
-    options = {"split": split, "limit": limit, "address": address, "show_progress": not as_json, "debug": debug}
+    options = {"split": split, "limit": limit, "address": address, "wait_s": wait_s, "show_progress": not as_json, "debug": debug}
     summary = run(manifest, role.value, out, settings, **options)  # type: ignore[arg-type]
     return show(summary, as_json, training_text(summary))
 
@@ -195,6 +200,7 @@ def train(
     sets: Sets = None,
     split: Split = None,
     address: Address = None,
+    wait_s: WaitS = 0.0,
     submit: Submit = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -206,7 +212,7 @@ def train(
     from tsq_ray.train import train as run
 
     settings = settings_for(features, str(config) if config else None, tuple(sets or ()))
-    options = {"split": split, "address": address, "show_progress": not as_json, "debug": debug}
+    options = {"split": split, "address": address, "wait_s": wait_s, "show_progress": not as_json, "debug": debug}
     summary = run(features, out, settings, encoder=encoder, recognizer=recognizer, **options)  # type: ignore[arg-type]
     return show(summary, as_json, training_text(summary))
 
@@ -223,6 +229,7 @@ def score(
     retry_failed: Retry = None,
     scores: Annotated[Scores, typer.Option("--scores", help="top: keep the best labels only.")] = Scores.all,
     address: Address = None,
+    wait_s: WaitS = 0.0,
     submit: Submit = False,
     dry_run: DryRun = False,
     max_failed: MaxFailed = None,
@@ -243,7 +250,7 @@ def score(
         return submit_command(address)
     from tsq_ray.score import score as run
 
-    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "debug": debug}
+    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "wait_s": wait_s, "debug": debug}
     done = run(manifest, model, out, settings, with_scores=scores is Scores.all, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return end_run(done, out, as_json, max_failed)
 
@@ -380,15 +387,18 @@ def info(
     uri: Annotated[str | None, typer.Argument(metavar="BUNDLE|MANIFEST|URI")] = None,
     cluster: Annotated[bool, typer.Option("--cluster", help="The Ray cluster, and the layout of a run on it.")] = False,
     address: Address = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """What is this: counts, classes, settings, provenance, GFLOPs."""
+    from tsq_ray.config import load_config
     from tsq_ray.describe import describe, describe_cluster
 
     if cluster == (uri is not None):
         raise RunError("info takes one thing: a bundle, a manifest or a run folder, or --cluster")
-    found = describe_cluster(address) if cluster else describe(uri or "")
+    found = describe_cluster(address, load_config(config, sets or ())) if cluster else describe(uri or "")
     show(found, as_json, tree_text(found))
 
 
@@ -411,7 +421,7 @@ def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | No
 
 def submit_command(address: str | None) -> None:
     """Send this very command line to a cluster as a job and follow it; exit code 1 where the job fails."""
-    from tsq_ray.runtime import follow_job, submit_job
+    from tsq_ray.runtime.jobs import follow_job, submit_job
 
     argv = without_options(sys.argv[1:], flags=("--submit",), options=("--address",))
     job = submit_job(argv, address)

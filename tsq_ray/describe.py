@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Any, Literal
 
 import pyarrow.compute as pc
 
-from tsq_ray import artifact, runs, runtime, storage
+from tsq_ray import artifact, runs, storage
 from tsq_ray import manifest as manifests
+from tsq_ray.config import Config
 from tsq_ray.errors import ManifestError, RunError, StorageError
+from tsq_ray.runtime import cluster
+from tsq_ray.runtime.parts import MAX_BLOCK_ROWS
+from tsq_ray.runtime.placement import GROWTH_LIMIT, Stage, describe_largest, layout
 
 
 def describe(uri: str) -> dict[str, Any]:
@@ -99,22 +104,18 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def describe_cluster(address: str | None) -> dict[str, Any]:
-    """Nodes and resources of a Ray cluster, and how an extraction would be laid out on it with the default settings."""
-    with runtime.cluster(address) as ray:
-        resources = ray.cluster_resources()
-        nodes = [
-            {
-                "address": node["NodeManagerAddress"],
-                "alive": node["Alive"],
-                "resources": {key: node["Resources"].get(key, 0) for key in ("CPU", "GPU")},
-            }
-            for node in ray.nodes()
-        ]
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-    layout = f"{cpus} workers that decode and encode" if not gpus else f"{max(1, cpus - 1)} decoding workers beside {gpus} GPU encoders"
+def describe_cluster(address: str | None, config: Config) -> dict[str, Any]:
+    """Nodes of a Ray cluster, and how an extraction and a scoring of many videos would be laid out on it."""
+    with cluster.connect(address) as ray:
+        found = cluster.read_cluster(ray, config)
+        states = Counter("alive" if node["Alive"] else "dead" for node in ray.nodes())
+        free = ray.available_resources()
+    stages: tuple[Stage, ...] = ("extract", "score")
     return {
         "kind": "cluster",
-        "nodes": {node["address"]: node["resources"] | {"alive": node["alive"]} for node in nodes},
-        "extract": layout,
+        "nodes": dict(states),
+        "largest_node": describe_largest(found),
+        "free": {kind: f"{free.get(kind, 0.0):g} of {total:g}" for kind, total in (("CPU", found.cpus), ("GPU", found.gpus))},
+        "can_start": [f"{node.count} x {node.cpus:g} CPU, {node.gpus:g} GPU" for node in found.launchable],
+        **{stage: layout(stage, config, found, GROWTH_LIMIT * MAX_BLOCK_ROWS).describe() for stage in stages},
     }

@@ -22,10 +22,12 @@ from tsq_ray import runs, schema, storage
 from tsq_ray.bundle import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec
-from tsq_ray.extract import load_networks
+from tsq_ray.extract import choose_networks
+from tsq_ray.feature_pipeline import feature_row
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, choose_split, read_manifest
-from tsq_ray.rows import failed_row, picture_specs, source_of, source_row
-from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs, classifier_settings
+from tsq_ray.rows import prediction_row, source_of
+from tsq_ray.runtime.placement import Cluster, Layout, Node, layout
+from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
 
 PROBES = 16
 """Videos that are really done."""
@@ -49,24 +51,19 @@ def estimate_extract(
 ) -> dict[str, Any]:
     """Time, GPU hours and output size of what an extraction into `out` has still to do, extrapolated from PROBES videos."""
     manifest, todo = _to_do("features", manifest_uri, split, limit, out, retry_failed)
-    if encoder is not None:
-        config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
-    answerer = classifier_settings(recognizer) if recognizer is not None else None
+    config, networks = choose_networks(config, encoder, recognizer)
+    placed = layout("extract", config, this_machine(), max(1, len(todo)))
     started = time.perf_counter()
-    networks = load_networks(config, answerer)
-    encode = networks.encode(config)
-    specs = picture_specs(config.encoders, True, answerer, "both", _resizes_on_device(config))
+    loaded = networks.load()
+    encode = loaded.encode(config, placed.device)
     loading = time.perf_counter() - started
-    arrow = networks.features_schema(config, manifest.classes)
+    arrow = loaded.features_schema(config, manifest.classes)
+    specs = networks.specs(config.resources.resizes_on_device(placed.on_gpu))
 
     def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
-        if not isinstance(video, DecodedVideo):
-            return failed_row(ref, video)
-        names = ("visual", "object_ids", "object_probs", "recognizer_logits")
-        features = encode([video])[0]
-        return source_row(ref, video) | {"frame_index": video.frame_index} | {name: getattr(features, name) for name in names}
+        return feature_row(ref, video, encode([video])[0] if isinstance(video, DecodedVideo) else None)
 
-    return _estimate(todo, len(manifest.rows), config, specs, finish, arrow, loading)
+    return _estimate(todo, len(manifest.rows), config, placed, specs, finish, arrow, loading)
 
 
 def estimate_score(
@@ -81,17 +78,20 @@ def estimate_score(
 ) -> dict[str, Any]:
     """Time, GPU hours and output size of what a scoring into `out` has still to do, extrapolated from PROBES videos."""
     manifest, todo = _to_do("predictions", manifest_uri, split, limit, out, retry_failed)
+    placed = layout("score", config, this_machine(), max(1, len(todo)))
+    device = torch.device(placed.device)
     started = time.perf_counter()
     bundle = load_bundle(model)
-    sample, recognize = Sample(bundle, config.sampler, how=config.resources), Recognize(bundle, config.sampler, how=config.resources)
+    sample = Sample(bundle, config.sampler, device, config.resources)
+    recognize = Recognize(bundle, config.sampler, device, config.resources)
     loading = time.perf_counter() - started
     arrow = schema.predictions_schema(config.decode.num_frames, len(bundle.classes), manifest.classes)
-    specs = bundle_specs(bundle, config.sampler.mode, _resizes_on_device(config))
+    specs = bundle_specs(bundle, config.sampler.mode, config.resources.resizes_on_device(placed.on_gpu))
 
     def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
-        return recognize(sample([(ref, video)]))[0]
+        return prediction_row(ref, recognize(sample([(ref.video_id, video)]))[0])
 
-    return _estimate(todo, len(manifest.rows), config, specs, finish, arrow, loading)
+    return _estimate(todo, len(manifest.rows), config, placed, specs, finish, arrow, loading)
 
 
 def _to_do(
@@ -106,21 +106,27 @@ def _to_do(
     return manifest, runs.remaining(out, manifest, wanted, runs.retry_reasons(retry_failed))
 
 
-def _resizes_on_device(config: Config) -> bool:
-    return config.resources.resizes_on_device(_num_gpus(config) > 0)
-
-
-def _num_gpus(config: Config) -> int:
-    return torch.cuda.device_count() if config.resources.gpus else 0
+def this_machine() -> Cluster:
+    """This machine as a cluster of one node."""
+    return Cluster((Node(float(os.cpu_count() or 1), float(torch.cuda.device_count())),))
 
 
 def _estimate(
-    wanted: VideoRows, inputs: int, config: Config, specs: Mapping[str, FrameSpec], finish: Finish, arrow: pa.Schema, loading: float
+    wanted: VideoRows,
+    inputs: int,
+    config: Config,
+    placed: Layout,
+    specs: Mapping[str, FrameSpec],
+    finish: Finish,
+    arrow: pa.Schema,
+    loading: float,
 ) -> dict[str, Any]:
-    cpus, gpus = os.cpu_count() or 1, _num_gpus(config)
-    workers = 1 if gpus else config.resources.workers or cpus
-    threads = config.resources.threads or max(1, cpus // workers)
-    children = config.resources.decoders or max(1, cpus - 1) if gpus else workers
+    cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if placed.on_gpu else 0
+    networks = next(placed[name] for name in ("worker", "encoder", "sampler") if name in placed.pools)
+    # a replica of the sampler does a video a thread, side by side
+    workers = 1 if gpus else networks.start if "worker" in placed.pools else placed.threads
+    threads = placed.threads if "sampler" not in placed.pools else 1
+    children = placed["decoder"].start * placed.decoder_processes if "decoder" in placed.pools else workers
     chosen = [wanted[int(place)] for place in _of_every_size(wanted)] if wanted else []
     rows: list[dict[str, Any]] = []
     seconds = wall = 0.0
@@ -135,7 +141,7 @@ def _estimate(
         "bytes_in": pc.sum(wanted.table["size_bytes"]).as_py() or 0,
         "probed": [storage.redact(ref.uri) for ref in chosen],
         "probed_failed": sum(row["status"] == "failed" for row in rows),
-        "workers": gpus or workers,
+        "workers": networks.start,
         "seconds_a_video": round(seconds, 3),
         "wall_seconds": round(wall, 1),
         "gpu_hours": round(seconds * len(wanted) * gpus / 3600, 3),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from tsq_ray import storage
 from tsq_ray.bundle import load_bundle
 from tsq_ray.config import Config
@@ -12,6 +14,7 @@ from tsq_ray.decode import DecodedVideo
 from tsq_ray.encoders import best_device
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef, video_id
+from tsq_ray.rows import prediction_row, source_of
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
 
 
@@ -21,15 +24,15 @@ def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str,
     `config` comes from `serve.settings.scoring_config`. Raises ModelError for a bundle that cannot score.
     """
     bundle = load_bundle(model)
-    sample, recognize = Sample(bundle, config.sampler, how=config.resources), Recognize(bundle, config.sampler, how=config.resources)
-    whole = config.resources.resizes_on_device(best_device().type == "cuda")
-    decode = Decode(config.decode, bundle_specs(bundle, config.sampler.mode, whole))
+    device = best_device() if config.resources.gpus else torch.device("cpu")
+    sample = Sample(bundle, config.sampler, device, config.resources)
+    recognize = Recognize(bundle, config.sampler, device, config.resources)
+    whole = config.resources.resizes_on_device(device.type == "cuda")
     rows: list[dict[str, Any]] = []
-    try:
+    with Decode(config.decode, bundle_specs(bundle, config.sampler.mode, whole)) as decode:
         for video in videos:
-            rows += recognize(sample([_decode(decode, video)]))
-    finally:
-        decode.close()
+            ref, decoded = _decode(decode, video)
+            rows.append(prediction_row(ref, recognize(sample([(ref.video_id, decoded)]))[0]))
     return rows
 
 
@@ -41,7 +44,7 @@ def _decode(decode: Decode, video: str) -> tuple[VideoRef, DecodedVideo | VideoE
         uri = storage.normalize(video)
         file = storage.stat(uri)
         ref = VideoRef(video_id(uri), uri, file.size_bytes, file.etag, file.modified)
-        return ref, decode([ref])[0]
+        return ref, decode([source_of(ref)])[0]
     except StorageError as error:
         return VideoRef(video_id(video), storage.normalize(shown), 0), error
     except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row

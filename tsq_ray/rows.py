@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -48,14 +48,34 @@ def identity_row(ref: VideoRef) -> dict[str, Any]:
 
 def failed_row(ref: VideoRef, error: VideoError | StorageError) -> dict[str, Any]:
     """The row of a video that cannot be used."""
+    return {**identity_row(ref), **failure_columns(error)}
+
+
+def failure_columns(error: VideoError | StorageError) -> dict[str, Any]:
+    """What a row says of a video that cannot be used."""
     message = storage.redact(" ".join(str(error).split()))[:500]
-    return {**identity_row(ref), "status": "failed", "error_type": error.error_type, "error_message": message, "warnings": []}
+    return {"status": "failed", "error_type": error.error_type, "error_message": message, "warnings": []}
 
 
-def source_row(ref: VideoRef, video: DecodedVideo) -> dict[str, Any]:
-    """The columns that features and predictions share for a video that is ok."""
+def source_columns(video: DecodedVideo) -> dict[str, Any]:
+    """The columns that features and predictions share for a video that is ok, without the manifest's."""
     names = ("duration_s", "fps", "width", "height", "codec", "source_num_frames", "frame_pts_s", "warnings")
-    return {**identity_row(ref), "status": "ok", **{name: getattr(video, name) for name in names}}
+    return {"status": "ok", **{name: getattr(video, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What scoring says of one video: the prediction's columns without the manifest's, or why there are none."""
+
+    columns: dict[str, Any] = field(default_factory=dict)
+    error: VideoError | StorageError | None = None
+    version: str = ""
+    """Of the stages that made it: bundle and settings, as in `serve.graph`."""
+
+
+def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:
+    """The prediction row of a manifest's video."""
+    return failed_row(ref, answer.error) if answer.error is not None else {**identity_row(ref), **answer.columns}
 
 
 def source_of(ref: VideoRef) -> VideoSource:
@@ -64,7 +84,7 @@ def source_of(ref: VideoRef) -> VideoSource:
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A prediction row as JSON values, without the manifest's labels; queries of presigned URLs are left out."""
+    """A prediction row as JSON values; the manifest's labels and the queries of presigned URLs are left out."""
     plain: dict[str, Any] = {}
     for name, value in row.items():
         if name in ("labels", "label_names", "split"):

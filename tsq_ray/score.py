@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from tsq_ray import metrics, runs, runtime, schema, storage
+from tsq_ray import metrics, runs, schema, storage
 from tsq_ray.artifact import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
-from tsq_ray.errors import ModelError, VideoError
+from tsq_ray.errors import ConfigError, ModelError, VideoError
 from tsq_ray.manifest import VideoRef, choose_split, read_manifest
-from tsq_ray.rows import failed_row
-from tsq_ray.sections import ReplicaConfig
+from tsq_ray.rows import Answer, prediction_row, source_of
+from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime.placement import Cluster, Layout, layout
 
-_TRIES = 3
+STAGES = ("decoder", "sampler", "recognizer")
+_PATIENCE_S = 600.0
+"""For a video whose replicas are lost, until others take their place."""
+_LOOK_EVERY_S = 2.0
+_BLOCKS_AT_A_TIME = 4
+"""Of a sender: while the last videos of one block are on their way the next keep the graph busy."""
+_BLOCK_ROWS = 32
 
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """What a worker needs to know; travels to it whole."""
+    """What a sender needs to know; travels to it whole."""
 
     app: str
     schema: pa.Schema
     classes: list[str]
     counts: Any
-    timeout_s: float
+    config: Config
 
 
 def score(
@@ -46,6 +55,7 @@ def score(
     retry_failed: str | None = None,
     with_scores: bool = True,
     address: str | None = None,
+    wait_s: float = 0.0,
     show_progress: bool = True,
     debug: bool = False,
 ) -> dict[str, Any]:
@@ -68,23 +78,23 @@ def score(
     seconds: dict[str, float] = {}
     if todo:
         runs.reopen(out)
-        with runtime.cluster(address, debug) as ray:
-            counts = runtime.start_counts()
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            bulk = bulk_config(config, nodes, len(todo))
-            senders = num_senders(bulk, nodes, len(todo))
-            with serve_graph(model, bulk, debug) as app:
-                plan = ScorePlan(app, arrow, manifest.classes, counts, config.decode.timeout_s + config.serve.request_timeout_s)
-                try:
-                    seconds = runtime.run_with_progress(
-                        lambda: _run_pipeline(ray, todo, plan, out, bulk, senders, debug),
+        with cluster.connect(address, debug) as ray:
+            counts = ray.remote(num_cpus=0)(FlowCounts).remote()
+            plan = ScorePlan(f"tsq-score-{_unique(model)}", arrow, manifest.classes, counts, config)
+            replicas = Replicas(ray, plan, model, len(todo))
+            try:
+                with replicas.deployed(debug, wait_s), cluster.asking_for_nodes(ray, replicas.placed, config):
+                    _, seconds = progress.run_with_progress(
+                        lambda: _send(todo, plan, replicas.placed, out, debug),
                         counts,
                         len(todo),
                         "score",
                         show_progress,
+                        wait_s=wait_s,
+                        ticks=(replicas.tick,),
                     )
-                except ray.exceptions.RayError as error:
-                    raise runtime.run_failed(error, "score") from error
+            except ray.exceptions.RayError as error:
+                raise cluster.run_failed(error, "score") from error
     more = {
         "model": {"uri": storage.redact(model), "sha256": digest},
         "bundle_classes": classes,
@@ -110,123 +120,193 @@ def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: 
     return identity | ({"decode": {"backend": config.decode.backend}} if config.decode.backend != own else {})
 
 
-@contextlib.contextmanager
-def serve_graph(model: str, config: Config, debug: bool) -> Iterator[str]:
-    """The graph deployed for the time of the `with`, without HTTP; yields the application's name."""
-    from ray import serve
-
-    from tsq_ray.serve.app import application
-
-    runtime.quiet_data(debug)
-    name = f"tsq-score-{hashlib.sha256(f'{model}{time.time_ns()}'.encode()).hexdigest()[:8]}"
-    # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
-    try:
-        serve.run(application(model, config, None), name=name, route_prefix=None)
-    except Exception as error:
-        raise runtime.run_failed(error, "score: the graph") from error
-    try:
-        yield name
-    finally:
-        serve.delete(name)
+def _unique(name: str) -> str:
+    return hashlib.sha256(f"{name}{time.time_ns()}".encode()).hexdigest()[:8]
 
 
-def bulk_config(config: Config, nodes: Sequence[Mapping[str, float]], videos: int) -> Config:
-    """Replicas for a bulk run: as many as the cluster holds, all from the start.
+class Replicas:
+    """The graph of a run, deployed without HTTP; it follows the nodes that come and go."""
 
-    `nodes`: resources of each, as Ray names them. Networks: one replica of each a GPU, at most `resources.gpus`; without GPUs one of each a node with CPUs, which uses all of its cores.
-    """
-    serve, most = config.serve, config.resources.gpus
-    cores = [node["CPU"] for node in nodes if node.get("CPU")] or [1.0]
-    cpus, there = sum(cores), sum(node.get("GPU", 0.0) for node in nodes)
-    gpus = min(there, most) if most >= 0 else there
-    decoders = int(max(1, min(config.resources.decoders or max(1, (cpus - 1) // 2), videos)))
-    processes = max(1, int(min(serve.decoder_processes, cpus)))
-    networks = int(max(1, min(gpus or len(cores), videos)))
-    gpu = 0.5 if gpus else 0.0
-    ahead = 2 * serve.batch_size if gpus else max(2 * serve.batch_size, int(2 * max(cores)))
+    def __init__(self, ray: Any, plan: ScorePlan, model: str, videos: int) -> None:
+        self._ray, self._plan, self._model, self._videos = ray, plan, model, videos
+        self.placed = layout("score", plan.config, cluster.read_cluster(ray, plan.config), videos)
+        self._looked = 0.0
+        self._nodes: Cluster | None = None
+        self._wanted = {name: self.placed[name].start for name in STAGES}
 
-    def replicas(count: int, num_cpus: float, num_gpus: float, ongoing: int) -> ReplicaConfig:
-        return ReplicaConfig(min_replicas=count, max_replicas=count, num_cpus=num_cpus, num_gpus=num_gpus, max_ongoing_requests=ongoing)
+    @contextlib.contextmanager
+    def deployed(self, debug: bool, wait_s: float) -> Iterator[None]:
+        """The graph, for the time of the `with`. RunFailed where it cannot be started."""
+        from ray import serve
 
-    return config.model_copy(
-        update={
-            "serve": serve.model_copy(
-                update={
-                    "decoder": replicas(decoders, min(1.0, cpus / 8, min(cores) / 2), 0.0, 2 * processes),
-                    "decoder_processes": processes,
-                    "sampler": replicas(networks, 0.2, gpu, ahead),
-                    "recognizer": replicas(networks, 0.2, gpu, ahead),
-                }
-            )
-        }
+        cluster.quiet_data(debug)
+        # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
+        app = self._plan.app
+        try:
+            progress.run_watched(self._start, "score", wait_s)
+        except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
+            serve.delete(app)
+            raise cluster.run_failed(error, "score: the graph") from error
+        try:
+            yield
+        finally:
+            serve.delete(app)
+
+    def _start(self) -> None:
+        from ray import serve
+
+        from tsq_ray.serve.app import bulk_application
+
+        app = bulk_application(self._model, self._plan.config, self.placed, self.ongoing())
+        serve.run(app, name=self._plan.app, route_prefix=None, external_scaler_enabled=True)
+
+    def ongoing(self) -> dict[str, int]:
+        """Requests of a replica at a time: a batch is on its way while another is worked on."""
+        batch, placed = self._plan.config.serve.batch_size, self.placed
+        ahead = 2 * batch if placed.on_gpu else max(2 * batch, 2 * placed.threads)
+        return {"decoder": 2 * placed.decoder_processes, "sampler": ahead, "recognizer": ahead}
+
+    def tick(self) -> None:
+        """Fit the number of replicas to the alive nodes, and what is on its way to the replicas."""
+        if time.monotonic() - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        nodes = cluster.read_cluster(self._ray, self._plan.config)
+        if nodes != self._nodes:
+            self._nodes = nodes
+            self._scale(nodes)
+        self._plan.counts.set_room.remote(self._room())
+
+    def _scale(self, nodes: Cluster) -> None:
+        from ray.serve._private.common import DeploymentID
+        from ray.serve.context import _get_global_client
+
+        try:
+            placed = layout("score", self._plan.config, nodes, self._videos)
+        except ConfigError:  # the nodes that it takes are lost; others may come
+            return
+        for name in STAGES:
+            count = placed[name].start
+            if count != self._wanted[name]:
+                self._wanted[name] = count
+                target = DeploymentID(name.capitalize(), self._plan.app)
+                # what Serve's REST API for external scalers calls
+                controller: Any = getattr(_get_global_client(), "_controller")  # noqa: B009
+                self._ray.get(controller.update_deployment_replicas.remote(target, count))
+
+    def _room(self) -> int:
+        """Requests that the running replicas take at a time."""
+        from ray import serve
+        from ray.serve._private.common import ReplicaState
+
+        running = {name: 0 for name in STAGES}
+        found = serve.status().applications.get(self._plan.app)
+        if found is not None:
+            for name in STAGES:
+                status = found.deployments.get(name.capitalize())
+                running[name] = status.replica_states.get(ReplicaState.RUNNING, 0) if status is not None else 0
+        ongoing = self.ongoing()
+        return max(1, sum(running[name] * ongoing[name] for name in ("decoder", "sampler")))
+
+
+class FlowCounts(progress.Counts):
+    """Counts that also share out among the senders what may be on its way to the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = 8
+        self.senders: dict[str, float] = {}
+
+    def set_room(self, room: int) -> None:
+        """Videos that may be on their way at a time."""
+        self.room = room
+
+    def share(self, sender: str) -> int:
+        """One sender's part of it; who has not asked for a while gets none."""
+        now = time.monotonic()
+        self.senders[sender] = now
+        alive = sum(now - asked < 5 * _LOOK_EVERY_S for asked in self.senders.values())
+        return max(1, -(-self.room // alive))
+
+
+def _send(todo: Sequence[VideoRef], plan: ScorePlan, placed: Layout, out: str, debug: bool) -> tuple[int, dict[str, float]]:
+    import ray
+
+    parts.hand_on_after(cluster.quiet_data(debug), plan.schema, _BLOCK_ROWS)
+    senders = placed["sender"]
+    options = parts.pool_options(senders)
+    options["compute"] = ray.data.ActorPoolStrategy(
+        min_size=senders.minimum,
+        max_size=senders.limit,
+        initial_size=senders.start,
+        max_concurrent_calls_per_actor=_BLOCKS_AT_A_TIME,
+        enable_true_multi_threading=True,
     )
+    many = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
 
+    def stage(data: Any) -> Any:
+        return data.map_batches(ScoreWorker, batch_size=_BLOCK_ROWS, fn_constructor_args=(plan,), **options)
 
-def num_senders(bulk: Config, nodes: Sequence[Mapping[str, float]], videos: int) -> int:
-    """Workers that send videos to the graph, so many that their batches fill its decoders and samplers, at most one a CPU.
-
-    At least two: while one waits for its last video the other keeps the graph busy.
-    """
-    cpus = int(sum(node.get("CPU", 0.0) for node in nodes))
-    room = sum(part.max_replicas * part.max_ongoing_requests for part in (bulk.serve.decoder, bulk.serve.sampler))
-    return min(max(2, min(-(-room // bulk.resources.batch_size), cpus)), videos)
-
-
-def _run_pipeline(
-    ray: Any, todo: Sequence[VideoRef], plan: ScorePlan, out: str, config: Config, senders: int, debug: bool
-) -> dict[str, float]:
-    runtime.quiet_data(debug)
-    batch = config.resources.batch_size
-    block = runtime.block_rows(len(todo), senders, batch, config.output.rows_per_file)
-    data = runtime.todo_dataset(ray, todo, block).map_batches(
-        ScoreWorker,
-        compute=ray.data.ActorPoolStrategy(size=senders),
-        num_cpus=0.1 / senders,  # they only wait
-        batch_size=batch,
-        batch_format="pyarrow",
-        fn_constructor_args=(plan,),
-        **runtime.RETRIES,
-    )
-    return runtime.write_parts(data, out, plan.schema, config.output, block)
+    return parts.publish(todo, many, placed["writer"], stage, out, plan.schema, plan.config.output, _BLOCK_ROWS)
 
 
 class ScoreWorker:
-    """Sends a batch of videos through the graph and gathers their rows."""
+    """Sends videos through the graph, as many at a time as there is room for, and gathers their rows."""
 
     def __init__(self, plan: ScorePlan) -> None:
         from ray import serve
 
-        self.plan = plan
-        self.handle = serve.get_app_handle(plan.app)
+        from tsq_ray.serve.graph import Graph, TimeLimits
+
+        self.plan, self.name = plan, _unique("sender")
+        decoder, sampler, recognizer = (serve.get_deployment_handle(name.capitalize(), plan.app) for name in STAGES)
+        self.graph = Graph(decoder, sampler, recognizer, TimeLimits.of(plan.config, _PATIENCE_S))
+        self.loop = asyncio.new_event_loop()
+        self.on_its_way = 0
+        self.share = 1
+        self.changed = asyncio.Condition()
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()
+        asyncio.run_coroutine_threadsafe(self._ask_for_share(), self.loop)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Manifest rows -> transport table of prediction rows."""
-        refs = runtime.refs_of(batch)
-        pending = [self.handle.score_video.remote(ref) for ref in refs]
-        rows = []
-        for ref, response in zip(refs, pending, strict=True):
-            row = self._answer(ref, response)
-            if ref.labels is not None:
-                row["label_names"] = [self.plan.classes[number] for number in ref.labels]
-            for stage in ("decode", "sample", "recognize"):
-                row[f"_{stage}_s"] = (row.get(f"{stage}_ms") or 0.0) / 1000
-            rows.append(row)
-            self.plan.counts.add.remote([row.get("error_type")])
-        return runtime.transport_table(rows, self.plan.schema)
+        refs = parts.refs_of(batch)
+        rows = asyncio.run_coroutine_threadsafe(self._score_all(refs), self.loop).result()
+        self.plan.counts.add.remote([row.get("error_type") for row in rows])
+        return parts.transport_table(rows, self.plan.schema)
 
-    def _answer(self, ref: VideoRef, response: Any) -> dict[str, Any]:
-        for attempt in range(_TRIES):
-            try:
-                return response.result(timeout_s=self.plan.timeout_s)
-            except Exception as error:  # noqa: BLE001  the border: whatever becomes of a replica, the video keeps its row
-                if attempt + 1 == _TRIES:
-                    cause = runtime.root_cause(error)
-                    message = f"the graph failed {_TRIES} times: {type(cause).__name__}: {cause}"
-                    return failed_row(ref, VideoError("internal", message))
-                time.sleep(1 + attempt)
-                response = self.handle.score_video.remote(ref)
-        raise AssertionError("unreachable")
+    async def _ask_for_share(self) -> None:
+        while True:
+            self.share = await self.plan.counts.share.remote(self.name)
+            async with self.changed:
+                self.changed.notify_all()
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _score_all(self, refs: Sequence[VideoRef]) -> list[dict[str, Any]]:
+        return list(await asyncio.gather(*(self._row(ref) for ref in refs)))
+
+    async def _row(self, ref: VideoRef) -> dict[str, Any]:
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.on_its_way < self.share)
+            self.on_its_way += 1
+        try:
+            row = prediction_row(ref, await self._answer(ref))
+        finally:
+            self.on_its_way -= 1
+            async with self.changed:
+                self.changed.notify_all()
+        if ref.labels is not None:
+            row["label_names"] = [self.plan.classes[number] for number in ref.labels]
+        seconds = {f"_{stage}_s": (row.get(f"{stage}_ms") or 0.0) / 1000 for stage in ("decode", "sample", "recognize")}
+        return row | seconds
+
+    async def _answer(self, ref: VideoRef) -> Answer:
+        try:
+            return await self.graph.score(source_of(ref), ref.video_id)
+        except Exception as error:  # noqa: BLE001  the boundary: whatever a stage raises, the video keeps its row
+            cause = cluster.root_cause(error)
+            return Answer(error=VideoError("internal", f"the graph failed: {type(cause).__name__}: {cause}"))
 
 
 def measure(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:

@@ -18,21 +18,36 @@ class Section(BaseModel):
 class OutputConfig(Section):
     """What a run writes."""
 
-    rows_per_file: int = Field(default=128, ge=1)
-    """Rows of a Parquet part; also how many videos' work a killed worker can lose."""
+    part_mb: float = Field(default=64, gt=0)
+    """Size of a Parquet part before compression, in MiB, where the run has enough videos; a part holds at least 128 rows of a run, and of a large run at most a thousandth of it."""
+    rows_per_file: int = Field(default=0, ge=0)
+    """Rows of a Parquet part (0: by `part_mb`)."""
     compression: Literal["zstd", "snappy", "none"] = "zstd"
     """Compression of the Parquet parts."""
+
+
+class NodeType(Section):
+    """A kind of node that the cluster's autoscaler can start."""
+
+    cpus: float = Field(ge=0)
+    """Its logical CPUs."""
+    gpus: float = Field(default=0, ge=0)
+    """Its GPUs."""
+    count: int = Field(ge=1)
+    """How many of them the cluster may have at a time."""
 
 
 class ResourcesConfig(Section):
     """What the stages ask of the cluster; 0 means: choose from what the cluster has."""
 
     workers: int = Field(default=0, ge=0)
-    """Parallel workers of a CPU-only extraction (0: one a CPU)."""
+    """Workers of a CPU-only extraction (0: one a CPU, more as the cluster grows)."""
     decoders: int = Field(default=0, ge=0)
-    """Decoding workers beside GPU encoders (0: as many as there are CPUs left)."""
+    """Decoding workers beside GPU encoders (0: one a CPU, more as the cluster grows)."""
     gpus: int = Field(default=-1, ge=-1)
-    """GPU workers (-1: one a GPU of the cluster; 0: CPU only)."""
+    """GPUs to use: -1 all that the cluster has, or can start by `resources.node_types`; 0 none, on GPU machines too; n waits for n."""
+    node_types: tuple[NodeType, ...] = ()
+    """Nodes that the autoscaler can start, for example [{cpus = 16, count = 200}, {cpus = 8, gpus = 1, count = 64}]: Ray does not tell a driver. A run on a cluster that starts small then asks for as many as it can use, GPUs too."""
     batch_size: int = Field(default=8, ge=1)
     """Videos a worker takes at a time."""
     threads: int = Field(default=0, ge=0)

@@ -20,14 +20,13 @@ from tsq_ray import storage
 from tsq_ray.artifact import NO_RECOGNIZER
 from tsq_ray.bundle import Bundle, Classifier
 from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, SamplerConfig, check_budget
-from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec
+from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, VideoSource
 from tsq_ray.encoders import FrameEncoder, best_device, load_encoder, top_objects
 from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.inference import AS_IT_COMES, Pictures, encode_pictures, ready
-from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, baselines, by_importance, frames_until_sure, object_embeddings, saliency, select_frames
 from tsq_ray.model.selection import Selection
-from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, picture_specs, source_of, source_row
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, Answer, picture_specs, source_columns
 from tsq_ray.schema import TOP_LABELS, TOP_OBJECTS
 from tsq_ray.sections import ResourcesConfig
 
@@ -60,14 +59,14 @@ def classifier_settings(uri: str) -> ModelConfig:
 
 
 class Decode:
-    """Manifest rows -> frames, each video in a killable child; a video's failure is a value, not an exception."""
+    """Videos -> frames, each in a killable child; a video's failure is a value, not an exception."""
 
     def __init__(self, config: DecodeConfig, specs: Mapping[str, FrameSpec], num_processes: int = 1) -> None:
         self.pool = DecodePool(config, specs, num_processes)
 
-    def __call__(self, refs: Sequence[VideoRef]) -> list[DecodedVideo | VideoError | StorageError]:
-        """In the order of `refs`."""
-        return self.pool.decode([source_of(ref) for ref in refs])
+    def __call__(self, sources: Sequence[VideoSource]) -> list[DecodedVideo | VideoError | StorageError]:
+        """In the order of `sources`."""
+        return self.pool.decode(sources)
 
     def close(self) -> None:
         """End the children."""
@@ -148,7 +147,7 @@ class Encode:
 
 @dataclass
 class Sampled:
-    """A video on its way to the recogniser: its row so far, and the pictures to look at."""
+    """A video on its way to the recogniser: the prediction's columns so far, and the pictures to look at."""
 
     row: dict[str, Any]
     pictures: Pictures
@@ -159,6 +158,8 @@ class Sampled:
     """Whether the recogniser has yet to choose (maxconf)."""
     order: np.ndarray | None = None
     """int [n]: with an adaptive budget, the places in `pictures` in which the recogniser looks at them, until it is sure."""
+    error: VideoError | StorageError | None = None
+    """Why there are no pictures."""
 
 
 _NOTHING = Pictures(np.zeros((0, 1, 1, 3), np.uint8))
@@ -186,19 +187,19 @@ class Sample:
             self.network.fold()
             self.vocabulary = bundle.vocabulary.to(self.device) if self.textual and bundle.vocabulary is not None else None
 
-    def __call__(self, items: Sequence[tuple[VideoRef, DecodedVideo | VideoError | StorageError]]) -> list[Sampled]:
-        """In the order of `items`."""
+    def __call__(self, items: Sequence[tuple[str, DecodedVideo | VideoError | StorageError]]) -> list[Sampled]:
+        """(video id, its frames or its failure) -> in the order of `items`; the id seeds the random baseline."""
         started = time.perf_counter()
         videos = [video for _, video in items if isinstance(video, DecodedVideo)]
-        chosen = iter(self._choose([ref for ref, video in items if isinstance(video, DecodedVideo)], videos))
+        chosen = iter(self._choose([name for name, video in items if isinstance(video, DecodedVideo)], videos))
         share_ms = (time.perf_counter() - started) * 1000 / max(1, len(videos))
         sampled = []
-        for ref, video in items:
+        for _, video in items:
             if not isinstance(video, DecodedVideo):
-                sampled.append(Sampled(failed_row(ref, video), _NOTHING, np.zeros(0, np.int32)))
+                sampled.append(Sampled({}, _NOTHING, np.zeros(0, np.int32), error=video))
                 continue
             selection, curves = next(chosen)
-            row = source_row(ref, video) | curves | {"decode_ms": video.decode_ms, "sample_ms": share_ms}
+            row = source_columns(video) | curves | {"decode_ms": video.decode_ms, "sample_ms": share_ms}
             pictures = pictures_of(video, RECOGNIZER)
             if selection is None:
                 sampled.append(Sampled(row, _take(pictures, video.slot_frame), video.frame_index, choose=True))
@@ -216,14 +217,14 @@ class Sample:
         ranked = by_importance(lambda budget: self._select(curves, video, budget).slots, self.config.most_frames)
         return np.searchsorted(selection.slots, ranked)
 
-    def _choose(self, refs: Sequence[VideoRef], videos: Sequence[DecodedVideo]) -> list[tuple[Selection | None, dict[str, Any]]]:
+    def _choose(self, names: Sequence[str], videos: Sequence[DecodedVideo]) -> list[tuple[Selection | None, dict[str, Any]]]:
         config = self.config
         if config.mode == "uniform":
             return [(baselines.uniform(video.frame_index, config.most_frames), {}) for video in videos]
         if config.mode == "random":
             return [
-                (baselines.random(video.frame_index, config.most_frames, config.seed, ref.video_id), {})
-                for ref, video in zip(refs, videos, strict=True)
+                (baselines.random(video.frame_index, config.most_frames, config.seed, name), {})
+                for name, video in zip(names, videos, strict=True)
             ]
         if config.mode == "maxconf" or not videos:
             return [(None, {}) for _ in videos]
@@ -299,8 +300,8 @@ class Recognize:
         self.classes, self.task, self.config = model.classes, model.task, config
         self._first = math.ceil(config.margin)
 
-    def __call__(self, items: Sequence[Sampled]) -> list[dict[str, Any]]:
-        """Prediction rows in the order of `items`; rows of failed videos pass through."""
+    def __call__(self, items: Sequence[Sampled]) -> list[Answer]:
+        """In the order of `items`; failures pass through."""
         started = time.perf_counter()
         live = [item for item in items if len(item.pictures.frames)]
         if live:
@@ -309,7 +310,7 @@ class Recognize:
             share_ms = (time.perf_counter() - started) * 1000 / len(live)
             for item in live:
                 item.row["recognize_ms"] = share_ms
-        return [item.row for item in items]
+        return [Answer(item.row, item.error) for item in items]
 
     def _logits(self, pictures: Sequence[Pictures]) -> list[Tensor]:
         """n pictures of each of several videos -> [n, C] of each; they go through the network together."""

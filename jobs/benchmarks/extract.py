@@ -29,13 +29,14 @@ import numpy as np
 import torch
 
 from tsq_ray import extract as extracting
-from tsq_ray import inference, runtime
+from tsq_ray import inference
 from tsq_ray.config import Config, load_config
 from tsq_ray.decode.video import decode_video
 from tsq_ray.estimate import estimate_extract
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest, write_manifest
 from tsq_ray.model.flops import network_multiply_adds
 from tsq_ray.rows import OBJECTS, VISUAL, frame_spec, source_of
+from tsq_ray.runtime import cluster, progress
 
 _WARM_UP = 2  # videos of each process that are not counted
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         predicted = estimate_extract(manifest_uri, config)
         ours: list[dict[str, Any]] = []
         loops: dict[bool, list[dict[str, float]]] = {False: [], True: []}  # by whether batch norms are folded
-        with runtime.cluster() as ray:
+        with cluster.connect() as ray:
             for turn in range(options.rounds):
                 ours.append(_extract(ray, manifest_uri, str(Path(folder, f"features{turn}")), config))
                 for folded, found in loops.items():
@@ -85,7 +86,7 @@ def _some_videos(manifest_uri: str, count: int, out: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ tsq extract
 
 
-class TimedCounts(runtime.Counts):
+class TimedCounts(progress.Counts):
     """Remembers when each row was done."""
 
     def __init__(self) -> None:
@@ -104,11 +105,11 @@ class TimedCounts(runtime.Counts):
 
 def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str, Any]:
     counts = ray.remote(num_cpus=0)(TimedCounts).remote()
-    start_counts, runtime.start_counts = runtime.start_counts, lambda: counts
+    start_counts, progress.start_counts = progress.start_counts, lambda: counts
     try:
         run = extracting.extract(manifest_uri, out, config, show_progress=False)
     finally:
-        runtime.start_counts = start_counts
+        progress.start_counts = start_counts
     times = ray.get(counts.done_at.remote())
     measured = {"wall": run["wall_seconds"], "stages": run["stage_seconds"], "failed": run["counts"]["failed"]}
     return measured | {"rate": _steady(times, config.resources.workers)}
@@ -144,11 +145,12 @@ def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) ->
 def _by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) -> None:
     """What one would write: a process with one thread. `folded`: with the networks made ready as this package does it."""
     torch.set_num_threads(1)
-    networks = extracting.load_networks(config, None)
+    networks = extracting.choose_networks(config, None, None)[1].load()
     import decord  # after torch: its package may bring a BLAS that would take torch's place
     from PIL import Image
 
     specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
+    assert networks.objects is not None
     models = {VISUAL: networks.visual.eval(), OBJECTS: networks.objects.eval()}
     if folded:
         models = {name: inference.ready(model, torch.device("cpu"), config.resources) for name, model in models.items()}
@@ -228,8 +230,8 @@ def _layers(config: Config, peak: float) -> list[str]:
         "| networks alone | of the time | of the multiply-adds | G multiply-adds/s | of the peak |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    networks = extracting.load_networks(config, None)
-    for model in (networks.visual, networks.objects):
+    networks = extracting.choose_networks(config, None, None)[1].load()
+    for model in (network for network in (networks.visual, networks.objects) if network is not None):
         encoder = inference.ready(model, torch.device("cpu"), config.resources)
         seconds, adds, started = Counter[str](), Counter[str](), list[float]()
 

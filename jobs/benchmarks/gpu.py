@@ -37,13 +37,12 @@ from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerCon
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, VideoSource
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, load_encoder
 from tsq_ray.evaluate.measures import gflops
-from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, TSQShape
 from tsq_ray.sections import ResourcesConfig
 from tsq_ray.stages import Recognize, Sample, bundle_specs
 
 _TEXT_DIM = 768
-REF = VideoRef("0" * 16, "made-up", 0)
+NAME = "0" * 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -149,7 +148,7 @@ def _bundle(options: argparse.Namespace) -> Bundle:
 
 def _network(bundle: Bundle, budget: SamplerConfig, device: torch.device, how: ResourcesConfig) -> Callable[[list[DecodedVideo]], Any]:
     sample, recognize = Sample(bundle, budget, device, how), Recognize(bundle, budget, device, how)
-    return lambda videos: recognize(sample([(REF, video) for video in videos]))
+    return lambda videos: recognize(sample([(NAME, video) for video in videos]))
 
 
 def _frames(bundle: Bundle, seed: int, frame: tuple[int, int] | None) -> DecodedVideo:

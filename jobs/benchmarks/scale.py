@@ -36,10 +36,11 @@ import pyarrow.parquet as pq
 from s3_case import make_buckets, running_s3
 
 from tsq_ray import extract as extracting
-from tsq_ray import runs, runtime, schema, storage
+from tsq_ray import feature_pipeline, runs, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
 from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, choose_split, list_sources, read_manifest, write_manifest
+from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.stages import FrameFeatures
 
 _CLASSES = [f"class {number}" for number in range(200)]
@@ -142,7 +143,7 @@ def _make(options: argparse.Namespace) -> dict[str, Any]:
     count, config = options.rows[0], _config()
     manifest = made_up_manifest(count)
     write_manifest(manifest, f"{options.folder}/manifest.parquet")
-    arrow = extracting.load_networks(config, None).features_schema(config, _CLASSES)
+    arrow = extracting.choose_networks(config, None, None)[1].load().features_schema(config, _CLASSES)
     done = count - count // 100
     runs.begin(f"{options.folder}/planned", "features", {}, manifest)
     Path(options.folder, "last").mkdir()
@@ -155,8 +156,8 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
     """One of _STEPS in a driver of its own."""
     memory, count, folder, config = Memory(), options.rows[0], options.folder, _config()
     manifest_uri, planned = f"{folder}/manifest.parquet", f"{folder}/planned"
-    extracting.load_networks(config, None)  # as `extract` has them in its driver
-    with runtime.cluster() as ray:
+    extracting.choose_networks(config, None, None)[1].load()  # as `extract` has them in its driver
+    with cluster.connect() as ray:
         measured: dict[str, Any] = {"start_mib": memory.now()}
         if options.child == "plan":
             measured["seconds"], todo = _plan(ray, manifest_uri, f"{folder}/empty", config)
@@ -178,7 +179,7 @@ def _plan(ray: Any, manifest_uri: str, out: str, config: Config) -> tuple[float,
     started = time.perf_counter()
     manifest = read_manifest(manifest_uri)
     todo = runs.enter(out, "features", {}, manifest, choose_split(manifest, None)[:None])
-    runtime.todo_dataset(ray, todo, runtime.block_rows(len(todo), 2, config.resources.batch_size, config.output.rows_per_file))
+    next(parts.executions(todo, 2, config.resources.batch_size))
     return time.perf_counter() - started, len(todo)
 
 
@@ -222,16 +223,16 @@ class Stub:
         return [self.features for _ in videos]
 
 
-class StubWorker(extracting.ExtractWorker):
+class StubWorker(feature_pipeline.ExtractWorker):
     """The worker of `tsq extract` over stubs."""
 
-    def __init__(self, plan: extracting.ExtractPlan) -> None:
+    def __init__(self, plan: feature_pipeline.FeaturePlan) -> None:
         self.plan = plan
         stub: Any = Stub(plan.config, plan.schema.field("visual").type.shape[1])
         self.pool = self.encode = stub
 
 
-class TimedCounts(runtime.Counts):
+class TimedCounts(progress.Counts):
     """Remembers when the first and the last row were done."""
 
     first = last = 0.0
@@ -249,12 +250,12 @@ class TimedCounts(runtime.Counts):
 
 def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str, Any]:
     counts = ray.remote(num_cpus=0)(TimedCounts).remote()
-    worker, start_counts = extracting.ExtractWorker, runtime.start_counts
-    extracting.ExtractWorker, runtime.start_counts = StubWorker, lambda: counts  # type: ignore[misc]
+    worker, start_counts = feature_pipeline.ExtractWorker, progress.start_counts
+    feature_pipeline.ExtractWorker, progress.start_counts = StubWorker, lambda: counts  # type: ignore[misc]
     try:
         run = extracting.extract(manifest_uri, out, config, show_progress=False)
     finally:
-        extracting.ExtractWorker, runtime.start_counts = worker, start_counts  # type: ignore[misc]
+        feature_pipeline.ExtractWorker, progress.start_counts = worker, start_counts  # type: ignore[misc]
     sizes = [pq.read_metadata(storage.join(out, part["name"])).num_rows for part in run["parts"]]
     seconds = ray.get(counts.seconds.remote())
     return {"seconds": seconds, "rest": run["wall_seconds"] - seconds, "parts": len(sizes), "rows_a_part": float(np.median(sizes))}

@@ -79,12 +79,12 @@ def _cpu(name: str, options: dict[str, Any]) -> Round:
 def _read_videos(name: str, options: dict[str, Any]) -> Round:
     """Ray Data's own way to frames: one a second, the fewest that it gives, resized by its decoder."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from tsq_ray import runtime
+    from tsq_ray.runtime import cluster
 
-    started = runtime.cluster()
+    started = cluster.connect()
     ray = started.__enter__()  # until this process ends
 
-    runtime.quiet_data()
+    cluster.quiet_data()
 
     def work() -> int:
         size = options["size"]

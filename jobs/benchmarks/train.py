@@ -25,10 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tsq_ray import runs, runtime, schema
+from tsq_ray import runs, schema
 from tsq_ray.config import Config, validate_config
 from tsq_ray.inference import takes_bf16
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
+from tsq_ray.runtime import cluster
 from tsq_ray.train.data import Source, source_arrays
 from tsq_ray.train.workers import Fitted, fit_on_cluster
 
@@ -46,12 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "dim_visual": options.dim_visual,
                 "dim_textual": options.dim_textual,
                 "num_workers": options.workers,
-            }
+            },
+            "resources": {"threads": options.threads},
         }
     )
     shape = TSQShape(options.classes, options.dim, options.text_dim, options.dim_visual, options.dim_textual)
     vocabulary = torch.randn(1000, options.text_dim, generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as folder, runtime.cluster(options.address) as ray:
+    with tempfile.TemporaryDirectory() as folder, cluster.connect(options.address) as ray:
         features = str(Path(folder, "features"))
         _write_features(features, options)
         source = Source.of(features, None, "single")
@@ -60,7 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             "shape": dataclasses.asdict(shape),
             "start": {"visual": None, "textual": None},
             "vocabulary": vocabulary.numpy(),
-            "threads": options.threads,
             "source": source,
         }
         ours: list[Fitted] = []

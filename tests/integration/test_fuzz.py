@@ -17,7 +17,7 @@ from tsq_ray import runs, schema
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.manifest import VideoRef
-from tsq_ray.rows import failed_row, source_of, source_row
+from tsq_ray.rows import failed_row, identity_row, source_columns, source_of
 
 pytestmark = pytest.mark.data
 
@@ -41,7 +41,7 @@ def row_of(ref: VideoRef, outcome: object) -> dict[str, object]:
     check_whole(outcome)
     features = {"visual": np.zeros((NUM_FRAMES, 2), np.float16), "object_ids": np.zeros((NUM_FRAMES, 10), np.int16)}
     features["object_probs"] = np.zeros((NUM_FRAMES, 10), np.float16)
-    return source_row(ref, outcome) | features | {"frame_index": outcome.frame_index}
+    return identity_row(ref) | source_columns(outcome) | features | {"frame_index": outcome.frame_index}
 
 
 def check_whole(video: DecodedVideo) -> None:

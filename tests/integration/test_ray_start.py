@@ -16,8 +16,8 @@ from cluster_case import MARK, SETTINGS, Ended, end_marked, read_rows, refused
 from s3_case import free_ports
 from video_case import write_video
 
-from tsq_ray import runtime
 from tsq_ray.errors import RunFailed
+from tsq_ray.runtime import cluster
 
 pytestmark = pytest.mark.ray
 
@@ -181,7 +181,7 @@ def test_whatever_ray_raises_is_a_failed_run(no_ray: pytest.MonkeyPatch, raised:
         raise raised
 
     no_ray.setattr(ray, "init", init)
-    with pytest.raises(RunFailed) as caught, runtime.cluster():
+    with pytest.raises(RunFailed) as caught, cluster.connect():
         pass
     assert re.fullmatch(message, str(caught.value))
 
@@ -193,22 +193,20 @@ def test_an_interrupt_while_ray_starts_stays_one(no_ray: pytest.MonkeyPatch) -> 
         raise KeyboardInterrupt
 
     no_ray.setattr(ray, "init", init)
-    with pytest.raises(KeyboardInterrupt), runtime.cluster():
+    with pytest.raises(KeyboardInterrupt), cluster.connect():
         pass
 
 
 def test_a_folder_that_others_may_write_to_is_not_used(no_ray: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from tsq_ray.runtime import ray_start
-
     first, second = tmp_path / "a", tmp_path / "b"
     for base in (first, second):
         base.mkdir()
     name = f"tsq-ray-{os.getuid()}"
     (first / name).mkdir(mode=0o700)
     (first / name).chmod(0o777)
-    no_ray.setattr(ray_start, "_SHORT_FOLDERS", (str(first), str(second)))
+    no_ray.setattr(cluster, "_SHORT_FOLDERS", (str(first), str(second)))
     no_ray.setenv("TMPDIR", "/" + "x" * 100)
-    assert ray_start._temp_dir() == f"{second}/{name}/ray"
+    assert cluster._temp_dir() == f"{second}/{name}/ray"
     assert (second / name).stat().st_mode & 0o777 == 0o700
 
 
@@ -217,7 +215,7 @@ import os
 import ray
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
 assert "OMP_WAIT_POLICY" not in os.environ
-from tsq_ray import runtime  # the workers start without what it sets here
+from tsq_ray.runtime import progress  # the workers start without what it sets here
 
 @ray.remote
 class Look:
@@ -228,7 +226,7 @@ class Look:
     def get(self):
         return self.found
 
-print(ray.get(Look.remote(runtime.Counts()).get.remote()))
+print(ray.get(Look.remote(progress.Counts()).get.remote()))
 """
 
 

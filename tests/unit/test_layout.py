@@ -42,6 +42,7 @@ ORDER = (
     *(
         "prototypes",
         "runtime",
+        "feature_pipeline",
         "extract",
         "train",
         "serve",

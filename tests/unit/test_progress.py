@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tsq_ray import runtime
+from tsq_ray.runtime import progress
 
 
 def test_the_rate_counts_from_the_first_video_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = [1000.0]
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
-    with runtime.progress_display(100, "extract") as update:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.progress_display(100, "extract") as update:
         for seconds, ok, failed in ((0, 0, 0), (30, 2, 0), (5, 4, 0), (15, 10, 2), (20, 20, 2), (1, 21, 2)):
             now[0] += seconds
             update(ok, failed)
@@ -22,6 +22,6 @@ def test_the_rate_counts_from_the_first_video_on(monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_progress_where_none_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
-    with runtime.progress_display(100, "extract", show=False) as update:
+    with progress.progress_display(100, "extract", show=False) as update:
         update(50, 0)
     assert capsys.readouterr().err == ""

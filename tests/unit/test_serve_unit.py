@@ -17,7 +17,8 @@ from tsq_ray import score
 from tsq_ray.artifact import read_bundle_settings
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError, ModelError, UserError
-from tsq_ray.sections import ReplicaConfig, ScaleConfig, ServeConfig
+from tsq_ray.runtime.placement import Cluster, Node, Pool, layout
+from tsq_ray.sections import ServeConfig
 from tsq_ray.serve.access import TOKEN_VARIABLE, check_binding, check_token_rule, is_loopback, read_token
 from tsq_ray.serve.endpoint import check_room
 from tsq_ray.serve.requests import RequestError, check_prefix, check_token, limited, read_form, read_request, read_uri
@@ -255,9 +256,9 @@ def form_body(name: str, content: bytes) -> bytes:
 def test_an_upload_in_a_form() -> None:
     body = form_body("file", b"\x00video\r\n")
     request, _ = request_of([body[:30], body[30:]], content_type="multipart/form-data; boundary=cut")
-    ref, upload = ended(read_request(request, ServeConfig()))
-    assert upload == b"\x00video\r\n"
-    assert (ref.uri, ref.size_bytes, len(ref.video_id)) == ("upload:a.mp4", 8, 16)
+    asked = ended(read_request(request, ServeConfig()))
+    assert asked.upload == b"\x00video\r\n"
+    assert (asked.identity["uri"], asked.identity["size_bytes"], len(asked.video_id)) == ("upload:a.mp4", 8, 16)
 
 
 def test_a_form_without_the_file() -> None:
@@ -284,32 +285,34 @@ def test_read_uri() -> None:
 def test_deployment_options() -> None:
     from tsq_ray.serve.graph import deployment_options
 
-    scaled = deployment_options(ReplicaConfig(min_replicas=2, max_replicas=5, num_cpus=1.5, num_gpus=0.5), 32)
-    assert scaled["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 5, "target_ongoing_requests": 16}
-    assert scaled["ray_actor_options"] == {"num_cpus": 1.5, "num_gpus": 0.5}
+    scaled = deployment_options(Pool("sampler", 2, 3, 5, 1.5, 0.5, 2**30), 32)
+    scaling = {"min_replicas": 2, "initial_replicas": 3, "max_replicas": 5, "target_ongoing_requests": 16}
+    assert scaled["autoscaling_config"] == scaling
+    assert scaled["ray_actor_options"] == {"num_cpus": 1.5, "num_gpus": 0.5, "memory": 2**30}
     assert "num_replicas" not in scaled
-    fixed = deployment_options(ScaleConfig(min_replicas=3, max_replicas=3), 1, 7)
+    fixed = deployment_options(Pool("decoder", 3, 3, 3, 0.25), 1, 7)
     assert (fixed["num_replicas"], fixed["max_ongoing_requests"], fixed["max_queued_requests"]) == (3, 1, 7)
     assert "autoscaling_config" not in fixed
 
 
 @pytest.mark.parametrize(
-    ("sets", "resources", "message"),
+    ("sets", "node", "message"),
     [
-        ([], {"CPU": 1}, None),
-        (["serve.sampler.num_gpus=0.5", "serve.recognizer.num_gpus=0.5"], {"CPU": 1, "GPU": 1}, None),
-        (["serve.sampler.num_gpus=1"], {"CPU": 1}, "want 1 GPUs, there are 0"),
-        (["serve.decoder.num_cpus=2"], {"CPU": 2}, "want 2.6 CPUs, there are 2"),
-        (["serve.decoder.num_cpus=2", "serve.decoder.min_replicas=0"], {"CPU": 2}, None),
+        ([], Node(1), None),
+        (["serve.sampler.num_gpus=0.5", "serve.recognizer.num_gpus=0.5"], Node(1, 1), None),
+        (["serve.sampler.num_gpus=1", "serve.recognizer.num_gpus=1"], Node(1, 1), "want 2 GPUs, there are 1"),
+        (["serve.decoder.num_cpus=2"], Node(2), "want 2.6 CPUs, there are 2"),
+        (["serve.decoder.num_cpus=2", "serve.decoder.min_replicas=0"], Node(2), None),
     ],
 )
-def test_check_room(sets: list[str], resources: dict[str, float], message: str | None) -> None:
-    settings = load_config(None, sets).serve
+def test_check_room(sets: list[str], node: Node, message: str | None) -> None:
+    found = Cluster((node,))
+    placed = layout("serve", load_config(None, sets), found, 1)
     if message is None:
-        check_room(settings, resources)
+        check_room(placed, found)
     else:
         with pytest.raises(ConfigError, match=message):
-            check_room(settings, resources)
+            check_room(placed, found)
 
 
 @pytest.mark.parametrize(
@@ -362,44 +365,3 @@ def test_scoring_refuses_more_frames_than_there_are(bundle: str) -> None:
         scoring_config(bundle, sets=["sampler.budget=9"])
     with pytest.raises(ModelError, match=r"has no bundle\.json"):
         scoring_config(os.path.dirname(bundle))
-
-
-# ------------------------------------------------------------------------------------------------------------ bulk scoring
-
-
-def cluster(*cpus: float, gpus: int = 0) -> list[dict[str, float]]:
-    """Resources of each node as Ray names them, the GPUs on the last."""
-    found = [{"CPU": count, "memory": 1e9, f"node:10.0.0.{number}": 1.0} if count else {"memory": 1e9} for number, count in enumerate(cpus)]
-    if gpus:
-        found[-1]["GPU"] = float(gpus)
-    return found
-
-
-@pytest.mark.parametrize(
-    ("nodes", "settings", "videos", "networks", "num_gpus", "decoders", "senders"),
-    [
-        (cluster(2.0), [], 100, 1, 0.0, 1, 2),
-        (cluster(16.0, 16.0, 16.0, 16.0), [], 1000, 4, 0.0, 31, 32),  # 31 decoders of 4 and 4 samplers of 32 requests: 252 in batches of 8
-        (cluster(0.0, 8.0), [], 1000, 1, 0.0, 3, 4),
-        (cluster(16.0, 16.0, 16.0, 16.0), [], 3, 3, 0.0, 3, 3),
-        (cluster(2.0), [], 1, 1, 0.0, 1, 1),
-        (cluster(32.0, gpus=2), [], 1000, 2, 0.5, 15, 12),
-        (cluster(32.0, gpus=2), ["resources.gpus=1"], 1000, 1, 0.5, 15, 10),
-        (cluster(32.0, gpus=2), ["resources.gpus=0"], 1000, 1, 0.0, 15, 16),
-        (cluster(32.0, gpus=2), ["resources.batch_size=64", "resources.decoders=4"], 1000, 2, 0.5, 4, 2),
-    ],
-    ids=["two cores", "four nodes", "head without", "few videos", "one video", "GPUs", "one of two GPUs", "no GPU wanted", "large batches"],
-)
-def test_replicas_of_a_bulk_run(
-    nodes: list[dict[str, float]], settings: list[str], videos: int, networks: int, num_gpus: float, decoders: int, senders: int
-) -> None:
-    bulk = score.bulk_config(load_config(None, settings), nodes, videos)
-    for part in (bulk.serve.sampler, bulk.serve.recognizer):
-        assert (part.min_replicas, part.max_replicas, part.num_gpus) == (networks, networks, num_gpus)
-    assert (bulk.serve.decoder.min_replicas, bulk.serve.decoder.max_replicas, bulk.serve.decoder.num_gpus) == (decoders, decoders, 0.0)
-    assert score.num_senders(bulk, nodes, videos) == senders
-
-
-def test_a_bulk_run_leaves_each_small_node_room_for_its_networks() -> None:
-    bulk = score.bulk_config(load_config(None, []), cluster(0.0, *[1.0] * 8), 1000)
-    assert bulk.serve.decoder.num_cpus + bulk.serve.sampler.num_cpus + bulk.serve.recognizer.num_cpus <= 1.0

@@ -20,7 +20,7 @@ from tsq_ray.decode.frames import fit
 from tsq_ray.errors import ConfigError, ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, object_embeddings, saliency
-from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, plain_row, source_row
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, identity_row, plain_row, prediction_row, source_columns
 from tsq_ray.stages import Encode, Recognize, Sample, bundle_specs
 
 CPU = torch.device("cpu")
@@ -75,7 +75,8 @@ def video(bundle: Bundle, seed: int, num_distinct: int = NUM_FRAMES) -> DecodedV
 
 def score(bundle: Bundle, items: list[Any], **settings: Any) -> list[dict[str, Any]]:
     config = SamplerConfig(**({"budget": BUDGET} | settings))
-    return Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)(items))
+    answers = Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)([(one.video_id, seen) for one, seen in items]))
+    return [prediction_row(one, answer) for (one, _), answer in zip(items, answers, strict=True)]
 
 
 # -------------------------------------------------------------------------------------------------------------- encode
@@ -115,7 +116,7 @@ def test_scoring_sees_the_objects_that_training_saw(bundle: Bundle, top_objects:
     network = TSQNet(shape).eval().requires_grad_(False)
     network.load_state_dict(bundle.sampler.state_dict())
     one = video(bundle, 0)
-    sampled = Sample(dataclasses.replace(bundle, sampler=network), SamplerConfig(budget=BUDGET), CPU)([(ref(0), one)])[0]
+    sampled = Sample(dataclasses.replace(bundle, sampler=network), SamplerConfig(budget=BUDGET), CPU)([(ref(0).video_id, one)])[0]
     feature = Encode(bundle.encoder, bundle.objects, device=CPU)([one])[0]
     ids, probs = (torch.from_numpy(array[None, :, :top_objects]) for array in (feature.object_ids, feature.object_probs))
     output = network(torch.from_numpy(feature.visual)[None], object_embeddings(ids, probs, bundle.vocabulary))
@@ -302,7 +303,9 @@ def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) ->
     frames = np.stack([fit(rng.integers(0, 256, (4, 6, 3), np.uint8), FrameSpec(64), (96, 64)) for _ in range(NUM_FRAMES)])
     made.frames = {name: np.stack([fit(frame, spec) for frame in frames]) for name, spec in specs.items()}
     whole.frames = {WHOLE: frames}
-    expected, row = (Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)([(ref(0), one)]))[0] for one in (made, whole))
+    expected, row = (
+        Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)([(ref(0).video_id, one)]))[0].columns for one in (made, whole)
+    )
     assert row["scores"] == pytest.approx(expected["scores"], abs=0.02)
     assert row["top_labels"] == expected["top_labels"]
     assert len(row["selected_slot"]) == BUDGET
@@ -363,5 +366,5 @@ def test_a_plain_row_is_json_without_the_manifests_labels(bundle: Bundle) -> Non
 
 
 def test_a_source_row_keeps_what_the_manifest_says(bundle: Bundle) -> None:
-    row = source_row(ref(7), video(bundle, 0))
+    row = identity_row(ref(7)) | source_columns(video(bundle, 0))
     assert (row["labels"], row["split"], row["status"], row["codec"]) == ([1], "val", "ok", "h264")

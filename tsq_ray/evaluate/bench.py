@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tsq_ray import runtime, storage
+from tsq_ray import storage
 from tsq_ray.bundle import Bundle
 from tsq_ray.config import Config, TextConfig, TrainConfig
 from tsq_ray.encoders import object_names, text_encoder
@@ -24,6 +24,8 @@ from tsq_ray.evaluate.store import Store
 from tsq_ray.evaluate.trained import Job, Learned, arrays_of, learn
 from tsq_ray.model import TSQShape
 from tsq_ray.prototypes import prototypes
+from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.waiting import Watch
 
 
 @dataclass
@@ -87,17 +89,18 @@ def train_all(bench: Bench, jobs: Iterable[Job], *, address: str | None, show: b
     assert bench.features.training is not None, "nothing to train on: the caller leaves such samplers out"
     side = _Side(bench, bench.features.training)
     calls = [(job, side.arguments(job)) for job in todo]
-    with runtime.cluster(address, debug) as ray:
+    with cluster.connect(address, debug) as ray:
         arrays = side.training_arrays(any(job.kind == "scsampler" for job in todo))
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
         texts = {id(text): ray.put(text) for _, (_, text, _) in calls if text is not None}
-        task = ray.remote(num_cpus=1, max_retries=3)(learn)
+        cpus, watch = cluster.read_cluster(ray, bench.config).unit, Watch(ray, "evaluate")
+        task = ray.remote(num_cpus=cpus, max_retries=3)(learn)
         top = bench.config.sampler.top_classes
         pending = {
             task.remote(job, *shared, shape, texts[id(text)] if text is not None else None, start, top): job
             for job, (shape, text, start) in calls
         }
-        with runtime.progress_display(len(todo), "evaluate", show, "trainings") as update:
+        with progress.progress_display(len(todo), "evaluate", show, "trainings") as update:
             while pending:
                 ready, _ = ray.wait(list(pending), timeout=0.5)
                 for reference in ready:
@@ -105,9 +108,10 @@ def train_all(bench: Bench, jobs: Iterable[Job], *, address: str | None, show: b
                     try:
                         bench.learned[job] = ray.get(reference)
                     except ray.exceptions.RayError as error:
-                        raise runtime.run_failed(error, "evaluate") from error
+                        raise cluster.run_failed(error, "evaluate") from error
                     bench.store.write(job, bench.learned[job])
                 update(len(todo) - len(pending), 0)
+                watch.tick(len(todo) - len(pending))
     return len(todo)
 
 

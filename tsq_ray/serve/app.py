@@ -10,8 +10,10 @@ Every answer is JSON. What is not a prediction row has `status` ("refused" | "fa
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import ray
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from ray import serve
@@ -22,16 +24,16 @@ from tsq_ray import storage
 from tsq_ray.artifact import read_bundle_settings
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError, StorageError
-from tsq_ray.manifest import VideoRef
-from tsq_ray.rows import plain_row
+from tsq_ray.rows import failure_columns, plain_row
+from tsq_ray.runtime import cluster
+from tsq_ray.runtime.placement import Cluster, Layout, layout
 from tsq_ray.serve.access import TOKEN_VARIABLE, read_token
-from tsq_ray.serve.graph import Graph, bind_graph, deployment_options
-from tsq_ray.serve.requests import RequestError, check_token, read_request
+from tsq_ray.serve.graph import Graph, TimeLimits, bind_graph, deployment_options
+from tsq_ray.serve.requests import Asked, RequestError, check_token, read_request
 from tsq_ray.serve.settings import scoring_config
 
 _STATUS_OF = {"not_found": 404, "access_denied": 403, "unavailable": 503, "too_large": 413, "timeout": 504, "internal": 500}
 """HTTP status of a failed video by its error type; 422 for what is wrong with the video itself."""
-_TRIES = 2
 _log = logging.getLogger("ray.serve")
 
 api = FastAPI(title="tsq_ray", docs_url=None, redoc_url=None, openapi_url=None)
@@ -62,7 +64,7 @@ async def _fail(_: Request, error: Exception) -> JSONResponse:
 @serve.deployment
 @serve.ingress(api)
 class Ingress:
-    """Checks requests and runs the graph; bulk scoring calls `score_video` through a handle."""
+    """Checks requests and runs the graph."""
 
     def __init__(
         self,
@@ -75,7 +77,7 @@ class Ingress:
     ) -> None:
         self.settings, self.token = config.serve, token
         self.in_hand = 0
-        self.graph = Graph(decoder, sampler, recognizer)
+        self.graph = Graph(decoder, sampler, recognizer, TimeLimits.of(config))
         content, digest = read_bundle_settings(model)
         self.model = {
             "sha256": digest,
@@ -85,10 +87,6 @@ class Ingress:
             "budget": config.sampler.budget,
             "mode": config.sampler.mode,
         }
-
-    async def score_video(self, ref: VideoRef) -> dict[str, Any]:
-        """The prediction row of one video of a manifest."""
-        return await self.graph.score(ref)
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:
@@ -110,7 +108,7 @@ class Ingress:
         self.in_hand += 1
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
-                row = await self._score(*await read_request(request, self.settings))
+                row = await self._score(await read_request(request, self.settings))
         except TimeoutError:
             raise RequestError(
                 504, f"no answer within serve.request_timeout_s = {self.settings.request_timeout_s:g} s", "timeout"
@@ -120,25 +118,44 @@ class Ingress:
         status = 200 if row["status"] == "ok" else _STATUS_OF.get(row["error_type"], 422)
         return JSONResponse(plain_row(row), status_code=status)
 
-    async def _score(self, ref: VideoRef, upload: bytes | None) -> dict[str, Any]:
-        for attempt in range(_TRIES):
-            try:
-                return await self.graph.score(ref, upload)
-            except Exception as error:  # noqa: BLE001  the border: whatever becomes of a replica, the client gets an answer
-                # where a replica died Serve starts another one, and the second try waits for it
-                _log.error("the graph failed, try %d of %d: %s", attempt + 1, _TRIES, storage.redact(str(error)))
-        raise RequestError(500, f"the graph failed {_TRIES} times; the endpoint's log says more", "internal")
+    async def _score(self, asked: Asked) -> dict[str, Any]:
+        try:
+            answer = await self.graph.score(asked.source, asked.video_id, asked.upload)
+        except Exception as error:  # the boundary: whatever a stage raises, the client gets an answer
+            _log.error("the graph failed: %s", storage.redact(str(error)))
+            raise RequestError(500, "the graph failed; the endpoint's log says more", "internal") from error
+        return asked.identity | (failure_columns(answer.error) if answer.error is not None else answer.columns)
 
 
-def application(model: str, config: Config, token: str | None) -> Any:
+@serve.deployment
+class BulkEntry:
+    """The root that Serve wants of an application; bulk scoring calls the stages themselves."""
+
+    def __init__(self, *stages: DeploymentHandle) -> None:
+        self.stages = stages
+
+    async def __call__(self) -> None:
+        """Nobody calls it."""
+
+
+def bulk_application(model: str, config: Config, placed: Layout, ongoing: Mapping[str, int]) -> Any:
+    """The stages alone, bound, in the numbers that the layout starts with."""
+    pools = {name: replace(pool, minimum=pool.start, limit=pool.start) for name, pool in placed.pools.items()}
+    stages = bind_graph(model, config, replace(placed, pools=pools), ongoing)
+    return BulkEntry.options(**deployment_options(pools["ingress"], 1)).bind(*stages)  # type: ignore[attr-defined]
+
+
+def application(model: str, config: Config, placed: Layout, token: str | None) -> Any:
     """The whole application, bound; `token` None lets everybody in."""
     # a relative prefix means the folder of whoever deploys, not of a replica
     prefixes = tuple(storage.normalize(prefix) for prefix in config.serve.allowed_uri_prefixes)
     config = config.model_copy(update={"serve": config.serve.model_copy(update={"allowed_uri_prefixes": prefixes})})
-    decoder, sampler, recognizer = bind_graph(model, config)
+    settings = config.serve
+    ongoing = {name: getattr(settings, name).max_ongoing_requests for name in ("decoder", "sampler", "recognizer")}
+    decoder, sampler, recognizer = bind_graph(model, config, placed, ongoing)
     # the ingress counts for itself and answers 429 in its own words; Serve's own limits lie above, for a flood and for a dead replica
-    most = config.serve.max_queued_requests
-    options = deployment_options(config.serve.ingress, 2 * most, 4 * most)
+    most = settings.max_queued_requests
+    options = deployment_options(placed["ingress"], 2 * most, 4 * most)
     return Ingress.options(**options).bind(model, config, decoder, sampler, recognizer, token)  # type: ignore[attr-defined]
 
 
@@ -160,7 +177,9 @@ def build(args: Mapping[str, Any]) -> Any:
             f"no token: set the environment variable {TOKEN_VARIABLE}, or args.anonymous = true behind a gateway that checks requests"
         )
     try:
-        return application(model, scoring_config(model, settings=args.get("settings")), token)
+        config = scoring_config(model, settings=args.get("settings"))
+        found = cluster.read_cluster(ray, config) if ray.is_initialized() else Cluster(())
+        return application(model, config, layout("serve", config, found, 1), token)
     except StorageError as error:
         raise ConfigError(str(error)) from error
 

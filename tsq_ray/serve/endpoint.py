@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Mapping
 from typing import Any
 
-from tsq_ray import runtime, storage
-from tsq_ray.config import Config, ServeConfig
+from tsq_ray import storage
+from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError
+from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.placement import Cluster, Layout, layout
 from tsq_ray.serve.access import check_binding, check_token_rule, read_token
 
 APP = "tsq"
@@ -18,12 +19,11 @@ _SLACK_S = 10.0
 """Time that the proxy leaves the ingress to answer by itself that a request took too long."""
 
 
-def check_room(config: ServeConfig, resources: Mapping[str, float]) -> None:
-    """ConfigError where the fewest replicas ask for more than `resources` has: Serve would wait for ever."""
-    parts = (config.ingress, config.decoder, config.sampler, config.recognizer)
-    for resource, field in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        wanted = sum(part.min_replicas * getattr(part, field) for part in parts)
-        there = resources.get(resource, 0.0)
+def check_room(placed: Layout, found: Cluster) -> None:
+    """ConfigError where the fewest replicas ask for more than the cluster has: Serve would wait for ever."""
+    pools = placed.pools.values()
+    for resource, field, there in (("CPU", "num_cpus", found.cpus), ("GPU", "num_gpus", float(found.gpus))):
+        wanted = sum(pool.minimum * (pool.cpus if resource == "CPU" else pool.gpus) for pool in pools)
         if wanted > there:
             raise ConfigError(
                 f"the replicas want {wanted:g} {resource}s, there are {there:g}; lower serve.*.min_replicas or serve.*.{field}"
@@ -50,10 +50,11 @@ def run_endpoint(model: str, config: Config, host: str, port: int, address: str 
     _say("starting: some 20 s until it serves")
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with runtime.cluster(address, debug) as ray:
+        with cluster.connect(address, debug) as ray:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray put its own in the place
             if address is None:
-                check_room(config.serve, ray.cluster_resources())
+                found = cluster.read_cluster(ray, config)
+                check_room(layout("serve", config, found, 1), found)
             deploy(ray, model, config, host, port, token, debug)
             try:
                 shown = f"[{host}]" if ":" in host else host
@@ -76,7 +77,7 @@ def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: st
 
     from tsq_ray.serve.app import application
 
-    runtime.quiet_data(debug)
+    cluster.quiet_data(debug)
     if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise ConfigError(
             "--address: Serve runs on this cluster already, with a host and port of its own; end it with: serve shutdown, "
@@ -86,10 +87,12 @@ def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: st
     http = HTTPOptions(host=host, port=port, request_timeout_s=config.serve.request_timeout_s + _SLACK_S)
     try:
         serve.start(http_options=http, logging_config=logs)
-        serve.run(application(model, config, token), name=APP, route_prefix="/")
+        placed = layout("serve", config, cluster.read_cluster(ray, config), 1)
+        app = application(model, config, placed, token)
+        progress.run_watched(lambda: serve.run(app, name=APP, route_prefix="/"), "serve")
     except Exception as error:
         serve.shutdown()
-        raise runtime.run_failed(error, "serve") from error
+        raise cluster.run_failed(error, "serve") from error
 
 
 def end() -> None:

@@ -6,6 +6,8 @@ import hashlib
 import hmac
 import json
 import os
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.requests import Request
@@ -13,8 +15,9 @@ from starlette.types import Message
 
 from tsq_ray import storage
 from tsq_ray.config import ServeConfig
+from tsq_ray.decode import VideoSource
 from tsq_ray.errors import UserError
-from tsq_ray.manifest import VideoRef, video_id
+from tsq_ray.manifest import video_id
 
 _MAX_JSON_BYTES = 16 * 1024
 _FORM_BYTES = 64 * 1024  # what a form may hold beside its file
@@ -37,13 +40,29 @@ def check_token(header: str | None, token: str | None) -> None:
         raise RequestError(401, "a valid token is needed: send the header Authorization: Bearer TOKEN")
 
 
-async def read_request(request: Request, settings: ServeConfig) -> tuple[VideoRef, bytes | None]:
-    """The video that is asked for: a row for its `uri`, or a made-up row and the upload. RequestError for what is refused."""
+@dataclass(frozen=True)
+class Asked:
+    """The video of a request: where it is, or how its upload is called, and the upload."""
+
+    source: VideoSource
+    video_id: str
+    """Of the URI; of an upload the beginning of its sha256."""
+    upload: bytes | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The manifest's columns of the answer."""
+        size = len(self.upload) if self.upload is not None else None
+        return {"video_id": self.video_id, "uri": self.source.uri, "size_bytes": size, "etag": None, "modified": None}
+
+
+async def read_request(request: Request, settings: ServeConfig) -> Asked:
+    """The video that is asked for. RequestError for what is refused."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     most = int(settings.max_upload_mb * 2**20)
     if kind == "application/json":
         uri = check_prefix(read_uri(await limited(request, _MAX_JSON_BYTES).body()), settings)
-        return VideoRef(video_id(uri), uri, None), None  # type: ignore[arg-type]
+        return Asked(VideoSource(uri), video_id(uri))
     if kind == "multipart/form-data":
         data, name = await read_form(limited(request, most + _FORM_BYTES))
     else:
@@ -51,7 +70,7 @@ async def read_request(request: Request, settings: ServeConfig) -> tuple[VideoRe
     if len(data) > most:
         raise RequestError(413, f"the file has {len(data)} bytes; at most {most} are taken")
     digest = hashlib.sha256(data).hexdigest()[:16]
-    return VideoRef(digest, f"upload:{os.path.basename(name)}" if name else "upload", len(data)), data
+    return Asked(VideoSource(f"upload:{os.path.basename(name)}" if name else "upload"), digest, data)
 
 
 def limited(request: Request, limit: int) -> Request:

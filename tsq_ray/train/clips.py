@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tsq_ray import runtime
 from tsq_ray.config import DecodeConfig, FinetuneConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool
 from tsq_ray.rows import frame_spec, source_of
+from tsq_ray.runtime import cluster, parts
 from tsq_ray.train.augment import Augment, training_spec, view_of
 
 _BATCH = 4
@@ -93,19 +93,20 @@ def _clips(plan: ClipPlan, rows: np.ndarray, epochs: np.ndarray) -> Iterator[Cli
     import ray
     from ray.data import ExecutionResources
 
-    context = runtime.quiet_data()
+    context = cluster.quiet_data()
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=plan.memory)
     size = max(_BATCH, -(-len(rows) // _MOST_BLOCKS))
     todo = pa.table({"row": pa.array(rows, pa.int64()), "epoch": pa.array(epochs, pa.int64())})
-    data = runtime.blocks_dataset(ray, todo, size).map_batches(
+    blocks = [todo.slice(start, size) for start in range(0, len(todo), size)]
+    data = ray.data.from_blocks(blocks).map_batches(
         ClipWorker,
         compute=ray.data.ActorPoolStrategy(size=plan.decoders),
         num_cpus=plan.cpus,
         batch_size=_BATCH,
         batch_format="pyarrow",
         fn_constructor_args=(plan,),
-        **runtime.RETRIES,
+        **parts.RETRIES,
     )
     shape = (-1, plan.model.size, plan.model.size, 3)
     for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -137,7 +138,7 @@ class ClipWorker:
         rows = batch["row"].to_pylist()
         views = []
         futures: list[Future[Any]] = []
-        refs = runtime.refs_of(self.videos.take(rows))
+        refs = parts.refs_of(self.videos.take(rows))
         for ref, epoch in zip(refs, batch["epoch"].to_pylist(), strict=True):
             view = view_of(self.plan.config.seed, epoch, ref.video_id, self.plan.config.segments) if epoch != _PLAIN else None
             source = source_of(ref)

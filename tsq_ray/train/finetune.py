@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from tsq_ray import artifact, provenance, runs, runtime, storage
+from tsq_ray import artifact, provenance, runs, storage
 from tsq_ray import bundle as bundles
 from tsq_ray.bundle import Classifier
 from tsq_ray.config import Config, ModelConfig, differing, flatten
 from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest
+from tsq_ray.runtime import cluster
 from tsq_ray.stages import load_network
 from tsq_ray.train import frozen, trained
 from tsq_ray.train.data import check_classes, describe_left_out, single_labels, training_rows
@@ -32,6 +33,7 @@ def finetune(
     split: str | None = None,
     limit: int | None = None,
     address: str | None = None,
+    wait_s: float = 0.0,
     show_progress: bool = True,
     debug: bool = False,
 ) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def finetune(
     if whole:
         trained.check_input(network)
         runs.write_json(storage.join(out, trained.WORK_FOLDER, _IDENTITY_FILE), identity)
-    with runtime.cluster(address, debug) as ray:
-        options: dict[str, Any] = {"show": show_progress, "debug": debug}
+    with cluster.connect(address, debug) as ray:
+        options: dict[str, Any] = {"show": show_progress, "debug": debug, "wait_s": wait_s}
         classes = len(manifest.classes)
         if whole:
             tuned = trained.tune(ray, network, rows, val, classes, out, config, **options)

@@ -22,7 +22,7 @@ from tsq_ray.errors import RunFailed
 from tsq_ray.inference import takes_bf16
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.train.data import source_arrays
-from tsq_ray.train.resumable import STATE_FILE
+from tsq_ray.train.resumable import STATE_FILE, distribute, worker_device
 
 _SAMPLE = 64
 """Videos that set the scale of the convolutions."""
@@ -70,17 +70,17 @@ def fit(
 def train_loop(job: dict[str, Any]) -> None:
     """One Ray Train worker: its share of every batch, gradients averaged over the workers."""
     import ray.train
-    from ray.train.torch import get_device, prepare_model
 
     config, shape = TrainConfig.model_validate(job["config"]), TSQShape(**job["shape"])
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(job["threads"] or max(1, job["cpus"] // world))
+    torch.set_num_threads(job["threads"])
+    device = worker_device(job["device"])
     with source_arrays(job["source"]) as arrays:
-        training = Training.begin(arrays, job["vocabulary"], job["start"], shape, config, rank, world, get_device())
+        training = Training.begin(arrays, job["vocabulary"], job["start"], shape, config, rank, world, device)
         _resume(training)
         progress = _Progress(job["counts"]) if rank == 0 else None
-        for epoch in training.epochs(prepare_model(training.network), progress):
+        for epoch in training.epochs(distribute(training.network, device, world), progress):
             if epoch == config.epochs or epoch % config.checkpoint_every == 0:
                 _report(training, rank)
 

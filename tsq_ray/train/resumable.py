@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.fs
 import torch
 
-from tsq_ray import runtime, storage
+from tsq_ray import storage
 from tsq_ray.errors import RunFailed
+from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.placement import Layout
 
 STATE_FILE = "state.pt"
 """The one file of a checkpoint."""
@@ -29,6 +31,7 @@ def run_workers(
     total: int,
     show: bool,
     debug: bool,
+    wait_s: float = 0.0,
 ) -> dict[str, Any]:
     """Run `loop(job)` on Ray Train workers and return what the last checkpoint holds, on the CPU.
 
@@ -38,7 +41,7 @@ def run_workers(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    runtime.quiet_data(debug)
+    cluster.quiet_data(debug)
     fs, path = storage.filesystem(work)
     trainer = TorchTrainer(
         loop,
@@ -53,10 +56,35 @@ def run_workers(
         ),
     )
     try:
-        result = runtime.run_with_progress(trainer.fit, counts, total, what, show)
+        result = progress.run_with_progress(trainer.fit, counts, total, what, show, wait_s=wait_s)
     except Exception as error:
-        raise runtime.run_failed(error, what) from error
+        raise cluster.run_failed(error, what) from error
     if result.checkpoint is None:
         raise RunFailed(f"{what}: Ray Train returned no checkpoint; give the same command again (--debug shows its log)")
     with result.checkpoint.as_directory() as folder:
         return torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
+
+
+def scaling(placed: Layout) -> Any:
+    """Ray Train's ScalingConfig for the workers of a layout; elastic where their number is."""
+    from ray.train import ScalingConfig
+
+    pool = placed["worker"]
+    workers: Any = pool.limit if pool.minimum == pool.limit else (pool.minimum, pool.limit)
+    each = {"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {})
+    return ScalingConfig(num_workers=workers, use_gpu=placed.on_gpu, resources_per_worker=each)
+
+
+def worker_device(name: str) -> torch.device:
+    """The layout's device in a Ray Train worker: Ray would take any GPU that it sees."""
+    from ray.train.torch import get_device
+
+    return get_device() if name == "cuda" else torch.device("cpu")
+
+
+def distribute(network: torch.nn.Module, device: torch.device, workers: int) -> torch.nn.Module:
+    """`network`, which is on `device`, with gradients averaged over the workers."""
+    if workers == 1:
+        return network
+    ids = [device] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(network, device_ids=ids)

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 
-from tsq_ray import runtime, schema, storage
+from tsq_ray import schema, storage
 from tsq_ray.config import Config
 from tsq_ray.encoders import FrameEncoder
-from tsq_ray.errors import ModelError, RunError, RunFailed
+from tsq_ray.errors import ModelError, RunFailed
 from tsq_ray.manifest import VideoRef
+from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.placement import layout
 from tsq_ray.train.clips import ClipPlan
 from tsq_ray.train.data import multi_hot
-from tsq_ray.train.resumable import run_workers
+from tsq_ray.train.resumable import run_workers, scaling
 from tsq_ray.train.tuning import TuneJob, start_network, tune_loop
 
 WORK_FOLDER = "_finetune"
@@ -62,24 +64,26 @@ def tune(
     *,
     show: bool,
     debug: bool,
+    wait_s: float = 0.0,
 ) -> Tuned:
     """Train `network` (its backbone as it is, a new head) on the labelled videos `train`, measure it on `val`.
 
     Checkpoints go below `out`, and a run that finds some there goes on from the last. Raises RunFailed where the training fails.
     """
     settings = config.finetune
-    layout = _Layout.of(config, ray)
+    placed = layout("finetune", config, cluster.read_cluster(ray, config), len(train))
+    decoders = placed["decoder"]
     videos = [*train, *val]
     table = schema.table_from_rows((vars(row) for row in videos), schema.manifest_schema(None))
-    counts = runtime.start_counts()
+    counts = progress.start_counts()
     plan = ClipPlan(
         config=settings,
         model=network.config,
         decode=config.decode.model_copy(update={"num_frames": settings.segments}),
         videos=ray.put(table),
         counts=counts,
-        decoders=layout.decoders,
-        cpus=layout.cpus,
+        decoders=decoders.limit,
+        cpus=decoders.cpus,
         memory=int(ray.cluster_resources().get("object_store_memory", 1e9) * _STORE_SHARE / settings.num_workers),
     )
     backbone = network.backbone.state_dict()
@@ -91,12 +95,13 @@ def tune(
         num_val=len(val),
         labels=ray.put(multi_hot([list(row.labels or ()) for row in videos], num_classes)),
         backbone=ray.put(backbone),
-        threads=layout.threads,
+        threads=placed.threads,
+        device=placed.device,
     )
     total = job.num_clips(settings.epochs)
     work = storage.join(out, WORK_FOLDER)
-    options: dict[str, Any] = {"counts": counts, "total": total, "show": show, "debug": debug}
-    content = run_workers(tune_loop, {"job": job}, layout.scaling(), work, "finetune", **options)
+    options: dict[str, Any] = {"counts": counts, "total": total, "show": show, "debug": debug, "wait_s": wait_s}
+    content = run_workers(tune_loop, {"job": job}, scaling(placed), work, "finetune", **options)
     last = content["curve"][-1]
     if not math.isfinite(last["loss"]):
         storage.remove_folder(work)  # nothing to go on from
@@ -117,41 +122,3 @@ def tune(
     names = list(dict.fromkeys(name for row in content["curve"] for name in row))
     curve = [{name: row.get(name, math.nan) for name in names} for row in content["curve"]]
     return Tuned(tuned.eval().requires_grad_(False), content["failed"], rounded, curve)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How training workers and their decoders share the cluster."""
-
-    workers: int
-    gpu: bool
-    decoders: int
-    """Of each training worker."""
-    cpus: float
-    """Logical CPUs of each training worker and of each decoder."""
-    threads: int
-
-    @classmethod
-    def of(cls, config: Config, ray: Any) -> _Layout:
-        resources = ray.cluster_resources()
-        cpus, gpus = float(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        workers = config.finetune.num_workers
-        gpu = gpus >= workers and config.resources.gpus != 0
-        # a CPU trains much slower than it decodes; a GPU needs all decoders there is room for
-        wanted = config.resources.decoders or (int(cpus) - workers if gpu else int(cpus) // 4)
-        decoders = max(1, wanted // workers)
-        largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-        each = min(runtime.share_cpus(cpus, workers * (1 + decoders)), runtime.share_cpus(largest, 1))
-        if workers * (1 + decoders) * each > cpus:
-            raise RunError(
-                f"finetune.num_workers = {workers} with {decoders} decoders each: too many for the {cpus:g} CPUs of the cluster; "
-                "lower it or resources.decoders"
-            )
-        return cls(workers, gpu, decoders, each, config.resources.threads or max(1, int(cpus) // workers))
-
-    def scaling(self) -> Any:
-        """Ray Train's ScalingConfig."""
-        from ray.train import ScalingConfig
-
-        each = {"CPU": self.cpus} | ({"GPU": 1} if self.gpu else {})
-        return ScalingConfig(num_workers=self.workers, use_gpu=self.gpu, resources_per_worker=each)

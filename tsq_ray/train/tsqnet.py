@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tsq_ray import artifact, provenance, runs, runtime, storage
+from tsq_ray import artifact, provenance, runs, storage
 from tsq_ray import bundle as bundles
 from tsq_ray.bundle import Bundle
 from tsq_ray.config import Config, check_budget, check_top_objects, differing, flatten, load_config
@@ -19,6 +19,7 @@ from tsq_ray.errors import ModelError, RunError
 from tsq_ray.model import TSQNet, TSQShape
 from tsq_ray.prototypes import prototypes
 from tsq_ray.rows import OBJECTS, VISUAL
+from tsq_ray.runtime import cluster
 from tsq_ray.stages import classifier_settings, load_network
 from tsq_ray.train.data import Source, TrainingSet, describe_left_out, open_training_set
 from tsq_ray.train.head import fit_head, head_logits
@@ -58,6 +59,7 @@ def train(
     recognizer: str | None = None,
     split: str | None = None,
     address: str | None = None,
+    wait_s: float = 0.0,
     show_progress: bool = True,
     debug: bool = False,
 ) -> dict[str, Any]:
@@ -95,11 +97,10 @@ def train(
             "shape": dataclasses.asdict(shape),
             "start": {name: value.numpy() if value is not None else None for name, value in start.items()},
             "vocabulary": text.vocabulary.numpy() if text else None,
-            "threads": config.resources.threads,
             "source": source,
         }
-        with runtime.cluster(address, debug) as ray:
-            fitted = fit_on_cluster(ray, job, config, len(data), storage.join(out, WORK_FOLDER), show_progress, debug)
+        with cluster.connect(address, debug) as ray:
+            fitted = fit_on_cluster(ray, job, config, len(data), storage.join(out, WORK_FOLDER), show_progress, debug, wait_s)
     network = TSQNet(shape)
     network.load_state_dict(fitted.state)
     losses = {key: value for key, value in fitted.curve[-1].items() if key != "epoch"}

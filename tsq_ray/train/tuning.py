@@ -26,7 +26,7 @@ from tsq_ray.model.losses import classification_loss
 from tsq_ray.train.batchnorm import folded_norms, unfold_norms
 from tsq_ray.train.clips import Clip, ClipPlan, ClipStream, Work, epoch_batches
 from tsq_ray.train.optim import clip_gradients, make_optimizer, set_lr, use_bf16
-from tsq_ray.train.resumable import STATE_FILE
+from tsq_ray.train.resumable import STATE_FILE, distribute, worker_device
 
 _HEAD_STD = 0.01
 _SAMPLE = 64
@@ -48,6 +48,7 @@ class TuneJob:
     backbone: Any
     """Reference of the backbone's state dict."""
     threads: int
+    device: str
 
     def due(self, epoch: int) -> bool:
         """Whether an epoch (from 0) ends with a validation and a checkpoint."""
@@ -95,12 +96,11 @@ def smoothed(targets: Tensor, config: FinetuneConfig, task: str) -> Tensor:
 def tune_loop(worker: dict[str, Any]) -> None:
     """One Ray Train worker."""
     import ray.train
-    from ray.train.torch import get_device
 
     job: TuneJob = worker["job"]
     torch.set_num_threads(job.threads)
     context = ray.train.get_context()
-    tuner = _Tuner(job, context.get_world_rank(), context.get_world_size(), get_device())
+    tuner = _Tuner(job, context.get_world_rank(), context.get_world_size(), worker_device(job.device))
     for epoch in range(tuner.first, job.clips.config.epochs):
         row = {"epoch": epoch + 1, **tuner.train_epoch(epoch)}
         lost = not math.isfinite(row["loss"])
@@ -118,7 +118,6 @@ class _Tuner:
 
     def __init__(self, job: TuneJob, rank: int, world: int, device: torch.device) -> None:
         import ray
-        from ray.train.torch import prepare_model
 
         self.job, self.config = job, job.clips.config
         self.rank, self.world, self.device = rank, world, device
@@ -135,7 +134,7 @@ class _Tuner:
         self.clips = ClipStream(job.clips, [Work(sample), *self._work()])
         if len(sample):
             self._unfold(sample)
-        self.network = prepare_model(self.bare)
+        self.network = distribute(self.bare, device, world)
 
     def _work(self) -> Iterator[Work]:
         for epoch in range(self.first, self.config.epochs):

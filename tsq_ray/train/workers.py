@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from tsq_ray import runtime
 from tsq_ray.config import Config
+from tsq_ray.runtime import cluster
+from tsq_ray.runtime.placement import layout
 from tsq_ray.train.loop import train_loop
-from tsq_ray.train.resumable import run_workers
+from tsq_ray.train.resumable import run_workers, scaling
 
 
 @dataclass
@@ -31,38 +32,23 @@ class Fitted:
     """From the start of the workers to the end."""
 
 
-def fit_on_cluster(ray: Any, job: dict[str, Any], config: Config, num_videos: int, work: str, show: bool, debug: bool) -> Fitted:
+def fit_on_cluster(
+    ray: Any, job: dict[str, Any], config: Config, num_videos: int, work: str, show: bool, debug: bool, wait_s: float = 0.0
+) -> Fitted:
     """Run `loop.train_loop` on Ray Train workers, or go on from the last checkpoint in the folder `work`.
 
-    `job`: "config" (of TrainConfig), "shape", "start", "vocabulary" (see `loop.fit`), "threads" (of each worker; 0: a share of the
-    CPUs) and "source". Raises RunFailed where the training fails.
+    `job`: "config" (of TrainConfig), "shape", "start", "vocabulary" (see `loop.fit`) and "source". Raises RunFailed where the training
+    fails.
     """
     counts = ray.remote(num_cpus=0)(_Videos).remote()
-    job = job | {"counts": counts, "cpus": int(ray.cluster_resources().get("CPU", 1))}
+    placed = layout("train", config, cluster.read_cluster(ray, config), num_videos)
+    job = job | {"counts": counts, "threads": placed.threads, "device": placed.device}
     total = config.train.epochs * num_videos
     started = time.monotonic()
-    content = run_workers(train_loop, job, _scaling(ray, config), work, "train", counts=counts, total=total, show=show, debug=debug)
+    options: dict[str, Any] = {"counts": counts, "total": total, "show": show, "debug": debug, "wait_s": wait_s}
+    content = run_workers(train_loop, job, scaling(placed), work, "train", **options)
     seconds = time.monotonic() - started
     return Fitted(content["model"], content["curve"], content["seconds"], content["workers"], content["resumed_at"], seconds)
-
-
-def _scaling(ray: Any, config: Config) -> Any:
-    """How many workers, and what each of them takes.
-
-    CPU workers share what the cluster has; elastic ones with `resources.threads` take so many CPUs each, so that a cluster that
-    grows or shrinks holds more or fewer of them.
-    """
-    from ray.train import ScalingConfig
-
-    workers: Any = config.train.num_workers
-    resources = ray.cluster_resources()
-    few, most = (workers, workers) if isinstance(workers, int) else workers
-    gpu = resources.get("GPU", 0) >= few
-    largest = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
-    cpus = min(runtime.share_cpus(resources.get("CPU", 1), most), runtime.share_cpus(largest, 1))
-    if most > few and config.resources.threads and not gpu:
-        cpus = config.resources.threads
-    return ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpu else {}))
 
 
 class _Videos:

@@ -1,27 +1,35 @@
-"""Start or join a Ray cluster: its settings, where its files go, its error messages."""
+"""Start or join a Ray cluster: its settings, its nodes, where its files go, its error messages."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import logging
+import math
 import os
 import socket
 import stat
 import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from tsq_ray.errors import RunFailed
+from tsq_ray.config import Config
+from tsq_ray.errors import RunFailed, StorageError, TsqError
+from tsq_ray.runtime.placement import Cluster, Layout, Node, wanted_nodes
 
 _MAX_CHATTER = 200
+_ASK_EVERY_S = 3.0
+_MAX_INIT_DEATHS = 3
 _MAX_SOCKET_PATH = 107
 _LONGEST_SOCKET = "/ray/session_2026-12-31_23-59-59_999999_{pid}/sockets/plasma_store"
+_GROUP_LABEL = "ray.io/node-group"
 _SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
 
 
 @contextlib.contextmanager
-def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
+def connect(address: str | None = None, debug: bool = False) -> Iterator[Any]:
     """A Ray cluster for the time of the `with`: the one at `address`, or one started here.
 
     `address`: "auto", ray://... or host:port; without one the environment's RAY_ADDRESS counts, as
@@ -54,6 +62,97 @@ def cluster(address: str | None = None, debug: bool = False) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+def read_cluster(ray: Any, config: Config) -> Cluster:
+    """The alive nodes of the connected cluster, and what `resources.node_types` says can be started."""
+    nodes, groups = [], []
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        found = node["Resources"]
+        memory = found.get("memory", math.inf)
+        groups.append((node.get("Labels") or {}).get(_GROUP_LABEL, ""))
+        nodes.append(Node(found.get("CPU", 0.0), found.get("GPU", 0.0), memory, name=node["NodeName"]))
+    types = []
+    for kind in config.resources.node_types:
+        alive = sum(1 for node in nodes if (node.cpus, node.gpus) == (kind.cpus, kind.gpus))
+        types.append(Node(kind.cpus, kind.gpus, count=max(0, kind.count - alive)))
+    return Cluster(tuple(nodes), tuple(types), any(groups))
+
+
+@contextlib.contextmanager
+def asking_for_nodes(ray: Any, placed: Layout, config: Config) -> Iterator[None]:
+    """Ask the autoscaler for the nodes that the layout can use, for the time of the `with`.
+
+    For actors that are started only when their nodes are there. The autoscaler knows one request,
+    the last, and Ray Data sends its own: so this one is repeated.
+    """
+    found = read_cluster(ray, config)
+    if not (found.grows or found.launchable):
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.wait(_ASK_EVERY_S):
+            with contextlib.suppress(ray.exceptions.RayError):
+                request_resources(bundles=wanted_nodes(placed, read_cluster(ray, config)))
+
+    request_resources(bundles=wanted_nodes(placed, found))
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        request_resources(bundles=[])
+
+
+def quiet_data(debug: bool = False) -> Any:
+    """Ray Data's context with its own bars and chatter off: our progress is shown instead."""
+    import ray
+
+    # RETRIES have no named parameters; Ray Data's source names these very arguments as the way
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = debug
+    context.execution_options.preserve_order = False
+    # the run itself says what it waits for, and --wait-s ends it
+    context.execution_no_progress_timeout_s = 365 * 24 * 3600
+    context.max_consecutive_actor_init_deaths = _MAX_INIT_DEATHS
+    if not debug:
+        for name in ("ray.data", "ray.train", "ray.serve", "ray"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        # a failed run ends with one line of ours, not with Ray Data's traceback before it
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    return context
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What a Ray error is about: the exception the user's code raised, under Ray's wrappers."""
+    seen = error
+    while True:
+        inner = getattr(seen, "cause", None) or seen.__cause__
+        if inner is None or inner is seen:
+            return seen
+        seen = inner
+
+
+def run_failed(error: BaseException, doing: str) -> TsqError:
+    """A one-line error for what came out of Ray; an error of this package keeps its kind, but storage that fails in mid-run is a failed run."""
+    cause = root_cause(error)
+    if isinstance(cause, StorageError):
+        return RunFailed(str(cause))
+    if isinstance(cause, TsqError):
+        return cause
+    last = str(cause).strip().splitlines()
+    return RunFailed(
+        f"{doing} failed: {type(cause).__name__}: {last[-1] if last else ''}; give the same command again to go on (--debug shows more)"
+    )
 
 
 def _set_environment(debug: bool) -> None:

@@ -11,7 +11,8 @@ import pytest
 from tsq_ray.config import Config
 from tsq_ray.decode import WHOLE, DecodedVideo, FrameSpec, with_whole_frames
 from tsq_ray.errors import VideoError
-from tsq_ray.extract import ExtractPlan, pack_video, packed_fields, unpack_video
+from tsq_ray.feature_pipeline import FeaturePlan, Networks, pack_video, packed_fields, unpack_video
+from tsq_ray.runtime.placement import Layout
 
 SPECS = with_whole_frames({"visual": FrameSpec(8), "objects": FrameSpec(6)})
 
@@ -51,5 +52,6 @@ def test_a_packed_failure_comes_out_as_a_failure() -> None:
 )
 def test_decoders_hand_on_whole_frames_where_the_device_resizes(resize: str, on_gpu: bool, whole: bool) -> None:
     config = Config.model_validate({"resources": {"resize": resize}})
-    plan = ExtractPlan(config, None, pa.schema([]), None, 1, on_gpu=on_gpu)
+    networks = Networks(config.encoders.visual, config.encoders.objects)
+    plan = FeaturePlan(config, networks, pa.schema([]), None, Layout("extract", device="cuda" if on_gpu else "cpu"))
     assert list(plan.specs()) == ["visual", "objects", *([WHOLE] if whole else [])]

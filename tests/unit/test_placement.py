@@ -1,0 +1,214 @@
+"""Where the actors of each stage go: tables of clusters and settings, without Ray."""
+
+from __future__ import annotations
+
+import pytest
+
+from tsq_ray.config import load_config
+from tsq_ray.errors import ConfigError
+from tsq_ray.runtime.placement import Cluster, Layout, Node, Pool, Stage, gpu_count, layout, wanted_nodes
+
+GIB = 2**30
+TWO_CORES = Cluster((Node(2, memory=14 * GIB),))
+EMPTY_HEAD = Node(0)
+
+
+def many(count: int, cpus: float, gpus: float = 0) -> tuple[Node, ...]:
+    return (Node(cpus, gpus),) * count
+
+
+def place(stage: Stage, cluster: Cluster, videos: int, *sets: str) -> Layout:
+    return layout(stage, load_config(None, sets), cluster, videos)
+
+
+def sizes(placed: Layout) -> dict[str, tuple[int, int, float]]:
+    """Of the pools that keep cores or GPUs busy: start, limit, CPUs of one."""
+    pools = placed.pools.items()
+    return {name: (pool.start, pool.limit, pool.cpus) for name, pool in pools if name not in ("writer", "sender", "ingress")}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "videos", "sets", "expected", "threads"),
+    [
+        (TWO_CORES, 100, [], {"worker": (2, 13, 0.95)}, 1),
+        (TWO_CORES, 1, [], {"worker": (1, 1, 0.95)}, 1),
+        (TWO_CORES, 100, ["resources.workers=1"], {"worker": (1, 1, 1.9)}, 2),
+        (TWO_CORES, 100, ["resources.workers=4"], {"worker": (4, 4, 0.45)}, 1),
+        (TWO_CORES, 100, ["resources.threads=3"], {"worker": (2, 13, 0.95)}, 3),
+        (TWO_CORES, 100, ["resources.decoders=1"], {"decoder": (1, 1, 0.95), "encoder": (1, 1, 0.05)}, 1),
+        (Cluster(many(2, 1)), 1, [], {"worker": (1, 1, 0.9)}, 1),
+        (Cluster(many(16, 8)), 15, [], {"worker": (15, 15, 0.98)}, 1),
+        (Cluster(many(200, 16)), 1, [], {"worker": (1, 1, 0.99)}, 1),
+        (Cluster(many(200, 16)), 10**7, [], {"worker": (3200, 10_000, 0.99)}, 1),
+        (Cluster((EMPTY_HEAD, Node(32))), 1000, [], {"worker": (32, 125, 0.99)}, 1),
+        (Cluster((Node(0.5),)), 10, [], {"worker": (1, 2, 0.45)}, 1),
+        (Cluster(()), 100, [], {"worker": (1, 13, 0.9)}, 1),
+        (Cluster(many(1, 32, 2)), 100, [], {"decoder": (32, 32, 0.99), "encoder": (2, 13, 0.05)}, 31),
+        (Cluster(many(1, 32, 2)), 100, ["resources.gpus=1"], {"decoder": (32, 32, 0.99), "encoder": (1, 1, 0.05)}, 31),
+        (Cluster(many(1, 32, 2)), 100, ["resources.gpus=0"], {"worker": (32, 32, 0.99)}, 1),
+    ],
+    ids=[
+        *("two cores", "one video", "one worker", "four workers", "threads", "decoders apart", "one video, two nodes"),
+        *("fifteen videos", "200 nodes", "ten million", "head without CPUs", "half a core", "no node yet"),
+        *("GPUs", "one of two GPUs", "no GPU wanted"),
+    ],
+)
+def test_extract(cluster: Cluster, videos: int, sets: list[str], expected: dict[str, tuple[int, int, float]], threads: int) -> None:
+    placed = place("extract", cluster, videos, *sets)
+    assert sizes(placed) == expected
+    assert placed.threads == threads
+    assert placed.device == ("cuda" if placed.pools.get("encoder", Pool("", 0, 0, 0, 0)).gpus else "cpu")
+    frozen = place("finetune", cluster, videos, "finetune.backbone=frozen", *sets)
+    assert sizes(frozen) == expected, "a frozen backbone is an extraction"
+
+
+@pytest.mark.parametrize("stage", ["extract", "finetune", "train", "score", "serve"])
+@pytest.mark.parametrize("cpus", [0.5, 1, 2, 3, 4, 8, 16, 64])
+@pytest.mark.parametrize("nodes", [1, 2, 7, 200])
+@pytest.mark.parametrize("videos", [1, 15, 10**6])
+def test_every_actor_fits_on_the_largest_node(stage: Stage, cpus: float, nodes: int, videos: int) -> None:
+    cluster = Cluster((EMPTY_HEAD, *many(nodes, cpus)))
+    if stage == "serve" and cpus < 1:
+        return  # its sizes are settings
+    placed = place(stage, cluster, videos, "finetune.backbone=frozen")
+    busy = {name: pool for name, pool in placed.pools.items() if pool.cores}
+    for pool in placed.pools.values():
+        assert pool.minimum <= pool.start <= pool.limit
+        assert pool.cpus <= cpus, pool
+        assert not pool.cores or pool.start <= videos
+    if stage == "extract":
+        assert sum(pool.start * pool.cpus for pool in busy.values()) < cpus * nodes, "room for the writer"
+
+
+@pytest.mark.parametrize(
+    ("setting", "cluster", "expected"),
+    [
+        (-1, Cluster(many(4, 8)), 0),
+        (-1, Cluster(many(4, 8, 2)), 8),
+        (-1, Cluster((EMPTY_HEAD,), (Node(8, 1, count=64),)), 64),
+        (0, Cluster(many(4, 8, 2)), 0),
+        (3, Cluster(many(1, 8, 2)), 3),
+        (3, Cluster((EMPTY_HEAD,), (Node(8, 1, count=64),)), 3),
+        (3, Cluster(many(1, 8), grows=True), 3),
+    ],
+)
+def test_gpus(setting: int, cluster: Cluster, expected: int) -> None:
+    assert gpu_count(load_config(None, [f"resources.gpus={setting}"]), cluster) == expected
+
+
+def test_gpus_that_no_node_can_have_are_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"resources.gpus = 2: no node of the cluster has a GPU.*set it to 0"):
+        place("extract", TWO_CORES, 10, "resources.gpus=2")
+
+
+def test_an_actor_that_no_node_can_hold_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"serve: a decoder asks for 4 CPU, which no node .* \(largest: 2 CPU\)"):
+        place("serve", TWO_CORES, 1, "serve.decoder.num_cpus=4")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "videos", "sets", "expected"),
+    [
+        (TWO_CORES, 10**6, [], [{"CPU": 2}]),
+        (Cluster((EMPTY_HEAD,), (Node(16, count=200), Node(8, 1, count=64))), 10**7, [], [{"CPU": 8, "GPU": 1}] * 64 + [{"CPU": 16}] * 200),
+        (Cluster((EMPTY_HEAD,), (Node(16, count=200), Node(8, 1, count=64))), 10**7, ["resources.gpus=0"], [{"CPU": 16}] * 200),
+        (Cluster((EMPTY_HEAD,), (Node(16, count=200),)), 15, [], [{"CPU": 16}]),
+        (Cluster((EMPTY_HEAD, Node(16)), (Node(16, count=3),)), 400, [], [{"CPU": 16}] * 4),
+        (Cluster((EMPTY_HEAD,), grows=True), 80, [], [{"CPU": 0.9}] * 10),
+    ],
+    ids=["fixed", "all", "CPU only", "few videos", "one is there", "unknown kinds"],
+)
+def test_nodes_to_ask_for(cluster: Cluster, videos: int, sets: list[str], expected: list[dict[str, float]]) -> None:
+    assert wanted_nodes(place("extract", cluster, videos, *sets), cluster) == expected
+
+
+def test_actors_are_there_before_the_nodes_that_can_be_started() -> None:
+    """It is they that ask for them; on a cluster that is as it is none waits for ever."""
+    grown = place("extract", Cluster((EMPTY_HEAD,), (Node(1, count=3), Node(1, 1, count=2))), 100)
+    assert (grown["decoder"].minimum, grown["encoder"].minimum, grown["encoder"].gpus) == (5, 2, 1)
+    assert place("extract", TWO_CORES, 100)["worker"].minimum == 1
+
+
+@pytest.mark.parametrize(
+    ("cluster", "videos", "sets", "decoders", "networks", "num_gpus", "senders"),
+    [
+        (TWO_CORES, 100, [], 1, 1, 0, 2),
+        (Cluster(many(4, 16)), 1000, [], 31, 4, 0, 8),
+        (Cluster((EMPTY_HEAD, Node(8))), 1000, [], 3, 1, 0, 2),
+        (Cluster(many(4, 16)), 3, [], 3, 3, 0, 3),
+        (TWO_CORES, 1, [], 1, 1, 0, 1),
+        (Cluster(many(2, 1)), 100, [], 1, 2, 0, 4),
+        (Cluster(many(1, 32, 2)), 1000, [], 15, 2, 0.5, 2),
+        (Cluster(many(1, 32, 2)), 1000, ["resources.gpus=1"], 15, 1, 0.5, 2),
+        (Cluster(many(1, 32, 2)), 1000, ["resources.gpus=0"], 15, 1, 0, 2),
+        (Cluster(many(1, 32, 2)), 1000, ["resources.decoders=4"], 4, 2, 0.5, 2),
+    ],
+    ids=[
+        "two cores",
+        "four nodes",
+        "head without",
+        "few videos",
+        "one video",
+        "tiny nodes",
+        "GPUs",
+        "one of two",
+        "no GPU wanted",
+        "decoders",
+    ],
+)
+def test_score(cluster: Cluster, videos: int, sets: list[str], decoders: int, networks: int, num_gpus: float, senders: int) -> None:
+    placed = place("score", cluster, videos, *sets)
+    assert placed["decoder"].start == decoders
+    for name in ("sampler", "recognizer"):
+        assert (placed[name].start, placed[name].gpus) == (networks, num_gpus)
+    assert placed["sender"].start == senders
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 4])
+def test_a_node_that_is_left_alone_holds_the_whole_graph_and_more(cpus: int) -> None:
+    """Two of each but the decoder, as when a node was lost, and still room for a sender and a writer."""
+    placed = place("score", Cluster(many(1, cpus)), 1000)
+    twice = placed["decoder"].cpus + 2 * (placed["sampler"].cpus + placed["recognizer"].cpus) / 2 + placed["ingress"].cpus
+    assert twice + 4 * placed["writer"].cpus <= cpus
+
+
+@pytest.mark.parametrize(
+    ("cluster", "sets", "workers", "cpus", "device", "threads"),
+    [
+        (Cluster(many(2, 8)), ["train.num_workers=2"], 2, 7.9, "cpu", 8),
+        (Cluster(many(1, 8)), ["train.num_workers=2"], 2, 3.95, "cpu", 4),
+        (Cluster(many(1, 8, 4)), ["train.num_workers=2"], 2, 3.95, "cuda", 4),
+        (Cluster(many(1, 8, 4)), ["train.num_workers=2", "resources.gpus=0"], 2, 3.95, "cpu", 4),
+        (Cluster(many(1, 8, 1)), ["train.num_workers=2"], 2, 3.95, "cpu", 4),
+    ],
+    ids=["two nodes", "one node", "GPUs", "GPUs not wanted", "too few GPUs"],
+)
+def test_train(cluster: Cluster, sets: list[str], workers: int, cpus: float, device: str, threads: int) -> None:
+    placed = place("train", cluster, 100, *sets)
+    assert (placed["worker"].limit, placed["worker"].cpus, placed.device, placed.threads) == (workers, cpus, device, threads)
+    assert placed["worker"].gpus == (1.0 if device == "cuda" else 0.0)
+
+
+def test_a_training_with_fewer_gpus_than_workers_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"train.num_workers = 2 takes a GPU for each worker, resources.gpus allows 1"):
+        place("train", Cluster(many(1, 8, 4)), 100, "train.num_workers=2", "resources.gpus=1")
+
+
+def test_a_training_that_is_too_large_for_the_cluster_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"finetune.num_workers = 50 with 1 decoders each: too many for the 2 CPUs"):
+        place("finetune", TWO_CORES, 100, "finetune.num_workers=50")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "sets", "num_gpus"),
+    [
+        (TWO_CORES, [], 0),
+        (Cluster(many(1, 8, 1)), [], 0.5),
+        (Cluster(many(1, 8, 1)), ["resources.gpus=0"], 0),
+        (Cluster(many(1, 8, 1)), ["serve.sampler.num_gpus=0.25", "serve.recognizer.num_gpus=0.25"], 0.25),
+    ],
+)
+def test_serve_takes_a_gpu_where_there_is_one(cluster: Cluster, sets: list[str], num_gpus: float) -> None:
+    placed = place("serve", cluster, 1, *sets)
+    assert {placed[name].gpus for name in ("sampler", "recognizer")} == {num_gpus}
+    assert placed.on_gpu == bool(num_gpus)

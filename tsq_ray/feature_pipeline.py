@@ -1,0 +1,240 @@
+"""Decoding and networks as Ray Data stages: manifest rows -> feature rows. Extraction and the frozen fine-tuning share it.
+
+On CPUs each worker decodes, in a killable child, and encodes; beside GPUs decoding is a stage of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from tsq_ray import schema
+from tsq_ray.config import Config, ModelConfig
+from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, with_whole_frames
+from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder
+from tsq_ray.errors import ModelError, StorageError, VideoError
+from tsq_ray.manifest import VideoRef
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, identity_row, source_columns, source_of
+from tsq_ray.runtime import cluster, parts
+from tsq_ray.runtime.placement import Layout, Pool
+from tsq_ray.stages import Encode, FrameFeatures, load_network
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The networks that see each frame, by their settings."""
+
+    visual: ModelConfig
+    objects: ModelConfig | None = None
+    recognizer: ModelConfig | None = None
+
+    def specs(self, whole: bool) -> dict[str, FrameSpec]:
+        """The pictures that one decode makes of each frame; `whole` as in `rows.picture_specs`."""
+        models = {VISUAL: self.visual, OBJECTS: self.objects, RECOGNIZER: self.recognizer}
+        specs = {name: frame_spec(model) for name, model in models.items() if model is not None}
+        return with_whole_frames(specs) if whole else specs
+
+    def load(self) -> LoadedNetworks:
+        """ModelError where weights are missing or are not what they are used for."""
+        visual = load_network(self.visual, with_head=False)
+        visual.head = None
+        objects = load_network(self.objects, with_head=True) if self.objects is not None else None
+        if objects is not None and getattr(objects.head, "out_features", 0) != NUM_OBJECTS:
+            raise ModelError(f"encoders.objects {objects.config.model!r}: needs a head over ImageNet-1K's 1000 objects")
+        recognizer = load_network(self.recognizer, with_head=True) if self.recognizer is not None else None
+        return LoadedNetworks(visual, objects, recognizer)
+
+
+@dataclass
+class LoadedNetworks:
+    """The networks themselves."""
+
+    visual: FrameEncoder
+    objects: FrameEncoder | None
+    recognizer: FrameEncoder | None
+
+    def features_schema(self, config: Config, classes: Sequence[str]) -> pa.Schema:
+        """Of the features that they make with these settings."""
+        logits: Any = self.recognizer.head.out_features if self.recognizer is not None else None  # type: ignore[union-attr]
+        return schema.features_schema(config.decode.num_frames, self.visual.dim, classes, logits, config.encoders.num_objects)
+
+    def encode(self, config: Config, device: str) -> Encode:
+        """The networks at work with these settings."""
+        num_objects, where = config.encoders.num_objects, torch.device(device)
+        return Encode(self.visual, self.objects, self.recognizer, where, num_objects, config.resources)
+
+    def hashes(self) -> dict[str, str]:
+        """Identity of each network's weights; the object recogniser's with its head, which makes the objects."""
+        found = {VISUAL: self.visual.backbone_hash()}
+        if self.objects is not None:
+            found[OBJECTS] = self.objects.state_hash()
+        if self.recognizer is not None:
+            found[RECOGNIZER] = self.recognizer.state_hash()
+        return found
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """What a worker needs to know; travels to it whole."""
+
+    config: Config
+    networks: Networks
+    schema: pa.Schema
+    counts: Any
+    layout: Layout
+
+    def specs(self) -> dict[str, FrameSpec]:
+        """What one decode makes of each frame."""
+        return self.networks.specs(self.config.resources.resizes_on_device(self.layout.on_gpu))
+
+    def start_encode(self) -> Encode:
+        """The networks, loaded on the layout's device with its threads."""
+        torch.set_num_threads(self.layout.threads)
+        return self.networks.load().encode(self.config, self.layout.device)
+
+    @property
+    def first_pool(self) -> Pool:
+        """The pool that takes the videos."""
+        return self.layout["worker"] if "worker" in self.layout.pools else self.layout["decoder"]
+
+
+def feature_stage(data: Any, plan: FeaturePlan, debug: bool) -> Any:
+    """Dataset of manifest rows -> dataset of transport tables of feature rows."""
+    context, batch = cluster.quiet_data(debug), plan.config.resources.batch_size
+    common: dict[str, Any] = {"batch_size": batch, "fn_constructor_args": (plan,)}
+    parts.hand_on_after(context, plan.schema, batch)
+    if "worker" in plan.layout.pools:
+        return data.map_batches(ExtractWorker, **common, **parts.pool_options(plan.layout["worker"]))
+    # frames of a batch stay together on their way
+    frames = sum(spec.size**2 * 3 for spec in plan.specs().values()) * plan.config.decode.num_frames
+    context.target_max_block_size = max(context.target_max_block_size, batch * frames)
+    data = data.map_batches(DecodeWorker, **common, **parts.pool_options(plan.layout["decoder"]))
+    return data.map_batches(EncodeWorker, **common, **parts.pool_options(plan.layout["encoder"]))
+
+
+def feature_row(ref: VideoRef, video: DecodedVideo | VideoError | StorageError, features: FrameFeatures | None) -> dict[str, Any]:
+    """The row of a video; `features` of one that could be decoded."""
+    if not isinstance(video, DecodedVideo) or features is None:
+        assert not isinstance(video, DecodedVideo)
+        return failed_row(ref, video)
+    names = ("visual", "object_ids", "object_probs", "recognizer_logits")
+    found = {name: getattr(features, name) for name in names}
+    row = identity_row(ref) | source_columns(video) | {"frame_index": video.frame_index, parts.DECODE_S: video.decode_ms / 1000}
+    return row | {name: value for name, value in found.items() if value is not None}
+
+
+class ExtractWorker:
+    """Decode and encode in one worker: while the network runs on one video, the child decodes the next."""
+
+    def __init__(self, plan: FeaturePlan) -> None:
+        self.plan = plan
+        self.encode = plan.start_encode()
+        self.pool = DecodePool(plan.config.decode, plan.specs(), 1)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Manifest rows -> transport table of feature rows."""
+        refs = parts.refs_of(batch)
+        futures: list[Future[Any]] = [self.pool.submit(source_of(ref)) for ref in refs]
+        rows = []
+        for ref, future in zip(refs, futures, strict=True):
+            video = future.result()
+            started = time.perf_counter()
+            features = self.encode([video])[0] if isinstance(video, DecodedVideo) else None
+            seconds = {parts.ENCODE_S: time.perf_counter() - started} if features is not None else {}
+            rows.append(feature_row(ref, video, features) | seconds)
+        self.plan.counts.add.remote([row.get("error_type") for row in rows])
+        return parts.transport_table(rows, self.plan.schema)
+
+
+class DecodeWorker:
+    """Decode alone, beside GPU encoders: frames travel as bytes through the object store."""
+
+    def __init__(self, plan: FeaturePlan) -> None:
+        self.names = list(plan.specs())
+        self.pool = DecodePool(plan.config.decode, plan.specs(), 1)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Manifest rows -> the same rows with the decoded frames or the failure."""
+        packed = [pack_video(video, self.names) for video in self.pool.decode([source_of(ref) for ref in parts.refs_of(batch)])]
+        for name, column_type in packed_fields(self.names).items():
+            batch = batch.append_column(name, pa.array([row.get(name) for row in packed], column_type))
+        return batch
+
+
+class EncodeWorker:
+    """Encode alone, on a GPU."""
+
+    def __init__(self, plan: FeaturePlan) -> None:
+        self.plan, self.specs = plan, plan.specs()
+        self.encode = plan.start_encode()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows with frames -> transport table of feature rows."""
+        refs = parts.refs_of(batch)
+        records = batch.select(list(packed_fields(list(self.specs)))).to_pylist()
+        videos = [unpack_video(record, self.specs) for record in records]
+        started = time.perf_counter()
+        features = iter(self.encode([video for video in videos if isinstance(video, DecodedVideo)]))
+        rows = [
+            feature_row(ref, video, next(features) if isinstance(video, DecodedVideo) else None)
+            for ref, video in zip(refs, videos, strict=True)
+        ]
+        live = [row for row in rows if "visual" in row]
+        for row in live:
+            row[parts.ENCODE_S] = (time.perf_counter() - started) / len(live)
+        self.plan.counts.add.remote([row.get("error_type") for row in rows])
+        return parts.transport_table(rows, self.plan.schema)
+
+
+_FRAMES = "frames_"
+_PACKED = {
+    "error_type": pa.string(),
+    "error_message": pa.string(),
+    "warnings": pa.list_(pa.string()),
+    "slot_frame": pa.list_(pa.int32()),
+    "frame_index": pa.list_(pa.int32()),
+    "frame_pts_s": pa.list_(pa.float32()),
+    "duration_s": pa.float64(),
+    "fps": pa.float64(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "codec": pa.string(),
+    "source_num_frames": pa.int64(),
+    "decode_ms": pa.float64(),
+}
+
+
+def packed_fields(names: Sequence[str]) -> dict[str, pa.DataType]:
+    """Column types of `pack_video`."""
+    return _PACKED | {f"{_FRAMES}{name}": pa.large_binary() for name in names}
+
+
+def pack_video(video: DecodedVideo | VideoError | StorageError, names: Sequence[str]) -> dict[str, Any]:
+    """A decoded video, or its failure, as Arrow values; of `names` those pictures that it has."""
+    if not isinstance(video, DecodedVideo):
+        return {"error_type": video.error_type, "error_message": str(video)}
+    lists = {name: getattr(video, name).tolist() for name in ("slot_frame", "frame_index", "frame_pts_s")}
+    plain = {name: getattr(video, name) for name in _PACKED if name not in lists and not name.startswith("error_")}
+    return lists | plain | {f"{_FRAMES}{name}": video.frames[name].tobytes() for name in names if name in video.frames}
+
+
+def unpack_video(record: Mapping[str, Any], specs: Mapping[str, FrameSpec]) -> DecodedVideo | VideoError:
+    """The inverse of `pack_video`."""
+    if record["error_type"] is not None:
+        return VideoError(record["error_type"], record["error_message"])
+    values = {name: record[name] for name in _PACKED if not name.startswith("error_")}
+    for name, dtype in (("slot_frame", np.int32), ("frame_index", np.int32), ("frame_pts_s", np.float32)):
+        values[name] = np.array(values[name], dtype)
+    frames = {}
+    for name, spec in specs.items():
+        if (data := record[f"{_FRAMES}{name}"]) is not None:
+            height, width = (record["height"], record["width"]) if name == WHOLE else (spec.size, spec.size)
+            frames[name] = np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
+    return DecodedVideo(frames=frames, **values)

@@ -1,0 +1,192 @@
+"""Blocks of videos for Ray Data, and the parts of the run folder that its last stage writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tsq_ray import runs, schema, storage
+from tsq_ray.config import OutputConfig
+from tsq_ray.errors import RunFailed, StorageError
+from tsq_ray.manifest import VideoRef, VideoRows
+from tsq_ray.runtime.placement import Pool
+
+RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
+"""Of a stage's workers. Ray Data's own are endless: a batch that kills its worker each time would never end the run.
+
+A lost node takes many: until Ray believes that it is gone, 10 to 30 s, every task sent to it is tried again about once a second.
+"""
+STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = ("_decode_s", "_encode_s", "_sample_s", "_recognize_s")
+"""Columns that carry a row's seconds in each stage up to `write_parts`; they are not written."""
+MAX_BLOCK_ROWS = 128
+"""What a lost worker does again at most."""
+_BLOCKS_PER_WORKER = 16
+_MAX_BLOCKS = 20_000
+"""Of one execution: each costs the driver 9 kB, and some milliseconds before the first one runs."""
+_HAND_ON_BATCHES = 4
+_MIN_PART_ROWS = 128
+_PARTS_OF_LARGE_RUN = 1000
+_OTHER_BYTES = 300
+"""Of a row without its tensors: URI, codec, numbers, warnings."""
+_MIB = 2**20
+_ERROR, _ROWS, _WRITE = "error", "rows", "write"
+_WRITE_WAITS_S = (5, 10, 20, 40)
+
+
+def pool_options(pool: Pool) -> dict[str, Any]:
+    """Arguments of `map_batches` that run a stage as this pool."""
+    import ray
+
+    compute = ray.data.ActorPoolStrategy(min_size=pool.minimum, max_size=max(pool.limit, pool.minimum), initial_size=pool.start)
+    options: dict[str, Any] = {"compute": compute, "num_cpus": pool.cpus, "memory": pool.memory, "batch_format": "pyarrow"}
+    return options | ({"num_gpus": pool.gpus} if pool.gpus else {}) | RETRIES
+
+
+def executions(todo: Sequence[VideoRef], workers: int, batch_size: int) -> Iterator[Any]:
+    """The videos to do as Ray datasets of manifest rows, the largest files first; mostly one."""
+    import ray
+
+    table = VideoRows.of(todo).table.replace_schema_metadata(None)
+    blocks = cut_blocks(table, workers, batch_size)
+    for first in range(0, len(blocks), _MAX_BLOCKS):
+        # Not read from a file: reading asks for a whole free CPU, which a small cluster full of workers never has. And not by
+        # `from_arrow`: that sends each block to a task of its own to count its rows, three times the time and 50 kB a block.
+        yield ray.data.from_blocks(blocks[first : first + _MAX_BLOCKS])
+
+
+def cut_blocks(table: pa.Table, workers: int, batch_size: int) -> list[pa.Table]:
+    """Manifest rows in blocks, what a worker takes at a time; the largest files first.
+
+    A block has at most MAX_BLOCK_ROWS rows and, so that nobody is left alone with all the large
+    files, at most its share of the bytes.
+    """
+    if not len(table):
+        return []
+    table = table.take(pc.sort_indices(table, sort_keys=[("size_bytes", "descending")]))
+    share = -(-len(table) // (_BLOCKS_PER_WORKER * max(1, workers)))
+    rows = min(MAX_BLOCK_ROWS, share if share < batch_size else -(-share // batch_size) * batch_size)
+    ends = np.cumsum(pc.fill_null(table["size_bytes"], 0).to_numpy().astype(np.float64))
+    most = ends[-1] / (_BLOCKS_PER_WORKER * max(1, workers))
+    blocks, start = [], 0
+    while start < len(table):
+        before = ends[start - 1] if start else 0.0
+        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
+        stop = min(stop, start + rows, len(table))
+        blocks.append(table.slice(start, stop - start))
+        start = stop
+    return blocks
+
+
+def row_bytes(arrow: pa.Schema) -> int:
+    """Bytes of a row of this schema before compression, nearly."""
+    total = _OTHER_BYTES
+    for column in arrow:
+        if isinstance(column.type, pa.FixedShapeTensorType):
+            total += int(np.prod(column.type.shape)) * column.type.value_type.bit_width // 8
+    return total
+
+
+def part_rows(arrow: pa.Schema, output: OutputConfig, videos: int) -> int:
+    """Rows of a part: what `output` asks for, and of a large run no more than a thousandth."""
+    if output.rows_per_file:
+        return output.rows_per_file
+    fill = max(1, int(output.part_mb * _MIB / row_bytes(arrow)))
+    return min(fill, max(_MIN_PART_ROWS, -(-videos // _PARTS_OF_LARGE_RUN)))
+
+
+def hand_on_after(context: Any, arrow: pa.Schema, batch_size: int) -> None:
+    """Let workers hand rows on after a few batches, whatever they have to do yet."""
+    context.target_max_block_size = max(1, _HAND_ON_BATCHES * batch_size * row_bytes(arrow) * 9 // 10)
+
+
+def refs_of(table: pa.Table) -> list[VideoRef]:
+    """Manifest rows of a batch."""
+    return list(VideoRows(table))
+
+
+def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema) -> pa.Table:
+    """Rows of a run as a table that Ray Data leaves alone: tensors as plain lists, and the seconds that each row took."""
+    table = schema.to_storage(schema.table_from_rows(rows, arrow))
+    for name in STAGE_SECONDS:
+        table = table.append_column(pa.field(name, pa.float64()), pa.array([row.get(name) or 0.0 for row in rows], pa.float64()))
+    return table
+
+
+def publish(
+    todo: Sequence[VideoRef],
+    workers: Pool,
+    writers: Pool,
+    stage: Callable[[Any], Any],
+    out: str,
+    arrow: pa.Schema,
+    output: OutputConfig,
+    batch_size: int,
+) -> tuple[int, dict[str, float]]:
+    """Send the videos through `stage` (dataset of manifest rows -> of transport tables) and write its rows as parts.
+
+    Returns the number of rows written and seconds by stage, summed over the rows. RunFailed where
+    a part cannot be written.
+    """
+    totals: dict[str, float] = {}
+    rows = part_rows(arrow, output, len(todo))
+    for data in executions(todo, workers.start, batch_size):
+        for name, value in write_parts(stage(data), writers, out, arrow, output, rows).items():
+            totals[name] = totals.get(name, 0.0) + value
+    written = int(totals.pop(_ROWS, 0))
+    return written, {name: value for name, value in totals.items() if value > 0}
+
+
+def write_parts(data: Any, writers: Pool, out: str, arrow: pa.Schema, output: OutputConfig, rows: int) -> dict[str, float]:
+    """Run a dataset of transport tables and publish its rows as parts of about `rows` rows; sums of what WritePart returns."""
+    # a batch is all that a writer is given, so that what is above `rows` makes no part of its own
+    data = data.map_batches(
+        WritePart,
+        batch_size=rows + _HAND_ON_BATCHES * MAX_BLOCK_ROWS,
+        fn_constructor_args=(out, arrow, output.compression),
+        **pool_options(writers),
+    )
+    # no argument of map_batches says from how many rows on blocks are given to a writer
+    object.__setattr__(data._logical_plan.dag, "min_rows_per_bundled_input", rows)
+    totals: dict[str, float] = {}
+    for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for message in table[_ERROR].drop_null().to_pylist():
+            raise RunFailed(message)
+        for name in table.drop_columns(_ERROR).column_names:
+            totals[name] = totals.get(name, 0.0) + pc.sum(table[name]).as_py()
+    return totals
+
+
+class WritePart:
+    """Rows -> one part of the run folder, whole or not at all."""
+
+    def __init__(self, out: str, arrow: pa.Schema, compression: str) -> None:
+        self.out, self.arrow, self.compression = out, arrow, compression
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Transport table -> one row of seconds by stage, with what storage said where it failed: an exception would lose its cause on the way."""
+        started = time.perf_counter()
+        error = None
+        try:
+            self._publish(schema.from_storage(batch, self.arrow))
+        except StorageError as failure:
+            error = str(failure)
+        sums = {name.strip("_").removesuffix("_s"): pc.sum(batch[name]).as_py() for name in STAGE_SECONDS}
+        sums |= {_WRITE: time.perf_counter() - started, _ROWS: float(len(batch))}
+        return pa.table({name: pa.array([value]) for name, value in sums.items()} | {_ERROR: pa.array([error], pa.string())})
+
+    def _publish(self, rows: pa.Table) -> None:
+        """A bucket that is away for a moment must not cost the rows that are made, and with them the run."""
+        for wait_s in () if storage.is_local(self.out) else _WRITE_WAITS_S:
+            try:
+                runs.write_part(self.out, rows, self.compression)
+                return
+            except StorageError as error:
+                if error.error_type != "unavailable":
+                    raise
+            time.sleep(wait_s)
+        runs.write_part(self.out, rows, self.compression)

@@ -1,0 +1,149 @@
+"""Progress of a run: what its workers count, and how it is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from tsq_ray.runtime.waiting import Watch
+
+T = TypeVar("T")
+_POLL_S = 0.5
+_PLAIN_EVERY_S = 15.0
+
+
+@dataclass
+class Counts:
+    """Shared counters of a run; an instance lives in a Ray actor."""
+
+    ok: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+
+    def add(self, statuses: Sequence[str | None]) -> None:
+        """One entry a video: None for ok, else the error type."""
+        self.ok += sum(status is None for status in statuses)
+        self.failed.update(status for status in statuses if status is not None)
+
+    def get(self) -> tuple[int, dict[str, int]]:
+        """Videos ok, failed ones by type."""
+        return self.ok, dict(self.failed)
+
+
+def start_counts() -> Any:
+    """A Counts actor for `run_with_progress` and the workers."""
+    import ray
+
+    return ray.remote(num_cpus=0)(Counts).remote()
+
+
+def run_with_progress(
+    work: Callable[[], T],
+    counts: Any,
+    total: int,
+    what: str,
+    show: bool = True,
+    unit: str = "videos",
+    wait_s: float = 0.0,
+    ticks: Sequence[Callable[[], None]] = (),
+) -> T:
+    """Run `work` in a thread and show videos done / failed / left, videos/s and ETA.
+
+    A bar on a terminal, plain lines elsewhere; a line also where the cluster has no room. `ticks`
+    are called twice a second. Raises what `work` and the ticks raise, and RunFailed where the run
+    has waited for longer than `wait_s` (0: no limit).
+    """
+    import ray
+
+    watch = Watch(ray, what, wait_s)
+    with _thread(work) as (is_alive, result), progress_display(total, what, show, unit) as update:
+        while is_alive(_POLL_S):
+            for tick in ticks:
+                tick()
+            with contextlib.suppress(ray.exceptions.RayError):
+                ok, failed = ray.get(counts.get.remote(), timeout=10)
+                update(ok, sum(failed.values()))
+                watch.tick(ok + sum(failed.values()))
+    return result()
+
+
+def run_watched(work: Callable[[], T], what: str, wait_s: float = 0.0) -> T:
+    """Run `work`, which waits for room on the cluster, in a thread; say what it waits for."""
+    import ray
+
+    watch = Watch(ray, what, wait_s)
+    with _thread(work) as (is_alive, result):
+        while is_alive(_POLL_S):
+            watch.tick(0)
+    return result()
+
+
+@contextlib.contextmanager
+def _thread(work: Callable[[], T]) -> Iterator[tuple[Callable[[float], bool], Callable[[], T]]]:
+    """`work` in a thread; yields (wait some seconds, whether it runs still) and its result."""
+    found: list[T] = []
+    raised: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:  # noqa: BLE001  raised again by `result`
+            raised.append(error)
+
+    def is_alive(seconds: float) -> bool:
+        thread.join(seconds)
+        return thread.is_alive()
+
+    def result() -> T:
+        if raised:
+            raise raised[0]
+        return found[0]
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    yield is_alive, result
+
+
+@contextlib.contextmanager
+def progress_display(total: int, what: str, show: bool = True, unit: str = "videos") -> Iterator[Callable[[int, int], None]]:
+    """Yields update(ok, failed). Output goes to stderr, so that --json keeps stdout to itself."""
+    began: list[
+        tuple[float, int]
+    ] = []  # when the first ones were done, and how many: before that is start-up, which says nothing of the rate
+
+    def line(ok: int, failed: int) -> str:
+        now, done = time.monotonic(), ok + failed
+        left = max(0, total - done)
+        text = f"{what}: {done}/{total} done, {failed} failed, {left} left"
+        if done and not began:
+            began.append((now, done))
+        if not began or done <= began[0][1]:
+            return text
+        rate = (done - began[0][1]) / (now - began[0][0])
+        return f"{text}, {rate:.2f} {unit}/s, ETA {left / rate:.0f} s"
+
+    if not show:
+        yield lambda ok, failed: None
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        bar = Progress(BarColumn(30), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+        with bar:
+            task = bar.add_task(line(0, 0), total=total)
+            yield lambda ok, failed: bar.update(task, completed=ok + failed, description=line(ok, failed))
+        return
+    last = [0.0]
+
+    def plain(ok: int, failed: int) -> None:
+        if time.monotonic() - last[0] >= _PLAIN_EVERY_S and (ok or failed):
+            last[0] = time.monotonic()
+            print(line(ok, failed), file=sys.stderr, flush=True)  # noqa: T201
+
+    yield plain

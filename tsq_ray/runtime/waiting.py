@@ -1,0 +1,144 @@
+"""What a run waits for, and who has it: a line every 15 seconds instead of silence."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tsq_ray.errors import RunFailed
+
+FIRST_LINE_S, EVERY_S = 10.0, 15.0
+_GIB = 2**30
+_SYSTEM_ACTORS = ("ServeController", "ProxyActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsActor")
+_PENDING = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
+
+
+class Watch:
+    """Reports when a run makes no progress because the cluster has no room for it."""
+
+    def __init__(self, ray: Any, what: str, wait_s: float = 0.0) -> None:
+        """`wait_s`: the longest wait; 0 for no limit."""
+        self._ray, self._what, self._wait_s = ray, what, wait_s
+        self._done = -1
+        self._since = self._looked = time.monotonic()
+        self._waits_since: float | None = None
+
+    def tick(self, done: int) -> None:
+        """Called every second or so with the number of videos done.
+
+        Raises RunFailed where the run has waited for longer than `wait_s`.
+        """
+        now = time.monotonic()
+        if done != self._done:
+            self._done, self._since, self._looked, self._waits_since = done, now, now, None
+            return
+        first = self._looked == self._since
+        if now - self._looked < (FIRST_LINE_S if first else EVERY_S) and not self._is_over(now):
+            return
+        self._looked = now
+        if not is_waiting(self._ray):
+            self._waits_since = None
+            return
+        self._waits_since = self._waits_since or self._since
+        waited = now - self._waits_since
+        line = f"{self._what}: waiting for {waited:.0f} s: {explain(self._ray)}"
+        if self._is_over(now):
+            raise RunFailed(f"{line}; gave up after --wait-s {self._wait_s:g}; give the same command again to resume")
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+    def _is_over(self, now: float) -> bool:
+        since = self._waits_since or self._since
+        return bool(self._wait_s) and now - since >= self._wait_s
+
+
+def is_waiting(ray: Any) -> bool:
+    """Whether of some kind of this job's actors none has a place yet, or a placement group has none."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        job = ray.get_runtime_context().get_job_id()
+        mine = [actor for actor in _actors() if actor["JobID"] == job]
+        alive = {actor["ActorClassName"] for actor in mine if actor["State"] == "ALIVE"}
+        if any(actor["State"] in _PENDING and actor["ActorClassName"] not in alive for actor in mine):
+            return True
+        return any(group["state"] == "PENDING" for group in ray.util.placement_group_table().values())
+    return False
+
+
+def explain(ray: Any) -> str:
+    """What is asked for, what is free, the largest node, who holds the rest, the autoscaler."""
+    return "; ".join(_facts(ray))
+
+
+def _facts(ray: Any) -> Iterator[str]:
+    status = _cluster_status(ray)
+    if status is not None:
+        yield f"asked for {_demands(status) or 'nothing that Ray knows of yet'}"
+    total, free = ray.cluster_resources(), ray.available_resources()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    kinds = [kind for kind in ("CPU", "GPU") if total.get(kind) or kind == "CPU"]
+    rooms = ", ".join(f"{free.get(kind, 0.0):.3g} of {total.get(kind, 0.0):g} {kind}" for kind in kinds)
+    yield f"free {rooms} on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+    largest: Mapping[str, float] = max(nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)), default={})
+    yield f"largest node {_bundle({kind: largest.get(kind, 0.0) for kind in kinds})}"
+    holders = _holders(ray)
+    if holders:
+        yield f"held by {holders}"
+    if status is not None:
+        yield f"autoscaler: {_autoscaler(status)}"
+
+
+def _actors() -> list[dict[str, Any]]:
+    from ray._private.state import actors
+
+    return list(actors().values())
+
+
+def _cluster_status(ray: Any) -> Any:
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    # where the driver is a client (ray://) the address is another network's
+    with contextlib.suppress(Exception):
+        return get_cluster_status(ray.get_runtime_context().gcs_address, timeout=5)
+    return None
+
+
+def _demands(status: Any) -> str:
+    summary = status.resource_demands
+    demands = [*summary.ray_task_actor_demand, *summary.placement_group_demand]
+    bundles = [item for demand in demands for item in demand.bundles_by_count]
+    return ", ".join(f"{item.count} x {_bundle(item.bundle)}" for item in bundles)
+
+
+def _bundle(resources: Mapping[str, float]) -> str:
+    named = {name: value for name, value in resources.items() if name in ("CPU", "GPU", "memory")}
+    parts = [f"{value / _GIB:.2g} GiB" if name == "memory" else f"{value:g} {name}" for name, value in named.items()]
+    return "(" + ", ".join(parts) + ")"
+
+
+def _holders(ray: Any) -> str:
+    """Jobs with actors that run, and the names of these."""
+    jobs: dict[str, Counter[str]] = {}
+    for actor in _actors():
+        name = actor["ActorClassName"]
+        if actor["State"] == "ALIVE" and not name.startswith(_SYSTEM_ACTORS):
+            jobs.setdefault(actor["JobID"], Counter())[name] += 1
+    mine = ray.get_runtime_context().get_job_id()
+    named = []
+    for job, names in jobs.items():
+        who = "this job" if job == mine else f"job {job}"
+        shown = ", ".join(f"{count} x {name}" for name, count in names.most_common(2))
+        named.append(f"{who} ({shown}{', ...' if len(names) > 2 else ''})")
+    return ", ".join(named[:3]) + (f" and {len(named) - 3} jobs more" if len(named) > 3 else "")
+
+
+def _autoscaler(status: Any) -> str:
+    starting = Counter(node.ray_node_type_name for node in status.pending_nodes)
+    for launch in status.pending_launches:
+        starting[launch.ray_node_type_name] += launch.count
+    parts = [f"{count} x {name} starting" for name, count in starting.items()]
+    for launch in status.failed_launches[:2]:
+        parts.append(f"{launch.ray_node_type_name} failed to start ({launch.details or 'no reason given'})")
+    return ", ".join(parts) or "no node is starting"
