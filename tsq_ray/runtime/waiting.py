@@ -40,23 +40,31 @@ class Watch:
         if now - self._looked < (FIRST_LINE_S if first else EVERY_S) and not self._is_over(now):
             return
         self._looked = now
-        if not is_waiting(self._ray):
+        if not lacks_actors(self._ray):
             self._waits_since = None
             return
+        status = _cluster_status(self._ray)
+        if status is not None and not _demands(status):
+            self._waits_since = None
+            _say(f"{self._what}: starting for {now - self._since:.0f} s: its actors have their places and load what they need")
+            return
         self._waits_since = self._waits_since or self._since
-        waited = now - self._waits_since
-        line = f"{self._what}: waiting for {waited:.0f} s: {explain(self._ray)}"
+        line = f"{self._what}: waiting for {now - self._waits_since:.0f} s: {'; '.join(_facts(self._ray, status))}"
         if self._is_over(now):
             raise RunFailed(f"{line}; gave up after --wait-s {self._wait_s:g}; give the same command again to resume")
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
+        _say(line)
 
     def _is_over(self, now: float) -> bool:
         since = self._waits_since or self._since
         return bool(self._wait_s) and now - since >= self._wait_s
 
 
-def is_waiting(ray: Any) -> bool:
-    """Whether of some kind of this job's actors none has a place yet, or a placement group has none."""
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def lacks_actors(ray: Any) -> bool:
+    """Whether of some kind of this job's actors none runs yet, or a placement group has no place."""
     with contextlib.suppress(ray.exceptions.RayError):
         job = ray.get_runtime_context().get_job_id()
         mine = [actor for actor in _actors() if actor["JobID"] == job]
@@ -67,15 +75,10 @@ def is_waiting(ray: Any) -> bool:
     return False
 
 
-def explain(ray: Any) -> str:
+def _facts(ray: Any, status: Any) -> Iterator[str]:
     """What is asked for, what is free, the largest node, who holds the rest, the autoscaler."""
-    return "; ".join(_facts(ray))
-
-
-def _facts(ray: Any) -> Iterator[str]:
-    status = _cluster_status(ray)
     if status is not None:
-        yield f"asked for {_demands(status) or 'nothing that Ray knows of yet'}"
+        yield f"asked for {_demands(status)}"
     total, free = ray.cluster_resources(), ray.available_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kinds = [kind for kind in ("CPU", "GPU") if total.get(kind) or kind == "CPU"]
