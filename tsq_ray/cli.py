@@ -364,7 +364,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Row accounting of a run; exit code 1 when it does not add up."""
-    from tsq_ray.runs import verify as run
+    from tsq_ray.runs.verify import verify as run
 
     result = run(uri)
     counts = result["counts"]

@@ -40,6 +40,7 @@ from tsq_ray import runs, runtime, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
 from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, choose_split, list_sources, read_manifest, write_manifest
+from tsq_ray.runs.folder import begin, part_name
 from tsq_ray.stages import FrameFeatures
 
 _CLASSES = [f"class {number}" for number in range(200)]
@@ -144,7 +145,7 @@ def _make(options: argparse.Namespace) -> dict[str, Any]:
     write_manifest(manifest, f"{options.folder}/manifest.parquet")
     arrow = extracting.load_networks(config, None).features_schema(config, _CLASSES)
     done = count - count // 100
-    runs.begin(f"{options.folder}/planned", "features", {}, manifest)
+    begin(f"{options.folder}/planned", "features", {}, manifest)
     Path(options.folder, "last").mkdir()
     for name, rows in (("planned", manifest.rows[:done]), ("last", manifest.rows[done:])):
         _write_parts(f"{options.folder}/{name}", rows, arrow, config)
@@ -190,7 +191,7 @@ def _write_parts(out: str, rows: VideoRows, arrow: pa.Schema, config: Config) ->
         columns["status"] = pa.array(["ok"] * len(table))
         columns["warnings"] = pa.array([[]] * len(table), pa.list_(pa.string()))
         part = pa.table([columns.get(field.name, pa.nulls(len(table), field.type)) for field in arrow], schema=arrow)
-        pq.write_table(part, storage.join(out, runs.part_name(table["video_id"].to_pylist())), compression="zstd")
+        pq.write_table(part, storage.join(out, part_name(table["video_id"].to_pylist())), compression="zstd")
 
 
 def _close(manifest_uri: str, out: str, config: Config) -> float:

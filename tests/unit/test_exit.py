@@ -14,11 +14,12 @@ import pytest
 
 from tsq_ray import runs, schema
 from tsq_ray.config import Config
-from tsq_ray.manifest import Manifest, VideoRef, write_manifest
+from tsq_ray.manifest import Manifest, VideoRef, read_manifest, write_manifest
+from tsq_ray.runs.folder import begin
 
 THREADS = """
     import os, sys
-    import tsq_ray.describe, tsq_ray.runs
+    import tsq_ray.describe, tsq_ray.runs.verify
     from tsq_ray.cli import main
 
     before = set(os.listdir("/proc/self/task"))
@@ -34,8 +35,8 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
     video = VideoRef("0" * 16, "/videos/0.mp4", 10, labels=(0,), split="train")
     manifest, features = str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
     write_manifest(Manifest([video], ["cats"], id="source"), manifest)
-    read = runs.read_manifest(manifest)
-    runs.begin(features, "features", {}, read)
+    read = read_manifest(manifest)
+    begin(features, "features", {}, read)
     row: dict[str, Any] = {**vars(video), "labels": [0], "warnings": [], "status": "ok"}
     row |= {"frame_index": np.arange(2), "frame_pts_s": np.arange(2), "visual": np.ones((2, 4))}
     row |= {"object_ids": np.ones((2, 10)), "object_probs": np.ones((2, 10))}

@@ -28,7 +28,6 @@ ORDER = (
         "manifest",
         "provenance",
         "artifact",
-        "done",
         "runs",
         "decode",
         "rows",

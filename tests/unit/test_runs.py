@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsq_ray import runs, schema
+from tsq_ray import runs, schema, storage
 from tsq_ray.config import Config
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed
-from tsq_ray.manifest import Manifest, VideoRef, write_manifest
-from tsq_ray.runs import CONFIG_FILE, RUN_FILE, Current
+from tsq_ray.manifest import Manifest, VideoRef, read_manifest, write_manifest
+from tsq_ray.runs.done import Current, done_rows, pick_current, still_to_do
+from tsq_ray.runs.folder import CONFIG_FILE, RUN_FILE, begin, part_name, prune
+from tsq_ray.runs.verify import verify
 
 CLASSES = ["cats", "dogs"]
 T, D = 2, 4
@@ -48,10 +50,10 @@ class Folder:
 
     def set_manifest(self, videos: list[VideoRef]) -> None:
         write_manifest(Manifest(videos, CLASSES, id="source"), self.manifest_uri)
-        self.manifest = runs.read_manifest(self.manifest_uri)
+        self.manifest = read_manifest(self.manifest_uri)
 
     def begin(self, identity: dict[str, Any] | None = None) -> None:
-        runs.begin(self.uri, "features", identity or IDENTITY, self.manifest)
+        begin(self.uri, "features", identity or IDENTITY, self.manifest)
 
     def write(self, *rows: dict[str, Any], age: float | None = None) -> str:
         """One part; `age` seconds old."""
@@ -62,11 +64,11 @@ class Folder:
         return name
 
     def current(self) -> Current:
-        return runs.pick_current(runs.done_rows(self.uri), self.manifest)
+        return pick_current(done_rows(self.uri), self.manifest)
 
     def left(self, *retry: str) -> list[str]:
         """URIs of the videos that a run would do."""
-        return [video.uri for video in runs.still_to_do(self.manifest.rows, self.current(), retry)]
+        return [video.uri for video in still_to_do(self.manifest.rows, self.current(), retry)]
 
     def close(self, todo: Iterable[VideoRef] = (), wanted: list[VideoRef] | None = None, split: str | None = None) -> dict[str, Any]:
         wanted = self.manifest.rows if wanted is None else wanted
@@ -81,7 +83,7 @@ class Folder:
         return sorted((row["uri"], row["status"]) for table in tables for row in table.to_pylist())
 
     def problems(self) -> list[str]:
-        return runs.verify(self.uri)["problems"]
+        return verify(self.uri)["problems"]
 
 
 @pytest.fixture
@@ -106,11 +108,9 @@ def done(folder: Folder) -> Folder:
 
 def test_a_part_is_named_after_the_videos_in_it(folder: Folder) -> None:
     first = folder.write(row(ref(1)), row(ref(2)))
-    assert folder.write(row(ref(2)), row(ref(1))) == first == runs.part_name([ref(2).video_id, ref(1).video_id])
+    assert folder.write(row(ref(2)), row(ref(1))) == first == part_name([ref(2).video_id, ref(1).video_id])
     assert folder.write(row(ref(1))) != first
-    assert sorted(runs.storage.name_of(part.uri) for part in runs.list_parts(folder.uri)) == sorted(
-        {first, runs.part_name([ref(1).video_id])}
-    )
+    assert sorted(storage.name_of(part.uri) for part in runs.list_parts(folder.uri)) == sorted({first, part_name([ref(1).video_id])})
 
 
 def test_only_parts_are_parts(folder: Folder) -> None:
@@ -124,7 +124,7 @@ def test_a_damaged_part_is_named(folder: Folder) -> None:
     name = folder.write(row(ref(1)))
     (folder.path / name).write_bytes((folder.path / name).read_bytes()[:100])
     with pytest.raises(RunError, match=f"{name}: not readable as Parquet .*; delete it and run again"):
-        runs.done_rows(folder.uri)
+        done_rows(folder.uri)
 
 
 # --------------------------------------------------------------------------------------------------------------- begin
@@ -255,9 +255,9 @@ def test_pruning_leaves_one_row_a_video(folder: Folder) -> None:
     folder.write(row(ref(1), "timeout"), row(ref(2)), age=60)
     folder.write(row(ref(1)), row(ref(9)), age=40)
     folder.write(row(ref(2, size_bytes=9)), row(ref(3)), age=20)
-    assert runs.prune(folder.uri, folder.current(), "zstd") == 3
+    assert prune(folder.uri, folder.current(), "zstd") == 3
     assert folder.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "ok"), ("/videos/3.mp4", "ok")]
-    assert all(name == runs.part_name(pq.read_table(folder.path / name)["video_id"].to_pylist()) for name in parts_of(folder))
+    assert all(name == part_name(pq.read_table(folder.path / name)["video_id"].to_pylist()) for name in parts_of(folder))
 
 
 def parts_of(folder: Folder) -> list[str]:
@@ -267,7 +267,7 @@ def parts_of(folder: Folder) -> list[str]:
 def test_a_part_without_a_row_that_counts_goes(folder: Folder) -> None:
     old = folder.write(row(ref(9)))
     kept = folder.write(row(ref(1)))
-    runs.prune(folder.uri, folder.current(), "zstd")
+    prune(folder.uri, folder.current(), "zstd")
     assert parts_of(folder) == [kept]
     assert old != kept
 
@@ -276,7 +276,7 @@ def test_a_part_that_is_rewritten_under_the_name_of_another_part_survives(folder
     folder.write(row(ref(1)), age=50)
     folder.write(row(ref(1), "timeout"), row(ref(2)), age=40)
     folder.write(row(ref(2), "timeout"), age=30)
-    runs.prune(folder.uri, folder.current(), "zstd")
+    prune(folder.uri, folder.current(), "zstd")
     assert folder.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "ok")]
 
 
@@ -353,9 +353,9 @@ def test_a_manifest_that_lost_videos_is_enough_to_close_anew(done: Folder) -> No
 
 def test_an_unfinished_run_is_told_from_no_run(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="this run is not finished; give its command again"):
-        runs.verify(folder.uri)
+        verify(folder.uri)
     with pytest.raises(RunError, match=r"no run folder \(no _run.json\)"):
-        runs.verify(str(tmp_path))
+        verify(str(tmp_path))
 
 
 def test_reopening_makes_a_run_unfinished(done: Folder) -> None:
@@ -468,7 +468,7 @@ def test_verify_says_when_the_manifest_cannot_be_compared(done: Folder, change: 
         os.unlink(done.manifest_uri)
     else:
         done.set_manifest([ref(1)])
-    result = runs.verify(done.uri)
+    result = verify(done.uri)
     assert result["problems"] == []
     assert "manifest not checked" in result["checks"][-1]
     assert told in result["checks"][-1]
@@ -479,7 +479,7 @@ def test_labels_and_splits_that_changed_reach_the_rows(done: Folder) -> None:
     classes = ["another", *CLASSES]
     moved = [dataclasses.replace(video, labels=(2,), split="val") for video in done.manifest.rows]
     write_manifest(Manifest(moved, classes, id="source"), done.manifest_uri)
-    done.manifest = runs.read_manifest(done.manifest_uri)
+    done.manifest = read_manifest(done.manifest_uri)
     done.begin()
     assert done.left() == []
     run = done.close()
