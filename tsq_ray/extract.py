@@ -127,18 +127,20 @@ def load_networks(config: Config, recognizer: ModelConfig | None) -> Networks:
     return Networks(visual, objects, load_network(recognizer, with_head=True) if recognizer is not None else None)
 
 
-def _identity(config: Config, recognizer: ModelConfig | None, networks: Networks) -> dict[str, Any]:
-    encoders = {"visual": config.encoders.visual, "objects": config.encoders.objects}
-    return {
-        "decode": config.decode.model_dump(
-            mode="json", include={"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
-        ),
-        # where weights lie does not matter, what they are does
-        "encoders": {name: model.model_dump(mode="json", exclude={"weights"}) for name, model in encoders.items()}
-        | {"num_objects": config.encoders.num_objects},
-        "recognizer": recognizer.model_dump(mode="json", exclude={"weights"}) if recognizer is not None else None,
-        "weights": networks.hashes(),
+def _identity(config: Config, recognizer: ModelConfig | None, networks: Networks) -> runs.Identity:
+    decode = {"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
+    # where weights lie does not matter, what they are does
+    encoders: dict[str, Any] = {
+        "visual": config.encoders.visual.model_dump(mode="json", exclude={"weights"}),
+        "objects": config.encoders.objects.model_dump(mode="json", exclude={"weights"}),
+        "num_objects": config.encoders.num_objects,
     }
+    return runs.Identity.of(
+        decode=config.decode.model_dump(mode="json", include=decode),
+        encoders=encoders,
+        recognizer=recognizer.model_dump(mode="json", exclude={"weights"}) if recognizer else None,
+        weights=networks.hashes(),
+    )
 
 
 def _threads(config: Config, ray: Any) -> int:

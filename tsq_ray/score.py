@@ -97,17 +97,19 @@ def score(
     )
 
 
-def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> dict[str, Any]:
+def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> runs.Identity:
     sampler = config.sampler.model_dump(mode="json")
     if config.sampler.mode != "random":
         sampler.pop("seed")
-    if config.sampler.budget != "adaptive":  # it says all; the runs of before these settings are the same
+    if config.sampler.budget != "adaptive":  # keeps runs made before these settings valid
         sampler.pop("max_budget")
         sampler.pop("margin")
-    identity = {"model_sha256": digest, "sampler": sampler, "scores": "all" if with_scores else "top"}
-    # likewise of what the bundle says: only another backend than its own
+    # likewise: only another backend than the bundle's own
     own = bundle["config"]["decode"].get("backend", config.decode.backend)
-    return identity | ({"decode": {"backend": config.decode.backend}} if config.decode.backend != own else {})
+    backend = config.decode.backend
+    decode = {"decode": {"backend": backend}} if backend != own else {}
+    scores = "all" if with_scores else "top"
+    return runs.Identity.of(model_sha256=digest, sampler=sampler, scores=scores, **decode)
 
 
 @contextlib.contextmanager

@@ -145,7 +145,7 @@ def _make(options: argparse.Namespace) -> dict[str, Any]:
     write_manifest(manifest, f"{options.folder}/manifest.parquet")
     arrow = extracting.load_networks(config, None).features_schema(config, _CLASSES)
     done = count - count // 100
-    begin(f"{options.folder}/planned", "features", {}, manifest)
+    begin(f"{options.folder}/planned", "features", runs.Identity.of(), manifest)
     Path(options.folder, "last").mkdir()
     for name, rows in (("planned", manifest.rows[:done]), ("last", manifest.rows[done:])):
         _write_parts(f"{options.folder}/{name}", rows, arrow, config)
@@ -178,7 +178,7 @@ def _plan(ray: Any, manifest_uri: str, out: str, config: Config) -> tuple[float,
     """Seconds from the manifest's file to the Ray dataset of what is to do, and how much that is. The steps of `extract`."""
     started = time.perf_counter()
     manifest = read_manifest(manifest_uri)
-    todo = runs.enter(out, "features", {}, manifest, choose_split(manifest, None)[:None])
+    todo = runs.enter(out, "features", runs.Identity.of(), manifest, choose_split(manifest, None)[:None])
     runtime.todo_dataset(ray, todo, runtime.block_rows(len(todo), 2, config.resources.batch_size, config.output.rows_per_file))
     return time.perf_counter() - started, len(todo)
 

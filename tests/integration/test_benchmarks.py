@@ -140,7 +140,7 @@ def test_scale_makes_up_runs_that_add_up(tmp_path: Path) -> None:
     config, uri, out = benchmark._config(), str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
     write_manifest(benchmark.made_up_manifest(300), uri)
     manifest = read_manifest(uri)
-    begin(out, "features", {}, manifest)
+    begin(out, "features", runs.Identity.of(), manifest)
     arrow = benchmark.extracting.load_networks(config, None).features_schema(config, manifest.classes)
     benchmark._write_parts(out, manifest.rows[:290], arrow, config)
     todo = still_to_do(manifest.rows, pick_current(done_rows(out), manifest))

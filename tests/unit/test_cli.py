@@ -260,7 +260,7 @@ def test_info_describes_a_manifest_and_a_bundle(tsq: Callable[..., Answer], mani
 def finished_run(folder: Path, manifest_uri: str, status: str = "failed") -> Path:
     """A features folder whose four videos all failed, or have another `status`."""
     manifest = read_manifest(manifest_uri)
-    begin(str(folder), "features", {"decode": {}}, manifest)
+    begin(str(folder), "features", runs.Identity.of(decode={}), manifest)
     rows = [
         {**vars(ref), "labels": list(ref.labels or ()), "status": status, "error_type": "not_video", "error_message": "no", "warnings": []}
         for ref in manifest.rows

@@ -36,7 +36,7 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
     manifest, features = str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
     write_manifest(Manifest([video], ["cats"], id="source"), manifest)
     read = read_manifest(manifest)
-    begin(features, "features", {}, read)
+    begin(features, "features", runs.Identity.of(), read)
     row: dict[str, Any] = {**vars(video), "labels": [0], "warnings": [], "status": "ok"}
     row |= {"frame_index": np.arange(2), "frame_pts_s": np.arange(2), "visual": np.ones((2, 4))}
     row |= {"object_ids": np.ones((2, 10)), "object_probs": np.ones((2, 10))}

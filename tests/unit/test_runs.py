@@ -53,7 +53,7 @@ class Folder:
         self.manifest = read_manifest(self.manifest_uri)
 
     def begin(self, identity: dict[str, Any] | None = None) -> None:
-        begin(self.uri, "features", identity or IDENTITY, self.manifest)
+        begin(self.uri, "features", runs.Identity.of(**(identity or IDENTITY)), self.manifest)
 
     def write(self, *rows: dict[str, Any], age: float | None = None) -> str:
         """One part; `age` seconds old."""
@@ -367,9 +367,21 @@ def test_reopening_makes_a_run_unfinished(done: Folder) -> None:
 def test_another_kind_and_another_format_are_refused(done: Folder) -> None:
     with pytest.raises(RunError, match="holds features, expected predictions"):
         runs.read_run(done.uri, "predictions")
-    change_run(done, format=99)
-    with pytest.raises(RunError, match="run format 99; this version reads 1"):
+    change_run(done, format="one")
+    with pytest.raises(RunError, match="run format 'one'; this version reads 1"):
         runs.read_run(done.uri)
+
+
+def test_a_folder_of_a_newer_version_asks_for_an_upgrade(done: Folder) -> None:
+    newer = r"made by a newer version of tsq_ray \(format 2; this version reads 1\); upgrade"
+    change_run(done, format=2)
+    with pytest.raises(RunError, match=newer):
+        runs.read_run(done.uri)
+    config = runs.read_json(str(done.path / CONFIG_FILE))
+    assert config is not None
+    runs.write_json(str(done.path / CONFIG_FILE), config | {"format": 2})
+    with pytest.raises(RunError, match=newer):
+        done.begin()
 
 
 def change_run(folder: Folder, **changes: Any) -> None:

@@ -17,10 +17,12 @@ from tsq_ray.runs.folder import (
     write_json,
     write_part,
 )
+from tsq_ray.runs.identity import Identity
 
 __all__ = [
     "FORMAT",
     "RUN_FILE",
+    "Identity",
     "Kind",
     "check_folder",
     "close_run",

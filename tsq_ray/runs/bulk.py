@@ -18,6 +18,7 @@ from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows
 from tsq_ray.runs.done import Current, done_rows, outdated_labels, pick_current, still_to_do
 from tsq_ray.runs.folder import RUN_FILE, Kind, begin, finish, prune, read_json, relabel, reopen
+from tsq_ray.runs.identity import Identity
 
 
 def retry_reasons(retry: str | None) -> tuple[str, ...]:
@@ -32,7 +33,7 @@ def retry_reasons(retry: str | None) -> tuple[str, ...]:
 
 
 def enter(
-    uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest, wanted: Sequence[VideoRef], retry: Collection[str] = ()
+    uri: str, kind: Kind, identity: Identity, manifest: Manifest, wanted: Sequence[VideoRef], retry: Collection[str] = ()
 ) -> VideoRows:
     """Make or enter a run folder, as `begin`; the wanted videos that are still to do in it, failed ones again where their reason is in `retry`."""
     begin(uri, kind, identity, manifest)

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsq_ray import provenance, schema, storage
-from tsq_ray.config import differing, flatten
 from tsq_ray.errors import RunError, StorageError
 from tsq_ray.manifest import Manifest, VideoRows
 from tsq_ray.runs.done import Current, Part, list_parts, read_part
+from tsq_ray.runs.identity import Identity
 
 RUN_FILE = "_run.json"
 CONFIG_FILE = "_config.json"
@@ -56,47 +56,56 @@ def read_run(uri: str, kind: Kind | None = None) -> dict[str, Any]:
         if read_json(storage.join(uri, CONFIG_FILE)) is not None:
             raise RunError(f"{storage.redact(uri)}: this run is not finished; give its command again, it goes on where it stopped")
         raise RunError(f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); name what extract or score wrote with --out")
-    if run.get("format") != FORMAT:
-        raise RunError(f"{storage.redact(uri)}: run format {run.get('format')!r}; this version reads {FORMAT}")
+    check_format(uri, run)
     if kind is not None and run["kind"] != kind:
         raise RunError(f"{storage.redact(uri)}: holds {run['kind']}, expected {kind}")
     return run
 
 
-def begin(uri: str, kind: Kind, identity: Mapping[str, Any], manifest: Manifest) -> None:
-    """Make or enter a run folder. RunError where it belongs to another configuration or manifest; names the keys that differ.
+def check_format(uri: str, record: Mapping[str, Any]) -> None:
+    """Raise RunError if a run folder's `_run.json` or `_config.json` is not of this format."""
+    found = record.get("format")
+    if isinstance(found, int) and found > FORMAT:
+        raise RunError(f"{storage.redact(uri)}: made by a newer version of tsq_ray (format {found}; this version reads {FORMAT}); upgrade")
+    if found != FORMAT:
+        raise RunError(f"{storage.redact(uri)}: run format {found!r}; this version reads {FORMAT}")
 
-    `identity` holds, nested, everything that the rows hang on.
+
+def begin(uri: str, kind: Kind, identity: Identity, manifest: Manifest) -> None:
+    """Make or enter a run folder. RunError as `check_folder`."""
+    if not check_folder(uri, kind, manifest, identity):
+        content = {"format": FORMAT, "kind": kind, "manifest_id": manifest.id}
+        write_json(storage.join(uri, CONFIG_FILE), {**content, "config": identity.parts})
+
+
+def check_folder(uri: str, kind: Kind, manifest: Manifest, identity: Identity | None = None) -> bool:
+    """Check that a run may write to this folder; whether one has begun there already.
+
+    RunError if it is a file, holds something else, or belongs to another kind of run, a manifest of
+    other sources, another format or, with `identity`, another configuration.
     """
-    want = json.loads(json.dumps({"format": FORMAT, "kind": kind, "manifest_id": manifest.id, "config": identity}, default=str))
-    have = check_folder(uri, kind, manifest)
-    if have is None:
-        write_json(storage.join(uri, CONFIG_FILE), want)
-        return
-    before, after = flatten(have), flatten(want)
-    differ = differing(before, after)
-    if differ:
-        shown = "; ".join(f"{key.removeprefix('config.')}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise RunError(f"{storage.redact(uri)}: made with another configuration ({shown}{more}); use the same one or another --out")
-
-
-def check_folder(uri: str, kind: Kind, manifest: Manifest) -> dict[str, Any] | None:
-    """`_config.json` of a run folder, None of a new one. RunError where it is a file, holds something else, or belongs to another kind of run or manifest."""
     shown_uri = storage.redact(uri)
     if storage.is_file(uri):
         raise RunError(f"{shown_uri}: is a file; name a folder, a new one or that of an earlier run")
-    have = read_json(storage.join(uri, CONFIG_FILE))
-    if have is None:
-        foreign = next(storage.walk(uri), None) if storage.is_folder(uri) else None
-        if foreign is not None:
-            raise RunError(f"{shown_uri}: holds files of something else ({storage.redact(foreign.uri)}); take an empty folder")
-        return None
-    if have.get("kind") != kind:
-        raise RunError(f"{shown_uri}: holds {have.get('kind')}, not {kind}; take another --out")
-    if have.get("manifest_id") != manifest.id:
+    begun = read_json(storage.join(uri, CONFIG_FILE))
+    if begun is None:
+        _refuse_foreign_files(uri)
+        return False
+    check_format(uri, begun)
+    if begun.get("kind") != kind:
+        raise RunError(f"{shown_uri}: holds {begun.get('kind')}, not {kind}; take another --out")
+    if begun.get("manifest_id") != manifest.id:
         raise RunError(f"{shown_uri}: made from a manifest of other sources; use that manifest or another --out")
-    return have
+    if identity is not None:
+        identity.refuse_other(begun.get("config", {}), uri, "made with another configuration")
+    return True
+
+
+def _refuse_foreign_files(uri: str) -> None:
+    files = storage.walk(uri) if storage.is_folder(uri) else iter(())
+    foreign = next(files, None)
+    if foreign is not None:
+        raise RunError(f"{storage.redact(uri)}: holds files of something else ({storage.redact(foreign.uri)}); take an empty folder")
 
 
 def part_name(video_ids: Iterable[str]) -> str:
