@@ -57,10 +57,11 @@ def test_words_and_free_keys() -> None:
 
 
 def test_other_work_is_refused_with_what_to_do() -> None:
+    before = {**IDENTITY.parts, "split": "val"}
     IDENTITY.refuse_other(IDENTITY.parts, "s3://bucket/out", "holds another training")
     with pytest.raises(
         RunError,
         match=r"^s3://bucket/out: holds another training \(split: 'val' there, None now\); "
         "use the same settings or another --out$",
     ):
-        IDENTITY.refuse_other({**IDENTITY.parts, "split": "val"}, "s3://bucket/out", "holds another training")
+        IDENTITY.refuse_other(before, "s3://bucket/out", "holds another training")

@@ -23,6 +23,7 @@ ORDER = (
         "config",
         "local_files",
         "advice",
+        "s3",
         "storage",
         "labels",
         "manifest",
