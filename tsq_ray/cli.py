@@ -69,6 +69,7 @@ MaxFailed = Annotated[
 Retry = Annotated[
     str | None, typer.Option("--retry-failed", metavar="[REASON]", help="Do failed videos again: all, or those of one reason.")
 ]
+TakeOver = Annotated[bool, typer.Option("--take-over", help="Take the folder from another run that writes to it.")]
 Out = Annotated[str, typer.Option("--out", metavar="URI", help="Where the result goes: a path or s3:// URI.")]
 Encoder = Annotated[str | None, typer.Option("--encoder", metavar="URI", help="A frame encoder from tsq finetune.")]
 Recognizer = Annotated[str | None, typer.Option("--recognizer", metavar="URI", help="A recogniser from tsq finetune.")]
@@ -132,6 +133,7 @@ def extract(
     split: Split = None,
     limit: Limit = None,
     retry_failed: Retry = None,
+    take_over: TakeOver = False,
     address: Address = None,
     submit: Submit = False,
     dry_run: DryRun = False,
@@ -153,7 +155,8 @@ def extract(
         return submit_command(address)
     from tsq_ray.extract import extract as run
 
-    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "debug": debug}
+    chosen = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    options = {**chosen, "take_over": take_over, "address": address, "debug": debug}
     done = run(manifest, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return end_run(done, out, as_json, max_failed)
 
@@ -221,6 +224,7 @@ def score(
     split: Split = None,
     limit: Limit = None,
     retry_failed: Retry = None,
+    take_over: TakeOver = False,
     scores: Annotated[Scores, typer.Option("--scores", help="top: keep the best labels only.")] = Scores.all,
     address: Address = None,
     submit: Submit = False,
@@ -243,7 +247,8 @@ def score(
         return submit_command(address)
     from tsq_ray.score import score as run
 
-    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "debug": debug}
+    chosen = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    options = {**chosen, "take_over": take_over, "address": address, "debug": debug}
     done = run(manifest, model, out, settings, with_scores=scores is Scores.all, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return end_run(done, out, as_json, max_failed)
 

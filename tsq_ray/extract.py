@@ -20,7 +20,7 @@ from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder
 from tsq_ray.errors import ModelError, StorageError, VideoError
-from tsq_ray.manifest import VideoRef, choose_split, read_manifest
+from tsq_ray.manifest import VideoRef, read_manifest
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, picture_specs, source_of, source_row
 from tsq_ray.stages import Encode, FrameFeatures, classifier_settings, load_network
 
@@ -52,41 +52,48 @@ def extract(
     split: str | None = None,
     limit: int | None = None,
     retry_failed: str | None = None,
+    take_over: bool = False,
     address: str | None = None,
     show_progress: bool = True,
     debug: bool = False,
 ) -> dict[str, Any]:
-    """Features of every video of a manifest into the run folder `out`; goes on where an earlier run stopped.
+    """Extract features of every video of a manifest into the run folder `out`; resumes an earlier run.
 
-    `encoder` and `recognizer` are outputs of `finetune`. Returns the content of `_run.json`. Raises UserError for wrong input,
-    RunFailed where the run failed or does not add up.
+    `encoder` and `recognizer` are outputs of `finetune`. `take_over` takes the folder from another
+    run that writes to it. Returns the content of `_run.json`. Raises UserError for wrong input,
+    RunFailed if the run failed or does not add up.
     """
     started = time.time()
     out = storage.normalize(out)
     manifest = read_manifest(manifest_uri)
-    wanted = choose_split(manifest, split)[:limit]
-    retry = runs.retry_reasons(retry_failed)
+    selection = runs.Selection.of(manifest, split, limit, retry_failed)
     if encoder is not None:
         config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
     recognizer_settings = classifier_settings(recognizer) if recognizer is not None else None
     networks = load_networks(config, recognizer_settings)
     features = networks.features_schema(config, manifest.classes)
     identity = _identity(config, recognizer_settings, networks)
-    todo = runs.enter(out, "features", identity, manifest, wanted, retry)
-    seconds: dict[str, float] = {}
-    if todo:
-        runs.reopen(out)
-        with runtime.cluster(address, debug) as ray:
-            plan = ExtractPlan(
-                config, recognizer_settings, features, runtime.start_counts(), _threads(config, ray), out, runtime.num_gpus(ray, config) > 0
-            )
-            try:
-                seconds = runtime.run_with_progress(
-                    lambda: _run_pipeline(ray, todo, plan, debug), plan.counts, len(todo), "extract", show_progress
+    options: dict[str, Any] = {"started": started, "take_over": take_over}
+    with runs.BulkRun(out, "features", identity, selection, config, **options) as run:
+        todo, seconds = run.todo, {}
+        if todo:
+            with runtime.cluster(address, debug) as ray:
+                plan = ExtractPlan(
+                    config,
+                    recognizer_settings,
+                    features,
+                    runtime.start_counts(),
+                    _threads(config, ray),
+                    out,
+                    runtime.num_gpus(ray, config) > 0,
                 )
-            except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
-                raise runtime.run_failed(error, "extract") from error
-    return runs.close_run(out, "features", manifest, wanted, todo, split, config, started, seconds, lambda: {"weights": networks.hashes()})
+                try:
+                    seconds = runtime.run_with_progress(
+                        lambda: _run_pipeline(ray, todo, plan, debug), plan.counts, len(todo), "extract", show_progress
+                    )
+                except (ray.exceptions.RayError, ray.exceptions.RayTaskError) as error:
+                    raise runtime.run_failed(error, "extract") from error
+        return run.close(seconds, lambda: {"weights": networks.hashes()})
 
 
 @dataclass

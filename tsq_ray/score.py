@@ -17,7 +17,7 @@ from tsq_ray import metrics, runs, runtime, schema, storage
 from tsq_ray.artifact import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
 from tsq_ray.errors import ModelError, VideoError
-from tsq_ray.manifest import VideoRef, choose_split, read_manifest
+from tsq_ray.manifest import VideoRef, read_manifest
 from tsq_ray.rows import failed_row
 from tsq_ray.sections import ReplicaConfig
 
@@ -44,15 +44,18 @@ def score(
     split: str | None = None,
     limit: int | None = None,
     retry_failed: str | None = None,
+    take_over: bool = False,
     with_scores: bool = True,
     address: str | None = None,
     show_progress: bool = True,
     debug: bool = False,
 ) -> dict[str, Any]:
-    """Predictions of every video of a manifest into the run folder `out`; goes on where an earlier run stopped.
+    """Score every video of a manifest into the run folder `out`; resumes an earlier run.
 
-    `config` comes from `serve.settings.scoring_config`. Returns the content of `_run.json`, with mAP and top-1 under "metrics"
-    where there are labels. Raises UserError for wrong input, RunFailed where the run failed or does not add up.
+    `config` comes from `serve.settings.scoring_config`. `take_over` takes the folder from another
+    run that writes to it. Returns the content of `_run.json`, with mAP and top-1 under "metrics" if
+    there are labels. Raises UserError for wrong input, RunFailed if the run failed or does not add
+    up.
     """
     started = time.time()
     out, model = storage.normalize(out), storage.normalize(model)
@@ -60,31 +63,9 @@ def score(
     if "recognizer" not in content["files"]:
         raise ModelError(f"{storage.redact(model)}: {NO_RECOGNIZER}")
     manifest = read_manifest(manifest_uri)
-    wanted = choose_split(manifest, split)[:limit]
-    retry = runs.retry_reasons(retry_failed)
+    selection = runs.Selection.of(manifest, split, limit, retry_failed)
     classes = list(content["classes"])
     arrow = schema.predictions_schema(config.decode.num_frames, len(classes), manifest.classes, with_scores)
-    todo = runs.enter(out, "predictions", _identity(content, digest, config, with_scores), manifest, wanted, retry)
-    seconds: dict[str, float] = {}
-    if todo:
-        runs.reopen(out)
-        with runtime.cluster(address, debug) as ray:
-            counts = runtime.start_counts()
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-            bulk = bulk_config(config, nodes, len(todo))
-            senders = num_senders(bulk, nodes, len(todo))
-            with serve_graph(model, bulk, debug) as app:
-                plan = ScorePlan(app, arrow, manifest.classes, counts, config.decode.timeout_s + config.serve.request_timeout_s)
-                try:
-                    seconds = runtime.run_with_progress(
-                        lambda: _run_pipeline(ray, todo, plan, out, bulk, senders, debug),
-                        counts,
-                        len(todo),
-                        "score",
-                        show_progress,
-                    )
-                except ray.exceptions.RayError as error:
-                    raise runtime.run_failed(error, "score") from error
     more = {
         "model": {"uri": storage.redact(model), "sha256": digest},
         "bundle_classes": classes,
@@ -92,9 +73,29 @@ def score(
         "with_scores": with_scores,
         "training_curve": read_curves(model),
     }
-    return runs.close_run(
-        out, "predictions", manifest, wanted, todo, split, config, started, seconds, lambda: more | {"metrics": measure(out, classes)}
-    )
+    identity = _identity(content, digest, config, with_scores)
+    options: dict[str, Any] = {"started": started, "take_over": take_over}
+    with runs.BulkRun(out, "predictions", identity, selection, config, **options) as run:
+        todo, seconds = run.todo, {}
+        if todo:
+            with runtime.cluster(address, debug) as ray:
+                counts = runtime.start_counts()
+                nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+                bulk = bulk_config(config, nodes, len(todo))
+                senders = num_senders(bulk, nodes, len(todo))
+                with serve_graph(model, bulk, debug) as app:
+                    plan = ScorePlan(app, arrow, manifest.classes, counts, config.decode.timeout_s + config.serve.request_timeout_s)
+                    try:
+                        seconds = runtime.run_with_progress(
+                            lambda: _run_pipeline(ray, todo, plan, out, bulk, senders, debug),
+                            counts,
+                            len(todo),
+                            "score",
+                            show_progress,
+                        )
+                    except ray.exceptions.RayError as error:
+                        raise runtime.run_failed(error, "score") from error
+        return run.close(seconds, lambda: more | {"metrics": measure(out, classes)})
 
 
 def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> runs.Identity:

@@ -39,7 +39,7 @@ from tsq_ray import extract as extracting
 from tsq_ray import runs, runtime, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
-from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, choose_split, list_sources, read_manifest, write_manifest
+from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, list_sources, read_manifest, write_manifest
 from tsq_ray.runs.folder import begin, part_name
 from tsq_ray.stages import FrameFeatures
 
@@ -178,9 +178,16 @@ def _plan(ray: Any, manifest_uri: str, out: str, config: Config) -> tuple[float,
     """Seconds from the manifest's file to the Ray dataset of what is to do, and how much that is. The steps of `extract`."""
     started = time.perf_counter()
     manifest = read_manifest(manifest_uri)
-    todo = runs.enter(out, "features", runs.Identity.of(), manifest, choose_split(manifest, None)[:None])
-    runtime.todo_dataset(ray, todo, runtime.block_rows(len(todo), 2, config.resources.batch_size, config.output.rows_per_file))
-    return time.perf_counter() - started, len(todo)
+    with _run(out, manifest, config) as run:
+        todo, batch = run.todo, config.resources.batch_size
+        block = runtime.block_rows(len(todo), 2, batch, config.output.rows_per_file)
+        runtime.todo_dataset(ray, todo, block)
+        return time.perf_counter() - started, len(todo)
+
+
+def _run(out: str, manifest: Manifest, config: Config) -> runs.BulkRun:
+    selection = runs.Selection.of(manifest)
+    return runs.BulkRun(out, "features", runs.Identity.of(), selection, config)
 
 
 def _write_parts(out: str, rows: VideoRows, arrow: pa.Schema, config: Config) -> None:
@@ -196,11 +203,11 @@ def _write_parts(out: str, rows: VideoRows, arrow: pa.Schema, config: Config) ->
 
 def _close(manifest_uri: str, out: str, config: Config) -> float:
     """Seconds of a run's end: the accounting and `_run.json`."""
-    started = time.perf_counter()
     manifest = read_manifest(manifest_uri)
-    run = runs.close_run(out, "features", manifest, manifest.rows, manifest.rows[:1], None, config, time.time(), {}, dict)
-    assert run["counts"]["ok"] == len(manifest.rows)
-    return time.perf_counter() - started
+    with _run(out, manifest, config) as run:
+        started = time.perf_counter()
+        assert run.close({}, dict)["counts"]["ok"] == len(manifest.rows)
+        return time.perf_counter() - started
 
 
 class Stub:

@@ -15,7 +15,6 @@ import pytest
 from tsq_ray import runs, schema
 from tsq_ray.config import Config
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest, write_manifest
-from tsq_ray.runs.folder import begin
 
 THREADS = """
     import os, sys
@@ -36,14 +35,14 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
     manifest, features = str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
     write_manifest(Manifest([video], ["cats"], id="source"), manifest)
     read = read_manifest(manifest)
-    begin(features, "features", runs.Identity.of(), read)
     row: dict[str, Any] = {**vars(video), "labels": [0], "warnings": [], "status": "ok"}
     row |= {"frame_index": np.arange(2), "frame_pts_s": np.arange(2), "visual": np.ones((2, 4))}
     row |= {"object_ids": np.ones((2, 10)), "object_probs": np.ones((2, 10))}
     table = schema.table_from_rows([row], schema.features_schema(2, 4, ["cats"]))
-    runs.write_part(features, table, "zstd")
-    todo = list(read.rows)
-    runs.close_run(features, "features", read, read.rows, todo, None, Config(), 0.0, {}, lambda: {"weights": {}})
+    selection = runs.Selection.of(read)
+    with runs.BulkRun(features, "features", runs.Identity.of(), selection, Config()) as run:
+        run.publish(table)
+        run.close({}, lambda: {"weights": {}})
     return {"info": ["info", manifest], "verify": ["verify", features]}
 
 

@@ -22,6 +22,7 @@ from tsq_ray.errors import RunError, StorageError
 from tsq_ray.manifest import Manifest, VideoRows
 from tsq_ray.runs.done import Current, Part, list_parts, read_part
 from tsq_ray.runs.identity import Identity
+from tsq_ray.runs.lease import LEASE_FILE
 
 RUN_FILE = "_run.json"
 CONFIG_FILE = "_config.json"
@@ -66,7 +67,9 @@ def check_format(uri: str, record: Mapping[str, Any]) -> None:
     """Raise RunError if a run folder's `_run.json` or `_config.json` is not of this format."""
     found = record.get("format")
     if isinstance(found, int) and found > FORMAT:
-        raise RunError(f"{storage.redact(uri)}: made by a newer version of tsq_ray (format {found}; this version reads {FORMAT}); upgrade")
+        formats = f"format {found}; this version reads {FORMAT}"
+        shown = storage.redact(uri)
+        raise RunError(f"{shown}: made by a newer version of tsq_ray ({formats}); upgrade")
     if found != FORMAT:
         raise RunError(f"{storage.redact(uri)}: run format {found!r}; this version reads {FORMAT}")
 
@@ -78,34 +81,42 @@ def begin(uri: str, kind: Kind, identity: Identity, manifest: Manifest) -> None:
         write_json(storage.join(uri, CONFIG_FILE), {**content, "config": identity.parts})
 
 
-def check_folder(uri: str, kind: Kind, manifest: Manifest, identity: Identity | None = None) -> bool:
+def check_folder(
+    uri: str,
+    kind: Kind,
+    manifest: Manifest,
+    identity: Identity | None = None,
+) -> bool:
     """Check that a run may write to this folder; whether one has begun there already.
 
     RunError if it is a file, holds something else, or belongs to another kind of run, a manifest of
     other sources, another format or, with `identity`, another configuration.
     """
-    shown_uri = storage.redact(uri)
+    shown = storage.redact(uri)
     if storage.is_file(uri):
-        raise RunError(f"{shown_uri}: is a file; name a folder, a new one or that of an earlier run")
+        raise RunError(f"{shown}: is a file; name a folder, a new one or that of an earlier run")
     begun = read_json(storage.join(uri, CONFIG_FILE))
     if begun is None:
         _refuse_foreign_files(uri)
         return False
     check_format(uri, begun)
     if begun.get("kind") != kind:
-        raise RunError(f"{shown_uri}: holds {begun.get('kind')}, not {kind}; take another --out")
+        raise RunError(f"{shown}: holds {begun.get('kind')}, not {kind}; take another --out")
     if begun.get("manifest_id") != manifest.id:
-        raise RunError(f"{shown_uri}: made from a manifest of other sources; use that manifest or another --out")
+        what = "made from a manifest of other sources"
+        raise RunError(f"{shown}: {what}; use that manifest or another --out")
     if identity is not None:
         identity.refuse_other(begun.get("config", {}), uri, "made with another configuration")
     return True
 
 
 def _refuse_foreign_files(uri: str) -> None:
-    files = storage.walk(uri) if storage.is_folder(uri) else iter(())
-    foreign = next(files, None)
+    files = storage.walk(uri) if storage.is_folder(uri) else ()
+    lease = storage.join(uri, LEASE_FILE)
+    foreign = next((file.uri for file in files if file.uri != lease), None)
     if foreign is not None:
-        raise RunError(f"{storage.redact(uri)}: holds files of something else ({storage.redact(foreign.uri)}); take an empty folder")
+        what = f"holds files of something else ({storage.redact(foreign)})"
+        raise RunError(f"{storage.redact(uri)}: {what}; take an empty folder")
 
 
 def part_name(video_ids: Iterable[str]) -> str:
