@@ -215,7 +215,7 @@ def test_extract_refuses_a_split_that_nobody_has(tsq: Callable[..., Answer], man
 
 def test_extract_refuses_an_unknown_reason(tsq: Callable[..., Answer], manifest: Path) -> None:
     one_error(
-        tsq("extract", manifest, "--out", "o", "--retry-failed", "bored"), 2, "--retry-failed bored: no such reason; there is: not_found"
+        tsq("extract", manifest, "--out", "o", "--retry-failed", "bored"), 2, "--retry-failed bored: no such reason; allowed: not_found"
     )
 
 
