@@ -25,6 +25,8 @@ from tsq_ray.errors import RunError, RunFailed, StorageError
 
 LEASE_FILE = "_lease.json"
 _TRIES = 10
+_held: set[str] = set()
+"""Ids of the leases that this process holds now."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Holder:
         machine = self.host, self.boot_id, self.pid_namespace
         if machine != _machine() or None in (*machine, self.process_started):
             return None
+        if self.pid == os.getpid():  # it may have had a lease that it could not give back
+            return self.id in _held
         start = _start_of(self.pid)
         return None if start is None and _is_hidden(self.pid) else start == self.process_started
 
@@ -110,13 +114,17 @@ class Lease:
 
     def __enter__(self) -> Lease:
         self._acquire()
+        _held.add(self.holder.id)
         self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
+        _held.discard(self.holder.id)
         self._ended.set()
-        self._thread.join()
-        with contextlib.suppress(StorageError):  # it expires
+        self._thread.join(self.times.poll_s)
+        if self._thread.is_alive():  # storage does not answer; the lease expires
+            return
+        with contextlib.suppress(StorageError):
             if self._is_ours(self._read()):
                 storage.remove(self.uri)
 
