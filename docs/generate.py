@@ -135,7 +135,8 @@ RUN_TEXT = """\
 
 | file | when | what |
 | --- | --- | --- |
-| `_config.json` | before the first part | what the rows hang on: the manifest's sources, the settings and the hashes of the weights. The same folder with others is refused |
+| `_config.json` | before the first part | what the rows depend on: the manifest's sources, the settings and the hashes of the weights. The same folder with others is refused |
+| `_lease.json` | while a run writes | which run that is: `id`, `host`, `boot_id`, `pid_namespace`, `pid`, `process_started`, `started`, `renewals`. Gone when the run has ended, unless it was killed ([operations](operations.md#stopping-and-going-on)) |
 | `part-*.parquet` | as the work goes on | the rows; a part appears when it is whole, never before. Its name is a hash of the ids in it |
 | `_run.json` | last | status, counts, parts, manifest and its hash, resolved settings, versions, hashes of the weights, start, end, seconds by stage |
 

@@ -65,11 +65,20 @@ class S3Proxy:
             self.given.clear()
             self.headers.clear()
 
-    def trouble(self, trouble: Trouble, count: int | None = None, after: int = 0) -> None:
-        """From here on every request gets `trouble`, or only `count` of them; the first `after` are passed on."""
+    def trouble(self, trouble: Trouble, count: int | None = None, after: int = 0, only: str | None = None) -> None:
+        """Give `trouble` to every request from here on, or to `count` of them; pass on the first `after`.
+
+        `only`: requests with this method.
+        """
         with self._lock:
             seen = itertools.count()
-            self._decide = lambda method, path: trouble if after <= next(seen) and (count is None or len(self.given) < count) else None
+
+            def decide(method: str, path: str) -> Trouble | None:
+                if only not in (None, method) or next(seen) < after:
+                    return None
+                return trouble if count is None or len(self.given) < count else None
+
+            self._decide = decide
             self.given.clear()
 
     def pick(self, method: str, path: str) -> Trouble | None:

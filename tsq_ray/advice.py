@@ -26,6 +26,7 @@ _DENIED_CODES = {
 _ARCHIVED_CODE = "InvalidObjectState"
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _MISSING_CODES = {"404", "NoSuchKey", "NoSuchBucket", "NotFound", "NoSuchUpload"}
+_REFUSED_CODES = {"412", "PreconditionFailed", "ConditionalRequestConflict"}
 _BAD_NAME_ERROR = "ParamValidationError"  # no bucket or key can have such a name
 _KEY_ERRORS = ("NoCredentialsError", "PartialCredentialsError")
 _TIMEOUTS = ("ConnectTimeoutError", "ReadTimeoutError")
@@ -84,6 +85,12 @@ def classify(error: BaseException) -> ErrorType:
         if isinstance(seen, (SpecialFile, IsADirectoryError)):
             return "not_video"
     return "unavailable"
+
+
+def is_refused_condition(error: BaseException) -> bool:
+    """Whether a store refused a conditional write since its condition does not hold."""
+    codes = {_code(seen) for seen in _chain(error)}
+    return isinstance(error, FileExistsError) or bool(_REFUSED_CODES & codes)
 
 
 def _errno(error: BaseException) -> int | None:

@@ -72,6 +72,7 @@ MaxFailed = Annotated[
 Retry = Annotated[
     str | None, typer.Option("--retry-failed", metavar="[REASON]", help="Do failed videos again: all, or those of one reason.")
 ]
+TakeOver = Annotated[bool, typer.Option("--take-over", help="Take the folder from another run that writes to it.")]
 Out = Annotated[str, typer.Option("--out", metavar="URI", help="Where the result goes: a path or s3:// URI.")]
 Encoder = Annotated[str | None, typer.Option("--encoder", metavar="URI", help="A frame encoder from tsq finetune.")]
 Recognizer = Annotated[str | None, typer.Option("--recognizer", metavar="URI", help="A recogniser from tsq finetune.")]
@@ -135,6 +136,7 @@ def extract(
     split: Split = None,
     limit: Limit = None,
     retry_failed: Retry = None,
+    take_over: TakeOver = False,
     address: Address = None,
     wait_s: WaitS = 0.0,
     submit: Submit = False,
@@ -157,7 +159,8 @@ def extract(
         return submit_command(address)
     from tsq_ray.extract import extract as run
 
-    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "wait_s": wait_s, "debug": debug}
+    chosen = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    options = {**chosen, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
     done = run(manifest, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return end_run(done, out, as_json, max_failed)
 
@@ -227,6 +230,7 @@ def score(
     split: Split = None,
     limit: Limit = None,
     retry_failed: Retry = None,
+    take_over: TakeOver = False,
     scores: Annotated[Scores, typer.Option("--scores", help="top: keep the best labels only.")] = Scores.all,
     address: Address = None,
     wait_s: WaitS = 0.0,
@@ -250,7 +254,8 @@ def score(
         return submit_command(address)
     from tsq_ray.score import score as run
 
-    options = {"split": split, "limit": limit, "retry_failed": retry_failed, "address": address, "wait_s": wait_s, "debug": debug}
+    chosen = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    options = {**chosen, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
     done = run(manifest, model, out, settings, with_scores=scores is Scores.all, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return end_run(done, out, as_json, max_failed)
 
@@ -371,7 +376,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Row accounting of a run; exit code 1 when it does not add up."""
-    from tsq_ray.runs import verify as run
+    from tsq_ray.runs.verify import verify as run
 
     result = run(uri)
     counts = result["counts"]

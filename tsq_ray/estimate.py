@@ -24,7 +24,7 @@ from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec
 from tsq_ray.extract import choose_networks
 from tsq_ray.feature_pipeline import feature_row
-from tsq_ray.manifest import Manifest, VideoRef, VideoRows, choose_split, read_manifest
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest
 from tsq_ray.rows import prediction_row, source_of
 from tsq_ray.runtime.placement import Cluster, Layout, Node, layout
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
@@ -98,12 +98,10 @@ def _to_do(
     kind: runs.Kind, manifest_uri: str, split: str | None, limit: int | None, out: str | None, retry_failed: str | None
 ) -> tuple[Manifest, VideoRows]:
     manifest = read_manifest(manifest_uri)
-    wanted = choose_split(manifest, split)[:limit]
+    selection = runs.Selection.of(manifest, split, limit, retry_failed)
     if out is None:
-        return manifest, wanted
-    out = storage.normalize(out)
-    runs.check_folder(out, kind, manifest)
-    return manifest, runs.remaining(out, manifest, wanted, runs.retry_reasons(retry_failed))
+        return manifest, selection.wanted
+    return manifest, runs.todo_without_entering(storage.normalize(out), kind, selection)
 
 
 def this_machine() -> Cluster:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -23,6 +24,7 @@ _SPECIAL = {
     stat.S_IFCHR: "character device",
     stat.S_IFBLK: "block device",
 }
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
 HIDDEN = "hidden (name begins with .)"
 NOT_UTF8 = "name is not UTF-8"
 VANISHED = "vanished while it was listed"
@@ -230,6 +232,64 @@ def write(path: str, data: bytes) -> None:
     """Publish atomically: readers see the old content or the whole new one. A link stays, and what it leads to is written."""
     if os.path.islink(path):
         path = os.path.realpath(path)
+    with _written_beside(path, data) as temporary:
+        os.replace(temporary, path)
+
+
+def create(path: str, data: bytes) -> bool:
+    """Publish a new file atomically; False if its name is taken. Of several callers one succeeds."""
+    with _written_beside(path, data) as temporary:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            return _create_in_place(path, data)
+    return True
+
+
+def _create_in_place(path: str, data: bytes) -> bool:
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def replace(path: str, expected: bytes, data: bytes) -> bool:
+    """Publish `data` if the content is still `expected`; False if it is another or gone.
+
+    Of several callers on one machine one succeeds.
+    """
+    try:
+        with _locked(os.path.dirname(path)):
+            with open(path, "rb") as file:
+                found = file.read()
+            if found == expected:
+                write(path, data)
+            return found == expected
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """The folder's lock, which the kernel gives back however a process ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _written_beside(path: str, data: bytes) -> Iterator[str]:
+    """A temporary file with this content in the folder of `path`, which is made if it is missing."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     # readers of Parquet folders skip names with a dot in front; a name may have 255 bytes in all
@@ -239,11 +299,10 @@ def write(path: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        yield temporary
+    finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise
 
 
 def remove_folder(path: str) -> None:

@@ -19,9 +19,10 @@ from tsq_ray import metrics, runs, schema, storage
 from tsq_ray.artifact import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError, ModelError, VideoError
-from tsq_ray.manifest import VideoRef, choose_split, read_manifest
+from tsq_ray.manifest import VideoRef, read_manifest
 from tsq_ray.rows import Answer, prediction_row, source_of
 from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.placement import Cluster, Layout, layout
 
 STAGES = ("decoder", "sampler", "recognizer")
@@ -53,16 +54,19 @@ def score(
     split: str | None = None,
     limit: int | None = None,
     retry_failed: str | None = None,
+    take_over: bool = False,
     with_scores: bool = True,
     address: str | None = None,
     wait_s: float = 0.0,
     show_progress: bool = True,
     debug: bool = False,
 ) -> dict[str, Any]:
-    """Predictions of every video of a manifest into the run folder `out`; goes on where an earlier run stopped.
+    """Write predictions of every video of a manifest to the run folder `out`; resumes an earlier run.
 
-    `config` comes from `serve.settings.scoring_config`. Returns the content of `_run.json`, with mAP and top-1 under "metrics"
-    where there are labels. Raises UserError for wrong input, RunFailed where the run failed or does not add up.
+    `config` comes from `serve.settings.scoring_config`. `take_over` takes the folder from another
+    run that writes to it; `wait_s`: the longest wait for room on the cluster (0: no limit). Returns
+    the content of `_run.json`, with mAP and top-1 under "metrics" if there are labels. Raises
+    UserError for wrong input, RunFailed if the run failed or does not add up.
     """
     started = time.time()
     out, model = storage.normalize(out), storage.normalize(model)
@@ -70,31 +74,9 @@ def score(
     if "recognizer" not in content["files"]:
         raise ModelError(f"{storage.redact(model)}: {NO_RECOGNIZER}")
     manifest = read_manifest(manifest_uri)
-    wanted = choose_split(manifest, split)[:limit]
-    retry = runs.retry_reasons(retry_failed)
+    selection = runs.Selection.of(manifest, split, limit, retry_failed)
     classes = list(content["classes"])
     arrow = schema.predictions_schema(config.decode.num_frames, len(classes), manifest.classes, with_scores)
-    todo = runs.enter(out, "predictions", _identity(content, digest, config, with_scores), manifest, wanted, retry)
-    seconds: dict[str, float] = {}
-    if todo:
-        runs.reopen(out)
-        with cluster.connect(address, debug) as ray:
-            counts = ray.remote(num_cpus=0)(FlowCounts).remote()
-            plan = ScorePlan(f"tsq-score-{_unique(model)}", arrow, manifest.classes, counts, config)
-            replicas = Replicas(ray, plan, model, len(todo))
-            try:
-                with replicas.deployed(debug, wait_s), cluster.asking_for_nodes(ray, replicas.placed, config):
-                    _, seconds = progress.run_with_progress(
-                        lambda: _send(todo, plan, replicas.placed, out, debug),
-                        counts,
-                        len(todo),
-                        "score",
-                        show_progress,
-                        wait_s=wait_s,
-                        ticks=(replicas.tick,),
-                    )
-            except ray.exceptions.RayError as error:
-                raise cluster.run_failed(error, "score") from error
     more = {
         "model": {"uri": storage.redact(model), "sha256": digest},
         "bundle_classes": classes,
@@ -102,22 +84,34 @@ def score(
         "with_scores": with_scores,
         "training_curve": read_curves(model),
     }
-    return runs.close_run(
-        out, "predictions", manifest, wanted, todo, split, config, started, seconds, lambda: more | {"metrics": measure(out, classes)}
-    )
+    identity = _identity(content, digest, config, with_scores)
+    options: dict[str, Any] = {"started": started, "take_over": take_over}
+    with runs.BulkRun(out, "predictions", identity, selection, config, **options) as run:
+        seconds: dict[str, float] = {}
+        if run.todo:
+            with cluster.connect(address, debug) as ray:
+                counts = ray.remote(num_cpus=0)(FlowCounts).remote()
+                plan = ScorePlan(f"tsq-score-{_unique(model)}", arrow, manifest.classes, counts, config)
+                replicas = Replicas(ray, plan, model, len(run.todo))
+                work = _work(plan, replicas.placed, debug)
+                with replicas.deployed(debug, wait_s), cluster.asking_for_nodes(ray, replicas.placed, config):
+                    seconds = run_bulk("score", run, work, show=show_progress, wait_s=wait_s, ticks=(replicas.tick,))
+        return run.close(seconds, lambda: more | {"metrics": measure(out, classes)})
 
 
-def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> dict[str, Any]:
+def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> runs.Identity:
     sampler = config.sampler.model_dump(mode="json")
     if config.sampler.mode != "random":
         sampler.pop("seed")
-    if config.sampler.budget != "adaptive":  # it says all; the runs of before these settings are the same
+    if config.sampler.budget != "adaptive":  # keeps runs made before these settings valid
         sampler.pop("max_budget")
         sampler.pop("margin")
-    identity = {"model_sha256": digest, "sampler": sampler, "scores": "all" if with_scores else "top"}
-    # likewise of what the bundle says: only another backend than its own
+    # likewise: only another backend than the bundle's own
     own = bundle["config"]["decode"].get("backend", config.decode.backend)
-    return identity | ({"decode": {"backend": config.decode.backend}} if config.decode.backend != own else {})
+    backend = config.decode.backend
+    decode = {"decode": {"backend": backend}} if backend != own else {}
+    scores = "all" if with_scores else "top"
+    return runs.Identity.of(model_sha256=digest, sampler=sampler, scores=scores, **decode)
 
 
 def _unique(name: str) -> str:
@@ -230,25 +224,25 @@ class FlowCounts(progress.Counts):
         return max(1, -(-self.room // alive))
 
 
-def _send(todo: Sequence[VideoRef], plan: ScorePlan, placed: Layout, out: str, debug: bool) -> tuple[int, dict[str, float]]:
-    import ray
-
-    parts.hand_on_after(cluster.quiet_data(debug), plan.schema, _BLOCK_ROWS)
+def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
     senders = placed["sender"]
-    options = parts.pool_options(senders)
-    options["compute"] = ray.data.ActorPoolStrategy(
-        min_size=senders.minimum,
-        max_size=senders.limit,
-        initial_size=senders.start,
-        max_concurrent_calls_per_actor=_BLOCKS_AT_A_TIME,
-        enable_true_multi_threading=True,
-    )
-    many = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
 
     def stage(data: Any) -> Any:
+        import ray
+
+        parts.hand_on_after(cluster.quiet_data(debug), plan.schema, _BLOCK_ROWS)
+        options = parts.pool_options(senders)
+        options["compute"] = ray.data.ActorPoolStrategy(
+            min_size=senders.minimum,
+            max_size=senders.limit,
+            initial_size=senders.start,
+            max_concurrent_calls_per_actor=_BLOCKS_AT_A_TIME,
+            enable_true_multi_threading=True,
+        )
         return data.map_batches(ScoreWorker, batch_size=_BLOCK_ROWS, fn_constructor_args=(plan,), **options)
 
-    return parts.publish(todo, many, placed["writer"], stage, out, plan.schema, plan.config.output, _BLOCK_ROWS)
+    many = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
+    return Work(many, placed["writer"], stage, plan.schema, plan.counts, _BLOCK_ROWS)
 
 
 class ScoreWorker:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import functools
+import errno
 import hashlib
 import os
 import posixpath
@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from tsq_ray import local_files
-from tsq_ray.advice import SCHEME, classify, is_local, redact, storage_errors
+from tsq_ray import local_files, s3
+from tsq_ray.advice import SCHEME, classify, is_local, is_refused_condition, redact, storage_errors
 from tsq_ray.errors import StorageError, UserError
 from tsq_ray.local_files import LeftOut, StoredFile, is_utf8
 
@@ -84,7 +84,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         # not by fsspec's url_to_fs: it reads `a::b` as one file system inside another
         if scheme in ("s3", "s3a"):
-            fs = _open_s3(_s3_options())
+            fs = s3.open_file_system()
         elif scheme in _REMOTE:
             fs = fsspec.filesystem(scheme, **fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(uri))
         else:
@@ -114,47 +114,6 @@ def _local_path(uri: str) -> str | None:
     if not path or "\0" in path:
         raise StorageError("not_found", f"{path!r}: no path; it is empty or holds a NUL, name a file or folder")
     return path
-
-
-def _s3_options() -> dict[str, Any]:
-    options: dict[str, Any] = {
-        # a listing of a moment ago must not hide what another process wrote since
-        "use_listings_cache": False,
-        "config_kwargs": {
-            "retries": {"max_attempts": 4, "mode": "standard"},
-            "connect_timeout": 10,
-            "read_timeout": 30,
-        },
-    }
-    if os.environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("true", "yes", "1"):
-        options["anon"] = True
-    if os.environ.get("AWS_REQUEST_PAYER", "").lower() == "requester":
-        options["requester_pays"] = True
-    return options
-
-
-def _open_s3(options: dict[str, Any]) -> fsspec.AbstractFileSystem:
-    return _s3_class()(**options)
-
-
-@functools.cache
-def _s3_class() -> Any:
-    from s3fs import S3FileSystem
-
-    class WholeKeys(S3FileSystem):
-        """S3 in which a key may hold `?versionId=`."""
-
-        def split_path(self, path: str) -> tuple[str, str, None]:
-            before, mark, after = path.partition("?versionId=")
-            bucket, key, _ = super().split_path(before)
-            return bucket, key + mark + after, None
-
-        def __reduce__(self) -> tuple[Any, ...]:  # the class has no name to be imported by
-            return _open_s3, (self.storage_options,)
-
-    # whoever clears fsspec's instances of S3 clears these too
-    WholeKeys._cache = S3FileSystem._cache
-    return WholeKeys
 
 
 def open_read(uri: str, **options: Any) -> BinaryIO:
@@ -332,6 +291,51 @@ def write_bytes(uri: str, data: bytes) -> None:
             return
         fs, path = _object(uri)
         fs.pipe_file(path, data)  # an object appears with its last byte
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Publish a new file; False if there is one. Of several callers at a time one succeeds.
+
+    Stores without conditional writes may let two of them succeed.
+    """
+    with storage_errors(uri, "write"):
+        local = _local_path(uri)
+        if local is not None:
+            return local_files.create(local, data)
+        fs, path = _object(uri)
+        return _kind(uri) is None and _write_if(fs, path, data, mode="create")
+
+
+def replace_bytes(uri: str, expected: bytes, data: bytes) -> bool:
+    """Publish `data` if the content is still `expected`; False if it is another or gone.
+
+    Of several callers at a time one succeeds, with the exceptions of `create_bytes`.
+    """
+    with storage_errors(uri, "write"):
+        local = _local_path(uri)
+        if local is not None:
+            return local_files.replace(local, expected, data)
+        fs, path = _object(uri)
+        try:
+            etag = fs.info(path).get("ETag")
+            condition = {"IfMatch": etag} if etag and uri.startswith(("s3://", "s3a://")) else {}
+            return fs.cat_file(path) == expected and _write_if(fs, path, data, **condition)
+        except FileNotFoundError:
+            return False
+
+
+def _write_if(fs: Any, path: str, data: bytes, **condition: Any) -> bool:
+    """Write an object if the store finds that the condition holds; whether it did."""
+    try:
+        fs.pipe_file(path, data, **condition)
+    except OSError as error:
+        if error.errno == errno.ENOSYS:  # the store knows no conditions
+            fs.pipe_file(path, data)
+        elif is_refused_condition(error):
+            return False
+        else:
+            raise
+    return True
 
 
 def check_writable(folder: str) -> None:

@@ -39,7 +39,8 @@ from tsq_ray import extract as extracting
 from tsq_ray import feature_pipeline, runs, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
-from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, choose_split, list_sources, read_manifest, write_manifest
+from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, list_sources, read_manifest, write_manifest
+from tsq_ray.runs.folder import begin, part_name
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.stages import FrameFeatures
 
@@ -145,7 +146,7 @@ def _make(options: argparse.Namespace) -> dict[str, Any]:
     write_manifest(manifest, f"{options.folder}/manifest.parquet")
     arrow = extracting.choose_networks(config, None, None)[1].load().features_schema(config, _CLASSES)
     done = count - count // 100
-    runs.begin(f"{options.folder}/planned", "features", {}, manifest)
+    begin(f"{options.folder}/planned", "features", runs.Identity.of(), manifest)
     Path(options.folder, "last").mkdir()
     for name, rows in (("planned", manifest.rows[:done]), ("last", manifest.rows[done:])):
         _write_parts(f"{options.folder}/{name}", rows, arrow, config)
@@ -178,9 +179,13 @@ def _plan(ray: Any, manifest_uri: str, out: str, config: Config) -> tuple[float,
     """Seconds from the manifest's file to the Ray dataset of what is to do, and how much that is. The steps of `extract`."""
     started = time.perf_counter()
     manifest = read_manifest(manifest_uri)
-    todo = runs.enter(out, "features", {}, manifest, choose_split(manifest, None)[:None])
-    next(parts.executions(todo, 2, config.resources.batch_size))
-    return time.perf_counter() - started, len(todo)
+    with _run(out, manifest, config) as run:
+        next(parts.executions(run.todo, 2, config.resources.batch_size))
+        return time.perf_counter() - started, len(run.todo)
+
+
+def _run(out: str, manifest: Manifest, config: Config) -> runs.BulkRun:
+    return runs.BulkRun(out, "features", runs.Identity.of(), runs.Selection.of(manifest), config)
 
 
 def _write_parts(out: str, rows: VideoRows, arrow: pa.Schema, config: Config) -> None:
@@ -191,16 +196,16 @@ def _write_parts(out: str, rows: VideoRows, arrow: pa.Schema, config: Config) ->
         columns["status"] = pa.array(["ok"] * len(table))
         columns["warnings"] = pa.array([[]] * len(table), pa.list_(pa.string()))
         part = pa.table([columns.get(field.name, pa.nulls(len(table), field.type)) for field in arrow], schema=arrow)
-        pq.write_table(part, storage.join(out, runs.part_name(table["video_id"].to_pylist())), compression="zstd")
+        pq.write_table(part, storage.join(out, part_name(table["video_id"].to_pylist())), compression="zstd")
 
 
 def _close(manifest_uri: str, out: str, config: Config) -> float:
     """Seconds of a run's end: the accounting and `_run.json`."""
-    started = time.perf_counter()
     manifest = read_manifest(manifest_uri)
-    run = runs.close_run(out, "features", manifest, manifest.rows, manifest.rows[:1], None, config, time.time(), {}, dict)
-    assert run["counts"]["ok"] == len(manifest.rows)
-    return time.perf_counter() - started
+    with _run(out, manifest, config) as run:
+        started = time.perf_counter()
+        assert run.close({}, dict)["counts"]["ok"] == len(manifest.rows)
+        return time.perf_counter() - started
 
 
 class Stub:

@@ -14,6 +14,8 @@ from video_case import write_video
 
 from tsq_ray import runs
 from tsq_ray.manifest import build_manifest, read_manifest, write_manifest
+from tsq_ray.runs.done import done_rows, pick_current, still_to_do
+from tsq_ray.runs.folder import begin
 
 REPO = Path(__file__).resolve().parents[2]
 NETWORKS = [
@@ -138,10 +140,10 @@ def test_scale_makes_up_runs_that_add_up(tmp_path: Path) -> None:
     config, uri, out = benchmark._config(), str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
     write_manifest(benchmark.made_up_manifest(300), uri)
     manifest = read_manifest(uri)
-    runs.begin(out, "features", {}, manifest)
+    begin(out, "features", runs.Identity.of(), manifest)
     arrow = benchmark.extracting.load_networks(config, None).features_schema(config, manifest.classes)
     benchmark._write_parts(out, manifest.rows[:290], arrow, config)
-    todo = runs.still_to_do(manifest.rows, runs.pick_current(runs.done_rows(out), manifest))
+    todo = still_to_do(manifest.rows, pick_current(done_rows(out), manifest))
     assert todo == manifest.rows[290:]
     benchmark._write_parts(out, todo, arrow, config)
     benchmark._close(uri, out, config)

@@ -423,7 +423,7 @@ def test_limit_split_retry_and_max_failed(local: Chain, tmp_path: Path) -> None:
     assert (too_many.code, too_many.err) == (1, "error: 1 of 7 videos failed, above --max-failed 0.1\n")
     assert tsq("extract", manifest, "--out", out, "--config", local.settings, "--max-failed", "0.2").code == 0
     wrong = tsq("extract", manifest, "--out", out, "--config", local.settings, "--retry-failed=bad_luck")
-    assert "--retry-failed bad_luck: no such reason; there is: not_found, " in refused(wrong)
+    assert "--retry-failed bad_luck: no such reason; allowed: not_found, " in refused(wrong)
     assert "--split tset: no video has it; there is: (none) (1), train (3), val (3)" in refused(
         tsq("extract", manifest, "--out", out, "--config", local.settings, "--split", "tset")
     )

@@ -7,6 +7,7 @@ from proxy_case import S3Proxy
 
 from tsq_ray import runs, schema, storage
 from tsq_ray.manifest import VideoRef
+from tsq_ray.runs.done import done_rows
 
 FOLDER = "s3://tsq-other/part-reads"
 ROWS, NUM_FRAMES, DIM = 128, 50, 1280
@@ -24,7 +25,7 @@ def test_what_is_done_is_known_without_reading_the_features(s3_proxy: S3Proxy) -
     size = storage.stat(f"{FOLDER}/{name}").size_bytes
     assert size > 10_000_000
     s3_proxy.sent = 0
-    done = runs.done_rows(FOLDER)
+    done = done_rows(FOLDER)
     assert (len(done), done.table["status"].to_pylist()) == (ROWS, ["ok"] * ROWS)
     assert s3_proxy.sent < 100_000
     s3_proxy.sent = 0

@@ -20,6 +20,9 @@ from tsq_ray.cli import bare_retry, main, without_options
 from tsq_ray.console import estimate_text, run_text
 from tsq_ray.errors import ERROR_TYPES
 from tsq_ray.manifest import read_manifest
+from tsq_ray.runs.bulk import accounting
+from tsq_ray.runs.done import done_rows, pick_current
+from tsq_ray.runs.folder import begin, finish
 
 Answer = tuple[int, str, str]
 
@@ -212,7 +215,7 @@ def test_extract_refuses_a_split_that_nobody_has(tsq: Callable[..., Answer], man
 
 def test_extract_refuses_an_unknown_reason(tsq: Callable[..., Answer], manifest: Path) -> None:
     one_error(
-        tsq("extract", manifest, "--out", "o", "--retry-failed", "bored"), 2, "--retry-failed bored: no such reason; there is: not_found"
+        tsq("extract", manifest, "--out", "o", "--retry-failed", "bored"), 2, "--retry-failed bored: no such reason; allowed: not_found"
     )
 
 
@@ -257,14 +260,14 @@ def test_info_describes_a_manifest_and_a_bundle(tsq: Callable[..., Answer], mani
 def finished_run(folder: Path, manifest_uri: str, status: str = "failed") -> Path:
     """A features folder whose four videos all failed, or have another `status`."""
     manifest = read_manifest(manifest_uri)
-    runs.begin(str(folder), "features", {"decode": {}}, manifest)
+    begin(str(folder), "features", runs.Identity.of(decode={}), manifest)
     rows = [
         {**vars(ref), "labels": list(ref.labels or ()), "status": status, "error_type": "not_video", "error_message": "no", "warnings": []}
         for ref in manifest.rows
     ]
     runs.write_part(str(folder), schema.table_from_rows(rows, schema.features_schema(2, 4, manifest.classes)), "zstd")
-    counts = runs.accounting(manifest, None, runs.pick_current(runs.done_rows(str(folder)), manifest))
-    runs.finish(str(folder), "features", "complete", manifest, counts, {})
+    counts = accounting(manifest, None, pick_current(done_rows(str(folder)), manifest))
+    finish(str(folder), "features", "complete", manifest, counts, {})
     return folder
 
 

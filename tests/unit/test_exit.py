@@ -14,11 +14,11 @@ import pytest
 
 from tsq_ray import runs, schema
 from tsq_ray.config import Config
-from tsq_ray.manifest import Manifest, VideoRef, write_manifest
+from tsq_ray.manifest import Manifest, VideoRef, read_manifest, write_manifest
 
 THREADS = """
     import os, sys
-    import tsq_ray.describe, tsq_ray.runs
+    import tsq_ray.describe, tsq_ray.runs.verify
     from tsq_ray.cli import main
 
     before = set(os.listdir("/proc/self/task"))
@@ -34,15 +34,15 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
     video = VideoRef("0" * 16, "/videos/0.mp4", 10, labels=(0,), split="train")
     manifest, features = str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
     write_manifest(Manifest([video], ["cats"], id="source"), manifest)
-    read = runs.read_manifest(manifest)
-    runs.begin(features, "features", {}, read)
+    read = read_manifest(manifest)
     row: dict[str, Any] = {**vars(video), "labels": [0], "warnings": [], "status": "ok"}
     row |= {"frame_index": np.arange(2), "frame_pts_s": np.arange(2), "visual": np.ones((2, 4))}
     row |= {"object_ids": np.ones((2, 10)), "object_probs": np.ones((2, 10))}
     table = schema.table_from_rows([row], schema.features_schema(2, 4, ["cats"]))
-    runs.write_part(features, table, "zstd")
-    todo = list(read.rows)
-    runs.close_run(features, "features", read, read.rows, todo, None, Config(), 0.0, {}, lambda: {"weights": {}})
+    selection = runs.Selection.of(read)
+    with runs.BulkRun(features, "features", runs.Identity.of(), selection, Config()) as run:
+        run.publish(table)
+        run.close({}, lambda: {"weights": {}})
     return {"info": ["info", manifest], "verify": ["verify", features]}
 
 

@@ -280,7 +280,7 @@ def test_progress_counts_the_decoded_videos(tmp_path: Path) -> None:
     ("run", "message"),
     [
         ({"kind": "features"}, "holds features, expected predictions"),
-        ({"format": 99}, "run format 99"),
+        ({"format": 99}, "made by a newer version of tsq_ray"),
         ({"bundle_classes": ["a", "b"]}, r"scores of 4 classes, but _run.json names 2"),
     ],
 )

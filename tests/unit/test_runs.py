@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable
@@ -13,11 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsq_ray import runs, schema
+from tsq_ray import runs, schema, storage
 from tsq_ray.config import Config
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed
-from tsq_ray.manifest import Manifest, VideoRef, write_manifest
-from tsq_ray.runs import CONFIG_FILE, RUN_FILE, Current
+from tsq_ray.manifest import Manifest, VideoRef, read_manifest, write_manifest
+from tsq_ray.runs.bulk import BulkRun, Selection, retry_reasons, todo_without_entering
+from tsq_ray.runs.done import Current, done_rows, pick_current, still_to_do
+from tsq_ray.runs.folder import CONFIG_FILE, RUN_FILE, begin, part_name, prune, reopen
+from tsq_ray.runs.lease import LEASE_FILE
+from tsq_ray.runs.verify import verify
 
 CLASSES = ["cats", "dogs"]
 T, D = 2, 4
@@ -37,6 +42,10 @@ def row(video: VideoRef, error_type: str | None = None, warnings: Iterable[str] 
     return start | {"status": "ok", **tensors, "object_ids": np.ones((T, 10)), "object_probs": np.ones((T, 10))}
 
 
+def features_of(*rows: dict[str, Any]) -> pa.Table:
+    return schema.table_from_rows(rows, schema.features_schema(T, D, CLASSES))
+
+
 class Folder:
     """A features run folder, its manifest beside it."""
 
@@ -48,32 +57,36 @@ class Folder:
 
     def set_manifest(self, videos: list[VideoRef]) -> None:
         write_manifest(Manifest(videos, CLASSES, id="source"), self.manifest_uri)
-        self.manifest = runs.read_manifest(self.manifest_uri)
+        self.manifest = read_manifest(self.manifest_uri)
 
     def begin(self, identity: dict[str, Any] | None = None) -> None:
-        runs.begin(self.uri, "features", identity or IDENTITY, self.manifest)
+        begin(self.uri, "features", runs.Identity.of(**(identity or IDENTITY)), self.manifest)
+
+    def run(self, selection: Selection | None = None, **options: Any) -> BulkRun:
+        """A run over all videos, or a selection of them; not entered yet."""
+        selection = selection or Selection.of(self.manifest)
+        identity = runs.Identity.of(**IDENTITY)
+        return BulkRun(self.uri, "features", identity, selection, Config(), **options)
 
     def write(self, *rows: dict[str, Any], age: float | None = None) -> str:
         """One part; `age` seconds old."""
-        name = runs.write_part(self.uri, schema.table_from_rows(rows, schema.features_schema(T, D, CLASSES)), "zstd")
+        name = runs.write_part(self.uri, features_of(*rows), "zstd")
         if age is not None:
             time = os.path.getmtime(self.path / name) - age
             os.utime(self.path / name, (time, time))
         return name
 
     def current(self) -> Current:
-        return runs.pick_current(runs.done_rows(self.uri), self.manifest)
+        return pick_current(done_rows(self.uri), self.manifest)
 
     def left(self, *retry: str) -> list[str]:
         """URIs of the videos that a run would do."""
-        return [video.uri for video in runs.still_to_do(self.manifest.rows, self.current(), retry)]
+        return [video.uri for video in still_to_do(self.manifest.rows, self.current(), retry)]
 
-    def close(self, todo: Iterable[VideoRef] = (), wanted: list[VideoRef] | None = None, split: str | None = None) -> dict[str, Any]:
-        wanted = self.manifest.rows if wanted is None else wanted
-        seconds = {"decode": 2.0, "encode": 3.0}
-        return runs.close_run(
-            self.uri, "features", self.manifest, wanted, list(todo), split, Config(), 0.0, seconds, lambda: {"weights": {}}
-        )
+    def close(self, selection: Selection | None = None) -> dict[str, Any]:
+        """Enter a run that finds its rows done, and close it."""
+        with self.run(selection) as run:
+            return run.close({"decode": 2.0, "encode": 3.0}, lambda: {"weights": {}})
 
     def rows(self) -> list[tuple[str, str]]:
         """(uri, status) of every row of every part, sorted."""
@@ -81,7 +94,7 @@ class Folder:
         return sorted((row["uri"], row["status"]) for table in tables for row in table.to_pylist())
 
     def problems(self) -> list[str]:
-        return runs.verify(self.uri)["problems"]
+        return verify(self.uri)["problems"]
 
 
 @pytest.fixture
@@ -97,7 +110,7 @@ def done(folder: Folder) -> Folder:
     """Finished: two ok, one failed, in two parts."""
     folder.write(row(ref(1)), row(ref(2), "corrupt"))
     folder.write(row(ref(3), warnings=["odd"]))
-    folder.close(todo=folder.manifest.rows)
+    folder.close()
     return folder
 
 
@@ -106,11 +119,9 @@ def done(folder: Folder) -> Folder:
 
 def test_a_part_is_named_after_the_videos_in_it(folder: Folder) -> None:
     first = folder.write(row(ref(1)), row(ref(2)))
-    assert folder.write(row(ref(2)), row(ref(1))) == first == runs.part_name([ref(2).video_id, ref(1).video_id])
+    assert folder.write(row(ref(2)), row(ref(1))) == first == part_name([ref(2).video_id, ref(1).video_id])
     assert folder.write(row(ref(1))) != first
-    assert sorted(runs.storage.name_of(part.uri) for part in runs.list_parts(folder.uri)) == sorted(
-        {first, runs.part_name([ref(1).video_id])}
-    )
+    assert sorted(storage.name_of(part.uri) for part in runs.list_parts(folder.uri)) == sorted({first, part_name([ref(1).video_id])})
 
 
 def test_only_parts_are_parts(folder: Folder) -> None:
@@ -124,7 +135,7 @@ def test_a_damaged_part_is_named(folder: Folder) -> None:
     name = folder.write(row(ref(1)))
     (folder.path / name).write_bytes((folder.path / name).read_bytes()[:100])
     with pytest.raises(RunError, match=f"{name}: not readable as Parquet .*; delete it and run again"):
-        runs.done_rows(folder.uri)
+        done_rows(folder.uri)
 
 
 # --------------------------------------------------------------------------------------------------------------- begin
@@ -216,13 +227,13 @@ def test_failed_videos_are_done_again_when_asked_or_when_storage_was_unavailable
     folder: Folder, retry: str | None, left: list[str]
 ) -> None:
     folder.write(row(ref(1), "corrupt"), row(ref(2), "unavailable"), row(ref(3), "timeout"))
-    assert folder.left(*runs.retry_reasons(retry)) == [f"/videos/{number}.mp4" for number in left]
+    assert folder.left(*retry_reasons(retry)) == [f"/videos/{number}.mp4" for number in left]
 
 
 def test_retry_reasons_are_a_closed_list() -> None:
-    assert runs.retry_reasons("all") == ERROR_TYPES
-    with pytest.raises(RunError, match="--retry-failed bored: no such reason; there is: not_found, access_denied"):
-        runs.retry_reasons("bored")
+    assert retry_reasons("all") == ERROR_TYPES
+    with pytest.raises(RunError, match="--retry-failed bored: no such reason; allowed: not_found, access_denied"):
+        retry_reasons("bored")
 
 
 def test_a_changed_video_is_done_again(folder: Folder) -> None:
@@ -255,9 +266,9 @@ def test_pruning_leaves_one_row_a_video(folder: Folder) -> None:
     folder.write(row(ref(1), "timeout"), row(ref(2)), age=60)
     folder.write(row(ref(1)), row(ref(9)), age=40)
     folder.write(row(ref(2, size_bytes=9)), row(ref(3)), age=20)
-    assert runs.prune(folder.uri, folder.current(), "zstd") == 3
+    assert prune(folder.uri, folder.current(), "zstd") == 3
     assert folder.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "ok"), ("/videos/3.mp4", "ok")]
-    assert all(name == runs.part_name(pq.read_table(folder.path / name)["video_id"].to_pylist()) for name in parts_of(folder))
+    assert all(name == part_name(pq.read_table(folder.path / name)["video_id"].to_pylist()) for name in parts_of(folder))
 
 
 def parts_of(folder: Folder) -> list[str]:
@@ -267,7 +278,7 @@ def parts_of(folder: Folder) -> list[str]:
 def test_a_part_without_a_row_that_counts_goes(folder: Folder) -> None:
     old = folder.write(row(ref(9)))
     kept = folder.write(row(ref(1)))
-    runs.prune(folder.uri, folder.current(), "zstd")
+    prune(folder.uri, folder.current(), "zstd")
     assert parts_of(folder) == [kept]
     assert old != kept
 
@@ -276,7 +287,7 @@ def test_a_part_that_is_rewritten_under_the_name_of_another_part_survives(folder
     folder.write(row(ref(1)), age=50)
     folder.write(row(ref(1), "timeout"), row(ref(2)), age=40)
     folder.write(row(ref(2), "timeout"), age=30)
-    runs.prune(folder.uri, folder.current(), "zstd")
+    prune(folder.uri, folder.current(), "zstd")
     assert folder.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "ok")]
 
 
@@ -312,7 +323,7 @@ def test_what_split_and_limit_leave_out_is_skipped(tmp_path: Path) -> None:
     folder = Folder(tmp_path, [ref(1), ref(2), ref(3, split="val"), ref(4, split=None)])
     folder.begin()
     folder.write(row(ref(1)))
-    counts = folder.close(wanted=[ref(1)], split="train")["counts"]
+    counts = folder.close(Selection.of(folder.manifest, "train", 1))["counts"]
     assert (counts["inputs"], counts["ok"], counts["skipped"]) == (4, 1, 3)
     assert counts["skipped_by"] == {"split": 2, "limit": 1}
     assert folder.problems() == []
@@ -336,7 +347,7 @@ def test_closing_takes_out_changed_and_deleted_videos(done: Folder) -> None:
     done.set_manifest([ref(1, size_bytes=11), ref(2)])
     assert done.left() == ["/videos/1.mp4"]
     done.write(row(ref(1, size_bytes=11)))
-    run = done.close(todo=[ref(1, size_bytes=11)])
+    run = done.close()
     assert done.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "failed")]
     assert (run["counts"]["inputs"], run["counts"]["ok"], run["counts"]["failed"]) == (2, 1, 1)
     assert done.problems() == []
@@ -348,18 +359,102 @@ def test_a_manifest_that_lost_videos_is_enough_to_close_anew(done: Folder) -> No
     assert done.problems() == []
 
 
+# ---------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_does_what_is_left_and_closes(folder: Folder) -> None:
+    folder.write(row(ref(2)))
+    with folder.run(started=0.0) as run:
+        assert [video.uri for video in run.todo] == ["/videos/1.mp4", "/videos/3.mp4"]
+        assert (folder.path / LEASE_FILE).exists()
+        for video in run.todo:
+            run.publish(features_of(row(video)))
+        content = run.close({"decode": 1.25}, lambda: {"weights": {"visual": "abc"}})
+    assert content == runs.read_run(folder.uri)
+    assert (content["videos_done_now"], content["counts"]["ok"]) == (2, 3)
+    assert content["started"] == "1970-01-01T00:00:00+00:00"
+    assert (content["stage_seconds"], content["weights"]) == ({"decode": 1.25}, {"visual": "abc"})
+    assert not (folder.path / LEASE_FILE).exists()
+    assert folder.problems() == []
+
+
+def test_a_run_that_has_something_to_do_opens_the_folder_again(done: Folder) -> None:
+    with done.run(Selection.of(done.manifest, retry_failed="corrupt")) as run:
+        assert [video.uri for video in run.todo] == ["/videos/2.mp4"]
+        assert not (done.path / RUN_FILE).exists()
+
+
+def test_what_is_to_do_is_known_without_entering(folder: Folder, tmp_path: Path) -> None:
+    selection = Selection.of(folder.manifest, limit=2)
+    folder.write(row(ref(1)))
+    with folder.run():  # another run holds the lease
+        todo = todo_without_entering(folder.uri, "features", selection)
+    assert [video.uri for video in todo] == ["/videos/2.mp4"]
+    assert len(todo_without_entering(str(tmp_path / "new"), "features", selection)) == 2
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(RunError, match="holds features, not predictions"):
+        todo_without_entering(folder.uri, "predictions", selection)
+
+
+def test_a_second_run_is_refused_and_changes_nothing(folder: Folder) -> None:
+    with folder.run() as run:
+        with pytest.raises(RunError, match=r"writes to this folder; .* with --take-over"):
+            folder.run().__enter__()
+        run.publish(features_of(row(ref(1))))
+
+
+def test_a_run_that_was_taken_over_writes_nothing_more(folder: Folder) -> None:
+    with folder.run() as first:
+        first.publish(features_of(row(ref(1))))
+        with folder.run(take_over=True) as second:
+            with pytest.raises(RunFailed, match="another run took over this folder"):
+                first.publish(features_of(row(ref(2))))
+            with pytest.raises(RunFailed, match="another run took over this folder"):
+                first.close({}, dict)
+            assert not (folder.path / RUN_FILE).exists()
+            assert folder.rows() == [("/videos/1.mp4", "ok")]
+            assert [video.uri for video in second.todo] == ["/videos/2.mp4", "/videos/3.mp4"]
+
+
+def test_a_run_that_is_taken_over_while_it_closes_writes_no_run_file(folder: Folder) -> None:
+    folder.write(row(ref(1)), row(ref(2)), row(ref(3)))
+    with contextlib.ExitStack() as stack, folder.run() as first:
+
+        def measure() -> dict[str, Any]:
+            stack.enter_context(folder.run(take_over=True))
+            return {}
+
+        with pytest.raises(RunFailed, match="another run took over this folder"):
+            first.close({}, measure)
+    assert not (folder.path / RUN_FILE).exists()
+
+
+def test_a_folder_of_other_work_gets_no_lease(folder: Folder, tmp_path: Path) -> None:
+    other = runs.Identity.of(decode={"num_frames": 50})
+    with pytest.raises(RunError, match="made with another configuration"):
+        BulkRun(folder.uri, "features", other, Selection.of(folder.manifest), Config()).__enter__()
+    assert sorted(path.name for path in folder.path.iterdir()) == [CONFIG_FILE]
+
+
+def test_the_lease_of_a_killed_start_is_no_foreign_file(tmp_path: Path) -> None:
+    folder = Folder(tmp_path, [ref(1)])
+    folder.path.mkdir()
+    (folder.path / LEASE_FILE).write_bytes(b"{}")
+    folder.begin()
+
+
 # -------------------------------------------------------------------------------------------------------------- verify
 
 
 def test_an_unfinished_run_is_told_from_no_run(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="this run is not finished; give its command again"):
-        runs.verify(folder.uri)
+        verify(folder.uri)
     with pytest.raises(RunError, match=r"no run folder \(no _run.json\)"):
-        runs.verify(str(tmp_path))
+        verify(str(tmp_path))
 
 
 def test_reopening_makes_a_run_unfinished(done: Folder) -> None:
-    runs.reopen(done.uri)
+    reopen(done.uri)
     with pytest.raises(RunError, match="this run is not finished"):
         runs.read_run(done.uri)
 
@@ -367,9 +462,21 @@ def test_reopening_makes_a_run_unfinished(done: Folder) -> None:
 def test_another_kind_and_another_format_are_refused(done: Folder) -> None:
     with pytest.raises(RunError, match="holds features, expected predictions"):
         runs.read_run(done.uri, "predictions")
-    change_run(done, format=99)
-    with pytest.raises(RunError, match="run format 99; this version reads 1"):
+    change_run(done, format="one")
+    with pytest.raises(RunError, match="run format 'one'; this version reads 1"):
         runs.read_run(done.uri)
+
+
+def test_a_folder_of_a_newer_version_asks_for_an_upgrade(done: Folder) -> None:
+    newer = r"made by a newer version of tsq_ray \(format 2; this version reads 1\); upgrade"
+    change_run(done, format=2)
+    with pytest.raises(RunError, match=newer):
+        runs.read_run(done.uri)
+    config = runs.read_json(str(done.path / CONFIG_FILE))
+    assert config is not None
+    runs.write_json(str(done.path / CONFIG_FILE), config | {"format": 2})
+    with pytest.raises(RunError, match=newer):
+        done.begin()
 
 
 def change_run(folder: Folder, **changes: Any) -> None:
@@ -468,7 +575,7 @@ def test_verify_says_when_the_manifest_cannot_be_compared(done: Folder, change: 
         os.unlink(done.manifest_uri)
     else:
         done.set_manifest([ref(1)])
-    result = runs.verify(done.uri)
+    result = verify(done.uri)
     assert result["problems"] == []
     assert "manifest not checked" in result["checks"][-1]
     assert told in result["checks"][-1]
@@ -479,7 +586,7 @@ def test_labels_and_splits_that_changed_reach_the_rows(done: Folder) -> None:
     classes = ["another", *CLASSES]
     moved = [dataclasses.replace(video, labels=(2,), split="val") for video in done.manifest.rows]
     write_manifest(Manifest(moved, classes, id="source"), done.manifest_uri)
-    done.manifest = runs.read_manifest(done.manifest_uri)
+    done.manifest = read_manifest(done.manifest_uri)
     done.begin()
     assert done.left() == []
     run = done.close()

@@ -10,7 +10,7 @@ from typing import Any
 from tsq_ray import provenance, runs, storage
 from tsq_ray.artifact import read_bundle_settings
 from tsq_ray.bundle import Bundle, load_bundle
-from tsq_ray.config import Config, check_budget, differing, flatten, load_config
+from tsq_ray.config import Config, check_budget, load_config
 from tsq_ray.errors import ConfigError, ModelError, RunError
 from tsq_ray.evaluate import paper
 from tsq_ray.evaluate.annotations import read_annotations
@@ -92,7 +92,8 @@ def evaluate(
             "leave it out, for example --set evaluate.budgets=[1,2,3]"
         )
     data = _data(features, bundle)
-    _enter(out, {"data": data, "sampler": config.sampler.model_dump(mode="json", exclude={"seed"}), "train": _trainings(config)})
+    sampler = config.sampler.model_dump(mode="json", exclude={"seed"})
+    _enter(out, runs.Identity.of(data=data, sampler=sampler, train=_trainings(config)))
     bench = Bench(bundle, features, config, known, Store(out, data))
     wanted = list(tables) or paper.names()
     jobs = [job for name in wanted for job in paper.jobs_for(bench, name)]
@@ -122,18 +123,14 @@ def _trainings(config: Config) -> dict[str, Any]:
     return config.train.model_dump(mode="json", exclude={"seed", "num_workers", "checkpoint_every"})
 
 
-def _enter(out: str, identity: dict[str, Any]) -> None:
+def _enter(out: str, identity: runs.Identity) -> None:
     """Make or enter the folder; RunError where it is about something else."""
     place = storage.join(out, SUMMARY_FILE)
-    have, want = runs.read_json(place), json.loads(json.dumps(identity, default=str))
-    if have is None:
-        runs.write_json(place, want)
-        return
-    before, after = flatten(have), flatten(want)
-    differ = differing(before, after)
-    if differ:
-        shown = "; ".join(f"{key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in differ[:5])
-        raise RunError(f"{storage.redact(out)}: holds another evaluation ({shown}); take another --out")
+    before = runs.read_json(place)
+    if before is None:
+        runs.write_json(place, identity.parts)
+    else:
+        identity.refuse_other(before, out, "holds another evaluation")
 
 
 def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:

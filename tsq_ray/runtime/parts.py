@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,9 @@ _PARTS_OF_LARGE_RUN = 1000
 _OTHER_BYTES = 300
 """Of a row without its tensors: URI, codec, numbers, warnings."""
 _MIB = 2**20
-_ERROR, _ROWS, _WRITE = "error", "rows", "write"
+ROWS = "rows"
+"""Among what `write_parts` sums up: the rows that were written."""
+_ERROR, _WRITE = "error", "write"
 _WRITE_WAITS_S = (5, 10, 20, 40)
 
 
@@ -117,30 +119,6 @@ def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema) -> pa.T
     return table
 
 
-def publish(
-    todo: Sequence[VideoRef],
-    workers: Pool,
-    writers: Pool,
-    stage: Callable[[Any], Any],
-    out: str,
-    arrow: pa.Schema,
-    output: OutputConfig,
-    batch_size: int,
-) -> tuple[int, dict[str, float]]:
-    """Send the videos through `stage` (dataset of manifest rows -> of transport tables) and write its rows as parts.
-
-    Returns the number of rows written and seconds by stage, summed over the rows. RunFailed where
-    a part cannot be written.
-    """
-    totals: dict[str, float] = {}
-    rows = part_rows(arrow, output, len(todo))
-    for data in executions(todo, workers.start, batch_size):
-        for name, value in write_parts(stage(data), writers, out, arrow, output, rows).items():
-            totals[name] = totals.get(name, 0.0) + value
-    written = int(totals.pop(_ROWS, 0))
-    return written, {name: value for name, value in totals.items() if value > 0}
-
-
 def write_parts(data: Any, writers: Pool, out: str, arrow: pa.Schema, output: OutputConfig, rows: int) -> dict[str, float]:
     """Run a dataset of transport tables and publish its rows as parts of about `rows` rows; sums of what WritePart returns."""
     # a batch is all that a writer is given, so that what is above `rows` makes no part of its own
@@ -176,7 +154,7 @@ class WritePart:
         except StorageError as failure:
             error = str(failure)
         sums = {name.strip("_").removesuffix("_s"): pc.sum(batch[name]).as_py() for name in STAGE_SECONDS}
-        sums |= {_WRITE: time.perf_counter() - started, _ROWS: float(len(batch))}
+        sums |= {_WRITE: time.perf_counter() - started, ROWS: float(len(batch))}
         return pa.table({name: pa.array([value]) for name, value in sums.items()} | {_ERROR: pa.array([error], pa.string())})
 
     def _publish(self, rows: pa.Table) -> None:

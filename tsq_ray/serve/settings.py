@@ -7,8 +7,9 @@ from typing import Any
 
 from tsq_ray import storage
 from tsq_ray.artifact import read_bundle_settings
-from tsq_ray.config import Config, check_budget, flatten, load_config
+from tsq_ray.config import Config, check_budget, load_config
 from tsq_ray.errors import ConfigError
+from tsq_ray.runs import Identity
 
 FREE = (
     "sampler.budget",
@@ -38,20 +39,24 @@ def scoring_config(model: str, path: str | None = None, sets: Iterable[str] = ()
     content, _ = read_bundle_settings(model)
     own = {name: value for name, value in content["config"].items() if value is not None}
     base: dict[str, Any] = {**own}
-    before = flatten(load_config(None, (), base).model_dump(mode="json"))
+    before = load_config(None, (), base).model_dump(mode="json")
     if settings:
         base = _layered(base, settings)
     config = load_config(path, sets, base)
-    after = flatten(config.model_dump(mode="json"))
-    differ = [key for key in after if not key.startswith(FREE) and not key.endswith(".weights") and before.get(key) != after[key]]
+    wanted = Identity.of(**config.model_dump(mode="json"))
+    differ = wanted.differences(before, words=("in the bundle", "asked for"), free=_is_free)
     if differ:
-        shown = "; ".join(f"{key}: {before.get(key)!r} in the bundle, {after[key]!r} asked for" for key in differ[:5])
         raise ConfigError(
-            f"{storage.redact(model)}: scoring cannot change what the bundle was trained with ({shown}); it may set sampler.budget, "
-            "sampler.lambda_visual, sampler.mode, sampler.seed, decode.backend and resources.*"
+            f"{storage.redact(model)}: scoring cannot change what the bundle was trained with "
+            f"({differ}); it may set sampler.budget, sampler.lambda_visual, sampler.mode, "
+            "sampler.seed, decode.backend and resources.*"
         )
     check_budget(config.sampler, config.decode.num_frames, str(content["task"]))
     return config
+
+
+def _is_free(key: str) -> bool:
+    return key.startswith(FREE) or key.endswith(".weights")
 
 
 def _layered(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

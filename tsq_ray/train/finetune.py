@@ -12,8 +12,8 @@ from typing import Any, Literal
 from tsq_ray import artifact, provenance, runs, storage
 from tsq_ray import bundle as bundles
 from tsq_ray.bundle import Classifier
-from tsq_ray.config import Config, ModelConfig, differing, flatten
-from tsq_ray.errors import RunError, RunFailed
+from tsq_ray.config import Config, ModelConfig
+from tsq_ray.errors import RunFailed
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest
 from tsq_ray.runtime import cluster
 from tsq_ray.stages import load_network
@@ -63,7 +63,7 @@ def finetune(
     whole = config.finetune.backbone == "trained"
     if whole:
         trained.check_input(network)
-        runs.write_json(storage.join(out, trained.WORK_FOLDER, _IDENTITY_FILE), identity)
+        runs.write_json(storage.join(out, trained.WORK_FOLDER, _IDENTITY_FILE), identity.parts)
     with cluster.connect(address, debug) as ray:
         options: dict[str, Any] = {"show": show_progress, "debug": debug, "wait_s": wait_s}
         classes = len(manifest.classes)
@@ -89,7 +89,7 @@ def finetune(
         "seconds": round(time.time() - started, 2),
     }
     record = {
-        "identity": identity,
+        "identity": identity.parts,
         "summary": summary,
         "manifest": {"uri": storage.redact(manifest.uri), "sha256": manifest.sha256},
         "finetune": config.finetune.model_dump(mode="json"),
@@ -116,25 +116,25 @@ def _validation_rows(manifest: Manifest, rows: Sequence[VideoRef], config: Confi
 
 def _identity(
     manifest: str, role: str, config: Config, settings: ModelConfig, backbone: str, split: str | None, limit: int | None
-) -> dict[str, Any]:
+) -> runs.Identity:
     whole = config.finetune.backbone == "trained"
     # T frames a video for a head; a whole network's training takes its own, by finetune.segments
     decode = {"strategy", "backend"} if whole else {"strategy", "backend", "num_frames"}
     tuning = config.finetune.model_dump(mode="json", exclude={"head", "num_workers", "checkpoint_every"})
-    return {
-        "manifest": manifest,
-        "role": role,
-        "model": settings.model_dump(mode="json", exclude={"weights"}),
-        "backbone": backbone,
-        "decode": config.decode.model_dump(mode="json", include=decode),
-        "finetune": tuning if whole else config.finetune.head.model_dump(mode="json"),
-        "task": config.train.task,
-        "split": split,
-        "limit": limit,
-    }
+    return runs.Identity.of(
+        manifest=manifest,
+        role=role,
+        model=settings.model_dump(mode="json", exclude={"weights"}),
+        backbone=backbone,
+        decode=config.decode.model_dump(mode="json", include=decode),
+        finetune=tuning if whole else config.finetune.head.model_dump(mode="json"),
+        task=config.train.task,
+        split=split,
+        limit=limit,
+    )
 
 
-def _finished(out: str, identity: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
     """The summary of an equal finetune that is done already; RunError where `out` holds another one, done or begun."""
     done = storage.exists(storage.join(out, artifact.CLASSIFIER_FILE))
     if done:
@@ -142,8 +142,6 @@ def _finished(out: str, identity: dict[str, Any]) -> dict[str, Any] | None:
         before = record["identity"]
     else:
         before = runs.read_json(storage.join(out, trained.WORK_FOLDER, _IDENTITY_FILE))
-    if before is not None and before != identity:
-        there, now = flatten(before), flatten(identity)
-        shown = "; ".join(f"{key}: {there.get(key)!r} there, {now.get(key)!r} now" for key in differing(there, now)[:5])
-        raise RunError(f"{storage.redact(out)}: holds the result of another finetune ({shown}); take another --out")
+    if before is not None:
+        identity.refuse_other(before, out, "holds the result of another finetune")
     return record["summary"] | {"already_done": True} if done else None

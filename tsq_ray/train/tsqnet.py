@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from tsq_ray import artifact, provenance, runs, storage
 from tsq_ray import bundle as bundles
 from tsq_ray.bundle import Bundle
-from tsq_ray.config import Config, check_budget, check_top_objects, differing, flatten, load_config
+from tsq_ray.config import Config, check_budget, check_top_objects, load_config
 from tsq_ray.encoders import FrameEncoder, object_names, text_encoder
 from tsq_ray.errors import ModelError, RunError
 from tsq_ray.model import TSQNet, TSQShape
@@ -37,17 +36,20 @@ def settings_for(features_uri: str, path: str | None = None, sets: tuple[str, ..
     made = runs.read_run(features_uri, "features")["config"]
     base = {"decode": made["decode"], "encoders": made["encoders"]}
     config = load_config(path, sets, base)
-    now = config.model_dump(mode="json")
-    before, after = (flatten({"decode": tree["decode"], "encoders": tree["encoders"]}) for tree in (made, now))
-    # where weights lie may differ: their hashes are compared; the text model is only used from here on
-    free = ("encoders.text.", "encoders.visual.", "decode.timeout_s", "decode.max_")
-    differ = [key for key in differing(before, after) if not key.startswith(free) and not key.endswith(".weights")]
+    wanted = runs.Identity.of(decode=config.decode.model_dump(mode="json"), encoders=config.encoders.model_dump(mode="json"))
+    differ = wanted.differences(base, words=("there", "asked for"), free=_may_change)
     if differ:
-        shown = "; ".join(f"{key}: {before.get(key)!r} there, {after.get(key)!r} asked for" for key in differ[:5])
         raise RunError(
-            f"{storage.redact(features_uri)}: the features were made with other settings ({shown}); leave them out or extract again"
+            f"{storage.redact(features_uri)}: the features were made with other settings ({differ}); leave them out or extract again"
         )
     return config
+
+
+def _may_change(key: str) -> bool:
+    """Whether training may change a setting of its features."""
+    # where weights lie may differ: their hashes are compared; the text model is only used from here on
+    free = ("encoders.text.", "encoders.visual.", "decode.timeout_s", "decode.max_")
+    return key.startswith(free) or key.endswith(".weights")
 
 
 def train(
@@ -87,7 +89,7 @@ def train(
         answerer = _recognizer(recognizer, data.classes, config.train.task)
         text = _TextSide.make(config, data.classes) if config.train.modules == "both" else None
         shape = _shape(config, data, text)
-        runs.write_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE), identity)
+        runs.write_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE), identity.parts)
         start = {
             "visual": _visual_start(config, data, frame_encoder),
             "textual": text.classes if text else None,
@@ -119,7 +121,7 @@ def train(
         "videos_per_s": round(len(data) * config.train.epochs / sum(fitted.epoch_seconds), 1),
     }
     record = {
-        "identity": identity,
+        "identity": identity.parts,
         "features": storage.redact(features_uri),
         "features_manifest": run["manifest"],
         "weights": run["weights"],
@@ -152,17 +154,23 @@ def train(
     return summary | {"seconds": round(time.time() - started, 2)}
 
 
-def _identity(run: Mapping[str, Any], config: Config, encoder: str | None, recognizer: str | None, split: str | None) -> dict[str, Any]:
-    return {
-        "features": {"manifest": run["manifest"]["sha256"], "config": run["identity"]},
-        "train": config.train.model_dump(mode="json", exclude={"num_workers", "checkpoint_every"}),
-        "finetune": config.finetune.model_dump(mode="json"),
-        "sampler": config.sampler.model_dump(mode="json"),
-        "text": config.encoders.text.model_dump(mode="json"),
-        "encoder": _classifier_digest(encoder),
-        "recognizer": _classifier_digest(recognizer),
-        "split": split,
-    }
+def _identity(
+    run: Mapping[str, Any],
+    config: Config,
+    encoder: str | None,
+    recognizer: str | None,
+    split: str | None,
+) -> runs.Identity:
+    return runs.Identity.of(
+        features={"manifest": run["manifest"]["sha256"], "config": run["identity"]},
+        train=config.train.model_dump(mode="json", exclude={"num_workers", "checkpoint_every"}),
+        finetune=config.finetune.model_dump(mode="json"),
+        sampler=config.sampler.model_dump(mode="json"),
+        text=config.encoders.text.model_dump(mode="json"),
+        encoder=_classifier_digest(encoder),
+        recognizer=_classifier_digest(recognizer),
+        split=split,
+    )
 
 
 def _classifier_digest(uri: str | None) -> str | None:
@@ -171,24 +179,16 @@ def _classifier_digest(uri: str | None) -> str | None:
     return artifact.read_classifier_settings(uri)[1]
 
 
-def _finished(out: str, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
     """The summary of an equal training that is done already; RunError where `out` holds another one."""
-    want = flatten(json.loads(json.dumps(identity)))
     if artifact.is_bundle(out):
         provenance = artifact.read_bundle_settings(out)[0]["provenance"]
-        _refuse_other(out, flatten(provenance["identity"]), want)
+        identity.refuse_other(provenance["identity"], out, "holds another training")
         return provenance["summary"] | {"already_done": True}
     begun = runs.read_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE))
     if begun is not None:
-        _refuse_other(out, flatten(begun), want)
+        identity.refuse_other(begun, out, "holds another training")
     return None
-
-
-def _refuse_other(out: str, before: Mapping[str, Any], want: Mapping[str, Any]) -> None:
-    differ = differing(before, want)
-    if differ:
-        shown = "; ".join(f"{key}: {before.get(key)!r} there, {want.get(key)!r} now" for key in differ[:5])
-        raise RunError(f"{storage.redact(out)}: holds another training ({shown}); take another --out")
 
 
 def _frame_encoder(config: Config, run: Mapping[str, Any], data: TrainingSet, encoder: str | None) -> FrameEncoder:

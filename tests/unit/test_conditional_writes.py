@@ -1,0 +1,100 @@
+"""Writes that depend on what is there: of several callers one succeeds."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+
+from tsq_ray import storage
+from tsq_ray.advice import is_refused_condition
+from tsq_ray.errors import StorageError
+
+WRITERS = 16
+
+
+@pytest.fixture(params=["local", "memory"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A place where nothing is."""
+    return str(tmp_path / "new" / "file") if request.param == "local" else f"memory://{tmp_path}/f"
+
+
+def test_a_file_is_created_once(uri: str) -> None:
+    assert storage.create_bytes(uri, b"first")
+    assert not storage.create_bytes(uri, b"second")
+    assert storage.read_bytes(uri) == b"first"
+
+
+def test_a_file_is_replaced_if_it_is_the_expected_one(uri: str) -> None:
+    assert not storage.replace_bytes(uri, b"", b"new")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"old")
+    assert not storage.replace_bytes(uri, b"another", b"new")
+    assert storage.read_bytes(uri) == b"old"
+    assert storage.replace_bytes(uri, b"old", b"new")
+    assert storage.read_bytes(uri) == b"new"
+
+
+def _create(uri: str, number: int) -> bool:
+    return storage.create_bytes(uri, b"%d" % number)
+
+
+def _replace(uri: str, number: int) -> bool:
+    return storage.replace_bytes(uri, b"old", b"%d" % number)
+
+
+@pytest.mark.parametrize("write", [_create, _replace])
+def test_of_many_local_writers_one_succeeds(
+    tmp_path: Path,
+    write: Callable[[str, int], bool],
+) -> None:
+    for attempt in range(20):
+        path = tmp_path / str(attempt)
+        if write is _replace:
+            path.write_bytes(b"old")
+        with ThreadPoolExecutor(WRITERS) as pool:
+            won = list(pool.map(lambda number, at=str(path): write(at, number), range(WRITERS)))
+        assert sum(won) == 1
+        assert path.read_bytes() == b"%d" % won.index(True)
+    assert len(list(tmp_path.iterdir())) == 20, "a temporary file is left"
+
+
+def test_a_file_system_without_hard_links_will_do(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*paths: str) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "file"
+    assert storage.create_bytes(str(path), b"first")
+    assert not storage.create_bytes(str(path), b"second")
+    assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"first", [path])
+
+
+def test_other_failures_are_no_refusal(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"the file system answers with an error.*File exists"):
+        storage.create_bytes(str(tmp_path / "file" / "below"), b"")
+
+
+@pytest.mark.parametrize(
+    ("code", "refused"),
+    [
+        ("PreconditionFailed", True),
+        ("412", True),
+        ("ConditionalRequestConflict", True),
+        ("AccessDenied", False),
+        ("InternalError", False),
+    ],
+)
+def test_how_a_store_refuses_a_condition(code: str, refused: bool) -> None:
+    error = OSError(errno.EINVAL, "as s3fs raises it")
+    error.__cause__ = ClientError({"Error": {"Code": code}}, "PutObject")
+    assert is_refused_condition(error) == refused

@@ -1,0 +1,67 @@
+"""Whether two runs do the same work, and what is said of those that do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tsq_ray.errors import RunError
+from tsq_ray.runs import Identity
+
+IDENTITY = Identity.of(decode={"num_frames": 16}, weights={"visual": "abc"}, split=None)
+
+
+def test_an_identity_is_what_json_gives_back() -> None:
+    assert Identity.of(sizes=(1, 2), by={1: "a"}).parts == {"sizes": [1, 2], "by": {"1": "a"}}
+
+
+@pytest.mark.parametrize(
+    ("before", "differences"),
+    [
+        ({"decode": {"num_frames": 16}, "weights": {"visual": "abc"}, "split": None}, ""),
+        ({"decode": {"num_frames": 16}, "weights": {"visual": "abc"}}, ""),
+        (
+            {"decode": {"num_frames": 50}, "weights": {"visual": "x"}},
+            "decode.num_frames: 50 there, 16 now; weights.visual: 'x' there, 'abc' now",
+        ),
+        ({"weights": {"visual": "abc"}}, "decode.num_frames: None there, 16 now"),
+    ],
+    ids=["the same", "a key without a value", "others", "a section that is missing"],
+)
+def test_differences_name_the_keys(before: dict[str, Any], differences: str) -> None:
+    assert IDENTITY.differences(before) == differences
+
+
+def test_a_record_from_before_a_setting_counts_with_its_default() -> None:
+    later = Identity.of(encoders={"visual": {"size": 188}, "num_objects": 10})
+    assert later.differences({"encoders": {"visual": {"size": 188}}}) == ""
+
+
+def test_at_most_five_differences_are_shown() -> None:
+    many = Identity.of(**{f"key{number}": number for number in range(8)})
+    shown = many.differences({})
+    assert shown.startswith("key0: None there, 0 now; key1: ")
+    assert shown.endswith("key4: None there, 4 now and 3 more")
+    assert "key5" not in shown
+
+
+def test_words_and_free_keys() -> None:
+    before = {"decode": {"num_frames": 50, "timeout_s": 1}, "weights": {"visual": "abc"}}
+    differences = IDENTITY.differences(
+        before,
+        words=("in the bundle", "asked for"),
+        free=lambda key: key == "decode.timeout_s",
+    )
+    assert differences == "decode.num_frames: 50 in the bundle, 16 asked for"
+
+
+def test_other_work_is_refused_with_what_to_do() -> None:
+    before = {**IDENTITY.parts, "split": "val"}
+    IDENTITY.refuse_other(IDENTITY.parts, "s3://bucket/out", "holds another training")
+    with pytest.raises(
+        RunError,
+        match=r"^s3://bucket/out: holds another training \(split: 'val' there, None now\); "
+        "use the same settings or another --out$",
+    ):
+        IDENTITY.refuse_other(before, "s3://bucket/out", "holds another training")

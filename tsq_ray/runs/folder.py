@@ -1,0 +1,196 @@
+"""The run folder of extract and score: its configuration, its parts, `_run.json`.
+
+A part is published whole and named after the videos in it, so that a task that is run twice writes
+the same file twice. `_config.json` is written before the first part, `_run.json` after the last.
+What is done is read from the parts alone: a killed run leaves nothing else behind. Duplicate and
+outdated rows, which only kills and changed videos can leave, are taken out before `_run.json` is
+written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tsq_ray import provenance, schema, storage
+from tsq_ray.errors import RunError, StorageError
+from tsq_ray.manifest import Manifest, VideoRows
+from tsq_ray.runs.done import Current, Part, list_parts, read_part
+from tsq_ray.runs.identity import Identity
+from tsq_ray.runs.lease import LEASE_FILE
+
+RUN_FILE = "_run.json"
+CONFIG_FILE = "_config.json"
+FORMAT = 1
+Kind = Literal["features", "predictions"]
+
+
+def read_json(uri: str) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file."""
+    try:
+        data = storage.read_bytes(uri)
+    except StorageError as error:
+        if error.error_type == "not_found":
+            return None
+        raise
+    try:
+        return json.loads(data)
+    except ValueError:
+        raise RunError(f"{storage.redact(uri)}: not JSON; the file is damaged, delete it and run again") from None
+
+
+def write_json(uri: str, content: Mapping[str, Any]) -> None:
+    """Publish a JSON object, readable by people."""
+    storage.write_bytes(uri, (json.dumps(content, indent=1, default=str) + "\n").encode())
+
+
+def read_run(uri: str, kind: Kind | None = None) -> dict[str, Any]:
+    """`_run.json` of a finished run. RunError where `uri` is no run folder, is not finished, or is of another kind."""
+    uri = storage.normalize(uri)
+    run = read_json(storage.join(uri, RUN_FILE))
+    if run is None:
+        if read_json(storage.join(uri, CONFIG_FILE)) is not None:
+            raise RunError(f"{storage.redact(uri)}: this run is not finished; give its command again, it goes on where it stopped")
+        raise RunError(f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); name what extract or score wrote with --out")
+    check_format(uri, run)
+    if kind is not None and run["kind"] != kind:
+        raise RunError(f"{storage.redact(uri)}: holds {run['kind']}, expected {kind}")
+    return run
+
+
+def check_format(uri: str, record: Mapping[str, Any]) -> None:
+    """Raise RunError if a run folder's `_run.json` or `_config.json` is not of this format."""
+    found = record.get("format")
+    if isinstance(found, int) and found > FORMAT:
+        formats = f"format {found}; this version reads {FORMAT}"
+        shown = storage.redact(uri)
+        raise RunError(f"{shown}: made by a newer version of tsq_ray ({formats}); upgrade")
+    if found != FORMAT:
+        raise RunError(f"{storage.redact(uri)}: run format {found!r}; this version reads {FORMAT}")
+
+
+def begin(uri: str, kind: Kind, identity: Identity, manifest: Manifest) -> None:
+    """Make or enter a run folder. RunError as `check_folder`."""
+    if not check_folder(uri, kind, manifest, identity):
+        content = {"format": FORMAT, "kind": kind, "manifest_id": manifest.id}
+        write_json(storage.join(uri, CONFIG_FILE), {**content, "config": identity.parts})
+
+
+def check_folder(
+    uri: str,
+    kind: Kind,
+    manifest: Manifest,
+    identity: Identity | None = None,
+) -> bool:
+    """Check that a run may write to this folder; whether one has begun there already.
+
+    RunError if it is a file, holds something else, or belongs to another kind of run, a manifest of
+    other sources, another format or, with `identity`, another configuration.
+    """
+    shown = storage.redact(uri)
+    if storage.is_file(uri):
+        raise RunError(f"{shown}: is a file; name a folder, a new one or that of an earlier run")
+    begun = read_json(storage.join(uri, CONFIG_FILE))
+    if begun is None:
+        _refuse_foreign_files(uri)
+        return False
+    check_format(uri, begun)
+    if begun.get("kind") != kind:
+        raise RunError(f"{shown}: holds {begun.get('kind')}, not {kind}; take another --out")
+    if begun.get("manifest_id") != manifest.id:
+        what = "made from a manifest of other sources"
+        raise RunError(f"{shown}: {what}; use that manifest or another --out")
+    if identity is not None:
+        identity.refuse_other(begun.get("config", {}), uri, "made with another configuration")
+    return True
+
+
+def _refuse_foreign_files(uri: str) -> None:
+    files = storage.walk(uri) if storage.is_folder(uri) else ()
+    lease = storage.join(uri, LEASE_FILE)
+    foreign = next((file.uri for file in files if file.uri != lease), None)
+    if foreign is not None:
+        what = f"holds files of something else ({storage.redact(foreign)})"
+        raise RunError(f"{storage.redact(uri)}: {what}; take an empty folder")
+
+
+def part_name(video_ids: Iterable[str]) -> str:
+    """The name of the part that holds exactly these videos."""
+    return f"part-{hashlib.sha256(','.join(sorted(video_ids)).encode()).hexdigest()[:20]}.parquet"
+
+
+def write_part(uri: str, table: pa.Table, compression: str) -> str:
+    """Publish a table as one part of the run folder; its name."""
+    name = part_name(table["video_id"].to_pylist())
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression=compression, use_dictionary=["status", "error_type", "codec", "split"])
+    storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
+    return name
+
+
+def reopen(uri: str) -> None:
+    """Take `_run.json` away before rows change: from here until `finish` the folder is not finished."""
+    storage.remove(storage.join(uri, RUN_FILE))
+
+
+def prune(uri: str, current: Current, compression: str) -> int:
+    """Take out rows that do not count: duplicates, rows of changed and of deleted videos; how many went."""
+    counts, written, stale = current.counts(), set(), []
+    for part in current.rows.parts:
+        mask = counts[part.start : part.start + part.num_rows]
+        if mask.all():
+            continue
+        stale.append(part.name)
+        if mask.any():
+            written.add(write_part(uri, read_part(storage.join(uri, part.name)).filter(pa.array(mask)), compression))
+    # what is left of one part may have taken the name of another one that has nothing left
+    for name in set(stale) - written:
+        storage.remove(storage.join(uri, name))
+    return int((~counts).sum())
+
+
+def relabel(uri: str, parts: Iterable[Part], current: Current, compression: str) -> None:
+    """Take labels, their names and splits of these parts from the manifest anew; nothing else of a row changes.
+
+    Every row of the parts must count: prune first.
+    """
+    manifest = current.manifest
+    for part in parts:
+        table = read_part(storage.join(uri, part.name))
+        rows = VideoRows(manifest.rows.table.take(pa.array(current.place[part.start : part.start + part.num_rows])))
+        names = [[manifest.classes[number] for number in row.labels] if row.labels else None for row in rows]
+        values = {"labels": rows.table["labels"], "split": rows.table["split"], "label_names": names}
+        for column, new in values.items():
+            if column in table.column_names:
+                place = table.schema.get_field_index(column)
+                field = table.schema.field(place)
+                table = table.set_column(place, field, pa.array(new, field.type) if isinstance(new, list) else new)
+        metadata = {**(table.schema.metadata or {}), schema.CLASSES_KEY: json.dumps(manifest.classes).encode()}
+        write_part(uri, table.replace_schema_metadata(metadata), compression)
+
+
+def finish(uri: str, kind: Kind, status: str, manifest: Manifest, counts: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `_run.json`, the last file of a run, and return it."""
+    config = read_json(storage.join(uri, CONFIG_FILE)) or {}
+    parts = [{"name": storage.name_of(part.uri), "bytes": part.size_bytes} for part in list_parts(uri)]
+    run = {
+        "format": FORMAT,
+        "kind": kind,
+        "status": status,
+        "counts": dict(counts),
+        "manifest": {"uri": storage.redact(manifest.uri), "id": manifest.id, "sha256": manifest.sha256},
+        "classes": manifest.classes,
+        "identity": config.get("config", {}),
+        "versions": provenance.versions(),
+        "git_revision": provenance.git_revision(),
+        "ended": provenance.now(),
+        "parts": parts,
+        **more,
+    }
+    write_json(storage.join(uri, RUN_FILE), run)
+    return run

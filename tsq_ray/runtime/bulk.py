@@ -1,0 +1,76 @@
+"""A bulk run on the cluster: its videos through Ray Data stages, its rows into parts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from tsq_ray.manifest import VideoRows
+from tsq_ray.runs import BulkRun
+from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime.placement import Pool
+
+_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run does with its videos, and who does it."""
+
+    workers: Pool
+    """The pool that takes the videos."""
+    writers: Pool
+    stage: Callable[[Any], Any]
+    """Dataset of manifest rows -> dataset of transport tables."""
+    schema: pa.Schema
+    """Of the rows."""
+    counts: Any
+    """The Counts actor that the workers count in."""
+    batch_size: int
+
+
+def run_bulk(
+    what: str,
+    run: BulkRun,
+    work: Work,
+    *,
+    show: bool,
+    wait_s: float,
+    ticks: Sequence[Callable[[], None]] = (),
+) -> dict[str, float]:
+    """Do the videos of `run.todo` and publish their rows; seconds by stage, summed over the rows.
+
+    Rows that were lost on their way, with a node for example, are made again. `ticks` are called
+    twice a second. Raises RunFailed where the cluster or storage fails, where there was no room on
+    the cluster for `wait_s`, or where another run took the folder over.
+    """
+    import ray
+
+    seconds: Counter[str] = Counter()
+    todo = run.todo
+    options: dict[str, Any] = {"show": show, "wait_s": wait_s, "ticks": (run.stop_if_lost, *ticks)}
+    for _ in range(_PASSES):
+        try:
+            written, spent = progress.run_with_progress(_publishing(run, work, todo), work.counts, len(run.todo), what, **options)
+        except ray.exceptions.RayError as error:
+            raise cluster.run_failed(error, what) from error
+        seconds.update(spent)
+        if written >= len(todo) or not (todo := run.selection.todo(run.out)):
+            break
+    return dict(seconds)
+
+
+def _publishing(run: BulkRun, work: Work, todo: VideoRows) -> Callable[[], tuple[int, dict[str, float]]]:
+    def publish() -> tuple[int, dict[str, float]]:
+        totals: Counter[str] = Counter()
+        rows = parts.part_rows(work.schema, run.config.output, len(todo))
+        for data in parts.executions(todo, work.workers.start, work.batch_size):
+            totals.update(parts.write_parts(work.stage(data), work.writers, run.out, work.schema, run.config.output, rows))
+        written = int(totals.pop(parts.ROWS, 0))
+        return written, {name: value for name, value in totals.items() if value > 0}
+
+    return publish
