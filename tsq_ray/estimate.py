@@ -122,9 +122,9 @@ def _estimate(
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if placed.on_gpu else 0
     networks = next(placed[name] for name in ("worker", "encoder", "sampler") if name in placed.pools)
     # a replica of the sampler does a video a thread, side by side
-    workers = 1 if gpus else networks.start if "worker" in placed.pools else placed.threads
+    workers = 1 if gpus else networks.now if "worker" in placed.pools else placed.threads
     threads = placed.threads if "sampler" not in placed.pools else 1
-    children = placed["decoder"].start * placed.decoder_processes if "decoder" in placed.pools else workers
+    children = placed["decoder"].now * placed.decoder_processes if "decoder" in placed.pools else workers
     chosen = [wanted[int(place)] for place in _of_every_size(wanted)] if wanted else []
     rows: list[dict[str, Any]] = []
     seconds = wall = 0.0
@@ -139,7 +139,7 @@ def _estimate(
         "bytes_in": pc.sum(wanted.table["size_bytes"]).as_py() or 0,
         "probed": [storage.redact(ref.uri) for ref in chosen],
         "probed_failed": sum(row["status"] == "failed" for row in rows),
-        "workers": networks.start,
+        "workers": networks.now,
         "seconds_a_video": round(seconds, 3),
         "wall_seconds": round(wall, 1),
         "gpu_hours": round(seconds * len(wanted) * gpus / 3600, 3),

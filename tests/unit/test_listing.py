@@ -83,7 +83,7 @@ def test_a_source_with_colons_is_a_folder(make: Make, monkeypatch: pytest.Monkey
 
 def test_folders_may_lie_deeper_than_python_recurses(make: Make) -> None:
     folder = make("z.mp4")
-    deep, depth = os.open(folder, os.O_RDONLY), 1500
+    deep, depth = os.open(folder, os.O_RDONLY), sys.getrecursionlimit() + 100
     for _ in range(depth):  # step by step: the path as a whole may be too long for one call
         os.mkdir("d", dir_fd=deep)
         below = os.open("d", os.O_RDONLY, dir_fd=deep)
@@ -91,7 +91,6 @@ def test_folders_may_lie_deeper_than_python_recurses(make: Make) -> None:
         deep = below
     os.close(os.open("v.mp4", os.O_CREAT, dir_fd=deep))
     os.close(deep)
-    assert depth > sys.getrecursionlimit()
     try:
         videos, left_out = found(folder)
     finally:

@@ -23,7 +23,8 @@ GROWTH_LIMIT = 10_000
 _VIDEOS_PER_ACTOR = 8
 """With fewer to do an actor is not worth a node that has to be started for it."""
 _MAX_ASKED = 1000
-"""Actors that are asked of an autoscaler whose kinds of nodes are not known."""
+"""Actors of a pool that wait for nodes to come, at most."""
+_MIN_AHEAD = 8
 _ROOM = 0.1
 """CPUs that busy actors leave free on each node for actors that mostly wait."""
 _WAITING_CPUS = 0.01
@@ -121,7 +122,7 @@ class Pool:
     name: str
     minimum: int
     start: int
-    """With which the pool begins: what the alive nodes hold, and what can be started beside them."""
+    """With which the pool begins."""
     limit: int
     cpus: float
     gpus: float = 0.0
@@ -129,15 +130,21 @@ class Pool:
     """Bytes that one actor is expected to take."""
     cores: float = 0.0
     """Real cores that one actor keeps busy; 0 for one that mostly waits."""
+    fit: int = 0
+    """How many of them the alive nodes hold, where the others wait for nodes to come; 0: all."""
+
+    @property
+    def now(self) -> int:
+        """How many of them the alive nodes hold."""
+        return self.fit or self.start
 
     def describe(self) -> str:
         """For people: number, then what one asks for."""
-        grows = self.limit > self.start
         limit = "as the cluster grows" if self.limit >= GROWTH_LIMIT else f"up to {self.limit}"
         parts = [f"{self.cpus:g} CPU"]
         parts += [f"{self.gpus:g} GPU"] if self.gpus else []
         parts += [f"{self.memory / _GIB:.2g} GiB"] if self.memory else []
-        return f"{self.start}{f' ({limit})' if grows else ''} of {', '.join(parts)}"
+        return f"{self.now}{f' ({limit})' if self.limit > self.now else ''} of {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -277,16 +284,16 @@ def _busy(cluster: Cluster, name: str, asked: int, most: int, cpus: float = 0.0)
 def _sized(cluster: Cluster, pool: Pool, asked: int, most: int) -> Pool:
     """The pool with `asked` actors, or (0) with as many as there is room for, at most `most`.
 
-    Where nodes can be started, actors are there before their nodes: it is they that ask the
-    autoscaler for them.
+    More than that, up to the limit, are there before their nodes: it is they that ask the
+    autoscaler for nodes, and on one that joins they start at once.
     """
     if asked:
         return replace(pool, start=min(asked, most), limit=min(asked, most))
     alive = min(most, max(1, cluster.capacity(pool)))
     limit = _growth(alive, most)
-    start = min(limit, _MAX_ASKED if cluster.grows and not cluster.launchable else cluster.capacity(pool, launchable=True))
-    start = max(alive, start)
-    return replace(pool, minimum=start if start > alive else 1, start=start, limit=limit)
+    ahead = cluster.capacity(pool, launchable=True) - alive if cluster.launchable else max(alive, _MIN_AHEAD)
+    start = min(limit, alive + min(max(0, ahead), _MAX_ASKED))
+    return replace(pool, minimum=start, start=start, limit=limit, fit=min(alive, start))
 
 
 def _growth(start: int, videos: int) -> int:
@@ -388,7 +395,9 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
     cores, smallest = sum(node.cpus for node in nodes), min(node.cpus for node in nodes)
     unit = min(1.0, smallest)
     if gpus:
-        networks = {name: _on_gpus(cluster, name, resources.gpus, videos, 0.5, _NETWORK_CPUS * unit) for name in ("sampler", "recognizer")}
+        # replicas follow the nodes: `score` lays itself out again when these change
+        each = _on_gpus(cluster, "", resources.gpus, videos, 0.5, _NETWORK_CPUS * unit)
+        networks = {name: replace(each, name=name, minimum=1, start=each.now) for name in ("sampler", "recognizer")}
     else:
         count = min(len(nodes), videos)
         limit, memory = _growth(count, videos), _memory(cluster, _BUSY_BYTES)

@@ -40,14 +40,13 @@ class Watch:
         if now - self._looked < (FIRST_LINE_S if first else EVERY_S) and not self._is_over(now):
             return
         self._looked = now
-        if not lacks_actors(self._ray):
+        kinds = lacking(self._ray)
+        if not kinds or all(kinds.values()):
             self._waits_since = None
+            for kind in kinds:
+                _say(f"{self._what}: starting for {now - self._since:.0f} s: {kind} has its place and loads what it needs")
             return
         status = _cluster_status(self._ray)
-        if status is not None and not _demands(status):
-            self._waits_since = None
-            _say(f"{self._what}: starting for {now - self._since:.0f} s: its actors have their places and load what they need")
-            return
         self._waits_since = self._waits_since or self._since
         line = f"{self._what}: waiting for {now - self._waits_since:.0f} s: {'; '.join(_facts(self._ray, status))}"
         if self._is_over(now):
@@ -63,16 +62,23 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def lacks_actors(ray: Any) -> bool:
-    """Whether of some kind of this job's actors none runs yet, or a placement group has no place."""
+def lacking(ray: Any) -> dict[str, bool]:
+    """The kinds of this job's actors of which none runs yet -> whether one has a place already.
+
+    A placement group that has no place counts as a kind.
+    """
+    found: dict[str, bool] = {}
     with contextlib.suppress(ray.exceptions.RayError):
         job = ray.get_runtime_context().get_job_id()
         mine = [actor for actor in _actors() if actor["JobID"] == job]
         alive = {actor["ActorClassName"] for actor in mine if actor["State"] == "ALIVE"}
-        if any(actor["State"] in _PENDING and actor["ActorClassName"] not in alive for actor in mine):
-            return True
-        return any(group["state"] == "PENDING" for group in ray.util.placement_group_table().values())
-    return False
+        for actor in mine:
+            kind = actor["ActorClassName"]
+            if actor["State"] in _PENDING and kind not in alive:
+                found[kind] = found.get(kind, False) or set(actor["Address"]["NodeID"]) > {"f"}
+        if any(group["state"] == "PENDING" for group in ray.util.placement_group_table().values()):
+            found["placement group"] = False
+    return found
 
 
 def _facts(ray: Any, status: Any) -> Iterator[str]:
