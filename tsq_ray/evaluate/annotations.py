@@ -11,7 +11,7 @@ from typing import Any
 
 from tsq_ray import storage
 from tsq_ray.errors import ManifestError
-from tsq_ray.metrics import salient_recall
+from tsq_ray.quality import salient_recall
 
 Segment = tuple[float, float]
 
@@ -79,7 +79,7 @@ def _from_frames(video: Mapping[str, Any]) -> list[Segment]:
 
 
 def on_evidence(chosen: Iterable[tuple[str, Sequence[float]]], annotations: Annotations) -> float:
-    """Mean over the videos of the share of the chosen frames that lie in a salient segment (`metrics.salient_recall`).
+    """Mean over the videos of the share of the chosen frames that lie in a salient segment (`quality.salient_recall`).
 
     `chosen`: URI and presentation times in seconds of each video's frames. Videos without a known segment are left out; nan where
     none is left.

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tsq_ray import storage
-from tsq_ray.metrics import average_precisions, mean_average_precision
+from tsq_ray.quality import average_precisions, mean_average_precision
 from tsq_ray.report.data import Outcome, Predictions
 from tsq_ray.schema import tensor_to_numpy
 
