@@ -228,6 +228,13 @@ def _why(error: OSError) -> str:
 
 def write(path: str, data: bytes) -> None:
     """Publish atomically: readers see the old content or the whole new one. A link stays, and what it leads to is written."""
+    with open_write(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def open_write(path: str) -> Iterator[BinaryIO]:
+    """A file that is published as `write` does when the `with` ends, and not at all where it raises."""
     if os.path.islink(path):
         path = os.path.realpath(path)
     folder, name = os.path.split(path)
@@ -236,7 +243,7 @@ def write(path: str, data: bytes) -> None:
     temporary = os.path.join(folder, f".{name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
