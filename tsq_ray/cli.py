@@ -94,7 +94,12 @@ def common(
 @app.command()
 def index(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")],
-    out: Annotated[str, typer.Option("--out", metavar="MANIFEST", help="The manifest, one Parquet file.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", metavar="MANIFEST", help="The manifest: a Parquet file, or a folder of shards (ends in /, or over a million videos)."
+        ),
+    ],
     labels: Annotated[
         list[str] | None, typer.Option("--labels", metavar="FILE", help="Labels, in any known format; repeatable; or: folders, none.")
     ] = None,
@@ -110,12 +115,8 @@ def index(
     """List videos, join their labels, write the manifest."""
     from tsq_ray import manifest as manifests
     from tsq_ray import storage
-    from tsq_ray.errors import ManifestError
 
-    there = storage.exists(storage.normalize(out))
-    if there and not update:
-        raise ManifestError(f"--out {storage.redact(out)}: exists already; add --update to list again, or name another file")
-    old = manifests.read_manifest(out) if there else None
+    old = manifests.find_old(out, update)
     made, summary = manifests.build_manifest(sources, labels or (), classes, split_name, old, labels_format)
     manifests.write_manifest(made, out)
     show(vars(summary) | {"out": storage.redact(out)}, as_json, index_text(vars(summary), storage.redact(out)))
