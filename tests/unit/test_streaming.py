@@ -11,6 +11,9 @@ from report_case import write_large_run
 MEASURE = """
 import json, re, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
+from tsq_ray.evaluate import Annotations
+from tsq_ray.evaluate.compare import compare
 from tsq_ray.report import build_report, export_predictions
 from tsq_ray.score import measure
 
@@ -26,6 +29,7 @@ work = {
     "report": lambda run: build_report(run, f"{run}.html", max_videos=0),
     "export": lambda run: export_predictions(run, f"{run}-labels", ["labels"]),
     "measure": lambda run: measure(run, json.loads(Path(run, "_run.json").read_text())["bundle_classes"]),
+    "compare": lambda run: compare([run], SimpleNamespace(sha256="0" * 64, recognizer=None), Annotations({}, "")),
 }[sys.argv[1]]
 peak, (small, large) = [0.0], sys.argv[2:]
 work(small)  # imports, and what allocators keep
@@ -43,7 +47,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(write_large_run(folder / str(parts), parts, 1000, 100)) for parts in (4, 40)]
 
 
-@pytest.mark.parametrize("work", ["report", "export", "measure"])
+@pytest.mark.parametrize("work", ["report", "export", "measure", "compare"])
 def test_memory_does_not_grow_with_the_rows(folders: list[str], work: str) -> None:
     done = subprocess.run([sys.executable, "-c", MEASURE, work, *folders], capture_output=True, text=True, check=True)
     # with all rows in memory: report 117, export 128, measure 30

@@ -84,6 +84,9 @@ def on_evidence(chosen: Iterable[tuple[str, Sequence[float]]], annotations: Anno
     `chosen`: URI and presentation times in seconds of each video's frames. Videos without a known segment are left out; nan where
     none is left.
     """
-    shares = [salient_recall(pts_s, annotations.of(uri)) for uri, pts_s in chosen]
-    known = [share for share in shares if not math.isnan(share)]
-    return sum(known) / len(known) if known else math.nan
+    total, count = 0.0, 0
+    for uri, pts_s in chosen:
+        share = salient_recall(pts_s, annotations.of(uri))
+        if not math.isnan(share):
+            total, count = total + share, count + 1
+    return total / count if count else math.nan
