@@ -244,13 +244,13 @@ def with_column(folder: Path, name: str, values: pa.Array | None) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: with_column(folder, "uri", None), r"a\.parquet lacks the columns \['uri'\]"),
+        (lambda folder: with_column(folder, "uri", None), r"a\.parquet: lacks the columns \['uri'\]"),
         (lambda folder: with_column(folder, "size_bytes", pa.array(["big"])), r"size_bytes is string, which does not go into int64"),
         (lambda folder: with_column(folder, "size_bytes", pa.array([None], pa.int64())), "size_bytes is null in 1 rows"),
         (lambda folder: with_column(folder, "video_id", pa.array(["1"])), "a.parquet: video_id '1'; expected 16 hex digits"),
-        (lambda folder: with_column(folder, "status", pa.array(["ok"])), "a.parquet holds features or predictions; name the manifest"),
+        (lambda folder: with_column(folder, "status", pa.array(["ok"])), "a.parquet: holds features or predictions; name the manifest"),
         (lambda folder: with_column(folder, "labels", pa.array([[2]])), "a.parquet: labels from 2 to 2, but 2 class names; write the"),
-        (lambda folder: (folder / "a.parquet").write_text("x"), "a.parquet is not a Parquet file"),
+        (lambda folder: (folder / "a.parquet").write_text("x"), "a.parquet: not a Parquet file"),
         (
             lambda folder: write_plain(folder, {"b.parquet": refs("b")}, ["dogs", "cats"]),
             r"b\.parquet and a\.parquet have other class names \(2 and 2\); write the same ones",

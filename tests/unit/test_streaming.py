@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from report_case import write_large_run
+
+from tsq_ray.evaluate.compare import compare
 
 MEASURE = """
 import json, re, sys, threading, time
@@ -52,3 +56,10 @@ def test_memory_does_not_grow_with_the_rows(folders: list[str], work: str) -> No
     done = subprocess.run([sys.executable, "-c", MEASURE, work, *folders], capture_output=True, text=True, check=True)
     # with all rows in memory: report 117, export 128, measure 30
     assert float(done.stdout.rpartition("MiB:")[2]) < 20, done.stdout
+
+
+def test_runs_over_other_videos_are_told_apart(folders: list[str]) -> None:
+    model: Any = SimpleNamespace(sha256="0" * 64, recognizer=None)
+    warning = "warning: the runs hold different videos, so their figures are not of the same thing"
+    assert warning in compare(folders, model, None).notes
+    assert warning not in compare([folders[0]] * 2, model, None).notes

@@ -168,7 +168,7 @@ def _read_listing(folder: str) -> dict[str, Any] | None:
 
 
 def _read_listed(folder: str, listed: dict[str, Any], shown: str) -> _Shard:
-    shard = _read_shard(storage.join(folder, listed["name"]), shown)
+    shard = _read_shard(storage.join(folder, listed["name"]), f"{shown}: {listed['name']}")
     if shard.sha256 != listed["sha256"]:
         raise ManifestError(f"{shown}: {shard.name} is not the shard that {MANIFEST_FILE} lists; make it anew with tsq index --update")
     return shard
@@ -181,7 +181,7 @@ def _read_plain_folder(uri: str, shown: str) -> Manifest:
         raise ManifestError(f"{shown}: is a folder without *.parquet; name the file or the folder that tsq index wrote")
     shards = []
     for name in names:
-        shard = _read_shard(storage.join(uri, name), shown)
+        shard = _read_shard(storage.join(uri, name), f"{shown}: {name}")
         if "shard" in shard.identity:
             raise ManifestError(f"{shown}: not finished, it has no {MANIFEST_FILE} yet; give the command of tsq index again")
         for strange in shard.table["video_id"].filter(pc.invert(pc.match_substring_regex(shard.table["video_id"], _VIDEO_ID))):
@@ -219,20 +219,19 @@ def _names_at(shards: Sequence[_Shard], numbers: Sequence[int]) -> list[str]:
     return [shards[int(place)].name for place in np.searchsorted(ends, numbers, side="right")]
 
 
-def _read_shard(uri: str, shown: str) -> _Shard:
+def _read_shard(uri: str, what: str) -> _Shard:
     """One Parquet file, its bytes hashed in the same pass over the network."""
-    name = storage.name_of(uri)
     with tempfile.TemporaryDirectory() as folder, storage.open_read(storage.download(uri, folder)) as file:
         digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
         file.seek(0)
         try:
             table = _read_columns(file)
         except (pa.ArrowInvalid, OSError):
-            raise ManifestError(f"{shown}: {name} is not a Parquet file; make one with tsq index") from None
+            raise ManifestError(f"{what}: not a Parquet file; make one with tsq index") from None
     metadata = table.schema.metadata or {}
     classes = schema.classes_of(table.schema)
     identity = json.loads(metadata.get(schema.MANIFEST_KEY, b"{}"))
-    return _Shard(name, _conform(table, classes, f"{shown}: {name}"), classes, identity, digest)
+    return _Shard(storage.name_of(uri), _conform(table, classes, what), classes, identity, digest)
 
 
 def _read_columns(file: BinaryIO) -> pa.Table:
@@ -250,14 +249,14 @@ def _read_columns(file: BinaryIO) -> pa.Table:
         return pa.concat_tables([empty, *tables]).replace_schema_metadata(arrow.metadata)
 
 
-def _conform(table: pa.Table, classes: Sequence[str], shown: str) -> pa.Table:
+def _conform(table: pa.Table, classes: Sequence[str], what: str) -> pa.Table:
     """Exactly the manifest's schema; what may be null may be missing. ManifestError where it does not fit."""
     if "status" in table.column_names:
-        raise ManifestError(f"{shown} holds features or predictions; name the manifest that they were made from")
+        raise ManifestError(f"{what}: holds features or predictions; name the manifest that they were made from")
     required = [column.name for column in schema.MANIFEST if not column.nullable]
     missing = [name for name in required if name not in table.column_names]
     if missing:
-        raise ManifestError(f"{shown} lacks the columns {missing}; make one with tsq index")
+        raise ManifestError(f"{what}: lacks the columns {missing}; make one with tsq index")
     columns = {}
     for field in schema.manifest_schema(None):
         try:
@@ -265,14 +264,14 @@ def _conform(table: pa.Table, classes: Sequence[str], shown: str) -> pa.Table:
             column = table[field.name].cast(field.type) if there else pa.nulls(len(table), field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             have = table.schema.field(field.name).type
-            raise ManifestError(f"{shown}: {field.name} is {have}, which does not go into {field.type}") from None
+            raise ManifestError(f"{what}: {field.name} is {have}, which does not go into {field.type}") from None
         if column.null_count and field.name in required:
-            raise ManifestError(f"{shown}: {field.name} is null in {column.null_count} rows; every video needs one")
+            raise ManifestError(f"{what}: {field.name} is null in {column.null_count} rows; every video needs one")
         columns[field.name] = column
     numbers = pc.min_max(pc.list_flatten(columns["labels"])).as_py()
     if numbers["max"] is not None and not (numbers["min"] >= 0 and numbers["max"] < len(classes)):
         raise ManifestError(
-            f"{shown}: labels from {numbers['min']} to {numbers['max']}, but {len(classes)} class names; "
+            f"{what}: labels from {numbers['min']} to {numbers['max']}, but {len(classes)} class names; "
             "write the names, as a JSON list in the order of the labels, into the file's metadata tsq.classes"
         )
     return pa.Table.from_arrays(list(columns.values()), schema=schema.manifest_schema(None))
