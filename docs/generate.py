@@ -76,7 +76,22 @@ classes = json.loads(pq.read_schema("runs/manifest.parquet").metadata[b"tsq.clas
 """
 
 MANIFEST_TEXT = """\
-One Parquet file, written by `tsq index`. Its metadata `tsq.manifest` names the sources. `video_id`
+One Parquet file, or a folder of Parquet shards; every command takes either. `tsq index --out` writes
+a folder where the name ends in `/` and for more than a million videos, else one file. `--update`
+keeps the kind that is there. The metadata `tsq.manifest` names the sources.
+
+| file of a manifest folder | what it is |
+| --- | --- |
+| `part-00000-0123456789ab.parquet`, ... | 500,000 rows each, in the order of the listing, under a name with the first digits of the content's sha256 |
+| `_manifest.json` | the shards with their sizes and sha256, the sources and the number of rows; published last. Shards that it does not list are no part of the manifest |
+
+A folder without `_manifest.json` is taken for one that another program made (DuckDB, Spark): every
+`*.parquet` directly in it, in the order of the names; names that begin with `.` or `_` are left out.
+Needed are `video_id`, `uri` and `size_bytes`; the other columns may be missing. With labels, each
+file has the same class names in its metadata, `tsq.classes`. Such a folder is its own source.
+
+The `sha256` of a manifest is that of the file; of a folder, of its shards' sha256s in their order, one
+a line without a line break at the end. `video_id`
 depends only on the URI, spelled as in the listing, so it stays the same when the file is listed
 again or changes; no two rows share one. A video counts as unchanged while its size and its etag are
 the same, or its modification time where storage has no etag. A time outside the years 1 to 9999 is

@@ -12,19 +12,19 @@ from collections.abc import Sequence
 
 from tsq_ray.errors import StorageError, TsqError
 from tsq_ray.evaluate import Annotations, on_evidence, read_annotations
-from tsq_ray.report.data import outcomes, read_predictions
-from tsq_ray.report.summary import accounting, quality
+from tsq_ray.report.data import read_predictions
+from tsq_ray.report.summary import summarize
 
 
 def table_row(name: str, uri: str, known: Annotations | None) -> list[str]:
     """One line of the table: sampler, ok, failed, mAP, top-1 and, with known segments, the share of frames on the evidence."""
     predictions = read_predictions(uri)
-    found = outcomes(predictions)
-    rows, figures = accounting(predictions, found), quality(predictions, found)
-    cells = [name, str(rows["ok"]), str(rows["failed"]), _figure(figures["map"]), _figure(figures["top1"])]
+    summary = summarize(predictions, 0)
+    totals, figures = summary.totals, summary.quality
+    cells = [name, str(totals["ok"]), str(totals["failed"]), _figure(figures["map"]), _figure(figures["top1"])]
     if known is None:
         return cells
-    chosen = predictions.table.select(["uri", "selected_pts_s"]).to_pylist()
+    chosen = (row for table in predictions.tables(["uri", "selected_pts_s"]) for row in table.to_pylist())
     return [*cells, _figure(on_evidence(((row["uri"], row["selected_pts_s"] or []) for row in chosen), known))]
 
 

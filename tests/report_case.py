@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tsq_ray import schema
@@ -159,3 +160,75 @@ def make_case(folder: Path, with_scores: bool = True, **run: Any) -> Case:
     ]
     made["gone"].unlink()
     return Case(write_run(folder / "predictions", rows, with_scores, **run), rows, made)
+
+
+def write_large_run(folder: Path, num_parts: int, rows_per_part: int, num_classes: int) -> Path:
+    """A predictions folder of made-up rows: 1 in 10 failed, 2 in 3 of the others labelled, a few with a warning or a label that the bundle lacks."""
+    folder.mkdir(parents=True)
+    classes = [f"class {number}" for number in range(num_classes)]
+    for number in range(num_parts):
+        part = _large_part(number, rows_per_part, classes)
+        pq.write_table(part, folder / f"part-{number:05d}.parquet", compression="none")
+    content = {
+        "format": 1,
+        "kind": "predictions",
+        "status": "complete",
+        "config": settings().model_dump(mode="json"),
+        "bundle_classes": classes,
+        "model": {"uri": "/models/kitchen", "sha256": "0" * 64},
+    }
+    (folder / "_run.json").write_text(json.dumps(content))
+    return folder
+
+
+def _large_part(number: int, count: int, classes: list[str]) -> pa.Table:
+    rng = np.random.default_rng(number)
+    names = pa.array(classes)
+    scores = rng.random((count, len(classes)), np.float32).round(3)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : schema.TOP_LABELS]
+    top = np.take_along_axis(scores, best, axis=1)
+    failed = rng.random(count) < 0.1
+    labels = [
+        [classes[best[row, 0] if rng.random() < 0.5 else row % len(classes)], *(["juggle"] if row % 50 == 0 else [])] if row % 3 else None
+        for row in range(count)
+    ]
+    ids = rng.integers(0, 2**63, count)
+    slots = np.tile(np.array([2, 3, 6], np.int32), count)
+    wanted = schema.predictions_schema(NUM_FRAMES, len(classes), classes)
+    columns: dict[str, Any] = {
+        "video_id": [f"{value:016x}" for value in ids],
+        "uri": [f"/archive/{value % 1000:03d}/video-{value:020d}.mp4" for value in ids],
+        "size_bytes": ids,
+        "label_names": labels,
+        "status": np.where(failed, "failed", "ok"),
+        "error_type": [["timeout", "corrupt", "not_found"][row % 3] if bad else None for row, bad in enumerate(failed)],
+        "error_message": [f"failed after {row % 7} s" if bad else None for row, bad in enumerate(failed)],
+        "warnings": [[f"{row % 9} of 8 frames missing"] if row % 20 == 0 and not bad else [] for row, bad in enumerate(failed)],
+        "duration_s": rng.random(count) * 100,
+        "width": np.full(count, 320),
+        "height": np.full(count, 240),
+        "frame_pts_s": rng.random((count, NUM_FRAMES), np.float32),
+        "top_labels": _lists(names.take(pa.array(best.reshape(-1))), len(best[0]), failed),
+        "top_scores": _lists(pa.array(top.reshape(-1)), len(best[0]), failed),
+        "scores": scores,
+        "selected_slot": _lists(pa.array(slots), 3, failed),
+        "selected_pts_s": _lists(pa.array(slots.astype(np.float32)), 3, failed),
+        "selected_by": _lists(pa.array(["visual"] * len(slots)), 3, failed),
+        "saliency_visual": rng.random((count, NUM_FRAMES), np.float32),
+        "saliency_textual": rng.random((count, NUM_FRAMES), np.float32),
+        "decode_ms": rng.random(count) * 40,
+    }
+    return pa.table([_large_column(columns.get(field.name), field, failed) for field in wanted], schema=wanted)
+
+
+def _large_column(values: Any, field: pa.Field, failed: np.ndarray) -> pa.Array:
+    if values is None:
+        return pa.nulls(len(failed), field.type)
+    if isinstance(field.type, pa.FixedShapeTensorType):
+        flat = pa.array(values.reshape(-1), field.type.value_type)
+        return pa.ExtensionArray.from_storage(field.type, pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(failed)))
+    return pa.array(values, field.type)
+
+
+def _lists(flat: pa.Array, size: int, null: np.ndarray) -> pa.Array:
+    return pa.ListArray.from_arrays(pa.array(np.arange(len(null) + 1, dtype=np.int32) * size), flat, mask=pa.array(null))

@@ -98,7 +98,12 @@ def common(
 @app.command()
 def index(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")],
-    out: Annotated[str, typer.Option("--out", metavar="MANIFEST", help="The manifest, one Parquet file.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", metavar="MANIFEST", help="The manifest: a Parquet file, or a folder of shards (ends in /, or over a million videos)."
+        ),
+    ],
     labels: Annotated[
         list[str] | None, typer.Option("--labels", metavar="FILE", help="Labels, in any known format; repeatable; or: folders, none.")
     ] = None,
@@ -114,12 +119,8 @@ def index(
     """List videos, join their labels, write the manifest."""
     from tsq_ray import manifest as manifests
     from tsq_ray import storage
-    from tsq_ray.errors import ManifestError
 
-    there = storage.exists(storage.normalize(out))
-    if there and not update:
-        raise ManifestError(f"--out {storage.redact(out)}: exists already; add --update to list again, or name another file")
-    old = manifests.read_manifest(out) if there else None
+    old = manifests.find_old(out, update)
     made, summary = manifests.build_manifest(sources, labels or (), classes, split_name, old, labels_format)
     manifests.write_manifest(made, out)
     show(vars(summary) | {"out": storage.redact(out)}, as_json, index_text(vars(summary), storage.redact(out)))
@@ -149,18 +150,17 @@ def extract(
     from tsq_ray.config import load_config
 
     settings = load_config(config, sets or ())
+    where: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     if dry_run:
         from tsq_ray.estimate import estimate_extract
 
-        where: dict[str, Any] = {"split": split, "limit": limit, "out": out, "retry_failed": retry_failed}
-        estimate = estimate_extract(manifest, settings, encoder, recognizer, **where)
+        estimate = estimate_extract(manifest, settings, encoder, recognizer, out=out, **where)
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
     from tsq_ray.extract import extract as run
 
-    chosen = {"split": split, "limit": limit, "retry_failed": retry_failed}
-    options = {**chosen, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
+    options = {**where, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
     done = run(manifest, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return end_run(done, out, as_json, max_failed)
 
@@ -244,18 +244,17 @@ def score(
     from tsq_ray.serve.settings import scoring_config
 
     settings = scoring_config(model, str(config) if config else None, sets or ())
+    where: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     if dry_run:
         from tsq_ray.estimate import estimate_score
 
-        where: dict[str, Any] = {"split": split, "limit": limit, "out": out, "retry_failed": retry_failed}
-        estimate = estimate_score(manifest, model, settings, **where)
+        estimate = estimate_score(manifest, model, settings, out=out, **where)
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
     from tsq_ray.score import score as run
 
-    chosen = {"split": split, "limit": limit, "retry_failed": retry_failed}
-    options = {**chosen, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
+    options = {**where, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
     done = run(manifest, model, out, settings, with_scores=scores is Scores.all, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return end_run(done, out, as_json, max_failed)
 

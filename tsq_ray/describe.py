@@ -21,10 +21,10 @@ def describe(uri: str) -> dict[str, Any]:
     """Counts, classes, settings, provenance and, for a bundle, GFLOPs. RunError where `uri` is none of them."""
     uri = storage.normalize(uri)
     if storage.is_folder(uri):
-        for name, what in ((artifact.BUNDLE_FILE, _bundle), (artifact.CLASSIFIER_FILE, _classifier), (runs.RUN_FILE, _run)):
+        known = {artifact.BUNDLE_FILE: _bundle, artifact.CLASSIFIER_FILE: _classifier, runs.RUN_FILE: _run}
+        for name, what in (known | {runs.CONFIG_FILE: _run, manifests.MANIFEST_FILE: _manifest}).items():
             if storage.exists(storage.join(uri, name)):
                 return what(uri)
-        runs.read_run(uri)  # says why it is no run folder
     try:
         return _manifest(uri)
     except (ManifestError, StorageError) as error:

@@ -230,15 +230,26 @@ def _why(error: OSError) -> str:
 
 def write(path: str, data: bytes) -> None:
     """Publish atomically: readers see the old content or the whole new one. A link stays, and what it leads to is written."""
+    with open_write(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def open_write(path: str) -> Iterator[BinaryIO]:
+    """A file that is published as `write` does when the `with` ends, and not at all where it raises."""
     if os.path.islink(path):
         path = os.path.realpath(path)
-    with _written_beside(path, data) as temporary:
+    with _beside(path) as (temporary, file):
+        yield file
+        _sync(file)
         os.replace(temporary, path)
 
 
 def create(path: str, data: bytes) -> bool:
     """Publish a new file atomically; False if its name is taken. Of several callers one succeeds."""
-    with _written_beside(path, data) as temporary:
+    with _beside(path) as (temporary, file):
+        file.write(data)
+        _sync(file)
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -288,21 +299,23 @@ def _locked(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _written_beside(path: str, data: bytes) -> Iterator[str]:
-    """A temporary file with this content in the folder of `path`, which is made if it is missing."""
+def _beside(path: str) -> Iterator[tuple[str, BinaryIO]]:
+    """A temporary file in the folder of `path`, which is made if it is missing: its name and itself."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     # readers of Parquet folders skip names with a dot in front; a name may have 255 bytes in all
     temporary = os.path.join(folder, f".{name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
+            yield temporary, file
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def remove_folder(path: str) -> None:

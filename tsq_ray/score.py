@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from tsq_ray import metrics, runs, schema, storage
+from tsq_ray import quality, runs, schema, storage
 from tsq_ray.artifact import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError, ModelError, VideoError
@@ -305,28 +304,5 @@ class ScoreWorker:
 
 def measure(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:
     """mAP (both conventions) and top-1 over the labelled videos that are ok; names that the bundle lacks are counted and left out."""
-    columns = ["status", "label_names", "scores", "top_labels"]
-    index = {name: number for number, name in enumerate(classes)}
-    scores, targets, right, unknown = [], [], [], set()
-    for part in runs.list_parts(predictions_uri):
-        for record in runs.read_part(part.uri, columns).to_pylist():  # `scores` is left out by --scores top
-            if record["status"] != "ok" or not record["label_names"]:
-                continue
-            unknown |= set(record["label_names"]) - index.keys()
-            known = [index[name] for name in record["label_names"] if name in index]
-            if not known:
-                continue
-            right.append(record["top_labels"][0] in record["label_names"])
-            if record.get("scores") is not None:
-                target = np.zeros(len(classes), bool)
-                target[known] = True
-                scores.append(np.asarray(record["scores"], np.float32))
-                targets.append(target)
-    if not right:
-        return {"labelled": 0, "unknown_labels": sorted(unknown)}
-    found: dict[str, Any] = {"labelled": len(right), "top1": round(float(np.mean(right)), 4), "unknown_labels": sorted(unknown)}
-    if scores:
-        stacked, wanted = np.stack(scores), np.stack(targets)
-        found["mAP"] = round(metrics.mean_average_precision(stacked, wanted), 4)
-        found["mAP_interpolated"] = round(metrics.mean_average_precision(stacked, wanted, interpolated=True), 4)
-    return json.loads(json.dumps(found))
+    readers = [partial(runs.read_part, part.uri) for part in runs.list_parts(predictions_uri)]
+    return quality.measure(readers, classes)

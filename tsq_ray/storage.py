@@ -14,6 +14,7 @@ import errno
 import hashlib
 import os
 import posixpath
+import tempfile
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
@@ -291,6 +292,25 @@ def write_bytes(uri: str, data: bytes) -> None:
             return
         fs, path = _object(uri)
         fs.pipe_file(path, data)  # an object appears with its last byte
+
+
+@contextlib.contextmanager
+def open_write(uri: str) -> Iterator[BinaryIO]:
+    """A file for more than memory should hold, published atomically when the `with` ends, and not at all where it raises.
+
+    What goes to remote storage waits in a local temporary file.
+    """
+    with storage_errors(uri, "write"):
+        local = _local_path(uri)
+        if local is not None:
+            with local_files.open_write(local) as file:
+                yield file
+            return
+        fs, path = _object(uri)
+        with tempfile.NamedTemporaryFile() as waiting:
+            yield cast(BinaryIO, waiting)
+            waiting.flush()
+            fs.put_file(waiting.name, path)
 
 
 def create_bytes(uri: str, data: bytes) -> bool:

@@ -130,7 +130,7 @@ def test_debug_adds_the_traceback(tsq: Callable[..., Answer]) -> None:
     ("command", "message"),
     [
         (["extract", "none.parquet", "--out", "o"], "manifest .*none.parquet: no such file; make one with tsq index"),
-        (["extract", "videos", "--out", "o"], "manifest .*videos: is a folder; name the Parquet file that tsq index wrote"),
+        (["extract", "videos", "--out", "o"], r"manifest .*videos: is a folder without \*\.parquet; name the file or the folder"),
         (["finetune", "none.parquet", "--role", "encoder", "--out", "o"], "manifest .*none.parquet: no such file"),
         (["train", "none", "--out", "o"], r"none: no run folder \(no _run.json\); name what extract or score wrote"),
         (["score", "none.parquet", "--model", "none", "--out", "o"], "none: has no bundle.json; name what tsq train wrote"),
@@ -141,7 +141,7 @@ def test_debug_adds_the_traceback(tsq: Callable[..., Answer]) -> None:
         (["verify", "none"], "none: no run folder"),
         (["verify", "videos"], "videos: no run folder"),
         (["info", "none"], "info .*none: no bundle, manifest or run folder"),
-        (["info", "videos"], "videos: no run folder"),
+        (["info", "videos"], "info .*videos: no bundle, manifest or run folder"),
         (["extract", "m", "--out", "o", "--config", "none.toml"], "--config: no file none.toml"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",

@@ -13,7 +13,7 @@ from report_case import CLASSES, HOSTILE_NAME, Case, failed_row, make_case, make
 
 from tsq_ray.errors import RunError, UserError
 from tsq_ray.report import export_predictions
-from tsq_ray.report.export import csv_bytes
+from tsq_ray.report.export import csv_writer
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +60,21 @@ def test_csv_cells_are_no_formulas(exported: tuple[dict, Path]) -> None:
     assert rows[2]["label_1"] == "'=1+1"
 
 
+def cells_of(fields: list[str], row: dict[str, object]) -> list[list[str]]:
+    """What a CSV reader finds in a file of one row."""
+    file = io.BytesIO()
+    csv_writer(file, fields)(row)
+    return list(csv.reader(io.StringIO(file.getvalue().decode("utf-8"), newline="")))
+
+
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
 def test_formulas_get_an_apostrophe(text: str) -> None:
-    cells = list(csv.reader(io.StringIO(csv_bytes(["a"], [{"a": text}]).decode("utf-8"), newline="")))
-    assert cells == [["a"], ["'" + text]]
+    assert cells_of(["a"], {"a": text}) == [["a"], ["'" + text]]
 
 
 @pytest.mark.parametrize("value", ["a=b", "'quoted", "1.5", 'ä, "b"', ""])
 def test_other_text_stays(value: str) -> None:
-    cells = list(csv.reader(io.StringIO(csv_bytes(["a", "b"], [{"a": value, "b": -0.5}]).decode("utf-8"), newline="")))
-    assert cells[1] == [value, "-0.5"]
+    assert cells_of(["a", "b"], {"a": value, "b": -0.5})[1] == [value, "-0.5"]
 
 
 def test_json_lines_hold_the_values_as_they_are(exported: tuple[dict, Path], case: Case) -> None:

@@ -36,7 +36,7 @@ ORDER = (
         "inference",
         "model",
         "bundle",
-        "metrics",
+        "quality",
         "stages",
     ),
     *(

@@ -22,12 +22,12 @@ from tsq_ray.manifest import (
     Manifest,
     VideoRef,
     VideoRows,
-    _check_ids,
     build_manifest,
     read_manifest,
     video_id,
     write_manifest,
 )
+from tsq_ray.manifest.listing import _check_ids
 
 Make = Callable[..., Path]
 HIDDEN = "hidden (name begins with .)"

@@ -208,7 +208,7 @@ def test_something_else_than_a_manifest_is_told(make: Make, tmp_path: Path, kind
     place = tmp_path / "manifest.parquet"
     messages = {
         "missing": "no such file; make one with tsq index SOURCE --out",
-        "folder": "is a folder; name the Parquet file that tsq index wrote",
+        "folder": r"is a folder without \*\.parquet; name the file or the folder that tsq index wrote",
         "text": "not a Parquet file; make one with tsq index",
         "other columns": r"lacks the columns \['video_id', ",
         "no metadata": "lacks the manifest's metadata",

@@ -22,9 +22,9 @@ def place(stage: Stage, cluster: Cluster, videos: int, *sets: str) -> Layout:
 
 
 def sizes(placed: Layout) -> dict[str, tuple[int, int, float]]:
-    """Of the pools that keep cores or GPUs busy: start, limit, CPUs of one."""
+    """Of the pools that keep cores or GPUs busy: how many the nodes hold, limit, CPUs of one."""
     pools = placed.pools.items()
-    return {name: (pool.start, pool.limit, pool.cpus) for name, pool in pools if name not in ("writer", "sender", "ingress")}
+    return {name: (pool.now, pool.limit, pool.cpus) for name, pool in pools if name not in ("writer", "sender", "ingress")}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_every_actor_fits_on_the_largest_node(stage: Stage, cpus: float, nodes: 
         assert pool.cpus <= cpus, pool
         assert not pool.cores or pool.start <= videos
     if stage == "extract":
-        assert sum(pool.start * pool.cpus for pool in busy.values()) < cpus * nodes, "room for the writer"
+        assert sum(pool.now * pool.cpus for pool in busy.values()) < cpus * nodes, "room for the writer"
 
 
 @pytest.mark.parametrize(
@@ -122,11 +122,22 @@ def test_nodes_to_ask_for(cluster: Cluster, videos: int, sets: list[str], expect
     assert wanted_nodes(place("extract", cluster, videos, *sets), cluster) == expected
 
 
-def test_actors_are_there_before_the_nodes_that_can_be_started() -> None:
-    """It is they that ask for them; on a cluster that is as it is none waits for ever."""
-    grown = place("extract", Cluster((EMPTY_HEAD,), (Node(1, count=3), Node(1, 1, count=2))), 100)
-    assert (grown["decoder"].minimum, grown["encoder"].minimum, grown["encoder"].gpus) == (5, 2, 1)
-    assert place("extract", TWO_CORES, 100)["worker"].minimum == 1
+@pytest.mark.parametrize(
+    ("cluster", "sets", "expected"),
+    [
+        (Cluster((EMPTY_HEAD,), (Node(1, count=3), Node(1, 1, count=2))), [], {"decoder": 5, "encoder": 2}),
+        (Cluster((EMPTY_HEAD,), (Node(1, count=3), Node(1, 1, count=2))), ["resources.gpus=0"], {"worker": 5}),
+        (TWO_CORES, [], {"worker": 10}),
+        (Cluster(many(16, 8)), [], {"worker": 256}),
+        (Cluster((EMPTY_HEAD,), grows=True), [], {"worker": 9}),
+        (TWO_CORES, ["resources.workers=2"], {"worker": 2}),
+    ],
+    ids=["known kinds", "CPU only", "one node", "many nodes", "unknown kinds", "asked for"],
+)
+def test_actors_are_there_before_their_nodes(cluster: Cluster, sets: list[str], expected: dict[str, int]) -> None:
+    """It is they that ask the autoscaler, and a node that joins takes one at once."""
+    placed = place("extract", cluster, 10_000, *sets)
+    assert {name: placed[name].start for name in expected} == expected
 
 
 @pytest.mark.parametrize(

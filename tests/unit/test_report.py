@@ -7,9 +7,12 @@ import colorsys
 import html.parser
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from report_case import (
@@ -27,12 +30,14 @@ from report_case import (
 )
 
 from tsq_ray.errors import RunError
+from tsq_ray.quality import FAILED, RIGHT, WRONG
 from tsq_ray.report import build_report
+from tsq_ray.report.choice import best_candidates, choose_shown
 from tsq_ray.report.curves import Mark, saliency_svg, time_text
-from tsq_ray.report.data import Outcome, outcomes, read_predictions
+from tsq_ray.report.data import read_predictions
 from tsq_ray.report.losses import losses_svg
 from tsq_ray.report.pictures import uniform_slots
-from tsq_ray.report.summary import accounting, choose_shown, predicted_classes, quality
+from tsq_ray.report.summary import summarize
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -113,8 +118,7 @@ def test_quality_over_the_labelled_videos_that_the_bundle_can_judge(built: tuple
 
 
 def test_details_of_the_quality(case: Case) -> None:
-    predictions = read_predictions(str(case.folder))
-    figures = quality(predictions, outcomes(predictions))
+    figures = summarize(read_predictions(str(case.folder)), 0).quality
     assert [(row["name"], row["videos"], row["predicted"]) for row in figures["per_class"]] == [
         ("cook", 3, 1),
         ("swim", 3, 2),
@@ -126,8 +130,10 @@ def test_details_of_the_quality(case: Case) -> None:
 
 
 def test_verdicts(case: Case) -> None:
-    found = outcomes(read_predictions(str(case.folder)))
-    assert [outcome.verdict for outcome in found] == [
+    summary = summarize(read_predictions(str(case.folder)), 60)
+    by_place = sorted(summary.shown)
+    assert [place for place, _ in by_place] == [*((0, row) for row in range(5)), *((1, row) for row in range(4))]
+    assert [verdict for _, verdict in by_place] == [
         "right",
         "wrong",
         "wrong",
@@ -138,12 +144,11 @@ def test_verdicts(case: Case) -> None:
         "failed",
         "failed",
     ]
-    assert predicted_classes(found) == [("swim", 3), ("cook", 2), ("</script><img src=x>", 1), ("=1+1", 1)]
+    assert summary.classes == [("swim", 3), ("cook", 2), ("</script><img src=x>", 1), ("=1+1", 1)]
 
 
 def test_warnings_are_counted_by_kind(case: Case) -> None:
-    predictions = read_predictions(str(case.folder))
-    assert accounting(predictions, outcomes(predictions))["warnings"] == {"… of … frames missing": 2}
+    assert summarize(read_predictions(str(case.folder)), 0).totals["warnings"] == {"… of … frames missing": 2}
 
 
 def test_a_card_a_video_well_formed(page: Page) -> None:
@@ -306,15 +311,36 @@ def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
         build_report(str(folder), str(tmp_path / "r.html"))
 
 
-def _outcomes(wrong: int = 0, right: int = 0, failed: int = 0) -> list[Outcome]:
-    numbers = iter(range(1000))
-    found = [Outcome(i, video_id(i), f"/{i}.mp4", "wrong", ("x",), "y", i / 1000) for i in (next(numbers) for _ in range(wrong))]
-    found += [Outcome(i, video_id(i), f"/{i}.mp4", "right", ("x",), f"class {i % 3}", 0.5) for i in (next(numbers) for _ in range(right))]
-    found += [
-        Outcome(i, video_id(i), f"/{i}.mp4", "failed", error_type="corrupt" if i % 5 else "timeout")
-        for i in (next(numbers) for _ in range(failed))
-    ]
-    return found
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda part: part.drop_columns(["top_labels"]), r"part-0001\.parquet: these are not predictions, top_labels is missing"),
+        (
+            lambda part: part.set_column(part.column_names.index("error_type"), "error_type", pa.nulls(len(part), pa.int32())),
+            r"part-0001\.parquet: error_type is int32, but string in the first part; were two runs mixed\?",
+        ),
+    ],
+    ids=["a column missing", "another type"],
+)
+def test_parts_of_another_run_are_refused(tmp_path: Path, change: Callable[[pa.Table], pa.Table], message: str) -> None:
+    folder = write_run(tmp_path / "run", [failed_row(number, "/a/b.mp4", "truncated", "too short") for number in (1, 2)])
+    part = folder / "part-0001.parquet"
+    pq.write_table(change(pq.read_table(part)), part)
+    with pytest.raises(RunError, match=message):
+        build_report(str(folder), str(tmp_path / "r.html"))
+    assert not (tmp_path / "r.html").exists()
+
+
+def candidates(wrong: int = 0, right: int = 0, failed: int = 0) -> pa.Table:
+    """Rows as `choose_shown` takes them, numbered from 0."""
+    rows = [(WRONG, "y", i / 1000) for i in range(wrong)]
+    rows += [(RIGHT, f"class {i % 3}", 0.5) for i in range(wrong, wrong + right)]
+    rows += [(FAILED, "corrupt" if i % 5 else "timeout", 0.0) for i in range(wrong + right, wrong + right + failed)]
+    verdicts, keys, scores = zip(*rows, strict=True)
+    numbers = pa.array(range(len(rows)), pa.int32())
+    ids = [video_id(number) for number in range(len(rows))]
+    names = ["part", "row", "video_id", "verdict", "key", "top_score"]
+    return pa.table([numbers, numbers, ids, pa.array(verdicts, pa.int8()), keys, pa.array(scores, pa.float32())], names=names)
 
 
 @pytest.mark.parametrize(
@@ -331,18 +357,24 @@ def _outcomes(wrong: int = 0, right: int = 0, failed: int = 0) -> list[Outcome]:
     ],
 )
 def test_which_videos_get_a_card(counts: tuple[int, int, int], max_videos: int, expected: tuple[int, int, int]) -> None:
-    shown = choose_shown(_outcomes(*counts), max_videos)
-    assert tuple(sum(o.verdict == verdict for o in shown) for verdict in ("wrong", "right", "failed")) == expected
-    assert len({o.video_id for o in shown}) == len(shown)
+    shown = choose_shown(candidates(*counts), max_videos)
+    assert tuple(shown["verdict"].to_pylist().count(verdict) for verdict in (WRONG, RIGHT, FAILED)) == expected
+    assert len(set(shown["video_id"].to_pylist())) == len(shown)
 
 
-def test_the_choice_does_not_hang_on_the_order_of_rows() -> None:
-    found = _outcomes(20, 20, 20)
+def test_the_choice_depends_neither_on_the_order_of_rows_nor_on_their_blocks() -> None:
+    found = candidates(20, 20, 20)
     shown = choose_shown(found, 18)
-    assert choose_shown(found[::-1], 18) == shown
-    assert [o.top_score for o in shown[:9]] == [(19 - i) / 1000 for i in range(9)], "the most confident mistakes first"
-    assert [o.top_label for o in shown[9:15]] == ["class 0", "class 1", "class 2"] * 2, "the classes by turns"
-    assert {o.error_type for o in shown[15:]} == {"corrupt", "timeout"}
+    assert choose_shown(found.take(list(range(60))[::-1]), 18) == shown
+    assert shown["top_score"].to_pylist()[:9] == pytest.approx([(19 - i) / 1000 for i in range(9)]), "the most confident mistakes first"
+    assert shown["key"].to_pylist()[9:15] == ["class 0", "class 1", "class 2"] * 2, "the classes by turns"
+    assert set(shown["key"].to_pylist()[15:]) == {"corrupt", "timeout"}
+    mixed = found.take(np.random.default_rng(0).permutation(60))
+    kept = mixed.slice(0, 0)
+    for start in range(0, 60, 7):
+        kept = best_candidates(pa.concat_tables([kept, mixed.slice(start, 7)]), 18)
+    assert len(kept) == 54
+    assert choose_shown(kept, 18) == shown
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 from tsq_ray import storage
 from tsq_ray.errors import ManifestError
-from tsq_ray.metrics import salient_recall
+from tsq_ray.quality import salient_recall
 
 Segment = tuple[float, float]
 
@@ -79,11 +79,14 @@ def _from_frames(video: Mapping[str, Any]) -> list[Segment]:
 
 
 def on_evidence(chosen: Iterable[tuple[str, Sequence[float]]], annotations: Annotations) -> float:
-    """Mean over the videos of the share of the chosen frames that lie in a salient segment (`metrics.salient_recall`).
+    """Mean over the videos of the share of the chosen frames that lie in a salient segment (`quality.salient_recall`).
 
     `chosen`: URI and presentation times in seconds of each video's frames. Videos without a known segment are left out; nan where
     none is left.
     """
-    shares = [salient_recall(pts_s, annotations.of(uri)) for uri, pts_s in chosen]
-    known = [share for share in shares if not math.isnan(share)]
-    return sum(known) / len(known) if known else math.nan
+    total, count = 0.0, 0
+    for uri, pts_s in chosen:
+        share = salient_recall(pts_s, annotations.of(uri))
+        if not math.isnan(share):
+            total, count = total + share, count + 1
+    return total / count if count else math.nan

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tsq_ray import runs, storage
 from tsq_ray.artifact import is_bundle, read_bundle_settings
@@ -18,7 +20,8 @@ from tsq_ray.evaluate.measures import Cost, Figure, gflops
 from tsq_ray.evaluate.tables import Column, Table
 from tsq_ray.score import measure
 
-_COLUMNS = ["video_id", "uri", "status", "selected_pts_s", "decode_ms", "sample_ms", "recognize_ms"]
+_MILLISECONDS = ("decode_ms", "sample_ms", "recognize_ms")
+_COUNTED = ["video_id", "status", "selected_pts_s", *_MILLISECONDS]
 
 
 def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None) -> Table:
@@ -40,7 +43,7 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
             means = [Figure(tuple(values)) for values in zip(*(run.figures for run in members), strict=True)]
             rows.append([f"mean of {len(members)} runs", mode, str(num_frames), budget, "", "", *means])
     notes = ["seconds a video: decode, sample and recognise as the runs measured them, on their machines"]
-    if len({run.video_ids for run in found}) > 1:
+    if len({run.videos for run in found}) > 1:
         notes.append("warning: the runs hold different videos, so their figures are not of the same thing")
     if any(math.isnan(run.figures[4]) for run in found):
         notes.append("GFLOPs '-': the run's model is neither --model nor still at its place")
@@ -57,30 +60,24 @@ class _Run:
     def __init__(self, uri: str, model: Bundle, annotations: Annotations | None) -> None:
         self.uri = storage.normalize(uri)
         run = runs.read_run(self.uri, "predictions")
-        parts = runs.list_parts(self.uri)
+        parts = [part.uri for part in runs.list_parts(self.uri)]
         if not parts:
             raise RunError(f"{storage.redact(self.uri)}: no part-*.parquet here, the run has no videos; leave it out")
-        table = pa.concat_tables([runs.read_part(part.uri, _COLUMNS) for part in parts])
-        records = table.to_pylist()
-        ok = [record for record in records if record["status"] == "ok"]
+        count = _count(parts)
         self.name = storage.name_of(self.uri)
-        self.ok, self.failed = len(ok), len(records) - len(ok)
-        self.video_ids = frozenset(table["video_id"].to_pylist())
+        self.ok, self.failed, self.videos = count.ok, count.rows - count.ok, count.videos
         sampler = run["config"]["sampler"]
         self.mode: Any = sampler["mode"]
         self.num_frames = run["config"]["decode"]["num_frames"]
         adaptive = sampler["budget"] == "adaptive"
         self.budget = f"up to {sampler['max_budget']}" if adaptive else str(sampler["budget"])
-        self.frames = float(np.mean([len(record["selected_pts_s"]) for record in ok] or [0])) if adaptive else sampler["budget"]
+        self.frames = count.chosen / max(count.ok, 1) if adaptive else sampler["budget"]
         measured = run.get("metrics") or measure(self.uri, run["bundle_classes"])
-        evidence = math.nan
-        if annotations is not None:
-            evidence = on_evidence(((record["uri"], record["selected_pts_s"]) for record in ok), annotations)
         self.figures = (
             *(float(measured.get(name, math.nan)) for name in ("mAP", "mAP_interpolated", "top1")),
-            evidence,
+            math.nan if annotations is None else on_evidence(_chosen(parts), annotations),
             *self._gflops(run, model),
-            self._seconds(ok),
+            count.seconds / count.ok if count.ok else math.nan,
         )
 
     def _gflops(self, run: dict[str, Any], model: Bundle) -> tuple[float, float]:
@@ -94,10 +91,39 @@ class _Run:
             gflops(bundle, mode, self.num_frames, self.frames, shape, "true"),
         )
 
-    @staticmethod
-    def _seconds(ok: Sequence[dict[str, Any]]) -> float:
-        total = [sum(record[name] or 0.0 for name in ("decode_ms", "sample_ms", "recognize_ms")) / 1000 for record in ok]
-        return float(np.mean(total)) if total else math.nan
+
+@dataclass(frozen=True)
+class _Counts:
+    """What the rows of a run add up to; `chosen` frames and `seconds` are of those that are ok."""
+
+    rows: int
+    ok: int
+    chosen: int
+    seconds: float
+    videos: str
+    """Hash of the ids: the same for runs over the same videos."""
+
+
+def _count(parts: Sequence[str]) -> _Counts:
+    ids, rows, ok, chosen, seconds = [], 0, 0, 0, 0.0
+    for uri in parts:
+        table = runs.read_part(uri, _COUNTED)
+        rows += len(table)
+        ids.append(table["video_id"].to_numpy().astype(np.bytes_))
+        table = table.filter(pc.equal(table["status"], "ok"))
+        ok += len(table)
+        chosen += pc.sum(pc.list_value_length(table["selected_pts_s"])).as_py() or 0
+        seconds += sum(pc.sum(table[name].cast(pa.float64())).as_py() or 0.0 for name in _MILLISECONDS) / 1000
+    videos = np.sort(np.concatenate(ids))  # 16 bytes a row
+    return _Counts(rows, ok, chosen, seconds, storage.sha256_of(videos.tobytes()))
+
+
+def _chosen(parts: Sequence[str]) -> Iterator[tuple[str, Sequence[float]]]:
+    """URI and times of the chosen frames, of each video that is ok."""
+    for uri in parts:
+        table = runs.read_part(uri, ["uri", "status", "selected_pts_s"])
+        rows = table.filter(pc.equal(table["status"], "ok")).select(["uri", "selected_pts_s"])
+        yield from ((row["uri"], row["selected_pts_s"]) for row in rows.to_pylist())
 
 
 def _bundle_of(made_by: dict[str, Any], model: Bundle) -> Bundle | None:

@@ -5,7 +5,7 @@ Legend: V videos, T frames (slots), D dims, C classes of the bundle, N objects.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from tsq_ray.rows import RECOGNIZER, VISUAL
 LOGITS = schema.RECOGNIZER_LOGITS.name
 TRAIN_SPLIT, VAL_SPLIT = "train", "val"
 _TENSORS = ("frame_index", "frame_pts_s", "visual", "object_ids", "object_probs", LOGITS)
-_COLUMNS = ("video_id", "uri", "labels", "split", "status", "fps", *_TENSORS)
+_BRIEF = ["video_id", "uri", "labels", "split", "status", "fps"]
 
 
 @dataclass(frozen=True)
@@ -86,35 +86,38 @@ def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
     uri = storage.normalize(uri)
     run = runs.read_run(uri, "features")
     shown = storage.redact(uri)
-    parts = runs.list_parts(uri)
+    parts = [part.uri for part in runs.list_parts(uri)]
     if not parts:
         raise RunError(f"{shown}: no part-*.parquet here, the run has no videos; name features that hold some")
-    _check_logits(parts[0].uri, shown)
+    arrow = _schema_with_logits(parts[0], shown)
     _check_weights(run, bundle, shown)
-    table = pa.concat_tables([runs.read_part(part.uri, list(_COLUMNS)) for part in parts]).sort_by("video_id")
+    table = _brief_rows(parts)
     names = list(run["classes"])
-    splits = table["split"].to_pylist()
-    wanted = _measured_split(splits, split, shown)
-    measured = _video_set(_rows(table, wanted), names, bundle.classes)
+    wanted = _measured_split(table["split"], split, shown)
+
+    def video_set(split: str | None) -> VideoSet:
+        rows = table if split is None else table.filter(pc.equal(table["split"], split))
+        return _video_set(parts, rows, names, bundle.classes, arrow)
+
+    measured = video_set(wanted)
     if not len(measured):
         raise RunError(f"{shown}: no labelled video that is ok in split {wanted!r}; there is nothing to measure ({measured.left_out})")
-    training = None
-    if TRAIN_SPLIT in splits and wanted not in (None, TRAIN_SPLIT):
-        training = _video_set(_rows(table, TRAIN_SPLIT), names, bundle.classes)
+    training = video_set(TRAIN_SPLIT) if wanted not in (None, TRAIN_SPLIT) else None
     known = set(bundle.classes)
     return Features(
         uri, run, bundle.classes, measured, wanted, training if training else None, sorted(name for name in names if name not in known)
     )
 
 
-def _check_logits(part_uri: str, shown: str) -> None:
+def _schema_with_logits(part_uri: str, shown: str) -> pa.Schema:
     with storage.open_read(part_uri) as file:
-        columns = pq.read_schema(file).names
-    if LOGITS not in columns:
+        arrow = pq.read_schema(file)
+    if LOGITS not in arrow.names:
         raise RunError(
             f"{shown}: the features lack {LOGITS}, without which no sampler is measured; extract them with the recogniser into "
             "another folder: tsq extract MANIFEST --out URI --recognizer RECOGNIZER, with the settings of these"
         )
+    return arrow
 
 
 def _check_weights(run: dict[str, Any], bundle: Bundle, shown: str) -> None:
@@ -128,47 +131,66 @@ def _check_weights(run: dict[str, Any], bundle: Bundle, shown: str) -> None:
             )
 
 
-def _measured_split(splits: list[str | None], split: str | None, shown: str) -> str | None:
-    there = {name for name in splits if name}
-    if split is None and not there:
+def _brief_rows(parts: Sequence[str]) -> pa.Table:
+    """Every row without its tensors, by video_id; `part` and `row` say where these lie."""
+    tables = []
+    for number, uri in enumerate(parts):
+        table = runs.read_part(uri, _BRIEF)
+        table = table.append_column("part", pa.array(np.full(len(table), number, np.int32)))
+        tables.append(table.append_column("row", pa.array(np.arange(len(table), dtype=np.int32))))
+    return pa.concat_tables(tables).sort_by("video_id").combine_chunks()
+
+
+def _measured_split(splits: pa.ChunkedArray, split: str | None, shown: str) -> str | None:
+    known = {name for name in pc.unique(splits).to_pylist() if name}
+    if split is None and not known:
         return None
     wanted = split or VAL_SPLIT
-    if wanted not in there:
+    if wanted not in known:
         raise RunError(f"{shown}: no row of split {wanted!r}; {describe_splits(splits)}; choose one with --split")
     return wanted
 
 
-def _rows(table: pa.Table, split: str | None) -> pa.Table:
-    return table if split is None else table.filter(pc.equal(table["split"], split))
-
-
-def _video_set(table: pa.Table, names: list[str], classes: list[str]) -> VideoSet:
+def _video_set(parts: Sequence[str], table: pa.Table, names: list[str], classes: list[str], arrow: pa.Schema) -> VideoSet:
     """Rows of one split; labels are mapped by name to the bundle's order."""
     position = {name: number for number, name in enumerate(classes)}
-    left_out: Counter[str] = Counter()
-    kept, targets = [], []
-    for row, (status, labels) in enumerate(zip(table["status"].to_pylist(), table["labels"].to_pylist(), strict=True)):
-        known = [position[names[label]] for label in labels or () if names[label] in position]
-        if status != "ok":
-            left_out["failed"] += 1
-        elif not known:
-            left_out["labels that the bundle lacks" if labels else "unlabelled"] += 1
-        else:
-            kept.append(row)
-            targets.append(np.bincount(known, minlength=len(classes)).astype(bool))
-    table = table.take(pa.array(kept, pa.int64()))
-    arrays = {name: schema.tensor_to_numpy(table[name]) for name in _TENSORS}
-    fps = [value for value in table["fps"].to_pylist() if value]
+    in_bundle = np.array([position.get(name, -1) for name in names], np.int64)
+    lists = table["labels"].combine_chunks()
+    rows, labels = pc.list_parent_indices(lists).to_numpy(), in_bundle[pc.list_flatten(lists).to_numpy()]
+    rows, labels, labelled = rows[labels >= 0], labels[labels >= 0], np.bincount(rows, minlength=len(table)) > 0
+    ok = pc.equal(table["status"], "ok").to_numpy()
+    known = np.bincount(rows, minlength=len(table)) > 0
+    taken = ok & known
+    targets = np.zeros((int(taken.sum()), len(classes)), bool)
+    targets[(np.cumsum(taken) - 1)[rows[taken[rows]]], labels[taken[rows]]] = True
+    left_out = {"failed": ~ok, "unlabelled": ok & ~labelled, "labels that the bundle lacks": ok & labelled & ~known}
+    kept = table.filter(pa.array(taken))
+    arrays = _tensors(parts, kept, arrow)
+    fps = pc.min_max(kept["fps"].filter(pc.greater(kept["fps"], 0))).as_py()
     return VideoSet(
-        video_ids=table["video_id"].to_pylist(),
-        uris=table["uri"].to_pylist(),
-        targets=np.stack(targets) if targets else np.zeros((0, len(classes)), bool),
+        video_ids=kept["video_id"].to_pylist(),
+        uris=kept["uri"].to_pylist(),
+        targets=targets,
         frame_index=arrays["frame_index"],
         frame_pts_s=arrays["frame_pts_s"],
         visual=arrays["visual"],
         object_ids=arrays["object_ids"],
         object_probs=arrays["object_probs"],
         logits=arrays[LOGITS],
-        fps=(min(fps, default=0.0), max(fps, default=0.0)),
-        left_out=dict(left_out),
+        fps=(fps["min"] or 0.0, fps["max"] or 0.0),
+        left_out={reason: int(mask.sum()) for reason, mask in left_out.items() if mask.any()},
     )
+
+
+def _tensors(parts: Sequence[str], kept: pa.Table, arrow: pa.Schema) -> dict[str, np.ndarray]:
+    """The tensors of these rows, filled part by part, so that nothing is in memory twice."""
+    types = {name: arrow.field(name).type for name in _TENSORS}
+    arrays = {name: np.empty((len(kept), *of.shape), of.value_type.to_pandas_dtype()) for name, of in types.items()}
+    part, row = kept["part"].to_numpy(), kept["row"].to_numpy()
+    by_part = np.argsort(part, kind="stable")
+    for places in np.split(by_part, np.flatnonzero(np.diff(part[by_part])) + 1):
+        if len(places):
+            table = runs.read_part(parts[part[places[0]]], list(_TENSORS)).take(pa.array(row[places]))
+            for name, array in arrays.items():
+                array[places] = schema.tensor_to_numpy(table[name])
+    return arrays

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import t as student_t
 
-from tsq_ray import metrics
+from tsq_ray import quality
 from tsq_ray.bundle import Bundle
 from tsq_ray.evaluate.annotations import Annotations, on_evidence
 from tsq_ray.evaluate.data import VideoSet
@@ -81,9 +81,9 @@ def measure(videos: VideoSet, sampler: Sampler, budget: int, task: Task, annotat
         pts = [times[slots].tolist() for times, slots in zip(videos.frame_pts_s, chosen, strict=True)]
         recall = on_evidence(zip(videos.uris, pts, strict=True), annotations)
     return Measures(
-        metrics.mean_average_precision(scores, videos.targets),
-        metrics.mean_average_precision(scores, videos.targets, interpolated=True),
-        metrics.top1_accuracy(scores, videos.targets),
+        quality.mean_average_precision(scores, videos.targets),
+        quality.mean_average_precision(scores, videos.targets, interpolated=True),
+        quality.top1_accuracy(scores, videos.targets),
         recall,
         float(np.mean([len(slots) for slots in chosen])),
     )

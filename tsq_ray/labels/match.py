@@ -24,13 +24,15 @@ from tsq_ray.labels.formats import (
 
 Source = tuple[str, str]
 """(source that was listed, URI of a file found below it)."""
+Named = tuple[tuple[str, ...], str | None]
+"""Class names and split of a video."""
 
 
 @dataclass
 class Labels:
     """Class names and split by URI; the videos that the files name and that were not found; which files these were."""
 
-    by_uri: dict[str, tuple[tuple[str, ...], str | None]] = field(default_factory=dict)
+    by_uri: dict[str, Named] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     origin: str = "none"
 
@@ -63,15 +65,16 @@ def read_labels(labels: Sequence[str], files: Sequence[Source], classes: Classes
 
 
 def _from_folders(files: Sequence[Source], asked_for: bool) -> Labels:
-    found = Labels(origin="class folders")
+    found, folders = Labels(origin="class folders"), dict[Named, Named]()  # one object for all videos of a folder
     for source, uri in files:
         parts = uri[len(source) :].strip("/").split("/") if uri.startswith(source) else []
         if len(parts) == 2:
-            found.by_uri[uri] = ((_class_of(parts[0]),), None)
+            named: Named = ((_class_of(parts[0]),), None)
         elif len(parts) == 3 and parts[0].lower() in SPLITS:
-            found.by_uri[uri] = ((_class_of(parts[1]),), split_named(parts[0]))
+            named = ((_class_of(parts[1]),), split_named(parts[0]))
         else:
             break
+        found.by_uri[uri] = folders.setdefault(named, named)
     if len(found.by_uri) == len(files) and len({labels for labels, _ in found.by_uri.values()}) > 1:
         return found
     if asked_for:

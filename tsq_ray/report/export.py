@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
-import io
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tsq_ray import storage
 from tsq_ray.errors import RunError, UserError
@@ -28,11 +31,13 @@ CSV_FIELDS = (
     *("selected_pts_s", "selected_by", "warnings"),
 )
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-_VIDEO_ID = re.compile(r"[0-9a-f]{16}")
+_VIDEO_ID = "^[0-9a-f]{16}$"
 _READ = (
     *("video_id", "uri", "status", "error_type", "error_message", "warnings", "label_names"),
     *("top_labels", "top_scores", "selected_slot", "selected_pts_s", "selected_by"),
 )
+_ROWS = 1000
+"""Rows that are Python objects at a time."""
 
 
 def export_predictions(
@@ -62,55 +67,74 @@ def export_predictions(
         raise UserError(f"export: size {size} is too small; the shorter side has at least 16 pixels")
     predictions = read_predictions(predictions_uri)
     out = storage.normalize(out)
-    rows = list(_rows(predictions))
+    sides = [_sides(predictions, table, size) for table in predictions.tables(["video_id", "status", "width", "height"])]
     summary: dict[str, Any] = {
         "out": storage.redact(out),
-        "videos": len(rows),
-        "failed": sum(row["status"] != "ok" for row in rows),
+        "videos": sum(map(len, sides)),
+        "failed": sum(int((of_part == 0).sum()) for of_part in sides),
         "frames": 0,
         "frames_missing": {},
         "files": 0,
     }
     if "labels" in what:
-        storage.write_bytes(storage.join(out, "labels.csv"), csv_bytes(CSV_FIELDS, map(_csv_row, rows)))
-        storage.write_bytes(storage.join(out, "labels.jsonl"), _json_lines(rows))
+        _export_labels(predictions, out)
         summary["files"] += 2
     if "frames" in what:
-        ok = [index for index, row in enumerate(rows) if row["status"] == "ok"]
-        frames, missing = _export_frames(predictions, ok, out, size, num_processes, progress)
+        taken = _take(predictions, sides, num_processes, progress)
+        frames, missing = _export_frames(taken, out)
         summary["frames"] = frames
-        summary["files"] += frames
-        summary["frames_missing"] = dict(Counter(row["error_type"] for row in missing).most_common())
-        if missing:
-            storage.write_bytes(storage.join(out, MISSING_FILE), csv_bytes(MISSING_FIELDS, missing))
-            summary["files"] += 1
+        summary["files"] += frames + bool(missing)
+        summary["frames_missing"] = dict(missing.most_common())
     return summary
 
 
-def csv_bytes(fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Rows as UTF-8 CSV with a header; text that a spreadsheet would run as a formula has an apostrophe in front."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fields)  # CRLF, as RFC 4180 has it; a lone CR in a cell is then quoted
+def csv_writer(file: BinaryIO, fields: Sequence[str]) -> Callable[[Mapping[str, Any]], None]:
+    """Write the header of a UTF-8 CSV; returns what writes a row.
+
+    Text that a spreadsheet would run as a formula has an apostrophe in front.
+    """
+    # CRLF, as RFC 4180 has it; a lone CR in a cell is then quoted
+    writer = csv.DictWriter(codecs.getwriter("utf-8")(file), fields)
     writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _harmless(value) for name, value in row.items()})
-    return text.getvalue().encode("utf-8")
+    return lambda row: writer.writerow({name: _harmless(value) for name, value in row.items()})
 
 
 def _harmless(value: Any) -> Any:
     return "'" + value if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
+def _sides(predictions: Predictions, table: pa.Table, size: int) -> np.ndarray:
+    """int32 [N]: the shorter side of each video's frames, `size` or its own where that is smaller; 0 where it failed."""
+    for strange in table["video_id"].filter(pc.invert(pc.match_substring_regex(table["video_id"], _VIDEO_ID))):
+        # it becomes a folder's name
+        raise RunError(f"{storage.redact(predictions.uri)}: video_id {strange.as_py()!r}; allowed are 16 hex digits, score again")
+    found = np.full(len(table), size, np.int32)
+    for name in ("width", "height"):
+        side = pc.fill_null(table[name], 0).to_numpy()
+        found = np.where(side > 0, np.minimum(found, side), found)
+    return np.where(pc.equal(table["status"], "ok").to_numpy(), found, 0)
+
+
+def _export_labels(predictions: Predictions, out: str) -> None:
+    with (
+        storage.open_write(storage.join(out, "labels.csv")) as table,
+        storage.open_write(storage.join(out, "labels.jsonl")) as lines,
+    ):
+        add = csv_writer(table, CSV_FIELDS)
+        for row in _rows(predictions):
+            add(_csv_row(row))
+            lines.write(_json_line(row))
+
+
 def _rows(predictions: Predictions) -> Iterator[dict[str, Any]]:
-    for batch in predictions.table.select(_READ).to_batches():
-        for row in batch.to_pylist():
-            if not _VIDEO_ID.fullmatch(row["video_id"]):  # it becomes a folder's name
-                raise RunError(f"{storage.redact(predictions.uri)}: video_id {row['video_id']!r}; allowed are 16 hex digits, score again")
-            yield row | {
-                "uri": storage.redact(row["uri"]),
-                "error_message": None if row["error_message"] is None else storage.redact(row["error_message"]),
-                "warnings": [storage.redact(warning) for warning in row["warnings"] or ()],
-            }
+    for table in predictions.tables(list(_READ)):
+        for batch in table.to_batches(max_chunksize=_ROWS):
+            for row in batch.to_pylist():
+                yield row | {
+                    "uri": storage.redact(row["uri"]),
+                    "error_message": None if row["error_message"] is None else storage.redact(row["error_message"]),
+                    "warnings": [storage.redact(warning) for warning in row["warnings"] or ()],
+                }
 
 
 def _csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,44 +148,45 @@ def _csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return cells
 
 
-def _json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+def _json_line(row: Mapping[str, Any]) -> bytes:
     """Floats as short as float32 allows: 0.9, not 0.8999999761581421."""
-    lines = []
-    for row in rows:
-        rounded = {
-            name: [round(value, 6) for value in row[name]] if row[name] is not None else None for name in ("top_scores", "selected_pts_s")
-        }
-        lines.append(json.dumps({**row, **rounded}, ensure_ascii=False) + "\n")
-    return "".join(lines).encode("utf-8")
+    rounded = {
+        name: [round(value, 6) for value in row[name]] if row[name] is not None else None for name in ("top_scores", "selected_pts_s")
+    }
+    return (json.dumps({**row, **rounded}, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _export_frames(
-    predictions: Predictions, indices: Sequence[int], out: str, size: int, num_processes: int, progress: Progress | None
-) -> tuple[int, list[dict[str, Any]]]:
-    """How many frames were written, and the videos without any."""
-    frames, missing = 0, []
-    for taken in _take(predictions, indices, size, num_processes, progress):
-        row = taken.row
-        if taken.error_type is not None:
-            place = {"video_id": row["video_id"], "uri": storage.redact(row["uri"])}
-            missing.append(place | {"error_type": taken.error_type, "error_message": taken.note})
-        for slot, frame in taken.slots.items():
-            name = f"{slot:04d}_{row['frame_pts_s'][slot]:.3f}.jpg"
-            storage.write_bytes(storage.join(out, "frames", row["video_id"], name), jpeg(frame, JPEG_QUALITY))
-            frames += 1
+def _export_frames(pictures: Iterable[Taken], out: str) -> tuple[int, Counter[str]]:
+    """How many frames were written, and the videos without any by their reason."""
+    frames, missing = 0, Counter[str]()
+    with contextlib.ExitStack() as stack:
+        for taken in pictures:
+            row = taken.row
+            if taken.error_type is not None:
+                if not missing:
+                    file = stack.enter_context(storage.open_write(storage.join(out, MISSING_FILE)))
+                    add = csv_writer(file, MISSING_FIELDS)
+                place = {"video_id": row["video_id"], "uri": storage.redact(row["uri"])}
+                add(place | {"error_type": taken.error_type, "error_message": taken.note})
+                missing[taken.error_type] += 1
+            for slot, frame in taken.slots.items():
+                name = f"{slot:04d}_{row['frame_pts_s'][slot]:.3f}.jpg"
+                storage.write_bytes(storage.join(out, "frames", row["video_id"], name), jpeg(frame, JPEG_QUALITY))
+                frames += 1
     return frames, missing
 
 
-def _take(predictions: Predictions, indices: Sequence[int], size: int, num_processes: int, progress: Progress | None) -> Iterator[Taken]:
+def _take(predictions: Predictions, sides: Sequence[np.ndarray], num_processes: int, progress: Progress | None) -> Iterator[Taken]:
     """The frames of every video; those smaller than `size` by groups of their own size, so that nothing is blown up."""
-    shapes = predictions.table.select(["width", "height"]).take(pa.array(indices, pa.int64())).to_pylist()
-    groups: dict[int, list[int]] = {}
-    for index, shape in zip(indices, shapes, strict=True):
-        groups.setdefault(min([size, *(side for side in shape.values() if side)]), []).append(index)
+    firsts = (of_part[np.sort(np.unique(of_part, return_index=True)[1])].tolist() for of_part in sides)
+    groups = [side for side in dict.fromkeys(chain.from_iterable(firsts)) if side]
+    total = sum(int((of_part > 0).sum()) for of_part in sides)
     done = 0
-    for side, group in groups.items():
-        for taken in take_pictures(predictions, group, lambda row: row["selected_slot"] or (), side, num_processes):
+    for side in groups:
+        wanted = (np.flatnonzero(of_part == side) for of_part in sides)
+        rows = chain.from_iterable(predictions.part_rows(part, numbers) for part, numbers in enumerate(wanted) if len(numbers))
+        for taken in take_pictures(predictions, rows, lambda row: row["selected_slot"] or (), side, num_processes):
             done += 1
             if progress is not None:
-                progress(done, len(indices))
+                progress(done, total)
             yield taken

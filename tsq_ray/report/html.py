@@ -10,21 +10,19 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import pyarrow.compute as pc
 from markupsafe import Markup
 
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, flatten
 from tsq_ray.report.curves import Mark, saliency_svg, time_text
-from tsq_ray.report.data import Outcome, Predictions, outcomes, read_predictions
+from tsq_ray.report.data import Place, Predictions, read_predictions
 from tsq_ray.report.losses import PARTS, losses_svg
 from tsq_ray.report.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
-from tsq_ray.report.summary import accounting, choose_shown, predicted_classes, quality
+from tsq_ray.report.summary import Summary, summarize
 
 THUMBNAIL_PX = 120
 """Shorter side of a picture: 160 x 120 for 4:3."""
 JPEG_QUALITY = 78
-MAX_FAILED_LISTED = 500
 MAX_CLASSES_SHOWN = 12
 _LONG_KEYS = ("parts", "classes", "bundle_classes", "counts", "training_curve")
 _VERDICTS = {"right": "right", "wrong": "wrong", "unlabelled": "no label", "failed": "failed"}
@@ -37,33 +35,31 @@ def build_report(
 
     The page opens offline: pictures are data URIs, and its content security policy allows no request at all. Pictures are
     decoded anew from the videos, with `num_processes` children; a video that is gone has a note instead. Which videos get
-    a card: `summary.choose_shown`. Raises RunError or StorageError where the predictions cannot be read.
+    a card: `choice.choose_shown`. Raises RunError or StorageError where the predictions cannot be read.
 
     Returns {"out", "inputs", "ok", "failed", "skipped", "adds_up", "failures" {type: n}, "warned", "judged", "top1", "map",
     "map_interpolated", "unknown_labels" {name: n}, "shown", "without_pictures"}; metrics are None where they are not known.
     """
     predictions = read_predictions(predictions_uri)
-    found = outcomes(predictions)
-    totals, figures = accounting(predictions, found), quality(predictions, found)
-    shown = choose_shown(found, max_videos)
-    cards, without_pictures = _cards(predictions, shown, num_processes, progress)
-    failed = [outcome for outcome in found if outcome.verdict == "failed"]
+    summary = summarize(predictions, max_videos)
+    totals, figures, budget = summary.totals, summary.quality, _budget(predictions, summary.max_chosen)
+    cards, without_pictures = _cards(predictions, summary.shown, budget, num_processes, progress)
     page = _render(
         title=storage.redact(storage.name_of(predictions.uri)),
         uri=storage.redact(predictions.uri),
-        facts=_facts(predictions),
+        facts=_facts(predictions, budget),
         settings=_settings(predictions.run),
-        cost=_cost(predictions),
+        cost=_cost(summary),
         training=_training(predictions.run),
         totals=totals,
         quality=figures,
-        classes=predicted_classes(found),
+        classes=summary.classes,
         max_classes=MAX_CLASSES_SHOWN,
-        failed=[_failed_row(outcome) for outcome in failed[:MAX_FAILED_LISTED]],
-        num_failed=len(failed),
+        failed=[_place(row) | _reason(row) for row in summary.failed],
+        num_failed=totals["failed"],
         cards=cards,
-        num_videos=len(found),
-        budget=_budget(predictions),
+        num_videos=totals["videos"],
+        budget=budget,
         num_frames=predictions.num_frames,
         sampler=_sampler_name(predictions),
     )
@@ -89,39 +85,49 @@ def _render(**context: Any) -> str:
 
 
 def _cards(
-    predictions: Predictions, shown: Sequence[Outcome], num_processes: int, progress: Progress | None
+    predictions: Predictions, shown: Sequence[tuple[Place, str]], budget: int, num_processes: int, progress: Progress | None
 ) -> tuple[list[dict[str, Any]], int]:
     """The cards in the order of `shown`, and how many of the ok ones have no pictures."""
-    budget = _budget(predictions)
 
     def wanted(row: Mapping[str, Any]) -> list[int]:
         uniform = uniform_slots(predictions.num_frames, budget)
         return sorted({*(row["selected_slot"] or ()), *uniform})
 
-    ok = [outcome.index for outcome in shown if outcome.verdict != "failed"]
-    taken = take_pictures(predictions, ok, wanted, THUMBNAIL_PX, num_processes, progress)
-    bodies = {index: _body(predictions, pictures, budget) for index, pictures in zip(ok, taken, strict=True)}
-    cards = [_head(predictions, outcome, order) | bodies.get(outcome.index, {}) for order, outcome in enumerate(shown)]
-    return cards, sum(bool(body["note"]) for body in bodies.values())
+    rows = predictions.rows([place for place, _ in shown])
+    cards = [_head(predictions, row, verdict, order) for order, (row, (_, verdict)) in enumerate(zip(rows, shown, strict=True))]
+    ok = [number for number, (_, verdict) in enumerate(shown) if verdict != "failed"]
+    taken = take_pictures(predictions, [rows[number] for number in ok], wanted, THUMBNAIL_PX, num_processes)
+    for done, (number, pictures) in enumerate(zip(ok, taken, strict=True), start=1):
+        cards[number] |= _body(predictions, pictures, budget)
+        if progress is not None:
+            progress(done, len(ok))
+    return cards, sum(bool(card.get("note")) for card in cards)
 
 
-def _head(predictions: Predictions, outcome: Outcome, order: int) -> dict[str, Any]:
+def _head(predictions: Predictions, row: Mapping[str, Any], verdict: str, order: int) -> dict[str, Any]:
     known = set(predictions.bundle_classes)
     return {
         "order": order,
-        "id": outcome.video_id,
-        "name": _name(outcome.uri),
-        "uri": storage.redact(outcome.uri),
-        "verdict": outcome.verdict,
-        "verdict_text": _VERDICTS[outcome.verdict],
-        "labels": [(name, not known or name in known) for name in outcome.labels],
-        "score": outcome.top_score,
-        "warnings": [storage.redact(warning) for warning in outcome.warnings],
-        "error_type": outcome.error_type,
-        "error_message": outcome.error_message,
+        "id": row["video_id"],
+        "verdict": verdict,
+        "verdict_text": _VERDICTS[verdict],
+        "labels": [(name, not known or name in known) for name in row["label_names"] or ()],
+        "score": (row["top_scores"] or [0.0])[0],
+        "warnings": [storage.redact(warning) for warning in row["warnings"] or ()],
         "facts": "",
         "top": [],
+        **_place(row),
+        **_reason(row),
     }
+
+
+def _place(row: Mapping[str, Any]) -> dict[str, str]:
+    uri = storage.redact(row["uri"])
+    return {"name": storage.redact(storage.name_of(row["uri"])) or uri, "uri": uri}
+
+
+def _reason(row: Mapping[str, Any]) -> dict[str, str]:
+    return {"error_type": row["error_type"] or "internal", "error_message": storage.redact(row["error_message"] or "")}
 
 
 def _body(predictions: Predictions, taken: Taken, budget: int) -> dict[str, Any]:
@@ -155,31 +161,16 @@ def _video_facts(row: Mapping[str, Any]) -> str:
     return " · ".join([*facts, *([row["codec"]] if row["codec"] else [])])
 
 
-def _failed_row(outcome: Outcome) -> dict[str, Any]:
-    return {
-        "name": _name(outcome.uri),
-        "uri": storage.redact(outcome.uri),
-        "error_type": outcome.error_type,
-        "error_message": outcome.error_message,
-    }
-
-
-def _name(uri: str) -> str:
-    return storage.redact(storage.name_of(uri)) or storage.redact(uri)
-
-
 def _sampler(predictions: Predictions) -> Mapping[str, Any]:
     section = predictions.config.get("sampler")
     return section if isinstance(section, dict) else {}
 
 
-def _budget(predictions: Predictions) -> int:
+def _budget(predictions: Predictions, max_chosen: int) -> int:
     """K by the settings, else the most frames that any video was given."""
     sampler = _sampler(predictions)
     budget = sampler.get("max_budget" if sampler.get("budget") == "adaptive" else "budget")
-    if isinstance(budget, int) and 1 <= budget <= predictions.num_frames:
-        return budget
-    return pc.max(pc.list_value_length(predictions.table.column("selected_slot"))).as_py() or 1
+    return budget if isinstance(budget, int) and 1 <= budget <= predictions.num_frames else max_chosen or 1
 
 
 def _sampler_name(predictions: Predictions) -> str:
@@ -187,14 +178,14 @@ def _sampler_name(predictions: Predictions) -> str:
     return "the sampler" if mode in TSQ_MODES else f"the baseline {mode}"
 
 
-def _facts(predictions: Predictions) -> list[tuple[str, str]]:
+def _facts(predictions: Predictions, budget: int) -> list[tuple[str, str]]:
     """What run this is, in a few words; what `_run.json` does not say is left out."""
     run, config = predictions.run, predictions.config
-    flat, budget = flatten(config), _budget(predictions)
+    flat = flatten(config)
     versions = run.get("versions")
     wanted = [
-        ("Model", _place(run.get("model") or run.get("bundle") or config.get("model"))),
-        ("Manifest", _place(run.get("manifest"))),
+        ("Model", _uri_of(run.get("model") or run.get("bundle") or config.get("model"))),
+        ("Manifest", _uri_of(run.get("manifest"))),
         ("Finished", str(run.get("ended") or "").replace("T", " ").replace("+00:00", " UTC")),
         ("Frames looked at (T)", predictions.num_frames),
         ("Frames recognised (K)", f"adaptive, up to {budget}" if flat.get("sampler.budget") == "adaptive" else flat.get("sampler.budget")),
@@ -208,7 +199,7 @@ def _facts(predictions: Predictions) -> list[tuple[str, str]]:
     return [(name, storage.redact(str(value))) for name, value in wanted if value not in (None, "")]
 
 
-def _place(value: Any) -> str | None:
+def _uri_of(value: Any) -> str | None:
     if isinstance(value, Mapping):
         value = value.get("uri")
     return str(value) if value else None
@@ -230,15 +221,10 @@ def _training(run: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"epochs": len(curve), "drawing": losses_svg(curve), "parts": parts}
 
 
-def _cost(predictions: Predictions) -> list[tuple[str, str]]:
+def _cost(summary: Summary) -> list[tuple[str, str]]:
     """Mean time of a video in each step, and how much video there is."""
-    table = predictions.table
-    found = []
-    for label, name in (("Mean decode", "decode_ms"), ("Mean choice", "sample_ms"), ("Mean recognition", "recognize_ms")):
-        mean = pc.mean(table.column(name)).as_py()
-        if mean is not None:
-            found.append((label, f"{mean:,.0f} ms" if mean >= 10 else f"{mean:.1f} ms"))
-    seconds = pc.sum(table.column("duration_s")).as_py()
-    if seconds:
+    names = {"decode_ms": "Mean decode", "sample_ms": "Mean choice", "recognize_ms": "Mean recognition"}
+    found = [(names[name], f"{mean:,.0f} ms" if mean >= 10 else f"{mean:.1f} ms") for name, mean in summary.means_ms.items()]
+    if seconds := summary.duration_s:
         found.append(("Video in all", f"{seconds / 3600:,.1f} h" if seconds >= 7200 else f"{seconds / 60:,.1f} min"))
     return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from tsq_ray import storage
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.errors import StorageError, VideoError
-from tsq_ray.report.data import Predictions, batches, source_of
+from tsq_ray.report.data import Predictions, source_of
 
 SPEC = "picture"
 _TOLERANCE_S = 0.05
@@ -35,28 +36,26 @@ class Taken:
 
 def take_pictures(
     predictions: Predictions,
-    indices: Sequence[int],
+    rows: Iterable[dict[str, Any]],
     wanted: Callable[[dict[str, Any]], Sequence[int]],
     size: int,
     num_processes: int,
-    progress: Progress | None = None,
 ) -> Iterator[Taken]:
-    """Decode the rows `indices` again with the run's settings and yield them in that order with the slots that `wanted(row)` names.
+    """Decode the videos of `rows` again with the run's settings and yield them in that order with the slots that `wanted(row)` names.
 
     `size` is the shorter side in pixels. A video that is gone, has changed or fails now has a note in place of frames.
+    Few videos' frames are in memory at a time.
     """
-    if not indices:
-        return
     specs = {SPEC: FrameSpec(size=size, resize="keep", interpolation="bilinear")}
-    done = 0
+    waiting = iter(rows)
+    group = list(islice(waiting, 2 * num_processes))
+    if not group:
+        return
     with DecodePool(predictions.decode_settings(), specs, num_processes) as pool:
-        for group in batches(list(indices), 2 * num_processes):
-            rows = [predictions.row(index) for index in group]
-            for row, decoded in zip(rows, pool.decode([source_of(row) for row in rows]), strict=True):
-                done += 1
-                if progress is not None:
-                    progress(done, len(indices))
+        while group:
+            for row, decoded in zip(group, pool.decode([source_of(row) for row in group]), strict=True):
                 yield _taken(row, decoded, wanted(row))
+            group = list(islice(waiting, 2 * num_processes))
 
 
 def _taken(row: dict[str, Any], decoded: DecodedVideo | VideoError | StorageError, wanted: Sequence[int]) -> Taken:

@@ -1,10 +1,11 @@
-"""The figures of a report: row accounting, metrics where labels exist, and which videos get a card."""
+"""The figures of a report, counted part by part: accounting, quality where labels exist, who gets a card."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,144 +13,223 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tsq_ray import storage
-from tsq_ray.metrics import average_precisions, mean_average_precision
-from tsq_ray.report.data import Outcome, Predictions
-from tsq_ray.schema import tensor_to_numpy
+from tsq_ray.quality import (
+    FAILED,
+    RIGHT,
+    UNLABELLED,
+    WRONG,
+    ClassFigures,
+    class_figures,
+    first_of,
+    label_pairs,
+    mean_over_classes,
+    verdicts,
+)
+from tsq_ray.report.choice import best_candidates, choose_shown
+from tsq_ray.report.data import Place, Predictions
 
 MAX_EXAMPLES = 3
 MAX_WARNINGS = 30
 MAX_CONFUSIONS = 15
+MAX_FAILED_LISTED = 500
+VERDICTS = {RIGHT: "right", WRONG: "wrong", UNLABELLED: "unlabelled", FAILED: "failed"}
+_MILLISECONDS = ("decode_ms", "sample_ms", "recognize_ms")
+_READ = [
+    *("video_id", "uri", "status", "error_type", "error_message", "warnings", "label_names"),
+    *("top_labels", "top_scores", "selected_slot", "duration_s", *_MILLISECONDS),
+]
+_PENDING = 20_000
+"""Candidates that are gathered before the best of them are chosen."""
 
 
-def accounting(predictions: Predictions, found: Sequence[Outcome]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Summary:
+    """What a report says of all rows."""
+
+    totals: dict[str, Any]
     """inputs = ok + failed + skipped, failures by error type and warnings, each most frequent first.
 
-    `skipped` and the expected number of inputs come from `_run.json`; `adds_up` is False where the rows say something else.
-    """
-    failed = [outcome for outcome in found if outcome.verdict == "failed"]
-    counts = predictions.run.get("counts")
-    counts = counts if isinstance(counts, dict) else {}
-    skipped = _whole(counts.get("skipped"), 0)
-    ok = len(found) - len(failed)
-    expected = {"ok": ok, "failed": len(failed), "inputs": len(found) + skipped}
-    examples: dict[str, list[str]] = defaultdict(list)
-    for outcome in failed:
-        messages = examples[str(outcome.error_type)]
-        if outcome.error_message and outcome.error_message not in messages and len(messages) < MAX_EXAMPLES:
-            messages.append(outcome.error_message)
-    by_type = Counter(str(outcome.error_type) for outcome in failed)
-    warned = Counter(storage.redact(_general(warning)) for outcome in found for warning in outcome.warnings)
-    return {
-        "inputs": len(found) + skipped,
-        "ok": ok,
-        "failed": len(failed),
-        "skipped": skipped,
-        "adds_up": all(_whole(counts.get(key), value) == value for key, value in expected.items()),
-        "failures": dict(by_type.most_common()),
-        "failure_examples": dict(examples),
-        "warned": sum(bool(outcome.warnings) for outcome in found),
-        "warnings": dict(warned.most_common(MAX_WARNINGS)),
-        "more_warnings": max(0, len(warned) - MAX_WARNINGS),
-    }
+    `skipped` and the expected number of inputs come from `_run.json`; `adds_up` is False where the
+    rows say something else."""
+    quality: dict[str, Any]
+    """Top-1, mAP by both conventions, AP by class and the wrong top-1 pairs, over the ok videos with
+    a label that the bundle has.
 
-
-def quality(predictions: Predictions, found: Sequence[Outcome]) -> dict[str, Any]:
-    """Top-1, mAP by both conventions, AP by class and the wrong top-1 pairs, over the ok videos with a label that the bundle has.
-
-    Labels are mapped by name to the bundle's classes; names it lacks are counted in `unknown_labels` and left out. The
-    mAP figures are None without `scores` or without the bundle's class order.
-    """
-    judged = [outcome for outcome in found if outcome.verdict in ("right", "wrong")]
-    known = set(predictions.bundle_classes)
-    unknown = Counter(name for outcome in found for name in outcome.labels if known and name not in known)
-    figures: dict[str, Any] = {
-        "judged": len(judged),
-        "right": sum(outcome.verdict == "right" for outcome in judged),
-        "labelled_failed": sum(outcome.verdict == "failed" and bool(outcome.labels) for outcome in found),
-        "unknown_labels": dict(unknown.most_common()),
-        "top1": None,
-        "map": None,
-        "map_interpolated": None,
-        "per_class": [],
-        "confusions": _confusions(judged),
-    }
-    if not judged:
-        return figures
-    figures["top1"] = figures["right"] / len(judged)
-    if predictions.has_scores and known:
-        scores, targets = _matrices(predictions, judged)
-        figures["map"] = _finite(mean_average_precision(scores, targets))
-        figures["map_interpolated"] = _finite(mean_average_precision(scores, targets, interpolated=True))
-        figures["per_class"] = _per_class(predictions.bundle_classes, scores, targets)
-    return figures
-
-
-def predicted_classes(found: Iterable[Outcome]) -> list[tuple[str, int]]:
+    Labels are mapped by name to the bundle's classes; names it lacks are counted in `unknown_labels`
+    and left out. The mAP figures are None without `scores` or without the bundle's class order."""
+    classes: list[tuple[str, int]]
     """How often each class is the best one, most frequent first."""
-    counts = Counter(outcome.top_label for outcome in found if outcome.top_label is not None)
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    failed: list[dict[str, Any]]
+    """`uri`, `error_type` and `error_message` of the first failed rows."""
+    means_ms: dict[str, float]
+    """Mean time of a video in each step, in milliseconds; a step that no row times is left out."""
+    duration_s: float
+    """Of all videos together."""
+    max_chosen: int
+    """The most frames that any video was given."""
+    shown: list[tuple[Place, str]]
+    """Where each video with a card lies, and its verdict, in the page's order."""
 
 
-def choose_shown(found: Sequence[Outcome], max_videos: int) -> list[Outcome]:
-    """Which videos get a card, in the page's order; the same for the same predictions.
-
-    All where they fit. Else the wrong ones (the most confident first) take up to half of the room and the failed ones up to
-    a sixth (one of each reason, then another of each); the others take the rest, one of each predicted class, then another
-    of each, and so on. Room that a group leaves goes to the next of them in the order others, wrong, failed.
-    """
-    wrong = sorted((o for o in found if o.verdict == "wrong"), key=lambda o: (-o.top_score, o.video_id))
-    failed = _round_robin([o for o in found if o.verdict == "failed"], lambda o: str(o.error_type))
-    others = _round_robin([o for o in found if o.verdict in ("right", "unlabelled")], lambda o: str(o.top_label))
-    num_wrong, num_failed = min(len(wrong), max_videos // 2), min(len(failed), max_videos // 6)
-    num_others = min(len(others), max_videos - num_wrong - num_failed)
-    num_wrong = min(len(wrong), max_videos - num_failed - num_others)
-    num_failed = min(len(failed), max_videos - num_wrong - num_others)
-    return wrong[:num_wrong] + others[:num_others] + failed[:num_failed]
-
-
-def _round_robin(group: Iterable[Outcome], key: Any) -> list[Outcome]:
-    """By turns one of each key; within a key by video_id, which is a hash and so prefers no folder and no date."""
-    turns: Counter[str] = Counter()
-    placed: list[tuple[int, str, str, Outcome]] = []
-    for outcome in sorted(group, key=lambda o: o.video_id):
-        name = key(outcome)
-        placed.append((turns[name], name, outcome.video_id, outcome))
-        turns[name] += 1
-    return [outcome for _, _, _, outcome in sorted(placed, key=lambda item: item[:3])]
+def summarize(predictions: Predictions, max_videos: int) -> Summary:
+    """Read the parts one after the other, the labelled ones with `scores` twice more, and count."""
+    tally = _Tally(predictions.bundle_classes, max_videos)
+    for part, table in enumerate(predictions.tables(_READ)):
+        tally.add(part, table)
+    figures = None
+    if predictions.has_scores and predictions.bundle_classes and tally.judged:
+        figures = class_figures(predictions.readers, predictions.bundle_classes)
+    sums = tally.sums
+    return Summary(
+        totals=tally.accounting(predictions.run),
+        quality=tally.quality(figures),
+        classes=sorted(tally.predicted.items(), key=lambda item: (-item[1], item[0])),
+        failed=tally.failed,
+        means_ms={name: sums[name] / tally.timed[name] for name in _MILLISECONDS if tally.timed[name]},
+        duration_s=sums["duration_s"],
+        max_chosen=tally.max_chosen,
+        shown=tally.shown(),
+    )
 
 
-def _matrices(predictions: Predictions, judged: Sequence[Outcome]) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and targets [N, C] of the judged videos."""
-    column = predictions.table.column("scores").take(pa.array([outcome.index for outcome in judged]))
-    present = pc.is_valid(column).to_pylist()
-    scores = tensor_to_numpy(column.filter(pa.array(present)))
-    position = {name: i for i, name in enumerate(predictions.bundle_classes)}
-    kept = [outcome for outcome, there in zip(judged, present, strict=True) if there]
-    targets = np.zeros((len(kept), len(position)), dtype=bool)
-    for row, outcome in enumerate(kept):
-        targets[row, [position[name] for name in outcome.labels if name in position]] = True
-    return scores, targets
+class _Tally:
+    """Counts of the rows so far; counters keep the order in which their keys were first met."""
 
+    def __init__(self, classes: Sequence[str], max_videos: int) -> None:
+        self.classes, self.max_videos = classes, max_videos
+        self.verdicts = np.zeros(len(VERDICTS), np.int64)
+        self.failures, self.warnings = Counter[str](), Counter[str]()
+        self.examples: dict[str, list[str]] = defaultdict(list)
+        self.failed: list[dict[str, Any]] = []
+        self.predicted, self.unknown = Counter[str](), Counter[str]()
+        self.confusions = Counter[tuple[str, str]]()
+        self.warned = self.labelled_failed = self.max_chosen = 0
+        self.sums: dict[str, float] = defaultdict(float)
+        self.timed: Counter[str] = Counter()
+        self._candidates: list[pa.Table] = []
 
-def _per_class(classes: Sequence[str], scores: np.ndarray, targets: np.ndarray) -> list[dict[str, Any]]:
-    plain, interpolated = average_precisions(scores, targets), average_precisions(scores, targets, interpolated=True)
-    best = scores.argmax(axis=1)
-    rows = [
-        {
-            "name": name,
-            "videos": int(targets[:, c].sum()),
-            "predicted": int((best == c).sum()),
-            "ap": _finite(plain[c]),
-            "ap_interpolated": _finite(interpolated[c]),
+    @property
+    def judged(self) -> int:
+        """Ok videos with a label that the bundle has."""
+        return int(self.verdicts[RIGHT] + self.verdicts[WRONG])
+
+    def add(self, part: int, table: pa.Table) -> None:
+        """Count the rows of a part."""
+        table = table.combine_chunks()
+        verdict = verdicts(table, self.classes)
+        top = first_of(table["top_labels"].combine_chunks())
+        self.verdicts += np.bincount(verdict, minlength=len(VERDICTS))
+        _count(self.predicted, top.drop_null())
+        self._count_failed(table.filter(pa.array(verdict == FAILED)))
+        self._count_warnings(table["warnings"])
+        self._count_labels(table, verdict, top)
+        for name in (*_MILLISECONDS, "duration_s"):
+            self.sums[name] += pc.sum(table[name]).as_py() or 0.0
+            self.timed[name] += len(table) - table[name].null_count
+        self.max_chosen = max(self.max_chosen, pc.max(pc.list_value_length(table["selected_slot"])).as_py() or 0)
+        self._candidates.append(_candidates(part, table, verdict, top))
+        if sum(map(len, self._candidates)) > _PENDING:
+            self._candidates = [best_candidates(pa.concat_tables(self._candidates), self.max_videos)]
+
+    def _count_failed(self, table: pa.Table) -> None:
+        reasons = _reasons(table)
+        _count(self.failures, reasons)
+        for reason in pc.unique(reasons).to_pylist():
+            examples = self.examples[reason]
+            if len(examples) < MAX_EXAMPLES:
+                messages = pc.unique(table["error_message"].filter(pc.equal(reasons, reason)))
+                shown = dict.fromkeys(storage.redact(message or "") for message in messages.to_pylist())
+                examples += [text for text in shown if text and text not in examples][: MAX_EXAMPLES - len(examples)]
+        listed = table.slice(0, MAX_FAILED_LISTED - len(self.failed)).select(["uri", "error_message"]).to_pylist()
+        self.failed += [row | {"error_type": reason.as_py()} for row, reason in zip(listed, reasons, strict=False)]
+
+    def _count_warnings(self, lists: pa.ChunkedArray) -> None:
+        self.warned += pc.sum(pc.greater(pc.list_value_length(lists), 0)).as_py() or 0
+        for counted in pc.value_counts(pc.list_flatten(lists)).to_pylist():
+            self.warnings[storage.redact(_general(counted["values"]))] += counted["counts"]
+
+    def _count_labels(self, table: pa.Table, verdict: np.ndarray, top: pa.Array) -> None:
+        rows, names, numbers = label_pairs(table, self.classes)
+        if self.classes:
+            _count(self.unknown, names.filter(pa.array(numbers < 0)))
+        self.labelled_failed += len(np.unique(rows[verdict[rows] == FAILED]))
+        wrong = verdict[rows] == WRONG
+        taken = pc.fill_null(top.take(pa.array(rows[wrong])), "None")
+        self.confusions.update(zip(names.filter(pa.array(wrong)).to_pylist(), taken.to_pylist(), strict=True))
+
+    def accounting(self, run: dict[str, Any]) -> dict[str, Any]:
+        """`Summary.totals`."""
+        recorded = run.get("counts")
+        counts = recorded if isinstance(recorded, dict) else {}
+        skipped = _whole(counts.get("skipped"), 0)
+        videos, failed = int(self.verdicts.sum()), int(self.verdicts[FAILED])
+        expected = {"ok": videos - failed, "failed": failed, "inputs": videos + skipped}
+        return expected | {
+            "videos": videos,
+            "skipped": skipped,
+            "adds_up": all(_whole(counts.get(key), value) == value for key, value in expected.items()),
+            "failures": dict(self.failures.most_common()),
+            "failure_examples": dict(self.examples),
+            "warned": self.warned,
+            "warnings": dict(self.warnings.most_common(MAX_WARNINGS)),
+            "more_warnings": max(0, len(self.warnings) - MAX_WARNINGS),
         }
-        for c, name in enumerate(classes)
+
+    def quality(self, figures: ClassFigures | None) -> dict[str, Any]:
+        """`Summary.quality`."""
+        confusions = sorted(self.confusions.items(), key=lambda item: (-item[1], item[0]))
+        right = int(self.verdicts[RIGHT])
+        return {
+            "judged": self.judged,
+            "right": right,
+            "labelled_failed": self.labelled_failed,
+            "unknown_labels": dict(self.unknown.most_common()),
+            "top1": right / self.judged if self.judged else None,
+            "map": _finite(mean_over_classes(figures.ap)) if figures else None,
+            "map_interpolated": _finite(mean_over_classes(figures.ap_interpolated)) if figures else None,
+            "per_class": _per_class(self.classes, figures) if figures else [],
+            "confusions": [(*pair, count) for pair, count in confusions[:MAX_CONFUSIONS]],
+        }
+
+    def shown(self) -> list[tuple[Place, str]]:
+        """`Summary.shown`."""
+        chosen = choose_shown(pa.concat_tables(self._candidates), self.max_videos).to_pylist()
+        return [((row["part"], row["row"]), VERDICTS[row["verdict"]]) for row in chosen]
+
+
+def _candidates(part: int, table: pa.Table, verdict: np.ndarray, top: pa.Array) -> pa.Table:
+    failed = pa.array(verdict == FAILED)
+    score = pc.fill_null(first_of(table["top_scores"].combine_chunks()), 0.0)
+    return pa.table(
+        {
+            "part": np.full(len(table), part, np.int32),
+            "row": np.arange(len(table), dtype=np.int32),
+            "video_id": table["video_id"],
+            "verdict": verdict,
+            "key": pc.if_else(failed, _reasons(table), pc.fill_null(top, "None")),
+            "top_score": score,
+        }
+    )
+
+
+def _reasons(table: pa.Table) -> pa.Array:
+    """The error types; `internal` where a row does not say."""
+    reasons = pc.fill_null(table["error_type"].combine_chunks(), "")
+    return pc.if_else(pc.equal(reasons, ""), "internal", reasons)
+
+
+def _count(counter: Counter[str], values: pa.Array) -> None:
+    for counted in pc.value_counts(values).to_pylist():
+        counter[counted["values"]] += counted["counts"]
+
+
+def _per_class(classes: Sequence[str], figures: ClassFigures) -> list[dict[str, Any]]:
+    columns = (figures.videos, figures.predicted, figures.ap, figures.ap_interpolated)
+    rows = [
+        {"name": name, "videos": int(videos), "predicted": int(predicted), "ap": _finite(ap), "ap_interpolated": _finite(interpolated)}
+        for name, videos, predicted, ap, interpolated in zip(classes, *columns, strict=True)
     ]
     return sorted(rows, key=lambda row: (row["ap"] is None, row["ap"] or 0.0, row["name"]))
-
-
-def _confusions(judged: Iterable[Outcome]) -> list[tuple[str, str, int]]:
-    pairs = Counter((label, str(o.top_label)) for o in judged if o.verdict == "wrong" for label in o.labels)
-    return [(*pair, count) for pair, count in sorted(pairs.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSIONS]]
 
 
 def _general(warning: str) -> str:

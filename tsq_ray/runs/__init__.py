@@ -8,6 +8,7 @@ tells whether it is the same work, `lease` who may write, `bulk` is one run from
 from tsq_ray.runs.bulk import BulkRun, Selection, todo_without_entering
 from tsq_ray.runs.done import list_parts, read_part
 from tsq_ray.runs.folder import (
+    CONFIG_FILE,
     FORMAT,
     RUN_FILE,
     Kind,
@@ -19,6 +20,7 @@ from tsq_ray.runs.folder import (
 from tsq_ray.runs.identity import Identity
 
 __all__ = [
+    "CONFIG_FILE",
     "FORMAT",
     "RUN_FILE",
     "BulkRun",

@@ -119,7 +119,7 @@ def training_split(splits: list[str | None], split: str | None, what: str) -> tu
         return None, [f"{what} has no splits: training takes all rows, so nothing is held out to measure on"]
     wanted = split or DEFAULT_SPLIT
     if wanted not in names:
-        raise RunError(f"{what}: no row of split {wanted!r}; {describe_splits(splits)}; choose one with --split")
+        raise RunError(f"{what}: no row of split {wanted!r}; {describe_splits(pa.array(splits, pa.string()))}; choose one with --split")
     return wanted, []
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tsq_ray import metrics
+from tsq_ray import quality
 from tsq_ray.bundle import linear_head
 from tsq_ray.config import FinetuneConfig
 from tsq_ray.encoders import FrameEncoder, create_network, split_network
@@ -261,8 +261,8 @@ class _Tuner:
         scores = (found_logits.softmax(1) if self.job.task == "single" else found_logits.sigmoid()).numpy()
         return {
             "val_loss": float(classification_loss(found_logits, wanted, self.job.task)),
-            "val_top1": metrics.top1_accuracy(scores, targets.numpy()),
-            "val_mAP": metrics.mean_average_precision(scores, targets.numpy()),
+            "val_top1": quality.top1_accuracy(scores, targets.numpy()),
+            "val_mAP": quality.mean_average_precision(scores, targets.numpy()),
         }
 
     def _gather(self, value: Any) -> list[Any]:

@@ -1,115 +1,26 @@
-"""Listing -> one Parquet row a video: stable ids, labels and splits joined by URI, incremental update."""
+"""Listing -> one row a video: stable ids, labels and splits joined by URI, what changed since the last time."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import islice
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from tsq_ray import schema, storage
+from tsq_ray import storage
 from tsq_ray.containers import VIDEO_SUFFIXES
 from tsq_ray.errors import ManifestError, StorageError
 from tsq_ray.labels import Classes, Labels, read_classes, read_labels
+from tsq_ray.manifest.videos import Manifest, VideoRef, VideoRows, same_as_before
 
-
-@dataclass(frozen=True)
-class VideoRef:
-    """One manifest row: labels index the manifest's classes; None where nothing is known."""
-
-    video_id: str
-    uri: str
-    size_bytes: int
-    etag: str | None = None
-    modified: datetime | None = None
-    labels: tuple[int, ...] | None = None
-    split: str | None = None
-
-
-_NAMES = [column.name for column in schema.MANIFEST]
 _CHUNK = 10_000
 _EXAMPLES = 3
-
-
-class VideoRows(Sequence[VideoRef]):
-    """Manifest rows as an Arrow table; a VideoRef is made when it is asked for. A million take 150 MB, as objects they would take 1 GB."""
-
-    def __init__(self, table: pa.Table) -> None:
-        self.table = table.select(_NAMES)
-
-    @classmethod
-    def of(cls, rows: Iterable[VideoRef]) -> VideoRows:
-        """From VideoRefs; VideoRows stay what they are."""
-        if isinstance(rows, VideoRows):
-            return rows
-        arrow, source, tables = schema.manifest_schema(None), iter(rows), []
-        while chunk := list(islice(source, _CHUNK)):
-            tables.append(schema.table_from_rows((vars(row) for row in chunk), arrow))
-        return cls(pa.concat_tables(tables) if tables else arrow.empty_table())
-
-    @property
-    def ids(self) -> pa.ChunkedArray:
-        """The video ids."""
-        return self.table["video_id"]
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __iter__(self) -> Iterator[VideoRef]:
-        for start in range(0, len(self), _CHUNK):
-            yield from map(_ref, self.table.slice(start, _CHUNK).to_pylist())
-
-    @overload
-    def __getitem__(self, key: int) -> VideoRef: ...
-    @overload
-    def __getitem__(self, key: slice) -> VideoRows: ...
-    def __getitem__(self, key: int | slice) -> VideoRef | VideoRows:
-        places = range(len(self))[key]
-        if isinstance(places, int):
-            return _ref(self.table.slice(places, 1).to_pylist()[0])
-        if len(places) == len(self) and places.step == 1:
-            return self
-        if places.step == 1:
-            return VideoRows(self.table.slice(places.start, len(places)))
-        return VideoRows(self.table.take(pa.array(places, pa.int64())))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def places(self, ids: pa.ChunkedArray) -> np.ndarray:
-        """int64: the row of each id, -1 where it has none."""
-        return pc.fill_null(pc.index_in(ids, value_set=self.ids.combine_chunks()), -1).to_numpy().astype(np.int64)
-
-
-def _ref(record: dict[str, Any]) -> VideoRef:
-    labels = record.pop("labels")
-    return VideoRef(**record, labels=tuple(labels) if labels else None)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Rows (any VideoRefs; kept as VideoRows), class names, and where they came from; `sha256` is the hash of the file it was read from."""
-
-    rows: VideoRows
-    classes: list[str]
-    id: str = ""
-    sources: tuple[str, ...] = ()
-    sha256: str = ""
-    uri: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", VideoRows.of(self.rows))
 
 
 @dataclass
@@ -235,12 +146,10 @@ def build_manifest(
 
 def _check_ids(rows: VideoRows) -> None:
     """Each id stands for one row, or every run over them would miss one. ManifestError otherwise."""
-    if pc.count_distinct(rows.ids).as_py() == len(rows):
-        return
-    counts = pc.value_counts(rows.ids)
-    twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
-    first, second = rows.table.filter(pc.equal(rows.ids, twice))["uri"].to_pylist()[:2]
-    raise ManifestError(f"{storage.redact(first)} and {storage.redact(second)} have the same video_id {twice}; rename one of the two")
+    if found := rows.duplicate():
+        twice, numbers = found
+        first, second = (storage.redact(rows[number].uri) for number in numbers)
+        raise ManifestError(f"{first} and {second} have the same video_id {twice}; rename one of the two")
 
 
 class _Listed(Sequence[tuple[str, str]]):
@@ -286,15 +195,20 @@ def _join(
     unknown = [name for name in found if name not in index]
     if fixed and unknown:
         raise ManifestError(f"{storage.redact(fixed.uri)}: lacks {len(unknown)} classes of the labels, first {unknown[0]!r}; add them")
-    named = [labels.by_uri.get(uri, ((), None)) for uri in rows.table["uri"].to_pylist()] if labels.by_uri else [((), None)] * len(rows)
-    columns = {
-        "labels": [sorted(index[name] for name in names) or None for names, _ in named],
-        "split": [split_name or split for _, split in named],
-    }
     table = rows.table
-    for name, values in columns.items():
-        place = table.schema.get_field_index(name)
-        table = table.set_column(place, table.schema.field(place), pa.array(values, table.schema.field(place).type))
+    columns: dict[str, list[pa.Array]] = {"labels": [], "split": []}
+    for start in range(0, len(rows), _CHUNK):
+        uris = table["uri"].slice(start, _CHUNK).to_pylist()
+        named = [labels.by_uri.get(uri, ((), None)) for uri in uris]
+        values = {
+            "labels": [sorted(index[name] for name in names) or None for names, _ in named],
+            "split": [split_name or split for _, split in named],
+        }
+        for name, chunks in columns.items():
+            chunks.append(pa.array(values[name], table.schema.field(name).type))
+    for name, chunks in columns.items():
+        field = table.schema.field(name)
+        table = table.set_column(table.schema.get_field_index(name), field, pa.chunked_array(chunks, field.type))
     summary.unlabelled = table["labels"].null_count
     summary.labelled = len(rows) - summary.unlabelled
     return VideoRows(table), classes
@@ -305,75 +219,8 @@ def _compare(rows: VideoRows, old: Manifest | None, summary: IndexSummary) -> No
         summary.new = len(rows)
         return
     before = old.rows.places(rows.ids)
-    known = np.flatnonzero(before >= 0)
-    same = same_contents(rows.table.take(pa.array(known)), old.rows.table.take(pa.array(before[known])))
-    summary.new = len(rows) - len(known)
-    summary.unchanged = int(same.sum())
-    summary.changed = len(known) - summary.unchanged
-    summary.deleted = len(old.rows) - len(np.unique(before[known]))
-
-
-def same_contents(rows: pa.Table, was: pa.Table) -> np.ndarray:
-    """bool: whether two tables name the same version of a file, row by row: size and etag, and the time where storage gives no etag."""
-    etag = rows["etag"]
-    same = pc.and_(pc.equal(rows["size_bytes"], was["size_bytes"]), _equal(etag, was["etag"]))
-    return pc.and_(same, pc.or_(pc.is_valid(etag), _equal(rows["modified"], was["modified"]))).to_numpy()
-
-
-def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.fill_null(pc.equal(left, right), pc.and_(pc.is_null(left), pc.is_null(right)))
-
-
-def write_manifest(manifest: Manifest, uri: str) -> None:
-    """Publish the manifest as one Parquet file."""
-    arrow = schema.manifest_schema(manifest.classes)
-    identity = json.dumps({"id": manifest.id, "sources": [storage.redact(source) for source in manifest.sources]})
-    arrow = arrow.with_metadata({**(arrow.metadata or {}), schema.MANIFEST_KEY: identity.encode()})
-    table = manifest.rows.table.cast(arrow)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", row_group_size=100_000)
-    storage.write_bytes(storage.normalize(uri), sink.getvalue().to_pybytes())
-
-
-def read_manifest(uri: str) -> Manifest:
-    """Read and check a manifest. ManifestError where the file is missing or is something else."""
-    uri = storage.normalize(uri)
-    try:
-        data = storage.read_bytes(uri)
-    except StorageError as error:
-        if error.error_type == "not_found":
-            raise ManifestError(
-                f"manifest {storage.redact(uri)}: no such file; make one with tsq index SOURCE --out {storage.redact(uri)}"
-            ) from None
-        if isinstance(error.__cause__, IsADirectoryError):
-            raise ManifestError(f"manifest {uri}: is a folder; name the Parquet file that tsq index wrote") from None
-        raise
-    try:
-        # not by pq.read_table, nor with pre_buffer: one of Arrow's threads may drop the bytes as the interpreter ends, which aborts the process
-        with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
-            table = file.read(use_threads=False)
-    except (pa.ArrowInvalid, OSError):
-        raise ManifestError(f"manifest {storage.redact(uri)}: not a Parquet file; make one with tsq index") from None
-    missing = [column.name for column in schema.MANIFEST if column.name not in table.column_names]
-    if missing or schema.MANIFEST_KEY not in (table.schema.metadata or {}):
-        what = f"lacks the columns {missing}" if missing else "lacks the manifest's metadata"
-        raise ManifestError(f"manifest {storage.redact(uri)}: {what}; make one with tsq index")
-    identity = json.loads(table.schema.metadata[schema.MANIFEST_KEY])
-    rows = VideoRows(table)
-    return Manifest(rows, schema.classes_of(table.schema), identity["id"], tuple(identity["sources"]), storage.sha256_of(data), uri)
-
-
-def choose_split(manifest: Manifest, split: str | None) -> VideoRows:
-    """The rows of one split, or all. ManifestError where no row has that split."""
-    if split is None:
-        return manifest.rows
-    rows = VideoRows(manifest.rows.table.filter(pc.equal(manifest.rows.table["split"], split)))
-    if not rows:
-        raise ManifestError(f"--split {split}: no video has it; {describe_splits(manifest.rows.table['split'].to_pylist())}")
-    return rows
-
-
-def describe_splits(splits: Iterator[str | None] | Sequence[str | None]) -> str:
-    """ "there is: train (320), val (100)", for error messages."""
-    counts = Counter(split or "(none)" for split in splits)
-    return "there is: " + ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+    num_known = int((before >= 0).sum())
+    summary.new = len(rows) - num_known
+    summary.unchanged = int(same_as_before(rows, old.rows, before).sum())
+    summary.changed = num_known - summary.unchanged
+    summary.deleted = len(old.rows) - len(np.unique(before[before >= 0]))

@@ -1,0 +1,174 @@
+"""Manifest rows as Arrow tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import islice
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tsq_ray import schema
+from tsq_ray.errors import ManifestError
+
+
+@dataclass(frozen=True)
+class VideoRef:
+    """One manifest row: labels index the manifest's classes; None where nothing is known."""
+
+    video_id: str
+    uri: str
+    size_bytes: int
+    etag: str | None = None
+    modified: datetime | None = None
+    labels: tuple[int, ...] | None = None
+    split: str | None = None
+
+
+_NAMES = [column.name for column in schema.MANIFEST]
+_CONTENT = ["size_bytes", "etag", "modified"]
+_ID_BYTES = 16
+_CHUNK = 10_000
+_COMPARED = 100_000
+"""Rows that are copied at a time to be compared."""
+
+
+class VideoRows(Sequence[VideoRef]):
+    """Manifest rows as an Arrow table; a VideoRef is made when it is asked for. A million take 150 MB, as objects they would take 1 GB."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.select(_NAMES)
+
+    @classmethod
+    def of(cls, rows: Iterable[VideoRef]) -> VideoRows:
+        """From VideoRefs; VideoRows stay what they are."""
+        if isinstance(rows, VideoRows):
+            return rows
+        arrow, source, tables = schema.manifest_schema(None), iter(rows), []
+        while chunk := list(islice(source, _CHUNK)):
+            tables.append(schema.table_from_rows((vars(row) for row in chunk), arrow))
+        return cls(pa.concat_tables(tables) if tables else arrow.empty_table())
+
+    @property
+    def ids(self) -> pa.ChunkedArray:
+        """The video ids."""
+        return self.table["video_id"]
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __iter__(self) -> Iterator[VideoRef]:
+        for start in range(0, len(self), _CHUNK):
+            yield from map(_ref, self.table.slice(start, _CHUNK).to_pylist())
+
+    @overload
+    def __getitem__(self, key: int) -> VideoRef: ...
+    @overload
+    def __getitem__(self, key: slice) -> VideoRows: ...
+    def __getitem__(self, key: int | slice) -> VideoRef | VideoRows:
+        places = range(len(self))[key]
+        if isinstance(places, int):
+            return _ref(self.table.slice(places, 1).to_pylist()[0])
+        if len(places) == len(self) and places.step == 1:
+            return self
+        if places.step == 1:
+            return VideoRows(self.table.slice(places.start, len(places)))
+        return VideoRows(self.table.take(pa.array(places, pa.int64())))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def places(self, ids: pa.ChunkedArray) -> np.ndarray:
+        """int64: the row of each id, -1 where it has none."""
+        return pc.fill_null(pc.index_in(ids, value_set=self.ids.combine_chunks()), -1).to_numpy().astype(np.int64)
+
+    def duplicate(self) -> tuple[str, list[int]] | None:
+        """An id that two rows have, and their numbers: a run over them would miss one. None where each id has one row."""
+        if pc.all(pc.equal(pc.binary_length(self.ids), _ID_BYTES), min_count=0).as_py():
+            keys = np.concatenate([np.zeros(0, np.uint64), *map(_short_keys, self.ids.chunks)])
+            keys.sort()
+            if (keys[1:] != keys[:-1]).all():
+                return None
+        if pc.count_distinct(self.ids).as_py() == len(self):
+            return None
+        counts = pc.value_counts(self.ids)
+        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
+        return twice.as_py(), np.flatnonzero(pc.equal(self.ids, twice).to_numpy())[:2].tolist()
+
+
+def _short_keys(ids: pa.Array) -> np.ndarray:
+    """uint64 [N]: the same of equal ids, nearly always another of others.
+
+    Sorted, they take 8 MB a million; a hash table of the ids themselves takes 60 MB.
+    """
+    wide = ids.cast(pa.binary()).cast(pa.binary(_ID_BYTES))
+    halves = np.frombuffer(wide.buffers()[1], np.uint64, 2 * len(wide), wide.offset * _ID_BYTES).reshape(-1, 2)
+    return halves[:, 0] * np.uint64(0x9E3779B97F4A7C15) + halves[:, 1]
+
+
+def _ref(record: dict[str, Any]) -> VideoRef:
+    labels = record.pop("labels")
+    return VideoRef(**record, labels=tuple(labels) if labels else None)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Rows (any VideoRefs; kept as VideoRows), class names, and where they came from.
+
+    `id` is the hash of the sources. `sha256` is that of the file that it was read from; of a folder, of its shards' hashes, a line each.
+    """
+
+    rows: VideoRows
+    classes: list[str]
+    id: str = ""
+    sources: tuple[str, ...] = ()
+    sha256: str = ""
+    uri: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", VideoRows.of(self.rows))
+
+
+def same_contents(rows: pa.Table, was: pa.Table) -> np.ndarray:
+    """bool: whether two tables name the same version of a file, row by row: size and etag, and the time where storage gives no etag."""
+    etag = rows["etag"]
+    same = pc.and_(pc.equal(rows["size_bytes"], was["size_bytes"]), _equal(etag, was["etag"]))
+    return pc.and_(same, pc.or_(pc.is_valid(etag), _equal(rows["modified"], was["modified"]))).to_numpy()
+
+
+def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.fill_null(pc.equal(left, right), pc.and_(pc.is_null(left), pc.is_null(right)))
+
+
+def same_as_before(rows: VideoRows, old: VideoRows, before: np.ndarray) -> np.ndarray:
+    """bool: `same_contents` of each row and of the old row that `before` numbers; False where that is -1."""
+    same = np.zeros(len(rows), bool)
+    old_table = old.table.select(_CONTENT).combine_chunks()
+    for start in range(0, len(rows), _COMPARED):
+        known = start + np.flatnonzero(before[start : start + _COMPARED] >= 0)
+        here = rows.table.select(_CONTENT).take(pa.array(known))
+        same[known] = same_contents(here, old_table.take(pa.array(before[known])))
+    return same
+
+
+def choose_split(manifest: Manifest, split: str | None) -> VideoRows:
+    """The rows of one split, or all. ManifestError where no row has that split."""
+    if split is None:
+        return manifest.rows
+    splits = manifest.rows.table["split"]
+    rows = VideoRows(manifest.rows.table.filter(pc.equal(splits, split)))
+    if not rows:
+        raise ManifestError(f"--split {split}: no video has it; {describe_splits(splits)}")
+    return rows
+
+
+def describe_splits(splits: pa.ChunkedArray) -> str:
+    """ "there is: train (320), val (100)", for error messages."""
+    counts = sorted((row["values"] or "(none)", row["counts"]) for row in pc.value_counts(splits).to_pylist())
+    return "there is: " + ", ".join(f"{name} ({count})" for name, count in counts)
