@@ -333,6 +333,8 @@ def kind_text(kind: Any) -> str:
     if get_origin(kind) is tuple:
         inner = get_args(kind)
         return f"list of {kind_text(inner[0])}" if Ellipsis in inner else f"{len(inner)} x {kind_text(inner[0])}"
+    if inspect.isclass(kind) and issubclass(kind, Section):
+        return "{" + ", ".join(kind.model_fields) + "}"
     assert get_origin(kind) is dict, f"no words for {kind}"
     return "table"
 
