@@ -142,7 +142,14 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
         mark = os.urandom(8).hex()
         environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", MARK: mark}
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", f"--autoscaling-config={file}"]
-        command += ["--num-cpus=0", "--num-gpus=0", "--object-store-memory=104857600", "--include-dashboard=false", f"--temp-dir={folder}"]
+        command += [
+            "--node-ip-address=127.0.0.1",
+            "--num-cpus=0",
+            "--num-gpus=0",
+            "--object-store-memory=104857600",
+            "--include-dashboard=false",
+            f"--temp-dir={folder}",
+        ]
         subprocess.run(command, env=environment, check=True, capture_output=True)
         try:
             yield f"127.0.0.1:{port}"

@@ -1,0 +1,143 @@
+"""Runs on clusters of several nodes: few videos, a node that joins, nodes from nothing, a cluster that is taken, a node lost in mid-score."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundle_case import make_bundle
+from cluster_case import Driver, read_rows
+from nodes_case import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
+
+pytestmark = pytest.mark.ray
+END_S = 600.0
+SECONDS = 0.7
+"""That the store thinks before it gives a video."""
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SlowStore]:
+    with running_store(tmp_path, SECONDS) as found:
+        yield found
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    path = tmp_path / "settings.toml"
+    path.write_text(SLOW_SETTINGS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Any]:
+    with nodes(1, 1) as cluster:
+        yield cluster
+
+
+HOLDER = """
+import sys, time
+import ray
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+
+@ray.remote(num_cpus=1)
+class Holder:
+    def ready(self):
+        return True
+
+held = [Holder.remote() for _ in range(2)]
+ray.get([one.ready.remote() for one in held])
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_one_video_on_two_nodes(two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path) -> None:
+    """It used to wait for ever for an actor of more CPUs than a node has."""
+    argv = ["extract", slow_manifest(store, tmp_path, 1), "--out", tmp_path / "out", "--config", settings]
+    with Driver([*argv, "--address", two_nodes.address], tmp_path / "run") as driver:
+        ended = driver.ended(END_S)
+    assert ended.code == 0, ended.err
+    assert read_rows(str(tmp_path / "out")).num_rows == 1
+
+
+def test_a_cluster_that_another_job_holds(two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path) -> None:
+    argv = ["extract", slow_manifest(store, tmp_path, 4), "--out", tmp_path / "out", "--config", settings]
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, two_nodes.address], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with Driver([*argv, "--address", two_nodes.address, "--wait-s", "30"], tmp_path / "run") as driver:
+            ended = driver.ended(END_S)
+    finally:
+        holder.kill()
+        holder.wait()
+    assert ended.code == 1, ended.err
+    lines = ended.err.splitlines()
+    waiting = [line for line in lines if line.startswith("extract: waiting for ")]
+    assert waiting, ended.err
+    for fact in ("x (0.9 CPU", "free 0 of 2 CPU on 2 nodes", "largest node (1 CPU)", "2 x Holder", "no node is starting"):
+        assert fact in waiting[0]
+    assert "gave up after --wait-s 30; give the same command again to resume" in lines[-1]
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_works_within_30_s(store: SlowStore, settings: Path, tmp_path: Path) -> None:
+    with nodes(1) as cluster:
+        argv = ["extract", slow_manifest(store, tmp_path, 150), "--out", tmp_path / "out", "--config", settings]
+        with Driver([*argv, "--address", cluster.address], tmp_path / "run") as driver:
+            driver.wait_until(lambda: len(store.begun) >= 5, END_S)
+            first = time.monotonic()
+            driver.wait_until(lambda: len(store.begun) >= 20, END_S)
+            before = store.rate(first, time.monotonic())
+            cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+            joined = time.monotonic()
+            driver.wait_until(lambda: len(store.begun) >= 140, END_S)
+            after = store.rate(joined + 30, time.monotonic())
+            ended = driver.ended(END_S)
+    assert ended.code == 0, ended.err
+    assert after >= 1.6 * before, (before, after)
+    assert read_rows(str(tmp_path / "out")).num_rows == 150
+
+
+@pytest.mark.slow
+def test_a_cluster_grows_from_nothing_to_its_limits(store: SlowStore, settings: Path, tmp_path: Path) -> None:
+    """Head without CPUs, both groups at 0: as the manifests in cluster/ have it. Its GPUs are names alone: the networks run on the CPU."""
+    types = {"cpu": ({"CPU": 1.0}, 3), "gpu": ({"CPU": 1.0, "GPU": 1.0}, 1)}
+    kinds = "resources.node_types=[{cpus = 1, count = 3}, {cpus = 1, gpus = 1, count = 1}]"
+    with autoscaling(types) as address:
+        argv = ["extract", slow_manifest(store, tmp_path, 120), "--out", tmp_path / "out", "--config", settings, "--set", kinds]
+        with Driver([*argv, "--set", "resources.gpus=0", "--address", address], tmp_path / "run") as driver:
+            ended = driver.ended(END_S)
+    assert ended.code == 0, ended.err
+    assert read_rows(str(tmp_path / "out")).num_rows == 120
+    moments = sorted(store.begun.values())
+    fastest = max(store.rate(moment, moment + 10) for moment in moments[: len(moments) // 2])
+    assert fastest > 2.2 / SECONDS, "more than two nodes at work"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(3))
+def test_a_node_is_lost_in_mid_score(store: SlowStore, attempt: int, tmp_path: Path) -> None:
+    count = 60
+    with nodes(1, 1) as cluster:
+        bundle = make_bundle(tmp_path / "bundle")
+        argv = ["score", slow_manifest(store, tmp_path, count), "--model", bundle, "--out", tmp_path / "out"]
+        with Driver([*argv, "--address", cluster.address, "--set", "output.rows_per_file=4"], tmp_path / "run") as driver:
+            driver.wait_until(lambda: len(store.begun) >= 12, END_S)
+            (other,) = [node for node in cluster.worker_nodes]
+            cluster.remove_node(other, allow_graceful=False)
+            lost, seen = time.monotonic(), len(store.begun)
+            driver.wait_until(lambda: len(store.begun) >= seen + 6, END_S)
+            resumed = time.monotonic() - lost
+            ended = driver.ended(END_S)
+    assert ended.code == 0, ended.err
+    rows = read_rows(str(tmp_path / "out"))
+    assert rows.num_rows == count
+    assert set(rows["status"].to_pylist()) == {"ok"}
+    print(f"went on {resumed:.0f} s after the loss")  # noqa: T201
