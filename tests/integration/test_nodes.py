@@ -140,4 +140,4 @@ def test_a_node_is_lost_in_mid_score(store: SlowStore, attempt: int, tmp_path: P
     rows = read_rows(str(tmp_path / "out"))
     assert rows.num_rows == count
     assert set(rows["status"].to_pylist()) == {"ok"}
-    print(f"went on {resumed:.0f} s after the loss")  # noqa: T201
+    print(f"went on {resumed:.0f} s after the loss")
