@@ -22,6 +22,11 @@ from video_case import write_video
 
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, video_id, write_manifest
 
+_EMPTY_LISTS = (
+    *("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands"),
+    *("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
+)
+"""That Ray's autoscaler wants to find in its configuration."""
 SLOW_SETTINGS = f"{SETTINGS}\n".replace("workers = 1\n", "")
 
 
@@ -136,11 +141,14 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
             "head_node_type": "ray.head.default",
             "auth": {},
             "docker": {},
+            "file_mounts": {},
+            "file_mounts_sync_continuously": False,
+            **{name: [] for name in _EMPTY_LISTS},
         }
         file = folder / "autoscaling.json"
         file.write_text(json.dumps(config))
         mark = os.urandom(8).hex()
-        environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", MARK: mark}
+        environment = {**os.environ, "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", MARK: mark, "RAY_AUTH_MODE": "disabled"}
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", f"--autoscaling-config={file}"]
         command += [
             "--node-ip-address=127.0.0.1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections import Counter
@@ -37,48 +38,47 @@ class Watch:
             self._done, self._since, self._looked, self._waits_since = done, now, now, None
             return
         first = self._looked == self._since
-        if now - self._looked < (FIRST_LINE_S if first else EVERY_S) and not self._is_over(now):
+        if now < min(self._looked + (FIRST_LINE_S if first else EVERY_S), self._ends()):
             return
         self._looked = now
-        kinds = lacking(self._ray)
-        if not kinds or all(kinds.values()):
+        kinds, status = lacking(self._ray), _cluster_status(self._ray)
+        if not kinds or (status is not None and _num_demanded(status) < kinds.total()):
             self._waits_since = None
-            for kind in kinds:
-                _say(f"{self._what}: starting for {now - self._since:.0f} s: {kind} has its place and loads what it needs")
+            if kinds:
+                _say(f"{self._what}: starting for {now - self._since:.0f} s: {', '.join(kinds)}: loading what they need")
             return
-        status = _cluster_status(self._ray)
         self._waits_since = self._waits_since or self._since
         line = f"{self._what}: waiting for {now - self._waits_since:.0f} s: {'; '.join(_facts(self._ray, status))}"
-        if self._is_over(now):
+        if now >= self._ends():
             raise RunFailed(f"{line}; gave up after --wait-s {self._wait_s:g}; give the same command again to resume")
         _say(line)
 
-    def _is_over(self, now: float) -> bool:
-        since = self._waits_since or self._since
-        return bool(self._wait_s) and now - since >= self._wait_s
+    def _ends(self) -> float:
+        """When the wait is over; before anything is known to wait, not at all."""
+        if not self._wait_s or (self._waits_since is None and self._looked > self._since):
+            return math.inf
+        return (self._waits_since or self._since) + self._wait_s
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def lacking(ray: Any) -> dict[str, bool]:
-    """The kinds of this job's actors of which none runs yet -> whether one has a place already.
+def lacking(ray: Any) -> Counter[str]:
+    """The kinds of this job's actors of which none runs yet, and how many are to come.
 
     A placement group that has no place counts as a kind.
     """
-    found: dict[str, bool] = {}
+    found: Counter[str] = Counter()
     with contextlib.suppress(ray.exceptions.RayError):
         job = ray.get_runtime_context().get_job_id()
         mine = [actor for actor in _actors() if actor["JobID"] == job]
         alive = {actor["ActorClassName"] for actor in mine if actor["State"] == "ALIVE"}
         for actor in mine:
-            kind = actor["ActorClassName"]
-            if actor["State"] in _PENDING and kind not in alive:
-                found[kind] = found.get(kind, False) or set(actor["Address"]["NodeID"]) > {"f"}
-        if any(group["state"] == "PENDING" for group in ray.util.placement_group_table().values()):
-            found["placement group"] = False
-    return found
+            found[actor["ActorClassName"]] += actor["State"] in _PENDING and actor["ActorClassName"] not in alive
+        groups = ray.util.placement_group_table().values()
+        found["placement group"] = sum(group["state"] == "PENDING" for group in groups)
+    return +found
 
 
 def _facts(ray: Any, status: Any) -> Iterator[str]:
@@ -119,6 +119,13 @@ def _demands(status: Any) -> str:
     demands = [*summary.ray_task_actor_demand, *summary.placement_group_demand]
     bundles = [item for demand in demands for item in demand.bundles_by_count]
     return ", ".join(f"{item.count} x {_bundle(item.bundle)}" for item in bundles)
+
+
+def _num_demanded(status: Any) -> int:
+    """Actors and placement groups that have no place; those that have one and start are not among them."""
+    summary = status.resource_demands
+    actors = sum(item.count for demand in summary.ray_task_actor_demand for item in demand.bundles_by_count)
+    return actors + len(summary.placement_group_demand)
 
 
 def _bundle(resources: Mapping[str, float]) -> str:
