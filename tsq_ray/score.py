@@ -238,7 +238,8 @@ def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
             max_concurrent_calls_per_actor=_BLOCKS_AT_A_TIME,
             enable_true_multi_threading=True,
         )
-        return data.map_batches(ScoreWorker, batch_size=_BLOCK_ROWS, fn_constructor_args=(plan,), **options)
+        # a block as it is: Ray Data would wait until blocks make up a batch
+        return data.map_batches(ScoreWorker, batch_size=None, fn_constructor_args=(plan,), **options)
 
     many = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
     return Work(many, placed["writer"], stage, plan.schema, plan.counts, _BLOCK_ROWS)

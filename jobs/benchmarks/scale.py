@@ -190,8 +190,9 @@ def _run(out: str, manifest: Manifest, config: Config) -> runs.BulkRun:
 
 def _write_parts(out: str, rows: VideoRows, arrow: pa.Schema, config: Config) -> None:
     """Finished rows, as a run would have left them, but without waiting for the disk after each part."""
-    for start in range(0, len(rows), config.output.rows_per_file):
-        table = rows[start : start + config.output.rows_per_file].table
+    size = parts.part_rows(arrow, config.output, len(rows))
+    for start in range(0, len(rows), size):
+        table = rows[start : start + size].table
         columns = {name: table[name] for name in table.column_names}
         columns["status"] = pa.array(["ok"] * len(table))
         columns["warnings"] = pa.array([[]] * len(table), pa.list_(pa.string()))
@@ -279,8 +280,8 @@ def _growth_table(measured: Sequence[dict[str, Any]]) -> str:
             cells += ["-"] * 5
         peaks = [f"{one[step]['peak_mib']:.0f}" if step in one else "-" for step in _STEPS]
         lines.append("| " + " | ".join([*cells, ", ".join([f"{one['plan']['start_mib']:.0f}", *peaks])]) + " |")
-    size = OutputConfig().rows_per_file
-    return "\n".join([*lines, f"\n{os.cpu_count()} cores; decoder and networks stubbed; output.rows_per_file = {size}\n\n"])
+    size = OutputConfig().part_mb
+    return "\n".join([*lines, f"\n{os.cpu_count()} cores; decoder and networks stubbed; output.part_mb = {size:g}\n\n"])
 
 
 # --------------------------------------------------------------------------------------------------------------- listing

@@ -141,7 +141,7 @@ def test_scale_makes_up_runs_that_add_up(tmp_path: Path) -> None:
     write_manifest(benchmark.made_up_manifest(300), uri)
     manifest = read_manifest(uri)
     begin(out, "features", runs.Identity.of(), manifest)
-    arrow = benchmark.extracting.load_networks(config, None).features_schema(config, manifest.classes)
+    arrow = benchmark.extracting.choose_networks(config, None, None)[1].load().features_schema(config, manifest.classes)
     benchmark._write_parts(out, manifest.rows[:290], arrow, config)
     todo = still_to_do(manifest.rows, pick_current(done_rows(out), manifest))
     assert todo == manifest.rows[290:]
