@@ -48,7 +48,7 @@ class TuneJob:
     backbone: Any
     """Reference of the backbone's state dict."""
     threads: int
-    device: str
+    device: str = "cpu"
 
     def due(self, epoch: int) -> bool:
         """Whether an epoch (from 0) ends with a validation and a checkpoint."""
