@@ -155,7 +155,7 @@ def test_a_listed_shard_that_is_gone_or_another_is_told(tmp_path: Path) -> None:
     write_manifest(manifest_of("abcd"), f"{folder}/")
     first, second = (folder / name for name in shards(folder))
     second.write_bytes(first.read_bytes())
-    message = f"{second.name} is not the shard that _manifest.json lists; make it anew with tsq index --update"
+    message = f"{second.name} is not the shard that _manifest.json lists; make it again with tsq index --update"
     with pytest.raises(ManifestError, match=re.escape(message)):
         read_manifest(str(folder))
     second.unlink()

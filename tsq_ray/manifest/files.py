@@ -161,7 +161,7 @@ def _read_listing(folder: str) -> dict[str, Any] | None:
             return None
         raise
     except ValueError:
-        raise ManifestError(f"{storage.redact(place)}: not JSON; the file is damaged, make the manifest anew with tsq index") from None
+        raise ManifestError(f"{storage.redact(place)}: not JSON; the file is damaged, make the manifest again with tsq index") from None
     if listing.get("format") != FORMAT:
         raise ManifestError(f"{storage.redact(place)}: format {listing.get('format')!r}; this version reads {FORMAT}")
     return listing
@@ -170,7 +170,7 @@ def _read_listing(folder: str) -> dict[str, Any] | None:
 def _read_listed(folder: str, listed: dict[str, Any], shown: str) -> _Shard:
     shard = _read_shard(storage.join(folder, listed["name"]), f"{shown}: {listed['name']}")
     if shard.sha256 != listed["sha256"]:
-        raise ManifestError(f"{shown}: {shard.name} is not the shard that {MANIFEST_FILE} lists; make it anew with tsq index --update")
+        raise ManifestError(f"{shown}: {shard.name} is not the shard that {MANIFEST_FILE} lists; make it again with tsq index --update")
     return shard
 
 

@@ -55,7 +55,7 @@ def read_run(uri: str, kind: Kind | None = None) -> dict[str, Any]:
     run = read_json(storage.join(uri, RUN_FILE))
     if run is None:
         if read_json(storage.join(uri, CONFIG_FILE)) is not None:
-            raise RunError(f"{storage.redact(uri)}: this run is not finished; give its command again, it goes on where it stopped")
+            raise RunError(f"{storage.redact(uri)}: this run is not finished; give its command again, it resumes where it stopped")
         raise RunError(f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); name what extract or score wrote with --out")
     check_format(uri, run)
     if kind is not None and run["kind"] != kind:
@@ -155,7 +155,7 @@ def prune(uri: str, current: Current, compression: str) -> int:
 
 
 def relabel(uri: str, parts: Iterable[Part], current: Current, compression: str) -> None:
-    """Take labels, their names and splits of these parts from the manifest anew; nothing else of a row changes.
+    """Take labels, their names and splits of these parts from the manifest again; nothing else of a row changes.
 
     Every row of the parts must count: prune first.
     """

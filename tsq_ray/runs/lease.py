@@ -78,7 +78,7 @@ class Holder:
         return found if isinstance(found.pid, int) else None
 
     def lease(self, renewals: int) -> bytes:
-        """The content of its lease after so many renewals."""
+        """The content of its lease after this number of renewals."""
         return (json.dumps(asdict(self) | {"renewals": renewals}, indent=1) + "\n").encode()
 
     def is_alive(self) -> bool | None:

@@ -277,7 +277,7 @@ class Recognizer:
 
 
 def bind_graph(model: str, config: Config, placed: Layout, ongoing: Mapping[str, int]) -> tuple[Any, ...]:
-    """The three deployments as laid out, each with at most so many requests a replica at a time."""
+    """The three deployments as laid out, `ongoing`: the most requests that a replica takes at a time."""
     parts: dict[str, Any] = {"decoder": Decoder, "sampler": Sampler, "recognizer": Recognizer}
     # no bound on the queues: the entry limits what comes in, and between the stages nothing may be turned away
     return tuple(
