@@ -236,9 +236,10 @@ def test_what_is_no_video(tmp_path: Path, kind: str) -> None:
 def test_an_encrypted_film_is_a_failure_of_its_own(tmp_path: Path) -> None:
     locked = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "00" * 15 + "01", "encryption_kid": "00" * 15 + "02"}
     path = write_video(tmp_path / "locked.mp4", COUNT, size=SIZE, container_options=locked)
-    with pytest.raises(VideoError, match=r"can be decoded") as failure:
-        decode(path)
-    assert failure.value.error_type == "corrupt"
+    for strategy in ("keyframe", "uniform"):
+        with pytest.raises(VideoError, match="encrypted") as failure:
+            decode(path, strategy)
+        assert failure.value.error_type == "unsupported"
 
 
 def test_two_mp4_files_joined_are_the_first(tmp_path: Path) -> None:

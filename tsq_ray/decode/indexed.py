@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 
-from tsq_ray.decode.probe import Container, SampleIndex, Stream
+from tsq_ray.decode.probe import Container, SampleIndex, Stream, read_packets
 from tsq_ray.decode.pyav_backend import SEEKABLE_CODECS, DecodeTrouble, errors_are_trouble, seek, strict_frames, to_rgb
 
 _MAX_LEADING = 64  # packets looked at behind a keyframe for frames that are shown before it
@@ -82,7 +82,7 @@ class IndexedReader:
         # FFmpeg takes the time for one of presentation; with a decoding time it mostly goes to the keyframe before, whose bytes nobody needs
         for time in dict.fromkeys((dts + self._delay, dts)):
             seek(self.container, self.stream, time)
-            packets = self.container.demux(self.stream)
+            packets = read_packets(self.container, self.stream)
             packet = next(packets, None)
             if packet is not None and packet.pts is not None and packet.pos == self.index.key_pos[key]:
                 return itertools.chain([packet], packets)

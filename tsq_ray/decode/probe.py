@@ -7,7 +7,7 @@ the sample table of an unfragmented MP4/MOV, so that a keyframe of a remote obje
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, BinaryIO, cast
@@ -74,6 +74,14 @@ def pick_stream(container: Container, uri: str) -> Stream:
     return stream
 
 
+def read_packets(container: Container, stream: Stream) -> Iterator[av.Packet]:
+    """The packets of `stream` from where the container stands; unsupported at an encrypted one, which a decoder may take for a damaged picture."""
+    for packet in container.demux(stream):
+        if packet.has_sidedata("encryption_info"):
+            raise VideoError("unsupported", "the film is encrypted (DRM); decrypt the file with its key first")
+        yield packet
+
+
 def is_raw(container: Container) -> bool:
     """Whether this is an elementary stream without timestamps: random bytes, too, are taken for one."""
     return bool(container.format.flags & _NO_TIMESTAMPS)
@@ -119,7 +127,7 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     last_pts: int | None = None
     keys: list[tuple[int, int]] = []
     key_time: int | None = None
-    packets = container.demux(stream)
+    packets = read_packets(container, stream)
     while True:
         try:
             packet = next(packets)

@@ -13,7 +13,7 @@ import numpy as np
 
 from tsq_ray.decode.clock import skippable, unproven_keys
 from tsq_ray.decode.frames import FrameStore, orient
-from tsq_ray.decode.probe import Container, PacketTable, Stream, display_matrix
+from tsq_ray.decode.probe import Container, PacketTable, Stream, display_matrix, read_packets
 from tsq_ray.errors import VideoError
 
 # a packet marked as a keyframe starts afresh (a GIF's or a screen codec's may not)
@@ -152,7 +152,7 @@ def _frames_from_key(
     # some containers have no index, and a seek in them may arrive late: start earlier
     for start in dict.fromkeys((*first_try, *(table.key_dts[number] for number in (key, max(key - 1, 0), max(key - 3, 0))))):
         seek(container, stream, start)
-        frames = strict_frames(container.demux(stream), stream, time, may_skip.__contains__)
+        frames = strict_frames(read_packets(container, stream), stream, time, may_skip.__contains__)
         with contextlib.suppress(DecodeTrouble):
             first = next(frames, None)
             if first is not None and first.pts == time:

@@ -11,7 +11,7 @@ import av
 from tsq_ray.decode.clock import rebuilt
 from tsq_ray.decode.frames import FrameStore
 from tsq_ray.decode.plan import end_of
-from tsq_ray.decode.probe import Container, Stream, believed_step, is_raw
+from tsq_ray.decode.probe import Container, Stream, believed_step, is_raw, read_packets
 from tsq_ray.decode.pyav_backend import to_rgb
 
 
@@ -76,7 +76,7 @@ class Walk:
 
     def frames(self) -> Iterator[av.VideoFrame]:
         """Every frame that comes out, damaged ones too."""
-        packets = self.container.demux(self.stream)
+        packets = read_packets(self.container, self.stream)
         while True:
             try:
                 packet = next(packets)

@@ -33,7 +33,18 @@ from tsq_ray.decode import decord_backend, nvdec, pyav_backend
 from tsq_ray.decode.frames import FrameStore
 from tsq_ray.decode.indexed import IndexedReader
 from tsq_ray.decode.plan import Places, distinct, frame_at, interval_of, keyframe_choice, position, uniform_indices
-from tsq_ray.decode.probe import Container, PacketTable, Stream, claimed_packets, is_raw, open_container, pick_stream, read_index, scan
+from tsq_ray.decode.probe import (
+    Container,
+    PacketTable,
+    Stream,
+    claimed_packets,
+    is_raw,
+    open_container,
+    pick_stream,
+    read_index,
+    read_packets,
+    scan,
+)
 from tsq_ray.decode.pyav_backend import DecodeTrouble
 from tsq_ray.decode.survivors import Survivors, decode_survivors, find_survivors
 from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
@@ -289,7 +300,7 @@ class _Job:
         self, path: str, container: Container, stream: Stream, table: PacketTable, wanted: Sequence[int], store: FrameStore
     ) -> bool:
         """Whether decord could be trusted with this file and filled the store."""
-        first = next(pyav_backend.strict_frames(container.demux(stream), stream, table.pts[0]), None)
+        first = next(pyav_backend.strict_frames(read_packets(container, stream), stream, table.pts[0]), None)
         if first is None or decord_backend.refusal(stream, table, first) is not None:
             return False
         pyav_backend.check_pixels(first.width, first.height, self.settings.max_pixels)
