@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from cluster_case import SETTINGS, short_folder
+from cluster_case import MARK, SETTINGS, end_marked, short_folder
+from s3_case import free_ports
 from video_case import write_video
 
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, video_id, write_manifest
@@ -104,3 +109,60 @@ def nodes(*cpus: float) -> Iterator[Any]:
             yield cluster
         finally:
             cluster.shutdown()
+
+
+_HEAD_NODE = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+"""The id that Ray's fake provider gives to the head."""
+_EMPTY_LISTS = (
+    *("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands"),
+    *("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
+)
+"""That Ray's autoscaler wants to find in its configuration."""
+
+
+@contextlib.contextmanager
+def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]:
+    """A head without CPUs and Ray's fake autoscaler, which starts nodes as processes: name -> (resources, most of them); yields the address."""
+    (port,) = free_ports(1, below=10000)
+    address = f"127.0.0.1:{port}"
+    with short_folder() as folder:
+        kinds: dict[str, Any] = {
+            name: {"resources": {**resources, "object_store_memory": 100 * 2**20}, "node_config": {}, "min_workers": 0, "max_workers": most}
+            for name, (resources, most) in types.items()
+        }
+        kinds["ray.head.default"] = {"resources": {}, "node_config": {}, "max_workers": 0}
+        provider = {"type": "fake_multinode", "gcs_address": address, "head_node_id": _HEAD_NODE, "launch_multiple": True}
+        flags = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check", "foreground_node_launch")
+        config = {
+            "cluster_name": "fake",
+            "max_workers": sum(most for _, most in types.values()),
+            "upscaling_speed": 100.0,
+            "idle_timeout_minutes": 5,
+            "provider": provider | dict.fromkeys(flags, True),
+            "available_node_types": kinds,
+            "head_node_type": "ray.head.default",
+            **{name: {} for name in ("auth", "docker", "file_mounts")},
+            **{name: [] for name in _EMPTY_LISTS},
+            "file_mounts_sync_continuously": False,
+        }
+        file = folder / "autoscaling.json"
+        file.write_text(json.dumps(config))
+        mark = os.urandom(8).hex()
+        environment = {
+            **os.environ,
+            "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+            "RAY_FAKE_CLUSTER": "1",
+            "RAY_enable_autoscaler_v2": "1",
+            "RAY_CLOUD_INSTANCE_ID": _HEAD_NODE,
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_NODE,
+            "RAY_AUTH_MODE": "disabled",
+            MARK: mark,
+        }
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", f"--autoscaling-config={file}"]
+        command += ["--node-ip-address=127.0.0.1", "--num-cpus=0", "--num-gpus=0", "--object-store-memory=104857600"]
+        command += ["--include-dashboard=false", f"--temp-dir={folder}"]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        try:
+            yield address
+        finally:
+            end_marked(mark, 0.0)

@@ -17,7 +17,7 @@ USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's UsageError; newer versions of typer carry a click of their own."""
 _TYPER_INTERRUPTED = 130
 """What newer versions of typer make of a KeyboardInterrupt."""
-_INTERRUPTED = "interrupted; give the same command again to go on where it stopped"
+_INTERRUPTED = "interrupted; give the same command again: saved work is not done twice"
 
 
 class _Output(io.FileIO):

@@ -54,8 +54,8 @@ def extract(
             with cluster.connect(address, debug) as ray:
                 placed = layout("extract", config, cluster.read_cluster(ray, config), len(run.todo))
                 plan = FeaturePlan(config, networks, arrow, progress.start_counts(), placed)
-                stage, batch = partial(feature_stage, plan=plan, debug=debug), config.resources.batch_size
-                work = Work(plan.first_pool, placed["writer"], stage, arrow, plan.counts, batch)
+                stage = partial(feature_stage, plan=plan, debug=debug)
+                work = Work(plan.first_pool, placed["writer"], stage, arrow, plan.counts)
                 seconds = run_bulk("extract", run, work, show=show_progress, wait_s=wait_s)
         return run.close(seconds, lambda: {"weights": loaded.hashes()})
 

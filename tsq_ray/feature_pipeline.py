@@ -6,8 +6,7 @@ On CPUs each worker decodes, in a killable child, and encodes; beside GPUs decod
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,15 +107,15 @@ class FeaturePlan:
 def feature_stage(data: Any, plan: FeaturePlan, debug: bool) -> Any:
     """Dataset of manifest rows -> dataset of transport tables of feature rows."""
     context, batch = cluster.quiet_data(debug), plan.config.resources.batch_size
-    common: dict[str, Any] = {"batch_size": batch, "fn_constructor_args": (plan,)}
+    common: dict[str, Any] = {"fn_constructor_args": (plan,)}
     parts.hand_on_after(context, plan.schema, batch)
     if "worker" in plan.layout.pools:
-        return data.map_batches(ExtractWorker, **common, **parts.pool_options(plan.layout["worker"]))
+        return data.map_batches(ExtractWorker, batch_size=None, **common, **parts.pool_options(plan.layout["worker"]))
     # frames of a batch stay together on their way
     frames = sum(spec.size**2 * 3 for spec in plan.specs().values()) * plan.config.decode.num_frames
     context.target_max_block_size = max(context.target_max_block_size, batch * frames)
-    data = data.map_batches(DecodeWorker, **common, **parts.pool_options(plan.layout["decoder"]))
-    return data.map_batches(EncodeWorker, **common, **parts.pool_options(plan.layout["encoder"]))
+    data = data.map_batches(DecodeWorker, batch_size=None, **common, **parts.pool_options(plan.layout["decoder"]))
+    return data.map_batches(EncodeWorker, batch_size=batch, **common, **parts.pool_options(plan.layout["encoder"]))
 
 
 def feature_row(ref: VideoRef, video: DecodedVideo | VideoError | StorageError, features: FrameFeatures | None) -> dict[str, Any]:
@@ -138,34 +137,37 @@ class ExtractWorker:
         self.encode = plan.start_encode()
         self.pool = DecodePool(plan.config.decode, plan.specs(), 1)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Manifest rows -> transport table of feature rows."""
-        refs = parts.refs_of(batch)
-        futures: list[Future[Any]] = [self.pool.submit(source_of(ref)) for ref in refs]
-        rows = []
-        for ref, future in zip(refs, futures, strict=True):
-            video = future.result()
-            started = time.perf_counter()
-            features = self.encode([video])[0] if isinstance(video, DecodedVideo) else None
-            seconds = {parts.ENCODE_S: time.perf_counter() - started} if features is not None else {}
-            rows.append(feature_row(ref, video, features) | seconds)
-        self.plan.counts.add.remote([row.get("error_type") for row in rows])
-        return parts.transport_table(rows, self.plan.schema)
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        """Manifest rows -> transport tables of feature rows."""
+        refs, size = parts.refs_of(block), self.plan.config.resources.batch_size
+        videos = self.pool.outcomes([source_of(ref) for ref in refs], size)
+        for batch in parts.batches(refs, size):
+            rows = [self._row(ref, next(videos)) for ref in batch]
+            yield parts.transport_table(rows, self.plan.schema, self.plan.counts)
+
+    def _row(self, ref: VideoRef, video: DecodedVideo | VideoError | StorageError) -> dict[str, Any]:
+        started = time.perf_counter()
+        features = self.encode([video])[0] if isinstance(video, DecodedVideo) else None
+        seconds = {parts.ENCODE_S: time.perf_counter() - started} if features is not None else {}
+        return feature_row(ref, video, features) | seconds
 
 
 class DecodeWorker:
     """Decode alone, beside GPU encoders: frames travel as bytes through the object store."""
 
     def __init__(self, plan: FeaturePlan) -> None:
-        self.names = list(plan.specs())
+        self.names, self.batch_size = list(plan.specs()), plan.config.resources.batch_size
         self.pool = DecodePool(plan.config.decode, plan.specs(), 1)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         """Manifest rows -> the same rows with the decoded frames or the failure."""
-        packed = [pack_video(video, self.names) for video in self.pool.decode([source_of(ref) for ref in parts.refs_of(batch)])]
-        for name, column_type in packed_fields(self.names).items():
-            batch = batch.append_column(name, pa.array([row.get(name) for row in packed], column_type))
-        return batch
+        videos = self.pool.outcomes([source_of(ref) for ref in parts.refs_of(block)], self.batch_size)
+        for start in range(0, len(block), self.batch_size):
+            batch = block.slice(start, self.batch_size)
+            packed = [pack_video(next(videos), self.names) for _ in range(len(batch))]
+            for name, column_type in packed_fields(self.names).items():
+                batch = batch.append_column(name, pa.array([row.get(name) for row in packed], column_type))
+            yield batch
 
 
 class EncodeWorker:
@@ -189,8 +191,7 @@ class EncodeWorker:
         live = [row for row in rows if "visual" in row]
         for row in live:
             row[parts.ENCODE_S] = (time.perf_counter() - started) / len(live)
-        self.plan.counts.add.remote([row.get("error_type") for row in rows])
-        return parts.transport_table(rows, self.plan.schema)
+        return parts.transport_table(rows, self.plan.schema, self.plan.counts)
 
 
 _FRAMES = "frames_"

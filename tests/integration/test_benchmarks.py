@@ -14,7 +14,6 @@ from video_case import write_video
 
 from tsq_ray import runs
 from tsq_ray.manifest import build_manifest, read_manifest, write_manifest
-from tsq_ray.runs.done import done_rows, pick_current, still_to_do
 from tsq_ray.runs.folder import begin
 
 REPO = Path(__file__).resolve().parents[2]
@@ -137,14 +136,13 @@ def test_scale_prints_its_tables() -> None:
 def test_scale_makes_up_runs_that_add_up(tmp_path: Path) -> None:
     from jobs.benchmarks import scale as benchmark
 
-    config, uri, out = benchmark._config(), str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
-    write_manifest(benchmark.made_up_manifest(300), uri)
+    uri, out = str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
+    write_manifest(benchmark._manifest(benchmark.made_up_rows(0, 300)), uri)
     manifest = read_manifest(uri)
     begin(out, "features", runs.Identity.of(), manifest)
-    arrow = benchmark.extracting.choose_networks(config, None, None)[1].load().features_schema(config, manifest.classes)
-    benchmark._write_parts(out, manifest.rows[:290], arrow, config)
-    todo = still_to_do(manifest.rows, pick_current(done_rows(out), manifest))
-    assert todo == manifest.rows[290:]
-    benchmark._write_parts(out, todo, arrow, config)
-    benchmark._close(uri, out, config)
+    benchmark.write_parts(out, manifest.rows[:290], 300)
+    with benchmark.enter(out, manifest, benchmark._config()) as run:
+        assert run.todo == manifest.rows[290:]
+        benchmark.write_parts(out, run.todo, 300)
+        run.close({}, dict)
     assert runs.read_run(out)["counts"]["ok"] == 300

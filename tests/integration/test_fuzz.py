@@ -18,7 +18,6 @@ from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import failed_row, identity_row, source_columns, source_of
-from tsq_ray.runs.done import done_rows
 
 pytestmark = pytest.mark.data
 
@@ -79,9 +78,9 @@ def check_rows(rows: list[dict[str, object]], refs: list[VideoRef], folder: Path
     assert late == {}, "a file may cost its time limit and two seconds"
     arrow = schema.features_schema(NUM_FRAMES, 2, None, None)
     table = schema.table_from_rows([{key: value for key, value in row.items() if key != "seconds"} for row in rows], arrow)
-    runs.write_part(str(folder), table, "zstd")
-    done = done_rows(str(folder))
-    assert Counter(done.table["status"].to_pylist()) == Counter(str(row["status"]) for row in rows)
+    name = runs.write_part(str(folder), table, "zstd")
+    done = runs.read_part(str(folder / name))
+    assert Counter(done["status"].to_pylist()) == Counter(str(row["status"]) for row in rows)
     assert pa.compute.count_distinct(table["video_id"]).as_py() == len(refs)
 
 

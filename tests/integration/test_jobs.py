@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster_case import MARK, Chain, Chains, end_marked, read_rows, short_folder, tsq
+from cluster_case import MARK, Chain, Chains, Driver, end_marked, read_rows, short_folder, tsq
 from s3_case import free_ports
 
 pytestmark = pytest.mark.ray
@@ -122,6 +122,18 @@ def test_submit(head: Head, chain: Chain, tmp_path: Path) -> None:
     assert "18 inputs = " in text, "the job's own output is shown"
     assert tsq("verify", out, "--json").json["counts"]["skipped_by"] == {"split": 0, "limit": 15}
     assert read_rows(out).num_rows == 3
+
+
+def test_an_interrupted_follower_says_that_the_job_runs_on(head: Head, chain: Chain, repo_dir: Path, tmp_path: Path) -> None:
+    argv = ["extract", chain.manifest, "--out", tmp_path / "out", "--config", chain.settings, "--submit", "--address", head.url]
+    with Driver(argv, tmp_path / "run", head.environment) as driver:
+        driver.wait_until(lambda: "job: " in (tmp_path / "run.err").read_text())
+        driver.interrupt()
+        ended = driver.ended()
+    assert ended.code == 1
+    job = ended.err.split()[1]
+    assert f"the job runs on: see `ray job logs --follow {job}`, end it with `ray job stop {job}`" in ended.err.splitlines()[-1]
+    run(head, [RAY, "job", "stop", job, "--address", head.url], repo_dir)
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])

@@ -87,7 +87,7 @@ def test_interrupted_it_says_how_to_go_on(chain: Chain, tmp_path: Path) -> None:
         driver.interrupt()
         ended = driver.ended()
     assert (ended.code, ended.out) == (1, "")
-    assert ended.err.splitlines()[-1] == "error: interrupted; give the same command again to go on where it stopped"
+    assert ended.err.splitlines()[-1] == "error: interrupted; give the same command again: saved work is not done twice"
     done = tsq(*argv)
     assert re.search(r"^done now \d+, before \d+$", done.out, re.MULTILINE), done.out
     check_folder(out)

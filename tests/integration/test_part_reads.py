@@ -6,8 +6,8 @@ import numpy as np
 from proxy_case import S3Proxy
 
 from tsq_ray import runs, schema, storage
-from tsq_ray.manifest import VideoRef
-from tsq_ray.runs.done import done_rows
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows
+from tsq_ray.runs.done import OK, read_done
 
 FOLDER = "s3://tsq-other/part-reads"
 ROWS, NUM_FRAMES, DIM = 128, 50, 1280
@@ -15,19 +15,23 @@ ROWS, NUM_FRAMES, DIM = 128, 50, 1280
 
 def test_what_is_done_is_known_without_reading_the_features(s3_proxy: S3Proxy) -> None:
     rng = np.random.default_rng(0)
+    refs = [VideoRef(f"{i:016x}", f"s3://tsq-videos/a/long/enough/name/{i:08}.mp4", 10**6 + i, f"{i:032x}") for i in range(ROWS)]
     rows = [
-        vars(VideoRef(f"{i:016x}", f"s3://tsq-videos/a/long/enough/name/{i:08}.mp4", 10**6 + i, f"{i:032x}"))
+        vars(ref)
         | {"status": "ok", "warnings": [], "visual": rng.standard_normal((NUM_FRAMES, DIM)).astype(np.float16)}
         | {"frame_index": np.arange(NUM_FRAMES), "frame_pts_s": np.arange(NUM_FRAMES) / 10}
-        for i in range(ROWS)
+        for ref in refs
     ]
     name = runs.write_part(FOLDER, schema.table_from_rows(rows, schema.features_schema(NUM_FRAMES, DIM, ["a"])), "zstd")
     size = storage.stat(f"{FOLDER}/{name}").size_bytes
     assert size > 10_000_000
     s3_proxy.sent = 0
-    done = done_rows(FOLDER)
-    assert (len(done), done.table["status"].to_pylist()) == (ROWS, ["ok"] * ROWS)
+    done = read_done(FOLDER, Manifest(VideoRows.of(refs), ["a"]))
+    assert (len(done.rows), done.rows["flags"].tolist()) == (ROWS, [OK] * ROWS)
     assert s3_proxy.sent < 100_000
+    s3_proxy.sent = 0
+    assert read_done(FOLDER, done.manifest, done).rows.tolist() == done.rows.tolist()
+    assert s3_proxy.sent < 10_000, "a part that was read is not read again"
     s3_proxy.sent = 0
     assert runs.read_part(f"{FOLDER}/{name}").num_rows == ROWS
     assert s3_proxy.sent < 1.02 * size

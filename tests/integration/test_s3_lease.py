@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from typing import get_args
 
 import pytest
 from proxy_case import S3Proxy, Trouble
+from race_case import Kind, check_one_writer_wins
 from s3_case import S3Server
 
 from tsq_ray import storage
@@ -25,28 +25,10 @@ def folder() -> str:
     return f"s3://tsq-other/lease/{uuid.uuid4().hex}"
 
 
-def _create(uri: str, number: int) -> bool:
-    return storage.create_bytes(uri, b"%d" % number)
-
-
-def _replace(uri: str, number: int) -> bool:
-    return storage.replace_bytes(uri, b"old", b"%d" % number)
-
-
-@pytest.mark.parametrize("write", [_create, _replace])
-def test_of_many_writers_one_succeeds(
-    s3: S3Server,
-    folder: str,
-    write: Callable[[str, int], bool],
-) -> None:
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_of_many_writers_one_succeeds(s3: S3Server, folder: str, kind: Kind) -> None:
     for attempt in range(5):
-        uri = f"{folder}/{attempt}"
-        if write is _replace:
-            storage.write_bytes(uri, b"old")
-        with ThreadPoolExecutor(WRITERS) as pool:
-            won = list(pool.map(lambda number, at=uri: write(at, number), range(WRITERS)))
-        assert sum(won) == 1
-        assert storage.read_bytes(uri) == b"%d" % won.index(True)
+        check_one_writer_wins(kind, f"{folder}/{attempt}", WRITERS)
 
 
 def test_a_store_that_knows_no_conditions_still_writes(s3_proxy: S3Proxy, folder: str) -> None:

@@ -21,7 +21,7 @@ from tsq_ray.console import estimate_text, run_text
 from tsq_ray.errors import ERROR_TYPES
 from tsq_ray.manifest import read_manifest
 from tsq_ray.runs.bulk import accounting
-from tsq_ray.runs.done import done_rows, pick_current
+from tsq_ray.runs.done import read_done
 from tsq_ray.runs.folder import begin, finish
 
 Answer = tuple[int, str, str]
@@ -266,7 +266,7 @@ def finished_run(folder: Path, manifest_uri: str, status: str = "failed") -> Pat
         for ref in manifest.rows
     ]
     runs.write_part(str(folder), schema.table_from_rows(rows, schema.features_schema(2, 4, manifest.classes)), "zstd")
-    counts = accounting(manifest, None, pick_current(done_rows(str(folder)), manifest))
+    counts = accounting(read_done(str(folder), manifest), None)
     finish(str(folder), "features", "complete", manifest, counts, {})
     return folder
 

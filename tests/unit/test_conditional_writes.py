@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from botocore.exceptions import ClientError
+from race_case import Kind, check_one_writer_wins
 
 from tsq_ray import storage
 from tsq_ray.advice import is_refused_condition
@@ -40,27 +40,10 @@ def test_a_file_is_replaced_if_it_is_the_expected_one(uri: str) -> None:
     assert storage.read_bytes(uri) == b"new"
 
 
-def _create(uri: str, number: int) -> bool:
-    return storage.create_bytes(uri, b"%d" % number)
-
-
-def _replace(uri: str, number: int) -> bool:
-    return storage.replace_bytes(uri, b"old", b"%d" % number)
-
-
-@pytest.mark.parametrize("write", [_create, _replace])
-def test_of_many_local_writers_one_succeeds(
-    tmp_path: Path,
-    write: Callable[[str, int], bool],
-) -> None:
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_of_many_local_writers_one_succeeds(tmp_path: Path, kind: Kind) -> None:
     for attempt in range(20):
-        path = tmp_path / str(attempt)
-        if write is _replace:
-            path.write_bytes(b"old")
-        with ThreadPoolExecutor(WRITERS) as pool:
-            won = list(pool.map(lambda number, at=str(path): write(at, number), range(WRITERS)))
-        assert sum(won) == 1
-        assert path.read_bytes() == b"%d" % won.index(True)
+        check_one_writer_wins(kind, str(tmp_path / str(attempt)), WRITERS)
     assert len(list(tmp_path.iterdir())) == 20, "a temporary file is left"
 
 

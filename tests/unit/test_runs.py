@@ -19,7 +19,7 @@ from tsq_ray.config import Config
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest, write_manifest
 from tsq_ray.runs.bulk import BulkRun, Selection, retry_reasons, todo_without_entering
-from tsq_ray.runs.done import Current, done_rows, pick_current, still_to_do
+from tsq_ray.runs.done import FAILED, Done, read_done, still_to_do
 from tsq_ray.runs.folder import CONFIG_FILE, RUN_FILE, begin, part_name, prune, reopen
 from tsq_ray.runs.lease import LEASE_FILE
 from tsq_ray.runs.verify import verify
@@ -76,8 +76,8 @@ class Folder:
             os.utime(self.path / name, (time, time))
         return name
 
-    def current(self) -> Current:
-        return pick_current(done_rows(self.uri), self.manifest)
+    def current(self) -> Done:
+        return read_done(self.uri, self.manifest)
 
     def left(self, *retry: str) -> list[str]:
         """URIs of the videos that a run would do."""
@@ -135,7 +135,7 @@ def test_a_damaged_part_is_named(folder: Folder) -> None:
     name = folder.write(row(ref(1)))
     (folder.path / name).write_bytes((folder.path / name).read_bytes()[:100])
     with pytest.raises(RunError, match=f"{name}: not readable as Parquet .*; delete it and run again"):
-        done_rows(folder.uri)
+        read_done(folder.uri, folder.manifest)
 
 
 # --------------------------------------------------------------------------------------------------------------- begin
@@ -246,17 +246,14 @@ def test_of_several_rows_the_ok_one_counts_then_the_newest(folder: Folder) -> No
     folder.write(row(ref(1), "timeout"), row(ref(2), "timeout"), age=50)
     newest = folder.write(row(ref(2), "corrupt"), row(ref(3)), age=1)
     current = folder.current()
-    names = [part.name for part in current.rows.parts]
-    assert {row["video_id"]: (names[row["part"]], row["error_type"]) for row in current.table.to_pylist()} == {
-        ref(1).video_id: (ok, None),
-        ref(2).video_id: (newest, "corrupt"),
-        ref(3).video_id: (newest, None),
-    }
+    names = [part.name for part in current.parts]
+    found = [(names[row["part"]], ERROR_TYPES[row["error"]] if row["flags"] & FAILED else None) for row in current.counting]
+    assert found == [(ok, None), (newest, "corrupt"), (newest, None)]
 
 
 def test_rows_of_deleted_videos_do_not_count(folder: Folder) -> None:
     folder.write(row(ref(9)), row(ref(1)))
-    assert folder.current().table["video_id"].to_pylist() == [ref(1).video_id]
+    assert folder.current().row.tolist() == [1, -1, -1]
 
 
 # ------------------------------------------------------------------------------------------------------ prune and close

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import itertools
 import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.forkserver
@@ -21,7 +22,7 @@ import resource
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -200,7 +201,16 @@ class DecodePool:
 
     def decode(self, sources: Sequence[VideoSource]) -> list[Outcome]:
         """One outcome a source, in the same order; a video's failure is its outcome, never raised."""
-        return [future.result() for future in [self.submit(source) for source in sources]]
+        return list(self.outcomes(sources, len(sources)))
+
+    def outcomes(self, sources: Sequence[VideoSource], ahead: int) -> Iterator[Outcome]:
+        """As `decode`, one after another; at most `ahead` of them are decoded before they are asked for."""
+        left = iter(sources)
+        submitted = deque(self.submit(source) for source in itertools.islice(left, max(1, ahead)))
+        while submitted:
+            outcome = submitted.popleft().result()
+            submitted.extend(self.submit(source) for source in itertools.islice(left, 1))
+            yield outcome
 
     def submit(self, source: VideoSource) -> Future[Outcome]:
         """`result()` gives the DecodedVideo, or the VideoError or StorageError of this video, and does not raise it.

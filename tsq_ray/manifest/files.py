@@ -32,6 +32,8 @@ MAX_FILE_ROWS = 1_000_000
 SHARD_ROWS = 500_000
 """About 35 MB on storage and 70 MB in memory."""
 _ROW_GROUP = 100_000
+_MAPPED_ROWS = 100_000
+"""Tables with more rows than this lie in a file that is mapped into memory."""
 _SHARD = re.compile(r"part-\d{5}-[0-9a-f]{12}\.parquet")
 _VIDEO_ID = "^[0-9a-f]{16}$"
 _TRIES = 3
@@ -231,7 +233,21 @@ def _read_shard(uri: str, what: str) -> _Shard:
     metadata = table.schema.metadata or {}
     classes = schema.classes_of(table.schema)
     identity = json.loads(metadata.get(schema.MANIFEST_KEY, b"{}"))
-    return _Shard(storage.name_of(uri), _conform(table, classes, what), classes, identity, digest)
+    return _Shard(storage.name_of(uri), _mapped(_conform(table, classes, what)), classes, identity, digest)
+
+
+def _mapped(table: pa.Table) -> pa.Table:
+    """A large table as one that lies in a file without a name: the system keeps of it in memory what there is room for."""
+    if len(table) <= _MAPPED_ROWS:
+        return table
+    try:
+        with tempfile.NamedTemporaryFile(prefix="tsq-manifest-") as file:
+            with pa.ipc.new_file(file, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            file.flush()
+            return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
+    except OSError:  # no room on the disk
+        return table
 
 
 def _read_columns(file: BinaryIO) -> pa.Table:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from itertools import islice
 from typing import Any, overload
 
@@ -30,15 +33,18 @@ class VideoRef:
 
 
 _NAMES = [column.name for column in schema.MANIFEST]
-_CONTENT = ["size_bytes", "etag", "modified"]
 _ID_BYTES = 16
+_VIDEO_ID = re.compile("[0-9a-f]{16}")
+_DIGIT_OF = np.full(256, 255, np.uint8)
+"""The value of each ASCII hex digit, 255 of anything else."""
+_DIGIT_OF[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 _CHUNK = 10_000
 _COMPARED = 100_000
 """Rows that are copied at a time to be compared."""
 
 
 class VideoRows(Sequence[VideoRef]):
-    """Manifest rows as an Arrow table; a VideoRef is made when it is asked for. A million take 150 MB, as objects they would take 1 GB."""
+    """Manifest rows as an Arrow table; a VideoRef is made when it is asked for. A million take 150 MB (`manifest.files` leaves those on the disk), as objects they would take 1 GB."""
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table.select(_NAMES)
@@ -84,32 +90,77 @@ class VideoRows(Sequence[VideoRef]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    @cached_property
+    def _by_key(self) -> tuple[np.ndarray, np.ndarray]:
+        """Keys of the ids, ascending, and the row of each: 12 bytes a row."""
+        keys = keys_of(self.ids)
+        order = np.argsort(keys, kind="stable").astype(np.int32)
+        return keys[order], order
+
     def places(self, ids: pa.ChunkedArray) -> np.ndarray:
-        """int64: the row of each id, -1 where it has none."""
-        return pc.fill_null(pc.index_in(ids, value_set=self.ids.combine_chunks()), -1).to_numpy().astype(np.int64)
+        """int32: the row of each id, -1 where it has none."""
+        return self.places_of(keys_of(ids))
+
+    def places_of(self, keys: np.ndarray) -> np.ndarray:
+        """As `places`, by `keys_of` the ids."""
+        known, order = self._by_key
+        places = np.full(len(keys), -1, np.int32)
+        if len(known):
+            found = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            hit = known[found] == keys
+            places[hit] = order[found[hit]]
+        return places
+
+    @cached_property
+    def _pieces(self) -> tuple[list[pa.RecordBatch], np.ndarray]:
+        """The table's chunks, and where each begins."""
+        batches = self.table.to_batches()
+        return batches, np.cumsum([0, *(batch.num_rows for batch in batches)])
+
+    def take(self, places: np.ndarray) -> VideoRows:
+        """The rows at these places, in this order. Arrow's own would first make one piece of a table that is many."""
+        batches, bounds = self._pieces
+        order = np.argsort(places, kind="stable")
+        ascending = places[order]
+        cuts = np.searchsorted(ascending, bounds)
+        taken = [self.table.schema.empty_table()]
+        for batch, bound, first, last in zip(batches, bounds, cuts, cuts[1:], strict=False):
+            if last > first:
+                taken.append(pa.Table.from_batches([batch.take(pa.array(ascending[first:last] - bound))]))
+        back = np.empty(len(order), np.int64)
+        back[order] = np.arange(len(order))
+        return VideoRows(pa.concat_tables(taken).combine_chunks().take(pa.array(back)))
 
     def duplicate(self) -> tuple[str, list[int]] | None:
         """An id that two rows have, and their numbers: a run over them would miss one. None where each id has one row."""
-        if pc.all(pc.equal(pc.binary_length(self.ids), _ID_BYTES), min_count=0).as_py():
-            keys = np.concatenate([np.zeros(0, np.uint64), *map(_short_keys, self.ids.chunks)])
-            keys.sort()
-            if (keys[1:] != keys[:-1]).all():
-                return None
-        if pc.count_distinct(self.ids).as_py() == len(self):
+        keys, order = self._by_key
+        twice = np.flatnonzero(keys[1:] == keys[:-1])
+        if not len(twice):
             return None
-        counts = pc.value_counts(self.ids)
-        twice = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"]
-        return twice.as_py(), np.flatnonzero(pc.equal(self.ids, twice).to_numpy())[:2].tolist()
+        numbers = sorted(order[twice[0] : twice[0] + 2].tolist())
+        return self.ids[numbers[0]].as_py(), numbers
 
 
-def _short_keys(ids: pa.Array) -> np.ndarray:
-    """uint64 [N]: the same of equal ids, nearly always another of others.
+def keys_of(ids: pa.ChunkedArray) -> np.ndarray:
+    """uint64 [N]: the number that an id of 16 hex digits is; of any other id, a hash."""
+    return np.concatenate([np.zeros(0, np.uint64), *map(_keys, ids.chunks)])
 
-    Sorted, they take 8 MB a million; a hash table of the ids themselves takes 60 MB.
-    """
-    wide = ids.cast(pa.binary()).cast(pa.binary(_ID_BYTES))
-    halves = np.frombuffer(wide.buffers()[1], np.uint64, 2 * len(wide), wide.offset * _ID_BYTES).reshape(-1, 2)
-    return halves[:, 0] * np.uint64(0x9E3779B97F4A7C15) + halves[:, 1]
+
+def _keys(ids: pa.Array) -> np.ndarray:
+    if pc.all(pc.equal(pc.binary_length(ids), _ID_BYTES), min_count=0).as_py():
+        wide = ids.cast(pa.binary()).cast(pa.binary(_ID_BYTES))
+        digits = _DIGIT_OF[np.frombuffer(wide.buffers()[1], np.uint8, _ID_BYTES * len(wide), wide.offset * _ID_BYTES)].reshape(
+            -1, _ID_BYTES
+        )
+        if (digits < 16).all():
+            return (digits[:, 0::2] << 4 | digits[:, 1::2]).view(">u8").ravel().astype(np.uint64)
+    return np.array([_key(video_id) for video_id in ids.to_pylist()], np.uint64)
+
+
+def _key(video_id: str) -> int:
+    if _VIDEO_ID.fullmatch(video_id):
+        return int(video_id, 16)
+    return int.from_bytes(hashlib.blake2b(video_id.encode(), digest_size=8).digest(), "big")
 
 
 def _ref(record: dict[str, Any]) -> VideoRef:
@@ -149,11 +200,9 @@ def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
 def same_as_before(rows: VideoRows, old: VideoRows, before: np.ndarray) -> np.ndarray:
     """bool: `same_contents` of each row and of the old row that `before` numbers; False where that is -1."""
     same = np.zeros(len(rows), bool)
-    old_table = old.table.select(_CONTENT).combine_chunks()
     for start in range(0, len(rows), _COMPARED):
         known = start + np.flatnonzero(before[start : start + _COMPARED] >= 0)
-        here = rows.table.select(_CONTENT).take(pa.array(known))
-        same[known] = same_contents(here, old_table.take(pa.array(before[known])))
+        same[known] = same_contents(rows.take(known).table, old.take(before[known]).table)
     return same
 
 

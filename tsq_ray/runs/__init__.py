@@ -6,7 +6,8 @@ tells whether it is the same work, `lease` who may write, `bulk` is one run from
 """
 
 from tsq_ray.runs.bulk import BulkRun, Selection, todo_without_entering
-from tsq_ray.runs.done import list_parts, read_part
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import list_parts
 from tsq_ray.runs.folder import (
     CONFIG_FILE,
     FORMAT,

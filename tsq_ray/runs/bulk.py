@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -17,7 +18,7 @@ from tsq_ray import storage
 from tsq_ray.config import Config
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRows, choose_split
-from tsq_ray.runs.done import Current, done_rows, outdated_labels, pick_current, still_to_do
+from tsq_ray.runs.done import FAILED, OK, WARNED, Done, outdated_labels, read_done, still_to_do
 from tsq_ray.runs.folder import (
     RUN_FILE,
     Kind,
@@ -59,13 +60,9 @@ class Selection:
         wanted = choose_split(manifest, split)[:limit]
         return cls(manifest, wanted, split, retry_reasons(retry_failed))
 
-    def todo(self, uri: str) -> VideoRows:
-        """The wanted videos that are still to do in a run folder, which may not exist yet."""
-        current = pick_current(done_rows(uri), self.manifest)
-        todo = still_to_do(self.wanted, current, self.retry)
-        del current
-        _free_memory()
-        return todo
+    def todo(self, done: Done) -> VideoRows:
+        """The wanted videos that are still to do in a run folder, of which `done` is known."""
+        return still_to_do(self.wanted, done, self.retry)
 
 
 def retry_reasons(retry: str | None) -> tuple[str, ...]:
@@ -89,7 +86,7 @@ def todo_without_entering(out: str, kind: Kind, selection: Selection) -> VideoRo
     RunError if the folder belongs to something else, to another kind of run or manifest.
     """
     check_folder(out, kind, selection.manifest)
-    return selection.todo(out)
+    return selection.todo(read_done(out, selection.manifest))
 
 
 class BulkRun:
@@ -122,6 +119,7 @@ class BulkRun:
         self.started = time.time() if started is None else started
         self.lease = Lease(out, take_over=take_over)
         self._held = contextlib.ExitStack()
+        self._done: Done | None = None
 
     def __enter__(self) -> BulkRun:
         # before the lease: a folder of something else gets no file, and nobody waits for a refusal
@@ -129,7 +127,7 @@ class BulkRun:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.lease)
             begin(self.out, self.kind, self.identity, self.selection.manifest)
-            self.todo = self.selection.todo(self.out)
+            self.todo = self.find_todo()
             if self.todo:
                 reopen(self.out)
             self._held = stack.pop_all()
@@ -137,6 +135,13 @@ class BulkRun:
 
     def __exit__(self, *error: object) -> None:
         self._held.close()
+
+    def find_todo(self) -> VideoRows:
+        """The wanted videos that have no row now."""
+        self._done = read_done(self.out, self.selection.manifest, self._done)
+        todo = self.selection.todo(self._done)
+        _free_memory()
+        return todo
 
     def check(self) -> None:
         """RunFailed if another run took the folder over: then nothing may be written any more."""
@@ -171,15 +176,15 @@ class BulkRun:
     ) -> dict[str, Any]:
         self.check()
         _free_memory()
-        current = self._current()
-        counts = accounting(self.selection.manifest, self.selection.split, current)
+        done = self._read_done()
+        counts = accounting(done, self.selection.split)
         finished = read_json(storage.join(self.out, RUN_FILE))
-        if finished is not None and self._is_up_to_date(finished, counts, current):
+        if finished is not None and self._is_up_to_date(finished, counts, done):
             return finished | {"videos_done_now": 0, "already_done": True}
         reopen(self.out)
-        current = self._tidy(current)
+        done = self._tidy(done)
         wanted = self.selection.wanted
-        lost = wanted.table["uri"].filter(pa.array(current.row_of(wanted) < 0))
+        lost = wanted.table["uri"].filter(pa.array(done.row_of(wanted) < 0))
         status = "failed" if lost else "complete"
         record = self._record(seconds) | dict(more())
         self.check()
@@ -191,29 +196,30 @@ class BulkRun:
             )
         return run
 
-    def _current(self) -> Current:
-        return pick_current(done_rows(self.out), self.selection.manifest)
+    def _read_done(self) -> Done:
+        self._done = read_done(self.out, self.selection.manifest, self._done)
+        return self._done
 
     def _is_up_to_date(
         self,
         finished: Mapping[str, Any],
         counts: Mapping[str, Any],
-        current: Current,
+        done: Done,
     ) -> bool:
         """Whether `_run.json` says already what this run would write."""
         same_manifest = finished.get("manifest", {}).get("sha256") == self.selection.manifest.sha256
         if self.todo or not same_manifest or finished["counts"] != counts:
             return False
-        return len(current) == len(current.rows) and not outdated_labels(current)
+        return bool(done.counts().all()) and not outdated_labels(done)
 
-    def _tidy(self, current: Current) -> Current:
+    def _tidy(self, done: Done) -> Done:
         """Take out rows that do not count and renew labels that changed; the rows that are left."""
         compression = self.config.output.compression
-        if len(current) < len(current.rows):
-            prune(self.out, current, compression)
-            current = self._current()
-        relabel(self.out, outdated_labels(current), current, compression)
-        return current
+        if not done.counts().all():
+            prune(self.out, done, compression)
+            done = self._read_done()
+        relabel(self.out, outdated_labels(done), done, compression)
+        return done
 
     def _record(self, seconds: Mapping[str, float]) -> dict[str, Any]:
         started = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(self.started))
@@ -228,27 +234,27 @@ class BulkRun:
         }
 
 
-def accounting(manifest: Manifest, split: str | None, current: Current) -> dict[str, Any]:
+def accounting(done: Done, split: str | None) -> dict[str, Any]:
     """inputs = ok + failed + skipped, failures by reason.
 
     What has no row was skipped by the split or by the limit.
     """
-    table = current.table
-    is_ok, is_failed = pc.equal(table["status"], "ok"), pc.equal(table["status"], "failed")
-    reasons = pc.value_counts(pc.fill_null(table["error_type"].filter(is_failed), "internal"))
-    by_type = Counter({record["values"]: record["counts"] for record in reasons.to_pylist()})
-    missing = manifest.rows.table["split"].filter(pa.array(current.row < 0))
+    manifest, rows = done.manifest, done.counting
+    flags = rows["flags"]
+    numbers = np.bincount(rows["error"][flags & FAILED > 0], minlength=len(ERROR_TYPES))
+    by_type = Counter({name: int(number) for name, number in zip(ERROR_TYPES, numbers, strict=True) if number})
+    missing = manifest.rows.table["split"].filter(pa.array(done.row < 0))
     by_split = 0
     if split is not None and len(missing):
         by_split = len(missing) - pc.sum(pc.equal(pc.fill_null(missing, ""), split)).as_py()
     return {
         "inputs": len(manifest.rows),
-        "ok": pc.sum(is_ok).as_py() or 0,
+        "ok": int((flags & OK > 0).sum()),
         "failed": by_type.total(),
         "skipped": len(missing),
         "skipped_by": {"split": by_split, "limit": len(missing) - by_split},
         "failed_by_type": dict(by_type.most_common()),
-        "with_warnings": pc.sum(pc.and_(is_ok, table["has_warnings"])).as_py() or 0,
+        "with_warnings": int((flags & (OK | WARNED) == OK | WARNED).sum()),
     }
 
 

@@ -1,4 +1,4 @@
-"""What the parts of a run folder hold: every row in short, as an Arrow table, and the one row of each video that counts.
+"""What the parts of a run folder hold, row by row in 18 bytes, and the one row of each video that counts.
 
 The same for ten videos and ten million: no step here makes an object a row.
 """
@@ -6,111 +6,100 @@ The same for ten videos and ten million: no step here makes an object a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from tsq_ray import schema, storage
-from tsq_ray.errors import RETRIED_ERROR_TYPES, RunError
-from tsq_ray.manifest import Manifest, VideoRef, VideoRows, same_contents
+from tsq_ray.errors import ERROR_TYPES, RETRIED_ERROR_TYPES
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows
+from tsq_ray.manifest.videos import keys_of, same_contents
+from tsq_ray.runs.columns import read_columns
 
-_IDENTITY = [column for column in schema.MANIFEST if column.name != "uri"]  # a third of what the rows take, and the id says it
-_CONTENT = ["size_bytes", "etag", "modified"]
-_BRIEF = [*(column.name for column in _IDENTITY), "status", "error_type", "warnings"]
-_SCHEMA = pa.schema(
-    [
-        *(column.field({}) for column in _IDENTITY),
-        pa.field("status", pa.string()),
-        pa.field("error_type", pa.string()),
-        pa.field("has_warnings", pa.bool_()),
-        pa.field("part", pa.int32()),
-    ]
-)
-EMPTY = _SCHEMA.empty_table()
-"""What `done_rows` finds in an empty folder."""
-_REMOTE_READERS = 16
-_COLUMN_READS = {"cache_type": "bytes", "block_size": 16 * 1024}
-"""Of some columns of a remote part: their own bytes, which lie side by side, and not the tensors behind them."""
-_COMPACT = 100
-"""Parts that are read ahead and put together at a time."""
-
-
-_ROWS = 100_000
-"""Rows that are copied at a time to be compared."""
+_BRIEF = [*(column.name for column in schema.MANIFEST if column.name != "uri"), "status", "error_type", "warnings"]
+_AT_A_TIME = 100
+"""Parts that are read and compared with the manifest together."""
+OK, FAILED, WARNED, OTHER_VERSION, RELABELLED = (1 << bit for bit in range(5))
+"""What `flags` says of a row: its status, whether it has warnings, whether the manifest names another version of the file, other labels or another split."""
+_UNKNOWN = ERROR_TYPES.index("internal")
+ROW = np.dtype([("key", np.uint64), ("place", np.int32), ("part", np.int32), ("flags", np.uint8), ("error", np.uint8)])
+"""A row of a part: `manifest.videos.keys_of` its id, its row in the manifest (-1: none), the number of its part, flags, and with which of ERROR_TYPES it failed, if it did."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part that was read: `age_s` orders rows of the same video (larger is newer), `start` and `num_rows` say which rows are its own."""
+    """A part that was read: `start` and `num_rows` say which rows are its own."""
 
-    name: str
-    age_s: float
+    file: storage.StoredFile
     classes: list[str]
     start: int
     num_rows: int
 
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return storage.name_of(self.file.uri)
 
-class DoneRows:
-    """Every row of every part, part after part; columns as in `_SCHEMA`, `part` the number of the part."""
-
-    def __init__(self, table: pa.Table, parts: list[Part]) -> None:
-        self.table, self.parts = table, parts
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def part_of(self) -> np.ndarray:
-        """int32: the number of each row's part."""
-        return self.table["part"].to_numpy()
+    @property
+    def age_s(self) -> float:
+        """Orders rows of the same video: larger is newer."""
+        return self.file.modified.timestamp() if self.file.modified else 0.0
 
 
-class Current:
-    """The one row of each video of a manifest that counts; `rows` without what the manifest itself says of the file.
+class Done:
+    """Every row of every part, part after part, and which of them count for a manifest."""
 
-    `place`: the manifest's row of each done row, -1 where it does not count as one. `row`: for each manifest row the number of its done
-    row, -1 where it has none.
-    """
-
-    def __init__(self, rows: DoneRows, manifest: Manifest, place: np.ndarray, row: np.ndarray) -> None:
-        self.rows, self.manifest, self.place, self.row = rows, manifest, place, row
+    def __init__(self, manifest: Manifest, parts: list[Part], rows: np.ndarray) -> None:
+        self.manifest, self.parts, self.rows = manifest, parts, rows
 
     @cached_property
-    def table(self) -> pa.Table:
+    def row(self) -> np.ndarray:
+        """int32: for each manifest row the number of the row that counts, -1 where it has none.
+
+        Of the rows of a video: of the file as the manifest has it, ok before failed, newest first.
+        """
+        place = self.rows["place"]
+        known = np.flatnonzero((place >= 0) & ~self.has(OTHER_VERSION))
+        row = np.full(len(self.manifest.rows), -1, np.int32)
+        row[place[known]] = known
+        again = known[np.bincount(place[known], minlength=len(row))[place[known]] > 1]
+        if len(again):
+            best = self._best_first(again)
+            places, first = np.unique(place[best], return_index=True)
+            row[places] = best[first]
+        return row
+
+    def has(self, flag: int) -> np.ndarray:
+        """bool: whether each row has this flag."""
+        return self.rows["flags"] & flag > 0
+
+    @property
+    def counting(self) -> np.ndarray:
         """The rows that count, in the manifest's order."""
-        return self.rows.table.take(pa.array(self.row[self.row >= 0]))
-
-    def row_of(self, videos: VideoRows) -> np.ndarray:
-        """int64: as `row`, for these videos of the manifest."""
-        if videos is self.manifest.rows:
-            return self.row.copy()
-        place = self.manifest.rows.places(videos.ids)
-        return np.where(place >= 0, self.row[place], -1)
-
-    def __len__(self) -> int:
-        return int((self.row >= 0).sum())
+        return self.rows[self.row[self.row >= 0]]
 
     def counts(self) -> np.ndarray:
-        """bool: whether each done row counts."""
+        """bool: whether each row counts."""
         mask = np.zeros(len(self.rows), bool)
         mask[self.row[self.row >= 0]] = True
         return mask
 
+    def row_of(self, videos: VideoRows) -> np.ndarray:
+        """int32: as `row`, for these videos of the manifest."""
+        if videos is self.manifest.rows:
+            return self.row
+        place = self.manifest.rows.places(videos.ids)
+        return np.where(place >= 0, self.row[place], -1)
 
-def read_part(part_uri: str, columns: list[str] | None = None) -> pa.Table:
-    """One part, or some of its columns. RunError where it is not readable as Parquet."""
-    try:
-        options = {} if columns is None else _COLUMN_READS
-        # both off: one of Arrow's threads may drop the file as the interpreter ends, which aborts the process
-        with storage.open_read(part_uri, **options) as file, pq.ParquetFile(file, pre_buffer=False) as part:
-            return part.read(columns=columns, use_threads=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise RunError(f"{storage.redact(part_uri)}: not readable as Parquet ({error}); delete it and run again") from None
+    def _best_first(self, numbers: np.ndarray) -> np.ndarray:
+        part = self.rows["part"][numbers]
+        age = np.array([part.age_s for part in self.parts])[part]
+        # parts are listed by name, so their numbers order as their names
+        return numbers[np.lexsort((numbers, -part, -age, ~self.has(OK)[numbers]))]
 
 
 def list_parts(uri: str) -> list[storage.StoredFile]:
@@ -119,92 +108,79 @@ def list_parts(uri: str) -> list[storage.StoredFile]:
     return [file for file in files if storage.name_of(file.uri).startswith("part-") and file.uri.endswith(".parquet")]
 
 
-def done_rows(uri: str) -> DoneRows:
-    """Every row of every part, in short."""
-    files = list_parts(uri)
-    known: dict[bytes, list[str]] = {}  # the class names are the same in nearly all parts
+def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
+    """Every row of every part of a run folder; a part that is as it was in `known` is not read again."""
     parts: list[Part] = []
-    tables: list[pa.Table] = []
+    found: list[np.ndarray] = [np.zeros(0, ROW)]
+    before = {part.file: part for part in known.parts} if known is not None else {}
     start = 0
-    with ThreadPoolExecutor(1 if storage.is_local(uri) else _REMOTE_READERS) as pool:
-        for first in range(0, len(files), _COMPACT):
-            some = files[first : first + _COMPACT]
-            read = []
-            for file, table in zip(some, pool.map(lambda file: read_part(file.uri, _BRIEF), some), strict=True):
-                names = (table.schema.metadata or {}).get(schema.CLASSES_KEY, b"[]")
-                classes = known.setdefault(names, json.loads(names) if names not in known else [])
-                age = file.modified.timestamp() if file.modified else 0.0
-                read.append(_brief(table, len(parts)))
-                parts.append(Part(storage.name_of(file.uri), age, classes, start, table.num_rows))
-                start += table.num_rows
-            # what Parquet decoded has room to spare, three times what it holds
-            tables.append(pa.concat_tables(read).combine_chunks())
-    return DoneRows(pa.concat_tables([EMPTY, *tables]), parts)
+    for file, (classes, rows) in _rows_of_parts(list_parts(uri), manifest, known, before):
+        rows["part"] = len(parts)
+        found.append(rows)
+        parts.append(Part(file, classes, start, len(rows)))
+        start += len(rows)
+    return Done(manifest, parts, np.concatenate(found))
 
 
-def _brief(table: pa.Table, number: int) -> pa.Table:
-    warned = pc.greater(pc.fill_null(pc.list_value_length(table["warnings"]), 0), 0)
-    part = pa.array(np.full(table.num_rows, number, np.int32))
-    columns = [*(table[name] for name in _BRIEF[:-1]), warned, part]
-    return pa.table(columns, schema=_SCHEMA)
+def _rows_of_parts(
+    files: Sequence[storage.StoredFile], manifest: Manifest, known: Done | None, before: dict[storage.StoredFile, Part]
+) -> Iterator[tuple[storage.StoredFile, tuple[list[str], np.ndarray]]]:
+    names: dict[bytes, list[str]] = {}  # the class names are the same in nearly all parts
+    for first in range(0, len(files), _AT_A_TIME):
+        some = files[first : first + _AT_A_TIME]
+        new = [file for file in some if file not in before]
+        tables = read_columns(new, _BRIEF)
+        read = iter(np.split(_compare(tables, manifest), np.cumsum([len(table) for table in tables])[:-1]) if tables else ())
+        left = iter(tables)
+        for file in some:
+            if file in before:
+                part = before[file]
+                assert known is not None
+                yield file, (part.classes, known.rows[part.start : part.start + part.num_rows].copy())
+            else:
+                text = (next(left).schema.metadata or {}).get(schema.CLASSES_KEY, b"[]")
+                yield file, (names.setdefault(text, json.loads(text) if text not in names else []), next(read))
 
 
-def other_version(rows: pa.Table, manifest: Manifest, place: np.ndarray) -> np.ndarray:
-    """Numbers of the rows that are of another version of their file than the manifest names; `place`: the manifest's row of each, or -1."""
-    theirs, ours = manifest.rows.table.select(_CONTENT).combine_chunks(), rows.select(_CONTENT)
-    other = [np.zeros(0, np.int64)]
-    for start in range(0, len(rows), _ROWS):
-        here = place[start : start + _ROWS]
-        known = here >= 0
-        same = same_contents(theirs.take(pa.array(here[known])), ours.slice(start, _ROWS).filter(pa.array(known)))
-        other.append(start + np.flatnonzero(known)[~same])
-    return np.concatenate(other)
+def _compare(tables: Sequence[pa.Table], manifest: Manifest) -> np.ndarray:
+    """The tables' rows as `ROW`, without their parts."""
+    table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    rows = np.zeros(len(table), ROW)
+    rows["key"] = keys_of(table["video_id"])
+    rows["place"] = place = manifest.rows.places_of(rows["key"])
+    rows["error"] = pc.fill_null(pc.index_in(table["error_type"], pa.array(ERROR_TYPES)), _UNKNOWN).to_numpy()
+    warned = pc.greater(pc.fill_null(pc.list_value_length(table["warnings"]), 0), 0).to_numpy()
+    flags = OK * _equals(table["status"], "ok") + FAILED * _equals(table["status"], "failed") + WARNED * warned
+    known = place >= 0
+    ours, theirs = table.filter(pa.array(known)), manifest.rows.take(place[known]).table
+    flags[known] += OTHER_VERSION * ~same_contents(theirs, ours)
+    same_split = pc.equal(pc.fill_null(ours["split"], ""), pc.fill_null(theirs["split"], "")).to_numpy()
+    flags[known] += RELABELLED * (_lists_differ(ours["labels"], theirs["labels"]) | ~same_split)
+    rows["flags"] = flags
+    return rows
 
 
-def pick_current(rows: DoneRows, manifest: Manifest) -> Current:
-    """The one row of each video that counts: of the file as the manifest has it, ok before failed, newest first."""
-    place = manifest.rows.places(rows.table["video_id"])
-    place[other_version(rows.table, manifest, place)] = -1
-    known = np.flatnonzero(place >= 0)
-    row = np.full(len(manifest.rows), -1, np.int64)
-    row[place[known]] = known
-    again = known[np.bincount(place[known], minlength=len(row))[place[known]] > 1]
-    if len(again):
-        best = _best_first(rows, again)
-        places, first = np.unique(place[best], return_index=True)
-        row[places] = best[first]
-    return Current(DoneRows(rows.table.drop_columns(_CONTENT), rows.parts), manifest, place, row)
+def _equals(column: pa.ChunkedArray, value: str) -> np.ndarray:
+    return pc.fill_null(pc.equal(column, value), False).to_numpy()
 
 
-def _best_first(rows: DoneRows, numbers: np.ndarray) -> np.ndarray:
-    part = rows.part_of()[numbers]
-    ok = pc.equal(rows.table["status"], "ok").to_numpy()[numbers]
-    age = np.array([part.age_s for part in rows.parts])[part]
-    # parts are listed by name, so their numbers order as their names
-    return numbers[np.lexsort((numbers, -part, -age, ~ok))]
-
-
-def still_to_do(wanted: Sequence[VideoRef], current: Current, retry: Collection[str] = ()) -> VideoRows:
+def still_to_do(wanted: Sequence[VideoRef], done: Done, retry: Collection[str] = ()) -> VideoRows:
     """The wanted videos without a row that counts; failed ones again where their reason is in `retry` or storage was unavailable."""
-    wanted, done = VideoRows.of(wanted), current.rows.table
-    row = current.row_of(wanted)
-    reasons = pa.array(sorted({*retry, *RETRIED_ERROR_TYPES}), pa.string())
-    again = pc.and_(pc.equal(done["status"], "failed"), pc.is_in(done["error_type"], value_set=reasons)).to_numpy()
+    wanted = VideoRows.of(wanted)
+    row = done.row_of(wanted)
+    reasons = [number for number, reason in enumerate(ERROR_TYPES) if reason in {*retry, *RETRIED_ERROR_TYPES}]
+    again = done.has(FAILED) & np.isin(done.rows["error"], reasons)
     todo = row < 0
     todo[~todo] = again[row[~todo]]
     return wanted if todo.all() else VideoRows(wanted.table.filter(pa.array(todo)))
 
 
-def outdated_labels(current: Current) -> list[Part]:
+def outdated_labels(done: Done) -> list[Part]:
     """Parts whose rows have other labels, class names or splits than the manifest has now."""
-    manifest, rows = current.manifest, current.table
-    wanted = manifest.rows.table.select(["labels", "split"]).filter(pa.array(current.row >= 0))
-    same_split = pc.equal(pc.fill_null(rows["split"], ""), pc.fill_null(wanted["split"], "")).to_numpy()
-    other = _lists_differ(rows["labels"], wanted["labels"]) | ~same_split
-    parts = rows["part"].to_numpy()
-    found = set(np.unique(parts[other]).tolist())
-    found |= {number for number in np.unique(parts).tolist() if current.rows.parts[number].classes != manifest.classes}
-    return [current.rows.parts[number] for number in sorted(found)]
+    rows = done.counting
+    found = set(np.unique(rows["part"][rows["flags"] & RELABELLED > 0]).tolist())
+    found |= {number for number in np.unique(rows["part"]).tolist() if done.parts[number].classes != done.manifest.classes}
+    return [done.parts[number] for number in sorted(found)]
 
 
 def _lists_differ(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 
 from tsq_ray import provenance, schema, storage
 from tsq_ray.errors import RunError, StorageError
-from tsq_ray.manifest import Manifest, VideoRows
-from tsq_ray.runs.done import Current, Part, list_parts, read_part
+from tsq_ray.manifest import Manifest
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import Done, Part, list_parts
 from tsq_ray.runs.identity import Identity
 from tsq_ray.runs.lease import LEASE_FILE
 
@@ -138,10 +139,10 @@ def reopen(uri: str) -> None:
     storage.remove(storage.join(uri, RUN_FILE))
 
 
-def prune(uri: str, current: Current, compression: str) -> int:
+def prune(uri: str, done: Done, compression: str) -> int:
     """Take out rows that do not count: duplicates, rows of changed and of deleted videos; how many went."""
-    counts, written, stale = current.counts(), set(), []
-    for part in current.rows.parts:
+    counts, written, stale = done.counts(), set(), []
+    for part in done.parts:
         mask = counts[part.start : part.start + part.num_rows]
         if mask.all():
             continue
@@ -154,15 +155,15 @@ def prune(uri: str, current: Current, compression: str) -> int:
     return int((~counts).sum())
 
 
-def relabel(uri: str, parts: Iterable[Part], current: Current, compression: str) -> None:
+def relabel(uri: str, parts: Iterable[Part], done: Done, compression: str) -> None:
     """Take labels, their names and splits of these parts from the manifest again; nothing else of a row changes.
 
     Every row of the parts must count: prune first.
     """
-    manifest = current.manifest
+    manifest = done.manifest
     for part in parts:
         table = read_part(storage.join(uri, part.name))
-        rows = VideoRows(manifest.rows.table.take(pa.array(current.place[part.start : part.start + part.num_rows])))
+        rows = manifest.rows.take(done.rows["place"][part.start : part.start + part.num_rows])
         names = [[manifest.classes[number] for number in row.labels] if row.labels else None for row in rows]
         values = {"labels": rows.table["labels"], "split": rows.table["split"], "label_names": names}
         for column, new in values.items():

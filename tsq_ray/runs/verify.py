@@ -6,14 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from tsq_ray import schema, storage
 from tsq_ray.errors import ERROR_TYPES, RunError, StorageError
-from tsq_ray.manifest import VideoRows, read_manifest
-from tsq_ray.runs.done import EMPTY, DoneRows, done_rows, list_parts, other_version, read_part
+from tsq_ray.manifest import Manifest, VideoRows, read_manifest
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import FAILED, OK, OTHER_VERSION, ROW, Done, list_parts, read_done
 from tsq_ray.runs.folder import RUN_FILE, part_name, read_run
+
+_SHOWN = 20
+"""Videos that are named of each kind of problem."""
 
 
 def verify(uri: str) -> dict[str, Any]:
@@ -36,21 +39,24 @@ def verify(uri: str) -> dict[str, Any]:
             problems += _check_part(storage.join(uri, name), run["kind"])
         except RunError as error:
             problems.append(str(error))
-    done = DoneRows(EMPTY, []) if problems else done_rows(uri)
-    rows = done.table
-    ids = pc.value_counts(rows["video_id"])
-    problems += [f"video {row['values']}: {row['counts']} rows" for row in ids.filter(pc.greater(ids.field("counts"), 1))[:20].to_pylist()]
+    manifest, why_not = _manifest_of(run)
+    nothing = Manifest(VideoRows.of([]), [])
+    done = read_done(uri, manifest or nothing) if not problems else Done(nothing, [], np.zeros(0, ROW))
+    keys, numbers = np.unique(done.rows["key"], return_counts=True)
+    twice = np.flatnonzero(numbers > 1)[:_SHOWN]
+    problems += [f"video {keys[place]:016x}: {numbers[place]} rows" for place in twice]
     counts = run["counts"]
     if counts["inputs"] != counts["ok"] + counts["failed"] + counts["skipped"]:
         problems.append(f"inputs {counts['inputs']} != ok {counts['ok']} + failed {counts['failed']} + skipped {counts['skipped']}")
-    for status in ("ok", "failed"):
-        found = pc.sum(pc.equal(rows["status"], status)).as_py() or 0
+    for status, flag in (("ok", OK), ("failed", FAILED)):
+        found = int(done.has(flag).sum())
         if found != counts[status]:
             problems.append(f"{found} rows are {status}, {RUN_FILE} says {counts[status]}")
     if run["status"] != "complete":
         problems.append(f"the run's status is {run['status']!r}")
-    checks = ["parts", "rows", "counts"]
-    checks.append(_check_manifest(run, done, problems))
+    if manifest is not None:
+        _check_manifest(run, done, problems)
+    checks = ["parts", "rows", "counts", why_not or "manifest"]
     return {"uri": storage.redact(uri), "kind": run["kind"], "counts": counts, "checks": checks, "problems": problems}
 
 
@@ -78,23 +84,25 @@ def _check_part(uri: str, kind: str) -> list[str]:
     return problems
 
 
-def _check_manifest(run: Mapping[str, Any], done: DoneRows, problems: list[str]) -> str:
+def _manifest_of(run: Mapping[str, Any]) -> tuple[Manifest | None, str]:
+    """The manifest that the run was made from, or why it is not compared with it."""
     try:
         manifest = read_manifest(run["manifest"]["uri"])
     except (ValueError, StorageError) as error:
-        return f"manifest not checked ({error})"
+        return None, f"manifest not checked ({error})"
     if manifest.sha256 != run["manifest"]["sha256"]:
-        return "manifest not checked (it changed since this run)"
-    rows = done.table
-    place = manifest.rows.places(rows["video_id"])
-    strangers, outdated = np.flatnonzero(place < 0), other_version(rows, manifest, place)
-    for row in rows.select(["video_id", "part"]).take(pa.array(strangers)).to_pylist():
-        problems.append(f"{done.parts[row['part']].name}: video {row['video_id']} is not in the manifest")
-    for row in VideoRows(manifest.rows.table.take(pa.array(place[outdated]))):
-        problems.append(f"video {row.video_id} ({storage.redact(row.uri)}): the row is of another version of the file")
+        return None, "manifest not checked (it changed since this run)"
+    return manifest, ""
+
+
+def _check_manifest(run: Mapping[str, Any], done: Done, problems: list[str]) -> None:
+    manifest, place = done.manifest, done.rows["place"]
+    for row in done.rows[place < 0][:_SHOWN]:
+        problems.append(f"{done.parts[row['part']].name}: video {row['key']:016x} is not in the manifest")
+    for ref in manifest.rows.take(place[done.has(OTHER_VERSION)][:_SHOWN]):
+        problems.append(f"video {ref.video_id} ({storage.redact(ref.uri)}): the row is of another version of the file")
     if run["counts"]["inputs"] != len(manifest.rows):
         problems.append(f"the manifest has {len(manifest.rows)} videos, {RUN_FILE} says {run['counts']['inputs']}")
     lost = len(manifest.rows) - len(np.unique(place[place >= 0]))
     if lost != run["counts"]["skipped"]:
         problems.append(f"{lost} videos of the manifest have no row, {RUN_FILE} says {run['counts']['skipped']} were skipped")
-    return "manifest"

@@ -30,7 +30,6 @@ class Work:
     """Of the rows."""
     counts: Any
     """The Counts actor that the workers count in."""
-    batch_size: int
 
 
 def run_bulk(
@@ -59,7 +58,7 @@ def run_bulk(
         except ray.exceptions.RayError as error:
             raise cluster.run_failed(error, what) from error
         seconds.update(spent)
-        if written >= len(todo) or not (todo := run.selection.todo(run.out)):
+        if written >= len(todo) or not (todo := run.find_todo()):
             break
     return dict(seconds)
 
@@ -68,7 +67,7 @@ def _publishing(run: BulkRun, work: Work, todo: VideoRows) -> Callable[[], tuple
     def publish() -> tuple[int, dict[str, float]]:
         totals: Counter[str] = Counter()
         rows = parts.part_rows(work.schema, run.config.output, len(todo))
-        for data in parts.executions(todo, work.workers.start, work.batch_size):
+        for data in parts.executions(todo, work.workers.start):
             totals.update(parts.write_parts(work.stage(data), work.writers, run.out, work.schema, run.config.output, rows))
         written = int(totals.pop(parts.ROWS, 0))
         return written, {name: value for name, value in totals.items() if value > 0}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ _PARTS_OF_LARGE_RUN = 1000
 _OTHER_BYTES = 300
 """Of a row without its tensors: URI, codec, numbers, warnings."""
 _MIB = 2**20
+T = TypeVar("T")
 ROWS = "rows"
 """Among what `write_parts` sums up: the rows that were written."""
 _ERROR, _WRITE = "error", "write"
@@ -49,39 +51,38 @@ def pool_options(pool: Pool) -> dict[str, Any]:
     return options | ({"num_gpus": pool.gpus} if pool.gpus else {}) | RETRIES
 
 
-def executions(todo: Sequence[VideoRef], workers: int, batch_size: int) -> Iterator[Any]:
+def executions(todo: Sequence[VideoRef], workers: int) -> Iterator[Any]:
     """The videos to do as Ray datasets of manifest rows, the largest files first; mostly one."""
     import ray
 
-    table = VideoRows.of(todo).table.replace_schema_metadata(None)
-    blocks = cut_blocks(table, workers, batch_size)
-    for first in range(0, len(blocks), _MAX_BLOCKS):
+    rows = VideoRows.of(todo)
+    order, bounds = cut_blocks(pc.fill_null(rows.table["size_bytes"], 0).to_numpy(), workers)
+    for first in range(0, len(bounds) - 1, _MAX_BLOCKS):
+        ends = bounds[first : first + _MAX_BLOCKS + 1]
+        table = rows.take(order[ends[0] : ends[-1]]).table.replace_schema_metadata(None)
+        blocks = [table.slice(start - ends[0], end - start) for start, end in itertools.pairwise(ends.tolist())]
         # Not read from a file: reading asks for a whole free CPU, which a small cluster full of workers never has. And not by
         # `from_arrow`: that sends each block to a task of its own to count its rows, three times the time and 50 kB a block.
-        yield ray.data.from_blocks(blocks[first : first + _MAX_BLOCKS])
+        yield ray.data.from_blocks(blocks)
 
 
-def cut_blocks(table: pa.Table, workers: int, batch_size: int) -> list[pa.Table]:
-    """Manifest rows in blocks, what a worker takes at a time; the largest files first.
+def cut_blocks(sizes: np.ndarray, workers: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order in which videos of these sizes are done, the largest first, and the bounds of the blocks in it.
 
-    A block has at most MAX_BLOCK_ROWS rows and, so that nobody is left alone with all the large
-    files, at most its share of the bytes.
+    A block is what a worker takes at a time. It has at most MAX_BLOCK_ROWS videos and, so that
+    nobody is left alone with all the large files, at most its share of the bytes.
     """
-    if not len(table):
-        return []
-    table = table.take(pc.sort_indices(table, sort_keys=[("size_bytes", "descending")]))
-    share = -(-len(table) // (_BLOCKS_PER_WORKER * max(1, workers)))
-    rows = min(MAX_BLOCK_ROWS, share if share < batch_size else -(-share // batch_size) * batch_size)
-    ends = np.cumsum(pc.fill_null(table["size_bytes"], 0).to_numpy().astype(np.float64))
-    most = ends[-1] / (_BLOCKS_PER_WORKER * max(1, workers))
-    blocks, start = [], 0
-    while start < len(table):
+    order = np.argsort(-sizes, kind="stable")
+    blocks = _BLOCKS_PER_WORKER * max(1, workers)
+    rows = min(MAX_BLOCK_ROWS, -(-len(sizes) // blocks))
+    ends = np.cumsum(sizes[order], dtype=np.float64)
+    most = ends[-1] / blocks if len(ends) else 0.0
+    bounds = [0]
+    while (start := bounds[-1]) < len(sizes):
         before = ends[start - 1] if start else 0.0
         stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
-        stop = min(stop, start + rows, len(table))
-        blocks.append(table.slice(start, stop - start))
-        start = stop
-    return blocks
+        bounds.append(min(stop, start + rows, len(sizes)))
+    return order, np.array(bounds)
 
 
 def row_bytes(arrow: pa.Schema) -> int:
@@ -111,8 +112,14 @@ def refs_of(table: pa.Table) -> list[VideoRef]:
     return list(VideoRows(table))
 
 
-def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema) -> pa.Table:
-    """Rows of a run as a table that Ray Data leaves alone: tensors as plain lists, and the seconds that each row took."""
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """The items, `size` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema, counts: Any) -> pa.Table:
+    """Rows of a run as a table that Ray Data leaves alone: tensors as plain lists, and the seconds that each row took. `counts` counts them."""
+    counts.add.remote([row.get("error_type") for row in rows])
     table = schema.to_storage(schema.table_from_rows(rows, arrow))
     for name in STAGE_SECONDS:
         table = table.append_column(pa.field(name, pa.float64()), pa.array([row.get(name) or 0.0 for row in rows], pa.float64()))

@@ -57,8 +57,7 @@ def _features(rows: Sequence[VideoRef], plan: FeaturePlan, debug: bool) -> tuple
     """video id -> float16 [T, D], and of the failed ones video id -> error type."""
     features: dict[str, np.ndarray] = {}
     failures: dict[str, str] = {}
-    batch = plan.config.resources.batch_size
-    for data in parts.executions(rows, plan.first_pool.start, batch):
+    for data in parts.executions(rows, plan.first_pool.start):
         for table in feature_stage(data, plan, debug).iter_batches(batch_size=None, batch_format="pyarrow"):
             ok = table.filter(pc.equal(table["status"], "ok"))
             arrays = _arrays(ok["visual"], plan.config.decode.num_frames)

