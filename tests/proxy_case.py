@@ -1,13 +1,11 @@
-"""An S3 server that misbehaves: a proxy between the clients and the real one, which answers some requests with an error, or takes its time."""
+"""An S3 server that misbehaves: a proxy between the clients and the real one, which answers some requests with an error."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import itertools
-import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,9 +37,8 @@ class S3Proxy:
     `decide` is asked for every request: (method, path with the query) -> a Trouble, or None to pass it on.
     """
 
-    def __init__(self, backend: str, wait_s: float = 0.0, bytes_a_second: float = math.inf) -> None:
+    def __init__(self, backend: str) -> None:
         self.backend = urlsplit(backend)
-        self.wait_s, self.bytes_a_second = wait_s, bytes_a_second
         self.given: list[tuple[Trouble, str, str]] = []
         self.headers: list[dict[str, str]] = []
         """Of every request, names in lower case."""
@@ -108,7 +105,6 @@ class _Handler(BaseHTTPRequestHandler):
             return
         try:
             status, headers, content = self._ask(body)
-            time.sleep(self.proxy.wait_s + (len(body) + len(content)) / self.proxy.bytes_a_second)
         except OSError:  # no server behind it: the client sees a dead connection
             self.close_connection = True
             return
@@ -169,9 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def running_proxy(backend: str, wait_s: float = 0.0, bytes_a_second: float = math.inf) -> Iterator[S3Proxy]:
-    """The proxy for the time of the `with`; `wait_s` more for each request, `bytes_a_second` of each connection."""
-    proxy = S3Proxy(backend, wait_s, bytes_a_second)
+def running_proxy(backend: str) -> Iterator[S3Proxy]:
+    """The proxy for the time of the `with`."""
+    proxy = S3Proxy(backend)
     proxy.start()
     try:
         yield proxy

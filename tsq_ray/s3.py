@@ -20,6 +20,7 @@ def _options() -> dict[str, Any]:
         "use_listings_cache": False,
         "config_kwargs": {
             "retries": {"max_attempts": 4, "mode": "standard"},
+            "max_pool_connections": 64,
             "connect_timeout": 10,
             "read_timeout": 30,
         },

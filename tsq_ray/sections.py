@@ -18,7 +18,7 @@ class Section(BaseModel):
 class OutputConfig(Section):
     """What a run writes."""
 
-    part_mb: float = Field(default=64, gt=0)
+    part_mb: float = Field(default=128, gt=0)
     """Size of a Parquet part before compression, in MiB, where the run has enough videos; a part holds at least 128 rows of a run, and of a large run at most a thousandth of it."""
     rows_per_file: int = Field(default=0, ge=0)
     """Rows of a Parquet part (0: by `part_mb`)."""

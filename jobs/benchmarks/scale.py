@@ -34,8 +34,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from proxy_case import running_proxy
 from s3_case import S3Server, make_buckets, running_s3
+from slow_store_case import slow_store
 
 from tsq_ray import extract as extracting
 from tsq_ray import feature_pipeline, runs, schema, storage
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     if options.child:
         work: dict[str, Callable[[argparse.Namespace], dict[str, Any] | None]]
-        work = {"make": _make, **dict.fromkeys(_STEPS, _step), "delay": _delay, "list": _list, "serve": _serve}
+        work = {"make": _make, **dict.fromkeys(_STEPS, _step), "list": _list, "serve": _serve}
         sys.stdout.write(json.dumps(work[options.child](options)) + "\n")
         return 0
     with tempfile.TemporaryDirectory() as folder, running_s3(Path(folder)) as server:
@@ -77,18 +77,9 @@ def _measured(rows: int, server: S3Server, options: argparse.Namespace) -> dict[
     """The steps of one size."""
     place = f"s3://{_BUCKET}/{rows}"
     _child("make", folder=place, rows=rows)
-    with subprocess.Popen(
-        [sys.executable, __file__, "--child", "delay", "--folder", server.endpoint, "--wait-ms", str(options.wait_ms)],
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as proxy:
-        assert proxy.stdout is not None
-        slow = {"AWS_ENDPOINT_URL": proxy.stdout.readline().strip()}
-        try:
-            steps = _STEPS if rows <= options.through_ray else _STEPS[:-1]
-            return {"rows": rows} | {step: _child(step, slow, folder=place, rows=rows) for step in steps}
-        finally:
-            proxy.kill()
+    with slow_store(server.endpoint, options.wait_ms) as endpoint:
+        steps = _STEPS if rows <= options.through_ray else _STEPS[:-1]
+        return {"rows": rows} | {step: _child(step, {"AWS_ENDPOINT_URL": endpoint}, folder=place, rows=rows) for step in steps}
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -100,7 +91,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wait-ms", type=float, default=30.0, help="that the S3 server takes longer for each request")
     parser.add_argument("--objects", type=int, default=20_000, help="objects on the S3 server; 0: leave it out")
     parser.add_argument("--entries", type=int, default=1_000_000, help="made-up entries of a listing; 0: leave it out")
-    parser.add_argument("--child", choices=("make", *_STEPS, "delay", "list", "serve"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("make", *_STEPS, "list", "serve"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -173,14 +164,6 @@ def _make(options: argparse.Namespace) -> dict[str, Any]:
         tables.append(rows.table)
     write_manifest(_manifest(VideoRows(pa.concat_tables(tables))), f"{options.folder}/manifest/")
     return {}
-
-
-def _delay(options: argparse.Namespace) -> None:
-    """A proxy that takes its time before the server; prints its endpoint and serves until it is killed."""
-    with running_proxy(options.folder, options.wait_ms / 1000) as proxy:
-        sys.stdout.write(f"{proxy.endpoint}\n")
-        sys.stdout.flush()
-        threading.Event().wait()
 
 
 def _step(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,8 +22,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import numpy as np
 import pyarrow as pa
-from proxy_case import running_proxy
 from s3_case import make_buckets, running_s3
+from slow_store_case import slow_store
 
 from tsq_ray import schema
 from tsq_ray.config import OutputConfig
@@ -38,19 +37,11 @@ _FRAMES, _DIM, _OBJECTS = 50, 1280, 10
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     options = _options(argv)
-    if options.proxy_of:
-        with running_proxy(options.proxy_of, options.wait_ms / 1000, options.mb_s * 1e6) as proxy:
-            sys.stdout.write(f"{proxy.endpoint}\n")
-            sys.stdout.flush()
-            sys.stdin.read()
-        return 0
     with tempfile.TemporaryDirectory() as folder, running_s3(Path(folder)) as server:
         os.environ |= server.environment
         make_buckets([_BUCKET])
-        command = [sys.executable, __file__, "--proxy-of", server.endpoint, "--mb-s", str(options.mb_s), "--wait-ms", str(options.wait_ms)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as proxy:
-            assert proxy.stdout is not None
-            os.environ["AWS_ENDPOINT_URL"] = proxy.stdout.readline().strip()
+        with slow_store(server.endpoint, options.wait_ms, options.mb_s) as endpoint:
+            os.environ["AWS_ENDPOINT_URL"] = endpoint
             with cluster.connect() as ray:
                 cluster.quiet_data()
                 sys.stdout.write(_measure(ray, options))
@@ -64,7 +55,6 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--mb-s", type=float, default=40.0, help="megabytes a second of each connection to the store")
     parser.add_argument("--wait-ms", type=float, default=30.0, help="that the store takes longer for each request")
     parser.add_argument("--turns", type=int, default=2, help="how often each pool writes all rows")
-    parser.add_argument("--proxy-of", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""Runs on clusters of several nodes: few videos, a node that joins, a cluster that is taken, a node lost in mid-score."""
+"""Runs on clusters of several nodes: few videos, a node that joins, nodes from nothing, a cluster that is taken, a node lost in mid-score."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from bundle_case import make_bundle
 from cluster_case import Driver, read_rows
-from nodes_case import SLOW_SETTINGS, SlowStore, nodes, running_store, slow_manifest
+from nodes_case import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
 
 pytestmark = pytest.mark.ray
 END_S = 600.0
@@ -103,6 +103,35 @@ def test_a_node_that_joins_works_within_30_s(store: SlowStore, settings: Path, t
     assert ended.code == 0, ended.err
     assert after >= 1.6 * before, (before, after)
     assert read_rows(str(tmp_path / "out")).num_rows == 150
+
+
+TYPES = {"cpu": ({"CPU": 1.0}, 3), "gpu": ({"CPU": 1.0, "GPU": 1.0}, 1)}
+NODE_TYPES = "resources.node_types=[{cpus = 1, count = 3}, {cpus = 1, gpus = 1, count = 1}]"
+
+
+@pytest.mark.slow
+def test_a_cluster_grows_from_nothing_to_its_limits(store: SlowStore, settings: Path, tmp_path: Path) -> None:
+    """Head without CPUs, both groups at 0, as the files in cluster/ have them."""
+    with autoscaling(TYPES) as address:
+        argv = ["extract", slow_manifest(store, tmp_path, 150), "--out", tmp_path / "out", "--config", settings, "--set", NODE_TYPES]
+        with Driver([*argv, "--set", "resources.gpus=0", "--address", address], tmp_path / "run") as driver:
+            ended = driver.ended(END_S)
+    assert ended.code == 0, ended.err
+    assert read_rows(str(tmp_path / "out")).num_rows == 150
+    moments = sorted(store.begun.values())
+    fastest = max(store.rate(moment, moment + 10) for moment in moments[: len(moments) // 2])
+    assert fastest > 2.2 / SECONDS, "more than two nodes at work"
+
+
+@pytest.mark.slow
+def test_gpus_are_asked_of_the_autoscaler(store: SlowStore, settings: Path, tmp_path: Path) -> None:
+    """The GPU of the node that is started is a name alone: the encoder that is placed there finds none, and says so."""
+    with autoscaling(TYPES) as address:
+        argv = ["extract", slow_manifest(store, tmp_path, 4), "--out", tmp_path / "out", "--config", settings, "--set", NODE_TYPES]
+        with Driver([*argv, "--set", "resources.gpus=1", "--address", address], tmp_path / "run") as driver:
+            ended = driver.ended(END_S)
+    assert ended.code == 1
+    assert "CUDA" in ended.err.splitlines()[-1]
 
 
 @pytest.mark.slow

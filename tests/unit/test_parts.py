@@ -44,9 +44,9 @@ def test_a_huge_video_is_a_block_of_its_own() -> None:
     ("videos", "output", "rows"),
     [
         (300, {}, 128),  # at least so many
-        (10_000_000, {}, 513),  # 64 MiB of 50 x 1280 float16
+        (10_000_000, {}, 1026),  # 128 MiB of 50 x 1280 float16
         (200_000, {}, 200),  # a thousandth of a large run
-        (10_000_000, {"part_mb": 128}, 1026),
+        (10_000_000, {"part_mb": 64}, 513),
         (300, {"rows_per_file": 5}, 5),
     ],
 )

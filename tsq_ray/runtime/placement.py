@@ -36,6 +36,7 @@ _STEP = 0.05
 _GIB = 2**30
 _BUSY_BYTES = 2 * _GIB
 _WAITING_BYTES = _GIB // 4
+_WRITING_BYTES = _GIB // 2
 _MIN_WRITERS, _MAX_WRITERS = 2, 64
 _MIN_SENDERS, _MAX_SENDERS = 2, 128
 
@@ -308,7 +309,7 @@ def _cores(cpus: float) -> float:
 
 def _writers(cluster: Cluster) -> Pool:
     limit = max(_MIN_WRITERS, min(_MAX_WRITERS, cluster.num_workers))
-    return Pool("writer", 1, 1, limit, _WAITING_CPUS, memory=_memory(cluster, _WAITING_BYTES))
+    return Pool("writer", 1, 1, limit, _WAITING_CPUS, memory=_memory(cluster, _WRITING_BYTES))
 
 
 def _on_gpus(cluster: Cluster, name: str, asked: int, most: int, share: float, cpus: float) -> Pool:
