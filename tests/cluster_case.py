@@ -197,6 +197,7 @@ _CPUS = 4
 """Logical ones, so that a command's workers and the next command's find room whatever the machine has."""
 MARK = "TSQ_TEST_RUN"
 _END_S = 20.0
+_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
 
 
 @contextlib.contextmanager
@@ -255,13 +256,20 @@ def descendants(title: str) -> list[int]:
     return found
 
 
+def _is_agent(pid: int) -> bool:
+    """Whether this is one of the agents of a Ray node: they notice within a minute that their node is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().startswith(_AGENTS)
+    return True
+
+
 def end_marked(mark: str, patience_s: float = _END_S) -> None:
-    """Wait for the marked processes to end on their own, as Ray's do when their driver is gone; kill those that do not."""
+    """Wait for the marked processes to end on their own, as Ray's do when their driver is gone; kill those that do not, and Ray's agents when only they are left."""
     deadline = time.monotonic() + patience_s
     while left := marked(mark):
         late = time.monotonic() - deadline
         assert late < _END_S, f"processes {left} cannot be ended"
-        for pid in left if late > 0 else ():
+        for pid in left if late > 0 or all(map(_is_agent, left)) else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.2)

@@ -11,11 +11,15 @@ source jobs/setup_venv.sh
 
 filter=(-m "not slow")
 arguments=()
+names_tests=false
 for argument in "$@"; do
     if [ "$argument" = --all ]; then
         filter=()
     else
         arguments+=("$argument")
+        if [ -e "${argument%%::*}" ]; then
+            names_tests=true
+        fi
     fi
 done
 
@@ -40,9 +44,18 @@ check() {
         status=$code
     fi
 }
+tests() {
+    check pytest "$@" ${filter[@]+"${filter[@]}"} ${arguments[@]+"${arguments[@]}"}
+}
 
 check ruff check .
 check ruff format --check .
 check mypy
-check pytest ${filter[@]+"${filter[@]}"} ${arguments[@]+"${arguments[@]}"}
+if [ "$names_tests" = true ]; then
+    tests
+else
+    # what starts a cluster has the machine to itself
+    tests tests/unit -n auto
+    tests tests/integration
+fi
 exit "$status"

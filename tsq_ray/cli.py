@@ -29,7 +29,7 @@ from tsq_ray.console import (
     tree_text,
     without_options,
 )
-from tsq_ray.errors import RunError, RunFailed
+from tsq_ray.errors import RunError
 
 app = typer.Typer(
     name="tsq",
@@ -430,12 +430,7 @@ def submit_command(address: str | None) -> None:
     argv = without_options(sys.argv[1:], flags=("--submit",), options=("--address",))
     job = submit_job(argv, address)
     print(f"job: {job}", file=sys.stderr)  # noqa: T201
-    try:
-        status = follow_job(job, address)
-    except KeyboardInterrupt:
-        raise RunFailed(
-            f"no longer followed; the job runs on: see `ray job logs --follow {job}`, end it with `ray job stop {job}`"
-        ) from None
+    status = follow_job(job, address)
     print(f"job {job}: {status}", file=sys.stderr)  # noqa: T201
     if status != "SUCCEEDED":
         raise typer.Exit(1)

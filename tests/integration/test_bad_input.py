@@ -151,7 +151,7 @@ def test_a_video_that_may_not_be_read_is_a_row(chains: Chains) -> None:
     assert (row["status"], row["error_type"]) == ("failed", "access_denied")
 
 
-@pytest.mark.parametrize("kind", ["none", "one"])
+@pytest.mark.parametrize("kind", ["none", pytest.param("one", marks=pytest.mark.slow)])
 def test_nothing_to_learn_from(chain: Chain, labels: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path) -> None:
     manifest, features = labels(kind)
     said = "no labelled video; index it with labels" if kind == "none" else rf"1 class \({CLASSES[0]}\); training needs at least two"

@@ -86,6 +86,7 @@ def chain(chains: Chains) -> Chain:
     return chains("local")
 
 
+@pytest.mark.slow
 def test_extract_train_and_score_as_ray_jobs(head: Head, chain: Chain, repo_dir: Path, tmp_path: Path) -> None:
     features, bundle, predictions = (str(tmp_path / name) for name in ("features", "bundle", "predictions"))
     settings = ["--config", str(chain.settings)]

@@ -1,8 +1,9 @@
-"""A run killed with SIGKILL, twice, and started again ends with the rows of an undisturbed one."""
+"""A run killed with SIGKILL, once or twice, and started again ends with the rows of an undisturbed one."""
 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,17 @@ def chain(chains: Chains) -> Chain:
     return chains("local")
 
 
-def kill_twice_and_finish(argv: list[str], out: str, folder: Path) -> list[set[str]]:
-    """The parts seen after each kill; no process is left of either run."""
+def kill_and_finish(argv: list[str], out: str, folder: Path, kills: int) -> list[set[str]]:
+    """The parts seen after each kill; no process is left of any run."""
     seen: list[set[str]] = []
-    for attempt in range(2):
+    for attempt in range(kills):
         before = len(seen[-1]) if seen else 0
         with Driver(argv, folder / f"run{attempt}") as driver:
             driver.kill_when(lambda before=before: len(visible_parts(out)) > before)  # type: ignore[misc]
             assert marked(driver.mark) == []
         seen.append(visible_parts(out))
         assert tsq("verify", out).code == 2, "a run that was killed is not finished"
-    with Driver(argv, folder / "run2") as driver:
+    with Driver(argv, folder / "last") as driver:
         ended = driver.ended()
     assert ended.code == 0, ended.err
     return seen
@@ -48,28 +49,38 @@ def check_folder(out: str) -> None:
     assert len({row["video_id"] for row in read_rows(out).to_pylist()}) == read_rows(out).num_rows == 18
 
 
+def check_done(seen: list[set[str]], out: str) -> None:
+    """Each run did some of it, and what was done is not done again."""
+    sizes = [0, *map(len, seen)]
+    assert all(before < after for before, after in pairwise(sizes)), sizes
+    assert sizes[-1] <= PARTS
+    check_folder(out)
+    assert seen[-1] <= visible_parts(out)
+
+
 def columns(table: pa.Table, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     return table.drop_columns([name for name in without if name in table.column_names]).to_pylist()
 
 
-def test_extract_killed_twice(chain: Chain, tmp_path: Path) -> None:
+KILLS = pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
+
+
+@KILLS
+def test_a_killed_extract(chain: Chain, tmp_path: Path, kills: int) -> None:
     whole, out = str(tmp_path / "whole"), str(tmp_path / "killed")
     options = [*chain.extract_options, *ONE_AT_A_TIME, "--set", "resources.threads=1"]
     assert tsq("extract", chain.manifest, "--out", whole, *options).code == 0
-    seen = kill_twice_and_finish(["extract", chain.manifest, "--out", out, *options], out, tmp_path)
-    assert 0 < len(seen[0]) < len(seen[1]) < PARTS
-    check_folder(out)
-    assert seen[1] <= visible_parts(out), "what was done is not done again"
+    seen = kill_and_finish(["extract", chain.manifest, "--out", out, *options], out, tmp_path, kills)
+    check_done(seen, out)
     assert columns(read_rows(out)) == columns(read_rows(whole))
 
 
-def test_score_killed_twice(chain: Chain, tmp_path: Path) -> None:
+@KILLS
+def test_a_killed_score(chain: Chain, tmp_path: Path, kills: int) -> None:
     whole, out = chain.predictions, str(tmp_path / "killed")
     argv = ["score", chain.manifest, "--model", chain.bundle, "--out", out, *ONE_AT_A_TIME]
-    seen = kill_twice_and_finish(argv, out, tmp_path)
-    assert 0 < len(seen[0]) < len(seen[1]) <= PARTS
-    check_folder(out)
-    assert seen[1] <= visible_parts(out), "what was done is not done again"
+    seen = kill_and_finish(argv, out, tmp_path, kills)
+    check_done(seen, out)
     killed, undisturbed = read_rows(out), read_rows(whole)
     assert columns(killed, (*TIMES, *NEAR)) == columns(undisturbed, (*TIMES, *NEAR))
     for one, other in zip(killed.to_pylist(), undisturbed.to_pylist(), strict=True):

@@ -91,6 +91,7 @@ def test_the_recogniser_learns_all_labels(chain: Chain) -> None:
     assert ((logits > 0) == targets).all(), "each label by itself is likelier than not exactly where it holds"
 
 
+@pytest.mark.slow
 def test_scores_are_sigmoids_of_the_chosen_frames(chain: Chain) -> None:
     predictions, features = read_rows(chain.predictions), read_rows(chain.features)
     logits = schema.tensor_to_numpy(features["recognizer_logits"]).astype(np.float64)
@@ -101,6 +102,7 @@ def test_scores_are_sigmoids_of_the_chosen_frames(chain: Chain) -> None:
         assert row["label_names"] == wanted(chain, row)
 
 
+@pytest.mark.slow
 def test_metrics_take_all_labels(chain: Chain) -> None:
     rows = read_rows(chain.predictions).to_pylist()
     targets = np.array([[name in wanted(chain, row) for name in NAMES] for row in rows])
@@ -111,6 +113,7 @@ def test_metrics_take_all_labels(chain: Chain) -> None:
     assert found["top1"] == pytest.approx(targets[np.arange(len(rows)), scores.argmax(1)].mean(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_report_and_export_show_all_labels(chain: Chain, tmp_path: Path) -> None:
     report = tsq("report", chain.predictions, "--out", tmp_path / "report.html", "--json").json
     assert report["map"] == pytest.approx(chain.outputs["score"]["metrics"]["mAP"], abs=1e-3)

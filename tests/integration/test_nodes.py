@@ -72,7 +72,7 @@ def test_a_cluster_that_another_job_holds(two_nodes: Any, store: SlowStore, sett
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with Driver([*argv, "--address", two_nodes.address, "--wait-s", "30"], tmp_path / "run") as driver:
+        with Driver([*argv, "--address", two_nodes.address, "--wait-s", "12"], tmp_path / "run") as driver:
             ended = driver.ended(END_S)
     finally:
         holder.kill()
@@ -83,7 +83,7 @@ def test_a_cluster_that_another_job_holds(two_nodes: Any, store: SlowStore, sett
     assert waiting, ended.err
     for fact in ("x (0.9 CPU", "free 0 of 2 CPU on 2 nodes", "largest node (1 CPU)", "2 x Holder", "no node is starting"):
         assert fact in waiting[0]
-    assert "gave up after --wait-s 30; give the same command again to resume" in lines[-1]
+    assert "gave up after --wait-s 12; give the same command again to resume" in lines[-1]
 
 
 @pytest.mark.slow

@@ -140,6 +140,7 @@ def test_a_killed_worker_is_replaced(case: Case, tmp_path: Path) -> None:
     check(out, case.undisturbed(*sets), 1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_gone_on_from(case: Case, ray_cluster: Any, tmp_path: Path) -> None:
     sets, out = ("epochs=16",), str(tmp_path / "bundle")
     command = _command(case.local, out, *sets)

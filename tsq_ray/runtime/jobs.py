@@ -31,7 +31,15 @@ def submit_job(argv: Sequence[str], address: str | None, env: Mapping[str, str] 
 
 
 def follow_job(job_id: str, address: str | None) -> str:
-    """Print a job's log until it ends; its final status."""
+    """Print a job's log until it ends; its final status. RunFailed where the user will not wait."""
+    try:
+        return _follow(job_id, address)
+    except KeyboardInterrupt:
+        see, end = f"ray job logs --follow {job_id}", f"ray job stop {job_id}"
+        raise RunFailed(f"no longer followed; the job runs on: see `{see}`, end it with `{end}`") from None
+
+
+def _follow(job_id: str, address: str | None) -> str:
     from ray.job_submission import JobSubmissionClient
 
     client = JobSubmissionClient(address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265")

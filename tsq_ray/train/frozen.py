@@ -60,8 +60,9 @@ def _features(rows: Sequence[VideoRef], plan: FeaturePlan, debug: bool) -> tuple
     for data in parts.executions(rows, plan.first_pool.start):
         for table in feature_stage(data, plan, debug).iter_batches(batch_size=None, batch_format="pyarrow"):
             ok = table.filter(pc.equal(table["status"], "ok"))
-            arrays = _arrays(ok["visual"], plan.config.decode.num_frames)
-            features |= dict(zip(ok["video_id"].to_pylist(), arrays, strict=True))
+            if len(ok):
+                arrays = _arrays(ok["visual"], plan.config.decode.num_frames)
+                features |= dict(zip(ok["video_id"].to_pylist(), arrays, strict=True))
             failed = table.filter(pc.equal(table["status"], "failed"))
             failures |= dict(zip(failed["video_id"].to_pylist(), failed["error_type"].to_pylist(), strict=True))
     return features, failures
