@@ -111,8 +111,6 @@ def nodes(*cpus: float) -> Iterator[Any]:
             cluster.shutdown()
 
 
-_HEAD_NODE = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
-"""The id that Ray's fake provider gives to the head."""
 _EMPTY_LISTS = (
     *("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands"),
     *("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
@@ -127,11 +125,16 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
     address = f"127.0.0.1:{port}"
     with short_folder() as folder:
         kinds: dict[str, Any] = {
-            name: {"resources": {**resources, "object_store_memory": 100 * 2**20}, "node_config": {}, "min_workers": 0, "max_workers": most}
+            name: {
+                "resources": {"memory": 4 * 2**30, "object_store_memory": 100 * 2**20, **resources},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": most,
+            }
             for name, (resources, most) in types.items()
         }
         kinds["ray.head.default"] = {"resources": {}, "node_config": {}, "max_workers": 0}
-        provider = {"type": "fake_multinode", "gcs_address": address, "head_node_id": _HEAD_NODE, "launch_multiple": True}
+        provider = {"type": "external", "module": "fake_nodes.NodesWithMemory", "gcs_address": address, "launch_multiple": True}
         flags = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check", "foreground_node_launch")
         config = {
             "cluster_name": "fake",
@@ -152,9 +155,9 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
             **os.environ,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
-            "RAY_enable_autoscaler_v2": "1",
-            "RAY_CLOUD_INSTANCE_ID": _HEAD_NODE,
-            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_NODE,
+            "PYTHONPATH": str(Path(__file__).parent),
+            # the other version wants a file that Ray's wheels leave out
+            "RAY_enable_autoscaler_v2": "0",
             "RAY_AUTH_MODE": "disabled",
             MARK: mark,
         }

@@ -137,7 +137,8 @@ def root_cause(error: BaseException) -> BaseException:
     seen = error
     while True:
         inner = getattr(seen, "cause", None) or seen.__cause__
-        if inner is None or inner is seen:
+        # Ray Data names an empty exception as the cause of one that is not the user's
+        if inner is None or inner is seen or not (str(inner) or inner.__cause__):
             return seen
         seen = inner
 

@@ -1,0 +1,18 @@
+"""Nodes for Ray's autoscaler that are processes on this machine; Ray's monitor loads this by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
+
+
+class NodesWithMemory(FakeMultiNodeProvider):
+    """Ray's own such nodes cannot be said to have memory, and then no actor that asks for some fits: each finds out by itself how much it has."""
+
+    def create_node_with_resources_and_labels(
+        self, node_config: Any, tags: dict[str, str], count: int, resources: dict[str, float], labels: dict[str, str]
+    ) -> None:
+        """Start `count` nodes of a type."""
+        known = {name: value for name, value in resources.items() if name != "memory"}
+        super().create_node_with_resources_and_labels(node_config, tags, count, known, labels)
