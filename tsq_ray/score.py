@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import threading
 import time
@@ -17,17 +16,16 @@ import pyarrow as pa
 from tsq_ray import quality, runs, schema, storage
 from tsq_ray.artifact import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
-from tsq_ray.errors import ConfigError, ModelError, VideoError
+from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef, read_manifest
 from tsq_ray.rows import Answer, prediction_row, source_of
-from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime import cluster, parts
 from tsq_ray.runtime.bulk import Work, run_bulk
-from tsq_ray.runtime.placement import Cluster, Layout, layout
+from tsq_ray.runtime.placement import Layout
+from tsq_ray.serve.replicas import LOOK_EVERY_S, STAGES, FlowCounts, Replicas
 
-STAGES = ("decoder", "sampler", "recognizer")
 _PATIENCE_S = 600.0
 """For a video whose replicas are lost, until others take their place."""
-_LOOK_EVERY_S = 2.0
 _BLOCKS_AT_A_TIME = 4
 """Of a sender: while the last videos of one block are on their way the next keep the graph busy."""
 _BATCH_ROWS = 32
@@ -91,7 +89,7 @@ def score(
             with cluster.connect(address, debug) as ray:
                 counts = ray.remote(num_cpus=0)(FlowCounts).remote()
                 plan = ScorePlan(f"tsq-score-{_unique(model)}", arrow, manifest.classes, counts, config)
-                replicas = Replicas(ray, plan, model, len(run.todo))
+                replicas = Replicas(ray, plan.app, config, model, counts, len(run.todo))
                 work = _work(plan, replicas.placed, debug)
                 with replicas.deployed(debug, wait_s), cluster.asking_for_nodes(ray, replicas.placed, config):
                     seconds = run_bulk("score", run, work, show=show_progress, wait_s=wait_s, ticks=(replicas.tick,))
@@ -115,112 +113,6 @@ def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: 
 
 def _unique(name: str) -> str:
     return hashlib.sha256(f"{name}{time.time_ns()}".encode()).hexdigest()[:8]
-
-
-class Replicas:
-    """The graph of a run, deployed without HTTP; it follows the nodes that come and go."""
-
-    def __init__(self, ray: Any, plan: ScorePlan, model: str, videos: int) -> None:
-        self._ray, self._plan, self._model, self._videos = ray, plan, model, videos
-        self.placed = layout("score", plan.config, cluster.read_cluster(ray, plan.config), videos)
-        self._looked = 0.0
-        self._nodes: Cluster | None = None
-        self._wanted = {name: self.placed[name].start for name in STAGES}
-
-    @contextlib.contextmanager
-    def deployed(self, debug: bool, wait_s: float) -> Iterator[None]:
-        """The graph, for the time of the `with`. RunFailed where it cannot be started."""
-        from ray import serve
-
-        cluster.quiet_data(debug)
-        # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
-        app = self._plan.app
-        try:
-            progress.run_watched(self._start, "score", wait_s)
-        except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
-            serve.delete(app)
-            raise cluster.run_failed(error, "score: the graph") from error
-        try:
-            yield
-        finally:
-            serve.delete(app)
-
-    def _start(self) -> None:
-        from ray import serve
-
-        from tsq_ray.serve.app import bulk_application
-
-        app = bulk_application(self._model, self._plan.config, self.placed, self.ongoing())
-        serve.run(app, name=self._plan.app, route_prefix=None, external_scaler_enabled=True)
-
-    def ongoing(self) -> dict[str, int]:
-        """Requests of a replica at a time: a batch is on its way while another is worked on."""
-        batch, placed = self._plan.config.serve.batch_size, self.placed
-        ahead = 2 * batch if placed.on_gpu else max(2 * batch, 2 * placed.threads)
-        return {"decoder": 2 * placed.decoder_processes, "sampler": ahead, "recognizer": ahead}
-
-    def tick(self) -> None:
-        """Fit the number of replicas to the alive nodes, and what is on its way to the replicas."""
-        if time.monotonic() - self._looked < _LOOK_EVERY_S:
-            return
-        self._looked = time.monotonic()
-        nodes = cluster.read_cluster(self._ray, self._plan.config)
-        if nodes != self._nodes:
-            self._nodes = nodes
-            self._scale(nodes)
-        self._plan.counts.set_room.remote(self._room())
-
-    def _scale(self, nodes: Cluster) -> None:
-        from ray.serve._private.common import DeploymentID
-        from ray.serve.context import _get_global_client
-
-        try:
-            placed = layout("score", self._plan.config, nodes, self._videos)
-        except ConfigError:  # the nodes that it takes are lost; others may come
-            return
-        for name in STAGES:
-            count = placed[name].start
-            if count != self._wanted[name]:
-                self._wanted[name] = count
-                target = DeploymentID(name.capitalize(), self._plan.app)
-                # what Serve's REST API for external scalers calls
-                controller: Any = getattr(_get_global_client(), "_controller")  # noqa: B009
-                self._ray.get(controller.update_deployment_replicas.remote(target, count))
-
-    def _room(self) -> int:
-        """Requests that the running replicas take at a time."""
-        from ray import serve
-        from ray.serve._private.common import ReplicaState
-
-        running = {name: 0 for name in STAGES}
-        found = serve.status().applications.get(self._plan.app)
-        if found is not None:
-            for name in STAGES:
-                status = found.deployments.get(name.capitalize())
-                running[name] = status.replica_states.get(ReplicaState.RUNNING, 0) if status is not None else 0
-        ongoing = self.ongoing()
-        return max(1, sum(running[name] * ongoing[name] for name in ("decoder", "sampler")))
-
-
-class FlowCounts(progress.Counts):
-    """Counts that also share out among the senders what may be on its way to the graph."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.room = 8
-        self.senders: dict[str, float] = {}
-
-    def set_room(self, room: int) -> None:
-        """Videos that may be on their way at a time."""
-        self.room = room
-
-    def share(self, sender: str) -> int:
-        """One sender's part of it; who has not asked for a while gets none."""
-        now = time.monotonic()
-        self.senders[sender] = now
-        alive = sum(now - asked < 5 * _LOOK_EVERY_S for asked in self.senders.values())
-        return max(1, -(-self.room // alive))
 
 
 def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
@@ -274,7 +166,7 @@ class ScoreWorker:
             self.share = await self.plan.counts.share.remote(self.name)
             async with self.changed:
                 self.changed.notify_all()
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(LOOK_EVERY_S)
 
     async def _row(self, ref: VideoRef) -> dict[str, Any]:
         async with self.changed:

@@ -1,0 +1,123 @@
+"""The Serve graph of a bulk scoring: deployed without HTTP, in numbers that follow the nodes, and never given more than it has room for."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from tsq_ray.config import Config
+from tsq_ray.errors import ConfigError
+from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.placement import Cluster, layout
+
+STAGES = ("decoder", "sampler", "recognizer")
+LOOK_EVERY_S = 2.0
+"""At the nodes, and at what has room."""
+
+
+class Replicas:
+    """The graph of a run, deployed without HTTP; it follows the nodes that come and go."""
+
+    def __init__(self, ray: Any, app: str, config: Config, model: str, counts: Any, videos: int) -> None:
+        """`app`: the name of the application in Serve; `counts`: an actor of FlowCounts."""
+        self._ray, self._app, self._config, self._model, self._counts, self._videos = ray, app, config, model, counts, videos
+        self.placed = layout("score", config, cluster.read_cluster(ray, config), videos)
+        self._looked = 0.0
+        self._nodes: Cluster | None = None
+        self._wanted = {name: self.placed[name].start for name in STAGES}
+
+    @contextlib.contextmanager
+    def deployed(self, debug: bool, wait_s: float) -> Iterator[None]:
+        """The graph, for the time of the `with`. RunFailed where it cannot be started."""
+        from ray import serve
+
+        cluster.quiet_data(debug)
+        # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
+        serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
+        try:
+            progress.run_watched(self._start, "score", wait_s)
+        except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
+            serve.delete(self._app)
+            raise cluster.run_failed(error, "score: the graph") from error
+        try:
+            yield
+        finally:
+            serve.delete(self._app)
+
+    def _start(self) -> None:
+        from ray import serve
+
+        from tsq_ray.serve.app import bulk_application
+
+        app = bulk_application(self._model, self._config, self.placed, self.ongoing())
+        serve.run(app, name=self._app, route_prefix=None, external_scaler_enabled=True)
+
+    def ongoing(self) -> dict[str, int]:
+        """Requests of a replica at a time: a batch is on its way while another is worked on."""
+        batch, placed = self._config.serve.batch_size, self.placed
+        ahead = 2 * batch if placed.on_gpu else max(2 * batch, 2 * placed.threads)
+        return {"decoder": 2 * placed.decoder_processes, "sampler": ahead, "recognizer": ahead}
+
+    def tick(self) -> None:
+        """Fit the number of replicas to the alive nodes, and what is on its way to the replicas."""
+        if time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        nodes = cluster.read_cluster(self._ray, self._config)
+        if nodes != self._nodes:
+            self._nodes = nodes
+            self._scale(nodes)
+        self._counts.set_room.remote(self._room())
+
+    def _scale(self, nodes: Cluster) -> None:
+        from ray.serve._private.common import DeploymentID
+        from ray.serve.context import _get_global_client
+
+        try:
+            placed = layout("score", self._config, nodes, self._videos)
+        except ConfigError:  # the nodes that it takes are lost; others may come
+            return
+        for name in STAGES:
+            count = placed[name].start
+            if count != self._wanted[name]:
+                self._wanted[name] = count
+                target = DeploymentID(name.capitalize(), self._app)
+                # what Serve's REST API for external scalers calls
+                controller: Any = getattr(_get_global_client(), "_controller")  # noqa: B009
+                self._ray.get(controller.update_deployment_replicas.remote(target, count))
+
+    def _room(self) -> int:
+        """Requests that the running replicas take at a time."""
+        from ray import serve
+        from ray.serve._private.common import ReplicaState
+
+        running = {name: 0 for name in STAGES}
+        found = serve.status().applications.get(self._app)
+        if found is not None:
+            for name in STAGES:
+                status = found.deployments.get(name.capitalize())
+                running[name] = status.replica_states.get(ReplicaState.RUNNING, 0) if status is not None else 0
+        ongoing = self.ongoing()
+        return max(1, sum(running[name] * ongoing[name] for name in ("decoder", "sampler")))
+
+
+class FlowCounts(progress.Counts):
+    """Counts that also share out among the senders what may be on its way to the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = 8
+        self.senders: dict[str, float] = {}
+
+    def set_room(self, room: int) -> None:
+        """Videos that may be on their way at a time."""
+        self.room = room
+
+    def share(self, sender: str) -> int:
+        """One sender's part of it; who has not asked for a while gets none."""
+        now = time.monotonic()
+        self.senders[sender] = now
+        alive = sum(now - asked < 5 * LOOK_EVERY_S for asked in self.senders.values())
+        return max(1, -(-self.room // alive))
