@@ -125,6 +125,14 @@ def test_extract_prints_its_tables(videos: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_write_prints_its_table() -> None:
+    text = printed("write", "--writers", "1", "2", "--rows", "300", "--mb-s", "100", "--wait-ms", "1", "--turns", "1")
+    assert float(cells(text, "1")[-1]) == 1
+    assert float(cells(text, "2")[0]) > 0
+    assert "300 rows of 130700 bytes in parts of 300" in text
+
+
+@pytest.mark.slow
 def test_scale_prints_its_tables() -> None:
     text = printed("scale", "--rows", "300", "500", "--through-ray", "300", "--objects", "20", "--entries", "2500")
     assert cells(text, "300")[6] == "3", "300 rows are parts of 128, 128 and 44"
