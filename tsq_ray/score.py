@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import threading
 import time
@@ -162,8 +163,11 @@ class ScoreWorker:
             yield parts.transport_table([row.result() for row in batch], self.plan.schema, self.plan.counts)
 
     async def _ask_for_share(self) -> None:
+        import ray
+
         while True:
-            self.share = await self.plan.counts.share.remote(self.name)
+            with contextlib.suppress(ray.exceptions.RayError):  # it is asked again
+                self.share = await self.plan.counts.share.remote(self.name)
             async with self.changed:
                 self.changed.notify_all()
             await asyncio.sleep(LOOK_EVERY_S)

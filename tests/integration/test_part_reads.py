@@ -33,5 +33,8 @@ def test_what_is_done_is_known_without_reading_the_features(s3_proxy: S3Proxy) -
     assert read_done(FOLDER, done.manifest, done).rows.tolist() == done.rows.tolist()
     assert s3_proxy.sent < 10_000, "a part that was read is not read again"
     s3_proxy.sent = 0
+    assert runs.read_part(f"{FOLDER}/{name}", ["video_id", "status", "labels"]).num_rows == ROWS
+    assert s3_proxy.sent < 200_000
+    s3_proxy.sent = 0
     assert runs.read_part(f"{FOLDER}/{name}").num_rows == ROWS
     assert s3_proxy.sent < 1.02 * size

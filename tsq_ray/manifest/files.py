@@ -7,6 +7,7 @@ of the old version are removed last. A folder without `_manifest.json` is what a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from tsq_ray import schema, storage
 from tsq_ray.errors import ManifestError, StorageError
-from tsq_ray.manifest.videos import Manifest, VideoRows
+from tsq_ray.manifest.videos import MAPPED_ROWS, Manifest, VideoRows, mapped
 
 MANIFEST_FILE = "_manifest.json"
 FORMAT = 1
@@ -32,8 +33,6 @@ MAX_FILE_ROWS = 1_000_000
 SHARD_ROWS = 500_000
 """About 35 MB on storage and 70 MB in memory."""
 _ROW_GROUP = 100_000
-_MAPPED_ROWS = 100_000
-"""Tables with more rows than this lie in a file that is mapped into memory."""
 _SHARD = re.compile(r"part-\d{5}-[0-9a-f]{12}\.parquet")
 _VIDEO_ID = "^[0-9a-f]{16}$"
 _TRIES = 3
@@ -233,21 +232,11 @@ def _read_shard(uri: str, what: str) -> _Shard:
     metadata = table.schema.metadata or {}
     classes = schema.classes_of(table.schema)
     identity = json.loads(metadata.get(schema.MANIFEST_KEY, b"{}"))
-    return _Shard(storage.name_of(uri), _mapped(_conform(table, classes, what)), classes, identity, digest)
-
-
-def _mapped(table: pa.Table) -> pa.Table:
-    """A large table as one that lies in a file without a name: the system keeps of it in memory what there is room for."""
-    if len(table) <= _MAPPED_ROWS:
-        return table
-    try:
-        with tempfile.NamedTemporaryFile(prefix="tsq-manifest-") as file:
-            with pa.ipc.new_file(file, table.schema) as writer:
-                writer.write_table(table.combine_chunks())
-            file.flush()
-            return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
-    except OSError:  # no room on the disk
-        return table
+    table = _conform(table, classes, what)
+    if len(table) > MAPPED_ROWS:
+        with contextlib.suppress(OSError):  # no room on the disk: then it stays in memory
+            table = mapped(table.schema, table.combine_chunks().to_batches())
+    return _Shard(storage.name_of(uri), table, classes, identity, digest)
 
 
 def _read_columns(file: BinaryIO) -> pa.Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -39,8 +40,10 @@ _DIGIT_OF = np.full(256, 255, np.uint8)
 """The value of each ASCII hex digit, 255 of anything else."""
 _DIGIT_OF[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 _CHUNK = 10_000
-_COMPARED = 100_000
-"""Rows that are copied at a time to be compared."""
+_AT_A_TIME = 100_000
+"""Rows that are copied at a time."""
+MAPPED_ROWS = 100_000
+"""Tables with more rows than this lie in a file that is mapped into memory."""
 
 
 class VideoRows(Sequence[VideoRef]):
@@ -119,17 +122,29 @@ class VideoRows(Sequence[VideoRef]):
 
     def take(self, places: np.ndarray) -> VideoRows:
         """The rows at these places, in this order. Arrow's own would first make one piece of a table that is many."""
+        taken = [self._take(places[start : start + _AT_A_TIME]) for start in range(0, len(places), _AT_A_TIME)]
+        return VideoRows(pa.concat_tables([self.table.schema.empty_table(), *taken]))
+
+    def _take(self, places: np.ndarray) -> pa.Table:
         batches, bounds = self._pieces
         order = np.argsort(places, kind="stable")
         ascending = places[order]
         cuts = np.searchsorted(ascending, bounds)
-        taken = [self.table.schema.empty_table()]
+        taken = []
         for batch, bound, first, last in zip(batches, bounds, cuts, cuts[1:], strict=False):
             if last > first:
-                taken.append(pa.Table.from_batches([batch.take(pa.array(ascending[first:last] - bound))]))
+                taken.append(batch.take(pa.array(ascending[first:last] - bound)))
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
-        return VideoRows(pa.concat_tables(taken).combine_chunks().take(pa.array(back)))
+        return pa.Table.from_batches(taken).combine_chunks().take(pa.array(back))
+
+    def where(self, mask: np.ndarray) -> VideoRows:
+        """The rows for which `mask` is true, in their order; many of them on the disk."""
+        batches, bounds = self._pieces
+        kept = (batch.filter(pa.array(mask[start : start + len(batch)])) for batch, start in zip(batches, bounds, strict=False))
+        if mask.sum() > MAPPED_ROWS:
+            return VideoRows(mapped(self.table.schema, kept))
+        return VideoRows(pa.Table.from_batches(kept, self.table.schema))
 
     def duplicate(self) -> tuple[str, list[int]] | None:
         """An id that two rows have, and their numbers: a run over them would miss one. None where each id has one row."""
@@ -139,6 +154,16 @@ class VideoRows(Sequence[VideoRef]):
             return None
         numbers = sorted(order[twice[0] : twice[0] + 2].tolist())
         return self.ids[numbers[0]].as_py(), numbers
+
+
+def mapped(arrow: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
+    """A table in a file without a name: the system keeps of it in memory what there is room for. OSError where the disk has no room."""
+    with tempfile.NamedTemporaryFile(prefix="tsq-manifest-") as file:
+        with pa.ipc.new_file(file, arrow) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        file.flush()
+        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
 
 
 def keys_of(ids: pa.ChunkedArray) -> np.ndarray:
@@ -200,8 +225,8 @@ def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
 def same_as_before(rows: VideoRows, old: VideoRows, before: np.ndarray) -> np.ndarray:
     """bool: `same_contents` of each row and of the old row that `before` numbers; False where that is -1."""
     same = np.zeros(len(rows), bool)
-    for start in range(0, len(rows), _COMPARED):
-        known = start + np.flatnonzero(before[start : start + _COMPARED] >= 0)
+    for start in range(0, len(rows), _AT_A_TIME):
+        known = start + np.flatnonzero(before[start : start + _AT_A_TIME] >= 0)
         same[known] = same_contents(rows.take(known).table, old.take(before[known]).table)
     return same
 
@@ -211,7 +236,7 @@ def choose_split(manifest: Manifest, split: str | None) -> VideoRows:
     if split is None:
         return manifest.rows
     splits = manifest.rows.table["split"]
-    rows = VideoRows(manifest.rows.table.filter(pc.equal(splits, split)))
+    rows = manifest.rows.where(pc.fill_null(pc.equal(splits, split), False).to_numpy())
     if not rows:
         raise ManifestError(f"--split {split}: no video has it; {describe_splits(splits)}")
     return rows

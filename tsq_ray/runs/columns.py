@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -12,15 +13,18 @@ import pyarrow.parquet as pq
 from tsq_ray import storage
 from tsq_ray.errors import RunError
 
-_TAIL_BYTES = 16 * 1024
-"""Fetched of the end of a file at first: most footers are shorter."""
+_TAIL_BYTES = 32 * 1024
+"""Fetched of the end of a file at first: most footers are shorter. A class name takes some 60 bytes of one."""
 _LENGTH_BYTES = 8
 """Of what Parquet writes behind the footer: its length and a magic number."""
+_COLUMN_READS = {"cache_type": "bytes", "block_size": 16 * 1024}
+"""Of some columns of a remote file: their own bytes, and not the tensors behind them."""
 
 
 def read_part(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """One file, or some of its columns. RunError where it is not readable as Parquet."""
-    with storage.open_read(uri) as file:
+    options = {} if columns is None else _COLUMN_READS
+    with storage.open_read(uri, **options) as file:
         return _read(uri, file, None, columns)
 
 
@@ -28,54 +32,64 @@ def read_columns(files: Sequence[storage.StoredFile], columns: Sequence[str]) ->
     """The same columns of each of these files. RunError where one is not readable as Parquet."""
     if not files or storage.is_local(files[0].uri):
         return [read_part(file.uri, columns) for file in files]
-    footers = [pq.read_metadata(pa.BufferReader(tail)) if _is_parquet(tail) else None for tail in _tails(files)]
-    ranges = [_range_of(footer, columns) if footer is not None else (0, 0) for footer in footers]
-    data = storage.read_ranges([file.uri for file in files], ranges)
-    tables = []
-    for file, footer, (start, _), content in zip(files, footers, ranges, data, strict=True):
-        if footer is None:  # to have it told what is wrong
-            tables.append(read_part(file.uri, columns))
-        else:
-            tables.append(_read(file.uri, _Piece(content, start), footer, columns))
-    return tables
+    pieces = _fetch(files, columns)
+    return [_read(file.uri, *pieces[file], columns) if file in pieces else read_part(file.uri, columns) for file in files]
+
+
+def _fetch(files: Sequence[storage.StoredFile], columns: Sequence[str]) -> dict[storage.StoredFile, tuple[io.RawIOBase, pq.FileMetaData]]:
+    """The bytes of these columns and the footer, of each file that is Parquet in one row group, as parts are."""
+    footers = {}
+    for file, tail in zip(files, _tails(files), strict=True):
+        with contextlib.suppress(pa.ArrowInvalid, OSError):
+            footers[file] = pq.read_metadata(pa.BufferReader(tail))
+    ranges = {file: _range_of(footer, columns) for file, footer in footers.items() if footer.num_row_groups == 1 and footer.num_rows}
+    found = storage.read_ranges([file.uri for file in ranges], list(ranges.values()))
+    return {file: (_Piece(data, ranges[file][0]), footers[file]) for file, data in zip(ranges, found, strict=True)}
 
 
 def _read(uri: str, file: BinaryIO | io.RawIOBase, footer: pq.FileMetaData | None, columns: Sequence[str] | None) -> pa.Table:
-    try:
+    with _named(uri), pq.ParquetFile(file, metadata=footer, pre_buffer=False) as parquet:
         # both off: one of Arrow's threads may drop the file as the interpreter ends, which aborts the process
-        with pq.ParquetFile(file, metadata=footer, pre_buffer=False) as parquet:
-            return parquet.read(columns=columns, use_threads=False)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise RunError(f"{storage.redact(uri)}: not readable as Parquet ({error}); delete it and run again") from None
+        return parquet.read(columns=columns, use_threads=False)
+
+
+@contextlib.contextmanager
+def _named(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, and not Arrow's word for a broken page
+            raise
+        said = " ".join(str(error).split())
+        raise RunError(f"{storage.redact(uri)}: not readable as Parquet ({said}); delete it and run again") from None
 
 
 def _tails(files: Sequence[storage.StoredFile]) -> list[bytes]:
     """The end of each file, with its whole footer."""
-    uris = [file.uri for file in files]
-    tails = storage.read_ranges(uris, [(max(0, file.size_bytes - _TAIL_BYTES), file.size_bytes) for file in files])
-    for number, (file, tail) in enumerate(zip(files, tails, strict=True)):
-        needed = int.from_bytes(tail[-_LENGTH_BYTES:-4], "little") + _LENGTH_BYTES
-        if _is_parquet(tail) and len(tail) < needed <= file.size_bytes:
-            (tails[number],) = storage.read_ranges([file.uri], [(file.size_bytes - needed, file.size_bytes)])
+    tails = _ends(files, [min(_TAIL_BYTES, file.size_bytes) for file in files])
+    needed = [int.from_bytes(tail[-_LENGTH_BYTES:-4], "little") + _LENGTH_BYTES for tail in tails]
+    short = [number for number, file in enumerate(files) if len(tails[number]) < needed[number] <= file.size_bytes]
+    for number, tail in zip(short, _ends([files[number] for number in short], [needed[number] for number in short]), strict=True):
+        tails[number] = tail
     return tails
 
 
-def _is_parquet(tail: bytes) -> bool:
-    return tail[-4:] == b"PAR1"
+def _ends(files: Sequence[storage.StoredFile], lengths: Sequence[int]) -> list[bytes]:
+    """So many of the last bytes of each file; none of an empty one."""
+    some = [(file, length) for file, length in zip(files, lengths, strict=True) if length]
+    ranges = [(file.size_bytes - length, file.size_bytes) for file, length in some]
+    found = iter(storage.read_ranges([file.uri for file, _ in some], ranges))
+    return [next(found) if length else b"" for length in lengths]
 
 
 def _range_of(footer: pq.FileMetaData, columns: Sequence[str]) -> tuple[int, int]:
-    """From the first byte of these columns to the last, of all row groups; they lie side by side at the beginning of a row group."""
-    starts, ends = [], []
-    for number in range(footer.num_row_groups):
-        group = footer.row_group(number)
-        for place in range(group.num_columns):
-            chunk = group.column(place)
-            if chunk.path_in_schema.split(".")[0] in columns:
-                start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
-                starts.append(start)
-                ends.append(start + chunk.total_compressed_size)
-    return min(starts, default=0), max(ends, default=0)
+    """From the first byte of these columns to the last; they lie side by side at the beginning of the row group."""
+    group = footer.row_group(0)
+    chunks = [group.column(place) for place in range(group.num_columns)]
+    chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+    starts = [chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset for chunk in chunks]
+    ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
+    return min(starts, default=0), max(ends, default=1)
 
 
 class _Piece(io.RawIOBase):

@@ -112,7 +112,8 @@ def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
     """Every row of every part of a run folder; a part that is as it was in `known` is not read again."""
     parts: list[Part] = []
     found: list[np.ndarray] = [np.zeros(0, ROW)]
-    before = {part.file: part for part in known.parts} if known is not None else {}
+    # where storage tells neither, a part that was written again looks as it did
+    before = {part.file: part for part in known.parts if part.file.etag or part.file.modified} if known is not None else {}
     start = 0
     for file, (classes, rows) in _rows_of_parts(list_parts(uri), manifest, known, before):
         rows["part"] = len(parts)
@@ -172,7 +173,7 @@ def still_to_do(wanted: Sequence[VideoRef], done: Done, retry: Collection[str] =
     again = done.has(FAILED) & np.isin(done.rows["error"], reasons)
     todo = row < 0
     todo[~todo] = again[row[~todo]]
-    return wanted if todo.all() else VideoRows(wanted.table.filter(pa.array(todo)))
+    return wanted if todo.all() else wanted.where(todo)
 
 
 def outdated_labels(done: Done) -> list[Part]:

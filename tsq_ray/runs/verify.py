@@ -12,7 +12,7 @@ from tsq_ray import schema, storage
 from tsq_ray.errors import ERROR_TYPES, RunError, StorageError
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
 from tsq_ray.runs.columns import read_part
-from tsq_ray.runs.done import FAILED, OK, OTHER_VERSION, ROW, Done, list_parts, read_done
+from tsq_ray.runs.done import FAILED, OK, OTHER_VERSION, Done, list_parts, read_done
 from tsq_ray.runs.folder import RUN_FILE, part_name, read_run
 
 _SHOWN = 20
@@ -27,37 +27,51 @@ def verify(uri: str) -> dict[str, Any]:
     """
     uri = storage.normalize(uri)
     run = read_run(uri)
-    problems: list[str] = []
-    listed, there = (
-        {part["name"]: part["bytes"] for part in run["parts"]},
-        {storage.name_of(part.uri): part.size_bytes for part in list_parts(uri)},
-    )
-    problems += [f"{name}: listed in {RUN_FILE} but missing" for name in sorted(listed.keys() - there.keys())]
-    problems += [f"{name}: not listed in {RUN_FILE}" for name in sorted(there.keys() - listed.keys())]
+    problems = _check_parts(uri, run)
+    if problems:
+        checks = ["parts", "counts", "rows and manifest not checked (the parts come first)"]
+    else:
+        manifest, why_not = _manifest_of(run)
+        done = read_done(uri, manifest or Manifest(VideoRows.of([]), []))
+        problems += _check_rows(run, done)
+        if manifest is not None:
+            problems += _check_manifest(run, done)
+        checks = ["parts", "rows", "counts", why_not or "manifest"]
+    problems += _check_counts(run)
+    return {"uri": storage.redact(uri), "kind": run["kind"], "counts": run["counts"], "checks": checks, "problems": problems}
+
+
+def _check_parts(uri: str, run: Mapping[str, Any]) -> list[str]:
+    listed = {part["name"] for part in run["parts"]}
+    there = {storage.name_of(part.uri) for part in list_parts(uri)}
+    problems = [f"{name}: listed in {RUN_FILE} but missing" for name in sorted(listed - there)]
+    problems += [f"{name}: not listed in {RUN_FILE}" for name in sorted(there - listed)]
     for name in sorted(there):
         try:
             problems += _check_part(storage.join(uri, name), run["kind"])
         except RunError as error:
             problems.append(str(error))
-    manifest, why_not = _manifest_of(run)
-    nothing = Manifest(VideoRows.of([]), [])
-    done = read_done(uri, manifest or nothing) if not problems else Done(nothing, [], np.zeros(0, ROW))
-    keys, numbers = np.unique(done.rows["key"], return_counts=True)
-    twice = np.flatnonzero(numbers > 1)[:_SHOWN]
-    problems += [f"video {keys[place]:016x}: {numbers[place]} rows" for place in twice]
-    counts = run["counts"]
+    return problems
+
+
+def _check_counts(run: Mapping[str, Any]) -> list[str]:
+    counts, problems = run["counts"], []
     if counts["inputs"] != counts["ok"] + counts["failed"] + counts["skipped"]:
         problems.append(f"inputs {counts['inputs']} != ok {counts['ok']} + failed {counts['failed']} + skipped {counts['skipped']}")
-    for status, flag in (("ok", OK), ("failed", FAILED)):
-        found = int(done.has(flag).sum())
-        if found != counts[status]:
-            problems.append(f"{found} rows are {status}, {RUN_FILE} says {counts[status]}")
     if run["status"] != "complete":
         problems.append(f"the run's status is {run['status']!r}")
-    if manifest is not None:
-        _check_manifest(run, done, problems)
-    checks = ["parts", "rows", "counts", why_not or "manifest"]
-    return {"uri": storage.redact(uri), "kind": run["kind"], "counts": counts, "checks": checks, "problems": problems}
+    return problems
+
+
+def _check_rows(run: Mapping[str, Any], done: Done) -> list[str]:
+    keys, numbers = np.unique(done.rows["key"], return_counts=True)
+    twice = np.flatnonzero(numbers > 1)[:_SHOWN]
+    problems = [f"video {keys[place]:016x}: {numbers[place]} rows" for place in twice]
+    for status, flag in (("ok", OK), ("failed", FAILED)):
+        found = int(done.has(flag).sum())
+        if found != run["counts"][status]:
+            problems.append(f"{found} rows are {status}, {RUN_FILE} says {run['counts'][status]}")
+    return problems
 
 
 def _check_part(uri: str, kind: str) -> list[str]:
@@ -95,8 +109,8 @@ def _manifest_of(run: Mapping[str, Any]) -> tuple[Manifest | None, str]:
     return manifest, ""
 
 
-def _check_manifest(run: Mapping[str, Any], done: Done, problems: list[str]) -> None:
-    manifest, place = done.manifest, done.rows["place"]
+def _check_manifest(run: Mapping[str, Any], done: Done) -> list[str]:
+    manifest, place, problems = done.manifest, done.rows["place"], []
     for row in done.rows[place < 0][:_SHOWN]:
         problems.append(f"{done.parts[row['part']].name}: video {row['key']:016x} is not in the manifest")
     for ref in manifest.rows.take(place[done.has(OTHER_VERSION)][:_SHOWN]):
@@ -106,3 +120,4 @@ def _check_manifest(run: Mapping[str, Any], done: Done, problems: list[str]) -> 
     lost = len(manifest.rows) - len(np.unique(place[place >= 0]))
     if lost != run["counts"]["skipped"]:
         problems.append(f"{lost} videos of the manifest have no row, {RUN_FILE} says {run['counts']['skipped']} were skipped")
+    return problems

@@ -63,7 +63,9 @@ def executions(todo: Sequence[VideoRef], workers: int) -> Iterator[Any]:
         blocks = [table.slice(start - ends[0], end - start) for start, end in itertools.pairwise(ends.tolist())]
         # Not read from a file: reading asks for a whole free CPU, which a small cluster full of workers never has. And not by
         # `from_arrow`: that sends each block to a task of its own to count its rows, three times the time and 50 kB a block.
-        yield ray.data.from_blocks(blocks)
+        data = ray.data.from_blocks(blocks)
+        del table, blocks  # they are in Ray's object store now
+        yield data
 
 
 def cut_blocks(sizes: np.ndarray, workers: int) -> tuple[np.ndarray, np.ndarray]:

@@ -37,13 +37,12 @@ class Replicas:
         # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
         serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
         try:
-            progress.run_watched(self._start, "score", wait_s)
-        except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
-            serve.delete(self._app)
-            raise cluster.run_failed(error, "score: the graph") from error
-        try:
+            try:
+                progress.run_watched(self._start, "score", wait_s)
+            except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
+                raise cluster.run_failed(error, "score: the graph") from error
             yield
-        finally:
+        finally:  # on a cluster that others use it would go on asking for room
             serve.delete(self._app)
 
     def _start(self) -> None:
