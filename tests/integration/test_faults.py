@@ -20,19 +20,22 @@ pytestmark = pytest.mark.ray
 WORKER, WRITER, SENDER = (rf"ray::MapWorker\(MapBatches\({name}" for name in ("ExtractWorker", "WritePart", "ScoreWorker"))
 
 
-def kill_the_decode_of(path: Path, started: Started) -> None:
-    """SIGKILL a decode child that is in the middle of this video."""
+def kill_the_decode_of(path: Path, started: Started, times: int = 1) -> None:
+    """SIGKILL a decode child that is in the middle of this video, then the next one."""
+    killed: set[int] = set()  # one that is dying still has the file open
 
     def caught() -> bool:
-        for pid in readers_of(path):
+        for pid in set(readers_of(path)) - killed:
             os.kill(pid, signal.SIGSTOP)
             if pid in readers_of(path):
                 os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
                 return True
             os.kill(pid, signal.SIGCONT)
         return False
 
-    started.wait_until(caught)
+    for _ in range(times):
+        started.wait_until(caught)
 
 
 @pytest.mark.slow
@@ -55,8 +58,7 @@ def test_a_decode_child_is_killed_twice(ray_cluster: Any, tmp_path: Path) -> Non
     big = write_video(tmp_path / "videos/unlabelled.mp4", 400, size=(640, 384), gop=400)
     index(site, str(tmp_path), "--update")
     started = Started(site.argv)
-    for _ in range(2):
-        kill_the_decode_of(big, started)
+    kill_the_decode_of(big, started, times=2)
     assert started.ended().code == 0, "the run goes on by itself"
     row = site.rows()["unlabelled.mp4"]
     assert (row["error_type"], "SIGKILL" in row["error_message"]) == ("decoder_crash", True)
