@@ -40,7 +40,7 @@ class Batches(Generic[Item, Answer]):
         self.in_hand = 0
 
     async def __call__(self, item: Item) -> Answer:
-        """The answer to one item. Raises what `work` raised for its batch."""
+        """The answer to one item. Raises what `work` raised for it."""
         if self.dispatcher is None:
             self.dispatcher = asyncio.create_task(self._dispatch())
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -68,7 +68,11 @@ class Batches(Generic[Item, Answer]):
                 threads = self.threads // min(self.lanes, max(1, self.in_hand))
                 answers = await asyncio.wrap_future(self.pools[lane].submit(self._run, [item for item, _ in batch], threads))
                 for (_, waiting), answer in zip(batch, answers, strict=True):
-                    if not waiting.done():
+                    if waiting.done():
+                        continue
+                    if isinstance(answer, Exception):
+                        waiting.set_exception(answer)
+                    else:
                         waiting.set_result(answer)
         except Exception as error:  # noqa: BLE001  handed to those who wait
             for _, waiting in batch:
@@ -89,11 +93,16 @@ class Batches(Generic[Item, Answer]):
                 break
         return batch
 
-    def _run(self, items: list[Item], threads: int) -> list[Answer]:
+    def _run(self, items: list[Item], threads: int) -> list[Answer | Exception]:
         import torch
 
         torch.set_num_threads(threads)  # a setting of the thread that calls
-        return self.work(items)
+        try:
+            return [*self.work(items)]
+        except Exception as error:  # noqa: BLE001  handed to who waits for it
+            if len(items) == 1:
+                return [error]
+            return [answer for item in items for answer in self._run([item], threads)]  # one must not cost the others their answers
 
 
 def _settle_threads() -> None:
