@@ -13,8 +13,9 @@ from tsq_ray import manifest as manifests
 from tsq_ray.config import Config
 from tsq_ray.errors import ManifestError, RunError, StorageError
 from tsq_ray.runtime import cluster
+from tsq_ray.runtime.nodes import GROWTH_LIMIT, Stage, describe_largest
 from tsq_ray.runtime.parts import MAX_BLOCK_ROWS
-from tsq_ray.runtime.placement import GROWTH_LIMIT, Stage, describe_largest, layout
+from tsq_ray.runtime.placement import layout
 
 
 def describe(uri: str) -> dict[str, Any]:

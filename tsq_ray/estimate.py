@@ -26,7 +26,8 @@ from tsq_ray.extract import choose_networks
 from tsq_ray.feature_pipeline import feature_row
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest
 from tsq_ray.rows import prediction_row, source_of
-from tsq_ray.runtime.placement import Cluster, Layout, Node, layout
+from tsq_ray.runtime.nodes import Cluster, Layout, Node
+from tsq_ray.runtime.placement import layout
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
 
 PROBES = 16

@@ -22,7 +22,7 @@ from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, identity_row, source_columns, source_of
 from tsq_ray.runtime import cluster, parts
-from tsq_ray.runtime.placement import Layout, Pool
+from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.stages import Encode, FrameFeatures, load_network
 
 

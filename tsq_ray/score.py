@@ -20,9 +20,9 @@ from tsq_ray.config import Config
 from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef, read_manifest
 from tsq_ray.rows import Answer, prediction_row, source_of
-from tsq_ray.runtime import cluster, parts
+from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
-from tsq_ray.runtime.placement import Layout
+from tsq_ray.runtime.nodes import Layout
 from tsq_ray.serve.replicas import LOOK_EVERY_S, STAGES, FlowCounts, Replicas
 
 _PATIENCE_S = 600.0
@@ -88,12 +88,12 @@ def score(
         seconds: dict[str, float] = {}
         if run.todo:
             with cluster.connect(address, debug) as ray:
-                counts = ray.remote(num_cpus=0)(FlowCounts).remote()
+                counts = progress.start_counts(FlowCounts)
                 plan = ScorePlan(f"tsq-score-{_unique(model)}", arrow, manifest.classes, counts, config)
                 replicas = Replicas(ray, plan.app, config, model, counts, len(run.todo))
                 work = _work(plan, replicas.placed, debug)
                 with replicas.deployed(debug, wait_s), cluster.asking_for_nodes(ray, replicas.placed, config):
-                    seconds = run_bulk("score", run, work, show=show_progress, wait_s=wait_s, ticks=(replicas.tick,))
+                    seconds = run_bulk("score", run, work, show=show_progress, wait_s=wait_s, ticks=(replicas.tick,), app=plan.app)
         return run.close(seconds, lambda: more | {"metrics": measure(out, classes)})
 
 

@@ -105,7 +105,7 @@ class TimedCounts(progress.Counts):
 
 def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str, Any]:
     counts = ray.remote(num_cpus=0)(TimedCounts).remote()
-    start_counts, progress.start_counts = progress.start_counts, lambda: counts
+    start_counts, progress.start_counts = progress.start_counts, lambda *_: counts
     try:
         run = extracting.extract(manifest_uri, out, config, show_progress=False)
     finally:

@@ -257,7 +257,7 @@ class TimedCounts(progress.Counts):
 def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str, Any]:
     counts = ray.remote(num_cpus=0)(TimedCounts).remote()
     worker, start_counts = feature_pipeline.ExtractWorker, progress.start_counts
-    feature_pipeline.ExtractWorker, progress.start_counts = StubWorker, lambda: counts  # type: ignore[misc]
+    feature_pipeline.ExtractWorker, progress.start_counts = StubWorker, lambda *_: counts  # type: ignore[misc]
     try:
         run = extracting.extract(manifest_uri, out, config, show_progress=False)
     finally:

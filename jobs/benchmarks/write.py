@@ -28,7 +28,7 @@ from slow_store_case import slow_store
 from tsq_ray import schema
 from tsq_ray.config import OutputConfig
 from tsq_ray.runtime import cluster, parts
-from tsq_ray.runtime.placement import Pool
+from tsq_ray.runtime.nodes import Pool
 
 _BUCKET = "tsq-write"
 _FRAMES, _DIM, _OBJECTS = 50, 1280, 10

@@ -153,4 +153,4 @@ def test_a_node_is_lost_in_mid_score(store: SlowStore, attempt: int, tmp_path: P
     rows = read_rows(str(tmp_path / "out"))
     assert rows.num_rows == count
     assert set(rows["status"].to_pylist()) == {"ok"}
-    print(f"went on {resumed:.0f} s after the loss")
+    assert resumed < 60, "by the issue of this test: a run used to stand still"

@@ -274,6 +274,8 @@ def test_replicas_scale_as_the_settings_say(ray_cluster: Any, bundle: str) -> No
     from ray import serve
     from ray.serve.context import _get_global_client
 
+    from tsq_ray.runtime.nodes import Cluster
+    from tsq_ray.runtime.placement import layout
     from tsq_ray.serve.app import application
 
     sets = [
@@ -284,7 +286,9 @@ def test_replicas_scale_as_the_settings_say(ray_cluster: Any, bundle: str) -> No
     ]
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     try:
-        serve.run(application(bundle, scoring_config(bundle, sets=sets), None), name="scaled", route_prefix=None)
+        config = scoring_config(bundle, sets=sets)
+        app = application(bundle, config, layout("serve", config, Cluster(()), 1), None)
+        serve.run(app, name="scaled", route_prefix=None)
         details = _get_global_client().get_serve_details()["applications"]["scaled"]["deployments"]
         limits = {}
         for name, found in details.items():

@@ -12,7 +12,7 @@ from tsq_ray.config import Config
 from tsq_ray.decode import WHOLE, DecodedVideo, FrameSpec, with_whole_frames
 from tsq_ray.errors import VideoError
 from tsq_ray.feature_pipeline import FeaturePlan, Networks, pack_video, packed_fields, unpack_video
-from tsq_ray.runtime.placement import Layout
+from tsq_ray.runtime.nodes import Layout
 
 SPECS = with_whole_frames({"visual": FrameSpec(8), "objects": FrameSpec(6)})
 

@@ -6,7 +6,8 @@ import pytest
 
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError
-from tsq_ray.runtime.placement import Cluster, Layout, Node, Pool, Stage, gpu_count, layout, wanted_nodes
+from tsq_ray.runtime.nodes import Cluster, Layout, Node, Pool, Stage
+from tsq_ray.runtime.placement import gpu_count, layout, wanted_nodes
 
 GIB = 2**30
 TWO_CORES = Cluster((Node(2, memory=14 * GIB),))
@@ -177,10 +178,23 @@ def test_score(cluster: Cluster, videos: int, sets: list[str], decoders: int, ne
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
 def test_a_node_that_is_left_alone_holds_the_whole_graph_and_more(cpus: int) -> None:
-    """Two of each but the decoder, as when a node was lost, and still room for a sender and a writer."""
+    """One of each stage, and still room for two senders and two writers."""
     placed = place("score", Cluster(many(1, cpus)), 1000)
-    twice = placed["decoder"].cpus + 2 * (placed["sampler"].cpus + placed["recognizer"].cpus) / 2 + placed["ingress"].cpus
-    assert twice + 4 * placed["writer"].cpus <= cpus
+    graph = sum(placed[name].cpus for name in ("decoder", "sampler", "recognizer", "ingress"))
+    assert graph + 2 * placed["sender"].cpus + 2 * placed["writer"].cpus <= cpus
+
+
+@pytest.mark.parametrize("stage", ["train", "finetune", "extract"])
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_wants_a_gpu_fits_on_a_node_that_has_one(stage: Stage, alive: bool) -> None:
+    """The GPU node has fewer CPUs than the largest node."""
+    kinds = (Node(16, memory=64 * GIB), Node(8, 1, memory=64 * GIB))
+    cluster = Cluster(kinds) if alive else Cluster((EMPTY_HEAD,), kinds)
+    placed = place(stage, cluster, 1000, "finetune.backbone=trained")
+    wanting = [pool for pool in placed.pools.values() if pool.gpus]
+    assert wanting
+    for pool in wanting:
+        assert cluster.capacity(pool, launchable=True) >= pool.now, pool
 
 
 @pytest.mark.parametrize(

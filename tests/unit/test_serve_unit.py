@@ -17,7 +17,8 @@ from tsq_ray import score
 from tsq_ray.artifact import read_bundle_settings
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError, ModelError, UserError
-from tsq_ray.runtime.placement import Cluster, Node, Pool, layout
+from tsq_ray.runtime.nodes import Cluster, Node, Pool
+from tsq_ray.runtime.placement import layout
 from tsq_ray.sections import ServeConfig
 from tsq_ray.serve.access import TOKEN_VARIABLE, check_binding, check_token_rule, is_loopback, read_token
 from tsq_ray.serve.endpoint import check_room

@@ -17,7 +17,8 @@ from typing import Any, TextIO
 
 from tsq_ray.config import Config
 from tsq_ray.errors import RunFailed, StorageError, TsqError
-from tsq_ray.runtime.placement import Cluster, Layout, Node, wanted_nodes
+from tsq_ray.runtime.nodes import Cluster, Layout, Node
+from tsq_ray.runtime.placement import wanted_nodes
 
 _MAX_CHATTER = 200
 _ASK_EVERY_S = 3.0

@@ -15,7 +15,7 @@ from tsq_ray import runs, schema, storage
 from tsq_ray.config import OutputConfig
 from tsq_ray.errors import RunFailed, StorageError
 from tsq_ray.manifest import VideoRef, VideoRows
-from tsq_ray.runtime.placement import Pool
+from tsq_ray.runtime.nodes import Pool
 
 RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
 """Of a stage's workers. Ray Data's own are endless: a batch that kills its worker each time would never end the run.

@@ -8,25 +8,18 @@ the largest node has would wait forever.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import replace
 
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError
+from tsq_ray.runtime.nodes import GROWTH_LIMIT, ROOM, Cluster, Layout, Node, Pool, Stage, describe_largest, num_fitting
 
-Stage = Literal["extract", "finetune", "train", "score", "serve"]
-Device = Literal["cpu", "cuda"]
-
-GROWTH_LIMIT = 10_000
-"""Actors of a pool whose size only the cluster limits."""
 _VIDEOS_PER_ACTOR = 8
 """With fewer to do an actor is not worth a node that has to be started for it."""
 _MAX_ASKED = 1000
 """Actors of a pool that wait for nodes to come, at most."""
 _MIN_AHEAD = 8
-_ROOM = 0.1
-"""CPUs that busy actors leave free on each node for actors that mostly wait."""
 _WAITING_CPUS = 0.01
 """Of an actor that mostly waits. Not 0, so that a head node without CPUs takes none of them."""
 _NETWORK_CPUS = 0.2
@@ -39,140 +32,6 @@ _WAITING_BYTES = _GIB // 4
 _WRITING_BYTES = _GIB // 2
 _MIN_WRITERS, _MAX_WRITERS = 2, 64
 _MIN_SENDERS, _MAX_SENDERS = 2, 128
-
-
-@dataclass(frozen=True)
-class Node:
-    """What a node has, or a type of node of which the autoscaler can start `count`."""
-
-    cpus: float
-    gpus: float = 0.0
-    memory: float = math.inf
-    """Bytes."""
-    count: int = 1
-    name: str = ""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """The nodes that are alive, and those that the autoscaler may start beside them."""
-
-    nodes: tuple[Node, ...]
-    launchable: tuple[Node, ...] = ()
-    grows: bool = False
-    """Whether something manages the nodes that may start more, of kinds that are not known here."""
-
-    def every_node(self) -> Iterator[Node]:
-        """The alive nodes, then the types that can be started."""
-        yield from self.nodes
-        yield from (node for node in self.launchable if node.count > 0)
-
-    @property
-    def cpus(self) -> float:
-        """Of the alive nodes."""
-        return sum(node.cpus for node in self.nodes)
-
-    @property
-    def gpus(self) -> int:
-        """Of the alive nodes."""
-        return int(sum(node.gpus for node in self.nodes))
-
-    @property
-    def max_gpus(self) -> int:
-        """Of the alive nodes and of all that can be started."""
-        return self.gpus + int(sum(node.gpus * node.count for node in self.launchable))
-
-    @property
-    def largest_cpus(self) -> float:
-        """CPUs of the largest node, alive or launchable; 1 where none has any yet."""
-        return max((node.cpus for node in self.every_node()), default=0.0) or 1.0
-
-    @property
-    def smallest_cpus(self) -> float:
-        """CPUs of the smallest node that has some, alive or launchable."""
-        return min((node.cpus for node in self.every_node() if node.cpus), default=1.0)
-
-    @property
-    def unit(self) -> float:
-        """One core, or less where no node has a whole one."""
-        return min(1.0, self.largest_cpus)
-
-    @property
-    def busy_cpus(self) -> float:
-        """CPUs of an actor that keeps a core busy: a little less, so that each node has room."""
-        return math.floor(100 * self.unit * (1 - _ROOM / max(1.0, self.smallest_cpus)) + 1e-9) / 100
-
-    @property
-    def num_workers(self) -> int:
-        """Nodes that can work, alive and launchable."""
-        alive = sum(1 for node in self.nodes if node.cpus)
-        return alive + sum(node.count for node in self.launchable if node.cpus)
-
-    def capacity(self, pool: Pool, *, launchable: bool = False) -> int:
-        """Number of the pool's actors that fit side by side on the nodes."""
-        fit = sum(_fit(pool, node) for node in self.nodes)
-        if launchable:
-            fit += sum(_fit(pool, node) * node.count for node in self.launchable)
-        return fit
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Actors that are alike, and what one of them asks for."""
-
-    name: str
-    minimum: int
-    start: int
-    """With which the pool begins."""
-    limit: int
-    cpus: float
-    gpus: float = 0.0
-    memory: int = 0
-    """Bytes that one actor is expected to take."""
-    cores: float = 0.0
-    """Real cores that one actor keeps busy; 0 for one that mostly waits."""
-    fit: int = 0
-    """How many of them the alive nodes hold, where the others wait for nodes to come; 0: all."""
-
-    @property
-    def now(self) -> int:
-        """How many of them the alive nodes hold."""
-        return self.fit or self.start
-
-    def describe(self) -> str:
-        """For people: number, then what one asks for."""
-        limit = "as the cluster grows" if self.limit >= GROWTH_LIMIT else f"up to {self.limit}"
-        parts = [f"{self.cpus:g} CPU"]
-        parts += [f"{self.gpus:g} GPU"] if self.gpus else []
-        parts += [f"{self.memory / _GIB:.2g} GiB"] if self.memory else []
-        return f"{self.now}{f' ({limit})' if self.limit > self.now else ''} of {', '.join(parts)}"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The pools of a stage, and how the networks in them run."""
-
-    stage: Stage
-    pools: dict[str, Pool] = field(default_factory=dict)
-    device: Device = "cpu"
-    threads: int = 1
-    """Of each network on a CPU."""
-    decoder_processes: int = 1
-    """Decoding children of each actor that decodes."""
-
-    def __getitem__(self, name: str) -> Pool:
-        return self.pools[name]
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the networks run on GPUs."""
-        return self.device == "cuda"
-
-    def describe(self) -> dict[str, str]:
-        """For people: a line a pool."""
-        networks = "a GPU each" if self.on_gpu else f"CPU, {self.threads} threads each"
-        pools = {name: pool.describe() for name, pool in self.pools.items()}
-        return pools | {"networks": networks}
 
 
 def layout(stage: Stage, config: Config, cluster: Cluster, videos: int) -> Layout:
@@ -231,7 +90,7 @@ def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
 def _check_fits(placed: Layout, cluster: Cluster) -> None:
     nodes = [node for node in cluster.every_node() if node.cpus or node.gpus]
     for pool in placed.pools.values():
-        if nodes and not cluster.grows and not any(_fit(pool, node) for node in nodes):
+        if nodes and not cluster.grows and not any(num_fitting(pool, node) for node in nodes):
             asked = [f"{pool.cpus:g} CPU", *([f"{pool.gpus:g} GPU"] if pool.gpus else [])]
             raise ConfigError(
                 f"{placed.stage}: a {pool.name} asks for {' and '.join(asked)}, which no node of the "
@@ -240,27 +99,14 @@ def _check_fits(placed: Layout, cluster: Cluster) -> None:
             )
 
 
-def describe_largest(cluster: Cluster) -> str:
-    """CPUs and GPUs of the largest node, alive or launchable."""
-    nodes = list(cluster.every_node())
-    largest = max(nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0.0))
-    return f"{largest.cpus:g} CPU" + (f", {largest.gpus:g} GPU" if largest.gpus else "")
-
-
 def _resources(node: Node) -> dict[str, float]:
     return {"CPU": node.cpus} | ({"GPU": node.gpus} if node.gpus else {})
-
-
-def _fit(pool: Pool, node: Node) -> int:
-    asked = ((node.cpus, pool.cpus), (node.gpus, pool.gpus), (node.memory, pool.memory))
-    fits = (available / wanted for available, wanted in asked if wanted)
-    return int(min(fits, default=float(GROWTH_LIMIT)) + 1e-9)
 
 
 def _share(cluster: Cluster, actors: int) -> float:
     """CPUs of one of `actors` alike: as many as let the alive nodes hold all of them."""
     cpus = [node.cpus for node in cluster.nodes if node.cpus] or [cluster.largest_cpus]
-    free = [count - _ROOM * min(1.0, count) for count in cpus]
+    free = [count - ROOM * min(1.0, count) for count in cpus]
     for steps in range(int(max(free) / _STEP + 1e-9), 1, -1):
         each = round(steps * _STEP, 2)
         if sum(int(count / each + 1e-9) for count in free) >= actors:
@@ -308,7 +154,7 @@ def _cores(cpus: float) -> float:
 
 
 def _writers(cluster: Cluster) -> Pool:
-    limit = max(_MIN_WRITERS, min(_MAX_WRITERS, cluster.num_workers))
+    limit = _MAX_WRITERS if cluster.grows else max(_MIN_WRITERS, min(_MAX_WRITERS, cluster.num_workers))
     return Pool("writer", 1, 1, limit, _WAITING_CPUS, memory=_memory(cluster, _WRITING_BYTES))
 
 
@@ -350,7 +196,8 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
     wanted = config.resources.decoders or (cores - workers if gpus else cores // 4)
     decoders = max(1, wanted // workers)
     cpus = _share(cluster, workers * (1 + decoders))
-    pool = Pool("worker", workers, workers, workers, cpus, 1.0 if gpus else 0.0)
+    own = min(cpus, _share(cluster.with_gpus, workers)) if gpus else cpus
+    pool = Pool("worker", workers, workers, workers, own, 1.0 if gpus else 0.0)
     if cluster.nodes and cluster.cpus and workers * (1 + decoders) * cpus > cluster.cpus:
         raise ConfigError(
             f"finetune.num_workers = {workers} with {decoders} decoders each: too many for the "
@@ -366,7 +213,7 @@ def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
     workers = config.train.num_workers
     fewest, most = (workers, workers) if isinstance(workers, int) else workers
     gpus = _training_gpus("train.num_workers", fewest, config, cluster)
-    cpus = _share(cluster, most)
+    cpus = _share(cluster.with_gpus if gpus else cluster, most)
     if most > fewest and config.resources.threads and not gpus:
         cpus = float(config.resources.threads)  # a cluster that grows holds more of them
     threads = config.resources.threads or int(_cores(cpus))

@@ -35,11 +35,13 @@ class Counts:
         return self.ok, dict(self.failed)
 
 
-def start_counts() -> Any:
-    """A Counts actor for `run_with_progress` and the workers."""
+def start_counts(kind: type[Counts] = Counts) -> Any:
+    """A Counts actor for `run_with_progress` and the workers, on the driver's own node: another one may be lost."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(num_cpus=0)(Counts).remote()
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote()
 
 
 def run_with_progress(
@@ -51,32 +53,34 @@ def run_with_progress(
     unit: str = "videos",
     wait_s: float = 0.0,
     ticks: Sequence[Callable[[], None]] = (),
+    app: str = "",
 ) -> T:
     """Run `work` in a thread and show videos done / failed / left, videos/s and ETA.
 
     A bar on a terminal, plain lines elsewhere; a line also where the cluster has no room. `ticks`
-    are called twice a second. Raises what `work` and the ticks raise, and RunFailed where the run
+    are called twice a second. `app`: the run's application in Serve, if it has one. Raises what `work` and the ticks raise, and RunFailed where the run
     has waited for longer than `wait_s` (0: no limit).
     """
     import ray
 
-    watch = Watch(ray, what, wait_s)
+    watch, done = Watch(ray, what, wait_s, app), 0
     with _thread(work) as (is_alive, result), progress_display(total, what, show, unit) as update:
         while is_alive(_POLL_S):
             for tick in ticks:
                 tick()
             with contextlib.suppress(ray.exceptions.RayError):
                 ok, failed = ray.get(counts.get.remote(), timeout=10)
-                update(ok, sum(failed.values()))
-                watch.tick(ok + sum(failed.values()))
+                done = ok + sum(failed.values())
+                update(ok, done - ok)
+            watch.tick(done)
     return result()
 
 
-def run_watched(work: Callable[[], T], what: str, wait_s: float = 0.0) -> T:
+def run_watched(work: Callable[[], T], what: str, wait_s: float = 0.0, app: str = "") -> T:
     """Run `work`, which waits for room on the cluster, in a thread; say what it waits for."""
     import ray
 
-    watch = Watch(ray, what, wait_s)
+    watch = Watch(ray, what, wait_s, app)
     with _thread(work) as (is_alive, result):
         while is_alive(_POLL_S):
             watch.tick(0)

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tsq_ray.errors import RunFailed
@@ -21,9 +21,9 @@ _PENDING = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
 class Watch:
     """Reports when a run makes no progress because the cluster has no room for it."""
 
-    def __init__(self, ray: Any, what: str, wait_s: float = 0.0) -> None:
-        """`wait_s`: the longest wait; 0 for no limit."""
-        self._ray, self._what, self._wait_s = ray, what, wait_s
+    def __init__(self, ray: Any, what: str, wait_s: float = 0.0, app: str = "") -> None:
+        """`wait_s`: the longest wait; 0 for no limit. `app`: the run's application in Serve, if it has one."""
+        self._ray, self._what, self._wait_s, self._app = ray, what, wait_s, app
         self._done = -1
         self._since = self._looked = time.monotonic()
         self._waits_since: float | None = None
@@ -41,7 +41,7 @@ class Watch:
         if now < min(self._looked + (FIRST_LINE_S if first else EVERY_S), self._ends()):
             return
         self._looked = now
-        kinds, status = lacking(self._ray), _cluster_status(self._ray)
+        kinds, status = self._lacking(), _cluster_status(self._ray)
         if not kinds or (status is not None and _num_demanded(status) < kinds.total()):
             self._waits_since = None
             if kinds:
@@ -52,6 +52,12 @@ class Watch:
         if now >= self._ends():
             raise RunFailed(f"{line}; gave up after --wait-s {self._wait_s:g}; give the same command again to resume")
         _say(line)
+
+    def _lacking(self) -> Counter[str]:
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            job = self._ray.get_runtime_context().get_job_id()
+            return lacking(_actors(), self._ray.util.placement_group_table(), job, self._app)
+        return Counter()
 
     def _ends(self) -> float:
         """When the wait is over; before anything is known to wait, not at all."""
@@ -64,20 +70,17 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def lacking(ray: Any) -> Counter[str]:
-    """The kinds of this job's actors of which none runs yet, and how many are to come.
+def lacking(actors: Iterable[Mapping[str, Any]], groups: Mapping[str, Mapping[str, Any]], job: str, app: str = "") -> Counter[str]:
+    """The kinds of a run's actors of which none runs yet, and how many are to come.
 
-    A placement group that has no place counts as a kind.
+    A placement group that has no place counts as a kind. The run's are those of its job, and the
+    replicas of its application in Serve, which Serve's own job starts. A placement group's id ends
+    with its job's.
     """
-    found: Counter[str] = Counter()
-    with contextlib.suppress(ray.exceptions.RayError):
-        job = ray.get_runtime_context().get_job_id()
-        mine = [actor for actor in _actors() if actor["JobID"] == job]
-        alive = {actor["ActorClassName"] for actor in mine if actor["State"] == "ALIVE"}
-        for actor in mine:
-            found[actor["ActorClassName"]] += actor["State"] in _PENDING and actor["ActorClassName"] not in alive
-        groups = ray.util.placement_group_table().values()
-        found["placement group"] = sum(group["state"] == "PENDING" for group in groups)
+    mine = [actor for actor in actors if actor["JobID"] == job or (app and actor["ActorClassName"].startswith(f"ServeReplica:{app}:"))]
+    alive = {actor["ActorClassName"] for actor in mine if actor["State"] == "ALIVE"}
+    found = Counter(actor["ActorClassName"] for actor in mine if actor["State"] in _PENDING and actor["ActorClassName"] not in alive)
+    found["placement group"] = sum(group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job))
     return +found
 
 

@@ -26,7 +26,8 @@ from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError, StorageError
 from tsq_ray.rows import failure_columns, plain_row
 from tsq_ray.runtime import cluster
-from tsq_ray.runtime.placement import Cluster, Layout, layout
+from tsq_ray.runtime.nodes import Cluster, Layout
+from tsq_ray.runtime.placement import layout
 from tsq_ray.serve.access import TOKEN_VARIABLE, read_token
 from tsq_ray.serve.graph import Graph, TimeLimits, bind_graph, deployment_options
 from tsq_ray.serve.requests import Asked, RequestError, check_token, read_request

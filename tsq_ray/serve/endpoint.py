@@ -11,7 +11,8 @@ from tsq_ray import storage
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runtime import cluster, progress
-from tsq_ray.runtime.placement import Cluster, Layout, layout
+from tsq_ray.runtime.nodes import Cluster, Layout
+from tsq_ray.runtime.placement import layout
 from tsq_ray.serve.access import check_binding, check_token_rule, read_token
 
 APP = "tsq"
@@ -89,7 +90,7 @@ def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: st
         serve.start(http_options=http, logging_config=logs)
         placed = layout("serve", config, cluster.read_cluster(ray, config), 1)
         app = application(model, config, placed, token)
-        progress.run_watched(lambda: serve.run(app, name=APP, route_prefix="/"), "serve")
+        progress.run_watched(lambda: serve.run(app, name=APP, route_prefix="/"), "serve", app=APP)
     except Exception as error:
         serve.shutdown()
         raise cluster.run_failed(error, "serve") from error

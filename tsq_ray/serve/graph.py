@@ -26,7 +26,7 @@ from tsq_ray.config import TSQ_MODES, Config, EncodersConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
 from tsq_ray.errors import StorageError, TsqError, VideoError
 from tsq_ray.rows import Answer, picture_specs
-from tsq_ray.runtime.placement import Layout, Pool
+from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.serve.batching import Batches
 from tsq_ray.storage import sha256_of
 
@@ -70,7 +70,8 @@ class TimeLimits:
 
 def graph_version(digest: str, config: Config) -> str:
     """What an answer depends on: the bundle's sha256 and a hash of the settings."""
-    settings = config.model_dump(mode="json", include={"decode", "encoders", "sampler"})
+    parts: Any = {"decode": True, "encoders": True, "sampler": True, "resources": {"precision", "resize"}}
+    settings = config.model_dump(mode="json", include=parts)
     return f"{digest}+{sha256_of(json.dumps(settings, sort_keys=True).encode())[:16]}"
 
 
@@ -83,8 +84,8 @@ class Graph:
     async def score(self, source: VideoSource, name: str, upload: bytes | None = None) -> Answer:
         """What the stages say of one video; a video that cannot be used is an answer too.
 
-        `name` seeds the random baseline. A dead or unavailable replica, and it alone, is tried
-        again until `limits.total` is over: then the answer is a failure `unavailable`. Raises
+        `name` seeds the random baseline. A dead or unavailable replica (one that does not answer
+        within a hop's limit is one), and it alone, is tried again until `limits.total` is over: then the answer is a failure `unavailable`. Raises
         what a stage raises for another reason.
         """
         ends, wait_s = time.monotonic() + self.limits.total, _FIRST_WAIT_S

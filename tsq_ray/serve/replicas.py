@@ -10,7 +10,8 @@ from typing import Any
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runtime import cluster, progress
-from tsq_ray.runtime.placement import Cluster, layout
+from tsq_ray.runtime.nodes import Cluster
+from tsq_ray.runtime.placement import layout
 
 STAGES = ("decoder", "sampler", "recognizer")
 LOOK_EVERY_S = 2.0
@@ -38,7 +39,7 @@ class Replicas:
         serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
         try:
             try:
-                progress.run_watched(self._start, "score", wait_s)
+                progress.run_watched(self._start, "score", wait_s, self._app)
             except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
                 raise cluster.run_failed(error, "score: the graph") from error
             yield

@@ -13,7 +13,7 @@ import torch
 from tsq_ray import storage
 from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import cluster, progress
-from tsq_ray.runtime.placement import Layout
+from tsq_ray.runtime.nodes import Layout
 
 STATE_FILE = "state.pt"
 """The one file of a checkpoint."""

@@ -1,0 +1,139 @@
+"""The graph as its callers see it, over stages that answer, are slow, die or are of another version; without Ray's cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from tsq_ray.config import load_config
+from tsq_ray.decode import VideoSource
+from tsq_ray.rows import Answer
+from tsq_ray.serve import graph as module
+from tsq_ray.serve.graph import Graph, Handed, Lost, TimeLimits, WrongVersion, graph_version
+
+VIDEO = VideoSource("/v/1.mp4")
+ANSWER = Answer(columns={"status": "ok"}, version="one")
+
+
+class Response:
+    """What a handle returns: awaited once, or cancelled."""
+
+    def __init__(self, work: Callable[[], Any], seconds: float) -> None:
+        self.work, self.seconds, self.cancelled = work, seconds, False
+
+    def __await__(self) -> Any:
+        yield from asyncio.sleep(self.seconds).__await__()
+        return self.work()
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Stage:
+    """A deployment's handle: each call has the next of these results, the last one again and again."""
+
+    def __init__(self, *results: Any, seconds: float = 0.0) -> None:
+        self.results, self.seconds = list(results), seconds
+        self.calls: list[tuple[Any, ...]] = []
+        self.responses: list[Response] = []
+
+    def remote(self, *arguments: Any) -> Any:
+        self.calls.append(arguments)
+        result = self.results.pop(0) if len(self.results) > 1 else self.results[0]
+
+        def work() -> Any:
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        self.responses.append(Response(work, self.seconds))
+        return self.responses[-1]
+
+
+def stages(**more: Stage) -> dict[str, Any]:
+    made = {"decoder": Stage(Handed("frames", "one")), "sampler": Stage(Handed("chosen", "one")), "recognizer": Stage(ANSWER)}
+    return made | more
+
+
+def score(parts: dict[str, Any], limits: TimeLimits | None = None) -> Answer:
+    return asyncio.run(Graph(**parts, limits=limits or TimeLimits(5, 5, 20)).score(VIDEO, "name"))
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FIRST_WAIT_S", 0.001)
+
+
+def test_each_stage_gets_what_the_one_before_handed_on() -> None:
+    parts = stages()
+    assert score(parts) is ANSWER
+    assert parts["decoder"].calls == [(VIDEO, None)]
+    assert parts["sampler"].calls == [("name", Handed("frames", "one"))]
+    assert parts["recognizer"].calls == [(Handed("chosen", "one"),)]
+
+
+@pytest.mark.parametrize(
+    "lost", [ActorDiedError(), Lost("ObjectLostError"), WrongVersion("two was asked for")], ids=["dead", "lost", "version"]
+)
+@pytest.mark.parametrize("name", ["decoder", "sampler", "recognizer"])
+def test_what_is_lost_is_done_again_from_the_start(name: str, lost: Exception) -> None:
+    parts = stages()
+    parts[name].results.insert(0, lost)
+    assert score(parts) is ANSWER
+    assert len(parts["decoder"].calls) == 2
+
+
+def test_a_stage_that_stays_away_makes_the_video_unavailable() -> None:
+    answer = score(stages(sampler=Stage(ActorDiedError())), TimeLimits(5, 5, 0.2))
+    assert answer.error is not None
+    assert answer.error.error_type == "unavailable"
+
+
+def test_another_error_is_raised_at_once() -> None:
+    parts = stages(sampler=Stage(ValueError("a defect")))
+    with pytest.raises(ValueError, match="a defect"):
+        score(parts)
+    assert len(parts["decoder"].calls) == 1
+
+
+def test_a_slow_hop_is_cancelled_and_its_replica_counts_as_unavailable() -> None:
+    parts = stages(recognizer=Stage(ANSWER, seconds=10))
+    answer = score(parts, TimeLimits(5, 0.05, 0.3))
+    assert answer.error is not None
+    assert answer.error.error_type == "unavailable"
+    assert all(response.cancelled for response in parts["recognizer"].responses)
+    assert not any(response.cancelled for response in parts["sampler"].responses)
+
+
+def test_a_caller_that_gives_up_cancels_the_hop() -> None:
+    parts = stages(sampler=Stage(Handed("chosen", "one"), seconds=10))
+
+    async def run() -> None:
+        async with asyncio.timeout(0.1):
+            await Graph(**parts, limits=TimeLimits(5, 5, 20)).score(VIDEO, "name")
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(run())
+    assert [response.cancelled for response in parts["sampler"].responses] == [True]
+    assert parts["recognizer"].calls == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "same"),
+    [
+        ("sampler.budget=3", False),
+        ("decode.num_frames=9", False),
+        ("resources.precision=bf16", False),
+        ("resources.resize=device", False),
+        ("resources.workers=3", True),
+        ("serve.batch_size=3", True),
+    ],
+)
+def test_a_version_is_the_bundle_and_what_changes_answers(setting: str, same: bool) -> None:
+    plain = graph_version("a" * 64, load_config(None, []))
+    assert (graph_version("a" * 64, load_config(None, [setting])) == plain) == same
+    assert graph_version("b" * 64, load_config(None, [])) != plain
