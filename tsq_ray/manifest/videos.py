@@ -34,6 +34,8 @@ class VideoRef:
 
 
 _NAMES = [column.name for column in schema.MANIFEST]
+CONTENT = ["size_bytes", "etag", "modified"]
+"""What tells the versions of a file apart."""
 _ID_BYTES = 16
 _VIDEO_ID = re.compile("[0-9a-f]{16}")
 _DIGIT_OF = np.full(256, 255, np.uint8)
@@ -121,11 +123,15 @@ class VideoRows(Sequence[VideoRef]):
         return batches, np.cumsum([0, *(batch.num_rows for batch in batches)])
 
     def take(self, places: np.ndarray) -> VideoRows:
-        """The rows at these places, in this order. Arrow's own would first make one piece of a table that is many."""
-        taken = [self._take(places[start : start + _AT_A_TIME]) for start in range(0, len(places), _AT_A_TIME)]
-        return VideoRows(pa.concat_tables([self.table.schema.empty_table(), *taken]))
+        """The rows at these places, in this order."""
+        return VideoRows(self.columns_at(places, _NAMES))
 
-    def _take(self, places: np.ndarray) -> pa.Table:
+    def columns_at(self, places: np.ndarray, names: Sequence[str]) -> pa.Table:
+        """These columns of the rows at these places, in this order. Arrow's own `take` would first make one piece of a table that is many."""
+        taken = [self._take(places[start : start + _AT_A_TIME], names) for start in range(0, len(places), _AT_A_TIME)]
+        return pa.concat_tables([self.table.select(names).schema.empty_table(), *taken])
+
+    def _take(self, places: np.ndarray, names: Sequence[str]) -> pa.Table:
         batches, bounds = self._pieces
         order = np.argsort(places, kind="stable")
         ascending = places[order]
@@ -133,7 +139,7 @@ class VideoRows(Sequence[VideoRef]):
         taken = []
         for batch, bound, first, last in zip(batches, bounds, cuts, cuts[1:], strict=False):
             if last > first:
-                taken.append(batch.take(pa.array(ascending[first:last] - bound)))
+                taken.append(batch.select(names).take(pa.array(ascending[first:last] - bound)))
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
         return pa.Table.from_batches(taken).combine_chunks().take(pa.array(back))
@@ -227,7 +233,7 @@ def same_as_before(rows: VideoRows, old: VideoRows, before: np.ndarray) -> np.nd
     same = np.zeros(len(rows), bool)
     for start in range(0, len(rows), _AT_A_TIME):
         known = start + np.flatnonzero(before[start : start + _AT_A_TIME] >= 0)
-        same[known] = same_contents(rows.take(known).table, old.take(before[known]).table)
+        same[known] = same_contents(rows.columns_at(known, CONTENT), old.columns_at(before[known], CONTENT))
     return same
 
 

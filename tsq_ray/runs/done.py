@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from tsq_ray import schema, storage
 from tsq_ray.errors import ERROR_TYPES, RETRIED_ERROR_TYPES
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows
-from tsq_ray.manifest.videos import keys_of, same_contents
+from tsq_ray.manifest.videos import CONTENT, keys_of, same_contents
 from tsq_ray.runs.columns import read_columns
 
 _BRIEF = [*(column.name for column in schema.MANIFEST if column.name != "uri"), "status", "error_type", "warnings"]
@@ -153,7 +153,7 @@ def _compare(tables: Sequence[pa.Table], manifest: Manifest) -> np.ndarray:
     warned = pc.greater(pc.fill_null(pc.list_value_length(table["warnings"]), 0), 0).to_numpy()
     flags = OK * _equals(table["status"], "ok") + FAILED * _equals(table["status"], "failed") + WARNED * warned
     known = place >= 0
-    ours, theirs = table.filter(pa.array(known)), manifest.rows.take(place[known]).table
+    ours, theirs = table.filter(pa.array(known)), manifest.rows.columns_at(place[known], [*CONTENT, "labels", "split"])
     flags[known] += OTHER_VERSION * ~same_contents(theirs, ours)
     same_split = pc.equal(pc.fill_null(ours["split"], ""), pc.fill_null(theirs["split"], "")).to_numpy()
     flags[known] += RELABELLED * (_lists_differ(ours["labels"], theirs["labels"]) | ~same_split)
