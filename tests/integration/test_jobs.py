@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def test_an_interrupted_follower_says_that_the_job_runs_on(head: Head, chain: Ch
         driver.interrupt()
         ended = driver.ended()
     assert ended.code == 1
-    job = ended.err.split()[1]
+    job = re.findall(r"^job: (\S+)$", ended.err, re.MULTILINE)[0]
     assert f"the job runs on: see `ray job logs --follow {job}`, end it with `ray job stop {job}`" in ended.err.splitlines()[-1]
     run(head, [RAY, "job", "stop", job, "--address", head.url], repo_dir)
 
