@@ -37,6 +37,7 @@ def kill_and_finish(argv: list[str], out: str, folder: Path, kills: int) -> list
     with Driver(argv, folder / "last") as driver:
         ended = driver.ended()
     assert ended.code == 0, ended.err
+    assert re.search(r"^done now \d+, before \d+$", ended.out, re.MULTILINE), ended.out
     return seen
 
 
@@ -91,6 +92,7 @@ def test_a_killed_score(chain: Chain, tmp_path: Path, kills: int) -> None:
 
 
 def test_interrupted_it_says_how_to_go_on(chain: Chain, tmp_path: Path) -> None:
+    """What the same command does then is as after a kill."""
     out = str(tmp_path / "interrupted")
     argv = ["extract", chain.manifest, "--out", out, *chain.extract_options, *ONE_AT_A_TIME]
     with Driver(argv, tmp_path / "run0") as driver:
@@ -99,6 +101,3 @@ def test_interrupted_it_says_how_to_go_on(chain: Chain, tmp_path: Path) -> None:
         ended = driver.ended()
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.splitlines()[-1] == "error: interrupted; give the same command again: saved work is not done twice"
-    done = tsq(*argv)
-    assert re.search(r"^done now \d+, before \d+$", done.out, re.MULTILINE), done.out
-    check_folder(out)
