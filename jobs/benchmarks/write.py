@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ["AWS_ENDPOINT_URL"] = endpoint
             with cluster.connect() as ray:
                 cluster.quiet_data()
-                sys.stdout.write(_measure(ray, options))
+                table = _measure(ray, options)
+    sys.stdout.write(table)
     return 0
 
 
