@@ -27,7 +27,7 @@ from slow_store_case import slow_store
 
 from tsq_ray import schema
 from tsq_ray.config import OutputConfig
-from tsq_ray.runtime import cluster, parts
+from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.nodes import Pool
 
 _BUCKET = "tsq-write"
@@ -120,19 +120,13 @@ def _blocks(ray: Any, arrow: pa.Schema, count: int) -> list[Any]:
     features = rng.standard_normal((rows, _FRAMES, _DIM)).astype(np.float16)
     base = {"uri": "s3://archive/video.mp4", "size_bytes": 1, "status": "ok", "warnings": [], "labels": [0]}
     made = [base | {"video_id": f"{number:016x}", "visual": features[number]} for number in range(rows)]
-    counts = ray.remote(num_cpus=0)(_Nothing).remote()
-    table = parts.transport_table(made, arrow, counts)
+    table = parts.transport_table(made, arrow, progress.start_counts())
     place = table.schema.get_field_index("video_id")
     refs = []
     for start in range(0, count, rows):
         ids = pa.array([f"{number:016x}" for number in range(start, min(start + rows, count))])
         refs.append(ray.put(table.slice(0, len(ids)).set_column(place, "video_id", ids)))
     return refs
-
-
-class _Nothing:
-    def add(self, statuses: Sequence[str | None]) -> None:
-        """Counts nothing."""
 
 
 if __name__ == "__main__":

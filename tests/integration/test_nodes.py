@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from bundle_case import make_bundle
-from cluster_case import Driver, read_rows
+from cluster_case import Driver, Ended, read_rows
 from nodes_case import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
 
 pytestmark = pytest.mark.ray
@@ -109,13 +109,17 @@ TYPES = {"cpu": ({"CPU": 1.0}, 3), "gpu": ({"CPU": 1.0, "GPU": 1.0}, 1)}
 NODE_TYPES = "resources.node_types=[{cpus = 1, count = 3}, {cpus = 1, gpus = 1, count = 1}]"
 
 
-@pytest.mark.slow
-def test_a_cluster_grows_from_nothing_to_its_limits(store: SlowStore, settings: Path, tmp_path: Path) -> None:
+def extract_from_nothing(store: SlowStore, settings: Path, folder: Path, count: int, gpus: int) -> Ended:
     """Head without CPUs, both groups at 0, as the files in cluster/ have them."""
     with autoscaling(TYPES) as address:
-        argv = ["extract", slow_manifest(store, tmp_path, 150), "--out", tmp_path / "out", "--config", settings, "--set", NODE_TYPES]
-        with Driver([*argv, "--set", "resources.gpus=0", "--address", address], tmp_path / "run") as driver:
-            ended = driver.ended(END_S)
+        argv = ["extract", slow_manifest(store, folder, count), "--out", folder / "out", "--config", settings, "--address", address]
+        with Driver([*argv, "--set", NODE_TYPES, "--set", f"resources.gpus={gpus}"], folder / "run") as driver:
+            return driver.ended(END_S)
+
+
+@pytest.mark.slow
+def test_a_cluster_grows_from_nothing_to_its_limits(store: SlowStore, settings: Path, tmp_path: Path) -> None:
+    ended = extract_from_nothing(store, settings, tmp_path, 150, gpus=0)
     assert ended.code == 0, ended.err
     assert read_rows(str(tmp_path / "out")).num_rows == 150
     moments = sorted(store.begun.values())
@@ -126,10 +130,7 @@ def test_a_cluster_grows_from_nothing_to_its_limits(store: SlowStore, settings: 
 @pytest.mark.slow
 def test_gpus_are_asked_of_the_autoscaler(store: SlowStore, settings: Path, tmp_path: Path) -> None:
     """The GPU of the node that is started is a name alone: the encoder that is placed there finds none, and says so."""
-    with autoscaling(TYPES) as address:
-        argv = ["extract", slow_manifest(store, tmp_path, 4), "--out", tmp_path / "out", "--config", settings, "--set", NODE_TYPES]
-        with Driver([*argv, "--set", "resources.gpus=1", "--address", address], tmp_path / "run") as driver:
-            ended = driver.ended(END_S)
+    ended = extract_from_nothing(store, settings, tmp_path, 4, gpus=1)
     assert ended.code == 1
     assert "NVIDIA" in ended.err.splitlines()[-1]
 

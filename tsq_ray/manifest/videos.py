@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import tempfile
@@ -147,10 +148,14 @@ class VideoRows(Sequence[VideoRef]):
     def where(self, mask: np.ndarray) -> VideoRows:
         """The rows for which `mask` is true, in their order; many of them on the disk."""
         batches, bounds = self._pieces
-        kept = (batch.filter(pa.array(mask[start : start + len(batch)])) for batch, start in zip(batches, bounds, strict=False))
+
+        def kept() -> Iterator[pa.RecordBatch]:
+            return (batch.filter(pa.array(mask[start : start + len(batch)])) for batch, start in zip(batches, bounds, strict=False))
+
         if mask.sum() > MAPPED_ROWS:
-            return VideoRows(mapped(self.table.schema, kept))
-        return VideoRows(pa.Table.from_batches(kept, self.table.schema))
+            with contextlib.suppress(OSError):  # no room on the disk: then they stay in memory
+                return VideoRows(mapped(self.table.schema, kept()))
+        return VideoRows(pa.Table.from_batches(kept(), self.table.schema))
 
     def duplicate(self) -> tuple[str, list[int]] | None:
         """An id that two rows have, and their numbers: a run over them would miss one. None where each id has one row."""
@@ -163,7 +168,7 @@ class VideoRows(Sequence[VideoRef]):
 
 
 def mapped(arrow: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """A table in a file without a name: the system keeps of it in memory what there is room for. OSError where the disk has no room."""
+    """A table in a file without a name: the system keeps in memory what fits. OSError where the disk has no room."""
     with tempfile.NamedTemporaryFile(prefix="tsq-manifest-") as file:
         with pa.ipc.new_file(file, arrow) as writer:
             for batch in batches:

@@ -75,7 +75,7 @@ def _tails(files: Sequence[storage.StoredFile]) -> list[bytes]:
 
 
 def _ends(files: Sequence[storage.StoredFile], lengths: Sequence[int]) -> list[bytes]:
-    """So many of the last bytes of each file; none of an empty one."""
+    """The last `lengths` bytes of each file; none of an empty one."""
     some = [(file, length) for file, length in zip(files, lengths, strict=True) if length]
     ranges = [(file.size_bytes - length, file.size_bytes) for file, length in some]
     found = iter(storage.read_ranges([file.uri for file, _ in some], ranges))

@@ -5,8 +5,7 @@ The same for ten videos and ten million: no step here makes an object a row.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -95,6 +94,11 @@ class Done:
         place = self.manifest.rows.places(videos.ids)
         return np.where(place >= 0, self.row[place], -1)
 
+    def by_file(self) -> dict[storage.StoredFile, tuple[list[str], np.ndarray]]:
+        """Class names and rows of each part that can be told from one that was written again: not where storage gives neither an etag nor a time."""
+        parts = [part for part in self.parts if part.file.etag or part.file.modified]
+        return {part.file: (part.classes, self.rows[part.start : part.start + part.num_rows]) for part in parts}
+
     def _best_first(self, numbers: np.ndarray) -> np.ndarray:
         part = self.rows["part"][numbers]
         age = np.array([part.age_s for part in self.parts])[part]
@@ -110,37 +114,32 @@ def list_parts(uri: str) -> list[storage.StoredFile]:
 
 def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
     """Every row of every part of a run folder; a part that is as it was in `known` is not read again."""
+    files, before = list_parts(uri), known.by_file() if known is not None else {}
     parts: list[Part] = []
     found: list[np.ndarray] = [np.zeros(0, ROW)]
-    # where storage tells neither, a part that was written again looks as it did
-    before = {part.file: part for part in known.parts if part.file.etag or part.file.modified} if known is not None else {}
     start = 0
-    for file, (classes, rows) in _rows_of_parts(list_parts(uri), manifest, known, before):
-        rows["part"] = len(parts)
-        found.append(rows)
-        parts.append(Part(file, classes, start, len(rows)))
-        start += len(rows)
-    return Done(manifest, parts, np.concatenate(found))
-
-
-def _rows_of_parts(
-    files: Sequence[storage.StoredFile], manifest: Manifest, known: Done | None, before: dict[storage.StoredFile, Part]
-) -> Iterator[tuple[storage.StoredFile, tuple[list[str], np.ndarray]]]:
-    names: dict[bytes, list[str]] = {}  # the class names are the same in nearly all parts
     for first in range(0, len(files), _AT_A_TIME):
         some = files[first : first + _AT_A_TIME]
-        new = [file for file in some if file not in before]
-        tables = read_columns(new, _BRIEF)
-        read = iter(np.split(_compare(tables, manifest), np.cumsum([len(table) for table in tables])[:-1]) if tables else ())
-        left = iter(tables)
+        read = _read([file for file in some if file not in before], manifest)
         for file in some:
-            if file in before:
-                part = before[file]
-                assert known is not None
-                yield file, (part.classes, known.rows[part.start : part.start + part.num_rows].copy())
-            else:
-                text = (next(left).schema.metadata or {}).get(schema.CLASSES_KEY, b"[]")
-                yield file, (names.setdefault(text, json.loads(text) if text not in names else []), next(read))
+            classes, rows = before[file] if file in before else read[file]
+            # nearly all parts have the manifest's names: they share its list
+            parts.append(Part(file, manifest.classes if classes == manifest.classes else classes, start, len(rows)))
+            found.append(rows)
+            start += len(rows)
+    every = np.concatenate(found)
+    every["part"] = np.repeat(np.arange(len(parts)), [part.num_rows for part in parts])
+    return Done(manifest, parts, every)
+
+
+def _read(files: Sequence[storage.StoredFile], manifest: Manifest) -> dict[storage.StoredFile, tuple[list[str], np.ndarray]]:
+    """Class names and rows of each of these parts."""
+    if not files:
+        return {}
+    tables = read_columns(files, _BRIEF)
+    bounds = np.cumsum([len(table) for table in tables])[:-1]
+    pieces = np.split(_compare(tables, manifest), bounds)
+    return {file: (schema.classes_of(table.schema), rows) for file, table, rows in zip(files, tables, pieces, strict=True)}
 
 
 def _compare(tables: Sequence[pa.Table], manifest: Manifest) -> np.ndarray:
