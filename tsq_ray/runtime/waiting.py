@@ -132,8 +132,9 @@ def _num_demanded(status: Any) -> int:
 
 
 def _bundle(resources: Mapping[str, float]) -> str:
-    named = {name: value for name, value in resources.items() if name in ("CPU", "GPU", "memory")}
-    parts = [f"{value / _GIB:.2g} GiB" if name == "memory" else f"{value:g} {name}" for name, value in named.items()]
+    """In one order: Ray's map of resources has none."""
+    parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if name in resources]
+    parts += [f"{resources['memory'] / _GIB:.2g} GiB"] if "memory" in resources else []
     return "(" + ", ".join(parts) + ")"
 
 
