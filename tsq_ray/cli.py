@@ -5,7 +5,6 @@ The stages are imported inside the commands, so that `tsq --help` is instant.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,13 +17,14 @@ import typer
 from tsq_ray.console import (
     bare_retry,
     counts_text,
+    end_run,
     estimate_text,
     evaluation_text,
     guarded,
     index_text,
     prediction_text,
     prepare_output,
-    run_text,
+    show,
     training_text,
     tree_text,
     without_options,
@@ -174,6 +174,7 @@ def finetune(
     sets: Sets = None,
     split: Split = None,
     limit: Limit = None,
+    take_over: TakeOver = False,
     address: Address = None,
     wait_s: WaitS = 0.0,
     submit: Submit = False,
@@ -188,8 +189,8 @@ def finetune(
         return submit_command(address)
     from tsq_ray.train import finetune as run
 
-    options = {"split": split, "limit": limit, "address": address, "wait_s": wait_s, "show_progress": not as_json, "debug": debug}
-    summary = run(manifest, role.value, out, settings, **options)  # type: ignore[arg-type]
+    options = {"split": split, "limit": limit, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
+    summary = run(manifest, role.value, out, settings, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return show(summary, as_json, training_text(summary))
 
 
@@ -202,6 +203,7 @@ def train(
     config: ConfigFile = None,
     sets: Sets = None,
     split: Split = None,
+    take_over: TakeOver = False,
     address: Address = None,
     wait_s: WaitS = 0.0,
     submit: Submit = False,
@@ -215,8 +217,8 @@ def train(
     from tsq_ray.train import train as run
 
     settings = settings_for(features, str(config) if config else None, tuple(sets or ()))
-    options = {"split": split, "address": address, "wait_s": wait_s, "show_progress": not as_json, "debug": debug}
-    summary = run(features, out, settings, encoder=encoder, recognizer=recognizer, **options)  # type: ignore[arg-type]
+    options = {"split": split, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
+    summary = run(features, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)  # type: ignore[arg-type]
     return show(summary, as_json, training_text(summary))
 
 
@@ -287,6 +289,7 @@ def serve(
     config: ConfigFile = None,
     sets: Sets = None,
     address: Address = None,
+    wait_s: WaitS = 0.0,
     debug: Debug = False,
 ) -> None:
     """The endpoint: POST /v1/score. A bearer token comes from the environment variable TSQ_TOKEN."""
@@ -296,7 +299,7 @@ def serve(
     from tsq_ray.serve.settings import scoring_config
 
     settings = scoring_config(model, str(config) if config else None, sets or ())
-    run_endpoint(model, settings, host, port, address, debug)
+    run_endpoint(model, settings, host, port, address, wait_s, debug)
 
 
 @app.command()
@@ -404,23 +407,6 @@ def info(
         raise RunError("info takes one thing: a bundle, a manifest or a run folder, or --cluster")
     found = describe_cluster(address, load_config(config, sets or ())) if cluster else describe(uri or "")
     show(found, as_json, tree_text(found))
-
-
-def show(summary: dict[str, Any], as_json: bool, text: str) -> None:
-    """The summary for a machine or for a person, on stdout."""
-    print(json.dumps(summary, default=str, indent=1) if as_json else text)  # noqa: T201
-
-
-def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | None) -> None:
-    """Closing summary of extract and score; exit code 1 where more videos failed than --max-failed allows."""
-    from tsq_ray import storage
-
-    counts = run["counts"]
-    show(run, as_json, run_text(run, storage.redact(out)))
-    done = counts["ok"] + counts["failed"]
-    if max_failed is not None and done and counts["failed"] / done > max_failed:
-        print(f"error: {counts['failed']} of {done} videos failed, above --max-failed {max_failed}", file=sys.stderr)  # noqa: T201
-        raise typer.Exit(1)
 
 
 def submit_command(address: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 import traceback
@@ -58,6 +59,23 @@ def prepare_output() -> None:
             write_through=stream.write_through,
         )
         setattr(sys, name, wrapped)
+
+
+def show(summary: dict[str, Any], as_json: bool, text: str) -> None:
+    """The summary for a machine or for a person, on stdout."""
+    print(json.dumps(summary, default=str, indent=1) if as_json else text)  # noqa: T201
+
+
+def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | None) -> None:
+    """Closing summary of extract and score; exit code 1 where more videos failed than --max-failed allows."""
+    from tsq_ray.storage import redact
+
+    counts = run["counts"]
+    show(run, as_json, run_text(run, redact(out)))
+    done = counts["ok"] + counts["failed"]
+    if max_failed is not None and done and counts["failed"] / done > max_failed:
+        print(f"error: {counts['failed']} of {done} videos failed, above --max-failed {max_failed}", file=sys.stderr)  # noqa: T201
+        raise typer.Exit(1)
 
 
 def run_text(run: dict[str, Any], out: str) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow.compute as pc
 
 from tsq_ray import artifact, runs, storage
 from tsq_ray import manifest as manifests
 from tsq_ray.config import Config
-from tsq_ray.errors import ManifestError, RunError, StorageError
+from tsq_ray.errors import ConfigError, ManifestError, RunError, StorageError
 from tsq_ray.runtime import cluster
-from tsq_ray.runtime.nodes import GROWTH_LIMIT, Stage, describe_largest
+from tsq_ray.runtime.nodes import GROWTH_LIMIT, Cluster, Stage, describe_largest
 from tsq_ray.runtime.parts import MAX_BLOCK_ROWS
 from tsq_ray.runtime.placement import layout
 
@@ -106,17 +106,23 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_cluster(address: str | None, config: Config) -> dict[str, Any]:
-    """Nodes of a Ray cluster, and how an extraction and a scoring of many videos would be laid out on it."""
+    """Nodes of a Ray cluster, and how each stage would be laid out on it, over very many videos."""
     with cluster.connect(address) as ray:
         found = cluster.read_cluster(ray, config)
         states = Counter("alive" if node["Alive"] else "dead" for node in ray.nodes())
         free = ray.available_resources()
-    stages: tuple[Stage, ...] = ("extract", "score")
     return {
         "kind": "cluster",
         "nodes": dict(states),
         "largest_node": describe_largest(found),
         "free": {kind: f"{free.get(kind, 0.0):g} of {total:g}" for kind, total in (("CPU", found.cpus), ("GPU", found.gpus))},
         "can_start": [f"{node.count} x {node.cpus:g} CPU, {node.gpus:g} GPU" for node in found.launchable],
-        **{stage: layout(stage, config, found, GROWTH_LIMIT * MAX_BLOCK_ROWS).describe() for stage in stages},
+        **{stage: _describe_layout(stage, config, found) for stage in get_args(Stage)},
     }
+
+
+def _describe_layout(stage: Stage, config: Config, found: Cluster) -> dict[str, Any] | str:
+    try:
+        return layout(stage, config, found, GROWTH_LIMIT * MAX_BLOCK_ROWS).describe()
+    except ConfigError as error:
+        return str(error)

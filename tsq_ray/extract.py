@@ -1,18 +1,14 @@
-"""Ray Data: manifest -> feature Parquet, one row a video. The stages themselves are in feature_pipeline.py."""
+"""Ray Data: manifest -> feature Parquet, one row a video. How it is done is in feature_pipeline.py."""
 
 from __future__ import annotations
 
 import time
-from functools import partial
 from typing import Any
 
 from tsq_ray import runs, storage
 from tsq_ray.config import Config
-from tsq_ray.feature_pipeline import FeaturePlan, LoadedNetworks, Networks, feature_stage
+from tsq_ray.feature_pipeline import Networks, extract_features
 from tsq_ray.manifest import read_manifest
-from tsq_ray.runtime import cluster, progress
-from tsq_ray.runtime.bulk import Work, run_bulk
-from tsq_ray.runtime.placement import layout
 from tsq_ray.stages import classifier_settings
 
 
@@ -44,20 +40,8 @@ def extract(
     manifest = read_manifest(manifest_uri)
     selection = runs.Selection.of(manifest, split, limit, retry_failed)
     config, networks = choose_networks(config, encoder, recognizer)
-    loaded = networks.load()
-    identity = _identity(config, networks, loaded)
-    options: dict[str, Any] = {"started": started, "take_over": take_over}
-    with runs.BulkRun(out, "features", identity, selection, config, **options) as run:
-        seconds: dict[str, float] = {}
-        if run.todo:
-            arrow = loaded.features_schema(config, manifest.classes)
-            with cluster.connect(address, debug) as ray:
-                placed = layout("extract", config, cluster.read_cluster(ray, config), len(run.todo))
-                plan = FeaturePlan(config, networks, arrow, progress.start_counts(), placed)
-                stage = partial(feature_stage, plan=plan, debug=debug)
-                work = Work(plan.first_pool, placed["writer"], stage, arrow, plan.counts)
-                seconds = run_bulk("extract", run, work, show=show_progress, wait_s=wait_s)
-        return run.close(seconds, lambda: {"weights": loaded.hashes()})
+    options: dict[str, Any] = {"address": address, "wait_s": wait_s, "show_progress": show_progress, "debug": debug}
+    return extract_features(out, selection, config, networks, networks.load(), started=started, take_over=take_over, **options)
 
 
 def choose_networks(config: Config, encoder: str | None, recognizer: str | None) -> tuple[Config, Networks]:
@@ -66,16 +50,3 @@ def choose_networks(config: Config, encoder: str | None, recognizer: str | None)
         config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
     answers = classifier_settings(recognizer) if recognizer is not None else None
     return config, Networks(config.encoders.visual, config.encoders.objects, answers)
-
-
-def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> runs.Identity:
-    models = {"visual": networks.visual, "objects": networks.objects, "recognizer": networks.recognizer}
-    # where weights lie does not matter, what they are does
-    shown = {name: model.model_dump(mode="json", exclude={"weights"}) if model is not None else None for name, model in models.items()}
-    decode = {"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
-    return runs.Identity.of(
-        decode=config.decode.model_dump(mode="json", include=decode),
-        encoders={"visual": shown["visual"], "objects": shown["objects"], "num_objects": config.encoders.num_objects},
-        recognizer=shown["recognizer"],
-        weights=loaded.hashes(),
-    )

@@ -6,23 +6,26 @@ On CPUs each worker decodes, in a killable child, and encodes; beside GPUs decod
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from tsq_ray import schema
+from tsq_ray import runs, schema
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, with_whole_frames
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder
 from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, identity_row, source_columns, source_of
-from tsq_ray.runtime import cluster, parts
+from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout, Pool
+from tsq_ray.runtime.placement import layout
 from tsq_ray.stages import Encode, FrameFeatures, load_network
 
 
@@ -102,6 +105,56 @@ class FeaturePlan:
     def first_pool(self) -> Pool:
         """The pool that takes the videos."""
         return self.layout["worker"] if "worker" in self.layout.pools else self.layout["decoder"]
+
+
+def extract_features(
+    out: str,
+    selection: runs.Selection,
+    config: Config,
+    networks: Networks,
+    loaded: LoadedNetworks,
+    *,
+    stage: Literal["extract", "finetune"] = "extract",
+    started: float | None = None,
+    take_over: bool = False,
+    address: str | None = None,
+    wait_s: float = 0.0,
+    show_progress: bool = True,
+    debug: bool = False,
+    ticks: Sequence[Callable[[], None]] = (),
+) -> dict[str, Any]:
+    """Extract features of the selected videos into the run folder `out`; resumes an earlier run.
+
+    `loaded` are the `networks`; `take_over`, `address` and `wait_s` as in `extract`. `stage` names
+    the run in its layout and its progress; `ticks` are called twice a second. Returns the content
+    of `_run.json`.
+    """
+    identity = _identity(config, networks, loaded)
+    options: dict[str, Any] = {"started": started, "take_over": take_over}
+    with runs.BulkRun(out, "features", identity, selection, config, **options) as run:
+        seconds: dict[str, float] = {}
+        if run.todo:
+            arrow = loaded.features_schema(config, selection.manifest.classes)
+            with cluster.connect(address, debug) as ray:
+                placed = layout(stage, config, cluster.read_cluster(ray, config), len(run.todo))
+                plan = FeaturePlan(config, networks, arrow, progress.start_counts(), placed)
+                stages = partial(feature_stage, plan=plan, debug=debug)
+                work = Work(plan.first_pool, placed["writer"], stages, arrow, plan.counts)
+                seconds = run_bulk(stage, run, work, show=show_progress, wait_s=wait_s, ticks=ticks)
+        return run.close(seconds, lambda: {"weights": loaded.hashes()})
+
+
+def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> runs.Identity:
+    models = {"visual": networks.visual, "objects": networks.objects, "recognizer": networks.recognizer}
+    # where weights lie does not matter, what they are does
+    shown = {name: model.model_dump(mode="json", exclude={"weights"}) if model is not None else None for name, model in models.items()}
+    decode = {"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
+    return runs.Identity.of(
+        decode=config.decode.model_dump(mode="json", include=decode),
+        encoders={"visual": shown["visual"], "objects": shown["objects"], "num_objects": config.encoders.num_objects},
+        recognizer=shown["recognizer"],
+        weights=loaded.hashes(),
+    )
 
 
 def feature_stage(data: Any, plan: FeaturePlan, debug: bool) -> Any:

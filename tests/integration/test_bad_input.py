@@ -16,6 +16,8 @@ import pytest
 from archive_case import CLASSES, make_archive, write_clip
 from cluster_case import BUDGET, Chain, Chains, Ended, read_rows, refused, tsq
 
+from tsq_ray import runs
+
 pytestmark = pytest.mark.ray
 
 BAD_FILES = {
@@ -64,6 +66,22 @@ def labels(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 def write_csv(path: Path, lines: list[list[str]]) -> None:
     with path.open("w", newline="") as file:
         csv.writer(file).writerows(lines)
+
+
+@pytest.mark.parametrize("command", ["finetune", "extract", "train", "score"])
+def test_a_folder_that_another_run_writes_to(chain: Chain, command: str, tmp_path: Path) -> None:
+    out, config = str(tmp_path / "out"), ["--config", str(chain.settings)]
+    argv = {
+        "finetune": ["finetune", chain.manifest, "--role", "encoder", *config],
+        "extract": ["extract", chain.manifest, *config],
+        "train": ["train", chain.features, "--encoder", chain.encoder, *config],
+        "score": ["score", chain.manifest, "--model", chain.bundle],
+    }[command]
+    with runs.Lease(out) as lease:
+        said = refused(tsq(*argv, "--out", out))
+    assert said.startswith(f"{out}: {lease.holder} writes to this folder; ")
+    assert said.endswith("take the folder from it with --take-over")
+    assert os.listdir(out) == []
 
 
 @pytest.mark.data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from cluster_case import Driver, descendants, read_rows, tsq
 from fault_case import BAD, Started, adds_up, index, make_site, mounted, one_line, readers_of
 from s3_case import S3Process, make_buckets
 from video_case import write_video
+
+from tsq_ray.runtime import progress
 
 pytestmark = pytest.mark.ray
 
@@ -50,6 +53,22 @@ def test_a_decode_child_and_a_worker_are_killed(ray_cluster: Any, tmp_path: Path
     assert started.ended().code == 0, "the run goes on by itself"
     assert site.rows()["unlabelled.mp4"]["status"] == "ok", "whoever kills a child does not say anything of its video"
     adds_up(site)
+
+
+def test_the_counter_of_a_run_is_killed(ray_cluster: Any) -> None:
+    counts = progress.start_counts()
+
+    def work() -> tuple[int, dict[str, int]]:
+        ray_cluster.get(counts.add.remote([None, "timeout"]))
+        ray_cluster.kill(counts, no_restart=False)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ray_cluster.exceptions.RayError):  # it starts again
+                ray_cluster.get(counts.add.remote([None]))
+                return ray_cluster.get(counts.get.remote())
+        raise AssertionError("never came back")
+
+    assert progress.run_with_progress(work, counts, 3, "extract", show=False) == (1, {}), "it counts from 0 again"
 
 
 @pytest.mark.slow

@@ -9,7 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 from cluster_case import BUDGET, Chain, Chains, Driver, marked, read_rows, tsq, visible_parts
+
+from tsq_ray.bundle import load_classifier
 
 pytestmark = pytest.mark.ray
 
@@ -101,3 +104,27 @@ def test_interrupted_it_says_how_to_go_on(chain: Chain, tmp_path: Path) -> None:
         ended = driver.ended()
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.splitlines()[-1] == "error: interrupted; give the same command again: saved work is not done twice"
+
+
+@pytest.mark.slow
+def test_a_killed_fit_of_a_head_keeps_the_features_that_it_has(chain: Chain, tmp_path: Path) -> None:
+    out, whole = tmp_path / "encoder", chain.encoder
+    features = out / "_finetune" / "features"
+    argv = ["finetune", chain.manifest, "--role", "encoder", "--out", str(out), "--config", str(chain.settings), *ONE_AT_A_TIME]
+
+    def made() -> dict[str, int]:
+        return {name: (features / name).stat().st_mtime_ns for name in visible_parts(str(features))}
+
+    with Driver(argv, tmp_path / "first") as driver:
+        driver.kill_when(lambda: len(made()) > 0)
+    before = made()
+    with Driver(argv, tmp_path / "second") as driver:
+        driver.wait_until(lambda: len(made()) > len(before))
+        assert before.items() <= made().items()
+        ended = driver.ended()
+    assert ended.code == 0, ended.err
+    assert sorted(path.name for path in out.iterdir()) == ["finetune.json", "model.safetensors"]
+    found, expected = (load_classifier(str(folder)).encoder.head for folder in (out, whole))
+    assert isinstance(found, torch.nn.Linear)
+    assert isinstance(expected, torch.nn.Linear)
+    assert torch.allclose(found.weight, expected.weight, atol=1e-2)

@@ -330,7 +330,7 @@ def test_index_does_not_overwrite(chain: Chain) -> None:
         ("train", "decode.num_frames=9", r"decode\.num_frames: 8 there, 9 asked for"),
         ("score", "sampler.budget=2", r"sampler\.budget: 3 there, 2 now"),
         ("score", "decode.num_frames=9", r"decode\.num_frames: 8 in the bundle, 9 asked for"),
-        ("finetune", "finetune.head.epochs=7", "holds the result of another finetune"),
+        ("finetune", "finetune.head.epochs=7", "holds another finetune"),
     ],
 )
 def test_another_configuration_is_refused(local: Chain, command: str, change: str, key: str) -> None:

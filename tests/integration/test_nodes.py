@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from bundle_case import make_bundle
-from cluster_case import Driver, Ended, read_rows
+from cluster_case import Driver, Ended, read_rows, visible_parts
 from nodes_case import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
+
+from tsq_ray.runs import Lease
 
 pytestmark = pytest.mark.ray
 END_S = 400.0
@@ -84,6 +86,33 @@ def test_a_cluster_that_another_job_holds(two_nodes: Any, store: SlowStore, sett
     for fact in ("x (0.9 CPU", "free 0 of 2 CPU on 2 nodes", "largest node (1 CPU)", "2 x Holder", "no node is starting"):
         assert fact in waiting[0]
     assert "gave up after --wait-s 12; give the same command again to resume" in lines[-1]
+
+
+def test_what_a_cluster_has_and_how_runs_are_laid_out_on_it(two_nodes: Any, tmp_path: Path) -> None:
+    argv = ["info", "--cluster", "--address", two_nodes.address, "--json", "--set", "serve.decoder.num_cpus=4"]
+    with Driver(argv, tmp_path / "run") as driver:
+        found = driver.ended(END_S).json
+    assert (found["nodes"], found["largest_node"], found["free"]["CPU"]) == ({"alive": 2}, "1 CPU", "2 of 2")
+    assert found["extract"]["worker"].startswith("2 (as the cluster grows) of 0.9 CPU, ")
+    assert found["train"]["worker"].startswith("1 of ")
+    assert {"decoder", "sampler", "recognizer", "sender", "writer"} < found["score"].keys()
+    assert found["serve"].startswith("serve: a decoder asks for 4 CPU, which no node of the cluster can ever hold")
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_is_taken_over_ends_in_mid_run(two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    argv = ["extract", slow_manifest(store, tmp_path, 120), "--out", out, "--config", settings, "--address", two_nodes.address]
+    with Driver([*argv, "--set", "output.rows_per_file=2"], tmp_path / "run") as driver:
+        driver.wait_until(lambda: len(store.begun) >= 3, END_S)
+        with Lease(out, take_over=True):
+            ended = driver.ended(END_S)
+            parts = visible_parts(out)
+            time.sleep(3)
+            assert visible_parts(out) == parts, "it goes on writing"
+    assert ended.code == 1, ended.err
+    assert "another run took over this folder" in ended.err.splitlines()[-1]
+    assert len(store.begun) < 120
 
 
 @pytest.mark.slow

@@ -489,7 +489,7 @@ def test_a_dry_run_is_told_in_words() -> None:
 
 @pytest.mark.parametrize(("failed", "allowed", "code"), [(1, 0.1, 0), (2, 0.1, 1), (0, 0.0, 0), (1, 0.0, 1), (5, None, 0)])
 def test_max_failed_makes_too_many_an_error(capfd: pytest.CaptureFixture[str], failed: int, allowed: float | None, code: int) -> None:
-    from tsq_ray.cli import end_run, guarded
+    from tsq_ray.console import end_run, guarded
 
     run = run_summary(ok=10 - failed, failed=failed, failed_by_type={"timeout": failed} if failed else {})
     assert guarded(lambda: end_run(run, "out", False, allowed), debug=False) == code

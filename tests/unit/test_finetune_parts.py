@@ -13,6 +13,7 @@ from tsq_ray.config import DecodeConfig, FinetuneConfig, ModelConfig, load_confi
 from tsq_ray.encoders import FrameEncoder, load_encoder
 from tsq_ray.errors import ConfigError, ModelError
 from tsq_ray.model.losses import classification_loss
+from tsq_ray.runtime.nodes import Pool
 from tsq_ray.train.augment import Augment, training_spec, view_of
 from tsq_ray.train.batchnorm import folded_norms, unfold_norms
 from tsq_ray.train.clips import ClipPlan, epoch_batches
@@ -215,7 +216,9 @@ def test_other_networks_are_left_alone(kind: str) -> None:
 
 
 def trainable(model: ModelConfig, config: FinetuneConfig | None = None) -> FrameEncoder:
-    plan = ClipPlan(config or FinetuneConfig(), model, DecodeConfig(), videos=None, counts=None, decoders=1, cpus=0.1, memory=0)
+    plan = ClipPlan(
+        config or FinetuneConfig(), model, DecodeConfig(), videos=None, counts=None, decoders=Pool("decoder", 1, 1, 1, 0.1), memory=0
+    )
     job = TuneJob(plan, "single", num_classes=3, num_train=6, num_val=0, labels=None, backbone=None, threads=1)
     return start_network(job, load_encoder(model, with_head=False).backbone.state_dict())
 

@@ -214,6 +214,25 @@ def test_train(cluster: Cluster, sets: list[str], workers: int, cpus: float, dev
     assert placed["worker"].gpus == (1.0 if device == "cuda" else 0.0)
 
 
+@pytest.mark.parametrize("node", [Node(2, memory=14 * GIB), Node(16, memory=20 * GIB), Node(1, memory=3 * GIB)], ids=str)
+@pytest.mark.parametrize(
+    ("stage", "sets"),
+    [
+        ("extract", ["resources.workers=15"]),
+        ("extract", []),
+        ("finetune", ["finetune.num_workers=9"]),
+        ("train", ["train.num_workers=8"]),
+        ("serve", ["serve.sampler.num_cpus=0.1", "serve.decoder.num_cpus=0.1", "serve.recognizer.num_cpus=0.1"]),
+        ("score", []),
+    ],
+)
+def test_whoever_has_cpus_has_memory(stage: Stage, sets: list[str], node: Node) -> None:
+    placed = place(stage, Cluster((node,)), 1000, *sets)
+    for name in ("memory", "cpus"):
+        assert 0 < sum(getattr(pool, name) * pool.now for pool in placed.pools.values()) <= getattr(node, name), name
+    assert all(pool.memory > 0 for pool in placed.pools.values())
+
+
 def test_a_training_with_fewer_gpus_than_workers_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"train.num_workers = 2 takes a GPU for each worker, resources.gpus allows 1"):
         place("train", Cluster(many(1, 8, 4)), 100, "train.num_workers=2", "resources.gpus=1")

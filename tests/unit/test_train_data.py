@@ -12,16 +12,20 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from train_case import CLASSES, NAMES, VIDEOS, make_arrays, video_id, write_features
 
-from tsq_ray.config import FinetuneConfig
+from tsq_ray.config import FinetuneConfig, load_config
 from tsq_ray.errors import RunError, RunFailed, StorageError
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows
 from tsq_ray.prototypes import prototypes
 from tsq_ray.train.cache import Create, node_arrays
-from tsq_ray.train.data import Source, open_training_set, source_arrays
+from tsq_ray.train.data import Source, TrainingRows, multi_hot, open_training_set, single_labels, source_arrays
+from tsq_ray.train.finetune import _summary
 from tsq_ray.train.head import fit_head, head_logits, standard_scale
+from tsq_ray.train.trained import Tuned
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +55,8 @@ def test_rows_in_the_order_of_the_ids(features: str, temporary: Path) -> None:
         assert (data.classes, len(data)) == (NAMES, VIDEOS)
         assert data.selection.left_out == {"other_split": 1, "failed": 1, "unlabelled": 1}
         assert data.selection.named == ["/videos/bare.mp4"]
-        assert len(list(temporary.iterdir())) == 1
-    assert list(temporary.iterdir()) == [], "the last one removes the files"
+        assert len(list(temporary.glob("tsq-*"))) == 1
+    assert list(temporary.glob("tsq-*")) == [], "the last one removes the files"
 
 
 def test_only_what_the_visual_module_needs(features: str) -> None:
@@ -108,10 +112,10 @@ def test_made_once_and_gone_with_the_last(temporary: Path) -> None:
             assert made == ["one"]
             second["numbers"][0] = 1
             assert (first["numbers"] == 7).all(), "each process has its own changes"
-        assert len(list(temporary.iterdir())) == 1, "somebody still uses it"
+        assert len(list(temporary.glob("tsq-*"))) == 1, "somebody still uses it"
         with _counted("other", made):
-            assert len(list(temporary.iterdir())) == 2
-    assert list(temporary.iterdir()) == []
+            assert len(list(temporary.glob("tsq-*"))) == 2
+    assert list(temporary.glob("tsq-*")) == []
     assert (first["numbers"] == 7).all(), "what is mapped stays"
 
 
@@ -125,7 +129,7 @@ def test_a_failed_write_is_made_anew(temporary: Path) -> None:
     made: list[str] = []
     with _counted("one", made) as arrays:
         assert (made, arrays["numbers"].shape) == (["one"], (3, 2))
-    assert list(temporary.iterdir()) == []
+    assert list(temporary.glob("tsq-*")) == []
 
 
 @pytest.fixture
@@ -149,7 +153,7 @@ def test_what_a_killed_process_left_is_used_or_removed(killed: Path, temporary: 
     with _counted(key, []) as arrays:
         assert (arrays["numbers"] == expected).all()
         assert killed.exists() == (key == "one")
-    assert list(temporary.iterdir()) == []
+    assert list(temporary.glob("tsq-*")) == []
 
 
 def test_no_room(temporary: Path) -> None:
@@ -161,4 +165,36 @@ def test_no_room(temporary: Path) -> None:
     lock = os.open(temporary, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(lock)
-    assert list(temporary.iterdir()) == []
+    assert list(temporary.glob("tsq-*")) == []
+
+
+def test_two_videos_whose_urls_differ_in_the_query_alone(tmp_path: Path) -> None:
+    """One fails, the other one is used; neither query is shown."""
+    rows = VideoRows.of(
+        VideoRef(video_id(uri), uri, 1, labels=(number,), split="train")
+        for number, uri in enumerate(f"https://host/v.mp4?X-Amz-Signature={key}" for key in "ab")
+    )
+    chosen = TrainingRows.of(rows, None, None, "manifest")
+    tuned = Tuned(torch.nn.Identity(), {rows[1].video_id: "not_video"}, {}, [])  # type: ignore[arg-type]
+    found = _summary(str(tmp_path), "encoder", Manifest(rows, NAMES), chosen, rows[:0], tuned, load_config(None))
+    assert (found["videos"], found["failed"], found["failed_videos"]) == (1, {"not_video": 1}, ["https://host/v.mp4?..."])
+
+
+def test_training_rows_and_the_account_of_the_others() -> None:
+    kinds = [("train", (0,)), ("val", (1,)), ("train", None), ("train", ()), ("train", (0, 2)), (None, (1,))]
+    rows = VideoRows.of(
+        VideoRef(f"{number:016x}", f"{number}.mp4", 1, labels=labels, split=split) for number, (split, labels) in enumerate(kinds)
+    )
+    chosen = TrainingRows.of(rows, None, 1, "manifest")
+    assert [row.uri for row in chosen.rows] == ["0.mp4"]
+    assert (chosen.split, chosen.named, chosen.warnings) == ("train", ["2.mp4", "3.mp4"], [])
+    assert chosen.left_out == {"other_split": 2, "unlabelled": 2, "limit": 1}
+    labels = rows.table["labels"]
+    assert multi_hot(labels.filter(pa.array([True, False, False, False, True, True])), 3).tolist() == [
+        [True, False, False],
+        [True, False, True],
+        [False, True, False],
+    ]
+    single_labels(labels, "multi", "manifest")
+    with pytest.raises(RunError, match="1 of 6 videos have several labels"):
+        single_labels(labels, "single", "manifest")

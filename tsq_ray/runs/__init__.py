@@ -1,4 +1,4 @@
-"""The run folder of extract and score: what is done, what is left, who writes, whether it adds up.
+"""Output folders, above all the run folder of extract and score: what is done, what is left, who writes, whether it adds up.
 
 The names below are what the stages need. `done` reads the parts, `folder` writes them, `identity`
 tells whether it is the same work, `lease` who may write, `bulk` is one run from its first row to
@@ -19,6 +19,7 @@ from tsq_ray.runs.folder import (
     write_part,
 )
 from tsq_ray.runs.identity import Identity
+from tsq_ray.runs.lease import Lease
 
 __all__ = [
     "CONFIG_FILE",
@@ -27,6 +28,7 @@ __all__ = [
     "BulkRun",
     "Identity",
     "Kind",
+    "Lease",
     "Selection",
     "list_parts",
     "read_json",

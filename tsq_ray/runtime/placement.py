@@ -30,6 +30,8 @@ _GIB = 2**30
 _BUSY_BYTES = 2 * _GIB
 _WAITING_BYTES = _GIB // 4
 _WRITING_BYTES = _GIB // 2
+_WAITING_ACTORS = 5
+"""Of a run on a small cluster: an ingress, and two senders and two writers."""
 _MIN_WRITERS, _MAX_WRITERS = 2, 64
 _MIN_SENDERS, _MAX_SENDERS = 2, 128
 
@@ -114,16 +116,21 @@ def _share(cluster: Cluster, actors: int) -> float:
     return _STEP * cluster.unit
 
 
-def _memory(cluster: Cluster, wanted: int) -> int:
-    """Bytes to declare: `wanted`, or a core's share of the node with the least for each core."""
-    shares = [node.memory / (math.ceil(node.cpus) + 1) for node in cluster.every_node() if node.cpus]
+def _memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
+    """Bytes to declare of an actor with these CPUs: `wanted`, or its share of a node full of such actors, of which one share is left over."""
+    shares = [node.memory / (math.ceil(node.cpus / min(1.0, cpus)) + 1) for node in cluster.every_node() if node.cpus]
     return int(min([wanted, *shares]))
+
+
+def _waiting_memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
+    """Bytes to declare of an actor that mostly waits: `wanted`, or a part of the share that `_memory` leaves over."""
+    return int(min(wanted, _memory(cluster, wanted * _WAITING_ACTORS, cpus) / _WAITING_ACTORS))
 
 
 def _busy(cluster: Cluster, name: str, asked: int, most: int, cpus: float = 0.0) -> Pool:
     """Actors that keep a core busy each: `asked` of them, or as many as the nodes hold."""
     cpus = cpus or cluster.busy_cpus
-    memory = _memory(cluster, _BUSY_BYTES)
+    memory = _memory(cluster, _BUSY_BYTES, cpus)
     pool = Pool(name, 1, 1, 1, cpus, memory=memory, cores=_cores(cpus))
     return _sized(cluster, pool, asked, most)
 
@@ -153,9 +160,9 @@ def _cores(cpus: float) -> float:
     return float(max(1, round(cpus)))
 
 
-def _writers(cluster: Cluster) -> Pool:
+def _writers(cluster: Cluster, cpus: float = 1.0) -> Pool:
     limit = _MAX_WRITERS if cluster.grows else max(_MIN_WRITERS, min(_MAX_WRITERS, cluster.num_workers))
-    return Pool("writer", 1, 1, limit, _WAITING_CPUS, memory=_memory(cluster, _WRITING_BYTES))
+    return Pool("writer", 1, 1, limit, _WAITING_CPUS, memory=_waiting_memory(cluster, _WRITING_BYTES, cpus))
 
 
 def _on_gpus(cluster: Cluster, name: str, asked: int, most: int, share: float, cpus: float) -> Pool:
@@ -197,13 +204,14 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
     decoders = max(1, wanted // workers)
     cpus = _share(cluster, workers * (1 + decoders))
     own = min(cpus, _share(cluster.with_gpus, workers)) if gpus else cpus
-    pool = Pool("worker", workers, workers, workers, own, 1.0 if gpus else 0.0)
+    memory = _memory(cluster, _BUSY_BYTES, cpus)
+    pool = Pool("worker", workers, workers, workers, own, 1.0 if gpus else 0.0, memory)
     if cluster.nodes and cluster.cpus and workers * (1 + decoders) * cpus > cluster.cpus:
         raise ConfigError(
             f"finetune.num_workers = {workers} with {decoders} decoders each: too many for the "
             f"{cluster.cpus:g} CPUs of the cluster; lower it or resources.decoders"
         )
-    pools = {"worker": pool, "decoder": Pool("decoder", decoders, decoders, decoders, cpus)}
+    pools = {"worker": pool, "decoder": Pool("decoder", decoders, decoders, decoders, cpus, memory=memory)}
     threads = config.resources.threads or max(1, cores // workers)
     return Layout("finetune", pools, "cuda" if gpus else "cpu", threads)
 
@@ -217,7 +225,7 @@ def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
     if most > fewest and config.resources.threads and not gpus:
         cpus = float(config.resources.threads)  # a cluster that grows holds more of them
     threads = config.resources.threads or int(_cores(cpus))
-    pool = Pool("worker", fewest, most, most, cpus, 1.0 if gpus else 0.0)
+    pool = Pool("worker", fewest, most, most, cpus, 1.0 if gpus else 0.0, _memory(cluster, _BUSY_BYTES, cpus))
     return Layout("train", {"worker": pool}, "cuda" if gpus else "cpu", threads)
 
 
@@ -242,26 +250,30 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
     nodes = [node for node in cluster.nodes if node.cpus] or [Node(cluster.largest_cpus)]
     cores, smallest = sum(node.cpus for node in nodes), min(node.cpus for node in nodes)
     unit = min(1.0, smallest)
+    # a node has a decoder for two cores, a sampler and a recogniser
+    each_cpus = smallest / (max(1, int(smallest / 2)) + 2)
+    memory = _memory(cluster, _BUSY_BYTES, each_cpus)
+    waiting = _waiting_memory(cluster, _WAITING_BYTES, each_cpus)
     if gpus:
         # replicas follow the nodes: `score` lays itself out again when these change
         each = _on_gpus(cluster, "", resources.gpus, videos, 0.5, _NETWORK_CPUS * unit)
         networks = {name: replace(each, name=name, minimum=1, start=each.now) for name in ("sampler", "recognizer")}
     else:
         count = min(len(nodes), videos)
-        limit, memory = _growth(count, videos), _memory(cluster, _BUSY_BYTES)
+        limit = _growth(count, videos)
         networks = {name: Pool(name, 1, count, limit, _NETWORK_CPUS * unit, memory=memory) for name in ("sampler", "recognizer")}
     children = max(1, int(min(config.serve.decoder_processes, cores)))
     count = min(resources.decoders or max(1, int((cores - unit) / 2)), videos)
     limit = count if resources.decoders else _growth(count, videos)
     # room beside it for a sampler and a recogniser
-    cpus, memory = round(min(1.0, 0.35 * smallest), 2), _memory(cluster, _BUSY_BYTES)
+    cpus = round(min(1.0, 0.35 * smallest), 2)
     decoder = Pool("decoder", 1, count, limit, cpus, memory=memory, cores=float(children))
     count = min(_MIN_SENDERS * max(1, len(nodes)), _MAX_SENDERS, videos)
     limit = max(count, min(_MIN_SENDERS * cluster.num_workers, _MAX_SENDERS, videos))
-    sender = Pool("sender", 1, count, limit, _WAITING_CPUS, memory=_memory(cluster, _WAITING_BYTES))
-    ingress = Pool("ingress", 1, 1, 1, _INGRESS_CPUS * unit)
+    sender = Pool("sender", 1, count, limit, _WAITING_CPUS, memory=waiting)
+    ingress = Pool("ingress", 1, 1, 1, _INGRESS_CPUS * unit, memory=waiting)
     pools = {"decoder": decoder} | networks
-    pools |= {"ingress": ingress, "sender": sender, "writer": _writers(cluster)}
+    pools |= {"ingress": ingress, "sender": sender, "writer": _writers(cluster, each_cpus)}
     threads = resources.threads or max(1, int(max(node.cpus for node in nodes)))
     return Layout("score", pools, "cuda" if gpus else "cpu", threads, children)
 
@@ -271,13 +283,15 @@ def _serve(config: Config, cluster: Cluster, videos: int) -> Layout:
     settings = config.serve
     gpus = gpu_count(config, cluster)
     asked = settings.sampler.num_gpus + settings.recognizer.num_gpus
+    scales = {name: getattr(settings, name) for name in ("ingress", "decoder", "sampler", "recognizer")}
+    # whoever runs the endpoint sizes its replicas by CPUs: memory must not keep out the fewest of them
+    room = sum(node.memory for node in cluster.nodes) / (sum(scale.min_replicas for scale in scales.values()) + 1)
     pools = {}
-    for name in ("ingress", "decoder", "sampler", "recognizer"):
-        scale = getattr(settings, name)
-        share = scale.num_gpus
-        if name in ("sampler", "recognizer") and not asked and gpus:
-            share = 0.5
-        pools[name] = Pool(name, scale.min_replicas, scale.min_replicas, scale.max_replicas, scale.num_cpus, share)
+    for name, scale in scales.items():
+        share = 0.5 if name in ("sampler", "recognizer") and not asked and gpus else scale.num_gpus
+        memory = _memory(cluster, _WAITING_BYTES if name == "ingress" else _BUSY_BYTES)
+        memory = int(min(memory, room)) if cluster.nodes else memory
+        pools[name] = Pool(name, scale.min_replicas, scale.min_replicas, scale.max_replicas, scale.num_cpus, share, memory)
     on_gpu = any(pools[name].gpus for name in ("sampler", "recognizer"))
     threads = config.resources.threads or max(1, int(cluster.largest_cpus))
     return Layout("serve", pools, "cuda" if on_gpu else "cpu", threads, settings.decoder_processes)

@@ -41,7 +41,8 @@ def start_counts(kind: type[Counts] = Counts) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(kind).remote()
+    # one that dies counts from 0 again: the run needs it only to show how far it is
+    return ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1)(kind).remote()
 
 
 def run_with_progress(

@@ -40,8 +40,13 @@ def check_address(host: str, port: int, address: str | None) -> str | None:
     return token
 
 
-def run_endpoint(model: str, config: Config, host: str, port: int, address: str | None = None, debug: bool = False) -> None:
-    """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM. UserError for wrong input, RunFailed else."""
+def run_endpoint(
+    model: str, config: Config, host: str, port: int, address: str | None = None, wait_s: float = 0.0, debug: bool = False
+) -> None:
+    """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM. UserError for wrong input, RunFailed else.
+
+    `wait_s`: the longest wait for room on the cluster (0: no limit).
+    """
     from tsq_ray.bundle import load_bundle
     from tsq_ray.stages import check_sampler
 
@@ -56,7 +61,7 @@ def run_endpoint(model: str, config: Config, host: str, port: int, address: str 
             if address is None:
                 found = cluster.read_cluster(ray, config)
                 check_room(layout("serve", config, found, 1), found)
-            deploy(ray, model, config, host, port, token, debug)
+            deploy(ray, model, config, host, port, token, wait_s, debug)
             try:
                 shown = f"[{host}]" if ":" in host else host
                 _say(f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score (stop with Ctrl-C)")
@@ -71,7 +76,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: str | None, debug: bool = False) -> None:
+def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: str | None, wait_s: float = 0.0, debug: bool = False) -> None:
     """Start Serve's HTTP server and the application on the connected cluster; returns when it is ready."""
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -90,7 +95,7 @@ def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: st
         serve.start(http_options=http, logging_config=logs)
         placed = layout("serve", config, cluster.read_cluster(ray, config), 1)
         app = application(model, config, placed, token)
-        progress.run_watched(lambda: serve.run(app, name=APP, route_prefix="/"), "serve", app=APP)
+        progress.run_watched(lambda: serve.run(app, name=APP, route_prefix="/"), "serve", wait_s, APP)
     except Exception as error:
         serve.shutdown()
         raise cluster.run_failed(error, "serve") from error

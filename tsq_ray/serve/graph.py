@@ -154,7 +154,7 @@ def deployment_options(pool: Pool, max_ongoing: int, max_queued: int = -1) -> di
 
 def _batches(work: Callable[[list[Any]], list[Any]], config: Config, placed: Layout) -> Batches[Any, Any]:
     settings = config.serve
-    threads = config.resources.threads or _node_cpus()
+    threads = config.resources.threads or min(placed.threads, _node_cpus())
     return Batches(work, settings.batch_size, settings.batch_wait_s, threads, placed.on_gpu, config.resources.compile)
 
 

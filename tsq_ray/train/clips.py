@@ -19,6 +19,7 @@ from tsq_ray.config import DecodeConfig, FinetuneConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool
 from tsq_ray.rows import frame_spec, source_of
 from tsq_ray.runtime import cluster, parts
+from tsq_ray.runtime.nodes import Pool
 from tsq_ray.train.augment import Augment, training_spec, view_of
 
 _BATCH = 4
@@ -38,10 +39,8 @@ class ClipPlan:
     videos: Any
     """Reference of the manifest table of all videos, training ones first."""
     counts: Any
-    decoders: int
+    decoders: Pool
     """Of each training worker."""
-    cpus: float
-    """Logical CPUs of each decoder."""
     memory: int
     """Bytes of the object store that the clips of one training worker may take."""
 
@@ -101,12 +100,9 @@ def _clips(plan: ClipPlan, rows: np.ndarray, epochs: np.ndarray) -> Iterator[Cli
     blocks = [todo.slice(start, size) for start in range(0, len(todo), size)]
     data = ray.data.from_blocks(blocks).map_batches(
         ClipWorker,
-        compute=ray.data.ActorPoolStrategy(size=plan.decoders),
-        num_cpus=plan.cpus,
         batch_size=_BATCH,
-        batch_format="pyarrow",
         fn_constructor_args=(plan,),
-        **parts.RETRIES,
+        **parts.pool_options(plan.decoders),
     )
     shape = (-1, plan.model.size, plan.model.size, 3)
     for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):

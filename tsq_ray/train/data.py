@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from tsq_ray import runs, schema, storage
 from tsq_ray.errors import RunError, RunFailed
-from tsq_ray.manifest import VideoRef, describe_splits
+from tsq_ray.manifest import VideoRows, describe_splits
 from tsq_ray.train.cache import Create, node_arrays
 
 DEFAULT_SPLIT = "train"
@@ -101,25 +101,25 @@ class TrainingSet:
         return (np.flatnonzero(row).tolist() for row in self.targets)
 
 
-def multi_hot(labels: list[list[int]], num_classes: int) -> np.ndarray:
-    """Label lists -> bool [V, C]."""
-    targets = np.zeros((len(labels), num_classes), bool)
-    for row, numbers in enumerate(labels):
-        targets[row, numbers] = True
+def multi_hot(labels: pa.ChunkedArray, num_classes: int) -> np.ndarray:
+    """Lists of labels -> bool [V, C]."""
+    lists = labels.combine_chunks()
+    targets = np.zeros((len(lists), num_classes), bool)
+    targets[pc.list_parent_indices(lists), pc.list_flatten(lists)] = True
     return targets
 
 
-def training_split(splits: list[str | None], split: str | None, what: str) -> tuple[str | None, list[str]]:
+def training_split(splits: pa.ChunkedArray, split: str | None, what: str) -> tuple[str | None, list[str]]:
     """Which split to take: the one asked for, else `train`, else all rows with a warning where no row has a split.
 
     Returns the split (None: all) and warnings. RunError where splits exist but none has the name.
     """
-    names = {name for name in splits if name}
+    names = {name for name in pc.unique(splits).to_pylist() if name}
     if split is None and not names:
         return None, [f"{what} has no splits: training takes all rows, so nothing is held out to measure on"]
     wanted = split or DEFAULT_SPLIT
     if wanted not in names:
-        raise RunError(f"{what}: no row of split {wanted!r}; {describe_splits(pa.array(splits, pa.string()))}; choose one with --split")
+        raise RunError(f"{what}: no row of split {wanted!r}; {describe_splits(splits)}; choose one with --split")
     return wanted, []
 
 
@@ -131,9 +131,9 @@ def check_classes(classes: list[str], labelled: int, what: str) -> None:
         raise RunError(f"{what}: {len(classes)} class ({', '.join(classes)}); training needs at least two")
 
 
-def single_labels(labels: list[list[int]], task: str, what: str) -> None:
+def single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
     """RunError where the task is single and a video has several labels."""
-    several = sum(len(numbers) > 1 for numbers in labels)
+    several = pc.sum(pc.greater(pc.list_value_length(labels), 1)).as_py() or 0
     if task == "single" and several:
         raise RunError(f"{what}: {several} of {len(labels)} videos have several labels; set train.task=multi (--set train.task=multi)")
 
@@ -146,7 +146,7 @@ def select_videos(source: Source) -> Selection:
         tables = list(pool.map(lambda part: runs.read_part(part, _BRIEF), parts))
     table = pa.concat_tables(tables)
     table = table.append_column("row", pa.array(np.arange(table.num_rows))).sort_by("video_id")
-    chosen, warnings = training_split(table["split"].to_pylist(), source.split, what)
+    chosen, warnings = training_split(table["split"], source.split, what)
     left_out: dict[str, int] = {}
     if chosen is not None:
         in_split = table.filter(pc.equal(table["split"], chosen))
@@ -159,7 +159,7 @@ def select_videos(source: Source) -> Selection:
     ok = ok.filter(pc.is_valid(ok["labels"]))
     classes = list(runs.read_run(source.uri, "features")["classes"])
     check_classes(classes, ok.num_rows, what)
-    single_labels(ok["labels"].to_pylist(), source.task, what)
+    single_labels(ok["labels"], source.task, what)
     places = np.full(sum(part.num_rows for part in tables), -1)
     places[ok["row"].to_numpy()] = np.arange(ok.num_rows)
     by_part = np.split(places, np.cumsum([part.num_rows for part in tables])[:-1])
@@ -186,8 +186,7 @@ def copy_features(source: Source, selection: Selection, create: Create) -> None:
         for _ in pool.map(copy, *zip(*taken, strict=True)):
             pass
     targets = create(TARGETS, np.dtype(bool), (num_videos, len(selection.classes)))
-    for row, numbers in enumerate(selection.labels):
-        targets[row, numbers.as_py()] = True
+    targets[:] = multi_hot(selection.labels, len(selection.classes))
 
 
 @contextlib.contextmanager
@@ -211,13 +210,36 @@ def open_training_set(source: Source) -> Iterator[TrainingSet]:
         yield TrainingSet(selection, arrays)
 
 
-def training_rows(rows: Sequence[VideoRef], split: str | None, what: str) -> tuple[list[VideoRef], dict[str, int], list[str], list[str]]:
-    """Manifest rows that training takes: (rows, left out by reason, first unlabelled URIs, warnings)."""
-    chosen, warnings = training_split([row.split for row in rows], split, what)
-    inside = [row for row in rows if chosen is None or row.split == chosen]
-    labelled = [row for row in inside if row.labels]
-    unlabelled = [storage.redact(row.uri) for row in inside if not row.labels]
-    return labelled, {"other_split": len(rows) - len(inside), "unlabelled": len(unlabelled)}, unlabelled[:5], warnings
+@dataclass(frozen=True)
+class TrainingRows:
+    """The manifest rows that a training takes, and the account of the others."""
+
+    rows: VideoRows
+    split: str | None
+    """That of all of them; None where the manifest has no splits."""
+    left_out: dict[str, int]
+    """Reason -> count."""
+    named: list[str]
+    """The first unlabelled videos, by URI."""
+    warnings: list[str]
+
+    @classmethod
+    def of(cls, rows: VideoRows, split: str | None, limit: int | None, what: str) -> TrainingRows:
+        """The labelled rows of `split` (default: train), at most `limit`. RunError where no row has the split."""
+        table = rows.table
+        chosen, warnings = training_split(table["split"], split, what)
+        inside = np.ones(len(rows), bool) if chosen is None else pc.fill_null(pc.equal(table["split"], chosen), False).to_numpy()
+        labelled = is_labelled(rows)
+        bare = rows.where(inside & ~labelled)
+        taken = rows.where(inside & labelled)
+        left_out = {"other_split": int((~inside).sum()), "unlabelled": len(bare), "limit": len(taken) - len(taken[:limit])}
+        named = [storage.redact(row.uri) for row in bare[:5]]
+        return cls(taken[:limit], chosen, left_out, named, warnings)
+
+
+def is_labelled(rows: VideoRows) -> np.ndarray:
+    """bool [V]: which rows have a label."""
+    return pc.fill_null(pc.greater(pc.list_value_length(rows.table["labels"]), 0), False).to_numpy()
 
 
 def describe_left_out(left_out: dict[str, int]) -> dict[str, Any]:

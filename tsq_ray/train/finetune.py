@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tsq_ray import artifact, provenance, runs, storage
 from tsq_ray import bundle as bundles
 from tsq_ray.bundle import Classifier
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.errors import RunFailed
-from tsq_ray.manifest import Manifest, VideoRef, read_manifest
-from tsq_ray.runtime import cluster
+from tsq_ray.manifest import Manifest, VideoRows, read_manifest
 from tsq_ray.stages import load_network
 from tsq_ray.train import frozen, trained
-from tsq_ray.train.data import check_classes, describe_left_out, single_labels, training_rows
+from tsq_ray.train.data import TrainingRows, check_classes, describe_left_out, is_labelled, single_labels
 
 Role = Literal["encoder", "recognizer"]
 _IDENTITY_FILE = "identity.json"
@@ -32,27 +33,28 @@ def finetune(
     *,
     split: str | None = None,
     limit: int | None = None,
+    take_over: bool = False,
     address: str | None = None,
     wait_s: float = 0.0,
     show_progress: bool = True,
     debug: bool = False,
 ) -> dict[str, Any]:
-    """Train the `role` network as `finetune.backbone` says and write the classifier to `out`; a stopped full training goes on.
+    """Train the `role` network as `finetune.backbone` says and write the classifier to `out`; resumes an equal run that was stopped.
 
     Takes the labelled videos of `split` (default: train); failed and unlabelled ones are counted and named in the summary, which
-    is returned. Raises UserError for wrong input, RunFailed where no video is left or the work fails.
+    is returned. `take_over` takes the folder from another run that writes to it. Raises UserError for wrong input, RunFailed where no video
+    is left or the work fails.
     """
     started = time.time()
     out = storage.normalize(out)
     manifest = read_manifest(manifest_uri)
     what = f"manifest {storage.redact(manifest.uri)}"
-    check_classes(manifest.classes, sum(row.labels is not None for row in manifest.rows), what)
-    rows, left_out, named, warnings = training_rows(manifest.rows, split, what)
+    check_classes(manifest.classes, int(is_labelled(manifest.rows).sum()), what)
+    chosen = TrainingRows.of(manifest.rows, split, limit, what)
+    rows, val = chosen.rows, _validation_rows(manifest, chosen.rows, config)
     check_classes(manifest.classes, len(rows), what)
-    left_out["limit"] = len(rows) - len(rows[:limit])
-    rows = rows[:limit]
-    val = _validation_rows(manifest, rows, config)
-    single_labels([list(row.labels or ()) for row in (*rows, *val)], config.train.task, what)
+    single_labels(rows.table["labels"], config.train.task, what)
+    single_labels(val.table["labels"], config.train.task, what)
     settings = config.encoders.visual if role == "encoder" else config.recognizer
     network = load_network(settings, with_head=False)
     identity = _identity(manifest.sha256, role, config, settings, network.backbone_hash(), split, limit)
@@ -60,58 +62,70 @@ def finetune(
     if done is not None:
         return done
     storage.check_writable(out)
+    work = storage.join(out, trained.WORK_FOLDER)
     whole = config.finetune.backbone == "trained"
     if whole:
         trained.check_input(network)
-        runs.write_json(storage.join(out, trained.WORK_FOLDER, _IDENTITY_FILE), identity.parts)
-    with cluster.connect(address, debug) as ray:
-        options: dict[str, Any] = {"show": show_progress, "debug": debug, "wait_s": wait_s}
-        classes = len(manifest.classes)
+    with runs.Lease(out, take_over=take_over) as lease:
+        if (done := _finished(out, identity)) is not None:  # by the run that had the folder until now
+            return done
+        runs.write_json(storage.join(work, _IDENTITY_FILE), identity.parts)
+        options: dict[str, Any] = {"address": address, "wait_s": wait_s, "show_progress": show_progress, "debug": debug}
+        options["ticks"] = (lease.stop_if_lost,)
         if whole:
-            tuned = trained.tune(ray, network, rows, val, classes, out, config, **options)
+            tuned = trained.tune(network, rows, val, len(manifest.classes), work, config, **options)
         else:
-            tuned = frozen.fit(ray, network, settings, rows, classes, config, **options)
-    used = [row for row in rows if row.video_id not in tuned.failed]
-    if not used:
-        raise RunFailed(f"finetune: none of the {len(rows)} videos could be used ({dict(Counter(tuned.failed.values()))})")
-    summary = {
-        "out": storage.redact(out),
-        "role": role,
-        "backbone": config.finetune.backbone,
-        "videos": len(used),
-        "classes": classes,
-        "failed": dict(Counter(tuned.failed.values())),
-        "failed_videos": [storage.redact(row.uri) for row in (*rows, *val) if row.video_id in tuned.failed][:5],
-        "left_out": describe_left_out(left_out),
-        "unlabelled": named,
-        "warnings": warnings,
-        **tuned.figures,
-        "seconds": round(time.time() - started, 2),
-    }
-    record = {
-        "identity": identity.parts,
-        "summary": summary,
-        "manifest": {"uri": storage.redact(manifest.uri), "sha256": manifest.sha256},
-        "finetune": config.finetune.model_dump(mode="json"),
-        "decode": config.decode.model_dump(mode="json"),
-        "versions": provenance.versions(),
-        "git_revision": provenance.git_revision(),
-        "ended": provenance.now(),
-    }
-    tuned.network.config = settings
-    if whole:
-        artifact.write_curves(out, tuned.curve)
-    bundles.save_classifier(Classifier(tuned.network, manifest.classes, config.train.task, role, record), out)
-    storage.remove_folder(storage.join(out, trained.WORK_FOLDER))
+            tuned = frozen.fit(network, settings, runs.Selection(manifest, rows, chosen.split), work, config, **options)
+        lease.check()
+        summary = _summary(out, role, manifest, chosen, val, tuned, config) | {"seconds": round(time.time() - started, 2)}
+        if not summary["videos"]:
+            storage.remove_folder(work)  # nothing to resume, and other settings may do better
+            raise RunFailed(f"finetune: none of the {len(rows)} videos could be used ({summary['failed']})")
+        record = {
+            "identity": identity.parts,
+            "summary": summary,
+            "manifest": {"uri": storage.redact(manifest.uri), "sha256": manifest.sha256},
+            "finetune": config.finetune.model_dump(mode="json"),
+            "decode": config.decode.model_dump(mode="json"),
+            "versions": provenance.versions(),
+            "git_revision": provenance.git_revision(),
+            "ended": provenance.now(),
+        }
+        tuned.network.config = settings
+        if whole:
+            artifact.write_curves(out, tuned.curve)
+        bundles.save_classifier(Classifier(tuned.network, manifest.classes, config.train.task, role, record), out)
+        storage.remove_folder(work)
     return summary
 
 
-def _validation_rows(manifest: Manifest, rows: Sequence[VideoRef], config: Config) -> list[VideoRef]:
+def _summary(
+    out: str, role: Role, manifest: Manifest, chosen: TrainingRows, val: VideoRows, tuned: trained.Tuned, config: Config
+) -> dict[str, Any]:
+    failed = pa.array(list(tuned.failed), pa.string())
+    uris = [rows.table["uri"].filter(pc.is_in(rows.ids, failed)) for rows in (chosen.rows, val)]
+    return {
+        "out": storage.redact(out),
+        "role": role,
+        "backbone": config.finetune.backbone,
+        "videos": len(chosen.rows) - len(uris[0]),
+        "classes": len(manifest.classes),
+        "failed": dict(Counter(tuned.failed.values())),
+        "failed_videos": [storage.redact(uri) for part in uris for uri in part[:5].to_pylist()][:5],
+        "left_out": describe_left_out(chosen.left_out),
+        "unlabelled": chosen.named,
+        "warnings": chosen.warnings,
+        **tuned.figures,
+    }
+
+
+def _validation_rows(manifest: Manifest, rows: VideoRows, config: Config) -> VideoRows:
     """The labelled videos of `finetune.val_split`, where they are others than those trained on."""
+    every = manifest.rows
     if config.finetune.backbone == "frozen" or not config.finetune.val_split:
-        return []
-    taken = {row.video_id for row in rows}
-    return [row for row in manifest.rows if row.split == config.finetune.val_split and row.labels and row.video_id not in taken]
+        return every[:0]
+    in_split = pc.fill_null(pc.equal(every.table["split"], config.finetune.val_split), False).to_numpy()
+    return every.where(in_split & is_labelled(every) & (rows.places(every.ids) < 0))
 
 
 def _identity(
@@ -143,5 +157,5 @@ def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
     else:
         before = runs.read_json(storage.join(out, trained.WORK_FOLDER, _IDENTITY_FILE))
     if before is not None:
-        identity.refuse_other(before, out, "holds the result of another finetune")
+        identity.refuse_other(before, out, "holds another finetune")
     return record["summary"] | {"already_done": True} if done else None

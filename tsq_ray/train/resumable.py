@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ def run_workers(
     show: bool,
     debug: bool,
     wait_s: float = 0.0,
+    ticks: Sequence[Callable[[], None]] = (),
 ) -> dict[str, Any]:
     """Run `loop(job)` on Ray Train workers and return what the last checkpoint holds, on the CPU.
 
     `scaling`: a ScalingConfig. `work`: the folder of the checkpoints; where it has some, `loop` finds the last one. `counts` and `total`
-    are for the progress. Raises RunFailed where the workers fail more than three times.
+    are for the progress; `ticks` are called twice a second. Raises RunFailed where the workers fail more than three times.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
@@ -56,7 +57,7 @@ def run_workers(
         ),
     )
     try:
-        result = progress.run_with_progress(trainer.fit, counts, total, what, show, wait_s=wait_s)
+        result = progress.run_with_progress(trainer.fit, counts, total, what, show, wait_s=wait_s, ticks=ticks)
     except Exception as error:
         raise cluster.run_failed(error, what) from error
     if result.checkpoint is None:
@@ -71,7 +72,7 @@ def scaling(placed: Layout) -> Any:
 
     pool = placed["worker"]
     workers: Any = pool.limit if pool.minimum == pool.limit else (pool.minimum, pool.limit)
-    each = {"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {})
+    each = {"CPU": pool.cpus, "memory": pool.memory} | ({"GPU": pool.gpus} if pool.gpus else {})
     return ScalingConfig(num_workers=workers, use_gpu=placed.on_gpu, resources_per_worker=each)
 
 

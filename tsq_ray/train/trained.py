@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import torch
 
-from tsq_ray import schema, storage
+from tsq_ray import storage
 from tsq_ray.config import Config
 from tsq_ray.encoders import FrameEncoder
 from tsq_ray.errors import ModelError, RunFailed
-from tsq_ray.manifest import VideoRef
+from tsq_ray.manifest import VideoRows
 from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.nodes import Layout
 from tsq_ray.runtime.placement import layout
 from tsq_ray.train.clips import ClipPlan
 from tsq_ray.train.data import multi_hot
@@ -54,64 +56,76 @@ def check_input(network: FrameEncoder) -> None:
 
 
 def tune(
-    ray: Any,
     network: FrameEncoder,
-    train: Sequence[VideoRef],
-    val: Sequence[VideoRef],
+    train: VideoRows,
+    val: VideoRows,
     num_classes: int,
-    out: str,
+    work: str,
     config: Config,
     *,
-    show: bool,
-    debug: bool,
+    address: str | None = None,
     wait_s: float = 0.0,
+    show_progress: bool = True,
+    debug: bool = False,
+    ticks: Sequence[Callable[[], None]] = (),
 ) -> Tuned:
     """Train `network` (its backbone as it is, a new head) on the labelled videos `train`, measure it on `val`.
 
-    Checkpoints go below `out`, and a run that finds some there goes on from the last. Raises RunFailed where the training fails.
+    Checkpoints go to the folder `work`, and a run that finds some there goes on from the last. `ticks` are called twice a second.
+    Raises RunFailed where the training fails.
     """
+    backbone = network.backbone.state_dict()
+    with cluster.connect(address, debug) as ray:
+        job, placed = _plan(ray, network, backbone, train, val, num_classes, config)
+        options: dict[str, Any] = {"show": show_progress, "debug": debug, "wait_s": wait_s, "ticks": ticks}
+        total = job.num_clips(config.finetune.epochs)
+        content = run_workers(tune_loop, {"job": job}, scaling(placed), work, "finetune", counts=job.clips.counts, total=total, **options)
+        last = content["curve"][-1]
+        if not math.isfinite(last["loss"]):
+            storage.remove_folder(work)  # nothing to go on from
+            if len(content["failed"]) < len(train):
+                raise RunFailed(f"finetune: the loss is {last['loss']} in epoch {last['epoch']}; lower finetune.lr ({config.finetune.lr})")
+            raise RunFailed(f"finetune: none of the {len(train)} videos could be used ({dict(Counter(content['failed'].values()))})")
+        tuned = start_network(job, backbone)
+    tuned.load_state_dict(content["model"])
+    return Tuned(tuned.eval().requires_grad_(False), content["failed"], *_figures(content))
+
+
+def _plan(
+    ray: Any, network: FrameEncoder, backbone: dict[str, Any], train: VideoRows, val: VideoRows, num_classes: int, config: Config
+) -> tuple[TuneJob, Layout]:
     settings = config.finetune
     placed = layout("finetune", config, cluster.read_cluster(ray, config), len(train))
-    decoders = placed["decoder"]
-    videos = [*train, *val]
-    table = schema.table_from_rows((vars(row) for row in videos), schema.manifest_schema(None))
-    counts = progress.start_counts()
+    table = pa.concat_tables([train.table, val.table])
     plan = ClipPlan(
         config=settings,
         model=network.config,
         decode=config.decode.model_copy(update={"num_frames": settings.segments}),
         videos=ray.put(table),
-        counts=counts,
-        decoders=decoders.limit,
-        cpus=decoders.cpus,
+        counts=progress.start_counts(),
+        decoders=placed["decoder"],
         memory=int(ray.cluster_resources().get("object_store_memory", 1e9) * _STORE_SHARE / settings.num_workers),
     )
-    backbone = network.backbone.state_dict()
     job = TuneJob(
         clips=plan,
         task=config.train.task,
         num_classes=num_classes,
         num_train=len(train),
         num_val=len(val),
-        labels=ray.put(multi_hot([list(row.labels or ()) for row in videos], num_classes)),
+        labels=ray.put(multi_hot(table["labels"], num_classes)),
         backbone=ray.put(backbone),
         threads=placed.threads,
         device=placed.device,
     )
-    total = job.num_clips(settings.epochs)
-    work = storage.join(out, WORK_FOLDER)
-    options: dict[str, Any] = {"counts": counts, "total": total, "show": show, "debug": debug, "wait_s": wait_s}
-    content = run_workers(tune_loop, {"job": job}, scaling(placed), work, "finetune", **options)
-    last = content["curve"][-1]
-    if not math.isfinite(last["loss"]):
-        storage.remove_folder(work)  # nothing to go on from
-        if len(content["failed"]) < len(train):
-            raise RunFailed(f"finetune: the loss is {last['loss']} in epoch {last['epoch']}; lower finetune.lr ({settings.lr})")
-        raise RunFailed(f"finetune: none of the {len(train)} videos could be used ({dict(Counter(content['failed'].values()))})")
-    tuned = start_network(job, backbone)
-    tuned.load_state_dict(content["model"])
+    return job, placed
+
+
+def _figures(content: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """For the summary, and the curve with the same columns in every row."""
+    curve = content["curve"]
+    last = curve[-1]
     figures = {
-        "epochs": settings.epochs,
+        "epochs": len(curve),
         "epoch_kept": "last",
         "went_on_after_epoch": content["resumed_at"],
         "losses": {"loss": last["loss"]},
@@ -119,6 +133,5 @@ def tune(
     }
     figures |= {name: value for name, value in last.items() if name.startswith("val_")}
     rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
-    names = list(dict.fromkeys(name for row in content["curve"] for name in row))
-    curve = [{name: row.get(name, math.nan) for name in names} for row in content["curve"]]
-    return Tuned(tuned.eval().requires_grad_(False), content["failed"], rounded, curve)
+    names = list(dict.fromkeys(name for row in curve for name in row))
+    return rounded, [{name: row.get(name, math.nan) for name in names} for row in curve]

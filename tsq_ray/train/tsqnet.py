@@ -22,7 +22,7 @@ from tsq_ray.runtime import cluster
 from tsq_ray.stages import classifier_settings, load_network
 from tsq_ray.train.data import Source, TrainingSet, describe_left_out, open_training_set
 from tsq_ray.train.head import fit_head, head_logits
-from tsq_ray.train.workers import fit_on_cluster
+from tsq_ray.train.workers import Fitted, fit_on_cluster
 
 WORK_FOLDER = "_train"
 _IDENTITY_FILE = "identity.json"
@@ -60,6 +60,7 @@ def train(
     encoder: str | None = None,
     recognizer: str | None = None,
     split: str | None = None,
+    take_over: bool = False,
     address: str | None = None,
     wait_s: float = 0.0,
     show_progress: bool = True,
@@ -68,8 +69,8 @@ def train(
     """Train TSQNet on the features of a finished extraction and write the bundle to `out`.
 
     `encoder`: finetune's output whose backbone made the features; without it the features' own encoder is taken and a linear frame head
-    is fitted on the features. `recognizer`: finetune's output; without it the bundle cannot score. Returns a summary.
-    Raises UserError for wrong input, RunFailed where the training fails.
+    is fitted on the features. `recognizer`: finetune's output; without it the bundle cannot score.
+    `take_over` takes the folder from another run that writes to it. Returns a summary. Raises UserError for wrong input, RunFailed where the training fails.
     """
     started = time.time()
     out, features_uri = storage.normalize(out), storage.normalize(features_uri)
@@ -84,29 +85,75 @@ def train(
     if done is not None:
         return done
     source = Source.of(features_uri, split, config.train.task, with_objects=config.train.modules == "both")
-    with open_training_set(source) as data:
-        frame_encoder = _frame_encoder(config, run, data, encoder)
-        answerer = _recognizer(recognizer, data.classes, config.train.task)
-        text = _TextSide.make(config, data.classes) if config.train.modules == "both" else None
-        shape = _shape(config, data, text)
-        runs.write_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE), identity.parts)
-        start = {
-            "visual": _visual_start(config, data, frame_encoder),
-            "textual": text.classes if text else None,
-        }
-        job = {
-            "config": config.train.model_dump(mode="json"),
-            "shape": dataclasses.asdict(shape),
-            "start": {name: value.numpy() if value is not None else None for name, value in start.items()},
-            "vocabulary": text.vocabulary.numpy() if text else None,
-            "source": source,
-        }
+    with runs.Lease(out, take_over=take_over) as lease, open_training_set(source) as data:
+        if (done := _finished(out, identity)) is not None:  # by the run that had the folder until now
+            return done
+        parts = _Parts.load(config, run, data, encoder, recognizer)
+        work = storage.join(out, WORK_FOLDER)
+        runs.write_json(storage.join(work, _IDENTITY_FILE), identity.parts)
         with cluster.connect(address, debug) as ray:
-            fitted = fit_on_cluster(ray, job, config, len(data), storage.join(out, WORK_FOLDER), show_progress, debug, wait_s)
-    network = TSQNet(shape)
-    network.load_state_dict(fitted.state)
-    losses = {key: value for key, value in fitted.curve[-1].items() if key != "epoch"}
-    summary = {
+            job = _job(config, source, data, parts)
+            fitted = fit_on_cluster(ray, job, config, len(data), work, show_progress, debug, wait_s, (lease.stop_if_lost,))
+        summary = _summary(out, config, data, parts.text, fitted)
+        record = {
+            "identity": identity.parts,
+            "features": storage.redact(features_uri),
+            "features_manifest": run["manifest"],
+            "weights": run["weights"],
+            "train": config.train.model_dump(mode="json"),
+            "text": config.encoders.text.model_dump(mode="json") | {"sha256": parts.text.sha256 if parts.text else None},
+            "summary": summary,
+            "versions": provenance.versions(),
+            "git_revision": provenance.git_revision(),
+            "ended": provenance.now(),
+        }
+        lease.check()
+        artifact.write_curves(out, fitted.curve)
+        bundles.save_bundle(_bundle(config, data, parts, fitted, record), out)
+        storage.remove_folder(work)  # the checkpoints are of no use beside the finished bundle
+    return summary | {"seconds": round(time.time() - started, 2)}
+
+
+@dataclasses.dataclass
+class _Parts:
+    """What a bundle has beside TSQNet."""
+
+    encoder: FrameEncoder
+    objects: FrameEncoder | None
+    text: _TextSide | None
+    recognizer: FrameEncoder | None
+    shape: TSQShape
+
+    @classmethod
+    def load(cls, config: Config, run: Mapping[str, Any], data: TrainingSet, encoder: str | None, recognizer: str | None) -> _Parts:
+        """ModelError where one of them does not fit the features."""
+        frame_encoder = _frame_encoder(config, run, data, encoder)
+        answers = _recognizer(recognizer, data.classes, config.train.task)
+        text = objects = None
+        if config.train.modules == "both":
+            text = _TextSide.make(config, data.classes)
+            objects = load_network(config.encoders.objects, with_head=True)
+            _same_weights(objects.state_hash(), run["weights"][OBJECTS], "encoders.objects")
+        return cls(frame_encoder, objects, text, answers, _shape(config, data, text))
+
+
+def _job(config: Config, source: Source, data: TrainingSet, parts: _Parts) -> dict[str, Any]:
+    text = parts.text
+    start = {
+        "visual": _visual_start(config, data, parts.encoder),
+        "textual": text.classes if text else None,
+    }
+    return {
+        "config": config.train.model_dump(mode="json"),
+        "shape": dataclasses.asdict(parts.shape),
+        "start": {name: value.numpy() if value is not None else None for name, value in start.items()},
+        "vocabulary": text.vocabulary.numpy() if text else None,
+        "source": source,
+    }
+
+
+def _summary(out: str, config: Config, data: TrainingSet, text: _TextSide | None, fitted: Fitted) -> dict[str, Any]:
+    return {
         "out": storage.redact(out),
         "videos": len(data),
         "left_out": describe_left_out(data.selection.left_out),
@@ -114,44 +161,30 @@ def train(
         "warnings": [*data.selection.warnings, *(text.warnings if text else ())],
         "classes": len(data.classes),
         "epochs": config.train.epochs,
-        "losses": losses,
+        "losses": {key: value for key, value in fitted.curve[-1].items() if key != "epoch"},
         "workers": fitted.workers,
         "went_on_after_epoch": fitted.resumed_at,
         "train_seconds": round(fitted.seconds, 2),
         "videos_per_s": round(len(data) * config.train.epochs / sum(fitted.epoch_seconds), 1),
     }
-    record = {
-        "identity": identity.parts,
-        "features": storage.redact(features_uri),
-        "features_manifest": run["manifest"],
-        "weights": run["weights"],
-        "train": config.train.model_dump(mode="json"),
-        "text": config.encoders.text.model_dump(mode="json") | {"sha256": text.sha256 if text else None},
-        "summary": summary,
-        "versions": provenance.versions(),
-        "git_revision": provenance.git_revision(),
-        "ended": provenance.now(),
-    }
-    objects = load_network(config.encoders.objects, with_head=True) if text else None
-    if objects is not None:
-        _same_weights(objects.state_hash(), run["weights"][OBJECTS], "encoders.objects")
-    result = Bundle(
+
+
+def _bundle(config: Config, data: TrainingSet, parts: _Parts, fitted: Fitted, record: dict[str, Any]) -> Bundle:
+    network = TSQNet(parts.shape)
+    network.load_state_dict(fitted.state)
+    return Bundle(
         data.classes,
         config.train.task,
         config.decode,
         config.encoders,
         config.sampler,
         network,
-        frame_encoder,
-        objects,
-        text.vocabulary if text else None,
-        answerer,
+        parts.encoder,
+        parts.objects,
+        parts.text.vocabulary if parts.text else None,
+        parts.recognizer,
         record,
     )
-    artifact.write_curves(out, fitted.curve)
-    bundles.save_bundle(result, out)
-    _remove_work(out)
-    return summary | {"seconds": round(time.time() - started, 2)}
 
 
 def _identity(
@@ -282,8 +315,3 @@ def _visual_start(config: Config, data: TrainingSet, encoder: FrameEncoder) -> T
     assert encoder.head is not None
     logits = head_logits(encoder.head, data.visual)
     return prototypes(data.visual, logits, data.labels, len(data.classes), config.train.seed, config.train.task)
-
-
-def _remove_work(out: str) -> None:
-    """The checkpoints are of no use beside the finished bundle."""
-    storage.remove_folder(storage.join(out, WORK_FOLDER))

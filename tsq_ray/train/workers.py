@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +34,27 @@ class Fitted:
 
 
 def fit_on_cluster(
-    ray: Any, job: dict[str, Any], config: Config, num_videos: int, work: str, show: bool, debug: bool, wait_s: float = 0.0
+    ray: Any,
+    job: dict[str, Any],
+    config: Config,
+    num_videos: int,
+    work: str,
+    show: bool,
+    debug: bool,
+    wait_s: float = 0.0,
+    ticks: Sequence[Callable[[], None]] = (),
 ) -> Fitted:
     """Run `loop.train_loop` on Ray Train workers, or go on from the last checkpoint in the folder `work`.
 
-    `job`: "config" (of TrainConfig), "shape", "start", "vocabulary" (see `loop.fit`) and "source". Raises RunFailed where the training
-    fails.
+    `job`: "config" (of TrainConfig), "shape", "start", "vocabulary" (see `loop.fit`) and "source". `ticks` are called twice a second.
+    Raises RunFailed where the training fails.
     """
     counts = ray.remote(num_cpus=0)(_Videos).remote()
     placed = layout("train", config, cluster.read_cluster(ray, config), num_videos)
     job = job | {"counts": counts, "threads": placed.threads, "device": placed.device}
     total = config.train.epochs * num_videos
     started = time.monotonic()
-    options: dict[str, Any] = {"counts": counts, "total": total, "show": show, "debug": debug, "wait_s": wait_s}
+    options: dict[str, Any] = {"counts": counts, "total": total, "show": show, "debug": debug, "wait_s": wait_s, "ticks": ticks}
     content = run_workers(train_loop, job, scaling(placed), work, "train", **options)
     seconds = time.monotonic() - started
     return Fitted(content["model"], content["curve"], content["seconds"], content["workers"], content["resumed_at"], seconds)
