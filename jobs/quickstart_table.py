@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 
 from tsq_ray.errors import StorageError, TsqError
-from tsq_ray.evaluate import Annotations, on_evidence, read_annotations
-from tsq_ray.report.data import read_predictions
-from tsq_ray.report.summary import summarize
+from tsq_ray.evaluation import Annotations, on_evidence, read_annotations
+from tsq_ray.reporting.data import read_predictions
+from tsq_ray.reporting.summary import summarize
 
 
 def table_row(name: str, uri: str, known: Annotations | None) -> list[str]:

@@ -158,7 +158,7 @@ def extract(
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
-    from tsq_ray.extract import extract as run
+    from tsq_ray.extraction import extract as run
 
     options = {**where, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
     done = run(manifest, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)  # type: ignore[arg-type]
@@ -243,7 +243,7 @@ def score(
     debug: Debug = False,
 ) -> None:
     """Label every video: Ray Data drives the Serve graph; predictions, one row a video."""
-    from tsq_ray.serve.settings import scoring_config
+    from tsq_ray.serving.settings import scoring_config
 
     settings = scoring_config(model, str(config) if config else None, sets or ())
     where: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
@@ -254,7 +254,7 @@ def score(
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
-    from tsq_ray.score import score as run
+    from tsq_ray.scoring import score as run
 
     options = {**where, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
     done = run(manifest, model, out, settings, with_scores=scores is Scores.all, show_progress=not as_json, **options)  # type: ignore[arg-type]
@@ -271,9 +271,9 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """One or a few videos, here and now, without Ray."""
-    from tsq_ray.predict import predict as run
+    from tsq_ray.prediction import predict as run
     from tsq_ray.rows import plain_row
-    from tsq_ray.serve.settings import scoring_config
+    from tsq_ray.serving.settings import scoring_config
 
     rows = [plain_row(row) for row in run(videos, model, scoring_config(model, str(config) if config else None, sets or ()))]
     show({"videos": rows}, as_json, "\n".join(prediction_text(row) for row in rows))
@@ -293,10 +293,10 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """The endpoint: POST /v1/score. A bearer token comes from the environment variable TSQ_TOKEN."""
-    from tsq_ray.serve.endpoint import check_address, run_endpoint
+    from tsq_ray.serving.endpoint import check_address, run_endpoint
 
     check_address(host, port, address)  # a wrong one is told before torch is imported
-    from tsq_ray.serve.settings import scoring_config
+    from tsq_ray.serving.settings import scoring_config
 
     settings = scoring_config(model, str(config) if config else None, sets or ())
     run_endpoint(model, settings, host, port, address, wait_s, debug)
@@ -328,8 +328,8 @@ def evaluate(
     """The paper's tables: samplers x budgets, ablations, GFLOPs; or finished predictions, compared as they are."""
     if submit:
         return submit_command(address)
-    from tsq_ray.evaluate import evaluate as run
-    from tsq_ray.evaluate import settings_for
+    from tsq_ray.evaluation import evaluate as run
+    from tsq_ray.evaluation import settings_for
 
     settings = settings_for(model, str(config) if config else None, tuple(sets or ()))
     options = {"annotations": annotations, "tables": tables or (), "split": split, "address": address, "debug": debug}
@@ -347,7 +347,7 @@ def report(
 ) -> None:
     """One self-contained HTML page: totals, failures, mAP, and the chosen frames of each video."""
     from tsq_ray import storage
-    from tsq_ray.report import build_report
+    from tsq_ray.reporting import build_report
 
     summary = build_report(storage.normalize(predictions), storage.normalize(out), max_videos=max_videos)
     show(summary, as_json, f"report: {storage.redact(storage.normalize(out))}")
@@ -363,7 +363,7 @@ def export(
 ) -> None:
     """Labels as CSV and JSONL, the chosen frames as JPEG."""
     from tsq_ray import storage
-    from tsq_ray.report import export_predictions
+    from tsq_ray.reporting import export_predictions
 
     summary = export_predictions(
         storage.normalize(predictions), storage.normalize(out), what=("labels", "frames") if frames else ("labels",)

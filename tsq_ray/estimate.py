@@ -22,7 +22,7 @@ from tsq_ray import runs, schema, storage
 from tsq_ray.bundle import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec
-from tsq_ray.extract import choose_networks
+from tsq_ray.extraction import choose_networks
 from tsq_ray.feature_pipeline import feature_row
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest
 from tsq_ray.rows import prediction_row, source_of

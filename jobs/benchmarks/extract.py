@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from tsq_ray import extract as extracting
-from tsq_ray import inference
+from tsq_ray import extraction, inference
 from tsq_ray.config import Config, load_config
 from tsq_ray.decode.video import decode_video
 from tsq_ray.estimate import estimate_extract
@@ -107,7 +106,7 @@ def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str,
     counts = ray.remote(num_cpus=0)(TimedCounts).remote()
     start_counts, progress.start_counts = progress.start_counts, lambda *_: counts
     try:
-        run = extracting.extract(manifest_uri, out, config, show_progress=False)
+        run = extraction.extract(manifest_uri, out, config, show_progress=False)
     finally:
         progress.start_counts = start_counts
     times = ray.get(counts.done_at.remote())
@@ -145,7 +144,7 @@ def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) ->
 def _by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) -> None:
     """What one would write: a process with one thread. `folded`: with the networks made ready as this package does it."""
     torch.set_num_threads(1)
-    networks = extracting.choose_networks(config, None, None)[1].load()
+    networks = extraction.choose_networks(config, None, None)[1].load()
     import decord  # after torch: its package may bring a BLAS that would take torch's place
     from PIL import Image
 
@@ -230,7 +229,7 @@ def _layers(config: Config, peak: float) -> list[str]:
         "| networks alone | of the time | of the multiply-adds | G multiply-adds/s | of the peak |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    networks = extracting.choose_networks(config, None, None)[1].load()
+    networks = extraction.choose_networks(config, None, None)[1].load()
     for model in (network for network in (networks.visual, networks.objects) if network is not None):
         encoder = inference.ready(model, torch.device("cpu"), config.resources)
         seconds, adds, started = Counter[str](), Counter[str](), list[float]()

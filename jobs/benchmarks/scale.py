@@ -37,8 +37,7 @@ import pyarrow.parquet as pq
 from s3_case import S3Server, make_buckets, running_s3
 from slow_store_case import slow_store
 
-from tsq_ray import extract as extracting
-from tsq_ray import feature_pipeline, runs, schema, storage
+from tsq_ray import extraction, feature_pipeline, runs, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
 from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, list_sources, read_manifest, write_manifest
@@ -170,7 +169,7 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
     """One of _STEPS in a driver of its own."""
     memory, count, folder, config = Memory(), options.rows[0], options.folder, _config()
     manifest_uri = f"{folder}/manifest"
-    extracting.choose_networks(config, None, None)[1].load()  # as `extract` has them in its driver
+    extraction.choose_networks(config, None, None)[1].load()  # as `extract` has them in its driver
     with cluster.connect() as ray:
         measured: dict[str, Any] = {"start_mib": memory.now()}
         if options.child == "run":
@@ -259,7 +258,7 @@ def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[
     worker, start_counts = feature_pipeline.ExtractWorker, progress.start_counts
     feature_pipeline.ExtractWorker, progress.start_counts = StubWorker, lambda *_: counts  # type: ignore[misc]
     try:
-        run = extracting.extract(manifest_uri, out, config, show_progress=False)
+        run = extraction.extract(manifest_uri, out, config, show_progress=False)
     finally:
         feature_pipeline.ExtractWorker, progress.start_counts = worker, start_counts  # type: ignore[misc]
     sizes = []

@@ -12,10 +12,10 @@ from archive_case import CLASSES
 from cluster_case import BUDGET, NUM_FRAMES, Chain, Chains, read_rows, refused, tsq
 
 from tsq_ray.bundle import load_bundle
-from tsq_ray.evaluate.data import load_features
-from tsq_ray.evaluate.measures import answers
-from tsq_ray.evaluate.samplers import Query
-from tsq_ray.evaluate.trained import arrays_of, saliencies
+from tsq_ray.evaluation.data import load_features
+from tsq_ray.evaluation.measures import answers
+from tsq_ray.evaluation.samplers import Query
+from tsq_ray.evaluation.trained import arrays_of, saliencies
 
 pytestmark = pytest.mark.ray
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from report_case import BUDGET, Case, make_case, video_id
 
-from tsq_ray.report import build_report
+from tsq_ray.reporting import build_report
 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),

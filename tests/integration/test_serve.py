@@ -24,8 +24,8 @@ from cluster_case import Driver, marked, refused, tsq
 from s3_case import S3Server, free_ports
 
 from tsq_ray import storage
-from tsq_ray.predict import predict
-from tsq_ray.serve.settings import scoring_config
+from tsq_ray.prediction import predict
+from tsq_ray.serving.settings import scoring_config
 
 pytestmark = pytest.mark.ray
 
@@ -276,7 +276,7 @@ def test_replicas_scale_as_the_settings_say(ray_cluster: Any, bundle: str) -> No
 
     from tsq_ray.runtime.nodes import Cluster
     from tsq_ray.runtime.placement import layout
-    from tsq_ray.serve.app import application
+    from tsq_ray.serving.app import application
 
     sets = [
         "serve.ingress.max_replicas=2",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsq_ray.serve.batching import Batches
+from tsq_ray.serving.batching import Batches
 
 
 @pytest.fixture(autouse=True)

@@ -157,7 +157,7 @@ def test_serve_config_parses() -> None:
     text = load(CLUSTER / "kuberay" / "rayservice.yaml")["spec"]["serveConfigV2"]
     config = ServeDeploySchema.model_validate(yaml.safe_load(text))
     (application,) = config.applications
-    assert application.import_path == "tsq_ray.serve.app:build"
+    assert application.import_path == "tsq_ray.serving.app:build"
     assert application.args.keys() == {"model"}
     assert {deployment.name for deployment in application.deployments} == {"Ingress", "Decoder", "Sampler", "Recognizer"}
     for deployment in application.deployments:

@@ -21,13 +21,13 @@ from tsq_ray.bundle import load_bundle
 from tsq_ray.config import SamplerConfig, TextConfig, TrainConfig
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import ConfigError, ManifestError, ModelError, RunError
-from tsq_ray.evaluate import evaluate, on_evidence, paper, read_annotations, settings_for
-from tsq_ray.evaluate.ablations import TABLES, ablation
-from tsq_ray.evaluate.bench import Bench
-from tsq_ray.evaluate.data import load_features
-from tsq_ray.evaluate.measures import Clock, Figure, answers, gflops, measure
-from tsq_ray.evaluate.methods import METHODS, jobs_of, learned_sampler, measured_at, possible, samplers_of
-from tsq_ray.evaluate.samplers import (
+from tsq_ray.evaluation import evaluate, on_evidence, paper, read_annotations, settings_for
+from tsq_ray.evaluation.ablations import TABLES, ablation
+from tsq_ray.evaluation.bench import Bench
+from tsq_ray.evaluation.data import load_features
+from tsq_ray.evaluation.measures import Clock, Figure, answers, gflops, measure
+from tsq_ray.evaluation.methods import METHODS, jobs_of, learned_sampler, measured_at, possible, samplers_of
+from tsq_ray.evaluation.samplers import (
     Dense,
     Ranked,
     Uniform,
@@ -38,9 +38,9 @@ from tsq_ray.evaluate.samplers import (
     oracle_scores,
     true_class_probability,
 )
-from tsq_ray.evaluate.store import Store
-from tsq_ray.evaluate.tables import Column, Table, verdict
-from tsq_ray.evaluate.trained import Job, Learned, arrays_of, fit_scsampler, learn, saliencies
+from tsq_ray.evaluation.store import Store
+from tsq_ray.evaluation.tables import Column, Table, verdict
+from tsq_ray.evaluation.trained import Job, Learned, arrays_of, fit_scsampler, learn, saliencies
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQShape
 from tsq_ray.rows import RECOGNIZER, VISUAL
@@ -262,7 +262,7 @@ def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
 
 
 def learned_like(videos: Any, visual: np.ndarray, textual: np.ndarray | None, mode: Any) -> Any:
-    from tsq_ray.evaluate.samplers import Query
+    from tsq_ray.evaluation.samplers import Query
 
     return Query(videos, visual, textual, 0.6, mode)
 

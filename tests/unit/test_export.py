@@ -12,8 +12,8 @@ from PIL import Image
 from report_case import CLASSES, HOSTILE_NAME, Case, failed_row, make_case, make_video, ok_row, video_id, write_run
 
 from tsq_ray.errors import RunError, UserError
-from tsq_ray.report import export_predictions
-from tsq_ray.report.export import csv_writer
+from tsq_ray.reporting import export_predictions
+from tsq_ray.reporting.export import csv_writer
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from ray.exceptions import ActorDiedError
 from tsq_ray.config import load_config
 from tsq_ray.decode import VideoSource
 from tsq_ray.rows import Answer
-from tsq_ray.serve import graph as module
-from tsq_ray.serve.graph import Graph, Handed, Lost, TimeLimits, WrongVersion, graph_version
+from tsq_ray.serving import graph as module
+from tsq_ray.serving.graph import Graph, Handed, Lost, TimeLimits, WrongVersion, graph_version
 
 VIDEO = VideoSource("/v/1.mp4")
 ANSWER = Answer(columns={"status": "ok"}, version="one")

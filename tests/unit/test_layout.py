@@ -43,13 +43,13 @@ ORDER = (
         "prototypes",
         "runtime",
         "feature_pipeline",
-        "extract",
+        "extraction",
         "train",
-        "serve",
-        "predict",
-        "score",
-        "evaluate",
-        "report",
+        "serving",
+        "prediction",
+        "scoring",
+        "evaluation",
+        "reporting",
         "estimate",
         "describe",
         "console",
@@ -58,10 +58,10 @@ ORDER = (
     ),
 )
 """A module imports only from those before its own."""
-STAGES = ("extract", "train", "serve", "score")
-"""They meet through Parquet, the bundle and what comes before them, never through one another; only score drives serve's graph."""
-ALLOWED_STAGES = {("score", "serve")}
-RAY_AT_IMPORT = {"serve/app.py", "serve/graph.py"}
+STAGES = ("extraction", "train", "serving", "scoring")
+"""They meet through Parquet, the bundle and what comes before them, never through one another; only scoring drives serving's graph."""
+ALLOWED_STAGES = {("scoring", "serving")}
+RAY_AT_IMPORT = {"serving/app.py", "serving/graph.py"}
 """Serve's decorators need ray when the module is imported; everybody else imports it when called."""
 MAX_LINES = 450
 TOP = {"pyproject.toml", "README.md", "LICENSE", "tsq_ray", "jobs", "cluster", "tests", "docs"}
@@ -171,8 +171,8 @@ def loaded(code: str) -> set[str]:
             {"pydantic", "fsspec"},
         ),
         ("import tsq_ray.runs, tsq_ray.manifest", {"pydantic", "pyarrow", "fsspec"}),
-        ("import tsq_ray.score, tsq_ray.rows, tsq_ray.artifact", {"pydantic", "pyarrow", "fsspec", "av"}),
-        ("import tsq_ray.serve.app", {"pydantic", "pyarrow", "fsspec", "av", "ray"}),
+        ("import tsq_ray.scoring, tsq_ray.rows, tsq_ray.artifact", {"pydantic", "pyarrow", "fsspec", "av"}),
+        ("import tsq_ray.serving.app", {"pydantic", "pyarrow", "fsspec", "av", "ray"}),
     ],
     ids=["package", "config", "cli", "help", "command help", "wrong settings", "runs", "score", "serve"],
 )

@@ -80,7 +80,7 @@ def predictions(tmp_path: Path) -> Path:
 
 def test_table_row_counts_measures_and_finds_the_evidence(predictions: Path) -> None:
     from jobs.quickstart_table import table_row
-    from tsq_ray.evaluate import read_annotations
+    from tsq_ray.evaluation import read_annotations
 
     annotations = predictions.parent / "videos" / "annotations.json"
     annotations.parent.mkdir()

@@ -13,17 +13,17 @@ import pytest
 from bundle_case import make_bundle
 from starlette.requests import Request
 
-from tsq_ray import score
+from tsq_ray import scoring
 from tsq_ray.artifact import read_bundle_settings
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError, ModelError, UserError
 from tsq_ray.runtime.nodes import Cluster, Node, Pool
 from tsq_ray.runtime.placement import layout
 from tsq_ray.sections import ServeConfig
-from tsq_ray.serve.access import TOKEN_VARIABLE, check_binding, check_token_rule, is_loopback, read_token
-from tsq_ray.serve.endpoint import check_room
-from tsq_ray.serve.requests import RequestError, check_prefix, check_token, limited, read_form, read_request, read_uri
-from tsq_ray.serve.settings import scoring_config
+from tsq_ray.serving.access import TOKEN_VARIABLE, check_binding, check_token_rule, is_loopback, read_token
+from tsq_ray.serving.endpoint import check_room
+from tsq_ray.serving.requests import RequestError, check_prefix, check_token, limited, read_form, read_request, read_uri
+from tsq_ray.serving.settings import scoring_config
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_check_binding() -> None:
     ],
 )
 def test_build_refuses(token: str | None, args: dict[str, Any], message: str, bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tsq_ray.serve.app import build
+    from tsq_ray.serving.app import build
 
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     if token is not None:
@@ -125,7 +125,7 @@ def test_build_refuses(token: str | None, args: dict[str, Any], message: str, bu
 def test_build(token: str | None, anonymous: bool | str, bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.serve import Application
 
-    from tsq_ray.serve.app import build
+    from tsq_ray.serving.app import build
 
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     if token is not None:
@@ -284,7 +284,7 @@ def test_read_uri() -> None:
 
 @pytest.mark.ray
 def test_deployment_options() -> None:
-    from tsq_ray.serve.graph import deployment_options
+    from tsq_ray.serving.graph import deployment_options
 
     scaled = deployment_options(Pool("sampler", 2, 3, 5, 1.5, 0.5, 2**30), 32)
     scaling = {"min_replicas": 2, "initial_replicas": 3, "max_replicas": 5, "target_ongoing_requests": 16}
@@ -339,7 +339,7 @@ def test_scoring_may_override(setting: str, value: Any, bundle: str, tmp_path: P
 def test_predictions_of_another_decoder_than_the_bundles_are_another_run(bundle: str) -> None:
     content, digest = read_bundle_settings(bundle)
     configs = [scoring_config(bundle, sets=[f"decode.backend={backend}"]) for backend in ("pyav", "nvdec")]
-    own, other = (score._identity(content, digest, config, True).parts for config in configs)
+    own, other = (scoring._identity(content, digest, config, True).parts for config in configs)
     assert other == {**own, "decode": {"backend": "nvdec"}}
     assert "decode" not in own, "folders of before the choice stay the same run"
 

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from report_case import write_large_run
 
-from tsq_ray.evaluate.compare import compare
+from tsq_ray.evaluation.compare import compare
 
 MEASURE = """
 import json, re, sys, threading, time
 from pathlib import Path
 from types import SimpleNamespace
-from tsq_ray.evaluate import Annotations
-from tsq_ray.evaluate.compare import compare
-from tsq_ray.report import build_report, export_predictions
-from tsq_ray.score import measure
+from tsq_ray.evaluation import Annotations
+from tsq_ray.evaluation.compare import compare
+from tsq_ray.reporting import build_report, export_predictions
+from tsq_ray.scoring import measure
 
 def anonymous_mib():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

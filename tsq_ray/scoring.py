@@ -23,7 +23,7 @@ from tsq_ray.rows import Answer, prediction_row, source_of
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout
-from tsq_ray.serve.replicas import LOOK_EVERY_S, STAGES, FlowCounts, Replicas
+from tsq_ray.serving.replicas import LOOK_EVERY_S, STAGES, FlowCounts, Replicas
 
 _PATIENCE_S = 600.0
 """For a video whose replicas are lost, until others take their place."""
@@ -144,7 +144,7 @@ class ScoreWorker:
     def __init__(self, plan: ScorePlan) -> None:
         from ray import serve
 
-        from tsq_ray.serve.graph import Graph, TimeLimits
+        from tsq_ray.serving.graph import Graph, TimeLimits
 
         self.plan, self.name = plan, _unique("sender")
         decoder, sampler, recognizer = (serve.get_deployment_handle(name.capitalize(), plan.app) for name in STAGES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tsq_ray.report.export import export_predictions
-from tsq_ray.report.html import build_report
+from tsq_ray.reporting.export import export_predictions
+from tsq_ray.reporting.html import build_report
 
 __all__ = ["build_report", "export_predictions"]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from tsq_ray.config import TextConfig, TrainConfig
 from tsq_ray.errors import RunFailed
-from tsq_ray.evaluate.data import VideoSet
-from tsq_ray.evaluate.samplers import Task
+from tsq_ray.evaluation.data import VideoSet
+from tsq_ray.evaluation.samplers import Task
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, saliency
 from tsq_ray.train.head import standard_scale
 from tsq_ray.train.loop import fit

@@ -1,7 +1,7 @@
 """The endpoint: POST /v1/score with an upload or a `uri`, GET /v1/model, GET /healthz.
 
 Every answer is JSON. What is not a prediction row has `status` ("refused" | "failed"), `error_message` and, where a video is the reason,
-`error_type`. `build` is also the import path of a Serve config file: `tsq_ray.serve.app:build` with args {model, settings, anonymous}.
+`error_type`. `build` is also the import path of a Serve config file: `tsq_ray.serving.app:build` with args {model, settings, anonymous}.
 """
 
 # `serve.ingress` pickles the routes by value while this module is still being imported. So what they use stands above them, and there is
@@ -28,10 +28,10 @@ from tsq_ray.rows import failure_columns, plain_row
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.nodes import Cluster, Layout
 from tsq_ray.runtime.placement import layout
-from tsq_ray.serve.access import TOKEN_VARIABLE, read_token
-from tsq_ray.serve.graph import Graph, TimeLimits, bind_graph, deployment_options
-from tsq_ray.serve.requests import Asked, RequestError, check_token, read_request
-from tsq_ray.serve.settings import scoring_config
+from tsq_ray.serving.access import TOKEN_VARIABLE, read_token
+from tsq_ray.serving.graph import Graph, TimeLimits, bind_graph, deployment_options
+from tsq_ray.serving.requests import Asked, RequestError, check_token, read_request
+from tsq_ray.serving.settings import scoring_config
 
 _STATUS_OF = {"not_found": 404, "access_denied": 403, "unavailable": 503, "too_large": 413, "timeout": 504, "internal": 500}
 """HTTP status of a failed video by its error type; 422 for what is wrong with the video itself."""

@@ -12,13 +12,13 @@ from tsq_ray.artifact import read_bundle_settings
 from tsq_ray.bundle import Bundle, load_bundle
 from tsq_ray.config import Config, check_budget, load_config
 from tsq_ray.errors import ConfigError, ModelError, RunError
-from tsq_ray.evaluate import paper
-from tsq_ray.evaluate.annotations import read_annotations
-from tsq_ray.evaluate.bench import Bench, train_all
-from tsq_ray.evaluate.compare import compare
-from tsq_ray.evaluate.data import Features, load_features
-from tsq_ray.evaluate.store import Store
-from tsq_ray.evaluate.tables import Table
+from tsq_ray.evaluation import paper
+from tsq_ray.evaluation.annotations import read_annotations
+from tsq_ray.evaluation.bench import Bench, train_all
+from tsq_ray.evaluation.compare import compare
+from tsq_ray.evaluation.data import Features, load_features
+from tsq_ray.evaluation.store import Store
+from tsq_ray.evaluation.tables import Table
 
 SUMMARY_FILE = "evaluation.json"
 """What the folder is about, written first; a folder that is about something else is refused."""

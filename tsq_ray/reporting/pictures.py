@@ -15,7 +15,7 @@ from PIL import Image
 from tsq_ray import storage
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.errors import StorageError, VideoError
-from tsq_ray.report.data import Predictions, source_of
+from tsq_ray.reporting.data import Predictions, source_of
 
 SPEC = "picture"
 _TOLERANCE_S = 0.05

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tsq_ray.evaluate.bench import Bench
-from tsq_ray.evaluate.measures import Cost, Figure, Measures, gflops, measure
-from tsq_ray.evaluate.samplers import (
+from tsq_ray.evaluation.bench import Bench
+from tsq_ray.evaluation.measures import Cost, Figure, Measures, gflops, measure
+from tsq_ray.evaluation.samplers import (
     Dense,
     Query,
     Random,
@@ -23,7 +23,7 @@ from tsq_ray.evaluate.samplers import (
     frame_head_logits,
     oracle_scores,
 )
-from tsq_ray.evaluate.trained import Job, saliencies
+from tsq_ray.evaluation.trained import Job, saliencies
 from tsq_ray.model import TSQShape
 from tsq_ray.model.flops import Counting
 

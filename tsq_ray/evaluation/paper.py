@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tsq_ray.evaluate import plots
-from tsq_ray.evaluate.ablations import TABLES, Ablation, Mode, Row, ablation
-from tsq_ray.evaluate.bench import Bench
-from tsq_ray.evaluate.measures import Clock, Figure, measure
-from tsq_ray.evaluate.methods import METHODS, Measured, Method, cost_of, jobs_of, learned_sampler, measured_at, possible
-from tsq_ray.evaluate.tables import Cell, Column, Table, verdict
-from tsq_ray.evaluate.trained import Job
+from tsq_ray.evaluation import plots
+from tsq_ray.evaluation.ablations import TABLES, Ablation, Mode, Row, ablation
+from tsq_ray.evaluation.bench import Bench
+from tsq_ray.evaluation.measures import Clock, Figure, measure
+from tsq_ray.evaluation.methods import METHODS, Measured, Method, cost_of, jobs_of, learned_sampler, measured_at, possible
+from tsq_ray.evaluation.tables import Cell, Column, Table, verdict
+from tsq_ray.evaluation.trained import Job
 from tsq_ray.model.flops import Counting, cost_table
 
 Make = Callable[[Bench, str], Table]

@@ -25,8 +25,8 @@ from tsq_ray.quality import (
     mean_over_classes,
     verdicts,
 )
-from tsq_ray.report.choice import best_candidates, choose_shown
-from tsq_ray.report.data import Place, Predictions
+from tsq_ray.reporting.choice import best_candidates, choose_shown
+from tsq_ray.reporting.data import Place, Predictions
 
 MAX_EXAMPLES = 3
 MAX_WARNINGS = 30

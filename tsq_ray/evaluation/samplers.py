@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from tsq_ray.evaluate.annotations import Segment
-from tsq_ray.evaluate.data import VideoSet
+from tsq_ray.evaluation.annotations import Segment
+from tsq_ray.evaluation.data import VideoSet
 from tsq_ray.model import baselines, by_importance, frames_until_sure, select_frames
 from tsq_ray.model.selection import distinct_slots, in_time_order, ranked
 

@@ -14,11 +14,11 @@ from markupsafe import Markup
 
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, flatten
-from tsq_ray.report.curves import Mark, saliency_svg, time_text
-from tsq_ray.report.data import Place, Predictions, read_predictions
-from tsq_ray.report.losses import PARTS, losses_svg
-from tsq_ray.report.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
-from tsq_ray.report.summary import Summary, summarize
+from tsq_ray.reporting.curves import Mark, saliency_svg, time_text
+from tsq_ray.reporting.data import Place, Predictions, read_predictions
+from tsq_ray.reporting.losses import PARTS, losses_svg
+from tsq_ray.reporting.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
+from tsq_ray.reporting.summary import Summary, summarize
 
 THUMBNAIL_PX = 120
 """Shorter side of a picture: 160 x 120 for 4:3."""
@@ -75,7 +75,7 @@ def build_report(
 
 
 def _render(**context: Any) -> str:
-    files = importlib.resources.files("tsq_ray.report")
+    files = importlib.resources.files("tsq_ray.reporting")
     script, style = ((files / name).read_text("utf-8") for name in ("report.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)

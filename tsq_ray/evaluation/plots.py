@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tsq_ray import storage
-from tsq_ray.evaluate.measures import Figure
+from tsq_ray.evaluation.measures import Figure
 
 FORMATS = ("png", "svg")
 _TSNE_SEED = 0

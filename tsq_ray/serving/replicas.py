@@ -49,7 +49,7 @@ class Replicas:
     def _start(self) -> None:
         from ray import serve
 
-        from tsq_ray.serve.app import bulk_application
+        from tsq_ray.serving.app import bulk_application
 
         app = bulk_application(self._model, self._config, self.placed, self.ongoing())
         serve.run(app, name=self._app, route_prefix=None, external_scaler_enabled=True)

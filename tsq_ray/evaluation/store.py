@@ -15,7 +15,7 @@ from safetensors.numpy import save as save_arrays
 
 from tsq_ray import provenance, runs, storage
 from tsq_ray.errors import RunError
-from tsq_ray.evaluate.trained import Job, Learned
+from tsq_ray.evaluation.trained import Job, Learned
 
 FOLDER = "trainings"
 FORMAT = 1

@@ -13,7 +13,7 @@ from tsq_ray.errors import ConfigError
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Cluster, Layout
 from tsq_ray.runtime.placement import layout
-from tsq_ray.serve.access import check_binding, check_token_rule, read_token
+from tsq_ray.serving.access import check_binding, check_token_rule, read_token
 
 APP = "tsq"
 _SLACK_S = 10.0
@@ -81,13 +81,13 @@ def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: st
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from tsq_ray.serve.app import application
+    from tsq_ray.serving.app import application
 
     cluster.quiet_data(debug)
     if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise ConfigError(
             "--address: Serve runs on this cluster already, with a host and port of its own; end it with: serve shutdown, "
-            "or deploy tsq_ray.serve.app:build with: serve deploy"
+            "or deploy tsq_ray.serving.app:build with: serve deploy"
         )
     logs = {"log_level": "INFO" if debug else "ERROR", "enable_access_log": debug}
     http = HTTPOptions(host=host, port=port, request_timeout_s=config.serve.request_timeout_s + _SLACK_S)

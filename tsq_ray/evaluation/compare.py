@@ -15,10 +15,10 @@ from tsq_ray import runs, storage
 from tsq_ray.artifact import is_bundle, read_bundle_settings
 from tsq_ray.bundle import Bundle, load_bundle
 from tsq_ray.errors import RunError
-from tsq_ray.evaluate.annotations import Annotations, on_evidence
-from tsq_ray.evaluate.measures import Cost, Figure, gflops
-from tsq_ray.evaluate.tables import Column, Table
-from tsq_ray.score import measure
+from tsq_ray.evaluation.annotations import Annotations, on_evidence
+from tsq_ray.evaluation.measures import Cost, Figure, gflops
+from tsq_ray.evaluation.tables import Column, Table
+from tsq_ray.scoring import measure
 
 _MILLISECONDS = ("decode_ms", "sample_ms", "recognize_ms")
 _COUNTED = ["video_id", "status", "selected_pts_s", *_MILLISECONDS]

@@ -12,10 +12,10 @@ from scipy.stats import t as student_t
 
 from tsq_ray import quality
 from tsq_ray.bundle import Bundle
-from tsq_ray.evaluate.annotations import Annotations, on_evidence
-from tsq_ray.evaluate.data import VideoSet
-from tsq_ray.evaluate.samplers import Sampler, Task, probabilities
-from tsq_ray.evaluate.trained import SCSAMPLER_HIDDEN
+from tsq_ray.evaluation.annotations import Annotations, on_evidence
+from tsq_ray.evaluation.data import VideoSet
+from tsq_ray.evaluation.samplers import Sampler, Task, probabilities
+from tsq_ray.evaluation.trained import SCSAMPLER_HIDDEN
 from tsq_ray.model import TSQShape
 from tsq_ray.model.flops import Counting, Mode, cost_table, network_multiply_adds
 

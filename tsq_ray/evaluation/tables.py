@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tsq_ray import storage
-from tsq_ray.evaluate.measures import Figure
+from tsq_ray.evaluation.measures import Figure
 
 Cell = str | int | Figure | None
 Unit = Literal["", "%", "G", "s", "n"]

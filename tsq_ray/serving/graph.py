@@ -27,7 +27,7 @@ from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
 from tsq_ray.errors import StorageError, TsqError, VideoError
 from tsq_ray.rows import Answer, picture_specs
 from tsq_ray.runtime.nodes import Layout, Pool
-from tsq_ray.serve.batching import Batches
+from tsq_ray.serving.batching import Batches
 from tsq_ray.storage import sha256_of
 
 if TYPE_CHECKING:  # torch: only in the replicas that need it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tsq_ray.evaluate.annotations import Annotations, on_evidence, read_annotations
-from tsq_ray.evaluate.run import evaluate, settings_for
+from tsq_ray.evaluation.annotations import Annotations, on_evidence, read_annotations
+from tsq_ray.evaluation.run import evaluate, settings_for
 
 __all__ = ["Annotations", "evaluate", "on_evidence", "read_annotations", "settings_for"]

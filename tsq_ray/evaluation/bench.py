@@ -17,11 +17,11 @@ from tsq_ray.bundle import Bundle
 from tsq_ray.config import Config, TextConfig, TrainConfig
 from tsq_ray.encoders import object_names, text_encoder
 from tsq_ray.errors import ModelError
-from tsq_ray.evaluate.annotations import Annotations
-from tsq_ray.evaluate.data import Features, VideoSet
-from tsq_ray.evaluate.samplers import Task, frame_head_logits, true_class_probability
-from tsq_ray.evaluate.store import Store
-from tsq_ray.evaluate.trained import Job, Learned, arrays_of, learn
+from tsq_ray.evaluation.annotations import Annotations
+from tsq_ray.evaluation.data import Features, VideoSet
+from tsq_ray.evaluation.samplers import Task, frame_head_logits, true_class_probability
+from tsq_ray.evaluation.store import Store
+from tsq_ray.evaluation.trained import Job, Learned, arrays_of, learn
 from tsq_ray.model import TSQShape
 from tsq_ray.prototypes import prototypes
 from tsq_ray.runtime import cluster, progress
