@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from tsq_ray.config import Precision, ResourcesConfig
 from tsq_ray.decode import FrameSpec
 from tsq_ray.decode.frames import target_size
 from tsq_ray.encoders import FrameEncoder
 from tsq_ray.rows import frame_spec
-from tsq_ray.sections import Precision, ResourcesConfig
 
 AS_IT_COMES = ResourcesConfig()
 """bf16 on GPUs, fp32 on CPUs, not compiled."""

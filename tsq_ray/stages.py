@@ -19,7 +19,7 @@ from tsq_ray import bundle as bundles
 from tsq_ray import storage
 from tsq_ray.artifact import NO_RECOGNIZER
 from tsq_ray.bundle import Bundle, Classifier
-from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, SamplerConfig, check_budget
+from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, ResourcesConfig, SamplerConfig, check_budget
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, VideoSource
 from tsq_ray.encoders import FrameEncoder, best_device, load_encoder, top_objects
 from tsq_ray.errors import ModelError, StorageError, VideoError
@@ -28,7 +28,6 @@ from tsq_ray.model import TSQNet, baselines, by_importance, frames_until_sure, o
 from tsq_ray.model.selection import Selection
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, Answer, picture_specs, source_columns
 from tsq_ray.schema import TOP_LABELS, TOP_OBJECTS
-from tsq_ray.sections import ResourcesConfig
 
 
 def bundle_specs(bundle: Bundle, mode: str, whole: bool = False) -> dict[str, FrameSpec]:

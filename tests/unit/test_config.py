@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from tsq_ray.config import (
     Config,
+    ReplicaConfig,
     SamplerConfig,
     check_budget,
     check_top_objects,
@@ -19,7 +20,6 @@ from tsq_ray.config import (
     validate_config,
 )
 from tsq_ray.errors import ConfigError
-from tsq_ray.sections import ReplicaConfig
 
 
 @pytest.fixture

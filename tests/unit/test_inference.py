@@ -10,12 +10,11 @@ import timm
 import torch
 from torch import nn
 
-from tsq_ray.config import ModelConfig
+from tsq_ray.config import ModelConfig, ResourcesConfig
 from tsq_ray.decode import FrameSpec
 from tsq_ray.decode.frames import fit
 from tsq_ray.encoders import FrameEncoder, load_encoder
 from tsq_ray.inference import Pictures, encode_pictures, fold_batch_norms, ready, resize_frames, takes_bf16
-from tsq_ray.sections import ResourcesConfig
 
 CPU = torch.device("cpu")
 NORMS = (nn.BatchNorm2d,)

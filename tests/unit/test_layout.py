@@ -19,7 +19,6 @@ ORDER = (
         "errors",
         "schema",
         "containers",
-        "sections",
         "config",
         "local_files",
         "advice",

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import nn
 
-from tsq_ray.config import FinetuneConfig
+from tsq_ray.config import FinetuneConfig, Precision
 from tsq_ray.encoders import FrameEncoder
 from tsq_ray.inference import takes_bf16
-from tsq_ray.sections import Precision
 
 
 def make_optimizer(network: FrameEncoder, config: FinetuneConfig) -> torch.optim.Optimizer:

@@ -1,18 +1,12 @@
-"""Settings of where the work runs and what it writes; config.py has those of the method and puts all of them together."""
+"""Settings of where the work runs and what it writes."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Precision = Literal["auto", "fp32", "bf16"]
-
-
-class Section(BaseModel):
-    """A frozen settings section; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+from tsq_ray.config.base import Precision, Section
 
 
 class OutputConfig(Section):

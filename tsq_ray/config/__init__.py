@@ -1,0 +1,59 @@
+"""Frozen, typed, validated settings.
+
+Imports neither torch nor ray, so that a wrong setting is reported before anything slow starts. The
+field docstrings are the source of docs/configuration.md.
+"""
+
+from tsq_ray.config.base import Precision, Section
+from tsq_ray.config.load import differing, flatten, load_config, validate_config
+from tsq_ray.config.method import (
+    TSQ_MODES,
+    DecodeConfig,
+    EncodersConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    HeadConfig,
+    ModelConfig,
+    SamplerConfig,
+    SamplerMode,
+    TextConfig,
+    TrainConfig,
+)
+from tsq_ray.config.resources import (
+    NodeType,
+    OutputConfig,
+    ReplicaConfig,
+    ResourcesConfig,
+    ScaleConfig,
+    ServeConfig,
+)
+from tsq_ray.config.settings import Config, check_budget, check_top_objects
+
+__all__ = [
+    "TSQ_MODES",
+    "Config",
+    "DecodeConfig",
+    "EncodersConfig",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "HeadConfig",
+    "ModelConfig",
+    "NodeType",
+    "OutputConfig",
+    "Precision",
+    "ReplicaConfig",
+    "ResourcesConfig",
+    "SamplerConfig",
+    "SamplerMode",
+    "ScaleConfig",
+    "Section",
+    "ServeConfig",
+    "TextConfig",
+    "TrainConfig",
+    "check_budget",
+    "check_top_objects",
+    "differing",
+    "flatten",
+    "load_config",
+    "validate_config",
+]
