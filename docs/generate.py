@@ -194,7 +194,8 @@ identity of the whole bundle.
 
 def data_format() -> str:
     """docs/data-format.md."""
-    from tsq_ray import bundle, runs
+    from tsq_ray import runs
+    from tsq_ray.bundle import settings as bundle
 
     types = ", ".join(f"`{name}`" for name in ERROR_TYPES)
     retried = ", ".join(f"`{name}`" for name in RETRIED_ERROR_TYPES)

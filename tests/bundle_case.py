@@ -8,7 +8,7 @@ import torch
 from archive_case import CLASSES
 from torch import nn
 
-from tsq_ray.bundle import Bundle, save_bundle
+from tsq_ray.bundle.weights import Bundle, save_bundle
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig, TextConfig
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, load_encoder
 from tsq_ray.model import TSQNet, TSQShape

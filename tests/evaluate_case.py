@@ -12,7 +12,7 @@ from archive_case import CLASSES
 from bundle_case import NUM_FRAMES, make_bundle
 
 from tsq_ray import runs, schema
-from tsq_ray.bundle import Bundle, load_bundle
+from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import Config
 
 TRAIN, VAL = 12, 9

@@ -243,7 +243,7 @@ def score(
     debug: Debug = False,
 ) -> None:
     """Label every video: Ray Data drives the Serve graph; predictions, one row a video."""
-    from tsq_ray.serving.settings import scoring_config
+    from tsq_ray.bundle.overrides import scoring_config
 
     settings = scoring_config(model, str(config) if config else None, sets or ())
     where: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
@@ -271,9 +271,9 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """One or a few videos, here and now, without Ray."""
+    from tsq_ray.bundle.overrides import scoring_config
     from tsq_ray.prediction import predict as run
     from tsq_ray.rows import plain_row
-    from tsq_ray.serving.settings import scoring_config
 
     rows = [plain_row(row) for row in run(videos, model, scoring_config(model, str(config) if config else None, sets or ()))]
     show({"videos": rows}, as_json, "\n".join(prediction_text(row) for row in rows))
@@ -296,7 +296,7 @@ def serve(
     from tsq_ray.serving.endpoint import check_address, run_endpoint
 
     check_address(host, port, address)  # a wrong one is told before torch is imported
-    from tsq_ray.serving.settings import scoring_config
+    from tsq_ray.bundle.overrides import scoring_config
 
     settings = scoring_config(model, str(config) if config else None, sets or ())
     run_endpoint(model, settings, host, port, address, wait_s, debug)

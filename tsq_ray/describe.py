@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 import pyarrow.compute as pc
 
-from tsq_ray import artifact, runs, storage
 from tsq_ray import manifest as manifests
+from tsq_ray import runs, storage
+from tsq_ray.bundle.settings import BUNDLE_FILE, CLASSIFIER_FILE, read_bundle_settings, read_classifier_settings
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError, ManifestError, RunError, StorageError
 from tsq_ray.runtime import cluster
@@ -22,7 +23,7 @@ def describe(uri: str) -> dict[str, Any]:
     """Counts, classes, settings, provenance and, for a bundle, GFLOPs. RunError where `uri` is none of them."""
     uri = storage.normalize(uri)
     if storage.is_folder(uri):
-        known = {artifact.BUNDLE_FILE: _bundle, artifact.CLASSIFIER_FILE: _classifier, runs.RUN_FILE: _run}
+        known = {BUNDLE_FILE: _bundle, CLASSIFIER_FILE: _classifier, runs.RUN_FILE: _run}
         for name, what in (known | {runs.CONFIG_FILE: _run, manifests.MANIFEST_FILE: _manifest}).items():
             if storage.exists(storage.join(uri, name)):
                 return what(uri)
@@ -62,13 +63,13 @@ def _run(uri: str) -> dict[str, Any]:
 
 
 def _classifier(uri: str) -> dict[str, Any]:
-    content, digest = artifact.read_classifier_settings(uri)
+    content, digest = read_classifier_settings(uri)
     kept = ("role", "task", "classes", "model", "backbone_sha256", "provenance")
     return {"kind": "classifier (finetune)", "uri": storage.redact(uri)} | {key: content[key] for key in kept} | {"sha256": digest}
 
 
 def _bundle(uri: str) -> dict[str, Any]:
-    content, digest = artifact.read_bundle_settings(uri)
+    content, digest = read_bundle_settings(uri)
     from tsq_ray.model import TSQShape
 
     described = {"kind": "bundle", "uri": storage.redact(uri)} | {key: content[key] for key in ("task", "classes", "config")}

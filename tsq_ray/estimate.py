@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from tsq_ray import runs, schema, storage
-from tsq_ray.bundle import load_bundle
+from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec
 from tsq_ray.extraction import choose_networks

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tsq_ray import storage
-from tsq_ray.bundle import load_bundle
+from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.encoders import best_device

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from tsq_ray import quality, runs, schema, storage
-from tsq_ray.artifact import NO_RECOGNIZER, read_bundle_settings, read_curves
+from tsq_ray.bundle.settings import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
 from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef, read_manifest

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsq_ray import bundle as bundles
 from tsq_ray import storage
-from tsq_ray.artifact import NO_RECOGNIZER
-from tsq_ray.bundle import Bundle, Classifier
+from tsq_ray.bundle.settings import NO_RECOGNIZER
+from tsq_ray.bundle.weights import Bundle, Classifier, load_classifier
 from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, ResourcesConfig, SamplerConfig, check_budget
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, VideoSource
 from tsq_ray.encoders import FrameEncoder, best_device, load_encoder, top_objects
@@ -48,13 +47,13 @@ def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
         and not config.weights.startswith(("package:", "random:"))
         and storage.is_folder(storage.normalize(config.weights))
     ):
-        return bundles.load_classifier(config.weights).encoder
+        return load_classifier(config.weights).encoder
     return load_encoder(config, with_head)
 
 
 def classifier_settings(uri: str) -> ModelConfig:
     """Settings that load the classifier at `uri` as a network: its own model and preprocessing, its weights."""
-    return bundles.load_classifier(uri).encoder.config.model_copy(update={"weights": storage.normalize(uri)})
+    return load_classifier(uri).encoder.config.model_copy(update={"weights": storage.normalize(uri)})
 
 
 class Decode:

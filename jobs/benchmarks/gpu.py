@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from tsq_ray import storage
-from tsq_ray.bundle import Bundle
+from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, ResourcesConfig, SamplerConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, VideoSource
 from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, load_encoder

@@ -207,7 +207,7 @@ def test_two_classes_are_enough(chain: Chain, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def mute(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The bundle as `tsq train` writes it without --recognizer."""
-    from tsq_ray.bundle import load_bundle, save_bundle
+    from tsq_ray.bundle.weights import load_bundle, save_bundle
 
     place = str(tmp_path_factory.mktemp("mute") / "bundle")
     save_bundle(dataclasses.replace(load_bundle(chain.bundle), recognizer=None), place)

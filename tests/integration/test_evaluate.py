@@ -11,7 +11,7 @@ import pytest
 from archive_case import CLASSES
 from cluster_case import BUDGET, NUM_FRAMES, Chain, Chains, read_rows, refused, tsq
 
-from tsq_ray.bundle import load_bundle
+from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.evaluation.data import load_features
 from tsq_ray.evaluation.measures import answers
 from tsq_ray.evaluation.samplers import Query

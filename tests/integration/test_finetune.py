@@ -18,8 +18,8 @@ from archive_case import CLASSES
 from cluster_case import Chain, Chains, Driver, Ended, descendants, read_rows, tsq
 
 from tsq_ray import storage
-from tsq_ray.artifact import read_curves
-from tsq_ray.bundle import load_bundle, load_classifier
+from tsq_ray.bundle.settings import read_curves
+from tsq_ray.bundle.weights import load_bundle, load_classifier
 from tsq_ray.stages import load_network
 
 pytestmark = pytest.mark.ray

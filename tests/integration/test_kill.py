@@ -12,7 +12,7 @@ import pytest
 import torch
 from cluster_case import BUDGET, Chain, Chains, Driver, marked, read_rows, tsq, visible_parts
 
-from tsq_ray.bundle import load_classifier
+from tsq_ray.bundle.weights import load_classifier
 
 pytestmark = pytest.mark.ray
 

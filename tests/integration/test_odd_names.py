@@ -23,13 +23,13 @@ from proxy_case import ARCHIVED, S3Proxy
 from s3_case import PUBLIC_BUCKET, S3Server
 
 from tsq_ray import storage
+from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import FrameSpec, VideoSource, decode_video
 from tsq_ray.errors import StorageError
 from tsq_ray.manifest import IndexSummary, Manifest, build_manifest
 from tsq_ray.prediction import predict
 from tsq_ray.rows import plain_row
-from tsq_ray.serving.settings import scoring_config
 
 ROOT = "s3://tsq-other/odd"
 NAMES = (

@@ -24,8 +24,8 @@ from cluster_case import Driver, marked, refused, tsq
 from s3_case import S3Server, free_ports
 
 from tsq_ray import storage
+from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.prediction import predict
-from tsq_ray.serving.settings import scoring_config
 
 pytestmark = pytest.mark.ray
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from train_case import CLASSES, ENCODER, TEXT_DIM, VIDEOS, make_arrays, write_features
 
 from tsq_ray import storage
-from tsq_ray.artifact import read_curves
-from tsq_ray.bundle import load_bundle
+from tsq_ray.bundle.settings import read_curves
+from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import ModelConfig, load_config
 from tsq_ray.encoders import object_names, text_encoder
 from tsq_ray.errors import StorageError

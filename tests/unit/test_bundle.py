@@ -13,8 +13,8 @@ import torch
 from bundle_case import make_bundle
 from torch import nn
 
-from tsq_ray.artifact import BUNDLE_FILE, CLASSIFIER_FILE, class_order, is_bundle, read_bundle_settings, read_curves, write_curves
-from tsq_ray.bundle import Classifier, load_bundle, load_classifier, save_bundle, save_classifier
+from tsq_ray.bundle.settings import BUNDLE_FILE, CLASSIFIER_FILE, class_order, is_bundle, read_bundle_settings, read_curves, write_curves
+from tsq_ray.bundle.weights import Classifier, load_bundle, load_classifier, save_bundle, save_classifier
 from tsq_ray.config import ModelConfig
 from tsq_ray.describe import describe
 from tsq_ray.encoders import load_encoder

@@ -17,7 +17,7 @@ from archive_case import CLASSES
 from bundle_case import NUM_FRAMES, make_bundle
 from evaluate_case import FPS, TRAIN, VAL, Case, make_case, rows_of, write_features
 
-from tsq_ray.bundle import load_bundle
+from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import SamplerConfig, TextConfig, TrainConfig
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import ConfigError, ManifestError, ModelError, RunError

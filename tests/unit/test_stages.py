@@ -13,7 +13,7 @@ import torch
 from bundle_case import BUDGET, NUM_FRAMES, make_bundle
 
 from tsq_ray import schema
-from tsq_ray.bundle import Bundle, load_bundle
+from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import SamplerConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, FrameSpec
 from tsq_ray.decode.frames import fit

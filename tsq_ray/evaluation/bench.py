@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tsq_ray import storage
-from tsq_ray.bundle import Bundle
+from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import Config, TextConfig, TrainConfig
 from tsq_ray.encoders import object_names, text_encoder
 from tsq_ray.errors import ModelError

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tsq_ray import runs, storage
-from tsq_ray.artifact import is_bundle, read_bundle_settings
-from tsq_ray.bundle import Bundle, load_bundle
+from tsq_ray.bundle.settings import is_bundle, read_bundle_settings
+from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.errors import RunError
 from tsq_ray.evaluation.annotations import Annotations, on_evidence
 from tsq_ray.evaluation.measures import Cost, Figure, gflops

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tsq_ray import runs, schema, storage
-from tsq_ray.bundle import Bundle
+from tsq_ray.bundle.weights import Bundle
 from tsq_ray.errors import ModelError, RunError
 from tsq_ray.manifest import describe_splits
 from tsq_ray.rows import RECOGNIZER, VISUAL

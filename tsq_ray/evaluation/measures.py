@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from tsq_ray import quality
-from tsq_ray.bundle import Bundle
+from tsq_ray.bundle.weights import Bundle
 from tsq_ray.evaluation.annotations import Annotations, on_evidence
 from tsq_ray.evaluation.data import VideoSet
 from tsq_ray.evaluation.samplers import Sampler, Task, probabilities

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tsq_ray import provenance, runs, storage
-from tsq_ray.artifact import read_bundle_settings
-from tsq_ray.bundle import Bundle, load_bundle
+from tsq_ray.bundle.settings import read_bundle_settings
+from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import Config, check_budget, load_config
 from tsq_ray.errors import ConfigError, ModelError, RunError
 from tsq_ray.evaluation import paper

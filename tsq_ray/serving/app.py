@@ -21,7 +21,8 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from tsq_ray import storage
-from tsq_ray.artifact import read_bundle_settings
+from tsq_ray.bundle.overrides import scoring_config
+from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError, StorageError
 from tsq_ray.rows import failure_columns, plain_row
@@ -31,7 +32,6 @@ from tsq_ray.runtime.placement import layout
 from tsq_ray.serving.access import TOKEN_VARIABLE, read_token
 from tsq_ray.serving.graph import Graph, TimeLimits, bind_graph, deployment_options
 from tsq_ray.serving.requests import Asked, RequestError, check_token, read_request
-from tsq_ray.serving.settings import scoring_config
 
 _STATUS_OF = {"not_found": 404, "access_denied": 403, "unavailable": 503, "too_large": 413, "timeout": 504, "internal": 500}
 """HTTP status of a failed video by its error type; 422 for what is wrong with the video itself."""

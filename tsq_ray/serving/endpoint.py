@@ -47,7 +47,7 @@ def run_endpoint(
 
     `wait_s`: the longest wait for room on the cluster (0: no limit).
     """
-    from tsq_ray.bundle import load_bundle
+    from tsq_ray.bundle.weights import load_bundle
     from tsq_ray.stages import check_sampler
 
     token = check_address(host, port, address)

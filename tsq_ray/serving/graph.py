@@ -21,7 +21,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from tsq_ray.artifact import read_bundle_settings
+from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.config import TSQ_MODES, Config, EncodersConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
 from tsq_ray.errors import StorageError, TsqError, VideoError
@@ -237,7 +237,7 @@ class Sampler:
     def __init__(self, model: str, config: Config, placed: Layout) -> None:
         import torch
 
-        from tsq_ray.bundle import load_bundle
+        from tsq_ray.bundle.weights import load_bundle
         from tsq_ray.stages import Sample
 
         self.version = graph_version(read_bundle_settings(model)[1], config)
@@ -260,7 +260,7 @@ class Recognizer:
     def __init__(self, model: str, config: Config, placed: Layout) -> None:
         import torch
 
-        from tsq_ray.bundle import load_recognizer
+        from tsq_ray.bundle.weights import load_recognizer
         from tsq_ray.stages import Recognize
 
         self.version = graph_version(read_bundle_settings(model)[1], config)

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import artifact, provenance, runs, storage
-from tsq_ray import bundle as bundles
-from tsq_ray.bundle import Classifier
+from tsq_ray import provenance, runs, storage
+from tsq_ray.bundle.settings import CLASSIFIER_FILE, read_classifier_settings, write_curves
+from tsq_ray.bundle.weights import Classifier, save_classifier
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.errors import RunFailed
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
@@ -93,8 +93,8 @@ def finetune(
         }
         tuned.network.config = settings
         if whole:
-            artifact.write_curves(out, tuned.curve)
-        bundles.save_classifier(Classifier(tuned.network, manifest.classes, config.train.task, role, record), out)
+            write_curves(out, tuned.curve)
+        save_classifier(Classifier(tuned.network, manifest.classes, config.train.task, role, record), out)
         storage.remove_folder(work)
     return summary
 
@@ -150,9 +150,9 @@ def _identity(
 
 def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
     """The summary of an equal finetune that is done already; RunError where `out` holds another one, done or begun."""
-    done = storage.exists(storage.join(out, artifact.CLASSIFIER_FILE))
+    done = storage.exists(storage.join(out, CLASSIFIER_FILE))
     if done:
-        record = artifact.read_classifier_settings(out)[0]["provenance"]
+        record = read_classifier_settings(out)[0]["provenance"]
         before = record["identity"]
     else:
         before = runs.read_json(storage.join(out, trained.WORK_FOLDER, _IDENTITY_FILE))

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from tsq_ray import artifact, provenance, runs, storage
-from tsq_ray import bundle as bundles
-from tsq_ray.bundle import Bundle
+from tsq_ray import provenance, runs, storage
+from tsq_ray.bundle.settings import class_order, is_bundle, read_bundle_settings, read_classifier_settings, write_curves
+from tsq_ray.bundle.weights import Bundle, load_classifier, save_bundle
 from tsq_ray.config import Config, check_budget, check_top_objects, load_config
 from tsq_ray.encoders import FrameEncoder, object_names, text_encoder
 from tsq_ray.errors import ModelError, RunError
@@ -108,8 +108,8 @@ def train(
             "ended": provenance.now(),
         }
         lease.check()
-        artifact.write_curves(out, fitted.curve)
-        bundles.save_bundle(_bundle(config, data, parts, fitted, record), out)
+        write_curves(out, fitted.curve)
+        save_bundle(_bundle(config, data, parts, fitted, record), out)
         storage.remove_folder(work)  # the checkpoints are of no use beside the finished bundle
     return summary | {"seconds": round(time.time() - started, 2)}
 
@@ -209,13 +209,13 @@ def _identity(
 def _classifier_digest(uri: str | None) -> str | None:
     if uri is None:
         return None
-    return artifact.read_classifier_settings(uri)[1]
+    return read_classifier_settings(uri)[1]
 
 
 def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
     """The summary of an equal training that is done already; RunError where `out` holds another one."""
-    if artifact.is_bundle(out):
-        provenance = artifact.read_bundle_settings(out)[0]["provenance"]
+    if is_bundle(out):
+        provenance = read_bundle_settings(out)[0]["provenance"]
         identity.refuse_other(provenance["identity"], out, "holds another training")
         return provenance["summary"] | {"already_done": True}
     begun = runs.read_json(storage.join(out, WORK_FOLDER, _IDENTITY_FILE))
@@ -231,8 +231,8 @@ def _frame_encoder(config: Config, run: Mapping[str, Any], data: TrainingSet, en
     if encoder is None:
         network.head = fit_head(data.visual, data.targets, config.finetune, config.train.task)
     else:
-        classifier = bundles.load_classifier(encoder)
-        artifact.class_order(classifier.classes, data.classes, f"--encoder {storage.redact(encoder)}")
+        classifier = load_classifier(encoder)
+        class_order(classifier.classes, data.classes, f"--encoder {storage.redact(encoder)}")
     return network
 
 
@@ -246,8 +246,8 @@ def _same_weights(have: str, want: str, what: str) -> None:
 def _recognizer(uri: str | None, classes: list[str], task: str) -> FrameEncoder | None:
     if uri is None:
         return None
-    classifier = bundles.load_classifier(uri)
-    artifact.class_order(classifier.classes, classes, f"--recognizer {storage.redact(uri)}")
+    classifier = load_classifier(uri)
+    class_order(classifier.classes, classes, f"--recognizer {storage.redact(uri)}")
     if classifier.task != task:
         raise ModelError(f"--recognizer {storage.redact(uri)}: was finetuned for task {classifier.task!r}, train.task is {task!r}")
     return classifier.encoder

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tsq_ray import quality
-from tsq_ray.bundle import linear_head
+from tsq_ray.bundle.weights import linear_head
 from tsq_ray.config import FinetuneConfig
 from tsq_ray.encoders import FrameEncoder, create_network, split_network
 from tsq_ray.model.losses import classification_loss

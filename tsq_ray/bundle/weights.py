@@ -1,6 +1,6 @@
 """The trained artifacts: `finetune`'s classifier and `train`'s bundle; safetensors + JSON in one folder, one URI.
 
-Nothing is unpickled. What of it needs no network is in `artifact`.
+Nothing is unpickled. What of it needs no network is in `settings`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from tsq_ray import storage
-from tsq_ray.artifact import (
+from tsq_ray.bundle.settings import (
     BUNDLE_FILE,
     CLASSIFIER_FILE,
     FORMAT,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tsq_ray import storage
-from tsq_ray.artifact import read_bundle_settings
+from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.config import Config, check_budget, load_config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runs import Identity

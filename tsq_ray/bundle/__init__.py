@@ -1,0 +1,1 @@
+"""The trained artifact: settings and hashes without torch, networks, what a scoring may override."""
