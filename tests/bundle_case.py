@@ -10,8 +10,8 @@ from torch import nn
 
 from tsq_ray.bundle.weights import Bundle, save_bundle
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig, TextConfig
-from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, load_encoder
 from tsq_ray.model import TSQNet, TSQShape
+from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder, load_encoder
 
 NUM_FRAMES, BUDGET, TEXT_DIM = 8, 3, 12
 

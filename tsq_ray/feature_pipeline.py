@@ -18,9 +18,9 @@ import torch
 from tsq_ray import runs, schema
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, with_whole_frames
-from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder
 from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
+from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, identity_row, source_columns, source_of
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk

@@ -11,9 +11,9 @@ from tsq_ray import storage
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo
-from tsq_ray.encoders import best_device
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef, video_id
+from tsq_ray.networks.encoder import best_device
 from tsq_ray.rows import prediction_row, source_of
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
 

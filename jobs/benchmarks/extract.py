@@ -28,12 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from tsq_ray import extraction, inference
+from tsq_ray import extraction
 from tsq_ray.config import Config, load_config
 from tsq_ray.decode.video import decode_video
 from tsq_ray.estimate import estimate_extract
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest, write_manifest
 from tsq_ray.model.flops import network_multiply_adds
+from tsq_ray.networks import inference
 from tsq_ray.rows import OBJECTS, VISUAL, frame_spec, source_of
 from tsq_ray.runtime import cluster, progress
 

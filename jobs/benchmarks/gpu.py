@@ -35,9 +35,9 @@ from tsq_ray import storage
 from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, ResourcesConfig, SamplerConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, VideoSource
-from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, load_encoder
 from tsq_ray.evaluation.measures import gflops
 from tsq_ray.model import TSQNet, TSQShape
+from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder, load_encoder
 from tsq_ray.stages import Recognize, Sample, bundle_specs
 
 _TEXT_DIM = 768

@@ -27,8 +27,8 @@ import torch
 
 from tsq_ray import runs, schema
 from tsq_ray.config import Config, validate_config
-from tsq_ray.inference import takes_bf16
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
+from tsq_ray.networks.inference import takes_bf16
 from tsq_ray.runtime import cluster
 from tsq_ray.train.data import Source, source_arrays
 from tsq_ray.train.workers import Fitted, fit_on_cluster

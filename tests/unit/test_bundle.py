@@ -17,9 +17,9 @@ from tsq_ray.bundle.settings import BUNDLE_FILE, CLASSIFIER_FILE, class_order, i
 from tsq_ray.bundle.weights import Classifier, load_bundle, load_classifier, save_bundle, save_classifier
 from tsq_ray.config import ModelConfig
 from tsq_ray.describe import describe
-from tsq_ray.encoders import load_encoder
 from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQNet
+from tsq_ray.networks.encoder import load_encoder
 
 CLASSES = ["cats", "dogs"]
 

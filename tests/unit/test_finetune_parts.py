@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from tsq_ray.config import DecodeConfig, FinetuneConfig, ModelConfig, load_config
-from tsq_ray.encoders import FrameEncoder, load_encoder
 from tsq_ray.errors import ConfigError, ModelError
 from tsq_ray.model.losses import classification_loss
+from tsq_ray.networks.batch_norm import folded_norms, unfold_norms
+from tsq_ray.networks.encoder import FrameEncoder, load_encoder
 from tsq_ray.runtime.nodes import Pool
 from tsq_ray.train.augment import Augment, training_spec, view_of
-from tsq_ray.train.batchnorm import folded_norms, unfold_norms
 from tsq_ray.train.clips import ClipPlan, epoch_batches
 from tsq_ray.train.optim import clip_gradients, lr_factor, make_optimizer, set_lr, use_bf16
 from tsq_ray.train.trained import check_input

@@ -13,8 +13,9 @@ from torch import nn
 from tsq_ray.config import ModelConfig, ResourcesConfig
 from tsq_ray.decode import FrameSpec
 from tsq_ray.decode.frames import fit
-from tsq_ray.encoders import FrameEncoder, load_encoder
-from tsq_ray.inference import Pictures, encode_pictures, fold_batch_norms, ready, resize_frames, takes_bf16
+from tsq_ray.networks.batch_norm import fold_batch_norms
+from tsq_ray.networks.encoder import FrameEncoder, load_encoder
+from tsq_ray.networks.inference import Pictures, encode_pictures, ready, resize_frames, takes_bf16
 
 CPU = torch.device("cpu")
 NORMS = (nn.BatchNorm2d,)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tsq_ray.config import Config, TextConfig, load_config
-from tsq_ray.encoders import TextEncoder, WordVectors, text_encoder
 from tsq_ray.errors import ModelError
+from tsq_ray.networks.text import TextEncoder, WordVectors, text_encoder
 from tsq_ray.train.tsqnet import _TextSide
 
 GLOVE = "the 0.5 0.5\nhigh 1 0\njump 0 2\nchihuahua@dog.com 9 9\nChihuahua 3 -3\n. . 8 8\nhigh way 7 7\nTench 1 1\ntench 4 1e-1\n"
@@ -47,7 +47,7 @@ def test_a_name_is_the_mean_of_its_words(tmp_path: Path, content: str, name: str
 def test_a_long_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrst"]
     content = "".join(f"{word} {number} 0.25\n" for number, word in enumerate(words))
-    monkeypatch.setattr("tsq_ray.encoders._BLOCK", 37)
+    monkeypatch.setattr("tsq_ray.networks.text._BLOCK", 37)
     found = vectors(tmp_path, content)
     torch.testing.assert_close(found.embed(words), torch.tensor([[float(number), 0.25] for number in range(100)]))
     assert found.state_hash() == hashlib.sha256(content.encode()).hexdigest()

@@ -26,9 +26,10 @@ from tsq_ray.bundle.settings import (
     read_classifier_settings,
 )
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig
-from tsq_ray.encoders import NUM_OBJECTS, FrameEncoder, create_network, load_weights, split_network
 from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQNet, TSQShape
+from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder, create_network, split_network
+from tsq_ray.networks.weights import load_weights
 
 Task = Literal["single", "multi"]
 

@@ -15,7 +15,6 @@ import numpy as np
 from tsq_ray import storage
 from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import Config, TextConfig, TrainConfig
-from tsq_ray.encoders import object_names, text_encoder
 from tsq_ray.errors import ModelError
 from tsq_ray.evaluation.annotations import Annotations
 from tsq_ray.evaluation.data import Features, VideoSet
@@ -23,6 +22,8 @@ from tsq_ray.evaluation.samplers import Task, frame_head_logits, true_class_prob
 from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.trained import Job, Learned, arrays_of, learn
 from tsq_ray.model import TSQShape
+from tsq_ray.networks.encoder import object_names
+from tsq_ray.networks.text import text_encoder
 from tsq_ray.prototypes import prototypes
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.waiting import Watch

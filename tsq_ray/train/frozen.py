@@ -10,8 +10,8 @@ import torch
 
 from tsq_ray import runs, storage
 from tsq_ray.config import Config, ModelConfig
-from tsq_ray.encoders import FrameEncoder
 from tsq_ray.feature_pipeline import LoadedNetworks, Networks, extract_features
+from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.train.data import Source, open_training_set
 from tsq_ray.train.head import fit_head
 from tsq_ray.train.trained import Tuned

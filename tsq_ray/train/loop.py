@@ -19,8 +19,8 @@ from torch import Tensor
 
 from tsq_ray.config import TrainConfig
 from tsq_ray.errors import RunFailed
-from tsq_ray.inference import takes_bf16
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
+from tsq_ray.networks.inference import takes_bf16
 from tsq_ray.train.data import source_arrays
 from tsq_ray.train.resumable import STATE_FILE, distribute, worker_device
 

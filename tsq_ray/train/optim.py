@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tsq_ray.config import FinetuneConfig, Precision
-from tsq_ray.encoders import FrameEncoder
-from tsq_ray.inference import takes_bf16
+from tsq_ray.networks.encoder import FrameEncoder
+from tsq_ray.networks.inference import takes_bf16
 
 
 def make_optimizer(network: FrameEncoder, config: FinetuneConfig) -> torch.optim.Optimizer:

@@ -13,9 +13,9 @@ import torch
 
 from tsq_ray import storage
 from tsq_ray.config import Config
-from tsq_ray.encoders import FrameEncoder
 from tsq_ray.errors import ModelError, RunFailed
 from tsq_ray.manifest import VideoRows
+from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Layout
 from tsq_ray.runtime.placement import layout

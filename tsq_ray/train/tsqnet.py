@@ -13,9 +13,10 @@ from tsq_ray import provenance, runs, storage
 from tsq_ray.bundle.settings import class_order, is_bundle, read_bundle_settings, read_classifier_settings, write_curves
 from tsq_ray.bundle.weights import Bundle, load_classifier, save_bundle
 from tsq_ray.config import Config, check_budget, check_top_objects, load_config
-from tsq_ray.encoders import FrameEncoder, object_names, text_encoder
 from tsq_ray.errors import ModelError, RunError
 from tsq_ray.model import TSQNet, TSQShape
+from tsq_ray.networks.encoder import FrameEncoder, object_names
+from tsq_ray.networks.text import text_encoder
 from tsq_ray.prototypes import prototypes
 from tsq_ray.rows import OBJECTS, VISUAL
 from tsq_ray.runtime import cluster

@@ -6,21 +6,19 @@ The copies made here are for inference alone: their weights are no longer those 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tsq_ray.config import Precision, ResourcesConfig
 from tsq_ray.decode import FrameSpec
 from tsq_ray.decode.frames import target_size
-from tsq_ray.encoders import FrameEncoder
+from tsq_ray.networks.batch_norm import fold_batch_norms
+from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.rows import frame_spec
 
 AS_IT_COMES = ResourcesConfig()
@@ -118,71 +116,3 @@ def _padded(part: Tensor, chunk: int) -> Tensor:
     """[n, ...] with n made up to the next power of two of at least 8, by empty frames: few sizes to compile."""
     size = min(chunk, max(8, 1 << (len(part) - 1).bit_length()))
     return torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])]) if size > len(part) else part
-
-
-@torch.no_grad()
-def fold_batch_norms(network: nn.Module, size: int) -> int:
-    """Fold each batch norm that follows a convolution into it, in place; how many. A network in eval mode computes what it did before.
-
-    Which one follows which is seen on one picture of `size` x `size`: a batch norm whose input is the very tensor that a convolution gave, both
-    called once. Nothing is folded where the network then computes something else (a convolution's output that is used elsewhere too).
-    """
-    pairs = _conv_norm_pairs(network, size)
-    if not pairs:
-        return 0
-    probe = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
-    before, kept = network(probe), copy.deepcopy(network.state_dict())
-    replaced: list[tuple[nn.Conv2d, bool, str, _BatchNorm]] = []
-    for conv_name, norm_name in pairs:
-        conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, _BatchNorm)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-        replaced.append((conv, conv.bias is not None, norm_name, norm))
-        conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
-        # timm's batch norms carry the activation
-        _put(network, norm_name, getattr(norm, "act", None) or nn.Identity())
-    if torch.allclose(network(probe), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
-        return len(pairs)
-    for conv, had_bias, norm_name, norm in replaced:
-        if not had_bias:
-            conv.register_parameter("bias", None)
-        _put(network, norm_name, norm)
-    network.load_state_dict(kept)
-    return 0
-
-
-def _conv_norm_pairs(network: nn.Module, size: int) -> list[tuple[str, str]]:
-    """Names of (convolution, batch norm), in the order in which they run."""
-    made_by: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no two have the same id
-    pairs: list[tuple[str, str]] = []
-    calls: Counter[str] = Counter()
-
-    def after_conv(name: str, output: Tensor) -> None:
-        calls[name] += 1
-        made_by[id(output)] = (name, output)
-
-    def before_norm(name: str, x: Tensor) -> None:
-        calls[name] += 1
-        if id(x) in made_by:
-            pairs.append((made_by[id(x)][0], name))
-
-    hooks = []
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(lambda _m, _i, output, name=name: after_conv(name, output)))  # type: ignore[misc]
-        elif isinstance(module, _BatchNorm) and module.running_var is not None:
-            hooks.append(module.register_forward_pre_hook(lambda _m, inputs, name=name: before_norm(name, inputs[0])))  # type: ignore[misc]
-    try:
-        network(torch.zeros(1, 3, size, size))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
-
-
-def _put(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(network.get_submodule(parent), own, module)

@@ -1,0 +1,1 @@
+"""Pretrained networks: frame encoders, recognisers, text embeddings, their weights, inference."""

@@ -1,0 +1,144 @@
+"""Batch norms folded into convolutions, for inference, and unfolded from them, for training.
+
+Weights made for inference have each batch norm folded into the convolution before it: running mean
+0, running variance 1 and a bias. In training such a layer would normalise what was never normalised,
+and destroy the network at the first step. So its statistics are estimated first, without a change of
+what the network computes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from tsq_ray.networks.encoder import FrameEncoder
+
+
+@torch.no_grad()
+def fold_batch_norms(network: nn.Module, size: int) -> int:
+    """Fold each batch norm that follows a convolution into it, in place; how many. A network in eval mode computes what it did before.
+
+    Which one follows which is seen on one picture of `size` x `size`: a batch norm whose input is the very tensor that a convolution gave, both
+    called once. Nothing is folded where the network then computes something else (a convolution's output that is used elsewhere too).
+    """
+    pairs = _conv_norm_pairs(network, size)
+    if not pairs:
+        return 0
+    probe = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
+    before, kept = network(probe), copy.deepcopy(network.state_dict())
+    replaced: list[tuple[nn.Conv2d, bool, str, _BatchNorm]] = []
+    for conv_name, norm_name in pairs:
+        conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, _BatchNorm)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        replaced.append((conv, conv.bias is not None, norm_name, norm))
+        conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+        # timm's batch norms carry the activation
+        _put(network, norm_name, getattr(norm, "act", None) or nn.Identity())
+    if torch.allclose(network(probe), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
+        return len(pairs)
+    for conv, had_bias, norm_name, norm in replaced:
+        if not had_bias:
+            conv.register_parameter("bias", None)
+        _put(network, norm_name, norm)
+    network.load_state_dict(kept)
+    return 0
+
+
+def _conv_norm_pairs(network: nn.Module, size: int) -> list[tuple[str, str]]:
+    """Names of (convolution, batch norm), in the order in which they run."""
+    made_by: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no two have the same id
+    pairs: list[tuple[str, str]] = []
+    calls: Counter[str] = Counter()
+
+    def after_conv(name: str, output: Tensor) -> None:
+        calls[name] += 1
+        made_by[id(output)] = (name, output)
+
+    def before_norm(name: str, x: Tensor) -> None:
+        calls[name] += 1
+        if id(x) in made_by:
+            pairs.append((made_by[id(x)][0], name))
+
+    hooks = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(lambda _m, _i, output, name=name: after_conv(name, output)))  # type: ignore[misc]
+        elif isinstance(module, _BatchNorm) and module.running_var is not None:
+            hooks.append(module.register_forward_pre_hook(lambda _m, inputs, name=name: before_norm(name, inputs[0])))  # type: ignore[misc]
+    try:
+        network(torch.zeros(1, 3, size, size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
+
+
+def _put(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, module)
+
+
+def folded_norms(network: nn.Module) -> dict[str, _BatchNorm]:
+    """Name -> the batch norms that are identity + bias. A fresh layer (no bias either) is none: it learns its statistics in training."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm) and _is_folded(module)}
+
+
+def _is_folded(norm: _BatchNorm) -> bool:
+    if norm.running_mean is None or norm.running_var is None or norm.bias is None:
+        return False
+    return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all() and (norm.bias != 0).any())
+
+
+@torch.no_grad()
+def unfold_norms(network: FrameEncoder, batches: Iterable[Tensor]) -> int:
+    """Give the folded batch norms the mean m and the variance v of what reaches them, weight * sqrt(v) and bias + weight * m.
+
+    In eval mode the network computes what it did before; in training mode, where batches look like `batches`, about the same.
+
+    Args:
+        network: in eval mode; changed in place.
+        batches: uint8 [N, H, W, 3] each, on the network's device.
+
+    Returns the number of layers changed; 0 where none is folded or `batches` is empty.
+    """
+    folded = folded_norms(network)
+    sums: dict[str, list[Tensor]] = {}
+
+    def collect(name: str, x: Tensor) -> None:
+        dims = [0, *range(2, x.ndim)]
+        values = x.double()
+        count = torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64)
+        new = [values.sum(dims), values.square().sum(dims), count]
+        sums[name] = [old + more for old, more in zip(sums[name], new, strict=True)] if name in sums else new
+
+    hooks = [
+        norm.register_forward_pre_hook(lambda _module, inputs, name=name: collect(name, inputs[0]))  # type: ignore[misc]
+        for name, norm in folded.items()
+    ]
+    for pictures in batches if folded else ():
+        network.features(pictures)
+    for hook in hooks:
+        hook.remove()
+    for name, (total, squares, count) in sums.items():
+        norm = folded[name]
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        mean = total / count
+        var = (squares / count - mean.square()).clamp_min(0)
+        # a folded layer divides by sqrt(1 + eps) too
+        weight = norm.weight.double() / (1 + norm.eps) ** 0.5
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.bias.copy_(norm.bias.double() + weight * mean)
+        norm.weight.copy_(weight * (var + norm.eps).sqrt())
+    return len(sums)

