@@ -187,7 +187,7 @@ def finetune(
     settings = load_config(config, sets or ())
     if submit:
         return submit_command(address)
-    from tsq_ray.train import finetune as run
+    from tsq_ray.training import finetune as run
 
     options = {"split": split, "limit": limit, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
     summary = run(manifest, role.value, out, settings, show_progress=not as_json, **options)  # type: ignore[arg-type]
@@ -213,8 +213,8 @@ def train(
     """Train TSQNet on features (Ray Train) and write the bundle."""
     if submit:
         return submit_command(address)
-    from tsq_ray.train import settings_for
-    from tsq_ray.train import train as run
+    from tsq_ray.training import settings_for
+    from tsq_ray.training import train as run
 
     settings = settings_for(features, str(config) if config else None, tuple(sets or ()))
     options = {"split": split, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}

@@ -30,8 +30,8 @@ from tsq_ray.config import Config, validate_config
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.networks.inference import takes_bf16
 from tsq_ray.runtime import cluster
-from tsq_ray.train.data import Source, source_arrays
-from tsq_ray.train.workers import Fitted, fit_on_cluster
+from tsq_ray.training.features import Source, source_arrays
+from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
 
 _ROWS = 128
 

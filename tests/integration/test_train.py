@@ -26,8 +26,8 @@ from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import object_names
 from tsq_ray.networks.text import text_encoder
 from tsq_ray.stages import load_network
-from tsq_ray.train.data import Source, open_training_set
-from tsq_ray.train.loop import fit
+from tsq_ray.training.features import Source, open_training_set
+from tsq_ray.training.sampler.loop import fit
 
 pytestmark = pytest.mark.ray
 

@@ -15,11 +15,11 @@ from tsq_ray.model.losses import classification_loss
 from tsq_ray.networks.batch_norm import folded_norms, unfold_norms
 from tsq_ray.networks.encoder import FrameEncoder, load_encoder
 from tsq_ray.runtime.nodes import Pool
-from tsq_ray.train.augment import Augment, training_spec, view_of
-from tsq_ray.train.clips import ClipPlan, epoch_batches
-from tsq_ray.train.optim import clip_gradients, lr_factor, make_optimizer, set_lr, use_bf16
-from tsq_ray.train.trained import check_input
-from tsq_ray.train.tuning import TuneJob, clip_logits, smoothed, start_network
+from tsq_ray.training.classifier.augment import Augment, training_spec, view_of
+from tsq_ray.training.classifier.clips import ClipPlan, epoch_batches
+from tsq_ray.training.classifier.full import check_input
+from tsq_ray.training.classifier.optim import clip_gradients, lr_factor, make_optimizer, set_lr, use_bf16
+from tsq_ray.training.classifier.worker import TuneJob, clip_logits, smoothed, start_network
 
 SIZE = 32
 RESNET = ModelConfig(model="test_resnet", weights="random:0", size=SIZE)

@@ -41,7 +41,7 @@ ORDER = (
         "runtime",
         "feature_pipeline",
         "extraction",
-        "train",
+        "training",
         "serving",
         "prediction",
         "scoring",
@@ -55,7 +55,7 @@ ORDER = (
     ),
 )
 """A module imports only from those before its own."""
-STAGES = ("extraction", "train", "serving", "scoring")
+STAGES = ("extraction", "training", "serving", "scoring")
 """They meet through Parquet, the bundle and what comes before them, never through one another; only scoring drives serving's graph."""
 ALLOWED_STAGES = {("scoring", "serving")}
 RAY_AT_IMPORT = {"serving/app.py", "serving/graph.py"}

@@ -21,11 +21,11 @@ from tsq_ray.config import FinetuneConfig, load_config
 from tsq_ray.errors import RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows
 from tsq_ray.prototypes import prototypes
-from tsq_ray.train.cache import Create, node_arrays
-from tsq_ray.train.data import Source, TrainingRows, multi_hot, open_training_set, single_labels, source_arrays
-from tsq_ray.train.finetune import _summary
-from tsq_ray.train.head import fit_head, head_logits, standard_scale
-from tsq_ray.train.trained import Tuned
+from tsq_ray.training.cache import Create, node_arrays
+from tsq_ray.training.classifier.finetune import _summary
+from tsq_ray.training.classifier.full import Tuned
+from tsq_ray.training.features import Source, TrainingRows, multi_hot, open_training_set, single_labels, source_arrays
+from tsq_ray.training.head import fit_head, head_logits, standard_scale
 
 
 @pytest.fixture(autouse=True)

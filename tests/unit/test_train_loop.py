@@ -8,7 +8,7 @@ import torch
 from train_case import SHAPE, config_with, make_arrays, make_start, make_vocabulary
 
 from tsq_ray.errors import RunFailed
-from tsq_ray.train.loop import Batches, fit
+from tsq_ray.training.sampler.loop import Batches, fit
 
 
 def test_it_learns_and_the_same_again() -> None:

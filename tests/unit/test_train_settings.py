@@ -14,8 +14,8 @@ from tsq_ray import runs
 from tsq_ray.config import Config, load_config
 from tsq_ray.errors import ConfigError, RunError
 from tsq_ray.model import TSQShape
-from tsq_ray.train import settings_for, train
-from tsq_ray.train.tsqnet import _shape
+from tsq_ray.training import settings_for, train
+from tsq_ray.training.sampler.tsqnet import _shape
 
 
 def features(folder: Path, *sets: str, leave_out: str = "") -> str:

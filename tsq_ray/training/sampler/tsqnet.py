@@ -21,9 +21,9 @@ from tsq_ray.prototypes import prototypes
 from tsq_ray.rows import OBJECTS, VISUAL
 from tsq_ray.runtime import cluster
 from tsq_ray.stages import classifier_settings, load_network
-from tsq_ray.train.data import Source, TrainingSet, describe_left_out, open_training_set
-from tsq_ray.train.head import fit_head, head_logits
-from tsq_ray.train.workers import Fitted, fit_on_cluster
+from tsq_ray.training.features import Source, TrainingSet, describe_left_out, open_training_set
+from tsq_ray.training.head import fit_head, head_logits
+from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
 
 WORK_FOLDER = "_train"
 _IDENTITY_FILE = "identity.json"

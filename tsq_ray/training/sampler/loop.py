@@ -21,8 +21,8 @@ from tsq_ray.config import TrainConfig
 from tsq_ray.errors import RunFailed
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.networks.inference import takes_bf16
-from tsq_ray.train.data import source_arrays
-from tsq_ray.train.resumable import STATE_FILE, distribute, worker_device
+from tsq_ray.training.features import source_arrays
+from tsq_ray.training.resumable import STATE_FILE, distribute, worker_device
 
 _SAMPLE = 64
 """Videos that set the scale of the convolutions."""

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from tsq_ray import runs, schema, storage
 from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.manifest import VideoRows, describe_splits
-from tsq_ray.train.cache import Create, node_arrays
+from tsq_ray.training.cache import Create, node_arrays
 
 DEFAULT_SPLIT = "train"
 

@@ -24,9 +24,9 @@ from tsq_ray.config import FinetuneConfig
 from tsq_ray.model.losses import classification_loss
 from tsq_ray.networks.batch_norm import folded_norms, unfold_norms
 from tsq_ray.networks.encoder import FrameEncoder, create_network, split_network
-from tsq_ray.train.clips import Clip, ClipPlan, ClipStream, Work, epoch_batches
-from tsq_ray.train.optim import clip_gradients, make_optimizer, set_lr, use_bf16
-from tsq_ray.train.resumable import STATE_FILE, distribute, worker_device
+from tsq_ray.training.classifier.clips import Clip, ClipPlan, ClipStream, Work, epoch_batches
+from tsq_ray.training.classifier.optim import clip_gradients, make_optimizer, set_lr, use_bf16
+from tsq_ray.training.resumable import STATE_FILE, distribute, worker_device
 
 _HEAD_STD = 0.01
 _SAMPLE = 64

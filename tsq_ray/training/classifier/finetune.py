@@ -18,8 +18,8 @@ from tsq_ray.config import Config, ModelConfig
 from tsq_ray.errors import RunFailed
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
 from tsq_ray.stages import load_network
-from tsq_ray.train import frozen, trained
-from tsq_ray.train.data import TrainingRows, check_classes, describe_left_out, is_labelled, single_labels
+from tsq_ray.training.classifier import frozen, full
+from tsq_ray.training.features import TrainingRows, check_classes, describe_left_out, is_labelled, single_labels
 
 Role = Literal["encoder", "recognizer"]
 _IDENTITY_FILE = "identity.json"
@@ -62,10 +62,10 @@ def finetune(
     if done is not None:
         return done
     storage.check_writable(out)
-    work = storage.join(out, trained.WORK_FOLDER)
+    work = storage.join(out, full.WORK_FOLDER)
     whole = config.finetune.backbone == "trained"
     if whole:
-        trained.check_input(network)
+        full.check_input(network)
     with runs.Lease(out, take_over=take_over) as lease:
         if (done := _finished(out, identity)) is not None:  # by the run that had the folder until now
             return done
@@ -73,7 +73,7 @@ def finetune(
         options: dict[str, Any] = {"address": address, "wait_s": wait_s, "show_progress": show_progress, "debug": debug}
         options["ticks"] = (lease.stop_if_lost,)
         if whole:
-            tuned = trained.tune(network, rows, val, len(manifest.classes), work, config, **options)
+            tuned = full.tune(network, rows, val, len(manifest.classes), work, config, **options)
         else:
             tuned = frozen.fit(network, settings, runs.Selection(manifest, rows, chosen.split), work, config, **options)
         lease.check()
@@ -100,7 +100,7 @@ def finetune(
 
 
 def _summary(
-    out: str, role: Role, manifest: Manifest, chosen: TrainingRows, val: VideoRows, tuned: trained.Tuned, config: Config
+    out: str, role: Role, manifest: Manifest, chosen: TrainingRows, val: VideoRows, tuned: full.Tuned, config: Config
 ) -> dict[str, Any]:
     failed = pa.array(list(tuned.failed), pa.string())
     uris = [rows.table["uri"].filter(pc.is_in(rows.ids, failed)) for rows in (chosen.rows, val)]
@@ -155,7 +155,7 @@ def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
         record = read_classifier_settings(out)[0]["provenance"]
         before = record["identity"]
     else:
-        before = runs.read_json(storage.join(out, trained.WORK_FOLDER, _IDENTITY_FILE))
+        before = runs.read_json(storage.join(out, full.WORK_FOLDER, _IDENTITY_FILE))
     if before is not None:
         identity.refuse_other(before, out, "holds another finetune")
     return record["summary"] | {"already_done": True} if done else None

@@ -20,7 +20,7 @@ from tsq_ray.decode import DecodedVideo, DecodePool
 from tsq_ray.rows import frame_spec, source_of
 from tsq_ray.runtime import cluster, parts
 from tsq_ray.runtime.nodes import Pool
-from tsq_ray.train.augment import Augment, training_spec, view_of
+from tsq_ray.training.classifier.augment import Augment, training_spec, view_of
 
 _BATCH = 4
 """Clips a decoder takes at a time."""

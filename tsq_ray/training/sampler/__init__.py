@@ -1,0 +1,1 @@
+"""TSQNet on Ray Train: features to a bundle."""
