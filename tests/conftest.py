@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_case import Chains, running_ray
-from proxy_case import S3Proxy, running_proxy
-from s3_case import BUCKETS, S3Server, make_buckets, running_s3
+from support.cluster import Chains, running_ray
+from support.proxy import S3Proxy, running_proxy
+
+from jobs.benchmarks.support.s3 import BUCKETS, S3Server, make_buckets, running_s3
 
 REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))  # jobs/ is not installed, and tests import from it
 # a Ray node runs jobs with the first `python` on its PATH: this one, with the package in it
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -63,7 +63,7 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server with the buckets of s3_case.BUCKETS; its address and keys are in the environment from here on."""
+    """A real S3 server with the buckets of support.s3.BUCKETS; its address and keys are in the environment from here on."""
     import fsspec
 
     with running_s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:

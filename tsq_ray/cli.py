@@ -161,7 +161,7 @@ def extract(
     from tsq_ray.extraction import extract as run
 
     options = {**where, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
-    done = run(manifest, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)  # type: ignore[arg-type]
+    done = run(manifest, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)
     return end_run(done, out, as_json, max_failed)
 
 
@@ -257,7 +257,7 @@ def score(
     from tsq_ray.scoring import score as run
 
     options = {**where, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
-    done = run(manifest, model, out, settings, with_scores=scores is Scores.all, show_progress=not as_json, **options)  # type: ignore[arg-type]
+    done = run(manifest, model, out, settings, with_scores=scores is Scores.all, show_progress=not as_json, **options)
     return end_run(done, out, as_json, max_failed)
 
 

@@ -52,7 +52,7 @@ def prepare_output() -> None:
         stream.flush()
         output = _Output(stream.fileno(), "w", closefd=False)
         wrapped = io.TextIOWrapper(
-            output if stream.write_through else io.BufferedWriter(output),  # type: ignore[arg-type]
+            output if stream.write_through else io.BufferedWriter(output),
             encoding=stream.encoding,
             errors="backslashreplace",
             line_buffering=stream.line_buffering,

@@ -39,11 +39,10 @@ from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import av
-from s3_case import make_buckets, running_s3
 
+from jobs.benchmarks.support.s3 import make_buckets, running_s3
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig, validate_config
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, indexed, pyav_backend, survivors

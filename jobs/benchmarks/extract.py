@@ -243,7 +243,7 @@ def _layers(config: Config, peak: float) -> list[str]:
             if isinstance(layer, torch.nn.Conv2d):
                 kind = "depthwise" if layer.groups > 1 else "1 x 1" if layer.kernel_size == (1, 1) else "the first"
                 layer.register_forward_pre_hook(lambda *_: started.append(time.process_time()))  # noqa: B023
-                layer.register_forward_hook(lambda layer, _, output, kind=kind: after(layer, output, kind))  # type: ignore[misc]
+                layer.register_forward_hook(lambda layer, _, output, kind=kind: after(layer, output, kind))
         size = encoder.config.size
         frames = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8)
         with torch.inference_mode():

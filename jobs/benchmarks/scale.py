@@ -29,14 +29,13 @@ from typing import Any
 from urllib.parse import parse_qs, urlparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from s3_case import S3Server, make_buckets, running_s3
-from slow_store_case import slow_store
 
+from jobs.benchmarks.support.s3 import S3Server, make_buckets, running_s3
+from jobs.benchmarks.support.slow_store import slow_store
 from tsq_ray import extraction, feature_pipeline, runs, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "tests"))
 
 import numpy as np
 import pyarrow as pa
-from s3_case import make_buckets, running_s3
-from slow_store_case import slow_store
 
+from jobs.benchmarks.support.s3 import make_buckets, running_s3
+from jobs.benchmarks.support.slow_store import slow_store
 from tsq_ray import schema
 from tsq_ray.config import OutputConfig
 from tsq_ray.runtime import cluster, parts, progress

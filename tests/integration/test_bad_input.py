@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from archive_case import CLASSES, make_archive, write_clip
-from cluster_case import BUDGET, Chain, Chains, Ended, read_rows, refused, tsq
+from support.archive import CLASSES, make_archive, write_clip
+from support.cluster import BUDGET, Chain, Chains, Ended, read_rows, refused, tsq
 
 from tsq_ray import runs
 

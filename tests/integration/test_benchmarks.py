@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from video_case import write_video
+from support.video import write_video
 
 from tsq_ray import runs
 from tsq_ray.manifest import build_manifest, read_manifest, write_manifest

@@ -16,9 +16,9 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from archive_case import CLASSES, write_clip
-from bundle_case import make_bundle
-from cluster_case import SETTINGS, Driver, marked, tsq
+from support.archive import CLASSES, write_clip
+from support.bundle import make_bundle
+from support.cluster import SETTINGS, Driver, marked, tsq
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -14,8 +14,8 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from s3_case import BUCKETS, S3Server
 
+from jobs.benchmarks.support.s3 import BUCKETS, S3Server
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video, video

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from archive_case import CLASSES
-from cluster_case import BUDGET, NUM_FRAMES, Chain, Chains, read_rows, refused, tsq
+from support.archive import CLASSES
+from support.cluster import BUDGET, NUM_FRAMES, Chain, Chains, read_rows, refused, tsq
 
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.evaluation.data import load_features

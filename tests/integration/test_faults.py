@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundle_case import make_bundle
-from cluster_case import Driver, descendants, read_rows, tsq
-from fault_case import BAD, Started, adds_up, index, make_site, mounted, one_line, readers_of
-from s3_case import S3Process, make_buckets
-from video_case import write_video
+from support.bundle import make_bundle
+from support.cluster import Driver, descendants, read_rows, tsq
+from support.fault import BAD, Started, adds_up, index, make_site, mounted, one_line, readers_of
+from support.video import write_video
 
+from jobs.benchmarks.support.s3 import S3Process, make_buckets
 from tsq_ray.runtime import progress
 
 pytestmark = pytest.mark.ray

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_case import Driver, Ended, short_folder, tsq
-from fault_case import BAD, Site, adds_up, make_site, one_line
-from proxy_case import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble, running_proxy
-from s3_case import S3Server
+from support.cluster import Driver, Ended, short_folder, tsq
+from support.fault import BAD, Site, adds_up, make_site, one_line
+from support.proxy import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble, running_proxy
+
+from jobs.benchmarks.support.s3 import S3Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 END_S = 900.0

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from archive_case import CLASSES
-from cluster_case import Chain, Chains, Driver, Ended, descendants, read_rows, tsq
+from support.archive import CLASSES
+from support.cluster import Chain, Chains, Driver, Ended, descendants, read_rows, tsq
 
 from tsq_ray import storage
 from tsq_ray.bundle.settings import read_curves

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from fuzz_case import MUTATIONS, mutated
+from support.fuzz import MUTATIONS, mutated
 
 from tsq_ray import runs, schema
 from tsq_ray.config import DecodeConfig

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from archive_case import CLASSES, write_clip
+from support.archive import CLASSES, write_clip
 
 from jobs.benchmarks import gpu
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster_case import MARK, Chain, Chains, Driver, end_marked, read_rows, short_folder, tsq
-from s3_case import free_ports
+from support.cluster import MARK, Chain, Chains, Driver, end_marked, read_rows, short_folder, tsq
+
+from jobs.benchmarks.support.s3 import free_ports
 
 pytestmark = pytest.mark.ray
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from cluster_case import BUDGET, Chain, Chains, Driver, marked, read_rows, tsq, visible_parts
+from support.cluster import BUDGET, Chain, Chains, Driver, marked, read_rows, tsq, visible_parts
 
 from tsq_ray.bundle.weights import load_classifier
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from archive_case import CLASSES, Archive, make_archive
-from cluster_case import Chain, Chains, read_rows, refused, tsq
 from sklearn.metrics import average_precision_score
+from support.archive import CLASSES, Archive, make_archive
+from support.cluster import Chain, Chains, read_rows, refused, tsq
 
 from tsq_ray import schema, storage
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundle_case import make_bundle
-from cluster_case import Driver, Ended, read_rows, visible_parts
-from nodes_case import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
+from support.bundle import make_bundle
+from support.cluster import Driver, Ended, read_rows, visible_parts
+from support.nodes import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
 
 from tsq_ray.runs import Lease
 

@@ -16,12 +16,12 @@ from urllib.parse import parse_qs, quote, unquote
 
 import fsspec
 import pytest
-from archive_case import CLASSES, write_clip
-from bundle_case import make_bundle
-from cluster_case import SETTINGS, read_rows, tsq
-from proxy_case import ARCHIVED, S3Proxy
-from s3_case import PUBLIC_BUCKET, S3Server
+from support.archive import CLASSES, write_clip
+from support.bundle import make_bundle
+from support.cluster import SETTINGS, read_rows, tsq
+from support.proxy import ARCHIVED, S3Proxy
 
+from jobs.benchmarks.support.s3 import PUBLIC_BUCKET, S3Server
 from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.config import DecodeConfig

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from proxy_case import S3Proxy
+from support.proxy import S3Proxy
 
 from tsq_ray import runs, schema, storage
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows

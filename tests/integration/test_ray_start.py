@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_case import MARK, SETTINGS, Ended, end_marked, read_rows, refused
-from s3_case import free_ports
-from video_case import write_video
+from support.cluster import MARK, SETTINGS, Ended, end_marked, read_rows, refused
+from support.video import write_video
 
+from jobs.benchmarks.support.s3 import free_ports
 from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import cluster
 

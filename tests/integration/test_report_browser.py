@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_case import BUDGET, Case, make_case, video_id
+from support.report import BUDGET, Case, make_case, video_id
 
 from tsq_ray.reporting import build_report
 

@@ -7,10 +7,10 @@ import uuid
 from typing import get_args
 
 import pytest
-from proxy_case import S3Proxy, Trouble
-from race_case import Kind, check_one_writer_wins
-from s3_case import S3Server
+from support.proxy import S3Proxy, Trouble
+from support.race import Kind, check_one_writer_wins
 
+from jobs.benchmarks.support.s3 import S3Server
 from tsq_ray import storage
 from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.runs.lease import LEASE_FILE, Holder, Lease, LeaseTimes

@@ -18,11 +18,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from archive_case import Archive, make_archive
-from bundle_case import make_bundle
-from cluster_case import Driver, marked, refused, tsq
-from s3_case import S3Server, free_ports
+from support.archive import Archive, make_archive
+from support.bundle import make_bundle
+from support.cluster import Driver, marked, refused, tsq
 
+from jobs.benchmarks.support.s3 import S3Server, free_ports
 from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.prediction import predict

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from archive_case import CLASSES, write_clip
-from proxy_case import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble
+from support.archive import CLASSES, write_clip
+from support.proxy import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from cluster_case import Driver, Ended, descendants, tsq
+from support.cluster import Driver, Ended, descendants, tsq
+from support.train import CLASSES, ENCODER, TEXT_DIM, VIDEOS, make_arrays, write_features
 from torch import Tensor
-from train_case import CLASSES, ENCODER, TEXT_DIM, VIDEOS, make_arrays, write_features
 
 from tsq_ray import storage
 from tsq_ray.bundle.settings import read_curves

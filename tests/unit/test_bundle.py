@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_case import make_bundle
+from support.bundle import make_bundle
 from torch import nn
 
 from tsq_ray.bundle.settings import BUNDLE_FILE, CLASSIFIER_FILE, class_order, is_bundle, read_bundle_settings, read_curves, write_curves

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundle_case import make_bundle
+from support.bundle import make_bundle
 
 from tsq_ray import runs, schema
 from tsq_ray.cli import bare_retry, main, without_options

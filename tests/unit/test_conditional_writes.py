@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 from botocore.exceptions import ClientError
-from race_case import Kind, check_one_writer_wins
+from support.race import Kind, check_one_writer_wins
 
 from tsq_ray import storage
 from tsq_ray.advice import is_refused_condition

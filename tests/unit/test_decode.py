@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from av.codec.hwaccel import HWAccel
-from video_case import RATE, number_of, picture, write_audio, write_video
+from support.video import RATE, number_of, picture, write_audio, write_video
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig

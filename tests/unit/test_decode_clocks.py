@@ -12,7 +12,9 @@ import av
 import numpy as np
 import pytest
 from av.video.frame import PictureType
-from clock_case import (
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from support.clock import (
     CONTAINERS,
     NUM_FRAMES,
     STEP,
@@ -25,9 +27,7 @@ from clock_case import (
     write_packed_b_frames,
     write_sources,
 )
-from hypothesis import HealthCheck, assume, given, settings
-from hypothesis import strategies as st
-from video_case import number_of, picture, write_video
+from support.video import number_of, picture, write_video
 
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video

@@ -13,9 +13,9 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from clock_case import sequential
 from PIL import Image
-from video_case import number_of, picture, write_audio, write_video
+from support.clock import sequential
+from support.video import number_of, picture, write_audio, write_video
 
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video

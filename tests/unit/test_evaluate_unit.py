@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from archive_case import CLASSES
-from bundle_case import NUM_FRAMES, make_bundle
-from evaluate_case import FPS, TRAIN, VAL, Case, make_case, rows_of, write_features
+from support.archive import CLASSES
+from support.bundle import NUM_FRAMES, make_bundle
+from support.evaluate import FPS, TRAIN, VAL, Case, make_case, rows_of, write_features
 
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import SamplerConfig, TextConfig, TrainConfig

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from report_case import (
+from support.report import (
     BUDGET,
     CLASSES,
     HOSTILE_NAME,

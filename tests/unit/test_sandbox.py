@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from video_case import number_of, write_video
+from support.video import number_of, write_video
 
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundle_case import make_bundle
 from starlette.requests import Request
+from support.bundle import make_bundle
 
 from tsq_ray import scoring
 from tsq_ray.bundle.overrides import scoring_config

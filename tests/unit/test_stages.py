@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundle_case import BUDGET, NUM_FRAMES, make_bundle
+from support.bundle import BUDGET, NUM_FRAMES, make_bundle
 
 from tsq_ray import schema
 from tsq_ray.bundle.weights import Bundle, load_bundle

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from report_case import write_large_run
+from support.report import write_large_run
 
 from tsq_ray.evaluation.compare import compare
 

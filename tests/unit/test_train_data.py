@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from train_case import CLASSES, NAMES, VIDEOS, make_arrays, video_id, write_features
+from support.train import CLASSES, NAMES, VIDEOS, make_arrays, video_id, write_features
 
 from tsq_ray.config import FinetuneConfig, load_config
 from tsq_ray.errors import RunError, RunFailed, StorageError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from train_case import SHAPE, config_with, make_arrays, make_start, make_vocabulary
+from support.train import SHAPE, config_with, make_arrays, make_start, make_vocabulary
 
 from tsq_ray.errors import RunFailed
 from tsq_ray.training.sampler.loop import Batches, fit

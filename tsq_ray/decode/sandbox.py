@@ -69,7 +69,7 @@ def _ensure_running() -> FunctionType:
 
 
 class _Server(multiprocessing.forkserver.ForkServer):
-    ensure_running = _ensure_running()  # type: ignore[assignment]
+    ensure_running = _ensure_running()
 
 
 _SERVER = _Server()
@@ -109,7 +109,7 @@ class _Process(multiprocessing.context.ForkServerProcess):
 
 
 class _Context(multiprocessing.context.ForkServerContext):
-    Process = _Process  # type: ignore[assignment]
+    Process = _Process
 
 
 def _start_child(max_memory_mb: int) -> None:

@@ -136,7 +136,7 @@ _COLUMNS = (
 
 
 def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
-    field, true = (cost_of(bench, measured.method, _frames(measured), counting) for counting in ("field", "true"))  # type: ignore[arg-type]
+    field, true = (cost_of(bench, measured.method, _frames(measured), counting) for counting in ("field", "true"))
     seconds = clock.seconds(true) if true is not None else None
     quality = [measured.map, measured.map_interpolated, measured.top1, measured.recall, Figure((measured.frames.mean,))]
     return [*quality, _figure(field), _figure(true), _figure(seconds)]

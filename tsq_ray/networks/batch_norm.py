@@ -72,9 +72,9 @@ def _conv_norm_pairs(network: nn.Module, size: int) -> list[tuple[str, str]]:
     hooks = []
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(lambda _m, _i, output, name=name: after_conv(name, output)))  # type: ignore[misc]
+            hooks.append(module.register_forward_hook(lambda _m, _i, output, name=name: after_conv(name, output)))
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
-            hooks.append(module.register_forward_pre_hook(lambda _m, inputs, name=name: before_norm(name, inputs[0])))  # type: ignore[misc]
+            hooks.append(module.register_forward_pre_hook(lambda _m, inputs, name=name: before_norm(name, inputs[0])))
     try:
         network(torch.zeros(1, 3, size, size))
     finally:
@@ -121,10 +121,7 @@ def unfold_norms(network: FrameEncoder, batches: Iterable[Tensor]) -> int:
         new = [values.sum(dims), values.square().sum(dims), count]
         sums[name] = [old + more for old, more in zip(sums[name], new, strict=True)] if name in sums else new
 
-    hooks = [
-        norm.register_forward_pre_hook(lambda _module, inputs, name=name: collect(name, inputs[0]))  # type: ignore[misc]
-        for name, norm in folded.items()
-    ]
+    hooks = [norm.register_forward_pre_hook(lambda _module, inputs, name=name: collect(name, inputs[0])) for name, norm in folded.items()]
     for pictures in batches if folded else ():
         network.features(pictures)
     for hook in hooks:

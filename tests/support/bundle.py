@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from archive_case import CLASSES
 from torch import nn
 
+from support.archive import CLASSES
 from tsq_ray.bundle.weights import Bundle, save_bundle
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig, TextConfig
 from tsq_ray.model import TSQNet, TSQShape

@@ -21,8 +21,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from archive_case import Archive, make_archive
 
+from support.archive import Archive, make_archive
 from tsq_ray import storage
 
 NUM_FRAMES, BUDGET = 8, 3

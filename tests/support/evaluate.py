@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from archive_case import CLASSES
-from bundle_case import NUM_FRAMES, make_bundle
 
+from support.archive import CLASSES
+from support.bundle import NUM_FRAMES, make_bundle
 from tsq_ray import runs, schema
 from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import Config

@@ -8,7 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-from video_case import number_of, write_video
+
+from support.video import number_of, write_video
 
 TICKS = 90_000
 """Ticks a second of the clocks here, those of MPEG."""

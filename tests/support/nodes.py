@@ -16,10 +16,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from cluster_case import MARK, SETTINGS, end_marked, short_folder
-from s3_case import free_ports
-from video_case import write_video
-
+from jobs.benchmarks.support.s3 import free_ports
+from support.cluster import MARK, SETTINGS, end_marked, short_folder
+from support.video import write_video
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, video_id, write_manifest
 
 SLOW_SETTINGS = f"{SETTINGS}\n".replace("workers = 1\n", "")
@@ -134,7 +133,7 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
             for name, (resources, most) in types.items()
         }
         kinds["ray.head.default"] = {"resources": {}, "node_config": {}, "max_workers": 0}
-        provider = {"type": "external", "module": "fake_nodes.NodesWithMemory", "gcs_address": address, "launch_multiple": True}
+        provider = {"type": "external", "module": "support.fake_nodes.NodesWithMemory", "gcs_address": address, "launch_multiple": True}
         flags = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check", "foreground_node_launch")
         config = {
             "cluster_name": "fake",
@@ -155,7 +154,7 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
             **os.environ,
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": str(Path(__file__).parents[1]),
             # the other version wants a file that Ray's wheels leave out
             "RAY_enable_autoscaler_v2": "0",
             "RAY_AUTH_MODE": "disabled",

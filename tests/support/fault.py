@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from archive_case import Archive, make_archive
-from cluster_case import SETTINGS, Ended, read_rows, tsq, upload, visible_parts
+from support.archive import Archive, make_archive
+from support.cluster import SETTINGS, Ended, read_rows, tsq, upload, visible_parts
 
 ONE_AT_A_TIME = ["--set", "output.rows_per_file=2", "--set", "resources.batch_size=1", "--set", "resources.workers=1"]
 INPUTS = 18

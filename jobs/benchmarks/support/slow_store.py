@@ -1,6 +1,6 @@
 """A store that is far away: passes connections on to a server on this machine, and lets every answer wait.
 
-python tests/slow_store_case.py http://127.0.0.1:8333 [--wait-ms 30] [--mb-s 40]
+python jobs/benchmarks/support/slow_store.py http://127.0.0.1:8333 [--wait-ms 30] [--mb-s 40]
 
 Prints its own endpoint and serves until it is killed. It reads nothing of what it passes on, so that it costs little beside what is measured.
 """

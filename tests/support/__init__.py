@@ -1,0 +1,1 @@
+"""What tests share: archives, bundles, clusters, troubles."""
