@@ -8,9 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,6 +28,28 @@ from tsq_ray.console import (
     without_options,
 )
 from tsq_ray.errors import RunError
+from tsq_ray.options import (
+    Address,
+    AsJson,
+    ConfigFile,
+    Debug,
+    DryRun,
+    Encoder,
+    Limit,
+    MaxFailed,
+    Model,
+    Out,
+    Recognizer,
+    Retry,
+    Role,
+    Scores,
+    Sets,
+    Split,
+    Submit,
+    TakeOver,
+    WaitS,
+)
+from tsq_ray.runtime.session import Session
 
 app = typer.Typer(
     name="tsq",
@@ -38,45 +58,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Role(StrEnum):
-    """What finetune's output is for."""
-
-    encoder = "encoder"
-    recognizer = "recognizer"
-
-
-class Scores(StrEnum):
-    """How much of the scores predictions keep."""
-
-    all = "all"
-    top = "top"
-
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings as TOML.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="section.key=value", help="One setting; repeatable.")]
-Split = Annotated[str | None, typer.Option("--split", metavar="NAME", help="Only rows of this split.")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N videos.")]
-Address = Annotated[str | None, typer.Option("--address", help="A Ray cluster (auto, host:port, ray://...); default: start one here.")]
-WaitS = Annotated[
-    float, typer.Option("--wait-s", min=0, metavar="SECONDS", help="Give up when the cluster has had no room for so long; default: wait.")
-]
-Submit = Annotated[bool, typer.Option("--submit", help="Run as a Ray job on the cluster at --address (its dashboard's URL).")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Probe a few videos and say what would run: time, GPU hours, output size.")]
-AsJson = Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and Ray's logs.")]
-MaxFailed = Annotated[
-    float | None, typer.Option("--max-failed", min=0, max=1, metavar="FRACTION", help="More failed videos than this are an error.")
-]
-Retry = Annotated[
-    str | None, typer.Option("--retry-failed", metavar="[REASON]", help="Do failed videos again: all, or those of one reason.")
-]
-TakeOver = Annotated[bool, typer.Option("--take-over", help="Take the folder from another run that writes to it.")]
-Out = Annotated[str, typer.Option("--out", metavar="URI", help="Where the result goes: a path or s3:// URI.")]
-Encoder = Annotated[str | None, typer.Option("--encoder", metavar="URI", help="A frame encoder from tsq finetune.")]
-Recognizer = Annotated[str | None, typer.Option("--recognizer", metavar="URI", help="A recogniser from tsq finetune.")]
-Model = Annotated[str, typer.Option("--model", metavar="BUNDLE", help="The bundle from tsq train.")]
 
 
 def print_version(wanted: bool) -> None:
@@ -150,18 +131,27 @@ def extract(
     from tsq_ray.config import load_config
 
     settings = load_config(config, sets or ())
-    where: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     if dry_run:
         from tsq_ray.estimate import estimate_extract
 
-        estimate = estimate_extract(manifest, settings, encoder, recognizer, out=out, **where)
+        estimate = estimate_extract(manifest, settings, encoder, recognizer, split=split, limit=limit, out=out, retry_failed=retry_failed)
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
     from tsq_ray.extraction import extract as run
 
-    options = {**where, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
-    done = run(manifest, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)
+    done = run(
+        manifest,
+        out,
+        settings,
+        encoder=encoder,
+        recognizer=recognizer,
+        split=split,
+        limit=limit,
+        retry_failed=retry_failed,
+        take_over=take_over,
+        session=Session(address, wait_s, show_progress=not as_json, debug=debug),
+    )
     return end_run(done, out, as_json, max_failed)
 
 
@@ -189,8 +179,8 @@ def finetune(
         return submit_command(address)
     from tsq_ray.training import finetune as run
 
-    options = {"split": split, "limit": limit, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
-    summary = run(manifest, role.value, out, settings, show_progress=not as_json, **options)  # type: ignore[arg-type]
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    summary = run(manifest, role.value, out, settings, split=split, limit=limit, take_over=take_over, session=session)
     return show(summary, as_json, training_text(summary))
 
 
@@ -216,9 +206,9 @@ def train(
     from tsq_ray.training import settings_for
     from tsq_ray.training import train as run
 
-    settings = settings_for(features, str(config) if config else None, tuple(sets or ()))
-    options = {"split": split, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
-    summary = run(features, out, settings, encoder=encoder, recognizer=recognizer, show_progress=not as_json, **options)  # type: ignore[arg-type]
+    settings = settings_for(features, config, sets or ())
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    summary = run(features, out, settings, encoder=encoder, recognizer=recognizer, split=split, take_over=take_over, session=session)
     return show(summary, as_json, training_text(summary))
 
 
@@ -245,19 +235,28 @@ def score(
     """Label every video: Ray Data drives the Serve graph; predictions, one row a video."""
     from tsq_ray.bundle.overrides import scoring_config
 
-    settings = scoring_config(model, str(config) if config else None, sets or ())
-    where: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    settings = scoring_config(model, config, sets or ())
     if dry_run:
         from tsq_ray.estimate import estimate_score
 
-        estimate = estimate_score(manifest, model, settings, out=out, **where)
+        estimate = estimate_score(manifest, model, settings, split=split, limit=limit, out=out, retry_failed=retry_failed)
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
     from tsq_ray.scoring import score as run
 
-    options = {**where, "take_over": take_over, "address": address, "wait_s": wait_s, "debug": debug}
-    done = run(manifest, model, out, settings, with_scores=scores is Scores.all, show_progress=not as_json, **options)
+    done = run(
+        manifest,
+        model,
+        out,
+        settings,
+        split=split,
+        limit=limit,
+        retry_failed=retry_failed,
+        take_over=take_over,
+        with_scores=scores is Scores.all,
+        session=Session(address, wait_s, show_progress=not as_json, debug=debug),
+    )
     return end_run(done, out, as_json, max_failed)
 
 
@@ -275,7 +274,7 @@ def predict(
     from tsq_ray.prediction import predict as run
     from tsq_ray.rows import plain_row
 
-    rows = [plain_row(row) for row in run(videos, model, scoring_config(model, str(config) if config else None, sets or ()))]
+    rows = [plain_row(row) for row in run(videos, model, scoring_config(model, config, sets or ()))]
     show({"videos": rows}, as_json, "\n".join(prediction_text(row) for row in rows))
     if all(row["status"] == "failed" for row in rows):
         raise typer.Exit(1)
@@ -298,8 +297,8 @@ def serve(
     check_address(host, port, address)  # a wrong one is told before torch is imported
     from tsq_ray.bundle.overrides import scoring_config
 
-    settings = scoring_config(model, str(config) if config else None, sets or ())
-    run_endpoint(model, settings, host, port, address, wait_s, debug)
+    settings = scoring_config(model, config, sets or ())
+    run_endpoint(model, settings, host, port, Session(address, wait_s, debug=debug))
 
 
 @app.command()
@@ -331,9 +330,9 @@ def evaluate(
     from tsq_ray.evaluation import evaluate as run
     from tsq_ray.evaluation import settings_for
 
-    settings = settings_for(model, str(config) if config else None, tuple(sets or ()))
-    options = {"annotations": annotations, "tables": tables or (), "split": split, "address": address, "debug": debug}
-    summary = run(sources, model, out, settings, show_progress=not as_json, **options)  # type: ignore[arg-type]
+    settings = settings_for(model, config, sets or ())
+    session = Session(address, show_progress=not as_json, debug=debug)
+    summary = run(sources, model, out, settings, annotations=annotations, tables=tables or (), split=split, session=session)
     return show(summary, as_json, evaluation_text(summary))
 
 
@@ -405,7 +404,7 @@ def info(
 
     if cluster == (uri is not None):
         raise RunError("info takes one thing: a bundle, a manifest or a run folder, or --cluster")
-    found = describe_cluster(address, load_config(config, sets or ())) if cluster else describe(uri or "")
+    found = describe_cluster(Session(address, debug=debug), load_config(config, sets or ())) if cluster else describe(uri or "")
     show(found, as_json, tree_text(found))
 
 

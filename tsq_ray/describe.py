@@ -10,13 +10,19 @@ import pyarrow.compute as pc
 
 from tsq_ray import manifest as manifests
 from tsq_ray import runs, storage
-from tsq_ray.bundle.settings import BUNDLE_FILE, CLASSIFIER_FILE, read_bundle_settings, read_classifier_settings
+from tsq_ray.bundle.settings import (
+    BUNDLE_FILE,
+    CLASSIFIER_FILE,
+    read_bundle_settings,
+    read_classifier_settings,
+)
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError, ManifestError, RunError, StorageError
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.nodes import GROWTH_LIMIT, Cluster, Stage, describe_largest
 from tsq_ray.runtime.parts import MAX_BLOCK_ROWS
 from tsq_ray.runtime.placement import layout
+from tsq_ray.runtime.session import Session
 
 
 def describe(uri: str) -> dict[str, Any]:
@@ -106,9 +112,9 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def describe_cluster(address: str | None, config: Config) -> dict[str, Any]:
+def describe_cluster(session: Session, config: Config) -> dict[str, Any]:
     """Nodes of a Ray cluster, and how each stage would be laid out on it, over very many videos."""
-    with cluster.connect(address) as ray:
+    with cluster.connect(session) as ray:
         found = cluster.read_cluster(ray, config)
         states = Counter("alive" if node["Alive"] else "dead" for node in ray.nodes())
         free = ray.available_resources()

@@ -9,6 +9,7 @@ from tsq_ray import runs, storage
 from tsq_ray.config import Config
 from tsq_ray.feature_pipeline import Networks, extract_features
 from tsq_ray.manifest import read_manifest
+from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.stages import classifier_settings
 
 
@@ -23,16 +24,12 @@ def extract(
     limit: int | None = None,
     retry_failed: str | None = None,
     take_over: bool = False,
-    address: str | None = None,
-    wait_s: float = 0.0,
-    show_progress: bool = True,
-    debug: bool = False,
+    session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
     """Extract features of every video of a manifest into the run folder `out`; resumes an earlier run.
 
     `encoder` and `recognizer` are outputs of `finetune`. `take_over` takes the folder from another
-    run that writes to it; `wait_s`: the longest wait for room on the cluster (0: no limit). Returns
-    the content of `_run.json`. Raises UserError for wrong input, RunFailed if the run failed or
+    run that writes to it. Returns the content of `_run.json`. Raises UserError for wrong input, RunFailed if the run failed or
     does not add up.
     """
     started = time.time()
@@ -40,8 +37,8 @@ def extract(
     manifest = read_manifest(manifest_uri)
     selection = runs.Selection.of(manifest, split, limit, retry_failed)
     config, networks = choose_networks(config, encoder, recognizer)
-    options: dict[str, Any] = {"address": address, "wait_s": wait_s, "show_progress": show_progress, "debug": debug}
-    return extract_features(out, selection, config, networks, networks.load(), started=started, take_over=take_over, **options)
+    loaded = networks.load()
+    return extract_features(out, selection, config, networks, loaded, session, started=started, take_over=take_over)
 
 
 def choose_networks(config: Config, encoder: str | None, recognizer: str | None) -> tuple[Config, Networks]:

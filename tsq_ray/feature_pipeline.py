@@ -21,11 +21,21 @@ from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, with_whol
 from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder
-from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, frame_spec, identity_row, source_columns, source_of
+from tsq_ray.rows import (
+    OBJECTS,
+    RECOGNIZER,
+    VISUAL,
+    failed_row,
+    frame_spec,
+    identity_row,
+    source_columns,
+    source_of,
+)
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.runtime.placement import layout
+from tsq_ray.runtime.session import Session
 from tsq_ray.stages import Encode, FrameFeatures, load_network
 
 
@@ -113,19 +123,16 @@ def extract_features(
     config: Config,
     networks: Networks,
     loaded: LoadedNetworks,
+    session: Session,
     *,
     stage: Literal["extract", "finetune"] = "extract",
     started: float | None = None,
     take_over: bool = False,
-    address: str | None = None,
-    wait_s: float = 0.0,
-    show_progress: bool = True,
-    debug: bool = False,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> dict[str, Any]:
     """Extract features of the selected videos into the run folder `out`; resumes an earlier run.
 
-    `loaded` are the `networks`; `take_over`, `address` and `wait_s` as in `extract`. `stage` names
+    `loaded` are the `networks`; `take_over` as in `extract`. `stage` names
     the run in its layout and its progress; `ticks` are called twice a second. Returns the content
     of `_run.json`.
     """
@@ -135,12 +142,12 @@ def extract_features(
         seconds: dict[str, float] = {}
         if run.todo:
             arrow = loaded.features_schema(config, selection.manifest.classes)
-            with cluster.connect(address, debug) as ray:
+            with cluster.connect(session) as ray:
                 placed = layout(stage, config, cluster.read_cluster(ray, config), len(run.todo))
                 plan = FeaturePlan(config, networks, arrow, progress.start_counts(), placed)
-                stages = partial(feature_stage, plan=plan, debug=debug)
+                stages = partial(feature_stage, plan=plan, debug=session.debug)
                 work = Work(plan.first_pool, placed["writer"], stages, arrow, plan.counts)
-                seconds = run_bulk(stage, run, work, show=show_progress, wait_s=wait_s, ticks=ticks)
+                seconds = run_bulk(stage, run, work, session, ticks=ticks)
         return run.close(seconds, lambda: {"weights": loaded.hashes()})
 
 

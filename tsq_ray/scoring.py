@@ -23,6 +23,7 @@ from tsq_ray.rows import Answer, prediction_row, source_of
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout
+from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.serving.replicas import LOOK_EVERY_S, STAGES, FlowCounts, Replicas
 
 _PATIENCE_S = 600.0
@@ -54,16 +55,12 @@ def score(
     retry_failed: str | None = None,
     take_over: bool = False,
     with_scores: bool = True,
-    address: str | None = None,
-    wait_s: float = 0.0,
-    show_progress: bool = True,
-    debug: bool = False,
+    session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
     """Write predictions of every video of a manifest to the run folder `out`; resumes an earlier run.
 
     `config` comes from `serve.settings.scoring_config`. `take_over` takes the folder from another
-    run that writes to it; `wait_s`: the longest wait for room on the cluster (0: no limit). Returns
-    the content of `_run.json`, with mAP and top-1 under "metrics" if there are labels. Raises
+    run that writes to it. Returns the content of `_run.json`, with mAP and top-1 under "metrics" if there are labels. Raises
     UserError for wrong input, RunFailed if the run failed or does not add up.
     """
     started = time.time()
@@ -87,13 +84,13 @@ def score(
     with runs.BulkRun(out, "predictions", identity, selection, config, **options) as run:
         seconds: dict[str, float] = {}
         if run.todo:
-            with cluster.connect(address, debug) as ray:
+            with cluster.connect(session) as ray:
                 counts = progress.start_counts(FlowCounts)
                 plan = ScorePlan(f"tsq-score-{_unique(model)}", arrow, manifest.classes, counts, config)
                 replicas = Replicas(ray, plan.app, config, model, counts, len(run.todo))
-                work = _work(plan, replicas.placed, debug)
-                with replicas.deployed(debug, wait_s), cluster.asking_for_nodes(ray, replicas.placed, config):
-                    seconds = run_bulk("score", run, work, show=show_progress, wait_s=wait_s, ticks=(replicas.tick,), app=plan.app)
+                work = _work(plan, replicas.placed, session.debug)
+                with replicas.deployed(session), cluster.asking_for_nodes(ray, replicas.placed, config):
+                    seconds = run_bulk("score", run, work, session, ticks=(replicas.tick,), app=plan.app)
         return run.close(seconds, lambda: more | {"metrics": measure(out, classes)})
 
 

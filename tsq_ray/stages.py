@@ -18,10 +18,25 @@ from torch import Tensor
 from tsq_ray import storage
 from tsq_ray.bundle.settings import NO_RECOGNIZER
 from tsq_ray.bundle.weights import Bundle, Classifier, load_classifier
-from tsq_ray.config import TSQ_MODES, DecodeConfig, ModelConfig, ResourcesConfig, SamplerConfig, check_budget
+from tsq_ray.config import (
+    TSQ_MODES,
+    DecodeConfig,
+    ModelConfig,
+    ResourcesConfig,
+    SamplerConfig,
+    check_budget,
+)
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, VideoSource
 from tsq_ray.errors import ModelError, StorageError, VideoError
-from tsq_ray.model import TSQNet, baselines, by_importance, frames_until_sure, object_embeddings, saliency, select_frames
+from tsq_ray.model import (
+    TSQNet,
+    baselines,
+    by_importance,
+    frames_until_sure,
+    object_embeddings,
+    saliency,
+    select_frames,
+)
 from tsq_ray.model.selection import Selection
 from tsq_ray.networks.encoder import FrameEncoder, best_device, load_encoder, top_objects
 from tsq_ray.networks.inference import AS_IT_COMES, Pictures, encode_pictures, ready

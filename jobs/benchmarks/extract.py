@@ -37,6 +37,7 @@ from tsq_ray.model.flops import network_multiply_adds
 from tsq_ray.networks import inference
 from tsq_ray.rows import OBJECTS, VISUAL, frame_spec, source_of
 from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.session import Session
 
 _WARM_UP = 2  # videos of each process that are not counted
 
@@ -107,7 +108,7 @@ def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str,
     counts = ray.remote(num_cpus=0)(TimedCounts).remote()
     start_counts, progress.start_counts = progress.start_counts, lambda *_: counts
     try:
-        run = extraction.extract(manifest_uri, out, config, show_progress=False)
+        run = extraction.extract(manifest_uri, out, config, session=Session(show_progress=False))
     finally:
         progress.start_counts = start_counts
     times = ray.get(counts.done_at.remote())

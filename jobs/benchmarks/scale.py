@@ -39,9 +39,18 @@ from jobs.benchmarks.support.slow_store import slow_store
 from tsq_ray import extraction, feature_pipeline, runs, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
-from tsq_ray.manifest import IndexSummary, Manifest, VideoRows, build_manifest, list_sources, read_manifest, write_manifest
+from tsq_ray.manifest import (
+    IndexSummary,
+    Manifest,
+    VideoRows,
+    build_manifest,
+    list_sources,
+    read_manifest,
+    write_manifest,
+)
 from tsq_ray.runs.folder import begin
 from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime.session import Session
 from tsq_ray.stages import FrameFeatures
 
 _CLASSES = [f"class {number}" for number in range(200)]
@@ -257,7 +266,7 @@ def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[
     worker, start_counts = feature_pipeline.ExtractWorker, progress.start_counts
     feature_pipeline.ExtractWorker, progress.start_counts = StubWorker, lambda *_: counts  # type: ignore[misc]
     try:
-        run = extraction.extract(manifest_uri, out, config, show_progress=False)
+        run = extraction.extract(manifest_uri, out, config, session=Session(show_progress=False))
     finally:
         feature_pipeline.ExtractWorker, progress.start_counts = worker, start_counts  # type: ignore[misc]
     sizes = []

@@ -30,6 +30,7 @@ from tsq_ray.config import Config, validate_config
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.networks.inference import takes_bf16
 from tsq_ray.runtime import cluster
+from tsq_ray.runtime.session import Session
 from tsq_ray.training.features import Source, source_arrays
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
 
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     shape = TSQShape(options.classes, options.dim, options.text_dim, options.dim_visual, options.dim_textual)
     vocabulary = torch.randn(1000, options.text_dim, generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as folder, cluster.connect(options.address) as ray:
+    with tempfile.TemporaryDirectory() as folder, cluster.connect(Session(options.address)) as ray:
         features = str(Path(folder, "features"))
         _write_features(features, options)
         source = Source.of(features, None, "single")
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours: list[Fitted] = []
         plain: list[list[float]] = []
         for turn in range(options.rounds):
-            ours.append(fit_on_cluster(ray, job, config, options.videos, str(Path(folder, f"work{turn}")), False, False))
+            ours.append(fit_on_cluster(ray, job, config, options.videos, str(Path(folder, f"work{turn}")), Session(show_progress=False)))
             plain.append(_plain(source, vocabulary, shape, config, options.threads * options.workers))
     sys.stdout.write(_table(ours, plain, options))
     return 0

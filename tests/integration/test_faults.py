@@ -17,6 +17,7 @@ from support.video import write_video
 
 from jobs.benchmarks.support.s3 import S3Process, make_buckets
 from tsq_ray.runtime import progress
+from tsq_ray.runtime.session import Session
 
 pytestmark = pytest.mark.ray
 
@@ -68,7 +69,7 @@ def test_the_counter_of_a_run_is_killed(ray_cluster: Any) -> None:
                 return ray_cluster.get(counts.get.remote())
         raise AssertionError("never came back")
 
-    assert progress.run_with_progress(work, counts, 3, "extract", show=False) == (1, {}), "it counts from 0 again"
+    assert progress.run_with_progress(work, counts, 3, "extract", Session(show_progress=False)) == (1, {}), "it counts from 0 again"
 
 
 @pytest.mark.slow

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 from support.cluster import Driver, Ended, short_folder, tsq
 from support.fault import BAD, Site, adds_up, make_site, one_line
-from support.proxy import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble, running_proxy
+from support.proxy import (
+    CUT,
+    EXPIRED_TOKEN,
+    EXPIRED_TOKEN_403,
+    INTERNAL_ERROR,
+    SLOW_DOWN,
+    S3Proxy,
+    Trouble,
+    running_proxy,
+)
 
 from jobs.benchmarks.support.s3 import S3Server
 

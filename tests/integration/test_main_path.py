@@ -21,7 +21,17 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 from support.archive import CLASSES, Archive, make_archive, write_clip
 from support.bundle import make_bundle
-from support.cluster import BUDGET, NUM_FRAMES, Chain, Chains, read_rows, refused, tsq, upload, visible_parts
+from support.cluster import (
+    BUDGET,
+    NUM_FRAMES,
+    Chain,
+    Chains,
+    read_rows,
+    refused,
+    tsq,
+    upload,
+    visible_parts,
+)
 
 from tsq_ray import schema, storage
 from tsq_ray.model.baselines import uniform

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 from support.archive import CLASSES, write_clip
-from support.proxy import CUT, EXPIRED_TOKEN, EXPIRED_TOKEN_403, INTERNAL_ERROR, SLOW_DOWN, S3Proxy, Trouble
+from support.proxy import (
+    CUT,
+    EXPIRED_TOKEN,
+    EXPIRED_TOKEN_403,
+    INTERNAL_ERROR,
+    SLOW_DOWN,
+    S3Proxy,
+    Trouble,
+)
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig

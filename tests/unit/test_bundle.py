@@ -13,8 +13,22 @@ import torch
 from support.bundle import make_bundle
 from torch import nn
 
-from tsq_ray.bundle.settings import BUNDLE_FILE, CLASSIFIER_FILE, class_order, is_bundle, read_bundle_settings, read_curves, write_curves
-from tsq_ray.bundle.weights import Classifier, load_bundle, load_classifier, save_bundle, save_classifier
+from tsq_ray.bundle.settings import (
+    BUNDLE_FILE,
+    CLASSIFIER_FILE,
+    class_order,
+    is_bundle,
+    read_bundle_settings,
+    read_curves,
+    write_curves,
+)
+from tsq_ray.bundle.weights import (
+    Classifier,
+    load_bundle,
+    load_classifier,
+    save_bundle,
+    save_classifier,
+)
 from tsq_ray.config import ModelConfig
 from tsq_ray.describe import describe
 from tsq_ray.errors import ModelError

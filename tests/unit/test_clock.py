@@ -7,7 +7,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from tsq_ray.decode.clock import anchor_groups, in_order, jumps, max_step, rebuilt, skippable, unproven_keys
+from tsq_ray.decode.clock import (
+    anchor_groups,
+    in_order,
+    jumps,
+    max_step,
+    rebuilt,
+    skippable,
+    unproven_keys,
+)
 
 TICK = Fraction(1, 1000)
 LIMIT = max_step(TICK, discontinuous=True)

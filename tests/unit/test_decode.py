@@ -17,7 +17,16 @@ from support.video import RATE, number_of, picture, write_audio, write_video
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import WHOLE, DecodedVideo, FrameSpec, VideoSource, decode_video, nvdec, video, with_whole_frames
+from tsq_ray.decode import (
+    WHOLE,
+    DecodedVideo,
+    FrameSpec,
+    VideoSource,
+    decode_video,
+    nvdec,
+    video,
+    with_whole_frames,
+)
 from tsq_ray.decode.frames import FrameStore, fit, orient, target_size
 from tsq_ray.decode.indexed import IndexedReader
 from tsq_ray.errors import StorageError, VideoError

@@ -26,7 +26,14 @@ from tsq_ray.evaluation.ablations import TABLES, ablation
 from tsq_ray.evaluation.bench import Bench
 from tsq_ray.evaluation.data import load_features
 from tsq_ray.evaluation.measures import Clock, Figure, answers, gflops, measure
-from tsq_ray.evaluation.methods import METHODS, jobs_of, learned_sampler, measured_at, possible, samplers_of
+from tsq_ray.evaluation.methods import (
+    METHODS,
+    jobs_of,
+    learned_sampler,
+    measured_at,
+    possible,
+    samplers_of,
+)
 from tsq_ray.evaluation.samplers import (
     Dense,
     Ranked,

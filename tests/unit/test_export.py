@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.report import CLASSES, HOSTILE_NAME, Case, failed_row, make_case, make_video, ok_row, video_id, write_run
+from support.report import (
+    CLASSES,
+    HOSTILE_NAME,
+    Case,
+    failed_row,
+    make_case,
+    make_video,
+    ok_row,
+    video_id,
+    write_run,
+)
 
 from tsq_ray.errors import RunError, UserError
 from tsq_ray.reporting import export_predictions

@@ -18,7 +18,13 @@ from tsq_ray.runtime.nodes import Pool
 from tsq_ray.training.classifier.augment import Augment, training_spec, view_of
 from tsq_ray.training.classifier.clips import ClipPlan, epoch_batches
 from tsq_ray.training.classifier.full import check_input
-from tsq_ray.training.classifier.optim import clip_gradients, lr_factor, make_optimizer, set_lr, use_bf16
+from tsq_ray.training.classifier.optim import (
+    clip_gradients,
+    lr_factor,
+    make_optimizer,
+    set_lr,
+    use_bf16,
+)
 from tsq_ray.training.classifier.worker import TuneJob, clip_logits, smoothed, start_network
 
 SIZE = 32

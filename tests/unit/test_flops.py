@@ -8,7 +8,14 @@ from torch import nn
 
 from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQShape
-from tsq_ray.model.flops import Network, cost_table, count_network, count_ops, network_multiply_adds, tsq_multiply_adds
+from tsq_ray.model.flops import (
+    Network,
+    cost_table,
+    count_network,
+    count_ops,
+    network_multiply_adds,
+    tsq_multiply_adds,
+)
 
 MOBILENET = Network("mobilenetv2_100", 188)
 EFFICIENTNET = Network("tf_efficientnet_b0", 112)

@@ -50,6 +50,7 @@ ORDER = (
         "estimate",
         "describe",
         "console",
+        "options",
         "cli",
         "__main__",
     ),

@@ -6,7 +6,14 @@ from fractions import Fraction
 
 import pytest
 
-from tsq_ray.decode.plan import distinct, end_of, frame_at, interval_of, keyframe_choice, uniform_indices
+from tsq_ray.decode.plan import (
+    distinct,
+    end_of,
+    frame_at,
+    interval_of,
+    keyframe_choice,
+    uniform_indices,
+)
 
 
 def test_uniform_positions_are_the_middles_of_equal_intervals() -> None:

@@ -12,7 +12,17 @@ import av
 import numpy as np
 import pytest
 
-from jobs.sample_archive import CLASSES, FPS, HEIGHT, WIDTH, frames, plan_archive, plan_video, render_archive, write_video
+from jobs.sample_archive import (
+    CLASSES,
+    FPS,
+    HEIGHT,
+    WIDTH,
+    frames,
+    plan_archive,
+    plan_video,
+    render_archive,
+    write_video,
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,23 @@ from tsq_ray.config import ServeConfig, load_config
 from tsq_ray.errors import ConfigError, ModelError, UserError
 from tsq_ray.runtime.nodes import Cluster, Node, Pool
 from tsq_ray.runtime.placement import layout
-from tsq_ray.serving.access import TOKEN_VARIABLE, check_binding, check_token_rule, is_loopback, read_token
+from tsq_ray.serving.access import (
+    TOKEN_VARIABLE,
+    check_binding,
+    check_token_rule,
+    is_loopback,
+    read_token,
+)
 from tsq_ray.serving.endpoint import check_room
-from tsq_ray.serving.requests import RequestError, check_prefix, check_token, limited, read_form, read_request, read_uri
+from tsq_ray.serving.requests import (
+    RequestError,
+    check_prefix,
+    check_token,
+    limited,
+    read_form,
+    read_request,
+    read_uri,
+)
 
 
 @pytest.fixture(scope="module")

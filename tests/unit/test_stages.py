@@ -20,7 +20,16 @@ from tsq_ray.decode.frames import fit
 from tsq_ray.errors import ConfigError, ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, object_embeddings, saliency
-from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, failed_row, identity_row, plain_row, prediction_row, source_columns
+from tsq_ray.rows import (
+    OBJECTS,
+    RECOGNIZER,
+    VISUAL,
+    failed_row,
+    identity_row,
+    plain_row,
+    prediction_row,
+    source_columns,
+)
 from tsq_ray.stages import Encode, Recognize, Sample, bundle_specs
 
 CPU = torch.device("cpu")

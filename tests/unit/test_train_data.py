@@ -24,7 +24,14 @@ from tsq_ray.prototypes import prototypes
 from tsq_ray.training.cache import Create, node_arrays
 from tsq_ray.training.classifier.finetune import _summary
 from tsq_ray.training.classifier.full import Tuned
-from tsq_ray.training.features import Source, TrainingRows, multi_hot, open_training_set, single_labels, source_arrays
+from tsq_ray.training.features import (
+    Source,
+    TrainingRows,
+    multi_hot,
+    open_training_set,
+    single_labels,
+    source_arrays,
+)
 from tsq_ray.training.head import fit_head, head_logits, standard_scale
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tsq_ray import storage
@@ -31,7 +32,9 @@ FREE = (
 """Settings that scoring may change, or that it does not read; the others are what the bundle was trained with."""
 
 
-def scoring_config(model: str, path: str | None = None, sets: Iterable[str] = (), settings: Mapping[str, Any] | None = None) -> Config:
+def scoring_config(
+    model: str, path: str | Path | None = None, sets: Iterable[str] = (), settings: Mapping[str, Any] | None = None
+) -> Config:
     """The bundle's settings with a TOML file's, `sets` and nested `settings` on top.
 
     ConfigError where they would change what the bundle was trained with, or K is above T.

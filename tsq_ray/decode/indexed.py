@@ -12,7 +12,14 @@ import av
 import numpy as np
 
 from tsq_ray.decode.probe import Container, SampleIndex, Stream, read_packets
-from tsq_ray.decode.pyav_backend import SEEKABLE_CODECS, DecodeTrouble, errors_are_trouble, seek, strict_frames, to_rgb
+from tsq_ray.decode.pyav_backend import (
+    SEEKABLE_CODECS,
+    DecodeTrouble,
+    errors_are_trouble,
+    seek,
+    strict_frames,
+    to_rgb,
+)
 
 _MAX_LEADING = 64  # packets looked at behind a keyframe for frames that are shown before it
 

@@ -32,7 +32,15 @@ from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import decord_backend, nvdec, pyav_backend
 from tsq_ray.decode.frames import FrameStore
 from tsq_ray.decode.indexed import IndexedReader
-from tsq_ray.decode.plan import Places, distinct, frame_at, interval_of, keyframe_choice, position, uniform_indices
+from tsq_ray.decode.plan import (
+    Places,
+    distinct,
+    frame_at,
+    interval_of,
+    keyframe_choice,
+    position,
+    uniform_indices,
+)
 from tsq_ray.decode.probe import (
     Container,
     PacketTable,

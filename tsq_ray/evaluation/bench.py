@@ -26,6 +26,7 @@ from tsq_ray.networks.encoder import object_names
 from tsq_ray.networks.text import text_encoder
 from tsq_ray.prototypes import prototypes
 from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.session import Session
 from tsq_ray.runtime.waiting import Watch
 
 
@@ -72,7 +73,7 @@ class Bench:
         return TSQShape(num_classes=len(self.bundle.classes), visual_dim=dim, text_dim=text_dim, **settings)
 
 
-def train_all(bench: Bench, jobs: Iterable[Job], *, address: str | None, show: bool, debug: bool) -> int:
+def train_all(bench: Bench, jobs: Iterable[Job], session: Session) -> int:
     """Put the result of every job into `bench.learned`: from the store, or trained now in parallel, one CPU each; how many were trained now.
 
     Each result is published as it comes in. Raises what a training raised; a loss that is not finite is a result ("diverged").
@@ -90,7 +91,7 @@ def train_all(bench: Bench, jobs: Iterable[Job], *, address: str | None, show: b
     assert bench.features.training is not None, "nothing to train on: the caller leaves such samplers out"
     side = _Side(bench, bench.features.training)
     calls = [(job, side.arguments(job)) for job in todo]
-    with cluster.connect(address, debug) as ray:
+    with cluster.connect(session) as ray:
         arrays = side.training_arrays(any(job.kind == "scsampler" for job in todo))
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
         texts = {id(text): ray.put(text) for _, (_, text, _) in calls if text is not None}
@@ -101,7 +102,7 @@ def train_all(bench: Bench, jobs: Iterable[Job], *, address: str | None, show: b
             task.remote(job, *shared, shape, texts[id(text)] if text is not None else None, start, top): job
             for job, (shape, text, start) in calls
         }
-        with progress.progress_display(len(todo), "evaluate", show, "trainings") as update:
+        with progress.progress_display(len(todo), "evaluate", session.show_progress, "trainings") as update:
             while pending:
                 ready, _ = ray.wait(list(pending), timeout=0.5)
                 for reference in ready:

@@ -8,7 +8,16 @@ from tsq_ray.evaluation import plots
 from tsq_ray.evaluation.ablations import TABLES, Ablation, Mode, Row, ablation
 from tsq_ray.evaluation.bench import Bench
 from tsq_ray.evaluation.measures import Clock, Figure, measure
-from tsq_ray.evaluation.methods import METHODS, Measured, Method, cost_of, jobs_of, learned_sampler, measured_at, possible
+from tsq_ray.evaluation.methods import (
+    METHODS,
+    Measured,
+    Method,
+    cost_of,
+    jobs_of,
+    learned_sampler,
+    measured_at,
+    possible,
+)
 from tsq_ray.evaluation.tables import Cell, Column, Table, verdict
 from tsq_ray.evaluation.trained import Job
 from tsq_ray.model.flops import Counting, cost_table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tsq_ray import provenance, runs, storage
@@ -19,12 +20,13 @@ from tsq_ray.evaluation.compare import compare
 from tsq_ray.evaluation.data import Features, load_features
 from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.tables import Table
+from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 SUMMARY_FILE = "evaluation.json"
 """What the folder is about, written first; a folder that is about something else is refused."""
 
 
-def settings_for(model: str, path: str | None = None, sets: Sequence[str] = ()) -> Config:
+def settings_for(model: str, path: str | Path | None = None, sets: Sequence[str] = ()) -> Config:
     """Settings of an evaluation: those that the bundle was trained with as the base, then the TOML file and the sets."""
     content, _ = read_bundle_settings(model)
     made = content["config"]
@@ -42,9 +44,7 @@ def evaluate(
     annotations: str | None = None,
     tables: Sequence[str] = (),
     split: str | None = None,
-    address: str | None = None,
-    show_progress: bool = True,
-    debug: bool = False,
+    session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
     """Make the paper's tables below `out` from one features folder, or compare finished predictions as they are.
 
@@ -56,7 +56,6 @@ def evaluate(
         annotations: a file of known salient segments (`read_annotations`).
         tables: names of `paper.names()`; all of them by default.
         split: of the measured videos, `val` by default.
-        address, show_progress, debug: as elsewhere.
 
     Returns a summary. Raises UserError for wrong input, RunFailed where a training failed.
     """
@@ -97,7 +96,7 @@ def evaluate(
     bench = Bench(bundle, features, config, known, Store(out, data))
     wanted = list(tables) or paper.names()
     jobs = [job for name in wanted for job in paper.jobs_for(bench, name)]
-    trained = train_all(bench, jobs, address=address, show=show_progress, debug=debug)
+    trained = train_all(bench, jobs, session)
     made, header = [], _header(bench, model, annotations)
     for name in wanted:
         table = paper.make(bench, name, out)

@@ -13,6 +13,7 @@ from tsq_ray.manifest import VideoRows
 from tsq_ray.runs import BulkRun
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.nodes import Pool
+from tsq_ray.runtime.session import Session
 
 _PASSES = 3
 
@@ -36,9 +37,8 @@ def run_bulk(
     what: str,
     run: BulkRun,
     work: Work,
+    session: Session,
     *,
-    show: bool,
-    wait_s: float,
     ticks: Sequence[Callable[[], None]] = (),
     app: str = "",
 ) -> dict[str, float]:
@@ -46,13 +46,13 @@ def run_bulk(
 
     Rows that were lost on their way, with a node for example, are made again. `ticks` are called
     twice a second. `app`: the run's application in Serve, if it has one. Raises RunFailed where the cluster or storage fails, where there was no room on
-    the cluster for `wait_s`, or where another run took the folder over.
+    the cluster for `session.wait_s`, or where another run took the folder over.
     """
     import ray
 
     seconds: Counter[str] = Counter()
     todo = run.todo
-    options: dict[str, Any] = {"show": show, "wait_s": wait_s, "ticks": (run.stop_if_lost, *ticks), "app": app}
+    options: dict[str, Any] = {"session": session, "ticks": (run.stop_if_lost, *ticks), "app": app}
     for _ in range(_PASSES):
         try:
             written, spent = progress.run_with_progress(_publishing(run, work, todo), work.counts, len(run.todo), what, **options)

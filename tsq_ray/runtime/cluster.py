@@ -19,6 +19,7 @@ from tsq_ray.config import Config
 from tsq_ray.errors import RunFailed, StorageError, TsqError
 from tsq_ray.runtime.nodes import Cluster, Layout, Node
 from tsq_ray.runtime.placement import wanted_nodes
+from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _MAX_CHATTER = 200
 _ASK_EVERY_S = 3.0
@@ -30,13 +31,13 @@ _SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
 
 
 @contextlib.contextmanager
-def connect(address: str | None = None, debug: bool = False) -> Iterator[Any]:
-    """A Ray cluster for the time of the `with`: the one at `address`, or one started here.
+def connect(session: Session = DEFAULT_SESSION) -> Iterator[Any]:
+    """Connect to the session's Ray cluster, or start one here, for the time of the `with`.
 
-    `address`: "auto", ray://... or host:port; without one the environment's RAY_ADDRESS counts, as
-    everywhere in Ray. A cluster that is already connected is used and left as it is. RunFailed
-    where none can be started or joined.
+    A cluster that is already connected is used and left as it is. RunFailed if none can be started
+    or joined.
     """
+    address, debug = session.address, session.debug
     _set_environment(debug)
     import ray
 

@@ -13,7 +13,17 @@ from dataclasses import replace
 
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError
-from tsq_ray.runtime.nodes import GROWTH_LIMIT, ROOM, Cluster, Layout, Node, Pool, Stage, describe_largest, num_fitting
+from tsq_ray.runtime.nodes import (
+    GROWTH_LIMIT,
+    ROOM,
+    Cluster,
+    Layout,
+    Node,
+    Pool,
+    Stage,
+    describe_largest,
+    num_fitting,
+)
 
 _VIDEOS_PER_ACTOR = 8
 """With fewer to do an actor is not worth a node that has to be started for it."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.runtime.waiting import Watch
 
 T = TypeVar("T")
@@ -50,9 +51,7 @@ def run_with_progress(
     counts: Any,
     total: int,
     what: str,
-    show: bool = True,
-    unit: str = "videos",
-    wait_s: float = 0.0,
+    session: Session = DEFAULT_SESSION,
     ticks: Sequence[Callable[[], None]] = (),
     app: str = "",
 ) -> T:
@@ -60,12 +59,12 @@ def run_with_progress(
 
     A bar on a terminal, plain lines elsewhere; a line also where the cluster has no room. `ticks`
     are called twice a second. `app`: the run's application in Serve, if it has one. Raises what `work` and the ticks raise, and RunFailed where the run
-    has waited for longer than `wait_s` (0: no limit).
+    has waited for longer than `session.wait_s`.
     """
     import ray
 
-    watch, done = Watch(ray, what, wait_s, app), 0
-    with _thread(work) as (is_alive, result), progress_display(total, what, show, unit) as update:
+    watch, done = Watch(ray, what, session.wait_s, app), 0
+    with _thread(work) as (is_alive, result), progress_display(total, what, session.show_progress) as update:
         while is_alive(_POLL_S):
             for tick in ticks:
                 tick()
@@ -77,11 +76,11 @@ def run_with_progress(
     return result()
 
 
-def run_watched(work: Callable[[], T], what: str, wait_s: float = 0.0, app: str = "") -> T:
+def run_watched(work: Callable[[], T], what: str, session: Session = DEFAULT_SESSION, app: str = "") -> T:
     """Run `work`, which waits for room on the cluster, in a thread; say what it waits for."""
     import ray
 
-    watch = Watch(ray, what, wait_s, app)
+    watch = Watch(ray, what, session.wait_s, app)
     with _thread(work) as (is_alive, result):
         while is_alive(_POLL_S):
             watch.tick(0)

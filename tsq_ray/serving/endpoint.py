@@ -13,6 +13,7 @@ from tsq_ray.errors import ConfigError
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Cluster, Layout
 from tsq_ray.runtime.placement import layout
+from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.serving.access import check_binding, check_token_rule, read_token
 
 APP = "tsq"
@@ -40,28 +41,23 @@ def check_address(host: str, port: int, address: str | None) -> str | None:
     return token
 
 
-def run_endpoint(
-    model: str, config: Config, host: str, port: int, address: str | None = None, wait_s: float = 0.0, debug: bool = False
-) -> None:
-    """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM. UserError for wrong input, RunFailed else.
-
-    `wait_s`: the longest wait for room on the cluster (0: no limit).
-    """
+def run_endpoint(model: str, config: Config, host: str, port: int, session: Session = DEFAULT_SESSION) -> None:
+    """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM. UserError for wrong input, RunFailed else."""
     from tsq_ray.bundle.weights import load_bundle
     from tsq_ray.stages import check_sampler
 
-    token = check_address(host, port, address)
+    token = check_address(host, port, session.address)
     model = storage.normalize(model)
     check_sampler(load_bundle(model), config.sampler)  # what is wrong with the bundle is told now, not by a replica
     _say("starting: some 20 s until it serves")
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with cluster.connect(address, debug) as ray:
+        with cluster.connect(session) as ray:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray put its own in the place
-            if address is None:
+            if session.address is None:
                 found = cluster.read_cluster(ray, config)
                 check_room(layout("serve", config, found, 1), found)
-            deploy(ray, model, config, host, port, token, wait_s, debug)
+            deploy(ray, model, config, host, port, token, session)
             try:
                 shown = f"[{host}]" if ":" in host else host
                 _say(f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score (stop with Ctrl-C)")
@@ -76,26 +72,26 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: str | None, wait_s: float = 0.0, debug: bool = False) -> None:
+def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: str | None, session: Session) -> None:
     """Start Serve's HTTP server and the application on the connected cluster; returns when it is ready."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     from tsq_ray.serving.app import application
 
-    cluster.quiet_data(debug)
+    cluster.quiet_data(session.debug)
     if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
         raise ConfigError(
             "--address: Serve runs on this cluster already, with a host and port of its own; end it with: serve shutdown, "
             "or deploy tsq_ray.serving.app:build with: serve deploy"
         )
-    logs = {"log_level": "INFO" if debug else "ERROR", "enable_access_log": debug}
+    logs = {"log_level": "INFO" if session.debug else "ERROR", "enable_access_log": session.debug}
     http = HTTPOptions(host=host, port=port, request_timeout_s=config.serve.request_timeout_s + _SLACK_S)
     try:
         serve.start(http_options=http, logging_config=logs)
         placed = layout("serve", config, cluster.read_cluster(ray, config), 1)
         app = application(model, config, placed, token)
-        progress.run_watched(lambda: serve.run(app, name=APP, route_prefix="/"), "serve", wait_s, APP)
+        progress.run_watched(lambda: serve.run(app, name=APP, route_prefix="/"), "serve", session, APP)
     except Exception as error:
         serve.shutdown()
         raise cluster.run_failed(error, "serve") from error

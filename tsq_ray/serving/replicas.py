@@ -12,6 +12,7 @@ from tsq_ray.errors import ConfigError
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Cluster
 from tsq_ray.runtime.placement import layout
+from tsq_ray.runtime.session import Session
 
 STAGES = ("decoder", "sampler", "recognizer")
 LOOK_EVERY_S = 2.0
@@ -30,16 +31,18 @@ class Replicas:
         self._wanted = {name: self.placed[name].start for name in STAGES}
 
     @contextlib.contextmanager
-    def deployed(self, debug: bool, wait_s: float) -> Iterator[None]:
+    def deployed(self, session: Session) -> Iterator[None]:
         """The graph, for the time of the `with`. RunFailed where it cannot be started."""
         from ray import serve
 
-        cluster.quiet_data(debug)
+        cluster.quiet_data(session.debug)
         # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "INFO" if debug else "ERROR", "enable_access_log": False})
+        serve.start(
+            proxy_location="Disabled", logging_config={"log_level": "INFO" if session.debug else "ERROR", "enable_access_log": False}
+        )
         try:
             try:
-                progress.run_watched(self._start, "score", wait_s, self._app)
+                progress.run_watched(self._start, "score", session, self._app)
             except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
                 raise cluster.run_failed(error, "score: the graph") from error
             yield

@@ -14,6 +14,7 @@ from tsq_ray import storage
 from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Layout
+from tsq_ray.runtime.session import Session
 
 STATE_FILE = "state.pt"
 """The one file of a checkpoint."""
@@ -26,12 +27,10 @@ def run_workers(
     scaling: Any,
     work: str,
     what: str,
+    session: Session,
     *,
     counts: Any,
     total: int,
-    show: bool,
-    debug: bool,
-    wait_s: float = 0.0,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> dict[str, Any]:
     """Run `loop(job)` on Ray Train workers and return what the last checkpoint holds, on the CPU.
@@ -42,7 +41,7 @@ def run_workers(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
-    cluster.quiet_data(debug)
+    cluster.quiet_data(session.debug)
     fs, path = storage.filesystem(work)
     trainer = TorchTrainer(
         loop,
@@ -57,7 +56,7 @@ def run_workers(
         ),
     )
     try:
-        result = progress.run_with_progress(trainer.fit, counts, total, what, show, wait_s=wait_s, ticks=ticks)
+        result = progress.run_with_progress(trainer.fit, counts, total, what, session, ticks=ticks)
     except Exception as error:
         raise cluster.run_failed(error, what) from error
     if result.checkpoint is None:

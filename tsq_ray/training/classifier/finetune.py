@@ -17,9 +17,16 @@ from tsq_ray.bundle.weights import Classifier, save_classifier
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.errors import RunFailed
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
+from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.stages import load_network
 from tsq_ray.training.classifier import frozen, full
-from tsq_ray.training.features import TrainingRows, check_classes, describe_left_out, is_labelled, single_labels
+from tsq_ray.training.features import (
+    TrainingRows,
+    check_classes,
+    describe_left_out,
+    is_labelled,
+    single_labels,
+)
 
 Role = Literal["encoder", "recognizer"]
 _IDENTITY_FILE = "identity.json"
@@ -34,10 +41,7 @@ def finetune(
     split: str | None = None,
     limit: int | None = None,
     take_over: bool = False,
-    address: str | None = None,
-    wait_s: float = 0.0,
-    show_progress: bool = True,
-    debug: bool = False,
+    session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
     """Train the `role` network as `finetune.backbone` says and write the classifier to `out`; resumes an equal run that was stopped.
 
@@ -70,12 +74,11 @@ def finetune(
         if (done := _finished(out, identity)) is not None:  # by the run that had the folder until now
             return done
         runs.write_json(storage.join(work, _IDENTITY_FILE), identity.parts)
-        options: dict[str, Any] = {"address": address, "wait_s": wait_s, "show_progress": show_progress, "debug": debug}
-        options["ticks"] = (lease.stop_if_lost,)
+        ticks = (lease.stop_if_lost,)
         if whole:
-            tuned = full.tune(network, rows, val, len(manifest.classes), work, config, **options)
+            tuned = full.tune(network, rows, val, len(manifest.classes), work, config, session, ticks)
         else:
-            tuned = frozen.fit(network, settings, runs.Selection(manifest, rows, chosen.split), work, config, **options)
+            tuned = frozen.fit(network, settings, runs.Selection(manifest, rows, chosen.split), work, config, session, ticks)
         lease.check()
         summary = _summary(out, role, manifest, chosen, val, tuned, config) | {"seconds": round(time.time() - started, 2)}
         if not summary["videos"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow.compute as pc
@@ -12,22 +12,31 @@ from tsq_ray import runs, storage
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.feature_pipeline import LoadedNetworks, Networks, extract_features
 from tsq_ray.networks.encoder import FrameEncoder
+from tsq_ray.runtime.session import Session
 from tsq_ray.training.classifier.full import Tuned
 from tsq_ray.training.features import Source, open_training_set
 from tsq_ray.training.head import fit_head
 
 
-def fit(network: FrameEncoder, settings: ModelConfig, selection: runs.Selection, work: str, config: Config, **options: Any) -> Tuned:
+def fit(
+    network: FrameEncoder,
+    settings: ModelConfig,
+    selection: runs.Selection,
+    work: str,
+    config: Config,
+    session: Session,
+    ticks: Sequence[Callable[[], None]] = (),
+) -> Tuned:
     """Fit a head for `network` (that of `settings`) to the selected videos, all of them labelled.
 
     Their features lie in the folder `work` meanwhile, so that a run that was stopped resumes.
-    `options`: those of `extract_features`. Raises what it raises.
+    Raises what `extract_features` raises.
     """
     features = storage.join(work, "features")
     encoders = config.encoders.model_copy(update={"visual": settings})
     config = config.model_copy(update={"encoders": encoders})
     loaded = LoadedNetworks(network, None, None)
-    run = extract_features(features, selection, config, Networks(settings), loaded, stage="finetune", **options)
+    run = extract_features(features, selection, config, Networks(settings), loaded, session, stage="finetune", ticks=ticks)
     failed = _failed(features)
     if not run["counts"]["ok"]:
         return Tuned(network, failed, {}, [])

@@ -19,6 +19,7 @@ from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Layout
 from tsq_ray.runtime.placement import layout
+from tsq_ray.runtime.session import Session
 from tsq_ray.training.classifier.clips import ClipPlan
 from tsq_ray.training.classifier.worker import TuneJob, start_network, tune_loop
 from tsq_ray.training.features import multi_hot
@@ -62,11 +63,7 @@ def tune(
     num_classes: int,
     work: str,
     config: Config,
-    *,
-    address: str | None = None,
-    wait_s: float = 0.0,
-    show_progress: bool = True,
-    debug: bool = False,
+    session: Session,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> Tuned:
     """Train `network` (its backbone as it is, a new head) on the labelled videos `train`, measure it on `val`.
@@ -75,11 +72,11 @@ def tune(
     Raises RunFailed where the training fails.
     """
     backbone = network.backbone.state_dict()
-    with cluster.connect(address, debug) as ray:
+    with cluster.connect(session) as ray:
         job, placed = _plan(ray, network, backbone, train, val, num_classes, config)
-        options: dict[str, Any] = {"show": show_progress, "debug": debug, "wait_s": wait_s, "ticks": ticks}
         total = job.num_clips(config.finetune.epochs)
-        content = run_workers(tune_loop, {"job": job}, scaling(placed), work, "finetune", counts=job.clips.counts, total=total, **options)
+        options: dict[str, Any] = {"counts": job.clips.counts, "total": total, "ticks": ticks}
+        content = run_workers(tune_loop, {"job": job}, scaling(placed), work, "finetune", session, **options)
         last = content["curve"][-1]
         if not math.isfinite(last["loss"]):
             storage.remove_folder(work)  # nothing to go on from

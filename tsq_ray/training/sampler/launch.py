@@ -12,6 +12,7 @@ from torch import Tensor
 from tsq_ray.config import Config
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.placement import layout
+from tsq_ray.runtime.session import Session
 from tsq_ray.training.resumable import run_workers, scaling
 from tsq_ray.training.sampler.loop import train_loop
 
@@ -39,9 +40,7 @@ def fit_on_cluster(
     config: Config,
     num_videos: int,
     work: str,
-    show: bool,
-    debug: bool,
-    wait_s: float = 0.0,
+    session: Session,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> Fitted:
     """Run `loop.train_loop` on Ray Train workers, or go on from the last checkpoint in the folder `work`.
@@ -54,8 +53,8 @@ def fit_on_cluster(
     job = job | {"counts": counts, "threads": placed.threads, "device": placed.device}
     total = config.train.epochs * num_videos
     started = time.monotonic()
-    options: dict[str, Any] = {"counts": counts, "total": total, "show": show, "debug": debug, "wait_s": wait_s, "ticks": ticks}
-    content = run_workers(train_loop, job, scaling(placed), work, "train", **options)
+    options: dict[str, Any] = {"counts": counts, "total": total, "ticks": ticks}
+    content = run_workers(train_loop, job, scaling(placed), work, "train", session, **options)
     seconds = time.monotonic() - started
     return Fitted(content["model"], content["curve"], content["seconds"], content["workers"], content["resumed_at"], seconds)
 

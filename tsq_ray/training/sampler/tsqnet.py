@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tsq_ray import provenance, runs, storage
-from tsq_ray.bundle.settings import class_order, is_bundle, read_bundle_settings, read_classifier_settings, write_curves
+from tsq_ray.bundle.settings import (
+    class_order,
+    is_bundle,
+    read_bundle_settings,
+    read_classifier_settings,
+    write_curves,
+)
 from tsq_ray.bundle.weights import Bundle, load_classifier, save_bundle
 from tsq_ray.config import Config, check_budget, check_top_objects, load_config
 from tsq_ray.errors import ModelError, RunError
@@ -20,6 +27,7 @@ from tsq_ray.networks.text import text_encoder
 from tsq_ray.prototypes import prototypes
 from tsq_ray.rows import OBJECTS, VISUAL
 from tsq_ray.runtime import cluster
+from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.stages import classifier_settings, load_network
 from tsq_ray.training.features import Source, TrainingSet, describe_left_out, open_training_set
 from tsq_ray.training.head import fit_head, head_logits
@@ -29,7 +37,7 @@ WORK_FOLDER = "_train"
 _IDENTITY_FILE = "identity.json"
 
 
-def settings_for(features_uri: str, path: str | None = None, sets: tuple[str, ...] = ()) -> Config:
+def settings_for(features_uri: str, path: str | Path | None = None, sets: Iterable[str] = ()) -> Config:
     """Settings of a training: the features' own as the base, then the TOML file and the sets.
 
     RunError where they ask for another decode or encoder than the features have.
@@ -62,10 +70,7 @@ def train(
     recognizer: str | None = None,
     split: str | None = None,
     take_over: bool = False,
-    address: str | None = None,
-    wait_s: float = 0.0,
-    show_progress: bool = True,
-    debug: bool = False,
+    session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
     """Train TSQNet on the features of a finished extraction and write the bundle to `out`.
 
@@ -92,9 +97,9 @@ def train(
         parts = _Parts.load(config, run, data, encoder, recognizer)
         work = storage.join(out, WORK_FOLDER)
         runs.write_json(storage.join(work, _IDENTITY_FILE), identity.parts)
-        with cluster.connect(address, debug) as ray:
+        with cluster.connect(session) as ray:
             job = _job(config, source, data, parts)
-            fitted = fit_on_cluster(ray, job, config, len(data), work, show_progress, debug, wait_s, (lease.stop_if_lost,))
+            fitted = fit_on_cluster(ray, job, config, len(data), work, session, (lease.stop_if_lost,))
         summary = _summary(out, config, data, parts.text, fitted)
         record = {
             "identity": identity.parts,
