@@ -21,11 +21,22 @@ def table_row(name: str, uri: str, known: Annotations | None) -> list[str]:
     predictions = read_predictions(uri)
     summary = summarize(predictions, 0)
     totals, figures = summary.totals, summary.quality
-    cells = [name, str(totals["ok"]), str(totals["failed"]), _figure(figures["map"]), _figure(figures["top1"])]
+    cells = [
+        name,
+        str(totals["ok"]),
+        str(totals["failed"]),
+        _figure(figures["map"]),
+        _figure(figures["top1"]),
+    ]
     if known is None:
         return cells
-    chosen = (row for table in predictions.tables(["uri", "selected_pts_s"]) for row in table.to_pylist())
-    return [*cells, _figure(on_evidence(((row["uri"], row["selected_pts_s"] or []) for row in chosen), known))]
+    chosen = (
+        row for table in predictions.tables(["uri", "selected_pts_s"]) for row in table.to_pylist()
+    )
+    return [
+        *cells,
+        _figure(on_evidence(((row["uri"], row["selected_pts_s"] or []) for row in chosen), known)),
+    ]
 
 
 def _figure(value: float | None) -> str:
@@ -36,22 +47,41 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as they need be, the first to the left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]))
+        print(
+            "  ".join(
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+                ]
+            )
+        )
 
 
 def main() -> int:
     """The command line; exit code 2 where an input is wrong."""
     parser = argparse.ArgumentParser(description="Compare predictions of the same videos.")
     parser.add_argument("runs", nargs="+", metavar="NAME=PREDICTIONS")
-    parser.add_argument("--annotations", metavar="FILE", help="known salient segments (docs/evaluation.md)")
+    parser.add_argument(
+        "--annotations", metavar="FILE", help="known salient segments (docs/evaluation.md)"
+    )
     args = parser.parse_args()
     try:
         known = read_annotations(args.annotations) if args.annotations else None
-        rows = [table_row(name, uri, known) for name, _, uri in (run.partition("=") for run in args.runs)]
+        rows = [
+            table_row(name, uri, known)
+            for name, _, uri in (run.partition("=") for run in args.runs)
+        ]
     except (TsqError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    head = ["sampler", "ok", "failed", "mAP", "top-1", *(["on evidence"] if known is not None else [])]
+    head = [
+        "sampler",
+        "ok",
+        "failed",
+        "mAP",
+        "top-1",
+        *(["on evidence"] if known is not None else []),
+    ]
     print_table([head, *rows])
     return 0
 

@@ -94,7 +94,9 @@ def _textured(rng: Rng, texture: np.ndarray) -> Image.Image:
 def zebra_stripes(rng: Rng, size: int) -> Image.Image:
     """Wavy dark and light stripes."""
     x, y = _grid(rng, size)
-    wave = y + 0.12 * np.sin(x * rng.uniform(3, 6) + rng.uniform(0, 6)) + 0.05 * np.sin(x * 11 + y * 4)
+    wave = (
+        y + 0.12 * np.sin(x * rng.uniform(3, 6) + rng.uniform(0, 6)) + 0.05 * np.sin(x * 11 + y * 4)
+    )
     mask = 0.5 + 3 * np.sin(wave * rng.uniform(14, 24))
     return _textured(rng, _blend(mask, _jitter(rng, (230, 225, 215)), _jitter(rng, (30, 26, 24))))
 
@@ -107,7 +109,9 @@ def honeycomb(rng: Rng, size: int) -> Image.Image:
     period = np.array([1, math.sqrt(3)], np.float32)
     near, shifted = points - np.round(points / period) * period, points - period / 2
     other = shifted - np.round(shifted / period) * period
-    closest = np.where((near**2).sum(-1, keepdims=True) < (other**2).sum(-1, keepdims=True), near, other)
+    closest = np.where(
+        (near**2).sum(-1, keepdims=True) < (other**2).sum(-1, keepdims=True), near, other
+    )
     a, b = np.abs(closest[..., 0]), np.abs(closest[..., 1])
     edge = np.maximum(a, a / 2 + b * math.sqrt(3) / 2)  # 0 in a cell's centre, 0.5 on its wall
     wall = (edge - 0.40) * 30
@@ -122,11 +126,16 @@ def checkerboard_floor(rng: Rng, size: int) -> Image.Image:
     depth = rng.uniform(1.5, 3.0) / (y + rng.uniform(1.4, 1.9))
     angle = rng.uniform(0, math.pi / 2)
     u, v = x * depth * 2.2, depth * 4
-    tile_u, tile_v = u * math.cos(angle) - v * math.sin(angle), u * math.sin(angle) + v * math.cos(angle)
+    tile_u, tile_v = (
+        u * math.cos(angle) - v * math.sin(angle),
+        u * math.sin(angle) + v * math.cos(angle),
+    )
     mask = (np.floor(tile_u) + np.floor(tile_v)) % 2
     dark = (120, 24, 28) if rng.random() < 0.4 else (28, 28, 34)
     shade = (0.55 + 0.45 * (y + 1) / 2)[..., None]
-    return _textured(rng, _blend(mask, _jitter(rng, (225, 222, 210)) * shade, _jitter(rng, dark) * shade))
+    return _textured(
+        rng, _blend(mask, _jitter(rng, (225, 222, 210)) * shade, _jitter(rng, dark) * shade)
+    )
 
 
 def spider_web(rng: Rng, size: int) -> Image.Image:
@@ -141,7 +150,9 @@ def spider_web(rng: Rng, size: int) -> Image.Image:
     rings = (radius * (1 - 0.35 * to_spoke) * rng.uniform(6, 9)) % 1
     loops = 1.2 - np.minimum(rings, 1 - rings) * size / 24
     mask = np.maximum(threads, loops)
-    return _textured(rng, _blend(mask, _jitter(rng, (235, 238, 240), 15), _jitter(rng, (34, 44, 48), 20)))
+    return _textured(
+        rng, _blend(mask, _jitter(rng, (235, 238, 240), 15), _jitter(rng, (34, 44, 48), 20))
+    )
 
 
 def red_balls(rng: Rng, size: int) -> Image.Image:
@@ -154,7 +165,10 @@ def red_balls(rng: Rng, size: int) -> Image.Image:
         dy = (y - rng.uniform(radius, size - radius)) / radius
         distance = dx**2 + dy**2
         light = np.clip(-0.45 * dx - 0.55 * dy + 0.7 * np.sqrt(np.clip(1 - distance, 0, 1)), 0, 1)
-        shaded = _jitter(rng, (205, 30, 32)) * (0.3 + 0.8 * light[..., None]) + 190 * np.clip(light[..., None], 0, 1) ** 24
+        shaded = (
+            _jitter(rng, (205, 30, 32)) * (0.3 + 0.8 * light[..., None])
+            + 190 * np.clip(light[..., None], 0, 1) ** 24
+        )
         inside = distance < 1
         picture[inside, :3] = np.clip(shaded, 0, 255).astype(np.uint8)[inside]
         picture[inside, 3] = 255
@@ -174,13 +188,17 @@ CLASSES: dict[str, Callable[[Rng, int], Image.Image]] = {
 
 
 def _muted(rng: Rng) -> tuple[int, int, int]:
-    red, green, blue = np.clip(rng.uniform(50, 205) + rng.uniform(-55, 55, 3), 0, 255).astype(int).tolist()
+    red, green, blue = (
+        np.clip(rng.uniform(50, 205) + rng.uniform(-55, 55, 3), 0, 255).astype(int).tolist()
+    )
     return red, green, blue
 
 
 def _clouds(rng: Rng) -> Image.Image:
     coarse = np.array(_muted(rng)) + rng.uniform(-70, 70, (6, 8, 3))
-    return Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((WIDTH + PAN, HEIGHT + PAN), Image.Resampling.BICUBIC)
+    return Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize(
+        (WIDTH + PAN, HEIGHT + PAN), Image.Resampling.BICUBIC
+    )
 
 
 def _skyline(rng: Rng) -> Image.Image:
@@ -188,13 +206,17 @@ def _skyline(rng: Rng) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for _ in range(int(rng.integers(8, 20))):
         left, top = int(rng.integers(-40, WIDTH + PAN)), int(rng.integers(60, HEIGHT))
-        draw.rectangle((left, top, left + int(rng.integers(20, 90)), HEIGHT + PAN), fill=_muted(rng))
+        draw.rectangle(
+            (left, top, left + int(rng.integers(20, 90)), HEIGHT + PAN), fill=_muted(rng)
+        )
     return picture
 
 
 def _page(rng: Rng) -> Image.Image:
     """Rows of dark marks that look like text from afar."""
-    picture = Image.new("RGB", (WIDTH + PAN, HEIGHT + PAN), tuple(int(v) for v in rng.integers(190, 245, 3)))
+    picture = Image.new(
+        "RGB", (WIDTH + PAN, HEIGHT + PAN), tuple(int(v) for v in rng.integers(190, 245, 3))
+    )
     draw, ink = ImageDraw.Draw(picture), _muted(rng)
     height = int(rng.integers(4, 9))
     for top in range(10, HEIGHT + PAN, height * 2 + 3):
@@ -207,8 +229,14 @@ def _page(rng: Rng) -> Image.Image:
 
 
 def _speckle(rng: Rng) -> Image.Image:
-    noise = np.array(_muted(rng)) + rng.normal(0, rng.uniform(15, 40), (HEIGHT // 3, WIDTH // 3, 1)) + rng.normal(0, 8, 3)
-    return Image.fromarray(np.clip(noise, 0, 255).astype(np.uint8)).resize((WIDTH + PAN, HEIGHT + PAN), Image.Resampling.BILINEAR)
+    noise = (
+        np.array(_muted(rng))
+        + rng.normal(0, rng.uniform(15, 40), (HEIGHT // 3, WIDTH // 3, 1))
+        + rng.normal(0, 8, 3)
+    )
+    return Image.fromarray(np.clip(noise, 0, 255).astype(np.uint8)).resize(
+        (WIDTH + PAN, HEIGHT + PAN), Image.Resampling.BILINEAR
+    )
 
 
 BACKGROUNDS = (_clouds, _skyline, _page, _speckle)
@@ -225,7 +253,9 @@ def _neutral(rng: Rng) -> Image.Image:
     elif kind == 1:
         draw.rectangle((1, 1, size - 2, size * rng.uniform(0.3, 0.95)), fill=colour)
     else:
-        draw.polygon([(float(px), float(py)) for px, py in rng.uniform(0, size, (3, 2))], fill=colour)
+        draw.polygon(
+            [(float(px), float(py)) for px, py in rng.uniform(0, size, (3, 2))], fill=colour
+        )
     return picture
 
 
@@ -259,7 +289,10 @@ def plan_video(label: str, others: list[str], rng: Rng) -> Plan:
         lengths.append(int(rng.integers(FPS // 2, FPS)))
         shown.append(str(rng.choice(others)))
     timeline = zip(shown, lengths, _starts(lengths, num_frames, rng), strict=True)
-    shots = [Shot(name, first, first + length, int(rng.integers(2**31))) for name, length, first in timeline]
+    shots = [
+        Shot(name, first, first + length, int(rng.integers(2**31)))
+        for name, length, first in timeline
+    ]
     cuts, at = [0], 0
     while (at := at + int(rng.integers(3 * FPS, 7 * FPS))) < num_frames - FPS:
         cuts.append(at)
@@ -267,7 +300,11 @@ def plan_video(label: str, others: list[str], rng: Rng) -> Plan:
         label=label,
         num_frames=num_frames,
         keyframe_every=int(rng.integers(2 * FPS, 5 * FPS + 1)),
-        evidence=tuple(sorted((shot for shot in shots if shot.class_name == label), key=lambda shot: shot.first)),
+        evidence=tuple(
+            sorted(
+                (shot for shot in shots if shot.class_name == label), key=lambda shot: shot.first
+            )
+        ),
         glimpse=tuple(shot for shot in shots if shot.class_name != label),
         cuts=tuple(cuts),
         seed=int(rng.integers(2**31)),
@@ -294,8 +331,12 @@ def frames(plan: Plan) -> Iterator[np.ndarray]:
         rng = np.random.default_rng([plan.seed, number])
         background = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))](rng)
         pan = rng.uniform(0, PAN, (2, 2))
-        shapes = [_decoy(rng)] * (rng.random() < 0.5) + [_neutral(rng) for _ in range(int(rng.integers(1, 4)))]
-        moving = [(shape, rng.uniform((-30, -30), (WIDTH - 60, HEIGHT - 60), (2, 2))) for shape in shapes]
+        shapes = [_decoy(rng)] * (rng.random() < 0.5) + [
+            _neutral(rng) for _ in range(int(rng.integers(1, 4)))
+        ]
+        moving = [
+            (shape, rng.uniform((-30, -30), (WIDTH - 60, HEIGHT - 60), (2, 2))) for shape in shapes
+        ]
         for index in range(first, stop):
             along = (index - first) / (stop - first)
             left, top = _between(pan, along)
@@ -304,7 +345,11 @@ def frames(plan: Plan) -> Iterator[np.ndarray]:
                 picture.paste(shape, _between(path, along), shape)
             for shot, sprite, path in shots:
                 if shot.first <= index < shot.stop:
-                    picture.paste(sprite, _between(path, (index - shot.first) / (shot.stop - shot.first)), sprite)
+                    picture.paste(
+                        sprite,
+                        _between(path, (index - shot.first) / (shot.stop - shot.first)),
+                        sprite,
+                    )
             yield np.asarray(picture)
 
 
@@ -325,7 +370,13 @@ def _between(ends: np.ndarray, along: float) -> tuple[int, int]:
 def write_video(path: Path, plan: Plan) -> None:
     """Encode a plan as H.264 in MP4; one thread and no scene-cut keyframes, so that the bytes hang on the plan alone."""
     with av.open(str(path), "w") as container:
-        options = {"preset": "ultrafast", "crf": "25", "g": str(plan.keyframe_every), "sc_threshold": "0", "threads": "1"}
+        options = {
+            "preset": "ultrafast",
+            "crf": "25",
+            "g": str(plan.keyframe_every),
+            "sc_threshold": "0",
+            "threads": "1",
+        }
         stream = container.add_stream("libx264", rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         for picture in frames(plan):
@@ -336,16 +387,22 @@ def write_video(path: Path, plan: Plan) -> None:
 def plan_archive(videos_per_class: int, val_per_class: int, seed: int) -> dict[str, Plan]:
     """Relative path -> plan of every video of the archive."""
     plans: dict[str, Plan] = {}
-    for split_number, (split, count) in enumerate(zip(SPLITS, (videos_per_class, val_per_class), strict=True)):
+    for split_number, (split, count) in enumerate(
+        zip(SPLITS, (videos_per_class, val_per_class), strict=True)
+    ):
         for class_number, label in enumerate(CLASSES):
             others = [name for name in CLASSES if name != label]
             for index in range(count):
                 rng = np.random.default_rng([seed, split_number, class_number, index])
-                plans[f"{split}/{label.replace(' ', '_')}/{index:03d}.mp4"] = plan_video(label, others, rng)
+                plans[f"{split}/{label.replace(' ', '_')}/{index:03d}.mp4"] = plan_video(
+                    label, others, rng
+                )
     return plans
 
 
-def render_archive(out: str | Path, videos_per_class: int = 16, val_per_class: int | None = None, seed: int = 0) -> Path:
+def render_archive(
+    out: str | Path, videos_per_class: int = 16, val_per_class: int | None = None, seed: int = 0
+) -> Path:
     """Render the archive into the folder `out` and return it.
 
     `videos_per_class` are for training; `val_per_class` (default: 3 for every 8 of them, at least 1) for validation. Videos that
@@ -358,10 +415,14 @@ def render_archive(out: str | Path, videos_per_class: int = 16, val_per_class: i
     root = Path(out)
     annotations = root / "annotations.json"
     if annotations.exists() and (there := json.loads(annotations.read_text()).get("seed")) != seed:
-        raise ValueError(f"{root} holds an archive of seed {there}, not {seed}; name another folder or delete that one")
+        raise ValueError(
+            f"{root} holds an archive of seed {there}, not {seed}; name another folder or delete that one"
+        )
     plans = plan_archive(videos_per_class, val_per_class, seed)
     root.mkdir(parents=True, exist_ok=True)
-    videos = {path: {"label": plan.label, "segments": plan.segments} for path, plan in plans.items()}
+    videos = {
+        path: {"label": plan.label, "segments": plan.segments} for path, plan in plans.items()
+    }
     annotations.write_text(json.dumps({"seed": seed, "videos": videos}, indent=1) + "\n")
     for path, plan in plans.items():
         target = root / path
@@ -379,11 +440,30 @@ def render_archive(out: str | Path, videos_per_class: int = 16, val_per_class: i
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Render a small labelled archive of untrimmed videos.")
+    parser = argparse.ArgumentParser(
+        description="Render a small labelled archive of untrimmed videos."
+    )
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    parser.add_argument("--videos-per-class", type=int, default=16, metavar="N", help="training videos of each class (default 16)")
-    parser.add_argument("--val-per-class", type=int, metavar="N", help="validation videos of each class (default: 3/8 of N)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed gives another archive (default 0)")
+    parser.add_argument(
+        "--videos-per-class",
+        type=int,
+        default=16,
+        metavar="N",
+        help="training videos of each class (default 16)",
+    )
+    parser.add_argument(
+        "--val-per-class",
+        type=int,
+        metavar="N",
+        help="validation videos of each class (default: 3/8 of N)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="another seed gives another archive (default 0)",
+    )
     args = parser.parse_args()
     if args.videos_per_class < 1 or (args.val_per_class is not None and args.val_per_class < 0):
         parser.error("--videos-per-class must be at least 1 and --val-per-class at least 0")
@@ -391,7 +471,9 @@ def main() -> None:
         root = render_archive(args.out, args.videos_per_class, args.val_per_class, args.seed)
     except ValueError as error:
         parser.error(str(error))
-    print(f"rendered {len(list(root.glob('*/*/[!.]*.mp4')))} videos of {len(CLASSES)} classes in {root}")
+    print(
+        f"rendered {len(list(root.glob('*/*/[!.]*.mp4')))} videos of {len(CLASSES)} classes in {root}"
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if not torch.cuda.is_available():
         for item in gpu_items:
-            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU (TSQ_REQUIRE_GPU=1 makes this a failure)"))
+            item.add_marker(
+                pytest.mark.skip(reason="no NVIDIA GPU (TSQ_REQUIRE_GPU=1 makes this a failure)")
+            )
 
 
 @pytest.fixture(scope="session")

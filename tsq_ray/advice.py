@@ -124,7 +124,9 @@ def storage_errors(uri: str, doing: str = "open") -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError("unavailable", f"{redact(uri)}: the disk is full; free some room and run again") from error
+            raise StorageError(
+                "unavailable", f"{redact(uri)}: the disk is full; free some room and run again"
+            ) from error
         raise StorageError(classify(error), _message(uri, doing, error)) from error
     except Exception as error:  # botocore's and aiohttp's errors share no base class with anything
         if type(error).__module__.partition(".")[0] not in _REMOTE_LIBRARIES:

@@ -71,29 +71,57 @@ def print_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="The package's version.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="The package's version."
+        ),
+    ] = False,
 ) -> None:
     """Label very large video archives cheaply: choose the salient frames, recognise only those."""
 
 
 @app.command()
 def index(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")
+    ],
     out: Annotated[
         str,
         typer.Option(
-            "--out", metavar="MANIFEST", help="The manifest: a Parquet file, or a folder of shards (ends in /, or over a million videos)."
+            "--out",
+            metavar="MANIFEST",
+            help="The manifest: a Parquet file, or a folder of shards (ends in /, or over a million videos).",
         ),
     ],
     labels: Annotated[
-        list[str] | None, typer.Option("--labels", metavar="FILE", help="Labels, in any known format; repeatable; or: folders, none.")
+        list[str] | None,
+        typer.Option(
+            "--labels",
+            metavar="FILE",
+            help="Labels, in any known format; repeatable; or: folders, none.",
+        ),
     ] = None,
     labels_format: Annotated[
-        str | None, typer.Option("--labels-format", metavar="NAME", help="The format of the labels, where their content does not tell.")
+        str | None,
+        typer.Option(
+            "--labels-format",
+            metavar="NAME",
+            help="The format of the labels, where their content does not tell.",
+        ),
     ] = None,
-    classes: Annotated[str | None, typer.Option("--classes", metavar="FILE", help="Class names, one a line: fixes their order.")] = None,
-    split_name: Annotated[str | None, typer.Option("--split-name", metavar="NAME", help="Split of all rows.")] = None,
-    update: Annotated[bool, typer.Option("--update", help="List again: new, changed and deleted videos.")] = False,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes", metavar="FILE", help="Class names, one a line: fixes their order."
+        ),
+    ] = None,
+    split_name: Annotated[
+        str | None, typer.Option("--split-name", metavar="NAME", help="Split of all rows.")
+    ] = None,
+    update: Annotated[
+        bool, typer.Option("--update", help="List again: new, changed and deleted videos.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -102,9 +130,15 @@ def index(
     from tsq_ray import storage
 
     old = manifests.find_old(out, update)
-    made, summary = manifests.build_manifest(sources, labels or (), classes, split_name, old, labels_format)
+    made, summary = manifests.build_manifest(
+        sources, labels or (), classes, split_name, old, labels_format
+    )
     manifests.write_manifest(made, out)
-    show(vars(summary) | {"out": storage.redact(out)}, as_json, index_text(vars(summary), storage.redact(out)))
+    show(
+        vars(summary) | {"out": storage.redact(out)},
+        as_json,
+        index_text(vars(summary), storage.redact(out)),
+    )
 
 
 @app.command()
@@ -134,7 +168,16 @@ def extract(
     if dry_run:
         from tsq_ray.estimate import estimate_extract
 
-        estimate = estimate_extract(manifest, settings, encoder, recognizer, split=split, limit=limit, out=out, retry_failed=retry_failed)
+        estimate = estimate_extract(
+            manifest,
+            settings,
+            encoder,
+            recognizer,
+            split=split,
+            limit=limit,
+            out=out,
+            retry_failed=retry_failed,
+        )
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
@@ -180,7 +223,16 @@ def finetune(
     from tsq_ray.training import finetune as run
 
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
-    summary = run(manifest, role.value, out, settings, split=split, limit=limit, take_over=take_over, session=session)
+    summary = run(
+        manifest,
+        role.value,
+        out,
+        settings,
+        split=split,
+        limit=limit,
+        take_over=take_over,
+        session=session,
+    )
     return show(summary, as_json, training_text(summary))
 
 
@@ -208,7 +260,16 @@ def train(
 
     settings = settings_for(features, config, sets or ())
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
-    summary = run(features, out, settings, encoder=encoder, recognizer=recognizer, split=split, take_over=take_over, session=session)
+    summary = run(
+        features,
+        out,
+        settings,
+        encoder=encoder,
+        recognizer=recognizer,
+        split=split,
+        take_over=take_over,
+        session=session,
+    )
     return show(summary, as_json, training_text(summary))
 
 
@@ -223,7 +284,9 @@ def score(
     limit: Limit = None,
     retry_failed: Retry = None,
     take_over: TakeOver = False,
-    scores: Annotated[Scores, typer.Option("--scores", help="top: keep the best labels only.")] = Scores.all,
+    scores: Annotated[
+        Scores, typer.Option("--scores", help="top: keep the best labels only.")
+    ] = Scores.all,
     address: Address = None,
     wait_s: WaitS = 0.0,
     submit: Submit = False,
@@ -239,7 +302,9 @@ def score(
     if dry_run:
         from tsq_ray.estimate import estimate_score
 
-        estimate = estimate_score(manifest, model, settings, split=split, limit=limit, out=out, retry_failed=retry_failed)
+        estimate = estimate_score(
+            manifest, model, settings, split=split, limit=limit, out=out, retry_failed=retry_failed
+        )
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
         return submit_command(address)
@@ -283,7 +348,9 @@ def predict(
 @app.command()
 def serve(
     model: Model,
-    host: Annotated[str, typer.Option("--host", help="Address to bind; beyond loopback a token is needed.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option("--host", help="Address to bind; beyond loopback a token is needed.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
     config: ConfigFile = None,
     sets: Sets = None,
@@ -305,16 +372,26 @@ def serve(
 def evaluate(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="FEATURES|PREDICTIONS...", help="One features folder with recognizer_logits, or finished runs of score."),
+        typer.Argument(
+            metavar="FEATURES|PREDICTIONS...",
+            help="One features folder with recognizer_logits, or finished runs of score.",
+        ),
     ],
     model: Model,
     out: Out,
     annotations: Annotated[
-        str | None, typer.Option("--annotations", metavar="FILE", help="Known salient segments (docs/evaluation.md).")
+        str | None,
+        typer.Option(
+            "--annotations", metavar="FILE", help="Known salient segments (docs/evaluation.md)."
+        ),
     ] = None,
     tables: Annotated[
         list[str] | None,
-        typer.Option("--table", metavar="NAME", help="Only this one, table2 or figure3 for example; repeatable; default: all."),
+        typer.Option(
+            "--table",
+            metavar="NAME",
+            help="Only this one, table2 or figure3 for example; repeatable; default: all.",
+        ),
     ] = None,
     config: ConfigFile = None,
     sets: Sets = None,
@@ -332,7 +409,16 @@ def evaluate(
 
     settings = settings_for(model, config, sets or ())
     session = Session(address, show_progress=not as_json, debug=debug)
-    summary = run(sources, model, out, settings, annotations=annotations, tables=tables or (), split=split, session=session)
+    summary = run(
+        sources,
+        model,
+        out,
+        settings,
+        annotations=annotations,
+        tables=tables or (),
+        split=split,
+        session=session,
+    )
     return show(summary, as_json, evaluation_text(summary))
 
 
@@ -340,7 +426,9 @@ def evaluate(
 def report(
     predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
     out: Annotated[str, typer.Option("--out", metavar="FILE.html", help="The page.")],
-    max_videos: Annotated[int, typer.Option("--max-videos", min=0, help="Videos shown with their frames.")] = 60,
+    max_videos: Annotated[
+        int, typer.Option("--max-videos", min=0, help="Videos shown with their frames.")
+    ] = 60,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -348,7 +436,9 @@ def report(
     from tsq_ray import storage
     from tsq_ray.reporting import build_report
 
-    summary = build_report(storage.normalize(predictions), storage.normalize(out), max_videos=max_videos)
+    summary = build_report(
+        storage.normalize(predictions), storage.normalize(out), max_videos=max_videos
+    )
     show(summary, as_json, f"report: {storage.redact(storage.normalize(out))}")
 
 
@@ -356,7 +446,9 @@ def report(
 def export(
     predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
     out: Out,
-    frames: Annotated[bool, typer.Option("--frames/--no-frames", help="The chosen frames as JPEG.")] = True,
+    frames: Annotated[
+        bool, typer.Option("--frames/--no-frames", help="The chosen frames as JPEG.")
+    ] = True,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -365,7 +457,9 @@ def export(
     from tsq_ray.reporting import export_predictions
 
     summary = export_predictions(
-        storage.normalize(predictions), storage.normalize(out), what=("labels", "frames") if frames else ("labels",)
+        storage.normalize(predictions),
+        storage.normalize(out),
+        what=("labels", "frames") if frames else ("labels",),
     )
     show(summary, as_json, "\n".join(f"{key}: {value}" for key, value in summary.items()))
 
@@ -381,8 +475,15 @@ def verify(
 
     result = run(uri)
     counts = result["counts"]
-    verdict = "adds up" if not result["problems"] else f"does not add up: {len(result['problems'])} problems"
-    lines = [f"{result['uri']}: {result['kind']}: {counts_text(counts)}", f"checked {', '.join(result['checks'])}: {verdict}"]
+    verdict = (
+        "adds up"
+        if not result["problems"]
+        else f"does not add up: {len(result['problems'])} problems"
+    )
+    lines = [
+        f"{result['uri']}: {result['kind']}: {counts_text(counts)}",
+        f"checked {', '.join(result['checks'])}: {verdict}",
+    ]
     show(result, as_json, "\n".join([*lines, *(f"  {problem}" for problem in result["problems"])]))
     if result["problems"]:
         raise typer.Exit(1)
@@ -391,7 +492,9 @@ def verify(
 @app.command()
 def info(
     uri: Annotated[str | None, typer.Argument(metavar="BUNDLE|MANIFEST|URI")] = None,
-    cluster: Annotated[bool, typer.Option("--cluster", help="The Ray cluster, and the layout of a run on it.")] = False,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="The Ray cluster, and the layout of a run on it.")
+    ] = False,
     address: Address = None,
     config: ConfigFile = None,
     sets: Sets = None,
@@ -404,7 +507,11 @@ def info(
 
     if cluster == (uri is not None):
         raise RunError("info takes one thing: a bundle, a manifest or a run folder, or --cluster")
-    found = describe_cluster(Session(address, debug=debug), load_config(config, sets or ())) if cluster else describe(uri or "")
+    found = (
+        describe_cluster(Session(address, debug=debug), load_config(config, sets or ()))
+        if cluster
+        else describe(uri or "")
+    )
     show(found, as_json, tree_text(found))
 
 

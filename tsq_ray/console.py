@@ -74,7 +74,8 @@ def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | No
     show(run, as_json, run_text(run, redact(out)))
     done = counts["ok"] + counts["failed"]
     if max_failed is not None and done and counts["failed"] / done > max_failed:
-        print(f"error: {counts['failed']} of {done} videos failed, above --max-failed {max_failed}", file=sys.stderr)  # noqa: T201
+        line = f"{counts['failed']} of {done} videos failed, above --max-failed {max_failed}"
+        print(f"error: {line}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1)
 
 
@@ -83,7 +84,10 @@ def run_text(run: dict[str, Any], out: str) -> str:
     counts = run["counts"]
     lines = [counts_text(counts)]
     if counts["failed_by_type"]:
-        lines.append("failed: " + ", ".join(f"{name} {count}" for name, count in counts["failed_by_type"].items()))
+        lines.append(
+            "failed: "
+            + ", ".join(f"{name} {count}" for name, count in counts["failed_by_type"].items())
+        )
     if counts["with_warnings"]:
         lines.append(f"ok with warnings: {counts['with_warnings']}")
     now = run["videos_done_now"]
@@ -92,16 +96,24 @@ def run_text(run: dict[str, Any], out: str) -> str:
     elif now < counts["ok"] + counts["failed"]:
         lines.append(f"done now {now}, before {counts['ok'] + counts['failed'] - now}")
     if now and run["stage_seconds"]:
-        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run["stage_seconds"].items())
+        stages = ", ".join(
+            f"{name} {seconds:.1f} s" for name, seconds in run["stage_seconds"].items()
+        )
         lines.append(
             f"seconds by stage, summed over workers: {stages}; {run['slowest_stage']} held it back; {run['wall_seconds']:.1f} s in all"
         )
     measured = run.get("metrics") or {}
     if measured.get("labelled"):
-        figures = [f"{name} {measured[name]:.4f}" for name in ("mAP", "mAP_interpolated", "top1") if name in measured]
+        figures = [
+            f"{name} {measured[name]:.4f}"
+            for name in ("mAP", "mAP_interpolated", "top1")
+            if name in measured
+        ]
         lines.append(f"{', '.join(figures)} over {measured['labelled']} labelled videos")
     if measured.get("unknown_labels"):
-        lines.append(f"labels that the model does not know, left out: {', '.join(measured['unknown_labels'])}")
+        lines.append(
+            f"labels that the model does not know, left out: {', '.join(measured['unknown_labels'])}"
+        )
     lines.append(f"out: {out}")
     return "\n".join(lines)
 
@@ -116,14 +128,18 @@ def counts_text(counts: dict[str, Any]) -> str:
 
 def estimate_text(estimate: dict[str, Any]) -> str:
     """What --dry-run found."""
-    lines = [f"to do: {estimate['videos']} of {estimate['inputs']} videos, {_megabytes(estimate['bytes_in'])} to read"]
+    lines = [
+        f"to do: {estimate['videos']} of {estimate['inputs']} videos, {_megabytes(estimate['bytes_in'])} to read"
+    ]
     if estimate["videos"]:
         lines.append(
             f"would take {estimate['wall_seconds']:.0f} s on a machine like this one, start-up too: {estimate['seconds_a_video']} s a video "
             f"with {estimate['workers']} workers ({estimate['cpu_hours']} CPU hours, {estimate['gpu_hours']} GPU hours)"
         )
         lines.append(f"would write {_megabytes(estimate['bytes_out'])}")
-        lines.append(f"from a probe of {len(estimate['probed'])} videos, {estimate['probed_failed']} of which failed (--json names them)")
+        lines.append(
+            f"from a probe of {len(estimate['probed'])} videos, {estimate['probed_failed']} of which failed (--json names them)"
+        )
     return "\n".join(lines)
 
 
@@ -133,9 +149,15 @@ def _megabytes(size: int) -> str:
 
 def index_text(summary: dict[str, Any], out: str) -> str:
     """What index found."""
-    lines = [f"{summary['videos']} videos, {summary['classes']} classes, labels from {summary['labels_from']}"]
-    lines.append(f"labelled {summary['labelled']}, unlabelled {summary['unlabelled']}; splits: {pairs(summary['splits'])}")
-    lines.append(f"new {summary['new']}, changed {summary['changed']}, deleted {summary['deleted']}, unchanged {summary['unchanged']}")
+    lines = [
+        f"{summary['videos']} videos, {summary['classes']} classes, labels from {summary['labels_from']}"
+    ]
+    lines.append(
+        f"labelled {summary['labelled']}, unlabelled {summary['unlabelled']}; splits: {pairs(summary['splits'])}"
+    )
+    lines.append(
+        f"new {summary['new']}, changed {summary['changed']}, deleted {summary['deleted']}, unchanged {summary['unchanged']}"
+    )
     # other files are counted by their suffix, everything else by a reason
     left, examples = summary["left_out"], summary["left_out_examples"]
     other = {name: left[name] for name in left if name.startswith(".") or name == "(no suffix)"}
@@ -147,7 +169,9 @@ def index_text(summary: dict[str, Any], out: str) -> str:
             lines.append(f"left out, {reason}: {count}: {', '.join(examples[reason])}{more}")
     if summary["missing"]:
         shown = ", ".join(summary["missing"][:5]) + (", ..." if len(summary["missing"]) > 5 else "")
-        lines.append(f"missing, named by the labels but not found: {len(summary['missing'])}: {shown}")
+        lines.append(
+            f"missing, named by the labels but not found: {len(summary['missing'])}: {shown}"
+        )
     return "\n".join([*lines, f"out: {out}"])
 
 
@@ -158,19 +182,34 @@ def training_text(summary: dict[str, Any]) -> str:
         lines.append("done already: nothing to do")
     lines.append(f"{summary['videos']} videos, {summary['classes']} classes")
     if summary["left_out"]:
-        named = f" (unlabelled: {', '.join(summary['unlabelled'])})" if summary["unlabelled"] else ""
+        named = (
+            f" (unlabelled: {', '.join(summary['unlabelled'])})" if summary["unlabelled"] else ""
+        )
         lines.append(f"left out: {pairs(summary['left_out'])}{named}")
     if summary.get("failed"):
-        lines.append(f"failed: {pairs(summary['failed'])} (first: {', '.join(summary['failed_videos'])})")
+        lines.append(
+            f"failed: {pairs(summary['failed'])} (first: {', '.join(summary['failed_videos'])})"
+        )
     if "losses" in summary:
-        lines.append("losses: " + ", ".join(f"{name} {value:.4f}" for name, value in summary["losses"].items()))
+        lines.append(
+            "losses: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in summary["losses"].items())
+        )
     if "videos_per_s" in summary:
-        again = f", went on after epoch {summary['went_on_after_epoch']}" if summary["went_on_after_epoch"] else ""
-        lines.append(f"speed: {summary['videos_per_s']} videos/s, workers: {summary['workers']}{again}")
+        again = (
+            f", went on after epoch {summary['went_on_after_epoch']}"
+            if summary["went_on_after_epoch"]
+            else ""
+        )
+        lines.append(
+            f"speed: {summary['videos_per_s']} videos/s, workers: {summary['workers']}{again}"
+        )
     if "train_accuracy" in summary:
         lines.append(f"accuracy on the training videos: {summary['train_accuracy']}")
     if "val_top1" in summary:
-        lines.append(f"on the validation videos: top1 {summary['val_top1']:.4f}, mAP {summary['val_mAP']:.4f} (weights of the last epoch)")
+        lines.append(
+            f"on the validation videos: top1 {summary['val_top1']:.4f}, mAP {summary['val_mAP']:.4f} (weights of the last epoch)"
+        )
     return "\n".join([*lines, f"out: {summary['out']}"])
 
 
@@ -178,10 +217,30 @@ def evaluation_text(summary: dict[str, Any]) -> str:
     """What evaluate measured: each table's rows, then where the files are."""
     lines = []
     for table in summary["tables"].values():
-        rows = [list(table["rows"][0]), *(list(row.values()) for row in table["rows"])] if table["rows"] else []
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
-        lines += [table["title"], *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)]
-        lines += [f"  {note}" for note in table["notes"] if note.startswith(("sign in the paper", "warning", "not measured"))]
+        rows = (
+            [list(table["rows"][0]), *(list(row.values()) for row in table["rows"])]
+            if table["rows"]
+            else []
+        )
+        widths = (
+            [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+            if rows
+            else []
+        )
+        lines += [
+            table["title"],
+            *(
+                "  ".join(
+                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
+                for row in rows
+            ),
+        ]
+        lines += [
+            f"  {note}"
+            for note in table["notes"]
+            if note.startswith(("sign in the paper", "warning", "not measured"))
+        ]
         lines += [f"  files: {', '.join(table['files'])}", ""]
     return "\n".join([*lines, f"trained now: {summary['trained_now']}", f"out: {summary['out']}"])
 
@@ -190,7 +249,10 @@ def prediction_text(row: dict[str, Any]) -> str:
     """One video's labels and frames."""
     if row["status"] != "ok":
         return f"{row['uri']}: failed: {row['error_type']}: {row['error_message']}"
-    best = ", ".join(f"{name} {value:.3f}" for name, value in zip(row["top_labels"], row["top_scores"], strict=True))
+    best = ", ".join(
+        f"{name} {value:.3f}"
+        for name, value in zip(row["top_labels"], row["top_scores"], strict=True)
+    )
     frames = ", ".join(f"{pts:.2f} s" for pts in row["selected_pts_s"])
     warned = "".join(f"\n  warning: {warning}" for warning in row["warnings"])
     return f"{row['uri']}: {best}\n  frames at {frames}{warned}"
@@ -206,9 +268,15 @@ def tree_text(tree: dict[str, Any], indent: str = "") -> str:
     lines = []
     for key, value in tree.items():
         if isinstance(value, dict):
-            lines += [f"{indent}{key}:", tree_text(value, indent + "  ")] if value else [f"{indent}{key}: -"]
+            lines += (
+                [f"{indent}{key}:", tree_text(value, indent + "  ")]
+                if value
+                else [f"{indent}{key}: -"]
+            )
         else:
-            lines.append(f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+            lines.append(
+                f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+            )
     return "\n".join(lines)
 
 
@@ -233,7 +301,11 @@ def bare_retry(argv: list[str]) -> list[str]:
     for number, item in enumerate(argv):
         fixed.append(item)
         following = argv[number + 1] if number + 1 < len(argv) else ""
-        if item == "--retry-failed" and following not in (*ERROR_TYPES, "all") and (not following or following.startswith("-")):
+        if (
+            item == "--retry-failed"
+            and following not in (*ERROR_TYPES, "all")
+            and (not following or following.startswith("-"))
+        ):
             fixed.append("all")
     return fixed
 
@@ -257,7 +329,11 @@ def guarded(run: Callable[[], Any], debug: bool) -> int:
         where = error.ctx.command_path if error.ctx else "tsq"
         return fail(f"{' '.join(error.format_message().split())} (see {where} --help)", 2, debug)
     except Exception as error:  # noqa: BLE001  the last border: everything else is a defect, told in one line
-        return fail(f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)", 1, debug)
+        return fail(
+            f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)",
+            1,
+            debug,
+        )
 
 
 def fail(message: str, code: int, debug: bool) -> int:

@@ -33,5 +33,7 @@ _CONTAINERS = {
 
 FORMATS = ",".join(_CONTAINERS)
 """FFmpeg's names of the demuxers, for its option `format_whitelist`."""
-VIDEO_SUFFIXES = frozenset(f".{suffix}" for names in _CONTAINERS.values() for suffix in names.split())
+VIDEO_SUFFIXES = frozenset(
+    f".{suffix}" for names in _CONTAINERS.values() for suffix in names.split()
+)
 """File names that a listing takes; a file named outright is taken whatever its name."""

@@ -30,27 +30,39 @@ def describe(uri: str) -> dict[str, Any]:
     uri = storage.normalize(uri)
     if storage.is_folder(uri):
         known = {BUNDLE_FILE: _bundle, CLASSIFIER_FILE: _classifier, runs.RUN_FILE: _run}
-        for name, what in (known | {runs.CONFIG_FILE: _run, manifests.MANIFEST_FILE: _manifest}).items():
+        for name, what in (
+            known | {runs.CONFIG_FILE: _run, manifests.MANIFEST_FILE: _manifest}
+        ).items():
             if storage.exists(storage.join(uri, name)):
                 return what(uri)
     try:
         return _manifest(uri)
     except (ManifestError, StorageError) as error:
-        raise RunError(f"info {storage.redact(uri)}: no bundle, manifest or run folder ({error})") from None
+        raise RunError(
+            f"info {storage.redact(uri)}: no bundle, manifest or run folder ({error})"
+        ) from None
 
 
 def _manifest(uri: str) -> dict[str, Any]:
     manifest = manifests.read_manifest(uri)
     table = manifest.rows.table
-    by_class = {record["values"]: record["counts"] for record in pc.value_counts(pc.list_flatten(table["labels"])).to_pylist()}
+    by_class = {
+        record["values"]: record["counts"]
+        for record in pc.value_counts(pc.list_flatten(table["labels"])).to_pylist()
+    }
     return {
         "kind": "manifest",
         "uri": storage.redact(uri),
         "videos": len(manifest.rows),
         "bytes": pc.sum(table["size_bytes"]).as_py() or 0,
         "labelled": len(manifest.rows) - table["labels"].null_count,
-        "splits": {record["values"] or "(none)": record["counts"] for record in pc.value_counts(table["split"]).to_pylist()},
-        "videos_by_class": {name: by_class.get(number, 0) for number, name in enumerate(manifest.classes)},
+        "splits": {
+            record["values"] or "(none)": record["counts"]
+            for record in pc.value_counts(table["split"]).to_pylist()
+        },
+        "videos_by_class": {
+            name: by_class.get(number, 0) for number, name in enumerate(manifest.classes)
+        },
         "sources": list(manifest.sources),
         "sha256": manifest.sha256,
     }
@@ -58,7 +70,19 @@ def _manifest(uri: str) -> dict[str, Any]:
 
 def _run(uri: str) -> dict[str, Any]:
     run = runs.read_run(uri)
-    kept = ("kind", "status", "counts", "metrics", "manifest", "model", "identity", "versions", "git_revision", "started", "ended")
+    kept = (
+        "kind",
+        "status",
+        "counts",
+        "metrics",
+        "manifest",
+        "model",
+        "identity",
+        "versions",
+        "git_revision",
+        "started",
+        "ended",
+    )
     more = ("wall_seconds", "stage_seconds", "slowest_stage")
     size = sum(part["bytes"] for part in run["parts"])
     return (
@@ -71,16 +95,28 @@ def _run(uri: str) -> dict[str, Any]:
 def _classifier(uri: str) -> dict[str, Any]:
     content, digest = read_classifier_settings(uri)
     kept = ("role", "task", "classes", "model", "backbone_sha256", "provenance")
-    return {"kind": "classifier (finetune)", "uri": storage.redact(uri)} | {key: content[key] for key in kept} | {"sha256": digest}
+    return (
+        {"kind": "classifier (finetune)", "uri": storage.redact(uri)}
+        | {key: content[key] for key in kept}
+        | {"sha256": digest}
+    )
 
 
 def _bundle(uri: str) -> dict[str, Any]:
     content, digest = read_bundle_settings(uri)
     from tsq_ray.model import TSQShape
 
-    described = {"kind": "bundle", "uri": storage.redact(uri)} | {key: content[key] for key in ("task", "classes", "config")}
-    described["sampler_shape"] = asdict(TSQShape(**content["sampler_shape"]))  # with what a bundle from before a setting leaves out
-    return described | {"gflops": bundle_gflops(content), "provenance": content["provenance"], "sha256": digest}
+    described = {"kind": "bundle", "uri": storage.redact(uri)} | {
+        key: content[key] for key in ("task", "classes", "config")
+    }
+    described["sampler_shape"] = asdict(
+        TSQShape(**content["sampler_shape"])
+    )  # with what a bundle from before a setting leaves out
+    return described | {
+        "gflops": bundle_gflops(content),
+        "provenance": content["provenance"],
+        "sha256": digest,
+    }
 
 
 def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
@@ -108,7 +144,9 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
             shape=shape,
             counting=counting,
         )
-        found[counting] = {row.module: round(row.gflops, 4) for row in table.rows} | {"total": round(table.gflops, 4)}
+        found[counting] = {row.module: round(row.gflops, 4) for row in table.rows} | {
+            "total": round(table.gflops, 4)
+        }
     return found
 
 
@@ -122,8 +160,13 @@ def describe_cluster(session: Session, config: Config) -> dict[str, Any]:
         "kind": "cluster",
         "nodes": dict(states),
         "largest_node": describe_largest(found),
-        "free": {kind: f"{free.get(kind, 0.0):g} of {total:g}" for kind, total in (("CPU", found.cpus), ("GPU", found.gpus))},
-        "can_start": [f"{node.count} x {node.cpus:g} CPU, {node.gpus:g} GPU" for node in found.launchable],
+        "free": {
+            kind: f"{free.get(kind, 0.0):g} of {total:g}"
+            for kind, total in (("CPU", found.cpus), ("GPU", found.gpus))
+        },
+        "can_start": [
+            f"{node.count} x {node.cpus:g} CPU, {node.gpus:g} GPU" for node in found.launchable
+        ],
         **{stage: _describe_layout(stage, config, found) for stage in get_args(Stage)},
     }
 

@@ -71,7 +71,9 @@ class _TypedError(TsqError):
         super().__init__(message)
         self.error_type: ErrorType = error_type
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # survives the way back from a child process
+    def __reduce__(
+        self,
+    ) -> tuple[type, tuple[str, str]]:  # survives the way back from a child process
         return type(self), (self.error_type, str(self))
 
 

@@ -62,7 +62,9 @@ def estimate_extract(
     specs = networks.specs(config.resources.resizes_on_device(placed.on_gpu))
 
     def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
-        return feature_row(ref, video, encode([video])[0] if isinstance(video, DecodedVideo) else None)
+        return feature_row(
+            ref, video, encode([video])[0] if isinstance(video, DecodedVideo) else None
+        )
 
     return _estimate(todo, len(manifest.rows), config, placed, specs, finish, arrow, loading)
 
@@ -86,8 +88,12 @@ def estimate_score(
     sample = Sample(bundle, config.sampler, device, config.resources)
     recognize = Recognize(bundle, config.sampler, device, config.resources)
     loading = time.perf_counter() - started
-    arrow = schema.predictions_schema(config.decode.num_frames, len(bundle.classes), manifest.classes)
-    specs = bundle_specs(bundle, config.sampler.mode, config.resources.resizes_on_device(placed.on_gpu))
+    arrow = schema.predictions_schema(
+        config.decode.num_frames, len(bundle.classes), manifest.classes
+    )
+    specs = bundle_specs(
+        bundle, config.sampler.mode, config.resources.resizes_on_device(placed.on_gpu)
+    )
 
     def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
         return prediction_row(ref, recognize(sample([(ref.video_id, video)]))[0])
@@ -96,7 +102,12 @@ def estimate_score(
 
 
 def _to_do(
-    kind: runs.Kind, manifest_uri: str, split: str | None, limit: int | None, out: str | None, retry_failed: str | None
+    kind: runs.Kind,
+    manifest_uri: str,
+    split: str | None,
+    limit: int | None,
+    out: str | None,
+    retry_failed: str | None,
 ) -> tuple[Manifest, VideoRows]:
     manifest = read_manifest(manifest_uri)
     selection = runs.Selection.of(manifest, split, limit, retry_failed)
@@ -121,11 +132,15 @@ def _estimate(
     loading: float,
 ) -> dict[str, Any]:
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if placed.on_gpu else 0
-    networks = next(placed[name] for name in ("worker", "encoder", "sampler") if name in placed.pools)
+    networks = next(
+        placed[name] for name in ("worker", "encoder", "sampler") if name in placed.pools
+    )
     # a replica of the sampler does a video a thread, side by side
     workers = 1 if gpus else networks.now if "worker" in placed.pools else placed.threads
     threads = placed.threads if "sampler" not in placed.pools else 1
-    children = placed["decoder"].now * placed.decoder_processes if "decoder" in placed.pools else workers
+    children = (
+        placed["decoder"].now * placed.decoder_processes if "decoder" in placed.pools else workers
+    )
     chosen = [wanted[int(place)] for place in _of_every_size(wanted)] if wanted else []
     rows: list[dict[str, Any]] = []
     seconds = wall = 0.0
@@ -159,19 +174,25 @@ def _of_every_size(wanted: VideoRows) -> np.ndarray:
     return order[((np.arange(count) + 0.5) * len(order) / count).astype(np.int64)]
 
 
-def _probe(chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int) -> tuple[list[dict[str, Any]], float]:
+def _probe(
+    chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int
+) -> tuple[list[dict[str, Any]], float]:
     """Rows of the chosen videos, and seconds a video with all workers at work."""
 
     def work(ref: VideoRef, decoded: Future[Any]) -> dict[str, Any]:
         return finish(ref, decoded.result())
 
     # the number of threads is a setting of the thread that calls
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ThreadPoolExecutor(
+        workers, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
 
         def run(refs: Sequence[VideoRef]) -> list[dict[str, Any]]:
             return list(pool.map(work, refs, [decode.pool.submit(source_of(ref)) for ref in refs]))
 
-        run([chosen[number % len(chosen)] for number in range(workers)])  # the first ones pay for warming up
+        run(
+            [chosen[number % len(chosen)] for number in range(workers)]
+        )  # the first ones pay for warming up
         started = time.perf_counter()
         rows = run(chosen)
         return rows, (time.perf_counter() - started) / len(chosen)

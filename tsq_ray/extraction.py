@@ -38,12 +38,22 @@ def extract(
     selection = runs.Selection.of(manifest, split, limit, retry_failed)
     config, networks = choose_networks(config, encoder, recognizer)
     loaded = networks.load()
-    return extract_features(out, selection, config, networks, loaded, session, started=started, take_over=take_over)
+    return extract_features(
+        out, selection, config, networks, loaded, session, started=started, take_over=take_over
+    )
 
 
-def choose_networks(config: Config, encoder: str | None, recognizer: str | None) -> tuple[Config, Networks]:
+def choose_networks(
+    config: Config, encoder: str | None, recognizer: str | None
+) -> tuple[Config, Networks]:
     """The networks of an extraction, and its settings with them; `encoder` and `recognizer` are outputs of `finetune`."""
     if encoder is not None:
-        config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
+        config = config.model_copy(
+            update={
+                "encoders": config.encoders.model_copy(
+                    update={"visual": classifier_settings(encoder)}
+                )
+            }
+        )
     answers = classifier_settings(recognizer) if recognizer is not None else None
     return config, Networks(config.encoders.visual, config.encoders.objects, answers)

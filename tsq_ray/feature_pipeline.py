@@ -59,8 +59,12 @@ class Networks:
         visual.head = None
         objects = load_network(self.objects, with_head=True) if self.objects is not None else None
         if objects is not None and getattr(objects.head, "out_features", 0) != NUM_OBJECTS:
-            raise ModelError(f"encoders.objects {objects.config.model!r}: needs a head over ImageNet-1K's 1000 objects")
-        recognizer = load_network(self.recognizer, with_head=True) if self.recognizer is not None else None
+            raise ModelError(
+                f"encoders.objects {objects.config.model!r}: needs a head over ImageNet-1K's 1000 objects"
+            )
+        recognizer = (
+            load_network(self.recognizer, with_head=True) if self.recognizer is not None else None
+        )
         return LoadedNetworks(visual, objects, recognizer)
 
 
@@ -75,12 +79,16 @@ class LoadedNetworks:
     def features_schema(self, config: Config, classes: Sequence[str]) -> pa.Schema:
         """Of the features that they make with these settings."""
         logits: Any = self.recognizer.head.out_features if self.recognizer is not None else None  # type: ignore[union-attr]
-        return schema.features_schema(config.decode.num_frames, self.visual.dim, classes, logits, config.encoders.num_objects)
+        return schema.features_schema(
+            config.decode.num_frames, self.visual.dim, classes, logits, config.encoders.num_objects
+        )
 
     def encode(self, config: Config, device: str) -> Encode:
         """The networks at work with these settings."""
         num_objects, where = config.encoders.num_objects, torch.device(device)
-        return Encode(self.visual, self.objects, self.recognizer, where, num_objects, config.resources)
+        return Encode(
+            self.visual, self.objects, self.recognizer, where, num_objects, config.resources
+        )
 
     def hashes(self) -> dict[str, str]:
         """Identity of each network's weights; the object recogniser's with its head, which makes the objects."""
@@ -152,13 +160,24 @@ def extract_features(
 
 
 def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> runs.Identity:
-    models = {"visual": networks.visual, "objects": networks.objects, "recognizer": networks.recognizer}
+    models = {
+        "visual": networks.visual,
+        "objects": networks.objects,
+        "recognizer": networks.recognizer,
+    }
     # where weights lie does not matter, what they are does
-    shown = {name: model.model_dump(mode="json", exclude={"weights"}) if model is not None else None for name, model in models.items()}
+    shown = {
+        name: model.model_dump(mode="json", exclude={"weights"}) if model is not None else None
+        for name, model in models.items()
+    }
     decode = {"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
     return runs.Identity.of(
         decode=config.decode.model_dump(mode="json", include=decode),
-        encoders={"visual": shown["visual"], "objects": shown["objects"], "num_objects": config.encoders.num_objects},
+        encoders={
+            "visual": shown["visual"],
+            "objects": shown["objects"],
+            "num_objects": config.encoders.num_objects,
+        },
         recognizer=shown["recognizer"],
         weights=loaded.hashes(),
     )
@@ -170,22 +189,34 @@ def feature_stage(data: Any, plan: FeaturePlan, debug: bool) -> Any:
     common: dict[str, Any] = {"fn_constructor_args": (plan,)}
     parts.hand_on_after(context, plan.schema, batch)
     if "worker" in plan.layout.pools:
-        return data.map_batches(ExtractWorker, batch_size=None, **common, **parts.pool_options(plan.layout["worker"]))
+        return data.map_batches(
+            ExtractWorker, batch_size=None, **common, **parts.pool_options(plan.layout["worker"])
+        )
     # frames of a batch stay together on their way
     frames = sum(spec.size**2 * 3 for spec in plan.specs().values()) * plan.config.decode.num_frames
     context.target_max_block_size = max(context.target_max_block_size, batch * frames)
-    data = data.map_batches(DecodeWorker, batch_size=None, **common, **parts.pool_options(plan.layout["decoder"]))
-    return data.map_batches(EncodeWorker, batch_size=batch, **common, **parts.pool_options(plan.layout["encoder"]))
+    data = data.map_batches(
+        DecodeWorker, batch_size=None, **common, **parts.pool_options(plan.layout["decoder"])
+    )
+    return data.map_batches(
+        EncodeWorker, batch_size=batch, **common, **parts.pool_options(plan.layout["encoder"])
+    )
 
 
-def feature_row(ref: VideoRef, video: DecodedVideo | VideoError | StorageError, features: FrameFeatures | None) -> dict[str, Any]:
+def feature_row(
+    ref: VideoRef, video: DecodedVideo | VideoError | StorageError, features: FrameFeatures | None
+) -> dict[str, Any]:
     """The row of a video; `features` of one that could be decoded."""
     if not isinstance(video, DecodedVideo) or features is None:
         assert not isinstance(video, DecodedVideo)
         return failed_row(ref, video)
     names = ("visual", "object_ids", "object_probs", "recognizer_logits")
     found = {name: getattr(features, name) for name in names}
-    row = identity_row(ref) | source_columns(video) | {"frame_index": video.frame_index, parts.DECODE_S: video.decode_ms / 1000}
+    row = (
+        identity_row(ref)
+        | source_columns(video)
+        | {"frame_index": video.frame_index, parts.DECODE_S: video.decode_ms / 1000}
+    )
     return row | {name: value for name, value in found.items() if value is not None}
 
 
@@ -205,7 +236,9 @@ class ExtractWorker:
             rows = [self._row(ref, next(videos)) for ref in batch]
             yield parts.transport_table(rows, self.plan.schema, self.plan.counts)
 
-    def _row(self, ref: VideoRef, video: DecodedVideo | VideoError | StorageError) -> dict[str, Any]:
+    def _row(
+        self, ref: VideoRef, video: DecodedVideo | VideoError | StorageError
+    ) -> dict[str, Any]:
         started = time.perf_counter()
         features = self.encode([video])[0] if isinstance(video, DecodedVideo) else None
         seconds = {parts.ENCODE_S: time.perf_counter() - started} if features is not None else {}
@@ -221,12 +254,16 @@ class DecodeWorker:
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         """Manifest rows -> the same rows with the decoded frames or the failure."""
-        videos = self.pool.outcomes([source_of(ref) for ref in parts.refs_of(block)], self.batch_size)
+        videos = self.pool.outcomes(
+            [source_of(ref) for ref in parts.refs_of(block)], self.batch_size
+        )
         for start in range(0, len(block), self.batch_size):
             batch = block.slice(start, self.batch_size)
             packed = [pack_video(next(videos), self.names) for _ in range(len(batch))]
             for name, column_type in packed_fields(self.names).items():
-                batch = batch.append_column(name, pa.array([row.get(name) for row in packed], column_type))
+                batch = batch.append_column(
+                    name, pa.array([row.get(name) for row in packed], column_type)
+                )
             yield batch
 
 
@@ -277,25 +314,49 @@ def packed_fields(names: Sequence[str]) -> dict[str, pa.DataType]:
     return _PACKED | {f"{_FRAMES}{name}": pa.large_binary() for name in names}
 
 
-def pack_video(video: DecodedVideo | VideoError | StorageError, names: Sequence[str]) -> dict[str, Any]:
+def pack_video(
+    video: DecodedVideo | VideoError | StorageError, names: Sequence[str]
+) -> dict[str, Any]:
     """A decoded video, or its failure, as Arrow values; of `names` those pictures that it has."""
     if not isinstance(video, DecodedVideo):
         return {"error_type": video.error_type, "error_message": str(video)}
-    lists = {name: getattr(video, name).tolist() for name in ("slot_frame", "frame_index", "frame_pts_s")}
-    plain = {name: getattr(video, name) for name in _PACKED if name not in lists and not name.startswith("error_")}
-    return lists | plain | {f"{_FRAMES}{name}": video.frames[name].tobytes() for name in names if name in video.frames}
+    lists = {
+        name: getattr(video, name).tolist() for name in ("slot_frame", "frame_index", "frame_pts_s")
+    }
+    plain = {
+        name: getattr(video, name)
+        for name in _PACKED
+        if name not in lists and not name.startswith("error_")
+    }
+    return (
+        lists
+        | plain
+        | {
+            f"{_FRAMES}{name}": video.frames[name].tobytes()
+            for name in names
+            if name in video.frames
+        }
+    )
 
 
-def unpack_video(record: Mapping[str, Any], specs: Mapping[str, FrameSpec]) -> DecodedVideo | VideoError:
+def unpack_video(
+    record: Mapping[str, Any], specs: Mapping[str, FrameSpec]
+) -> DecodedVideo | VideoError:
     """The inverse of `pack_video`."""
     if record["error_type"] is not None:
         return VideoError(record["error_type"], record["error_message"])
     values = {name: record[name] for name in _PACKED if not name.startswith("error_")}
-    for name, dtype in (("slot_frame", np.int32), ("frame_index", np.int32), ("frame_pts_s", np.float32)):
+    for name, dtype in (
+        ("slot_frame", np.int32),
+        ("frame_index", np.int32),
+        ("frame_pts_s", np.float32),
+    ):
         values[name] = np.array(values[name], dtype)
     frames = {}
     for name, spec in specs.items():
         if (data := record[f"{_FRAMES}{name}"]) is not None:
-            height, width = (record["height"], record["width"]) if name == WHOLE else (spec.size, spec.size)
+            height, width = (
+                (record["height"], record["width"]) if name == WHOLE else (spec.size, spec.size)
+            )
             frames[name] = np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
     return DecodedVideo(frames=frames, **values)

@@ -171,7 +171,9 @@ class _Walk:
                 raise
             return [LeftOut(folder, _why(error) if gone else f"linked folder, {_why(error)}")]
 
-    def _look_at(self, entry: os.DirEntry[str], through_link: bool) -> StoredFile | LeftOut | tuple[str, bool]:
+    def _look_at(
+        self, entry: os.DirEntry[str], through_link: bool
+    ) -> StoredFile | LeftOut | tuple[str, bool]:
         """A file, what is left out, or a folder to enter and whether a link led there."""
         if entry.name.startswith("."):
             return LeftOut(entry.path, HIDDEN)
@@ -194,12 +196,18 @@ class _Walk:
             return LeftOut(entry.path, f"not a regular file ({special})")
         return _stored(entry.path, found)
 
-    def _through_link(self, path: str, found: os.stat_result, own_folder: bool) -> LeftOut | tuple[str, bool]:
+    def _through_link(
+        self, path: str, found: os.stat_result, own_folder: bool
+    ) -> LeftOut | tuple[str, bool]:
         if not own_folder:
             target = os.path.realpath(path)
-            if _lies_in(os.path.realpath(os.path.dirname(path)), target) or _lies_in(self.root, target):
+            if _lies_in(os.path.realpath(os.path.dirname(path)), target) or _lies_in(
+                self.root, target
+            ):
                 return LeftOut(path, LINK_LOOP)
-            if _lies_in(target, self.root) and all(map(_is_entered, os.path.relpath(target, self.root).split("/"))):
+            if _lies_in(target, self.root) and all(
+                map(_is_entered, os.path.relpath(target, self.root).split("/"))
+            ):
                 return LeftOut(path, "linked folder, listed under its own name")
         # some file systems repeat inode numbers: only folders behind links are told apart by them
         number = found.st_dev, found.st_ino

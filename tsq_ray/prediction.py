@@ -36,7 +36,9 @@ def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str,
     return rows
 
 
-def _decode(decode: Decode, video: str) -> tuple[VideoRef, DecodedVideo | VideoError | StorageError]:
+def _decode(
+    decode: Decode, video: str
+) -> tuple[VideoRef, DecodedVideo | VideoError | StorageError]:
     """A video by name, decoded, or why it is not: never an exception, that would take the others' answers along."""
     # a row is text that JSON and a terminal can take, whatever bytes the name is made of
     shown = video if storage.is_utf8(video) else storage.redact(video)

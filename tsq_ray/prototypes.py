@@ -48,13 +48,17 @@ def prototypes(
     dim = 0
     for video, logits, video_labels in zip(features, frame_logits, labels, strict=True):
         frames, logits = np.asarray(video, np.float64), np.asarray(logits, np.float64)
-        assert logits.shape == (len(frames), num_classes), f"frame logits of shape {logits.shape}, expected {(len(frames), num_classes)}"
+        assert logits.shape == (len(frames), num_classes), (
+            f"frame logits of shape {logits.shape}, expected {(len(frames), num_classes)}"
+        )
         dim = frames.shape[1]
         probabilities = _probabilities(logits, task)
         for label in set(video_labels):
             correct = _correct_frames(logits, label, video_labels)
             key = label, bool(correct.any())
-            mean = _mean_of_best(frames, probabilities[:, label], correct if correct.any() else np.ones_like(correct))
+            mean = _mean_of_best(
+                frames, probabilities[:, label], correct if correct.any() else np.ones_like(correct)
+            )
             sums[key] = sums.get(key, 0.0) + mean
             counts[key] = counts.get(key, 0) + 1
     assert dim, "prototypes need at least one video"
@@ -62,7 +66,11 @@ def prototypes(
 
 
 def _assemble(
-    sums: dict[tuple[int, bool], np.ndarray], counts: dict[tuple[int, bool], int], num_classes: int, dim: int, seed: int
+    sums: dict[tuple[int, bool], np.ndarray],
+    counts: dict[tuple[int, bool], int],
+    num_classes: int,
+    dim: int,
+    seed: int,
 ) -> Tensor:
     found = {}
     for label in range(num_classes):

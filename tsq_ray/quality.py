@@ -68,7 +68,9 @@ class PrecisionCurves:
         return result
 
 
-def average_precisions(scores: np.ndarray, targets: np.ndarray, interpolated: bool = False) -> np.ndarray:
+def average_precisions(
+    scores: np.ndarray, targets: np.ndarray, interpolated: bool = False
+) -> np.ndarray:
     """Average precision of each class (see `PrecisionCurves`), float64 [C]; nan without a positive.
 
     Args:
@@ -76,14 +78,18 @@ def average_precisions(scores: np.ndarray, targets: np.ndarray, interpolated: bo
         targets: bool [N, C].
         interpolated: ActivityNet's formula.
     """
-    assert scores.shape == targets.shape, f"scores {scores.shape} and targets {targets.shape} differ in shape"
+    assert scores.shape == targets.shape, (
+        f"scores {scores.shape} and targets {targets.shape} differ in shape"
+    )
     rows, classes = np.nonzero(targets)
     curves = PrecisionCurves(scores.shape[1], classes, scores[rows, classes])
     curves.add(scores)
     return curves.average_precisions(interpolated)
 
 
-def mean_average_precision(scores: np.ndarray, targets: np.ndarray, interpolated: bool = False) -> float:
+def mean_average_precision(
+    scores: np.ndarray, targets: np.ndarray, interpolated: bool = False
+) -> float:
     """`mean_over_classes` of `average_precisions`."""
     return mean_over_classes(average_precisions(scores, targets, interpolated))
 
@@ -107,7 +113,9 @@ def top1_accuracy(scores: np.ndarray, targets: np.ndarray) -> float:
     return float(np.asarray(targets, bool)[labelled][np.arange(len(best)), best].mean())
 
 
-def salient_recall(selected_pts_s: Sequence[float], segments: Sequence[tuple[float, float]]) -> float:
+def salient_recall(
+    selected_pts_s: Sequence[float], segments: Sequence[tuple[float, float]]
+) -> float:
     """Share of the chosen frames that lie in one of the salient segments, 0..1.
 
     The denominator is the chosen frames (at most K), not the salient ones: 1.0 when the whole
@@ -133,7 +141,9 @@ def first_of(lists: pa.Array) -> pa.Array:
     """The first item of each list; null where it is null or empty."""
     filled = pc.greater(pc.fill_null(pc.list_value_length(lists), 0), 0)
     places = np.cumsum(filled.to_numpy(zero_copy_only=False)) - 1
-    return pc.list_element(lists.filter(filled), 0).take(pc.if_else(filled, pa.array(places), pa.scalar(None, pa.int64())))
+    return pc.list_element(lists.filter(filled), 0).take(
+        pc.if_else(filled, pa.array(places), pa.scalar(None, pa.int64()))
+    )
 
 
 def label_pairs(table: pa.Table, classes: Sequence[str]) -> tuple[np.ndarray, pa.Array, np.ndarray]:
@@ -192,10 +202,14 @@ def class_figures(parts: Sequence[ReadColumns], classes: Sequence[str]) -> Class
         curves.add(block)
         predicted += np.bincount(block.argmax(axis=1), minlength=len(classes))
     videos = np.bincount(positive, minlength=len(classes))
-    return ClassFigures(videos, predicted, curves.average_precisions(), curves.average_precisions(interpolated=True))
+    return ClassFigures(
+        videos, predicted, curves.average_precisions(), curves.average_precisions(interpolated=True)
+    )
 
 
-def _labelled_scores(parts: Sequence[ReadColumns], classes: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _labelled_scores(
+    parts: Sequence[ReadColumns], classes: Sequence[str]
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Part by part, of the ok rows with a known label: scores [N, C]; row and class of each label."""
     for read in parts:
         table = read(["status", "label_names"])

@@ -25,7 +25,11 @@ def frame_spec(config: ModelConfig) -> FrameSpec:
 
 
 def picture_specs(
-    encoders: EncodersConfig, with_objects: bool, recognizer: ModelConfig | None, mode: str, whole: bool = False
+    encoders: EncodersConfig,
+    with_objects: bool,
+    recognizer: ModelConfig | None,
+    mode: str,
+    whole: bool = False,
 ) -> dict[str, FrameSpec]:
     """The pictures that scoring with `mode` needs, and no others: baselines leave the sampler's encoders out.
 
@@ -54,12 +58,26 @@ def failed_row(ref: VideoRef, error: VideoError | StorageError) -> dict[str, Any
 def failure_columns(error: VideoError | StorageError) -> dict[str, Any]:
     """What a row says of a video that cannot be used."""
     message = storage.redact(" ".join(str(error).split()))[:500]
-    return {"status": "failed", "error_type": error.error_type, "error_message": message, "warnings": []}
+    return {
+        "status": "failed",
+        "error_type": error.error_type,
+        "error_message": message,
+        "warnings": [],
+    }
 
 
 def source_columns(video: DecodedVideo) -> dict[str, Any]:
     """The columns that features and predictions share for a video that is ok, without the manifest's."""
-    names = ("duration_s", "fps", "width", "height", "codec", "source_num_frames", "frame_pts_s", "warnings")
+    names = (
+        "duration_s",
+        "fps",
+        "width",
+        "height",
+        "codec",
+        "source_num_frames",
+        "frame_pts_s",
+        "warnings",
+    )
     return {"status": "ok", **{name: getattr(video, name) for name in names}}
 
 
@@ -75,7 +93,11 @@ class Answer:
 
 def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:
     """The prediction row of a manifest's video."""
-    return failed_row(ref, answer.error) if answer.error is not None else {**identity_row(ref), **answer.columns}
+    return (
+        failed_row(ref, answer.error)
+        if answer.error is not None
+        else {**identity_row(ref), **answer.columns}
+    )
 
 
 def source_of(ref: VideoRef) -> VideoSource:

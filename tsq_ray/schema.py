@@ -61,20 +61,33 @@ MANIFEST = IDENTITY
 
 STATUS = (
     Column("status", pa.string(), '"ok" or "failed"'),
-    Column("error_type", pa.string(), "why it failed, one of the closed list (errors.py)", nullable=True),
+    Column(
+        "error_type",
+        pa.string(),
+        "why it failed, one of the closed list (errors.py)",
+        nullable=True,
+    ),
     Column("error_message", pa.string(), "the reason in one line", nullable=True),
     Column("warnings", _STRINGS, "what was missing or odd in a video that is ok"),
 )
 SOURCE = (
-    Column("duration_s", pa.float64(), "duration of the frames that exist", "seconds", nullable=True),
+    Column(
+        "duration_s", pa.float64(), "duration of the frames that exist", "seconds", nullable=True
+    ),
     Column("fps", pa.float64(), "average frame rate", "frames/second", nullable=True),
     Column("width", pa.int32(), "width as shown, after rotation", "pixels", nullable=True),
     Column("height", pa.int32(), "height as shown, after rotation", "pixels", nullable=True),
     Column("codec", pa.string(), "FFmpeg's name of the codec", nullable=True),
-    Column("source_num_frames", pa.int64(), "frames that exist in the file", "frames", nullable=True),
+    Column(
+        "source_num_frames", pa.int64(), "frames that exist in the file", "frames", nullable=True
+    ),
 )
-FRAME_INDEX = Column("frame_index", pa.int32(), "index of each of the T frames in the source", "frames", dims=("T",))
-FRAME_PTS = Column("frame_pts_s", pa.float32(), "presentation time of each of the T frames", "seconds", dims=("T",))
+FRAME_INDEX = Column(
+    "frame_index", pa.int32(), "index of each of the T frames in the source", "frames", dims=("T",)
+)
+FRAME_PTS = Column(
+    "frame_pts_s", pa.float32(), "presentation time of each of the T frames", "seconds", dims=("T",)
+)
 
 FEATURES = (
     *IDENTITY,
@@ -82,12 +95,30 @@ FEATURES = (
     *SOURCE,
     FRAME_INDEX,
     FRAME_PTS,
-    Column("visual", pa.float16(), "pooled feature of each frame, before the classifier", dims=("T", "d")),
-    Column("object_ids", pa.int16(), "ImageNet-1K classes of the n most probable objects, best first", dims=("T", "n")),
-    Column("object_probs", pa.float16(), "their softmax probabilities, not renormalised", dims=("T", "n")),
+    Column(
+        "visual",
+        pa.float16(),
+        "pooled feature of each frame, before the classifier",
+        dims=("T", "d"),
+    ),
+    Column(
+        "object_ids",
+        pa.int16(),
+        "ImageNet-1K classes of the n most probable objects, best first",
+        dims=("T", "n"),
+    ),
+    Column(
+        "object_probs",
+        pa.float16(),
+        "their softmax probabilities, not renormalised",
+        dims=("T", "n"),
+    ),
 )
 RECOGNIZER_LOGITS = Column(
-    "recognizer_logits", pa.float16(), "the recogniser's logits of each frame (extract --recognizer)", dims=("T", "C")
+    "recognizer_logits",
+    pa.float16(),
+    "the recogniser's logits of each frame (extract --recognizer)",
+    dims=("T", "C"),
 )
 
 PREDICTIONS = (
@@ -96,28 +127,87 @@ PREDICTIONS = (
     *SOURCE,
     FRAME_PTS,
     Column("label_names", _STRINGS, "names of the labels", nullable=True),
-    Column("top_labels", _STRINGS, "names of the min(5, C) best classes, best first", nullable=True),
+    Column(
+        "top_labels", _STRINGS, "names of the min(5, C) best classes, best first", nullable=True
+    ),
     Column("top_scores", pa.list_(pa.float32()), "their scores", "probability", nullable=True),
     Column(
-        "scores", pa.float32(), "probability of each class, in the bundle's order (absent with --scores top)", "probability", dims=("C",)
+        "scores",
+        pa.float32(),
+        "probability of each class, in the bundle's order (absent with --scores top)",
+        "probability",
+        dims=("C",),
     ),
-    Column("selected_slot", pa.list_(pa.int32()), "the chosen frames, at most K, as slots 0..T-1, ascending", nullable=True),
-    Column("selected_index", pa.list_(pa.int32()), "their indices in the source", "frames", nullable=True),
-    Column("selected_pts_s", pa.list_(pa.float32()), "their presentation times", "seconds", nullable=True),
-    Column("selected_by", _STRINGS, '"visual", "textual" or the name of a baseline, for each', nullable=True),
-    Column("saliency_visual", pa.float32(), "saliency of each frame by the visual module; null for baselines", dims=("T",)),
-    Column("saliency_textual", pa.float32(), "saliency of each frame by the textual module; null for baselines", dims=("T",)),
+    Column(
+        "selected_slot",
+        pa.list_(pa.int32()),
+        "the chosen frames, at most K, as slots 0..T-1, ascending",
+        nullable=True,
+    ),
+    Column(
+        "selected_index",
+        pa.list_(pa.int32()),
+        "their indices in the source",
+        "frames",
+        nullable=True,
+    ),
+    Column(
+        "selected_pts_s",
+        pa.list_(pa.float32()),
+        "their presentation times",
+        "seconds",
+        nullable=True,
+    ),
+    Column(
+        "selected_by",
+        _STRINGS,
+        '"visual", "textual" or the name of a baseline, for each',
+        nullable=True,
+    ),
+    Column(
+        "saliency_visual",
+        pa.float32(),
+        "saliency of each frame by the visual module; null for baselines",
+        dims=("T",),
+    ),
+    Column(
+        "saliency_textual",
+        pa.float32(),
+        "saliency of each frame by the textual module; null for baselines",
+        dims=("T",),
+    ),
     Column("decode_ms", pa.float32(), "time to fetch and decode", "milliseconds", nullable=True),
-    Column("sample_ms", pa.float32(), "time to encode and choose, its share of the batch", "milliseconds", nullable=True),
-    Column("recognize_ms", pa.float32(), "time to recognise, its share of the batch", "milliseconds", nullable=True),
+    Column(
+        "sample_ms",
+        pa.float32(),
+        "time to encode and choose, its share of the batch",
+        "milliseconds",
+        nullable=True,
+    ),
+    Column(
+        "recognize_ms",
+        pa.float32(),
+        "time to recognise, its share of the batch",
+        "milliseconds",
+        nullable=True,
+    ),
 )
 
 
-def arrow_schema(columns: Sequence[Column], sizes: Mapping[str, int], classes: Sequence[str] | None) -> pa.Schema:
+def arrow_schema(
+    columns: Sequence[Column], sizes: Mapping[str, int], classes: Sequence[str] | None
+) -> pa.Schema:
     """The Arrow schema of `columns`, with the sizes of T, C and d, and the class names, in the metadata."""
     fields = [column.field(sizes) for column in columns]
-    shapes = {field.name: list(field.type.shape) for field in fields if isinstance(field.type, pa.FixedShapeTensorType)}
-    metadata = {SHAPES_KEY: json.dumps(shapes).encode(), CLASSES_KEY: json.dumps(list(classes or ())).encode()}
+    shapes = {
+        field.name: list(field.type.shape)
+        for field in fields
+        if isinstance(field.type, pa.FixedShapeTensorType)
+    }
+    metadata = {
+        SHAPES_KEY: json.dumps(shapes).encode(),
+        CLASSES_KEY: json.dumps(list(classes or ())).encode(),
+    }
     return pa.schema(fields, metadata=metadata)
 
 
@@ -127,14 +217,22 @@ def manifest_schema(classes: Sequence[str] | None) -> pa.Schema:
 
 
 def features_schema(
-    num_frames: int, dim: int, classes: Sequence[str] | None, num_logits: int | None = None, num_objects: int = TOP_OBJECTS
+    num_frames: int,
+    dim: int,
+    classes: Sequence[str] | None,
+    num_logits: int | None = None,
+    num_objects: int = TOP_OBJECTS,
 ) -> pa.Schema:
     """Schema of a features part; `num_logits` (C of the recogniser) adds `recognizer_logits`."""
     columns = FEATURES if num_logits is None else (*FEATURES, RECOGNIZER_LOGITS)
-    return arrow_schema(columns, {"T": num_frames, "d": dim, "n": num_objects, "C": num_logits or 0}, classes)
+    return arrow_schema(
+        columns, {"T": num_frames, "d": dim, "n": num_objects, "C": num_logits or 0}, classes
+    )
 
 
-def predictions_schema(num_frames: int, num_classes: int, classes: Sequence[str] | None, with_scores: bool = True) -> pa.Schema:
+def predictions_schema(
+    num_frames: int, num_classes: int, classes: Sequence[str] | None, with_scores: bool = True
+) -> pa.Schema:
     """Schema of a predictions part; `classes` are the manifest's, which `labels` index."""
     columns = tuple(column for column in PREDICTIONS if with_scores or column.name != "scores")
     return arrow_schema(columns, {"T": num_frames, "C": num_classes}, classes)
@@ -162,9 +260,13 @@ def _column_array(values: list[Any], field: pa.Field) -> pa.Array:
     for row, value in enumerate(values):
         if value is not None:
             array = np.asarray(value, dtype)
-            assert array.shape == shape, f"{field.name}: shape {array.shape}, the schema says {shape}"
+            assert array.shape == shape, (
+                f"{field.name}: shape {array.shape}, the schema says {shape}"
+            )
             flat[row] = array.reshape(-1)
-    storage = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), size, mask=pa.array(null))
+    storage = pa.FixedSizeListArray.from_arrays(
+        pa.array(flat.reshape(-1)), size, mask=pa.array(null)
+    )
     return pa.ExtensionArray.from_storage(field.type, storage)
 
 
@@ -176,9 +278,15 @@ def tensor_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """A tensor column without nulls as one array, rows first: [N, *shape]."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of an extension type may keep chunks
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
+        array = (
+            pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
+        )
     assert array.null_count == 0, "tensor_to_numpy: drop the failed rows first"
-    return array.storage.flatten().to_numpy(zero_copy_only=False).reshape(len(array), *array.type.shape)
+    return (
+        array.storage.flatten()
+        .to_numpy(zero_copy_only=False)
+        .reshape(len(array), *array.type.shape)
+    )
 
 
 def storage_schema(schema: pa.Schema) -> pa.Schema:
@@ -189,7 +297,9 @@ def storage_schema(schema: pa.Schema) -> pa.Schema:
     fields = []
     for field in schema:
         tensor = isinstance(field.type, pa.FixedShapeTensorType)
-        fields.append(pa.field(field.name, field.type.storage_type, field.nullable) if tensor else field)
+        fields.append(
+            pa.field(field.name, field.type.storage_type, field.nullable) if tensor else field
+        )
     return pa.schema(fields)
 
 
@@ -198,7 +308,11 @@ def to_storage(table: pa.Table) -> pa.Table:
     columns = []
     for column in table.columns:
         tensor = isinstance(column.type, pa.FixedShapeTensorType)
-        columns.append(pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type) if tensor else column)
+        columns.append(
+            pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+            if tensor
+            else column
+        )
     return pa.Table.from_arrays(columns, schema=storage_schema(table.schema))
 
 
@@ -208,6 +322,8 @@ def from_storage(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for field in schema:
         column = table[field.name].combine_chunks()
         if isinstance(field.type, pa.FixedShapeTensorType):
-            column = pa.ExtensionArray.from_storage(field.type, column.cast(field.type.storage_type))
+            column = pa.ExtensionArray.from_storage(
+                field.type, column.cast(field.type.storage_type)
+            )
         columns.append(column if column.type == field.type else column.cast(field.type))
     return pa.Table.from_arrays(columns, schema=schema)

@@ -71,7 +71,9 @@ def score(
     manifest = read_manifest(manifest_uri)
     selection = runs.Selection.of(manifest, split, limit, retry_failed)
     classes = list(content["classes"])
-    arrow = schema.predictions_schema(config.decode.num_frames, len(classes), manifest.classes, with_scores)
+    arrow = schema.predictions_schema(
+        config.decode.num_frames, len(classes), manifest.classes, with_scores
+    )
     more = {
         "model": {"uri": storage.redact(model), "sha256": digest},
         "bundle_classes": classes,
@@ -86,15 +88,24 @@ def score(
         if run.todo:
             with cluster.connect(session) as ray:
                 counts = progress.start_counts(FlowCounts)
-                plan = ScorePlan(f"tsq-score-{_unique(model)}", arrow, manifest.classes, counts, config)
+                plan = ScorePlan(
+                    f"tsq-score-{_unique(model)}", arrow, manifest.classes, counts, config
+                )
                 replicas = Replicas(ray, plan.app, config, model, counts, len(run.todo))
                 work = _work(plan, replicas.placed, session.debug)
-                with replicas.deployed(session), cluster.asking_for_nodes(ray, replicas.placed, config):
-                    seconds = run_bulk("score", run, work, session, ticks=(replicas.tick,), app=plan.app)
+                with (
+                    replicas.deployed(session),
+                    cluster.asking_for_nodes(ray, replicas.placed, config),
+                ):
+                    seconds = run_bulk(
+                        "score", run, work, session, ticks=(replicas.tick,), app=plan.app
+                    )
         return run.close(seconds, lambda: more | {"metrics": measure(out, classes)})
 
 
-def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> runs.Identity:
+def _identity(
+    bundle: dict[str, Any], digest: str, config: Config, with_scores: bool
+) -> runs.Identity:
     sampler = config.sampler.model_dump(mode="json")
     if config.sampler.mode != "random":
         sampler.pop("seed")
@@ -129,7 +140,9 @@ def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
             enable_true_multi_threading=True,
         )
         # a block as it is: Ray Data would wait until blocks make up a batch
-        return data.map_batches(ScoreWorker, batch_size=None, fn_constructor_args=(plan,), **options)
+        return data.map_batches(
+            ScoreWorker, batch_size=None, fn_constructor_args=(plan,), **options
+        )
 
     many = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
     return Work(many, placed["writer"], stage, plan.schema, plan.counts)
@@ -144,7 +157,9 @@ class ScoreWorker:
         from tsq_ray.serving.graph import Graph, TimeLimits
 
         self.plan, self.name = plan, _unique("sender")
-        decoder, sampler, recognizer = (serve.get_deployment_handle(name.capitalize(), plan.app) for name in STAGES)
+        decoder, sampler, recognizer = (
+            serve.get_deployment_handle(name.capitalize(), plan.app) for name in STAGES
+        )
         self.graph = Graph(decoder, sampler, recognizer, TimeLimits.of(plan.config, _PATIENCE_S))
         self.loop = asyncio.new_event_loop()
         self.on_its_way = 0
@@ -155,9 +170,14 @@ class ScoreWorker:
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         """Manifest rows -> transport tables of prediction rows."""
-        rows = [asyncio.run_coroutine_threadsafe(self._row(ref), self.loop) for ref in parts.refs_of(block)]
+        rows = [
+            asyncio.run_coroutine_threadsafe(self._row(ref), self.loop)
+            for ref in parts.refs_of(block)
+        ]
         for batch in parts.batches(rows, _BATCH_ROWS):
-            yield parts.transport_table([row.result() for row in batch], self.plan.schema, self.plan.counts)
+            yield parts.transport_table(
+                [row.result() for row in batch], self.plan.schema, self.plan.counts
+            )
 
     async def _ask_for_share(self) -> None:
         import ray
@@ -181,7 +201,10 @@ class ScoreWorker:
                 self.changed.notify_all()
         if ref.labels is not None:
             row["label_names"] = [self.plan.classes[number] for number in ref.labels]
-        seconds = {f"_{stage}_s": (row.get(f"{stage}_ms") or 0.0) / 1000 for stage in ("decode", "sample", "recognize")}
+        seconds = {
+            f"_{stage}_s": (row.get(f"{stage}_ms") or 0.0) / 1000
+            for stage in ("decode", "sample", "recognize")
+        }
         return row | seconds
 
     async def _answer(self, ref: VideoRef) -> Answer:
@@ -189,7 +212,9 @@ class ScoreWorker:
             return await self.graph.score(source_of(ref), ref.video_id)
         except Exception as error:  # noqa: BLE001  the boundary: whatever a stage raises, the video keeps its row
             cause = cluster.root_cause(error)
-            return Answer(error=VideoError("internal", f"the graph failed: {type(cause).__name__}: {cause}"))
+            return Answer(
+                error=VideoError("internal", f"the graph failed: {type(cause).__name__}: {cause}")
+            )
 
 
 def measure(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -52,7 +52,11 @@ def bundle_specs(bundle: Bundle, mode: str, whole: bool = False) -> dict[str, Fr
 
 def pictures_of(video: DecodedVideo, name: str) -> Pictures:
     """The pictures `name` of a video's N distinct frames, or the whole frames to make them of."""
-    return Pictures(video.frames[WHOLE], True) if WHOLE in video.frames else Pictures(video.frames[name])
+    return (
+        Pictures(video.frames[WHOLE], True)
+        if WHOLE in video.frames
+        else Pictures(video.frames[name])
+    )
 
 
 def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
@@ -68,16 +72,22 @@ def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
 
 def classifier_settings(uri: str) -> ModelConfig:
     """Settings that load the classifier at `uri` as a network: its own model and preprocessing, its weights."""
-    return load_classifier(uri).encoder.config.model_copy(update={"weights": storage.normalize(uri)})
+    return load_classifier(uri).encoder.config.model_copy(
+        update={"weights": storage.normalize(uri)}
+    )
 
 
 class Decode:
     """Videos -> frames, each in a killable child; a video's failure is a value, not an exception."""
 
-    def __init__(self, config: DecodeConfig, specs: Mapping[str, FrameSpec], num_processes: int = 1) -> None:
+    def __init__(
+        self, config: DecodeConfig, specs: Mapping[str, FrameSpec], num_processes: int = 1
+    ) -> None:
         self.pool = DecodePool(config, specs, num_processes)
 
-    def __call__(self, sources: Sequence[VideoSource]) -> list[DecodedVideo | VideoError | StorageError]:
+    def __call__(
+        self, sources: Sequence[VideoSource]
+    ) -> list[DecodedVideo | VideoError | StorageError]:
         """In the order of `sources`."""
         return self.pool.decode(sources)
 
@@ -143,10 +153,19 @@ class Encode:
             _, found = self._run(self.recognizer, videos, RECOGNIZER)
             assert found is not None
             logits = [scores.numpy() for scores in found]
-        frame_logits = [scores.numpy() for scores in visual_logits] if visual_logits is not None else [None] * len(videos)
-        return [FrameFeatures(feature.numpy(), *rest) for feature, *rest in zip(visual, ids, probs, frame_logits, logits, strict=True)]
+        frame_logits = (
+            [scores.numpy() for scores in visual_logits]
+            if visual_logits is not None
+            else [None] * len(videos)
+        )
+        return [
+            FrameFeatures(feature.numpy(), *rest)
+            for feature, *rest in zip(visual, ids, probs, frame_logits, logits, strict=True)
+        ]
 
-    def _run(self, encoder: FrameEncoder, videos: Sequence[DecodedVideo], name: str) -> tuple[list[Tensor], list[Tensor] | None]:
+    def _run(
+        self, encoder: FrameEncoder, videos: Sequence[DecodedVideo], name: str
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
         pictures = [pictures_of(video, name) for video in videos]
         features, logits = encode_pictures(encoder, pictures)
         counts = [len(part.frames) for part in pictures]
@@ -174,8 +193,18 @@ class Sampled:
     error: VideoError | StorageError | None = None
     """Why there are no pictures."""
 
+    def next_picture(self, number: int) -> Pictures:
+        """The picture that comes at this place of `order`."""
+        assert self.order is not None
+        return _take(self.pictures, self.order[number : number + 1])
+
 
 _NOTHING = Pictures(np.zeros((0, 1, 1, 3), np.uint8))
+
+
+def _stacked(arrays: Sequence[np.ndarray | None]) -> Tensor:
+    """Arrays of one shape as a tensor with one more dimension."""
+    return torch.from_numpy(np.stack([array for array in arrays if array is not None]))
 
 
 def _take(pictures: Pictures, places: np.ndarray) -> Pictures:
@@ -186,25 +215,44 @@ class Sample:
     """Decoded videos -> the K frames of each (paper, section 3.3), or those of a baseline."""
 
     def __init__(
-        self, bundle: Bundle, config: SamplerConfig, device: torch.device | None = None, how: ResourcesConfig = AS_IT_COMES
+        self,
+        bundle: Bundle,
+        config: SamplerConfig,
+        device: torch.device | None = None,
+        how: ResourcesConfig = AS_IT_COMES,
     ) -> None:
         check_sampler(bundle, config)
         self.config, self.task = config, bundle.task
-        self.textual = bundle.objects is not None and config.mode in TSQ_MODES and config.mode != "visual"
+        self.textual = (
+            bundle.objects is not None and config.mode in TSQ_MODES and config.mode != "visual"
+        )
         self.encode: Encode | None = None
         self.device = device or best_device()
         if config.mode in (*TSQ_MODES, "maxconf-l"):
-            objects, kept = bundle.objects if self.textual else None, bundle.sampler.shape.top_objects
-            self.encode = Encode(bundle.encoder, objects, device=self.device, num_objects=kept, how=how)
+            objects, kept = (
+                bundle.objects if self.textual else None,
+                bundle.sampler.shape.top_objects,
+            )
+            self.encode = Encode(
+                bundle.encoder, objects, device=self.device, num_objects=kept, how=how
+            )
             self.network: TSQNet = bundle.sampler.to(self.device).eval()
             self.network.fold()
-            self.vocabulary = bundle.vocabulary.to(self.device) if self.textual and bundle.vocabulary is not None else None
+            self.vocabulary = (
+                bundle.vocabulary.to(self.device)
+                if self.textual and bundle.vocabulary is not None
+                else None
+            )
 
-    def __call__(self, items: Sequence[tuple[str, DecodedVideo | VideoError | StorageError]]) -> list[Sampled]:
+    def __call__(
+        self, items: Sequence[tuple[str, DecodedVideo | VideoError | StorageError]]
+    ) -> list[Sampled]:
         """(video id, its frames or its failure) -> in the order of `items`; the id seeds the random baseline."""
         started = time.perf_counter()
         videos = [video for _, video in items if isinstance(video, DecodedVideo)]
-        chosen = iter(self._choose([name for name, video in items if isinstance(video, DecodedVideo)], videos))
+        chosen = iter(
+            self._choose([name for name, video in items if isinstance(video, DecodedVideo)], videos)
+        )
         share_ms = (time.perf_counter() - started) * 1000 / max(1, len(videos))
         sampled = []
         for _, video in items:
@@ -212,28 +260,54 @@ class Sample:
                 sampled.append(Sampled({}, _NOTHING, np.zeros(0, np.int32), error=video))
                 continue
             selection, curves = next(chosen)
-            row = source_columns(video) | curves | {"decode_ms": video.decode_ms, "sample_ms": share_ms}
+            row = (
+                source_columns(video)
+                | curves
+                | {"decode_ms": video.decode_ms, "sample_ms": share_ms}
+            )
             pictures = pictures_of(video, RECOGNIZER)
             if selection is None:
-                sampled.append(Sampled(row, _take(pictures, video.slot_frame), video.frame_index, choose=True))
+                sampled.append(
+                    Sampled(row, _take(pictures, video.slot_frame), video.frame_index, choose=True)
+                )
             else:
                 row |= selection_columns(selection, video.frame_index, video.frame_pts_s)
-                order = self._order(curves, video, selection) if self.config.budget == "adaptive" else None
-                sampled.append(Sampled(row, _take(pictures, video.slot_frame[selection.slots]), video.frame_index, order=order))
+                order = (
+                    self._order(curves, video, selection)
+                    if self.config.budget == "adaptive"
+                    else None
+                )
+                sampled.append(
+                    Sampled(
+                        row,
+                        _take(pictures, video.slot_frame[selection.slots]),
+                        video.frame_index,
+                        order=order,
+                    )
+                )
         return sampled
 
     def _select(self, curves: Mapping[str, Any], video: DecodedVideo, budget: int) -> Selection:
         visual, textual, config = curves["saliency_visual"], curves["saliency_textual"], self.config
-        return select_frames(visual, textual, video.frame_index, budget, config.lambda_visual, config.mode)  # type: ignore[arg-type]
+        mode = cast(Literal["both", "visual", "textual"], config.mode)
+        return select_frames(visual, textual, video.frame_index, budget, config.lambda_visual, mode)
 
-    def _order(self, curves: Mapping[str, Any], video: DecodedVideo, selection: Selection) -> np.ndarray:
-        ranked = by_importance(lambda budget: self._select(curves, video, budget).slots, self.config.most_frames)
+    def _order(
+        self, curves: Mapping[str, Any], video: DecodedVideo, selection: Selection
+    ) -> np.ndarray:
+        ranked = by_importance(
+            lambda budget: self._select(curves, video, budget).slots, self.config.most_frames
+        )
         return np.searchsorted(selection.slots, ranked)
 
-    def _choose(self, names: Sequence[str], videos: Sequence[DecodedVideo]) -> list[tuple[Selection | None, dict[str, Any]]]:
+    def _choose(
+        self, names: Sequence[str], videos: Sequence[DecodedVideo]
+    ) -> list[tuple[Selection | None, dict[str, Any]]]:
         config = self.config
         if config.mode == "uniform":
-            return [(baselines.uniform(video.frame_index, config.most_frames), {}) for video in videos]
+            return [
+                (baselines.uniform(video.frame_index, config.most_frames), {}) for video in videos
+            ]
         if config.mode == "random":
             return [
                 (baselines.random(video.frame_index, config.most_frames, config.seed, name), {})
@@ -246,7 +320,12 @@ class Sample:
         if config.mode == "maxconf-l":
             return [
                 (
-                    baselines.maxconf(_probabilities(feature.visual_logits, self.task), video.frame_index, config.most_frames, "maxconf-l"),
+                    baselines.maxconf(
+                        _probabilities(feature.visual_logits, self.task),
+                        video.frame_index,
+                        config.most_frames,
+                        "maxconf-l",
+                    ),
                     {},
                 )
                 for feature, video in zip(features, videos, strict=True)
@@ -254,22 +333,35 @@ class Sample:
         return self._query(features, videos)
 
     @torch.inference_mode()
-    def _query(self, features: Sequence[FrameFeatures], videos: Sequence[DecodedVideo]) -> list[tuple[Selection | None, dict[str, Any]]]:
-        visual = torch.from_numpy(np.stack([feature.visual for feature in features])).to(self.device)
+    def _query(
+        self, features: Sequence[FrameFeatures], videos: Sequence[DecodedVideo]
+    ) -> list[tuple[Selection | None, dict[str, Any]]]:
+        visual = torch.from_numpy(np.stack([feature.visual for feature in features])).to(
+            self.device
+        )
         text = None
         if self.vocabulary is not None:
-            ids = torch.from_numpy(np.stack([feature.object_ids for feature in features]).astype(np.int64)).to(self.device)  # type: ignore[misc]
-            probs = torch.from_numpy(np.stack([feature.object_probs for feature in features])).to(self.device)  # type: ignore[misc]
-            text = object_embeddings(ids, probs, self.vocabulary)
+            ids = _stacked([feature.object_ids for feature in features]).long()
+            probs = _stacked([feature.object_probs for feature in features])
+            text = object_embeddings(ids.to(self.device), probs.to(self.device), self.vocabulary)
         output = self.network(visual, text)
         top = self.config.top_classes
-        by_visual = saliency(output.attention_visual, output.logits_visual, self.task, top).cpu().numpy()
+        by_visual = (
+            saliency(output.attention_visual, output.logits_visual, self.task, top).cpu().numpy()
+        )
         by_text = None
         if output.attention_textual is not None and output.logits_textual is not None:
-            by_text = saliency(output.attention_textual, output.logits_textual, self.task, top).cpu().numpy()
+            by_text = (
+                saliency(output.attention_textual, output.logits_textual, self.task, top)
+                .cpu()
+                .numpy()
+            )
         chosen: list[tuple[Selection | None, dict[str, Any]]] = []
         for number, video in enumerate(videos):
-            curves = {"saliency_visual": by_visual[number], "saliency_textual": by_text[number] if by_text is not None else None}
+            curves = {
+                "saliency_visual": by_visual[number],
+                "saliency_textual": by_text[number] if by_text is not None else None,
+            }
             chosen.append((self._select(curves, video, self.config.most_frames), curves))
         return chosen
 
@@ -280,10 +372,14 @@ def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
     if bundle.recognizer is None:
         raise ModelError(NO_RECOGNIZER)
     if config.mode == "textual" and bundle.objects is None:
-        raise ModelError("sampler.mode 'textual': the bundle was trained with train.modules = 'visual'; use 'visual' or a baseline")
+        raise ModelError(
+            "sampler.mode 'textual': the bundle was trained with train.modules = 'visual'; use 'visual' or a baseline"
+        )
 
 
-def selection_columns(selection: Selection, frame_index: np.ndarray, frame_pts_s: np.ndarray) -> dict[str, Any]:
+def selection_columns(
+    selection: Selection, frame_index: np.ndarray, frame_pts_s: np.ndarray
+) -> dict[str, Any]:
     """The prediction columns of a choice."""
     return {
         "selected_slot": selection.slots,
@@ -303,7 +399,11 @@ class Recognize:
     """The chosen frames -> one answer a video: their logits averaged, then softmax (sigmoid for multi-label)."""
 
     def __init__(
-        self, model: Bundle | Classifier, config: SamplerConfig, device: torch.device | None = None, how: ResourcesConfig = AS_IT_COMES
+        self,
+        model: Bundle | Classifier,
+        config: SamplerConfig,
+        device: torch.device | None = None,
+        how: ResourcesConfig = AS_IT_COMES,
     ) -> None:
         """`model`: a bundle, or its recogniser alone (`load_recognizer`)."""
         encoder = model.recognizer if isinstance(model, Bundle) else model.encoder
@@ -336,10 +436,21 @@ class Recognize:
 
         No margin is reached by fewer frames than itself, so that many go first, then one more of each video that is still open.
         """
-        found = self._logits([item.pictures if item.order is None else _take(item.pictures, item.order[: self._first]) for item in items])
+        found = self._logits(
+            [
+                item.pictures
+                if item.order is None
+                else _take(item.pictures, item.order[: self._first])
+                for item in items
+            ]
+        )
         open_items = [number for number, item in enumerate(items) if item.order is not None]
-        while open_items := [number for number in open_items if self._is_open(items[number], found[number])]:
-            more = self._logits([_take(items[number].pictures, items[number].order[len(found[number]), None]) for number in open_items])  # type: ignore[index]
+        while open_items := [
+            number for number in open_items if self._is_open(items[number], found[number])
+        ]:
+            more = self._logits(
+                [items[number].next_picture(len(found[number])) for number in open_items]
+            )
             for number, logits in zip(open_items, more, strict=True):
                 found[number] = torch.cat([found[number], logits])
         for number, item in enumerate(items):
@@ -352,13 +463,25 @@ class Recognize:
 
     def _is_open(self, item: Sampled, logits: Tensor) -> bool:
         assert item.order is not None
-        return len(logits) < len(item.order) and frames_until_sure(_probabilities(logits, self.task), self.config.margin) is None
+        return (
+            len(logits) < len(item.order)
+            and frames_until_sure(_probabilities(logits, self.task), self.config.margin) is None
+        )
 
     def _answer(self, item: Sampled, frame_logits: Tensor) -> None:
         if item.choose:
-            selection = baselines.maxconf(_probabilities(frame_logits, self.task), item.frame_index, self.config.most_frames, "maxconf")
+            selection = baselines.maxconf(
+                _probabilities(frame_logits, self.task),
+                item.frame_index,
+                self.config.most_frames,
+                "maxconf",
+            )
             item.row |= selection_columns(selection, item.frame_index, item.row["frame_pts_s"])
             frame_logits = frame_logits[torch.from_numpy(selection.slots.astype(np.int64))]
         scores = _probabilities(frame_logits.mean(0), self.task)
         best = np.argsort(-scores, kind="stable")[:TOP_LABELS]
-        item.row |= {"scores": scores, "top_labels": [self.classes[number] for number in best], "top_scores": scores[best]}
+        item.row |= {
+            "scores": scores,
+            "top_labels": [self.classes[number] for number in best],
+            "top_scores": scores[best],
+        }

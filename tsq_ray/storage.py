@@ -87,7 +87,9 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         if scheme in ("s3", "s3a"):
             fs = s3.open_file_system()
         elif scheme in _REMOTE:
-            fs = fsspec.filesystem(scheme, **fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(uri))
+            fs = fsspec.filesystem(
+                scheme, **fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(uri)
+            )
         else:
             raise ValueError(f"scheme {scheme} is not supported")
     except (ImportError, ValueError, TypeError) as error:
@@ -113,7 +115,9 @@ def _local_path(uri: str) -> str | None:
         return None
     path = normalize(uri)
     if not path or "\0" in path:
-        raise StorageError("not_found", f"{path!r}: no path; it is empty or holds a NUL, name a file or folder")
+        raise StorageError(
+            "not_found", f"{path!r}: no path; it is empty or holds a NUL, name a file or folder"
+        )
     return path
 
 
@@ -133,7 +137,9 @@ def read_ranges(uris: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[
         return []
     fs, _ = filesystem(uris[0])
     starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
-    found = fs.cat_ranges([fs._strip_protocol(uri) for uri in uris], starts, ends, on_error="return")
+    found = fs.cat_ranges(
+        [fs._strip_protocol(uri) for uri in uris], starts, ends, on_error="return"
+    )
     for uri, content in zip(uris, found, strict=True):
         if isinstance(content, Exception):
             with storage_errors(uri, "read"):

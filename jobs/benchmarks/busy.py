@@ -35,12 +35,16 @@ with torch.inference_mode():
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--busy", type=int, nargs="+", default=[0, 2], help="numbers of busy processes")
+    parser.add_argument(
+        "--busy", type=int, nargs="+", default=[0, 2], help="numbers of busy processes"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=188)
     options = parser.parse_args(argv)
-    sys.stdout.write("| busy processes | s without | s with | ratio |\n| ---: | ---: | ---: | ---: |\n")
+    sys.stdout.write(
+        "| busy processes | s without | s with | ratio |\n| ---: | ---: | ---: | ---: |\n"
+    )
     for busy in options.busy:
         without, passive = _measure(busy, options)
         sys.stdout.write(f"| {busy} | {without:.2f} | {passive:.2f} | {without / passive:.2f}x |\n")
@@ -59,12 +63,16 @@ def _measure(busy: int, options: argparse.Namespace) -> tuple[float, float]:
         for process in spinning:
             process.kill()
             process.wait()
-    return statistics.median(first for first, _ in rounds), statistics.median(second for _, second in rounds)
+    return statistics.median(first for first, _ in rounds), statistics.median(
+        second for _, second in rounds
+    )
 
 
 def _seconds(environment: dict[str, str], options: argparse.Namespace) -> float:
     command = [sys.executable, "-c", _BATCH, str(options.batch), str(options.size)]
-    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    )
 
 
 if __name__ == "__main__":

@@ -71,29 +71,57 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.only in (None, name) and (name != "before" or options.before):
             sys.stdout.write("\n".join(table(options)) + "\n\n")
             sys.stdout.flush()
-    sys.stdout.write(f"T = {options.frames}, {options.size} x {options.size}, {options.rounds} rounds, {os.cpu_count()} cores\n")
+    sys.stdout.write(
+        f"T = {options.frames}, {options.size} x {options.size}, {options.rounds} rounds, {os.cpu_count()} cores\n"
+    )
     return 0
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("TSQ_DATA", "../shared/data")), help="folder of development data")
-    parser.add_argument("--videos", type=Path, nargs="+", help="only these, instead of the folders untrimmed, long and a few of surrogate")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path(os.environ.get("TSQ_DATA", "../shared/data")),
+        help="folder of development data",
+    )
+    parser.add_argument(
+        "--videos",
+        type=Path,
+        nargs="+",
+        help="only these, instead of the folders untrimmed, long and a few of surrogate",
+    )
     parser.add_argument("--frames", type=int, default=16, help="T")
     parser.add_argument("--size", type=int, default=188, help="width and height of the pictures")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("peers", "ffmpeg", "keyframe", "profile", "s3", "before"))
-    parser.add_argument("--before", type=Path, help="another checkout of this package to compare with")
-    parser.add_argument("--daft-python", default=sys.executable, help="Python of an environment with daft")
-    parser.add_argument("--patience", type=float, default=120.0, help="seconds after which a round counts as hung")
+    parser.add_argument(
+        "--only", choices=("peers", "ffmpeg", "keyframe", "profile", "s3", "before")
+    )
+    parser.add_argument(
+        "--before", type=Path, help="another checkout of this package to compare with"
+    )
+    parser.add_argument(
+        "--daft-python", default=sys.executable, help="Python of an environment with daft"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=120.0, help="seconds after which a round counts as hung"
+    )
     return parser.parse_args(argv)
 
 
 def _files(options: argparse.Namespace, *folders: str) -> list[Path]:
     if options.videos:
         return [path.resolve() for path in options.videos]
-    found = [path for folder in folders for path in sorted((options.data / folder).rglob("*.mp4"))[: 5 if folder == "surrogate" else None]]
-    assert found, f"{options.data}: no videos; name the development data with --data, or videos with --videos"
+    found = [
+        path
+        for folder in folders
+        for path in sorted((options.data / folder).rglob("*.mp4"))[
+            : 5 if folder == "surrogate" else None
+        ]
+    ]
+    assert found, (
+        f"{options.data}: no videos; name the development data with --data, or videos with --videos"
+    )
     return [path.resolve() for path in found]
 
 
@@ -107,14 +135,25 @@ def _settings(options: argparse.Namespace, strategy: str) -> DecodeConfig:
 class Side:
     """A warm process that does rounds (sides.py)."""
 
-    def __init__(self, name: str, options: argparse.Namespace, paths: Sequence[Path], workers: int) -> None:
+    def __init__(
+        self, name: str, options: argparse.Namespace, paths: Sequence[Path], workers: int
+    ) -> None:
         python = options.daft_python if name == "daft" else sys.executable
-        job = {"paths": [str(path) for path in paths], "frames": options.frames, "size": options.size, "workers": workers}
+        job = {
+            "paths": [str(path) for path in paths],
+            "frames": options.frames,
+            "size": options.size,
+            "workers": workers,
+        }
         self.name, self.patience, self.trouble = name, options.patience, ""
         self.rounds: list[float] = []
         self.frames = 0
         self.process = subprocess.Popen(
-            [python, str(_SIDES), name, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            [python, str(_SIDES), name, json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         first = self._answer()
         self.start = first.get("seconds", 0.0)
@@ -126,7 +165,9 @@ class Side:
         ready, _, _ = select.select([self.process.stdout], [], [], self.patience)
         line = self.process.stdout.readline() if ready else ""
         if not line:
-            self.trouble = f"hung: no answer in {self.patience:g} s" if not ready else "ended with an error"
+            self.trouble = (
+                f"hung: no answer in {self.patience:g} s" if not ready else "ended with an error"
+            )
         return json.loads(line) if line else {}
 
     def round(self) -> None:
@@ -171,8 +212,16 @@ def _peers(options: argparse.Namespace) -> list[str]:
                 lines.append(f"| {title} | {theirs.trouble or side.trouble} | | | >= {aim} | | |")
                 continue
             own, other = min(side.rounds[1:]), min(theirs.rounds[1:])
-            cells = [f"{own:.2f}", f"{other:.2f}", f"**{other / own:.1f}x**", f">= {aim}", f"{side.frames}, {theirs.frames}"]
-            lines.append(f"| {title} | " + " | ".join(cells) + f" | {side.start:.1f}, {theirs.start:.1f} |")
+            cells = [
+                f"{own:.2f}",
+                f"{other:.2f}",
+                f"**{other / own:.1f}x**",
+                f">= {aim}",
+                f"{side.frames}, {theirs.frames}",
+            ]
+            lines.append(
+                f"| {title} | " + " | ".join(cells) + f" | {side.start:.1f}, {theirs.start:.1f} |"
+            )
     return lines
 
 
@@ -198,11 +247,29 @@ def ffmpeg_commands(program: str, path: Path, video: DecodedVideo, size: int) ->
     start = [program, "-v", "error", "-nostdin", "-filter_threads", "1"]
     wanted = "+".join(f"eq(n,{index})" for index in sorted(set(video.frame_index.tolist())))
     count = str(len(set(video.frame_index.tolist())))
-    one_pass = [*start, "-threads", "1", "-i", str(path), "-an", "-vf", f"select='{wanted}',{picture}", "-vsync", "passthrough"]
+    one_pass = [
+        *start,
+        "-threads",
+        "1",
+        "-i",
+        str(path),
+        "-an",
+        "-vf",
+        f"select='{wanted}',{picture}",
+        "-vsync",
+        "passthrough",
+    ]
     seeks = list(start)
     times = sorted(set(video.frame_pts_s.tolist()))
     for pts in times:
-        seeks += ["-threads", "1", "-ss", f"{max(0.0, pts - 0.5 / max(video.fps, 1)):.4f}", "-i", str(path)]
+        seeks += [
+            "-threads",
+            "1",
+            "-ss",
+            f"{max(0.0, pts - 0.5 / max(video.fps, 1)):.4f}",
+            "-i",
+            str(path),
+        ]
     for number in range(len(times)):
         seeks += ["-map", f"{number}:v:0", "-vf", picture, "-frames:v", "1", "-f", "null", "-"]
     return [[*one_pass, "-frames:v", count, "-f", "null", "-"], seeks]
@@ -211,8 +278,14 @@ def ffmpeg_commands(program: str, path: Path, video: DecodedVideo, size: int) ->
 def _ffmpeg(options: argparse.Namespace) -> list[str]:
     program = shutil.which("ffmpeg")
     if program is None:
-        return ["| exact against ffmpeg |", "| --- |", "| no program ffmpeg: install it (Debian: apt-get install ffmpeg) |"]
-    version = subprocess.run([program, "-version"], capture_output=True, text=True, check=True).stdout.split()[2]
+        return [
+            "| exact against ffmpeg |",
+            "| --- |",
+            "| no program ffmpeg: install it (Debian: apt-get install ffmpeg) |",
+        ]
+    version = subprocess.run(
+        [program, "-version"], capture_output=True, text=True, check=True
+    ).stdout.split()[2]
     start = min(_cpu_of_program([program, "-version"]) for _ in range(5))
     lines = [
         f"| exact against ffmpeg {version} | this CPU s | ffmpeg CPU s | its way | ratio | aim |",
@@ -223,13 +296,18 @@ def _ffmpeg(options: argparse.Namespace) -> list[str]:
         _, video = _cpu_of_decode(path, settings, options.size)
         commands = ffmpeg_commands(program, path, video, options.size)
         turns = [
-            (_cpu_of_decode(path, settings, options.size)[0], *(_cpu_of_program(command) - start for command in commands))
+            (
+                _cpu_of_decode(path, settings, options.size)[0],
+                *(_cpu_of_program(command) - start for command in commands),
+            )
             for _ in range(options.rounds)
         ]
         own, one_pass, seeks = (min(turn[side] for turn in turns) for side in range(3))
         ratios.append(own / min(one_pass, seeks))
         way = "one pass" if one_pass <= seeks else "seeks"
-        lines.append(f"| {path.name} | {own:.3f} | {min(one_pass, seeks):.3f} | {way} | {ratios[-1]:.2f} | <= 1.15 |")
+        lines.append(
+            f"| {path.name} | {own:.3f} | {min(one_pass, seeks):.3f} | {way} | {ratios[-1]:.2f} | <= 1.15 |"
+        )
     return [*lines, f"| median | | | | **{statistics.median(ratios):.2f}** | <= 1.15 |"]
 
 
@@ -240,24 +318,44 @@ def _with_keyframe(path: Path, count: int) -> int:
     """How many of the T intervals hold a keyframe; in the others both strategies decode the exact frame."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        times = [packet.pts for packet in container.demux(stream) if packet.pts is not None and packet.is_keyframe]
+        times = [
+            packet.pts
+            for packet in container.demux(stream)
+            if packet.pts is not None and packet.is_keyframe
+        ]
         span = max(stream.duration or 1, 1)
     return len({(pts - times[0]) * count // span for pts in times})
 
 
 def _keyframe(options: argparse.Namespace) -> list[str]:
-    lines = ["| keyframe against exact | exact CPU s | keyframe CPU s | intervals with a keyframe | ratio | aim |"]
+    lines = [
+        "| keyframe against exact | exact CPU s | keyframe CPU s | intervals with a keyframe | ratio | aim |"
+    ]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     strategies = [_settings(options, strategy) for strategy in ("uniform", "keyframe")]
     for folder, aim in (("untrimmed", ">= 3 each"), ("long", ">= 6 median")):
         ratios = []
         for path in _files(options, folder):
-            turns = [[_cpu_of_decode(path, settings, options.size)[0] for settings in strategies] for _ in range(options.rounds + 1)]
+            turns = [
+                [_cpu_of_decode(path, settings, options.size)[0] for settings in strategies]
+                for _ in range(options.rounds + 1)
+            ]
             exact, keyframe = (min(turn[side] for turn in turns[1:]) for side in range(2))
             ratios.append(exact / keyframe)
-            cells = [f"{exact:.3f}", f"{keyframe:.3f}", f"{_with_keyframe(path, options.frames)} of {options.frames}", f"{ratios[-1]:.1f}x"]
-            lines.append(f"| {folder}/{path.name} | " + " | ".join(cells) + f" | {'>= 3' if folder == 'untrimmed' else ''} |")
-        lines.append(f"| {folder}: least, median | | | | **{min(ratios):.1f}x, {statistics.median(ratios):.1f}x** | {aim} |")
+            cells = [
+                f"{exact:.3f}",
+                f"{keyframe:.3f}",
+                f"{_with_keyframe(path, options.frames)} of {options.frames}",
+                f"{ratios[-1]:.1f}x",
+            ]
+            lines.append(
+                f"| {folder}/{path.name} | "
+                + " | ".join(cells)
+                + f" | {'>= 3' if folder == 'untrimmed' else ''} |"
+            )
+        lines.append(
+            f"| {folder}: least, median | | | | **{min(ratios):.1f}x, {statistics.median(ratios):.1f}x** | {aim} |"
+        )
     return lines
 
 
@@ -272,7 +370,10 @@ _PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
 
 
 def _profile(options: argparse.Namespace) -> list[str]:
-    lines = ["| CPU ms | " + " | ".join((*_PARTS, "decode", "all")) + " |", "| --- |" + " ---: |" * (len(_PARTS) + 2)]
+    lines = [
+        "| CPU ms | " + " | ".join((*_PARTS, "decode", "all")) + " |",
+        "| --- |" + " ---: |" * (len(_PARTS) + 2),
+    ]
     spent: Counter[str] = Counter()
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -288,16 +389,24 @@ def _profile(options: argparse.Namespace) -> list[str]:
     with contextlib.ExitStack() as stack:
         for part, functions in _PARTS.items():
             for owner, name in functions:
-                stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+                stack.enter_context(
+                    mock.patch.object(owner, name, timed(part, getattr(owner, name)))
+                )
         for path in _files(options, "untrimmed", "long"):
             for strategy in ("uniform", "keyframe"):
                 found = []
                 for _ in range(options.rounds + 1):
                     spent.clear()
                     total, _ = _cpu_of_decode(path, _settings(options, strategy), options.size)
-                    found.append([*(spent[part] for part in _PARTS), total - sum(spent.values()), total])
+                    found.append(
+                        [*(spent[part] for part in _PARTS), total - sum(spent.values()), total]
+                    )
                 cells = [f"{1000 * value:.1f}" for value in min(found[1:], key=lambda one: one[-1])]
-                lines.append(f"| {path.parent.name}/{path.name}, {strategy.replace('uniform', 'exact')} | " + " | ".join(cells) + " |")
+                lines.append(
+                    f"| {path.parent.name}/{path.name}, {strategy.replace('uniform', 'exact')} | "
+                    + " | ".join(cells)
+                    + " |"
+                )
     return lines
 
 
@@ -310,13 +419,21 @@ def _before(options: argparse.Namespace) -> list[str]:
     for strategy in ("uniform", "keyframe"):
         for folder in ("untrimmed", "long", "surrogate", "fight"):
             paths = [str(path) for path in _files(options, folder)]
-            job = {"paths": paths, "frames": options.frames, "size": options.size, "strategy": strategy}
+            job = {
+                "paths": paths,
+                "frames": options.frames,
+                "size": options.size,
+                "strategy": strategy,
+            }
             sides = [_Cpu(job | {"checkout": str(checkout)}) for checkout in checkouts]
             with contextlib.ExitStack() as stack:
                 for side in sides:
                     stack.callback(side.close)
                 turns = [[side.round() for side in sides] for _ in range(options.rounds + 1)][1:]
-            before, now = (sum(map(min, zip(*(turn[side] for turn in turns), strict=True))) for side in range(2))
+            before, now = (
+                sum(map(min, zip(*(turn[side] for turn in turns), strict=True)))
+                for side in range(2)
+            )
             lines.append(
                 f"| {folder}, {strategy.replace('uniform', 'exact')} ({len(paths)}) | {before:.3f} | {now:.3f} | {now / before:.3f} |"
             )
@@ -328,7 +445,9 @@ class _Cpu:
 
     def __init__(self, job: dict[str, Any]) -> None:
         command = [sys.executable, str(_SIDES), "cpu", json.dumps(job)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -397,7 +516,10 @@ def _counted_s3() -> Iterator[CountingProxy]:
 
 
 def _s3(options: argparse.Namespace) -> list[str]:
-    lines = ["| bytes fetched from S3 | object | exact | keyframe | share |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| bytes fetched from S3 | object | exact | keyframe | share |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     with _counted_s3() as proxy:
         for path in _files(options, "untrimmed", "long"):
             uri = f"s3://{_BUCKET}/{path.name}"
@@ -405,10 +527,16 @@ def _s3(options: argparse.Namespace) -> list[str]:
             fetched = []
             for strategy in ("uniform", "keyframe"):
                 before = proxy.sent
-                decoding.decode_video(VideoSource(uri), _settings(options, strategy), {"picture": FrameSpec(options.size)})
+                decoding.decode_video(
+                    VideoSource(uri),
+                    _settings(options, strategy),
+                    {"picture": FrameSpec(options.size)},
+                )
                 fetched.append(proxy.sent - before)
             size = path.stat().st_size
-            lines.append(f"| {path.name} | {size:,} | {fetched[0]:,} | {fetched[1]:,} | {fetched[1] / fetched[0]:.2f} |")
+            lines.append(
+                f"| {path.name} | {size:,} | {fetched[0]:,} | {fetched[1]:,} | {fetched[1] / fetched[0]:.2f} |"
+            )
     return lines
 
 

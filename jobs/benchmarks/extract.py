@@ -47,20 +47,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     config = load_config(options.config, options.set)
     cores = options.workers
-    config = config.model_copy(update={"resources": config.resources.model_copy(update={"workers": cores, "threads": 1})})
+    config = config.model_copy(
+        update={"resources": config.resources.model_copy(update={"workers": cores, "threads": 1})}
+    )
     with tempfile.TemporaryDirectory() as folder:
         manifest_uri = str(Path(folder, "manifest.parquet"))
         paths = _some_videos(options.manifest, options.videos, manifest_uri)
         predicted = estimate_extract(manifest_uri, config)
         ours: list[dict[str, Any]] = []
-        loops: dict[bool, list[dict[str, float]]] = {False: [], True: []}  # by whether batch norms are folded
+        loops: dict[bool, list[dict[str, float]]] = {
+            False: [],
+            True: [],
+        }  # by whether batch norms are folded
         with cluster.connect() as ray:
             for turn in range(options.rounds):
-                ours.append(_extract(ray, manifest_uri, str(Path(folder, f"features{turn}")), config))
+                ours.append(
+                    _extract(ray, manifest_uri, str(Path(folder, f"features{turn}")), config)
+                )
                 for folded, found in loops.items():
                     found.append(_loop(paths, config, cores, folded))
         layers = _layers(config, max(one["peak"] for found in loops.values() for one in found))
-        limit = _limit(read_manifest(manifest_uri), config, [one for found in loops.values() for one in found])
+        limit = _limit(
+            read_manifest(manifest_uri), config, [one for found in loops.values() for one in found]
+        )
     sys.stdout.write(_tables(ours, loops, limit, predicted, options) + "\n".join(layers) + "\n")
     return 0
 
@@ -72,13 +81,17 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], help="one setting, section.key=value")
     parser.add_argument("--videos", type=int, default=48, help="spread over the manifest")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes on either side")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes on either side"
+    )
     return parser.parse_args(argv)
 
 
 def _some_videos(manifest_uri: str, count: int, out: str) -> list[str]:
     manifest = read_manifest(manifest_uri)
-    places = np.unique(np.linspace(0, len(manifest.rows) - 1, min(count, len(manifest.rows))).astype(int))
+    places = np.unique(
+        np.linspace(0, len(manifest.rows) - 1, min(count, len(manifest.rows))).astype(int)
+    )
     rows = VideoRows.of([manifest.rows[int(place)] for place in places])
     write_manifest(Manifest(rows, manifest.classes, manifest.id, manifest.sources), out)
     return rows.table["uri"].to_pylist()
@@ -112,7 +125,11 @@ def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str,
     finally:
         progress.start_counts = start_counts
     times = ray.get(counts.done_at.remote())
-    measured = {"wall": run["wall_seconds"], "stages": run["stage_seconds"], "failed": run["counts"]["failed"]}
+    measured = {
+        "wall": run["wall_seconds"],
+        "stages": run["stage_seconds"],
+        "failed": run["counts"]["failed"],
+    }
     return measured | {"rate": _steady(times, config.resources.workers)}
 
 
@@ -132,14 +149,20 @@ def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) ->
         go.put(path)
     for _ in range(processes):
         go.put(None)
-    workers = [context.Process(target=_by_hand, args=(config, folded, ready, go, answers)) for _ in range(processes)]
+    workers = [
+        context.Process(target=_by_hand, args=(config, folded, ready, go, answers))
+        for _ in range(processes)
+    ]
     for worker in workers:
         worker.start()
     found = [answers.get() for _ in workers]
     for worker in workers:
         worker.join()
     times = sorted(moment for one in found for moment in one["times"])
-    mean = {name: float(np.mean([one[name] for one in found])) for name in ("decode", "resize", "encode", "peak")}
+    mean = {
+        name: float(np.mean([one[name] for one in found]))
+        for name in ("decode", "resize", "encode", "peak")
+    }
     return {"rate": _steady(times, processes)} | mean
 
 
@@ -150,11 +173,17 @@ def _by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) ->
     import decord  # after torch: its package may bring a BLAS that would take torch's place
     from PIL import Image
 
-    specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
+    specs = {
+        VISUAL: frame_spec(config.encoders.visual),
+        OBJECTS: frame_spec(config.encoders.objects),
+    }
     assert networks.objects is not None
     models = {VISUAL: networks.visual.eval(), OBJECTS: networks.objects.eval()}
     if folded:
-        models = {name: inference.ready(model, torch.device("cpu"), config.resources) for name, model in models.items()}
+        models = {
+            name: inference.ready(model, torch.device("cpu"), config.resources)
+            for name, model in models.items()
+        }
     assert all(spec.resize == "squash" for spec in specs.values()), "the loop by hand only squashes"
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     times, spent = [], {"decode": 0.0, "resize": 0.0, "encode": 0.0}
@@ -169,7 +198,14 @@ def _by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) ->
         decoded = time.perf_counter()
         pictures = {
             name: np.stack(
-                [np.asarray(Image.fromarray(frame).resize((spec.size, spec.size), filters[spec.interpolation])) for frame in frames]
+                [
+                    np.asarray(
+                        Image.fromarray(frame).resize(
+                            (spec.size, spec.size), filters[spec.interpolation]
+                        )
+                    )
+                    for frame in frames
+                ]
             )
             for name, spec in specs.items()
         }
@@ -184,7 +220,10 @@ def _by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) ->
         spent["resize"] += resized - decoded
         spent["encode"] += time.perf_counter() - resized
         times.append(time.time())
-    answers.put({"times": times, "peak": peak} | {name: value / max(1, len(times)) for name, value in spent.items()})
+    answers.put(
+        {"times": times, "peak": peak}
+        | {name: value / max(1, len(times)) for name, value in spent.items()}
+    )
 
 
 def _peak() -> float:
@@ -194,7 +233,10 @@ def _peak() -> float:
     pointwise = torch.nn.Conv2d(128, 128, 1).to(memory_format=torch.channels_last)
     found = []
     with torch.inference_mode():
-        for work, count in ((lambda: left @ right, 512**3), (lambda: pointwise(picture), 8 * 28 * 28 * 128 * 128)):
+        for work, count in (
+            (lambda: left @ right, 512**3),
+            (lambda: pointwise(picture), 8 * 28 * 28 * 128 * 128),
+        ):
             seconds = []
             for _ in range(20):
                 started = time.perf_counter()
@@ -207,9 +249,14 @@ def _peak() -> float:
 # -------------------------------------------------------------------------------------------------------------- the limit
 
 
-def _limit(manifest: Manifest, config: Config, loops: Sequence[dict[str, float]]) -> dict[str, float]:
+def _limit(
+    manifest: Manifest, config: Config, loops: Sequence[dict[str, float]]
+) -> dict[str, float]:
     """Seconds of a core for each video: CPU time of the decode (one thread, nothing beside it), and the multiply-adds at the peak."""
-    specs = {VISUAL: frame_spec(config.encoders.visual), OBJECTS: frame_spec(config.encoders.objects)}
+    specs = {
+        VISUAL: frame_spec(config.encoders.visual),
+        OBJECTS: frame_spec(config.encoders.objects),
+    }
     places = range(0, len(manifest.rows), max(1, len(manifest.rows) // 12))
     decode_video(source_of(manifest.rows[0]), config.decode, specs)
     started = time.process_time()
@@ -217,7 +264,8 @@ def _limit(manifest: Manifest, config: Config, loops: Sequence[dict[str, float]]
         decode_video(source_of(manifest.rows[place]), config.decode, specs)
     decode = (time.process_time() - started) / len(places)
     adds = config.decode.num_frames * sum(
-        network_multiply_adds(model, "true") for model in (config.encoders.visual, config.encoders.objects)
+        network_multiply_adds(model, "true")
+        for model in (config.encoders.visual, config.encoders.objects)
     )
     peak = max(one["peak"] for one in loops)
     return {"decode": decode, "adds": adds, "peak": peak, "encode": adds / peak}
@@ -232,7 +280,9 @@ def _layers(config: Config, peak: float) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     networks = extraction.choose_networks(config, None, None)[1].load()
-    for model in (network for network in (networks.visual, networks.objects) if network is not None):
+    for model in (
+        network for network in (networks.visual, networks.objects) if network is not None
+    ):
         encoder = inference.ready(model, torch.device("cpu"), config.resources)
         seconds, adds, started = Counter[str](), Counter[str](), list[float]()
 
@@ -242,9 +292,17 @@ def _layers(config: Config, peak: float) -> list[str]:
 
         for layer in encoder.backbone.modules():
             if isinstance(layer, torch.nn.Conv2d):
-                kind = "depthwise" if layer.groups > 1 else "1 x 1" if layer.kernel_size == (1, 1) else "the first"
+                kind = (
+                    "depthwise"
+                    if layer.groups > 1
+                    else "1 x 1"
+                    if layer.kernel_size == (1, 1)
+                    else "the first"
+                )
                 layer.register_forward_pre_hook(lambda *_: started.append(time.process_time()))  # noqa: B023
-                layer.register_forward_hook(lambda layer, _, output, kind=kind: after(layer, output, kind))
+                layer.register_forward_hook(
+                    lambda layer, _, output, kind=kind: after(layer, output, kind)
+                )
         size = encoder.config.size
         frames = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8)
         with torch.inference_mode():
@@ -257,9 +315,18 @@ def _layers(config: Config, peak: float) -> list[str]:
             whole = time.process_time() - whole
         for kind in seconds:
             rate = adds[kind] / seconds[kind]
-            cells = (f"{seconds[kind] / whole:.0%}", f"{adds[kind] / adds.total():.0%}", f"{rate / 1e9:.1f}", f"{rate / peak:.0%}")
-            lines.append(f"| {encoder.config.model} at {size}, convolutions: {kind} | {' | '.join(cells)} |")
-        lines.append(f"| {encoder.config.model} at {size}, the rest | {1 - seconds.total() / whole:.0%} | | | |")
+            cells = (
+                f"{seconds[kind] / whole:.0%}",
+                f"{adds[kind] / adds.total():.0%}",
+                f"{rate / 1e9:.1f}",
+                f"{rate / peak:.0%}",
+            )
+            lines.append(
+                f"| {encoder.config.model} at {size}, convolutions: {kind} | {' | '.join(cells)} |"
+            )
+        lines.append(
+            f"| {encoder.config.model} at {size}, the rest | {1 - seconds.total() / whole:.0%} | | | |"
+        )
     return lines
 
 
@@ -271,32 +338,61 @@ def _tables(
     options: argparse.Namespace,
 ) -> str:
     turns = range(1, len(ours) + 1)
-    lines = ["| videos/s | " + " | ".join(f"turn {turn}" for turn in turns) + " | fastest |", "| --- |" + " ---: |" * (len(ours) + 1)]
+    lines = [
+        "| videos/s | " + " | ".join(f"turn {turn}" for turn in turns) + " | fastest |",
+        "| --- |" + " ---: |" * (len(ours) + 1),
+    ]
     best = {}
-    for name, found in (("tsq extract", ours), ("loop by hand", loops[False]), ("loop by hand, folded", loops[True])):
+    for name, found in (
+        ("tsq extract", ours),
+        ("loop by hand", loops[False]),
+        ("loop by hand, folded", loops[True]),
+    ):
         rates = [one["rate"] for one in found]
         best[name] = max(rates)
-        lines.append(f"| {name} | " + " | ".join(f"{rate:.3f}" for rate in rates) + f" | {max(rates):.3f} |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{rate:.3f}" for rate in rates) + f" | {max(rates):.3f} |"
+        )
     for name, other in (("ratio (aim >= 0.95)", False), ("ratio to folded", True)):
         ratios = [one["rate"] / two["rate"] for one, two in zip(ours, loops[other], strict=True)]
         ratio = best["tsq extract"] / max(one["rate"] for one in loops[other])
-        lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in ratios) + f" | **{ratio:.3f}** |")
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f"{value:.3f}" for value in ratios)
+            + f" | **{ratio:.3f}** |"
+        )
     least = options.workers / (limit["decode"] + limit["encode"])
     stages = max(ours, key=lambda one: one["rate"])["stages"]
-    lines += ["", "| seconds a video | decode + resize | encode | write |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        "",
+        "| seconds a video | decode + resize | encode | write |",
+        "| --- | ---: | ---: | ---: |",
+    ]
     share = [stages.get(name, 0.0) / options.videos for name in ("decode", "encode", "write")]
-    lines.append("| tsq extract, by stage | " + " | ".join(f"{value:.3f}" for value in share) + " |")
+    lines.append(
+        "| tsq extract, by stage | " + " | ".join(f"{value:.3f}" for value in share) + " |"
+    )
     for name, folded in (("loop by hand", False), ("loop by hand, folded", True)):
         loop = max(loops[folded], key=lambda one: one["rate"])
         lines.append(f"| {name} | {loop['decode'] + loop['resize']:.3f} | {loop['encode']:.3f} | |")
     speed = f"{limit['adds'] / 1e9:.2f} G multiply-adds at {limit['peak'] / 1e9:.0f} G/s a core"
-    lines.append(f"| limit | {limit['decode']:.3f} (CPU time) | {limit['encode']:.3f} ({speed}) | |")
-    lines.append(f"\nlimit of the machine: {least:.3f} videos/s; reached: {best['tsq extract'] / least:.0%}")
+    lines.append(
+        f"| limit | {limit['decode']:.3f} (CPU time) | {limit['encode']:.3f} ({speed}) | |"
+    )
+    lines.append(
+        f"\nlimit of the machine: {least:.3f} videos/s; reached: {best['tsq extract'] / least:.0%}"
+    )
     real = min(one["wall"] for one in ours)
-    lines.append(f"start-up and end, besides: {real - options.videos / best['tsq extract']:.1f} s, on a Ray that runs already")
+    lines.append(
+        f"start-up and end, besides: {real - options.videos / best['tsq extract']:.1f} s, on a Ray that runs already"
+    )
     guess, right = predicted["seconds_a_video"], 1 / best["tsq extract"]
-    lines.append(f"--dry-run: {guess:.3f} s a video predicted, {right:.3f} real: {guess / right:.2f} (aim 0.7 to 1.3)")
-    lines.append(f"{options.videos} videos, {options.workers} processes on {os.cpu_count()} cores, no GPU; failed {ours[0]['failed']}\n")
+    lines.append(
+        f"--dry-run: {guess:.3f} s a video predicted, {right:.3f} real: {guess / right:.2f} (aim 0.7 to 1.3)"
+    )
+    lines.append(
+        f"{options.videos} videos, {options.workers} processes on {os.cpu_count()} cores, no GPU; failed {ours[0]['failed']}\n"
+    )
     return "\n".join(lines)
 
 

@@ -50,15 +50,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     bundle = _bundle(options)
     budget = SamplerConfig(budget=min(options.budget, options.num_frames))
-    peaks = {precision: _matrix_peak(device, precision, options.matrix) for precision in options.precisions}
-    each = 1e9 * gflops(bundle, "both", options.num_frames, budget.most_frames, bundle.sampler.shape, "true")
-    ways = itertools.product(options.precisions, (False, True) if options.compile else (False,), options.resizes)
+    peaks = {
+        precision: _matrix_peak(device, precision, options.matrix)
+        for precision in options.precisions
+    }
+    each = 1e9 * gflops(
+        bundle, "both", options.num_frames, budget.most_frames, bundle.sampler.shape, "true"
+    )
+    ways = itertools.product(
+        options.precisions, (False, True) if options.compile else (False,), options.resizes
+    )
     sys.stdout.write(_head(options, device, each))
     best: tuple[float, bool, Callable[[list[DecodedVideo]], Any]] | None = None
     for precision, compiled, resize in ways:
-        run, whole = _network(bundle, budget, device, ResourcesConfig(precision=precision, compile=compiled)), resize == "device"
+        run, whole = (
+            _network(
+                bundle, budget, device, ResourcesConfig(precision=precision, compile=compiled)
+            ),
+            resize == "device",
+        )
         for batch in options.batches:
-            rate = _rate(run, [_frames(bundle, number, options.frame if whole else None) for number in range(batch)], options.rounds)
+            rate = _rate(
+                run,
+                [
+                    _frames(bundle, number, options.frame if whole else None)
+                    for number in range(batch)
+                ],
+                options.rounds,
+            )
             cells = (
                 precision,
                 "yes" if compiled else "no",
@@ -82,27 +101,77 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--videos", help="a folder of videos for the table of decoding and network together")
-    parser.add_argument("--decoders", type=int, default=len(os.sched_getaffinity(0)), help="decoding processes; default: one a CPU")
-    parser.add_argument("--batches", type=_numbers, default=[1, 32, 128], help="videos at a time; default 1,32,128")
+    parser.add_argument(
+        "--videos", help="a folder of videos for the table of decoding and network together"
+    )
+    parser.add_argument(
+        "--decoders",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="decoding processes; default: one a CPU",
+    )
+    parser.add_argument(
+        "--batches", type=_numbers, default=[1, 32, 128], help="videos at a time; default 1,32,128"
+    )
     parser.add_argument("--num-frames", type=int, default=50, help="T; default 50")
     parser.add_argument("--budget", type=int, default=5, help="K; default 5")
     parser.add_argument("--classes", type=int, default=200, help="default 200")
     parser.add_argument("--visual", default="mobilenetv2_100:188", help="MODEL:SIZE")
     parser.add_argument("--objects", default="tf_efficientnet_b0:112", help="MODEL:SIZE")
     parser.add_argument("--recognizer", default="resnet50:224", help="MODEL:SIZE")
-    parser.add_argument("--precisions", type=lambda text: text.split(","), default=["fp32", "bf16"], help="default fp32,bf16")
-    parser.add_argument("--resizes", type=lambda text: text.split(","), default=["decoder", "device"], help="default decoder,device")
-    parser.add_argument("--frame", type=_pair, default=(340, 256), help="WIDTHxHEIGHT of a whole frame; default 340x256")
-    parser.add_argument("--backend", choices=("pyav", "nvdec"), default="pyav", help="what decodes the videos of the second table")
-    parser.add_argument("--compile", action="store_true", help="each also compiled (CUDA graphs): minutes more")
+    parser.add_argument(
+        "--precisions",
+        type=lambda text: text.split(","),
+        default=["fp32", "bf16"],
+        help="default fp32,bf16",
+    )
+    parser.add_argument(
+        "--resizes",
+        type=lambda text: text.split(","),
+        default=["decoder", "device"],
+        help="default decoder,device",
+    )
+    parser.add_argument(
+        "--frame",
+        type=_pair,
+        default=(340, 256),
+        help="WIDTHxHEIGHT of a whole frame; default 340x256",
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("pyav", "nvdec"),
+        default="pyav",
+        help="what decodes the videos of the second table",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="each also compiled (CUDA graphs): minutes more"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
-    parser.add_argument("--matrix", type=int, default=8192, help="side of the matrices whose product gives the peak; default 8192")
-    parser.add_argument("--small", action="store_true", help="tiny networks, T = 8, batches 1 and 2: to see that it runs")
+    parser.add_argument(
+        "--matrix",
+        type=int,
+        default=8192,
+        help="side of the matrices whose product gives the peak; default 8192",
+    )
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="tiny networks, T = 8, batches 1 and 2: to see that it runs",
+    )
     options = parser.parse_args(argv)
     if options.small:
-        options.visual, options.objects, options.recognizer = "test_efficientnet:32", "test_efficientnet:32", "test_resnet:32"
-        options.num_frames, options.batches, options.classes, options.matrix, options.rounds = 8, [1, 2], 5, 256, 2
+        options.visual, options.objects, options.recognizer = (
+            "test_efficientnet:32",
+            "test_efficientnet:32",
+            "test_resnet:32",
+        )
+        options.num_frames, options.batches, options.classes, options.matrix, options.rounds = (
+            8,
+            [1, 2],
+            5,
+            256,
+            2,
+        )
         options.frame = (48, 32)
     return options
 
@@ -137,7 +206,9 @@ def _bundle(options: argparse.Namespace) -> Bundle:
         decode=DecodeConfig(num_frames=options.num_frames, backend=options.backend),
         encoders=encoders,
         sampler_defaults=SamplerConfig(),
-        sampler=TSQNet(TSQShape(options.classes, visual.dim, _TEXT_DIM)).eval().requires_grad_(False),
+        sampler=TSQNet(TSQShape(options.classes, visual.dim, _TEXT_DIM))
+        .eval()
+        .requires_grad_(False),
         encoder=visual,
         objects=with_head(encoders.objects, NUM_OBJECTS),
         vocabulary=torch.randn(NUM_OBJECTS, _TEXT_DIM),
@@ -145,7 +216,9 @@ def _bundle(options: argparse.Namespace) -> Bundle:
     )
 
 
-def _network(bundle: Bundle, budget: SamplerConfig, device: torch.device, how: ResourcesConfig) -> Callable[[list[DecodedVideo]], Any]:
+def _network(
+    bundle: Bundle, budget: SamplerConfig, device: torch.device, how: ResourcesConfig
+) -> Callable[[list[DecodedVideo]], Any]:
     sample, recognize = Sample(bundle, budget, device, how), Recognize(bundle, budget, device, how)
     return lambda videos: recognize(sample([(NAME, video) for video in videos]))
 
@@ -154,9 +227,16 @@ def _frames(bundle: Bundle, seed: int, frame: tuple[int, int] | None) -> Decoded
     """A decoded video of noise; `frame`: width and height of its whole frames, None: already in the networks' sizes."""
     random, count = np.random.default_rng(seed), bundle.decode.num_frames
     index = np.arange(count, dtype=np.int32)
-    sizes = {WHOLE: frame} if frame else {name: (spec.size, spec.size) for name, spec in bundle_specs(bundle, "both").items()}
+    sizes = (
+        {WHOLE: frame}
+        if frame
+        else {name: (spec.size, spec.size) for name, spec in bundle_specs(bundle, "both").items()}
+    )
     return DecodedVideo(
-        frames={name: random.integers(0, 256, (count, height, width, 3), np.uint8) for name, (width, height) in sizes.items()},
+        frames={
+            name: random.integers(0, 256, (count, height, width, 3), np.uint8)
+            for name, (width, height) in sizes.items()
+        },
         slot_frame=index,
         frame_index=index,
         frame_pts_s=index.astype(np.float32),
@@ -171,7 +251,9 @@ def _frames(bundle: Bundle, seed: int, frame: tuple[int, int] | None) -> Decoded
     )
 
 
-def _rate(run: Callable[[list[DecodedVideo]], Any], videos: list[DecodedVideo], rounds: int) -> float:
+def _rate(
+    run: Callable[[list[DecodedVideo]], Any], videos: list[DecodedVideo], rounds: int
+) -> float:
     """Videos a second: the median round after one to warm up. The answers come back to the host, so nothing is still on its way."""
     run(videos)
     seconds = []
@@ -205,9 +287,19 @@ def _head(options: argparse.Namespace, device: torch.device, each: float) -> str
     )
 
 
-def _end_to_end(bundle: Bundle, options: argparse.Namespace, rate: float, whole: bool, run: Callable[[list[DecodedVideo]], Any]) -> str:
+def _end_to_end(
+    bundle: Bundle,
+    options: argparse.Namespace,
+    rate: float,
+    whole: bool,
+    run: Callable[[list[DecodedVideo]], Any],
+) -> str:
     """Decoding alone, and decoding processes that feed the network: videos/s of each over the same files."""
-    uris = [file.uri for file in storage.walk(storage.normalize(options.videos)) if file.uri.endswith((".mp4", ".webm", ".mkv", ".avi"))]
+    uris = [
+        file.uri
+        for file in storage.walk(storage.normalize(options.videos))
+        if file.uri.endswith((".mp4", ".webm", ".mkv", ".avi"))
+    ]
     batch = max(options.batches)
     with DecodePool(bundle.decode, bundle_specs(bundle, "both", whole), options.decoders) as pool:
         started = time.perf_counter()

@@ -86,19 +86,45 @@ def _measured(rows: int, server: S3Server, options: argparse.Namespace) -> dict[
     _child("make", folder=place, rows=rows)
     with slow_store(server.endpoint, options.wait_ms) as endpoint:
         steps = _STEPS if rows <= options.through_ray else _STEPS[:-1]
-        return {"rows": rows} | {step: _child(step, {"AWS_ENDPOINT_URL": endpoint}, folder=place, rows=rows) for step in steps}
+        return {"rows": rows} | {
+            step: _child(step, {"AWS_ENDPOINT_URL": endpoint}, folder=place, rows=rows)
+            for step in steps
+        }
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000, 10_000_000], help="manifest rows of each run"
+        "--rows",
+        type=int,
+        nargs="+",
+        default=[1000, 10_000, 100_000, 1_000_000, 10_000_000],
+        help="manifest rows of each run",
     )
-    parser.add_argument("--through-ray", type=int, default=100_000, help="most rows that are run, not only planned and resumed")
-    parser.add_argument("--wait-ms", type=float, default=30.0, help="that the S3 server takes longer for each request")
-    parser.add_argument("--objects", type=int, default=20_000, help="objects on the S3 server; 0: leave it out")
-    parser.add_argument("--entries", type=int, default=1_000_000, help="made-up entries of a listing; 0: leave it out")
-    parser.add_argument("--child", choices=("make", *_STEPS, "list", "serve"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--through-ray",
+        type=int,
+        default=100_000,
+        help="most rows that are run, not only planned and resumed",
+    )
+    parser.add_argument(
+        "--wait-ms",
+        type=float,
+        default=30.0,
+        help="that the S3 server takes longer for each request",
+    )
+    parser.add_argument(
+        "--objects", type=int, default=20_000, help="objects on the S3 server; 0: leave it out"
+    )
+    parser.add_argument(
+        "--entries",
+        type=int,
+        default=1_000_000,
+        help="made-up entries of a listing; 0: leave it out",
+    )
+    parser.add_argument(
+        "--child", choices=("make", *_STEPS, "list", "serve"), help=argparse.SUPPRESS
+    )
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -109,7 +135,13 @@ def _child(work: str, environment: dict[str, str] | None = None, **options: Any)
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     as_in_tsq = {"ARROW_DEFAULT_MEMORY_POOL": "system"}
-    done = subprocess.run(command, env={**as_in_tsq, **os.environ, **(environment or {})}, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(
+        command,
+        env={**as_in_tsq, **os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -142,7 +174,9 @@ def made_up_rows(first: int, last: int) -> VideoRows:
     numbers = range(first, last)
     columns = {
         "video_id": [f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}" for number in numbers],
-        "uri": [f"s3://archive/videos/{number % 1000:03d}/video-{number:012d}.mp4" for number in numbers],
+        "uri": [
+            f"s3://archive/videos/{number % 1000:03d}/video-{number:012d}.mp4" for number in numbers
+        ],
         "size_bytes": [10_000_000 + number for number in numbers],
         "etag": [f"{number:032x}" for number in numbers],
         "modified": [1_700_000_000_000_000 + number for number in numbers],
@@ -157,7 +191,10 @@ def _manifest(rows: VideoRows) -> Manifest:
 
 
 def _config() -> Config:
-    networks = {name: {**_NETWORK, "weights": f"random:{number}"} for number, name in enumerate(("visual", "objects"))}
+    networks = {
+        name: {**_NETWORK, "weights": f"random:{number}"}
+        for number, name in enumerate(("visual", "objects"))
+    }
     return validate_config({"decode": {"num_frames": 4}, "encoders": networks})
 
 
@@ -181,9 +218,17 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
     with cluster.connect() as ray:
         measured: dict[str, Any] = {"start_mib": memory.now()}
         if options.child == "run":
-            return measured | _through_ray(ray, manifest_uri, f"{folder}/ran", config) | {"peak_mib": memory.peak}
+            return (
+                measured
+                | _through_ray(ray, manifest_uri, f"{folder}/ran", config)
+                | {"peak_mib": memory.peak}
+            )
         started = time.perf_counter()
-        with enter(f"{folder}/{'empty' if options.child == 'plan' else 'planned'}", read_manifest(manifest_uri), config) as run:
+        with enter(
+            f"{folder}/{'empty' if options.child == 'plan' else 'planned'}",
+            read_manifest(manifest_uri),
+            config,
+        ) as run:
             next(parts.executions(run.todo, 2))
             measured["seconds"] = time.perf_counter() - started
             if options.child == "plan":
@@ -203,7 +248,9 @@ def enter(out: str, manifest: Manifest, config: Config) -> runs.BulkRun:
 
 def write_parts(out: str, rows: VideoRows, of: int) -> None:
     """Finished rows without features, as a run over `of` videos would have left them, in parts of as many rows as real ones have."""
-    real = schema.features_schema(_REAL_FRAMES, _REAL_DIM, _CLASSES, None, Config().encoders.num_objects)
+    real = schema.features_schema(
+        _REAL_FRAMES, _REAL_DIM, _CLASSES, None, Config().encoders.num_objects
+    )
     size = parts.part_rows(real, OutputConfig(), of)
     small = schema.features_schema(1, 1, _CLASSES, None, 1)
 
@@ -212,7 +259,14 @@ def write_parts(out: str, rows: VideoRows, of: int) -> None:
         columns = {name: table[name] for name in table.column_names}
         columns["status"] = pa.array(["ok"] * len(table))
         columns["warnings"] = pa.array([[]] * len(table), pa.list_(pa.string()))
-        runs.write_part(out, pa.table([columns.get(field.name, pa.nulls(len(table), field.type)) for field in small], schema=small), "zstd")
+        runs.write_part(
+            out,
+            pa.table(
+                [columns.get(field.name, pa.nulls(len(table), field.type)) for field in small],
+                schema=small,
+            ),
+            "zstd",
+        )
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(0, len(rows), size)))
@@ -224,9 +278,13 @@ class Stub:
     def __init__(self, config: Config, dim: int) -> None:
         count, objects = config.decode.num_frames, config.encoders.num_objects
         index = np.arange(count, dtype=np.int32)
-        self.video = DecodedVideo({}, index, index, index.astype(np.float32), 4.0, 1.0, 320, 240, "none", count, [], 0.0)
+        self.video = DecodedVideo(
+            {}, index, index, index.astype(np.float32), 4.0, 1.0, 320, 240, "none", count, [], 0.0
+        )
         ids = np.zeros((count, objects), np.int16)
-        self.features = FrameFeatures(np.zeros((count, dim), np.float32), ids, ids.astype(np.float32))
+        self.features = FrameFeatures(
+            np.zeros((count, dim), np.float32), ids, ids.astype(np.float32)
+        )
 
     def outcomes(self, sources: Sequence[VideoSource], ahead: int) -> Iterator[DecodedVideo]:
         """As DecodePool's."""
@@ -274,26 +332,52 @@ def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[
         with storage.open_read(storage.join(out, part["name"])) as file:
             sizes.append(pq.read_metadata(file).num_rows)
     seconds = ray.get(counts.seconds.remote())
-    return {"seconds": seconds, "rest": run["wall_seconds"] - seconds, "parts": len(sizes), "rows_a_part": float(np.median(sizes))}
+    return {
+        "seconds": seconds,
+        "rest": run["wall_seconds"] - seconds,
+        "parts": len(sizes),
+        "rows_a_part": float(np.median(sizes)),
+    }
 
 
 def _growth_table(measured: Sequence[dict[str, Any]], wait_ms: float) -> str:
-    names = ("rows", "plan s", "resume s", "close s", "run s", "run ms/row", "start and end s", "parts", "rows/part")
+    names = (
+        "rows",
+        "plan s",
+        "resume s",
+        "close s",
+        "run s",
+        "run ms/row",
+        "start and end s",
+        "parts",
+        "rows/part",
+    )
     memory = ", ".join(("MiB of the driver: at its start", *_STEPS))
     lines = ["| " + " | ".join((*names, memory)) + " |", "|" + " ---: |" * (len(names) + 1)]
     for one in measured:
         seconds = (one["plan"]["seconds"], one["resume"]["seconds"], one["resume"]["close"])
         cells = [str(one["rows"]), *(f"{value:.2f}" for value in seconds)]
         if run := one.get("run"):
-            cells += [f"{run['seconds']:.1f}", f"{1000 * run['seconds'] / one['rows']:.2f}", f"{run['rest']:.1f}"]
+            cells += [
+                f"{run['seconds']:.1f}",
+                f"{1000 * run['seconds'] / one['rows']:.2f}",
+                f"{run['rest']:.1f}",
+            ]
             cells += [str(run["parts"]), f"{run['rows_a_part']:.0f}"]
         else:
             cells += ["-"] * 5
         peaks = [f"{one[step]['peak_mib']:.0f}" if step in one else "-" for step in _STEPS]
-        lines.append("| " + " | ".join([*cells, ", ".join([f"{one['plan']['start_mib']:.0f}", *peaks])]) + " |")
+        lines.append(
+            "| "
+            + " | ".join([*cells, ", ".join([f"{one['plan']['start_mib']:.0f}", *peaks])])
+            + " |"
+        )
     size = OutputConfig().part_mb
     return "\n".join(
-        [*lines, f"\n{os.cpu_count()} cores; decoder and networks stubbed; output.part_mb = {size:g}; {wait_ms:g} ms a request\n\n"]
+        [
+            *lines,
+            f"\n{os.cpu_count()} cores; decoder and networks stubbed; output.part_mb = {size:g}; {wait_ms:g} ms a request\n\n",
+        ]
     )
 
 
@@ -306,14 +390,24 @@ def _listings(options: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
         fs, _ = storage.filesystem(f"s3://{_BUCKET}")
         for start in range(0, options.objects, _PAGE):
             numbers = range(start, min(start + _PAGE, options.objects))
-            fs.pipe({f"{_BUCKET}/videos/{number % 100:02d}/{number:07d}.mp4": b"not a video" for number in numbers})
+            fs.pipe(
+                {
+                    f"{_BUCKET}/videos/{number % 100:02d}/{number:07d}.mp4": b"not a video"
+                    for number in numbers
+                }
+            )
         found.append({"what": "S3 server (SeaweedFS)"} | _child("list", folder=folder))
     if options.entries:
         command = [sys.executable, __file__, "--child", "serve", "--entries", str(options.entries)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
             endpoint = server.stdout.readline().strip()
-            keys = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "made", "AWS_SECRET_ACCESS_KEY": "up", "AWS_REGION": "us-east-1"}
+            keys = {
+                "AWS_ENDPOINT_URL": endpoint,
+                "AWS_ACCESS_KEY_ID": "made",
+                "AWS_SECRET_ACCESS_KEY": "up",
+                "AWS_REGION": "us-east-1",
+            }
             try:
                 found.append({"what": "made-up pages"} | _child("list", keys, folder=folder))
             finally:
@@ -330,7 +424,13 @@ def _list(options: argparse.Namespace) -> dict[str, Any]:
     manifest, _ = build_manifest([source], labels="none")
     write_manifest(manifest, f"{options.folder}/listed.parquet")
     seconds = time.perf_counter() - started
-    return {"entries": len(manifest.rows), "first": first, "seconds": seconds, "before_mib": before, "peak_mib": memory.peak}
+    return {
+        "entries": len(manifest.rows),
+        "first": first,
+        "seconds": seconds,
+        "before_mib": before,
+        "peak_mib": memory.peak,
+    }
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -369,16 +469,31 @@ def _page(start: int, end: int, total: int) -> str:
         f"<ETag>&quot;{number:032x}&quot;</ETag><Size>{1_000_000 + number}</Size><StorageClass>STANDARD</StorageClass></Contents>"
         for number in range(start, end)
     )
-    more = f"<IsTruncated>true</IsTruncated><NextContinuationToken>{end}</NextContinuationToken>" if end < total else ""
+    more = (
+        f"<IsTruncated>true</IsTruncated><NextContinuationToken>{end}</NextContinuationToken>"
+        if end < total
+        else ""
+    )
     space = "http://s3.amazonaws.com/doc/2006-03-01/"
     return f'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="{space}">{entries}{more}</ListBucketResult>'
 
 
 def _listing_table(found: Sequence[dict[str, Any]]) -> str:
-    lines = ["| listing | entries | first entry s | index s | entries/s | MiB before | peak MiB |", "| --- |" + " ---: |" * 6]
+    lines = [
+        "| listing | entries | first entry s | index s | entries/s | MiB before | peak MiB |",
+        "| --- |" + " ---: |" * 6,
+    ]
     for one in found:
-        cells = [one["what"], str(one["entries"]), f"{one['first']:.2f}", f"{one['seconds']:.1f}", f"{one['entries'] / one['seconds']:.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{one['before_mib']:.0f}", f"{one['peak_mib']:.0f}"]) + " |")
+        cells = [
+            one["what"],
+            str(one["entries"]),
+            f"{one['first']:.2f}",
+            f"{one['seconds']:.1f}",
+            f"{one['entries'] / one['seconds']:.0f}",
+        ]
+        lines.append(
+            "| " + " | ".join([*cells, f"{one['before_mib']:.0f}", f"{one['peak_mib']:.0f}"]) + " |"
+        )
     return "\n".join(lines) + "\n" if found else ""
 
 

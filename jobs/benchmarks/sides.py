@@ -22,7 +22,13 @@ def main() -> None:
     name, options = sys.argv[1], json.loads(sys.argv[2])
     started = time.perf_counter()
     try:
-        work = {"exact": _ours, "keyframe": _ours, "cpu": _cpu, "read_videos": _read_videos, "daft": _daft}[name](name, options)
+        work = {
+            "exact": _ours,
+            "keyframe": _ours,
+            "cpu": _cpu,
+            "read_videos": _read_videos,
+            "daft": _daft,
+        }[name](name, options)
     except ImportError as error:
         _say({"missing": str(error)})
         return
@@ -44,14 +50,23 @@ def _ours(strategy: str, options: dict[str, Any]) -> Round:
     from tsq_ray.config import validate_config
     from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource
 
-    config = validate_config({"decode": {"strategy": strategy.replace("exact", "uniform"), "num_frames": options["frames"]}})
+    config = validate_config(
+        {
+            "decode": {
+                "strategy": strategy.replace("exact", "uniform"),
+                "num_frames": options["frames"],
+            }
+        }
+    )
     pool = DecodePool(config.decode, {"picture": FrameSpec(options["size"])}, options["workers"])
     sources = [VideoSource(path) for path in options["paths"]]
 
     def work() -> int:
         videos = pool.decode(sources)
         assert all(isinstance(video, DecodedVideo) for video in videos), videos
-        return sum(len(video.frames["picture"]) for video in videos if isinstance(video, DecodedVideo))
+        return sum(
+            len(video.frames["picture"]) for video in videos if isinstance(video, DecodedVideo)
+        )
 
     return work
 
@@ -64,7 +79,9 @@ def _cpu(name: str, options: dict[str, Any]) -> Round:
     from tsq_ray.decode import FrameSpec, VideoSource, decode_video
 
     assert str(tsq_ray.__file__).startswith(options["checkout"]), tsq_ray.__file__
-    config = validate_config({"decode": {"strategy": options["strategy"], "num_frames": options["frames"]}})
+    config = validate_config(
+        {"decode": {"strategy": options["strategy"], "num_frames": options["frames"]}}
+    )
 
     def work() -> list[float]:
         spent = [time.process_time()]
@@ -90,7 +107,10 @@ def _read_videos(name: str, options: dict[str, Any]) -> Round:
         size = options["size"]
         data = ray.data.read_videos(options["paths"], fps=1, resize=(size, size))
         assert started  # what was started ends with its last reference
-        return sum(len(batch["frame"]) for batch in data.iter_batches(batch_size=None, batch_format="numpy"))
+        return sum(
+            len(batch["frame"])
+            for batch in data.iter_batches(batch_size=None, batch_format="numpy")
+        )
 
     return work
 
@@ -111,7 +131,11 @@ def _daft(name: str, options: dict[str, Any]) -> Round:
         found = 0
         for path, seconds in every.items():
             size = options["size"]
-            found += len(daft.read_video_frames(path, image_height=size, image_width=size, sample_interval_seconds=seconds).collect())
+            found += len(
+                daft.read_video_frames(
+                    path, image_height=size, image_width=size, sample_interval_seconds=seconds
+                ).collect()
+            )
         return found
 
     return work

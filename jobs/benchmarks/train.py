@@ -52,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "resources": {"threads": options.threads},
         }
     )
-    shape = TSQShape(options.classes, options.dim, options.text_dim, options.dim_visual, options.dim_textual)
+    shape = TSQShape(
+        options.classes, options.dim, options.text_dim, options.dim_visual, options.dim_textual
+    )
     vocabulary = torch.randn(1000, options.text_dim, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder, cluster.connect(Session(options.address)) as ray:
         features = str(Path(folder, "features"))
@@ -68,16 +70,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours: list[Fitted] = []
         plain: list[list[float]] = []
         for turn in range(options.rounds):
-            ours.append(fit_on_cluster(ray, job, config, options.videos, str(Path(folder, f"work{turn}")), Session(show_progress=False)))
-            plain.append(_plain(source, vocabulary, shape, config, options.threads * options.workers))
+            ours.append(
+                fit_on_cluster(
+                    ray,
+                    job,
+                    config,
+                    options.videos,
+                    str(Path(folder, f"work{turn}")),
+                    Session(show_progress=False),
+                )
+            )
+            plain.append(
+                _plain(source, vocabulary, shape, config, options.threads * options.workers)
+            )
     sys.stdout.write(_table(ours, plain, options))
     return 0
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    sizes = {"videos": 2000, "frames": 16, "dim": 1280, "classes": 200, "text-dim": 768, "dim-visual": 512, "dim-textual": 256}
-    for name, value in (sizes | {"batch-size": 64, "epochs": 4, "rounds": 3, "workers": 1, "threads": torch.get_num_threads()}).items():
+    sizes = {
+        "videos": 2000,
+        "frames": 16,
+        "dim": 1280,
+        "classes": 200,
+        "text-dim": 768,
+        "dim-visual": 512,
+        "dim-textual": 256,
+    }
+    for name, value in (
+        sizes
+        | {
+            "batch-size": 64,
+            "epochs": 4,
+            "rounds": 3,
+            "workers": 1,
+            "threads": torch.get_num_threads(),
+        }
+    ).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--address", help="a Ray cluster; default: start one here")
     return parser.parse_args(argv)
@@ -86,7 +116,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def _write_features(uri: str, options: argparse.Namespace) -> None:
     """A finished extraction of random features."""
     random = np.random.default_rng(0)
-    arrow = schema.features_schema(options.frames, options.dim, [str(number) for number in range(options.classes)])
+    arrow = schema.features_schema(
+        options.frames, options.dim, [str(number) for number in range(options.classes)]
+    )
     for start in range(0, options.videos, _ROWS):
         rows = []
         for number in range(start, min(start + _ROWS, options.videos)):
@@ -103,15 +135,21 @@ def _write_features(uri: str, options: argparse.Namespace) -> None:
             }
             rows.append(row)
         runs.write_part(uri, schema.table_from_rows(rows, arrow), "zstd")
-    runs.write_json(f"{uri}/{runs.RUN_FILE}", {"format": runs.FORMAT, "kind": "features", "classes": schema.classes_of(arrow)})
+    runs.write_json(
+        f"{uri}/{runs.RUN_FILE}",
+        {"format": runs.FORMAT, "kind": "features", "classes": schema.classes_of(arrow)},
+    )
 
 
-def _plain(source: Source, vocabulary: torch.Tensor, shape: TSQShape, config: Config, threads: int) -> list[float]:
+def _plain(
+    source: Source, vocabulary: torch.Tensor, shape: TSQShape, config: Config, threads: int
+) -> list[float]:
     """Seconds of each epoch of what one would write by hand, with all features in memory."""
     settings, device = config.train, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with source_arrays(source) as arrays:
         visual, ids, probs, targets = (
-            torch.from_numpy(np.array(arrays[name])) for name in ("visual", "object_ids", "object_probs", "targets")
+            torch.from_numpy(np.array(arrays[name]))
+            for name in ("visual", "object_ids", "object_probs", "targets")
         )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -124,9 +162,13 @@ def _plain(source: Source, vocabulary: torch.Tensor, shape: TSQShape, config: Co
         started = time.perf_counter()
         for batch in torch.randperm(len(visual)).split(settings.batch_size):
             frames, wanted = visual[batch].to(device).float(), targets[batch].to(device).float()
-            text = object_embeddings(ids[batch].to(device).long(), probs[batch].to(device).float(), words)
+            text = object_embeddings(
+                ids[batch].to(device).long(), probs[batch].to(device).float(), words
+            )
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = tsq_loss(network(frames, text), wanted, settings.task, settings.alpha, settings.beta)["loss"]
+                loss = tsq_loss(
+                    network(frames, text), wanted, settings.task, settings.alpha, settings.beta
+                )["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -137,13 +179,18 @@ def _plain(source: Source, vocabulary: torch.Tensor, shape: TSQShape, config: Co
     return seconds
 
 
-def _table(ours: Sequence[Fitted], plain: Sequence[Sequence[float]], options: argparse.Namespace) -> str:
+def _table(
+    ours: Sequence[Fitted], plain: Sequence[Sequence[float]], options: argparse.Namespace
+) -> str:
     steps = -(-options.videos // options.batch_size)
 
     def rate(seconds: Sequence[float]) -> float:
         return steps / min(seconds)
 
-    rows = [("tsq train", [rate(fitted.epoch_seconds) for fitted in ours]), ("plain loop", [rate(seconds) for seconds in plain])]
+    rows = [
+        ("tsq train", [rate(fitted.epoch_seconds) for fitted in ours]),
+        ("plain loop", [rate(seconds) for seconds in plain]),
+    ]
     ratios = [one / other for one, other in zip(rows[0][1], rows[1][1], strict=True)]
     start = statistics.median(fitted.seconds - sum(fitted.epoch_seconds) for fitted in ours)
     turns = range(1, options.rounds + 1)
@@ -154,9 +201,15 @@ def _table(ours: Sequence[Fitted], plain: Sequence[Sequence[float]], options: ar
     for name, rates in rows:
         middle = statistics.median(rates)
         lines.append(
-            f"| {name} | " + " | ".join(f"{value:.2f}" for value in rates) + f" | {middle:.2f} | {middle * options.videos / steps:.0f} |"
+            f"| {name} | "
+            + " | ".join(f"{value:.2f}" for value in rates)
+            + f" | {middle:.2f} | {middle * options.videos / steps:.0f} |"
         )
-    lines.append("| ratio | " + " | ".join(f"{value:.3f}" for value in ratios) + f" | {statistics.median(ratios):.3f} | |")
+    lines.append(
+        "| ratio | "
+        + " | ".join(f"{value:.3f}" for value in ratios)
+        + f" | {statistics.median(ratios):.3f} | |"
+    )
     sizes = f"{options.videos} videos, T={options.frames}, {options.dim} dims, C={options.classes}, batch {options.batch_size}"
     lines.append(
         f"\n{sizes}, {options.workers} worker(s) of {options.threads} thread(s); start-up and end of a Ray Train run: {start:.1f} s\n"

@@ -51,11 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--writers", type=int, nargs="+", default=[1, 2, 4], help="sizes of the pool")
+    parser.add_argument(
+        "--writers", type=int, nargs="+", default=[1, 2, 4], help="sizes of the pool"
+    )
     parser.add_argument("--rows", type=int, default=8192, help="rows of each turn")
     parser.add_argument("--part-mb", type=float, default=32.0, help="output.part_mb")
-    parser.add_argument("--mb-s", type=float, default=8.0, help="megabytes a second of each connection to the store")
-    parser.add_argument("--wait-ms", type=float, default=30.0, help="that the store takes longer for each request")
+    parser.add_argument(
+        "--mb-s", type=float, default=8.0, help="megabytes a second of each connection to the store"
+    )
+    parser.add_argument(
+        "--wait-ms", type=float, default=30.0, help="that the store takes longer for each request"
+    )
     parser.add_argument("--turns", type=int, default=1, help="how often each pool writes all rows")
     return parser.parse_args(argv)
 
@@ -101,7 +107,9 @@ def _measure(ray: Any, options: argparse.Namespace) -> str:
             parts.WritePart = _timed(clock)  # type: ignore[misc]
             pool = Pool("writer", count, count, count, 0.01)
             out = f"s3://{_BUCKET}/{turn}-{count}"
-            totals = parts.write_parts(ray.data.from_arrow_refs(blocks), pool, out, arrow, output, size)
+            totals = parts.write_parts(
+                ray.data.from_arrow_refs(blocks), pool, out, arrow, output, size
+            )
             assert totals[parts.ROWS] == options.rows
             rates[count].append(options.rows / ray.get(clock.seconds.remote()))
     parts.WritePart = plain  # type: ignore[misc]
@@ -109,9 +117,16 @@ def _measure(ray: Any, options: argparse.Namespace) -> str:
     lines = ["| writers | rows/s | MB/s | times the first |", "| ---: | ---: | ---: | ---: |"]
     for count, found in rates.items():
         mean = float(np.mean(found))
-        lines.append(f"| {count} | {mean:.0f} | {mean * parts.row_bytes(arrow) / 1e6:.0f} | {mean / one:.2f} |")
+        lines.append(
+            f"| {count} | {mean:.0f} | {mean * parts.row_bytes(arrow) / 1e6:.0f} | {mean / one:.2f} |"
+        )
     note = f"{options.rows} rows of {parts.row_bytes(arrow)} bytes in parts of {size}; {options.mb_s:g} MB/s a connection, {options.wait_ms:g} ms a request"
-    return "\n".join([*lines, f"\n{note}; {os.cpu_count()} cores; mean of {options.turns} turn{'s' * (options.turns != 1)}\n"])
+    return "\n".join(
+        [
+            *lines,
+            f"\n{note}; {os.cpu_count()} cores; mean of {options.turns} turn{'s' * (options.turns != 1)}\n",
+        ]
+    )
 
 
 def _blocks(ray: Any, arrow: pa.Schema, count: int) -> list[Any]:
@@ -119,8 +134,16 @@ def _blocks(ray: Any, arrow: pa.Schema, count: int) -> list[Any]:
     rng = np.random.default_rng(0)
     rows = min(count, parts.MAX_BLOCK_ROWS)
     features = rng.standard_normal((rows, _FRAMES, _DIM)).astype(np.float16)
-    base = {"uri": "s3://archive/video.mp4", "size_bytes": 1, "status": "ok", "warnings": [], "labels": [0]}
-    made = [base | {"video_id": f"{number:016x}", "visual": features[number]} for number in range(rows)]
+    base = {
+        "uri": "s3://archive/video.mp4",
+        "size_bytes": 1,
+        "status": "ok",
+        "warnings": [],
+        "labels": [0],
+    }
+    made = [
+        base | {"video_id": f"{number:016x}", "visual": features[number]} for number in range(rows)
+    ]
     table = parts.transport_table(made, arrow, progress.start_counts())
     place = table.schema.get_field_index("video_id")
     refs = []

@@ -43,7 +43,9 @@ def chain(chains: Chains) -> Chain:
 
 
 @pytest.fixture(scope="module")
-def labels(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+def labels(
+    chain: Chain, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Path]]:
     """labels(kind) -> manifest and features of a few clips without labels ("none"), or all of one class ("one")."""
     made: dict[str, tuple[Path, Path]] = {}
 
@@ -52,7 +54,10 @@ def labels(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
             folder = tmp_path_factory.mktemp(kind)
             for seed in range(2):
                 write_clip(folder / f"videos/{seed}.mp4", CLASSES[0], seed)
-            write_csv(folder / "videos/labels.csv", [["path", "label"], ["0.mp4", CLASSES[0]], ["1.mp4", CLASSES[0]]])
+            write_csv(
+                folder / "videos/labels.csv",
+                [["path", "label"], ["0.mp4", CLASSES[0]], ["1.mp4", CLASSES[0]]],
+            )
             given = "none" if kind == "none" else str(folder / "videos/labels.csv")
             manifest, features = folder / "m.parquet", folder / "features"
             assert tsq("index", folder / "videos", "--labels", given, "--out", manifest).code == 0
@@ -93,7 +98,9 @@ def test_bad_files(chain: Chain, data_dir: Path, tmp_path: Path) -> None:
     rows = {Path(row["uri"]).name: row for row in read_rows(str(out)).to_pylist()}
     assert {name: row["error_type"] or row["status"] for name, row in rows.items()} == BAD_FILES
     assert tsq("verify", out, "--json").json["problems"] == []
-    assert run["counts"]["with_warnings"] == sum(bool(row["warnings"]) for row in rows.values() if row["status"] == "ok")
+    assert run["counts"]["with_warnings"] == sum(
+        bool(row["warnings"]) for row in rows.values() if row["status"] == "ok"
+    )
     for name, row in rows.items():
         if row["status"] == "failed":
             assert name in row["error_message"]
@@ -106,17 +113,32 @@ def test_bad_files(chain: Chain, data_dir: Path, tmp_path: Path) -> None:
 def test_one_frame_and_another_aspect_are_scored(chain: Chain) -> None:
     rows = {Path(row["uri"]).name: row for row in read_rows(chain.predictions).to_pylist()}
     one, tall = rows["one_frame.mp4"], rows["portrait.mp4"]
-    assert (one["status"], one["selected_slot"], one["selected_index"], one["source_num_frames"]) == ("ok", [0], [0], 1)
-    assert (tall["status"], tall["width"], tall["height"], len(tall["selected_slot"])) == ("ok", 48, 128, BUDGET)
+    assert (
+        one["status"],
+        one["selected_slot"],
+        one["selected_index"],
+        one["source_num_frames"],
+    ) == ("ok", [0], [0], 1)
+    assert (tall["status"], tall["width"], tall["height"], len(tall["selected_slot"])) == (
+        "ok",
+        48,
+        128,
+        BUDGET,
+    )
 
 
-@pytest.mark.parametrize("kind", ["empty folder", "no folder", "no videos", "no bucket", "empty prefix"])
+@pytest.mark.parametrize(
+    "kind", ["empty folder", "no folder", "no videos", "no bucket", "empty prefix"]
+)
 def test_a_source_that_matches_nothing(chain: Chain, kind: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/notes.txt").write_text("no video")
     source, said = {
-        "empty folder": (str(tmp_path / "empty"), "no video found; name a folder, an s3:// prefix or a file"),
+        "empty folder": (
+            str(tmp_path / "empty"),
+            "no video found; name a folder, an s3:// prefix or a file",
+        ),
         "no folder": (str(tmp_path / "nowhere"), "no such file, folder, bucket or prefix"),
         "no videos": (str(tmp_path / "texts"), "no video found; it holds 1 other files"),
         "no bucket": ("s3://tsq-no-such-bucket/videos", "no such file, folder, bucket or prefix"),
@@ -134,10 +156,23 @@ def test_a_bucket_that_is_not_there_as_output(chain: Chain, command: str) -> Non
     argv = {
         "index": ["index", chain.at("videos"), "--out", out],
         "extract": ["extract", chain.manifest, "--out", out, *chain.extract_options],
-        "finetune": ["finetune", chain.manifest, "--role", "encoder", "--out", out, "--config", str(chain.settings), "--limit", "2"],
+        "finetune": [
+            "finetune",
+            chain.manifest,
+            "--role",
+            "encoder",
+            "--out",
+            out,
+            "--config",
+            str(chain.settings),
+            "--limit",
+            "2",
+        ],
         "report": ["report", chain.predictions, "--out", out, "--max-videos", "0"],
     }[command]
-    assert re.match(f"cannot .* {out}.*no such file, folder or bucket; check the name", refused(tsq(*argv)))
+    assert re.match(
+        f"cannot .* {out}.*no such file, folder or bucket; check the name", refused(tsq(*argv))
+    )
 
 
 @pytest.mark.parametrize("wrong", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
@@ -146,7 +181,14 @@ def test_wrong_keys(chains: Chains, command: str, wrong: str, tmp_path: Path) ->
     chain = chains("s3")
     argv = {
         "index": ["index", chain.at("videos"), "--out", str(tmp_path / "m.parquet")],
-        "extract": ["extract", chain.manifest, "--out", str(tmp_path / "f"), "--config", str(chain.settings)],
+        "extract": [
+            "extract",
+            chain.manifest,
+            "--out",
+            str(tmp_path / "f"),
+            "--config",
+            str(chain.settings),
+        ],
     }[command]
     bad = "0123456789abcdefghij"
     error = refused(alone(argv, {wrong: bad}))
@@ -157,12 +199,25 @@ def test_wrong_keys(chains: Chains, command: str, wrong: str, tmp_path: Path) ->
 def alone(argv: list[str], environment: dict[str, str] | None = None) -> Ended:
     """`tsq` as a process of its own: what it really writes to its outputs."""
     env = {**os.environ, **(environment or {})}
-    done = subprocess.run([sys.executable, "-m", "tsq_ray", *argv], capture_output=True, text=True, timeout=200, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tsq_ray", *argv],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=env,
+        check=False,
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
 def test_a_video_that_may_not_be_read_is_a_row(chains: Chains) -> None:
-    argv = ["predict", chains("s3").at("videos/train/0_0.mp4"), "--model", chains("local").bundle, "--json"]
+    argv = [
+        "predict",
+        chains("s3").at("videos/train/0_0.mp4"),
+        "--model",
+        chains("local").bundle,
+        "--json",
+    ]
     ended = alone(argv, {"AWS_SECRET_ACCESS_KEY": "wrong"})
     assert ended.code == 1, "there is no other row"
     (row,) = json.loads(ended.out)["videos"]
@@ -170,10 +225,25 @@ def test_a_video_that_may_not_be_read_is_a_row(chains: Chains) -> None:
 
 
 @pytest.mark.parametrize("kind", ["none", pytest.param("one", marks=pytest.mark.slow)])
-def test_nothing_to_learn_from(chain: Chain, labels: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path) -> None:
+def test_nothing_to_learn_from(
+    chain: Chain, labels: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path
+) -> None:
     manifest, features = labels(kind)
-    said = "no labelled video; index it with labels" if kind == "none" else rf"1 class \({CLASSES[0]}\); training needs at least two"
-    tune = tsq("finetune", manifest, "--role", "recognizer", "--out", tmp_path / "r", "--config", chain.settings)
+    said = (
+        "no labelled video; index it with labels"
+        if kind == "none"
+        else rf"1 class \({CLASSES[0]}\); training needs at least two"
+    )
+    tune = tsq(
+        "finetune",
+        manifest,
+        "--role",
+        "recognizer",
+        "--out",
+        tmp_path / "r",
+        "--config",
+        chain.settings,
+    )
     train = tsq("train", features, "--out", tmp_path / "b", "--config", chain.settings)
     for ended, what in ((tune, f"manifest {manifest}: "), (train, f"features {features}: ")):
         error = refused(ended)
@@ -189,17 +259,58 @@ def test_two_classes_are_enough(chain: Chain, tmp_path: Path) -> None:
             (archive.root / path).unlink()
             del archive.labels[path]
     archive.write_labels()
-    at = {name: tmp_path / name for name in ("m.parquet", "recognizer", "features", "bundle", "predictions")}
-    settings = ["--config", chain.settings, "--set", "train.modules=visual", "--set", "train.epochs=1"]
-    assert tsq("index", archive.root, "--labels", archive.root / "labels.csv", "--out", at["m.parquet"]).code == 0
-    assert tsq("finetune", at["m.parquet"], "--role", "recognizer", "--out", at["recognizer"], *settings).code == 0
+    at = {
+        name: tmp_path / name
+        for name in ("m.parquet", "recognizer", "features", "bundle", "predictions")
+    }
+    settings = [
+        "--config",
+        chain.settings,
+        "--set",
+        "train.modules=visual",
+        "--set",
+        "train.epochs=1",
+    ]
+    assert (
+        tsq(
+            "index", archive.root, "--labels", archive.root / "labels.csv", "--out", at["m.parquet"]
+        ).code
+        == 0
+    )
+    assert (
+        tsq(
+            "finetune",
+            at["m.parquet"],
+            "--role",
+            "recognizer",
+            "--out",
+            at["recognizer"],
+            *settings,
+        ).code
+        == 0
+    )
     assert tsq("extract", at["m.parquet"], "--out", at["features"], *settings).code == 0
-    assert tsq("train", at["features"], "--recognizer", at["recognizer"], "--out", at["bundle"], *settings).code == 0
+    assert (
+        tsq(
+            "train",
+            at["features"],
+            "--recognizer",
+            at["recognizer"],
+            "--out",
+            at["bundle"],
+            *settings,
+        ).code
+        == 0
+    )
     videos = [archive.root / path for path in archive.paths]
     rows = tsq("predict", *videos, "--model", at["bundle"], "--json").json["videos"]
     assert len(rows) == 6
     for row in rows:
-        assert (row["status"], len(row["scores"]), sorted(row["top_labels"])) == ("ok", 2, CLASSES[:2])
+        assert (row["status"], len(row["scores"]), sorted(row["top_labels"])) == (
+            "ok",
+            2,
+            CLASSES[:2],
+        )
         assert set(row["selected_by"]) == {"visual"}
         assert row["saliency_textual"] is None
 
@@ -215,36 +326,92 @@ def mute(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("command", ["score", "predict"])
-def test_a_bundle_without_a_recognizer(chain: Chain, mute: str, command: str, tmp_path: Path) -> None:
+def test_a_bundle_without_a_recognizer(
+    chain: Chain, mute: str, command: str, tmp_path: Path
+) -> None:
     video = chain.at("videos/train/0_0.mp4")
-    argv = ["score", chain.manifest, "--out", str(tmp_path / "p")] if command == "score" else ["predict", video]
-    assert "the bundle has no recogniser; train it again with --recognizer URI" in refused(tsq(*argv, "--model", mute))
+    argv = (
+        ["score", chain.manifest, "--out", str(tmp_path / "p")]
+        if command == "score"
+        else ["predict", video]
+    )
+    assert "the bundle has no recogniser; train it again with --recognizer URI" in refused(
+        tsq(*argv, "--model", mute)
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["score", "MANIFEST", "--model", "NOWHERE", "--out", "OUT"], "NOWHERE: has no bundle.json; name what tsq train wrote with --out"),
-        (["predict", "VIDEO", "--model", "NOWHERE"], "NOWHERE: has no bundle.json; name what tsq train wrote with --out"),
-        (["serve", "--model", "NOWHERE"], "NOWHERE: has no bundle.json; name what tsq train wrote with --out"),
-        (["score", "MANIFEST", "--model", "RECOGNIZER", "--out", "OUT"], "RECOGNIZER: has no bundle.json; name what tsq train wrote"),
-        (["extract", "MANIFEST", "--out", "OUT", "--encoder", "NOWHERE"], "NOWHERE: has no finetune.json; name what tsq finetune wrote"),
-        (["train", "FEATURES", "--out", "OUT", "--recognizer", "BUNDLE"], "BUNDLE: has no finetune.json; name what tsq finetune wrote"),
-        (["train", "FEATURES", "--out", "OUT", "--encoder", "RECOGNIZER"], "are not those that made the features"),
-        (["extract", "NOWHERE", "--out", "OUT"], "manifest NOWHERE: no such file; make one with tsq index SOURCE --out NOWHERE"),
+        (
+            ["score", "MANIFEST", "--model", "NOWHERE", "--out", "OUT"],
+            "NOWHERE: has no bundle.json; name what tsq train wrote with --out",
+        ),
+        (
+            ["predict", "VIDEO", "--model", "NOWHERE"],
+            "NOWHERE: has no bundle.json; name what tsq train wrote with --out",
+        ),
+        (
+            ["serve", "--model", "NOWHERE"],
+            "NOWHERE: has no bundle.json; name what tsq train wrote with --out",
+        ),
+        (
+            ["score", "MANIFEST", "--model", "RECOGNIZER", "--out", "OUT"],
+            "RECOGNIZER: has no bundle.json; name what tsq train wrote",
+        ),
+        (
+            ["extract", "MANIFEST", "--out", "OUT", "--encoder", "NOWHERE"],
+            "NOWHERE: has no finetune.json; name what tsq finetune wrote",
+        ),
+        (
+            ["train", "FEATURES", "--out", "OUT", "--recognizer", "BUNDLE"],
+            "BUNDLE: has no finetune.json; name what tsq finetune wrote",
+        ),
+        (
+            ["train", "FEATURES", "--out", "OUT", "--encoder", "RECOGNIZER"],
+            "are not those that made the features",
+        ),
+        (
+            ["extract", "NOWHERE", "--out", "OUT"],
+            "manifest NOWHERE: no such file; make one with tsq index SOURCE --out NOWHERE",
+        ),
         (
             ["extract", "FOLDER", "--out", "OUT"],
             "manifest FOLDER: is a folder without *.parquet; name the file or the folder that tsq index wrote",
         ),
-        (["extract", "VIDEO", "--out", "OUT"], "manifest VIDEO: not a Parquet file; make one with tsq index"),
-        (["extract", "PART", "--out", "OUT"], "manifest PART: holds features or predictions; name the manifest"),
+        (
+            ["extract", "VIDEO", "--out", "OUT"],
+            "manifest VIDEO: not a Parquet file; make one with tsq index",
+        ),
+        (
+            ["extract", "PART", "--out", "OUT"],
+            "manifest PART: holds features or predictions; name the manifest",
+        ),
         (["extract", "MANIFEST", "--out", "FOLDER/parquet"], "holds files of something else"),
-        (["extract", "MANIFEST", "--out", "PREDICTIONS"], "PREDICTIONS: holds predictions, not features; take another --out"),
-        (["extract", "MANIFEST", "--out", "VIDEO"], "VIDEO: is a file; name a folder, a new one or that of an earlier run"),
-        (["finetune", "MANIFEST", "--role", "encoder", "--out", "OUT", "--split", "tset"], "no row of split 'tset'; there is: "),
-        (["train", "FEATURES", "--out", "OUT", "--split", "tset"], "no row of split 'tset'; there is: (none) (1), train (12), val (5)"),
-        (["train", "PREDICTIONS", "--out", "OUT"], "PREDICTIONS: holds predictions, expected features"),
-        (["train", "NOWHERE", "--out", "OUT"], "NOWHERE: no run folder (no _run.json); name what extract or score wrote with --out"),
+        (
+            ["extract", "MANIFEST", "--out", "PREDICTIONS"],
+            "PREDICTIONS: holds predictions, not features; take another --out",
+        ),
+        (
+            ["extract", "MANIFEST", "--out", "VIDEO"],
+            "VIDEO: is a file; name a folder, a new one or that of an earlier run",
+        ),
+        (
+            ["finetune", "MANIFEST", "--role", "encoder", "--out", "OUT", "--split", "tset"],
+            "no row of split 'tset'; there is: ",
+        ),
+        (
+            ["train", "FEATURES", "--out", "OUT", "--split", "tset"],
+            "no row of split 'tset'; there is: (none) (1), train (12), val (5)",
+        ),
+        (
+            ["train", "PREDICTIONS", "--out", "OUT"],
+            "PREDICTIONS: holds predictions, expected features",
+        ),
+        (
+            ["train", "NOWHERE", "--out", "OUT"],
+            "NOWHERE: no run folder (no _run.json); name what extract or score wrote with --out",
+        ),
         (["report", "FEATURES", "--out", "OUT"], "FEATURES: holds features, expected predictions"),
         (["export", "FEATURES", "--out", "OUT"], "FEATURES: holds features, expected predictions"),
         (["report", "NOWHERE", "--out", "OUT"], "NOWHERE: no run folder (no _run.json)"),
@@ -255,19 +422,62 @@ def test_a_bundle_without_a_recognizer(chain: Chain, mute: str, command: str, tm
             ["score", "MANIFEST", "--model", "BUNDLE", "--out", "OUT", "--set", "sampler.budget=9"],
             "(K) is 9, above decode.num_frames (T) = 8",
         ),
-        (["train", "FEATURES", "--out", "OUT", "--set", "sampler.budget=9"], "(K) is 9, above decode.num_frames (T) = 8"),
-        (["predict", "VIDEO", "--model", "BUNDLE", "--set", "sampler.budget=9"], "(K) is 9, above decode.num_frames (T) = 8"),
+        (
+            ["train", "FEATURES", "--out", "OUT", "--set", "sampler.budget=9"],
+            "(K) is 9, above decode.num_frames (T) = 8",
+        ),
+        (
+            ["predict", "VIDEO", "--model", "BUNDLE", "--set", "sampler.budget=9"],
+            "(K) is 9, above decode.num_frames (T) = 8",
+        ),
         (
             ["extract", "MANIFEST", "--out", "OUT", "--set", "decode.frames=8"],
             "unknown setting decode.frames; there is: strategy, ",
         ),
-        (["extract", "MANIFEST", "--out", "OUT", "--set", "decode.num_frames=many"], "setting decode.num_frames = 'many': "),
-        (["extract", "MANIFEST", "--out", "OUT", "--set", "decode.num_frames"], "expected section.key=value"),
-        (["score", "MANIFEST", "--model", "BUNDLE", "--out", "OUT", "--set", "sampler.mode=best"], "setting sampler.mode = 'best': "),
-        (["extract", "MANIFEST", "--out", "OUT", "--config", "NOWHERE"], "--config: no file NOWHERE; name an existing TOML file"),
-        (["extract", "MANIFEST", "--out", "OUT", "--config", "VIDEO"], "--config VIDEO: not readable as TOML"),
-        (["extract", "MANIFEST", "--out", "OUT", "--set", "encoders.visual.model=resnet_of_mine"], "timm has no model of this name"),
-        (["extract", "MANIFEST", "--out", "OUT", "--set", "encoders.visual.weights=VIDEO"], "not readable as safetensors"),
+        (
+            ["extract", "MANIFEST", "--out", "OUT", "--set", "decode.num_frames=many"],
+            "setting decode.num_frames = 'many': ",
+        ),
+        (
+            ["extract", "MANIFEST", "--out", "OUT", "--set", "decode.num_frames"],
+            "expected section.key=value",
+        ),
+        (
+            [
+                "score",
+                "MANIFEST",
+                "--model",
+                "BUNDLE",
+                "--out",
+                "OUT",
+                "--set",
+                "sampler.mode=best",
+            ],
+            "setting sampler.mode = 'best': ",
+        ),
+        (
+            ["extract", "MANIFEST", "--out", "OUT", "--config", "NOWHERE"],
+            "--config: no file NOWHERE; name an existing TOML file",
+        ),
+        (
+            ["extract", "MANIFEST", "--out", "OUT", "--config", "VIDEO"],
+            "--config VIDEO: not readable as TOML",
+        ),
+        (
+            [
+                "extract",
+                "MANIFEST",
+                "--out",
+                "OUT",
+                "--set",
+                "encoders.visual.model=resnet_of_mine",
+            ],
+            "timm has no model of this name",
+        ),
+        (
+            ["extract", "MANIFEST", "--out", "OUT", "--set", "encoders.visual.weights=VIDEO"],
+            "not readable as safetensors",
+        ),
         (["finetune", "MANIFEST", "--role", "judge", "--out", "OUT"], "--role"),
         (["extract", "MANIFEST"], "--out"),
         (["index", "FOLDER", "--labels", "VIDEO", "--out", "OUT"], "VIDEO"),

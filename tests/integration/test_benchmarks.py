@@ -38,7 +38,12 @@ def first_cells(text: str) -> list[str]:
 
 def cells(text: str, first: str) -> list[str]:
     """The other columns of a row."""
-    return [cell.strip().strip("*x") for line in text.splitlines() if line.startswith(f"| {first} |") for cell in line.split("|")[2:-1]]
+    return [
+        cell.strip().strip("*x")
+        for line in text.splitlines()
+        if line.startswith(f"| {first} |")
+        for cell in line.split("|")[2:-1]
+    ]
 
 
 def printed(name: str, *argv: str) -> str:
@@ -56,9 +61,10 @@ def test_decode_prints_its_tables(videos: list[Path], only: str) -> None:
     options = ["--only", only, "--frames", "4", "--size", "32", "--rounds", "1"]
     text = printed("decode", *options, "--videos", str(videos[0]), str(videos[1]))
     assert "T = 4, 32 x 32, 1 rounds" in text
-    name = {"keyframe": f"untrimmed/{videos[0].name}", "profile": f"{videos[0].parent.name}/{videos[0].name}, keyframe"}.get(
-        only, videos[0].name
-    )
+    name = {
+        "keyframe": f"untrimmed/{videos[0].name}",
+        "profile": f"{videos[0].parent.name}/{videos[0].name}, keyframe",
+    }.get(only, videos[0].name)
     row = cells(text, name)
     if only == "keyframe":
         assert row[2] == "4 of 4"
@@ -72,7 +78,9 @@ def test_decode_prints_its_tables(videos: list[Path], only: str) -> None:
         assert row[4] == "<= 1.15"
     else:
         size = videos[0].stat().st_size
-        assert [int(cell.replace(",", "")) >= size for cell in row[:3]] == [True] * 3, "a small object is fetched whole"
+        assert [int(cell.replace(",", "")) >= size for cell in row[:3]] == [True] * 3, (
+            "a small object is fetched whole"
+        )
 
 
 def test_ffmpeg_is_asked_for_the_frames_that_were_chosen(videos: list[Path]) -> None:
@@ -86,7 +94,9 @@ def test_ffmpeg_is_asked_for_the_frames_that_were_chosen(videos: list[Path]) -> 
     assert seeks.count("-ss") == 4
 
 
-def test_a_peer_that_is_missing_says_how_to_install_it(videos: list[Path], monkeypatch: Any) -> None:
+def test_a_peer_that_is_missing_says_how_to_install_it(
+    videos: list[Path], monkeypatch: Any
+) -> None:
     from jobs.benchmarks import decode as benchmark
 
     monkeypatch.setenv("PYTHONPATH", "")
@@ -103,7 +113,9 @@ def test_a_peer_that_is_missing_says_how_to_install_it(videos: list[Path], monke
 def test_a_side_does_rounds(videos: list[Path]) -> None:
     from jobs.benchmarks import decode as benchmark
 
-    side = benchmark.Side("exact", benchmark._options(["--frames", "4", "--size", "32"]), videos[:2], 1)
+    side = benchmark.Side(
+        "exact", benchmark._options(["--frames", "4", "--size", "32"]), videos[:2], 1
+    )
     side.round()
     side.round()
     side.close()
@@ -115,8 +127,21 @@ def test_extract_prints_its_tables(videos: list[Path], tmp_path: Path) -> None:
     manifest, _ = build_manifest([str(videos[0].parent)], labels="none")
     write_manifest(manifest, str(tmp_path / "manifest.parquet"))
     sets = [word for value in ("decode.num_frames=4", *NETWORKS) for word in ("--set", value)]
-    text = printed("extract", str(tmp_path / "manifest.parquet"), "--videos", "8", "--rounds", "1", "--workers", "1", *sets)
-    ours, loop, folded = (float(cells(text, name)[1]) for name in ("tsq extract", "loop by hand", "loop by hand, folded"))
+    text = printed(
+        "extract",
+        str(tmp_path / "manifest.parquet"),
+        "--videos",
+        "8",
+        "--rounds",
+        "1",
+        "--workers",
+        "1",
+        *sets,
+    )
+    ours, loop, folded = (
+        float(cells(text, name)[1])
+        for name in ("tsq extract", "loop by hand", "loop by hand, folded")
+    )
     assert float(cells(text, "ratio (aim >= 0.95)")[-1]) == pytest.approx(ours / loop, rel=0.05)
     assert float(cells(text, "ratio to folded")[-1]) == pytest.approx(ours / folded, rel=0.05)
     assert len(cells(text, "limit")) == 3
@@ -126,7 +151,20 @@ def test_extract_prints_its_tables(videos: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_write_prints_its_table() -> None:
-    text = printed("write", "--writers", "1", "2", "--rows", "300", "--mb-s", "100", "--wait-ms", "1", "--turns", "1")
+    text = printed(
+        "write",
+        "--writers",
+        "1",
+        "2",
+        "--rows",
+        "300",
+        "--mb-s",
+        "100",
+        "--wait-ms",
+        "1",
+        "--turns",
+        "1",
+    )
     assert float(cells(text, "1")[-1]) == 1
     assert float(cells(text, "2")[0]) > 0
     assert "300 rows of 130700 bytes in parts of 300" in text
@@ -134,11 +172,27 @@ def test_write_prints_its_table() -> None:
 
 @pytest.mark.slow
 def test_scale_prints_its_tables() -> None:
-    text = printed("scale", "--rows", "300", "500", "--through-ray", "300", "--objects", "20", "--entries", "2500")
+    text = printed(
+        "scale",
+        "--rows",
+        "300",
+        "500",
+        "--through-ray",
+        "300",
+        "--objects",
+        "20",
+        "--entries",
+        "2500",
+    )
     assert cells(text, "300")[6] == "3", "300 rows are parts of 128, 128 and 44"
     assert cells(text, "500")[3] == "-"
-    assert all(float(cell) > 100 for cell in cells(text, "300")[-1].split(", ")), "a process with torch and Ray"
-    assert [cells(text, name)[0] for name in ("S3 server (SeaweedFS)", "made-up pages")] == ["20", "2500"]
+    assert all(float(cell) > 100 for cell in cells(text, "300")[-1].split(", ")), (
+        "a process with torch and Ray"
+    )
+    assert [cells(text, name)[0] for name in ("S3 server (SeaweedFS)", "made-up pages")] == [
+        "20",
+        "2500",
+    ]
 
 
 def test_scale_makes_up_runs_that_add_up(tmp_path: Path) -> None:

@@ -28,15 +28,25 @@ FIXED_MB, WORKER_MB = 2560, 1024
 """docs/operations.md: Ray with its idle processes, the driver and the writer; a worker with its networks."""
 
 
-def repeat(path: Path, codec: str, size: tuple[int, int], rate: int, num_frames: int, distinct: int = 1) -> Path:
+def repeat(
+    path: Path, codec: str, size: tuple[int, int], rate: int, num_frames: int, distinct: int = 1
+) -> Path:
     """A video whose packets repeat the same few keyframes: hours, or 8K, for the price of a few pictures."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options={"g": "1"} | ({"preset": "ultrafast"} if codec == "libx264" else {}))
+        stream = container.add_stream(
+            codec,
+            rate=rate,
+            options={"g": "1"} | ({"preset": "ultrafast"} if codec == "libx264" else {}),
+        )
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         packets = []
         for number in range(distinct):
-            picture = np.repeat(np.repeat(rng.integers(0, 255, (size[1] // 8, size[0] // 8, 3), np.uint8), 8, 0), 8, 1)
+            picture = np.repeat(
+                np.repeat(rng.integers(0, 255, (size[1] // 8, size[0] // 8, 3), np.uint8), 8, 0),
+                8,
+                1,
+            )
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
             frame.pts = number
             packets += stream.encode(frame)
@@ -76,7 +86,9 @@ def peak_of(mark: str) -> Iterator[dict[str, Any]]:
             for pid in marked(mark):
                 with contextlib.suppress(OSError, IndexError):
                     title = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")[:60]
-                    by[title] += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page // MIB
+                    by[title] += (
+                        int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page // MIB
+                    )
             if sum(by.values()) > found["mb"]:
                 found.update(mb=sum(by.values()), by=dict(by.most_common(8)))
 
@@ -89,9 +101,15 @@ def peak_of(mark: str) -> Iterator[dict[str, Any]]:
         thread.join()
 
 
-@pytest.mark.parametrize(("command", "strategy"), [("extract", "uniform"), ("extract", "keyframe"), ("score", "uniform")])
+@pytest.mark.parametrize(
+    ("command", "strategy"), [("extract", "uniform"), ("extract", "keyframe"), ("score", "uniform")]
+)
 def test_memory_stays_under_its_bound(tmp_path: Path, command: str, strategy: str) -> None:
-    videos, manifest, out = heavy_archive(tmp_path / "videos"), tmp_path / "m.parquet", tmp_path / "out"
+    videos, manifest, out = (
+        heavy_archive(tmp_path / "videos"),
+        tmp_path / "m.parquet",
+        tmp_path / "out",
+    )
     assert tsq("index", videos, "--out", manifest).code == 0
     sets = [f"decode.max_memory_mb={MAX_MEMORY_MB}", "decode.timeout_s=600"]
     argv = [command, manifest, "--out", out, "--json"]
@@ -102,9 +120,19 @@ def test_memory_stays_under_its_bound(tmp_path: Path, command: str, strategy: st
     else:
         sets += ["resources.decoders=1", f"serve.decoder_processes={WORKERS}"]
         argv += ["--model", make_bundle(tmp_path / "bundle")]
-    with Driver([*argv, *(item for one in sets for item in ("--set", one))], tmp_path / "run") as driver, peak_of(driver.mark) as peak:
+    with (
+        Driver(
+            [*argv, *(item for one in sets for item in ("--set", one))], tmp_path / "run"
+        ) as driver,
+        peak_of(driver.mark) as peak,
+    ):
         run = driver.ended(1500).json
-    print(json.dumps({"command": command, "strategy": strategy, **peak, "seconds": run["wall_seconds"]}, indent=1))
+    print(
+        json.dumps(
+            {"command": command, "strategy": strategy, **peak, "seconds": run["wall_seconds"]},
+            indent=1,
+        )
+    )
     assert run["counts"]["ok"] == run["counts"]["inputs"] == 17
     assert 0 < peak["mb"] <= FIXED_MB + WORKERS * (WORKER_MB + MAX_MEMORY_MB)
 
@@ -128,10 +156,17 @@ def test_the_object_store_does_not_spill(ray_cluster: Any, tmp_path: Path) -> No
         shutil.copy(clip, tmp_path / f"videos/{number}.mp4")
     assert tsq("index", tmp_path / "videos", "--out", tmp_path / "m.parquet").code == 0
     sets = ["decode.num_frames=16", "resources.decoders=2", "resources.batch_size=4"]
-    sets += [f"encoders.{name}.size=256" for name in ("visual", "objects")]  # 80 x 6.3 MB of frames, in a store of 256 MiB
+    sets += [
+        f"encoders.{name}.size=256" for name in ("visual", "objects")
+    ]  # 80 x 6.3 MB of frames, in a store of 256 MiB
     argv = ["extract", tmp_path / "m.parquet", "--out", tmp_path / "features", "--json"]
     (tmp_path / "settings.toml").write_text(SETTINGS)
     before = spilled_bytes(ray_cluster)
-    run = tsq(*argv, "--config", tmp_path / "settings.toml", *(item for one in sets for item in ("--set", one))).json
+    run = tsq(
+        *argv,
+        "--config",
+        tmp_path / "settings.toml",
+        *(item for one in sets for item in ("--set", one)),
+    ).json
     assert run["counts"]["ok"] == 80
     assert spilled_bytes(ray_cluster) == before == 0

@@ -71,7 +71,9 @@ FORMATS = [
     "torchcodec_h265_video.mp4",
     "torchcodec_nasa_13013.mp4",
 ]
-LARGE = "androidx_sample_fragmented_seekable_multiple_sidx.mp4"  # 600 frames of 1080p: half a minute
+LARGE = (
+    "androidx_sample_fragmented_seekable_multiple_sidx.mp4"  # 600 frames of 1080p: half a minute
+)
 DAMAGED = "decord_corrupted.mp4"  # decodes with warnings
 LONGER = ["long/charades.mp4", "long/car-detection.mp4", "untrimmed/untrimmed_64s_0.mp4"]
 # H.264 with and without frames that no other refers to, HEVC, VP9, AV1, 10 bits, rotations
@@ -119,25 +121,45 @@ def reference(path: Path) -> Reference:
         for frame in every_frame(container, stream):
             rgb = frame.to_ndarray(format="rgb24")
             rgb = (
-                rgb.transpose(1, 0, 2) if path.name == "androidx_sample_rotate_and_reflect.mp4" else np.rot90(rgb, TURNS.get(path.name, 0))
+                rgb.transpose(1, 0, 2)
+                if path.name == "androidx_sample_rotate_and_reflect.mp4"
+                else np.rot90(rgb, TURNS.get(path.name, 0))
             )
             image = Image.fromarray(np.ascontiguousarray(rgb))
-            frames.append((frame.pts, np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)), frame.key_frame, image.size))
+            frames.append(
+                (
+                    frame.pts,
+                    np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)),
+                    frame.key_frame,
+                    image.size,
+                )
+            )
         time_base = float(stream.time_base)
     assert [frame[0] for frame in frames] == sorted(frame[0] for frame in frames)
     times = np.asarray([(frame[0] - frames[0][0]) * time_base for frame in frames])
-    return Reference(np.stack([frame[1] for frame in frames]), times, np.asarray([bool(frame[2]) for frame in frames]), frames[0][3])
+    return Reference(
+        np.stack([frame[1] for frame in frames]),
+        times,
+        np.asarray([bool(frame[2]) for frame in frames]),
+        frames[0][3],
+    )
 
 
 def decode(path: Path, strategy: str, num_frames: int) -> DecodedVideo:
-    return decode_video(VideoSource(str(path)), DecodeConfig.model_validate({"strategy": strategy, "num_frames": num_frames}), SPECS)
+    return decode_video(
+        VideoSource(str(path)),
+        DecodeConfig.model_validate({"strategy": strategy, "num_frames": num_frames}),
+        SPECS,
+    )
 
 
 def check(path: Path, decoded: DecodedVideo, num_frames: int) -> None:
     known = reference(path)
     assert decoded.source_num_frames == len(known.times_s)
     assert (decoded.width, decoded.height) == known.size
-    assert decoded.frame_pts_s == pytest.approx(known.times_s[decoded.frame_index], abs=1e-4, rel=1e-5)
+    assert decoded.frame_pts_s == pytest.approx(
+        known.times_s[decoded.frame_index], abs=1e-4, rel=1e-5
+    )
     assert (decoded.slots("small") == known.pictures[decoded.frame_index]).all()
     assert decoded.frame_index.shape == decoded.slot_frame.shape == (num_frames,)
     assert decoded.duration_s >= known.times_s[-1]
@@ -146,7 +168,9 @@ def check(path: Path, decoded: DecodedVideo, num_frames: int) -> None:
 def check_choice(path: Path, decoded: DecodedVideo, num_frames: int) -> None:
     """Each interval's keyframe nearest to its middle; the frame on show in the middle where there is none."""
     known = reference(path)
-    intervals = np.minimum(known.times_s / decoded.duration_s * num_frames + 1e-6, num_frames - 0.001).astype(int)
+    intervals = np.minimum(
+        known.times_s / decoded.duration_s * num_frames + 1e-6, num_frames - 0.001
+    ).astype(int)
     for i, index in enumerate(decoded.frame_index):
         keys = np.flatnonzero(known.is_key & (intervals == i))
         centre = (i + 0.5) / num_frames * decoded.duration_s
@@ -158,9 +182,14 @@ def check_choice(path: Path, decoded: DecodedVideo, num_frames: int) -> None:
 
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 @pytest.mark.parametrize(
-    "name", [f"formats/{name}" for name in FORMATS] + LONGER + [pytest.param(f"formats/{LARGE}", marks=pytest.mark.slow)]
+    "name",
+    [f"formats/{name}" for name in FORMATS]
+    + LONGER
+    + [pytest.param(f"formats/{LARGE}", marks=pytest.mark.slow)],
 )
-def test_pictures_and_times_are_those_of_a_whole_decode(data_dir: Path, name: str, strategy: str) -> None:
+def test_pictures_and_times_are_those_of_a_whole_decode(
+    data_dir: Path, name: str, strategy: str
+) -> None:
     path = data_dir / name
     for num_frames in (3, 16):
         decoded = decode(path, strategy, num_frames)
@@ -172,12 +201,19 @@ def test_pictures_and_times_are_those_of_a_whole_decode(data_dir: Path, name: st
             assert decoded.frame_index.tolist() == [i % count for i in range(num_frames)]
         elif strategy == "uniform":
             positions = (np.arange(num_frames) + 0.5) / num_frames * decoded.duration_s + 1e-9
-            assert decoded.frame_index.tolist() == (np.searchsorted(known.times_s, positions, side="right") - 1).tolist()
+            assert (
+                decoded.frame_index.tolist()
+                == (np.searchsorted(known.times_s, positions, side="right") - 1).tolist()
+            )
 
 
 @pytest.mark.parametrize("name", BY_THE_TABLE)
-def test_frames_between_keyframes_by_the_sample_table_alone(data_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "_RARE", 1.0)  # also where a file with few keyframes would be decoded whole
+def test_frames_between_keyframes_by_the_sample_table_alone(
+    data_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        video, "_RARE", 1.0
+    )  # also where a file with few keyframes would be decoded whole
     monkeypatch.delattr(video._Job, "exact")
     for num_frames in (7, 16):
         decoded = decode(data_dir / name, "keyframe", num_frames)
@@ -186,13 +222,17 @@ def test_frames_between_keyframes_by_the_sample_table_alone(data_dir: Path, name
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
-def test_pictures_of_a_damaged_file_are_those_of_its_own_decode(data_dir: Path, strategy: str) -> None:
+def test_pictures_of_a_damaged_file_are_those_of_its_own_decode(
+    data_dir: Path, strategy: str
+) -> None:
     path = data_dir / "formats" / DAMAGED
     check(path, decode(path, strategy, 16), 16)
 
 
 def test_no_format_is_left_out(data_dir: Path) -> None:
-    assert sorted([*FORMATS, LARGE, DAMAGED]) == sorted(path.name for path in (data_dir / "formats").iterdir())
+    assert sorted([*FORMATS, LARGE, DAMAGED]) == sorted(
+        path.name for path in (data_dir / "formats").iterdir()
+    )
 
 
 @pytest.mark.parametrize("name", LONGER)
@@ -204,9 +244,16 @@ def test_frame_counts_are_those_of_the_list(data_dir: Path) -> None:
     with open(data_dir / "VIDEOS.tsv", newline="") as file:
         rows = {row["path"]: row for row in csv.DictReader(file, delimiter="\t")}
     # of its two streams the list describes the first, a player shows the larger
-    names = [name for name in FORMATS if name != "torchcodec_nasa_13013.mp4" and rows[f"formats/{name}"]["frames"]]
+    names = [
+        name
+        for name in FORMATS
+        if name != "torchcodec_nasa_13013.mp4" and rows[f"formats/{name}"]["frames"]
+    ]
     # one frame of each of these is hidden by an edit list
-    hidden = {"androidx_iibbibb_editlist_videoonly.mp4": 1, "androidx_sample_sef_slow_motion.mp4": 1}
+    hidden = {
+        "androidx_iibbibb_editlist_videoonly.mp4": 1,
+        "androidx_sample_sef_slow_motion.mp4": 1,
+    }
     assert len(names) > 25
     for name in names:
         counted = decode(data_dir / "formats" / name, "uniform", 2).source_num_frames
@@ -235,17 +282,36 @@ def test_bad_files(data_dir: Path, name: str, error_type: str, match: str, strat
 @pytest.mark.parametrize(
     ("name", "count", "warnings"),
     [
-        ("bad/bad_truncated_faststart.mp4", 56, ["header says 96 frames, 56 can be decoded", "header says 4.0 s, the frames last 2.3 s"]),
-        ("bad/bad_bitflips_mdat.mp4", 89, ["96 frames are stored, 89 can be decoded", "damaged: 61 of the 89 frames that can be decoded"]),
+        (
+            "bad/bad_truncated_faststart.mp4",
+            56,
+            [
+                "header says 96 frames, 56 can be decoded",
+                "header says 4.0 s, the frames last 2.3 s",
+            ],
+        ),
+        (
+            "bad/bad_bitflips_mdat.mp4",
+            89,
+            [
+                "96 frames are stored, 89 can be decoded",
+                "damaged: 61 of the 89 frames that can be decoded",
+            ],
+        ),
         (
             "formats/decord_corrupted.mp4",
             49,
-            ["50 frames are stored, 49 can be decoded", "damaged: 1 of the 49 frames that can be decoded"],
+            [
+                "50 frames are stored, 49 can be decoded",
+                "damaged: 1 of the 49 frames that can be decoded",
+            ],
         ),
         ("bad/sample_fragmented_sei.mp4", 30, []),
     ],
 )
-def test_damaged_files_run_over_what_decodes(data_dir: Path, name: str, count: int, warnings: list[str], strategy: str) -> None:
+def test_damaged_files_run_over_what_decodes(
+    data_dir: Path, name: str, count: int, warnings: list[str], strategy: str
+) -> None:
     decoded = decode(data_dir / name, strategy, 16)
     assert decoded.source_num_frames == count
     assert decoded.warnings == warnings
@@ -254,7 +320,9 @@ def test_damaged_files_run_over_what_decodes(data_dir: Path, name: str, count: i
     assert decoded.duration_s < 10
 
 
-def test_keyframes_of_an_s3_object_take_byte_ranges_only(data_dir: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keyframes_of_an_s3_object_take_byte_ranges_only(
+    data_dir: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = data_dir / "untrimmed" / "untrimmed_117s_1.mp4"
     uri = f"s3://{BUCKETS[0]}/decode/video.mp4"
     storage.write_bytes(uri, path.read_bytes())
@@ -269,7 +337,9 @@ def test_keyframes_of_an_s3_object_take_byte_ranges_only(data_dir: Path, s3: S3S
 
     monkeypatch.setattr(storage, "open_read", watched)
     settings = DecodeConfig(strategy="keyframe", num_frames=4)
-    remote, local = (decode_video(VideoSource(place), settings, SPECS) for place in (uri, str(path)))
+    remote, local = (
+        decode_video(VideoSource(place), settings, SPECS) for place in (uri, str(path))
+    )
     assert (remote.slots("small") == local.slots("small")).all()
     assert remote.frame_pts_s.tolist() == local.frame_pts_s.tolist()
     assert len(opened) == 1

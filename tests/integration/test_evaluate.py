@@ -31,18 +31,34 @@ def chain(chains: Chains) -> Chain:
 def command(chain: Chain, out: Path, *more: str) -> list[str]:
     small = ["--set", "evaluate.seeds=[0, 1]", "--set", f"evaluate.budgets=[1, {BUDGET}]"]
     tables = [item for name in TABLES for item in ("--table", name)]
-    return ["evaluate", chain.features, "--model", chain.bundle, "--out", str(out), *small, *tables, *more]
+    return [
+        "evaluate",
+        chain.features,
+        "--model",
+        chain.bundle,
+        "--out",
+        str(out),
+        *small,
+        *tables,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
-def evaluated(chain: Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def evaluated(
+    chain: Chain, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("evaluate") / "out"
     return out, tsq(*command(chain, out), "--json").json
 
 
 def test_the_files_of_each_table(evaluated: tuple[Path, dict[str, Any]]) -> None:
     out, summary = evaluated
-    assert (summary["videos"], summary["left_out"], summary["split"]) == (OK_VAL, {"failed": 1}, "val")
+    assert (summary["videos"], summary["left_out"], summary["split"]) == (
+        OK_VAL,
+        {"failed": 1},
+        "val",
+    )
     for name in TABLES:
         assert (out / f"{name}.md").read_text().startswith(f"# {summary['tables'][name]['title']}")
     for name in ("figure3", "figure4"):
@@ -62,13 +78,17 @@ def test_a_training_here_is_that_of_tsq_train(evaluated: tuple[Path, dict[str, A
     """The bundle was trained on these features with seed 0."""
     rows = {row["sampler"]: row for row in csv.DictReader((evaluated[0] / "table2.csv").open())}
     for column in ("mAP", "mAP interpolated", "top-1"):
-        assert float(rows["tsqnet"][f"{column} values"].split(";")[0]) == pytest.approx(float(rows["bundle"][column]), abs=1e-9)
+        assert float(rows["tsqnet"][f"{column} values"].split(";")[0]) == pytest.approx(
+            float(rows["bundle"][column]), abs=1e-9
+        )
 
 
 def test_the_bundle_offline_is_what_score_does(chain: Chain) -> None:
     bundle = load_bundle(chain.bundle)
     videos = load_features(chain.features, bundle, "val").measured
-    visual, textual = saliencies(bundle.sampler, arrays_of(videos), bundle.vocabulary, bundle.task, 5)
+    visual, textual = saliencies(
+        bundle.sampler, arrays_of(videos), bundle.vocabulary, bundle.task, 5
+    )
     sampler = Query(videos, visual, textual, 0.6)
     scored = {row["video_id"]: row for row in read_rows(chain.predictions).to_pylist()}
     chosen = [sampler.choose(video, BUDGET) for video in range(len(videos))]
@@ -86,11 +106,22 @@ def test_it_goes_on_where_it_stopped(chain: Chain, evaluated: tuple[Path, dict[s
     again = tsq(*command(chain, out), "--json").json
     assert again["trained_now"] == 1
     assert (out / "table2.csv").read_bytes() == before
-    assert "holds another evaluation (train.lr: 0.01 there, 0.5 now)" in refused(tsq(*command(chain, out, "--set", "train.lr=0.5")))
+    assert "holds another evaluation (train.lr: 0.01 there, 0.5 now)" in refused(
+        tsq(*command(chain, out, "--set", "train.lr=0.5"))
+    )
 
 
 def test_finished_runs_are_compared_as_they_are(chain: Chain, tmp_path: Path) -> None:
-    done = tsq("evaluate", chain.predictions, chain.predictions, "--model", chain.bundle, "--out", str(tmp_path / "out"), "--json").json
+    done = tsq(
+        "evaluate",
+        chain.predictions,
+        chain.predictions,
+        "--model",
+        chain.bundle,
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+    ).json
     scored = chain.outputs["score"]["metrics"]
     rows = list(csv.DictReader((tmp_path / "out" / "comparison.csv").open()))
     assert done["runs"] == 2
@@ -100,8 +131,25 @@ def test_finished_runs_are_compared_as_they_are(chain: Chain, tmp_path: Path) ->
         assert (row["sampler"], row["T"], row["K"]) == ("both", str(NUM_FRAMES), str(BUDGET))
         assert float(row["GFLOPs"]) > 0
         assert float(row["s/video"]) > 0
-    mixed = ["evaluate", chain.predictions, chain.features, "--model", chain.bundle, "--out", str(tmp_path / "out")]
+    mixed = [
+        "evaluate",
+        chain.predictions,
+        chain.features,
+        "--model",
+        chain.bundle,
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert "features or predictions, not both" in refused(tsq(*mixed))
     assert "--table and --split are for features" in refused(
-        tsq("evaluate", chain.predictions, "--model", chain.bundle, "--out", str(tmp_path / "out"), "--table", "table2")
+        tsq(
+            "evaluate",
+            chain.predictions,
+            "--model",
+            chain.bundle,
+            "--out",
+            str(tmp_path / "out"),
+            "--table",
+            "table2",
+        )
     )

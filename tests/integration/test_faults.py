@@ -21,7 +21,9 @@ from tsq_ray.runtime.session import Session
 
 pytestmark = pytest.mark.ray
 
-WORKER, WRITER, SENDER = (rf"ray::MapWorker\(MapBatches\({name}" for name in ("ExtractWorker", "WritePart", "ScoreWorker"))
+WORKER, WRITER, SENDER = (
+    rf"ray::MapWorker\(MapBatches\({name}" for name in ("ExtractWorker", "WritePart", "ScoreWorker")
+)
 
 
 def kill_the_decode_of(path: Path, started: Started, times: int = 1) -> None:
@@ -45,14 +47,18 @@ def kill_the_decode_of(path: Path, started: Started, times: int = 1) -> None:
 @pytest.mark.slow
 def test_a_decode_child_and_a_worker_are_killed(ray_cluster: Any, tmp_path: Path) -> None:
     site = make_site(tmp_path)
-    big = write_video(tmp_path / "videos/unlabelled.mp4", 400, size=(640, 384), gop=400)  # takes long enough to be caught in
+    big = write_video(
+        tmp_path / "videos/unlabelled.mp4", 400, size=(640, 384), gop=400
+    )  # takes long enough to be caught in
     index(site, str(tmp_path), "--update")
     started = Started(site.argv)
     kill_the_decode_of(big, started)
     started.wait_until(lambda: site.parts)
     os.kill(descendants(WORKER)[0], signal.SIGKILL)
     assert started.ended().code == 0, "the run goes on by itself"
-    assert site.rows()["unlabelled.mp4"]["status"] == "ok", "whoever kills a child does not say anything of its video"
+    assert site.rows()["unlabelled.mp4"]["status"] == "ok", (
+        "whoever kills a child does not say anything of its video"
+    )
     adds_up(site)
 
 
@@ -69,7 +75,10 @@ def test_the_counter_of_a_run_is_killed(ray_cluster: Any) -> None:
                 return ray_cluster.get(counts.get.remote())
         raise AssertionError("never came back")
 
-    assert progress.run_with_progress(work, counts, 3, "extract", Session(show_progress=False)) == (1, {}), "it counts from 0 again"
+    assert progress.run_with_progress(work, counts, 3, "extract", Session(show_progress=False)) == (
+        1,
+        {},
+    ), "it counts from 0 again"
 
 
 @pytest.mark.slow
@@ -88,9 +97,13 @@ def test_a_decode_child_is_killed_twice(ray_cluster: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_videos_that_took_too_long_are_done_again_on_request(ray_cluster: Any, tmp_path: Path) -> None:
+def test_videos_that_took_too_long_are_done_again_on_request(
+    ray_cluster: Any, tmp_path: Path
+) -> None:
     site = make_site(tmp_path)
-    write_video(tmp_path / "videos/unlabelled.mp4", 600, size=(1280, 768), gop=600)  # half a second and more
+    write_video(
+        tmp_path / "videos/unlabelled.mp4", 600, size=(1280, 768), gop=600
+    )  # half a second and more
     index(site, str(tmp_path), "--update")
     assert tsq(*site.argv, "--set", "decode.timeout_s=0.05").code == 0
     late = {name for name, row in site.rows().items() if row["error_type"] == "timeout"}
@@ -115,8 +128,19 @@ def test_every_worker_of_an_extraction_is_killed(ray_cluster: Any, tmp_path: Pat
 @pytest.mark.slow
 def test_replicas_and_workers_of_a_scoring_run_are_killed(ray_cluster: Any, tmp_path: Path) -> None:
     site = make_site(tmp_path)
-    argv = ["score", site.manifest, "--model", make_bundle(tmp_path / "bundle"), "--out", site.out, *site.options]
-    replicas = [f"ray::ServeReplica:tsq-score-[0-9a-f]+:{name}" for name in ("Decoder", "Sampler", "Recognizer")]
+    argv = [
+        "score",
+        site.manifest,
+        "--model",
+        make_bundle(tmp_path / "bundle"),
+        "--out",
+        site.out,
+        *site.options,
+    ]
+    replicas = [
+        f"ray::ServeReplica:tsq-score-[0-9a-f]+:{name}"
+        for name in ("Decoder", "Sampler", "Recognizer")
+    ]
     started = Started(argv)
     for number, title in enumerate([*replicas, SENDER]):
         started.wait_until(lambda number=number: len(site.parts) > number)  # type: ignore[misc]
@@ -132,7 +156,11 @@ def test_a_video_is_replaced_during_the_run(ray_cluster: Any, tmp_path: Path) ->
     started = Started(site.argv)
     started.wait_until(lambda: site.parts)
     early = next(name for name, row in site.rows().items() if row["status"] == "ok")
-    late = next(path for path in reversed(site.archive.paths) if path not in site.rows() and path not in site.archive.bad)
+    late = next(
+        path
+        for path in reversed(site.archive.paths)
+        if path not in site.rows() and path not in site.archive.bad
+    )
     for name in (early, late):
         write_video(tmp_path / "videos" / name, 30)
     assert started.ended().code == 0
@@ -178,7 +206,9 @@ def test_the_disk_is_full(ray_cluster: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_s3_server_is_stopped_and_started(ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_s3_server_is_stopped_and_started(
+    ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "s3").mkdir()
     process = S3Process(tmp_path / "s3")
     try:
@@ -197,7 +227,9 @@ def run_over_a_server_that_goes_away(process: S3Process, folder: Path) -> None:
     try:
         make_buckets(["tsq-fault"])
         site = make_site(folder, "s3://tsq-fault/away")
-        with Driver(site.argv, folder / "first") as driver:  # a Ray of its own, whose workers know this server
+        with Driver(
+            site.argv, folder / "first"
+        ) as driver:  # a Ray of its own, whose workers know this server
             driver.wait_until(lambda: site.parts, 600)
             process.stop()
             process.start()

@@ -36,7 +36,11 @@ class Cloud:
 
     def driver(self, site: Site, log: Path, *more: str) -> Driver:
         """The site's command as a process of its own, on this cluster."""
-        return Driver([*site.argv, "--address", self.cluster.address, *more], log, {"AWS_ENDPOINT_URL": self.proxy.endpoint})
+        return Driver(
+            [*site.argv, "--address", self.cluster.address, *more],
+            log,
+            {"AWS_ENDPOINT_URL": self.proxy.endpoint},
+        )
 
     def run(self, site: Site, log: Path, *more: str) -> Ended:
         with self.driver(site, log, *more) as driver:
@@ -57,9 +61,18 @@ class Cloud:
 def cloud(s3: S3Server) -> Iterator[Cloud]:
     from ray.cluster_utils import Cluster
 
-    with running_proxy(s3.endpoint) as proxy, short_folder() as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        running_proxy(s3.endpoint) as proxy,
+        short_folder() as folder,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 128 * 2**20, "temp_dir": str(folder)}
+        head = {
+            "num_cpus": 2,
+            "include_dashboard": False,
+            "object_store_memory": 128 * 2**20,
+            "temp_dir": str(folder),
+        }
         cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
         try:
             patch.undo()
@@ -83,11 +96,17 @@ def test_storage_stumbles(cloud: Cloud, tmp_path: Path) -> None:
     adds_up(site)
 
 
-@pytest.mark.parametrize("trouble", [INTERNAL_ERROR, EXPIRED_TOKEN], ids=lambda trouble: trouble.code)
+@pytest.mark.parametrize(
+    "trouble", [INTERNAL_ERROR, EXPIRED_TOKEN], ids=lambda trouble: trouble.code
+)
 def test_storage_stays_away(cloud: Cloud, trouble: Trouble, tmp_path: Path) -> None:
     site = make_site(tmp_path, f"s3://tsq-other/{trouble.code}")
     ended = cloud.run_into(trouble, site, tmp_path / "run")
-    said = "the keys have expired; renew them" if trouble is EXPIRED_TOKEN else "storage does not answer as it should"
+    said = (
+        "the keys have expired; renew them"
+        if trouble is EXPIRED_TOKEN
+        else "storage does not answer as it should"
+    )
     assert said in one_line(ended)
     before = site.parts
     assert 0 < len(before) < 9

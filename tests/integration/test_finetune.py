@@ -25,7 +25,15 @@ from tsq_ray.stages import load_network
 pytestmark = pytest.mark.ray
 
 EPOCHS = 6
-SETS = ("backbone=trained", f"epochs={EPOCHS}", "lr=0.03", "batch_size=12", "crop_scale=[1,1]", "num_workers=2", "precision=fp32")
+SETS = (
+    "backbone=trained",
+    f"epochs={EPOCHS}",
+    "lr=0.03",
+    "batch_size=12",
+    "crop_scale=[1,1]",
+    "num_workers=2",
+    "precision=fp32",
+)
 NETWORK = ["--set", "encoders.visual.model=test_resnet"]
 PATIENCE_S = 200.0
 
@@ -65,7 +73,9 @@ def undisturbed(chains: Chains, tmp_path_factory: pytest.TempPathFactory) -> Und
 
 def checkpoints(out: str | Path) -> set[str]:
     """Names of the checkpoints that are there now; they begin with the time."""
-    return {path.parent.name for path in Path(out, "_finetune", "run").glob("checkpoint_20*/state.pt")}
+    return {
+        path.parent.name for path in Path(out, "_finetune", "run").glob("checkpoint_20*/state.pt")
+    }
 
 
 def wait_for(ready: Callable[[], bool]) -> None:
@@ -98,7 +108,9 @@ def test_backbone_and_head_have_changed(undisturbed: Undisturbed) -> None:
     assert classifier.classes == CLASSES
     moved = [
         name
-        for (name, one), other in zip(classifier.encoder.backbone.named_parameters(), start.backbone.parameters(), strict=True)
+        for (name, one), other in zip(
+            classifier.encoder.backbone.named_parameters(), start.backbone.parameters(), strict=True
+        )
         if not torch.equal(one, other)
     ]
     assert len(moved) == len(list(start.backbone.parameters()))
@@ -106,24 +118,35 @@ def test_backbone_and_head_have_changed(undisturbed: Undisturbed) -> None:
 
 
 @pytest.mark.slow
-def test_the_encoder_is_taken_by_extract_and_train(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_the_encoder_is_taken_by_extract_and_train(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     chain, encoder = undisturbed.chain, ["--encoder", undisturbed.out]
     features, bundle = str(tmp_path / "features"), str(tmp_path / "bundle")
     config = ["--config", str(chain.settings)]
-    tsq("extract", chain.manifest, "--out", features, *encoder, *config, "--limit", "8", "--json").json  # noqa: B018
+    extract = ["extract", chain.manifest, "--out", features, *encoder, *config, "--limit", "8"]
+    assert tsq(*extract).code == 0
     rows = read_rows(features)
     assert rows["status"].to_pylist().count("ok") >= 6
-    tsq("train", features, "--out", bundle, *encoder, "--set", "train.modules=visual", "--set", "train.epochs=1", *config, "--json").json  # noqa: B018
-    assert load_bundle(bundle).encoder.state_hash() == load_classifier(undisturbed.out).encoder.state_hash()
+    sets = ["--set", "train.modules=visual", "--set", "train.epochs=1"]
+    assert tsq("train", features, "--out", bundle, *encoder, *sets, *config).code == 0
+    assert (
+        load_bundle(bundle).encoder.state_hash()
+        == load_classifier(undisturbed.out).encoder.state_hash()
+    )
 
 
 @pytest.mark.slow
-def test_a_run_whose_driver_and_worker_were_killed(undisturbed: Undisturbed, ray_cluster: Any, tmp_path: Path) -> None:
+def test_a_run_whose_driver_and_worker_were_killed(
+    undisturbed: Undisturbed, ray_cluster: Any, tmp_path: Path
+) -> None:
     out = tmp_path / "encoder"
     argv = command(undisturbed.chain, out)
     address = ray_cluster.get_runtime_context().gcs_address
     with Driver([*argv, "--address", address], tmp_path / "driver") as driver:
-        driver.kill_when(lambda: len(checkpoints(out)) > 1, PATIENCE_S)  # so that Ray Train knows of the first
+        driver.kill_when(
+            lambda: len(checkpoints(out)) > 1, PATIENCE_S
+        )  # so that Ray Train knows of the first
     wait_for(lambda: not descendants("ray::RayTrainWorker"))
     assert not (out / "finetune.json").exists()
     other = tsq(*argv, "--set", "finetune.lr=1e-4")

@@ -23,7 +23,16 @@ pytestmark = pytest.mark.data
 
 NUM_FRAMES, LIMIT_S, MARGIN_S = 8, 20.0, 2.0
 SPECS = {"visual": FrameSpec(48)}
-SENSIBLE = {"not_video", "truncated", "corrupt", "unsupported", "too_large", "timeout", "decoder_crash", "out_of_memory"}
+SENSIBLE = {
+    "not_video",
+    "truncated",
+    "corrupt",
+    "unsupported",
+    "too_large",
+    "timeout",
+    "decoder_crash",
+    "out_of_memory",
+}
 """What damage to a file may become; the other types speak of storage or of a defect of ours."""
 
 
@@ -39,9 +48,17 @@ def row_of(ref: VideoRef, outcome: object) -> dict[str, object]:
     if not isinstance(outcome, DecodedVideo):
         return failed_row(ref, outcome)  # type: ignore[arg-type]
     check_whole(outcome)
-    features = {"visual": np.zeros((NUM_FRAMES, 2), np.float16), "object_ids": np.zeros((NUM_FRAMES, 10), np.int16)}
+    features = {
+        "visual": np.zeros((NUM_FRAMES, 2), np.float16),
+        "object_ids": np.zeros((NUM_FRAMES, 10), np.int16),
+    }
     features["object_probs"] = np.zeros((NUM_FRAMES, 10), np.float16)
-    return identity_row(ref) | source_columns(outcome) | features | {"frame_index": outcome.frame_index}
+    return (
+        identity_row(ref)
+        | source_columns(outcome)
+        | features
+        | {"frame_index": outcome.frame_index}
+    )
 
 
 def check_whole(video: DecodedVideo) -> None:
@@ -61,7 +78,12 @@ def check_whole(video: DecodedVideo) -> None:
 def decode_all(refs: list[VideoRef], strategy: str) -> list[dict[str, object]]:
     """One row a file; `seconds` is what it cost, one file at a time."""
     rows = []
-    with DecodePool(DecodeConfig.model_validate({"strategy": strategy, "num_frames": NUM_FRAMES, "timeout_s": LIMIT_S}), SPECS) as pool:
+    with DecodePool(
+        DecodeConfig.model_validate(
+            {"strategy": strategy, "num_frames": NUM_FRAMES, "timeout_s": LIMIT_S}
+        ),
+        SPECS,
+    ) as pool:
         for ref in refs:
             started = time.monotonic()
             (outcome,) = pool.decode([source_of(ref)])
@@ -72,12 +94,18 @@ def decode_all(refs: list[VideoRef], strategy: str) -> list[dict[str, object]]:
 def check_rows(rows: list[dict[str, object]], refs: list[VideoRef], folder: Path) -> None:
     """Every file has its row, every failure a type that fits, and the rows make a part."""
     assert [row["video_id"] for row in rows] == [ref.video_id for ref in refs]
-    wrong = {row["uri"]: row["error_message"] for row in rows if row["status"] == "failed" and row["error_type"] not in SENSIBLE}
+    wrong = {
+        row["uri"]: row["error_message"]
+        for row in rows
+        if row["status"] == "failed" and row["error_type"] not in SENSIBLE
+    }
     assert wrong == {}
     late = {row["uri"]: row["seconds"] for row in rows if row["seconds"] > LIMIT_S + MARGIN_S}  # type: ignore[operator]
     assert late == {}, "a file may cost its time limit and two seconds"
     arrow = schema.features_schema(NUM_FRAMES, 2, None, None)
-    table = schema.table_from_rows([{key: value for key, value in row.items() if key != "seconds"} for row in rows], arrow)
+    table = schema.table_from_rows(
+        [{key: value for key, value in row.items() if key != "seconds"} for row in rows], arrow
+    )
     name = runs.write_part(str(folder), table, "zstd")
     done = runs.read_part(str(folder / name))
     assert Counter(done["status"].to_pylist()) == Counter(str(row["status"]) for row in rows)
@@ -120,6 +148,12 @@ def test_undamaged_files_are_never_failures(data_dir: Path) -> None:
     """The other side of `internal` and its likes: what is whole is ok."""
     with DecodePool(DecodeConfig(num_frames=NUM_FRAMES, timeout_s=60), SPECS) as pool:
         for path in files_of(data_dir):
-            (outcome,) = pool.decode([source_of(VideoRef("0" * 16, str(path), path.stat().st_size, None, None, None, None))])
+            (outcome,) = pool.decode(
+                [
+                    source_of(
+                        VideoRef("0" * 16, str(path), path.stat().st_size, None, None, None, None)
+                    )
+                ]
+            )
             assert isinstance(outcome, DecodedVideo), outcome
             check_whole(outcome)

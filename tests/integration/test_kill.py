@@ -16,7 +16,14 @@ from tsq_ray.bundle.weights import load_classifier
 
 pytestmark = pytest.mark.ray
 
-ONE_AT_A_TIME = ["--set", "output.rows_per_file=2", "--set", "resources.batch_size=1", "--set", "resources.workers=1"]
+ONE_AT_A_TIME = [
+    "--set",
+    "output.rows_per_file=2",
+    "--set",
+    "resources.batch_size=1",
+    "--set",
+    "resources.workers=1",
+]
 PARTS = 9  # of 18 videos
 TIMES = ("decode_ms", "sample_ms", "recognize_ms")
 NEAR = ("scores", "top_scores", "saliency_visual", "saliency_textual")
@@ -50,7 +57,11 @@ def check_folder(out: str) -> None:
     assert (found["problems"], found["counts"]["inputs"]) == ([], 18)
     names = visible_parts(out)
     assert all(name.startswith("part-") and name.endswith(".parquet") for name in names), names
-    assert len({row["video_id"] for row in read_rows(out).to_pylist()}) == read_rows(out).num_rows == 18
+    assert (
+        len({row["video_id"] for row in read_rows(out).to_pylist()})
+        == read_rows(out).num_rows
+        == 18
+    )
 
 
 def check_done(seen: list[set[str]], out: str) -> None:
@@ -74,7 +85,9 @@ def test_a_killed_extract(chain: Chain, tmp_path: Path, kills: int) -> None:
     whole, out = str(tmp_path / "whole"), str(tmp_path / "killed")
     options = [*chain.extract_options, *ONE_AT_A_TIME, "--set", "resources.threads=1"]
     assert tsq("extract", chain.manifest, "--out", whole, *options).code == 0
-    seen = kill_and_finish(["extract", chain.manifest, "--out", out, *options], out, tmp_path, kills)
+    seen = kill_and_finish(
+        ["extract", chain.manifest, "--out", out, *options], out, tmp_path, kills
+    )
     check_done(seen, out)
     assert columns(read_rows(out)) == columns(read_rows(whole))
 
@@ -103,14 +116,29 @@ def test_interrupted_it_says_how_to_go_on(chain: Chain, tmp_path: Path) -> None:
         driver.interrupt()
         ended = driver.ended()
     assert (ended.code, ended.out) == (1, "")
-    assert ended.err.splitlines()[-1] == "error: interrupted; give the same command again: saved work is not done twice"
+    assert (
+        ended.err.splitlines()[-1]
+        == "error: interrupted; give the same command again: saved work is not done twice"
+    )
 
 
 @pytest.mark.slow
-def test_a_killed_fit_of_a_head_keeps_the_features_that_it_has(chain: Chain, tmp_path: Path) -> None:
+def test_a_killed_fit_of_a_head_keeps_the_features_that_it_has(
+    chain: Chain, tmp_path: Path
+) -> None:
     out, whole = tmp_path / "encoder", chain.encoder
     features = out / "_finetune" / "features"
-    argv = ["finetune", chain.manifest, "--role", "encoder", "--out", str(out), "--config", str(chain.settings), *ONE_AT_A_TIME]
+    argv = [
+        "finetune",
+        chain.manifest,
+        "--role",
+        "encoder",
+        "--out",
+        str(out),
+        "--config",
+        str(chain.settings),
+        *ONE_AT_A_TIME,
+    ]
 
     def made() -> dict[str, int]:
         return {name: (features / name).stat().st_mtime_ns for name in visible_parts(str(features))}

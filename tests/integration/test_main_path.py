@@ -68,8 +68,17 @@ def state_of(uri: str) -> dict[str, Any]:
 def test_index(chain: Chain) -> None:
     table = pq.read_table(pa.BufferReader(storage.read_bytes(chain.manifest)))
     found = chain.outputs["index"]
-    assert (found["videos"], found["labelled"], found["unlabelled"], found["new"]) == (INPUTS, INPUTS - 1, 1, INPUTS)
-    assert (found["splits"], found["left_out"], found["missing"]) == ({"train": 12, "val": 5, "(none)": 1}, {".csv": 1}, [])
+    assert (found["videos"], found["labelled"], found["unlabelled"], found["new"]) == (
+        INPUTS,
+        INPUTS - 1,
+        1,
+        INPUTS,
+    )
+    assert (found["splits"], found["left_out"], found["missing"]) == (
+        {"train": 12, "val": 5, "(none)": 1},
+        {".csv": 1},
+        [],
+    )
     assert table.schema.equals(schema.manifest_schema(CLASSES))
     assert json.loads(table.schema.metadata[b"tsq.classes"]) == CLASSES
     rows = table.to_pylist()
@@ -80,7 +89,9 @@ def test_index(chain: Chain) -> None:
         assert row["size_bytes"] == (chain.archive.root / path).stat().st_size
         assert (row["etag"] is None) == storage.is_local(chain.base)
         assert row["modified"].tzinfo is not None
-        assert row["labels"] == ([CLASSES.index(chain.archive.labels[path])] if path in chain.archive.labels else None)
+        assert row["labels"] == (
+            [CLASSES.index(chain.archive.labels[path])] if path in chain.archive.labels else None
+        )
         assert row["split"] == chain.archive.splits.get(path)
 
 
@@ -88,18 +99,30 @@ def test_index(chain: Chain) -> None:
 def test_finetune(chain: Chain, role: str) -> None:
     place = getattr(chain, role)
     found = chain.outputs[role]
-    assert (found["videos"], found["classes"], found["failed"]) == (10, 3, {"truncated": 1, "not_video": 1})
+    assert (found["videos"], found["classes"], found["failed"]) == (
+        10,
+        3,
+        {"truncated": 1, "not_video": 1},
+    )
     assert found["left_out"] == {"other_split": 6}
     assert found["train_accuracy"] >= 0.9
     settings = json.loads(storage.read_bytes(f"{place}/finetune.json"))
     assert (settings["role"], settings["classes"], settings["task"]) == (role, CLASSES, "single")
-    assert [storage.name_of(file.uri) for file in storage.list_folder(place)] == ["finetune.json", "model.safetensors"]
+    assert [storage.name_of(file.uri) for file in storage.list_folder(place)] == [
+        "finetune.json",
+        "model.safetensors",
+    ]
 
 
 def test_extract(chain: Chain) -> None:
     table = read_rows(chain.features)
     counts = chain.outputs["extract"]["counts"]
-    assert (counts["inputs"], counts["ok"], counts["failed"], counts["skipped"]) == (INPUTS, OK, FAILED, 0)
+    assert (counts["inputs"], counts["ok"], counts["failed"], counts["skipped"]) == (
+        INPUTS,
+        OK,
+        FAILED,
+        0,
+    )
     assert counts["failed_by_type"] == BY_TYPE
     dim = table.schema.field("visual").type.shape[1]
     assert table.schema.equals(schema.features_schema(NUM_FRAMES, dim, CLASSES, len(CLASSES)))
@@ -109,7 +132,9 @@ def test_extract(chain: Chain) -> None:
     assert shapes["recognizer_logits"] == [NUM_FRAMES, len(CLASSES)]
     for row in table.to_pylist():
         path = relative(chain, row["uri"])
-        assert (row["status"], row["error_type"]) == (("failed", chain.archive.bad[path]) if path in chain.archive.bad else ("ok", None))
+        assert (row["status"], row["error_type"]) == (
+            ("failed", chain.archive.bad[path]) if path in chain.archive.bad else ("ok", None)
+        )
         tensors = [name for name in shapes if row[name] is None]
         assert tensors == (list(shapes) if path in chain.archive.bad else [])
         assert bool(row["error_message"]) == (path in chain.archive.bad)
@@ -130,7 +155,10 @@ def test_features_hold_what_they_should(chain: Chain) -> None:
     shape = {relative(chain, row["uri"]): (row["width"], row["height"]) for row in ok.to_pylist()}
     assert shape.pop("val/portrait.mp4") == (48, 128)
     assert set(shape.values()) == {(96, 64)}
-    probs, ids = schema.tensor_to_numpy(ok["object_probs"]), schema.tensor_to_numpy(ok["object_ids"])
+    probs, ids = (
+        schema.tensor_to_numpy(ok["object_probs"]),
+        schema.tensor_to_numpy(ok["object_ids"]),
+    )
     assert (np.diff(probs.astype(np.float32), axis=2) <= 0).all()
     assert ids.min() >= 0
     assert ids.max() < 1000
@@ -144,12 +172,16 @@ def test_read_without_this_package(chain: Chain, kind: str, tmp_path: Path) -> N
         (tmp_path / name).write_bytes(storage.read_bytes(f"{uri}/{name}"))
     table = read_rows(uri)
     tensor = "visual" if kind == "features" else "scores"
-    frame = pd.concat([pd.read_parquet(path) for path in tmp_path.iterdir()]).sort_values("video_id")
+    frame = pd.concat([pd.read_parquet(path) for path in tmp_path.iterdir()]).sort_values(
+        "video_id"
+    )
     assert frame["video_id"].tolist() == table["video_id"].to_pylist()
     assert frame[tensor].isna().sum() == FAILED
     query = f"select video_id, status, error_type, size_bytes, warnings, {tensor} from read_parquet('{tmp_path}/part-*.parquet') order by 1"
     rows = duckdb.sql(query).fetchall()
-    wanted = table.select(["video_id", "status", "error_type", "size_bytes", "warnings", tensor]).to_pylist()
+    wanted = table.select(
+        ["video_id", "status", "error_type", "size_bytes", "warnings", tensor]
+    ).to_pylist()
     assert len(rows) == INPUTS
     for found, row, again in zip(rows, wanted, frame[tensor].tolist(), strict=True):
         *plain, values = row.values()
@@ -171,33 +203,54 @@ def test_train(chain: Chain) -> None:
     assert settings["config"]["decode"]["num_frames"] == NUM_FRAMES
     assert settings["files"].keys() == {"sampler", "encoder", "objects", "text", "recognizer"}
     for name, digest in settings["files"].items():
-        assert hashlib.sha256(storage.read_bytes(f"{place}/{name}.safetensors")).hexdigest() == digest
+        assert (
+            hashlib.sha256(storage.read_bytes(f"{place}/{name}.safetensors")).hexdigest() == digest
+        )
     assert len(storage.read_text(f"{place}/curves.csv").splitlines()) == 1 + 4
     fs, path = storage.filesystem(place)
-    assert not [name for name in fs.find(path) if "_train" in name], "checkpoints are of no use beside the finished bundle"
+    assert not [name for name in fs.find(path) if "_train" in name], (
+        "checkpoints are of no use beside the finished bundle"
+    )
 
 
 def test_score(chain: Chain) -> None:
     table = read_rows(chain.predictions)
     run = chain.outputs["score"]
     counts = run["counts"]
-    assert (counts["inputs"], counts["ok"], counts["failed"], counts["skipped"]) == (INPUTS, OK, FAILED, 0)
+    assert (counts["inputs"], counts["ok"], counts["failed"], counts["skipped"]) == (
+        INPUTS,
+        OK,
+        FAILED,
+        0,
+    )
     assert counts["failed_by_type"] == BY_TYPE
     assert table.schema.equals(schema.predictions_schema(NUM_FRAMES, len(CLASSES), CLASSES))
-    assert (run["bundle_classes"], run["metrics"]["labelled"], run["metrics"]["unknown_labels"]) == (CLASSES, OK - 1, [])
-    assert [losses["epoch"] for losses in run["training_curve"]] == [1, 2, 3, 4], "the report shows how the bundle was trained"
+    assert (
+        run["bundle_classes"],
+        run["metrics"]["labelled"],
+        run["metrics"]["unknown_labels"],
+    ) == (CLASSES, OK - 1, [])
+    assert [losses["epoch"] for losses in run["training_curve"]] == [1, 2, 3, 4], (
+        "the report shows how the bundle was trained"
+    )
     labelled = [row for row in table.to_pylist() if row["label_names"] and row["status"] == "ok"]
     right = [row["top_labels"][0] in row["label_names"] for row in labelled]
     assert run["metrics"]["top1"] == pytest.approx(np.mean(right), abs=1e-4)
     targets = np.array([[name in row["label_names"] for name in CLASSES] for row in labelled])
-    expected = average_precision_score(targets, np.array([row["scores"] for row in labelled]), average="macro")
+    expected = average_precision_score(
+        targets, np.array([row["scores"] for row in labelled]), average="macro"
+    )
     assert run["metrics"]["mAP"] == pytest.approx(expected, abs=1e-4)
     for row in table.to_pylist():
         path = relative(chain, row["uri"])
         label = chain.archive.labels.get(path)
         assert row["label_names"] == ([label] if label else None)
         if path in chain.archive.bad:
-            assert (row["error_type"], row["top_labels"], row["scores"]) == (chain.archive.bad[path], None, None)
+            assert (row["error_type"], row["top_labels"], row["scores"]) == (
+                chain.archive.bad[path],
+                None,
+                None,
+            )
         else:
             check_prediction(row)
 
@@ -246,10 +299,26 @@ def test_verify_sees_a_lost_and_a_double_part(local: Chain, tmp_path: Path) -> N
 def test_predict_agrees_with_score(chain: Chain) -> None:
     rows = {relative(chain, row["uri"]): row for row in read_rows(chain.predictions).to_pylist()}
     paths = ["train/1_0.mp4", "val/portrait.mp4", "train/one_frame.mp4", "train/cut.mp4"]
-    found = tsq("predict", *(f"{chain.base}/videos/{path}" for path in paths), "--model", chain.bundle, "--json").json["videos"]
+    found = tsq(
+        "predict",
+        *(f"{chain.base}/videos/{path}" for path in paths),
+        "--model",
+        chain.bundle,
+        "--json",
+    ).json["videos"]
     for path, answer in zip(paths, found, strict=True):
         row = rows[path]
-        for name in ("video_id", "uri", "status", "error_type", "error_message", "selected_slot", "selected_by", "top_labels", "codec"):
+        for name in (
+            "video_id",
+            "uri",
+            "status",
+            "error_type",
+            "error_message",
+            "selected_slot",
+            "selected_by",
+            "top_labels",
+            "codec",
+        ):
             assert answer.get(name) == row[name], name
         if row["status"] == "ok":
             for name in ("scores", "top_scores", "saliency_visual", "saliency_textual"):
@@ -259,11 +328,20 @@ def test_predict_agrees_with_score(chain: Chain) -> None:
 def test_report(chain: Chain) -> None:
     out = chain.at("report.html")
     found = tsq("report", chain.predictions, "--out", out, "--json").json
-    assert (found["inputs"], found["ok"], found["failed"], found["skipped"], found["adds_up"]) == (INPUTS, OK, FAILED, 0, True)
+    assert (found["inputs"], found["ok"], found["failed"], found["skipped"], found["adds_up"]) == (
+        INPUTS,
+        OK,
+        FAILED,
+        0,
+        True,
+    )
     assert found["failures"] == BY_TYPE
     assert (found["judged"], found["shown"], found["without_pictures"]) == (OK - 1, INPUTS, 0)
     measured = chain.outputs["score"]["metrics"]
-    assert (found["map"], found["top1"]) == (pytest.approx(measured["mAP"], abs=1e-3), pytest.approx(measured["top1"], abs=1e-3))
+    assert (found["map"], found["top1"]) == (
+        pytest.approx(measured["mAP"], abs=1e-3),
+        pytest.approx(measured["top1"], abs=1e-3),
+    )
     page = storage.read_text(out)
     assert page.count('<article class="card') == INPUTS
     assert page.count("data:image/") > OK
@@ -276,10 +354,17 @@ def test_export(chain: Chain) -> None:
     found = tsq("export", chain.predictions, "--out", out, "--json").json
     rows = {row["video_id"]: row for row in read_rows(chain.predictions).to_pylist()}
     chosen = sum(len(row["selected_slot"] or ()) for row in rows.values())
-    assert (found["videos"], found["failed"], found["frames"], found["frames_missing"]) == (INPUTS, FAILED, chosen, {})
+    assert (found["videos"], found["failed"], found["frames"], found["frames_missing"]) == (
+        INPUTS,
+        FAILED,
+        chosen,
+        {},
+    )
     lines = list(csv.DictReader(io.StringIO(storage.read_text(f"{out}/labels.csv"))))
     assert {line["video_id"] for line in lines} == rows.keys()
-    assert all(line["label_1"] == (rows[line["video_id"]]["top_labels"] or [""])[0] for line in lines)
+    assert all(
+        line["label_1"] == (rows[line["video_id"]]["top_labels"] or [""])[0] for line in lines
+    )
     some = next(row for row in rows.values() if row["status"] == "ok" and row["width"] == 48)
     pictures = [file.uri for file in storage.list_folder(f"{out}/frames/{some['video_id']}")]
     assert len(pictures) == BUDGET
@@ -304,24 +389,59 @@ def test_info(chain: Chain, name: str, kind: str) -> None:
         assert found["videos_by_class"] == {CLASSES[0]: 5, CLASSES[1]: 5, CLASSES[2]: 7}
     if kind == "bundle":
         field = found["gflops"]["field"]
-        assert field["total"] == pytest.approx(sum(value for row, value in field.items() if row != "total"), abs=1e-3)
+        assert field["total"] == pytest.approx(
+            sum(value for row, value in field.items() if row != "total"), abs=1e-3
+        )
 
 
 def test_again_does_nothing(chain: Chain) -> None:
     folders = [chain.encoder, chain.features, chain.bundle, chain.predictions]
     before = [state_of(folder) for folder in folders]
-    train = ["--encoder", chain.encoder, "--recognizer", chain.recognizer, "--config", str(chain.settings)]
+    train = [
+        "--encoder",
+        chain.encoder,
+        "--recognizer",
+        chain.recognizer,
+        "--config",
+        str(chain.settings),
+    ]
     settings = str(chain.settings)
-    encoder = tsq("finetune", chain.manifest, "--role", "encoder", "--out", chain.encoder, "--config", settings, "--json").json
-    extract = tsq("extract", chain.manifest, "--out", chain.features, *chain.extract_options, "--json").json
+    encoder = tsq(
+        "finetune",
+        chain.manifest,
+        "--role",
+        "encoder",
+        "--out",
+        chain.encoder,
+        "--config",
+        settings,
+        "--json",
+    ).json
+    extract = tsq(
+        "extract", chain.manifest, "--out", chain.features, *chain.extract_options, "--json"
+    ).json
     bundle = tsq("train", chain.features, "--out", chain.bundle, *train, "--json").json
-    score = tsq("score", chain.manifest, "--model", chain.bundle, "--out", chain.predictions, "--json").json
-    assert encoder == chain.outputs["encoder"] | {"already_done": True, "seconds": encoder["seconds"]}
+    score = tsq(
+        "score", chain.manifest, "--model", chain.bundle, "--out", chain.predictions, "--json"
+    ).json
+    assert encoder == chain.outputs["encoder"] | {
+        "already_done": True,
+        "seconds": encoder["seconds"],
+    }
     assert bundle["already_done"]
-    assert (extract, score) == tuple(chain.outputs[name] | {"videos_done_now": 0, "already_done": True} for name in ("extract", "score"))
-    dry_extract = tsq("extract", chain.manifest, "--out", chain.features, *chain.extract_options, "--dry-run")
-    dry_score = tsq("score", chain.manifest, "--model", chain.bundle, "--out", chain.predictions, "--dry-run")
-    assert [run.out for run in (dry_extract, dry_score)] == ["to do: 0 of 18 videos, 0.0 MB to read\n"] * 2
+    assert (extract, score) == tuple(
+        chain.outputs[name] | {"videos_done_now": 0, "already_done": True}
+        for name in ("extract", "score")
+    )
+    dry_extract = tsq(
+        "extract", chain.manifest, "--out", chain.features, *chain.extract_options, "--dry-run"
+    )
+    dry_score = tsq(
+        "score", chain.manifest, "--model", chain.bundle, "--out", chain.predictions, "--dry-run"
+    )
+    assert [run.out for run in (dry_extract, dry_score)] == [
+        "to do: 0 of 18 videos, 0.0 MB to read\n"
+    ] * 2
     assert [state_of(folder) for folder in folders] == before
 
 
@@ -343,13 +463,31 @@ def test_index_does_not_overwrite(chain: Chain) -> None:
         ("finetune", "finetune.head.epochs=7", "holds another finetune"),
     ],
 )
-def test_another_configuration_is_refused(local: Chain, command: str, change: str, key: str) -> None:
-    trained = ["--encoder", local.encoder, "--recognizer", local.recognizer, "--config", str(local.settings)]
+def test_another_configuration_is_refused(
+    local: Chain, command: str, change: str, key: str
+) -> None:
+    trained = [
+        "--encoder",
+        local.encoder,
+        "--recognizer",
+        local.recognizer,
+        "--config",
+        str(local.settings),
+    ]
     argv = {
         "extract": ["extract", local.manifest, "--out", local.features, *local.extract_options],
         "train": ["train", local.features, "--out", local.bundle, *trained],
         "score": ["score", local.manifest, "--model", local.bundle, "--out", local.predictions],
-        "finetune": ["finetune", local.manifest, "--role", "encoder", "--out", local.encoder, "--config", str(local.settings)],
+        "finetune": [
+            "finetune",
+            local.manifest,
+            "--role",
+            "encoder",
+            "--out",
+            local.encoder,
+            "--config",
+            str(local.settings),
+        ],
     }[command]
     if command == "score":
         assert local.predictions
@@ -358,7 +496,9 @@ def test_another_configuration_is_refused(local: Chain, command: str, change: st
     assert re.search(key, refused(tsq(*argv, "--set", change)))
 
 
-def test_another_model_over_the_same_archive_takes_another_folder(local: Chain, tmp_path: Path) -> None:
+def test_another_model_over_the_same_archive_takes_another_folder(
+    local: Chain, tmp_path: Path
+) -> None:
     before = state_of(local.predictions)
     other = make_bundle(tmp_path / "bundle")
     said = refused(tsq("score", local.manifest, "--model", other, "--out", local.predictions))
@@ -372,17 +512,38 @@ def test_another_model_over_the_same_archive_takes_another_folder(local: Chain, 
 def test_baselines_score(local: Chain, mode: str) -> None:
     out = local.at(f"predictions-{mode}")
     scores = "top" if mode == "uniform" else "all"
-    argv = ["score", local.manifest, "--model", local.bundle, "--out", out, "--split", "val", "--scores", scores]
+    argv = [
+        "score",
+        local.manifest,
+        "--model",
+        local.bundle,
+        "--out",
+        out,
+        "--split",
+        "val",
+        "--scores",
+        scores,
+    ]
     run = tsq(*argv, "--set", f"sampler.mode={mode}", "--json").json
-    assert (run["counts"]["ok"], run["counts"]["failed"], run["counts"]["skipped_by"]) == (4, 1, {"split": 13, "limit": 0})
+    assert (run["counts"]["ok"], run["counts"]["failed"], run["counts"]["skipped_by"]) == (
+        4,
+        1,
+        {"split": 13, "limit": 0},
+    )
     table = read_rows(out)
-    assert ("scores" in table.column_names, "mAP" in run["metrics"]) == ((False, False) if scores == "top" else (True, True))
+    assert ("scores" in table.column_names, "mAP" in run["metrics"]) == (
+        (False, False) if scores == "top" else (True, True)
+    )
     assert tsq("verify", out, "--json").json["problems"] == []
     ok = [row for row in table.to_pylist() if row["status"] == "ok"]
     for row in ok:
         check_choice(row, mode)
         if mode == "uniform":
-            assert row["selected_slot"] == uniform(np.arange(NUM_FRAMES), BUDGET).slots.tolist() == [1, 4, 6]
+            assert (
+                row["selected_slot"]
+                == uniform(np.arange(NUM_FRAMES), BUDGET).slots.tolist()
+                == [1, 4, 6]
+            )
     if mode == "maxconf":  # the middle third shows the class: a sure recogniser looks there
         assert np.mean([2 < slot < 6 for row in ok for slot in row["selected_slot"]]) > 0.5
         # the colours are easy: below that labels or frames are mixed up. What a sampler finds that learned from ten videos hangs on their order
@@ -393,7 +554,9 @@ def test_baselines_score(local: Chain, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["random", "maxconf-l", "visual", "textual"])
 def test_every_sampler_predicts(local: Chain, mode: str) -> None:
     videos = [f"{local.base}/videos/train/{name}" for name in ("0_0.mp4", "1_0.mp4")]
-    found = tsq("predict", *videos, "--model", local.bundle, "--set", f"sampler.mode={mode}", "--json").json["videos"]
+    found = tsq(
+        "predict", *videos, "--model", local.bundle, "--set", f"sampler.mode={mode}", "--json"
+    ).json["videos"]
     assert len(found) == len(videos)
     for row in found:
         check_choice(row, mode)
@@ -410,15 +573,24 @@ def test_limit_split_retry_and_max_failed(local: Chain, tmp_path: Path) -> None:
     archive = make_archive(tmp_path / "videos", train=1, val=1, odd=False)
     (archive.root / "train/zero.mp4").write_bytes(b"")
     manifest, out = tmp_path / "m.parquet", tmp_path / "features"
-    assert tsq("index", archive.root, "--labels", archive.root / "labels.csv", "--out", manifest).code == 0
+    assert (
+        tsq("index", archive.root, "--labels", archive.root / "labels.csv", "--out", manifest).code
+        == 0
+    )
     away = (archive.root / "val/0_1.mp4").rename(tmp_path / "away.mp4")
 
     def extract(*more: str) -> dict[str, Any]:
-        return tsq("extract", manifest, "--out", out, "--config", local.settings, *more, "--json").json
+        return tsq(
+            "extract", manifest, "--out", out, "--config", local.settings, *more, "--json"
+        ).json
 
     run = extract("--split", "val", "--limit", "2")
     assert run["counts"]["skipped_by"] == {"split": 4, "limit": 1}
-    assert (run["counts"]["ok"], run["counts"]["failed_by_type"], run["videos_done_now"]) == (1, {"not_found": 1}, 2)
+    assert (run["counts"]["ok"], run["counts"]["failed_by_type"], run["videos_done_now"]) == (
+        1,
+        {"not_found": 1},
+        2,
+    )
     run = extract()
     assert (run["counts"]["ok"], run["counts"]["skipped"], run["videos_done_now"]) == (5, 0, 5)
     assert run["counts"]["failed_by_type"] == {"not_found": 1, "not_video": 1}
@@ -426,12 +598,28 @@ def test_limit_split_retry_and_max_failed(local: Chain, tmp_path: Path) -> None:
     again = run | {"videos_done_now": 0, "already_done": True}
     assert extract() == again, "a failed video is left alone until it is asked for"
     run = extract("--retry-failed", "not_found")
-    assert (run["counts"]["ok"], run["counts"]["failed_by_type"], run["videos_done_now"]) == (6, {"not_video": 1}, 1)
+    assert (run["counts"]["ok"], run["counts"]["failed_by_type"], run["videos_done_now"]) == (
+        6,
+        {"not_video": 1},
+        1,
+    )
     assert tsq("verify", out, "--json").json["problems"] == []
-    too_many = tsq("extract", manifest, "--out", out, "--config", local.settings, "--max-failed", "0.1")
-    assert (too_many.code, too_many.err) == (1, "error: 1 of 7 videos failed, above --max-failed 0.1\n")
-    assert tsq("extract", manifest, "--out", out, "--config", local.settings, "--max-failed", "0.2").code == 0
-    wrong = tsq("extract", manifest, "--out", out, "--config", local.settings, "--retry-failed=bad_luck")
+    too_many = tsq(
+        "extract", manifest, "--out", out, "--config", local.settings, "--max-failed", "0.1"
+    )
+    assert (too_many.code, too_many.err) == (
+        1,
+        "error: 1 of 7 videos failed, above --max-failed 0.1\n",
+    )
+    assert (
+        tsq(
+            "extract", manifest, "--out", out, "--config", local.settings, "--max-failed", "0.2"
+        ).code
+        == 0
+    )
+    wrong = tsq(
+        "extract", manifest, "--out", out, "--config", local.settings, "--retry-failed=bad_luck"
+    )
     assert "--retry-failed bad_luck: no such reason; allowed: not_found, " in refused(wrong)
     assert "--split tset: no video has it; there is: (none) (1), train (3), val (3)" in refused(
         tsq("extract", manifest, "--out", out, "--config", local.settings, "--split", "tset")
@@ -440,7 +628,10 @@ def test_limit_split_retry_and_max_failed(local: Chain, tmp_path: Path) -> None:
 
 def changed_archive(archive: Archive, put: Callable[[str, bytes | None], None]) -> None:
     """One video changed, one deleted, one added."""
-    put("train/0_0.mp4", write_clip(archive.root / "train/0_0.mp4", CLASSES[0], seed=70, num_frames=30).read_bytes())
+    put(
+        "train/0_0.mp4",
+        write_clip(archive.root / "train/0_0.mp4", CLASSES[0], seed=70, num_frames=30).read_bytes(),
+    )
     put("train/1_0.mp4", None)
     archive.add("train/new.mp4", CLASSES[2], "train", seed=71)
     put("train/new.mp4", (archive.root / "train/new.mp4").read_bytes())
@@ -455,7 +646,15 @@ def test_update_replaces_removes_and_adds_rows(chains: Chains, where: str, tmp_p
     if where == "s3":
         upload(archive.root, f"{base}/videos")
     manifest, out = f"{base}/m.parquet", f"{base}/features"
-    index = ["index", f"{base}/videos", "--labels", f"{base}/videos/labels.csv", "--out", manifest, "--json"]
+    index = [
+        "index",
+        f"{base}/videos",
+        "--labels",
+        f"{base}/videos/labels.csv",
+        "--out",
+        manifest,
+        "--json",
+    ]
     extract = ["extract", manifest, "--out", out, "--config", str(chains.settings), "--json"]
     assert tsq(*index).json["new"] == 6
     assert tsq(*extract).json["counts"]["ok"] == 6
@@ -499,7 +698,12 @@ def test_decoding_apart_gives_the_same_features(local: Chain, resize: str) -> No
     assert fused.select(exact).to_pylist() == apart.select(exact).to_pylist()
     ok = pa.compute.equal(fused["status"], "ok")
     for name in close:
-        one, other = (schema.tensor_to_numpy(table.filter(ok)[name]).astype(np.float32) for table in (fused, apart))
+        one, other = (
+            schema.tensor_to_numpy(table.filter(ok)[name]).astype(np.float32)
+            for table in (fused, apart)
+        )
         assert one == pytest.approx(other, abs=tolerance, rel=tolerance), name
-    same = schema.tensor_to_numpy(fused.filter(ok)["object_ids"]) == schema.tensor_to_numpy(apart.filter(ok)["object_ids"])
+    same = schema.tensor_to_numpy(fused.filter(ok)["object_ids"]) == schema.tensor_to_numpy(
+        apart.filter(ok)["object_ids"]
+    )
     assert same.mean() > 1 - 10 * tolerance

@@ -19,7 +19,11 @@ from tsq_ray import schema, storage
 
 pytestmark = pytest.mark.ray
 
-LABELS = {"amber light": ["amber light"], "blue sea": ["blue sea", "outdoors"], "green field": ["green field", "outdoors"]}
+LABELS = {
+    "amber light": ["amber light"],
+    "blue sea": ["blue sea", "outdoors"],
+    "green field": ["green field", "outdoors"],
+}
 NAMES = [*CLASSES, "outdoors"]
 
 
@@ -33,7 +37,16 @@ class MultiChain(Chain):
 
     @cached_property
     def recognizer(self) -> str:
-        self.run("recognizer", "finetune", self.manifest, "--role", "recognizer", "--out", self.at("recognizer"), *self.options)
+        self.run(
+            "recognizer",
+            "finetune",
+            self.manifest,
+            "--role",
+            "recognizer",
+            "--out",
+            self.at("recognizer"),
+            *self.options,
+        )
         return self.at("recognizer")
 
     @property
@@ -42,13 +55,25 @@ class MultiChain(Chain):
 
     @cached_property
     def bundle(self) -> str:
-        self.run("train", "train", self.features, "--out", self.at("bundle"), "--recognizer", self.recognizer, *self.options)
+        self.run(
+            "train",
+            "train",
+            self.features,
+            "--out",
+            self.at("bundle"),
+            "--recognizer",
+            self.recognizer,
+            *self.options,
+        )
         return self.at("bundle")
 
 
 def write_labels(archive: Archive) -> None:
     """labels.csv with `|` between the labels of a video."""
-    lines = [f"{path},{'|'.join(LABELS[label])},{archive.splits[path]}" for path, label in archive.labels.items()]
+    lines = [
+        f"{path},{'|'.join(LABELS[label])},{archive.splits[path]}"
+        for path, label in archive.labels.items()
+    ]
     (archive.root / "labels.csv").write_text("\n".join(["path,label,split", *lines]) + "\n")
 
 
@@ -66,14 +91,18 @@ def wanted(chain: Chain, row: dict[str, Any]) -> list[str]:
 
 
 def test_index_keeps_all_labels(chain: Chain) -> None:
-    assert tsq("info", chain.manifest, "--json").json["videos_by_class"] == dict(zip(NAMES, [3, 3, 3, 6], strict=True))
+    assert tsq("info", chain.manifest, "--json").json["videos_by_class"] == dict(
+        zip(NAMES, [3, 3, 3, 6], strict=True)
+    )
 
 
 @pytest.mark.slow
 def test_the_single_task_refuses_several_labels(chain: Chain, tmp_path: Path) -> None:
     out, settings = tmp_path / "out", ["--config", chain.settings]
     several = "4 of 6 videos have several labels; set train.task=multi"
-    assert several in refused(tsq("finetune", chain.manifest, "--role", "encoder", "--out", out, *settings))
+    assert several in refused(
+        tsq("finetune", chain.manifest, "--role", "encoder", "--out", out, *settings)
+    )
     assert several in refused(tsq("train", chain.features, "--out", out, *settings))
 
 
@@ -86,9 +115,15 @@ def test_the_task_goes_with_the_models(chain: Chain) -> None:
 
 def test_the_recogniser_learns_all_labels(chain: Chain) -> None:
     features = read_rows(chain.features)
-    targets = np.array([[name in wanted(chain, row) for name in NAMES] for row in features.to_pylist()])
-    logits = schema.tensor_to_numpy(features["recognizer_logits"]).astype(np.float32).mean(1)  # the consensus it is trained with
-    assert ((logits > 0) == targets).all(), "each label by itself is likelier than not exactly where it holds"
+    targets = np.array(
+        [[name in wanted(chain, row) for name in NAMES] for row in features.to_pylist()]
+    )
+    logits = (
+        schema.tensor_to_numpy(features["recognizer_logits"]).astype(np.float32).mean(1)
+    )  # the consensus it is trained with
+    assert ((logits > 0) == targets).all(), (
+        "each label by itself is likelier than not exactly where it holds"
+    )
 
 
 @pytest.mark.slow
@@ -98,7 +133,9 @@ def test_scores_are_sigmoids_of_the_chosen_frames(chain: Chain) -> None:
     for row, frames in zip(predictions.to_pylist(), logits, strict=True):
         expected = 1 / (1 + np.exp(-frames[row["selected_slot"]].mean(0)))
         assert row["scores"] == pytest.approx(expected, abs=5e-3)
-        assert row["top_labels"] == [NAMES[number] for number in np.argsort(-np.array(row["scores"]), kind="stable")]
+        assert row["top_labels"] == [
+            NAMES[number] for number in np.argsort(-np.array(row["scores"]), kind="stable")
+        ]
         assert row["label_names"] == wanted(chain, row)
 
 
@@ -109,8 +146,12 @@ def test_metrics_take_all_labels(chain: Chain) -> None:
     scores = np.array([row["scores"] for row in rows])
     found = chain.outputs["score"]["metrics"]
     assert found["labelled"] == len(rows) == 9
-    assert found["mAP"] == pytest.approx(average_precision_score(targets, scores, average="macro"), abs=1e-3)
-    assert found["top1"] == pytest.approx(targets[np.arange(len(rows)), scores.argmax(1)].mean(), abs=1e-3)
+    assert found["mAP"] == pytest.approx(
+        average_precision_score(targets, scores, average="macro"), abs=1e-3
+    )
+    assert found["top1"] == pytest.approx(
+        targets[np.arange(len(rows)), scores.argmax(1)].mean(), abs=1e-3
+    )
 
 
 @pytest.mark.slow

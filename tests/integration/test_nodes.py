@@ -59,22 +59,44 @@ time.sleep(600)
 """
 
 
-def test_one_video_on_two_nodes(two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path) -> None:
+def test_one_video_on_two_nodes(
+    two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path
+) -> None:
     """It used to wait for ever for an actor of more CPUs than a node has."""
-    argv = ["extract", slow_manifest(store, tmp_path, 1), "--out", tmp_path / "out", "--config", settings]
+    argv = [
+        "extract",
+        slow_manifest(store, tmp_path, 1),
+        "--out",
+        tmp_path / "out",
+        "--config",
+        settings,
+    ]
     with Driver([*argv, "--address", two_nodes.address], tmp_path / "run") as driver:
         ended = driver.ended(END_S)
     assert ended.code == 0, ended.err
     assert read_rows(str(tmp_path / "out")).num_rows == 1
 
 
-def test_a_cluster_that_another_job_holds(two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path) -> None:
-    argv = ["extract", slow_manifest(store, tmp_path, 4), "--out", tmp_path / "out", "--config", settings]
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, two_nodes.address], stdout=subprocess.PIPE, text=True)
+def test_a_cluster_that_another_job_holds(
+    two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path
+) -> None:
+    argv = [
+        "extract",
+        slow_manifest(store, tmp_path, 4),
+        "--out",
+        tmp_path / "out",
+        "--config",
+        settings,
+    ]
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, two_nodes.address], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with Driver([*argv, "--address", two_nodes.address, "--wait-s", "12"], tmp_path / "run") as driver:
+        with Driver(
+            [*argv, "--address", two_nodes.address, "--wait-s", "12"], tmp_path / "run"
+        ) as driver:
             ended = driver.ended(END_S)
     finally:
         holder.kill()
@@ -83,26 +105,57 @@ def test_a_cluster_that_another_job_holds(two_nodes: Any, store: SlowStore, sett
     lines = ended.err.splitlines()
     waiting = [line for line in lines if line.startswith("extract: waiting for ")]
     assert waiting, ended.err
-    for fact in ("x (0.9 CPU", "free 0 of 2 CPU on 2 nodes", "largest node (1 CPU)", "2 x Holder", "no node is starting"):
+    for fact in (
+        "x (0.9 CPU",
+        "free 0 of 2 CPU on 2 nodes",
+        "largest node (1 CPU)",
+        "2 x Holder",
+        "no node is starting",
+    ):
         assert fact in waiting[0]
     assert "gave up after --wait-s 12; give the same command again to resume" in lines[-1]
 
 
 def test_what_a_cluster_has_and_how_runs_are_laid_out_on_it(two_nodes: Any, tmp_path: Path) -> None:
-    argv = ["info", "--cluster", "--address", two_nodes.address, "--json", "--set", "serve.decoder.num_cpus=4"]
+    argv = [
+        "info",
+        "--cluster",
+        "--address",
+        two_nodes.address,
+        "--json",
+        "--set",
+        "serve.decoder.num_cpus=4",
+    ]
     with Driver(argv, tmp_path / "run") as driver:
         found = driver.ended(END_S).json
-    assert (found["nodes"], found["largest_node"], found["free"]["CPU"]) == ({"alive": 2}, "1 CPU", "2 of 2")
+    assert (found["nodes"], found["largest_node"], found["free"]["CPU"]) == (
+        {"alive": 2},
+        "1 CPU",
+        "2 of 2",
+    )
     assert found["extract"]["worker"].startswith("2 (as the cluster grows) of 0.9 CPU, ")
     assert found["train"]["worker"].startswith("1 of ")
     assert {"decoder", "sampler", "recognizer", "sender", "writer"} < found["score"].keys()
-    assert found["serve"].startswith("serve: a decoder asks for 4 CPU, which no node of the cluster can ever hold")
+    assert found["serve"].startswith(
+        "serve: a decoder asks for 4 CPU, which no node of the cluster can ever hold"
+    )
 
 
 @pytest.mark.slow
-def test_a_run_whose_folder_is_taken_over_ends_in_mid_run(two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path) -> None:
+def test_a_run_whose_folder_is_taken_over_ends_in_mid_run(
+    two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path
+) -> None:
     out = str(tmp_path / "out")
-    argv = ["extract", slow_manifest(store, tmp_path, 120), "--out", out, "--config", settings, "--address", two_nodes.address]
+    argv = [
+        "extract",
+        slow_manifest(store, tmp_path, 120),
+        "--out",
+        out,
+        "--config",
+        settings,
+        "--address",
+        two_nodes.address,
+    ]
     with Driver([*argv, "--set", "output.rows_per_file=2"], tmp_path / "run") as driver:
         driver.wait_until(lambda: len(store.begun) >= 3, END_S)
         with Lease(out, take_over=True):
@@ -116,9 +169,18 @@ def test_a_run_whose_folder_is_taken_over_ends_in_mid_run(two_nodes: Any, store:
 
 
 @pytest.mark.slow
-def test_a_node_that_joins_works_within_30_s(store: SlowStore, settings: Path, tmp_path: Path) -> None:
+def test_a_node_that_joins_works_within_30_s(
+    store: SlowStore, settings: Path, tmp_path: Path
+) -> None:
     with nodes(1) as cluster:
-        argv = ["extract", slow_manifest(store, tmp_path, 150), "--out", tmp_path / "out", "--config", settings]
+        argv = [
+            "extract",
+            slow_manifest(store, tmp_path, 150),
+            "--out",
+            tmp_path / "out",
+            "--config",
+            settings,
+        ]
         with Driver([*argv, "--address", cluster.address], tmp_path / "run") as driver:
             driver.wait_until(lambda: len(store.begun) >= 5, END_S)
             first = time.monotonic()
@@ -138,16 +200,31 @@ TYPES = {"cpu": ({"CPU": 1.0}, 3), "gpu": ({"CPU": 1.0, "GPU": 1.0}, 1)}
 NODE_TYPES = "resources.node_types=[{cpus = 1, count = 3}, {cpus = 1, gpus = 1, count = 1}]"
 
 
-def extract_from_nothing(store: SlowStore, settings: Path, folder: Path, count: int, gpus: int) -> Ended:
+def extract_from_nothing(
+    store: SlowStore, settings: Path, folder: Path, count: int, gpus: int
+) -> Ended:
     """Head without CPUs, both groups at 0, as the files in cluster/ have them."""
     with autoscaling(TYPES) as address:
-        argv = ["extract", slow_manifest(store, folder, count), "--out", folder / "out", "--config", settings, "--address", address]
-        with Driver([*argv, "--set", NODE_TYPES, "--set", f"resources.gpus={gpus}"], folder / "run") as driver:
+        argv = [
+            "extract",
+            slow_manifest(store, folder, count),
+            "--out",
+            folder / "out",
+            "--config",
+            settings,
+            "--address",
+            address,
+        ]
+        with Driver(
+            [*argv, "--set", NODE_TYPES, "--set", f"resources.gpus={gpus}"], folder / "run"
+        ) as driver:
             return driver.ended(END_S)
 
 
 @pytest.mark.slow
-def test_a_cluster_grows_from_nothing_to_its_limits(store: SlowStore, settings: Path, tmp_path: Path) -> None:
+def test_a_cluster_grows_from_nothing_to_its_limits(
+    store: SlowStore, settings: Path, tmp_path: Path
+) -> None:
     ended = extract_from_nothing(store, settings, tmp_path, 150, gpus=0)
     assert ended.code == 0, ended.err
     assert read_rows(str(tmp_path / "out")).num_rows == 150
@@ -170,8 +247,18 @@ def test_a_node_is_lost_in_mid_score(store: SlowStore, attempt: int, tmp_path: P
     count = 60
     with nodes(1, 1) as cluster:
         bundle = make_bundle(tmp_path / "bundle")
-        argv = ["score", slow_manifest(store, tmp_path, count), "--model", bundle, "--out", tmp_path / "out"]
-        with Driver([*argv, "--address", cluster.address, "--set", "output.rows_per_file=4"], tmp_path / "run") as driver:
+        argv = [
+            "score",
+            slow_manifest(store, tmp_path, count),
+            "--model",
+            bundle,
+            "--out",
+            tmp_path / "out",
+        ]
+        with Driver(
+            [*argv, "--address", cluster.address, "--set", "output.rows_per_file=4"],
+            tmp_path / "run",
+        ) as driver:
             driver.wait_until(lambda: len(store.begun) >= 12, END_S)
             (other,) = [node for node in cluster.worker_nodes]
             cluster.remove_node(other, allow_graceful=False)

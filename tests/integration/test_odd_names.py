@@ -34,10 +34,33 @@ from tsq_ray.rows import plain_row
 ROOT = "s3://tsq-other/odd"
 NAMES = (
     *("a b.mp4", "#1.mp4", "50%20off%.mp4", "a+b.mp4", "a&b.mp4", "~c.mp4", "🎬.mp4", "é.mp4"),
-    *("std::vec.mp4", "What is it?.mp4", "q?versionId=abc.mp4", "Why? Because/x.mp4", "[x]*.mp4", "_id.mp4", "_f/a.mp4"),
-    *("two\nlines.mp4", "x.mp4/in.mp4", "=cmd().mp4", "'q\".mp4", "a=b@c,d;e.mp4", "lost+found/a.mp4", "n" * 250 + ".mp4"),
+    *(
+        "std::vec.mp4",
+        "What is it?.mp4",
+        "q?versionId=abc.mp4",
+        "Why? Because/x.mp4",
+        "[x]*.mp4",
+        "_id.mp4",
+        "_f/a.mp4",
+    ),
+    *(
+        "two\nlines.mp4",
+        "x.mp4/in.mp4",
+        "=cmd().mp4",
+        "'q\".mp4",
+        "a=b@c,d;e.mp4",
+        "lost+found/a.mp4",
+        "n" * 250 + ".mp4",
+    ),
 )
-SLASHES = ("dir//d.mp4", "back\\slash.mp4", "//front.mp4", "x.mp4/in.mp4", "x.mp4//in.mp4", "x?versionId=1/?versionId=2.mp4")
+SLASHES = (
+    "dir//d.mp4",
+    "back\\slash.mp4",
+    "//front.mp4",
+    "x.mp4/in.mp4",
+    "x.mp4//in.mp4",
+    "x?versionId=1/?versionId=2.mp4",
+)
 """Seaweed takes keys for paths of files, and so makes others of them."""
 MARKS = ("folder.mp4/", "x.mp4/")
 HIDDEN = "hidden (name begins with .)"
@@ -53,7 +76,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bucket(s3: S3Server, clip: Path) -> str:
     """A prefix with keys of every odd kind, written without this package."""
     fs, data = fsspec.filesystem("s3", use_listings_cache=False), clip.read_bytes()
-    contents = {name: data for name in (*NAMES, *(key for keys in LEFT_OUT.values() for key in keys))} | dict.fromkeys(MARKS, b"")
+    contents = {
+        name: data for name in (*NAMES, *(key for keys in LEFT_OUT.values() for key in keys))
+    } | dict.fromkeys(MARKS, b"")
     for name, content in contents.items():
         fs.call_s3("put_object", Bucket="tsq-other", Key=f"odd/{name}", Body=content)
     return ROOT
@@ -76,7 +101,9 @@ def clear() -> None:
 # ------------------------------------------------------------------------------------------------------------------ keys
 
 
-def test_every_key_is_a_row_or_is_counted(listed: tuple[Manifest, IndexSummary], clip: Path) -> None:
+def test_every_key_is_a_row_or_is_counted(
+    listed: tuple[Manifest, IndexSummary], clip: Path
+) -> None:
     manifest, summary = listed
     assert {row.uri.removeprefix(f"{ROOT}/") for row in manifest.rows} == set(NAMES)
     assert {row.size_bytes for row in manifest.rows} == {clip.stat().st_size}
@@ -88,7 +115,9 @@ def test_every_key_is_a_row_or_is_counted(listed: tuple[Manifest, IndexSummary],
 def test_every_key_decodes_and_is_itself(listed: tuple[Manifest, IndexSummary], name: str) -> None:
     row = next(row for row in listed[0].rows if row.uri == f"{ROOT}/{name}")
     assert decode(row.uri) == 12
-    assert storage.stat(row.uri) == storage.StoredFile(row.uri, row.size_bytes, row.etag, row.modified)
+    assert storage.stat(row.uri) == storage.StoredFile(
+        row.uri, row.size_bytes, row.etag, row.modified
+    )
     assert [one.video_id for one in build_manifest([row.uri])[0].rows] == [row.video_id]
 
 
@@ -109,7 +138,10 @@ class _FlatStore(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
-        key, asked = unquote(path).removeprefix("/flat").removeprefix("/"), parse_qs(query, keep_blank_values=True)
+        key, asked = (
+            unquote(path).removeprefix("/flat").removeprefix("/"),
+            parse_qs(query, keep_blank_values=True),
+        )
         if "list-type" in asked:
             found = [name for name in sorted(self.contents) if name.startswith(asked["prefix"][0])]
             items = (
@@ -137,9 +169,13 @@ class _FlatStore(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-def test_keys_are_no_paths_of_files(s3: S3Server, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_no_paths_of_files(
+    s3: S3Server, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = (*SLASHES, "n" * 600 + ".mp4")
-    _FlatStore.contents = {f"v/{name}": clip.read_bytes() for name in (*names, "full.mp4/")} | {f"v/{name}": b"" for name in MARKS}
+    _FlatStore.contents = {f"v/{name}": clip.read_bytes() for name in (*names, "full.mp4/")} | {
+        f"v/{name}": b"" for name in MARKS
+    }
     with ThreadingHTTPServer(("127.0.0.1", 0), _FlatStore) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
@@ -148,7 +184,9 @@ def test_keys_are_no_paths_of_files(s3: S3Server, clip: Path, monkeypatch: pytes
         assert {row.uri for row in manifest.rows} == {f"s3://flat/v/{name}" for name in names}
         assert summary.left_out == {"name ends in /": 1}
         assert [decode(row.uri) for row in manifest.rows] == [12] * len(names)
-        assert [row.uri for row in build_manifest(["s3://flat/v//"])[0].rows] == [row.uri for row in manifest.rows]
+        assert [row.uri for row in build_manifest(["s3://flat/v//"])[0].rows] == [
+            row.uri for row in manifest.rows
+        ]
         server.shutdown()
     clear()
 
@@ -161,7 +199,10 @@ def test_a_key_is_never_a_pattern_or_a_version(s3: S3Server) -> None:
     for name in ("a*", "a[1]", "a?", "a1?versionId=2", "nowhere"):
         storage.remove_folder(f"{work}/{name}")
         assert not storage.exists(f"{work}/{name}")
-    assert [file.uri.removeprefix(f"{work}/") for file in storage.walk(work)] == ["a1/x", "a1?versionId=3/x"]
+    assert [file.uri.removeprefix(f"{work}/") for file in storage.walk(work)] == [
+        "a1/x",
+        "a1?versionId=3/x",
+    ]
     storage.remove(f"{work}/a1?versionId=3/x")
     assert [file.uri for file in storage.list_folder(f"{work}/a1")] == [f"{work}/a1/x"]
 
@@ -204,7 +245,9 @@ def use_public(uri: str) -> int:
 
 
 @pytest.mark.parametrize("word", ["true", "YES"])
-def test_a_public_bucket_is_read_without_keys(no_keys: S3Proxy, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_bucket_is_read_without_keys(
+    no_keys: S3Proxy, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("AWS_NO_SIGN_REQUEST", word)
     assert use_public(f"s3://{PUBLIC_BUCKET}/videos/v.mp4") == 24
     assert no_keys.headers
@@ -215,12 +258,17 @@ def test_a_public_bucket_is_read_without_keys(no_keys: S3Proxy, word: str, monke
 
 
 def test_no_keys_and_no_word_of_it_is_told_with_the_setting(no_keys: S3Proxy) -> None:
-    with pytest.raises(StorageError, match=r"access denied; check the keys .*; a public bucket without keys: AWS_NO_SIGN_REQUEST=true"):
+    with pytest.raises(
+        StorageError,
+        match=r"access denied; check the keys .*; a public bucket without keys: AWS_NO_SIGN_REQUEST=true",
+    ):
         build_manifest([f"s3://{PUBLIC_BUCKET}/videos"])
 
 
 @pytest.mark.parametrize("payer", ["requester", None])
-def test_every_request_says_who_pays(proxy: S3Proxy, payer: str | None, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_request_says_who_pays(
+    proxy: S3Proxy, payer: str | None, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if payer:
         monkeypatch.setenv("AWS_REQUEST_PAYER", payer)
     uri = "s3://tsq-other/paid/v.mp4"
@@ -241,7 +289,10 @@ def test_an_archived_object_is_told(proxy: S3Proxy, healthy: int) -> None:
         decode(f"{ROOT}/a b.mp4")
     assert caught.value.error_type == "access_denied"
     if healthy:  # the answer to a HEAD has no code
-        assert str(caught.value) == f"cannot fetch {ROOT}/a b.mp4: is archived (InvalidObjectState): restore it first, then run again"
+        assert (
+            str(caught.value)
+            == f"cannot fetch {ROOT}/a b.mp4: is archived (InvalidObjectState): restore it first, then run again"
+        )
         proxy.trouble(ARCHIVED, after=1)
         with pytest.raises(StorageError, match=r"is archived \(InvalidObjectState\)"):
             storage.read_bytes(f"{ROOT}/a b.mp4")
@@ -288,7 +339,9 @@ def test_one_bad_uri_costs_its_own_answer_only(
         "http://": "(unavailable|internal|not_found)",
         f"{ROOT}/std::vec.mp4": "ok",
     }
-    rows: list[dict[str, Any]] = [plain_row(row) for row in predict(list(expected), model, scoring_config(model))]
+    rows: list[dict[str, Any]] = [
+        plain_row(row) for row in predict(list(expected), model, scoring_config(model))
+    ]
     found = [row["error_type"] if row["status"] == "failed" else "ok" for row in rows]
     for name, row, kind, wanted in zip(expected, rows, found, expected.values(), strict=True):
         assert kind in wanted.strip("()").split("|"), (name, row)
@@ -298,7 +351,9 @@ def test_one_bad_uri_costs_its_own_answer_only(
     assert len({row["video_id"] for row in rows}) == len(rows)
 
 
-def test_a_defect_in_a_lookup_is_a_row_too(model: str, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_in_a_lookup_is_a_row_too(
+    model: str, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = storage.stat
 
     def stat(uri: str) -> storage.StoredFile:
@@ -308,7 +363,12 @@ def test_a_defect_in_a_lookup_is_a_row_too(model: str, clip: Path, monkeypatch: 
 
     monkeypatch.setattr(storage, "stat", stat)
     bad, good = predict(["/x/bad.mp4", str(clip)], model, scoring_config(model))
-    assert (bad["uri"], bad["status"], bad["error_type"], good["status"]) == ("/x/bad.mp4", "failed", "internal", "ok")
+    assert (bad["uri"], bad["status"], bad["error_type"], good["status"]) == (
+        "/x/bad.mp4",
+        "failed",
+        "internal",
+        "ok",
+    )
     assert bad["error_message"].startswith("/x/bad.mp4: unexpected KeyError: ")
 
 
@@ -333,20 +393,29 @@ def test_a_run_over_links_and_odd_names_ends(ray_cluster: Any, clip: Path, tmp_p
     assert ended.json["counts"]["ok"] == 7
     assert tsq("verify", out, "--json").json["problems"] == []
     assert sorted(read_rows(out)["uri"].to_pylist()) == sorted(
-        [*(str(path) for path in videos.glob("*.mp4") if not path.is_fifo()), str(videos / "linked/far.mp4")]
+        [
+            *(str(path) for path in videos.glob("*.mp4") if not path.is_fifo()),
+            str(videos / "linked/far.mp4"),
+        ]
     )
     assert not (tmp_path / "m").exists()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_proxy_of_the_network_is_not_asked_for_what_is_local(clip: Path, model: str, tmp_path: Path) -> None:
+def test_a_proxy_of_the_network_is_not_asked_for_what_is_local(
+    clip: Path, model: str, tmp_path: Path
+) -> None:
     """Scoring through Serve on this machine where HTTP_PROXY leads nowhere."""
     manifest, out = str(tmp_path / "m.parquet"), str(tmp_path / "predictions")
     assert tsq("index", clip, "--out", manifest).code == 0
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    nowhere = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    nowhere = dict.fromkeys(
+        ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"
+    )
     argv = [sys.executable, "-m", "tsq_ray", "score", manifest, "--model", model, "--out", out]
-    done = subprocess.run(argv, env=own | nowhere, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        argv, env=own | nowhere, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert read_rows(out)["status"].to_pylist() == ["ok"]

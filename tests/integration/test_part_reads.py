@@ -15,14 +15,25 @@ ROWS, NUM_FRAMES, DIM = 128, 50, 1280
 
 def test_what_is_done_is_known_without_reading_the_features(s3_proxy: S3Proxy) -> None:
     rng = np.random.default_rng(0)
-    refs = [VideoRef(f"{i:016x}", f"s3://tsq-videos/a/long/enough/name/{i:08}.mp4", 10**6 + i, f"{i:032x}") for i in range(ROWS)]
+    refs = [
+        VideoRef(
+            f"{i:016x}", f"s3://tsq-videos/a/long/enough/name/{i:08}.mp4", 10**6 + i, f"{i:032x}"
+        )
+        for i in range(ROWS)
+    ]
     rows = [
         vars(ref)
-        | {"status": "ok", "warnings": [], "visual": rng.standard_normal((NUM_FRAMES, DIM)).astype(np.float16)}
+        | {
+            "status": "ok",
+            "warnings": [],
+            "visual": rng.standard_normal((NUM_FRAMES, DIM)).astype(np.float16),
+        }
         | {"frame_index": np.arange(NUM_FRAMES), "frame_pts_s": np.arange(NUM_FRAMES) / 10}
         for ref in refs
     ]
-    name = runs.write_part(FOLDER, schema.table_from_rows(rows, schema.features_schema(NUM_FRAMES, DIM, ["a"])), "zstd")
+    name = runs.write_part(
+        FOLDER, schema.table_from_rows(rows, schema.features_schema(NUM_FRAMES, DIM, ["a"])), "zstd"
+    )
     size = storage.stat(f"{FOLDER}/{name}").size_bytes
     assert size > 10_000_000
     s3_proxy.sent = 0

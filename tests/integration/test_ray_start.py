@@ -128,7 +128,9 @@ DEAD = f"127.0.0.1:{PORT}"
     ],
     ids=["env", "env-client", "option", "both", "host", "long", "file"],
 )
-def test_one_line_with_the_true_cause(argv: list[str], environment: dict[str, str], message: str) -> None:
+def test_one_line_with_the_true_cause(
+    argv: list[str], environment: dict[str, str], message: str
+) -> None:
     ended = tsq_process("info", "--cluster", *argv, environment=environment)
     assert re.fullmatch(message, refused(ended, 1)), ended.err
 
@@ -144,7 +146,9 @@ def test_a_machine_too_busy_to_start_ray() -> None:
     ended = tsq_process("info", "--cluster", environment=environment)
     announced, told = ended.err.splitlines()
     assert (ended.code, announced.partition(" ")[0]) == (1, "RAY_testing_asio_delay_us")
-    assert told.startswith("error: Ray could not be started here (The current node timed out during")
+    assert told.startswith(
+        "error: Ray could not be started here (The current node timed out during"
+    )
     assert told.endswith(BUSY)
 
 
@@ -174,7 +178,9 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ),
     ],
 )
-def test_whatever_ray_raises_is_a_failed_run(no_ray: pytest.MonkeyPatch, raised: Exception, message: str) -> None:
+def test_whatever_ray_raises_is_a_failed_run(
+    no_ray: pytest.MonkeyPatch, raised: Exception, message: str
+) -> None:
     import ray
 
     def init(**_: Any) -> None:
@@ -197,7 +203,9 @@ def test_an_interrupt_while_ray_starts_stays_one(no_ray: pytest.MonkeyPatch) -> 
         pass
 
 
-def test_a_folder_that_others_may_write_to_is_not_used(no_ray: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_folder_that_others_may_write_to_is_not_used(
+    no_ray: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     first, second = tmp_path / "a", tmp_path / "b"
     for base in (first, second):
         base.mkdir()

@@ -16,8 +16,20 @@ from support.report import BUDGET, Case, make_case, video_id
 from tsq_ray.reporting import build_report
 
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync", "--hide-scrollbars", "--virtual-time-budget=5000"),
+    *(
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
+    *(
+        "--disable-component-update",
+        "--disable-sync",
+        "--hide-scrollbars",
+        "--virtual-time-budget=5000",
+    ),
 )
 
 
@@ -51,15 +63,21 @@ def shown_cards(dom: str) -> list[str]:
     """The ids of the cards that are not hidden, in the page's order."""
     return [
         match["id"]
-        for match in re.finditer(r'<article class="card \w+" id="v-(?P<id>\w+)"(?P<rest>[^>]*)>', dom)
+        for match in re.finditer(
+            r'<article class="card \w+" id="v-(?P<id>\w+)"(?P<rest>[^>]*)>', dom
+        )
         if " hidden=" not in match["rest"]
     ]
 
 
-def test_script_ran_and_every_picture_loaded(chromium: str, report: tuple[Case, Path], tmp_path: Path) -> None:
+def test_script_ran_and_every_picture_loaded(
+    chromium: str, report: tuple[Case, Path], tmp_path: Path
+) -> None:
     dom = browse(chromium, tmp_path, report[1].as_uri(), "--dump-dom")
     assert len(shown_cards(dom)) == 9
-    pictures = 5 * (BUDGET + BUDGET) + (2 + 2)  # chosen and uniform: five whole videos, one of two frames; one is gone, two failed
+    pictures = 5 * (BUDGET + BUDGET) + (
+        2 + 2
+    )  # chosen and uniform: five whole videos, one of two frames; one is gone, two failed
     assert f'data-pictures="{pictures}/{pictures}"' in dom
     assert '<span id="count" aria-live="polite">9 videos</span>' in dom
 
@@ -74,7 +92,14 @@ def test_script_ran_and_every_picture_loaded(chromium: str, report: tuple[Case, 
         ("find=nothing-has-this-name", [], "0 of 9 videos"),
     ],
 )
-def test_filters(chromium: str, report: tuple[Case, Path], tmp_path: Path, view: str, numbers: list[int], count: str) -> None:
+def test_filters(
+    chromium: str,
+    report: tuple[Case, Path],
+    tmp_path: Path,
+    view: str,
+    numbers: list[int],
+    count: str,
+) -> None:
     dom = browse(chromium, tmp_path, f"{report[1].as_uri()}#{view}", "--dump-dom")
     assert sorted(shown_cards(dom)) == [video_id(number) for number in numbers]
     assert f">{count}</span>" in dom
@@ -87,9 +112,17 @@ def test_sorting(chromium: str, report: tuple[Case, Path], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 1600), (400, 1600)])
-def test_screenshot_is_drawn(chromium: str, report: tuple[Case, Path], tmp_path: Path, width: int, height: int) -> None:
+def test_screenshot_is_drawn(
+    chromium: str, report: tuple[Case, Path], tmp_path: Path, width: int, height: int
+) -> None:
     picture = tmp_path / "shot.png"
-    browse(chromium, tmp_path / "profile", report[1].as_uri(), f"--screenshot={picture}", f"--window-size={width},{height}")
+    browse(
+        chromium,
+        tmp_path / "profile",
+        report[1].as_uri(),
+        f"--screenshot={picture}",
+        f"--window-size={width},{height}",
+    )
     with Image.open(picture) as image:
         assert (image.format, image.size) == ("PNG", (width, height))
         pixels = np.asarray(image.convert("RGB"))
@@ -102,7 +135,13 @@ def test_screenshot_is_drawn(chromium: str, report: tuple[Case, Path], tmp_path:
 def test_page_fits_a_phone(chromium: str, report: tuple[Case, Path], tmp_path: Path) -> None:
     """Nothing is cut off at the right: the page's background runs down the whole edge."""
     picture = tmp_path / "shot.png"
-    browse(chromium, tmp_path / "profile", report[1].as_uri(), f"--screenshot={picture}", "--window-size=400,4000")
+    browse(
+        chromium,
+        tmp_path / "profile",
+        report[1].as_uri(),
+        f"--screenshot={picture}",
+        "--window-size=400,4000",
+    )
     with Image.open(picture) as image:
         edge = np.asarray(image.convert("RGB"))[:, -6:].reshape(-1, 3)
     assert len(np.unique(edge, axis=0)) == 1

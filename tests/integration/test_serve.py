@@ -33,7 +33,13 @@ TOKEN = "correct-horse-battery"
 START_S, ANSWER_S, END_S = 300.0, 120.0, 60.0
 MAX_UPLOAD_BYTES = 2**20
 TIMEOUT_S = 12
-GOOD = ("train/0_0.mp4", "train/1_1.mp4", "train/2_2.mp4", "val/portrait.mp4", "train/one_frame.mp4")
+GOOD = (
+    "train/0_0.mp4",
+    "train/1_1.mp4",
+    "train/2_2.mp4",
+    "val/portrait.mp4",
+    "train/one_frame.mp4",
+)
 TIMES = {"decode_ms", "sample_ms", "recognize_ms"}
 SOURCE = {"video_id", "uri", "size_bytes", "etag", "modified"}
 CLOSE = 1e-4
@@ -59,13 +65,22 @@ class Endpoint:
 
 
 @contextlib.contextmanager
-def running(argv: list[str], port: int, folder: Path, environment: Mapping[str, str], token: str | None, **how: Any) -> Iterator[Endpoint]:
+def running(
+    argv: list[str],
+    port: int,
+    folder: Path,
+    environment: Mapping[str, str],
+    token: str | None,
+    **how: Any,
+) -> Iterator[Endpoint]:
     """The server for the time of the `with`, from its first healthy answer on."""
     (folder / "tmp").mkdir(parents=True)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = f"http://127.0.0.1:{port}"
     with (
-        Driver(argv, folder / "serve", {"TMPDIR": str(folder / "tmp"), **environment}, **how) as driver,
+        Driver(
+            argv, folder / "serve", {"TMPDIR": str(folder / "tmp"), **environment}, **how
+        ) as driver,
         httpx.Client(base_url=url, headers=headers, timeout=ANSWER_S, trust_env=False) as client,
     ):
         endpoint = Endpoint(driver, url, client, folder / "tmp")
@@ -90,17 +105,34 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def rows(archive: Archive, bundle: str) -> dict[str, dict[str, Any]]:
     """What `predict` says of each file of the archive."""
-    found = predict([str(archive.root / path) for path in archive.paths], bundle, scoring_config(bundle))
+    found = predict(
+        [str(archive.root / path) for path in archive.paths], bundle, scoring_config(bundle)
+    )
     return dict(zip(archive.paths, found, strict=True))
 
 
 @pytest.fixture(scope="module")
-def endpoint(archive: Archive, bundle: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+def endpoint(
+    archive: Archive, bundle: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
     """`tsq serve` with a token, two open folders, small uploads, and a sampler that may scale."""
     (port,) = free_ports(1, below=10000)
     prefixes = json.dumps([str(archive.root / "train"), "s3://tsq-other/open"])
-    argv = ["serve", "--model", bundle, "--port", str(port), "--set", f"serve.allowed_uri_prefixes={prefixes}"]
-    argv += ["--set", f"serve.max_upload_mb={MAX_UPLOAD_BYTES / 2**20}", "--set", "serve.sampler.max_replicas=2"]
+    argv = [
+        "serve",
+        "--model",
+        bundle,
+        "--port",
+        str(port),
+        "--set",
+        f"serve.allowed_uri_prefixes={prefixes}",
+    ]
+    argv += [
+        "--set",
+        f"serve.max_upload_mb={MAX_UPLOAD_BYTES / 2**20}",
+        "--set",
+        "serve.sampler.max_replicas=2",
+    ]
     argv += [
         "--set",
         "serve.recognizer.min_replicas=1",
@@ -134,21 +166,34 @@ def request_for(path: Path, form: str) -> dict[str, Any]:
     if form == "s3":
         storage.write_bytes(f"s3://tsq-other/open/{path.name}", path.read_bytes())
         return {"json": {"uri": f"s3://tsq-other/open/{path.name}"}}
-    return {"content": path.read_bytes()} if form == "body" else {"files": {"file": (path.name, path.read_bytes(), "video/mp4")}}
+    return (
+        {"content": path.read_bytes()}
+        if form == "body"
+        else {"files": {"file": (path.name, path.read_bytes(), "video/mp4")}}
+    )
 
 
-@pytest.mark.parametrize(("name", "form"), [(name, form) for name in GOOD for form in FORMS if form != "uri" or name.startswith("train/")])
-def test_same_answer_as_predict(endpoint: Endpoint, archive: Archive, rows: dict[str, dict[str, Any]], name: str, form: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name in GOOD for form in FORMS if form != "uri" or name.startswith("train/")],
+)
+def test_same_answer_as_predict(
+    endpoint: Endpoint, archive: Archive, rows: dict[str, dict[str, Any]], name: str, form: str
+) -> None:
     response = endpoint.score(**request_for(archive.root / name, form))
     assert response.status_code == 200, response.text
     answer = response.json()
     same_answer(answer, rows[name])
     uris = {"uri": str(archive.root / name), "s3": f"s3://tsq-other/open/{Path(name).name}"}
-    assert answer["uri"] == uris.get(form, f"upload:{Path(name).name}" if form == "form" else "upload")
+    assert answer["uri"] == uris.get(
+        form, f"upload:{Path(name).name}" if form == "form" else "upload"
+    )
     assert all(answer[name] > 0 for name in TIMES)
 
 
-def test_a_body_in_chunks_is_an_upload_too(endpoint: Endpoint, archive: Archive, rows: dict[str, dict[str, Any]]) -> None:
+def test_a_body_in_chunks_is_an_upload_too(
+    endpoint: Endpoint, archive: Archive, rows: dict[str, dict[str, Any]]
+) -> None:
     data = (archive.root / GOOD[0]).read_bytes()
     response = endpoint.score(content=iter([data[:1000], data[1000:]]))
     assert response.status_code == 200
@@ -157,12 +202,16 @@ def test_a_body_in_chunks_is_an_upload_too(endpoint: Endpoint, archive: Archive,
 
 @pytest.mark.parametrize("form", ["body", "form"])
 @pytest.mark.parametrize("name", ["train/cut.mp4", "train/empty.mp4", "val/text.mp4"])
-def test_a_bad_upload_is_told_apart(endpoint: Endpoint, archive: Archive, name: str, form: str) -> None:
+def test_a_bad_upload_is_told_apart(
+    endpoint: Endpoint, archive: Archive, name: str, form: str
+) -> None:
     response = endpoint.score(**request_for(archive.root / name, form))
     answer = response.json()
     assert response.status_code == 422
     assert (answer["status"], answer["error_type"]) == ("failed", archive.bad[name])
-    assert answer["error_message"].startswith(f"upload:{Path(name).name}: " if form == "form" else "upload: ")
+    assert answer["error_message"].startswith(
+        f"upload:{Path(name).name}: " if form == "form" else "upload: "
+    )
     assert "/proc/" not in response.text
 
 
@@ -179,7 +228,9 @@ def test_a_bad_upload_is_told_apart(endpoint: Endpoint, archive: Archive, name: 
         ("https://host.example/a.mp4?X-Amz-Signature=SECRET", 403, None),
     ],
 )
-def test_a_uri_that_gives_no_prediction(endpoint: Endpoint, archive: Archive, uri: str, status: int, error_type: str | None) -> None:
+def test_a_uri_that_gives_no_prediction(
+    endpoint: Endpoint, archive: Archive, uri: str, status: int, error_type: str | None
+) -> None:
     response = endpoint.score(json={"uri": uri if "://" in uri else str(archive.root / uri)})
     answer = response.json()
     assert (response.status_code, answer.get("error_type")) == (status, error_type)
@@ -191,7 +242,10 @@ def test_a_uri_that_gives_no_prediction(endpoint: Endpoint, archive: Archive, ur
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ({"content": b"{", "headers": {"Content-Type": "application/json"}}, "the JSON body must be"),
+        (
+            {"content": b"{", "headers": {"Content-Type": "application/json"}},
+            "the JSON body must be",
+        ),
         ({"json": {"path": "a.mp4"}}, "the JSON body must be"),
         ({"json": {"uri": ["a.mp4"]}}, "the JSON body must be"),
         ({"json": {"uri": "a\x00b"}}, "the JSON body must be"),
@@ -199,7 +253,9 @@ def test_a_uri_that_gives_no_prediction(endpoint: Endpoint, archive: Archive, ur
         ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, "boundary"),
     ],
 )
-def test_a_malformed_request_is_refused(endpoint: Endpoint, request_: dict[str, Any], message: str) -> None:
+def test_a_malformed_request_is_refused(
+    endpoint: Endpoint, request_: dict[str, Any], message: str
+) -> None:
     response = endpoint.score(**request_)
     assert response.status_code == 400
     assert response.json().keys() == {"status", "error_message"}
@@ -209,7 +265,11 @@ def test_a_malformed_request_is_refused(endpoint: Endpoint, request_: dict[str, 
 @pytest.mark.parametrize("form", ["announced", "chunks", "form"])
 def test_an_upload_above_the_limit_gets_413(endpoint: Endpoint, form: str) -> None:
     data = bytes(3 * MAX_UPLOAD_BYTES)
-    request_ = {"announced": {"content": data}, "chunks": {"content": iter([data])}, "form": {"files": {"file": ("a.mp4", data)}}}[form]
+    request_ = {
+        "announced": {"content": data},
+        "chunks": {"content": iter([data])},
+        "form": {"files": {"file": ("a.mp4", data)}},
+    }[form]
     response = endpoint.score(**request_)
     assert response.status_code == 413
     assert response.json()["status"] == "refused"
@@ -225,9 +285,17 @@ def test_an_upload_of_just_the_limit_is_taken(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/score", "/v1/model"])
 @pytest.mark.parametrize("header", [None, "Bearer wrong", f"Basic {TOKEN}", TOKEN, "Bearer"])
-def test_without_the_token_nothing_is_told(endpoint: Endpoint, path: str, header: str | None) -> None:
+def test_without_the_token_nothing_is_told(
+    endpoint: Endpoint, path: str, header: str | None
+) -> None:
     headers = {"Authorization": header} if header else {}
-    response = httpx.request("POST" if path == "/v1/score" else "GET", endpoint.url + path, headers=headers, content=b"x", trust_env=False)
+    response = httpx.request(
+        "POST" if path == "/v1/score" else "GET",
+        endpoint.url + path,
+        headers=headers,
+        content=b"x",
+        trust_env=False,
+    )
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"] == "Bearer"
     assert response.json().keys() == {"status", "error_message"}
@@ -237,7 +305,12 @@ def test_without_the_token_nothing_is_told(endpoint: Endpoint, path: str, header
 def test_model_health_and_unknown_paths(endpoint: Endpoint, archive: Archive) -> None:
     model = endpoint.client.get("/v1/model").json()
     assert model["classes"] == sorted(set(archive.labels.values()))
-    assert (model["task"], model["num_frames"], model["budget"], model["mode"]) == ("single", 8, 3, "both")
+    assert (model["task"], model["num_frames"], model["budget"], model["mode"]) == (
+        "single",
+        8,
+        3,
+        "both",
+    )
     assert httpx.get(endpoint.url + "/healthz", trust_env=False).json() == {"status": "ok"}
     for path, status in (("/", 404), ("/v1/nothing", 404), ("/v1/score", 405), ("/docs", 404)):
         response = endpoint.client.get(path)
@@ -245,17 +318,26 @@ def test_model_health_and_unknown_paths(endpoint: Endpoint, archive: Archive) ->
         assert "POST /v1/score" in response.json()["error_message"]
 
 
-def test_sixteen_requests_at_once_each_get_their_own_answer(endpoint: Endpoint, archive: Archive, rows: dict[str, dict[str, Any]]) -> None:
+def test_sixteen_requests_at_once_each_get_their_own_answer(
+    endpoint: Endpoint, archive: Archive, rows: dict[str, dict[str, Any]]
+) -> None:
     names = [(archive.paths * 2)[number] for number in range(16)]
     with ThreadPoolExecutor(16) as pool:
-        answers = [response.json() for response in pool.map(lambda name: endpoint.score(content=(archive.root / name).read_bytes()), names)]
+        answers = [
+            response.json()
+            for response in pool.map(
+                lambda name: endpoint.score(content=(archive.root / name).read_bytes()), names
+            )
+        ]
     for name, answer in zip(names, answers, strict=True):
         assert answer["status"] == rows[name]["status"]
         if answer["status"] == "ok":
             same_answer(answer, rows[name])
         else:
             assert answer["error_type"] == archive.bad[name]
-    assert len({answer["top_scores"][0] for answer in answers if answer["status"] == "ok"}) > 8  # a mix-up would be seen
+    assert (
+        len({answer["top_scores"][0] for answer in answers if answer["status"] == "ok"}) > 8
+    )  # a mix-up would be seen
 
 
 def process_of(mark: str, title: str) -> int:
@@ -293,7 +375,11 @@ def test_replicas_scale_as_the_settings_say(ray_cluster: Any, bundle: str) -> No
         limits = {}
         for name, found in details.items():
             scaling = found["deployment_config"].get("autoscaling_config")
-            limits[name] = (scaling["min_replicas"], scaling["max_replicas"]) if scaling else found["deployment_config"]["num_replicas"]
+            limits[name] = (
+                (scaling["min_replicas"], scaling["max_replicas"])
+                if scaling
+                else found["deployment_config"]["num_replicas"]
+            )
         assert limits == {"Ingress": (1, 2), "Decoder": 1, "Sampler": (1, 2), "Recognizer": (1, 3)}
     finally:
         serve.delete("scaled")
@@ -303,11 +389,17 @@ def test_no_upload_and_no_secret_is_left_behind(endpoint: Endpoint, archive: Arc
     endpoint.score(content=(archive.root / GOOD[0]).read_bytes())
     assert [path.name for path in endpoint.folder.iterdir() if path.name.startswith("tsq-")] == []
     secrets = (TOKEN, "SECRET", endpoint.driver.environment["AWS_SECRET_ACCESS_KEY"])
-    logs = [path for path in Path(endpoint.driver.environment["RAY_TMPDIR"]).rglob("*") if path.suffix in (".log", ".out", ".err", "")]
+    logs = [
+        path
+        for path in Path(endpoint.driver.environment["RAY_TMPDIR"]).rglob("*")
+        if path.suffix in (".log", ".out", ".err", "")
+    ]
     logs += [endpoint.driver.log.with_suffix(".out"), endpoint.driver.log.with_suffix(".err")]
     texts = {path: path.read_text(errors="replace") for path in logs if path.is_file()}
     assert len(texts) > 10
-    assert [path.name for path, text in texts.items() if any(secret in text for secret in secrets)] == []
+    assert [
+        path.name for path, text in texts.items() if any(secret in text for secret in secrets)
+    ] == []
 
 
 def until_answered(endpoint: Endpoint, status: int, **request_: Any) -> httpx.Response:
@@ -335,17 +427,24 @@ class SlowBody:
 
 
 @pytest.mark.slow
-def test_limits_a_crash_and_the_end(archive: Archive, bundle: str, rows: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_limits_a_crash_and_the_end(
+    archive: Archive, bundle: str, rows: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     (port,) = free_ports(1, below=10000)
     argv = ["serve", "--model", bundle, "--port", str(port), "--set", "serve.max_queued_requests=2"]
     argv += ["--set", f"serve.request_timeout_s={TIMEOUT_S}"]
     data = (archive.root / GOOD[1]).read_bytes()
-    with running(argv, port, tmp_path, {"TSQ_TOKEN": ""}, None) as endpoint, ThreadPoolExecutor(8) as pool:
+    with (
+        running(argv, port, tmp_path, {"TSQ_TOKEN": ""}, None) as endpoint,
+        ThreadPoolExecutor(8) as pool,
+    ):
         until_answered(endpoint, 200, content=data)  # loopback needs no token
 
         bodies: list[SlowBody] = []
         waiting = []
-        while (full := endpoint.score(json={})).status_code != 429:  # a probe of no length: 400 while there is room
+        while (
+            full := endpoint.score(json={})
+        ).status_code != 429:  # a probe of no length: 400 while there is room
             assert full.status_code == 400
             assert len(bodies) < 8
             bodies.append(SlowBody(data, ANSWER_S))
@@ -368,7 +467,9 @@ def test_limits_a_crash_and_the_end(archive: Archive, bundle: str, rows: dict[st
         endpoint.driver.process.send_signal(signal.SIGTERM)
         ended = endpoint.driver.ended(END_S)
         assert ended.code == 0, ended
-        shown = [line for line in ended.err.strip().splitlines() if "(raylet)" not in line]  # Ray tells of the killed replica
+        shown = [
+            line for line in ended.err.strip().splitlines() if "(raylet)" not in line
+        ]  # Ray tells of the killed replica
         serving = f"serving {bundle} on http://127.0.0.1:{port}/v1/score (stop with Ctrl-C)"
         assert shown == ["starting: some 20 s until it serves", serving, "stopped"]
         assert "Traceback" not in ended.out
@@ -395,24 +496,41 @@ def test_the_kubernetes_config_serves(
         deployment["ray_actor_options"] = {"num_cpus": 0.1}
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     argv = ["run", str(tmp_path / "serve.yaml")]
-    with running(argv, port, tmp_path / "run", {"TSQ_TOKEN": TOKEN}, TOKEN, module="ray.serve.scripts") as endpoint:
+    with running(
+        argv, port, tmp_path / "run", {"TSQ_TOKEN": TOKEN}, TOKEN, module="ray.serve.scripts"
+    ) as endpoint:
         answer = until_answered(endpoint, 200, content=(archive.root / GOOD[2]).read_bytes()).json()
         assert len(answer["selected_slot"]) == 2
-        assert answer["saliency_visual"] == pytest.approx(rows[GOOD[2]]["saliency_visual"].tolist(), abs=CLOSE)
-        assert httpx.post(endpoint.url + "/v1/score", content=b"x", trust_env=False).status_code == 401
+        assert answer["saliency_visual"] == pytest.approx(
+            rows[GOOD[2]]["saliency_visual"].tolist(), abs=CLOSE
+        )
+        assert (
+            httpx.post(endpoint.url + "/v1/score", content=b"x", trust_env=False).status_code == 401
+        )
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--host", "0.0.0.0"], r"--host 0\.0\.0\.0: beyond loopback a bearer token is needed; set the environment variable TSQ_TOKEN"),
+        (
+            ["--host", "0.0.0.0"],
+            r"--host 0\.0\.0\.0: beyond loopback a bearer token is needed; set the environment variable TSQ_TOKEN",
+        ),
         (["--host", "::"], "--host ::: beyond loopback a bearer token is needed"),
         (["--set", "serve.sampler.min_replicas=3"], "min_replicas 3 is above max_replicas 1"),
-        (["--set", "decode.num_frames=16"], "scoring cannot change what the bundle was trained with"),
-        (["--set", "sampler.budget=9"], r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8"),
+        (
+            ["--set", "decode.num_frames=16"],
+            "scoring cannot change what the bundle was trained with",
+        ),
+        (
+            ["--set", "sampler.budget=9"],
+            r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8",
+        ),
     ],
 )
-def test_serve_refuses(bundle: str, argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_refuses(
+    bundle: str, argv: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TSQ_TOKEN", raising=False)
     port = str(free_ports(1, below=10000)[0])
     assert re.search(message, refused(tsq("serve", "--model", bundle, "--port", port, *argv)))
@@ -421,14 +539,21 @@ def test_serve_refuses(bundle: str, argv: list[str], message: str, monkeypatch: 
 def test_serve_refuses_a_port_that_is_taken(bundle: str, s3: S3Server) -> None:
     port = s3.endpoint.rpartition(":")[2]
     message = refused(tsq("serve", "--model", bundle, "--port", port))
-    assert message == f"--host 127.0.0.1 --port {port}: cannot be bound (Address already in use); choose another --port or --host"
+    assert (
+        message
+        == f"--host 127.0.0.1 --port {port}: cannot be bound (Address already in use); choose another --port or --host"
+    )
 
 
 def test_serve_refuses_what_is_no_bundle_or_cannot_score(tmp_path: Path) -> None:
     port = str(free_ports(1, below=10000)[0])
     assert "has no bundle.json" in refused(tsq("serve", "--model", tmp_path, "--port", port))
     without = make_bundle(tmp_path / "no_recognizer", with_recognizer=False)
-    assert "the bundle has no recogniser" in refused(tsq("serve", "--model", without, "--port", port))
+    assert "the bundle has no recogniser" in refused(
+        tsq("serve", "--model", without, "--port", port)
+    )
     whole = Path(make_bundle(tmp_path / "damaged"))
     (whole / "sampler.safetensors").write_bytes(b"x")
-    assert "its content is not what was written" in refused(tsq("serve", "--model", whole, "--port", port))
+    assert "its content is not what was written" in refused(
+        tsq("serve", "--model", whole, "--port", port)
+    )

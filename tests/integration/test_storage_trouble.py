@@ -29,17 +29,28 @@ URI = "s3://tsq-other/trouble/v.mp4"
 def proxy(s3_proxy: S3Proxy, tmp_path: Path) -> S3Proxy:
     """Between this process and a bucket with one video, large enough for byte ranges."""
     if not storage.exists(URI):
-        storage.write_bytes(URI, write_clip(tmp_path / "v.mp4", CLASSES[0], seed=0, num_frames=48, size=(320, 240)).read_bytes())
+        storage.write_bytes(
+            URI,
+            write_clip(
+                tmp_path / "v.mp4", CLASSES[0], seed=0, num_frames=48, size=(320, 240)
+            ).read_bytes(),
+        )
     assert storage.stat(URI).size_bytes > 4 * 128 * 1024
     return s3_proxy
 
 
 def decode(strategy: str) -> int:
-    return decode_video(VideoSource(URI), DecodeConfig.model_validate({"strategy": strategy, "num_frames": 4}), SPECS).source_num_frames
+    return decode_video(
+        VideoSource(URI),
+        DecodeConfig.model_validate({"strategy": strategy, "num_frames": 4}),
+        SPECS,
+    ).source_num_frames
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
-@pytest.mark.parametrize("trouble", [SLOW_DOWN, INTERNAL_ERROR, CUT], ids=lambda trouble: trouble.code)
+@pytest.mark.parametrize(
+    "trouble", [SLOW_DOWN, INTERNAL_ERROR, CUT], ids=lambda trouble: trouble.code
+)
 def test_a_moment_of_trouble_passes(proxy: S3Proxy, trouble: Trouble, strategy: str) -> None:
     proxy.trouble(trouble, 2)
     assert decode(strategy) == 48
@@ -59,7 +70,9 @@ def test_a_moment_of_trouble_passes(proxy: S3Proxy, trouble: Trouble, strategy: 
     ids=lambda value: value.code + str(value.status) if isinstance(value, Trouble) else value,
 )
 @pytest.mark.parametrize("healthy", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_trouble_that_stays_is_no_fault_of_the_video(proxy: S3Proxy, trouble: Trouble, kind: str, strategy: str, healthy: int) -> None:
+def test_trouble_that_stays_is_no_fault_of_the_video(
+    proxy: S3Proxy, trouble: Trouble, kind: str, strategy: str, healthy: int
+) -> None:
     proxy.trouble(trouble, after=healthy)
     with pytest.raises(StorageError, match=r"cannot .*v\.mp4") as caught:
         decode(strategy)
@@ -68,10 +81,15 @@ def test_trouble_that_stays_is_no_fault_of_the_video(proxy: S3Proxy, trouble: Tr
 
 @pytest.mark.parametrize(
     "trouble",
-    [*(pytest.param(trouble, marks=pytest.mark.slow) for trouble in (INTERNAL_ERROR, CUT)), EXPIRED_TOKEN],
+    [
+        *(pytest.param(trouble, marks=pytest.mark.slow) for trouble in (INTERNAL_ERROR, CUT)),
+        EXPIRED_TOKEN,
+    ],
     ids=lambda trouble: trouble.code,
 )
-def test_trouble_between_byte_ranges_is_no_fault_of_the_video(proxy: S3Proxy, trouble: Trouble) -> None:
+def test_trouble_between_byte_ranges_is_no_fault_of_the_video(
+    proxy: S3Proxy, trouble: Trouble
+) -> None:
     proxy.trouble(trouble, after=3)
     with pytest.raises(StorageError, match=r"cannot .*v\.mp4") as caught:
         decode("keyframe")

@@ -57,8 +57,17 @@ class Case:
         vocabulary = text_encoder(config.encoders.text).embed(object_names())
         train = config.train
         with open_training_set(Source.of(self.local, None, "single")) as data:
-            shape = TSQShape(CLASSES, data.visual.shape[2], TEXT_DIM, train.dim_visual, train.dim_textual, train.dropout)
-            return fit(data.arrays, vocabulary, {"visual": None, "textual": None}, shape, train, threads=1)
+            shape = TSQShape(
+                CLASSES,
+                data.visual.shape[2],
+                TEXT_DIM,
+                train.dim_visual,
+                train.dim_textual,
+                train.dropout,
+            )
+            return fit(
+                data.arrays, vocabulary, {"visual": None, "textual": None}, shape, train, threads=1
+            )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +77,9 @@ def case(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
     config = write_features(str(folder / "features"), make_arrays(dim), folder / "words.txt")
     for path in (folder / "features").iterdir():
         storage.write_bytes(f"s3://tsq-other/train/features/{path.name}", path.read_bytes())
-    return Case(str(folder / "features"), "s3://tsq-other/train/features", config.model_dump(mode="json"))
+    return Case(
+        str(folder / "features"), "s3://tsq-other/train/features", config.model_dump(mode="json")
+    )
 
 
 def _sets(*sets: str) -> list[str]:
@@ -77,7 +88,14 @@ def _sets(*sets: str) -> list[str]:
 
 
 def _command(features: str, out: str, *sets: str) -> list[str]:
-    return ["train", features, "--out", out, "--json", *(word for item in _sets(*sets) for word in ("--set", item))]
+    return [
+        "train",
+        features,
+        "--out",
+        out,
+        "--json",
+        *(word for item in _sets(*sets) for word in ("--set", item)),
+    ]
 
 
 def check(out: str, wanted: tuple[dict[str, Tensor], list[dict[str, float]]], near: float) -> None:
@@ -96,7 +114,9 @@ def check(out: str, wanted: tuple[dict[str, Tensor], list[dict[str, float]]], ne
 def has_checkpoint(out: str) -> bool:
     """Whether there is a checkpoint to go on from: one that Ray Train has taken note of."""
     try:
-        return "checkpoint_20" in storage.read_text(f"{out}/_train/run/checkpoint_manager_snapshot.json")
+        return "checkpoint_20" in storage.read_text(
+            f"{out}/_train/run/checkpoint_manager_snapshot.json"
+        )
     except StorageError:
         return False
 
@@ -113,14 +133,26 @@ def wait_for(ready: Callable[[], bool]) -> None:
     ("workers", "more", "expected"),
     [
         pytest.param("2", (), 2, id="two workers"),
-        pytest.param("[1, 2]", ("resources.threads=3",), 1, id="elastic, where one fits", marks=pytest.mark.slow),
+        pytest.param(
+            "[1, 2]",
+            ("resources.threads=3",),
+            1,
+            id="elastic, where one fits",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_any_number_of_workers_gives_the_same(case: Case, tmp_path: Path, workers: str, more: tuple[str, ...], expected: int) -> None:
+def test_any_number_of_workers_gives_the_same(
+    case: Case, tmp_path: Path, workers: str, more: tuple[str, ...], expected: int
+) -> None:
     sets = ("epochs=5", "dropout=0.0", *more)
     out = str(tmp_path / "bundle")
     summary = tsq(*_command(case.local, out, f"num_workers={workers}", *sets)).json
-    assert (summary["workers"], summary["videos"], summary["went_on_after_epoch"]) == (expected, VIDEOS, 0)
+    assert (summary["workers"], summary["videos"], summary["went_on_after_epoch"]) == (
+        expected,
+        VIDEOS,
+        0,
+    )
     assert summary["left_out"] == {"other_split": 1, "failed": 1, "unlabelled": 1}
     assert summary["videos_per_s"] > 0
     check(out, case.undisturbed(*sets), 1e-5)
@@ -158,14 +190,35 @@ def test_a_killed_driver_is_gone_on_from(case: Case, ray_cluster: Any, tmp_path:
 
 
 @pytest.mark.slow
-def test_the_benchmark_prints_its_table(ray_cluster: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_prints_its_table(
+    ray_cluster: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     from jobs.benchmarks import train as benchmark
 
-    sizes = {"videos": 20, "frames": 2, "dim": 8, "classes": 3, "text-dim": 4, "dim-visual": 8, "dim-textual": 8, "batch-size": 8}
-    argv = [word for name, value in (sizes | {"epochs": 2, "rounds": 1, "threads": 1}).items() for word in (f"--{name}", str(value))]
+    sizes = {
+        "videos": 20,
+        "frames": 2,
+        "dim": 8,
+        "classes": 3,
+        "text-dim": 4,
+        "dim-visual": 8,
+        "dim-textual": 8,
+        "batch-size": 8,
+    }
+    argv = [
+        word
+        for name, value in (sizes | {"epochs": 2, "rounds": 1, "threads": 1}).items()
+        for word in (f"--{name}", str(value))
+    ]
     assert benchmark.main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[:5]] == ["steps/s", "---", "tsq train", "plain loop", "ratio"]
+    assert [line.split("|")[1].strip() for line in lines[:5]] == [
+        "steps/s",
+        "---",
+        "tsq train",
+        "plain loop",
+        "ratio",
+    ]
     ours, plain, ratio = (float(line.split("|")[2]) for line in lines[2:5])
     assert ratio == pytest.approx(ours / plain, rel=0.05)
     assert "20 videos, T=2, 8 dims, C=3, batch 8, 1 worker(s) of 1 thread(s)" in lines[-1]

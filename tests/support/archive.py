@@ -15,13 +15,21 @@ COLOURS = {"amber light": (240, 170, 20), "blue sea": (20, 60, 220), "green fiel
 CLASSES = sorted(COLOURS)
 
 
-def write_clip(path: Path, label: str, seed: int, num_frames: int = NUM_FRAMES, size: tuple[int, int] = (96, 64)) -> Path:
+def write_clip(
+    path: Path,
+    label: str,
+    seed: int,
+    num_frames: int = NUM_FRAMES,
+    size: tuple[int, int] = (96, 64),
+) -> Path:
     """Grey noise, and in its middle third (all of a clip of one frame) the colour of `label`; the index lies at the file's end."""
     rng = np.random.default_rng([seed, CLASSES.index(label)])
     path.parent.mkdir(parents=True, exist_ok=True)
     width, height = size
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "g": "6", "threads": "1"})
+        stream = container.add_stream(
+            "libx264", rate=FPS, options={"preset": "ultrafast", "g": "6", "threads": "1"}
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(num_frames):
             picture = rng.integers(90, 150, (height, width, 3))
@@ -58,7 +66,9 @@ class Archive:
         with (self.root / "labels.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["path", "label", "split"])
-            writer.writerows([path, label, self.splits[path]] for path, label in sorted(self.labels.items()))
+            writer.writerows(
+                [path, label, self.splits[path]] for path, label in sorted(self.labels.items())
+            )
         return self.root / "labels.csv"
 
 

@@ -34,7 +34,9 @@ def make_bundle(uri: str | Path, with_recognizer: bool = True) -> str:
         torch.manual_seed(7)
         encoder = _network(settings.visual, len(CLASSES))
         recognizer = ModelConfig(model="test_resnet", weights="random:2", size=32, resize="crop")
-        shape = TSQShape(len(CLASSES), visual_dim=encoder.dim, text_dim=TEXT_DIM, dim_visual=16, dim_textual=8)
+        shape = TSQShape(
+            len(CLASSES), visual_dim=encoder.dim, text_dim=TEXT_DIM, dim_visual=16, dim_textual=8
+        )
         bundle = Bundle(
             classes=list(CLASSES),
             task="single",

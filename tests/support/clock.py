@@ -16,7 +16,9 @@ TICKS = 90_000
 STEP = TICKS // 24
 _PES_VIDEO = range(0xE0, 0xF0)
 _PACKET = 188
-_LEAST_STEP = 100  # about a millisecond: decoding times must differ in the time base of any container
+_LEAST_STEP = (
+    100  # about a millisecond: decoding times must differ in the time base of any container
+)
 
 Clock = Callable[[int], int | None]
 """Number of a frame in presentation order -> its time in ticks, None for none at all."""
@@ -32,8 +34,13 @@ def sequential(path: Path) -> list[tuple[int, int | None]]:
     found = []
     with av.open(str(path)) as container:
         for packet in container.demux(container.streams.video[0]):
-            with contextlib.suppress(av.error.InvalidDataError, av.error.ArgumentError, av.error.EOFError):
-                found += [(number_of(frame.to_ndarray(format="rgb24")), frame.pts) for frame in packet.decode()]
+            with contextlib.suppress(
+                av.error.InvalidDataError, av.error.ArgumentError, av.error.EOFError
+            ):
+                found += [
+                    (number_of(frame.to_ndarray(format="rgb24")), frame.pts)
+                    for frame in packet.decode()
+                ]
     return found
 
 
@@ -47,11 +54,16 @@ def write_clock(source: Path, path: Path, clock: Clock, by_decoding: bool = Fals
     """
     if path.suffix == ".ts":
         return _write_ts(source, path, clock)
-    with av.open(str(source)) as given, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as made:
+    with (
+        av.open(str(source)) as given,
+        av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as made,
+    ):
         template = given.streams.video[0]
         stream = made.add_stream_from_template(template)
         packets = [packet for packet in given.demux(template) if packet.size]
-        ranks = list(range(len(packets))) if by_decoding else _ranks([packet.pts for packet in packets])
+        ranks = (
+            list(range(len(packets))) if by_decoding else _ranks([packet.pts for packet in packets])
+        )
         if path.suffix == ".avi" and template.codec_context.name == "h264":
             start_codes = av.BitStreamFilterContext("h264_mp4toannexb", template)
             packets = [made for packet in packets for made in start_codes.filter(packet)]
@@ -115,7 +127,11 @@ def _pes_headers(data: bytearray) -> list[int]:
 
 
 def _read_time(data: bytearray, at: int) -> int:
-    high, middle, low = data[at] >> 1 & 7, data[at + 1] << 7 | data[at + 2] >> 1, data[at + 3] << 7 | data[at + 4] >> 1
+    high, middle, low = (
+        data[at] >> 1 & 7,
+        data[at + 1] << 7 | data[at + 2] >> 1,
+        data[at + 3] << 7 | data[at + 4] >> 1,
+    )
     return high << 30 | middle << 15 | low
 
 
@@ -153,7 +169,8 @@ SOURCES = {
     "mpeg2_b": {"codec": "mpeg2video", "options": {"bf": "2"}},
 }
 CONTAINERS = {
-    "ts": set(SOURCES) - {"mpeg4", "mpeg4_b"},  # whose headers the transport stream would have to repeat
+    "ts": set(SOURCES)
+    - {"mpeg4", "mpeg4_b"},  # whose headers the transport stream would have to repeat
     "mkv": set(SOURCES),
     "mp4": set(SOURCES),
     "avi": {"h264", "h264_b", "h264_flat_b", "mpeg4", "mpeg4_b"},
@@ -172,12 +189,16 @@ def write_sources(folder: Path) -> dict[str, Path]:
 
 def write_packed_b_frames(path: Path) -> Path:
     """An AVI as DivX 5 wrote them: a B frame lies in the packet of the frame it refers to, an empty picture takes its place."""
-    plain = write_video(path.with_suffix(".plain.mkv"), NUM_FRAMES, "mpeg4", size=(96, 64), options={"bf": "1"})
+    plain = write_video(
+        path.with_suffix(".plain.mkv"), NUM_FRAMES, "mpeg4", size=(96, 64), options={"bf": "1"}
+    )
     with av.open(str(plain)) as given, av.open(str(path), "w") as made:
         template = given.streams.video[0]
         stream = made.add_stream_from_template(template)
         packets = [packet for packet in given.demux(template) if packet.size]
-        header = bytes(template.codec_context.extradata or b"") + b"\x00\x00\x01\xb2DivX503b1393p\x00"
+        header = (
+            bytes(template.codec_context.extradata or b"") + b"\x00\x00\x01\xb2DivX503b1393p\x00"
+        )
         datas = [bytes(packet) for packet in packets]
         datas[0] = header + datas[0]
         for i in range(2, len(packets)):

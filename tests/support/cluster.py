@@ -85,7 +85,10 @@ def tsq(*argv: str | Path) -> Ended:
     """`tsq ARGV` in this process."""
     from tsq_ray.cli import main
 
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
         code = main([str(item) for item in argv])
     return Ended(code, out.getvalue(), err.getvalue())
 
@@ -102,7 +105,9 @@ def refused(ended: Ended, code: int = 2) -> str:
 
 def read_rows(uri: str) -> pa.Table:
     """All parts of a run folder by plain pyarrow, sorted by video."""
-    parts = [file for file in storage.list_folder(uri) if storage.name_of(file.uri).startswith("part-")]
+    parts = [
+        file for file in storage.list_folder(uri) if storage.name_of(file.uri).startswith("part-")
+    ]
     tables = [pq.read_table(pa.BufferReader(storage.read_bytes(file.uri))) for file in parts]
     return pa.concat_tables(tables).sort_by("video_id")
 
@@ -134,11 +139,29 @@ class Chain:
 
     @cached_property
     def manifest(self) -> str:
-        self.run("index", "index", self.at("videos"), "--labels", self.at("videos/labels.csv"), "--out", self.at("manifest.parquet"))
+        self.run(
+            "index",
+            "index",
+            self.at("videos"),
+            "--labels",
+            self.at("videos/labels.csv"),
+            "--out",
+            self.at("manifest.parquet"),
+        )
         return self.at("manifest.parquet")
 
     def _finetune(self, role: str) -> str:
-        self.run(role, "finetune", self.manifest, "--role", role, "--out", self.at(role), "--config", str(self.settings))
+        self.run(
+            role,
+            "finetune",
+            self.manifest,
+            "--role",
+            role,
+            "--out",
+            self.at(role),
+            "--config",
+            str(self.settings),
+        )
         return self.at(role)
 
     @cached_property
@@ -151,22 +174,40 @@ class Chain:
 
     @cached_property
     def features(self) -> str:
-        self.run("extract", "extract", self.manifest, "--out", self.at("features"), *self.extract_options)
+        self.run(
+            "extract", "extract", self.manifest, "--out", self.at("features"), *self.extract_options
+        )
         return self.at("features")
 
     @property
     def extract_options(self) -> list[str]:
-        return ["--encoder", self.encoder, "--recognizer", self.recognizer, "--config", str(self.settings)]
+        return [
+            "--encoder",
+            self.encoder,
+            "--recognizer",
+            self.recognizer,
+            "--config",
+            str(self.settings),
+        ]
 
     @cached_property
     def bundle(self) -> str:
-        options = ["--encoder", self.encoder, "--recognizer", self.recognizer, "--config", str(self.settings)]
+        options = [
+            "--encoder",
+            self.encoder,
+            "--recognizer",
+            self.recognizer,
+            "--config",
+            str(self.settings),
+        ]
         self.run("train", "train", self.features, "--out", self.at("bundle"), *options)
         return self.at("bundle")
 
     @cached_property
     def predictions(self) -> str:
-        self.run("score", "score", self.manifest, "--model", self.bundle, "--out", self.at("predictions"))
+        self.run(
+            "score", "score", self.manifest, "--model", self.bundle, "--out", self.at("predictions")
+        )
         return self.at("predictions")
 
 
@@ -243,7 +284,9 @@ def descendants(title: str) -> list[int]:
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(folder.name)] = int(
+                (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            )
 
     def comes_from_here(pid: int) -> bool:
         return pid == os.getpid() or (pid in parents and comes_from_here(parents[pid]))
@@ -279,7 +322,11 @@ class Driver:
     """`tsq ARGV`, or another module's command line, as a process with a Ray of its own; a context manager that leaves none behind."""
 
     def __init__(
-        self, argv: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None, module: str = "tsq_ray"
+        self,
+        argv: Sequence[str | Path],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        module: str = "tsq_ray",
     ) -> None:
         self.mark, self.log = uuid.uuid4().hex, log
         self._stack = contextlib.ExitStack()
@@ -317,7 +364,9 @@ class Driver:
     def ended(self, timeout_s: float = 240.0) -> Ended:
         """Wait for the end."""
         code = self.process.wait(timeout_s)
-        return Ended(code, self.log.with_suffix(".out").read_text(), self.log.with_suffix(".err").read_text())
+        return Ended(
+            code, self.log.with_suffix(".out").read_text(), self.log.with_suffix(".err").read_text()
+        )
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float = 240.0) -> None:
         """Wait for `ready`; fails where the command ends before."""

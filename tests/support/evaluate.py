@@ -45,7 +45,9 @@ def rows_of() -> list[tuple[str, str, int]]:
     return [(f"{split}_{n}", split, n % len(CLASSES)) for split, n in numbered]
 
 
-def feature_row(name: str, split: str | None, label: int | None, dim: int, seed: int) -> dict[str, Any]:
+def feature_row(
+    name: str, split: str | None, label: int | None, dim: int, seed: int
+) -> dict[str, Any]:
     """One video; of `frame_index` slots 6 and 7 repeat the frames of 0 and 1 in every third video."""
     rng = np.random.default_rng(seed)
     visual = rng.normal(size=(NUM_FRAMES, dim))
@@ -74,20 +76,34 @@ def feature_row(name: str, split: str | None, label: int | None, dim: int, seed:
     }
 
 
-def write_features(folder: Path, bundle: Bundle, with_logits: bool = True, splits: bool = True, **changes: Any) -> str:
+def write_features(
+    folder: Path, bundle: Bundle, with_logits: bool = True, splits: bool = True, **changes: Any
+) -> str:
     """A finished run folder of 21 good videos, an unlabelled one and a failed one; `changes` replaces keys of `_run.json`."""
     dim = bundle.encoder.dim
-    rows = [feature_row(name, split if splits else None, label, dim, seed) for seed, (name, split, label) in enumerate(rows_of(), 1)]
+    rows = [
+        feature_row(name, split if splits else None, label, dim, seed)
+        for seed, (name, split, label) in enumerate(rows_of(), 1)
+    ]
     rows.append(feature_row("unlabelled", "val" if splits else None, None, dim, 90))
     rows.append(
-        {"video_id": f"{91:016x}", "uri": "/videos/bad.mp4", "size_bytes": 1, "split": "val" if splits else None, "labels": [0]}
+        {
+            "video_id": f"{91:016x}",
+            "uri": "/videos/bad.mp4",
+            "size_bytes": 1,
+            "split": "val" if splits else None,
+            "labels": [0],
+        }
         | {"status": "failed", "error_type": "corrupt", "error_message": "bad", "warnings": []}
     )
     made = schema.features_schema(NUM_FRAMES, dim, CLASSES, len(CLASSES) if with_logits else None)
     for part in (rows[:10], rows[10:]):
         runs.write_part(str(folder), schema.table_from_rows(part, made), "zstd")
     assert bundle.recognizer is not None
-    weights = {"visual": bundle.encoder.backbone_hash(), "recognizer": bundle.recognizer.state_hash()}
+    weights = {
+        "visual": bundle.encoder.backbone_hash(),
+        "recognizer": bundle.recognizer.state_hash(),
+    }
     config = Config(decode=bundle.decode, encoders=bundle.encoders, sampler=bundle.sampler_defaults)
     run = {
         "format": runs.FORMAT,

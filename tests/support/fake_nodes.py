@@ -11,7 +11,12 @@ class NodesWithMemory(FakeMultiNodeProvider):
     """Ray's own such nodes cannot be said to have memory, and then no actor that asks for some fits: each finds out by itself how much it has."""
 
     def create_node_with_resources_and_labels(
-        self, node_config: Any, tags: dict[str, str], count: int, resources: dict[str, float], labels: dict[str, str]
+        self,
+        node_config: Any,
+        tags: dict[str, str],
+        count: int,
+        resources: dict[str, float],
+        labels: dict[str, str],
     ) -> None:
         """Start `count` nodes of a type."""
         known = {name: value for name, value in resources.items() if name != "memory"}

@@ -15,7 +15,14 @@ from typing import Any
 from support.archive import Archive, make_archive
 from support.cluster import SETTINGS, Ended, read_rows, tsq, upload, visible_parts
 
-ONE_AT_A_TIME = ["--set", "output.rows_per_file=2", "--set", "resources.batch_size=1", "--set", "resources.workers=1"]
+ONE_AT_A_TIME = [
+    "--set",
+    "output.rows_per_file=2",
+    "--set",
+    "resources.batch_size=1",
+    "--set",
+    "resources.workers=1",
+]
 INPUTS = 18
 BAD = {"not_video": 2, "truncated": 1}
 """The files of the archive that are no good whatever happens."""
@@ -35,7 +42,15 @@ class Site:
     @property
     def argv(self) -> list[str]:
         """The command: the same one before and after."""
-        return ["extract", self.manifest, "--out", self.out, "--config", str(self.settings), *self.options]
+        return [
+            "extract",
+            self.manifest,
+            "--out",
+            self.out,
+            "--config",
+            str(self.settings),
+            *self.options,
+        ]
 
     @property
     def parts(self) -> set[str]:
@@ -73,12 +88,22 @@ def adds_up(site: Site, failed: Mapping[str, int] = BAD) -> None:
     found = tsq("verify", site.out, "--json").json
     counts = found["counts"]
     assert found["problems"] == []
-    unexpected = {name: row["error_message"] for name, row in site.rows().items() if row["error_type"] not in {*failed, None}}
+    unexpected = {
+        name: row["error_message"]
+        for name, row in site.rows().items()
+        if row["error_type"] not in {*failed, None}
+    }
     assert (counts["failed_by_type"], unexpected) == (failed, {})
-    assert (counts["inputs"], counts["failed"], counts["skipped"]) == (INPUTS, sum(failed.values()), 0)
+    assert (counts["inputs"], counts["failed"], counts["skipped"]) == (
+        INPUTS,
+        sum(failed.values()),
+        0,
+    )
     assert counts["inputs"] == counts["ok"] + counts["failed"] + counts["skipped"]
     assert len(site.rows()) == INPUTS
-    assert all(name.startswith("part-") and name.endswith(".parquet") for name in site.parts), site.parts
+    assert all(name.startswith("part-") and name.endswith(".parquet") for name in site.parts), (
+        site.parts
+    )
 
 
 def one_line(ended: Ended) -> str:
@@ -126,5 +151,10 @@ def readers_of(path: Path) -> list[int]:
 def mounted(folder: Path, size: str) -> str | None:
     """Mount a small file system of its own; why that cannot be done here, or None."""
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return (done.stderr.strip() or "mount failed") if done.returncode else None

@@ -36,7 +36,9 @@ def boxes_of(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Bo
 def flip_bits(rng: random.Random, data: bytes, other: bytes) -> bytes:
     """1 to 256 bits, anywhere or near the beginning or the end, where indices lie."""
     damaged = bytearray(data)
-    low, high = rng.choice([(0, len(data)), (0, min(4096, len(data))), (max(0, len(data) - 4096), len(data))])
+    low, high = rng.choice(
+        [(0, len(data)), (0, min(4096, len(data))), (max(0, len(data) - 4096), len(data))]
+    )
     for _ in range(1 << rng.randrange(9)):
         damaged[rng.randrange(low, high)] ^= 1 << rng.randrange(8)
     return bytes(damaged)
@@ -54,7 +56,9 @@ def splice(rng: random.Random, data: bytes, other: bytes) -> bytes:
     if not mine or not theirs:
         start, length = rng.randrange(len(data)), rng.randrange(1, 1 << rng.randrange(1, 16))
         taken = rng.randrange(len(other))
-        return data[:start] + other[taken : taken + length] + data[start + length * rng.randrange(2) :]
+        return (
+            data[:start] + other[taken : taken + length] + data[start + length * rng.randrange(2) :]
+        )
     box = rng.choice(mine)
     what = rng.random()
     if what < 0.2:
@@ -78,7 +82,13 @@ def blank(rng: random.Random, data: bytes, other: bytes) -> bytes:
     return data[:start] + bytes(min(length, len(data) - start)) + data[start + length :]
 
 
-MUTATIONS: tuple[Callable[[random.Random, bytes, bytes], bytes], ...] = (flip_bits, truncate, splice, swap_header, blank)
+MUTATIONS: tuple[Callable[[random.Random, bytes, bytes], bytes], ...] = (
+    flip_bits,
+    truncate,
+    splice,
+    swap_header,
+    blank,
+)
 
 
 def mutated(files: list[Path], seed: int) -> tuple[str, bytes]:
@@ -86,4 +96,6 @@ def mutated(files: list[Path], seed: int) -> tuple[str, bytes]:
     rng = random.Random(seed)
     mutate = MUTATIONS[seed % len(MUTATIONS)]
     path, other = rng.choice(files), rng.choice(files)
-    return f"{seed}-{mutate.__name__}-{path.name}", mutate(rng, path.read_bytes(), other.read_bytes())
+    return f"{seed}-{mutate.__name__}-{path.name}", mutate(
+        rng, path.read_bytes(), other.read_bytes()
+    )

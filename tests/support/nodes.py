@@ -61,7 +61,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         start, stop = int(asked[1]), int(asked[2] or len(content) - 1) + 1
         piece = content[start:stop]
-        self._head(206, len(piece), [("Content-Range", f"bytes {start}-{start + len(piece) - 1}/{len(content)}")])
+        self._head(
+            206,
+            len(piece),
+            [("Content-Range", f"bytes {start}-{start + len(piece) - 1}/{len(content)}")],
+        )
         self.wfile.write(piece)
 
     def _head(self, status: int, size: int, more: Any) -> None:
@@ -101,7 +105,11 @@ def nodes(*cpus: float) -> Iterator[Any]:
 
     with short_folder() as folder:
         options = {"include_dashboard": False, "object_store_memory": 100 * 2**20}
-        cluster = Cluster(initialize_head=True, connect=False, head_node_args={**options, "num_cpus": cpus[0], "temp_dir": str(folder)})
+        cluster = Cluster(
+            initialize_head=True,
+            connect=False,
+            head_node_args={**options, "num_cpus": cpus[0], "temp_dir": str(folder)},
+        )
         try:
             for count in cpus[1:]:
                 cluster.add_node(num_cpus=count, object_store_memory=100 * 2**20)
@@ -111,8 +119,19 @@ def nodes(*cpus: float) -> Iterator[Any]:
 
 
 _EMPTY_LISTS = (
-    *("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands", "setup_commands"),
-    *("head_setup_commands", "worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"),
+    *(
+        "cluster_synced_files",
+        "rsync_exclude",
+        "rsync_filter",
+        "initialization_commands",
+        "setup_commands",
+    ),
+    *(
+        "head_setup_commands",
+        "worker_setup_commands",
+        "head_start_ray_commands",
+        "worker_start_ray_commands",
+    ),
 )
 """That Ray's autoscaler wants to find in its configuration."""
 
@@ -133,8 +152,18 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
             for name, (resources, most) in types.items()
         }
         kinds["ray.head.default"] = {"resources": {}, "node_config": {}, "max_workers": 0}
-        provider = {"type": "external", "module": "support.fake_nodes.NodesWithMemory", "gcs_address": address, "launch_multiple": True}
-        flags = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check", "foreground_node_launch")
+        provider = {
+            "type": "external",
+            "module": "support.fake_nodes.NodesWithMemory",
+            "gcs_address": address,
+            "launch_multiple": True,
+        }
+        flags = (
+            "use_node_id_as_ip",
+            "disable_node_updaters",
+            "disable_launch_config_check",
+            "foreground_node_launch",
+        )
         config = {
             "cluster_name": "fake",
             "max_workers": sum(most for _, most in types.values()),
@@ -160,8 +189,19 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
             "RAY_AUTH_MODE": "disabled",
             MARK: mark,
         }
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", f"--port={port}", f"--autoscaling-config={file}"]
-        command += ["--node-ip-address=127.0.0.1", "--num-cpus=0", "--num-gpus=0", "--object-store-memory=104857600"]
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            "start",
+            "--head",
+            f"--port={port}",
+            f"--autoscaling-config={file}",
+        ]
+        command += [
+            "--node-ip-address=127.0.0.1",
+            "--num-cpus=0",
+            "--num-gpus=0",
+            "--object-store-memory=104857600",
+        ]
         command += ["--include-dashboard=false", f"--temp-dir={folder}"]
         subprocess.run(command, env=environment, check=True, capture_output=True)
         try:

@@ -65,7 +65,9 @@ class S3Proxy:
             self.given.clear()
             self.headers.clear()
 
-    def trouble(self, trouble: Trouble, count: int | None = None, after: int = 0, only: str | None = None) -> None:
+    def trouble(
+        self, trouble: Trouble, count: int | None = None, after: int = 0, only: str | None = None
+    ) -> None:
         """Give `trouble` to every request from here on, or to `count` of them; pass on the first `after`.
 
         `only`: requests with this method.
@@ -115,9 +117,14 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in _HOP_BY_HOP:
                 self.send_header(name, value)
-        length = next((value for name, value in headers if name.lower() == "content-length"), str(len(content)))
+        length = next(
+            (value for name, value in headers if name.lower() == "content-length"),
+            str(len(content)),
+        )
         if status != 204:
-            self.send_header("Content-Length", length if self.command == "HEAD" else str(len(content)))
+            self.send_header(
+                "Content-Length", length if self.command == "HEAD" else str(len(content))
+            )
         self.end_headers()
         if trouble is not None:
             content = content[: len(content) // 2]
@@ -139,9 +146,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        connection = http.client.HTTPConnection(str(self.proxy.backend.hostname), self.proxy.backend.port, timeout=60)
+        connection = http.client.HTTPConnection(
+            str(self.proxy.backend.hostname), self.proxy.backend.port, timeout=60
+        )
         try:
-            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)  # Host is part of the signature
+            connection.putrequest(
+                self.command, self.path, skip_host=True, skip_accept_encoding=True
+            )  # Host is part of the signature
             for name, value in self.headers.items():
                 if name.lower() not in _HOP_BY_HOP:
                     connection.putheader(name, value)
@@ -153,9 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _refuse(self, trouble: Trouble) -> None:
-        content = (
-            f'<?xml version="1.0"?><Error><Code>{trouble.code}</Code><Message>the proxy says {trouble.code}</Message></Error>'.encode()
-        )
+        content = f'<?xml version="1.0"?><Error><Code>{trouble.code}</Code><Message>the proxy says {trouble.code}</Message></Error>'.encode()
         self.send_response_only(trouble.status)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(content)))

@@ -17,7 +17,11 @@ def check_one_writer_wins(kind: Kind, uri: str, writers: int) -> None:
 
     def write(number: int) -> bool:
         mine = b"%d" % number
-        return storage.create_bytes(uri, mine) if kind == "create" else storage.replace_bytes(uri, b"old", mine)
+        return (
+            storage.create_bytes(uri, mine)
+            if kind == "create"
+            else storage.replace_bytes(uri, b"old", mine)
+        )
 
     with ThreadPoolExecutor(writers) as pool:
         won = list(pool.map(write, range(writers)))

@@ -34,7 +34,11 @@ def make_video(path: Path, num_frames: int, width: int = 96, height: int = 72) -
         stream = container.add_stream("mpeg4", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for i in range(num_frames):
-            picture = np.full((height, width, 3), [int(255 * c) for c in colorsys.hsv_to_rgb(i / num_frames, 0.6, 0.8)], np.uint8)
+            picture = np.full(
+                (height, width, 3),
+                [int(255 * c) for c in colorsys.hsv_to_rgb(i / num_frames, 0.6, 0.8)],
+                np.uint8,
+            )
             at = i * (width - 8) // num_frames
             picture[:, at : at + 8] = 255
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
@@ -62,13 +66,19 @@ def failed_row(number: int, uri: str, error_type: str, message: str) -> dict[str
     }
 
 
-def ok_row(number: int, path: Path, scores: list[float], labels: list[str] | None = None, **more: Any) -> dict[str, Any]:
+def ok_row(
+    number: int, path: Path, scores: list[float], labels: list[str] | None = None, **more: Any
+) -> dict[str, Any]:
     """The row that scoring `path` would write, with these scores (in the order of CLASSES) and labels."""
     source = VideoSource(uri=str(path))
     specs = {"any": FrameSpec(size=16, resize="squash", interpolation="bilinear")}
     video = decode_video(source, settings().decode, specs)
     best = np.argsort(scores)[::-1]
-    slots = [2, 3, 6] if video.source_num_frames >= NUM_FRAMES else list(range(min(BUDGET, video.source_num_frames)))
+    slots = (
+        [2, 3, 6]
+        if video.source_num_frames >= NUM_FRAMES
+        else list(range(min(BUDGET, video.source_num_frames)))
+    )
     by = ["visual", "visual", "textual"][: len(slots)]
     return {
         "video_id": video_id(number),
@@ -101,14 +111,18 @@ def ok_row(number: int, path: Path, scores: list[float], labels: list[str] | Non
     }
 
 
-def write_run(folder: Path, rows: list[dict[str, Any]], with_scores: bool = True, **run: Any) -> Path:
+def write_run(
+    folder: Path, rows: list[dict[str, Any]], with_scores: bool = True, **run: Any
+) -> Path:
     """Publish rows in two parts and `_run.json`; `run` replaces its keys, None leaves one out."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = schema.predictions_schema(NUM_FRAMES, len(CLASSES), CLASSES, with_scores)
     half = (len(rows) + 1) // 2
     for number, part in enumerate((rows[:half], rows[half:])):
         if part:
-            pq.write_table(schema.table_from_rows(part, wanted), folder / f"part-{number:04d}.parquet")
+            pq.write_table(
+                schema.table_from_rows(part, wanted), folder / f"part-{number:04d}.parquet"
+            )
     failed = sum(row["status"] == "failed" for row in rows)
     content = {
         "format": 1,
@@ -121,7 +135,9 @@ def write_run(folder: Path, rows: list[dict[str, Any]], with_scores: bool = True
         "ended": "2026-01-02T03:04:05+00:00",
         "versions": {"tsq-ray": "0.1", "torch": "2.9"},
     } | run
-    (folder / "_run.json").write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    (folder / "_run.json").write_text(
+        json.dumps({key: value for key, value in content.items() if value is not None})
+    )
     return folder
 
 
@@ -189,7 +205,12 @@ def _large_part(number: int, count: int, classes: list[str]) -> pa.Table:
     top = np.take_along_axis(scores, best, axis=1)
     failed = rng.random(count) < 0.1
     labels = [
-        [classes[best[row, 0] if rng.random() < 0.5 else row % len(classes)], *(["juggle"] if row % 50 == 0 else [])] if row % 3 else None
+        [
+            classes[best[row, 0] if rng.random() < 0.5 else row % len(classes)],
+            *(["juggle"] if row % 50 == 0 else []),
+        ]
+        if row % 3
+        else None
         for row in range(count)
     ]
     ids = rng.integers(0, 2**63, count)
@@ -201,9 +222,17 @@ def _large_part(number: int, count: int, classes: list[str]) -> pa.Table:
         "size_bytes": ids,
         "label_names": labels,
         "status": np.where(failed, "failed", "ok"),
-        "error_type": [["timeout", "corrupt", "not_found"][row % 3] if bad else None for row, bad in enumerate(failed)],
-        "error_message": [f"failed after {row % 7} s" if bad else None for row, bad in enumerate(failed)],
-        "warnings": [[f"{row % 9} of 8 frames missing"] if row % 20 == 0 and not bad else [] for row, bad in enumerate(failed)],
+        "error_type": [
+            ["timeout", "corrupt", "not_found"][row % 3] if bad else None
+            for row, bad in enumerate(failed)
+        ],
+        "error_message": [
+            f"failed after {row % 7} s" if bad else None for row, bad in enumerate(failed)
+        ],
+        "warnings": [
+            [f"{row % 9} of 8 frames missing"] if row % 20 == 0 and not bad else []
+            for row, bad in enumerate(failed)
+        ],
         "duration_s": rng.random(count) * 100,
         "width": np.full(count, 320),
         "height": np.full(count, 240),
@@ -218,7 +247,9 @@ def _large_part(number: int, count: int, classes: list[str]) -> pa.Table:
         "saliency_textual": rng.random((count, NUM_FRAMES), np.float32),
         "decode_ms": rng.random(count) * 40,
     }
-    return pa.table([_large_column(columns.get(field.name), field, failed) for field in wanted], schema=wanted)
+    return pa.table(
+        [_large_column(columns.get(field.name), field, failed) for field in wanted], schema=wanted
+    )
 
 
 def _large_column(values: Any, field: pa.Field, failed: np.ndarray) -> pa.Array:
@@ -226,9 +257,14 @@ def _large_column(values: Any, field: pa.Field, failed: np.ndarray) -> pa.Array:
         return pa.nulls(len(failed), field.type)
     if isinstance(field.type, pa.FixedShapeTensorType):
         flat = pa.array(values.reshape(-1), field.type.value_type)
-        return pa.ExtensionArray.from_storage(field.type, pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(failed)))
+        return pa.ExtensionArray.from_storage(
+            field.type,
+            pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(failed)),
+        )
     return pa.array(values, field.type)
 
 
 def _lists(flat: pa.Array, size: int, null: np.ndarray) -> pa.Array:
-    return pa.ListArray.from_arrays(pa.array(np.arange(len(null) + 1, dtype=np.int32) * size), flat, mask=pa.array(null))
+    return pa.ListArray.from_arrays(
+        pa.array(np.arange(len(null) + 1, dtype=np.int32) * size), flat, mask=pa.array(null)
+    )

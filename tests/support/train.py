@@ -18,13 +18,23 @@ from tsq_ray.stages import load_network
 VIDEOS, FRAMES, DIM, CLASSES, TEXT_DIM = 22, 4, 6, 3, 5
 ENCODER: dict[str, Any] = {"model": "test_efficientnet", "size": 32}
 NAMES = ["cat", "dog", "bird"]
-_WORDS = {word: np.random.default_rng(number).normal(size=TEXT_DIM) for number, word in enumerate([*NAMES, "fish", "bear", "house"])}
-SHAPE = TSQShape(CLASSES, visual_dim=DIM, text_dim=TEXT_DIM, dim_visual=8, dim_textual=8, dropout=0.1)
+_WORDS = {
+    word: np.random.default_rng(number).normal(size=TEXT_DIM)
+    for number, word in enumerate([*NAMES, "fish", "bear", "house"])
+}
+SHAPE = TSQShape(
+    CLASSES, visual_dim=DIM, text_dim=TEXT_DIM, dim_visual=8, dim_textual=8, dropout=0.1
+)
 
 
 def config_with(**settings: Any) -> TrainConfig:
     """Six steps an epoch, the last one of two videos."""
-    return TrainConfig(**({"epochs": 4, "batch_size": 4, "dim_visual": 8, "dim_textual": 8, "checkpoint_every": 1} | settings))
+    return TrainConfig(
+        **(
+            {"epochs": 4, "batch_size": 4, "dim_visual": 8, "dim_textual": 8, "checkpoint_every": 1}
+            | settings
+        )
+    )
 
 
 def make_arrays(dim: int = DIM) -> dict[str, np.ndarray]:
@@ -56,8 +66,13 @@ def write_features(uri: str, arrays: dict[str, np.ndarray], words: Path) -> Conf
 
     Its encoders are tiny random networks, its language model the word vectors written to `words`. The settings come back.
     """
-    words.write_text("".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in _WORDS.items()))
-    encoders = {name: ENCODER | {"weights": f"random:{seed}"} for seed, name in enumerate(("visual", "objects"))}
+    words.write_text(
+        "".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in _WORDS.items())
+    )
+    encoders = {
+        name: ENCODER | {"weights": f"random:{seed}"}
+        for seed, name in enumerate(("visual", "objects"))
+    }
     encoders["text"] = {"weights": str(words)}
     config = validate_config({"decode": {"num_frames": FRAMES}, "encoders": encoders})
     tensors = {name: arrays[name] for name in ("visual", "object_ids", "object_probs")}
@@ -76,7 +91,13 @@ def write_features(uri: str, arrays: dict[str, np.ndarray], words: Path) -> Conf
         VISUAL: load_network(config.encoders.visual, with_head=False).backbone_hash(),
         OBJECTS: load_network(config.encoders.objects, with_head=True).state_hash(),
     }
-    run = {"format": runs.FORMAT, "kind": "features", "classes": NAMES, "config": config.model_dump(mode="json"), "weights": weights}
+    run = {
+        "format": runs.FORMAT,
+        "kind": "features",
+        "classes": NAMES,
+        "config": config.model_dump(mode="json"),
+        "weights": weights,
+    }
     runs.write_json(f"{uri}/{runs.RUN_FILE}", run | {"identity": {}, "manifest": {"sha256": "0"}})
     return config
 
@@ -87,4 +108,11 @@ def video_id(name: str) -> str:
 
 
 def _row(name: str) -> dict[str, Any]:
-    return {"video_id": video_id(name), "uri": f"/videos/{name}.mp4", "size_bytes": 1, "split": "train", "status": "ok", "warnings": []}
+    return {
+        "video_id": video_id(name),
+        "uri": f"/videos/{name}.mp4",
+        "size_bytes": 1,
+        "split": "train",
+        "status": "ok",
+        "warnings": [],
+    }

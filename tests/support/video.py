@@ -27,7 +27,9 @@ def number_of(rgb: np.ndarray) -> int:
     """The number that a decoded picture of any size shows."""
     height, width = rgb.shape[:2]
     block = width / BITS
-    return sum(int(rgb[height // 4, int((bit + 0.5) * block)].mean() > 128) << bit for bit in range(BITS))
+    return sum(
+        int(rgb[height // 4, int((bit + 0.5) * block)].mean() > 128) << bit for bit in range(BITS)
+    )
 
 
 def write_video(
@@ -45,11 +47,17 @@ def write_video(
     container_options: dict[str, str] | None = None,
 ) -> Path:
     """A video of numbered frames; `times` are their presentation times in 1/24 s (default: 0, 1, 2, ...)."""
-    chosen = {"g": str(gop), "bf": str(b_frames), "crf": "18"} if codec in ("libx264", "libx265") else {"g": str(gop)}
+    chosen = (
+        {"g": str(gop), "bf": str(b_frames), "crf": "18"}
+        if codec in ("libx264", "libx265")
+        else {"g": str(gop)}
+    )
     if codec == "libx264":
         chosen["x264-params"] = f"scenecut=0:keyint={gop}:min-keyint={gop}:open-gop={int(open_gop)}"
     if codec == "libx265":
-        chosen["x265-params"] = f"log-level=none:scenecut=0:keyint={gop}:min-keyint={gop}:bframes={b_frames}:open-gop={int(open_gop)}"
+        chosen["x265-params"] = (
+            f"log-level=none:scenecut=0:keyint={gop}:min-keyint={gop}:bframes={b_frames}:open-gop={int(open_gop)}"
+        )
     with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=RATE, options=chosen | (options or {}))
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
@@ -57,7 +65,9 @@ def write_video(
         if rotation:
             stream.set_display_rotation(rotation)
         for number in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24").reformat(format=pix_fmt)
+            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24").reformat(
+                format=pix_fmt
+            )
             frame.pts = times[number] if times is not None else number
             frame.time_base = Fraction(1, RATE)
             container.mux(stream.encode(frame))
@@ -73,7 +83,9 @@ def write_audio(path: Path) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=16000, layout="mono")
         for i in range(8):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+            )
             frame.sample_rate, frame.pts = 16000, 1024 * i
             container.mux(stream.encode(frame))
         container.mux(stream.encode())

@@ -38,7 +38,11 @@ def test_random_is_the_same_for_ever() -> None:
 
 
 def test_random_hangs_on_seed_and_video() -> None:
-    choices = {tuple(baselines.random(SIXTEEN, 5, seed, video).slots) for seed in range(4) for video in ("a", "b")}
+    choices = {
+        tuple(baselines.random(SIXTEEN, 5, seed, video).slots)
+        for seed in range(4)
+        for video in ("a", "b")
+    }
     assert len(choices) > 4
 
 
@@ -66,4 +70,6 @@ def test_maxconf_takes_the_surest_frames(name: str) -> None:
     assert chosen.slots.tolist() == [2, 4]
     assert chosen.selected_by == [name] * 2
     assert baselines.maxconf(probabilities, np.arange(6), 4, name).slots.tolist() == [0, 1, 2, 4]
-    assert baselines.maxconf(probabilities, np.array([0, 1, 2, 0, 1, 2]), 2, name).slots.tolist() == [1, 2]
+    assert baselines.maxconf(
+        probabilities, np.array([0, 1, 2, 0, 1, 2]), 2, name
+    ).slots.tolist() == [1, 2]

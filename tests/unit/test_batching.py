@@ -124,7 +124,9 @@ def test_an_item_that_fails_costs_its_batch_nothing() -> None:
     async def run() -> list[int | BaseException]:
         batches = Batches(network, size=2, wait_s=0.05, threads=1, on_gpu=True)
         numbers = [1, -1, 2, 3, 4]
-        return await asyncio.gather(*(batches(number) for number in numbers), return_exceptions=True)
+        return await asyncio.gather(
+            *(batches(number) for number in numbers), return_exceptions=True
+        )
 
     answers = asyncio.run(run())
     assert [str(answer) for answer in answers] == ["2", "negative: [-1]", "4", "6", "8"]
@@ -147,7 +149,10 @@ def test_a_request_that_is_given_up_is_not_worked_on() -> None:
     assert network.seen == [[1], [3]]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads of a process as Linux shows them")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(),
+    reason="counts the threads of a process as Linux shows them",
+)
 def test_threads_do_not_multiply() -> None:
     """A thread keeps as many helpers as it ever had: were single items given to any thread, each would end with all of them."""
     threads, picture = 16, torch.rand(64, 3, 32, 32)
@@ -178,7 +183,11 @@ def test_compiled_work_keeps_to_one_lane_and_one_number_of_threads() -> None:
         return await asyncio.gather(*(batches(number) for number in range(5)))
 
     assert asyncio.run(run()) == [0, 2, 4, 6, 8]
-    assert (network.most_inside, network.seen, network.threads) == (1, [[0], [1], [2], [3], [4]], [4] * 5)
+    assert (network.most_inside, network.seen, network.threads) == (
+        1,
+        [[0], [1], [2], [3], [4]],
+        [4] * 5,
+    )
 
 
 def test_an_idle_network_keeps_no_item() -> None:
@@ -188,7 +197,9 @@ def test_an_idle_network_keeps_no_item() -> None:
     kept: list[weakref.ref[Frames]] = []
 
     async def run() -> None:
-        batches: Batches[Frames, int] = Batches(lambda items: [0] * len(items), size=1, wait_s=0.0, threads=2, on_gpu=False)
+        batches: Batches[Frames, int] = Batches(
+            lambda items: [0] * len(items), size=1, wait_s=0.0, threads=2, on_gpu=False
+        )
         for _ in range(3):
             item = Frames()
             kept.append(weakref.ref(item))

@@ -55,7 +55,10 @@ def classifier(tmp_path: Path) -> Path:
     config = ModelConfig(model="test_resnet", weights="random:3", size=32, mean=(0.5, 0.4, 0.3))
     encoder = load_encoder(config, with_head=False)
     encoder.head = nn.Linear(encoder.dim, len(CLASSES))
-    save_classifier(Classifier(encoder, CLASSES, "single", "recognizer", {"note": "made by a test"}), str(tmp_path / "classifier"))
+    save_classifier(
+        Classifier(encoder, CLASSES, "single", "recognizer", {"note": "made by a test"}),
+        str(tmp_path / "classifier"),
+    )
     return tmp_path / "classifier"
 
 
@@ -97,7 +100,10 @@ def test_a_bundle_without_a_recogniser_loads(tmp_path: Path) -> None:
 def test_a_visual_bundle_has_no_textual_files(bundle: Path, tmp_path: Path) -> None:
     full = load_bundle(str(bundle))
     network = TSQNet(dataclasses.replace(full.sampler.shape, modules="visual"))
-    save_bundle(dataclasses.replace(full, sampler=network, objects=None, vocabulary=None), str(tmp_path / "visual"))
+    save_bundle(
+        dataclasses.replace(full, sampler=network, objects=None, vocabulary=None),
+        str(tmp_path / "visual"),
+    )
     loaded = load_bundle(str(tmp_path / "visual"))
     assert loaded.objects is None
     assert loaded.vocabulary is None
@@ -111,10 +117,21 @@ def test_a_visual_bundle_has_no_textual_files(bundle: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "variant",
-    [{"attention": "class-agnostic"}, {"classifier": "shared", "num_layers": 2, "num_heads": 2, "self_attention": True, "top_objects": 3}],
+    [
+        {"attention": "class-agnostic"},
+        {
+            "classifier": "shared",
+            "num_layers": 2,
+            "num_heads": 2,
+            "self_attention": True,
+            "top_objects": 3,
+        },
+    ],
     ids=["class-agnostic", "the others"],
 )
-def test_a_variant_comes_back_as_it_was(made: Path, tmp_path: Path, variant: dict[str, Any]) -> None:
+def test_a_variant_comes_back_as_it_was(
+    made: Path, tmp_path: Path, variant: dict[str, Any]
+) -> None:
     first = load_bundle(str(made))
     network = TSQNet(dataclasses.replace(first.sampler.shape, **variant))
     save_bundle(dataclasses.replace(first, sampler=network), str(tmp_path / "variant"))
@@ -126,10 +143,26 @@ def test_a_variant_comes_back_as_it_was(made: Path, tmp_path: Path, variant: dic
 def test_a_bundle_from_before_the_variants_is_the_default_one(bundle: Path) -> None:
     now = load_bundle(str(bundle))
     content = json.loads((bundle / BUNDLE_FILE).read_text())
-    first = ("num_classes", "visual_dim", "text_dim", "dim_visual", "dim_textual", "dropout", "swap_values", "modules")
+    first = (
+        "num_classes",
+        "visual_dim",
+        "text_dim",
+        "dim_visual",
+        "dim_textual",
+        "dropout",
+        "swap_values",
+        "modules",
+    )
     old_shape = {key: content["sampler_shape"][key] for key in first}
-    old_encoders = {key: content["config"]["encoders"][key] for key in ("visual", "objects", "text")}
-    change_settings(bundle, BUNDLE_FILE, sampler_shape=old_shape, config=content["config"] | {"encoders": old_encoders})
+    old_encoders = {
+        key: content["config"]["encoders"][key] for key in ("visual", "objects", "text")
+    }
+    change_settings(
+        bundle,
+        BUNDLE_FILE,
+        sampler_shape=old_shape,
+        config=content["config"] | {"encoders": old_encoders},
+    )
     old = load_bundle(str(bundle))
     assert old.sampler.shape == now.sampler.shape
     assert old.encoders == now.encoders
@@ -152,16 +185,43 @@ def flip_a_byte(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_byte, r"sampler.safetensors: its content is not what was written \(sha256 differs\)"),
-        (lambda folder: (folder / "text.safetensors").unlink(), "text.safetensors: missing; the folder is not whole"),
-        (lambda folder: (folder / BUNDLE_FILE).unlink(), "has no bundle.json; name what tsq train wrote with --out"),
-        (lambda folder: (folder / BUNDLE_FILE).write_text("{"), "bundle.json: not JSON; the file is damaged"),
-        (lambda folder: change_settings(folder, BUNDLE_FILE, format=2), "bundle.json has format 2; this version reads 1"),
-        (lambda folder: change_settings(folder, BUNDLE_FILE, classes=["one"]), "recognizer.safetensors: weight has shape"),
+        (
+            flip_a_byte,
+            r"sampler.safetensors: its content is not what was written \(sha256 differs\)",
+        ),
+        (
+            lambda folder: (folder / "text.safetensors").unlink(),
+            "text.safetensors: missing; the folder is not whole",
+        ),
+        (
+            lambda folder: (folder / BUNDLE_FILE).unlink(),
+            "has no bundle.json; name what tsq train wrote with --out",
+        ),
+        (
+            lambda folder: (folder / BUNDLE_FILE).write_text("{"),
+            "bundle.json: not JSON; the file is damaged",
+        ),
+        (
+            lambda folder: change_settings(folder, BUNDLE_FILE, format=2),
+            "bundle.json has format 2; this version reads 1",
+        ),
+        (
+            lambda folder: change_settings(folder, BUNDLE_FILE, classes=["one"]),
+            "recognizer.safetensors: weight has shape",
+        ),
     ],
-    ids=["flipped byte", "missing file", "missing settings", "settings cut", "unknown format", "other classes"],
+    ids=[
+        "flipped byte",
+        "missing file",
+        "missing settings",
+        "settings cut",
+        "unknown format",
+        "other classes",
+    ],
 )
-def test_a_damaged_bundle_is_refused(bundle: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_a_damaged_bundle_is_refused(
+    bundle: Path, damage: Callable[[Path], Any], message: str
+) -> None:
     damage(bundle)
     with pytest.raises(ModelError, match=message) as caught:
         load_bundle(str(bundle))
@@ -176,7 +236,9 @@ def test_what_is_no_bundle_is_none(made: Path, classifier: Path, tmp_path: Path)
         load_bundle(str(tmp_path / "nowhere"))
 
 
-def test_writing_over_a_bundle_never_mixes_old_and_new(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writing_over_a_bundle_never_mixes_old_and_new(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from tsq_ray import storage
 
     whole, write = load_bundle(str(bundle)), storage.write_bytes
@@ -194,9 +256,16 @@ def test_writing_over_a_bundle_never_mixes_old_and_new(bundle: Path, monkeypatch
 
 def test_a_classifier_comes_back_as_it_was(classifier: Path) -> None:
     loaded = load_classifier(str(classifier))
-    assert (loaded.classes, loaded.task, loaded.role, loaded.provenance) == (CLASSES, "single", "recognizer", {"note": "made by a test"})
+    assert (loaded.classes, loaded.task, loaded.role, loaded.provenance) == (
+        CLASSES,
+        "single",
+        "recognizer",
+        {"note": "made by a test"},
+    )
     assert loaded.encoder.config.mean == (0.5, 0.4, 0.3)
-    assert same_networks(loaded.encoder.backbone, load_encoder(loaded.encoder.config, with_head=False).backbone)
+    assert same_networks(
+        loaded.encoder.backbone, load_encoder(loaded.encoder.config, with_head=False).backbone
+    )
     settings = json.loads((classifier / CLASSIFIER_FILE).read_text())
     assert settings["backbone_sha256"] == loaded.encoder.backbone_hash()
     pictures = torch.randint(0, 255, (2, 32, 32, 3), dtype=torch.uint8)
@@ -206,13 +275,21 @@ def test_a_classifier_comes_back_as_it_was(classifier: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / CLASSIFIER_FILE).unlink(), "has no finetune.json; name what tsq finetune wrote with --out"),
-        (lambda folder: change_settings(folder, CLASSIFIER_FILE, format="x"), "finetune.json has format 'x'; this version reads 1"),
+        (
+            lambda folder: (folder / CLASSIFIER_FILE).unlink(),
+            "has no finetune.json; name what tsq finetune wrote with --out",
+        ),
+        (
+            lambda folder: change_settings(folder, CLASSIFIER_FILE, format="x"),
+            "finetune.json has format 'x'; this version reads 1",
+        ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "sha256 differs"),
     ],
     ids=["missing settings", "unknown format", "emptied"],
 )
-def test_a_damaged_classifier_is_refused(classifier: Path, damage: Callable[[Path], Any], message: str) -> None:
+def test_a_damaged_classifier_is_refused(
+    classifier: Path, damage: Callable[[Path], Any], message: str
+) -> None:
     damage(classifier)
     with pytest.raises(ModelError, match=message):
         load_classifier(str(classifier))
@@ -225,7 +302,10 @@ def test_the_same_classes_in_the_same_order_pass() -> None:
 @pytest.mark.parametrize(
     ("have", "message"),
     [
-        (["dogs", "cats"], r"--encoder x: its class list differs from the features' \(the same names in another order\)"),
+        (
+            ["dogs", "cats"],
+            r"--encoder x: its class list differs from the features' \(the same names in another order\)",
+        ),
         (["cats", "birds"], r"2 classes against 2; unknown 'birds'; missing 'dogs'"),
         (["cats"], r"1 classes against 2; missing 'dogs'"),
     ],

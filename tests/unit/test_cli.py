@@ -28,7 +28,9 @@ Answer = tuple[int, str, str]
 
 
 @pytest.fixture
-def tsq(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
+def tsq(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Answer]:
     """tsq("index", ...) in tmp_path -> exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
 
@@ -82,13 +84,18 @@ def one_error(answer: Answer, code: int, message: str) -> None:
         (["score", "m", "--model", "b", "--out", "o", "--limit", "0"], "--limit"),
         (["score", "m", "--model", "b", "--out", "o", "--max-failed", "2"], "--max-failed"),
         (["score", "m", "--model", "b", "--out", "o", "--scores", "some"], "--scores.*some"),
-        (["finetune", "m", "--role", "sampler", "--out", "o"], "--role.*sampler.*encoder.*recognizer"),
+        (
+            ["finetune", "m", "--role", "sampler", "--out", "o"],
+            "--role.*sampler.*encoder.*recognizer",
+        ),
         (["serve", "--model", "b", "--port", "none"], "--port"),
         (["report", "predictions", "--out"], "--out.* requires an argument"),
         (["info"], "info takes one thing: a bundle, a manifest or a run folder, or --cluster"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_exit_code_2(tsq: Callable[..., Answer], arguments: list[str], message: str) -> None:
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(
+    tsq: Callable[..., Answer], arguments: list[str], message: str
+) -> None:
     one_error(tsq(*arguments), 2, message)
 
 
@@ -109,13 +116,20 @@ def test_help_is_no_error(tsq: Callable[..., Answer], arguments: list[str]) -> N
     [
         ("decode.frames=3", "unknown setting decode.frames; there is: strategy, "),
         ("decode.num_frames", "expected section.key=value"),
-        ("decode.num_frames=0", "setting decode.num_frames = 0: input should be greater than or equal to 1"),
+        (
+            "decode.num_frames=0",
+            "setting decode.num_frames = 0: input should be greater than or equal to 1",
+        ),
     ],
 )
 @pytest.mark.parametrize(
-    "command", [["extract", "m", "--out", "o"], ["finetune", "m", "--role", "encoder", "--out", "o"]], ids=lambda c: c[0]
+    "command",
+    [["extract", "m", "--out", "o"], ["finetune", "m", "--role", "encoder", "--out", "o"]],
+    ids=lambda c: c[0],
 )
-def test_a_wrong_setting_is_told_before_anything_else(tsq: Callable[..., Answer], command: list[str], setting: str, message: str) -> None:
+def test_a_wrong_setting_is_told_before_anything_else(
+    tsq: Callable[..., Answer], command: list[str], setting: str, message: str
+) -> None:
     one_error(tsq(*command, "--set", setting), 2, message)
 
 
@@ -129,11 +143,26 @@ def test_debug_adds_the_traceback(tsq: Callable[..., Answer]) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["extract", "none.parquet", "--out", "o"], "manifest .*none.parquet: no such file; make one with tsq index"),
-        (["extract", "videos", "--out", "o"], r"manifest .*videos: is a folder without \*\.parquet; name the file or the folder"),
-        (["finetune", "none.parquet", "--role", "encoder", "--out", "o"], "manifest .*none.parquet: no such file"),
-        (["train", "none", "--out", "o"], r"none: no run folder \(no _run.json\); name what extract or score wrote"),
-        (["score", "none.parquet", "--model", "none", "--out", "o"], "none: has no bundle.json; name what tsq train wrote"),
+        (
+            ["extract", "none.parquet", "--out", "o"],
+            "manifest .*none.parquet: no such file; make one with tsq index",
+        ),
+        (
+            ["extract", "videos", "--out", "o"],
+            r"manifest .*videos: is a folder without \*\.parquet; name the file or the folder",
+        ),
+        (
+            ["finetune", "none.parquet", "--role", "encoder", "--out", "o"],
+            "manifest .*none.parquet: no such file",
+        ),
+        (
+            ["train", "none", "--out", "o"],
+            r"none: no run folder \(no _run.json\); name what extract or score wrote",
+        ),
+        (
+            ["score", "none.parquet", "--model", "none", "--out", "o"],
+            "none: has no bundle.json; name what tsq train wrote",
+        ),
         (["predict", "v.mp4", "--model", "none"], "none: has no bundle.json"),
         (["serve", "--model", "none"], "none: has no bundle.json"),
         (["report", "none", "--out", "r.html"], "none: no run folder"),
@@ -155,7 +184,9 @@ def test_input_that_is_not_there_is_one_line_and_exit_code_2(
 # --------------------------------------------------------------------------------------------------------------- index
 
 
-def test_index_writes_the_manifest_and_tells_what_it_found(tsq: Callable[..., Answer], videos: Path) -> None:
+def test_index_writes_the_manifest_and_tells_what_it_found(
+    tsq: Callable[..., Answer], videos: Path
+) -> None:
     (videos / "notes.txt").write_text("x")
     code, out, _ = tsq("index", videos, "--out", "manifest.parquet")
     assert code == 0
@@ -170,15 +201,27 @@ def test_index_writes_the_manifest_and_tells_what_it_found(tsq: Callable[..., An
 
 
 def test_index_as_json(tsq: Callable[..., Answer], videos: Path) -> None:
-    code, out, _ = tsq("index", videos, "--out", "manifest.parquet", "--json", "--split-name", "train")
+    code, out, _ = tsq(
+        "index", videos, "--out", "manifest.parquet", "--json", "--split-name", "train"
+    )
     summary = json.loads(out)
     assert code == 0
-    assert (summary["videos"], summary["splits"], summary["out"]) == (4, {"train": 4}, "manifest.parquet")
+    assert (summary["videos"], summary["splits"], summary["out"]) == (
+        4,
+        {"train": 4},
+        "manifest.parquet",
+    )
 
 
-def test_index_does_not_write_over_a_manifest_unasked(tsq: Callable[..., Answer], videos: Path, manifest: Path) -> None:
+def test_index_does_not_write_over_a_manifest_unasked(
+    tsq: Callable[..., Answer], videos: Path, manifest: Path
+) -> None:
     before = manifest.read_bytes()
-    one_error(tsq("index", videos, "--out", manifest), 2, "exists already; add --update to list again, or name another file")
+    one_error(
+        tsq("index", videos, "--out", manifest),
+        2,
+        "exists already; add --update to list again, or name another file",
+    )
     assert manifest.read_bytes() == before
 
 
@@ -191,14 +234,24 @@ def test_index_update_lists_again(tsq: Callable[..., Answer], videos: Path, mani
     assert "new 1, changed 1, deleted 1, unchanged 2" in out
 
 
-def test_index_update_does_not_write_over_something_else(tsq: Callable[..., Answer], videos: Path, tmp_path: Path) -> None:
+def test_index_update_does_not_write_over_something_else(
+    tsq: Callable[..., Answer], videos: Path, tmp_path: Path
+) -> None:
     (tmp_path / "precious.parquet").write_bytes(b"not a manifest")
-    one_error(tsq("index", videos, "--out", "precious.parquet", "--update"), 2, "not a Parquet file")
+    one_error(
+        tsq("index", videos, "--out", "precious.parquet", "--update"), 2, "not a Parquet file"
+    )
     assert (tmp_path / "precious.parquet").read_bytes() == b"not a manifest"
 
 
-def test_index_names_labelled_videos_that_are_missing(tsq: Callable[..., Answer], videos: Path, tmp_path: Path) -> None:
-    lines = ["path,label", "videos/cats/1.mp4,cats", *(f"videos/gone{number}.mp4,cats" for number in range(7))]
+def test_index_names_labelled_videos_that_are_missing(
+    tsq: Callable[..., Answer], videos: Path, tmp_path: Path
+) -> None:
+    lines = [
+        "path,label",
+        "videos/cats/1.mp4,cats",
+        *(f"videos/gone{number}.mp4,cats" for number in range(7)),
+    ]
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     code, out, _ = tsq("index", videos, "--out", "m.parquet", "--labels", "labels.csv")
     assert code == 0
@@ -209,42 +262,78 @@ def test_index_names_labelled_videos_that_are_missing(tsq: Callable[..., Answer]
 # -------------------------------------------------------------------------------------------- manifests, bundles, folders
 
 
-def test_extract_refuses_a_split_that_nobody_has(tsq: Callable[..., Answer], manifest: Path) -> None:
-    one_error(tsq("extract", manifest, "--out", "o", "--split", "val"), 2, r"--split val: no video has it; there is: \(none\) \(4\)")
+def test_extract_refuses_a_split_that_nobody_has(
+    tsq: Callable[..., Answer], manifest: Path
+) -> None:
+    one_error(
+        tsq("extract", manifest, "--out", "o", "--split", "val"),
+        2,
+        r"--split val: no video has it; there is: \(none\) \(4\)",
+    )
 
 
 def test_extract_refuses_an_unknown_reason(tsq: Callable[..., Answer], manifest: Path) -> None:
     one_error(
-        tsq("extract", manifest, "--out", "o", "--retry-failed", "bored"), 2, "--retry-failed bored: no such reason; allowed: not_found"
+        tsq("extract", manifest, "--out", "o", "--retry-failed", "bored"),
+        2,
+        "--retry-failed bored: no such reason; allowed: not_found",
     )
 
 
 @pytest.mark.parametrize("role", ["encoder", "recognizer"])
-def test_finetune_refuses_a_manifest_without_labels(tsq: Callable[..., Answer], videos: Path, role: str) -> None:
+def test_finetune_refuses_a_manifest_without_labels(
+    tsq: Callable[..., Answer], videos: Path, role: str
+) -> None:
     assert tsq("index", videos, "--out", "m.parquet", "--labels", "none")[0] == 0
-    one_error(tsq("finetune", "m.parquet", "--role", role, "--out", "o"), 2, "no labelled video; index it with labels")
+    one_error(
+        tsq("finetune", "m.parquet", "--role", role, "--out", "o"),
+        2,
+        "no labelled video; index it with labels",
+    )
 
 
-def test_score_refuses_more_frames_than_there_are(tsq: Callable[..., Answer], manifest: Path, bundle: str) -> None:
+def test_score_refuses_more_frames_than_there_are(
+    tsq: Callable[..., Answer], manifest: Path, bundle: str
+) -> None:
     answer = tsq("score", manifest, "--model", bundle, "--out", "o", "--set", "sampler.budget=9")
     one_error(answer, 2, r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8")
 
 
-def test_score_refuses_to_change_what_was_trained(tsq: Callable[..., Answer], manifest: Path, bundle: str) -> None:
-    answer = tsq("score", manifest, "--model", bundle, "--out", "o", "--set", "decode.num_frames=16")
-    one_error(answer, 2, r"scoring cannot change what the bundle was trained with \(decode.num_frames: 8 in the bundle, 16 asked for\)")
+def test_score_refuses_to_change_what_was_trained(
+    tsq: Callable[..., Answer], manifest: Path, bundle: str
+) -> None:
+    answer = tsq(
+        "score", manifest, "--model", bundle, "--out", "o", "--set", "decode.num_frames=16"
+    )
+    one_error(
+        answer,
+        2,
+        r"scoring cannot change what the bundle was trained with \(decode.num_frames: 8 in the bundle, 16 asked for\)",
+    )
 
 
-def test_score_refuses_a_bundle_without_a_recogniser(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+def test_score_refuses_a_bundle_without_a_recogniser(
+    tsq: Callable[..., Answer], manifest: Path, tmp_path: Path
+) -> None:
     uri = make_bundle(tmp_path / "bare", with_recognizer=False)
-    one_error(tsq("score", manifest, "--model", uri, "--out", "o"), 2, "the bundle has no recogniser; train it again with --recognizer URI")
+    one_error(
+        tsq("score", manifest, "--model", uri, "--out", "o"),
+        2,
+        "the bundle has no recogniser; train it again with --recognizer URI",
+    )
 
 
-def test_info_describes_a_manifest_and_a_bundle(tsq: Callable[..., Answer], manifest: Path, bundle: str) -> None:
+def test_info_describes_a_manifest_and_a_bundle(
+    tsq: Callable[..., Answer], manifest: Path, bundle: str
+) -> None:
     code, out, _ = tsq("info", manifest, "--json")
     found = json.loads(out)
     assert code == 0
-    assert (found["kind"], found["videos"], found["videos_by_class"]) == ("manifest", 4, {"big dogs": 2, "cats": 2})
+    assert (found["kind"], found["videos"], found["videos_by_class"]) == (
+        "manifest",
+        4,
+        {"big dogs": 2, "cats": 2},
+    )
     code, out, _ = tsq("info", bundle, "--json")
     found = json.loads(out)
     assert code == 0
@@ -262,16 +351,29 @@ def finished_run(folder: Path, manifest_uri: str, status: str = "failed") -> Pat
     manifest = read_manifest(manifest_uri)
     begin(str(folder), "features", runs.Identity.of(decode={}), manifest)
     rows = [
-        {**vars(ref), "labels": list(ref.labels or ()), "status": status, "error_type": "not_video", "error_message": "no", "warnings": []}
+        {
+            **vars(ref),
+            "labels": list(ref.labels or ()),
+            "status": status,
+            "error_type": "not_video",
+            "error_message": "no",
+            "warnings": [],
+        }
         for ref in manifest.rows
     ]
-    runs.write_part(str(folder), schema.table_from_rows(rows, schema.features_schema(2, 4, manifest.classes)), "zstd")
+    runs.write_part(
+        str(folder),
+        schema.table_from_rows(rows, schema.features_schema(2, 4, manifest.classes)),
+        "zstd",
+    )
     counts = accounting(read_done(str(folder), manifest), None)
     finish(str(folder), "features", "complete", manifest, counts, {})
     return folder
 
 
-def test_verify_of_a_run_that_adds_up(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+def test_verify_of_a_run_that_adds_up(
+    tsq: Callable[..., Answer], manifest: Path, tmp_path: Path
+) -> None:
     folder = finished_run(tmp_path / "features", str(manifest))
     code, out, _ = tsq("verify", folder)
     assert code == 0
@@ -283,7 +385,9 @@ def test_verify_of_a_run_that_adds_up(tsq: Callable[..., Answer], manifest: Path
     assert (code, json.loads(out)["problems"]) == (0, [])
 
 
-def test_verify_of_a_run_that_does_not_add_up(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+def test_verify_of_a_run_that_does_not_add_up(
+    tsq: Callable[..., Answer], manifest: Path, tmp_path: Path
+) -> None:
     folder = finished_run(tmp_path / "features", str(manifest))
     next(folder.glob("part-*")).unlink()
     code, out, _ = tsq("verify", folder)
@@ -294,7 +398,9 @@ def test_verify_of_a_run_that_does_not_add_up(tsq: Callable[..., Answer], manife
     assert json.loads(out)["problems"]
 
 
-def test_train_refuses_features_without_an_ok_video(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+def test_train_refuses_features_without_an_ok_video(
+    tsq: Callable[..., Answer], manifest: Path, tmp_path: Path
+) -> None:
     folder = finished_run(tmp_path / "features", str(manifest))
     run = runs.read_run(str(folder))
     from tsq_ray.config import Config
@@ -303,12 +409,16 @@ def test_train_refuses_features_without_an_ok_video(tsq: Callable[..., Answer], 
     one_error(tsq("train", folder, "--out", "o"), 2, "no labelled video")
 
 
-def test_report_refuses_features(tsq: Callable[..., Answer], manifest: Path, tmp_path: Path) -> None:
+def test_report_refuses_features(
+    tsq: Callable[..., Answer], manifest: Path, tmp_path: Path
+) -> None:
     folder = finished_run(tmp_path / "features", str(manifest))
     one_error(tsq("report", folder, "--out", "r.html"), 2, "holds features, expected predictions")
 
 
-def test_predict_answers_for_a_file_that_is_not_there(tsq: Callable[..., Answer], bundle: str, tmp_path: Path) -> None:
+def test_predict_answers_for_a_file_that_is_not_there(
+    tsq: Callable[..., Answer], bundle: str, tmp_path: Path
+) -> None:
     code, out, _ = tsq("predict", tmp_path / "none.mp4", "--model", bundle, "--json")
     (row,) = json.loads(out)["videos"]
     assert code == 1  # there is no other row
@@ -316,7 +426,10 @@ def test_predict_answers_for_a_file_that_is_not_there(tsq: Callable[..., Answer]
 
 
 def test_no_secret_is_shown(tsq: Callable[..., Answer], bundle: str) -> None:
-    for command in (["verify", "gopher://h/x"], ["index", "http://127.0.0.1:9/v.mp4?sig=s3cret", "--out", "m.parquet"]):
+    for command in (
+        ["verify", "gopher://h/x"],
+        ["index", "http://127.0.0.1:9/v.mp4?sig=s3cret", "--out", "m.parquet"],
+    ):
         code, out, err = tsq(*command)
         assert code == 2
         assert "s3cret" not in out + err
@@ -343,7 +456,9 @@ def tsq_process(
         ("utf-8", "videos/ünï 猫.mp4".encode()),
     ],
 )
-def test_text_that_the_output_has_no_letters_for(videos: Path, encoding: str, missing: bytes) -> None:
+def test_text_that_the_output_has_no_letters_for(
+    videos: Path, encoding: str, missing: bytes
+) -> None:
     lines = "path,label\nvideos/cats/1.mp4,cats\nvideos/ünï 猫.mp4,x\n"
     (videos.parent / "labels.csv").write_text(lines)
     argv = ["index", "videos", "--labels", "labels.csv", "--out", "m.parquet"]
@@ -355,7 +470,9 @@ def test_text_that_the_output_has_no_letters_for(videos: Path, encoding: str, mi
 
 def test_a_name_that_is_not_utf_8_is_shown(videos: Path) -> None:
     environment = {"PYTHONIOENCODING": "utf-8"}
-    done = tsq_process(videos.parent, "index", "videos", "--out", b"m\xff.parquet", environment=environment)
+    done = tsq_process(
+        videos.parent, "index", "videos", "--out", b"m\xff.parquet", environment=environment
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.endswith(b"out: m\\udcff.parquet\n")
     assert os.path.exists(os.fsencode(videos.parent) + b"/m\xff.parquet")
@@ -380,7 +497,9 @@ def closed_pipe() -> int:
     ],
     ids=str,
 )
-def test_an_output_that_nobody_reads(manifest: Path, argv: list[str], code: int, closed: str, unbuffered: str) -> None:
+def test_an_output_that_nobody_reads(
+    manifest: Path, argv: list[str], code: int, closed: str, unbuffered: str
+) -> None:
     """The command ends with its own exit code, without a word about the pipe."""
     folder = finished_run(manifest.parent / "features", str(manifest))
     next(folder.glob("part-*")).unlink()
@@ -401,7 +520,9 @@ def test_the_readers_first_line_is_all_that_a_reader_needs(tmp_path: Path) -> No
     (tmp_path / "labels.csv").write_text(f"path,label\nv/1.mp4,x\n{names}\n")
     command = [sys.executable, "-m", "tsq_ray", "index", "v", "--labels", "labels.csv", "--json"]
     command += ["--out", "m.parquet"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == b"{\n"
@@ -415,7 +536,13 @@ def test_threads_wait_without_spinning() -> None:
     for given, expected in ((None, "PASSIVE False"), ("ACTIVE", "ACTIVE False")):
         own = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
         environment = own | ({"OMP_WAIT_POLICY": given} if given else {})
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         assert done.stdout.strip() == expected
 
 
@@ -445,7 +572,10 @@ def test_retry_reasons_are_the_error_types() -> None:
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["score", "m", "--submit", "--address", "http://h:8265", "--limit", "3"], ["score", "m", "--limit", "3"]),
+        (
+            ["score", "m", "--submit", "--address", "http://h:8265", "--limit", "3"],
+            ["score", "m", "--limit", "3"],
+        ),
         (["--submit", "score", "--address=auto", "--json"], ["score", "--json"]),
         (["score", "--addressee", "x"], ["score", "--addressee", "x"]),
     ],
@@ -455,8 +585,22 @@ def test_a_submitted_command_loses_its_submission(given: list[str], expected: li
 
 
 def run_summary(**counts: Any) -> dict[str, Any]:
-    zero = {"inputs": 10, "ok": 0, "failed": 0, "skipped": 0, "skipped_by": {}, "failed_by_type": {}, "with_warnings": 0}
-    return {"counts": zero | counts, "stage_seconds": {}, "slowest_stage": None, "wall_seconds": 1.0, "videos_done_now": 10}
+    zero = {
+        "inputs": 10,
+        "ok": 0,
+        "failed": 0,
+        "skipped": 0,
+        "skipped_by": {},
+        "failed_by_type": {},
+        "with_warnings": 0,
+    }
+    return {
+        "counts": zero | counts,
+        "stage_seconds": {},
+        "slowest_stage": None,
+        "wall_seconds": 1.0,
+        "videos_done_now": 10,
+    }
 
 
 @pytest.mark.parametrize(
@@ -476,8 +620,21 @@ def test_the_summary_tells_what_was_there_before(how: dict[str, Any], said: str 
 
 def test_a_dry_run_is_told_in_words() -> None:
     estimate = {
-        **{"videos": 30, "inputs": 40, "bytes_in": 12_345_678, "probed": ["a", "b"], "probed_failed": 1, "workers": 2},
-        **{"seconds_a_video": 0.5, "wall_seconds": 34.6, "gpu_hours": 0.0, "cpu_hours": 0.008, "bytes_out": 250_000},
+        **{
+            "videos": 30,
+            "inputs": 40,
+            "bytes_in": 12_345_678,
+            "probed": ["a", "b"],
+            "probed_failed": 1,
+            "workers": 2,
+        },
+        **{
+            "seconds_a_video": 0.5,
+            "wall_seconds": 34.6,
+            "gpu_hours": 0.0,
+            "cpu_hours": 0.008,
+            "bytes_out": 250_000,
+        },
     }
     assert estimate_text(estimate).splitlines() == [
         "to do: 30 of 40 videos, 12.3 MB to read",
@@ -487,11 +644,18 @@ def test_a_dry_run_is_told_in_words() -> None:
     ]
 
 
-@pytest.mark.parametrize(("failed", "allowed", "code"), [(1, 0.1, 0), (2, 0.1, 1), (0, 0.0, 0), (1, 0.0, 1), (5, None, 0)])
-def test_max_failed_makes_too_many_an_error(capfd: pytest.CaptureFixture[str], failed: int, allowed: float | None, code: int) -> None:
+@pytest.mark.parametrize(
+    ("failed", "allowed", "code"),
+    [(1, 0.1, 0), (2, 0.1, 1), (0, 0.0, 0), (1, 0.0, 1), (5, None, 0)],
+)
+def test_max_failed_makes_too_many_an_error(
+    capfd: pytest.CaptureFixture[str], failed: int, allowed: float | None, code: int
+) -> None:
     from tsq_ray.console import end_run, guarded
 
-    run = run_summary(ok=10 - failed, failed=failed, failed_by_type={"timeout": failed} if failed else {})
+    run = run_summary(
+        ok=10 - failed, failed=failed, failed_by_type={"timeout": failed} if failed else {}
+    )
     assert guarded(lambda: end_run(run, "out", False, allowed), debug=False) == code
     out, err = capfd.readouterr()
     assert f"10 inputs = {10 - failed} ok + {failed} failed + 0 skipped" in out

@@ -53,7 +53,10 @@ EVEN = [0.0, 0.04, 0.08, 0.12, 0.16, 0.2]
         ([0, 40, 80, 0, 40, 80], "1 run backwards"),
         ([0, 40, 80, HOUR, HOUR + 40, HOUR + 80], "1 jump by up to 3599.9 s"),
         ([0, 40, HOUR, 120, 160, 200], "1 run backwards, 1 jump by up to 3600.0 s"),
-        ([HOUR, HOUR + 40, 0, HOUR + 120, HOUR + 160, HOUR + 200], "1 run backwards, 1 jump by up to 3600.1 s"),
+        (
+            [HOUR, HOUR + 40, 0, HOUR + 120, HOUR + 160, HOUR + 200],
+            "1 run backwards, 1 jump by up to 3600.1 s",
+        ),
         ([0, 80, 40, 120, 200, 160], "2 run backwards"),
         ([0, 0, 80, 80, 160, 160], "3 repeat"),
         ([0, None, 80, None, 160, None], "3 are missing"),
@@ -71,7 +74,9 @@ def test_times_are_rebuilt_in_the_decoders_order(times: list[int | None], fault:
 def test_a_frame_two_seconds_off_moves_no_other() -> None:
     times: list[int | None] = [40 * i for i in range(100)]
     for off in (2000, -1500):
-        assert seconds([*times[:50], 40 * 50 + off, *times[51:]]) == pytest.approx([0.04 * i for i in range(100)])  # type: ignore[list-item]
+        assert seconds([*times[:50], 40 * 50 + off, *times[51:]]) == pytest.approx(
+            [0.04 * i for i in range(100)]
+        )  # type: ignore[list-item]
 
 
 def test_frames_that_share_a_time_share_the_step_to_the_next() -> None:
@@ -79,7 +84,9 @@ def test_frames_that_share_a_time_share_the_step_to_the_next() -> None:
 
 
 def test_a_good_stretch_keeps_its_own_steps() -> None:
-    assert seconds([0, 40, 5000, 5040, 0, 40, 80]) == pytest.approx([0, 0.04, 5.0, 5.04, 5.08, 5.12, 5.16])
+    assert seconds([0, 40, 5000, 5040, 0, 40, 80]) == pytest.approx(
+        [0, 0.04, 5.0, 5.04, 5.08, 5.12, 5.16]
+    )
 
 
 def test_all_frames_at_one_time() -> None:
@@ -101,7 +108,11 @@ def test_a_jump_is_long_and_unusual() -> None:
         ([0, 4, 2, 1, 3, 8, 6, 5, 7], [0], True),
         ([2, 0, 1, 5, 3, 4], [2], True),  # an open group at the start
         ([0, 4, 2, 1, 3, 8, 0, 5, 7], [0], False),  # behind the anchor before
-        ([0, 1, 30, 2, 3, 4, 5], [0, 4], False),  # a keyframe is never shown before a frame decoded earlier
+        (
+            [0, 1, 30, 2, 3, 4, 5],
+            [0, 4],
+            False,
+        ),  # a keyframe is never shown before a frame decoded earlier
         ([100, *range(99)], [100], False),  # nobody reorders a hundred frames
         ([], [], False),
     ],
@@ -120,14 +131,18 @@ def test_frames_are_skipped_but_for_one_whole_group_of_each_pattern() -> None:
     order = [0, 4, 2, 1, 3, 8, 6, 5, 7]
     assert skippable(order, [6], reordered=True) == {1, 2, 3}
     assert skippable(order, [8], reordered=True) == {1, 2, 3}
-    assert skippable(order, [1, 6], reordered=True) == {5, 7}, "the second group is ordered as the first"
+    assert skippable(order, [1, 6], reordered=True) == {5, 7}, (
+        "the second group is ordered as the first"
+    )
     assert skippable([*order[:-2], 7, 5], [1, 6], reordered=True) == set(), "this one is not"
     assert skippable(order, [0], reordered=True) == {1, 2, 3, 5, 6, 7}
     assert skippable([0, 1, 2, 3], [2], reordered=True) == set()
     assert skippable([0, 1, 2, 3], [2], reordered=False) == {0, 1, 3}
 
 
-@pytest.mark.parametrize("times", [[2**62, 40, 80, 120], [0, -(2**63) + 1, 2, 3], [0, 40, 2**63 - 1, 120]])
+@pytest.mark.parametrize(
+    "times", [[2**62, 40, 80, 120], [0, -(2**63) + 1, 2, 3], [0, 40, 2**63 - 1, 120]]
+)
 def test_times_that_no_clock_gives_are_wrong_too(times: list[int | None]) -> None:
     fixed = rebuilt(times, TICK, LIMIT, 40)
     assert fixed is not None
@@ -135,7 +150,9 @@ def test_times_that_no_clock_gives_are_wrong_too(times: list[int | None]) -> Non
 
 
 def test_keyframes_that_only_the_next_frame_proves() -> None:
-    assert unproven_keys([0, 4, 2, 1, 3, 8, 6], [0]) == set(), "what follows is reordered, so its times are not those of decoding"
+    assert unproven_keys([0, 4, 2, 1, 3, 8, 6], [0]) == set(), (
+        "what follows is reordered, so its times are not those of decoding"
+    )
     assert unproven_keys([0, 1, 2, 3], [0, 2]) == {0, 2}
     assert unproven_keys([0, 4, 2, 8, 5, 6, 12, 10], [0, 8]) == {8}, "5 and 6 are shown before it"
     assert unproven_keys([0, 1, 2], [2]) == {2}, "nothing follows"

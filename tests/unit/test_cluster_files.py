@@ -25,7 +25,9 @@ ANY_TYPE: dict[str, Any] = {}
 
 
 def pinned(package: str) -> str:
-    found = re.search(rf"^{package}==(.+)$", (REPO / "tests" / "constraints.txt").read_text(), re.MULTILINE)
+    found = re.search(
+        rf"^{package}==(.+)$", (REPO / "tests" / "constraints.txt").read_text(), re.MULTILINE
+    )
     assert found, f"tests/constraints.txt does not pin {package}"
     return found[1]
 
@@ -39,12 +41,16 @@ def strict_schema(schema: dict[str, Any]) -> dict[str, Any]:
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     strict = {
-        key: value for key, value in schema.items() if key in ("type", "enum", "required", "minimum", "maximum", "pattern", "nullable")
+        key: value
+        for key, value in schema.items()
+        if key in ("type", "enum", "required", "minimum", "maximum", "pattern", "nullable")
     }
     if schema.get("nullable"):
         strict["type"] = [schema["type"], "null"]
     if "properties" in schema:
-        strict["properties"] = {name: strict_schema(value) for name, value in schema["properties"].items()}
+        strict["properties"] = {
+            name: strict_schema(value) for name, value in schema["properties"].items()
+        }
     if "items" in schema:
         strict["items"] = strict_schema(schema["items"])
     extra = schema.get("additionalProperties")
@@ -103,16 +109,30 @@ def misspell(key: str) -> Callable[[dict[str, Any]], None]:
     [
         (lambda spec: misspell("rayVersion")(spec), "rayVersio_"),
         (lambda spec: misspell("maxReplicas")(spec["workerGroupSpecs"][0]), "maxReplica_"),
-        (lambda spec: misspell("image")(spec["headGroupSpec"]["template"]["spec"]["containers"][0]), "imag_"),
-        (lambda spec: misspell("tolerations")(spec["workerGroupSpecs"][1]["template"]["spec"]), "toleration_"),
+        (
+            lambda spec: misspell("image")(
+                spec["headGroupSpec"]["template"]["spec"]["containers"][0]
+            ),
+            "imag_",
+        ),
+        (
+            lambda spec: misspell("tolerations")(spec["workerGroupSpecs"][1]["template"]["spec"]),
+            "toleration_",
+        ),
         (lambda spec: spec["authOptions"].update(mode="tokens"), "'tokens' is not one of"),
-        (lambda spec: spec["workerGroupSpecs"][0].update(replicas="1"), "'1' is not of type 'integer'"),
+        (
+            lambda spec: spec["workerGroupSpecs"][0].update(replicas="1"),
+            "'1' is not of type 'integer'",
+        ),
     ],
     ids=["rayVersion", "maxReplicas", "image", "tolerations", "mode", "replicas"],
 )
 @pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)
 def test_a_wrong_field_is_found(
-    path: Path, change: Callable[[dict[str, Any]], None], message: str, crds: dict[str, dict[str, Any]]
+    path: Path,
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+    crds: dict[str, dict[str, Any]],
 ) -> None:
     manifest = copy.deepcopy(load(path))
     change(cluster_spec(manifest))
@@ -127,11 +147,16 @@ def test_pods_run_the_pinned_ray_unprivileged_with_limits(path: Path) -> None:
     assert cluster_spec(manifest)["authOptions"]["mode"] == "token"
     groups = cluster_spec(manifest)["workerGroupSpecs"]
     assert [group["groupName"] for group in groups] == ["cpu", "gpu"]
-    assert groups[1]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert (
+        groups[1]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
+        == "1"
+    )
     for pod in pod_specs(manifest):
         assert pod["securityContext"]["runAsNonRoot"] is True
         for container in pod["containers"]:
-            assert {"cpu", "memory"} <= container["resources"]["requests"].keys() & container["resources"]["limits"].keys()
+            assert {"cpu", "memory"} <= container["resources"]["requests"].keys() & container[
+                "resources"
+            ]["limits"].keys()
             assert container["image"] == f"tsq-ray:{package_version()}"
             assert {"secretRef": {"name": "tsq-s3"}} in container["envFrom"]
             assert "env" not in container  # keys come from the Secret, never from the file
@@ -159,7 +184,12 @@ def test_serve_config_parses() -> None:
     (application,) = config.applications
     assert application.import_path == "tsq_ray.serving.app:build"
     assert application.args.keys() == {"model"}
-    assert {deployment.name for deployment in application.deployments} == {"Ingress", "Decoder", "Sampler", "Recognizer"}
+    assert {deployment.name for deployment in application.deployments} == {
+        "Ingress",
+        "Decoder",
+        "Sampler",
+        "Recognizer",
+    }
     for deployment in application.deployments:
         scaling = deployment.autoscaling_config
         assert scaling["min_replicas"] >= 1
@@ -174,10 +204,14 @@ def launcher_configs() -> dict[str, dict[str, Any]]:
     """The launcher file's two variants: the document itself, and the AWS one in the comments at its end."""
     lines = (CLUSTER / "ray-cluster.yaml").read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("# --- AWS"))
-    variant = list(itertools.dropwhile(lambda line: not line.startswith("# cluster_name:"), lines[start:]))
+    variant = list(
+        itertools.dropwhile(lambda line: not line.startswith("# cluster_name:"), lines[start:])
+    )
     return {
         "local": yaml.safe_load("\n".join(lines)),
-        "aws": yaml.safe_load("\n".join(line.removeprefix("#").removeprefix(" ") for line in variant)),
+        "aws": yaml.safe_load(
+            "\n".join(line.removeprefix("#").removeprefix(" ") for line in variant)
+        ),
     }
 
 
@@ -210,7 +244,11 @@ def dockerfile() -> list[list[str]]:
 def test_dockerfile_copies_what_exists_and_is_sent() -> None:
     sources = [source for words in dockerfile() if words[0] == "COPY" for source in words[1:-1]]
     assert {"pyproject.toml", "tsq_ray", "jobs", "tests/constraints.txt"} <= set(sources)
-    sent = {line[1:] for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    sent = {
+        line[1:]
+        for line in (CLUSTER / "Dockerfile.dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
     assert set(sources) == sent
     for source in sources:
         assert (REPO / source).exists(), f"the Dockerfile copies {source}, which does not exist"
@@ -221,16 +259,23 @@ def test_dockerfile_ends_unprivileged_on_a_supported_python() -> None:
     assert re.fullmatch(r"python:3\.1[123]-slim", steps[0][1])
     users = [words[1] for words in steps if words[0] == "USER"]
     assert users[-1] == "1000"
-    pod_users = {pod["securityContext"]["runAsUser"] for path in KUBERAY for pod in pod_specs(load(path))}
+    pod_users = {
+        pod["securityContext"]["runAsUser"] for path in KUBERAY for pod in pod_specs(load(path))
+    }
     assert pod_users == {int(users[-1])}
-    assert any("-c tests/constraints.txt" in " ".join(words) for words in steps if words[0] == "RUN")
+    assert any(
+        "-c tests/constraints.txt" in " ".join(words) for words in steps if words[0] == "RUN"
+    )
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         (["m.parquet", "--out", "o"], ["extract", "m.parquet", "--out", "o", "--address", "auto"]),
-        (["m.parquet", "--address", "ray://h:10001"], ["extract", "m.parquet", "--address", "ray://h:10001"]),
+        (
+            ["m.parquet", "--address", "ray://h:10001"],
+            ["extract", "m.parquet", "--address", "ray://h:10001"],
+        ),
         (["m.parquet", "--address=local"], ["extract", "m.parquet", "--address=local"]),
     ],
 )
@@ -243,8 +288,18 @@ def test_jobs_run_the_package_that_was_shipped_with_them(command: str, tmp_path:
     shutil.copytree(REPO / "jobs", tmp_path / "jobs")
     (tmp_path / "tsq_ray").mkdir()
     (tmp_path / "tsq_ray" / "__init__.py").touch()
-    (tmp_path / "tsq_ray" / "cli.py").write_text("def main(argv):\n    print(__file__, *argv)\n    return 3\n")
+    (tmp_path / "tsq_ray" / "cli.py").write_text(
+        "def main(argv):\n    print(__file__, *argv)\n    return 3\n"
+    )
     script = [sys.executable, f"jobs/{command}.py", "IN", "--out", "OUT"]
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout.split() == [str(tmp_path / "tsq_ray" / "cli.py"), command, "IN", "--out", "OUT", "--address", "auto"]
+    assert done.stdout.split() == [
+        str(tmp_path / "tsq_ray" / "cli.py"),
+        command,
+        "IN",
+        "--out",
+        "OUT",
+        "--address",
+        "auto",
+    ]
     assert done.returncode == 3

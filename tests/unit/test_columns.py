@@ -21,8 +21,13 @@ COLUMNS = ["video_id", "labels", "status"]
 
 def part(*numbers: int, classes: int = 2, size_bytes: int = 10) -> pa.Table:
     arrow = schema.features_schema(2, 4, [f"class number {number}" for number in range(classes)])
-    refs = [VideoRef(f"{number:016x}", f"/v/{number}.mp4", size_bytes, labels=(0,)) for number in numbers]
-    return schema.table_from_rows([vars(ref) | {"status": "ok", "warnings": []} for ref in refs], arrow)
+    refs = [
+        VideoRef(f"{number:016x}", f"/v/{number}.mp4", size_bytes, labels=(0,))
+        for number in numbers
+    ]
+    return schema.table_from_rows(
+        [vars(ref) | {"status": "ok", "warnings": []} for ref in refs], arrow
+    )
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -63,7 +68,9 @@ DAMAGED = {
 def test_a_damaged_part_is_named(folder: str, kind: str) -> None:
     put(f"{folder}/part-1.parquet", part(1))
     storage.write_bytes(f"{folder}/part-2.parquet", DAMAGED[kind])
-    with pytest.raises(RunError, match=r"part-2\.parquet: not readable as Parquet .*; delete it and run again"):
+    with pytest.raises(
+        RunError, match=r"part-2\.parquet: not readable as Parquet .*; delete it and run again"
+    ):
         read_columns(runs.list_parts(folder), COLUMNS)
 
 
@@ -77,7 +84,10 @@ def test_a_part_whose_pages_are_broken_is_named(folder: str) -> None:
 
 def test_a_part_that_was_written_again_is_read_again(folder: str) -> None:
     """The same videos, so the same name; the same size; and a store in memory tells no time."""
-    manifest = Manifest(VideoRows.of([VideoRef("0" * 15 + "1", "/v/1.mp4", 11, labels=(0,))]), ["class number 0", "class number 1"])
+    manifest = Manifest(
+        VideoRows.of([VideoRef("0" * 15 + "1", "/v/1.mp4", 11, labels=(0,))]),
+        ["class number 0", "class number 1"],
+    )
     put(f"{folder}/part-1.parquet", part(1, size_bytes=10))
     before = read_done(folder, manifest)
     assert before.has(OTHER_VERSION).tolist() == [True]
@@ -92,7 +102,9 @@ def test_many_rows_that_are_chosen_lie_on_the_disk() -> None:
         {"video_id": ids, "uri": ids, "size_bytes": [1] * count}
         | {name: pa.nulls(count) for name in ("etag", "modified", "labels", "split")}
     )
-    rows = VideoRows(pa.concat_tables([table.slice(0, 7), table.slice(7)]).cast(schema.manifest_schema(None)))
+    rows = VideoRows(
+        pa.concat_tables([table.slice(0, 7), table.slice(7)]).cast(schema.manifest_schema(None))
+    )
     mask = np.ones(count, bool)
     mask[5] = False
     before = pa.total_allocated_bytes()
@@ -101,4 +113,9 @@ def test_many_rows_that_are_chosen_lie_on_the_disk() -> None:
     assert (len(chosen), chosen[4].video_id, chosen[5].video_id) == (count - 1, ids[4], ids[6])
     assert [row.video_id for row in rows.where(~mask)] == [ids[5]]
     places = np.array([count - 1, 0, 7, 6])
-    assert [row.video_id for row in chosen.take(np.minimum(places, count - 2))] == [ids[count - 1], ids[0], ids[8], ids[7]]
+    assert [row.video_id for row in chosen.take(np.minimum(places, count - 2))] == [
+        ids[count - 1],
+        ids[0],
+        ids[8],
+        ids[7],
+    ]

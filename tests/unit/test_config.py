@@ -25,14 +25,25 @@ from tsq_ray.errors import ConfigError
 @pytest.fixture
 def toml(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
-    path.write_text('[decode]\nnum_frames = 50\ntimeout_s = 9\n[encoders.visual]\nmodel = "resnet18"\nmodel_args = {a = 1}\n')
+    path.write_text(
+        '[decode]\nnum_frames = 50\ntimeout_s = 9\n[encoders.visual]\nmodel = "resnet18"\nmodel_args = {a = 1}\n'
+    )
     return path
 
 
-def test_a_set_wins_over_the_file_the_file_over_the_base_the_base_over_the_default(toml: Path) -> None:
-    base = {"decode": {"num_frames": 8, "timeout_s": 8.0, "max_pixels": 8}, "encoders": {"visual": {"model_args": {"b": 2}}}}
+def test_a_set_wins_over_the_file_the_file_over_the_base_the_base_over_the_default(
+    toml: Path,
+) -> None:
+    base = {
+        "decode": {"num_frames": 8, "timeout_s": 8.0, "max_pixels": 8},
+        "encoders": {"visual": {"model_args": {"b": 2}}},
+    }
     config = load_config(toml, ["decode.timeout_s=10"], base)
-    assert (config.decode.timeout_s, config.decode.num_frames, config.decode.max_pixels) == (10.0, 50, 8)
+    assert (config.decode.timeout_s, config.decode.num_frames, config.decode.max_pixels) == (
+        10.0,
+        50,
+        8,
+    )
     assert config.decode.max_memory_mb == Config().decode.max_memory_mb
     assert config.encoders.visual.model == "resnet18"
     assert config.encoders.visual.size == Config().encoders.visual.size
@@ -47,8 +58,16 @@ def test_a_set_wins_over_the_file_the_file_over_the_base_the_base_over_the_defau
         ("sampler.mode=maxconf-l", "sampler.mode", "maxconf-l"),
         ('sampler.mode="uniform"', "sampler.mode", "uniform"),
         ("encoders.visual.mean=[0.5, 0.5, 0.5]", "encoders.visual.mean", [0.5, 0.5, 0.5]),
-        ('encoders.visual.model_args={pad_type = "same"}', "encoders.visual.model_args", {"pad_type": "same"}),
-        ("recognizer.weights=s3://bucket/w.safetensors?a=b", "recognizer.weights", "s3://bucket/w.safetensors?a=b"),
+        (
+            'encoders.visual.model_args={pad_type = "same"}',
+            "encoders.visual.model_args",
+            {"pad_type": "same"},
+        ),
+        (
+            "recognizer.weights=s3://bucket/w.safetensors?a=b",
+            "recognizer.weights",
+            "s3://bucket/w.safetensors?a=b",
+        ),
         (" train.seed =3", "train.seed", 3),
         ("train.num_workers=3", "train.num_workers", 3),
         ("train.num_workers=[1, 4]", "train.num_workers", [1, 4]),
@@ -66,12 +85,27 @@ def test_values_of_set_are_toml_or_plain_text(item: str, key: str, value: object
         ("decode..x=3", "expected section.key=value"),
         ("decode.num_frames.x=3", "num_frames is a value, not a section"),
         ("decode.frames=3", r"unknown setting decode.frames; there is: strategy, .*timeout_s"),
-        ("encoders.visual.modle=x", "unknown setting encoders.visual.modle; there is: model, model_args"),
+        (
+            "encoders.visual.modle=x",
+            "unknown setting encoders.visual.modle; there is: model, model_args",
+        ),
         ("nothing.at_all=1", "unknown setting nothing; there is: decode, encoders"),
-        ("decode.num_frames=0", "setting decode.num_frames = 0: input should be greater than or equal to 1"),
-        ("decode.num_frames=many", "setting decode.num_frames = 'many': input should be a valid integer"),
-        ("decode.strategy=fast", "setting decode.strategy = 'fast': input should be 'uniform' or 'keyframe'"),
-        ("sampler.lambda_visual=1.5", "setting sampler.lambda_visual = 1.5: .*less than or equal to 1"),
+        (
+            "decode.num_frames=0",
+            "setting decode.num_frames = 0: input should be greater than or equal to 1",
+        ),
+        (
+            "decode.num_frames=many",
+            "setting decode.num_frames = 'many': input should be a valid integer",
+        ),
+        (
+            "decode.strategy=fast",
+            "setting decode.strategy = 'fast': input should be 'uniform' or 'keyframe'",
+        ),
+        (
+            "sampler.lambda_visual=1.5",
+            "setting sampler.lambda_visual = 1.5: .*less than or equal to 1",
+        ),
         ("decode=5", "setting decode = 5: "),
         (
             "train.num_workers=[3, 1]",
@@ -120,7 +154,13 @@ def test_settings_are_frozen() -> None:
 
 
 def test_resolved_settings_load_again() -> None:
-    config = load_config(sets=["decode.num_frames=8", 'encoders.visual.model_args={x = "y"}', 'serve.allowed_uri_prefixes=["s3://a/"]'])
+    config = load_config(
+        sets=[
+            "decode.num_frames=8",
+            'encoders.visual.model_args={x = "y"}',
+            'serve.allowed_uri_prefixes=["s3://a/"]',
+        ]
+    )
     assert validate_config(config.model_dump(mode="json")) == config
 
 
@@ -131,7 +171,11 @@ def test_replicas_have_their_minimum_below_their_maximum() -> None:
 
 
 def test_flatten_keeps_model_args_whole() -> None:
-    assert flatten({"a": {"b": 1, "model_args": {"c": 2}}, "d": []}) == {"a.b": 1, "a.model_args": {"c": 2}, "d": []}
+    assert flatten({"a": {"b": 1, "model_args": {"c": 2}}, "d": []}) == {
+        "a.b": 1,
+        "a.model_args": {"c": 2},
+        "d": [],
+    }
 
 
 @pytest.mark.parametrize(("budget", "num_frames"), [(1, 1), (5, 16), (16, 16)])
@@ -141,33 +185,69 @@ def test_a_budget_up_to_the_number_of_frames_is_taken(budget: int, num_frames: i
 
 
 def test_a_budget_above_the_number_of_frames_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"sampler.budget \(K\) is 17, above decode.num_frames \(T\) = 16"):
+    with pytest.raises(
+        ConfigError, match=r"sampler.budget \(K\) is 17, above decode.num_frames \(T\) = 16"
+    ):
         check_budget(SamplerConfig(budget=17), 16)
 
 
 def test_the_defaults_are_the_papers() -> None:
     config = Config()
-    assert (config.decode.num_frames, config.sampler.budget, config.sampler.lambda_visual, config.sampler.top_classes) == (16, 5, 0.6, 5)
-    assert (config.encoders.visual.size, config.encoders.objects.size, config.recognizer.size, config.recognizer.resize) == (
+    assert (
+        config.decode.num_frames,
+        config.sampler.budget,
+        config.sampler.lambda_visual,
+        config.sampler.top_classes,
+    ) == (16, 5, 0.6, 5)
+    assert (
+        config.encoders.visual.size,
+        config.encoders.objects.size,
+        config.recognizer.size,
+        config.recognizer.resize,
+    ) == (
         188,
         112,
         224,
         "crop",
     )
     train = config.train
-    assert (train.epochs, train.lr, train.momentum, train.weight_decay, train.batch_size) == (100, 1e-2, 0.9, 0.0, 64)
+    assert (train.epochs, train.lr, train.momentum, train.weight_decay, train.batch_size) == (
+        100,
+        1e-2,
+        0.9,
+        0.0,
+        64,
+    )
     assert (train.alpha, train.beta, train.dim_visual, train.dim_textual) == (0.6, 0.6, 512, 256)
 
 
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        (["train.num_heads=3"], "settings train: num_heads 3 does not divide dim_visual 512; take a divisor of it"),
-        (["train.num_heads=8", "train.dim_textual=20"], "num_heads 8 does not divide dim_textual 20"),
-        (["train.attention=class-agnostic", "train.classifier=shared"], "a 'shared' row makes the same score for every category; leave"),
-        (["train.attention=class-agnostic", "train.self_attention=true"], "self_attention needs several queries"),
-        (["train.classifier=class-agnostic"], "setting train.classifier = 'class-agnostic': input should be 'class-specific' or 'shared'"),
-        (["encoders.num_objects=1001"], "setting encoders.num_objects = 1001: .*less than or equal to 1000"),
+        (
+            ["train.num_heads=3"],
+            "settings train: num_heads 3 does not divide dim_visual 512; take a divisor of it",
+        ),
+        (
+            ["train.num_heads=8", "train.dim_textual=20"],
+            "num_heads 8 does not divide dim_textual 20",
+        ),
+        (
+            ["train.attention=class-agnostic", "train.classifier=shared"],
+            "a 'shared' row makes the same score for every category; leave",
+        ),
+        (
+            ["train.attention=class-agnostic", "train.self_attention=true"],
+            "self_attention needs several queries",
+        ),
+        (
+            ["train.classifier=class-agnostic"],
+            "setting train.classifier = 'class-agnostic': input should be 'class-specific' or 'shared'",
+        ),
+        (
+            ["encoders.num_objects=1001"],
+            "setting encoders.num_objects = 1001: .*less than or equal to 1000",
+        ),
     ],
 )
 def test_impossible_variants_are_refused_in_one_line(sets: list[str], message: str) -> None:
@@ -177,12 +257,20 @@ def test_impossible_variants_are_refused_in_one_line(sets: list[str], message: s
 
 
 def test_heads_need_not_divide_the_dims_of_a_module_that_is_not_there() -> None:
-    assert load_config(sets=["train.num_heads=8", "train.dim_textual=20", "train.modules=visual"]).train.num_heads == 8
+    assert (
+        load_config(
+            sets=["train.num_heads=8", "train.dim_textual=20", "train.modules=visual"]
+        ).train.num_heads
+        == 8
+    )
 
 
 def test_more_objects_than_the_features_hold_are_refused() -> None:
     check_top_objects(10, 10)
-    with pytest.raises(ConfigError, match=r"train.top_objects is 20, above encoders.num_objects = 10, what the features hold"):
+    with pytest.raises(
+        ConfigError,
+        match=r"train.top_objects is 20, above encoders.num_objects = 10, what the features hold",
+    ):
         check_top_objects(20, 10)
 
 
@@ -196,7 +284,16 @@ def test_more_objects_than_the_features_hold_are_refused() -> None:
         ({"weights.a": "x"}, {"weights.b": "x"}, ["weights.a", "weights.b"]),
         ({"limit": 5}, {}, ["limit"]),
     ],
-    ids=["default", "another value", "older now", "a section that was not there", "no settings", "no section"],
+    ids=[
+        "default",
+        "another value",
+        "older now",
+        "a section that was not there",
+        "no settings",
+        "no section",
+    ],
 )
-def test_a_record_from_before_a_setting_has_its_default(before: dict[str, object], after: dict[str, object], expected: list[str]) -> None:
+def test_a_record_from_before_a_setting_has_its_default(
+    before: dict[str, object], after: dict[str, object], expected: list[str]
+) -> None:
     assert differing(before, after) == expected

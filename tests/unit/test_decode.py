@@ -35,7 +35,11 @@ SPECS = {"wide": FrameSpec(64)}
 
 
 def decode(
-    path: Path, strategy: str = "uniform", num_frames: int = 8, specs: dict[str, FrameSpec] | None = None, **more: Any
+    path: Path,
+    strategy: str = "uniform",
+    num_frames: int = 8,
+    specs: dict[str, FrameSpec] | None = None,
+    **more: Any,
 ) -> DecodedVideo:
     settings = DecodeConfig.model_validate({"strategy": strategy, "num_frames": num_frames, **more})
     return decode_video(VideoSource(str(path)), settings, specs or SPECS)
@@ -71,7 +75,9 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 @pytest.mark.parametrize("num_frames", [1, 3, 8, 25, 61])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_picture_is_the_frame_it_is_said_to_be(videos: dict[str, Path], name: str, num_frames: int, strategy: str) -> None:
+def test_every_picture_is_the_frame_it_is_said_to_be(
+    videos: dict[str, Path], name: str, num_frames: int, strategy: str
+) -> None:
     decoded = decode(videos[name], strategy, num_frames)
     assert decoded.source_num_frames == 61
     assert numbers(decoded) == decoded.frame_index.tolist()
@@ -79,20 +85,26 @@ def test_every_picture_is_the_frame_it_is_said_to_be(videos: dict[str, Path], na
     assert decoded.duration_s == pytest.approx(61 / RATE, abs=0.05)
     assert decoded.warnings == []
     if strategy == "uniform":
-        assert decoded.frame_index.tolist() == [int((i + 0.5) * 61 / num_frames) for i in range(num_frames)]
+        assert decoded.frame_index.tolist() == [
+            int((i + 0.5) * 61 / num_frames) for i in range(num_frames)
+        ]
 
 
 def test_variable_frame_rate_by_timestamp(tmp_path: Path) -> None:
     times = [0, 1, 2, 3, 40, 41, 42, 43, 44, 80]
     decoded = decode(write_video(tmp_path / "v.mkv", 10, times=times, b_frames=0), num_frames=5)
     positions = [(i + 0.5) / 5 * decoded.duration_s * RATE for i in range(5)]
-    assert numbers(decoded) == [max(k for k, time in enumerate(times) if time <= position + 0.05) for position in positions]
+    assert numbers(decoded) == [
+        max(k for k, time in enumerate(times) if time <= position + 0.05) for position in positions
+    ]
     assert numbers(decoded) == decoded.frame_index.tolist()
     assert len(decoded.frames["wide"]) == len(set(numbers(decoded))) < 5
 
 
 @pytest.mark.parametrize("name", ["h264.mp4", "h264_open_gop.mkv", "hevc_open_gop.mp4"])
-def test_keyframe_strategy_takes_keyframes_where_there_are_any(videos: dict[str, Path], name: str) -> None:
+def test_keyframe_strategy_takes_keyframes_where_there_are_any(
+    videos: dict[str, Path], name: str
+) -> None:
     # keyframes at 0, 12, 24, 36, 48, 60; centres at 7.6, 22.9, 38.1, 53.4
     decoded = decode(videos[name], "keyframe", 4)
     assert decoded.frame_index.tolist() == [12, 24, 36, 48]
@@ -106,7 +118,9 @@ def test_keyframe_strategy_takes_the_exact_frame_elsewhere(videos: dict[str, Pat
     assert numbers(decoded) == [0, 15, 30, 35, 45, 60]
 
 
-def test_few_packets_are_held_on_the_way_to_a_frame_far_from_its_keyframe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_packets_are_held_on_the_way_to_a_frame_far_from_its_keyframe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_video(tmp_path / "one_keyframe.mp4", 200, gop=200, b_frames=3)
     held: list[int] = []
     read = IndexedReader._read
@@ -131,7 +145,9 @@ def test_few_packets_are_held_on_the_way_to_a_frame_far_from_its_keyframe(tmp_pa
         ("keyframe", (0.0, 0.5, 0.99, 0.99), [0, 24, 36, 60]),
     ],
 )
-def test_frames_at_the_places_asked_for(videos: dict[str, Path], strategy: str, places: tuple[float, ...], expected: list[int]) -> None:
+def test_frames_at_the_places_asked_for(
+    videos: dict[str, Path], strategy: str, places: tuple[float, ...], expected: list[int]
+) -> None:
     settings = DecodeConfig.model_validate({"strategy": strategy, "num_frames": 4})
     decoded = decode_video(VideoSource(str(videos["h264.mp4"]), places=places), settings, SPECS)
     assert decoded.frame_index.tolist() == expected
@@ -148,7 +164,11 @@ def test_fewer_frames_than_positions(tmp_path: Path, num_frames: int) -> None:
 
 
 def test_one_decode_serves_all_sizes(videos: dict[str, Path]) -> None:
-    specs = {"squash": FrameSpec(48), "crop": FrameSpec(56, "crop", "bicubic"), "keep": FrameSpec(48, "keep")}
+    specs = {
+        "squash": FrameSpec(48),
+        "crop": FrameSpec(56, "crop", "bicubic"),
+        "keep": FrameSpec(48, "keep"),
+    }
     decoded = decode(videos["h264.mp4"], num_frames=4, specs=specs)
     assert {name: frames.shape for name, frames in decoded.frames.items()} == {
         "squash": (4, 48, 48, 3),
@@ -161,7 +181,9 @@ def test_one_decode_serves_all_sizes(videos: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(("side", "whole"), [(88, True), (84, False)])
-def test_frames_stay_whole_where_that_is_at_most_twice_the_data_of_the_pictures(videos: dict[str, Path], side: int, whole: bool) -> None:
+def test_frames_stay_whole_where_that_is_at_most_twice_the_data_of_the_pictures(
+    videos: dict[str, Path], side: int, whole: bool
+) -> None:
     pictures = {"squash": FrameSpec(side), "crop": FrameSpec(16, "crop")}  # of frames of 160 x 96
     decoded = decode(videos["h264.mp4"], num_frames=4, specs=with_whole_frames(pictures))
     assert list(decoded.frames) == ([WHOLE] if whole else list(pictures))
@@ -177,7 +199,10 @@ def test_frames_stay_whole_where_that_is_at_most_twice_the_data_of_the_pictures(
 def test_frames_that_change_their_size_do_not_stay_whole() -> None:
     pictures, frames = (
         {"squash": FrameSpec(88)},
-        [picture(number, *size) for number, size in ((1, (160, 96)), (2, (320, 200)), (3, (160, 96)))],
+        [
+            picture(number, *size)
+            for number, size in ((1, (160, 96)), (2, (320, 200)), (3, (160, 96)))
+        ],
     )
     stores = [FrameStore(specs, 3) for specs in (pictures, with_whole_frames(pictures))]
     for store in stores:
@@ -206,18 +231,30 @@ def test_rotation_is_honoured(tmp_path: Path, rotation: int, turns: int, strateg
 
 def test_orient_follows_the_display_matrix() -> None:
     stored = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    for matrix in [(a, 0, 0, d) for a in (-1, 1) for d in (-1, 1)] + [(0, b, c, 0) for b in (-1, 1) for c in (-1, 1)]:
+    for matrix in [(a, 0, 0, d) for a in (-1, 1) for d in (-1, 1)] + [
+        (0, b, c, 0) for b in (-1, 1) for c in (-1, 1)
+    ]:
         a, b, c, d = matrix
         shown = orient(stored, matrix)
         points = {(x, y): (a * x + c * y, b * x + d * y) for x in range(3) for y in range(2)}
         left, top = min(x for x, _ in points.values()), min(y for _, y in points.values())
-        assert all((shown[y - top, x - left] == stored[v, u]).all() for (u, v), (x, y) in points.items())
+        assert all(
+            (shown[y - top, x - left] == stored[v, u]).all() for (u, v), (x, y) in points.items()
+        )
 
 
 @pytest.mark.parametrize(
-    ("size", "expected"), [((320, 240), (341, 256)), ((240, 320), (256, 341)), ((256, 256), (256, 256)), ((8, 4000), (256, 128000))]
+    ("size", "expected"),
+    [
+        ((320, 240), (341, 256)),
+        ((240, 320), (256, 341)),
+        ((256, 256), (256, 256)),
+        ((8, 4000), (256, 128000)),
+    ],
 )
-def test_crop_resizes_the_shorter_side_to_eight_sevenths(size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_crop_resizes_the_shorter_side_to_eight_sevenths(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
     assert target_size(*size, FrameSpec(224, "crop")) == expected
 
 
@@ -303,14 +340,28 @@ def _written(name: str, data: bytes) -> object:
     ("make", "error_type", "match"),
     [
         (_written("empty.mp4", b""), "not_video", "an empty file"),
-        (_written("text.mp4", b"this is not a video\n" * 20), "not_video", "nothing in it is known as video"),
-        (_written("random.mp4", np.random.default_rng(7).bytes(50_000)), "not_video", "nothing in it is known as video"),
         (
-            _written("list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/hostname\n"),
+            _written("text.mp4", b"this is not a video\n" * 20),
+            "not_video",
+            "nothing in it is known as video",
+        ),
+        (
+            _written("random.mp4", np.random.default_rng(7).bytes(50_000)),
+            "not_video",
+            "nothing in it is known as video",
+        ),
+        (
+            _written(
+                "list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/hostname\n"
+            ),
             "not_video",
             "nothing in it is known",
         ),
-        (_written("list.ffconcat", b"ffconcat version 1.0\nfile v.mp4\n"), "not_video", "nothing in it is known"),
+        (
+            _written("list.ffconcat", b"ffconcat version 1.0\nfile v.mp4\n"),
+            "not_video",
+            "nothing in it is known",
+        ),
         (lambda folder: write_audio(folder / "sound.mp4"), "not_video", "no video stream"),
         (lambda folder: folder, "not_video", "a folder"),
         (_no_index, "truncated", "cut off or lacks its index"),
@@ -319,7 +370,9 @@ def _written(name: str, data: bytes) -> object:
         (_unknown_codec, "unsupported", "no decoder for this video codec"),
     ],
 )
-def test_error_types(tmp_path: Path, make: object, error_type: str, match: str, strategy: str) -> None:
+def test_error_types(
+    tmp_path: Path, make: object, error_type: str, match: str, strategy: str
+) -> None:
     path = make(tmp_path)  # type: ignore[operator]
     with pytest.raises(VideoError, match=match) as caught:
         decode(path, strategy)
@@ -330,9 +383,15 @@ def test_error_types(tmp_path: Path, make: object, error_type: str, match: str, 
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 @pytest.mark.parametrize(
     ("limit", "match"),
-    [({"max_pixels": 160 * 95}, "160 x 96"), ({"max_duration_s": 2.0}, "lasts 3 s"), ({"max_bytes": 1000}, "max_bytes allows 1000")],
+    [
+        ({"max_pixels": 160 * 95}, "160 x 96"),
+        ({"max_duration_s": 2.0}, "lasts 3 s"),
+        ({"max_bytes": 1000}, "max_bytes allows 1000"),
+    ],
 )
-def test_limits(videos: dict[str, Path], limit: dict[str, float], match: str, strategy: str) -> None:
+def test_limits(
+    videos: dict[str, Path], limit: dict[str, float], match: str, strategy: str
+) -> None:
     with pytest.raises(VideoError, match=match) as caught:
         decode(videos["h264.mp4"], strategy, **limit)
     assert caught.value.error_type == "too_large"
@@ -365,12 +424,16 @@ def test_a_changed_source_is_refused(tmp_path: Path, change: str) -> None:
         if change == "size"
         else replace(source, modified=seen.modified - timedelta(seconds=5))
     )
-    with pytest.raises(VideoError, match=f"changed since the manifest was made \\({change}") as caught:
+    with pytest.raises(
+        VideoError, match=f"changed since the manifest was made \\({change}"
+    ) as caught:
         decode_video(stale, settings, SPECS)
     assert caught.value.error_type == "source_changed"
 
 
-def test_a_local_file_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_file_replaced_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_video(tmp_path / "v.mp4", 12)
     seen = storage.stat(str(path))
     plain = video._decode
@@ -382,17 +445,27 @@ def test_a_local_file_replaced_while_it_is_read(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(video, "_decode", decode_then_replace)
     with pytest.raises(VideoError, match="changed since the manifest was made") as caught:
-        decode_video(VideoSource(str(path), seen.size_bytes, seen.etag, seen.modified), DecodeConfig(num_frames=4), SPECS)
+        decode_video(
+            VideoSource(str(path), seen.size_bytes, seen.etag, seen.modified),
+            DecodeConfig(num_frames=4),
+            SPECS,
+        )
     assert caught.value.error_type == "source_changed"
 
 
-def test_an_object_replaced_before_it_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_replaced_before_it_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = "memory://tsq-decode/v.mp4"
-    storage.filesystem(uri)[0].pipe_file("/tsq-decode/v.mp4", write_video(tmp_path / "v.mp4", 12).read_bytes())
+    storage.filesystem(uri)[0].pipe_file(
+        "/tsq-decode/v.mp4", write_video(tmp_path / "v.mp4", 12).read_bytes()
+    )
     plain = storage.download
 
     def replace_then_download(uri: str, folder: Any) -> str:
-        storage.filesystem(uri)[0].pipe_file("/tsq-decode/v.mp4", write_video(tmp_path / "other.mp4", 30).read_bytes())
+        storage.filesystem(uri)[0].pipe_file(
+            "/tsq-decode/v.mp4", write_video(tmp_path / "other.mp4", 30).read_bytes()
+        )
         return plain(uri, folder)
 
     monkeypatch.setattr(storage, "download", replace_then_download)
@@ -405,9 +478,15 @@ def test_an_object_replaced_before_it_is_fetched(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 @pytest.mark.parametrize("name", ["h264_b.mp4", "hevc_open_gop.mp4", "fragmented.mp4", "vp9.webm"])
 def test_a_remote_object_gives_what_the_local_file_gives(
-    videos: dict[str, Path], name: str, strategy: str, range_bytes: int, monkeypatch: pytest.MonkeyPatch
+    videos: dict[str, Path],
+    name: str,
+    strategy: str,
+    range_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(video, "_RANGE_BYTES", range_bytes)  # small objects are fetched whole, larger ones by ranges
+    monkeypatch.setattr(
+        video, "_RANGE_BYTES", range_bytes
+    )  # small objects are fetched whole, larger ones by ranges
     uri = f"memory://decode-test/{name}"
     storage.write_bytes(uri, videos[name].read_bytes())
     settings = DecodeConfig.model_validate({"strategy": strategy, "num_frames": 7})
@@ -415,19 +494,29 @@ def test_a_remote_object_gives_what_the_local_file_gives(
     local = decode(videos[name], strategy, 7)
     assert (remote.slots("wide") == local.slots("wide")).all()
     assert remote.frame_index.tolist() == local.frame_index.tolist()
-    assert (remote.duration_s, remote.source_num_frames, remote.warnings) == (local.duration_s, local.source_num_frames, [])
+    assert (remote.duration_s, remote.source_num_frames, remote.warnings) == (
+        local.duration_s,
+        local.source_num_frames,
+        [],
+    )
 
 
 @pytest.mark.parametrize("name", ["h264_b.mp4", "hevc.mkv", "vp9.webm"])
-def test_nvdec_without_a_gpu_decodes_on_the_cpu_and_says_so(videos: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvdec_without_a_gpu_decodes_on_the_cpu_and_says_so(
+    videos: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nvdec, "accelerator", lambda: None)
     exact, decoded = decode(videos[name]), decode(videos[name], backend="nvdec")
     assert (decoded.slots("wide") == exact.slots("wide")).all()
     assert (exact.warnings, decoded.warnings) == ([], [nvdec.NO_GPU])
 
 
-def test_nvdec_on_a_gpu_that_fails_decodes_on_the_cpu(videos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvdec, "accelerator", lambda: HWAccel("cuda", device="99"))  # there is no such GPU
+def test_nvdec_on_a_gpu_that_fails_decodes_on_the_cpu(
+    videos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        nvdec, "accelerator", lambda: HWAccel("cuda", device="99")
+    )  # there is no such GPU
     exact, decoded = decode(videos["h264_b.mp4"]), decode(videos["h264_b.mp4"], backend="nvdec")
     assert (decoded.slots("wide") == exact.slots("wide")).all()
     assert decoded.warnings == []
@@ -437,7 +526,18 @@ def test_nvdec_on_a_gpu_that_fails_decodes_on_the_cpu(videos: dict[str, Path], t
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["h264.mp4", "h264_b.mp4", "h264_open_gop.mkv", "hevc_open_gop.mp4", "hevc.mkv", "vp9.webm", "turned.mp4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "h264.mp4",
+        "h264_b.mp4",
+        "h264_open_gop.mkv",
+        "hevc_open_gop.mp4",
+        "hevc.mkv",
+        "vp9.webm",
+        "turned.mp4",
+    ],
+)
 def test_nvdec_gives_the_frames_of_the_cpu(name: str, tmp_path: Path) -> None:
     # the smallest that every NVDEC takes is 144 pixels a side
     path = write_video(tmp_path / name, size=(320, 192), **KINDS.get(name, {"rotation": 90}))
@@ -449,13 +549,21 @@ def test_nvdec_gives_the_frames_of_the_cpu(name: str, tmp_path: Path) -> None:
 
 def test_a_remote_object_that_is_no_video() -> None:
     storage.write_bytes("memory://decode-test/text.mp4", b"not a video")
-    with pytest.raises(VideoError, match=r"^memory://decode-test/text.mp4: nothing in it is known as video"):
-        decode_video(VideoSource("memory://decode-test/text.mp4"), DecodeConfig(strategy="keyframe"), SPECS)
+    with pytest.raises(
+        VideoError, match=r"^memory://decode-test/text.mp4: nothing in it is known as video"
+    ):
+        decode_video(
+            VideoSource("memory://decode-test/text.mp4"), DecodeConfig(strategy="keyframe"), SPECS
+        )
     with pytest.raises(StorageError, match="no such file"):
-        decode_video(VideoSource("memory://decode-test/none.mp4"), DecodeConfig(strategy="keyframe"), SPECS)
+        decode_video(
+            VideoSource("memory://decode-test/none.mp4"), DecodeConfig(strategy="keyframe"), SPECS
+        )
 
 
-def test_copies_of_killed_processes_are_removed_and_those_in_use_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_of_killed_processes_are_removed_and_those_in_use_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folders = [tmp_path / name for name in ("tsq-decode-dead", "tsq-decode-busy", "another")]
     for folder in folders:
@@ -466,14 +574,24 @@ def test_copies_of_killed_processes_are_removed_and_those_in_use_are_kept(tmp_pa
         fcntl.flock(lock, fcntl.LOCK_EX)
         video.sweep_copies()
         assert [folder.exists() for folder in folders] == [False, True, True]
-    storage.write_bytes("memory://decode-test/copy.mp4", write_video(tmp_path / "v.mp4", 5).read_bytes())
-    assert decode_video(VideoSource("memory://decode-test/copy.mp4"), DecodeConfig(num_frames=2), SPECS).source_num_frames == 5
+    storage.write_bytes(
+        "memory://decode-test/copy.mp4", write_video(tmp_path / "v.mp4", 5).read_bytes()
+    )
+    assert (
+        decode_video(
+            VideoSource("memory://decode-test/copy.mp4"), DecodeConfig(num_frames=2), SPECS
+        ).source_num_frames
+        == 5
+    )
     assert sorted(tmp_path.iterdir()) == [tmp_path / "another", tmp_path / "v.mp4"]
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_decord_gives_the_same_frames(videos: dict[str, Path], name: str) -> None:
     source, settings = VideoSource(str(videos[name])), DecodeConfig(num_frames=7)
-    exact, decord = (decode_video(source, settings.model_copy(update={"backend": backend}), SPECS) for backend in ("pyav", "decord"))
+    exact, decord = (
+        decode_video(source, settings.model_copy(update={"backend": backend}), SPECS)
+        for backend in ("pyav", "decord")
+    )
     assert numbers(decord) == numbers(exact)
     assert decord.frame_index.tolist() == exact.frame_index.tolist()

@@ -53,7 +53,12 @@ CLOCKS: dict[str, Clock] = {
 NOT_IN_AVI = ("starts at one hour", "wraps at 33 bits", "jumps", "one far ahead", "one behind")
 """An AVI counts frames: a clock may stand still in it for a while and no more."""
 MAIN_WAYS = (("uniform", "pyav", 16), ("keyframe", "pyav", 16), ("keyframe", "pyav", 4))
-WAYS = (*MAIN_WAYS, ("uniform", "decord", 16), ("uniform", "pyav", 16, (0.1, 0.9) * 8), ("uniform", "pyav", 5, (0.0,) * 5))
+WAYS = (
+    *MAIN_WAYS,
+    ("uniform", "decord", 16),
+    ("uniform", "pyav", 16, (0.1, 0.9) * 8),
+    ("uniform", "pyav", 5, (0.0,) * 5),
+)
 EVERY_WAY = ("right", "jumps", "two pairs swapped")
 
 
@@ -63,13 +68,21 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def decode(
-    path: Path, strategy: str = "uniform", backend: str = "pyav", num_frames: int = 16, places: tuple[float, ...] | None = None
+    path: Path,
+    strategy: str = "uniform",
+    backend: str = "pyav",
+    num_frames: int = 16,
+    places: tuple[float, ...] | None = None,
 ) -> DecodedVideo:
-    config = DecodeConfig.model_validate({"strategy": strategy, "backend": backend, "num_frames": num_frames})
+    config = DecodeConfig.model_validate(
+        {"strategy": strategy, "backend": backend, "num_frames": num_frames}
+    )
     return decode_video(VideoSource(str(path), places=places), config, {"all": FrameSpec(64)})
 
 
-def check(path: Path, healthy: bool = False, told: bool = True, ways: Sequence[Any] = WAYS) -> list[DecodedVideo]:
+def check(
+    path: Path, healthy: bool = False, told: bool = True, ways: Sequence[Any] = WAYS
+) -> list[DecodedVideo]:
     """Every picture is the one that a sequential decode gives in that place; slots of few distinct frames are a warning.
 
     `told`: so are wrong times, which need not be seen where no chosen frame is near them.
@@ -84,24 +97,44 @@ def check(path: Path, healthy: bool = False, told: bool = True, ways: Sequence[A
         assert video.source_num_frames == len(truth), (path.name, way)
         assert len(truth) < 16 or (np.diff(video.frame_pts_s) >= 0).all(), (path.name, way)
         warned = bool(video.warnings)
-        assert warned or len(set(shown)) > len(shown) / 2 or len(truth) < 16, (path.name, way, "no warning of few frames")
-        assert warned or ascends or not told or len(shown) < 16, (path.name, way, "no warning of wrong times")
+        assert warned or len(set(shown)) > len(shown) / 2 or len(truth) < 16, (
+            path.name,
+            way,
+            "no warning of few frames",
+        )
+        assert warned or ascends or not told or len(shown) < 16, (
+            path.name,
+            way,
+            "no warning of wrong times",
+        )
         assert not (healthy and warned), (path.name, way, video.warnings)
     return decoded
 
 
 @pytest.mark.parametrize(
-    ("container", "codec"), [(container, codec) for container in CONTAINERS for codec in sorted(CONTAINERS[container])]
+    ("container", "codec"),
+    [(container, codec) for container in CONTAINERS for codec in sorted(CONTAINERS[container])],
 )
-def test_every_picture_is_the_one_said(sources: dict[str, Path], tmp_path: Path, container: str, codec: str) -> None:
+def test_every_picture_is_the_one_said(
+    sources: dict[str, Path], tmp_path: Path, container: str, codec: str
+) -> None:
     for name, clock in CLOCKS.items():
         if container == "avi" and name in NOT_IN_AVI:
             continue
         path = write_clock(sources[codec], tmp_path / f"{codec} {name}.{container}", clock)
         # an AVI has decoding times only: what is reordered comes at times that FFmpeg invents
         invented = container == "avi" and codec in ("h264_b", "h264_flat_b")
-        decoded = check(path, healthy=name in HEALTHY and not invented, ways=WAYS if name in EVERY_WAY else MAIN_WAYS)
-        if container != "avi" and name in ("jumps", "starts again", "one far ahead", "one a little ahead"):
+        decoded = check(
+            path,
+            healthy=name in HEALTHY and not invented,
+            ways=WAYS if name in EVERY_WAY else MAIN_WAYS,
+        )
+        if container != "avi" and name in (
+            "jumps",
+            "starts again",
+            "one far ahead",
+            "one a little ahead",
+        ):
             assert all(len(set(video.frame_index.tolist())) == 16 for video in decoded[:1]), name
         if name in HEALTHY or name in ("jumps", "one far ahead", "neighbours swapped"):
             # where an edit list hides a frame whose time lies before all others, it is gone
@@ -109,12 +142,19 @@ def test_every_picture_is_the_one_said(sources: dict[str, Path], tmp_path: Path,
 
 
 @pytest.mark.parametrize("container", ["mkv", "mp4"])
-@pytest.mark.parametrize("codec", [codec for codec in sorted(CONTAINERS["mkv"]) if codec not in ("h264", "mpeg4")])
+@pytest.mark.parametrize(
+    "codec", [codec for codec in sorted(CONTAINERS["mkv"]) if codec not in ("h264", "mpeg4")]
+)
 @pytest.mark.parametrize("late", [0, 1])
 def test_times_of_decoding_in_the_place_of_times_of_presentation(
     sources: dict[str, Path], tmp_path: Path, codec: str, container: str, late: int
 ) -> None:
-    path = write_clock(sources[codec], tmp_path / f"{codec}.{container}", lambda i: right(i + late), by_decoding=True)
+    path = write_clock(
+        sources[codec],
+        tmp_path / f"{codec}.{container}",
+        lambda i: right(i + late),
+        by_decoding=True,
+    )
     check(path, told=False)
 
 
@@ -127,21 +167,33 @@ def test_packed_b_frames(tmp_path: Path) -> None:
 def test_segments_one_after_the_other(sources: dict[str, Path], tmp_path: Path, codec: str) -> None:
     part = write_clock(sources[codec], tmp_path / "part.ts", right)
     later = write_clock(sources[codec], tmp_path / "later.ts", lambda i: right(i) + HOUR)
-    for path in (joined(tmp_path / "same.ts", part, part), joined(tmp_path / "hour.ts", part, later)):
+    for path in (
+        joined(tmp_path / "same.ts", part, part),
+        joined(tmp_path / "hour.ts", part, later),
+    ):
         for video in check(path):
             assert video.source_num_frames == 2 * NUM_FRAMES
             assert video.duration_s == pytest.approx(2 * NUM_FRAMES / 24, abs=0.1)
 
 
-@pytest.mark.parametrize("clock", [lambda i: None if i % 3 else right(i), lambda i: None if i > 20 else right(i), lambda i: None])
+@pytest.mark.parametrize(
+    "clock",
+    [lambda i: None if i % 3 else right(i), lambda i: None if i > 20 else right(i), lambda i: None],
+)
 @pytest.mark.parametrize("codec", ["h264", "h264_b", "mpeg2_b"])
-def test_frames_without_a_time(sources: dict[str, Path], tmp_path: Path, codec: str, clock: Clock) -> None:
+def test_frames_without_a_time(
+    sources: dict[str, Path], tmp_path: Path, codec: str, clock: Clock
+) -> None:
     for video in check(write_clock(sources[codec], tmp_path / "untimed.ts", clock)):
         assert video.source_num_frames == NUM_FRAMES
 
 
 def test_more_frames_a_second_than_the_clock_has_ticks(tmp_path: Path) -> None:
-    path = write_clock(write_video(tmp_path / "source.mkv", 240, size=(96, 64)), tmp_path / "fast.mkv", lambda i: i * TICKS // 2400)
+    path = write_clock(
+        write_video(tmp_path / "source.mkv", 240, size=(96, 64)),
+        tmp_path / "fast.mkv",
+        lambda i: i * TICKS // 2400,
+    )
     for video in check(path):
         assert video.source_num_frames == 240
         assert video.duration_s == pytest.approx(0.1, abs=0.01)
@@ -169,10 +221,15 @@ def test_a_picture_that_stands_still_for_a_minute(tmp_path: Path, suffix: str) -
         ("start_1h.mkv", 50, 5.0, None),
     ],
 )
-def test_files_of_the_reports(data_dir: Path, name: str, num_frames: int, duration_s: float, warning: str | None) -> None:
+def test_files_of_the_reports(
+    data_dir: Path, name: str, num_frames: int, duration_s: float, warning: str | None
+) -> None:
     for strategy in ("uniform", "keyframe"):
         video = decode(data_dir / "cases" / name, strategy)
-        assert (video.source_num_frames, video.duration_s) == (num_frames, pytest.approx(duration_s, abs=0.1))
+        assert (video.source_num_frames, video.duration_s) == (
+            num_frames,
+            pytest.approx(duration_s, abs=0.1),
+        )
         assert len(set(video.frame_index.tolist())) == 16
         assert (video.warnings == []) if warning is None else (warning in video.warnings[0])
 
@@ -192,7 +249,9 @@ FAULTS: dict[str, Callable[[int, int], Clock]] = {
     "repeats": lambda at, size: lambda i: right(i - i % (size % 7 + 1)) if i >= at else right(i),
     "gaps": lambda at, size: lambda i: right(i) + i // (at + 1) * size * STEP,
     "missing": lambda at, size: lambda i: None if i % (size % 5 + 2) == at % 2 else right(i),
-    "reordered": lambda at, size: lambda i: right(at - (i - at)) if at <= i < at + size % 9 and i <= 2 * at else right(i),
+    "reordered": lambda at, size: (
+        lambda i: right(at - (i - at)) if at <= i < at + size % 9 and i <= 2 * at else right(i)
+    ),
 }
 
 
@@ -200,14 +259,20 @@ FAULTS: dict[str, Callable[[int, int], Clock]] = {
 def clocks(draw: st.DrawFn) -> tuple[str, str, str, int, int]:
     container = draw(st.sampled_from(sorted(CONTAINERS)))
     codec = draw(st.sampled_from(sorted(CONTAINERS[container])))
-    fault = draw(st.sampled_from([name for name in FAULTS if container == "ts" or name != "missing"]))
+    fault = draw(
+        st.sampled_from([name for name in FAULTS if container == "ts" or name != "missing"])
+    )
     return container, codec, fault, draw(st.integers(1, NUM_FRAMES - 1)), draw(st.integers(1, 200))
 
 
 def drawn(sources: dict[str, Path], folder: Path, case: tuple[str, str, str, int, int]) -> None:
     container, codec, fault, at, size = case
     try:
-        path = write_clock(sources[codec], folder / f"{codec}-{fault}-{at}-{size}.{container}", FAULTS[fault](at, size))
+        path = write_clock(
+            sources[codec],
+            folder / f"{codec}-{fault}-{at}-{size}.{container}",
+            FAULTS[fault](at, size),
+        )
     except av.error.FFmpegError:
         assume(False)  # the container cannot hold such times
     check(path, told=False)
@@ -218,24 +283,36 @@ QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=QUIET)
 @given(case=clocks())
-def test_a_sample_of_drawn_clocks(sources: dict[str, Path], tmp_path: Path, case: tuple[str, str, str, int, int]) -> None:
+def test_a_sample_of_drawn_clocks(
+    sources: dict[str, Path], tmp_path: Path, case: tuple[str, str, str, int, int]
+) -> None:
     drawn(sources, tmp_path, case)
 
 
 @pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
 @given(case=clocks())
-def test_drawn_clocks(sources: dict[str, Path], tmp_path: Path, case: tuple[str, str, str, int, int]) -> None:
+def test_drawn_clocks(
+    sources: dict[str, Path], tmp_path: Path, case: tuple[str, str, str, int, int]
+) -> None:
     drawn(sources, tmp_path, case)
 
 
-def test_a_stream_that_may_reorder_and_does_not_is_read_by_its_sample_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_that_may_reorder_and_does_not_is_read_by_its_sample_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "source.mkv"
     with av.open(str(source), "w") as container:
-        stream = container.add_stream("libx264", rate=24, options={"bf": "3", "g": "3", "x264-params": "scenecut=0:keyint=3:min-keyint=3"})
+        stream = container.add_stream(
+            "libx264",
+            rate=24,
+            options={"bf": "3", "g": "3", "x264-params": "scenecut=0:keyint=3:min-keyint=3"},
+        )
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         for number in range(NUM_FRAMES):
-            frame = av.VideoFrame.from_ndarray(picture(number, 96, 64), format="rgb24").reformat(format="yuv420p")
+            frame = av.VideoFrame.from_ndarray(picture(number, 96, 64), format="rgb24").reformat(
+                format="yuv420p"
+            )
             frame.pts, frame.time_base, frame.pict_type = number, Fraction(1, 24), PictureType.P
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -247,5 +324,7 @@ def test_a_stream_that_may_reorder_and_does_not_is_read_by_its_sample_table(tmp_
     expected = decode(path, "keyframe").frame_index.tolist()
     monkeypatch.setattr(decoding, "scan", None)  # nothing is read but what the table names
     decoded = decode(path, "keyframe")
-    assert [number_of(rgb) for rgb in decoded.slots("all")] == decoded.frame_index.tolist() == expected
+    assert (
+        [number_of(rgb) for rgb in decoded.slots("all")] == decoded.frame_index.tolist() == expected
+    )
     assert decoded.warnings == []

@@ -36,7 +36,9 @@ def check(path: Path, num_frames: int = COUNT) -> DecodedVideo:
     for strategy in ("keyframe", "uniform"):
         video = decode(path, strategy)
         assert video.source_num_frames == num_frames
-        assert [number_of(rgb) for rgb in video.slots("all")] == [truth[i] for i in video.frame_index]
+        assert [number_of(rgb) for rgb in video.slots("all")] == [
+            truth[i] for i in video.frame_index
+        ]
         assert video.warnings == []
     return video
 
@@ -97,7 +99,9 @@ def write_fast(path: Path) -> None:
         stream = container.add_stream("libx264", rate=1000)
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         for number in range(COUNT):
-            frame = av.VideoFrame.from_ndarray(picture(number, *SIZE), format="rgb24").reformat(format="yuv420p")
+            frame = av.VideoFrame.from_ndarray(picture(number, *SIZE), format="rgb24").reformat(
+                format="yuv420p"
+            )
             frame.pts, frame.time_base = number, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -123,13 +127,17 @@ def write_plain(path: Path, size: tuple[int, int]) -> Path:
     return path
 
 
-def add_track(container: Any, codec: str, first: int, pix_fmt: str = "yuv420p") -> tuple[Any, list[Any]]:
+def add_track(
+    container: Any, codec: str, first: int, pix_fmt: str = "yuv420p"
+) -> tuple[Any, list[Any]]:
     """A stream of COUNT frames that show `first`, `first` + 1, ..., and its packets."""
     stream = container.add_stream(codec, rate=24)
     stream.width, stream.height, stream.pix_fmt = *SIZE, pix_fmt
     packets = []
     for number in range(COUNT):
-        frame = av.VideoFrame.from_ndarray(picture(first + number, *SIZE), format="rgb24").reformat(format=pix_fmt)
+        frame = av.VideoFrame.from_ndarray(picture(first + number, *SIZE), format="rgb24").reformat(
+            format=pix_fmt
+        )
         frame.pts, frame.time_base = number, Fraction(1, 24)
         packets += stream.encode(frame)
     return stream, packets + stream.encode()
@@ -144,7 +152,9 @@ def test_the_default_one_of_two_tracks_is_shown(tmp_path: Path, suffix: str) -> 
         tracks[1][0].disposition = Disposition.default
         for _, packets in tracks:
             container.mux(packets)
-    assert [number_of(rgb) for rgb in decode(path).slots("all")] == [100 + i for i in decode(path).frame_index]
+    assert [number_of(rgb) for rgb in decode(path).slots("all")] == [
+        100 + i for i in decode(path).frame_index
+    ]
 
 
 def cover() -> bytes:
@@ -166,7 +176,10 @@ def test_cover_art_is_not_the_film(tmp_path: Path, place: str) -> None:
         mux_cover(container)
         container.mux(packets)
     video = decode(path)
-    assert (video.source_num_frames, [number_of(rgb) for rgb in video.slots("all")]) == (COUNT, video.frame_index.tolist())
+    assert (video.source_num_frames, [number_of(rgb) for rgb in video.slots("all")]) == (
+        COUNT,
+        video.frame_index.tolist(),
+    )
 
 
 def add_cover(container: Any) -> None:
@@ -177,7 +190,9 @@ def add_cover(container: Any) -> None:
 
 def mux_cover(container: Any) -> None:
     packet = av.Packet(cover())
-    packet.stream = next(stream for stream in container.streams if stream.codec_context.name == "mjpeg")
+    packet.stream = next(
+        stream for stream in container.streams if stream.codec_context.name == "mjpeg"
+    )
     packet.pts = packet.dts = 0
     container.mux(packet)
 
@@ -190,7 +205,9 @@ def test_music_with_a_cover_is_not_a_video(tmp_path: Path, suffix: str) -> None:
         add_cover(container)
         mux_cover(container)
         for i in range(8):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1152), np.float32), format="fltp", layout="mono")
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, 1152), np.float32), format="fltp", layout="mono"
+            )
             frame.sample_rate, frame.pts = 44100, 1152 * i
             container.mux(sound.encode(frame))
         container.mux(sound.encode())
@@ -218,7 +235,9 @@ NO_VIDEOS: dict[str, Callable[[], bytes]] = {
     "png": lambda: image("PNG"),
     "webp": lambda: image("WEBP"),
     "html": lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>" * 20,
-    "pointer of Git LFS": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n",
+    "pointer of Git LFS": lambda: (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
+    ),
     "zip": lambda: archive("zip"),
     "playlist": lambda: b"#EXTM3U\n#EXT-X-VERSION:3\n#EXTINF:9,\nfirst.ts\n#EXT-X-ENDLIST\n",
 }
@@ -234,7 +253,11 @@ def test_what_is_no_video(tmp_path: Path, kind: str) -> None:
 
 
 def test_an_encrypted_film_is_a_failure_of_its_own(tmp_path: Path) -> None:
-    locked = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": "00" * 15 + "01", "encryption_kid": "00" * 15 + "02"}
+    locked = {
+        "encryption_scheme": "cenc-aes-ctr",
+        "encryption_key": "00" * 15 + "01",
+        "encryption_kid": "00" * 15 + "02",
+    }
     path = write_video(tmp_path / "locked.mp4", COUNT, size=SIZE, container_options=locked)
     for strategy in ("keyframe", "uniform"):
         with pytest.raises(VideoError, match="encrypted") as failure:
@@ -251,7 +274,9 @@ def test_two_mp4_files_joined_are_the_first(tmp_path: Path) -> None:
 def test_a_stream_that_starts_within_a_group_says_what_is_missing(tmp_path: Path) -> None:
     data = write_video(tmp_path / "whole.ts", COUNT, size=SIZE, b_frames=0).read_bytes()
     path = tmp_path / "late.ts"
-    path.write_bytes(data[: 3 * 188] + data[8 * 188 :])  # the tables, then from the middle of the first group on
+    path.write_bytes(
+        data[: 3 * 188] + data[8 * 188 :]
+    )  # the tables, then from the middle of the first group on
     video = decode(path)
     truth = [number for number, _ in sequential(path)]
     assert [number_of(rgb) for rgb in video.slots("all")] == [truth[i] for i in video.frame_index]
@@ -259,7 +284,9 @@ def test_a_stream_that_starts_within_a_group_says_what_is_missing(tmp_path: Path
 
 
 def test_a_film_longer_than_allowed_names_the_setting(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "slow.mp4", COUNT, times=[i * 24 * 60 for i in range(COUNT)], size=SIZE)
+    path = write_video(
+        tmp_path / "slow.mp4", COUNT, times=[i * 24 * 60 for i in range(COUNT)], size=SIZE
+    )
     with pytest.raises(VideoError, match=r"decode\.max_duration_s allows 600") as failure:
         decode(path, max_duration_s=600)
     assert failure.value.error_type == "too_large"

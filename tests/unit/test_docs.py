@@ -22,7 +22,20 @@ REPO = Path(__file__).resolve().parents[2]
 DOCS = REPO / "docs"
 PAGES = [REPO / "README.md", *sorted(DOCS.glob("*.md"))]
 GENERATED = ("cli.md", "configuration.md", "data-format.md")
-SUFFIXES = {".py", ".sh", ".toml", ".md", ".yaml", ".yml", ".txt", ".html", ".css", ".js", ".j2", ""}
+SUFFIXES = {
+    ".py",
+    ".sh",
+    ".toml",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".txt",
+    ".html",
+    ".css",
+    ".js",
+    ".j2",
+    "",
+}
 
 
 def page_name(path: Path) -> str:
@@ -44,7 +57,9 @@ def generator() -> ModuleType:
 
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_pages_are_fresh(name: str) -> None:
-    assert (DOCS / name).read_text(encoding="utf-8") == generator().pages()[name], "stale: run python docs/generate.py"
+    assert (DOCS / name).read_text(encoding="utf-8") == generator().pages()[name], (
+        "stale: run python docs/generate.py"
+    )
 
 
 def test_every_generated_page_is_checked() -> None:
@@ -53,7 +68,9 @@ def test_every_generated_page_is_checked() -> None:
 
 def test_the_configuration_page_has_every_setting() -> None:
     text = (DOCS / "configuration.md").read_text(encoding="utf-8")
-    missing = [key for key in flatten(Config().model_dump(mode="json")) if f"| `{key}` |" not in text]
+    missing = [
+        key for key in flatten(Config().model_dump(mode="json")) if f"| `{key}` |" not in text
+    ]
     assert missing == []
 
 
@@ -71,7 +88,11 @@ def slug(heading: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    return {slug(line.lstrip("#")) for line in without_code(page.read_text(encoding="utf-8")).splitlines() if line.startswith("#")}
+    return {
+        slug(line.lstrip("#"))
+        for line in without_code(page.read_text(encoding="utf-8")).splitlines()
+        if line.startswith("#")
+    }
 
 
 def without_code(text: str) -> str:
@@ -110,12 +131,16 @@ def options() -> dict[str, set[str]]:
     for section in generator().command_line().split("\n## tsq ")[1:]:
         name = section.split("\n", 1)[0]
         rows = [line for line in section.splitlines() if line.startswith("| `")]
-        found[name] = {option for row in rows for option in re.findall(r"--[a-z-]+", row.split("|")[1])} | {"--help"}
+        found[name] = {
+            option for row in rows for option in re.findall(r"--[a-z-]+", row.split("|")[1])
+        } | {"--help"}
     return found
 
 
 def test_the_command_line_page_knows_every_command() -> None:
-    assert set(options()) == {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    assert set(options()) == {
+        command.callback.__name__ for command in cli.app.registered_commands if command.callback
+    }
 
 
 def code_of(text: str) -> Iterator[str]:
@@ -143,7 +168,9 @@ def test_commands_and_options_exist(page: Path) -> None:
         if command not in options():
             wrong.append(f"tsq {command}")
             continue
-        given = {word.partition("=")[0] for word in words[1:] if word.startswith("--") and len(word) > 2}
+        given = {
+            word.partition("=")[0] for word in words[1:] if word.startswith("--") and len(word) > 2
+        }
         wrong += [f"tsq {command} {option}" for option in sorted(given - options()[command])]
     assert wrong == []
 
@@ -152,7 +179,12 @@ def test_commands_and_options_exist(page: Path) -> None:
 def test_options_named_alone_exist(page: Path) -> None:
     """`--limit` in the text is an option of some command, unless the piece of code is another program's."""
     known = set().union(*options().values())
-    alone = [piece for piece in re.findall(r"`(--[a-z][^`\n]*)`", without_code(page.read_text(encoding="utf-8")))]
+    alone = [
+        piece
+        for piece in re.findall(
+            r"`(--[a-z][^`\n]*)`", without_code(page.read_text(encoding="utf-8"))
+        )
+    ]
     others = {"--working-dir", "--submission-id", "--no-wait", "--all"}
     assert [piece for piece in alone if re.split(r"[ =/]", piece)[0] not in known | others] == []
 
@@ -174,7 +206,11 @@ def test_settings_that_are_named_exist(page: Path) -> None:
     wrong = []
     for name in named:
         stem = name.rstrip("*").rstrip(".")
-        fits = name in keys or name in sections or (name.endswith("*") and any(key.startswith(stem) for key in keys))
+        fits = (
+            name in keys
+            or name in sections
+            or (name.endswith("*") and any(key.startswith(stem) for key in keys))
+        )
         if not fits and name.rpartition(".")[2] not in ("py", "json", "toml", "md", "safetensors"):
             wrong.append(name)
     assert wrong == []
@@ -185,9 +221,15 @@ def test_settings_that_are_named_exist(page: Path) -> None:
 
 def texts() -> list[Path]:
     """Tracked text files outside tests/ (or, without git, the pages)."""
-    done = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=False
+    )
     tracked = [REPO / line for line in done.stdout.splitlines() if not line.startswith("tests/")]
-    found = {path for path in (*tracked, *PAGES) if path.suffix in SUFFIXES and path.is_file() and path.name != "LICENSE"}
+    found = {
+        path
+        for path in (*tracked, *PAGES)
+        if path.suffix in SUFFIXES and path.is_file() and path.name != "LICENSE"
+    }
     return sorted(found)
 
 

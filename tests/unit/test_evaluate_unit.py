@@ -63,9 +63,21 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def bench_of(case: Case, out: Path, *sets: str, split: str | None = None) -> Bench:
     features = load_features(case.features, case.bundle, split)
-    small = ("train.epochs=2", "train.dim_visual=16", "train.dim_textual=8", "evaluate.seeds=[0, 1]", "evaluate.budgets=[1, 2]")
+    small = (
+        "train.epochs=2",
+        "train.dim_visual=16",
+        "train.dim_textual=8",
+        "evaluate.seeds=[0, 1]",
+        "evaluate.budgets=[1, 2]",
+    )
     config = settings_for(case.model, None, (*small, *sets))
-    return Bench(case.bundle, features, config, read_annotations(case.annotations), Store(str(out), {"test": 1}))
+    return Bench(
+        case.bundle,
+        features,
+        config,
+        read_annotations(case.annotations),
+        Store(str(out), {"test": 1}),
+    )
 
 
 @pytest.fixture
@@ -82,21 +94,35 @@ def test_features_by_split_with_labels_in_the_bundles_order(case: Case) -> None:
     assert features.measured.left_out == {"failed": 1, "unlabelled": 1}
     assert features.training is not None
     assert (len(features.training), features.training.left_out) == (TRAIN, {})
-    assert features.measured.targets.argmax(1).tolist() == [label for _, split, label in rows_of() if split == "val"]
+    assert features.measured.targets.argmax(1).tolist() == [
+        label for _, split, label in rows_of() if split == "val"
+    ]
     assert features.measured.logits.shape == (VAL, NUM_FRAMES, len(CLASSES))
     assert features.measured.fps == (FPS, FPS)
 
 
 def test_labels_are_mapped_by_name_and_strange_ones_counted(case: Case, tmp_path: Path) -> None:
     names = [CLASSES[1], "juggling", CLASSES[0]]
-    features = load_features(write_features(tmp_path / "f", case.bundle, classes=names), case.bundle, None)
+    features = load_features(
+        write_features(tmp_path / "f", case.bundle, classes=names), case.bundle, None
+    )
     assert features.unknown_labels == ["juggling"]
-    assert features.measured.left_out == {"failed": 1, "unlabelled": 1, "labels that the bundle lacks": VAL // 3}
-    assert features.measured.targets[:, 1].sum() == features.measured.targets[:, 0].sum() == VAL // 3
+    assert features.measured.left_out == {
+        "failed": 1,
+        "unlabelled": 1,
+        "labels that the bundle lacks": VAL // 3,
+    }
+    assert (
+        features.measured.targets[:, 1].sum() == features.measured.targets[:, 0].sum() == VAL // 3
+    )
 
 
-def test_without_splits_all_rows_are_measured_and_nothing_is_fitted(case: Case, tmp_path: Path) -> None:
-    features = load_features(write_features(tmp_path / "f", case.bundle, splits=False), case.bundle, None)
+def test_without_splits_all_rows_are_measured_and_nothing_is_fitted(
+    case: Case, tmp_path: Path
+) -> None:
+    features = load_features(
+        write_features(tmp_path / "f", case.bundle, splits=False), case.bundle, None
+    )
     assert (features.split, len(features.measured), features.training) == (None, TRAIN + VAL, None)
     bench = Bench(case.bundle, features, settings_for(case.model), None, Store(str(tmp_path), {}))
     methods, notes = possible(bench)
@@ -107,12 +133,21 @@ def test_without_splits_all_rows_are_measured_and_nothing_is_fitted(case: Case, 
 
 
 def test_other_weights_or_missing_logits_are_refused(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"lack recognizer_logits.*tsq extract MANIFEST --out URI --recognizer RECOGNIZER"):
-        load_features(write_features(tmp_path / "bare", case.bundle, with_logits=False), case.bundle, None)
+    with pytest.raises(
+        RunError,
+        match=r"lack recognizer_logits.*tsq extract MANIFEST --out URI --recognizer RECOGNIZER",
+    ):
+        load_features(
+            write_features(tmp_path / "bare", case.bundle, with_logits=False), case.bundle, None
+        )
     hashes = {"visual": case.bundle.encoder.backbone_hash(), "recognizer": "b" * 64}
     with pytest.raises(ModelError, match="another recogniser"):
-        load_features(write_features(tmp_path / "other", case.bundle, weights=hashes), case.bundle, None)
-    with pytest.raises(RunError, match=r"no row of split 'test'; there is: train \(12\), val \(11\)"):
+        load_features(
+            write_features(tmp_path / "other", case.bundle, weights=hashes), case.bundle, None
+        )
+    with pytest.raises(
+        RunError, match=r"no row of split 'test'; there is: train \(12\), val \(11\)"
+    ):
         load_features(case.features, case.bundle, "test")
 
 
@@ -130,7 +165,9 @@ def test_every_sampler_takes_distinct_frames_in_order(bench: Bench, name: str) -
             slots = samplers[0].choose(video, budget)
             assert list(slots) == sorted(set(slots.tolist()))
             assert len(set(index[slots])) == len(slots)
-            assert len(slots) == (len(set(index)) if name == "dense" else min(budget, len(set(index))))
+            assert len(slots) == (
+                len(set(index)) if name == "dense" else min(budget, len(set(index)))
+            )
 
 
 def test_the_oracle_finds_the_evidence_by_annotation_or_by_the_recogniser(bench: Bench) -> None:
@@ -138,7 +175,9 @@ def test_the_oracle_finds_the_evidence_by_annotation_or_by_the_recogniser(bench:
     assert known is not None
     for segments in (None, [known.of(uri) for uri in videos.uris]):
         oracle = Ranked(videos, oracle_scores(videos, "single", segments))
-        assert all(set(videos.frame_index[v][oracle.choose(v, 2)]) == SALIENT for v in range(len(videos)))
+        assert all(
+            set(videos.frame_index[v][oracle.choose(v, 2)]) == SALIENT for v in range(len(videos))
+        )
     # an annotated frame comes before any other, however sure the recogniser is of that one
     one = oracle_scores(videos, "single", [[(0.0, 0.04)]] * len(videos))
     assert all(one[v].argmax() == 0 for v in range(len(videos)))
@@ -146,7 +185,9 @@ def test_the_oracle_finds_the_evidence_by_annotation_or_by_the_recogniser(bench:
 
 def test_maxconf_finds_the_frames_that_the_recogniser_knows(bench: Bench) -> None:
     sampler = Ranked(bench.videos, confidence(bench.videos.logits, "single"))
-    assert all(set(bench.videos.frame_index[v][sampler.choose(v, 2)]) == SALIENT for v in range(VAL))
+    assert all(
+        set(bench.videos.frame_index[v][sampler.choose(v, 2)]) == SALIENT for v in range(VAL)
+    )
 
 
 def test_stillness_and_motion_by_hand(bench: Bench) -> None:
@@ -157,7 +198,9 @@ def test_stillness_and_motion_by_hand(bench: Bench) -> None:
 
 def test_probability_of_several_labels_is_their_mean(bench: Bench) -> None:
     videos = dataclasses.replace(bench.videos, targets=np.ones_like(bench.videos.targets))
-    np.testing.assert_allclose(true_class_probability(videos, "single"), 1 / len(CLASSES), atol=1e-6)
+    np.testing.assert_allclose(
+        true_class_probability(videos, "single"), 1 / len(CLASSES), atol=1e-6
+    )
 
 
 def test_the_ranker_learns_what_the_recogniser_sees(bench: Bench) -> None:
@@ -168,7 +211,9 @@ def test_the_ranker_learns_what_the_recogniser_sees(bench: Bench) -> None:
     scores = ranker(training.visual)
     right = [scores[v, [2, 5]].mean() > np.delete(scores[v], [2, 5]).mean() for v in range(TRAIN)]
     assert np.mean(right) == 1
-    assert np.array_equal(ranker(videos.visual), fit_scsampler(training.visual, teacher, seed=0)(videos.visual))
+    assert np.array_equal(
+        ranker(videos.visual), fit_scsampler(training.visual, teacher, seed=0)(videos.visual)
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -177,18 +222,30 @@ def test_the_ranker_learns_what_the_recogniser_sees(bench: Bench) -> None:
 def test_the_mean_of_the_logits_is_what_counts(bench: Bench) -> None:
     videos = bench.videos
     chosen = [np.array([0, 3])] * VAL
-    expected = torch.from_numpy(videos.logits[:, [0, 3]].astype(np.float32)).mean(1).softmax(-1).numpy()
+    expected = (
+        torch.from_numpy(videos.logits[:, [0, 3]].astype(np.float32)).mean(1).softmax(-1).numpy()
+    )
     np.testing.assert_allclose(answers(videos, chosen, "single"), expected, atol=1e-6)
-    sigmoid = torch.from_numpy(videos.logits[:, [0, 3]].astype(np.float32)).mean(1).sigmoid().numpy()
+    sigmoid = (
+        torch.from_numpy(videos.logits[:, [0, 3]].astype(np.float32)).mean(1).sigmoid().numpy()
+    )
     np.testing.assert_allclose(answers(videos, chosen, "multi"), sigmoid, atol=1e-6)
 
 
 def test_a_sampler_on_the_evidence_is_right(bench: Bench) -> None:
     oracle = Ranked(bench.videos, true_class_probability(bench.videos, "single"))
     found = measure(bench.videos, oracle, 2, "single", bench.annotations)
-    assert (found.map, found.map_interpolated, found.top1, found.recall, found.frames) == (1, 1, 1, 1, 2)
+    assert (found.map, found.map_interpolated, found.top1, found.recall, found.frames) == (
+        1,
+        1,
+        1,
+        1,
+        2,
+    )
     dense = measure(bench.videos, Dense(bench.videos), 1, "single", bench.annotations)
-    assert dense.frames == pytest.approx(np.mean([len(set(index)) for index in bench.videos.frame_index]))
+    assert dense.frames == pytest.approx(
+        np.mean([len(set(index)) for index in bench.videos.frame_index])
+    )
     assert math.isnan(measure(bench.videos, Uniform(bench.videos), 2, "single", None).recall)
 
 
@@ -209,13 +266,30 @@ def test_costs_and_seconds(bench: Bench) -> None:
     bundle = bench.bundle
     assert bundle.recognizer is not None
     shape = bundle.sampler.shape
-    uniform, dense = (gflops(bundle, cost, NUM_FRAMES, 2, shape, "true") for cost in ("uniform", "maxconf"))  # type: ignore[arg-type]
+    uniform, dense = (
+        gflops(bundle, cost, NUM_FRAMES, 2, shape, "true") for cost in ("uniform", "maxconf")
+    )  # type: ignore[arg-type]
     assert dense == pytest.approx(uniform * NUM_FRAMES / 2)
-    light, ranker = (gflops(bundle, cost, NUM_FRAMES, 2, shape, "true") for cost in ("maxconf-l", "scsampler"))  # type: ignore[arg-type]
+    light, ranker = (
+        gflops(bundle, cost, NUM_FRAMES, 2, shape, "true") for cost in ("maxconf-l", "scsampler")
+    )  # type: ignore[arg-type]
     assert ranker - light == pytest.approx(NUM_FRAMES * 256 * (bundle.encoder.dim + 1) / 1e9)
     clock = Clock(bench.features.run, bundle, NUM_FRAMES)
-    everything = light + gflops(bundle, "textual", NUM_FRAMES, NUM_FRAMES, dataclasses.replace(shape, dim_textual=8), "true") - uniform
-    assert 1.0 < (clock.seconds(uniform) or 0) < (clock.seconds(everything) or 0) <= 3.05  # 1 s of decoding, 2 s of encoding all
+    everything = (
+        light
+        + gflops(
+            bundle,
+            "textual",
+            NUM_FRAMES,
+            NUM_FRAMES,
+            dataclasses.replace(shape, dim_textual=8),
+            "true",
+        )
+        - uniform
+    )
+    assert (
+        1.0 < (clock.seconds(uniform) or 0) < (clock.seconds(everything) or 0) <= 3.05
+    )  # 1 s of decoding, 2 s of encoding all
     assert Clock({}, bundle, NUM_FRAMES).seconds(1.0) is None
 
 
@@ -223,7 +297,10 @@ def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
     """Random pictures through the stages of score, and through features with logits: the same slots, the same scores to half precision."""
     bundle = load_bundle(make_bundle(tmp_path / "bundle"))
     rng = np.random.default_rng(3)
-    frames = {name: rng.integers(0, 256, (NUM_FRAMES, 32, 32, 3)).astype(np.uint8) for name in bundle_specs(bundle, "both")}
+    frames = {
+        name: rng.integers(0, 256, (NUM_FRAMES, 32, 32, 3)).astype(np.uint8)
+        for name in bundle_specs(bundle, "both")
+    }
     index = np.arange(NUM_FRAMES, dtype=np.int32)
     video = DecodedVideo(
         frames=frames,
@@ -243,10 +320,24 @@ def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
     features = Encode(bundle.encoder, bundle.objects, bundle.recognizer)([video])[0]
     case = make_case(tmp_path / "case")
     blank = load_features(case.features, case.bundle, None).measured
-    arrays: dict[str, Any] = {"visual": features.visual, "object_ids": features.object_ids, "object_probs": features.object_probs}
-    one = {name: np.asarray(value)[None].astype(getattr(blank, name).dtype) for name, value in arrays.items()}
+    arrays: dict[str, Any] = {
+        "visual": features.visual,
+        "object_ids": features.object_ids,
+        "object_probs": features.object_probs,
+    }
+    one = {
+        name: np.asarray(value)[None].astype(getattr(blank, name).dtype)
+        for name, value in arrays.items()
+    }
     logits = np.asarray(features.recognizer_logits)[None].astype(np.float16)
-    videos = dataclasses.replace(blank, **one, logits=logits, frame_index=index[None], video_ids=[ref.video_id], targets=blank.targets[:1])
+    videos = dataclasses.replace(
+        blank,
+        **one,
+        logits=logits,
+        frame_index=index[None],
+        video_ids=[ref.video_id],
+        targets=blank.targets[:1],
+    )
     visual, textual = saliencies(bundle.sampler, one, bundle.vocabulary, "single", 5)
     head = bundle.encoder.head
     assert head is not None
@@ -254,13 +345,20 @@ def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
         "uniform": Uniform(videos),
         "maxconf": Ranked(videos, confidence(logits, "single")),
         "maxconf-l": Ranked(videos, confidence(frame_head_logits(head, videos), "single")),
-        **{mode: learned_like(videos, visual, textual, mode) for mode in ("both", "visual", "textual")},
+        **{
+            mode: learned_like(videos, visual, textual, mode)
+            for mode in ("both", "visual", "textual")
+        },
     }
     margin = 0.05  # of random networks
     sides["adaptive"] = UntilSure(sides["both"], margin, "single")
     assert len(sides["adaptive"].choose(0, 3)) < 3
     for mode, sampler in sides.items():
-        config = SamplerConfig(mode=mode, budget=3) if mode != "adaptive" else SamplerConfig(budget="adaptive", max_budget=3, margin=margin)
+        config = (
+            SamplerConfig(mode=mode, budget=3)
+            if mode != "adaptive"
+            else SamplerConfig(budget="adaptive", max_budget=3, margin=margin)
+        )
         row = Recognize(bundle, config)(Sample(bundle, config)([(ref.video_id, video)]))[0].columns
         slots = sampler.choose(0, 3)
         assert slots.tolist() == row["selected_slot"].tolist(), mode
@@ -281,14 +379,21 @@ def test_a_training_scores_the_measured_videos(bench: Bench) -> None:
     training = bench.features.training
     assert training is not None
     shape = TSQShape(len(CLASSES), bench.videos.visual.shape[-1], 5, 16, 8)
-    text = {"vocabulary": np.random.default_rng(0).normal(size=(1000, 5)).astype(np.float32), "classes": np.eye(3, 5, dtype=np.float32)}
+    text = {
+        "vocabulary": np.random.default_rng(0).normal(size=(1000, 5)).astype(np.float32),
+        "classes": np.eye(3, 5, dtype=np.float32),
+    }
     start = {"visual": np.zeros((3, shape.visual_dim), np.float32), "textual": text["classes"]}
     job = bench.job({"modules": "both"}, {}, 1)
     arrays, measured = arrays_of(training), arrays_of(bench.videos)
     learned = learn(job, arrays, measured, shape, text, start, 5)
     assert learned.diverged is None
     assert {"visual", "textual", "loss", "t2v", "v2t"} == set(learned.losses)
-    assert learned.arrays["saliency_visual"].shape == learned.arrays["saliency_textual"].shape == (VAL, NUM_FRAMES)
+    assert (
+        learned.arrays["saliency_visual"].shape
+        == learned.arrays["saliency_textual"].shape
+        == (VAL, NUM_FRAMES)
+    )
     assert np.array_equal(learned.arrays["visual_before"], start["visual"])
     assert not np.array_equal(learned.arrays["visual_after"], start["visual"])
     again = learn(job, arrays, measured, shape, text, start, 5)
@@ -302,18 +407,27 @@ def test_a_training_that_diverges_is_a_result(bench: Bench) -> None:
     arrays = arrays_of(training) | {"visual": np.full_like(training.visual, np.inf)}
     job = bench.job({"modules": "visual"}, {}, 0)
     shape = bench.shape(job.config, 1)
-    learned = learn(job, arrays, arrays_of(bench.videos), shape, None, {"visual": None, "textual": None}, 5)
+    learned = learn(
+        job, arrays, arrays_of(bench.videos), shape, None, {"visual": None, "textual": None}, 5
+    )
     assert learned.diverged is not None
     assert "the loss is" in learned.diverged
     bench.learned |= dict.fromkeys(
-        (bench.job(row.train, row.text, s) for row in ablation("tableA4", bench.config, 10).rows for s in (0, 1)), learned
+        (
+            bench.job(row.train, row.text, s)
+            for row in ablation("tableA4", bench.config, 10).rows
+            for s in (0, 1)
+        ),
+        learned,
     )
     table = paper.make(bench, "tableA4", "")
     assert [row[-1] for row in table.rows] == ["diverged", "diverged"]
     assert any("seed 1: the training diverged" in note for note in table.notes)
 
 
-def test_the_store_gives_back_what_was_finished_and_nothing_else(bench: Bench, tmp_path: Path) -> None:
+def test_the_store_gives_back_what_was_finished_and_nothing_else(
+    bench: Bench, tmp_path: Path
+) -> None:
     job = bench.job({"modules": "visual"}, {}, 0)
     learned = Learned({"saliency_visual": np.ones((2, 3), np.float32)}, {"loss": 0.5}, 1.5)
     store = Store(str(tmp_path), {"bundle": "a"})
@@ -323,7 +437,11 @@ def test_the_store_gives_back_what_was_finished_and_nothing_else(bench: Bench, t
     assert found is not None
     assert (found.losses, found.seconds, found.diverged) == ({"loss": 0.5}, 1.5, None)
     assert np.array_equal(found.arrays["saliency_visual"], learned.arrays["saliency_visual"])
-    others = [bench.job({"modules": "visual"}, {}, 1), bench.job({"modules": "visual", "lr": 0.5}, {}, 0), bench.scsampler(0)]
+    others = [
+        bench.job({"modules": "visual"}, {}, 1),
+        bench.job({"modules": "visual", "lr": 0.5}, {}, 0),
+        bench.scsampler(0),
+    ]
     assert [store.read(other) for other in others] == [None] * 3
     assert Store(str(tmp_path), {"bundle": "b"}).read(job) is None
     # killed between the two files: not finished
@@ -338,7 +456,9 @@ def test_the_store_gives_back_what_was_finished_and_nothing_else(bench: Bench, t
 def test_settings_that_do_not_count_do_not_make_another_training() -> None:
     jobs = [Job("tsq", TrainConfig(num_workers=n), TextConfig()) for n in (1, 2)]
     assert jobs[0].identity() == jobs[1].identity()
-    visual = [Job("tsq", TrainConfig(modules="visual"), TextConfig(model=name)) for name in ("a", "b")]
+    visual = [
+        Job("tsq", TrainConfig(modules="visual"), TextConfig(model=name)) for name in ("a", "b")
+    ]
     assert visual[0].identity() == visual[1].identity()
 
 
@@ -346,7 +466,10 @@ def test_settings_that_do_not_count_do_not_make_another_training() -> None:
 
 
 def test_the_ablations_share_their_trainings(bench: Bench) -> None:
-    jobs = {name: {bench.store.key(job) for job in paper.jobs_for(bench, name)} for name in paper.names()}
+    jobs = {
+        name: {bench.store.key(job) for job in paper.jobs_for(bench, name)}
+        for name in paper.names()
+    }
     assert {name: len(found) for name, found in jobs.items()} == {
         **{"table1": 0, "table2": 8, "figure3": 8, "table7": 6, "table8": 8, "table9": 2},
         **{"table10": 8, "tableA2": 12, "tableA3": 10, "tableA4": 4, "tableA5": 6, "figure4": 1},
@@ -368,27 +491,42 @@ def test_signs_name_cells_that_exist(bench: Bench, name: str) -> None:
 
 
 def test_table_9_has_a_row_for_each_text(case: Case, tmp_path: Path) -> None:
-    bench = bench_of(case, tmp_path, 'evaluate.word_vectors=["/vectors/glove.6B.300d.txt", "/vectors/w2v.txt"]')
+    bench = bench_of(
+        case, tmp_path, 'evaluate.word_vectors=["/vectors/glove.6B.300d.txt", "/vectors/w2v.txt"]'
+    )
     wanted = ablation("table9", bench.config, 1000)
     assert [row.cells[1] for row in wanted.rows] == ["top 10", "top 10", "top 1000", "top 10"]
     assert [row.cells[0] for row in wanted.rows[:2]] == ["glove.6B.300d", "w2v"]
     assert wanted.rows[1].text == {"weights": "/vectors/w2v.txt"}
-    assert [(trend.better[0], trend.worse[0]) for trend in wanted.trends] == [(3, 2), (3, 0), (3, 1)]
-    assert any("all objects: not measured" in note for note in ablation("table9", bench.config, 10).notes)
+    assert [(trend.better[0], trend.worse[0]) for trend in wanted.trends] == [
+        (3, 2),
+        (3, 0),
+        (3, 1),
+    ]
+    assert any(
+        "all objects: not measured" in note for note in ablation("table9", bench.config, 10).notes
+    )
 
 
 def test_an_ablation_table_measures_each_seed(bench: Bench) -> None:
     oracle = true_class_probability(bench.videos, "single").astype(np.float32)
     for row, sign in zip(ablation("tableA4", bench.config, 10).rows, (-1, 1), strict=True):
         for seed in bench.seeds:
-            bench.learned[bench.job(row.train, row.text, seed)] = Learned({"saliency_visual": sign * oracle})
+            bench.learned[bench.job(row.train, row.text, seed)] = Learned(
+                {"saliency_visual": sign * oracle}
+            )
     table = paper.make(bench, "tableA4", "")
     worse, better = (row[-1] for row in table.rows)
     assert isinstance(better, Figure)
     assert isinstance(worse, Figure)
     assert better.values == (1.0, 1.0)
     assert worse.mean < 1
-    assert any(note.startswith("sign in the paper: without self-attention above with self-attention: here held (+") for note in table.notes)
+    assert any(
+        note.startswith(
+            "sign in the paper: without self-attention above with self-attention: here held (+"
+        )
+        for note in table.notes
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -396,7 +534,13 @@ def test_an_ablation_table_measures_each_seed(bench: Bench) -> None:
 
 def test_markdown_and_csv(tmp_path: Path) -> None:
     columns = [Column("a|b"), Column("mAP", "%"), Column("GFLOPs", "G")]
-    table = Table("t", "Title", columns, [["x|y", Figure((0.5, 0.7)), None], ["z", Figure((0.25,)), Figure((26.089,))]], ["a note"])
+    table = Table(
+        "t",
+        "Title",
+        columns,
+        [["x|y", Figure((0.5, 0.7)), None], ["z", Figure((0.25,)), Figure((26.089,))]],
+        ["a note"],
+    )
     assert table.write(str(tmp_path), ["data: d"]) == ["t.md", "t.csv"]
     text = (tmp_path / "t.md").read_text()
     assert "- data: d\n" in text
@@ -409,7 +553,14 @@ def test_markdown_and_csv(tmp_path: Path) -> None:
 
 def test_table_1_adds_up(bench: Bench) -> None:
     table = paper.make(bench, "table1", "")
-    assert [row[0] for row in table.rows] == ["Vis.Enc.", "Obj.Rec.", "Rec.Net.", "VQM", "TQM", "Total"]
+    assert [row[0] for row in table.rows] == [
+        "Vis.Enc.",
+        "Obj.Rec.",
+        "Rec.Net.",
+        "VQM",
+        "TQM",
+        "Total",
+    ]
     for column in (5, 7):
         *parts, total = (row[column].mean for row in table.rows)  # type: ignore[union-attr]
         assert sum(parts) == pytest.approx(total)
@@ -428,10 +579,22 @@ def test_dense_is_measured_once(bench: Bench) -> None:
     ("content", "uri", "segments"),
     [
         ({"videos": {"val/a.mp4": {"segments": [[1, 2.5]]}}}, "/x/val/a.mp4", [(1.0, 2.5)]),
-        ({"videos": {"val/a.mp4": {"segments": [[1, 2.5]]}}}, "s3://bucket/deep/val/a.mp4", [(1.0, 2.5)]),
+        (
+            {"videos": {"val/a.mp4": {"segments": [[1, 2.5]]}}},
+            "s3://bucket/deep/val/a.mp4",
+            [(1.0, 2.5)],
+        ),
         ({"videos": {"val/a.mp4": {"segments": [[1, 2.5]]}}}, "/x/other/a.mp4", []),
-        ({"database": {"abc": {"annotations": [{"segment": [3, 4], "label": "x"}]}}}, "/x/v_abc.mkv", [(3.0, 4.0)]),
-        ({"database": {"abc": {"annotations": [{"segment": [3, 4], "label": "x"}]}}}, "s3://b/abc.mp4", [(3.0, 4.0)]),
+        (
+            {"database": {"abc": {"annotations": [{"segment": [3, 4], "label": "x"}]}}},
+            "/x/v_abc.mkv",
+            [(3.0, 4.0)],
+        ),
+        (
+            {"database": {"abc": {"annotations": [{"segment": [3, 4], "label": "x"}]}}},
+            "s3://b/abc.mp4",
+            [(3.0, 4.0)],
+        ),
         (
             {
                 "videos": [
@@ -451,14 +614,18 @@ def test_dense_is_measured_once(bench: Bench) -> None:
         ),
     ],
 )
-def test_annotation_formats(tmp_path: Path, content: Any, uri: str, segments: list[tuple[float, float]]) -> None:
+def test_annotation_formats(
+    tmp_path: Path, content: Any, uri: str, segments: list[tuple[float, float]]
+) -> None:
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     known = read_annotations(str(tmp_path / "annotations.json"))
     assert known.of(uri) == segments
     assert math.isnan(on_evidence([("/nowhere.mp4", [1.0])], known))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"videos": {"a.mp4": {}}}', '{"videos": {"a": {"segments": [[1]]}}}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"videos": {"a.mp4": {}}}', '{"videos": {"a": {"segments": [[1]]}}}']
+)
 def test_a_file_that_is_no_annotation_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(ManifestError, match="not readable as salient segments"):
@@ -469,7 +636,9 @@ def test_a_file_that_is_no_annotation_is_named(tmp_path: Path, content: str) -> 
 def test_the_surrogates_annotations(data_dir: Path) -> None:
     known = read_annotations(str(data_dir / "surrogate" / "annotations.json"))
     # of this video's 550 frames at 10 fps 357 to 388 are salient
-    assert known.of(str(data_dir / "surrogate" / "train/musical_performance/0000.mp4")) == [(35.65, 38.85)]
+    assert known.of(str(data_dir / "surrogate" / "train/musical_performance/0000.mp4")) == [
+        (35.65, 38.85)
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals
@@ -479,9 +648,13 @@ def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:
     config = settings_for(case.model, None, ["evaluate.budgets=[1, 2]"])
 
     def attempt(*sources: str, **more: Any) -> None:
-        evaluate(list(sources), case.model, str(tmp_path / "out"), more.pop("config", config), **more)
+        evaluate(
+            list(sources), case.model, str(tmp_path / "out"), more.pop("config", config), **more
+        )
 
-    with pytest.raises(RunError, match=r"--table table99: no such table; there is: table1, table2, figure3"):
+    with pytest.raises(
+        RunError, match=r"--table table99: no such table; there is: table1, table2, figure3"
+    ):
         attempt(case.features, tables=["table99"])
     with pytest.raises(RunError, match="one features folder at a time, got 2"):
         attempt(case.features, case.features)
@@ -501,10 +674,19 @@ def test_another_evaluation_in_the_same_folder_is_refused(case: Case, tmp_path: 
     done = evaluate([case.features], case.model, out, config, tables=["table1"])
     assert done["tables"]["table1"]["files"] == ["table1.md", "table1.csv"]
     more_seeds = settings_for(case.model, None, ["evaluate.budgets=[1, 2]", "evaluate.seeds=[5]"])
-    assert evaluate([case.features], case.model, out, more_seeds, tables=["table1"])["trained_now"] == 0
-    with pytest.raises(RunError, match=r"holds another evaluation \(train.epochs: 100 there, 3 now\)"):
+    assert (
+        evaluate([case.features], case.model, out, more_seeds, tables=["table1"])["trained_now"]
+        == 0
+    )
+    with pytest.raises(
+        RunError, match=r"holds another evaluation \(train.epochs: 100 there, 3 now\)"
+    ):
         evaluate(
-            [case.features], case.model, out, settings_for(case.model, None, ["evaluate.budgets=[1]", "train.epochs=3"]), tables=["table1"]
+            [case.features],
+            case.model,
+            out,
+            settings_for(case.model, None, ["evaluate.budgets=[1]", "train.epochs=3"]),
+            tables=["table1"],
         )
     header = (tmp_path / "out" / "table1.md").read_text()
     for part in (

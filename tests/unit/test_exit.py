@@ -77,9 +77,14 @@ BUSY_END = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["info", "verify"])
-def test_beside_busy_processes_the_exit_code_is_that_of_the_command(commands: dict[str, list[str]], name: str) -> None:
+def test_beside_busy_processes_the_exit_code_is_that_of_the_command(
+    commands: dict[str, list[str]], name: str
+) -> None:
     """It was 134 now and then, after the right output."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(2 * (os.cpu_count() or 1))
+    ]
     try:
         ended = [run(BUSY_END, *commands[name]) for _ in range(4)]
     finally:

@@ -55,12 +55,23 @@ def test_csv_has_one_row_a_video(exported: tuple[dict, Path], case: Case) -> Non
     rows = list(csv.DictReader(io.StringIO((exported[1] / "labels.csv").read_text("utf-8"))))
     assert [row["video_id"] for row in rows] == [video_id(number) for number in range(1, 10)]
     first, few, failed = rows[0], rows[3], rows[7]
-    assert (first["status"], first["label_names"], first["label_1"], first["score_1"]) == ("ok", "swim", "swim", "0.7")
-    assert first["selected_pts_s"].split("|") == [f"{time:.3f}" for time in case.rows[0]["selected_pts_s"]]
+    assert (first["status"], first["label_names"], first["label_1"], first["score_1"]) == (
+        "ok",
+        "swim",
+        "swim",
+        "0.7",
+    )
+    assert first["selected_pts_s"].split("|") == [
+        f"{time:.3f}" for time in case.rows[0]["selected_pts_s"]
+    ]
     assert first["selected_by"] == "visual|visual|textual"
     assert (first["label_5"], first["score_5"]) == ("", "")
     assert few["warnings"] == "3 of 8 frames missing"
-    assert (failed["status"], failed["error_type"], failed["label_1"]) == ("failed", "not_video", "")
+    assert (failed["status"], failed["error_type"], failed["label_1"]) == (
+        "failed",
+        "not_video",
+        "",
+    )
     assert rows[1]["uri"].endswith(HOSTILE_NAME)
     assert rows[2]["label_names"] == "cook|swim"
 
@@ -77,7 +88,9 @@ def cells_of(fields: list[str], row: dict[str, object]) -> list[list[str]]:
     return list(csv.reader(io.StringIO(file.getvalue().decode("utf-8"), newline="")))
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1", "\n=1"]
+)
 def test_formulas_get_an_apostrophe(text: str) -> None:
     assert cells_of(["a"], {"a": text}) == [["a"], ["'" + text]]
 
@@ -88,7 +101,9 @@ def test_other_text_stays(value: str) -> None:
 
 
 def test_json_lines_hold_the_values_as_they_are(exported: tuple[dict, Path], case: Case) -> None:
-    rows = [json.loads(line) for line in (exported[1] / "labels.jsonl").read_text("utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (exported[1] / "labels.jsonl").read_text("utf-8").splitlines()
+    ]
     assert len(rows) == 9
     assert rows[2]["top_labels"] == [CLASSES[c] for c in (3, 0, 1, 2)]
     assert rows[2]["top_scores"] == [0.4, 0.3, 0.2, 0.1]
@@ -102,10 +117,15 @@ def test_no_secret_of_a_presigned_url(exported: tuple[dict, Path]) -> None:
         assert "X-Amz-Signature" not in path.read_text("utf-8")
 
 
-def test_frames_are_those_chosen_in_the_aspect_of_the_video(exported: tuple[dict, Path], case: Case) -> None:
+def test_frames_are_those_chosen_in_the_aspect_of_the_video(
+    exported: tuple[dict, Path], case: Case
+) -> None:
     row = case.rows[0]
     files = sorted((exported[1] / "frames" / video_id(1)).iterdir())
-    expected = [f"{slot:04d}_{time:.3f}.jpg" for slot, time in zip(row["selected_slot"], row["selected_pts_s"], strict=True)]
+    expected = [
+        f"{slot:04d}_{time:.3f}.jpg"
+        for slot, time in zip(row["selected_slot"], row["selected_pts_s"], strict=True)
+    ]
     assert [file.name for file in files] == expected
     with Image.open(files[0]) as image:
         assert (image.format, image.size) == ("JPEG", (64, 48))
@@ -114,7 +134,9 @@ def test_frames_are_those_chosen_in_the_aspect_of_the_video(exported: tuple[dict
 
 
 def test_a_video_that_is_gone_is_listed(exported: tuple[dict, Path]) -> None:
-    rows = list(csv.DictReader(io.StringIO((exported[1] / "frames_missing.csv").read_text("utf-8"))))
+    rows = list(
+        csv.DictReader(io.StringIO((exported[1] / "frames_missing.csv").read_text("utf-8")))
+    )
     assert [(row["video_id"], row["error_type"]) for row in rows] == [(video_id(5), "not_found")]
     assert not (exported[1] / "frames" / video_id(5)).exists()
 
@@ -127,7 +149,12 @@ def test_small_videos_are_not_blown_up(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     folder = write_run(tmp_path / "run", rows)
     export_predictions(
-        str(folder), str(tmp_path / "out"), ["frames"], 128, num_processes=1, progress=lambda done, total: calls.append((done, total))
+        str(folder),
+        str(tmp_path / "out"),
+        ["frames"],
+        128,
+        num_processes=1,
+        progress=lambda done, total: calls.append((done, total)),
     )
     sizes = {path.parent.name: Image.open(path).size for path in (tmp_path / "out").rglob("*.jpg")}
     assert sizes == {video_id(1): (96, 72), video_id(2): (171, 128)}
@@ -136,9 +163,14 @@ def test_small_videos_are_not_blown_up(tmp_path: Path) -> None:
 
 def test_labels_alone_open_no_video(tmp_path: Path) -> None:
     rows = [failed_row(1, "/a/b.mp4", "truncated", "too short")]
-    summary = export_predictions(str(write_run(tmp_path / "run", rows)), str(tmp_path / "out"), ["labels"])
+    summary = export_predictions(
+        str(write_run(tmp_path / "run", rows)), str(tmp_path / "out"), ["labels"]
+    )
     assert summary["files"] == 2
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["labels.csv", "labels.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "labels.csv",
+        "labels.jsonl",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +189,8 @@ def test_wrong_wishes_are_refused(tmp_path: Path, what: list[str], size: int, me
 
 def test_a_video_id_that_is_a_path_is_refused(tmp_path: Path) -> None:
     row = failed_row(1, "/a/b.mp4", "truncated", "too short") | {"video_id": "../../elsewhere"}
-    with pytest.raises(RunError, match=r"video_id '\.\./\.\./elsewhere'; allowed are 16 hex digits"):
+    with pytest.raises(
+        RunError, match=r"video_id '\.\./\.\./elsewhere'; allowed are 16 hex digits"
+    ):
         export_predictions(str(write_run(tmp_path / "run", [row])), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -20,14 +20,39 @@ SPECS = with_whole_frames({"visual": FrameSpec(8), "objects": FrameSpec(6)})
 def video(frames: dict[str, np.ndarray]) -> DecodedVideo:
     index = np.array([0, 2, 2, 5], np.int32)
     slots = np.array([0, 1, 1, 2], np.int32)
-    return DecodedVideo(frames, slots, index, index.astype(np.float32) / 8, 1.0, 8.0, 12, 10, "h264", 8, ["one frame is damaged"], 3.5)
+    return DecodedVideo(
+        frames,
+        slots,
+        index,
+        index.astype(np.float32) / 8,
+        1.0,
+        8.0,
+        12,
+        10,
+        "h264",
+        8,
+        ["one frame is damaged"],
+        3.5,
+    )
 
 
-@pytest.mark.parametrize("shapes", [{"visual": (3, 8, 8, 3), "objects": (3, 6, 6, 3)}, {WHOLE: (3, 10, 12, 3)}])
+@pytest.mark.parametrize(
+    "shapes", [{"visual": (3, 8, 8, 3), "objects": (3, 6, 6, 3)}, {WHOLE: (3, 10, 12, 3)}]
+)
 def test_a_packed_video_comes_out_as_it_went_in(shapes: dict[str, tuple[int, ...]]) -> None:
-    before = video({name: np.random.default_rng(0).integers(0, 256, shape, np.uint8) for name, shape in shapes.items()})
+    before = video(
+        {
+            name: np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+            for name, shape in shapes.items()
+        }
+    )
     packed = pack_video(before, list(SPECS))
-    table = pa.table({name: pa.array([packed.get(name)], column_type) for name, column_type in packed_fields(list(SPECS)).items()})
+    table = pa.table(
+        {
+            name: pa.array([packed.get(name)], column_type)
+            for name, column_type in packed_fields(list(SPECS)).items()
+        }
+    )
     after = unpack_video(table.to_pylist()[0], SPECS)
     assert isinstance(after, DecodedVideo)
     for field in dataclasses.fields(DecodedVideo):
@@ -41,17 +66,32 @@ def test_a_packed_video_comes_out_as_it_went_in(shapes: dict[str, tuple[int, ...
 
 def test_a_packed_failure_comes_out_as_a_failure() -> None:
     packed = pack_video(VideoError("corrupt", "no frame can be decoded"), list(SPECS))
-    table = pa.table({name: pa.array([packed.get(name)], column_type) for name, column_type in packed_fields(list(SPECS)).items()})
+    table = pa.table(
+        {
+            name: pa.array([packed.get(name)], column_type)
+            for name, column_type in packed_fields(list(SPECS)).items()
+        }
+    )
     failure = unpack_video(table.to_pylist()[0], SPECS)
     assert isinstance(failure, VideoError)
     assert (failure.error_type, str(failure)) == ("corrupt", "no frame can be decoded")
 
 
 @pytest.mark.parametrize(
-    ("resize", "on_gpu", "whole"), [("auto", False, False), ("auto", True, True), ("decoder", True, False), ("device", False, True)]
+    ("resize", "on_gpu", "whole"),
+    [
+        ("auto", False, False),
+        ("auto", True, True),
+        ("decoder", True, False),
+        ("device", False, True),
+    ],
 )
-def test_decoders_hand_on_whole_frames_where_the_device_resizes(resize: str, on_gpu: bool, whole: bool) -> None:
+def test_decoders_hand_on_whole_frames_where_the_device_resizes(
+    resize: str, on_gpu: bool, whole: bool
+) -> None:
     config = Config.model_validate({"resources": {"resize": resize}})
     networks = Networks(config.encoders.visual, config.encoders.objects)
-    plan = FeaturePlan(config, networks, pa.schema([]), None, Layout("extract", device="cuda" if on_gpu else "cpu"))
+    plan = FeaturePlan(
+        config, networks, pa.schema([]), None, Layout("extract", device="cuda" if on_gpu else "cpu")
+    )
     assert list(plan.specs()) == ["visual", "objects", *([WHOLE] if whole else [])]

@@ -29,12 +29,22 @@ from tsq_ray.training.classifier.worker import TuneJob, clip_logits, smoothed, s
 
 SIZE = 32
 RESNET = ModelConfig(model="test_resnet", weights="random:0", size=SIZE)
-SMALL_SWIN = {"img_size": SIZE, "window_size": 2, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}
+SMALL_SWIN = {
+    "img_size": SIZE,
+    "window_size": 2,
+    "embed_dim": 8,
+    "depths": [1, 1, 1, 1],
+    "num_heads": [1, 1, 2, 2],
+}
 NETWORKS = {
     "batch norm": RESNET,
-    "fixed input size": ModelConfig(model="swin_tiny_patch4_window7_224", weights="random:0", size=SIZE, model_args=SMALL_SWIN),
+    "fixed input size": ModelConfig(
+        model="swin_tiny_patch4_window7_224", weights="random:0", size=SIZE, model_args=SMALL_SWIN
+    ),
     "no norm": ModelConfig(model="test_nfnet", weights="random:0", size=SIZE),
-    "transformer": ModelConfig(model="test_vit", weights="random:0", size=SIZE, model_args={"img_size": SIZE}),
+    "transformer": ModelConfig(
+        model="test_vit", weights="random:0", size=SIZE, model_args={"img_size": SIZE}
+    ),
 }
 
 
@@ -46,11 +56,18 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def test_a_view_hangs_on_seed_epoch_and_video_alone() -> None:
-    keys = [(0, 0, "00000000000000aa"), (1, 0, "00000000000000aa"), (0, 1, "00000000000000aa"), (0, 0, "00000000000000ab")]
+    keys = [
+        (0, 0, "00000000000000aa"),
+        (1, 0, "00000000000000aa"),
+        (0, 1, "00000000000000aa"),
+        (0, 0, "00000000000000ab"),
+    ]
     views = [view_of(*key, segments=3) for key in keys]
     assert views == [view_of(*key, segments=3) for key in keys]
     assert len(set(views)) == len(keys)
-    assert all(len(view.places) == 3 and all(0 <= place < 1 for place in view.places) for view in views)
+    assert all(
+        len(view.places) == 3 and all(0 <= place < 1 for place in view.places) for view in views
+    )
 
 
 @pytest.mark.parametrize("color_jitter", [0.0, 0.4])
@@ -123,7 +140,8 @@ def test_an_epoch_has_every_video_once_in_an_order_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "warmup", "expected"), [(0, 0, 1.0), (0, 4, 0.25), (3, 4, 1.0), (4, 4, 1.0), (12, 4, 0.5), (10, 0, 0.5), (1, 20, 0.1)]
+    ("step", "warmup", "expected"),
+    [(0, 0, 1.0), (0, 4, 0.25), (3, 4, 1.0), (4, 4, 1.0), (12, 4, 0.5), (10, 0, 0.5), (1, 20, 0.1)],
 )
 def test_learning_rate(step: int, warmup: int, expected: float) -> None:
     assert lr_factor(step, 20, warmup) == pytest.approx(expected)
@@ -137,7 +155,9 @@ def test_learning_rate_falls_to_nothing() -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_groups_of_the_optimizer(name: Any) -> None:
-    config = FinetuneConfig(optimizer=name, lr=0.1, head_lr_factor=3, weight_decay=0.2, warmup_epochs=0)
+    config = FinetuneConfig(
+        optimizer=name, lr=0.1, head_lr_factor=3, weight_decay=0.2, warmup_epochs=0
+    )
     network = trainable(RESNET, config)
     optimizer = make_optimizer(network, config)
     grouped = [value for group in optimizer.param_groups for value in group["params"]]
@@ -165,10 +185,15 @@ def test_precision_as_asked_for() -> None:
     assert use_bf16("auto", device) in (True, False)
 
 
-@pytest.mark.parametrize(("task", "expected"), [("single", [[0.925, 0.025, 0.025, 0.025]]), ("multi", [[0.95, 0.05, 0.05, 0.05]])])
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [("single", [[0.925, 0.025, 0.025, 0.025]]), ("multi", [[0.95, 0.05, 0.05, 0.05]])],
+)
 def test_label_smoothing(task: str, expected: list[list[float]]) -> None:
     targets = torch.tensor([[True, False, False, False]])
-    torch.testing.assert_close(smoothed(targets, FinetuneConfig(label_smoothing=0.1), task), torch.tensor(expected))
+    torch.testing.assert_close(
+        smoothed(targets, FinetuneConfig(label_smoothing=0.1), task), torch.tensor(expected)
+    )
     torch.testing.assert_close(smoothed(targets, FinetuneConfig(), task), targets.float())
 
 
@@ -198,14 +223,18 @@ def test_unfolding_keeps_what_the_network_computes_and_makes_training_agree() ->
         after = network.features(pictures)
         training = network.train().features(pictures)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
-    far, near = (float((values - before).norm() / before.norm()) for values in (folded_training, training))
+    far, near = (
+        float((values - before).norm() / before.norm()) for values in (folded_training, training)
+    )
     assert near < 0.01 < 0.2 < far
     assert folded_norms(network) == {}
 
 
 @pytest.mark.parametrize("kind", ["fresh", "with statistics", "no batch norm"])
 def test_other_networks_are_left_alone(kind: str) -> None:
-    network = load_encoder(NETWORKS["transformer"] if kind == "no batch norm" else RESNET, with_head=False)
+    network = load_encoder(
+        NETWORKS["transformer"] if kind == "no batch norm" else RESNET, with_head=False
+    )
     pictures = torch.from_numpy(noise(4, SIZE, SIZE, 3))
     if kind == "with statistics":
         with torch.no_grad():
@@ -223,9 +252,17 @@ def test_other_networks_are_left_alone(kind: str) -> None:
 
 def trainable(model: ModelConfig, config: FinetuneConfig | None = None) -> FrameEncoder:
     plan = ClipPlan(
-        config or FinetuneConfig(), model, DecodeConfig(), videos=None, counts=None, decoders=Pool("decoder", 1, 1, 1, 0.1), memory=0
+        config or FinetuneConfig(),
+        model,
+        DecodeConfig(),
+        videos=None,
+        counts=None,
+        decoders=Pool("decoder", 1, 1, 1, 0.1),
+        memory=0,
     )
-    job = TuneJob(plan, "single", num_classes=3, num_train=6, num_val=0, labels=None, backbone=None, threads=1)
+    job = TuneJob(
+        plan, "single", num_classes=3, num_train=6, num_val=0, labels=None, backbone=None, threads=1
+    )
     return start_network(job, load_encoder(model, with_head=False).backbone.state_dict())
 
 
@@ -275,5 +312,8 @@ def test_a_clip_is_answered_by_the_mean_of_its_frames() -> None:
 
 def test_a_size_that_the_network_does_not_take_is_told() -> None:
     fixed = NETWORKS["fixed input size"].model_copy(update={"size": 48})
-    with pytest.raises(ModelError, match=r"swin_tiny_patch4_window7_224': does not take pictures of size 48.*img_size"):
+    with pytest.raises(
+        ModelError,
+        match=r"swin_tiny_patch4_window7_224': does not take pictures of size 48.*img_size",
+    ):
         check_input(load_encoder(fixed, with_head=False))

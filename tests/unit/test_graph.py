@@ -55,7 +55,11 @@ class Stage:
 
 
 def stages(**more: Stage) -> dict[str, Any]:
-    made = {"decoder": Stage(Handed("frames", "one")), "sampler": Stage(Handed("chosen", "one")), "recognizer": Stage(ANSWER)}
+    made = {
+        "decoder": Stage(Handed("frames", "one")),
+        "sampler": Stage(Handed("chosen", "one")),
+        "recognizer": Stage(ANSWER),
+    }
     return made | more
 
 
@@ -77,7 +81,9 @@ def test_each_stage_gets_what_the_one_before_handed_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "lost", [ActorDiedError(), Lost("ObjectLostError"), WrongVersion("two was asked for")], ids=["dead", "lost", "version"]
+    "lost",
+    [ActorDiedError(), Lost("ObjectLostError"), WrongVersion("two was asked for")],
+    ids=["dead", "lost", "version"],
 )
 @pytest.mark.parametrize("name", ["decoder", "sampler", "recognizer"])
 def test_what_is_lost_is_done_again_from_the_start(name: str, lost: Exception) -> None:

@@ -58,7 +58,9 @@ def pictures(count: int, size: int) -> np.ndarray:
         ("test_resnet", {}),
     ],
 )
-def test_every_batch_norm_is_folded_and_nothing_else_changes(name: str, arguments: dict[str, Any]) -> None:
+def test_every_batch_norm_is_folded_and_nothing_else_changes(
+    name: str, arguments: dict[str, Any]
+) -> None:
     network = network_of(name, **arguments)
     x = torch.randn(2, 3, 64, 64)
     norms = sum(isinstance(module, NORMS) for module in network.modules())
@@ -66,7 +68,9 @@ def test_every_batch_norm_is_folded_and_nothing_else_changes(name: str, argument
         before = network(x)
         assert fold_batch_norms(network, 64) == norms > 0
         assert not [module for module in network.modules() if isinstance(module, NORMS)]
-        torch.testing.assert_close(network(x), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+        torch.testing.assert_close(
+            network(x), before, rtol=1e-3, atol=1e-4 * float(before.abs().max())
+        )
 
 
 def test_a_network_without_batch_norms_stays_as_it_is() -> None:
@@ -90,7 +94,11 @@ class Shared(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.first, self.second, self.norm = (
+            nn.Conv2d(3, 4, 3),
+            nn.Conv2d(4, 4, 3),
+            nn.BatchNorm2d(4),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(self.second(self.norm(self.first(x)))).mean((2, 3))
@@ -103,20 +111,27 @@ def test_what_cannot_be_folded_is_left(kind: type[nn.Module]) -> None:
     network.norm.running_mean.fill_(0.5)  # type: ignore[union-attr,operator]
     x = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        before, state = network(x), {name: value.clone() for name, value in network.state_dict().items()}
+        before, state = (
+            network(x),
+            {name: value.clone() for name, value in network.state_dict().items()},
+        )
         assert fold_batch_norms(network, 16) == 0
         assert torch.equal(network(x), before)
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
 def encoder_of(name: str, size: int) -> FrameEncoder:
-    return load_encoder(ModelConfig(model=name, weights="random:0", size=size), with_head=True, num_classes=7)
+    return load_encoder(
+        ModelConfig(model=name, weights="random:0", size=size), with_head=True, num_classes=7
+    )
 
 
 def test_a_ready_encoder_is_a_copy_that_says_the_same() -> None:
     encoder = encoder_of("test_efficientnet", 64)
     own, frames = encoder.state_hash(), pictures(19, 64)
-    features, logits = encode_pictures(ready(encoder, CPU), [Pictures(frames[:3]), Pictures(frames[3:17]), Pictures(frames[17:])])
+    features, logits = encode_pictures(
+        ready(encoder, CPU), [Pictures(frames[:3]), Pictures(frames[3:17]), Pictures(frames[17:])]
+    )
     with torch.inference_mode():
         expected, expected_logits = encoder(torch.from_numpy(frames))
     torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
@@ -126,8 +141,12 @@ def test_a_ready_encoder_is_a_copy_that_says_the_same() -> None:
 
 def test_bf16_says_nearly_the_same_in_float32() -> None:
     encoder, frames = encoder_of("test_resnet", 64), pictures(9, 64)
-    exact, _ = encode_pictures(ready(encoder, CPU, ResourcesConfig(precision="fp32")), [Pictures(frames)])
-    features, logits = encode_pictures(ready(encoder, CPU, ResourcesConfig(precision="bf16")), [Pictures(frames)])
+    exact, _ = encode_pictures(
+        ready(encoder, CPU, ResourcesConfig(precision="fp32")), [Pictures(frames)]
+    )
+    features, logits = encode_pictures(
+        ready(encoder, CPU, ResourcesConfig(precision="bf16")), [Pictures(frames)]
+    )
     assert logits is not None
     assert (features.dtype, logits.dtype) == (torch.float32, torch.float32)
     assert torch.nn.functional.cosine_similarity(features, exact).min() > 0.99
@@ -146,7 +165,9 @@ def test_compiled_says_the_same_whatever_the_number_of_frames() -> None:
         torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("auto", False), ("fp32", False), ("bf16", True)])
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("auto", False), ("fp32", False), ("bf16", True)]
+)
 def test_precision_on_a_cpu(precision: Any, expected: bool) -> None:
     assert takes_bf16(precision, CPU) == expected
 
@@ -159,10 +180,17 @@ def test_a_gpu_says_nearly_the_same() -> None:
     assert torch.nn.functional.cosine_similarity(features, exact).min() > 0.99
 
 
-SPECS = [FrameSpec(48), FrameSpec(48, interpolation="bicubic"), FrameSpec(48, "crop"), FrameSpec(56, "crop", "bicubic")]
+SPECS = [
+    FrameSpec(48),
+    FrameSpec(48, interpolation="bicubic"),
+    FrameSpec(48, "crop"),
+    FrameSpec(56, "crop", "bicubic"),
+]
 
 
-def assert_resized_as_by_the_decoder(shape: tuple[int, int], spec: FrameSpec, device: torch.device) -> None:
+def assert_resized_as_by_the_decoder(
+    shape: tuple[int, int], spec: FrameSpec, device: torch.device
+) -> None:
     frames = np.random.default_rng(2).integers(0, 256, (3, *shape, 3)).astype(np.uint8)
     frames[1, :, shape[1] // 2 :] = 0  # an edge, at which bicubic overshoots
     expected = np.stack([fit(frame, spec) for frame in frames]).astype(int)
@@ -189,9 +217,19 @@ def test_a_gpu_resizes_as_the_decoder_does(spec: FrameSpec) -> None:
 def test_whole_frames_of_several_sizes_go_through_a_network_together() -> None:
     encoder = ready(encoder_of("test_resnet", 64), CPU)
     spec, sizes = FrameSpec(64), [(5, 90, 120), (0, 64, 64), (9, 64, 64), (4, 200, 70)]
-    videos = [np.random.default_rng(number).integers(0, 256, (*size, 3)).astype(np.uint8) for number, size in enumerate(sizes)]
+    videos = [
+        np.random.default_rng(number).integers(0, 256, (*size, 3)).astype(np.uint8)
+        for number, size in enumerate(sizes)
+    ]
     videos[2].flags.writeable = False  # as it comes from Ray
-    expected, _ = encode_pictures(encoder, [Pictures(np.stack([fit(frame, spec) for frame in video])) for video in videos if len(video)])
+    expected, _ = encode_pictures(
+        encoder,
+        [
+            Pictures(np.stack([fit(frame, spec) for frame in video]))
+            for video in videos
+            if len(video)
+        ],
+    )
     features, _ = encode_pictures(encoder, [Pictures(video, whole=True) for video in videos])
     assert len(features) == 18
     torch.testing.assert_close(features, expected, rtol=0, atol=0.02 * float(expected.abs().max()))

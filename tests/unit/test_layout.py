@@ -124,7 +124,11 @@ def test_imports_go_one_way(path: Path) -> None:
     if own == "__init__":
         assert imported_units(path) == []
         return
-    wrong = [f"line {line}: {unit}" for unit, line in imported_units(path) if unit != own and ORDER.index(unit) > ORDER.index(own)]
+    wrong = [
+        f"line {line}: {unit}"
+        for unit, line in imported_units(path)
+        if unit != own and ORDER.index(unit) > ORDER.index(own)
+    ]
     assert wrong == []
 
 
@@ -137,21 +141,29 @@ def test_stages_do_not_import_each_other(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_ray_is_imported_when_called_but_in_serve(path: Path) -> None:
-    at_import = any(item.module.split(".")[0] == "ray" and not item.lazy for item in imports_of(path))
+    at_import = any(
+        item.module.split(".")[0] == "ray" and not item.lazy for item in imports_of(path)
+    )
     assert at_import == (name_of(path) in RAY_AT_IMPORT)
 
 
 @pytest.mark.parametrize("unit", ORDER[: ORDER.index("runtime")])
 def test_below_runtime_nothing_imports_ray_at_all(unit: str) -> None:
     files = [path for path in SOURCES if unit_of(path) == unit]
-    assert [name_of(path) for path in files if any(item.module.split(".")[0] == "ray" for item in imports_of(path))] == []
+    assert [
+        name_of(path)
+        for path in files
+        if any(item.module.split(".")[0] == "ray" for item in imports_of(path))
+    ] == []
 
 
 def loaded(code: str) -> set[str]:
     """Which of the heavy packages a new interpreter has loaded after `code`."""
     heavy = ("torch", "ray", "pyarrow", "fsspec", "timm", "transformers", "av", "pydantic")
     script = f"{code}\nimport sys\nprint('loaded:', *(name for name in {heavy!r} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.rpartition("loaded:")[2].split())
 
@@ -169,22 +181,46 @@ def loaded(code: str) -> set[str]:
             {"pydantic", "fsspec"},
         ),
         ("import tsq_ray.runs, tsq_ray.manifest", {"pydantic", "pyarrow", "fsspec"}),
-        ("import tsq_ray.scoring, tsq_ray.rows, tsq_ray.bundle.settings", {"pydantic", "pyarrow", "fsspec", "av"}),
+        (
+            "import tsq_ray.scoring, tsq_ray.rows, tsq_ray.bundle.settings",
+            {"pydantic", "pyarrow", "fsspec", "av"},
+        ),
         ("import tsq_ray.serving.app", {"pydantic", "pyarrow", "fsspec", "av", "ray"}),
     ],
-    ids=["package", "config", "cli", "help", "command help", "wrong settings", "runs", "score", "serve"],
+    ids=[
+        "package",
+        "config",
+        "cli",
+        "help",
+        "command help",
+        "wrong settings",
+        "runs",
+        "score",
+        "serve",
+    ],
 )
 def test_what_importing_loads(code: str, allowed: set[str]) -> None:
     assert loaded(code) <= allowed
 
 
 @pytest.mark.parametrize(
-    ("wanted", "found"), [({}, "system"), ({"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}, "mimalloc")], ids=["default", "asked for"]
+    ("wanted", "found"),
+    [({}, "system"), ({"ARROW_DEFAULT_MEMORY_POOL": "mimalloc"}, "mimalloc")],
+    ids=["default", "asked for"],
 )
 def test_the_command_line_chooses_arrows_allocator(wanted: dict[str, str], found: str) -> None:
     code = "from tsq_ray.cli import main\nmain(['--help'])\nimport pyarrow\nprint('pool:', pyarrow.default_memory_pool().backend_name)"
-    environment = {name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"} | wanted
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, env=environment, capture_output=True, text=True, check=True)
+    environment = {
+        name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"
+    } | wanted
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPO,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.endswith(f"pool: {found}\n")
 
 
@@ -193,7 +229,20 @@ def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
 
     assert main(["--help"]) == 0
     text = capfd.readouterr().out
-    commands = ("index", "extract", "finetune", "train", "score", "predict", "serve", "evaluate", "report", "export", "verify", "info")
+    commands = (
+        "index",
+        "extract",
+        "finetune",
+        "train",
+        "score",
+        "predict",
+        "serve",
+        "evaluate",
+        "report",
+        "export",
+        "verify",
+        "info",
+    )
     assert [name for name in commands if f"\n  {name} " not in text] == []
 
 
@@ -203,17 +252,23 @@ def test_files_are_short(path: Path) -> None:
 
 
 def test_top_level_holds_nothing_else() -> None:
-    done = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip("not a git checkout")
     found = {line.split("/")[0] for line in done.stdout.splitlines()}
     assert {name for name in found if not name.startswith(".")} == TOP
 
 
-def public_definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
+def public_definitions(
+    tree: ast.AST, prefix: str = ""
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
     """Public functions, classes and their public methods; not what is inside functions."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+        if isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        ) and not node.name.startswith("_"):
             yield prefix + node.name, node
             if isinstance(node, ast.ClassDef):
                 yield from public_definitions(node, f"{prefix}{node.name}.")
@@ -222,12 +277,21 @@ def public_definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, a
 def is_stub(node: ast.AST) -> bool:
     """A member of a Protocol: its body is `...`."""
     body = getattr(node, "body", [])
-    return len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and body[0].value.value is ...
+    return (
+        len(body) == 1
+        and isinstance(body[0], ast.Expr)
+        and isinstance(body[0].value, ast.Constant)
+        and body[0].value.value is ...
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_public_things_have_docstrings(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "the module has no docstring"
-    bare = [name for name, node in public_definitions(tree) if not ast.get_docstring(node) and not is_stub(node)]
+    bare = [
+        name
+        for name, node in public_definitions(tree)
+        if not ast.get_docstring(node) and not is_stub(node)
+    ]
     assert bare == []

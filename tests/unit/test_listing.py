@@ -49,15 +49,48 @@ def found(folder: Path, *sources: Path | str) -> tuple[list[str], dict[str, int]
 
 
 def test_hidden_is_what_begins_with_a_dot_alone(make: Make) -> None:
-    folder = make("_1W44j2lpIA_000000_000010.mp4", "_other/a.mp4", ".x.mp4", ".git/1.mp4", ".git/2.mp4", "-a.mp4", "b/2.mp4", "b/1.mp4")
+    folder = make(
+        "_1W44j2lpIA_000000_000010.mp4",
+        "_other/a.mp4",
+        ".x.mp4",
+        ".git/1.mp4",
+        ".git/2.mp4",
+        "-a.mp4",
+        "b/2.mp4",
+        "b/1.mp4",
+    )
     videos, left_out = found(folder)
-    assert videos == ["-a.mp4", "_1W44j2lpIA_000000_000010.mp4", "_other/a.mp4", "b/1.mp4", "b/2.mp4"]
+    assert videos == [
+        "-a.mp4",
+        "_1W44j2lpIA_000000_000010.mp4",
+        "_other/a.mp4",
+        "b/1.mp4",
+        "b/2.mp4",
+    ]
     assert left_out == {HIDDEN: 2}, "a hidden folder counts once"
 
 
 ODD = (
-    *("std::vec.mp4", "proj::x/a.mp4", "What is it?.mp4", "Why? Because/x.mp4", "a#1.mp4", "50%20 off.mp4", "a b'c\"d.mp4"),
-    *("two\nlines.mp4", "\x1b[31mred.mp4", "🎬.mp4", "folder.mp4/in.mp4", "-rf.mp4", "=cmd().mp4", "*[x]?.mp4", "file:x.mp4", "~a.mp4"),
+    *(
+        "std::vec.mp4",
+        "proj::x/a.mp4",
+        "What is it?.mp4",
+        "Why? Because/x.mp4",
+        "a#1.mp4",
+        "50%20 off.mp4",
+        "a b'c\"d.mp4",
+    ),
+    *(
+        "two\nlines.mp4",
+        "\x1b[31mred.mp4",
+        "🎬.mp4",
+        "folder.mp4/in.mp4",
+        "-rf.mp4",
+        "=cmd().mp4",
+        "*[x]?.mp4",
+        "file:x.mp4",
+        "~a.mp4",
+    ),
     *("ü" * 125 + ".mp4", "back\\slash.mp4", "a&b+c~d.mp4", " blank .mp4", "UPPER.MP4"),
 )
 
@@ -68,17 +101,24 @@ def test_odd_names_are_rows_and_are_found_again(make: Make, tmp_path: Path) -> N
     assert {os.path.relpath(row.uri, folder) for row in manifest.rows} == set(ODD)
     assert summary.left_out == {}
     for row in manifest.rows:
-        assert storage.stat(row.uri) == storage.StoredFile(row.uri, row.size_bytes, row.etag, row.modified)
+        assert storage.stat(row.uri) == storage.StoredFile(
+            row.uri, row.size_bytes, row.etag, row.modified
+        )
         assert row.video_id == video_id(row.uri)
         again = index(row.uri)[0].rows
-        assert [one.video_id for one in again] == [row.video_id], "named outright it is the same video"
+        assert [one.video_id for one in again] == [row.video_id], (
+            "named outright it is the same video"
+        )
     write_manifest(manifest, str(tmp_path / "m::1 #[x]?.parquet"))
     assert sorted(os.listdir(tmp_path)) == ["m::1 #[x]?.parquet", "videos"]
 
 
 def test_a_source_with_colons_is_a_folder(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make("proj::x/a.mp4", "file::/b.mp4"))
-    assert [os.path.basename(row.uri) for row in index("proj::x", "file::")[0].rows] == ["a.mp4", "b.mp4"]
+    assert [os.path.basename(row.uri) for row in index("proj::x", "file::")[0].rows] == [
+        "a.mp4",
+        "b.mp4",
+    ]
 
 
 def test_folders_may_lie_deeper_than_python_recurses(make: Make) -> None:
@@ -118,10 +158,18 @@ def test_names_that_are_not_utf8_are_counted_and_told(make: Make) -> None:
     Path(odd, "x.mp4").write_bytes(b"x")
     Path(f"{odd}.mp4").write_bytes(b"x")
     manifest, summary = index(folder)
-    assert ([os.path.basename(row.uri) for row in manifest.rows], summary.left_out) == (["a.mp4"], {"name is not UTF-8": 2})
-    assert summary.left_out_examples == {"name is not UTF-8": [f"{folder}/caf\\udce9", f"{folder}/caf\\udce9.mp4"]}
+    assert ([os.path.basename(row.uri) for row in manifest.rows], summary.left_out) == (
+        ["a.mp4"],
+        {"name is not UTF-8": 2},
+    )
+    assert summary.left_out_examples == {
+        "name is not UTF-8": [f"{folder}/caf\\udce9", f"{folder}/caf\\udce9.mp4"]
+    }
     for source in (odd, f"{odd}.mp4"):
-        with pytest.raises(ManifestError, match=r"caf\\udce9.*: the name is not UTF-8, as a manifest needs it; rename it"):
+        with pytest.raises(
+            ManifestError,
+            match=r"caf\\udce9.*: the name is not UTF-8, as a manifest needs it; rename it",
+        ):
             index(folder, source)
     assert len(video_id(f"{odd}.mp4")) == 16, "a failed row has an id, too"
 
@@ -167,7 +215,9 @@ def test_a_fifo_named_outright_is_told_at_once(make: Make, tmp_path: Path) -> No
 
 
 def test_one_impossible_time_does_not_end_the_listing() -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    ) as folder:
         for name in ("a.mp4", "b.mp4", "c.mp4"):
             Path(folder, name).write_bytes(b"x")
         os.utime(Path(folder, "a.mp4"), (569034205384, 569034205384))
@@ -180,7 +230,9 @@ def test_one_impossible_time_does_not_end_the_listing() -> None:
         assert (summary.unchanged, summary.changed) == (3, 0)
 
 
-def test_what_vanishes_while_it_is_listed_is_counted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_vanishes_while_it_is_listed_is_counted(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make("a.mp4", "b.mp4", "c/d.mp4", "z/e.mp4")
     listed = storage.entries(str(folder))
     first = next(listed)
@@ -188,8 +240,15 @@ def test_what_vanishes_while_it_is_listed_is_counted(make: Make, monkeypatch: py
     (folder / "z" / "e.mp4").unlink()
     (folder / "z").rmdir()
     rest = list(listed)
-    assert [entry.uri.removeprefix(f"{folder}/") for entry in (first, *rest)] == ["a.mp4", "b.mp4", "c/d.mp4", "z"]
-    assert [entry.reason for entry in rest if isinstance(entry, storage.LeftOut)] == [local_files.VANISHED] * 2
+    assert [entry.uri.removeprefix(f"{folder}/") for entry in (first, *rest)] == [
+        "a.mp4",
+        "b.mp4",
+        "c/d.mp4",
+        "z",
+    ]
+    assert [entry.reason for entry in rest if isinstance(entry, storage.LeftOut)] == [
+        local_files.VANISHED
+    ] * 2
 
 
 # ----------------------------------------------------------------------------------------------------------------- ids
@@ -206,16 +265,31 @@ def test_a_video_and_a_link_to_it_are_two_rows(make: Make, monkeypatch: pytest.M
     assert [row.video_id for row in index("dogs/favourite.mp4")[0].rows] == ids[2:]
 
 
-def test_a_place_in_several_spellings_is_one_row(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_in_several_spellings_is_one_row(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make("a/1.mp4", "a/x.txt")
     monkeypatch.chdir(folder)
-    spellings = (".", folder, f"{folder}/", "a/..", f"file://{folder}", "a", "a/1.mp4", "./a//1.mp4")
+    spellings = (
+        ".",
+        folder,
+        f"{folder}/",
+        "a/..",
+        f"file://{folder}",
+        "a",
+        "a/1.mp4",
+        "./a//1.mp4",
+    )
     assert found(folder, *spellings) == (["a/1.mp4"], {".txt": 1})
 
 
 def test_equal_ids_are_refused_by_name() -> None:
-    rows = VideoRows.of([VideoRef("x", "/a.mp4", 1), VideoRef("y", "/b.mp4", 1), VideoRef("x", "/c.mp4", 1)])
-    with pytest.raises(ManifestError, match=r"/a\.mp4 and /c\.mp4 have the same video_id x; rename one of the two"):
+    rows = VideoRows.of(
+        [VideoRef("x", "/a.mp4", 1), VideoRef("y", "/b.mp4", 1), VideoRef("x", "/c.mp4", 1)]
+    )
+    with pytest.raises(
+        ManifestError, match=r"/a\.mp4 and /c\.mp4 have the same video_id x; rename one of the two"
+    ):
         _check_ids(rows)
 
 
@@ -228,7 +302,11 @@ def test_class_folders_that_are_links_give_labels(make: Make, tmp_path: Path) ->
     (tmp_path / "store" / "d" / "2.mp4").write_bytes(b"x")
     (folder / "dogs").symlink_to(tmp_path / "store" / "d")
     manifest, summary = index(folder)
-    assert (manifest.classes, summary.labels_from, summary.left_out) == (["cats", "dogs"], "class folders", {})
+    assert (manifest.classes, summary.labels_from, summary.left_out) == (
+        ["cats", "dogs"],
+        "class folders",
+        {},
+    )
     assert [row.uri for row in manifest.rows] == [f"{folder}/cats/1.mp4", f"{folder}/dogs/2.mp4"]
 
 
@@ -269,7 +347,9 @@ def test_a_source_may_be_a_link(make: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["link/a.mp4", "real/a.mp4", "link/../real/./a.mp4"])
 @pytest.mark.parametrize("source", ["link", "real"])
-def test_labels_find_a_video_through_a_linked_folder_in_either_spelling(name: str, source: str, tmp_path: Path) -> None:
+def test_labels_find_a_video_through_a_linked_folder_in_either_spelling(
+    name: str, source: str, tmp_path: Path
+) -> None:
     (tmp_path / "real").mkdir()
     for video in ("a.mp4", "b.mp4"):
         (tmp_path / "real" / video).write_bytes(b"x")
@@ -299,21 +379,32 @@ def test_the_summary_names_the_first_of_each_reason(make: Make) -> None:
 def test_a_folder_with_nothing_but_odd_entries_says_so(make: Make) -> None:
     folder = make(".a.mp4")
     os.mkfifo(folder / "v.mp4")
-    with pytest.raises(ManifestError, match=r"it holds 2 other files: hidden \(.*\) 1, not a regular file \(FIFO\) 1; name a folder"):
+    with pytest.raises(
+        ManifestError,
+        match=r"it holds 2 other files: hidden \(.*\) 1, not a regular file \(FIFO\) 1; name a folder",
+    ):
         index(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------ suffixes
 
-LISTED_BEFORE = "3gp asf avi divx f4v flv gif m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv qt ts vob webm wmv y4m"
+LISTED_BEFORE = (
+    "3gp asf avi divx f4v flv gif m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv qt ts vob webm wmv y4m"
+)
 LACKED = "3g2 m2v m1v mpe m2t ogm rm rmvb dv ivf nut trp tod mod mk3d h264 264 h265 265 hevc obu mjpg mjpeg apng swf wtv mpv"
 
 
 def test_the_suffixes_are_those_of_the_decoders_own_containers(make: Make) -> None:
-    folder = make(*(f"v.{suffix}" for suffix in f"{LISTED_BEFORE} {LACKED} m4a mka mp3 jpg".split()))
+    folder = make(
+        *(f"v.{suffix}" for suffix in f"{LISTED_BEFORE} {LACKED} m4a mka mp3 jpg".split())
+    )
     manifest, summary = index(folder)
-    assert {row.uri.rpartition(".")[2] for row in manifest.rows} == set(f"{LISTED_BEFORE} {LACKED}".split())
-    assert summary.left_out == dict.fromkeys((".jpg", ".m4a", ".mka", ".mp3"), 1), "sound and pictures"
+    assert {row.uri.rpartition(".")[2] for row in manifest.rows} == set(
+        f"{LISTED_BEFORE} {LACKED}".split()
+    )
+    assert summary.left_out == dict.fromkeys((".jpg", ".m4a", ".mka", ".mp3"), 1), (
+        "sound and pictures"
+    )
 
 
 def test_every_container_is_one_that_ffmpeg_reads() -> None:
@@ -327,7 +418,9 @@ def test_readers_know_no_suffixes_of_their_own() -> None:
     assert READERS["video-list"].recognise("clip.rmvb 3")
 
 
-def test_dots_after_a_link_lead_on_from_where_it_leads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dots_after_a_link_lead_on_from_where_it_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "far/sub").mkdir(parents=True)
     (tmp_path / "far/x.mp4").touch()
     (tmp_path / "link").symlink_to(tmp_path / "far/sub")

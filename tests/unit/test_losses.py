@@ -24,32 +24,64 @@ LOG3, LOG9 = math.log(3), math.log(9)
 
 def test_weighted_sum_of_the_four_parts() -> None:
     # softmax of (0, 0), (ln 3, 0), (0, ln 3), (ln 9, 0): probability of class 0 is 1/2, 3/4, 1/4, 9/10
-    parts = tsq_loss(output_of([0.0, 0.0], [LOG3, 0.0], [0.0, LOG3], [LOG9, 0.0]), torch.tensor([[1.0, 0.0]]), "single", 0.6, 0.2)
-    expected = {"visual": math.log(2), "textual": math.log(4 / 3), "t2v": math.log(4), "v2t": math.log(10 / 9)}
-    assert {name: value.item() for name, value in parts.items() if name != "loss"} == pytest.approx(expected)
-    assert parts["loss"].item() == pytest.approx(math.log(2) + math.log(4 / 3) + 0.6 * math.log(4) + 0.2 * math.log(10 / 9))
+    parts = tsq_loss(
+        output_of([0.0, 0.0], [LOG3, 0.0], [0.0, LOG3], [LOG9, 0.0]),
+        torch.tensor([[1.0, 0.0]]),
+        "single",
+        0.6,
+        0.2,
+    )
+    expected = {
+        "visual": math.log(2),
+        "textual": math.log(4 / 3),
+        "t2v": math.log(4),
+        "v2t": math.log(10 / 9),
+    }
+    assert {name: value.item() for name, value in parts.items() if name != "loss"} == pytest.approx(
+        expected
+    )
+    assert parts["loss"].item() == pytest.approx(
+        math.log(2) + math.log(4 / 3) + 0.6 * math.log(4) + 0.2 * math.log(10 / 9)
+    )
 
 
 def test_several_labels_share_the_weight_in_the_single_task() -> None:
-    loss = tsq_loss(output_of([LOG3, 0.0], None, None, None), torch.tensor([[1.0, 1.0]]), "single", 0.6, 0.6)["loss"]
+    loss = tsq_loss(
+        output_of([LOG3, 0.0], None, None, None), torch.tensor([[1.0, 1.0]]), "single", 0.6, 0.6
+    )["loss"]
     assert loss.item() == pytest.approx((math.log(4 / 3) + math.log(4)) / 2)
 
 
 def test_multi_is_the_binary_cross_entropy_summed_over_the_classes() -> None:
-    loss = tsq_loss(output_of([LOG3, LOG9], None, None, None), torch.tensor([[1.0, 0.0]]), "multi", 0.6, 0.6)["loss"]
+    loss = tsq_loss(
+        output_of([LOG3, LOG9], None, None, None), torch.tensor([[1.0, 0.0]]), "multi", 0.6, 0.6
+    )["loss"]
     assert loss.item() == pytest.approx(math.log(4 / 3) + math.log(10))
 
 
 def test_only_the_parts_that_exist() -> None:
-    assert set(tsq_loss(output_of([0.0, 0.0], None, None, None), torch.tensor([[1.0, 0.0]]), "single", 0.6, 0.6)) == {"loss", "visual"}
-    evaluation = tsq_loss(output_of([0.0, 0.0], [0.0, 0.0], None, None), torch.tensor([[1.0, 0.0]]), "single", 0.6, 0.6)
+    assert set(
+        tsq_loss(
+            output_of([0.0, 0.0], None, None, None), torch.tensor([[1.0, 0.0]]), "single", 0.6, 0.6
+        )
+    ) == {"loss", "visual"}
+    evaluation = tsq_loss(
+        output_of([0.0, 0.0], [0.0, 0.0], None, None),
+        torch.tensor([[1.0, 0.0]]),
+        "single",
+        0.6,
+        0.6,
+    )
     assert set(evaluation) == {"loss", "visual", "textual"}
     assert evaluation["loss"].item() == pytest.approx(2 * math.log(2))
 
 
 @pytest.mark.parametrize(
     ("task", "expected"),
-    [("single", (math.log(4 / 3) + math.log(4)) / 2), ("multi", (math.log(4 / 3) + math.log(4)) / 2 + math.log(2))],
+    [
+        ("single", (math.log(4 / 3) + math.log(4)) / 2),
+        ("multi", (math.log(4 / 3) + math.log(4)) / 2 + math.log(2)),
+    ],
 )
 def test_mean_over_the_videos(task: str, expected: float) -> None:
     output = TSQOutput(torch.tensor([[LOG3, 0.0], [LOG3, 0.0]]), ATTENTION)

@@ -33,7 +33,13 @@ def index(folder: Path, **options: object) -> tuple[Manifest, IndexSummary]:
 
 def labels_of(manifest: Manifest) -> dict[str, tuple[list[str], str | None]]:
     """File name -> (class names, split)."""
-    return {os.path.basename(row.uri): ([manifest.classes[label] for label in row.labels or ()], row.split) for row in manifest.rows}
+    return {
+        os.path.basename(row.uri): (
+            [manifest.classes[label] for label in row.labels or ()],
+            row.split,
+        )
+        for row in manifest.rows
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- listing
@@ -43,7 +49,9 @@ def test_videos_are_taken_by_their_names_and_the_rest_is_counted(make: Make) -> 
     manifest, summary = index(make("a.mp4", "b/c.MKV", "b/notes.txt", "b/readme", ".hidden.mp4"))
     assert [os.path.basename(row.uri) for row in manifest.rows] == ["a.mp4", "c.MKV"]
     assert summary.left_out == {"hidden (name begins with .)": 1, ".txt": 1, "(no suffix)": 1}
-    assert [name.rpartition("/")[2] for names in summary.left_out_examples.values() for name in names] == [
+    assert [
+        name.rpartition("/")[2] for names in summary.left_out_examples.values() for name in names
+    ] == [
         ".hidden.mp4",
         "notes.txt",
         "readme",
@@ -73,12 +81,22 @@ def test_ids_hang_on_the_place_alone(make: Make, monkeypatch: pytest.MonkeyPatch
     ("names", "source", "message"),
     [
         ((), "nowhere", "nowhere: no such file, folder, bucket or prefix; check the name"),
-        (("notes.txt", "data.csv"), "", r"no video found; it holds 2 other files: \.csv 1, \.txt 1; name a folder, an s3:// prefix"),
-        (("empty/.keep",), "empty", r"empty: no video found; it holds 1 other files: hidden \(name begins with \.\) 1; name a folder"),
+        (
+            ("notes.txt", "data.csv"),
+            "",
+            r"no video found; it holds 2 other files: \.csv 1, \.txt 1; name a folder, an s3:// prefix",
+        ),
+        (
+            ("empty/.keep",),
+            "empty",
+            r"empty: no video found; it holds 1 other files: hidden \(name begins with \.\) 1; name a folder",
+        ),
         (("bare/",), "bare", "bare: no video found; name a folder"),
     ],
 )
-def test_a_source_that_matches_nothing_is_an_error(make: Make, names: tuple[str, ...], source: str, message: str) -> None:
+def test_a_source_that_matches_nothing_is_an_error(
+    make: Make, names: tuple[str, ...], source: str, message: str
+) -> None:
     make("x.mp4", *(name for name in names if not name.endswith("/")))
     folder = make()
     for name in names:
@@ -107,26 +125,45 @@ def test_no_source_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (("cats/1.mp4", "big_dogs/2.mp4"), {"1.mp4": (["cats"], None), "2.mp4": (["big dogs"], None)}),
-        (("train/cats/1.mp4", "val/dogs/2.mp4"), {"1.mp4": (["cats"], "train"), "2.mp4": (["dogs"], "val")}),
+        (
+            ("cats/1.mp4", "big_dogs/2.mp4"),
+            {"1.mp4": (["cats"], None), "2.mp4": (["big dogs"], None)},
+        ),
+        (
+            ("train/cats/1.mp4", "val/dogs/2.mp4"),
+            {"1.mp4": (["cats"], "train"), "2.mp4": (["dogs"], "val")},
+        ),
         (("cats/1.mp4", "2.mp4"), {"1.mp4": ([], None), "2.mp4": ([], None)}),
         (("cats/1.mp4", "cats/2.mp4"), {"1.mp4": ([], None), "2.mp4": ([], None)}),
         (("2019/cats/1.mp4", "2020/dogs/2.mp4"), {"1.mp4": ([], None), "2.mp4": ([], None)}),
     ],
-    ids=["classes", "splits and classes", "a video beside the folders", "one folder only", "folders that are no splits"],
+    ids=[
+        "classes",
+        "splits and classes",
+        "a video beside the folders",
+        "one folder only",
+        "folders that are no splits",
+    ],
 )
 def test_class_folders_are_seen_where_all_videos_lie_in_one(
     make: Make, names: tuple[str, ...], expected: dict[str, tuple[list[str], str | None]]
 ) -> None:
     manifest, summary = index(make(*names))
     assert labels_of(manifest) == expected
-    assert summary.labels_from == ("class folders" if any(labels for labels, _ in expected.values()) else "none")
+    assert summary.labels_from == (
+        "class folders" if any(labels for labels, _ in expected.values()) else "none"
+    )
 
 
 def test_class_folders_asked_for_must_be_there(make: Make) -> None:
-    with pytest.raises(ManifestError, match="--labels folders: some videos do not lie in a class folder"):
+    with pytest.raises(
+        ManifestError, match="--labels folders: some videos do not lie in a class folder"
+    ):
         index(make("1.mp4"), labels="folders")
-    with pytest.raises(ManifestError, match=r"--labels none: cannot be combined with other labels, got none, a\.csv"):
+    with pytest.raises(
+        ManifestError,
+        match=r"--labels none: cannot be combined with other labels, got none, a\.csv",
+    ):
         index(make("1.mp4"), labels=["none", "a.csv"])
 
 
@@ -138,16 +175,23 @@ def test_labels_none_leaves_class_folders_alone(make: Make) -> None:
 
 def test_a_classes_file_fixes_the_order_and_may_name_more(make: Make, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("dogs\n\n birds \ncats\n")
-    manifest, _ = index(make("cats/1.mp4", "dogs/2.mp4"), classes_file=str(tmp_path / "classes.txt"))
+    manifest, _ = index(
+        make("cats/1.mp4", "dogs/2.mp4"), classes_file=str(tmp_path / "classes.txt")
+    )
     assert manifest.classes == ["dogs", "birds", "cats"]
     assert [row.labels for row in manifest.rows] == [(2,), (0,)]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("cats\ndogs\ncats\n", "a class name stands twice: 'cats'"), ("cats\n", "lacks 1 classes of the labels, first 'dogs'; add them")],
+    [
+        ("cats\ndogs\ncats\n", "a class name stands twice: 'cats'"),
+        ("cats\n", "lacks 1 classes of the labels, first 'dogs'; add them"),
+    ],
 )
-def test_a_classes_file_that_does_not_fit_is_refused(make: Make, tmp_path: Path, content: str, message: str) -> None:
+def test_a_classes_file_that_does_not_fit_is_refused(
+    make: Make, tmp_path: Path, content: str, message: str
+) -> None:
     (tmp_path / "classes.txt").write_text(content)
     with pytest.raises(ManifestError, match=message):
         index(make("cats/1.mp4", "dogs/2.mp4"), classes_file=str(tmp_path / "classes.txt"))
@@ -175,7 +219,13 @@ def test_an_update_counts_new_changed_deleted_and_unchanged(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("change", "same"),
-    [({}, True), ({"modified": None}, True), ({"etag": "b"}, False), ({"size_bytes": 2}, False), ({"labels": (1,), "split": "x"}, True)],
+    [
+        ({}, True),
+        ({"modified": None}, True),
+        ({"etag": "b"}, False),
+        ({"size_bytes": 2}, False),
+        ({"labels": (1,), "split": "x"}, True),
+    ],
 )
 def test_an_etag_outweighs_the_time(change: dict[str, object], same: bool) -> None:
     row = VideoRef("i", "s3://b/k", 1, "a")
@@ -191,7 +241,12 @@ def test_a_manifest_comes_back_as_it_was(make: Make, tmp_path: Path) -> None:
     place = str(tmp_path / "out" / "manifest.parquet")
     write_manifest(manifest, place)
     read = read_manifest(place)
-    assert (read.rows, read.classes, read.id, read.sources) == (manifest.rows, manifest.classes, manifest.id, manifest.sources)
+    assert (read.rows, read.classes, read.id, read.sources) == (
+        manifest.rows,
+        manifest.classes,
+        manifest.id,
+        manifest.sources,
+    )
     assert len(read.sha256) == 64
     assert read.uri == place
 
@@ -227,9 +282,15 @@ def test_something_else_than_a_manifest_is_told(make: Make, tmp_path: Path, kind
 
 
 def test_a_split_is_chosen_or_named() -> None:
-    rows = [VideoRef("a", "/a", 1, split="train"), VideoRef("b", "/b", 1), VideoRef("c", "/c", 1, split="train")]
+    rows = [
+        VideoRef("a", "/a", 1, split="train"),
+        VideoRef("b", "/b", 1),
+        VideoRef("c", "/c", 1, split="train"),
+    ]
     manifest = Manifest(rows, [])
     assert choose_split(manifest, None) == rows
     assert choose_split(manifest, "train") == [rows[0], rows[2]]
-    with pytest.raises(ManifestError, match=r"--split val: no video has it; there is: \(none\) \(1\), train \(2\)"):
+    with pytest.raises(
+        ManifestError, match=r"--split val: no video has it; there is: \(none\) \(1\), train \(2\)"
+    ):
         choose_split(manifest, "val")

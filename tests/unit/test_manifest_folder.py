@@ -24,7 +24,10 @@ CLASSES = ["cats", "dogs"]
 
 def refs(names: str, **more: Any) -> list[VideoRef]:
     """A row for each letter."""
-    return [VideoRef(video_id(f"/v/{name}.mp4"), f"/v/{name}.mp4", 10, labels=(0,), **more) for name in names]
+    return [
+        VideoRef(video_id(f"/v/{name}.mp4"), f"/v/{name}.mp4", 10, labels=(0,), **more)
+        for name in names
+    ]
 
 
 def manifest_of(names: str, classes: list[str] = CLASSES) -> Manifest:
@@ -54,15 +57,29 @@ def shards(folder: Path) -> list[str]:
         ("a", "m", "abcde", True),
         ("", "m/", None, True),
     ],
-    ids=["few rows", "a slash", "many rows", "many rows where a file is", "few rows where a folder is", "no rows"],
+    ids=[
+        "few rows",
+        "a slash",
+        "many rows",
+        "many rows where a file is",
+        "few rows where a folder is",
+        "no rows",
+    ],
 )
-def test_a_manifest_is_a_file_or_a_folder(tmp_path: Path, names: str, out: str, there: str | None, folder: bool) -> None:
+def test_a_manifest_is_a_file_or_a_folder(
+    tmp_path: Path, names: str, out: str, there: str | None, folder: bool
+) -> None:
     place = f"{tmp_path}/{out}"
     for written in ([there] if there else []) + [names]:
         write_manifest(manifest_of(written), place)
     assert Path(place).is_dir() == folder
     read = read_manifest(place)
-    assert (read.rows, read.classes, read.id, read.sources) == (refs(names), CLASSES, "id of /v", ("/v",))
+    assert (read.rows, read.classes, read.id, read.sources) == (
+        refs(names),
+        CLASSES,
+        "id of /v",
+        ("/v",),
+    )
     assert read.uri == place.rstrip("/")
     assert len(read.sha256) == 64
     write_manifest(manifest_of(names), place)
@@ -71,7 +88,9 @@ def test_a_manifest_is_a_file_or_a_folder(tmp_path: Path, names: str, out: str, 
     assert read_manifest(place).sha256 != read.sha256
 
 
-def test_an_update_leaves_the_shards_of_the_new_version_and_writes_only_these(tmp_path: Path) -> None:
+def test_an_update_leaves_the_shards_of_the_new_version_and_writes_only_these(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "m"
     write_manifest(manifest_of("abcdef"), f"{folder}/")
     before = {name: (folder / name).stat().st_mtime_ns for name in shards(folder)}
@@ -80,14 +99,18 @@ def test_an_update_leaves_the_shards_of_the_new_version_and_writes_only_these(tm
     after = shards(folder)
     assert len(after) == 2
     assert after[0] in before
-    assert (folder / after[0]).stat().st_mtime_ns == before[after[0]], "the same content was written again"
+    assert (folder / after[0]).stat().st_mtime_ns == before[after[0]], (
+        "the same content was written again"
+    )
     assert after[1] not in before
     listed = json.loads((folder / "_manifest.json").read_text())
     assert [shard["name"] for shard in listed["shards"]] == after
     assert (listed["rows"], listed["id"], listed["sources"]) == (4, "id of /v", ["/v"])
 
 
-def test_index_makes_reads_and_updates_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_index_makes_reads_and_updates_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     videos, out = tmp_path / "videos", f"{tmp_path}/m/"
     for name in "abcde":
         (videos / name).mkdir(parents=True)
@@ -108,7 +131,9 @@ def test_index_makes_reads_and_updates_a_folder(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("killed_at", ["the first", "an update"])
-def test_a_killed_index_leaves_no_half_manifest(tmp_path: Path, killed_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_index_leaves_no_half_manifest(
+    tmp_path: Path, killed_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "m"
     if killed_at == "an update":
         write_manifest(manifest_of("abcd"), f"{folder}/")
@@ -128,7 +153,10 @@ def test_a_killed_index_leaves_no_half_manifest(tmp_path: Path, killed_at: str, 
         assert read_manifest(str(folder)).rows == refs("abcd")
     else:
         assert len(shards(folder)) == 1
-        with pytest.raises(ManifestError, match=r"m: not finished, it has no _manifest\.json yet; give the command of tsq index again"):
+        with pytest.raises(
+            ManifestError,
+            match=r"m: not finished, it has no _manifest\.json yet; give the command of tsq index again",
+        ):
             read_manifest(str(folder))
         assert find_old(f"{folder}/", update=False) is None
     write_manifest(manifest_of("wxyz"), f"{folder}/")
@@ -136,7 +164,9 @@ def test_a_killed_index_leaves_no_half_manifest(tmp_path: Path, killed_at: str, 
     assert len(shards(folder)) == 2
 
 
-def test_a_reader_that_an_update_overtakes_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_that_an_update_overtakes_starts_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = str(tmp_path / "m")
     write_manifest(manifest_of("abcd"), f"{folder}/")
     read, updates = manifest_files._read_shard, iter(["wxyz"])
@@ -165,7 +195,10 @@ def test_a_listed_shard_that_is_gone_or_another_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "_manifest.json: not JSON; the file is damaged"), ('{"format": 2}', "_manifest.json: format 2; this version reads 1")],
+    [
+        ("{", "_manifest.json: not JSON; the file is damaged"),
+        ('{"format": 2}', "_manifest.json: format 2; this version reads 1"),
+    ],
 )
 def test_a_listing_that_cannot_be_read_is_told(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "_manifest.json").write_text(content)
@@ -177,13 +210,27 @@ def test_a_listing_that_cannot_be_read_is_told(tmp_path: Path, content: str, mes
     ("make", "out", "message"),
     [
         (lambda place: place.mkdir(), "m/", None),
-        (lambda place: place.write_bytes(b""), "m/", "m/: is a file; leave out the last /, or name another folder"),
-        (lambda place: write_manifest(manifest_of("a"), f"{place}/"), "m", "m: exists already; add --update"),
-        (lambda place: write_plain(place, {"1.parquet": refs("a")}), "m/", r"m/: a folder with other files \(.*1\.parquet\); name a new"),
+        (
+            lambda place: place.write_bytes(b""),
+            "m/",
+            "m/: is a file; leave out the last /, or name another folder",
+        ),
+        (
+            lambda place: write_manifest(manifest_of("a"), f"{place}/"),
+            "m",
+            "m: exists already; add --update",
+        ),
+        (
+            lambda place: write_plain(place, {"1.parquet": refs("a")}),
+            "m/",
+            r"m/: a folder with other files \(.*1\.parquet\); name a new",
+        ),
     ],
     ids=["an empty folder", "a file", "a manifest folder", "a folder of another program"],
 )
-def test_what_out_may_name(tmp_path: Path, make: Callable[[Path], Any], out: str, message: str | None) -> None:
+def test_what_out_may_name(
+    tmp_path: Path, make: Callable[[Path], Any], out: str, message: str | None
+) -> None:
     make(tmp_path / "m")
     if message is None:
         assert find_old(f"{tmp_path}/{out}", update=False) is None
@@ -195,7 +242,9 @@ def test_what_out_may_name(tmp_path: Path, make: Callable[[Path], Any], out: str
 # ------------------------------------------------------------------------------------------------------- other programs
 
 
-def write_plain(folder: Path, files: dict[str, list[VideoRef]], classes: list[str] | None = None) -> str:
+def write_plain(
+    folder: Path, files: dict[str, list[VideoRef]], classes: list[str] | None = None
+) -> str:
     """A folder of Parquet files without anything of tsq but the class names."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
@@ -206,7 +255,13 @@ def write_plain(folder: Path, files: dict[str, list[VideoRef]], classes: list[st
 
 
 def test_a_folder_of_another_program_is_read_in_the_order_of_names(tmp_path: Path) -> None:
-    files = {"b.parquet": refs("cd"), "a.parquet": refs("ab"), "_SUCCESS": [], ".a.parquet.crc": [], "_metadata.parquet": refs("x")}
+    files = {
+        "b.parquet": refs("cd"),
+        "a.parquet": refs("ab"),
+        "_SUCCESS": [],
+        ".a.parquet.crc": [],
+        "_metadata.parquet": refs("x"),
+    }
     folder = write_plain(tmp_path / "m", files, CLASSES)
     manifest = read_manifest(f"{folder}/")
     assert (manifest.rows, manifest.classes, manifest.sources) == (refs("abcd"), CLASSES, (folder,))
@@ -235,21 +290,43 @@ def test_a_folder_written_by_duckdb(tmp_path: Path) -> None:
 def with_column(folder: Path, name: str, values: pa.Array | None) -> None:
     """Replace a column of a.parquet, or take it away."""
     table = pq.read_table(folder / "a.parquet")
-    place = table.column_names.index(name) if name in table.column_names else len(table.column_names)
+    place = (
+        table.column_names.index(name) if name in table.column_names else len(table.column_names)
+    )
     if place < len(table.column_names):
         table = table.remove_column(place)
-    pq.write_table(table if values is None else table.add_column(place, name, values), folder / "a.parquet")
+    pq.write_table(
+        table if values is None else table.add_column(place, name, values), folder / "a.parquet"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: with_column(folder, "uri", None), r"a\.parquet: lacks the columns \['uri'\]"),
-        (lambda folder: with_column(folder, "size_bytes", pa.array(["big"])), r"size_bytes is string, which does not go into int64"),
-        (lambda folder: with_column(folder, "size_bytes", pa.array([None], pa.int64())), "size_bytes is null in 1 rows"),
-        (lambda folder: with_column(folder, "video_id", pa.array(["1"])), "a.parquet: video_id '1'; expected 16 hex digits"),
-        (lambda folder: with_column(folder, "status", pa.array(["ok"])), "a.parquet: holds features or predictions; name the manifest"),
-        (lambda folder: with_column(folder, "labels", pa.array([[2]])), "a.parquet: labels from 2 to 2, but 2 class names; write the"),
+        (
+            lambda folder: with_column(folder, "uri", None),
+            r"a\.parquet: lacks the columns \['uri'\]",
+        ),
+        (
+            lambda folder: with_column(folder, "size_bytes", pa.array(["big"])),
+            r"size_bytes is string, which does not go into int64",
+        ),
+        (
+            lambda folder: with_column(folder, "size_bytes", pa.array([None], pa.int64())),
+            "size_bytes is null in 1 rows",
+        ),
+        (
+            lambda folder: with_column(folder, "video_id", pa.array(["1"])),
+            "a.parquet: video_id '1'; expected 16 hex digits",
+        ),
+        (
+            lambda folder: with_column(folder, "status", pa.array(["ok"])),
+            "a.parquet: holds features or predictions; name the manifest",
+        ),
+        (
+            lambda folder: with_column(folder, "labels", pa.array([[2]])),
+            "a.parquet: labels from 2 to 2, but 2 class names; write the",
+        ),
         (lambda folder: (folder / "a.parquet").write_text("x"), "a.parquet: not a Parquet file"),
         (
             lambda folder: write_plain(folder, {"b.parquet": refs("b")}, ["dogs", "cats"]),
@@ -260,9 +337,21 @@ def with_column(folder: Path, name: str, values: pa.Array | None) -> None:
             rf"/v/a\.mp4 in a\.parquet and /v/a\.mp4 in b\.parquet have the same video_id {video_id('/v/a.mp4')}; leave one",
         ),
     ],
-    ids=["no uri", "text for a number", "null", "strange id", "features", "labels without a name", "text", "class names", "twice"],
+    ids=[
+        "no uri",
+        "text for a number",
+        "null",
+        "strange id",
+        "features",
+        "labels without a name",
+        "text",
+        "class names",
+        "twice",
+    ],
 )
-def test_a_folder_that_is_no_manifest_is_told(tmp_path: Path, change: Callable[[Path], Any], message: str) -> None:
+def test_a_folder_that_is_no_manifest_is_told(
+    tmp_path: Path, change: Callable[[Path], Any], message: str
+) -> None:
     write_plain(tmp_path, {"a.parquet": refs("a")}, CLASSES)
     change(tmp_path)
     with pytest.raises(ManifestError, match=message) as caught:

@@ -25,7 +25,11 @@ def place(stage: Stage, cluster: Cluster, videos: int, *sets: str) -> Layout:
 def sizes(placed: Layout) -> dict[str, tuple[int, int, float]]:
     """Of the pools that keep cores or GPUs busy: how many the nodes hold, limit, CPUs of one."""
     pools = placed.pools.items()
-    return {name: (pool.now, pool.limit, pool.cpus) for name, pool in pools if name not in ("writer", "sender", "ingress")}
+    return {
+        name: (pool.now, pool.limit, pool.cpus)
+        for name, pool in pools
+        if name not in ("writer", "sender", "ingress")
+    }
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,13 @@ def sizes(placed: Layout) -> dict[str, tuple[int, int, float]]:
         (TWO_CORES, 100, ["resources.workers=1"], {"worker": (1, 1, 1.9)}, 2),
         (TWO_CORES, 100, ["resources.workers=4"], {"worker": (4, 4, 0.45)}, 1),
         (TWO_CORES, 100, ["resources.threads=3"], {"worker": (2, 13, 0.95)}, 3),
-        (TWO_CORES, 100, ["resources.decoders=1"], {"decoder": (1, 1, 0.95), "encoder": (1, 1, 0.05)}, 1),
+        (
+            TWO_CORES,
+            100,
+            ["resources.decoders=1"],
+            {"decoder": (1, 1, 0.95), "encoder": (1, 1, 0.05)},
+            1,
+        ),
         (Cluster(many(2, 1)), 1, [], {"worker": (1, 1, 0.9)}, 1),
         (Cluster(many(16, 8)), 15, [], {"worker": (15, 15, 0.98)}, 1),
         (Cluster(many(200, 16)), 1, [], {"worker": (1, 1, 0.99)}, 1),
@@ -44,21 +54,56 @@ def sizes(placed: Layout) -> dict[str, tuple[int, int, float]]:
         (Cluster((EMPTY_HEAD, Node(32))), 1000, [], {"worker": (32, 125, 0.99)}, 1),
         (Cluster((Node(0.5),)), 10, [], {"worker": (1, 2, 0.45)}, 1),
         (Cluster(()), 100, [], {"worker": (1, 13, 0.9)}, 1),
-        (Cluster(many(1, 32, 2)), 100, [], {"decoder": (32, 32, 0.99), "encoder": (2, 13, 0.05)}, 31),
-        (Cluster(many(1, 32, 2)), 100, ["resources.gpus=1"], {"decoder": (32, 32, 0.99), "encoder": (1, 1, 0.05)}, 31),
+        (
+            Cluster(many(1, 32, 2)),
+            100,
+            [],
+            {"decoder": (32, 32, 0.99), "encoder": (2, 13, 0.05)},
+            31,
+        ),
+        (
+            Cluster(many(1, 32, 2)),
+            100,
+            ["resources.gpus=1"],
+            {"decoder": (32, 32, 0.99), "encoder": (1, 1, 0.05)},
+            31,
+        ),
         (Cluster(many(1, 32, 2)), 100, ["resources.gpus=0"], {"worker": (32, 32, 0.99)}, 1),
     ],
     ids=[
-        *("two cores", "one video", "one worker", "four workers", "threads", "decoders apart", "one video, two nodes"),
-        *("fifteen videos", "200 nodes", "ten million", "head without CPUs", "half a core", "no node yet"),
+        *(
+            "two cores",
+            "one video",
+            "one worker",
+            "four workers",
+            "threads",
+            "decoders apart",
+            "one video, two nodes",
+        ),
+        *(
+            "fifteen videos",
+            "200 nodes",
+            "ten million",
+            "head without CPUs",
+            "half a core",
+            "no node yet",
+        ),
         *("GPUs", "one of two GPUs", "no GPU wanted"),
     ],
 )
-def test_extract(cluster: Cluster, videos: int, sets: list[str], expected: dict[str, tuple[int, int, float]], threads: int) -> None:
+def test_extract(
+    cluster: Cluster,
+    videos: int,
+    sets: list[str],
+    expected: dict[str, tuple[int, int, float]],
+    threads: int,
+) -> None:
     placed = place("extract", cluster, videos, *sets)
     assert sizes(placed) == expected
     assert placed.threads == threads
-    assert placed.device == ("cuda" if placed.pools.get("encoder", Pool("", 0, 0, 0, 0)).gpus else "cpu")
+    assert placed.device == (
+        "cuda" if placed.pools.get("encoder", Pool("", 0, 0, 0, 0)).gpus else "cpu"
+    )
     frozen = place("finetune", cluster, videos, "finetune.backbone=frozen", *sets)
     assert sizes(frozen) == expected, "a frozen backbone is an extraction"
 
@@ -67,7 +112,9 @@ def test_extract(cluster: Cluster, videos: int, sets: list[str], expected: dict[
 @pytest.mark.parametrize("cpus", [0.5, 1, 2, 3, 4, 8, 16, 64])
 @pytest.mark.parametrize("nodes", [1, 2, 7, 200])
 @pytest.mark.parametrize("videos", [1, 15, 10**6])
-def test_every_actor_fits_on_the_largest_node(stage: Stage, cpus: float, nodes: int, videos: int) -> None:
+def test_every_actor_fits_on_the_largest_node(
+    stage: Stage, cpus: float, nodes: int, videos: int
+) -> None:
     cluster = Cluster((EMPTY_HEAD, *many(nodes, cpus)))
     if stage == "serve" and cpus < 1:
         return  # its sizes are settings
@@ -78,7 +125,9 @@ def test_every_actor_fits_on_the_largest_node(stage: Stage, cpus: float, nodes: 
         assert pool.cpus <= cpus, pool
         assert not pool.cores or pool.start <= videos
     if stage == "extract":
-        assert sum(pool.now * pool.cpus for pool in busy.values()) < cpus * nodes, "room for the writer"
+        assert sum(pool.now * pool.cpus for pool in busy.values()) < cpus * nodes, (
+            "room for the writer"
+        )
 
 
 @pytest.mark.parametrize(
@@ -98,12 +147,16 @@ def test_gpus(setting: int, cluster: Cluster, expected: int) -> None:
 
 
 def test_gpus_that_no_node_can_have_are_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"resources.gpus = 2: no node of the cluster has a GPU.*set it to 0"):
+    with pytest.raises(
+        ConfigError, match=r"resources.gpus = 2: no node of the cluster has a GPU.*set it to 0"
+    ):
         place("extract", TWO_CORES, 10, "resources.gpus=2")
 
 
 def test_an_actor_that_no_node_can_hold_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"serve: a decoder asks for 4 CPU, which no node .* \(largest: 2 CPU\)"):
+    with pytest.raises(
+        ConfigError, match=r"serve: a decoder asks for 4 CPU, which no node .* \(largest: 2 CPU\)"
+    ):
         place("serve", TWO_CORES, 1, "serve.decoder.num_cpus=4")
 
 
@@ -111,23 +164,43 @@ def test_an_actor_that_no_node_can_hold_is_an_error() -> None:
     ("cluster", "videos", "sets", "expected"),
     [
         (TWO_CORES, 10**6, [], [{"CPU": 2}]),
-        (Cluster((EMPTY_HEAD,), (Node(16, count=200), Node(8, 1, count=64))), 10**7, [], [{"CPU": 8, "GPU": 1}] * 64 + [{"CPU": 16}] * 200),
-        (Cluster((EMPTY_HEAD,), (Node(16, count=200), Node(8, 1, count=64))), 10**7, ["resources.gpus=0"], [{"CPU": 16}] * 200),
+        (
+            Cluster((EMPTY_HEAD,), (Node(16, count=200), Node(8, 1, count=64))),
+            10**7,
+            [],
+            [{"CPU": 8, "GPU": 1}] * 64 + [{"CPU": 16}] * 200,
+        ),
+        (
+            Cluster((EMPTY_HEAD,), (Node(16, count=200), Node(8, 1, count=64))),
+            10**7,
+            ["resources.gpus=0"],
+            [{"CPU": 16}] * 200,
+        ),
         (Cluster((EMPTY_HEAD,), (Node(16, count=200),)), 15, [], [{"CPU": 16}]),
         (Cluster((EMPTY_HEAD, Node(16)), (Node(16, count=3),)), 400, [], [{"CPU": 16}] * 4),
         (Cluster((EMPTY_HEAD,), grows=True), 80, [], [{"CPU": 0.9}] * 10),
     ],
     ids=["fixed", "all", "CPU only", "few videos", "one is there", "unknown kinds"],
 )
-def test_nodes_to_ask_for(cluster: Cluster, videos: int, sets: list[str], expected: list[dict[str, float]]) -> None:
+def test_nodes_to_ask_for(
+    cluster: Cluster, videos: int, sets: list[str], expected: list[dict[str, float]]
+) -> None:
     assert wanted_nodes(place("extract", cluster, videos, *sets), cluster) == expected
 
 
 @pytest.mark.parametrize(
     ("cluster", "sets", "expected"),
     [
-        (Cluster((EMPTY_HEAD,), (Node(1, count=3), Node(1, 1, count=2))), [], {"decoder": 5, "encoder": 2}),
-        (Cluster((EMPTY_HEAD,), (Node(1, count=3), Node(1, 1, count=2))), ["resources.gpus=0"], {"worker": 5}),
+        (
+            Cluster((EMPTY_HEAD,), (Node(1, count=3), Node(1, 1, count=2))),
+            [],
+            {"decoder": 5, "encoder": 2},
+        ),
+        (
+            Cluster((EMPTY_HEAD,), (Node(1, count=3), Node(1, 1, count=2))),
+            ["resources.gpus=0"],
+            {"worker": 5},
+        ),
         (TWO_CORES, [], {"worker": 10}),
         (Cluster(many(16, 8)), [], {"worker": 256}),
         (Cluster((EMPTY_HEAD,), grows=True), [], {"worker": 9}),
@@ -135,7 +208,9 @@ def test_nodes_to_ask_for(cluster: Cluster, videos: int, sets: list[str], expect
     ],
     ids=["known kinds", "CPU only", "one node", "many nodes", "unknown kinds", "asked for"],
 )
-def test_actors_are_there_before_their_nodes(cluster: Cluster, sets: list[str], expected: dict[str, int]) -> None:
+def test_actors_are_there_before_their_nodes(
+    cluster: Cluster, sets: list[str], expected: dict[str, int]
+) -> None:
     """It is they that ask the autoscaler, and a node that joins takes one at once."""
     placed = place("extract", cluster, 10_000, *sets)
     assert {name: placed[name].start for name in expected} == expected
@@ -168,7 +243,15 @@ def test_actors_are_there_before_their_nodes(cluster: Cluster, sets: list[str], 
         "decoders",
     ],
 )
-def test_score(cluster: Cluster, videos: int, sets: list[str], decoders: int, networks: int, num_gpus: float, senders: int) -> None:
+def test_score(
+    cluster: Cluster,
+    videos: int,
+    sets: list[str],
+    decoders: int,
+    networks: int,
+    num_gpus: float,
+    senders: int,
+) -> None:
     placed = place("score", cluster, videos, *sets)
     assert placed["decoder"].start == decoders
     for name in ("sampler", "recognizer"):
@@ -208,13 +291,22 @@ def test_what_wants_a_gpu_fits_on_a_node_that_has_one(stage: Stage, alive: bool)
     ],
     ids=["two nodes", "one node", "GPUs", "GPUs not wanted", "too few GPUs"],
 )
-def test_train(cluster: Cluster, sets: list[str], workers: int, cpus: float, device: str, threads: int) -> None:
+def test_train(
+    cluster: Cluster, sets: list[str], workers: int, cpus: float, device: str, threads: int
+) -> None:
     placed = place("train", cluster, 100, *sets)
-    assert (placed["worker"].limit, placed["worker"].cpus, placed.device, placed.threads) == (workers, cpus, device, threads)
+    assert (placed["worker"].limit, placed["worker"].cpus, placed.device, placed.threads) == (
+        workers,
+        cpus,
+        device,
+        threads,
+    )
     assert placed["worker"].gpus == (1.0 if device == "cuda" else 0.0)
 
 
-@pytest.mark.parametrize("node", [Node(2, memory=14 * GIB), Node(16, memory=20 * GIB), Node(1, memory=3 * GIB)], ids=str)
+@pytest.mark.parametrize(
+    "node", [Node(2, memory=14 * GIB), Node(16, memory=20 * GIB), Node(1, memory=3 * GIB)], ids=str
+)
 @pytest.mark.parametrize(
     ("stage", "sets"),
     [
@@ -222,24 +314,41 @@ def test_train(cluster: Cluster, sets: list[str], workers: int, cpus: float, dev
         ("extract", []),
         ("finetune", ["finetune.num_workers=9"]),
         ("train", ["train.num_workers=8"]),
-        ("serve", ["serve.sampler.num_cpus=0.1", "serve.decoder.num_cpus=0.1", "serve.recognizer.num_cpus=0.1"]),
+        (
+            "serve",
+            [
+                "serve.sampler.num_cpus=0.1",
+                "serve.decoder.num_cpus=0.1",
+                "serve.recognizer.num_cpus=0.1",
+            ],
+        ),
         ("score", []),
     ],
 )
 def test_whoever_has_cpus_has_memory(stage: Stage, sets: list[str], node: Node) -> None:
     placed = place(stage, Cluster((node,)), 1000, *sets)
     for name in ("memory", "cpus"):
-        assert 0 < sum(getattr(pool, name) * pool.now for pool in placed.pools.values()) <= getattr(node, name), name
+        assert (
+            0
+            < sum(getattr(pool, name) * pool.now for pool in placed.pools.values())
+            <= getattr(node, name)
+        ), name
     assert all(pool.memory > 0 for pool in placed.pools.values())
 
 
 def test_a_training_with_fewer_gpus_than_workers_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"train.num_workers = 2 takes a GPU for each worker, resources.gpus allows 1"):
+    with pytest.raises(
+        ConfigError,
+        match=r"train.num_workers = 2 takes a GPU for each worker, resources.gpus allows 1",
+    ):
         place("train", Cluster(many(1, 8, 4)), 100, "train.num_workers=2", "resources.gpus=1")
 
 
 def test_a_training_that_is_too_large_for_the_cluster_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"finetune.num_workers = 50 with 1 decoders each: too many for the 2 CPUs"):
+    with pytest.raises(
+        ConfigError,
+        match=r"finetune.num_workers = 50 with 1 decoders each: too many for the 2 CPUs",
+    ):
         place("finetune", TWO_CORES, 100, "finetune.num_workers=50")
 
 
@@ -249,10 +358,16 @@ def test_a_training_that_is_too_large_for_the_cluster_is_an_error() -> None:
         (TWO_CORES, [], 0),
         (Cluster(many(1, 8, 1)), [], 0.5),
         (Cluster(many(1, 8, 1)), ["resources.gpus=0"], 0),
-        (Cluster(many(1, 8, 1)), ["serve.sampler.num_gpus=0.25", "serve.recognizer.num_gpus=0.25"], 0.25),
+        (
+            Cluster(many(1, 8, 1)),
+            ["serve.sampler.num_gpus=0.25", "serve.recognizer.num_gpus=0.25"],
+            0.25,
+        ),
     ],
 )
-def test_serve_takes_a_gpu_where_there_is_one(cluster: Cluster, sets: list[str], num_gpus: float) -> None:
+def test_serve_takes_a_gpu_where_there_is_one(
+    cluster: Cluster, sets: list[str], num_gpus: float
+) -> None:
     placed = place("serve", cluster, 1, *sets)
     assert {placed[name].gpus for name in ("sampler", "recognizer")} == {num_gpus}
     assert placed.on_gpu == bool(num_gpus)

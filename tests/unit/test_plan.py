@@ -17,11 +17,29 @@ from tsq_ray.decode.plan import (
 
 
 def test_uniform_positions_are_the_middles_of_equal_intervals() -> None:
-    assert uniform_indices(range(0, 96), 96, 16) == [3, 9, 15, 21, 27, 33, 39, 45, 51, 57, 63, 69, 75, 81, 87, 93]
+    assert uniform_indices(range(0, 96), 96, 16) == [
+        3,
+        9,
+        15,
+        21,
+        27,
+        33,
+        39,
+        45,
+        51,
+        57,
+        63,
+        69,
+        75,
+        81,
+        87,
+        93,
+    ]
 
 
 @pytest.mark.parametrize(
-    ("count", "num_frames", "expected"), [(1, 4, [0, 0, 0, 0]), (3, 8, [0, 1, 2, 0, 1, 2, 0, 1]), (4, 4, [0, 1, 2, 3])]
+    ("count", "num_frames", "expected"),
+    [(1, 4, [0, 0, 0, 0]), (3, 8, [0, 1, 2, 0, 1, 2, 0, 1]), (4, 4, [0, 1, 2, 3])],
 )
 def test_few_frames_are_used_cyclically(count: int, num_frames: int, expected: list[int]) -> None:
     assert uniform_indices(range(count), count, num_frames) == expected
@@ -52,7 +70,9 @@ def test_frame_at_before_the_first_frame_is_the_first() -> None:
     assert frame_at([10, 20], 20) == 1
 
 
-@pytest.mark.parametrize(("time", "expected"), [(9, -1), (10, 0), (34, 0), (35, 1), (109, 3), (110, 4), (500, 4)])
+@pytest.mark.parametrize(
+    ("time", "expected"), [(9, -1), (10, 0), (34, 0), (35, 1), (109, 3), (110, 4), (500, 4)]
+)
 def test_interval_of(time: int, expected: int) -> None:
     assert interval_of(time, 10, 110, 4) == expected
 
@@ -73,7 +93,9 @@ def test_keyframes_outside_the_duration_are_left_out() -> None:
 def test_places_say_where_in_each_interval() -> None:
     # intervals of 25 frames
     assert uniform_indices(range(100), 100, 4, (0.0, 0.5, 0.999, 0.04)) == [0, 37, 74, 76]
-    assert uniform_indices(range(1000, 1100), 1100, 4, (0.5,) * 4) == uniform_indices(range(100), 100, 4)
+    assert uniform_indices(range(1000, 1100), 1100, 4, (0.5,) * 4) == uniform_indices(
+        range(100), 100, 4
+    )
     assert uniform_indices(range(3), 3, 4, (0.9,) * 4) == [0, 1, 2, 0]
 
 
@@ -102,5 +124,7 @@ def test_distinct_maps_slots_to_frames() -> None:
         ([0, 10, 40], 3, 20, 43),
     ],
 )
-def test_end_of_the_last_frame(pts: list[int], last: int | None, track: int | None, expected: int) -> None:
+def test_end_of_the_last_frame(
+    pts: list[int], last: int | None, track: int | None, expected: int
+) -> None:
     assert end_of(pts, last, track) == expected

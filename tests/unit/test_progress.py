@@ -7,11 +7,20 @@ import pytest
 from tsq_ray.runtime import progress
 
 
-def test_the_rate_counts_from_the_first_video_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_rate_counts_from_the_first_video_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with progress.progress_display(100, "extract") as update:
-        for seconds, ok, failed in ((0, 0, 0), (30, 2, 0), (5, 4, 0), (15, 10, 2), (20, 20, 2), (1, 21, 2)):
+        for seconds, ok, failed in (
+            (0, 0, 0),
+            (30, 2, 0),
+            (5, 4, 0),
+            (15, 10, 2),
+            (20, 20, 2),
+            (1, 21, 2),
+        ):
             now[0] += seconds
             update(ok, failed)
     assert capsys.readouterr().err.splitlines() == [

@@ -17,9 +17,16 @@ def video(logits_of_frames: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.n
     return np.eye(len(logits), 20, dtype=np.float16), logits
 
 
-def build(videos: list[tuple[np.ndarray, np.ndarray]], labels: list[list[int]], num_classes: int = 2, **changes: object) -> torch.Tensor:
+def build(
+    videos: list[tuple[np.ndarray, np.ndarray]],
+    labels: list[list[int]],
+    num_classes: int = 2,
+    **changes: object,
+) -> torch.Tensor:
     options = {"seed": 0, "task": "single", **changes}
-    return prototypes((v[0] for v in videos), (v[1] for v in videos), labels, num_classes, **options)
+    return prototypes(
+        (v[0] for v in videos), (v[1] for v in videos), labels, num_classes, **options
+    )
 
 
 def mean_of(*frames: int) -> torch.Tensor:
@@ -31,10 +38,16 @@ def mean_of(*frames: int) -> torch.Tensor:
 TEN = video([[5 + t / 10, 0] for t in range(10)])
 
 
-@pytest.mark.parametrize(("num_correct", "expected"), [(10, (9, 8, 7)), (4, (3, 2)), (3, (2,)), (1, (0,))])
-def test_the_best_thirty_percent_of_the_correct_frames(num_correct: int, expected: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("num_correct", "expected"), [(10, (9, 8, 7)), (4, (3, 2)), (3, (2,)), (1, (0,))]
+)
+def test_the_best_thirty_percent_of_the_correct_frames(
+    num_correct: int, expected: tuple[int, ...]
+) -> None:
     frames = [[5 + t / 10, 0] if t < num_correct else [0, 5] for t in range(10)]
-    torch.testing.assert_close(build([video(frames), video([[0, 1]])], [[0], [1]])[0], mean_of(*expected))
+    torch.testing.assert_close(
+        build([video(frames), video([[0, 1]])], [[0], [1]])[0], mean_of(*expected)
+    )
 
 
 def test_mean_over_the_videos_not_over_the_frames() -> None:
@@ -78,7 +91,9 @@ def test_arrays_and_iterators_are_alike() -> None:
     from_arrays = prototypes(features, logits, labels, 3, 0, "single")
     assert from_arrays.shape == (3, 8)
     assert from_arrays.dtype == torch.float32
-    assert torch.equal(from_arrays, prototypes(iter(features), iter(logits), iter(labels), 3, 0, "single"))
+    assert torch.equal(
+        from_arrays, prototypes(iter(features), iter(logits), iter(labels), 3, 0, "single")
+    )
 
 
 def test_misuse() -> None:

@@ -39,16 +39,25 @@ def column(*values: float) -> np.ndarray:
         # positives at ranks 2, 3: precision 1/2, 2/3; interpolated, the first rises to 2/3
         ((0.9, 0.8, 0.7, 0.6), (0, 1, 1, 0), (1 / 2 + 2 / 3) / 2, 2 / 3),
         # positives at ranks 1, 4, 5 of 5: precision 1, 2/4, 3/5; interpolated 1, 3/5, 3/5
-        ((0.9, 0.8, 0.7, 0.6, 0.5), (1, 0, 0, 1, 1), (1 + 1 / 2 + 3 / 5) / 3, (1 + 3 / 5 + 3 / 5) / 3),
+        (
+            (0.9, 0.8, 0.7, 0.6, 0.5),
+            (1, 0, 0, 1, 1),
+            (1 + 1 / 2 + 3 / 5) / 3,
+            (1 + 3 / 5 + 3 / 5) / 3,
+        ),
         # equal scores enter together, whichever comes first
         ((0.5, 0.5), (1, 0), 0.5, 0.5),
         ((0.5, 0.5), (0, 1), 0.5, 0.5),
     ],
 )
-def test_average_precision(scores: tuple[float, ...], positives: tuple[int, ...], plain: float, interpolated: float) -> None:
+def test_average_precision(
+    scores: tuple[float, ...], positives: tuple[int, ...], plain: float, interpolated: float
+) -> None:
     targets = column(*positives).astype(bool)
     assert average_precisions(column(*scores), targets) == pytest.approx([plain])
-    assert average_precisions(column(*scores), targets, interpolated=True) == pytest.approx([interpolated])
+    assert average_precisions(column(*scores), targets, interpolated=True) == pytest.approx(
+        [interpolated]
+    )
 
 
 def test_mean_is_over_the_classes_with_a_positive() -> None:
@@ -63,7 +72,10 @@ def test_mean_is_over_the_classes_with_a_positive() -> None:
 def test_interpolation_never_lowers(seed: int) -> None:
     generator = np.random.default_rng(seed)
     scores, targets = generator.random((40, 6)).round(1), generator.random((40, 6)) < 0.3
-    assert (average_precisions(scores, targets, interpolated=True) >= average_precisions(scores, targets) - 1e-12).all()
+    assert (
+        average_precisions(scores, targets, interpolated=True)
+        >= average_precisions(scores, targets) - 1e-12
+    ).all()
 
 
 def test_shapes_must_agree() -> None:
@@ -90,7 +102,9 @@ def test_top1() -> None:
         ([1.0], [], math.nan),
     ],
 )
-def test_salient_recall(pts_s: list[float], segments: list[tuple[float, float]], expected: float) -> None:
+def test_salient_recall(
+    pts_s: list[float], segments: list[tuple[float, float]], expected: float
+) -> None:
     assert salient_recall(pts_s, segments) == pytest.approx(expected, nan_ok=True)
 
 
@@ -109,33 +123,55 @@ def judged_parts(seed: int, num_parts: int, with_scores: bool = True) -> list[pa
     for _ in range(num_parts):
         rows = []
         for scores in generator.random((30, len(CLASSES)), np.float32).round(1):
-            names = generator.permutation([*CLASSES, "other"])[: generator.integers(0, 3)].tolist() or None
+            names = (
+                generator.permutation([*CLASSES, "other"])[: generator.integers(0, 3)].tolist()
+                or None
+            )
             if generator.random() < 0.2:
                 rows.append({"status": "failed", "label_names": names})
             else:
-                rows.append({"label_names": names, "scores": scores, "top_labels": [CLASSES[scores.argmax()]]})
+                rows.append(
+                    {
+                        "label_names": names,
+                        "scores": scores,
+                        "top_labels": [CLASSES[scores.argmax()]],
+                    }
+                )
         parts.append(part_of(rows, with_scores))
     return parts
 
 
 def readers(parts: list[pa.Table]) -> list:
     """As `runs.read_part` reads: columns that a part lacks are left out."""
-    return [lambda names, part=part: part.select([name for name in names if name in part.column_names]) for part in parts]
+    return [
+        lambda names, part=part: part.select([name for name in names if name in part.column_names])
+        for part in parts
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_figures_part_by_part_are_those_of_all_rows_at_once(seed: int) -> None:
     parts = judged_parts(seed, 4)
-    rows = [row for part in parts for row in part.to_pylist() if row["status"] == "ok" and {*(row["label_names"] or ())} & {*CLASSES}]
+    rows = [
+        row
+        for part in parts
+        for row in part.to_pylist()
+        if row["status"] == "ok" and {*(row["label_names"] or ())} & {*CLASSES}
+    ]
     scores = np.array([row["scores"] for row in rows], np.float32)
     targets = np.array([[name in row["label_names"] for name in CLASSES] for row in rows])
     figures = class_figures(readers(parts), CLASSES)
     assert figures is not None
     expected = [average_precision_score(targets[:, c], scores[:, c]) for c in range(len(CLASSES))]
     assert figures.ap == pytest.approx(expected)
-    assert figures.ap_interpolated == pytest.approx(average_precisions(scores, targets, interpolated=True))
+    assert figures.ap_interpolated == pytest.approx(
+        average_precisions(scores, targets, interpolated=True)
+    )
     assert figures.videos.tolist() == targets.sum(axis=0).tolist()
-    assert figures.predicted.tolist() == np.bincount(scores.argmax(axis=1), minlength=len(CLASSES)).tolist()
+    assert (
+        figures.predicted.tolist()
+        == np.bincount(scores.argmax(axis=1), minlength=len(CLASSES)).tolist()
+    )
     assert measure(readers(parts), CLASSES) == {
         "labelled": len(rows),
         "unknown_labels": ["other"],
@@ -146,8 +182,15 @@ def test_figures_part_by_part_are_those_of_all_rows_at_once(seed: int) -> None:
 
 
 def test_without_scores_there_is_top1_alone_and_without_labels_nothing() -> None:
-    assert measure(readers(judged_parts(0, 2, with_scores=False)), CLASSES).keys() == {"labelled", "top1", "unknown_labels"}
-    assert measure(readers([part_of([{"top_labels": ["a"]}])]), CLASSES) == {"labelled": 0, "unknown_labels": []}
+    assert measure(readers(judged_parts(0, 2, with_scores=False)), CLASSES).keys() == {
+        "labelled",
+        "top1",
+        "unknown_labels",
+    }
+    assert measure(readers([part_of([{"top_labels": ["a"]}])]), CLASSES) == {
+        "labelled": 0,
+        "unknown_labels": [],
+    }
     assert measure([], CLASSES) == {"labelled": 0, "unknown_labels": []}
 
 

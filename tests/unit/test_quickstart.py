@@ -20,15 +20,27 @@ SCRIPTS = ("jobs/quickstart.sh", "jobs/setup_venv.sh", "tests/run.sh")
 def test_settings_load_and_their_weights_are_packages_of_the_extra() -> None:
     config = load_config(REPO / "jobs" / "quickstart.toml")
     check_budget(config.sampler, config.decode.num_frames, config.train.task)
-    extra = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]["weights"]
+    extra = tomllib.loads((REPO / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]["weights"]
     packages = {requirement.partition("==")[0] for requirement in extra}
-    for part in (config.encoders.visual, config.encoders.objects, config.encoders.text, config.recognizer):
+    for part in (
+        config.encoders.visual,
+        config.encoders.objects,
+        config.encoders.text,
+        config.recognizer,
+    ):
         assert part.weights.removeprefix("package:") in packages
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_parse(script: str) -> None:
-    assert subprocess.run(["bash", "-n", str(REPO / script)], capture_output=True, text=True, check=False).stderr == ""
+    assert (
+        subprocess.run(
+            ["bash", "-n", str(REPO / script)], capture_output=True, text=True, check=False
+        ).stderr
+        == ""
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,15 +48,24 @@ def test_scripts_parse(script: str) -> None:
     [(["a", "b"], "usage:"), (["--help"], "usage:"), (["/no/such/videos"], "which is no folder")],
 )
 def test_quickstart_refuses_a_wrong_command_line_at_once(given: list[str], message: str) -> None:
-    done = subprocess.run(["bash", str(REPO / "jobs/quickstart.sh"), *given], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", str(REPO / "jobs/quickstart.sh"), *given],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2
     assert message in done.stderr
 
 
-@pytest.mark.parametrize(("python", "message"), [("/no/python", "PYTHON=/no/python is not a Python 3.11, 3.12 or 3.13")])
+@pytest.mark.parametrize(
+    ("python", "message"), [("/no/python", "PYTHON=/no/python is not a Python 3.11, 3.12 or 3.13")]
+)
 def test_a_wrong_python_is_named(python: str, message: str) -> None:
     command = f"PYTHON={python}; source jobs/setup_venv.sh; find_python"
-    done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=REPO, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -61,11 +82,26 @@ def predictions(tmp_path: Path) -> Path:
     rows = []
     for video in videos:
         uri = str(tmp_path / "videos" / str(video["name"]))
-        row = {"video_id": video["name"], "uri": uri, "size_bytes": 1, "labels": [video["label"]], "warnings": []}
+        row = {
+            "video_id": video["name"],
+            "uri": uri,
+            "size_bytes": 1,
+            "labels": [video["label"]],
+            "warnings": [],
+        }
         row["label_names"] = [classes[int(str(video["label"]))]]
         if "scores" in video:
-            row |= {"status": "ok", "scores": np.array(video["scores"], np.float32), "top_labels": [video["top"]], "top_scores": [0.9]}
-            row |= {"selected_pts_s": video["pts"], "selected_slot": [0, 1], "frame_pts_s": np.array([1, 5], np.float32)}
+            row |= {
+                "status": "ok",
+                "scores": np.array(video["scores"], np.float32),
+                "top_labels": [video["top"]],
+                "top_scores": [0.9],
+            }
+            row |= {
+                "selected_pts_s": video["pts"],
+                "selected_slot": [0, 1],
+                "frame_pts_s": np.array([1, 5], np.float32),
+            }
         else:
             row |= {"status": "failed", "error_type": "corrupt", "error_message": "bad"}
         rows.append(row)
@@ -73,7 +109,13 @@ def predictions(tmp_path: Path) -> Path:
     table = schema.table_from_rows(rows, schema.predictions_schema(2, 2, classes))
     runs.write_part(str(folder), table, "zstd")
     counts = {"inputs": 3, "ok": 2, "failed": 1, "skipped": 0}
-    run = {"format": runs.FORMAT, "kind": "predictions", "status": "complete", "counts": counts, "bundle_classes": classes}
+    run = {
+        "format": runs.FORMAT,
+        "kind": "predictions",
+        "status": "complete",
+        "counts": counts,
+        "bundle_classes": classes,
+    }
     runs.write_json(storage.join(str(folder), runs.RUN_FILE), run)
     return folder
 
@@ -84,7 +126,17 @@ def test_table_row_counts_measures_and_finds_the_evidence(predictions: Path) -> 
 
     annotations = predictions.parent / "videos" / "annotations.json"
     annotations.parent.mkdir()
-    videos = {"a.mp4": {"label": "cats", "segments": [[0.5, 1.5]]}, "b.mp4": {"label": "dogs", "segments": [[0, 3]]}}
+    videos = {
+        "a.mp4": {"label": "cats", "segments": [[0.5, 1.5]]},
+        "b.mp4": {"label": "dogs", "segments": [[0, 3]]},
+    }
     annotations.write_text(json.dumps({"videos": videos}))
     assert table_row("x", str(predictions), None) == ["x", "2", "1", "1.000", "0.500"]
-    assert table_row("x", str(predictions), read_annotations(str(annotations))) == ["x", "2", "1", "1.000", "0.500", "0.750"]
+    assert table_row("x", str(predictions), read_annotations(str(annotations))) == [
+        "x",
+        "2",
+        "1",
+        "1.000",
+        "0.500",
+        "0.750",
+    ]

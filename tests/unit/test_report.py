@@ -107,7 +107,9 @@ def test_summary_has_the_figures(built: tuple[dict, str], case: Case) -> None:
     assert summary["without_pictures"] == 1
 
 
-def test_quality_over_the_labelled_videos_that_the_bundle_can_judge(built: tuple[dict, str]) -> None:
+def test_quality_over_the_labelled_videos_that_the_bundle_can_judge(
+    built: tuple[dict, str],
+) -> None:
     summary = built[0]
     assert summary["judged"] == 5
     assert summary["top1"] == pytest.approx(3 / 5)
@@ -126,13 +128,20 @@ def test_details_of_the_quality(case: Case) -> None:
         (CLASSES[3], 0, 1),
     ]
     assert figures["per_class"][2]["ap"] is None
-    assert figures["confusions"] == [("cook", CLASSES[2], 1), ("cook", CLASSES[3], 1), ("swim", CLASSES[3], 1)]
+    assert figures["confusions"] == [
+        ("cook", CLASSES[2], 1),
+        ("cook", CLASSES[3], 1),
+        ("swim", CLASSES[3], 1),
+    ]
 
 
 def test_verdicts(case: Case) -> None:
     summary = summarize(read_predictions(str(case.folder)), 60)
     by_place = sorted(summary.shown)
-    assert [place for place, _ in by_place] == [*((0, row) for row in range(5)), *((1, row) for row in range(4))]
+    assert [place for place, _ in by_place] == [
+        *((0, row) for row in range(5)),
+        *((1, row) for row in range(4)),
+    ]
     assert [verdict for _, verdict in by_place] == [
         "right",
         "wrong",
@@ -148,14 +157,21 @@ def test_verdicts(case: Case) -> None:
 
 
 def test_warnings_are_counted_by_kind(case: Case) -> None:
-    assert summarize(read_predictions(str(case.folder)), 0).totals["warnings"] == {"… of … frames missing": 2}
+    assert summarize(read_predictions(str(case.folder)), 0).totals["warnings"] == {
+        "… of … frames missing": 2
+    }
 
 
 def test_a_card_a_video_well_formed(page: Page) -> None:
     # wrong by certainty, the others by turns of their class, failed by turns of their reason
     assert list(page.cards) == [video_id(number) for number in (2, 3, 4, 1, 6, 5, 7, 9, 8)]
     assert page.open == []
-    assert {attributes["data-verdict"] for attributes in page.attributes("article")} == {"right", "wrong", "unlabelled", "failed"}
+    assert {attributes["data-verdict"] for attributes in page.attributes("article")} == {
+        "right",
+        "wrong",
+        "unlabelled",
+        "failed",
+    }
 
 
 def test_nothing_is_requested_or_run_from_outside(built: tuple[dict, str], page: Page) -> None:
@@ -167,7 +183,11 @@ def test_nothing_is_requested_or_run_from_outside(built: tuple[dict, str], page:
     assert len(page.attributes("script")) == 1
     assert page.attributes("script")[0] == {}
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", built[1])
-    policy = next(a["content"] for a in page.attributes("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"]
+        for a in page.attributes("meta")
+        if a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy is not None
     assert policy.startswith("default-src 'none'; img-src data:;")
 
@@ -185,7 +205,13 @@ def test_no_secret_of_a_presigned_url(built: tuple[dict, str], page: Page) -> No
 
 
 def test_the_run_is_described(built: tuple[dict, str]) -> None:
-    for text in ("/models/kitchen", "torch 2.9", "2026-01-02 03:04:05 UTC", "sampler.lambda_visual", "3 of 8"):
+    for text in (
+        "/models/kitchen",
+        "torch 2.9",
+        "2026-01-02 03:04:05 UTC",
+        "sampler.lambda_visual",
+        "3 of 8",
+    ):
         assert text in built[1]
 
 
@@ -208,7 +234,9 @@ def test_a_short_video_shows_each_frame_once(page: Page) -> None:
 
 def test_pictures_are_those_of_their_slots(built: tuple[dict, str], case: Case) -> None:
     text = built[1][built[1].index(f'id="v-{video_id(1)}"') :]
-    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)" alt="Frame at ([0-9.]+) s"', text)[: 2 * BUDGET]
+    pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)" alt="Frame at ([0-9.]+) s"', text)[
+        : 2 * BUDGET
+    ]
     row = case.rows[0]
     uniform = [float(row["frame_pts_s"][slot]) for slot in uniform_slots(NUM_FRAMES, BUDGET)]
     times = [*row["selected_pts_s"], *uniform]
@@ -226,7 +254,10 @@ def test_a_changed_video_is_not_shown_for_the_scored_one(tmp_path: Path) -> None
     folder = write_run(tmp_path / "run", [ok_row(1, video, [0.7, 0.1, 0.1, 0.1])])
     make_video(video, 30)
     assert build_report(str(folder), str(tmp_path / "r.html"))["without_pictures"] == 1
-    assert "No pictures: source_changed" in Page((tmp_path / "r.html").read_text("utf-8")).cards[video_id(1)]
+    assert (
+        "No pictures: source_changed"
+        in Page((tmp_path / "r.html").read_text("utf-8")).cards[video_id(1)]
+    )
 
 
 def test_without_scores_there_is_top1_but_no_map(tmp_path: Path) -> None:
@@ -235,13 +266,17 @@ def test_without_scores_there_is_top1_but_no_map(tmp_path: Path) -> None:
     assert summary["top1"] == pytest.approx(3 / 5)
     assert summary["map"] is None
     assert summary["shown"] == 0
-    assert "No mAP: these predictions do not hold the score of every class." in (tmp_path / "r.html").read_text("utf-8")
+    assert "No mAP: these predictions do not hold the score of every class." in (
+        tmp_path / "r.html"
+    ).read_text("utf-8")
 
 
 def test_what_run_json_does_not_say_is_left_out(tmp_path: Path) -> None:
     video = make_video(tmp_path / "a.mp4", 20)
     left_out = dict.fromkeys(("config", "bundle_classes", "counts", "model", "ended", "versions"))
-    folder = write_run(tmp_path / "run", [ok_row(1, video, [0.7, 0.1, 0.1, 0.1], ["cook"])], **left_out)
+    folder = write_run(
+        tmp_path / "run", [ok_row(1, video, [0.7, 0.1, 0.1, 0.1], ["cook"])], **left_out
+    )
     summary = build_report(str(folder), str(tmp_path / "r.html"))
     assert (summary["top1"], summary["map"], summary["adds_up"]) == (1.0, None, True)
     assert "Lambda" not in (tmp_path / "r.html").read_text("utf-8")
@@ -257,8 +292,17 @@ def test_a_run_of_failures_only(tmp_path: Path) -> None:
 def test_a_baseline_has_no_curves(tmp_path: Path) -> None:
     video = make_video(tmp_path / "a.mp4", 20)
     chosen = ["random"] * BUDGET
-    row = ok_row(1, video, [0.7, 0.1, 0.1, 0.1], saliency_visual=None, saliency_textual=None, selected_by=chosen)
-    folder = write_run(tmp_path / "run", [row], config={"sampler": {"mode": "random", "budget": BUDGET}})
+    row = ok_row(
+        1,
+        video,
+        [0.7, 0.1, 0.1, 0.1],
+        saliency_visual=None,
+        saliency_textual=None,
+        selected_by=chosen,
+    )
+    folder = write_run(
+        tmp_path / "run", [row], config={"sampler": {"mode": "random", "budget": BUDGET}}
+    )
     build_report(str(folder), str(tmp_path / "r.html"))
     text = (tmp_path / "r.html").read_text("utf-8")
     assert "Chosen by the baseline random" in text
@@ -268,16 +312,25 @@ def test_a_baseline_has_no_curves(tmp_path: Path) -> None:
 
 def test_an_accounting_that_does_not_add_up_is_told(tmp_path: Path) -> None:
     rows = [failed_row(1, "/a/b.mp4", "truncated", "too short")]
-    folder = write_run(tmp_path / "run", rows, counts={"inputs": 5, "ok": 1, "failed": 1, "skipped": 2})
+    folder = write_run(
+        tmp_path / "run", rows, counts={"inputs": 5, "ok": 1, "failed": 1, "skipped": 2}
+    )
     assert build_report(str(folder), str(tmp_path / "r.html"))["adds_up"] is False
     assert "The rows do not add up" in (tmp_path / "r.html").read_text("utf-8")
 
 
 def test_progress_counts_the_decoded_videos(tmp_path: Path) -> None:
-    rows = [ok_row(i, make_video(tmp_path / f"{i}.mp4", 10), [0.7, 0.1, 0.1, 0.1]) for i in range(3)]
+    rows = [
+        ok_row(i, make_video(tmp_path / f"{i}.mp4", 10), [0.7, 0.1, 0.1, 0.1]) for i in range(3)
+    ]
     calls: list[tuple[int, int]] = []
     folder = write_run(tmp_path / "run", rows)
-    build_report(str(folder), str(tmp_path / "r.html"), num_processes=1, progress=lambda done, total: calls.append((done, total)))
+    build_report(
+        str(folder),
+        str(tmp_path / "r.html"),
+        num_processes=1,
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert calls == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -290,7 +343,9 @@ def test_progress_counts_the_decoded_videos(tmp_path: Path) -> None:
     ],
 )
 def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, run: dict, message: str) -> None:
-    folder = write_run(tmp_path / "run", [failed_row(1, "/a/b.mp4", "truncated", "too short")], **run)
+    folder = write_run(
+        tmp_path / "run", [failed_row(1, "/a/b.mp4", "truncated", "too short")], **run
+    )
     with pytest.raises(RunError, match=message):
         build_report(str(folder), str(tmp_path / "r.html"))
     assert not (tmp_path / "r.html").exists()
@@ -314,16 +369,26 @@ def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda part: part.drop_columns(["top_labels"]), r"part-0001\.parquet: these are not predictions, top_labels is missing"),
         (
-            lambda part: part.set_column(part.column_names.index("error_type"), "error_type", pa.nulls(len(part), pa.int32())),
+            lambda part: part.drop_columns(["top_labels"]),
+            r"part-0001\.parquet: these are not predictions, top_labels is missing",
+        ),
+        (
+            lambda part: part.set_column(
+                part.column_names.index("error_type"), "error_type", pa.nulls(len(part), pa.int32())
+            ),
             r"part-0001\.parquet: error_type is int32, but string in the first part; were two runs mixed\?",
         ),
     ],
     ids=["a column missing", "another type"],
 )
-def test_parts_of_another_run_are_refused(tmp_path: Path, change: Callable[[pa.Table], pa.Table], message: str) -> None:
-    folder = write_run(tmp_path / "run", [failed_row(number, "/a/b.mp4", "truncated", "too short") for number in (1, 2)])
+def test_parts_of_another_run_are_refused(
+    tmp_path: Path, change: Callable[[pa.Table], pa.Table], message: str
+) -> None:
+    folder = write_run(
+        tmp_path / "run",
+        [failed_row(number, "/a/b.mp4", "truncated", "too short") for number in (1, 2)],
+    )
     part = folder / "part-0001.parquet"
     pq.write_table(change(pq.read_table(part)), part)
     with pytest.raises(RunError, match=message):
@@ -335,12 +400,25 @@ def candidates(wrong: int = 0, right: int = 0, failed: int = 0) -> pa.Table:
     """Rows as `choose_shown` takes them, numbered from 0."""
     rows = [(WRONG, "y", i / 1000) for i in range(wrong)]
     rows += [(RIGHT, f"class {i % 3}", 0.5) for i in range(wrong, wrong + right)]
-    rows += [(FAILED, "corrupt" if i % 5 else "timeout", 0.0) for i in range(wrong + right, wrong + right + failed)]
+    rows += [
+        (FAILED, "corrupt" if i % 5 else "timeout", 0.0)
+        for i in range(wrong + right, wrong + right + failed)
+    ]
     verdicts, keys, scores = zip(*rows, strict=True)
     numbers = pa.array(range(len(rows)), pa.int32())
     ids = [video_id(number) for number in range(len(rows))]
     names = ["part", "row", "video_id", "verdict", "key", "top_score"]
-    return pa.table([numbers, numbers, ids, pa.array(verdicts, pa.int8()), keys, pa.array(scores, pa.float32())], names=names)
+    return pa.table(
+        [
+            numbers,
+            numbers,
+            ids,
+            pa.array(verdicts, pa.int8()),
+            keys,
+            pa.array(scores, pa.float32()),
+        ],
+        names=names,
+    )
 
 
 @pytest.mark.parametrize(
@@ -356,9 +434,14 @@ def candidates(wrong: int = 0, right: int = 0, failed: int = 0) -> pa.Table:
         ((50, 50, 50), 0, (0, 0, 0)),
     ],
 )
-def test_which_videos_get_a_card(counts: tuple[int, int, int], max_videos: int, expected: tuple[int, int, int]) -> None:
+def test_which_videos_get_a_card(
+    counts: tuple[int, int, int], max_videos: int, expected: tuple[int, int, int]
+) -> None:
     shown = choose_shown(candidates(*counts), max_videos)
-    assert tuple(shown["verdict"].to_pylist().count(verdict) for verdict in (WRONG, RIGHT, FAILED)) == expected
+    assert (
+        tuple(shown["verdict"].to_pylist().count(verdict) for verdict in (WRONG, RIGHT, FAILED))
+        == expected
+    )
     assert len(set(shown["video_id"].to_pylist())) == len(shown)
 
 
@@ -366,8 +449,12 @@ def test_the_choice_depends_neither_on_the_order_of_rows_nor_on_their_blocks() -
     found = candidates(20, 20, 20)
     shown = choose_shown(found, 18)
     assert choose_shown(found.take(list(range(60))[::-1]), 18) == shown
-    assert shown["top_score"].to_pylist()[:9] == pytest.approx([(19 - i) / 1000 for i in range(9)]), "the most confident mistakes first"
-    assert shown["key"].to_pylist()[9:15] == ["class 0", "class 1", "class 2"] * 2, "the classes by turns"
+    assert shown["top_score"].to_pylist()[:9] == pytest.approx(
+        [(19 - i) / 1000 for i in range(9)]
+    ), "the most confident mistakes first"
+    assert shown["key"].to_pylist()[9:15] == ["class 0", "class 1", "class 2"] * 2, (
+        "the classes by turns"
+    )
     assert set(shown["key"].to_pylist()[15:]) == {"corrupt", "timeout"}
     mixed = found.take(np.random.default_rng(0).permutation(60))
     kept = mixed.slice(0, 0)
@@ -378,20 +465,31 @@ def test_the_choice_depends_neither_on_the_order_of_rows_nor_on_their_blocks() -
 
 
 @pytest.mark.parametrize(
-    ("num_frames", "budget", "slots"), [(16, 5, [1, 4, 8, 11, 14]), (8, 3, [1, 4, 6]), (4, 4, [0, 1, 2, 3]), (5, 1, [2])]
+    ("num_frames", "budget", "slots"),
+    [(16, 5, [1, 4, 8, 11, 14]), (8, 3, [1, 4, 6]), (4, 4, [0, 1, 2, 3]), (5, 1, [2])],
 )
 def test_uniform_slots(num_frames: int, budget: int, slots: list[int]) -> None:
     assert uniform_slots(num_frames, budget) == slots
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.0, "0.0 s"), (12.34, "12.3 s"), (119.9, "119.9 s"), (125, "2:05"), (3600 * 2 + 61, "2:01:01")]
+    ("seconds", "text"),
+    [
+        (0.0, "0.0 s"),
+        (12.34, "12.3 s"),
+        (119.9, "119.9 s"),
+        (125, "2:05"),
+        (3600 * 2 + 61, "2:01:01"),
+    ],
 )
 def test_time_text(seconds: float, text: str) -> None:
     assert time_text(seconds) == text
 
 
-CURVE = [{"epoch": 1.0, "loss": 4.0, "visual": 2.0, "t2v": 1.5}, {"epoch": 2.0, "loss": 2.0, "visual": 0.5, "t2v": 1.0}]
+CURVE = [
+    {"epoch": 1.0, "loss": 4.0, "visual": 2.0, "t2v": 1.5},
+    {"epoch": 2.0, "loss": 2.0, "visual": 0.5, "t2v": 1.0},
+]
 
 
 def test_losses_of_the_training(tmp_path: Path) -> None:
@@ -403,14 +501,19 @@ def test_losses_of_the_training(tmp_path: Path) -> None:
     build_report(str(case.folder), str(tmp_path / "with.html"), 0)
     page = (tmp_path / "with.html").read_text()
     assert svg in page
-    assert re.findall(r'</span>(\w+)</td><td class="num">([0-9.]+)</td><td class="num">([0-9.]+)', page) == [
+    assert re.findall(
+        r'</span>(\w+)</td><td class="num">([0-9.]+)</td><td class="num">([0-9.]+)', page
+    ) == [
         ("loss", "4.000", "2.000"),
         ("visual", "2.000", "0.500"),
         ("t2v", "1.500", "1.000"),
     ]
 
 
-@pytest.mark.parametrize(("count", "epochs"), [(1, ["epoch 1"]), (4, ["epoch 1", "4"]), (100, ["epoch 1", "25", "50", "75", "100"])])
+@pytest.mark.parametrize(
+    ("count", "epochs"),
+    [(1, ["epoch 1"]), (4, ["epoch 1", "4"]), (100, ["epoch 1", "25", "50", "75", "100"])],
+)
 def test_losses_name_their_epochs(count: int, epochs: list[str]) -> None:
     svg = losses_svg([{"epoch": number, "visual": 1.0} for number in range(count)])
     assert re.findall(r"<text[^>]*>([^<]*)</text>", svg)[1:] == epochs
@@ -418,13 +521,29 @@ def test_losses_name_their_epochs(count: int, epochs: list[str]) -> None:
 
 def test_curves_place_frames_by_time() -> None:
     marks = [Mark(2.0, "visual"), Mark(8.0, "textual")]
-    svg = saliency_svg([0.0, 2.0, 8.0], 10.0, (("visual", [0.0, 0.5, 0.25]), ("textual", [0.1, 0.1, 0.4])), marks, [5.0])
+    svg = saliency_svg(
+        [0.0, 2.0, 8.0],
+        10.0,
+        (("visual", [0.0, 0.5, 0.25]), ("textual", [0.1, 0.1, 0.4])),
+        marks,
+        [5.0],
+    )
     lines = re.findall(r'<polyline class="line" points="([^"]*)"', svg)
     assert lines == ["0.00,44.00 200.00,0.00 800.00,22.00", "0.00,33.00 200.00,33.00 800.00,0.00"]
-    assert re.findall(r'class="chosen (\w+)" cx="([0-9.]+)%"', svg) == [("visual", "20.00"), ("textual", "80.00")]
+    assert re.findall(r'class="chosen (\w+)" cx="([0-9.]+)%"', svg) == [
+        ("visual", "20.00"),
+        ("textual", "80.00"),
+    ]
     assert re.findall(r'class="uniform" x="([0-9.]+)%"', svg) == ["50.00"]
     assert svg.count('class="point"') == 6, "few frames are drawn as points"
-    assert [text for text in re.findall(r">(\d+ s)</text>", svg)] == ["0 s", "2 s", "4 s", "6 s", "8 s", "10 s"]
+    assert [text for text in re.findall(r">(\d+ s)</text>", svg)] == [
+        "0 s",
+        "2 s",
+        "4 s",
+        "6 s",
+        "8 s",
+        "10 s",
+    ]
 
 
 def test_curves_of_many_frames_have_no_points_and_repeated_frames_count_once() -> None:
@@ -445,7 +564,9 @@ def test_curves_of_many_frames_have_no_points_and_repeated_frames_count_once() -
         ([0.0], 90_000.0, [0.1]),
     ],
 )
-def test_curves_of_odd_videos_stay_inside(pts_s: list[float], duration_s: float, values: list[float]) -> None:
+def test_curves_of_odd_videos_stay_inside(
+    pts_s: list[float], duration_s: float, values: list[float]
+) -> None:
     svg = saliency_svg(pts_s, duration_s, (("visual", values),), [Mark(pts_s[0], "visual")], pts_s)
     assert "nan" not in svg
     assert all(0 <= float(value) <= 100 for value in re.findall(r'"(-?[0-9.]+)%"', svg))

@@ -33,13 +33,20 @@ def ref(number: int, size_bytes: int = 10, split: str | None = "train") -> Video
     return VideoRef(f"{number:016x}", f"/videos/{number}.mp4", size_bytes, labels=(0,), split=split)
 
 
-def row(video: VideoRef, error_type: str | None = None, warnings: Iterable[str] = ()) -> dict[str, Any]:
+def row(
+    video: VideoRef, error_type: str | None = None, warnings: Iterable[str] = ()
+) -> dict[str, Any]:
     """A features row: ok, or failed with `error_type`."""
     start = {**vars(video), "labels": [0], "warnings": list(warnings)}
     if error_type is not None:
         return start | {"status": "failed", "error_type": error_type, "error_message": "why"}
     tensors = {"frame_index": np.arange(T), "frame_pts_s": np.arange(T), "visual": np.ones((T, D))}
-    return start | {"status": "ok", **tensors, "object_ids": np.ones((T, 10)), "object_probs": np.ones((T, 10))}
+    return start | {
+        "status": "ok",
+        **tensors,
+        "object_ids": np.ones((T, 10)),
+        "object_probs": np.ones((T, 10)),
+    }
 
 
 def features_of(*rows: dict[str, Any]) -> pa.Table:
@@ -119,9 +126,15 @@ def done(folder: Folder) -> Folder:
 
 def test_a_part_is_named_after_the_videos_in_it(folder: Folder) -> None:
     first = folder.write(row(ref(1)), row(ref(2)))
-    assert folder.write(row(ref(2)), row(ref(1))) == first == part_name([ref(2).video_id, ref(1).video_id])
+    assert (
+        folder.write(row(ref(2)), row(ref(1)))
+        == first
+        == part_name([ref(2).video_id, ref(1).video_id])
+    )
     assert folder.write(row(ref(1))) != first
-    assert sorted(storage.name_of(part.uri) for part in runs.list_parts(folder.uri)) == sorted({first, part_name([ref(1).video_id])})
+    assert sorted(storage.name_of(part.uri) for part in runs.list_parts(folder.uri)) == sorted(
+        {first, part_name([ref(1).video_id])}
+    )
 
 
 def test_only_parts_are_parts(folder: Folder) -> None:
@@ -134,7 +147,9 @@ def test_only_parts_are_parts(folder: Folder) -> None:
 def test_a_damaged_part_is_named(folder: Folder) -> None:
     name = folder.write(row(ref(1)))
     (folder.path / name).write_bytes((folder.path / name).read_bytes()[:100])
-    with pytest.raises(RunError, match=f"{name}: not readable as Parquet .*; delete it and run again"):
+    with pytest.raises(
+        RunError, match=f"{name}: not readable as Parquet .*; delete it and run again"
+    ):
         read_done(folder.uri, folder.manifest)
 
 
@@ -149,7 +164,10 @@ def test_the_same_configuration_may_go_on(folder: Folder) -> None:
 
 def test_another_configuration_is_refused_with_the_keys(folder: Folder) -> None:
     other = {"decode": {"num_frames": 50}, "weights": {"visual": "abc", "objects": "new"}}
-    with pytest.raises(RunError, match=r"decode.num_frames: 2 there, 50 now; weights.objects: None there, 'new' now"):
+    with pytest.raises(
+        RunError,
+        match=r"decode.num_frames: 2 there, 50 now; weights.objects: None there, 'new' now",
+    ):
         folder.begin(other)
 
 
@@ -164,13 +182,17 @@ def test_a_folder_from_before_a_setting_goes_on_with_its_default(tmp_path: Path)
 
 def test_another_manifest_is_refused(folder: Folder) -> None:
     folder.manifest = dataclasses.replace(folder.manifest, id="another source")
-    with pytest.raises(RunError, match="made from a manifest of other sources; use that manifest or another --out"):
+    with pytest.raises(
+        RunError, match="made from a manifest of other sources; use that manifest or another --out"
+    ):
         folder.begin()
 
 
 def test_many_differences_are_counted(folder: Folder) -> None:
     with pytest.raises(RunError, match="and 4 more"):
-        folder.begin({"decode": {"num_frames": T}, "weights": {f"w{number}": "x" for number in range(8)}})
+        folder.begin(
+            {"decode": {"num_frames": T}, "weights": {f"w{number}": "x" for number in range(8)}}
+        )
 
 
 @pytest.mark.parametrize("name", ["table.parquet", "labels.csv", "cats/1.mp4"])
@@ -178,9 +200,13 @@ def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path, n
     folder = Folder(tmp_path, [ref(1)])
     (folder.path / name).parent.mkdir(parents=True)
     (folder.path / name).write_bytes(b"x")
-    with pytest.raises(RunError, match=rf"holds files of something else \(.*{name}\); take an empty folder"):
+    with pytest.raises(
+        RunError, match=rf"holds files of something else \(.*{name}\); take an empty folder"
+    ):
         folder.begin()
-    assert [str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()] == [name]
+    assert [
+        str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()
+    ] == [name]
 
 
 def test_what_a_killed_start_left_behind_is_no_foreign_file(tmp_path: Path) -> None:
@@ -232,7 +258,9 @@ def test_failed_videos_are_done_again_when_asked_or_when_storage_was_unavailable
 
 def test_retry_reasons_are_a_closed_list() -> None:
     assert retry_reasons("all") == ERROR_TYPES
-    with pytest.raises(RunError, match="--retry-failed bored: no such reason; allowed: not_found, access_denied"):
+    with pytest.raises(
+        RunError, match="--retry-failed bored: no such reason; allowed: not_found, access_denied"
+    ):
         retry_reasons("bored")
 
 
@@ -247,7 +275,10 @@ def test_of_several_rows_the_ok_one_counts_then_the_newest(folder: Folder) -> No
     newest = folder.write(row(ref(2), "corrupt"), row(ref(3)), age=1)
     current = folder.current()
     names = [part.name for part in current.parts]
-    found = [(names[row["part"]], ERROR_TYPES[row["error"]] if row["flags"] & FAILED else None) for row in current.counting]
+    found = [
+        (names[row["part"]], ERROR_TYPES[row["error"]] if row["flags"] & FAILED else None)
+        for row in current.counting
+    ]
     assert found == [(ok, None), (newest, "corrupt"), (newest, None)]
 
 
@@ -264,8 +295,15 @@ def test_pruning_leaves_one_row_a_video(folder: Folder) -> None:
     folder.write(row(ref(1)), row(ref(9)), age=40)
     folder.write(row(ref(2, size_bytes=9)), row(ref(3)), age=20)
     assert prune(folder.uri, folder.current(), "zstd") == 3
-    assert folder.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "ok"), ("/videos/3.mp4", "ok")]
-    assert all(name == part_name(pq.read_table(folder.path / name)["video_id"].to_pylist()) for name in parts_of(folder))
+    assert folder.rows() == [
+        ("/videos/1.mp4", "ok"),
+        ("/videos/2.mp4", "ok"),
+        ("/videos/3.mp4", "ok"),
+    ]
+    assert all(
+        name == part_name(pq.read_table(folder.path / name)["video_id"].to_pylist())
+        for name in parts_of(folder)
+    )
 
 
 def parts_of(folder: Folder) -> list[str]:
@@ -291,7 +329,11 @@ def test_a_part_that_is_rewritten_under_the_name_of_another_part_survives(folder
 def test_a_video_twice_in_one_part_keeps_a_row(folder: Folder) -> None:
     folder.write(row(ref(1), "timeout"), row(ref(1)), row(ref(2)), row(ref(2)), row(ref(3)))
     assert folder.close()["counts"]["ok"] == 3
-    assert folder.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "ok"), ("/videos/3.mp4", "ok")]
+    assert folder.rows() == [
+        ("/videos/1.mp4", "ok"),
+        ("/videos/2.mp4", "ok"),
+        ("/videos/3.mp4", "ok"),
+    ]
     assert folder.problems() == []
 
 
@@ -328,7 +370,10 @@ def test_what_split_and_limit_leave_out_is_skipped(tmp_path: Path) -> None:
 
 def test_a_wanted_video_without_a_row_fails_the_run(folder: Folder) -> None:
     folder.write(row(ref(1)), row(ref(3)))
-    with pytest.raises(RunFailed, match=r"1 of 3 videos have no row \(first: /videos/2.mp4\); give the same command again"):
+    with pytest.raises(
+        RunFailed,
+        match=r"1 of 3 videos have no row \(first: /videos/2.mp4\); give the same command again",
+    ):
         folder.close()
     assert runs.read_run(folder.uri)["status"] == "failed"
     assert "the run's status is 'failed'" in folder.problems()
@@ -546,7 +591,10 @@ def test_verify_finds_what_is_wrong(done: Folder, damage: Any, problem: str) -> 
 
 def test_verify_finds_two_rows_of_a_video(done: Folder) -> None:
     add_part(done)
-    parts = [{"name": part.uri.rpartition("/")[2], "bytes": part.size_bytes} for part in runs.list_parts(done.uri)]
+    parts = [
+        {"name": part.uri.rpartition("/")[2], "bytes": part.size_bytes}
+        for part in runs.list_parts(done.uri)
+    ]
     change_run(done, parts=parts)
     assert f"video {ref(1).video_id}: 2 rows" in done.problems()
 
@@ -555,19 +603,33 @@ def test_verify_finds_two_rows_of_a_video(done: Folder) -> None:
     ("videos", "problem"),
     [
         ([ref(1), ref(2)], f"video {ref(3).video_id} is not in the manifest"),
-        ([ref(1, size_bytes=11), ref(2), ref(3)], "(/videos/1.mp4): the row is of another version of the file"),
+        (
+            [ref(1, size_bytes=11), ref(2), ref(3)],
+            "(/videos/1.mp4): the row is of another version of the file",
+        ),
         ([ref(1), ref(2), ref(3), ref(4)], "the manifest has 4 videos, _run.json says 3"),
-        ([ref(1), ref(2), ref(3), ref(4)], "1 videos of the manifest have no row, _run.json says 0 were skipped"),
+        (
+            [ref(1), ref(2), ref(3), ref(4)],
+            "1 videos of the manifest have no row, _run.json says 0 were skipped",
+        ),
     ],
 )
-def test_verify_compares_with_the_manifest(done: Folder, videos: list[VideoRef], problem: str) -> None:
+def test_verify_compares_with_the_manifest(
+    done: Folder, videos: list[VideoRef], problem: str
+) -> None:
     done.set_manifest(videos)
-    change_run(done, manifest=runs.read_run(done.uri)["manifest"] | {"sha256": done.manifest.sha256})
+    change_run(
+        done, manifest=runs.read_run(done.uri)["manifest"] | {"sha256": done.manifest.sha256}
+    )
     assert any(problem in found for found in done.problems())
 
 
-@pytest.mark.parametrize(("change", "told"), [("newer", "it changed since this run"), ("gone", "no such file")])
-def test_verify_says_when_the_manifest_cannot_be_compared(done: Folder, change: str, told: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "told"), [("newer", "it changed since this run"), ("gone", "no such file")]
+)
+def test_verify_says_when_the_manifest_cannot_be_compared(
+    done: Folder, change: str, told: str
+) -> None:
     if change == "gone":
         os.unlink(done.manifest_uri)
     else:

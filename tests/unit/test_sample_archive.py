@@ -27,7 +27,9 @@ from jobs.sample_archive import (
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return render_archive(tmp_path_factory.mktemp("archive"), videos_per_class=1, val_per_class=1, seed=3)
+    return render_archive(
+        tmp_path_factory.mktemp("archive"), videos_per_class=1, val_per_class=1, seed=3
+    )
 
 
 def decoded(path: Path) -> list[np.ndarray]:
@@ -37,16 +39,23 @@ def decoded(path: Path) -> list[np.ndarray]:
 
 def test_labels_name_every_file(archive: Path) -> None:
     rows = list(csv.DictReader((archive / "labels.csv").open(newline="")))
-    assert sorted(row["path"] for row in rows) == sorted(str(file.relative_to(archive)) for file in archive.rglob("*.mp4"))
+    assert sorted(row["path"] for row in rows) == sorted(
+        str(file.relative_to(archive)) for file in archive.rglob("*.mp4")
+    )
     for row in rows:
         split, folder, _ = row["path"].split("/")
         assert (split, folder.replace("_", " ")) == (row["split"], row["label"])
-    assert {(row["split"], row["label"]) for row in rows} == {(split, name) for split in ("train", "val") for name in CLASSES}
+    assert {(row["split"], row["label"]) for row in rows} == {
+        (split, name) for split in ("train", "val") for name in CLASSES
+    }
 
 
 def test_annotations_agree_with_the_labels(archive: Path) -> None:
     videos = json.loads((archive / "annotations.json").read_text())["videos"]
-    labels = {row["path"]: row["label"] for row in csv.DictReader((archive / "labels.csv").open(newline=""))}
+    labels = {
+        row["path"]: row["label"]
+        for row in csv.DictReader((archive / "labels.csv").open(newline=""))
+    }
     assert {path: video["label"] for path, video in videos.items()} == labels
     assert all(len(video["segments"]) in (1, 2) for video in videos.values())
 
@@ -62,7 +71,9 @@ def test_evidence_is_a_tenth_to_a_fifth_of_the_time(seed: int) -> None:
         assert shots[-1].stop <= plan.num_frames
         assert all(15 <= shot.stop - shot.first <= 30 for shot in plan.evidence)
         assert 0.1 <= sum(shot.stop - shot.first for shot in plan.evidence) / plan.num_frames <= 0.2
-        assert all(shot.stop - shot.first < FPS and shot.class_name != plan.label for shot in plan.glimpse)
+        assert all(
+            shot.stop - shot.first < FPS and shot.class_name != plan.label for shot in plan.glimpse
+        )
     assert any(plan.glimpse for plan in plans.values())
     assert any(len(plan.evidence) == 2 for plan in plans.values())
 
@@ -71,8 +82,14 @@ def test_evidence_is_a_tenth_to_a_fifth_of_the_time(seed: int) -> None:
 def test_segments_show_the_evidence_and_nothing_else_does(label: str) -> None:
     plan = plan_video(label, [], np.random.default_rng(5))
     without = replace(plan, evidence=())
-    changed = [not np.array_equal(shown, plain) for shown, plain in zip(frames(plan), frames(without), strict=True)]
-    inside = [any(start <= index / FPS < end for start, end in plan.segments) for index in range(plan.num_frames)]
+    changed = [
+        not np.array_equal(shown, plain)
+        for shown, plain in zip(frames(plan), frames(without), strict=True)
+    ]
+    inside = [
+        any(start <= index / FPS < end for start, end in plan.segments)
+        for index in range(plan.num_frames)
+    ]
     assert changed == inside
 
 
@@ -88,7 +105,11 @@ def test_files_hold_the_planned_pictures(archive: Path) -> None:
 def test_keyframes_lie_two_to_five_seconds_apart(archive: Path) -> None:
     for path in sorted(archive.rglob("*.mp4"))[:3]:
         with av.open(str(path)) as container:
-            keys = [packet.pts * packet.time_base for packet in container.demux(video=0) if packet.pts is not None and packet.is_keyframe]
+            keys = [
+                packet.pts * packet.time_base
+                for packet in container.demux(video=0)
+                if packet.pts is not None and packet.is_keyframe
+            ]
         assert keys[0] == 0
         assert all(2 <= after - before <= 5 for before, after in itertools.pairwise(keys))
 

@@ -29,7 +29,9 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_video(tmp_path_factory.mktemp("sandbox") / "v.mp4", 24))
 
 
-def act(source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> DecodedVideo:
+def act(
+    source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+) -> DecodedVideo:
     """In the child: what the name says, or an ordinary decode."""
     what = source.uri.rpartition("/")[2]
     if what == "hang":
@@ -56,9 +58,15 @@ def act(source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSp
     return decode_video(source, settings, specs)
 
 
-def heavy_modules(source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> DecodedVideo:
+def heavy_modules(
+    source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+) -> DecodedVideo:
     """In the child: tell which heavy modules it holds."""
-    raise VideoError("internal", ",".join(name for name in ("torch", "ray", "transformers") if name in sys.modules) or "none")
+    raise VideoError(
+        "internal",
+        ",".join(name for name in ("torch", "ray", "transformers") if name in sys.modules)
+        or "none",
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,16 +80,24 @@ def heavy_modules(source: VideoSource, settings: DecodeConfig, specs: Mapping[st
         ("bug", "internal", "KeyError"),
     ],
 )
-def test_what_happens_to_one_video_costs_that_video_only(video: str, what: str, error_type: str, message: str) -> None:
+def test_what_happens_to_one_video_costs_that_video_only(
+    video: str, what: str, error_type: str, message: str
+) -> None:
     settings = DecodeConfig(num_frames=4, timeout_s=2 if what == "hang" else 20, max_memory_mb=512)
     with DecodePool(settings, SPECS, task=act) as pool:
-        before, failed, after, missing = pool.decode([VideoSource(uri) for uri in (video, f"/{what}", video, "/no/such.mp4")])
+        before, failed, after, missing = pool.decode(
+            [VideoSource(uri) for uri in (video, f"/{what}", video, "/no/such.mp4")]
+        )
     assert isinstance(failed, VideoError)
     assert failed.error_type == error_type
     assert message in str(failed)
     for outcome in (before, after):
         assert isinstance(outcome, DecodedVideo)
-        assert [number_of(rgb) for rgb in outcome.slots("wide")] == outcome.frame_index.tolist() == [3, 9, 15, 21]
+        assert (
+            [number_of(rgb) for rgb in outcome.slots("wide")]
+            == outcome.frame_index.tolist()
+            == [3, 9, 15, 21]
+        )
     assert isinstance(missing, StorageError)
     assert missing.error_type == "not_found"
 
@@ -97,14 +113,23 @@ def test_a_real_picture_too_large_for_the_memory_limit(tmp_path: Path, video: st
 
 def test_large_pictures_one_after_another(tmp_path: Path) -> None:
     """What one video took is given back before the next: each of them alone fits the limit, two do not."""
-    path = write_video(tmp_path / "large.mp4", 2, size=(3840, 2160), gop=1, b_frames=0, options={"preset": "ultrafast"})
+    path = write_video(
+        tmp_path / "large.mp4",
+        2,
+        size=(3840, 2160),
+        gop=1,
+        b_frames=0,
+        options={"preset": "ultrafast"},
+    )
     with DecodePool(DecodeConfig(num_frames=2, timeout_s=60, max_memory_mb=384), SPECS) as pool:
         outcomes = pool.decode([VideoSource(str(path))] * 8)
     assert [str(outcome) for outcome in outcomes if not isinstance(outcome, DecodedVideo)] == []
 
 
 def test_a_child_that_keeps_much_memory_is_replaced_before_the_next_video(video: str) -> None:
-    with DecodePool(DecodeConfig(num_frames=4, timeout_s=20, max_memory_mb=512), SPECS, task=act) as pool:
+    with DecodePool(
+        DecodeConfig(num_frames=4, timeout_s=20, max_memory_mb=512), SPECS, task=act
+    ) as pool:
         hoarders = [str(outcome) for outcome in pool.decode([VideoSource("/hoard")] * 3)]
         (after,) = pool.decode([VideoSource(video)])
     assert len(set(hoarders)) == 3
@@ -121,14 +146,19 @@ def test_an_idle_child_that_is_killed_is_replaced(video: str) -> None:
     with DecodePool(SETTINGS, SPECS, task=act) as pool:
         for _ in range(2):
             os.kill(int(str(pool.decode([VideoSource("/pid")])[0])), signal.SIGKILL)
-            assert all(isinstance(outcome, DecodedVideo) for outcome in pool.decode([VideoSource(video)] * 3))
+            assert all(
+                isinstance(outcome, DecodedVideo)
+                for outcome in pool.decode([VideoSource(video)] * 3)
+            )
 
 
 def test_closing_answers_videos_that_wait() -> None:
     pool = DecodePool(SETTINGS, SPECS, task=act)
     futures = [pool.submit(VideoSource(uri)) for uri in ("/hang", "/hang")]
     pool.close()
-    assert ["closed before this video was done" in str(future.result(timeout=30)) for future in futures] == [True, True]
+    assert [
+        "closed before this video was done" in str(future.result(timeout=30)) for future in futures
+    ] == [True, True]
     with pytest.raises(ValueError, match="closed"):
         pool.submit(VideoSource("/pid"))
 
@@ -136,7 +166,9 @@ def test_closing_answers_videos_that_wait() -> None:
 # ------------------------------------------------------------------------ children that are killed from outside
 
 
-def planned(source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> DecodedVideo:
+def planned(
+    source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+) -> DecodedVideo:
     """In the child: what line n of VIDEO.plan says for call n, then an ordinary decode.
 
     VIDEO.calls has a line a call: process, start, and the end where there is one.
@@ -190,7 +222,9 @@ def wait_for_call(uri: str, number: int) -> int:
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_a_child_killed_from_outside_is_not_the_videos_fault(plan: Callable[..., str], name: str, num_processes: int) -> None:
+def test_a_child_killed_from_outside_is_not_the_videos_fault(
+    plan: Callable[..., str], name: str, num_processes: int
+) -> None:
     uris = [plan("a"), plan("b", name), plan("c")]
     with DecodePool(SETTINGS, SPECS, num_processes, planned) as pool:
         outcomes = pool.decode([VideoSource(uri) for uri in uris])
@@ -202,8 +236,16 @@ def test_a_child_killed_from_outside_is_not_the_videos_fault(plan: Callable[...,
 @pytest.mark.parametrize(
     ("lines", "message", "num_calls"),
     [
-        (["SIGKILL"] * 4, r"died twice, the second time with no other video beside it in this worker \(SIGKILL", 2),
-        (["SIGTERM"] * 4, r"died twice, the second time with no other video beside it in this worker \(SIGTERM", 2),
+        (
+            ["SIGKILL"] * 4,
+            r"died twice, the second time with no other video beside it in this worker \(SIGKILL",
+            2,
+        ),
+        (
+            ["SIGTERM"] * 4,
+            r"died twice, the second time with no other video beside it in this worker \(SIGTERM",
+            2,
+        ),
         (["SIGKILL", "SIGSEGV"], r"died twice, .* \(SIGSEGV", 2),
         (["SIGSEGV"], r"the decoder process died \(SIGSEGV", 1),
         (["SIGABRT"], r"the decoder process died \(SIGABRT", 1),
@@ -211,7 +253,9 @@ def test_a_child_killed_from_outside_is_not_the_videos_fault(plan: Callable[...,
     ],
     ids=["killed", "terminated", "killed-segfault", "segfault", "abort", "exit"],
 )
-def test_how_often_a_video_is_tried_whose_child_dies(plan: Callable[..., str], lines: list[str], message: str, num_calls: int) -> None:
+def test_how_often_a_video_is_tried_whose_child_dies(
+    plan: Callable[..., str], lines: list[str], message: str, num_calls: int
+) -> None:
     uris = [plan("a"), plan("b", *lines), plan("c")]
     with DecodePool(SETTINGS, SPECS, 2, planned) as pool:
         before, failed, after = pool.decode([VideoSource(uri) for uri in uris])
@@ -245,7 +289,9 @@ def test_a_second_try_is_alone(plan: Callable[..., str]) -> None:
     seconds = [calls_of(uri)[1] for uri in killed]
     rest = [call for uri in [*others, late] for call in calls_of(uri)]
     for number, (_, start, end) in enumerate(seconds):
-        beside = [call for call in [*rest, seconds[1 - number]] if call[1] < end and call[2] > start]
+        beside = [
+            call for call in [*rest, seconds[1 - number]] if call[1] < end and call[2] > start
+        ]
         assert beside == []
 
 
@@ -282,8 +328,12 @@ def test_children_are_light() -> None:
 
 
 def _run(code: str | Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(code)] if isinstance(code, Path) else [sys.executable, "-c", code]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=True)
+    command = (
+        [sys.executable, str(code)] if isinstance(code, Path) else [sys.executable, "-c", code]
+    )
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=120, check=True
+    )
 
 
 SCRIPT = """
@@ -298,7 +348,9 @@ with DecodePool(DecodeConfig(num_frames=4), {"a": FrameSpec(64)}) as pool:
 
 
 @pytest.mark.parametrize("as_file", [True, False])
-def test_a_script_without_a_main_guard_runs_once_and_in_silence(tmp_path: Path, video: str, as_file: bool) -> None:
+def test_a_script_without_a_main_guard_runs_once_and_in_silence(
+    tmp_path: Path, video: str, as_file: bool
+) -> None:
     damaged = tmp_path / "damaged.mp4"
     data = bytearray(Path(video).read_bytes())
     start = data.index(b"mdat") + 200
@@ -313,7 +365,9 @@ def test_a_script_without_a_main_guard_runs_once_and_in_silence(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("length", [84, 150])
-def test_a_long_temporary_folder(tmp_path: Path, video: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_temporary_folder(
+    tmp_path: Path, video: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Longer than a Unix socket's path may be: batch systems make such ones."""
     folder = Path(f"{tmp_path}/".ljust(length, "x"))
     folder.mkdir()
@@ -339,7 +393,9 @@ def test_children_die_with_a_parent_that_is_killed() -> None:
     folder = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)])}
     command = [sys.executable, "-c", PARENT, str(folder)]
-    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    parent = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
@@ -361,7 +417,9 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_pool_that_cannot_be_started_in_the_middle_loses_no_video(plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_that_cannot_be_started_in_the_middle_loses_no_video(
+    plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where a process may open no more files: no real limit could be set without the tests' own files."""
     uris = [plan("a"), plan("b", "SIGKILL"), plan("c"), plan("d")]
     with DecodePool(SETTINGS, SPECS, 1, planned) as pool:
@@ -381,4 +439,7 @@ def test_a_pool_that_cannot_be_started_in_the_middle_loses_no_video(plan: Callab
     assert isinstance(outcomes[0], DecodedVideo)
     lost = [outcome for outcome in outcomes if not isinstance(outcome, DecodedVideo)]
     assert lost
-    assert all("no decoder process can be started: [Errno 24] Too many open files" in str(outcome) for outcome in lost)
+    assert all(
+        "no decoder process can be started: [Errno 24] Too many open files" in str(outcome)
+        for outcome in lost
+    )

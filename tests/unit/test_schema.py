@@ -80,7 +80,10 @@ def test_rows_come_back_from_parquet_as_they_were(features: pa.Table, part: Path
     assert {name: first[name] for name in ("size_bytes", "labels", "warnings", "fps")} == {
         name: expected[name] for name in ("size_bytes", "labels", "warnings", "fps")
     }
-    assert schema.tensor_to_numpy(read.slice(0, 1)["visual"])[0].tolist() == expected["visual"].tolist()
+    assert (
+        schema.tensor_to_numpy(read.slice(0, 1)["visual"])[0].tolist()
+        == expected["visual"].tolist()
+    )
 
 
 def test_a_failed_row_has_null_tensors(features: pa.Table, part: Path) -> None:
@@ -110,7 +113,10 @@ def test_tensors_are_of_the_standard_type_and_their_shapes_are_in_the_metadata(p
 def test_pandas_reads_it(part: Path) -> None:
     frame = pd.read_parquet(part)
     assert frame["status"].tolist() == ["ok", "failed", "ok"]
-    assert np.asarray(frame["visual"][0], np.float32).reshape(T, D).tolist() == features_row(1)["visual"].tolist()
+    assert (
+        np.asarray(frame["visual"][0], np.float32).reshape(T, D).tolist()
+        == features_row(1)["visual"].tolist()
+    )
     assert frame["visual"][1] is None
 
 
@@ -148,7 +154,9 @@ def test_features_may_hold_another_number_of_objects() -> None:
 
 def test_a_tensor_of_another_shape_is_refused() -> None:
     with pytest.raises(AssertionError, match=r"visual: shape \(3, 3\), the schema says \(3, 4\)"):
-        schema.table_from_rows([features_row(1) | {"visual": np.zeros((3, 3))}], schema.features_schema(T, D, None))
+        schema.table_from_rows(
+            [features_row(1) | {"visual": np.zeros((3, 3))}], schema.features_schema(T, D, None)
+        )
 
 
 def test_no_rows_make_an_empty_table() -> None:
@@ -172,17 +180,25 @@ def test_chunks_are_put_together(features: pa.Table) -> None:
 def test_storage_tables_carry_plain_lists_and_come_back(features: pa.Table) -> None:
     plain = schema.to_storage(features)
     assert plain.schema.field("visual").type == pa.list_(pa.float16(), T * D)
-    assert schema.from_storage(plain.append_column("extra", pa.array([1, 2, 3])), features.schema).equals(features)
+    assert schema.from_storage(
+        plain.append_column("extra", pa.array([1, 2, 3])), features.schema
+    ).equals(features)
 
 
 def test_storage_tables_come_back_from_variable_lists(features: pa.Table) -> None:
     plain = schema.to_storage(features)
     number = plain.column_names.index("frame_index")
-    loose = plain.set_column(number, "frame_index", plain["frame_index"].combine_chunks().cast(pa.list_(pa.int32())))
+    loose = plain.set_column(
+        number, "frame_index", plain["frame_index"].combine_chunks().cast(pa.list_(pa.int32()))
+    )
     assert schema.from_storage(loose, features.schema).equals(features)
 
 
-@pytest.mark.parametrize("columns", [schema.MANIFEST, schema.FEATURES, schema.PREDICTIONS], ids=["manifest", "features", "predictions"])
+@pytest.mark.parametrize(
+    "columns",
+    [schema.MANIFEST, schema.FEATURES, schema.PREDICTIONS],
+    ids=["manifest", "features", "predictions"],
+)
 def test_every_column_is_described_once(columns: tuple[schema.Column, ...]) -> None:
     assert all(column.doc for column in columns)
     assert len({column.name for column in columns}) == len(columns)

@@ -27,8 +27,12 @@ ALL = np.arange(16)
 def test_saliency_single_uses_softmax_of_the_top_classes() -> None:
     attention = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]])
     logits = torch.tensor([[math.log(2), math.log(5), math.log(3)]])  # softmax 0.2, 0.5, 0.3
-    torch.testing.assert_close(saliency(attention, logits, "single", top_classes=2), torch.tensor([[0.15, 0.65]]))
-    torch.testing.assert_close(saliency(attention, logits, "single", top_classes=5), torch.tensor([[0.35, 0.65]]))
+    torch.testing.assert_close(
+        saliency(attention, logits, "single", top_classes=2), torch.tensor([[0.15, 0.65]])
+    )
+    torch.testing.assert_close(
+        saliency(attention, logits, "single", top_classes=5), torch.tensor([[0.35, 0.65]])
+    )
 
 
 def test_saliency_multi_uses_sigmoid() -> None:
@@ -39,28 +43,56 @@ def test_saliency_multi_uses_sigmoid() -> None:
 
 def test_saliency_of_equal_probabilities_takes_the_first_classes() -> None:
     attention = torch.eye(8)[None]
-    assert saliency(attention, torch.zeros(1, 8), "single").gt(0).tolist() == [[True] * 5 + [False] * 3]
+    assert saliency(attention, torch.zeros(1, 8), "single").gt(0).tolist() == [
+        [True] * 5 + [False] * 3
+    ]
 
 
 @pytest.mark.parametrize(
     ("visual", "textual", "budget", "share", "expected"),
     [
         # the paper's example: 3 of the VQM, 2 of the TQM
-        ([9, 3, 7], [1, 12], 5, 0.6, {1: "textual", 3: "visual", 7: "visual", 9: "visual", 12: "textual"}),
+        (
+            [9, 3, 7],
+            [1, 12],
+            5,
+            0.6,
+            {1: "textual", 3: "visual", 7: "visual", 9: "visual", 12: "textual"},
+        ),
         # two duplicates are made up in the VQM's order
-        ([9, 3, 7, 5, 2], [3, 9], 5, 0.6, {2: "visual", 3: "visual", 5: "visual", 7: "visual", 9: "visual"}),
+        (
+            [9, 3, 7, 5, 2],
+            [3, 9],
+            5,
+            0.6,
+            {2: "visual", 3: "visual", 5: "visual", 7: "visual", 9: "visual"},
+        ),
         # the make-up passes over a frame that the TQM has chosen: 5 is the TQM's, so 2 makes up for 9
-        ([9, 3, 7, 5, 2], [9, 5], 5, 0.6, {2: "visual", 3: "visual", 5: "textual", 7: "visual", 9: "visual"}),
+        (
+            [9, 3, 7, 5, 2],
+            [9, 5],
+            5,
+            0.6,
+            {2: "visual", 3: "visual", 5: "textual", 7: "visual", 9: "visual"},
+        ),
         # lambda K = 2.4 -> 2, and 2.5 -> 3 (half up, not to even)
         ([9, 3, 7], [1, 12, 14], 4, 0.6, {1: "textual", 3: "visual", 9: "visual", 12: "textual"}),
-        ([9, 3, 7], [1, 12, 14], 5, 0.5, {1: "textual", 3: "visual", 7: "visual", 9: "visual", 12: "textual"}),
+        (
+            [9, 3, 7],
+            [1, 12, 14],
+            5,
+            0.5,
+            {1: "textual", 3: "visual", 7: "visual", 9: "visual", 12: "textual"},
+        ),
         ([9, 3], [1, 12], 1, 0.5, {9: "visual"}),
         ([9, 3], [1, 12], 1, 0.4, {1: "textual"}),
         ([9, 3], [1, 12], 2, 0.0, {1: "textual", 12: "textual"}),
         ([9, 3], [1, 12], 2, 1.0, {3: "visual", 9: "visual"}),
     ],
 )
-def test_fusion(visual: list[int], textual: list[int], budget: int, share: float, expected: dict[int, str]) -> None:
+def test_fusion(
+    visual: list[int], textual: list[int], budget: int, share: float, expected: dict[int, str]
+) -> None:
     chosen = select_frames(scores(visual, 16), scores(textual, 16), ALL, budget, share)
     assert dict(zip(chosen.slots.tolist(), chosen.selected_by, strict=True)) == expected
     assert chosen.slots.dtype == np.int32
@@ -94,12 +126,16 @@ def test_a_network_without_a_textual_module() -> None:
 
 def test_ties_go_to_the_earlier_slot() -> None:
     assert select_frames(np.zeros(16), np.zeros(16), ALL, 3, 1.0).slots.tolist() == [0, 1, 2]
-    assert select_frames(np.array([0, 1, 0, 1, 1.0]), None, np.arange(5), 2, 1.0).slots.tolist() == [1, 3]
+    assert select_frames(
+        np.array([0, 1, 0, 1, 1.0]), None, np.arange(5), 2, 1.0
+    ).slots.tolist() == [1, 3]
 
 
 def test_repeated_source_frames_are_candidates_once() -> None:
     frames = np.array([0, 1, 2, 3, 0, 1, 2, 3])
-    visual = np.array([1, 5, 2, 3, 9, 8, 7, 6.0])  # the repeats score best, yet only slots 0..3 count
+    visual = np.array(
+        [1, 5, 2, 3, 9, 8, 7, 6.0]
+    )  # the repeats score best, yet only slots 0..3 count
     assert select_frames(visual, None, frames, 2, 1.0).slots.tolist() == [1, 3]
 
 
@@ -147,7 +183,11 @@ def test_by_importance_is_the_choice_for_k_with_the_first_choices_first() -> Non
         ([[0.9, 0.1, 0.0]] * 4, 0.8, 1),
         ([[0.9, 0.1, 0.0]] * 2, 2.2, None),
         # a frame of something else sets it back, however sure it looks
-        ([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]], 2.2, 5),
+        (
+            [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]],
+            2.2,
+            5,
+        ),
         ([[0.5, 0.5]] * 9, 0.1, None),
     ],
 )

@@ -57,7 +57,14 @@ def refusal(run: Callable[[], Any]) -> tuple[int, str]:
     ("host", "expected"),
     [
         *(("localhost", True), ("127.0.0.1", True), ("127.8.8.8", True), ("::1", True)),
-        *(("0.0.0.0", False), ("::", False), ("10.0.0.1", False), ("example.org", False), ("127.0.0.1.example.org", False), ("", False)),
+        *(
+            ("0.0.0.0", False),
+            ("::", False),
+            ("10.0.0.1", False),
+            ("example.org", False),
+            ("127.0.0.1.example.org", False),
+            ("", False),
+        ),
     ],
 )
 def test_only_loopback_needs_no_token(host: str, expected: bool) -> None:
@@ -66,12 +73,19 @@ def test_only_loopback_needs_no_token(host: str, expected: bool) -> None:
     if expected:
         check_token_rule(host, None)
     else:
-        with pytest.raises(ConfigError, match=f"beyond loopback a bearer token is needed.*{TOKEN_VARIABLE}"):
+        with pytest.raises(
+            ConfigError, match=f"beyond loopback a bearer token is needed.*{TOKEN_VARIABLE}"
+        ):
             check_token_rule(host, None)
 
 
-@pytest.mark.parametrize(("value", "expected"), [("secret", "secret"), (" secret\n", "secret"), ("", None), (" \n", None), (None, None)])
-def test_read_token(value: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("secret", "secret"), (" secret\n", "secret"), ("", None), (" \n", None), (None, None)],
+)
+def test_read_token(
+    value: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     if value is not None:
         monkeypatch.setenv(TOKEN_VARIABLE, value)
@@ -82,8 +96,20 @@ def test_read_token(value: str | None, expected: str | None, monkeypatch: pytest
     ("header", "passes"),
     [
         *(("Bearer secret", True), ("bearer secret", True), ("Bearer  secret ", True)),
-        *((None, False), ("", False), ("Bearer", False), ("Bearer ", False), ("secret", False), ("Basic secret", False)),
-        *(("Bearer secre", False), ("Bearer secrets", False), ("Bearer Secret", False), ("Bearer sécret", False)),
+        *(
+            (None, False),
+            ("", False),
+            ("Bearer", False),
+            ("Bearer ", False),
+            ("secret", False),
+            ("Basic secret", False),
+        ),
+        *(
+            ("Bearer secre", False),
+            ("Bearer secrets", False),
+            ("Bearer Secret", False),
+            ("Bearer sécret", False),
+        ),
     ],
 )
 def test_check_token(header: str | None, passes: bool) -> None:
@@ -97,7 +123,9 @@ def test_check_token(header: str | None, passes: bool) -> None:
 def test_check_binding() -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"--port {port}: cannot be bound \(Address already in use\)"):
+        with pytest.raises(
+            ConfigError, match=rf"--port {port}: cannot be bound \(Address already in use\)"
+        ):
             check_binding("127.0.0.1", port)
     check_binding("127.0.0.1", port)
     with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.77 .*cannot be bound"):
@@ -120,10 +148,20 @@ def test_check_binding() -> None:
         ("t", {"modle": "x"}, "args has 'modle'; there is: model, settings, anonymous"),
         ("t", {"model": "/nowhere/bundle"}, "/nowhere/bundle: has no bundle.json"),
         ("t", {"settings": {"sampler": {"budget": 9}}}, r"sampler.budget \(K\) is 9, above"),
-        ("t", {"settings": {"serve": {"sampler": {"max_replica": 2}}}}, "unknown setting serve.sampler.max_replica"),
+        (
+            "t",
+            {"settings": {"serve": {"sampler": {"max_replica": 2}}}},
+            "unknown setting serve.sampler.max_replica",
+        ),
     ],
 )
-def test_build_refuses(token: str | None, args: dict[str, Any], message: str, bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_refuses(
+    token: str | None,
+    args: dict[str, Any],
+    message: str,
+    bundle: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from tsq_ray.serving.app import build
 
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
@@ -134,8 +172,12 @@ def test_build_refuses(token: str | None, args: dict[str, Any], message: str, bu
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize(("token", "anonymous"), [("t", False), ("t", True), (None, True), (None, "true")])
-def test_build(token: str | None, anonymous: bool | str, bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("token", "anonymous"), [("t", False), ("t", True), (None, True), (None, "true")]
+)
+def test_build(
+    token: str | None, anonymous: bool | str, bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from ray.serve import Application
 
     from tsq_ray.serving.app import build
@@ -167,9 +209,17 @@ HTTP = ("https://host.example/videos/",)
         ("s3://Bucket/open/a.mp4", S3, None),
         ("gs://bucket/open/a.mp4", S3, None),
         # a plain key: no name is a chain of file systems
-        ("s3://bucket/open/a.zip::file:///etc/passwd", S3, "s3://bucket/open/a.zip::file:///etc/passwd"),
+        (
+            "s3://bucket/open/a.zip::file:///etc/passwd",
+            S3,
+            "s3://bucket/open/a.zip::file:///etc/passwd",
+        ),
         ("zip://a.mp4::s3://bucket/open/a.zip", S3, None),
-        ("https://host.example/videos/a.mp4?sig=1", HTTP, "https://host.example/videos/a.mp4?sig=1"),
+        (
+            "https://host.example/videos/a.mp4?sig=1",
+            HTTP,
+            "https://host.example/videos/a.mp4?sig=1",
+        ),
         ("https://host.example/videos/%2e%2e/a.mp4", HTTP, None),
         ("https://host.example/videos/..%2Fa.mp4", HTTP, None),
         ("https://host.example/videos/..\\a.mp4", HTTP, None),
@@ -193,8 +243,18 @@ def test_check_prefix(uri: str, prefixes: tuple[str, ...], expected: str | None)
 @pytest.mark.parametrize(
     ("name", "passes"),
     [
-        *(("open/a.mp4", True), ("open/deep/../a.mp4", True), ("./open//a.mp4", True), ("open/inner", True)),
-        *(("closed/a.mp4", False), ("open/../closed/a.mp4", False), ("open/link/a.mp4", False), ("open/link.mp4", False)),
+        *(
+            ("open/a.mp4", True),
+            ("open/deep/../a.mp4", True),
+            ("./open//a.mp4", True),
+            ("open/inner", True),
+        ),
+        *(
+            ("closed/a.mp4", False),
+            ("open/../closed/a.mp4", False),
+            ("open/link/a.mp4", False),
+            ("open/link.mp4", False),
+        ),
         *(("opened/a.mp4", False), ("open", False), ("alias/a.mp4", True)),
     ],
 )
@@ -230,10 +290,16 @@ def request_of(parts: Sequence[bytes], **headers: str) -> tuple[Request, list[in
 
     async def receive() -> dict[str, Any]:
         taken.append(len(taken))
-        return {"type": "http.request", "body": parts[len(taken) - 1], "more_body": len(taken) < len(parts)}
+        return {
+            "type": "http.request",
+            "body": parts[len(taken) - 1],
+            "more_body": len(taken) < len(parts),
+        }
 
     named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return Request({"type": "http", "method": "POST", "path": "/", "headers": named}, receive), taken
+    return Request(
+        {"type": "http", "method": "POST", "path": "/", "headers": named}, receive
+    ), taken
 
 
 def ended(work: Awaitable[Any]) -> Any:
@@ -269,20 +335,39 @@ def form_body(name: str, content: bytes) -> bytes:
 
 def test_an_upload_in_a_form() -> None:
     body = form_body("file", b"\x00video\r\n")
-    request, _ = request_of([body[:30], body[30:]], content_type="multipart/form-data; boundary=cut")
+    request, _ = request_of(
+        [body[:30], body[30:]], content_type="multipart/form-data; boundary=cut"
+    )
     asked = ended(read_request(request, ServeConfig()))
     assert asked.upload == b"\x00video\r\n"
-    assert (asked.identity["uri"], asked.identity["size_bytes"], len(asked.video_id)) == ("upload:a.mp4", 8, 16)
+    assert (asked.identity["uri"], asked.identity["size_bytes"], len(asked.video_id)) == (
+        "upload:a.mp4",
+        8,
+        16,
+    )
 
 
 def test_a_form_without_the_file() -> None:
-    request, _ = request_of([form_body("video", b"x")], content_type="multipart/form-data; boundary=cut")
+    request, _ = request_of(
+        [form_body("video", b"x")], content_type="multipart/form-data; boundary=cut"
+    )
     assert refusal(lambda: ended(read_form(request)))[0] == 400
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"x", b"\xff", b"[]", b'"s3://b/a.mp4"', b"{}", b'{"uri": 3}', b'{"uri": ""}', b'{"uri": "a\\u0000b"}', b"[" * 16000],
+    [
+        b"",
+        b"x",
+        b"\xff",
+        b"[]",
+        b'"s3://b/a.mp4"',
+        b"{}",
+        b'{"uri": 3}',
+        b'{"uri": ""}',
+        b'{"uri": "a\\u0000b"}',
+        b"[" * 16000,
+    ],
 )
 def test_read_uri_refuses(body: bytes) -> None:
     assert refusal(lambda: read_uri(body))[0] == 400
@@ -300,12 +385,21 @@ def test_deployment_options() -> None:
     from tsq_ray.serving.graph import deployment_options
 
     scaled = deployment_options(Pool("sampler", 2, 3, 5, 1.5, 0.5, 2**30), 32)
-    scaling = {"min_replicas": 2, "initial_replicas": 3, "max_replicas": 5, "target_ongoing_requests": 16}
+    scaling = {
+        "min_replicas": 2,
+        "initial_replicas": 3,
+        "max_replicas": 5,
+        "target_ongoing_requests": 16,
+    }
     assert scaled["autoscaling_config"] == scaling
     assert scaled["ray_actor_options"] == {"num_cpus": 1.5, "num_gpus": 0.5, "memory": 2**30}
     assert "num_replicas" not in scaled
     fixed = deployment_options(Pool("decoder", 3, 3, 3, 0.25), 1, 7)
-    assert (fixed["num_replicas"], fixed["max_ongoing_requests"], fixed["max_queued_requests"]) == (3, 1, 7)
+    assert (fixed["num_replicas"], fixed["max_ongoing_requests"], fixed["max_queued_requests"]) == (
+        3,
+        1,
+        7,
+    )
     assert "autoscaling_config" not in fixed
 
 
@@ -314,7 +408,11 @@ def test_deployment_options() -> None:
     [
         ([], Node(1), None),
         (["serve.sampler.num_gpus=0.5", "serve.recognizer.num_gpus=0.5"], Node(1, 1), None),
-        (["serve.sampler.num_gpus=1", "serve.recognizer.num_gpus=1"], Node(1, 1), "want 2 GPUs, there are 1"),
+        (
+            ["serve.sampler.num_gpus=1", "serve.recognizer.num_gpus=1"],
+            Node(1, 1),
+            "want 2 GPUs, there are 1",
+        ),
         (["serve.decoder.num_cpus=2"], Node(2), "want 2.6 CPUs, there are 2"),
         (["serve.decoder.num_cpus=2", "serve.decoder.min_replicas=0"], Node(2), None),
     ],
@@ -332,8 +430,18 @@ def test_check_room(sets: list[str], node: Node, message: str | None) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        *(("sampler.budget", 2), ("sampler.lambda_visual", 0.25), ("sampler.mode", "uniform"), ("sampler.seed", 9)),
-        *(("decode.timeout_s", 3.0), ("decode.max_pixels", 9), ("resources.batch_size", 3), ("serve.batch_size", 4)),
+        *(
+            ("sampler.budget", 2),
+            ("sampler.lambda_visual", 0.25),
+            ("sampler.mode", "uniform"),
+            ("sampler.seed", 9),
+        ),
+        *(
+            ("decode.timeout_s", 3.0),
+            ("decode.max_pixels", 9),
+            ("resources.batch_size", 3),
+            ("serve.batch_size", 4),
+        ),
     ],
 )
 def test_scoring_may_override(setting: str, value: Any, bundle: str, tmp_path: Path) -> None:
@@ -346,12 +454,16 @@ def test_scoring_may_override(setting: str, value: Any, bundle: str, tmp_path: P
         scoring_config(bundle, settings={section: {key: value}}),
     ]
     assert [getattr(getattr(config, section), key) for config in found] == [value] * 3
-    assert {config.decode.num_frames for config in found} == {8}  # the bundle's own, not the default
+    assert {config.decode.num_frames for config in found} == {
+        8
+    }  # the bundle's own, not the default
 
 
 def test_predictions_of_another_decoder_than_the_bundles_are_another_run(bundle: str) -> None:
     content, digest = read_bundle_settings(bundle)
-    configs = [scoring_config(bundle, sets=[f"decode.backend={backend}"]) for backend in ("pyav", "nvdec")]
+    configs = [
+        scoring_config(bundle, sets=[f"decode.backend={backend}"]) for backend in ("pyav", "nvdec")
+    ]
     own, other = (scoring._identity(content, digest, config, True).parts for config in configs)
     assert other == {**own, "decode": {"backend": "nvdec"}}
     assert "decode" not in own, "folders of before the choice stay the same run"
@@ -360,7 +472,11 @@ def test_predictions_of_another_decoder_than_the_bundles_are_another_run(bundle:
 @pytest.mark.parametrize(
     ("setting", "was"),
     [
-        *(("decode.num_frames=4", "8"), ("decode.strategy=keyframe", "'uniform'"), ("encoders.visual.size=64", "32")),
+        *(
+            ("decode.num_frames=4", "8"),
+            ("decode.strategy=keyframe", "'uniform'"),
+            ("encoders.visual.size=64", "32"),
+        ),
         *(
             ("encoders.objects.model=resnet18", "'test_efficientnet'"),
             ("recognizer.resize=squash", "'crop'"),
@@ -370,12 +486,17 @@ def test_predictions_of_another_decoder_than_the_bundles_are_another_run(bundle:
 )
 def test_scoring_may_not_override(setting: str, was: str, bundle: str) -> None:
     name = setting.partition("=")[0]
-    with pytest.raises(ConfigError, match=f"scoring cannot change what the bundle was trained with .{name}: {was} in the bundle"):
+    with pytest.raises(
+        ConfigError,
+        match=f"scoring cannot change what the bundle was trained with .{name}: {was} in the bundle",
+    ):
         scoring_config(bundle, sets=[setting])
 
 
 def test_scoring_refuses_more_frames_than_there_are(bundle: str) -> None:
-    with pytest.raises(ConfigError, match=r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8"):
+    with pytest.raises(
+        ConfigError, match=r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8"
+    ):
         scoring_config(bundle, sets=["sampler.budget=9"])
     with pytest.raises(ModelError, match=r"has no bundle\.json"):
         scoring_config(os.path.dirname(bundle))

@@ -34,7 +34,10 @@ from tsq_ray.stages import Encode, Recognize, Sample, bundle_specs
 
 CPU = torch.device("cpu")
 MODES = ("both", "visual", "textual", "uniform", "random", "maxconf-l", "maxconf")
-FAILURES = (VideoError("corrupt", "v: no frame\ncan be decoded"), StorageError("unavailable", "https://h/v?key=s3cret: no answer"))
+FAILURES = (
+    VideoError("corrupt", "v: no frame\ncan be decoded"),
+    StorageError("unavailable", "https://h/v?key=s3cret: no answer"),
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +70,10 @@ def video(bundle: Bundle, seed: int, num_distinct: int = NUM_FRAMES) -> DecodedV
     frame_index = slot_frame * 3
     specs = bundle_specs(bundle, "both")
     return DecodedVideo(
-        frames={name: rng.integers(0, 255, (num_distinct, spec.size, spec.size, 3), np.uint8) for name, spec in specs.items()},
+        frames={
+            name: rng.integers(0, 255, (num_distinct, spec.size, spec.size, 3), np.uint8)
+            for name, spec in specs.items()
+        },
         slot_frame=slot_frame,
         frame_index=frame_index,
         frame_pts_s=(frame_index / 8).astype(np.float32),
@@ -84,7 +90,9 @@ def video(bundle: Bundle, seed: int, num_distinct: int = NUM_FRAMES) -> DecodedV
 
 def score(bundle: Bundle, items: list[Any], **settings: Any) -> list[dict[str, Any]]:
     config = SamplerConfig(**({"budget": BUDGET} | settings))
-    answers = Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)([(one.video_id, seen) for one, seen in items]))
+    answers = Recognize(bundle, config, CPU)(
+        Sample(bundle, config, CPU)([(one.video_id, seen) for one, seen in items])
+    )
     return [prediction_row(one, answer) for (one, _), answer in zip(items, answers, strict=True)]
 
 
@@ -103,19 +111,28 @@ def test_encode_gives_each_slot_its_features(bundle: Bundle) -> None:
         assert (feature.object_probs.sum(axis=1) < 1).all(), "not renormalised"
         assert feature.visual_logits is not None
         assert feature.recognizer_logits is not None
-        assert feature.visual_logits.shape == feature.recognizer_logits.shape == (NUM_FRAMES, len(bundle.classes))
+        assert (
+            feature.visual_logits.shape
+            == feature.recognizer_logits.shape
+            == (NUM_FRAMES, len(bundle.classes))
+        )
     short = features[1].visual
     assert np.array_equal(short[:3], short[3:6])
     assert not np.array_equal(short[0], short[1])
 
 
 def test_encode_gives_as_many_objects_as_it_is_asked_for(bundle: Bundle) -> None:
-    few, every = (Encode(bundle.encoder, bundle.objects, device=CPU, num_objects=count)([video(bundle, 0)])[0] for count in (3, 1000))
+    few, every = (
+        Encode(bundle.encoder, bundle.objects, device=CPU, num_objects=count)([video(bundle, 0)])[0]
+        for count in (3, 1000)
+    )
     assert few.object_ids is not None
     assert every.object_ids is not None
     assert every.object_probs is not None
     assert np.array_equal(few.object_ids, every.object_ids[:, :3])
-    assert np.array_equal(np.sort(every.object_ids, axis=1), np.tile(np.arange(1000), (NUM_FRAMES, 1)))
+    assert np.array_equal(
+        np.sort(every.object_ids, axis=1), np.tile(np.arange(1000), (NUM_FRAMES, 1))
+    )
     np.testing.assert_allclose(every.object_probs.sum(axis=1), 1, rtol=1e-5)
 
 
@@ -125,12 +142,21 @@ def test_scoring_sees_the_objects_that_training_saw(bundle: Bundle, top_objects:
     network = TSQNet(shape).eval().requires_grad_(False)
     network.load_state_dict(bundle.sampler.state_dict())
     one = video(bundle, 0)
-    sampled = Sample(dataclasses.replace(bundle, sampler=network), SamplerConfig(budget=BUDGET), CPU)([(ref(0).video_id, one)])[0]
+    sampled = Sample(
+        dataclasses.replace(bundle, sampler=network), SamplerConfig(budget=BUDGET), CPU
+    )([(ref(0).video_id, one)])[0]
     feature = Encode(bundle.encoder, bundle.objects, device=CPU)([one])[0]
-    ids, probs = (torch.from_numpy(array[None, :, :top_objects]) for array in (feature.object_ids, feature.object_probs))
-    output = network(torch.from_numpy(feature.visual)[None], object_embeddings(ids, probs, bundle.vocabulary))
+    ids, probs = (
+        torch.from_numpy(array[None, :, :top_objects])
+        for array in (feature.object_ids, feature.object_probs)
+    )
+    output = network(
+        torch.from_numpy(feature.visual)[None], object_embeddings(ids, probs, bundle.vocabulary)
+    )
     expected = saliency(output.attention_textual, output.logits_textual, "single")[0]
-    np.testing.assert_allclose(sampled.row["saliency_textual"], expected.numpy(), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        sampled.row["saliency_textual"], expected.numpy(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_encode_gives_a_video_the_same_alone_and_in_company(bundle: Bundle) -> None:
@@ -233,9 +259,15 @@ def test_maxconf_l_takes_the_surest_frames_of_the_light_encoder(bundle: Bundle) 
 
 def test_uniform_takes_the_middles_and_random_hangs_on_seed_and_video(bundle: Bundle) -> None:
     items = [(ref(number), video(bundle, 0)) for number in range(6)]
-    assert {tuple(row["selected_slot"].tolist()) for row in score(bundle, items, mode="uniform")} == {(1, 4, 6)}
+    assert {
+        tuple(row["selected_slot"].tolist()) for row in score(bundle, items, mode="uniform")
+    } == {(1, 4, 6)}
     first, again, other = (
-        [tuple(row["selected_slot"].tolist()) for row in score(bundle, items, mode="random", seed=seed)] for seed in (0, 0, 1)
+        [
+            tuple(row["selected_slot"].tolist())
+            for row in score(bundle, items, mode="random", seed=seed)
+        ]
+        for seed in (0, 0, 1)
     )
     assert first == again != other
     assert len(set(first)) > 1
@@ -243,7 +275,9 @@ def test_uniform_takes_the_middles_and_random_hangs_on_seed_and_video(bundle: Bu
 
 def test_an_adaptive_budget_stops_where_the_recogniser_is_sure(bundle: Bundle) -> None:
     """Fixed K is an adaptive budget that is never sure; each video stops for itself, in company as alone."""
-    items: list[Any] = [(ref(number), video(bundle, number)) for number in range(6)] + [(ref(9), FAILURES[0])]
+    items: list[Any] = [(ref(number), video(bundle, number)) for number in range(6)] + [
+        (ref(9), FAILURES[0])
+    ]
     whole = score(bundle, items, budget=6)
     never = score(bundle, items, budget="adaptive", max_budget=6, margin=7.0)
     for one, other in zip(never[:-1], whole[:-1], strict=True):
@@ -252,9 +286,17 @@ def test_an_adaptive_budget_stops_where_the_recogniser_is_sure(bundle: Bundle) -
     assert bundle.recognizer is not None
     margins = []
     for _, item in items[:-1]:
-        summed = bundle.recognizer(torch.from_numpy(item.slots(RECOGNIZER)))[1].softmax(1).sum(0).sort().values
+        summed = (
+            bundle.recognizer(torch.from_numpy(item.slots(RECOGNIZER)))[1]
+            .softmax(1)
+            .sum(0)
+            .sort()
+            .values
+        )
         margins.append(float(summed[-1] - summed[-2]))
-    margin = sorted(margins)[3] / NUM_FRAMES * 3  # what the middling video needs three of its eight frames for
+    margin = (
+        sorted(margins)[3] / NUM_FRAMES * 3
+    )  # what the middling video needs three of its eight frames for
     rows = score(bundle, items, budget="adaptive", max_budget=6, margin=margin)
     taken = [len(row["selected_slot"]) for row in rows[:-1]]
     assert len(set(taken)) > 1, taken
@@ -262,9 +304,16 @@ def test_an_adaptive_budget_stops_where_the_recogniser_is_sure(bundle: Bundle) -
         slots = row["selected_slot"]
         assert set(slots) <= set(full["selected_slot"])
         assert list(slots) == sorted(slots)
-        assert len(slots) == len(row["selected_by"]) == len(row["selected_index"]) == len(row["selected_pts_s"])
+        assert (
+            len(slots)
+            == len(row["selected_by"])
+            == len(row["selected_index"])
+            == len(row["selected_pts_s"])
+        )
         logits = bundle.recognizer(torch.from_numpy(item.slots(RECOGNIZER)[slots]))[1]
-        np.testing.assert_allclose(row["scores"], logits.mean(0).softmax(0).detach().numpy(), atol=1e-5)
+        np.testing.assert_allclose(
+            row["scores"], logits.mean(0).softmax(0).detach().numpy(), atol=1e-5
+        )
         summed = logits.softmax(1).sum(0).sort().values
         assert (float(summed[-1] - summed[-2]) >= margin) or len(slots) == 6
     assert rows[-1]["status"] == "failed"
@@ -292,7 +341,9 @@ def test_multi_label_scores_are_independent(bundle: Bundle) -> None:
         ("maxconf", {RECOGNIZER}),
     ],
 )
-def test_only_the_pictures_that_a_mode_needs_are_made(bundle: Bundle, mode: str, expected: set[str]) -> None:
+def test_only_the_pictures_that_a_mode_needs_are_made(
+    bundle: Bundle, mode: str, expected: set[str]
+) -> None:
     assert set(bundle_specs(bundle, mode)) == expected
 
 
@@ -309,11 +360,21 @@ def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) ->
     made, whole = video(bundle, 3), video(bundle, 3)
     rng = np.random.default_rng(4)
     # smooth pictures, as of a camera: those of noise change wholly with a rounding
-    frames = np.stack([fit(rng.integers(0, 256, (4, 6, 3), np.uint8), FrameSpec(64), (96, 64)) for _ in range(NUM_FRAMES)])
-    made.frames = {name: np.stack([fit(frame, spec) for frame in frames]) for name, spec in specs.items()}
+    frames = np.stack(
+        [
+            fit(rng.integers(0, 256, (4, 6, 3), np.uint8), FrameSpec(64), (96, 64))
+            for _ in range(NUM_FRAMES)
+        ]
+    )
+    made.frames = {
+        name: np.stack([fit(frame, spec) for frame in frames]) for name, spec in specs.items()
+    }
     whole.frames = {WHOLE: frames}
     expected, row = (
-        Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)([(ref(0).video_id, one)]))[0].columns for one in (made, whole)
+        Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)([(ref(0).video_id, one)]))[
+            0
+        ].columns
+        for one in (made, whole)
     )
     assert row["scores"] == pytest.approx(expected["scores"], abs=0.02)
     assert row["top_labels"] == expected["top_labels"]
@@ -324,7 +385,9 @@ def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) ->
 
 
 def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:
-    with pytest.raises(ConfigError, match=r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8"):
+    with pytest.raises(
+        ConfigError, match=r"sampler.budget \(K\) is 9, above decode.num_frames \(T\) = 8"
+    ):
         Sample(bundle, SamplerConfig(budget=9), CPU)
 
 
@@ -336,18 +399,34 @@ def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:
             "single",
             r"'adaptive' needs frames in the order of their saliency, which sampler\.mode 'uniform' does not give",
         ),
-        ({"max_budget": 9}, "single", r"sampler\.max_budget is 9, above decode\.num_frames \(T\) = 8"),
-        ({}, "multi", "waits for one class to lead, and with train.task 'multi' several may be true; give a number"),
+        (
+            {"max_budget": 9},
+            "single",
+            r"sampler\.max_budget is 9, above decode\.num_frames \(T\) = 8",
+        ),
+        (
+            {},
+            "multi",
+            "waits for one class to lead, and with train.task 'multi' several may be true; give a number",
+        ),
     ],
 )
-def test_an_adaptive_budget_that_cannot_be(bundle: Bundle, settings: dict[str, Any], task: Any, message: str) -> None:
+def test_an_adaptive_budget_that_cannot_be(
+    bundle: Bundle, settings: dict[str, Any], task: Any, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
-        Sample(dataclasses.replace(bundle, task=task), SamplerConfig(budget="adaptive", **settings), CPU)
+        Sample(
+            dataclasses.replace(bundle, task=task),
+            SamplerConfig(budget="adaptive", **settings),
+            CPU,
+        )
 
 
 def test_a_bundle_without_a_recogniser_is_refused(tmp_path: Path) -> None:
     bundle = load_bundle(make_bundle(tmp_path, with_recognizer=False))
-    with pytest.raises(ModelError, match="the bundle has no recogniser; train it again with --recognizer URI"):
+    with pytest.raises(
+        ModelError, match="the bundle has no recogniser; train it again with --recognizer URI"
+    ):
         Sample(bundle, SamplerConfig(budget=BUDGET), CPU)
 
 
@@ -355,7 +434,10 @@ def test_textual_of_a_visual_bundle_is_refused(bundle: Bundle) -> None:
     import dataclasses
 
     visual = dataclasses.replace(bundle, objects=None, vocabulary=None)
-    with pytest.raises(ModelError, match=r"sampler\.mode 'textual': the bundle was trained with train.modules = 'visual'"):
+    with pytest.raises(
+        ModelError,
+        match=r"sampler\.mode 'textual': the bundle was trained with train.modules = 'visual'",
+    ):
         Sample(visual, SamplerConfig(budget=BUDGET, mode="textual"), CPU)
     (row,) = score(visual, [(ref(0), video(bundle, 0))], mode="both")
     assert set(row["selected_by"]) == {"visual"}

@@ -39,7 +39,9 @@ def test_a_place_has_one_spelling(given: str, expected: str) -> None:
     assert storage.normalize(expected) == expected
 
 
-def test_relative_paths_become_absolute_and_links_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_become_absolute_and_links_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     monkeypatch.chdir(tmp_path)
@@ -60,7 +62,11 @@ def test_relative_paths_become_absolute_and_links_are_kept(tmp_path: Path, monke
         ("/data/a/", "a", "/data"),
         ("s3://bucket/a/b.mp4", "b.mp4", "s3://bucket/a"),
         ("/data/what?.mp4", "what?.mp4", "/data"),
-        ("s3://bucket/Why? Because/q?versionId=a.mp4", "q?versionId=a.mp4", "s3://bucket/Why? Because"),
+        (
+            "s3://bucket/Why? Because/q?versionId=a.mp4",
+            "q?versionId=a.mp4",
+            "s3://bucket/Why? Because",
+        ),
     ],
 )
 def test_parts_of_a_name(uri: str, name: str, parent: str) -> None:
@@ -76,7 +82,10 @@ def test_the_query_is_no_part_of_the_name_in_a_url() -> None:
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("cannot open https://host/v.mp4?X-Amz-Signature=s3cret: no", "cannot open https://host/v.mp4?... no"),
+        (
+            "cannot open https://host/v.mp4?X-Amz-Signature=s3cret: no",
+            "cannot open https://host/v.mp4?... no",
+        ),
         ("'http://h/a?b=s3cret' and https://h/c?d=s3cret", "'http://h/a?...' and https://h/c?..."),
         ("s3://bucket/a", "s3://bucket/a"),
         ("what? nothing", "what? nothing"),
@@ -133,7 +142,9 @@ def test_keys_that_expired_are_renewed_sooner_or_later() -> None:
     error.__cause__ = RemoteFailure("ExpiredToken")
     assert storage.classify(error) == "unavailable"
     with (
-        pytest.raises(StorageError, match="cannot read s3://b/k: the keys have expired; renew them"),
+        pytest.raises(
+            StorageError, match="cannot read s3://b/k: the keys have expired; renew them"
+        ),
         storage.storage_errors("s3://b/k", "read"),
     ):
         raise error
@@ -143,13 +154,26 @@ def test_keys_that_expired_are_renewed_sooner_or_later() -> None:
     ("raised", "kind", "message"),
     [
         (FileNotFoundError("x"), "not_found", r"cannot read https://h/v\?\.\.\.: no such file"),
-        (PermissionError("x"), "access_denied", r"access denied; check the URL \(a presigned one expires\)"),
-        (ConnectionError("to https://h/?k=s3cret"), "unavailable", "storage does not answer as it should"),
+        (
+            PermissionError("x"),
+            "access_denied",
+            r"access denied; check the URL \(a presigned one expires\)",
+        ),
+        (
+            ConnectionError("to https://h/?k=s3cret"),
+            "unavailable",
+            "storage does not answer as it should",
+        ),
         (OSError(errno.ENOSPC, "no space"), "unavailable", "the disk is full"),
     ],
 )
-def test_failures_become_storage_errors_of_one_line(raised: Exception, kind: str, message: str) -> None:
-    with pytest.raises(StorageError, match=message) as caught, storage.storage_errors("https://h/v?k=s3cret", "read"):
+def test_failures_become_storage_errors_of_one_line(
+    raised: Exception, kind: str, message: str
+) -> None:
+    with (
+        pytest.raises(StorageError, match=message) as caught,
+        storage.storage_errors("https://h/v?k=s3cret", "read"),
+    ):
         raise raised
     assert caught.value.error_type == kind
     assert "s3cret" not in str(caught.value)
@@ -161,7 +185,9 @@ def test_defects_are_not_taken_for_storage_failures() -> None:
         1 / 0  # noqa: B018
 
 
-@pytest.mark.parametrize("uri", ["gopher://x", "ftp://127.0.0.1/v.mp4", "zip://a.mp4", "simplecache://s3://b/k"])
+@pytest.mark.parametrize(
+    "uri", ["gopher://x", "ftp://127.0.0.1/v.mp4", "zip://a.mp4", "simplecache://s3://b/k"]
+)
 @pytest.mark.parametrize("call", [storage.stat, storage.read_bytes, storage.is_folder])
 def test_an_unknown_kind_of_storage_is_told(uri: str, call: Callable[[str], object]) -> None:
     message = f"{uri}: storage of this kind cannot be opened .* use a local path or an s3:// URI"
@@ -178,7 +204,9 @@ def test_a_write_makes_its_folders_and_leaves_nothing_else(tmp_path: Path) -> No
     assert os.listdir(place.parent) == ["file.bin"]
 
 
-def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = tmp_path / "file.bin"
     storage.write_bytes(str(place), b"old")
 
@@ -215,20 +243,32 @@ def test_stat_tells_size_and_time_in_utc(tmp_path: Path) -> None:
     place.write_bytes(b"12345")
     os.utime(place, (1_700_000_000, 1_700_000_000))
     file = storage.stat(str(place))
-    assert file == storage.StoredFile(str(place), 5, None, datetime.fromtimestamp(1_700_000_000, tz=timezone.utc))
+    assert file == storage.StoredFile(
+        str(place), 5, None, datetime.fromtimestamp(1_700_000_000, tz=timezone.utc)
+    )
 
 
 @pytest.mark.parametrize("call", [storage.stat, storage.read_bytes, storage.open_read])
 def test_a_missing_file_is_not_found(call: object, tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="no such file, folder or bucket; check the name") as caught:
+    with pytest.raises(
+        StorageError, match="no such file, folder or bucket; check the name"
+    ) as caught:
         call(str(tmp_path / "nowhere"))  # type: ignore[operator]
     assert caught.value.error_type == "not_found"
 
 
 def test_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    assert [storage.exists(str(tmp_path / name)) for name in (".", "file", "none")] == [True, True, False]
-    assert [storage.is_folder(str(tmp_path / name)) for name in (".", "file", "none")] == [True, False, False]
+    assert [storage.exists(str(tmp_path / name)) for name in (".", "file", "none")] == [
+        True,
+        True,
+        False,
+    ]
+    assert [storage.is_folder(str(tmp_path / name)) for name in (".", "file", "none")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_walk_tells_of_a_folder_that_it_may_not_read() -> None:
@@ -245,21 +285,32 @@ try:
 except storage.StorageError as error:
     print(error.error_type, error)
 """
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users as a whole
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # pytest's own folders are closed to other users as a whole
         os.chmod(folder, 0o755)
         for name in ("a/1.mp4", "b/closed/2.mp4"):
             (Path(folder) / name).parent.mkdir(parents=True)
             (Path(folder) / name).write_bytes(b"x")
-        done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, folder], capture_output=True, text=True, check=False
+        )
         (Path(folder) / "b/closed").chmod(0o755)
-    assert done.stdout.startswith(f"access_denied cannot list {folder}/b/closed: access denied"), (done.stdout, done.stderr)
+    assert done.stdout.startswith(f"access_denied cannot list {folder}/b/closed: access denied"), (
+        done.stdout,
+        done.stderr,
+    )
 
 
 def test_list_folder_shows_hidden_files_but_no_folders(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     for name in ("b", ".a", "_c"):
         (tmp_path / name).write_bytes(b"")
-    assert [storage.name_of(file.uri) for file in storage.list_folder(str(tmp_path))] == [".a", "_c", "b"]
+    assert [storage.name_of(file.uri) for file in storage.list_folder(str(tmp_path))] == [
+        ".a",
+        "_c",
+        "b",
+    ]
     assert storage.list_folder(str(tmp_path / "none")) == []
 
 
@@ -274,7 +325,9 @@ def test_remove_and_remove_folder_do_not_mind_what_is_gone(tmp_path: Path) -> No
         assert not place.parent.exists()
 
 
-@pytest.mark.parametrize(("content", "text"), [("\ufeffpath\n".encode(), "path\n"), ("é".encode(), "é")])
+@pytest.mark.parametrize(
+    ("content", "text"), [("\ufeffpath\n".encode(), "path\n"), ("é".encode(), "é")]
+)
 def test_text_is_utf8_with_or_without_a_mark(tmp_path: Path, content: bytes, text: str) -> None:
     (tmp_path / "t").write_bytes(content)
     assert storage.read_text(str(tmp_path / "t")) == text
@@ -282,7 +335,10 @@ def test_text_is_utf8_with_or_without_a_mark(tmp_path: Path, content: bytes, tex
 
 @pytest.mark.parametrize(
     ("encoding", "message"),
-    [("latin-1", "t: not UTF-8 text; save it as UTF-8"), ("utf-16", "t: UTF-16, not UTF-8 text; save it as UTF-8")],
+    [
+        ("latin-1", "t: not UTF-8 text; save it as UTF-8"),
+        ("utf-16", "t: UTF-16, not UTF-8 text; save it as UTF-8"),
+    ],
 )
 def test_other_text_is_refused(tmp_path: Path, encoding: str, message: str) -> None:
     (tmp_path / "t").write_bytes("é".encode(encoding))
@@ -297,9 +353,19 @@ def test_a_local_download_is_the_file_itself(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ odd names
 
 
-def test_a_name_is_never_read_as_a_chain_or_a_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_is_never_read_as_a_chain_or_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("run::1", "run::2", "a::b.parquet", "file:x", "50%20? [x]*", "-v", "~no such user"):
+    for name in (
+        "run::1",
+        "run::2",
+        "a::b.parquet",
+        "file:x",
+        "50%20? [x]*",
+        "-v",
+        "~no such user",
+    ):
         storage.write_bytes(name, name.encode())
         assert (tmp_path / name).read_bytes() == name.encode() == storage.read_bytes(name)
         with storage.open_read(name) as file:
@@ -351,10 +417,24 @@ READERS = [storage.stat, storage.read_bytes, storage.open_read]
         ("s3://b/a\0b", "not_found", "a URI is UTF-8 and holds no NUL"),
         ("s3://b/\udce9", "(not_found|unsupported)", "UTF-8"),
     ],
-    ids=["empty", "NUL", "long", "loop", "no bucket", "no bucket but a key", "NUL in a key", "bytes in a key"],
+    ids=[
+        "empty",
+        "NUL",
+        "long",
+        "loop",
+        "no bucket",
+        "no bucket but a key",
+        "NUL in a key",
+        "bytes in a key",
+    ],
 )
 def test_a_name_that_no_file_can_have(
-    call: Callable[[str], object], name: str, kind: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[[str], object],
+    name: str,
+    kind: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
@@ -366,7 +446,9 @@ def test_a_name_that_no_file_can_have(
 
 @pytest.mark.parametrize("call", READERS)
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "character device"])
-def test_what_is_no_file_is_never_opened(call: Callable[[str], object], kind: str, tmp_path: Path) -> None:
+def test_what_is_no_file_is_never_opened(
+    call: Callable[[str], object], kind: str, tmp_path: Path
+) -> None:
     place = str(tmp_path / "v.mp4")
     with socket.socket(socket.AF_UNIX) as listening:
         if kind == "FIFO":
@@ -375,14 +457,18 @@ def test_what_is_no_file_is_never_opened(call: Callable[[str], object], kind: st
             listening.bind(place)
         else:
             place = os.devnull
-        with pytest.raises(StorageError, match=f"cannot .* {place}: a {kind}, no regular file; name a file$") as caught:
+        with pytest.raises(
+            StorageError, match=f"cannot .* {place}: a {kind}, no regular file; name a file$"
+        ) as caught:
             call(place)
     assert caught.value.error_type == "not_video"
     assert storage.is_file(place)
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=f"cannot read {tmp_path}: a folder; name a file") as caught:
+    with pytest.raises(
+        StorageError, match=f"cannot read {tmp_path}: a folder; name a file"
+    ) as caught:
         storage.read_bytes(str(tmp_path))
     assert caught.value.error_type == "not_video"
 
@@ -390,7 +476,9 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 def test_a_name_that_is_not_utf8_is_told_in_text_that_can_be_printed(tmp_path: Path) -> None:
     name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp4")
     storage.write_bytes(name, b"x")
-    with pytest.raises(StorageError, match=r"caf\\udce9\.mp4: its name is not UTF-8; rename it") as caught:
+    with pytest.raises(
+        StorageError, match=r"caf\\udce9\.mp4: its name is not UTF-8; rename it"
+    ) as caught:
         storage.stat(name)
     assert caught.value.error_type == "unsupported"
     str(caught.value).encode()
@@ -407,7 +495,9 @@ def test_an_impossible_time_is_no_time(seconds: int) -> None:
 @contextlib.contextmanager
 def odd_time(seconds: int) -> Iterator[str]:
     """A file with that time, on a file system that takes it."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    ) as folder:
         place = os.path.join(folder, "v.mp4")
         Path(place).write_bytes(b"x")
         os.utime(place, (seconds, seconds))
@@ -421,11 +511,20 @@ def odd_time(seconds: int) -> Iterator[str]:
 
 def test_advice_on_a_local_path_speaks_of_the_path() -> None:
     for raised, message in (
-        (PermissionError(errno.EACCES, "x"), "access denied; check the rights of the path and of the folders above it$"),
+        (
+            PermissionError(errno.EACCES, "x"),
+            "access denied; check the rights of the path and of the folders above it$",
+        ),
         (PermissionError(errno.EPERM, "x"), "access denied; check the rights of the path"),
-        (OSError(errno.EIO, "Input/output error"), r"the file system answers with an error; see to the disk .*Input/output error"),
+        (
+            OSError(errno.EIO, "Input/output error"),
+            r"the file system answers with an error; see to the disk .*Input/output error",
+        ),
     ):
-        with pytest.raises(StorageError, match=f"cannot list /data: {message}") as caught, storage.storage_errors("/data", "list"):
+        with (
+            pytest.raises(StorageError, match=f"cannot list /data: {message}") as caught,
+            storage.storage_errors("/data", "list"),
+        ):
             raise raised
         assert "AWS" not in str(caught.value)
 
@@ -434,14 +533,22 @@ def test_a_dead_address_is_no_missing_file() -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
     for call in (storage.stat, storage.read_bytes, storage.exists):
-        with pytest.raises(StorageError, match=r"no connection \(refused\): check the host and the network") as caught:
+        with pytest.raises(
+            StorageError, match=r"no connection \(refused\): check the host and the network"
+        ) as caught:
             call(f"http://127.0.0.1:{port}/x.mp4?sig=s3cret")
         assert caught.value.error_type == "unavailable"
         assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "url", ["https://h/it's a.mp4?sig=SECRET", "HTTPS://h/a?sig=SECRET", "https://user:SECRET@h/a", "https://h/a?b=it's&sig=SECRET"]
+    "url",
+    [
+        "https://h/it's a.mp4?sig=SECRET",
+        "HTTPS://h/a?sig=SECRET",
+        "https://user:SECRET@h/a",
+        "https://h/a?b=it's&sig=SECRET",
+    ],
 )
 def test_no_spelling_of_a_url_shows_its_secret(url: str) -> None:
     assert "SECRET" not in storage.redact(f"cannot open {url}: refused")

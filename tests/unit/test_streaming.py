@@ -53,7 +53,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.mark.parametrize("work", ["report", "export", "measure", "compare"])
 def test_memory_does_not_grow_with_the_rows(folders: list[str], work: str) -> None:
-    done = subprocess.run([sys.executable, "-c", MEASURE, work, *folders], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, work, *folders], capture_output=True, text=True, check=True
+    )
     # with all rows in memory: report 117, export 128, measure 30
     assert float(done.stdout.rpartition("MiB:")[2]) < 20, done.stdout
 

@@ -72,19 +72,28 @@ def test_only_what_the_visual_module_needs(features: str) -> None:
         assert arrays["visual"].shape[0] == 1
 
 
-@pytest.mark.parametrize(("split", "message"), [("test", "no row of split 'test'"), (None, "3 of 22 videos have several labels")])
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [("test", "no row of split 'test'"), (None, "3 of 22 videos have several labels")],
+)
 def test_refused(tmp_path: Path, split: str | None, message: str) -> None:
     arrays = make_arrays()
     arrays["targets"][:3] = True
     write_features(str(tmp_path / "features"), arrays, tmp_path / "words.txt")
-    with pytest.raises(RunError, match=message), open_training_set(Source.of(str(tmp_path / "features"), split, "single")):
+    with (
+        pytest.raises(RunError, match=message),
+        open_training_set(Source.of(str(tmp_path / "features"), split, "single")),
+    ):
         pass
 
 
 def test_features_that_changed_meanwhile(features: str) -> None:
     source = Source.of(features, None, "single")
     other = source_arrays(dataclasses.replace(source, key="another"))
-    with pytest.raises(RunFailed, match="the features have changed since the training began"), other:
+    with (
+        pytest.raises(RunFailed, match="the features have changed since the training began"),
+        other,
+    ):
         pass
 
 
@@ -98,13 +107,19 @@ def test_head_scale_and_prototypes_from_files_are_those_from_memory(features: st
         assert torch.equal(mean, torch.from_numpy(flat.mean(0)).float())
         assert torch.equal(scale, torch.from_numpy(flat.std(0)).float())
         head = fit_head(data.visual, data.targets, config, "single")
-        assert torch.equal(head.weight, fit_head(copy, np.array(data.targets), config, "single").weight)
-        found = prototypes(data.visual, head_logits(head, data.visual), data.labels, CLASSES, 0, "single")
+        assert torch.equal(
+            head.weight, fit_head(copy, np.array(data.targets), config, "single").weight
+        )
+        found = prototypes(
+            data.visual, head_logits(head, data.visual), data.labels, CLASSES, 0, "single"
+        )
     whole = head(torch.from_numpy(copy.astype(np.float32))).numpy()
     assert torch.allclose(found, prototypes(copy, whole, labels, CLASSES, 0, "single"), atol=1e-6)
 
 
-def _counted(key: str, made: list[str], value: int = 7) -> contextlib.AbstractContextManager[dict[str, np.ndarray]]:
+def _counted(
+    key: str, made: list[str], value: int = 7
+) -> contextlib.AbstractContextManager[dict[str, np.ndarray]]:
     def write(create: Create) -> None:
         made.append(key)
         create("numbers", np.dtype(np.int16), (3, 2))[:] = value
@@ -156,7 +171,9 @@ def killed(temporary: Path) -> Path:
 
 
 @pytest.mark.parametrize(("key", "expected"), [("one", 9), ("other", 7)])
-def test_what_a_killed_process_left_is_used_or_removed(killed: Path, temporary: Path, key: str, expected: int) -> None:
+def test_what_a_killed_process_left_is_used_or_removed(
+    killed: Path, temporary: Path, key: str, expected: int
+) -> None:
     with _counted(key, []) as arrays:
         assert (arrays["numbers"] == expected).all()
         assert killed.exists() == (key == "one")
@@ -167,7 +184,12 @@ def test_no_room(temporary: Path) -> None:
     def write(create: Create) -> None:
         create("numbers", np.dtype(np.int16), (2**60,))
 
-    with pytest.raises(StorageError, match=r"no room for the .* GB of numbers .*; set TMPDIR to a larger disk"), node_arrays("one", write):
+    with (
+        pytest.raises(
+            StorageError, match=r"no room for the .* GB of numbers .*; set TMPDIR to a larger disk"
+        ),
+        node_arrays("one", write),
+    ):
         pass
     lock = os.open(temporary, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,21 +205,37 @@ def test_two_videos_whose_urls_differ_in_the_query_alone(tmp_path: Path) -> None
     )
     chosen = TrainingRows.of(rows, None, None, "manifest")
     tuned = Tuned(torch.nn.Identity(), {rows[1].video_id: "not_video"}, {}, [])  # type: ignore[arg-type]
-    found = _summary(str(tmp_path), "encoder", Manifest(rows, NAMES), chosen, rows[:0], tuned, load_config(None))
-    assert (found["videos"], found["failed"], found["failed_videos"]) == (1, {"not_video": 1}, ["https://host/v.mp4?..."])
+    found = _summary(
+        str(tmp_path), "encoder", Manifest(rows, NAMES), chosen, rows[:0], tuned, load_config(None)
+    )
+    assert (found["videos"], found["failed"], found["failed_videos"]) == (
+        1,
+        {"not_video": 1},
+        ["https://host/v.mp4?..."],
+    )
 
 
 def test_training_rows_and_the_account_of_the_others() -> None:
-    kinds = [("train", (0,)), ("val", (1,)), ("train", None), ("train", ()), ("train", (0, 2)), (None, (1,))]
+    kinds = [
+        ("train", (0,)),
+        ("val", (1,)),
+        ("train", None),
+        ("train", ()),
+        ("train", (0, 2)),
+        (None, (1,)),
+    ]
     rows = VideoRows.of(
-        VideoRef(f"{number:016x}", f"{number}.mp4", 1, labels=labels, split=split) for number, (split, labels) in enumerate(kinds)
+        VideoRef(f"{number:016x}", f"{number}.mp4", 1, labels=labels, split=split)
+        for number, (split, labels) in enumerate(kinds)
     )
     chosen = TrainingRows.of(rows, None, 1, "manifest")
     assert [row.uri for row in chosen.rows] == ["0.mp4"]
     assert (chosen.split, chosen.named, chosen.warnings) == ("train", ["2.mp4", "3.mp4"], [])
     assert chosen.left_out == {"other_split": 2, "unlabelled": 2, "limit": 1}
     labels = rows.table["labels"]
-    assert multi_hot(labels.filter(pa.array([True, False, False, False, True, True])), 3).tolist() == [
+    assert multi_hot(
+        labels.filter(pa.array([True, False, False, False, True, True])), 3
+    ).tolist() == [
         [True, False, False],
         [True, False, True],
         [False, True, False],

@@ -14,8 +14,22 @@ from tsq_ray.training.sampler.loop import Batches, fit
 def test_it_learns_and_the_same_again() -> None:
     torch.manual_seed(1)
     random, threads = torch.get_rng_state(), torch.get_num_threads()
-    state, curve = fit(make_arrays(), make_vocabulary(), make_start(), SHAPE, config_with(epochs=30, lr=0.05), threads=1)
-    again, curve_again = fit(make_arrays(), make_vocabulary(), make_start(), SHAPE, config_with(epochs=30, lr=0.05), threads=1)
+    state, curve = fit(
+        make_arrays(),
+        make_vocabulary(),
+        make_start(),
+        SHAPE,
+        config_with(epochs=30, lr=0.05),
+        threads=1,
+    )
+    again, curve_again = fit(
+        make_arrays(),
+        make_vocabulary(),
+        make_start(),
+        SHAPE,
+        config_with(epochs=30, lr=0.05),
+        threads=1,
+    )
     assert [losses["epoch"] for losses in curve] == list(range(1, 31))
     assert curve[0].keys() == {"epoch", "loss", "visual", "textual", "t2v", "v2t"}
     assert curve[-1]["visual"] < 0.75 * curve[0]["visual"]
@@ -34,7 +48,14 @@ def test_a_loss_that_is_no_number_ends_it() -> None:
 
 def test_precision() -> None:
     curves = {
-        precision: fit(make_arrays(), make_vocabulary(), make_start(), SHAPE, config_with(precision=precision, epochs=2), threads=1)[1]
+        precision: fit(
+            make_arrays(),
+            make_vocabulary(),
+            make_start(),
+            SHAPE,
+            config_with(precision=precision, epochs=2),
+            threads=1,
+        )[1]
         for precision in ("auto", "fp32", "bf16")
     }
     assert curves["auto"] == curves["fp32"], "on a CPU"
@@ -46,7 +67,10 @@ def test_precision() -> None:
 def test_shares_make_up_the_batch() -> None:
     """Whatever the number of workers: each video once, and weights under which the mean over the workers is the mean over the batch."""
     config = config_with()
-    workers = [Batches(make_arrays(), make_vocabulary(), config, rank, 3, torch.device("cpu")) for rank in range(3)]
+    workers = [
+        Batches(make_arrays(), make_vocabulary(), config, rank, 3, torch.device("cpu"))
+        for rank in range(3)
+    ]
     whole = Batches(make_arrays(), make_vocabulary(), config, 0, 1, torch.device("cpu"))
     for batch in whole.order(7):
         _, _, targets, weight = whole.share(batch)
@@ -55,7 +79,9 @@ def test_shares_make_up_the_batch() -> None:
         means = [share[2].mean(0) * share[3] for share in shares]
         assert torch.allclose(torch.stack(means).mean(0), targets.mean(0))
         assert sum(share[3] for share in shares) == pytest.approx(3)
-    assert [len(batch) for batch in whole.order(7)] == [4, 4, 4, 4, 4, 2], "the last one is short: a worker has none of it"
+    assert [len(batch) for batch in whole.order(7)] == [4, 4, 4, 4, 4, 2], (
+        "the last one is short: a worker has none of it"
+    )
     assert not torch.equal(torch.cat(whole.order(7)), torch.cat(whole.order(8)))
     assert torch.equal(torch.cat(workers[2].order(7)), torch.cat(whole.order(7)))
 

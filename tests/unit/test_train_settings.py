@@ -22,7 +22,9 @@ def features(folder: Path, *sets: str, leave_out: str = "") -> str:
     """The `_run.json` of features made with these settings; by a version that did not know `encoders.<leave_out>`."""
     config = load_config(None, sets).model_dump(mode="json")
     config["encoders"].pop(leave_out, None)
-    runs.write_json(str(folder / runs.RUN_FILE), {"format": 1, "kind": "features", "config": config})
+    runs.write_json(
+        str(folder / runs.RUN_FILE), {"format": 1, "kind": "features", "config": config}
+    )
     return str(folder)
 
 
@@ -41,9 +43,13 @@ def test_features_from_before_the_setting_hold_ten_objects(tmp_path: Path) -> No
         settings_for(uri, None, ("encoders.num_objects=50",))
 
 
-def test_more_objects_than_the_features_hold_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+def test_more_objects_than_the_features_hold_are_refused_before_anything_is_read(
+    tmp_path: Path,
+) -> None:
     config = load_config(None, ["train.top_objects=20"])
-    with pytest.raises(ConfigError, match=r"train.top_objects is 20, above encoders.num_objects = 10"):
+    with pytest.raises(
+        ConfigError, match=r"train.top_objects is 20, above encoders.num_objects = 10"
+    ):
         train(str(tmp_path / "nowhere"), str(tmp_path / "out"), config)
 
 
@@ -63,7 +69,16 @@ def test_every_setting_of_a_variant_reaches_the_network() -> None:
     config = load_config(None, base={"train": variant})
     data = SimpleNamespace(classes=["a", "b"], visual=np.zeros((1, 2, 24), np.float16), dim=24)
     shape = _shape(config, data, SimpleNamespace(vocabulary=np.zeros((1000, 12))))  # type: ignore[arg-type]
-    assert dataclasses.asdict(shape).items() >= {**variant, "num_classes": 2, "visual_dim": 24, "text_dim": 12, "modules": "both"}.items()
+    assert (
+        dataclasses.asdict(shape).items()
+        >= {
+            **variant,
+            "num_classes": 2,
+            "visual_dim": 24,
+            "text_dim": 12,
+            "modules": "both",
+        }.items()
+    )
 
 
 def test_the_default_settings_are_the_default_network() -> None:

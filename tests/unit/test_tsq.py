@@ -14,7 +14,9 @@ from torch import Tensor
 from tsq_ray.model import TSQNet, TSQOutput, TSQShape, object_embeddings, tsq_loss
 
 B, T, C, DV, DT = 3, 7, 5, 24, 20
-SHAPE = TSQShape(num_classes=C, visual_dim=DV, text_dim=DT, dim_visual=16, dim_textual=9, dropout=0.0)
+SHAPE = TSQShape(
+    num_classes=C, visual_dim=DV, text_dim=DT, dim_visual=16, dim_textual=9, dropout=0.0
+)
 
 
 def make_net(**changes: object) -> TSQNet:
@@ -34,7 +36,12 @@ def test_shape_survives_json() -> None:
 
 def test_training_gives_the_four_logits_and_both_attentions(inputs: tuple[Tensor, Tensor]) -> None:
     output = make_net().train()(*inputs)
-    for logits in (output.logits_visual, output.logits_textual, output.logits_t2v, output.logits_v2t):
+    for logits in (
+        output.logits_visual,
+        output.logits_textual,
+        output.logits_t2v,
+        output.logits_v2t,
+    ):
         assert logits.shape == (B, C)
     for attention in (output.attention_visual, output.attention_textual):
         assert attention.shape == (B, C, T)
@@ -51,7 +58,9 @@ def test_evaluation_has_no_swap(inputs: tuple[Tensor, Tensor]) -> None:
 def test_visual_only_network_has_nothing_textual(inputs: tuple[Tensor, Tensor]) -> None:
     net = make_net(modules="visual").train()
     output = net(inputs[0], None)
-    assert [f.name for f in dataclasses.fields(TSQOutput) if getattr(output, f.name) is not None] == ["logits_visual", "attention_visual"]
+    assert [
+        f.name for f in dataclasses.fields(TSQOutput) if getattr(output, f.name) is not None
+    ] == ["logits_visual", "attention_visual"]
     assert not any(name.startswith("textual") for name in net.state_dict())
 
 
@@ -83,12 +92,19 @@ def test_layer_is_the_equations_written_out(inputs: tuple[Tensor, Tensor]) -> No
                 attention = torch.softmax(keys @ branch.query(e[c]) / 4, dim=0)
                 torch.testing.assert_close(output.attention_visual[b, c], attention)
                 response = branch.norm_response(branch.out(attention @ values))
-                response = branch.norm_ffn(response + branch.ffn_out(torch.relu(branch.ffn_in(response))))
-                torch.testing.assert_close(output.logits_visual[b, c], branch.class_weight[c] @ response + branch.class_bias[c])
+                response = branch.norm_ffn(
+                    response + branch.ffn_out(torch.relu(branch.ffn_in(response)))
+                )
+                torch.testing.assert_close(
+                    output.logits_visual[b, c],
+                    branch.class_weight[c] @ response + branch.class_bias[c],
+                )
 
 
 @pytest.mark.parametrize("swap_values", ["input", "projected"])
-def test_swap_gathers_with_the_other_attention_through_the_own_classifier(swap_values: str, inputs: tuple[Tensor, Tensor]) -> None:
+def test_swap_gathers_with_the_other_attention_through_the_own_classifier(
+    swap_values: str, inputs: tuple[Tensor, Tensor]
+) -> None:
     net = make_net(swap_values=swap_values).train()
     output = net(*inputs)
     for branch, frames, attention, logits in (
@@ -110,10 +126,15 @@ def attention_parameters(net: TSQNet, name: str) -> list[Tensor]:
     ("logits", "feels", "other"),
     [("logits_t2v", True, "textual"), ("logits_v2t", False, "visual")],
 )
-def test_gradient_through_the_swapped_attention(logits: str, feels: bool, other: str, inputs: tuple[Tensor, Tensor]) -> None:
+def test_gradient_through_the_swapped_attention(
+    logits: str, feels: bool, other: str, inputs: tuple[Tensor, Tensor]
+) -> None:
     net = make_net().train()
     getattr(net(*inputs), logits).square().sum().backward()
-    reached = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in attention_parameters(net, other)]
+    reached = [
+        p.grad is not None and bool(p.grad.abs().sum() > 0)
+        for p in attention_parameters(net, other)
+    ]
     assert reached == [feels] * 3
 
 
@@ -124,11 +145,17 @@ def test_every_parameter_is_trained(inputs: tuple[Tensor, Tensor]) -> None:
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
 
 
-def test_order_of_the_frames_matters_only_through_the_positions(inputs: tuple[Tensor, Tensor]) -> None:
+def test_order_of_the_frames_matters_only_through_the_positions(
+    inputs: tuple[Tensor, Tensor],
+) -> None:
     net = make_net().eval()
     flipped = net(*(x.flip(1) for x in inputs))
-    assert not torch.allclose(flipped.attention_visual.flip(2), net(*inputs).attention_visual, atol=1e-3)
-    torch.nn.init.zeros_(net.visual.key.weight)  # keys without content or position: every frame alike
+    assert not torch.allclose(
+        flipped.attention_visual.flip(2), net(*inputs).attention_visual, atol=1e-3
+    )
+    torch.nn.init.zeros_(
+        net.visual.key.weight
+    )  # keys without content or position: every frame alike
     torch.testing.assert_close(net(*inputs).attention_visual, torch.full((B, C, T), 1 / T))
 
 
@@ -145,7 +172,9 @@ def test_half_precision_features_are_taken(inputs: tuple[Tensor, Tensor]) -> Non
 
 
 @pytest.mark.parametrize("modules", ["both", "visual"])
-def test_folding_changes_neither_the_output_nor_the_state(modules: str, inputs: tuple[Tensor, Tensor]) -> None:
+def test_folding_changes_neither_the_output_nor_the_state(
+    modules: str, inputs: tuple[Tensor, Tensor]
+) -> None:
     net = make_net(modules=modules).eval()
     text = inputs[1] if modules == "both" else None
     before, names = net(inputs[0], text), list(net.state_dict())
@@ -202,7 +231,9 @@ def test_object_embeddings_are_the_kept_objects_weighted(count: int) -> None:
     dense = torch.rand(2, 4, 1000, generator=generator).softmax(-1)
     probs, ids = dense.topk(count, dim=-1)
     kept = torch.zeros_like(dense).scatter(-1, ids, probs)
-    torch.testing.assert_close(object_embeddings(ids.to(torch.int16), probs, vocabulary), kept @ vocabulary)
+    torch.testing.assert_close(
+        object_embeddings(ids.to(torch.int16), probs, vocabulary), kept @ vocabulary
+    )
     half = object_embeddings(ids.to(torch.int16), probs.half(), vocabulary)
     torch.testing.assert_close(half, kept @ vocabulary, rtol=1e-2, atol=1e-4)
 
@@ -221,10 +252,16 @@ def one_thread() -> Iterator[None]:
 def test_training_learns_the_classes_and_finds_their_frames(task: str) -> None:
     """A class shows itself in 3 of 10 frames; the others are noise shared by all classes."""
     generator = torch.Generator().manual_seed(3)
-    patterns_v, patterns_t = torch.randn(C, DV, generator=generator) * 1.5, torch.randn(C, DT, generator=generator) * 1.5
+    patterns_v, patterns_t = (
+        torch.randn(C, DV, generator=generator) * 1.5,
+        torch.randn(C, DT, generator=generator) * 1.5,
+    )
     labels = torch.arange(100) % C
     salient = torch.rand(100, 10, generator=generator).argsort(1)[:, :3]
-    visual, text = torch.randn(100, 10, DV, generator=generator), torch.randn(100, 10, DT, generator=generator)
+    visual, text = (
+        torch.randn(100, 10, DV, generator=generator),
+        torch.randn(100, 10, DT, generator=generator),
+    )
     rows = torch.arange(100)[:, None]
     visual[rows, salient] += patterns_v[labels][:, None]
     text[rows, salient] += patterns_t[labels][:, None]
@@ -245,7 +282,9 @@ def test_training_learns_the_classes_and_finds_their_frames(task: str) -> None:
 
 @pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
 def test_balance_centres_frames_and_makes_them_as_large_as_positions(size: float) -> None:
-    network = TSQNet(TSQShape(num_classes=3, visual_dim=40, text_dim=24, dim_visual=16, dim_textual=16))
+    network = TSQNet(
+        TSQShape(num_classes=3, visual_dim=40, text_dim=24, dim_visual=16, dim_textual=16)
+    )
     visual, text = size * (3 + torch.randn(5, 7, 40)), torch.randn(5, 7, 24) / size
     network.balance(visual, text)
     assert network.textual is not None

@@ -15,7 +15,9 @@ from tsq_ray.model.layers import SelfAttention, TSQLayer
 from tsq_ray.model.tsq import TSQBranch
 
 B, T, C, DV, DT, DIM = 3, 7, 5, 24, 20, 16
-SHAPE = TSQShape(num_classes=C, visual_dim=DV, text_dim=DT, dim_visual=DIM, dim_textual=8, dropout=0.0)
+SHAPE = TSQShape(
+    num_classes=C, visual_dim=DV, text_dim=DT, dim_visual=DIM, dim_textual=8, dropout=0.0
+)
 VARIANTS = {
     "default": {},
     "class-agnostic": {"attention": "class-agnostic"},
@@ -23,7 +25,13 @@ VARIANTS = {
     "heads": {"num_heads": 4},
     "layers": {"num_layers": 3},
     "self-attention": {"self_attention": True},
-    "all": {"num_layers": 2, "num_heads": 2, "self_attention": True, "classifier": "shared", "swap_values": "projected"},
+    "all": {
+        "num_layers": 2,
+        "num_heads": 2,
+        "self_attention": True,
+        "classifier": "shared",
+        "swap_values": "projected",
+    },
     "agnostic layers": {"attention": "class-agnostic", "num_layers": 2, "num_heads": 4},
 }
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
@@ -43,7 +51,9 @@ def inputs() -> tuple[Tensor, Tensor]:
     return torch.randn(B, T, DV, generator=generator), torch.randn(B, T, DT, generator=generator)
 
 
-def torchs_attention(layer: TSQLayer | SelfAttention, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def torchs_attention(
+    layer: TSQLayer | SelfAttention, queries: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
     """nn.MultiheadAttention with the layer's weights: its output and the weights averaged over the heads."""
     reference = nn.MultiheadAttention(queries.shape[-1], layer.num_heads, batch_first=True).eval()
     projections = layer.query, layer.key, layer.value
@@ -64,16 +74,22 @@ def written_out(branch: TSQBranch, features: Tensor) -> tuple[Tensor, Tensor]:
     for layer in (branch, *branch.further):
         queries = embeddings + response
         if layer.mixer is not None:
-            queries = layer.mixer.norm(queries + torchs_attention(layer.mixer, queries, queries, queries)[0])
+            queries = layer.mixer.norm(
+                queries + torchs_attention(layer.mixer, queries, queries, queries)[0]
+            )
         gathered, weights = torchs_attention(layer, queries, frames + positions, frames)
         response = layer.norm_response(response + gathered)
         response = layer.norm_ffn(response + layer.ffn_out(F.relu(layer.ffn_in(response))))
     rows = branch.class_weight.expand(C, -1)
-    return (response * rows).sum(-1) + branch.class_bias, weights  # one response times C rows, C times one, or C times C
+    return (response * rows).sum(
+        -1
+    ) + branch.class_bias, weights  # one response times C rows, C times one, or C times C
 
 
 @each_variant
-def test_a_variant_is_its_equations_written_out(variant: dict[str, object], inputs: tuple[Tensor, Tensor]) -> None:
+def test_a_variant_is_its_equations_written_out(
+    variant: dict[str, object], inputs: tuple[Tensor, Tensor]
+) -> None:
     net = make_net(**variant).eval()
     with torch.no_grad():
         output = net(*inputs)
@@ -83,33 +99,51 @@ def test_a_variant_is_its_equations_written_out(variant: dict[str, object], inpu
 
 
 @each_variant
-def test_training_gives_four_logits_and_reaches_every_parameter(variant: dict[str, object], inputs: tuple[Tensor, Tensor]) -> None:
+def test_training_gives_four_logits_and_reaches_every_parameter(
+    variant: dict[str, object], inputs: tuple[Tensor, Tensor]
+) -> None:
     net = make_net(**variant).train()
     output = net(*inputs)
     for attention in (output.attention_visual, output.attention_textual):
         assert attention.shape == (B, net.shape.num_queries, T)
         torch.testing.assert_close(attention.sum(-1), torch.ones(B, net.shape.num_queries))
-    assert all(logits.shape == (B, C) for logits in (output.logits_visual, output.logits_textual, output.logits_t2v, output.logits_v2t))
+    assert all(
+        logits.shape == (B, C)
+        for logits in (
+            output.logits_visual,
+            output.logits_textual,
+            output.logits_t2v,
+            output.logits_v2t,
+        )
+    )
     tsq_loss(output, torch.eye(C)[:B], "single", 0.6, 0.6)["loss"].backward()
     assert [name for name, parameter in net.named_parameters() if parameter.grad is None] == []
-    moved = {name for name, parameter in net.named_parameters() if parameter.grad.abs().max() > 1e-6}
+    moved = {
+        name for name, parameter in net.named_parameters() if parameter.grad.abs().max() > 1e-6
+    }
     # a shift of all keys, or with a shared row of all logits, is nothing to softmax
     shifts = "key.bias", "norm_ffn.bias"
     assert {name for name, _ in net.named_parameters() if not name.endswith(shifts)} <= moved
 
 
 @each_variant
-def test_the_visual_module_does_not_feel_the_swap_into_the_textual_one(variant: dict[str, object], inputs: tuple[Tensor, Tensor]) -> None:
+def test_the_visual_module_does_not_feel_the_swap_into_the_textual_one(
+    variant: dict[str, object], inputs: tuple[Tensor, Tensor]
+) -> None:
     net = make_net(**variant).train()
     output = net(*inputs)
     output.logits_v2t.square().sum().backward(retain_graph=True)
     assert all(parameter.grad is None for parameter in net.visual.parameters())
     output.logits_t2v.square().sum().backward()
-    assert all(layer.query.weight.grad.any() for layer in net.textual.layers), "A^t is not detached, in any layer"
+    assert all(layer.query.weight.grad.any() for layer in net.textual.layers), (
+        "A^t is not detached, in any layer"
+    )
 
 
 @each_variant
-def test_folding_changes_neither_the_output_nor_the_state(variant: dict[str, object], inputs: tuple[Tensor, Tensor]) -> None:
+def test_folding_changes_neither_the_output_nor_the_state(
+    variant: dict[str, object], inputs: tuple[Tensor, Tensor]
+) -> None:
     net = make_net(**variant).eval()
     before, names = net(*inputs), list(net.state_dict())
     net.fold()
@@ -127,10 +161,22 @@ def test_the_default_network_is_the_one_of_old_bundles() -> None:
     """Names and random stream: a bundle from before the variants loads, and a training gives what it gave."""
     torch.manual_seed(0)
     net = TSQNet(SHAPE)
-    linear = [f"{name}.{kind}" for name in ("conv", "query", "key", "value", "out") for kind in ("weight", "bias")]
+    linear = [
+        f"{name}.{kind}"
+        for name in ("conv", "query", "key", "value", "out")
+        for kind in ("weight", "bias")
+    ]
     block = ["norm_response", "ffn_in", "ffn_out", "norm_ffn"]
-    names = ["embeddings", "class_weight", "class_bias", *linear, *(f"{name}.{kind}" for name in block for kind in ("weight", "bias"))]
-    assert list(net.state_dict()) == [f"{module}.{name}" for module in ("visual", "textual") for name in names]
+    names = [
+        "embeddings",
+        "class_weight",
+        "class_bias",
+        *linear,
+        *(f"{name}.{kind}" for name in block for kind in ("weight", "bias")),
+    ]
+    assert list(net.state_dict()) == [
+        f"{module}.{name}" for module in ("visual", "textual") for name in names
+    ]
     for value, expected in (
         (net.visual.embeddings, [0.5010083914, -0.4658180475, -1.6300053596]),
         (net.visual.ffn_out.weight, [-0.0461627879, -0.2161109000, -0.4215452969]),
@@ -141,9 +187,15 @@ def test_the_default_network_is_the_one_of_old_bundles() -> None:
 
 @pytest.mark.parametrize("attention", ["class-specific", "class-agnostic"])
 def test_where_the_queries_start(attention: str) -> None:
-    net, prototypes = make_net(attention=attention), torch.randn(C, DV, generator=torch.Generator().manual_seed(2))
+    net, prototypes = (
+        make_net(attention=attention),
+        torch.randn(C, DV, generator=torch.Generator().manual_seed(2)),
+    )
     net.set_embeddings(prototypes, None)
-    torch.testing.assert_close(net.visual.embeddings.detach(), prototypes if attention == "class-specific" else prototypes.mean(0)[None])
+    torch.testing.assert_close(
+        net.visual.embeddings.detach(),
+        prototypes if attention == "class-specific" else prototypes.mean(0)[None],
+    )
     with pytest.raises(AssertionError, match=r"shape \(1, 24\), expected \(5, 24\)"):
         net.set_embeddings(prototypes[:1], None)
 
@@ -159,7 +211,11 @@ def test_balance_makes_a_prototype_attend_to_its_own_frames(variant: str) -> Non
     torch.manual_seed(0)
     prototypes = 5 + torch.randn(4, 40)
     visual = prototypes[torch.arange(20) % 4][None] + 0.1 * torch.randn(6, 20, 40)
-    net = TSQNet(TSQShape(num_classes=4, visual_dim=40, dim_visual=256, modules="visual", **VARIANTS[variant]))
+    net = TSQNet(
+        TSQShape(
+            num_classes=4, visual_dim=40, dim_visual=256, modules="visual", **VARIANTS[variant]
+        )
+    )
     net.set_embeddings(prototypes, None)
     net.balance(visual, None)
     attention = net.eval()(visual, None).attention_visual
@@ -171,7 +227,15 @@ def test_one_query_starts_by_looking_at_all_frames() -> None:
     torch.manual_seed(0)
     prototypes = 5 + torch.randn(4, 40)
     visual = prototypes[torch.arange(20) % 4][None] + 0.1 * torch.randn(6, 20, 40)
-    net = TSQNet(TSQShape(num_classes=4, visual_dim=40, dim_visual=256, modules="visual", attention="class-agnostic"))
+    net = TSQNet(
+        TSQShape(
+            num_classes=4,
+            visual_dim=40,
+            dim_visual=256,
+            modules="visual",
+            attention="class-agnostic",
+        )
+    )
     net.set_embeddings(prototypes, None)
     net.balance(visual, None)
     assert net.eval()(visual, None).attention_visual.max() < 2 / 20
@@ -195,7 +259,9 @@ def test_impossible_shapes(shape: dict[str, object], match: str) -> None:
 def costs(**changes: object) -> tuple[int, int]:
     """Multiply-adds of the VQM with C = 200 and T = 16: of the field's convention, and folded."""
     shape = TSQShape(200, modules="visual", **changes)
-    return tsq_multiply_adds(shape, 16, False)["visual"], tsq_multiply_adds(shape, 16, True)["visual"]
+    return tsq_multiply_adds(shape, 16, False)["visual"], tsq_multiply_adds(shape, 16, True)[
+        "visual"
+    ]
 
 
 def test_costs_by_hand() -> None:
@@ -204,18 +270,32 @@ def test_costs_by_hand() -> None:
     assert costs(num_heads=8) == (field, true)
     assert costs(classifier="shared") == (field, true)
     layer = 4 * 200 * square + 2 * 16 * square + 2 * read
-    assert costs(num_layers=2) == (field + layer, true + layer), "nothing of a further layer can be folded but conv(E)"
-    assert costs(self_attention=True) == (field + 4 * 200 * square + 2 * 200 * 200 * 512, true), "the queries ask no video"
+    assert costs(num_layers=2) == (field + layer, true + layer), (
+        "nothing of a further layer can be folded but conv(E)"
+    )
+    assert costs(self_attention=True) == (field + 4 * 200 * square + 2 * 200 * 200 * 512, true), (
+        "the queries ask no video"
+    )
     one = 16 * conv + 3 * square + 2 * 16 * square + 2 * 16 * 512 + 200 * 512
     assert costs(attention="class-agnostic") == (one + conv + square, one)
 
 
 def test_the_objects_embeddings_weigh_in_the_true_count_only() -> None:
-    recognizer = dataclasses.make_dataclass("Net", ["model", "size", "model_args"])("resnet18", 64, {})
-    settings = {"num_frames": 16, "budget": 5, "recognizer": recognizer, "visual": recognizer, "objects": recognizer}
+    recognizer = dataclasses.make_dataclass("Net", ["model", "size", "model_args"])(
+        "resnet18", 64, {}
+    )
+    settings = {
+        "num_frames": 16,
+        "budget": 5,
+        "recognizer": recognizer,
+        "visual": recognizer,
+        "objects": recognizer,
+    }
 
     def textual(counting: str, top_objects: int) -> float:
-        table = cost_table("both", **settings, shape=TSQShape(200, top_objects=top_objects), counting=counting)
+        table = cost_table(
+            "both", **settings, shape=TSQShape(200, top_objects=top_objects), counting=counting
+        )
         return {row.module: row.gflops for row in table.rows}["TQM"]
 
     assert textual("true", 1000) - textual("true", 10) == pytest.approx(16 * 990 * 768 / 1e9)

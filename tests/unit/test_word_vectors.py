@@ -25,7 +25,11 @@ def vectors(folder: Path, content: str | bytes) -> WordVectors:
     return found
 
 
-@pytest.mark.parametrize("content", [GLOVE, "9 2\n" + GLOVE, GLOVE.rstrip("\n").replace("\n", " \r\n")], ids=["glove", "word2vec", "crlf"])
+@pytest.mark.parametrize(
+    "content",
+    [GLOVE, "9 2\n" + GLOVE, GLOVE.rstrip("\n").replace("\n", " \r\n")],
+    ids=["glove", "word2vec", "crlf"],
+)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -37,9 +41,19 @@ def vectors(folder: Path, content: str | bytes) -> WordVectors:
         ("9 2", [0.0, 0.0]),
         ("...", [0.0, 0.0]),
     ],
-    ids=["mean", "split at non-letters", "known words only", "another case", "own case first", "no letters", "signs"],
+    ids=[
+        "mean",
+        "split at non-letters",
+        "known words only",
+        "another case",
+        "own case first",
+        "no letters",
+        "signs",
+    ],
 )
-def test_a_name_is_the_mean_of_its_words(tmp_path: Path, content: str, name: str, expected: list[float]) -> None:
+def test_a_name_is_the_mean_of_its_words(
+    tmp_path: Path, content: str, name: str, expected: list[float]
+) -> None:
     found = vectors(tmp_path, content).embed(["the", name])
     torch.testing.assert_close(found, torch.tensor([[0.5, 0.5], expected]))
 
@@ -49,17 +63,38 @@ def test_a_long_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monke
     content = "".join(f"{word} {number} 0.25\n" for number, word in enumerate(words))
     monkeypatch.setattr("tsq_ray.networks.text._BLOCK", 37)
     found = vectors(tmp_path, content)
-    torch.testing.assert_close(found.embed(words), torch.tensor([[float(number), 0.25] for number in range(100)]))
+    torch.testing.assert_close(
+        found.embed(words), torch.tensor([[float(number), 0.25] for number in range(100)])
+    )
     assert found.state_hash() == hashlib.sha256(content.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"word\n", b"3 2\n", b"3 2\nword 1\n", b"3000 300\nthe \x9a\x99\x01\xbe\x00\xff", b"the cat sat\n", b"the nan 1\n"],
-    ids=["empty", "no numbers", "header alone", "too few", "binary word2vec", "prose", "not finite"],
+    [
+        b"",
+        b"word\n",
+        b"3 2\n",
+        b"3 2\nword 1\n",
+        b"3000 300\nthe \x9a\x99\x01\xbe\x00\xff",
+        b"the cat sat\n",
+        b"the nan 1\n",
+    ],
+    ids=[
+        "empty",
+        "no numbers",
+        "header alone",
+        "too few",
+        "binary word2vec",
+        "prose",
+        "not finite",
+    ],
 )
 def test_what_is_no_vector_file_is_refused(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ModelError, match=r"vectors.txt': its first lines are not a word and its numbers; give a text file as of GloVe"):
+    with pytest.raises(
+        ModelError,
+        match=r"vectors.txt': its first lines are not a word and its numbers; give a text file as of GloVe",
+    ):
         vectors(tmp_path, content)
 
 
@@ -67,12 +102,16 @@ def test_a_damaged_line_of_a_wanted_word_is_named(tmp_path: Path) -> None:
     found = vectors(tmp_path, "the 1 2\njump 1\nhigh 1 x\n")
     assert found.embed(["the"]).tolist() == [[1.0, 2.0]]
     for name, line in (("jump", 2), ("high", 3)):
-        with pytest.raises(ModelError, match=f"line {line} is not a word and 2 numbers; the file is damaged"):
+        with pytest.raises(
+            ModelError, match=f"line {line} is not a word and 2 numbers; the file is damaged"
+        ):
             found.embed([name])
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"encoders.text.weights '.*glove.txt': cannot open .*no such file"):
+    with pytest.raises(
+        ModelError, match=r"encoders.text.weights '.*glove.txt': cannot open .*no such file"
+    ):
         text_encoder(TextConfig(weights=str(tmp_path / "glove.txt")))
 
 
@@ -102,12 +141,20 @@ def test_objects_without_a_word_count_for_nothing_and_are_told(tmp_path: Path) -
 
 def test_a_class_without_a_word_is_refused_where_its_query_starts_there(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"no word of 1 of the 2 class names \(first: 'capoeira'\); rename them, take other vectors, or set"
+        ModelError,
+        match=r"no word of 1 of the 2 class names \(first: 'capoeira'\); rename them, take other vectors, or set",
     ):
         _TextSide.make(config_with(tmp_path, GLOVE), ["high jump", "capoeira"])
-    assert _TextSide.make(config_with(tmp_path, GLOVE, "train.init_textual=random"), ["high jump", "capoeira"]).classes is None
+    assert (
+        _TextSide.make(
+            config_with(tmp_path, GLOVE, "train.init_textual=random"), ["high jump", "capoeira"]
+        ).classes
+        is None
+    )
 
 
 def test_vectors_that_know_no_object_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no word of any of the 1000 object names; take English vectors"):
+    with pytest.raises(
+        ModelError, match="no word of any of the 1000 object names; take English vectors"
+    ):
         _TextSide.make(config_with(tmp_path, "springen 1 2\n"), ["springen"])

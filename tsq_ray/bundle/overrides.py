@@ -33,7 +33,10 @@ FREE = (
 
 
 def scoring_config(
-    model: str, path: str | Path | None = None, sets: Iterable[str] = (), settings: Mapping[str, Any] | None = None
+    model: str,
+    path: str | Path | None = None,
+    sets: Iterable[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> Config:
     """The bundle's settings with a TOML file's, `sets` and nested `settings` on top.
 
@@ -65,5 +68,9 @@ def _is_free(key: str) -> bool:
 def _layered(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in more.items():
-        merged[key] = _layered(merged.get(key) or {}, value) if isinstance(value, Mapping) and key != "model_args" else value
+        merged[key] = (
+            _layered(merged.get(key) or {}, value)
+            if isinstance(value, Mapping) and key != "model_args"
+            else value
+        )
     return merged

@@ -29,7 +29,9 @@ def read_bundle_settings(uri: str) -> tuple[dict[str, Any], str]:
 
 def read_classifier_settings(uri: str) -> tuple[dict[str, Any], str]:
     """finetune.json and its sha256, which names the hash of the weights too."""
-    return _read_settings(storage.normalize(uri), CLASSIFIER_FILE, "what tsq finetune wrote with --out")
+    return _read_settings(
+        storage.normalize(uri), CLASSIFIER_FILE, "what tsq finetune wrote with --out"
+    )
 
 
 def is_bundle(uri: str) -> bool:
@@ -40,7 +42,9 @@ def is_bundle(uri: str) -> bool:
 def write_curves(uri: str, curve: Sequence[Mapping[str, float]]) -> None:
     """Put the losses of each epoch beside a bundle or a classifier; what an epoch lacks stays empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(name for row in curve for name in row)))
+    writer = csv.DictWriter(
+        text, fieldnames=list(dict.fromkeys(name for row in curve for name in row))
+    )
     writer.writeheader()
     writer.writerows(curve)
     storage.write_bytes(storage.join(storage.normalize(uri), CURVES_FILE), text.getvalue().encode())
@@ -54,7 +58,10 @@ def read_curves(uri: str) -> list[dict[str, float]]:
         if error.error_type == "not_found":
             return []
         raise
-    return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(io.StringIO(text))]
+    return [
+        {name: float(value) for name, value in row.items() if value}
+        for row in csv.DictReader(io.StringIO(text))
+    ]
 
 
 def class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:
@@ -66,9 +73,13 @@ def class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:
         detail = "the same names in another order"
     else:
         detail = f"{len(have)} classes against {len(want)}" + "".join(
-            f"; {word} {names[0]!r}" for word, names in (("unknown", extra), ("missing", missing)) if names
+            f"; {word} {names[0]!r}"
+            for word, names in (("unknown", extra), ("missing", missing))
+            if names
         )
-    raise ModelError(f"{what}: its class list differs from the features' ({detail}); make both from manifests with the same --classes FILE")
+    raise ModelError(
+        f"{what}: its class list differs from the features' ({detail}); make both from manifests with the same --classes FILE"
+    )
 
 
 def _read_settings(uri: str, name: str, what: str) -> tuple[dict[str, Any], str]:
@@ -83,7 +94,9 @@ def _read_settings(uri: str, name: str, what: str) -> tuple[dict[str, Any], str]
     except ValueError:
         raise ModelError(f"{storage.redact(uri)}/{name}: not JSON; the file is damaged") from None
     if content.get("format") != FORMAT:
-        raise ModelError(f"{storage.redact(uri)}: {name} has format {content.get('format')!r}; this version reads {FORMAT}")
+        raise ModelError(
+            f"{storage.redact(uri)}: {name} has format {content.get('format')!r}; this version reads {FORMAT}"
+        )
     return content, storage.sha256_of(data)
 
 
@@ -94,8 +107,12 @@ def read_checked(uri: str, content: Mapping[str, Any], name: str) -> bytes:
         data = storage.read_bytes(place)
     except StorageError as error:
         if error.error_type == "not_found":
-            raise ModelError(f"{storage.redact(place)}: missing; the folder is not whole, copy or train it again") from None
+            raise ModelError(
+                f"{storage.redact(place)}: missing; the folder is not whole, copy or train it again"
+            ) from None
         raise
     if storage.sha256_of(data) != content["files"][name]:
-        raise ModelError(f"{storage.redact(place)}: its content is not what was written (sha256 differs); copy or train it again")
+        raise ModelError(
+            f"{storage.redact(place)}: its content is not what was written (sha256 differs); copy or train it again"
+        )
     return data

@@ -82,13 +82,18 @@ def load_classifier(uri: str) -> Classifier:
     uri = storage.normalize(uri)
     content, _ = read_classifier_settings(uri)
     classes = list(content["classes"])
-    encoder = _restore_encoder(uri, content, "model", ModelConfig.model_validate(content["model"]), len(classes))
+    encoder = _restore_encoder(
+        uri, content, "model", ModelConfig.model_validate(content["model"]), len(classes)
+    )
     return Classifier(encoder, classes, content["task"], content["role"], content["provenance"])
 
 
 def save_bundle(bundle: Bundle, uri: str) -> None:
     """Write a bundle folder, bundle.json last."""
-    states: dict[str, Mapping[str, Tensor]] = {"sampler": bundle.sampler.state_dict(), "encoder": _encoder_state(bundle.encoder)}
+    states: dict[str, Mapping[str, Tensor]] = {
+        "sampler": bundle.sampler.state_dict(),
+        "encoder": _encoder_state(bundle.encoder),
+    }
     if bundle.objects is not None:
         states["objects"] = _encoder_state(bundle.objects)
     if bundle.vocabulary is not None:
@@ -102,7 +107,9 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
         "config": {
             "decode": bundle.decode.model_dump(mode="json"),
             "encoders": bundle.encoders.model_dump(mode="json"),
-            "recognizer": bundle.recognizer.config.model_dump(mode="json") if bundle.recognizer else None,
+            "recognizer": bundle.recognizer.config.model_dump(mode="json")
+            if bundle.recognizer
+            else None,
             "sampler": bundle.sampler_defaults.model_dump(mode="json"),
         },
         "sampler_shape": asdict(bundle.sampler.shape),
@@ -123,7 +130,13 @@ def load_bundle(uri: str) -> Bundle:
     with_text = "objects" in content["files"]
     recognizer = None
     if config["recognizer"] is not None:
-        recognizer = _restore_encoder(uri, content, "recognizer", ModelConfig.model_validate(config["recognizer"]), len(classes))
+        recognizer = _restore_encoder(
+            uri,
+            content,
+            "recognizer",
+            ModelConfig.model_validate(config["recognizer"]),
+            len(classes),
+        )
     return Bundle(
         classes=classes,
         task=content["task"],
@@ -132,7 +145,9 @@ def load_bundle(uri: str) -> Bundle:
         sampler_defaults=SamplerConfig.model_validate(config["sampler"]),
         sampler=sampler.eval().requires_grad_(False),
         encoder=_restore_encoder(uri, content, "encoder", encoders.visual, len(classes)),
-        objects=_restore_encoder(uri, content, "objects", encoders.objects, NUM_OBJECTS) if with_text else None,
+        objects=_restore_encoder(uri, content, "objects", encoders.objects, NUM_OBJECTS)
+        if with_text
+        else None,
         vocabulary=_read_file(uri, content, "text")["vocabulary"] if with_text else None,
         recognizer=recognizer,
         provenance=content["provenance"],
@@ -147,7 +162,13 @@ def load_recognizer(uri: str) -> Classifier:
     if content["config"]["recognizer"] is None:
         raise ModelError(NO_RECOGNIZER)
     classes = list(content["classes"])
-    encoder = _restore_encoder(uri, content, "recognizer", ModelConfig.model_validate(content["config"]["recognizer"]), len(classes))
+    encoder = _restore_encoder(
+        uri,
+        content,
+        "recognizer",
+        ModelConfig.model_validate(content["config"]["recognizer"]),
+        len(classes),
+    )
     return Classifier(encoder, classes, content["task"], "recognizer", content["provenance"])
 
 
@@ -158,30 +179,46 @@ def _encoder_state(encoder: FrameEncoder) -> dict[str, Tensor]:
     return state
 
 
-def _write_folder(uri: str, settings_name: str, content: dict[str, Any], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _write_folder(
+    uri: str,
+    settings_name: str,
+    content: dict[str, Any],
+    states: Mapping[str, Mapping[str, Tensor]],
+) -> None:
     uri = storage.normalize(uri)
     content["files"] = {}
     # without its settings file a folder is no bundle: nobody loads a mixture of old and new files
     storage.remove(storage.join(uri, settings_name))
     for name, state in states.items():
-        data = save_safetensors({key: value.detach().cpu().contiguous() for key, value in state.items()})
+        data = save_safetensors(
+            {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        )
         storage.write_bytes(storage.join(uri, f"{name}.safetensors"), data)
         content["files"][name] = storage.sha256_of(data)
-    storage.write_bytes(storage.join(uri, settings_name), (json.dumps(content, indent=1, default=str) + "\n").encode())
+    storage.write_bytes(
+        storage.join(uri, settings_name),
+        (json.dumps(content, indent=1, default=str) + "\n").encode(),
+    )
 
 
 def _read_file(uri: str, content: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     try:
         return load_safetensors(read_checked(uri, content, name))
     except SafetensorError as error:
-        raise ModelError(f"{storage.redact(uri)}/{name}.safetensors: not readable as safetensors ({error})") from None
+        raise ModelError(
+            f"{storage.redact(uri)}/{name}.safetensors: not readable as safetensors ({error})"
+        ) from None
 
 
 def _load_into(network: nn.Module, uri: str, content: Mapping[str, Any], name: str) -> None:
-    load_weights(network, _read_file(uri, content, name), f"{storage.redact(uri)}/{name}.safetensors")
+    load_weights(
+        network, _read_file(uri, content, name), f"{storage.redact(uri)}/{name}.safetensors"
+    )
 
 
-def _restore_encoder(uri: str, content: Mapping[str, Any], name: str, config: ModelConfig, num_classes: int) -> FrameEncoder:
+def _restore_encoder(
+    uri: str, content: Mapping[str, Any], name: str, config: ModelConfig, num_classes: int
+) -> FrameEncoder:
     encoder = split_network(config, create_network(config, num_classes), with_head=False)
     state = _read_file(uri, content, name)
     what = f"{storage.redact(uri)}/{name}.safetensors"
@@ -192,7 +229,9 @@ def _restore_encoder(uri: str, content: Mapping[str, Any], name: str, config: Mo
     return encoder.eval().requires_grad_(False)
 
 
-def linear_head(dim: int, num_classes: int, state: Mapping[str, Tensor] | None = None, what: str = "head") -> nn.Linear:
+def linear_head(
+    dim: int, num_classes: int, state: Mapping[str, Tensor] | None = None, what: str = "head"
+) -> nn.Linear:
     """A classifier over pooled features [N, dim] -> [N, num_classes], from a state dict where one is given."""
     head = nn.Linear(dim, num_classes)
     if state is not None:
@@ -201,4 +240,6 @@ def linear_head(dim: int, num_classes: int, state: Mapping[str, Tensor] | None =
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }

@@ -12,4 +12,6 @@ Precision = Literal["auto", "fp32", "bf16"]
 class Section(BaseModel):
     """A frozen settings section; an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
+    )

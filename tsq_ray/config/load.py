@@ -13,7 +13,9 @@ from tsq_ray.config.settings import Config
 from tsq_ray.errors import ConfigError
 
 
-def load_config(path: str | Path | None = None, sets: Iterable[str] = (), base: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    path: str | Path | None = None, sets: Iterable[str] = (), base: Mapping[str, Any] | None = None
+) -> Config:
     """Resolve the settings: the defaults, then `base`, the TOML file at `path`, and `sets` ("section.key=value").
 
     A value of `sets` is read as TOML (`5`, `0.6`, `true`, `[1, 2]`, `{a = 1}`), and as a plain string where it is not TOML.
@@ -56,12 +58,25 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
 
     def value(record: Mapping[str, Any], key: str) -> Any:
         section = key.rpartition(".")[0]
-        if key in record or not section or not any(name.startswith(f"{section}.") for name in record):
+        if (
+            key in record
+            or not section
+            or not any(name.startswith(f"{section}.") for name in record)
+        ):
             return record.get(key)
         parts = key.split(".")
-        return next((defaults[name] for name in (".".join(parts[start:]) for start in range(len(parts))) if name in defaults), None)
+        return next(
+            (
+                defaults[name]
+                for name in (".".join(parts[start:]) for start in range(len(parts)))
+                if name in defaults
+            ),
+            None,
+        )
 
-    return sorted(key for key in before.keys() | after.keys() if value(before, key) != value(after, key))
+    return sorted(
+        key for key in before.keys() | after.keys() if value(before, key) != value(after, key)
+    )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -85,7 +100,9 @@ def _apply_set(tree: dict[str, Any], item: str) -> None:
     name, equals, text = item.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set {item!r}: expected section.key=value, for example --set decode.num_frames=50")
+        raise ConfigError(
+            f"--set {item!r}: expected section.key=value, for example --set decode.num_frames=50"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -102,7 +119,9 @@ def _apply_set(tree: dict[str, Any], item: str) -> None:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     # what is a number or a word is told once for each, with what it was taken for at the end of its place
-    where = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "literal[")))
+    where = ".".join(
+        str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "literal["))
+    )
     if first["type"] == "extra_forbidden":
         section: Any = Config
         for part in first["loc"][:-1]:
@@ -111,4 +130,6 @@ def _explain(error: ValidationError) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "value_error":  # of a whole section
         return f"settings {where}: {first['msg'].removeprefix('Value error, ')}{more}"
-    return f"setting {where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+    return (
+        f"setting {where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+    )

@@ -104,7 +104,9 @@ class SamplerConfig(Section):
 def _worker_count(value: Any) -> int | tuple[int, int]:
     ends = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
     if len(ends) != 2 or any(type(end) is not int for end in ends) or not 1 <= ends[0] <= ends[1]:
-        raise ValueError(f"got {value!r}; expected a number from 1, or [fewest, most] with 1 <= fewest <= most")
+        raise ValueError(
+            f"got {value!r}; expected a number from 1, or [fewest, most] with 1 <= fewest <= most"
+        )
     return value if isinstance(value, int) else (ends[0], ends[1])
 
 
@@ -174,11 +176,17 @@ class TrainConfig(Section):
                 "leave classifier at 'class-specific' (one layer d' -> C: the paper's CA + CA)"
             )
         if self.attention == "class-agnostic" and self.self_attention:
-            raise ValueError("self_attention needs several queries; with attention 'class-agnostic' there is one: set one of the two")
-        dims = {"dim_visual": self.dim_visual} | ({"dim_textual": self.dim_textual} if self.modules == "both" else {})
+            raise ValueError(
+                "self_attention needs several queries; with attention 'class-agnostic' there is one: set one of the two"
+            )
+        dims = {"dim_visual": self.dim_visual} | (
+            {"dim_textual": self.dim_textual} if self.modules == "both" else {}
+        )
         for name, dim in dims.items():
             if dim % self.num_heads:
-                raise ValueError(f"num_heads {self.num_heads} does not divide {name} {dim}; take a divisor of it")
+                raise ValueError(
+                    f"num_heads {self.num_heads} does not divide {name} {dim}; take a divisor of it"
+                )
         return self
 
 
@@ -247,7 +255,9 @@ class FinetuneConfig(Section):
     def _crops(self) -> Self:
         smallest, largest = self.crop_scale
         if not 0 < smallest <= largest <= 1:
-            raise ValueError(f"crop_scale {list(self.crop_scale)}: expected 0 < smallest <= largest <= 1")
+            raise ValueError(
+                f"crop_scale {list(self.crop_scale)}: expected 0 < smallest <= largest <= 1"
+            )
         return self
 
 
@@ -256,7 +266,9 @@ class EvaluateConfig(Section):
 
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
     """Seeds of the trainings and of the random baseline; figures are means over them with a 95 % interval."""
-    budgets: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=tuple(range(1, 11)), min_length=1)
+    budgets: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=tuple(range(1, 11)), min_length=1
+    )
     """Budgets K of the accuracy-cost plot; tables of one budget take `sampler.budget`."""
     word_vectors: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Files of static word vectors (GloVe, word2vec; as `encoders.text.weights`) for table 9."""

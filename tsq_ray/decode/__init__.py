@@ -4,4 +4,12 @@ from tsq_ray.decode.sandbox import DecodePool
 from tsq_ray.decode.types import WHOLE, DecodedVideo, FrameSpec, VideoSource, with_whole_frames
 from tsq_ray.decode.video import decode_video
 
-__all__ = ["WHOLE", "DecodePool", "DecodedVideo", "FrameSpec", "VideoSource", "decode_video", "with_whole_frames"]
+__all__ = [
+    "WHOLE",
+    "DecodePool",
+    "DecodedVideo",
+    "FrameSpec",
+    "VideoSource",
+    "decode_video",
+    "with_whole_frames",
+]

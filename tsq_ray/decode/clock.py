@@ -84,7 +84,9 @@ def skippable(pts: Sequence[int], wanted: Collection[int], reordered: bool) -> f
         pattern = tuple(np.argsort(times[members]).tolist())
         found = (int(extra[members].sum()), number)
         whole[pattern] = min(found, whole.get(pattern, found))
-    return frozenset(times[extra & ~np.isin(group, [number for _, number in whole.values()])].tolist())
+    return frozenset(
+        times[extra & ~np.isin(group, [number for _, number in whole.values()])].tolist()
+    )
 
 
 def unproven_keys(pts: Sequence[int], key_pts: Sequence[int]) -> frozenset[int]:
@@ -114,7 +116,9 @@ class Rebuilt:
     fault: str
 
 
-def rebuilt(times: Sequence[int | None], time_base: Fraction, limit: int, default_step: int) -> Rebuilt | None:
+def rebuilt(
+    times: Sequence[int | None], time_base: Fraction, limit: int, default_step: int
+) -> Rebuilt | None:
     """Times in the decoder's order that ascend; None where those that came do. At least one must be known.
 
     Stretches between two breaks of the clock keep their own steps and follow one another at the usual step, which is
@@ -128,7 +132,9 @@ def rebuilt(times: Sequence[int | None], time_base: Fraction, limit: int, defaul
     limit *= finer
     if not missing and (np.diff(known) > 0).all() and not jumps(known, limit):
         return None
-    pieces = [piece for stretch in _split(known, _breaks(known, limit)) for piece in _unswapped(stretch)]
+    pieces = [
+        piece for stretch in _split(known, _breaks(known, limit)) for piece in _unswapped(stretch)
+    ]
     rising = np.concatenate([np.diff(piece) for piece in pieces])
     usual = int(np.median(rising[rising > 0])) if (rising > 0).any() else default_step * finer
     chained: list[np.ndarray] = []

@@ -76,7 +76,12 @@ def refusal(stream: Stream, table: PacketTable, first: av.VideoFrame) -> str | N
 
 
 def decode_exact(
-    path: str, time_base: Fraction, table: PacketTable, wanted: Sequence[int], size: tuple[int, int], store: FrameStore
+    path: str,
+    time_base: Fraction,
+    table: PacketTable,
+    wanted: Sequence[int],
+    size: tuple[int, int],
+    store: FrameStore,
 ) -> None:
     """Put the frames `wanted` (ascending indices into `table.pts`) of a local file into the store.
 
@@ -87,7 +92,9 @@ def decode_exact(
         # a tolerance of next to nothing: a frame that cannot be decoded is an error, not a copy of another
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
         if len(reader) != len(table.pts):
-            raise DecodeTrouble(f"decord sees {len(reader)} frames, the packets are {len(table.pts)}")
+            raise DecodeTrouble(
+                f"decord sees {len(reader)} frames, the packets are {len(table.pts)}"
+            )
         seen = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
         known = np.asarray([pts - table.pts[0] for pts in table.pts], np.float64) * float(time_base)
         # decord keeps float32 seconds
@@ -98,5 +105,12 @@ def decode_exact(
             if rgb.shape != (size[1], size[0], 3):
                 raise DecodeTrouble(f"decord gives a frame of shape {rgb.shape}")
             store.put(i, rgb)
-    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, IndexError, StopIteration) as error:
+    except (
+        decord.DECORDError,
+        decord.DECORDLimitReachedError,
+        RuntimeError,
+        AssertionError,
+        IndexError,
+        StopIteration,
+    ) as error:
         raise DecodeTrouble(f"decord: {' '.join(str(error).split())[:200]}") from None

@@ -47,7 +47,9 @@ def fit(rgb: np.ndarray, spec: FrameSpec, size: tuple[int, int] | None = None) -
     width, height = size or target_size(rgb.shape[1], rgb.shape[0], spec)
     if (height, width) == rgb.shape[:2] and spec.resize != "crop":
         return rgb
-    image = Image.fromarray(np.ascontiguousarray(rgb)).resize((width, height), _FILTERS[spec.interpolation])
+    image = Image.fromarray(np.ascontiguousarray(rgb)).resize(
+        (width, height), _FILTERS[spec.interpolation]
+    )
     if spec.resize == "crop" and size is None:
         left, top = (width - spec.size) // 2, (height - spec.size) // 2
         image = image.crop((left, top, left + spec.size, top + spec.size))
@@ -81,7 +83,11 @@ class FrameStore:
             self._no_longer_whole()
         for name, spec in self.specs.items():
             # one array holds all frames, so a video that changes its size keeps the first frame's
-            size = target_size(self.width, self.height, spec) if spec.resize in ("keep", "none") else None
+            size = (
+                target_size(self.width, self.height, spec)
+                if spec.resize in ("keep", "none")
+                else None
+            )
             picture = fit(rgb, spec, size)
             if name not in self.frames:
                 self.frames[name] = np.empty((self.count, *picture.shape), np.uint8)

@@ -36,10 +36,17 @@ class Placed:
 class IndexedReader:
     """The frames of one container by its sample table."""
 
-    def __init__(self, container: Container, stream: Stream, index: SampleIndex, max_pixels: int) -> None:
+    def __init__(
+        self, container: Container, stream: Stream, index: SampleIndex, max_pixels: int
+    ) -> None:
         if stream.codec_context.codec.canonical_name not in SEEKABLE_CODECS:
             raise DecodeTrouble("a keyframe of this codec is not known to decode by itself")
-        self.container, self.stream, self.index, self.max_pixels = container, stream, index, max_pixels
+        self.container, self.stream, self.index, self.max_pixels = (
+            container,
+            stream,
+            index,
+            max_pixels,
+        )
         self._delay = 0
         self._reorders = stream.codec_context.has_b_frames
         self.start = self.keyframe(0).pts
@@ -67,7 +74,9 @@ class IndexedReader:
             after = self._after(packets, packet.pts)
             early = [other for other in after if other.pts is not None and other.pts < packet.pts]
             if early and (not self._reorders or early != after[: len(early)]):
-                raise DecodeTrouble("frames are shown before a keyframe that they cannot be shown before")
+                raise DecodeTrouble(
+                    "frames are shown before a keyframe that they cannot be shown before"
+                )
             leading = sum(not other.is_discard for other in early)
             if self._reorders and (early or not self._shows_reordering(after)):
                 frames = self._proven(itertools.chain([packet], after, packets), packet.pts)
@@ -75,7 +84,9 @@ class IndexedReader:
                 frames = [*self.stream.decode(packet), *self.stream.decode(None)]
         if len(frames) != 1 or frames[0].is_corrupt or frames[0].pts != packet.pts:
             raise DecodeTrouble(f"keyframe {key} does not decode by itself")
-        return Placed(to_rgb(frames[0], self.max_pixels), packet.pts, self.index.key_before[key] + leading)
+        return Placed(
+            to_rgb(frames[0], self.max_pixels), packet.pts, self.index.key_before[key] + leading
+        )
 
     def _proven(self, packets: Iterator[av.Packet], start: int) -> list[av.VideoFrame]:
         """The first frame, after the next one has shown that it came in its place."""
@@ -91,7 +102,11 @@ class IndexedReader:
             seek(self.container, self.stream, time)
             packets = read_packets(self.container, self.stream)
             packet = next(packets, None)
-            if packet is not None and packet.pts is not None and packet.pos == self.index.key_pos[key]:
+            if (
+                packet is not None
+                and packet.pts is not None
+                and packet.pos == self.index.key_pos[key]
+            ):
                 return itertools.chain([packet], packets)
         raise DecodeTrouble(f"a seek to keyframe {key} did not arrive there")
 
@@ -111,7 +126,12 @@ class IndexedReader:
     def _shows_reordering(after: Sequence[av.Packet]) -> bool:
         """Whether the two packets that follow a keyframe are not shown in the order in which they are decoded."""
         times = [packet.pts for packet in after[-2:]]
-        return len(times) == 2 and times[0] is not None and times[1] is not None and times[1] < times[0]
+        return (
+            len(times) == 2
+            and times[0] is not None
+            and times[1] is not None
+            and times[1] < times[0]
+        )
 
     def frame_at(self, time: int) -> Placed:
         """The frame on show at `time`, decoded from the keyframe before it. Times ascend from call to call."""
@@ -145,7 +165,9 @@ class IndexedReader:
         self._ahead, self._seen, self._current = deque(), _Groups(), None
         self._wanted = self._time = self.key_pts[key]
         self._read()
-        self._frames = strict_frames(self._undecoded(), self.stream, self._seen.first, self._may_skip)
+        self._frames = strict_frames(
+            self._undecoded(), self.stream, self._seen.first, self._may_skip
+        )
 
     def _may_skip(self, pts: int | None) -> bool:
         # what comes after the wanted frame may be wanted next
@@ -213,4 +235,8 @@ class _Groups:
     def proves_nothing(self, pts: int, wanted: int) -> bool:
         """Whether the frame at `pts` lies in another group than that of `wanted`, and is not the one that others refer to."""
         group = self._group.get(pts)
-        return group is not None and group != self._group.get(wanted) and self._anchors[group - 1] != pts
+        return (
+            group is not None
+            and group != self._group.get(wanted)
+            and self._anchors[group - 1] != pts
+        )

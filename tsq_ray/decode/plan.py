@@ -14,7 +14,9 @@ import numpy as np
 Places = Sequence[float] | None
 
 
-def uniform_indices(pts: Sequence[int], end: int, num_frames: int, places: Places = None) -> list[int]:
+def uniform_indices(
+    pts: Sequence[int], end: int, num_frames: int, places: Places = None
+) -> list[int]:
     """T frame indices, ascending; for a video of fewer than T frames 0..n-1 again and again."""
     count = len(pts)
     assert count > 0
@@ -44,7 +46,9 @@ def interval_of(time: int, start: int, end: int, num_frames: int) -> int:
     return min((time - start) * num_frames // (end - start), num_frames)
 
 
-def keyframe_choice(key_pts: Sequence[int], start: int, end: int, num_frames: int, places: Places = None) -> list[int | None]:
+def keyframe_choice(
+    key_pts: Sequence[int], start: int, end: int, num_frames: int, places: Places = None
+) -> list[int | None]:
     """For each of the T intervals the keyframe (index into `key_pts`) in it that is nearest its centre (its place), or None."""
     best: list[int | None] = [None] * num_frames
     for k, time in enumerate(key_pts):
@@ -52,7 +56,9 @@ def keyframe_choice(key_pts: Sequence[int], start: int, end: int, num_frames: in
         if not 0 <= i < num_frames:
             continue
         chosen = best[i]
-        if chosen is None or _off(time, start, end, num_frames, i, places) < _off(key_pts[chosen], start, end, num_frames, i, places):
+        if chosen is None or _off(time, start, end, num_frames, i, places) < _off(
+            key_pts[chosen], start, end, num_frames, i, places
+        ):
             best[i] = k
     return best
 
@@ -77,7 +83,11 @@ def end_of(pts: Sequence[int], last_duration: int | None, track_duration: int | 
     frames, its start.
     """
     steps = np.diff(np.asarray(pts, np.int64))
-    if track_duration is not None and len(pts) > 1 and 0 < pts[0] + track_duration - pts[-1] <= int(steps.max()):
+    if (
+        track_duration is not None
+        and len(pts) > 1
+        and 0 < pts[0] + track_duration - pts[-1] <= int(steps.max())
+    ):
         return pts[0] + track_duration
     if last_duration is not None and last_duration > 0:
         return pts[-1] + last_duration

@@ -28,7 +28,14 @@ _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS: a raw elementary stream
 _DISCONTINUOUS = 0x200  # AVFMT_TS_DISCONT: its clock may start again
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a piece of music
 _BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx"}
-_MAGICS = (b"\x1aE\xdf\xa3", b"OggS", b"FLV\x01", b"GIF8", b"\x00\x00\x01\xba", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11")
+_MAGICS = (
+    b"\x1aE\xdf\xa3",
+    b"OggS",
+    b"FLV\x01",
+    b"GIF8",
+    b"\x00\x00\x01\xba",
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",
+)
 UPRIGHT = (1, 0, 0, 1)
 
 Container = av.container.InputContainer
@@ -44,29 +51,47 @@ def looks_like_container(head: bytes) -> bool:
     return len(head) > 376 and head[0] == head[188] == head[376] == 0x47  # MPEG transport stream
 
 
-def open_container(file: str | BinaryIO, uri: str, head: bytes, accelerator: HWAccel | None = None) -> Container:
+def open_container(
+    file: str | BinaryIO, uri: str, head: bytes, accelerator: HWAccel | None = None
+) -> Container:
     """`file` is a local path or a seekable file, decoded by `accelerator` where that can. VideoError where it is no video container (not_video) or one whose index is missing (truncated)."""
     target: Any = f"file:{file}" if isinstance(file, str) else file
     try:
-        return av.open(target, mode="r", metadata_errors="ignore", options={"format_whitelist": FORMATS}, hwaccel=accelerator)
+        return av.open(
+            target,
+            mode="r",
+            metadata_errors="ignore",
+            options={"format_whitelist": FORMATS},
+            hwaccel=accelerator,
+        )
     except av.error.MemoryError:
         raise
     except av.error.FFmpegError as error:
         if looks_like_container(head):
-            raise VideoError("truncated", f"{uri}: a video container that is cut off or lacks its index ({error.strerror})") from None
+            raise VideoError(
+                "truncated",
+                f"{uri}: a video container that is cut off or lacks its index ({error.strerror})",
+            ) from None
         what = "an empty file" if not head else "nothing in it is known as video"
         raise VideoError("not_video", f"{uri}: {what}; a video file is needed") from None
 
 
 def pick_stream(container: Container, uri: str) -> Stream:
     """The stream a player shows; not_video where there is none, unsupported where no decoder knows it."""
-    videos = [stream for stream in container.streams.video if not stream.disposition & _ATTACHED_PICTURE]
+    videos = [
+        stream for stream in container.streams.video if not stream.disposition & _ATTACHED_PICTURE
+    ]
     if not videos:
-        raise VideoError("not_video", f"{uri}: no video stream (audio only?); a video file is needed")
+        raise VideoError(
+            "not_video", f"{uri}: no video stream (audio only?); a video file is needed"
+        )
     best = container.streams.best("video")
     stream = best if best in videos else videos[0]
     if stream.codec_context is None:
-        raise VideoError("unsupported", f"{uri}: no decoder for this video codec; convert the file, for example to H.264")
+        raise VideoError(
+            "unsupported",
+            f"{uri}: no decoder for this video codec; convert the file, for example to H.264",
+        )
     stream.codec_context.thread_count = 1
     for other in container.streams:
         if other.index != stream.index:
@@ -78,7 +103,9 @@ def read_packets(container: Container, stream: Stream) -> Iterator[av.Packet]:
     """The packets of `stream` from where the container stands; unsupported at an encrypted one, which a decoder may take for a damaged picture."""
     for packet in container.demux(stream):
         if packet.has_sidedata("encryption_info"):
-            raise VideoError("unsupported", "the film is encrypted (DRM); decrypt the file with its key first")
+            raise VideoError(
+                "unsupported", "the film is encrypted (DRM); decrypt the file with its key first"
+            )
         yield packet
 
 
@@ -188,7 +215,12 @@ class SampleIndex:
 
 def read_index(container: Container, stream: Stream, size_bytes: int | None) -> SampleIndex | None:
     """The sample table, or None where the container has none that covers the whole file (then `scan`)."""
-    if "mp4" not in container.format.name.split(",") or not stream.frames or stream.duration is None or stream.time_base is None:
+    if (
+        "mp4" not in container.format.name.split(",")
+        or not stream.frames
+        or stream.duration is None
+        or stream.time_base is None
+    ):
         return None
     entries = list(stream.index_entries)
     shown = [entry for entry in entries if not entry.is_discard]
@@ -198,13 +230,19 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
         return None  # cut short
     times = [entry.timestamp for entry in shown]
     steps = np.diff(times)
-    if stream.codec_context.has_b_frames and len(steps) and int(steps.max()) > 2 * int(np.median(steps)):
+    if (
+        stream.codec_context.has_b_frames
+        and len(steps)
+        and int(steps.max()) > 2 * int(np.median(steps))
+    ):
         return None  # with reordering and a variable rate, decoding times do not tell presentation times
     if jumps(times, believed_step(container, stream.time_base)):
         return None
     end = end_of(times, None if len(times) > 1 else stream.duration, stream.duration)
     # a hybrid file continues in fragments, which this table does not list
-    if container.duration is not None and (end - times[0]) * stream.time_base < Fraction(container.duration, 1_000_000) * Fraction(4, 5):
+    if container.duration is not None and (end - times[0]) * stream.time_base < Fraction(
+        container.duration, 1_000_000
+    ) * Fraction(4, 5):
         return None
     index = SampleIndex(len(shown), times[0], end, [], [], [])
     for before, entry in enumerate(shown):

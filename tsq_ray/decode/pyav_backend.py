@@ -50,7 +50,10 @@ def to_rgb(frame: av.VideoFrame, max_pixels: int) -> np.ndarray:
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
     """too_large where width x height is above `max_pixels`."""
     if width * height > max_pixels:
-        raise VideoError("too_large", f"a frame of {width} x {height} = {width * height} pixels; decode.max_pixels allows {max_pixels}")
+        raise VideoError(
+            "too_large",
+            f"a frame of {width} x {height} = {width * height} pixels; decode.max_pixels allows {max_pixels}",
+        )
 
 
 @contextlib.contextmanager
@@ -65,7 +68,10 @@ def errors_are_trouble(doing: str = "") -> Iterator[None]:
 
 
 def strict_frames(
-    packets: Iterable[av.Packet], stream: Stream, start: int, may_skip: Callable[[int | None], bool] = lambda pts: False
+    packets: Iterable[av.Packet],
+    stream: Stream,
+    start: int,
+    may_skip: Callable[[int | None], bool] = lambda pts: False,
 ) -> Iterator[av.VideoFrame]:
     """Frames from time `start` on in presentation order.
 
@@ -103,7 +109,12 @@ def strict_frames(
 
 
 def decode_exact(
-    container: Container, stream: Stream, table: PacketTable, wanted: Sequence[int], store: FrameStore, max_pixels: int
+    container: Container,
+    stream: Stream,
+    table: PacketTable,
+    wanted: Sequence[int],
+    store: FrameStore,
+    max_pixels: int,
 ) -> None:
     """Put the frames `wanted` (ascending indices into `table.pts`) into the store, by seeks to keyframes.
 
@@ -125,7 +136,12 @@ def decode_exact(
         if key < 0:
             raise DecodeTrouble(f"no keyframe before {target}")
         if key != current:
-            frames, current = _frames_from_key(container, stream, table, key, may_skip, table.key_pts[key] in unproven), key
+            frames, current = (
+                _frames_from_key(
+                    container, stream, table, key, may_skip, table.key_pts[key] in unproven
+                ),
+                key,
+            )
             come = due[bisect_left(table.pts, table.key_pts[key]) - 1]
         for frame in frames:
             assert frame.pts is not None
@@ -140,7 +156,12 @@ def decode_exact(
 
 
 def _frames_from_key(
-    container: Container, stream: Stream, table: PacketTable, key: int, may_skip: frozenset[int], unproven: bool
+    container: Container,
+    stream: Stream,
+    table: PacketTable,
+    key: int,
+    may_skip: frozenset[int],
+    unproven: bool,
 ) -> Iterator[av.VideoFrame]:
     """Frames from keyframe number `key` on, without those that are decoded after it but need what came before it.
 
@@ -150,7 +171,9 @@ def _frames_from_key(
     # FFmpeg's MP4 reader takes the time for one of presentation, and with a decoding time goes to the keyframe before: twice the work
     first_try = [] if table.open_gops else [time]
     # some containers have no index, and a seek in them may arrive late: start earlier
-    for start in dict.fromkeys((*first_try, *(table.key_dts[number] for number in (key, max(key - 1, 0), max(key - 3, 0))))):
+    for start in dict.fromkeys(
+        (*first_try, *(table.key_dts[number] for number in (key, max(key - 1, 0), max(key - 3, 0))))
+    ):
         seek(container, stream, start)
         frames = strict_frames(read_packets(container, stream), stream, time, may_skip.__contains__)
         with contextlib.suppress(DecodeTrouble):

@@ -92,7 +92,10 @@ def _launch() -> FunctionType:
     inherited = multiprocessing.popen_forkserver
     over = {
         "spawn": SimpleNamespace(get_preparation_data=_preparation_data),
-        "forkserver": SimpleNamespace(connect_to_new_process=_connect_to_new_process, read_signed=multiprocessing.forkserver.read_signed),
+        "forkserver": SimpleNamespace(
+            connect_to_new_process=_connect_to_new_process,
+            read_signed=multiprocessing.forkserver.read_signed,
+        ),
     }
     standard: Any = inherited.Popen._launch  # type: ignore[attr-defined]
     return FunctionType(standard.__code__, {**vars(inherited), **over})
@@ -138,10 +141,14 @@ def _data_bytes() -> int:
         return int(file.read().split()[5]) * resource.getpagesize()
 
 
-def _run(task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> Outcome:
+def _run(
+    task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+) -> Outcome:
     left = settings.max_memory_mb * 1024 * 1024 - _at_start
     if _data_bytes() - _at_start > left / 2:
-        os._exit(_SPENT)  # earlier videos left so much behind that this one would pay for it: it gets a fresh child
+        os._exit(
+            _SPENT
+        )  # earlier videos left so much behind that this one would pay for it: it gets a fresh child
     try:
         return _outcome_of(task, source, settings, specs)
     finally:
@@ -150,17 +157,29 @@ def _run(task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping
         gc.collect()
 
 
-def _outcome_of(task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> Outcome:
+def _outcome_of(
+    task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+) -> Outcome:
     name = storage.redact(source.uri)
     try:
         return task(source, settings, specs)
     except (VideoError, StorageError) as error:
-        error.__context__ = error.__cause__ = None  # with their tracebacks they would keep the decoder alive
+        error.__context__ = error.__cause__ = (
+            None  # with their tracebacks they would keep the decoder alive
+        )
         return error.with_traceback(None)
-    except (MemoryError, BlockingIOError):  # FFmpeg says "temporarily unavailable" where it got no memory for a picture
-        return VideoError("out_of_memory", f"{name}: decoding takes more than decode.max_memory_mb = {settings.max_memory_mb}")
+    except (
+        MemoryError,
+        BlockingIOError,
+    ):  # FFmpeg says "temporarily unavailable" where it got no memory for a picture
+        return VideoError(
+            "out_of_memory",
+            f"{name}: decoding takes more than decode.max_memory_mb = {settings.max_memory_mb}",
+        )
     except Exception as error:  # noqa: BLE001 the border at which a failure becomes a row
-        return VideoError("internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return VideoError(
+            "internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        )
 
 
 @dataclass(eq=False)
@@ -179,7 +198,13 @@ class DecodePool:
     `task` stands in for decode_video: a function that the children can import by its name.
     """
 
-    def __init__(self, settings: DecodeConfig, specs: Mapping[str, FrameSpec], num_processes: int = 1, task: Task = decode_video) -> None:
+    def __init__(
+        self,
+        settings: DecodeConfig,
+        specs: Mapping[str, FrameSpec],
+        num_processes: int = 1,
+        task: Task = decode_video,
+    ) -> None:
         self.settings = settings
         self.specs = dict(specs)
         self._num_processes = num_processes
@@ -196,7 +221,12 @@ class DecodePool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def decode(self, sources: Sequence[VideoSource]) -> list[Outcome]:
@@ -324,13 +354,18 @@ class DecodePool:
         if error is None:
             return finished.result()
         if isinstance(error, FutureTimeoutError):
-            return VideoError("timeout", f"{name}: not done after decode.timeout_s = {self.settings.timeout_s:g} s")
+            return VideoError(
+                "timeout",
+                f"{name}: not done after decode.timeout_s = {self.settings.timeout_s:g} s",
+            )
         if isinstance(error, (pebble.ProcessExpired, BrokenProcessPool)):
             how = _how(getattr(error, "exitcode", None))
             alone = " twice, the second time with no other video beside it in this worker"
             twice = alone if video.was_killed else ""
             return VideoError("decoder_crash", f"{name}: the decoder process died{twice} ({how})")
-        return VideoError("internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        return VideoError(
+            "internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        )
 
     def close(self) -> None:
         """Kill what still runs and end the children; videos not done get the outcome `internal`."""
@@ -342,7 +377,9 @@ class DecodePool:
             self._second_tries.clear()
             self._held.clear()
         for outcome in waiting:
-            outcome.set_result(VideoError("internal", "the decoder pool was closed before this video was done"))
+            outcome.set_result(
+                VideoError("internal", "the decoder pool was closed before this video was done")
+            )
         for pool in pools:
             _stop(pool)
 
@@ -352,7 +389,9 @@ def _was_killed(error: BaseException | None) -> bool:
 
 
 def _is_not_the_videos_fault(error: BaseException | None) -> bool:
-    return isinstance(error, BrokenProcessPool) or (isinstance(error, pebble.ProcessExpired) and error.exitcode == _SPENT)
+    return isinstance(error, BrokenProcessPool) or (
+        isinstance(error, pebble.ProcessExpired) and error.exitcode == _SPENT
+    )
 
 
 def _stop(pool: pebble.ProcessPool) -> None:

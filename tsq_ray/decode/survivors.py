@@ -42,19 +42,29 @@ def find_survivors(container: Container, stream: Stream) -> Survivors:
     count, untimed = len(times), times.count(None)
     rate = stream.average_rate or stream.guessed_rate or Fraction(25)
     if is_raw(container) or not count or untimed > count / 2:
-        what = "no timestamps in the file" if untimed in (0, count) else f"{untimed} of {count} frames have no timestamp"
+        what = (
+            "no timestamps in the file"
+            if untimed in (0, count)
+            else f"{untimed} of {count} frames have no timestamp"
+        )
         assumed = f"{what}: {float(rate):g} frames per second assumed"
         return Survivors(list(range(count)), count, 1 / rate, damaged, walk, assumed)
     time_base = stream.time_base or Fraction(1, 25)
-    fixed = rebuilt(times, time_base, believed_step(container, time_base), max(1, round(1 / (rate * time_base))))
+    fixed = rebuilt(
+        times, time_base, believed_step(container, time_base), max(1, round(1 / (rate * time_base)))
+    )
     if fixed is not None:
         fault = None if damaged and fixed.only_swapped else fixed.fault
-        return Survivors(fixed.pts, fixed.pts[-1] + fixed.step, fixed.time_base, damaged, walk, fault)
+        return Survivors(
+            fixed.pts, fixed.pts[-1] + fixed.step, fixed.time_base, damaged, walk, fault
+        )
     pts = [time for time in times if time is not None]
     return Survivors(pts, end_of(pts, last_duration), time_base, damaged, walk, None)
 
 
-def decode_survivors(container: Container, stream: Stream, wanted: Sequence[int], store: FrameStore, max_pixels: int) -> None:
+def decode_survivors(
+    container: Container, stream: Stream, wanted: Sequence[int], store: FrameStore, max_pixels: int
+) -> None:
     """Second pass, again newly opened: put the frames with these numbers in the decoder's order into the store, in this order."""
     place = {number: i for i, number in enumerate(wanted)}
     last = max(place)
@@ -89,7 +99,9 @@ class Walk:
                 yield from self._decode(None)
                 return
             if packet.size:
-                self.num_before_key += self.num_before_key == self.num_packets and not packet.is_keyframe
+                self.num_before_key += (
+                    self.num_before_key == self.num_packets and not packet.is_keyframe
+                )
                 self.num_packets += 1
                 self.num_discarded += packet.is_discard
                 yield from self._decode(packet)
@@ -101,7 +113,11 @@ class Walk:
             return self.stream.decode(packet)
         except av.error.MemoryError:
             raise
-        except (av.error.DecoderNotFoundError, av.error.PatchWelcomeError, av.error.NotImplementedError):
+        except (
+            av.error.DecoderNotFoundError,
+            av.error.PatchWelcomeError,
+            av.error.NotImplementedError,
+        ):
             self.unsupported = True
         except av.error.EOFError:  # flushed already
             return []

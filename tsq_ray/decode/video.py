@@ -65,7 +65,9 @@ _COPIES = "tsq-decode-"
 _LOCK = ".lock"
 
 
-def decode_video(source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]) -> DecodedVideo:
+def decode_video(
+    source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+) -> DecodedVideo:
     """The T frames of one video in every size of `specs`, decoded in this process on one thread.
 
     Raises VideoError (see the module's docstring; too_large where a limit of `settings` is passed, source_changed where
@@ -78,14 +80,19 @@ def decode_video(source: VideoSource, settings: DecodeConfig, specs: Mapping[str
         size = _check_source(source, settings, name)
         decoded = _decode(source, size, settings, specs, name)
         if storage.is_local(source.uri):
-            _check_source(source, settings, name)  # again: it may have been replaced while it was read
+            _check_source(
+                source, settings, name
+            )  # again: it may have been replaced while it was read
     except MemoryError:
         raise VideoError(
-            "out_of_memory", f"{name}: the decoder found no memory; decode.max_memory_mb is {settings.max_memory_mb}"
+            "out_of_memory",
+            f"{name}: the decoder found no memory; decode.max_memory_mb is {settings.max_memory_mb}",
         ) from None
     except VideoError as error:
         text = str(error)
-        raise VideoError(error.error_type, text if text.startswith(name) else f"{name}: {text}") from None
+        raise VideoError(
+            error.error_type, text if text.startswith(name) else f"{name}: {text}"
+        ) from None
     decoded.decode_ms = (time.perf_counter() - started) * 1000
     return decoded
 
@@ -109,17 +116,31 @@ def _check_source(source: VideoSource, settings: DecodeConfig, name: str) -> int
     if source.etag is None and _differ(source.modified, now.modified):
         changes.append(f"modified {source.modified} -> {now.modified}")
     if changes:
-        raise VideoError("source_changed", f"{name}: changed since the manifest was made ({', '.join(changes)}); run tsq index --update")
+        raise VideoError(
+            "source_changed",
+            f"{name}: changed since the manifest was made ({', '.join(changes)}); run tsq index --update",
+        )
     if now.size_bytes > settings.max_bytes:
-        raise VideoError("too_large", f"{name}: {now.size_bytes} bytes; decode.max_bytes allows {settings.max_bytes}")
+        raise VideoError(
+            "too_large",
+            f"{name}: {now.size_bytes} bytes; decode.max_bytes allows {settings.max_bytes}",
+        )
     return now.size_bytes
 
 
 def _differ(before: datetime | None, now: datetime | None) -> bool:
-    return before is not None and now is not None and abs(before.timestamp() - now.timestamp()) > 1e-3
+    return (
+        before is not None and now is not None and abs(before.timestamp() - now.timestamp()) > 1e-3
+    )
 
 
-def _decode(source: VideoSource, size: int, settings: DecodeConfig, specs: Mapping[str, FrameSpec], name: str) -> DecodedVideo:
+def _decode(
+    source: VideoSource,
+    size: int,
+    settings: DecodeConfig,
+    specs: Mapping[str, FrameSpec],
+    name: str,
+) -> DecodedVideo:
     uri = source.uri
     job = _Job(name, size, settings, specs, source.places)
     by_index = settings.strategy == "keyframe"
@@ -133,7 +154,8 @@ def _decode(source: VideoSource, size: int, settings: DecodeConfig, specs: Mappi
     with _local_copy(uri) as path:
         if not storage.is_local(uri) and (fetched := os.path.getsize(path)) != size:
             raise VideoError(
-                "source_changed", f"{name}: {fetched} bytes came of {size}: replaced while it was fetched; run tsq index --update"
+                "source_changed",
+                f"{name}: {fetched} bytes came of {size}: replaced while it was fetched; run tsq index --update",
             )
         if by_index:
             with open_container(path, name, _head(path)) as container:
@@ -150,7 +172,10 @@ def _local_copy(uri: str) -> Iterator[str]:
         yield uri
         return
     sweep_copies()
-    with tempfile.TemporaryDirectory(prefix=_COPIES) as folder, open(os.path.join(folder, _LOCK + ".new"), "wb") as lock:
+    with (
+        tempfile.TemporaryDirectory(prefix=_COPIES) as folder,
+        open(os.path.join(folder, _LOCK + ".new"), "wb") as lock,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         os.rename(lock.name, os.path.join(folder, _LOCK))  # never seen without its lock held
         yield storage.download(uri, folder)
@@ -208,8 +233,21 @@ class _Ranges:
 class _Job:
     """One video on its way to a DecodedVideo."""
 
-    def __init__(self, name: str, size: int, settings: DecodeConfig, specs: Mapping[str, FrameSpec], places: Places = None) -> None:
-        self.name, self.size, self.settings, self.specs, self.places = name, size, settings, specs, places
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        settings: DecodeConfig,
+        specs: Mapping[str, FrameSpec],
+        places: Places = None,
+    ) -> None:
+        self.name, self.size, self.settings, self.specs, self.places = (
+            name,
+            size,
+            settings,
+            specs,
+            places,
+        )
         self.warnings: list[str] = []
 
     def by_index(self, container: Container) -> DecodedVideo | None:
@@ -249,18 +287,39 @@ class _Job:
             raise DecodeTrouble("keyframes are not where the sample table has them")
         _, first, slot_frame = np.unique(indices, return_index=True, return_inverse=True)
         store.frames = {name: frames[first] for name, frames in store.frames.items()}
-        return self._result(stream, store, slot_frame, indices, times, reader.start, reader.end, index.num_frames, _time_base(stream))
+        return self._result(
+            stream,
+            store,
+            slot_frame,
+            indices,
+            times,
+            reader.start,
+            reader.end,
+            index.num_frames,
+            _time_base(stream),
+        )
 
     def exact(self, path: str) -> DecodedVideo:
         """Every frame known by its timestamp, of a local file."""
         with self._open(path) as (container, stream):
             claimed = claimed_packets(stream)
             table = scan(container, stream)
-        if table.reliable and not table.damaged and (claimed is None or table.num_packets >= claimed):
+        if (
+            table.reliable
+            and not table.damaged
+            and (claimed is None or table.num_packets >= claimed)
+        ):
             for accelerator in self._accelerators():
                 # a GPU may have no memory or surfaces left for what has just been scanned without trouble, or give frames that nobody converts
-                trouble = (DecodeTrouble,) if accelerator is None else (DecodeTrouble, VideoError, MemoryError, av.error.FFmpegError)
-                with contextlib.suppress(*trouble), self._open(path, accelerator) as (container, stream):
+                trouble = (
+                    (DecodeTrouble,)
+                    if accelerator is None
+                    else (DecodeTrouble, VideoError, MemoryError, av.error.FFmpegError)
+                )
+                with (
+                    contextlib.suppress(*trouble),
+                    self._open(path, accelerator) as (container, stream),
+                ):
                     self._check_duration((table.end - table.pts[0]) * _time_base(stream))
                     return self._by_table(path, container, stream, table)
         return self._from_survivors(path)
@@ -276,13 +335,19 @@ class _Job:
         return [accelerator, None]
 
     @contextlib.contextmanager
-    def _open(self, path: str, accelerator: HWAccel | None = None) -> Iterator[tuple[Container, Stream]]:
+    def _open(
+        self, path: str, accelerator: HWAccel | None = None
+    ) -> Iterator[tuple[Container, Stream]]:
         with open_container(path, self.name, _head(path), accelerator) as container:
             yield container, self._stream(container)
 
     def _stream(self, container: Container) -> Stream:
         stream = pick_stream(container, self.name)
-        pyav_backend.check_pixels(stream.codec_context.width or 0, stream.codec_context.height or 0, self.settings.max_pixels)
+        pyav_backend.check_pixels(
+            stream.codec_context.width or 0,
+            stream.codec_context.height or 0,
+            self.settings.max_pixels,
+        )
         return stream
 
     def _plan(self, table: PacketTable) -> list[int]:
@@ -290,30 +355,59 @@ class _Job:
         count = self.settings.num_frames
         indices = uniform_indices(table.pts, table.end, count, self.places)
         if self.settings.strategy == "keyframe" and len(table.pts) >= count:
-            for i, key in enumerate(keyframe_choice(table.key_pts, table.pts[0], table.end, count, self.places)):
+            for i, key in enumerate(
+                keyframe_choice(table.key_pts, table.pts[0], table.end, count, self.places)
+            ):
                 if key is not None:
                     indices[i] = frame_at(table.pts, table.key_pts[key])
         return indices
 
-    def _by_table(self, path: str, container: Container, stream: Stream, table: PacketTable) -> DecodedVideo:
+    def _by_table(
+        self, path: str, container: Container, stream: Stream, table: PacketTable
+    ) -> DecodedVideo:
         indices = self._plan(table)
         wanted, slot_frame = distinct(indices)
         store = FrameStore(self.specs, len(wanted))
-        if not (self.settings.backend == "decord" and self._by_decord(path, container, stream, table, wanted, store)):
-            pyav_backend.decode_exact(container, stream, table, wanted, store, self.settings.max_pixels)
+        if not (
+            self.settings.backend == "decord"
+            and self._by_decord(path, container, stream, table, wanted, store)
+        ):
+            pyav_backend.decode_exact(
+                container, stream, table, wanted, store, self.settings.max_pixels
+            )
         times = [table.pts[i] for i in indices]
-        return self._result(stream, store, slot_frame, indices, times, table.pts[0], table.end, len(table.pts), _time_base(stream))
+        return self._result(
+            stream,
+            store,
+            slot_frame,
+            indices,
+            times,
+            table.pts[0],
+            table.end,
+            len(table.pts),
+            _time_base(stream),
+        )
 
     def _by_decord(
-        self, path: str, container: Container, stream: Stream, table: PacketTable, wanted: Sequence[int], store: FrameStore
+        self,
+        path: str,
+        container: Container,
+        stream: Stream,
+        table: PacketTable,
+        wanted: Sequence[int],
+        store: FrameStore,
     ) -> bool:
         """Whether decord could be trusted with this file and filled the store."""
-        first = next(pyav_backend.strict_frames(read_packets(container, stream), stream, table.pts[0]), None)
+        first = next(
+            pyav_backend.strict_frames(read_packets(container, stream), stream, table.pts[0]), None
+        )
         if first is None or decord_backend.refusal(stream, table, first) is not None:
             return False
         pyav_backend.check_pixels(first.width, first.height, self.settings.max_pixels)
         try:
-            decord_backend.decode_exact(path, _time_base(stream), table, wanted, (first.width, first.height), store)
+            decord_backend.decode_exact(
+                path, _time_base(stream), table, wanted, (first.width, first.height), store
+            )
         except DecodeTrouble:
             return False
         return True
@@ -333,43 +427,76 @@ class _Job:
             decode_survivors(container, stream, wanted, store, self.settings.max_pixels)
             assert store.complete
             times = [found.pts[i] for i in indices]
-            return self._result(stream, store, slot_frame, indices, times, found.pts[0], found.end, len(found.pts), found.time_base)
+            return self._result(
+                stream,
+                store,
+                slot_frame,
+                indices,
+                times,
+                found.pts[0],
+                found.end,
+                len(found.pts),
+                found.time_base,
+            )
 
-    def _nothing_decodes(self, container: Container, found: Survivors, claimed: int | None) -> VideoError:
+    def _nothing_decodes(
+        self, container: Container, found: Survivors, claimed: int | None
+    ) -> VideoError:
         if is_raw(container):
-            return VideoError("not_video", f"{self.name}: nothing in it is known as video; a video file is needed")
+            return VideoError(
+                "not_video", f"{self.name}: nothing in it is known as video; a video file is needed"
+            )
         if found.walk.unsupported:
             return VideoError(
-                "unsupported", f"{self.name}: the decoder does not support this kind of video; convert the file, for example to H.264"
+                "unsupported",
+                f"{self.name}: the decoder does not support this kind of video; convert the file, for example to H.264",
             )
-        if found.walk.demux_failed or found.walk.num_packets == 0 or (claimed is not None and found.walk.num_packets < claimed):
-            return VideoError("truncated", f"{self.name}: the file is cut off: none of its frames can be decoded")
-        return VideoError("corrupt", f"{self.name}: none of its {found.walk.num_packets} packets can be decoded")
+        if (
+            found.walk.demux_failed
+            or found.walk.num_packets == 0
+            or (claimed is not None and found.walk.num_packets < claimed)
+        ):
+            return VideoError(
+                "truncated", f"{self.name}: the file is cut off: none of its frames can be decoded"
+            )
+        return VideoError(
+            "corrupt", f"{self.name}: none of its {found.walk.num_packets} packets can be decoded"
+        )
 
     def _warn_of_damage(self, found: Survivors, claimed: int | None) -> None:
         count, walk = len(found.pts), found.walk
         stored = walk.num_packets - walk.num_discarded
         if claimed is not None and claimed > walk.num_packets:
-            self.warnings.append(f"header says {claimed - walk.num_discarded} frames, {count} can be decoded")
+            self.warnings.append(
+                f"header says {claimed - walk.num_discarded} frames, {count} can be decoded"
+            )
         elif (walk.num_errors or walk.num_before_key) and count < stored:
             self.warnings.append(f"{stored} frames are stored, {count} can be decoded")
         elif walk.demux_failed:
-            self.warnings.append(f"the file cannot be read to its end; {count} frames can be decoded")
+            self.warnings.append(
+                f"the file cannot be read to its end; {count} frames can be decoded"
+            )
         if found.num_damaged:
-            self.warnings.append(f"damaged: {found.num_damaged} of the {count} frames that can be decoded")
+            self.warnings.append(
+                f"damaged: {found.num_damaged} of the {count} frames that can be decoded"
+            )
         if found.clock_fault is not None:
             self.warnings.append(found.clock_fault)
 
     def _check_duration(self, duration: Fraction) -> None:
         if duration > self.settings.max_duration_s:
             raise VideoError(
-                "too_large", f"{self.name}: lasts {float(duration):.0f} s; decode.max_duration_s allows {self.settings.max_duration_s:g}"
+                "too_large",
+                f"{self.name}: lasts {float(duration):.0f} s; decode.max_duration_s allows {self.settings.max_duration_s:g}",
             )
 
     def _warn_of_duration(self, stream: Stream, duration: float, start_s: float) -> None:
         header = _header_duration(stream)
         # some containers count from zero, whenever the first frame comes
-        if header is not None and min(abs(header - duration), abs(header - start_s - duration)) > 1 + 0.1 * duration:
+        if (
+            header is not None
+            and min(abs(header - duration), abs(header - start_s - duration)) > 1 + 0.1 * duration
+        ):
             self.warnings.append(f"header says {header:.1f} s, the frames last {duration:.1f} s")
 
     def _result(
@@ -388,7 +515,9 @@ class _Job:
         self._warn_of_duration(stream, duration, float(start * time_base))
         shown = len(set(indices))
         if count >= len(indices) and shown <= len(indices) / 2:
-            self.warnings.append(f"{len(indices)} slots hold {shown} distinct frames of {count}: the picture stands still")
+            self.warnings.append(
+                f"{len(indices)} slots hold {shown} distinct frames of {count}: the picture stands still"
+            )
         return DecodedVideo(
             frames=store.frames,
             slot_frame=slot_frame.astype(np.int32),

@@ -61,7 +61,14 @@ def ablation(name: str, config: Config, num_objects: int) -> Ablation:
         return _table8(config.train.alpha or 0.6, config.train.beta or 0.6)
     if name == "table9":
         return _table9(config, num_objects)
-    fixed = {"table7": _table7, "table10": _table10, "tableA2": _table_a2, "tableA3": _table_a3, "tableA4": _table_a4, "tableA5": _table_a5}
+    fixed = {
+        "table7": _table7,
+        "table10": _table10,
+        "tableA2": _table_a2,
+        "tableA3": _table_a3,
+        "tableA4": _table_a4,
+        "tableA5": _table_a5,
+    }
     return fixed[name]()
 
 
@@ -74,7 +81,11 @@ def _table7() -> Ablation:
         Row(("CS", "CS"), _VISUAL | {"attention": specific, "classifier": specific}),
     )
     return Ablation(
-        "Table 7: class-specific designs, VQM trained alone", ("Attention", "Classifier"), rows, (VQM,), (_above(2, 0), _above(0, 1))
+        "Table 7: class-specific designs, VQM trained alone",
+        ("Attention", "Classifier"),
+        rows,
+        (VQM,),
+        (_above(2, 0), _above(0, 1)),
     )
 
 
@@ -85,17 +96,35 @@ def _table8(alpha: float, beta: float) -> Ablation:
     )
     trends = (
         *(Trend((3, 2), (3, 1)), Trend((3, 1), (3, 0))),  # fusion above VQM above TQM
-        *(Trend((1, 0), (0, 0)), Trend((2, 0), (0, 0)), Trend((3, 2), (0, 2))),  # swap losses help the TQM, and the whole
+        *(
+            Trend((1, 0), (0, 0)),
+            Trend((2, 0), (0, 0)),
+            Trend((3, 2), (0, 2)),
+        ),  # swap losses help the TQM, and the whole
     )
-    return Ablation("Table 8: fusion and swap losses", ("weight of L_t->v", "weight of L_v->t"), rows, (TQM, VQM, OURS), trends)
+    return Ablation(
+        "Table 8: fusion and swap losses",
+        ("weight of L_t->v", "weight of L_v->t"),
+        rows,
+        (TQM, VQM, OURS),
+        trends,
+    )
 
 
 def _table9(config: Config, num_objects: int) -> Ablation:
     rows, notes, trends = [], [], []
     for place in config.evaluate.word_vectors:
-        rows.append(Row((PurePosixPath(place).stem, "top 10"), _APART | {"top_objects": min(10, num_objects)}, {"weights": place}))
+        rows.append(
+            Row(
+                (PurePosixPath(place).stem, "top 10"),
+                _APART | {"top_objects": min(10, num_objects)},
+                {"weights": place},
+            )
+        )
     if not rows:
-        notes.append("static word vectors (GloVe, word2vec): not measured, no file in evaluate.word_vectors")
+        notes.append(
+            "static word vectors (GloVe, word2vec): not measured, no file in evaluate.word_vectors"
+        )
     model = config.encoders.text.model.rpartition("/")[2]
     if num_objects > 10:
         rows.append(Row((model, f"top {num_objects}"), _APART | {"top_objects": num_objects}))
@@ -125,20 +154,31 @@ def _table10() -> Ablation:
         Row(("Text", "Text emb."), _APART | {"init_textual": "text"}, mode="textual"),
     )
     title = "Table 10: start of the TSQ embeddings; VQM trained alone, TQM in the joint network without swap losses"
-    return Ablation(title, ("Branch", "Init"), rows, (("mAP", "visual"),), (_above(1, 0), _above(3, 2)))
+    return Ablation(
+        title, ("Branch", "Init"), rows, (("mAP", "visual"),), (_above(1, 0), _above(3, 2))
+    )
 
 
 def _table_a2() -> Ablation:
     betas = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    rows = tuple(Row((f"{beta:g}",), {"modules": "both", "alpha": 0.0, "beta": beta}) for beta in betas)
+    rows = tuple(
+        Row((f"{beta:g}",), {"modules": "both", "alpha": 0.0, "beta": beta}) for beta in betas
+    )
     trends = (Trend((3, 0), (0, 0)), Trend((3, 1), (0, 1)), Trend((3, 0), (5, 0)))
     return Ablation("Table A.2: beta, with alpha = 0", ("beta",), rows, (OURS, TQM, VQM), trends)
 
 
 def _table_a3() -> Ablation:
     alphas = (0.0, 0.2, 0.4, 0.6, 0.8)
-    rows = tuple(Row((f"{alpha:g}",), {"modules": "both", "alpha": alpha, "beta": 0.6}) for alpha in alphas)
-    trends = (Trend((3, 0), (0, 0)), Trend((3, 1), (0, 1)), Trend((3, 2), (4, 2)), Trend((3, 0), (4, 0)))
+    rows = tuple(
+        Row((f"{alpha:g}",), {"modules": "both", "alpha": alpha, "beta": 0.6}) for alpha in alphas
+    )
+    trends = (
+        Trend((3, 0), (0, 0)),
+        Trend((3, 1), (0, 1)),
+        Trend((3, 2), (4, 2)),
+        Trend((3, 0), (4, 0)),
+    )
     return Ablation("Table A.3: alpha, with beta = 0.6", ("alpha",), rows, (OURS, TQM, VQM), trends)
 
 
@@ -147,12 +187,21 @@ def _table_a4() -> Ablation:
         Row(("with self-attention",), _VISUAL | {"self_attention": True}),
         Row(("without self-attention",), _VISUAL | {"self_attention": False}),
     )
-    return Ablation("Table A.4: self-attention among the queries, VQM trained alone", ("Method",), rows, (VQM,), (_above(1, 0),))
+    return Ablation(
+        "Table A.4: self-attention among the queries, VQM trained alone",
+        ("Method",),
+        rows,
+        (VQM,),
+        (_above(1, 0),),
+    )
 
 
 def _table_a5() -> Ablation:
     rows = tuple(
-        Row((f"{layers} layer{'s' * (layers > 1)} {heads} head{'s' * (heads > 1)}",), _VISUAL | {"num_layers": layers, "num_heads": heads})
+        Row(
+            (f"{layers} layer{'s' * (layers > 1)} {heads} head{'s' * (heads > 1)}",),
+            _VISUAL | {"num_layers": layers, "num_heads": heads},
+        )
         for layers, heads in ((1, 8), (2, 1), (1, 1))
     )
     title = "Table A.5: layers and heads, VQM trained alone"

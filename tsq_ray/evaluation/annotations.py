@@ -30,7 +30,14 @@ class Annotations:
         parts = uri.split("/")
         ends = ["/".join(parts[start:]) for start in range(len(parts))]
         stem = PurePosixPath(parts[-1]).stem
-        return next((self.by_name[name] for name in (*ends, stem, stem.removeprefix("v_")) if name in self.by_name), [])
+        return next(
+            (
+                self.by_name[name]
+                for name in (*ends, stem, stem.removeprefix("v_"))
+                if name in self.by_name
+            ),
+            [],
+        )
 
 
 def read_annotations(uri: str) -> Annotations:
@@ -57,13 +64,18 @@ def read_annotations(uri: str) -> Annotations:
 
 def _segments(content: Any, folder: str) -> dict[str, list[Segment]]:
     if "database" in content:
-        return {name: [_pair(note["segment"]) for note in video["annotations"]] for name, video in content["database"].items()}
+        return {
+            name: [_pair(note["segment"]) for note in video["annotations"]]
+            for name, video in content["database"].items()
+        }
     videos = content["videos"]
     if isinstance(videos, list):
         read = {video["path"]: _from_frames(video) for video in videos}
     else:
         read = {path: [_pair(pair) for pair in video["segments"]] for path, video in videos.items()}
-    return read | {storage.normalize(storage.join(folder, path)): segments for path, segments in read.items()}
+    return read | {
+        storage.normalize(storage.join(folder, path)): segments for path, segments in read.items()
+    }
 
 
 def _pair(pair: Sequence[float]) -> Segment:
@@ -75,7 +87,9 @@ def _from_frames(video: Mapping[str, Any]) -> list[Segment]:
     # half a frame on each side: a frame's time as float32 may lie just beside its number / fps
     fps = float(video["fps"])
     salient = (part for part in video["segments"] if part["kind"] == "sal")
-    return [((part["start_frame"] - 0.5) / fps, (part["end_frame"] - 0.5) / fps) for part in salient]
+    return [
+        ((part["start_frame"] - 0.5) / fps, (part["end_frame"] - 0.5) / fps) for part in salient
+    ]
 
 
 def on_evidence(chosen: Iterable[tuple[str, Sequence[float]]], annotations: Annotations) -> float:

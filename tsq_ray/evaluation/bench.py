@@ -59,7 +59,11 @@ class Bench:
     def job(self, train: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> Job:
         """A training of TSQNet: the settings with some of `train.*` and `encoders.text.*` changed. ConfigError for values that do not go together."""
         values = self.config.train.model_dump() | dict(train) | {"seed": seed, "task": self.task}
-        return Job("tsq", TrainConfig.model_validate(values), self.config.encoders.text.model_copy(update=dict(text)))
+        return Job(
+            "tsq",
+            TrainConfig.model_validate(values),
+            self.config.encoders.text.model_copy(update=dict(text)),
+        )
 
     def scsampler(self, seed: int) -> Job:
         """A training of the ranker."""
@@ -70,7 +74,9 @@ class Bench:
         names = {item.name for item in dataclasses.fields(TSQShape)} & set(TrainConfig.model_fields)
         settings = {name: getattr(config, name) for name in names}
         dim = self.videos.visual.shape[-1]
-        return TSQShape(num_classes=len(self.bundle.classes), visual_dim=dim, text_dim=text_dim, **settings)
+        return TSQShape(
+            num_classes=len(self.bundle.classes), visual_dim=dim, text_dim=text_dim, **settings
+        )
 
 
 def train_all(bench: Bench, jobs: Iterable[Job], session: Session) -> int:
@@ -88,7 +94,9 @@ def train_all(bench: Bench, jobs: Iterable[Job], session: Session) -> int:
             bench.learned[job] = found
     if not todo:
         return 0
-    assert bench.features.training is not None, "nothing to train on: the caller leaves such samplers out"
+    assert bench.features.training is not None, (
+        "nothing to train on: the caller leaves such samplers out"
+    )
     side = _Side(bench, bench.features.training)
     calls = [(job, side.arguments(job)) for job in todo]
     with cluster.connect(session) as ray:
@@ -99,10 +107,14 @@ def train_all(bench: Bench, jobs: Iterable[Job], session: Session) -> int:
         task = ray.remote(num_cpus=cpus, max_retries=3)(learn)
         top = bench.config.sampler.top_classes
         pending = {
-            task.remote(job, *shared, shape, texts[id(text)] if text is not None else None, start, top): job
+            task.remote(
+                job, *shared, shape, texts[id(text)] if text is not None else None, start, top
+            ): job
             for job, (shape, text, start) in calls
         }
-        with progress.progress_display(len(todo), "evaluate", session.show_progress, "trainings") as update:
+        with progress.progress_display(
+            len(todo), "evaluate", session.show_progress, "trainings"
+        ) as update:
             while pending:
                 ready, _ = ray.wait(list(pending), timeout=0.5)
                 for reference in ready:
@@ -126,28 +138,43 @@ class _Side:
         self.texts: dict[TextConfig, dict[str, np.ndarray]] = {}
         self.starts: dict[int, np.ndarray] = {}
 
-    def arguments(self, job: Job) -> tuple[TSQShape | None, dict[str, np.ndarray] | None, dict[str, np.ndarray | None]]:
+    def arguments(
+        self, job: Job
+    ) -> tuple[TSQShape | None, dict[str, np.ndarray] | None, dict[str, np.ndarray | None]]:
         """Shape, text embeddings and first queries of a training."""
         if job.kind == "scsampler":
             return None, None, {}
         text = self._text(job.text) if job.config.modules == "both" else None
         shape = self.bench.shape(job.config, text["vocabulary"].shape[1] if text else 1)
         start = {
-            "visual": self._prototypes(job.config.seed) if job.config.init_visual == "prototype" else None,
+            "visual": self._prototypes(job.config.seed)
+            if job.config.init_visual == "prototype"
+            else None,
             "textual": text["classes"] if text and job.config.init_textual == "text" else None,
         }
         return shape, text, start
 
     def training_arrays(self, with_teacher: bool) -> dict[str, np.ndarray]:
         """The training videos; with the recogniser's probability of the true class for the ranker."""
-        teacher = {"teacher": true_class_probability(self.training, self.bench.task)} if with_teacher else {}
+        teacher = (
+            {"teacher": true_class_probability(self.training, self.bench.task)}
+            if with_teacher
+            else {}
+        )
         return arrays_of(self.training) | teacher
 
     def _text(self, config: TextConfig) -> dict[str, np.ndarray]:
         if config not in self.texts:
             encoder, classes = text_encoder(config), self.bench.bundle.classes
-            self.texts[config] = {"vocabulary": encoder.embed(object_names()).numpy(), "classes": encoder.embed(classes).numpy()}
-            unknown = [name for name, row in zip(classes, self.texts[config]["classes"], strict=True) if not row.any()]
+            self.texts[config] = {
+                "vocabulary": encoder.embed(object_names()).numpy(),
+                "classes": encoder.embed(classes).numpy(),
+            }
+            unknown = [
+                name
+                for name, row in zip(classes, self.texts[config]["classes"], strict=True)
+                if not row.any()
+            ]
             if unknown:
                 raise ModelError(
                     f"text weights {storage.redact(config.weights)!r}: no word of {len(unknown)} class names (first: {unknown[0]!r}); "
@@ -161,7 +188,11 @@ class _Side:
             assert head is not None, "a bundle's encoder has the frame head"
             if self.logits is None:
                 self.logits = frame_head_logits(head, self.training)
-            labels: Sequence[Sequence[int]] = [np.flatnonzero(row).tolist() for row in self.training.targets]
+            labels: Sequence[Sequence[int]] = [
+                np.flatnonzero(row).tolist() for row in self.training.targets
+            ]
             num_classes = len(self.bench.bundle.classes)
-            self.starts[seed] = prototypes(self.training.visual, self.logits, labels, num_classes, seed, task).numpy()
+            self.starts[seed] = prototypes(
+                self.training.visual, self.logits, labels, num_classes, seed, task
+            ).numpy()
         return self.starts[seed]

@@ -33,18 +33,36 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
         *(Column("GFLOPs", "G"), Column("true GFLOPs", "G"), Column("s/video", "s")),
     ]
     rows: list[list[Any]] = [
-        [run.name, run.mode, str(run.num_frames), run.budget, str(run.ok), str(run.failed), *map(_figure, run.figures)] for run in found
+        [
+            run.name,
+            run.mode,
+            str(run.num_frames),
+            run.budget,
+            str(run.ok),
+            str(run.failed),
+            *map(_figure, run.figures),
+        ]
+        for run in found
     ]
     groups: dict[tuple[str, int, str], list[_Run]] = {}
     for run in found:
         groups.setdefault((run.mode, run.num_frames, run.budget), []).append(run)
     for (mode, num_frames, budget), members in groups.items():
         if len(members) > 1:
-            means = [Figure(tuple(values)) for values in zip(*(run.figures for run in members), strict=True)]
-            rows.append([f"mean of {len(members)} runs", mode, str(num_frames), budget, "", "", *means])
-    notes = ["seconds a video: decode, sample and recognise as the runs measured them, on their machines"]
+            means = [
+                Figure(tuple(values))
+                for values in zip(*(run.figures for run in members), strict=True)
+            ]
+            rows.append(
+                [f"mean of {len(members)} runs", mode, str(num_frames), budget, "", "", *means]
+            )
+    notes = [
+        "seconds a video: decode, sample and recognise as the runs measured them, on their machines"
+    ]
     if len({run.videos for run in found}) > 1:
-        notes.append("warning: the runs hold different videos, so their figures are not of the same thing")
+        notes.append(
+            "warning: the runs hold different videos, so their figures are not of the same thing"
+        )
     if any(math.isnan(run.figures[4]) for run in found):
         notes.append("GFLOPs '-': the run's model is neither --model nor still at its place")
     return Table("comparison", "Finished runs", columns, rows, notes)
@@ -62,7 +80,9 @@ class _Run:
         run = runs.read_run(self.uri, "predictions")
         parts = [part.uri for part in runs.list_parts(self.uri)]
         if not parts:
-            raise RunError(f"{storage.redact(self.uri)}: no part-*.parquet here, the run has no videos; leave it out")
+            raise RunError(
+                f"{storage.redact(self.uri)}: no part-*.parquet here, the run has no videos; leave it out"
+            )
         count = _count(parts)
         self.name = storage.name_of(self.uri)
         self.ok, self.failed, self.videos = count.ok, count.rows - count.ok, count.videos
@@ -84,7 +104,13 @@ class _Run:
         bundle = _bundle_of(run["model"], model)
         if bundle is None or bundle.recognizer is None:
             return math.nan, math.nan
-        mode: Cost = "visual" if self.mode == "both" and bundle.objects is None else "uniform" if self.mode == "random" else self.mode
+        mode: Cost = (
+            "visual"
+            if self.mode == "both" and bundle.objects is None
+            else "uniform"
+            if self.mode == "random"
+            else self.mode
+        )
         shape = bundle.sampler.shape
         return (
             gflops(bundle, mode, self.num_frames, self.frames, shape, "field"),
@@ -113,7 +139,10 @@ def _count(parts: Sequence[str]) -> _Counts:
         table = table.filter(pc.equal(table["status"], "ok"))
         ok += len(table)
         chosen += pc.sum(pc.list_value_length(table["selected_pts_s"])).as_py() or 0
-        seconds += sum(pc.sum(table[name].cast(pa.float64())).as_py() or 0.0 for name in _MILLISECONDS) / 1000
+        seconds += (
+            sum(pc.sum(table[name].cast(pa.float64())).as_py() or 0.0 for name in _MILLISECONDS)
+            / 1000
+        )
     videos = np.sort(np.concatenate(ids))  # 16 bytes a row
     return _Counts(rows, ok, chosen, seconds, storage.sha256_of(videos.tobytes()))
 

@@ -88,7 +88,9 @@ def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
     shown = storage.redact(uri)
     parts = [part.uri for part in runs.list_parts(uri)]
     if not parts:
-        raise RunError(f"{shown}: no part-*.parquet here, the run has no videos; name features that hold some")
+        raise RunError(
+            f"{shown}: no part-*.parquet here, the run has no videos; name features that hold some"
+        )
     arrow = _schema_with_logits(parts[0], shown)
     _check_weights(run, bundle, shown)
     table = _brief_rows(parts)
@@ -101,11 +103,19 @@ def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
 
     measured = video_set(wanted)
     if not len(measured):
-        raise RunError(f"{shown}: no labelled video that is ok in split {wanted!r}; there is nothing to measure ({measured.left_out})")
+        raise RunError(
+            f"{shown}: no labelled video that is ok in split {wanted!r}; there is nothing to measure ({measured.left_out})"
+        )
     training = video_set(TRAIN_SPLIT) if wanted not in (None, TRAIN_SPLIT) else None
     known = set(bundle.classes)
     return Features(
-        uri, run, bundle.classes, measured, wanted, training if training else None, sorted(name for name in names if name not in known)
+        uri,
+        run,
+        bundle.classes,
+        measured,
+        wanted,
+        training if training else None,
+        sorted(name for name in names if name not in known),
     )
 
 
@@ -122,7 +132,10 @@ def _schema_with_logits(part_uri: str, shown: str) -> pa.Schema:
 
 def _check_weights(run: dict[str, Any], bundle: Bundle, shown: str) -> None:
     assert bundle.recognizer is not None, "the caller refuses a bundle without a recogniser"
-    for name, have in ((VISUAL, bundle.encoder.backbone_hash()), (RECOGNIZER, bundle.recognizer.state_hash())):
+    for name, have in (
+        (VISUAL, bundle.encoder.backbone_hash()),
+        (RECOGNIZER, bundle.recognizer.state_hash()),
+    ):
         made = run["weights"][name]
         if made != have:
             raise ModelError(
@@ -147,23 +160,38 @@ def _measured_split(splits: pa.ChunkedArray, split: str | None, shown: str) -> s
         return None
     wanted = split or VAL_SPLIT
     if wanted not in known:
-        raise RunError(f"{shown}: no row of split {wanted!r}; {describe_splits(splits)}; choose one with --split")
+        raise RunError(
+            f"{shown}: no row of split {wanted!r}; {describe_splits(splits)}; choose one with --split"
+        )
     return wanted
 
 
-def _video_set(parts: Sequence[str], table: pa.Table, names: list[str], classes: list[str], arrow: pa.Schema) -> VideoSet:
+def _video_set(
+    parts: Sequence[str], table: pa.Table, names: list[str], classes: list[str], arrow: pa.Schema
+) -> VideoSet:
     """Rows of one split; labels are mapped by name to the bundle's order."""
     position = {name: number for number, name in enumerate(classes)}
     in_bundle = np.array([position.get(name, -1) for name in names], np.int64)
     lists = table["labels"].combine_chunks()
-    rows, labels = pc.list_parent_indices(lists).to_numpy(), in_bundle[pc.list_flatten(lists).to_numpy()]
-    rows, labels, labelled = rows[labels >= 0], labels[labels >= 0], np.bincount(rows, minlength=len(table)) > 0
+    rows, labels = (
+        pc.list_parent_indices(lists).to_numpy(),
+        in_bundle[pc.list_flatten(lists).to_numpy()],
+    )
+    rows, labels, labelled = (
+        rows[labels >= 0],
+        labels[labels >= 0],
+        np.bincount(rows, minlength=len(table)) > 0,
+    )
     ok = pc.equal(table["status"], "ok").to_numpy()
     known = np.bincount(rows, minlength=len(table)) > 0
     taken = ok & known
     targets = np.zeros((int(taken.sum()), len(classes)), bool)
     targets[(np.cumsum(taken) - 1)[rows[taken[rows]]], labels[taken[rows]]] = True
-    left_out = {"failed": ~ok, "unlabelled": ok & ~labelled, "labels that the bundle lacks": ok & labelled & ~known}
+    left_out = {
+        "failed": ~ok,
+        "unlabelled": ok & ~labelled,
+        "labels that the bundle lacks": ok & labelled & ~known,
+    }
     kept = table.filter(pa.array(taken))
     arrays = _tensors(parts, kept, arrow)
     fps = pc.min_max(kept["fps"].filter(pc.greater(kept["fps"], 0))).as_py()
@@ -185,12 +213,17 @@ def _video_set(parts: Sequence[str], table: pa.Table, names: list[str], classes:
 def _tensors(parts: Sequence[str], kept: pa.Table, arrow: pa.Schema) -> dict[str, np.ndarray]:
     """The tensors of these rows, filled part by part, so that nothing is in memory twice."""
     types = {name: arrow.field(name).type for name in _TENSORS}
-    arrays = {name: np.empty((len(kept), *of.shape), of.value_type.to_pandas_dtype()) for name, of in types.items()}
+    arrays = {
+        name: np.empty((len(kept), *of.shape), of.value_type.to_pandas_dtype())
+        for name, of in types.items()
+    }
     part, row = kept["part"].to_numpy(), kept["row"].to_numpy()
     by_part = np.argsort(part, kind="stable")
     for places in np.split(by_part, np.flatnonzero(np.diff(part[by_part])) + 1):
         if len(places):
-            table = runs.read_part(parts[part[places[0]]], list(_TENSORS)).take(pa.array(row[places]))
+            table = runs.read_part(parts[part[places[0]]], list(_TENSORS)).take(
+                pa.array(row[places])
+            )
             for name, array in arrays.items():
                 array[places] = schema.tensor_to_numpy(table[name])
     return arrays

@@ -40,7 +40,9 @@ class Figure:
         count = len(self.values)
         if count < 2:
             return None
-        return float(student_t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count))
+        return float(
+            student_t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count)
+        )
 
     def above(self, other: Figure) -> Figure:
         """The difference, seed by seed where both have the same seeds; of the means otherwise."""
@@ -68,17 +70,24 @@ class Measures:
 
 def answers(videos: VideoSet, chosen: Sequence[np.ndarray], task: Task) -> np.ndarray:
     """What `score` answers for these slots: the mean of their logits, then softmax or sigmoid: float32 [V, C]."""
-    means = [logits[slots].astype(np.float32).mean(axis=0) for logits, slots in zip(videos.logits, chosen, strict=True)]
+    means = [
+        logits[slots].astype(np.float32).mean(axis=0)
+        for logits, slots in zip(videos.logits, chosen, strict=True)
+    ]
     return probabilities(np.stack(means), task)
 
 
-def measure(videos: VideoSet, sampler: Sampler, budget: int, task: Task, annotations: Annotations | None) -> Measures:
+def measure(
+    videos: VideoSet, sampler: Sampler, budget: int, task: Task, annotations: Annotations | None
+) -> Measures:
     """Choose at most `budget` frames of each video and judge the recogniser's answers."""
     chosen = [sampler.choose(video, budget) for video in range(len(videos))]
     scores = answers(videos, chosen, task)
     recall = math.nan
     if annotations is not None:
-        pts = [times[slots].tolist() for times, slots in zip(videos.frame_pts_s, chosen, strict=True)]
+        pts = [
+            times[slots].tolist() for times, slots in zip(videos.frame_pts_s, chosen, strict=True)
+        ]
         recall = on_evidence(zip(videos.uris, pts, strict=True), annotations)
     return Measures(
         quality.mean_average_precision(scores, videos.targets),
@@ -89,7 +98,9 @@ def measure(videos: VideoSet, sampler: Sampler, budget: int, task: Task, annotat
     )
 
 
-def gflops(bundle: Bundle, cost: Cost, num_frames: int, budget: float, shape: TSQShape, counting: Counting) -> float:
+def gflops(
+    bundle: Bundle, cost: Cost, num_frames: int, budget: float, shape: TSQShape, counting: Counting
+) -> float:
     """GFLOPs (1e9 multiply-adds) of one video with the bundle's networks and a sampler network of `shape`; `budget` may be a mean."""
     assert bundle.recognizer is not None
     mode: Mode = "maxconf-l" if cost == "scsampler" else cost
@@ -103,7 +114,11 @@ def gflops(bundle: Bundle, cost: Cost, num_frames: int, budget: float, shape: TS
         shape=shape,
         counting=counting,
     )
-    ranker = num_frames * SCSAMPLER_HIDDEN * (bundle.encoder.dim + 1) / 1e9 if cost == "scsampler" else 0.0
+    ranker = (
+        num_frames * SCSAMPLER_HIDDEN * (bundle.encoder.dim + 1) / 1e9
+        if cost == "scsampler"
+        else 0.0
+    )
     return table.gflops + ranker
 
 

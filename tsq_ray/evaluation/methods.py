@@ -64,20 +64,49 @@ METHODS = (
     Method("uniform", "slots floor((i + 0.5) T / K)", "uniform"),
     Method("random", "K frames at random", "uniform"),
     Method("dense", "the recogniser on all T frames, whatever K", "maxconf"),
-    Method("maxconf", "the K frames on which the recogniser is surest, having seen all T", "maxconf"),
-    Method("maxconf-l", "the K frames on which the light encoder's frame head is surest", "maxconf-l"),
-    Method("stillness", "the K frames whose visual feature changes least to their neighbours (mean of 1 - cosine)", "maxconf-l"),
-    Method("motion", "the K frames whose visual feature changes most to their neighbours", "maxconf-l"),
-    Method("attention", "class-agnostic attention: one query for all classes, its attention is the saliency", "visual", _AGNOSTIC),
+    Method(
+        "maxconf", "the K frames on which the recogniser is surest, having seen all T", "maxconf"
+    ),
+    Method(
+        "maxconf-l", "the K frames on which the light encoder's frame head is surest", "maxconf-l"
+    ),
+    Method(
+        "stillness",
+        "the K frames whose visual feature changes least to their neighbours (mean of 1 - cosine)",
+        "maxconf-l",
+    ),
+    Method(
+        "motion", "the K frames whose visual feature changes most to their neighbours", "maxconf-l"
+    ),
+    Method(
+        "attention",
+        "class-agnostic attention: one query for all classes, its attention is the saliency",
+        "visual",
+        _AGNOSTIC,
+    ),
     Method(
         "scsampler",
         "after Korbar et al. 2019: a multilayer perceptron on the light encoder's feature, fitted to rank frames as the recogniser's "
         "probability of the true class does",
         "scsampler",
     ),
-    Method("vqm-only", "the visual query module, trained alone", "visual", {"modules": "visual"}, "visual"),
-    Method("vqm", "the visual module of the joint network (lambda_v = 1)", "visual", _JOINT, "visual"),
-    Method("tqm", "the textual module of the joint network (lambda_v = 0)", "textual", _JOINT, "textual"),
+    Method(
+        "vqm-only",
+        "the visual query module, trained alone",
+        "visual",
+        {"modules": "visual"},
+        "visual",
+    ),
+    Method(
+        "vqm", "the visual module of the joint network (lambda_v = 1)", "visual", _JOINT, "visual"
+    ),
+    Method(
+        "tqm",
+        "the textual module of the joint network (lambda_v = 0)",
+        "textual",
+        _JOINT,
+        "textual",
+    ),
     Method("tsqnet", "both modules, trained here with each seed", "both", _JOINT, "both"),
     Method(
         "adaptive",
@@ -113,7 +142,16 @@ class Measured:
         def figure(name: str) -> Figure:
             return Figure(tuple(getattr(item, name) for item in found))
 
-        return cls(method, budget, figure("map"), figure("map_interpolated"), figure("top1"), figure("recall"), figure("frames"), diverged)
+        return cls(
+            method,
+            budget,
+            figure("map"),
+            figure("map_interpolated"),
+            figure("top1"),
+            figure("recall"),
+            figure("frames"),
+            diverged,
+        )
 
 
 def possible(bench: Bench) -> tuple[list[Method], list[str]]:
@@ -122,7 +160,9 @@ def possible(bench: Bench) -> tuple[list[Method], list[str]]:
     if bench.features.training is None:
         gone = [method.name for method in methods if method.trained]
         methods = [method for method in methods if not method.trained]
-        notes.append(f"not measured, the features have no split 'train' to fit them on: {', '.join(gone)}")
+        notes.append(
+            f"not measured, the features have no split 'train' to fit them on: {', '.join(gone)}"
+        )
     if bench.task == "multi":
         methods = [method for method in methods if not method.adaptive]
         notes.append("not measured with several labels a video: adaptive")
@@ -143,9 +183,17 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
     videos, name = bench.videos, method.name
     if method.trained:
         found = [bench.learned[job] for job in jobs_of(bench, method)]
-        made: list[Sampler] = [learned_sampler(bench, learned.arrays, method.mode) for learned in found if not learned.diverged]
+        made: list[Sampler] = [
+            learned_sampler(bench, learned.arrays, method.mode)
+            for learned in found
+            if not learned.diverged
+        ]
         if method.adaptive:
-            made = [UntilSure(sampler, bench.config.sampler.margin, bench.task) for sampler in made if isinstance(sampler, Query)]
+            made = [
+                UntilSure(sampler, bench.config.sampler.margin, bench.task)
+                for sampler in made
+                if isinstance(sampler, Query)
+            ]
         return made, sum(bool(learned.diverged) for learned in found)
     if name == "random":
         return [Random(videos, seed) for seed in bench.seeds], 0
@@ -155,7 +203,11 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
         return [Dense(videos)], 0
     if name == "bundle":
         visual, textual = saliencies(
-            bench.bundle.sampler, bundle_arrays(bench), bench.bundle.vocabulary, bench.task, bench.config.sampler.top_classes
+            bench.bundle.sampler,
+            bundle_arrays(bench),
+            bench.bundle.vocabulary,
+            bench.task,
+            bench.config.sampler.top_classes,
         )
         return [Query(videos, visual, textual, bench.config.sampler.lambda_visual)], 0
     return [Ranked(videos, _scores(bench, name))], 0
@@ -164,13 +216,19 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
 def learned_sampler(bench: Bench, arrays: Mapping[str, np.ndarray], mode: Mode) -> Sampler:
     """A sampler from the saliencies that a training made."""
     textual = arrays.get("saliency_textual")
-    return Query(bench.videos, arrays["saliency_visual"], textual, bench.config.sampler.lambda_visual, mode)
+    return Query(
+        bench.videos, arrays["saliency_visual"], textual, bench.config.sampler.lambda_visual, mode
+    )
 
 
 def bundle_arrays(bench: Bench) -> dict[str, np.ndarray]:
     """What the bundle's own network looks at."""
     videos = bench.videos
-    return {"visual": videos.visual, "object_ids": videos.object_ids, "object_probs": videos.object_probs}
+    return {
+        "visual": videos.visual,
+        "object_ids": videos.object_ids,
+        "object_probs": videos.object_probs,
+    }
 
 
 def _scores(bench: Bench, name: str) -> np.ndarray:
@@ -184,7 +242,9 @@ def _scores(bench: Bench, name: str) -> np.ndarray:
         return change_scores(videos) * (1 if name == "motion" else -1)
     assert name == "oracle", name
     known = bench.annotations
-    return oracle_scores(videos, bench.task, [known.of(uri) for uri in videos.uris] if known is not None else None)
+    return oracle_scores(
+        videos, bench.task, [known.of(uri) for uri in videos.uris] if known is not None else None
+    )
 
 
 def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[Measured]:
@@ -196,7 +256,13 @@ def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[
         budgets = (bench.videos.num_frames,)
     return [
         Measured.of(
-            method, budget, [measure(bench.videos, sampler, budget, bench.task, bench.annotations) for sampler in samplers], diverged
+            method,
+            budget,
+            [
+                measure(bench.videos, sampler, budget, bench.task, bench.annotations)
+                for sampler in samplers
+            ],
+            diverged,
         )
         for budget in budgets
     ]
@@ -209,7 +275,9 @@ def cost_of(bench: Bench, method: Method, budget: float, counting: Counting) -> 
     cost: Cost = method.cost
     if method.name == "bundle" and bench.bundle.sampler.shape.modules == "visual":
         cost = "visual"
-    return gflops(bench.bundle, cost, bench.videos.num_frames, budget, shape_of(bench, method), counting)
+    return gflops(
+        bench.bundle, cost, bench.videos.num_frames, budget, shape_of(bench, method), counting
+    )
 
 
 def shape_of(bench: Bench, method: Method) -> TSQShape:
@@ -225,5 +293,9 @@ def text_dim_of(bench: Bench) -> int:
     own = bench.bundle.sampler.shape
     if own.modules == "both":
         return own.text_dim
-    found = (learned.arrays["textual_after"].shape[1] for learned in bench.learned.values() if "textual_after" in learned.arrays)
+    found = (
+        learned.arrays["textual_after"].shape[1]
+        for learned in bench.learned.values()
+        if "textual_after" in learned.arrays
+    )
     return next(found, own.text_dim)

@@ -23,7 +23,13 @@ from tsq_ray.evaluation.trained import Job
 from tsq_ray.model.flops import Counting, cost_table
 
 Make = Callable[[Bench, str], Table]
-_TABLE2_SIGNS = (("tsqnet", "uniform"), ("tsqnet", "random"), ("tsqnet", "maxconf-l"), ("tsqnet", "maxconf"), ("maxconf-l", "uniform"))
+_TABLE2_SIGNS = (
+    ("tsqnet", "uniform"),
+    ("tsqnet", "random"),
+    ("tsqnet", "maxconf-l"),
+    ("tsqnet", "maxconf"),
+    ("maxconf-l", "uniform"),
+)
 
 
 def names() -> list[str]:
@@ -44,7 +50,12 @@ def jobs_for(bench: Bench, name: str) -> list[Job]:
 
 def make(bench: Bench, name: str, out: str) -> Table:
     """One table, its trainings being done; pictures are published below `out`."""
-    made: dict[str, Make] = {"table1": table1, "table2": table2, "figure3": figure3, "figure4": figure4}
+    made: dict[str, Make] = {
+        "table1": table1,
+        "table2": table2,
+        "figure3": figure3,
+        "figure4": figure4,
+    }
     return made[name](bench, out) if name in made else ablation_table(bench, name)
 
 
@@ -65,7 +76,12 @@ def table1(bench: Bench, out: str) -> Table:
     bundle, budget = bench.bundle, bench.config.sampler.most_frames
     assert bundle.recognizer is not None
     columns = [Column("Module"), Column("Arch."), Column("Res."), Column("#F")]
-    columns += [Column("GFLOPs/F", "G"), Column("GFLOPs", "G"), Column("true GFLOPs/F", "G"), Column("true GFLOPs", "G")]
+    columns += [
+        Column("GFLOPs/F", "G"),
+        Column("GFLOPs", "G"),
+        Column("true GFLOPs/F", "G"),
+        Column("true GFLOPs", "G"),
+    ]
     mode: Mode = "both" if bundle.sampler.shape.modules == "both" else "visual"
 
     def rows_of(counting: Counting) -> list[tuple[str, str, str, str, float | None, float]]:
@@ -81,7 +97,15 @@ def table1(bench: Bench, out: str) -> Table:
             counting=counting,
         )
         shown = [
-            (r.module, r.arch or "-", str(r.resolution or "-"), str(r.num_frames or "-"), r.gflops_per_frame, r.gflops) for r in table.rows
+            (
+                r.module,
+                r.arch or "-",
+                str(r.resolution or "-"),
+                str(r.num_frames or "-"),
+                r.gflops_per_frame,
+                r.gflops,
+            )
+            for r in table.rows
         ]
         return [*shown, ("Total", "-", "-", "-", None, table.gflops)]
 
@@ -94,12 +118,21 @@ def table1(bench: Bench, out: str) -> Table:
         "the classifier; other sizes than 224 by (size / 224)^2; the queries computed each time)",
         "true GFLOPs: counted at the true size, the queries folded, as it runs",
     ]
-    return Table("table1", f"Table 1: cost of a video, T = {bench.videos.num_frames}, K = {budget}", columns, rows, notes)
+    return Table(
+        "table1",
+        f"Table 1: cost of a video, T = {bench.videos.num_frames}, K = {budget}",
+        columns,
+        rows,
+        notes,
+    )
 
 
 def table2(bench: Bench, out: str) -> Table:
     """Every sampler at the budget of the settings."""
-    budget, clock = bench.config.sampler.most_frames, Clock(bench.features.run, bench.bundle, bench.videos.num_frames)
+    budget, clock = (
+        bench.config.sampler.most_frames,
+        Clock(bench.features.run, bench.bundle, bench.videos.num_frames),
+    )
     methods, notes = possible(bench)
     found: dict[str, Figure] = {}
     rows: list[list[Cell]] = []
@@ -110,8 +143,16 @@ def table2(bench: Bench, out: str) -> Table:
             notes += _diverged(measured)
     columns = [Column("sampler"), Column("K"), *_COLUMNS]
     notes += [f"{method.name}: {_what(bench, method)}" for method in methods]
-    notes += _signs([(better, worse, found.get(better), found.get(worse)) for better, worse in _TABLE2_SIGNS])
-    return Table("table2", f"Table 2: samplers at K = {budget} of T = {bench.videos.num_frames}", columns, rows, notes + _reading(clock))
+    notes += _signs(
+        [(better, worse, found.get(better), found.get(worse)) for better, worse in _TABLE2_SIGNS]
+    )
+    return Table(
+        "table2",
+        f"Table 2: samplers at K = {budget} of T = {bench.videos.num_frames}",
+        columns,
+        rows,
+        notes + _reading(clock),
+    )
 
 
 def figure3(bench: Bench, out: str) -> Table:
@@ -127,13 +168,26 @@ def figure3(bench: Bench, out: str) -> Table:
         notes += _diverged(found[0]) if found else []
         costs = [cost_of(bench, method, _frames(measured), "field") for measured in found]
         if found and None not in costs:
-            lines.append(plots.Line(method.name, [cost for cost in costs if cost is not None], [measured.map for measured in found]))
+            lines.append(
+                plots.Line(
+                    method.name,
+                    [cost for cost in costs if cost is not None],
+                    [measured.map for measured in found],
+                )
+            )
         elif found:
             level[f"{method.name}, K = {found[-1].budget}"] = found[-1].map
     title = f"Accuracy and cost by budget, T = {bench.videos.num_frames}"
     pictures = plots.accuracy_cost(lines, level, out, "figure3", title)
     columns = [Column("sampler"), Column("K"), *_COLUMNS]
-    return Table("figure3", f"Figure 3: {title[0].lower()}{title[1:]}", columns, rows, notes + _reading(clock), pictures[:1])
+    return Table(
+        "figure3",
+        f"Figure 3: {title[0].lower()}{title[1:]}",
+        columns,
+        rows,
+        notes + _reading(clock),
+        pictures[:1],
+    )
 
 
 _COLUMNS = (
@@ -145,9 +199,18 @@ _COLUMNS = (
 
 
 def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
-    field, true = (cost_of(bench, measured.method, _frames(measured), counting) for counting in ("field", "true"))
+    field, true = (
+        cost_of(bench, measured.method, _frames(measured), counting)
+        for counting in ("field", "true")
+    )
     seconds = clock.seconds(true) if true is not None else None
-    quality = [measured.map, measured.map_interpolated, measured.top1, measured.recall, Figure((measured.frames.mean,))]
+    quality = [
+        measured.map,
+        measured.map_interpolated,
+        measured.top1,
+        measured.recall,
+        Figure((measured.frames.mean,)),
+    ]
     return [*quality, _figure(field), _figure(true), _figure(seconds)]
 
 
@@ -161,14 +224,24 @@ def _figure(value: float | None) -> Figure | None:
 
 
 def _diverged(measured: Measured) -> list[str]:
-    return [f"{measured.method.name}: the training of {measured.diverged} seeds diverged; not in its figures"] if measured.diverged else []
+    return (
+        [
+            f"{measured.method.name}: the training of {measured.diverged} seeds diverged; not in its figures"
+        ]
+        if measured.diverged
+        else []
+    )
 
 
 def _what(bench: Bench, method: Method) -> str:
     if method.name != "oracle":
         return method.what
     by = "the recogniser's probability of the true class"
-    order = f"frames in a known salient segment first, then by {by}" if bench.annotations is not None else f"by {by}; no annotations given"
+    order = (
+        f"frames in a known salient segment first, then by {by}"
+        if bench.annotations is not None
+        else f"by {by}; no annotations given"
+    )
     return f"{method.what}: {order}; it has no cost, since it knows the answer"
 
 
@@ -179,12 +252,17 @@ def _reading(clock: Clock) -> list[str]:
         "GFLOPs by the field's convention, true GFLOPs as it runs (table 1)",
     ]
     if clock.known:
-        notes.append("s/video: decoding and encoding as the extraction measured them, encoding shared out by true GFLOPs: an estimate")
+        notes.append(
+            "s/video: decoding and encoding as the extraction measured them, encoding shared out by true GFLOPs: an estimate"
+        )
     return notes
 
 
 def _signs(pairs: Sequence[tuple[str, str, Cell, Cell]]) -> list[str]:
-    return [f"sign in the paper: {better} above {worse}: here {verdict(first, second)}" for better, worse, first, second in pairs]
+    return [
+        f"sign in the paper: {better} above {worse}: here {verdict(first, second)}"
+        for better, worse, first, second in pairs
+    ]
 
 
 def ablation_table(bench: Bench, name: str) -> Table:
@@ -195,18 +273,30 @@ def ablation_table(bench: Bench, name: str) -> Table:
         rows: list[list[Cell]] = []
         notes.append("not measured: the features have no split 'train' apart from the measured one")
     else:
-        rows = [[*row.cells, *(_cell(bench, row, row.mode or mode, budget, notes) for _, mode in wanted.columns)] for row in wanted.rows]
+        rows = [
+            [
+                *row.cells,
+                *(_cell(bench, row, row.mode or mode, budget, notes) for _, mode in wanted.columns),
+            ]
+            for row in wanted.rows
+        ]
         texts = len(wanted.head)
         for trend in wanted.trends:
             (better, first), (worse, second) = trend.better, trend.worse
             titles = [_place(wanted, row, column) for row, column in (trend.better, trend.worse)]
-            notes += _signs([(titles[0], titles[1], rows[better][texts + first], rows[worse][texts + second])])
+            notes += _signs(
+                [(titles[0], titles[1], rows[better][texts + first], rows[worse][texts + second])]
+            )
     columns = [
         *(Column(title) for title in wanted.head),
         *(Column(f"{title} mAP".replace("mAP mAP", "mAP"), "%") for title, _ in wanted.columns),
     ]
-    notes.append("± is half the 95 % interval of the mean over the seeds; signs by the differences seed by seed, in points of mAP")
-    return Table(name, f"{wanted.title}; K = {budget} of T = {bench.videos.num_frames}", columns, rows, notes)
+    notes.append(
+        "± is half the 95 % interval of the mean over the seeds; signs by the differences seed by seed, in points of mAP"
+    )
+    return Table(
+        name, f"{wanted.title}; K = {budget} of T = {bench.videos.num_frames}", columns, rows, notes
+    )
 
 
 def _place(wanted: Ablation, row: int, column: int) -> str:
@@ -219,7 +309,9 @@ def _cell(bench: Bench, row: Row, mode: Mode, budget: int, notes: list[str]) -> 
     for seed in bench.seeds:
         learned = bench.learned[_job(bench, row, seed)]
         if learned.diverged:
-            notes.append(f"{' + '.join(row.cells)}, seed {seed}: the training diverged; not in its figures ({mode})")
+            notes.append(
+                f"{' + '.join(row.cells)}, seed {seed}: the training diverged; not in its figures ({mode})"
+            )
         else:
             sampler = learned_sampler(bench, learned.arrays, mode)
             values.append(measure(bench.videos, sampler, budget, bench.task, None).map)
@@ -233,7 +325,9 @@ def figure4(bench: Bench, out: str) -> Table:
     title = f"Figure 4: TSQ embeddings before and after training, seed {bench.seeds[0]}"
     learned = bench.learned.get(job)
     if learned is None or learned.diverged:
-        return Table("figure4", title, columns, [], ["not made: no split 'train', or the training diverged"])
+        return Table(
+            "figure4", title, columns, [], ["not made: no split 'train', or the training diverged"]
+        )
     maps = {
         (module, moment): plots.project(learned.arrays[f"{module}_{moment}"])
         for module in ("visual", "textual")

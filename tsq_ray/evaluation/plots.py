@@ -27,7 +27,9 @@ class Line:
     map: list[Figure]
 
 
-def accuracy_cost(lines: Sequence[Line], level: Mapping[str, Figure], out: str, name: str, title: str) -> list[str]:
+def accuracy_cost(
+    lines: Sequence[Line], level: Mapping[str, Figure], out: str, name: str, title: str
+) -> list[str]:
     """mAP over GFLOPs a video, a line a sampler, bars of the 95 % interval; `level`: figures without a cost, as dashed lines. The files' names."""
     from matplotlib import colormaps
 
@@ -37,7 +39,17 @@ def accuracy_cost(lines: Sequence[Line], level: Mapping[str, Figure], out: str, 
         colour, marker = palette[number % len(palette)], "os^vDPX*"[number % 8]
         means = [value.mean * 100 for value in line.map]
         halves = [(value.half or 0.0) * 100 for value in line.map]
-        axes.errorbar(line.gflops, means, yerr=halves, label=line.name, color=colour, marker=marker, markersize=4, capsize=2, linewidth=1.2)
+        axes.errorbar(
+            line.gflops,
+            means,
+            yerr=halves,
+            label=line.name,
+            color=colour,
+            marker=marker,
+            markersize=4,
+            capsize=2,
+            linewidth=1.2,
+        )
     for value_name, value in level.items():
         axes.axhline(value.mean * 100, linestyle="--", linewidth=1, color="0.5", label=value_name)
     axes.set_xlabel("GFLOPs a video (the field's convention)")
@@ -55,10 +67,17 @@ def project(embeddings: np.ndarray) -> np.ndarray:
     count = len(embeddings)
     perplexity = max(1.0, min(30.0, (count - 1) / 3))
     points = np.asarray(embeddings, np.float64)
-    return TSNE(2, perplexity=perplexity, init="pca" if min(points.shape) >= 2 else "random", random_state=_TSNE_SEED).fit_transform(points)
+    return TSNE(
+        2,
+        perplexity=perplexity,
+        init="pca" if min(points.shape) >= 2 else "random",
+        random_state=_TSNE_SEED,
+    ).fit_transform(points)
 
 
-def embedding_maps(maps: Mapping[tuple[str, str], np.ndarray], classes: Sequence[str], out: str, name: str) -> list[str]:
+def embedding_maps(
+    maps: Mapping[tuple[str, str], np.ndarray], classes: Sequence[str], out: str, name: str
+) -> list[str]:
     """One panel for each (module, moment): points [C, 2] with the classes' names. The files' names."""
     modules = list(dict.fromkeys(module for module, _ in maps))
     figure, _ = _figure(14, 6.5 * len(modules), rows=len(modules), columns=2)
@@ -67,7 +86,14 @@ def embedding_maps(maps: Mapping[tuple[str, str], np.ndarray], classes: Sequence
         axes.scatter(points[:, 0], points[:, 1], c=colours, cmap="hsv", s=18)
         if len(points) <= _MOST_NAMES:
             for (x, y), label in zip(points, classes, strict=True):
-                axes.annotate(label, (x, y), fontsize=7, xytext=(3, 3), textcoords="offset points", parse_math=False)
+                axes.annotate(
+                    label,
+                    (x, y),
+                    fontsize=7,
+                    xytext=(3, 3),
+                    textcoords="offset points",
+                    parse_math=False,
+                )
         axes.margins(x=0.2, y=0.08)
         axes.set_title(f"{module} TSQ embeddings {moment} training")
         axes.set_xticks([])
@@ -89,7 +115,9 @@ def _save(figure: Any, out: str, name: str) -> list[str]:
     for kind in FORMATS:
         data = io.BytesIO()
         # no date in the file: the same figures give the same bytes
-        figure.savefig(data, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(
+            data, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None
+        )
         storage.write_bytes(storage.join(out, f"{name}.{kind}"), data.getvalue())
         names.append(f"{name}.{kind}")
     return names

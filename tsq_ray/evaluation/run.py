@@ -66,9 +66,13 @@ def evaluate(
         raise RunError(f"--table {unknown[0]}: no such table; there is: {', '.join(paper.names())}")
     kinds = {runs.read_run(uri)["kind"] for uri in sources}
     if kinds == {"features"} and len(sources) > 1:
-        raise RunError(f"evaluate takes one features folder at a time, got {len(sources)}; T = 16 and T = 50 are two evaluations")
+        raise RunError(
+            f"evaluate takes one features folder at a time, got {len(sources)}; T = 16 and T = 50 are two evaluations"
+        )
     if len(kinds) > 1:
-        raise RunError("evaluate takes features or predictions, not both at once; give two commands")
+        raise RunError(
+            "evaluate takes features or predictions, not both at once; give two commands"
+        )
     bundle = load_bundle(model)
     if bundle.recognizer is None:
         raise ModelError(
@@ -77,14 +81,21 @@ def evaluate(
     known = read_annotations(annotations) if annotations else None
     if kinds == {"predictions"}:
         if tables or split:
-            raise RunError("--table and --split are for features; predictions are compared as they are")
+            raise RunError(
+                "--table and --split are for features; predictions are compared as they are"
+            )
         table = compare(sources, bundle, known)
-        header = [f"model: {storage.redact(storage.normalize(model))} (sha256 {bundle.sha256[:12]})", _version()]
+        header = [
+            f"model: {storage.redact(storage.normalize(model))} (sha256 {bundle.sha256[:12]})",
+            _version(),
+        ]
         files = table.write(out, header)
         return _summary(out, [(table, files)], started, 0, {"runs": len(sources)})
     features = load_features(sources[0], bundle, split)
     check_budget(config.sampler, features.measured.num_frames, bundle.task)
-    too_large = [budget for budget in config.evaluate.budgets if budget > features.measured.num_frames]
+    too_large = [
+        budget for budget in config.evaluate.budgets if budget > features.measured.num_frames
+    ]
     if too_large:
         raise ConfigError(
             f"evaluate.budgets: K = {too_large[0]} is above T = {features.measured.num_frames} of the features; "
@@ -101,7 +112,11 @@ def evaluate(
     for name in wanted:
         table = paper.make(bench, name, out)
         made.append((table, table.write(out, header)))
-    counts = {"videos": len(features.measured), "left_out": features.measured.left_out, "split": features.split or "(all rows)"}
+    counts = {
+        "videos": len(features.measured),
+        "left_out": features.measured.left_out,
+        "split": features.split or "(all rows)",
+    }
     return _summary(out, made, started, trained, counts)
 
 
@@ -139,7 +154,9 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
     left = ", ".join(f"{count} {reason}" for reason, count in videos.left_out.items()) or "none"
     skipped = run["counts"]["skipped"]
     versions = run["versions"]
-    decoders = ", ".join(f"{name} {versions[name]}" for name in ("av", "decord2") if name in versions)
+    decoders = ", ".join(
+        f"{name} {versions[name]}" for name in ("av", "decord2") if name in versions
+    )
     training = f"{len(features.training)} of split 'train'" if features.training else "none"
     low, high = videos.fps
     lines = [
@@ -157,17 +174,29 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
         _version(),
     ]
     if features.unknown_labels:
-        lines.append(f"labels that the bundle lacks, left out: {', '.join(features.unknown_labels)}")
+        lines.append(
+            f"labels that the bundle lacks, left out: {', '.join(features.unknown_labels)}"
+        )
     return lines
 
 
 def _version() -> str:
     versions, revision = provenance.versions(), provenance.git_revision()
-    shown = ", ".join(f"{name} {versions[name]}" for name in ("tsq-ray", "torch", "ray", "timm") if name in versions)
+    shown = ", ".join(
+        f"{name} {versions[name]}"
+        for name in ("tsq-ray", "torch", "ray", "timm")
+        if name in versions
+    )
     return f"version: {shown}" + (f", git {revision[:12]}" if revision else "")
 
 
-def _summary(out: str, made: list[tuple[Table, list[str]]], started: float, trained: int, more: dict[str, Any]) -> dict[str, Any]:
+def _summary(
+    out: str,
+    made: list[tuple[Table, list[str]]],
+    started: float,
+    trained: int,
+    more: dict[str, Any],
+) -> dict[str, Any]:
     return {
         "out": storage.redact(out),
         **more,
@@ -177,7 +206,10 @@ def _summary(out: str, made: list[tuple[Table, list[str]]], started: float, trai
                 "title": table.title,
                 "files": [*files, *table.pictures],
                 "rows": [
-                    {column.title: column.shown(cell) for column, cell in zip(table.columns, row, strict=True)}
+                    {
+                        column.title: column.shown(cell)
+                        for column, cell in zip(table.columns, row, strict=True)
+                    }
                     for row in table.rows
                     if table.name != "figure4"
                 ],

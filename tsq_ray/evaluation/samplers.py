@@ -47,7 +47,9 @@ class Random:
 
     def choose(self, video: int, budget: int) -> np.ndarray:
         """As Sampler."""
-        return baselines.random(self.videos.frame_index[video], budget, self.seed, self.videos.video_ids[video]).slots
+        return baselines.random(
+            self.videos.frame_index[video], budget, self.seed, self.videos.video_ids[video]
+        ).slots
 
 
 class Dense:
@@ -65,8 +67,13 @@ class Ranked:
     """The K source frames with the highest score; ties by slot. What samplers without classes come to."""
 
     def __init__(self, videos: VideoSet, scores: np.ndarray) -> None:
-        assert scores.shape == videos.frame_index.shape, f"scores {scores.shape}, slots {videos.frame_index.shape}"
-        self.orders = [ranked(row, distinct_slots(index)) for row, index in zip(scores, videos.frame_index, strict=True)]
+        assert scores.shape == videos.frame_index.shape, (
+            f"scores {scores.shape}, slots {videos.frame_index.shape}"
+        )
+        self.orders = [
+            ranked(row, distinct_slots(index))
+            for row, index in zip(scores, videos.frame_index, strict=True)
+        ]
 
     def choose(self, video: int, budget: int) -> np.ndarray:
         """As Sampler."""
@@ -91,7 +98,9 @@ class Query:
         """As Sampler."""
         textual = self.textual[video] if self.textual is not None else None
         index = self.videos.frame_index[video]
-        return select_frames(self.visual[video], textual, index, budget, self.lambda_visual, self.mode).slots
+        return select_frames(
+            self.visual[video], textual, index, budget, self.lambda_visual, self.mode
+        ).slots
 
 
 class UntilSure:
@@ -103,7 +112,13 @@ class UntilSure:
     def choose(self, video: int, budget: int) -> np.ndarray:
         """As Sampler; `budget` is the most."""
         order = by_importance(lambda smaller: self.query.choose(video, smaller), budget)
-        return np.sort(order[: frames_until_sure(probabilities(self.query.videos.logits[video][order], self.task), self.margin)])
+        return np.sort(
+            order[
+                : frames_until_sure(
+                    probabilities(self.query.videos.logits[video][order], self.task), self.margin
+                )
+            ]
+        )
 
 
 def probabilities(logits: np.ndarray, task: Task) -> np.ndarray:
@@ -120,7 +135,9 @@ def confidence(logits: np.ndarray, task: Task) -> np.ndarray:
 @torch.inference_mode()
 def frame_head_logits(head: nn.Module, videos: VideoSet) -> np.ndarray:
     """Logits of the light encoder's frame head, float32 [V, T, C]: `confidence` of them is MaxConf-L."""
-    return np.stack([head(torch.from_numpy(video.astype(np.float32))).numpy() for video in videos.visual])
+    return np.stack(
+        [head(torch.from_numpy(video.astype(np.float32))).numpy() for video in videos.visual]
+    )
 
 
 def true_class_probability(videos: VideoSet, task: Task) -> np.ndarray:
@@ -130,7 +147,9 @@ def true_class_probability(videos: VideoSet, task: Task) -> np.ndarray:
     return np.einsum("vtc,vc->vt", found, weights.astype(np.float32))
 
 
-def oracle_scores(videos: VideoSet, task: Task, segments: Sequence[Sequence[Segment]] | None) -> np.ndarray:
+def oracle_scores(
+    videos: VideoSet, task: Task, segments: Sequence[Sequence[Segment]] | None
+) -> np.ndarray:
     """What an oracle restricted to the T candidates ranks by, [V, T].
 
     Frames in a known salient segment come before all others; among them, and where no segments are given, the recogniser's probability of
@@ -141,7 +160,9 @@ def oracle_scores(videos: VideoSet, task: Task, segments: Sequence[Sequence[Segm
         return scores
     inside = np.stack(
         [
-            np.any([(start <= pts) & (pts <= end) for start, end in known], axis=0) if known else np.zeros(len(pts), bool)
+            np.any([(start <= pts) & (pts <= end) for start, end in known], axis=0)
+            if known
+            else np.zeros(len(pts), bool)
             for pts, known in zip(videos.frame_pts_s, segments, strict=True)
         ]
     )

@@ -30,7 +30,9 @@ class Store:
     def key(self, job: Job) -> str:
         """The name of a training."""
         content = {"format": FORMAT, "data": self.data, **job.identity()}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        return hashlib.sha256(
+            json.dumps(content, sort_keys=True, default=str).encode()
+        ).hexdigest()[:20]
 
     def read(self, job: Job) -> Learned | None:
         """A finished training, or None. RunError where its arrays are damaged."""
@@ -40,7 +42,9 @@ class Store:
             return None
         data = storage.read_bytes(f"{place}.safetensors")
         if storage.sha256_of(data) != record["sha256"]:
-            raise RunError(f"{storage.redact(place)}.safetensors: not what was written (sha256 differs); delete {place}.json and run again")
+            raise RunError(
+                f"{storage.redact(place)}.safetensors: not what was written (sha256 differs); delete {place}.json and run again"
+            )
         return Learned(load_arrays(data), record["losses"], record["seconds"], record["diverged"])
 
     def write(self, job: Job, learned: Learned) -> None:
@@ -48,7 +52,19 @@ class Store:
         place = storage.join(self.folder, self.key(job))
         data = save_arrays(learned.arrays)
         storage.write_bytes(f"{place}.safetensors", data)
-        record = {"losses": learned.losses, "seconds": learned.seconds, "diverged": learned.diverged, "sha256": storage.sha256_of(data)}
+        record = {
+            "losses": learned.losses,
+            "seconds": learned.seconds,
+            "diverged": learned.diverged,
+            "sha256": storage.sha256_of(data),
+        }
         runs.write_json(
-            f"{place}.json", {**job.identity(), "data": self.data, **record, "versions": provenance.versions(), "ended": provenance.now()}
+            f"{place}.json",
+            {
+                **job.identity(),
+                "data": self.data,
+                **record,
+                "versions": provenance.versions(),
+                "ended": provenance.now(),
+            },
         )

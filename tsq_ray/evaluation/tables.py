@@ -29,11 +29,15 @@ class Column:
             return "-" if cell is None else str(cell)
         if math.isnan(cell.mean):
             return "-"
-        scale, digits = {"%": (100, 1), "G": (1, 2), "s": (1, 3), "n": (1, 2), "": (1, 3)}[self.unit]
+        scale, digits = {"%": (100, 1), "G": (1, 2), "s": (1, 3), "n": (1, 2), "": (1, 3)}[
+            self.unit
+        ]
         if self.unit == "G" and cell.mean < 1:
             digits = 4
         half = cell.half
-        return f"{cell.mean * scale:.{digits}f}" + (f" ± {half * scale:.{digits}f}" if half is not None else "")
+        return f"{cell.mean * scale:.{digits}f}" + (
+            f" ± {half * scale:.{digits}f}" if half is not None else ""
+        )
 
 
 @dataclass
@@ -53,8 +57,13 @@ class Table:
     def markdown(self, header: Sequence[str]) -> str:
         """The page; `header` says what was measured and how."""
         lines = [[column.title for column in self.columns], ["---"] * len(self.columns)]
-        lines += [[column.shown(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
-        table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        lines += [
+            [column.shown(cell) for column, cell in zip(self.columns, row, strict=True)]
+            for row in self.rows
+        ]
+        table = [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        ]
         pictures = [f"![{self.title}]({name})" for name in self.pictures]
         parts = [f"# {self.title}", "\n".join(f"- {line}" for line in header), "\n".join(table)]
         parts += ["\n".join(f"- {note}" for note in self.notes)] * bool(self.notes) + pictures
@@ -64,17 +73,27 @@ class Table:
         """Raw figures: of each column measured over seeds the mean, half the 95 % interval, and the values with `;` between them."""
         text = io.StringIO()
         writer = csv.writer(text)
-        measured = [any(isinstance(row[i], Figure) for row in self.rows) for i in range(len(self.columns))]
+        measured = [
+            any(isinstance(row[i], Figure) for row in self.rows) for i in range(len(self.columns))
+        ]
         head: list[str] = []
         for column, figures in zip(self.columns, measured, strict=True):
-            head += [column.title, f"{column.title} ±", f"{column.title} values"] if figures else [column.title]
+            head += (
+                [column.title, f"{column.title} ±", f"{column.title} values"]
+                if figures
+                else [column.title]
+            )
         writer.writerow(head)
         for row in self.rows:
             line: list[str] = []
             for cell, figures in zip(row, measured, strict=True):
                 if isinstance(cell, Figure):
                     half = cell.half
-                    line += [repr(cell.mean), "" if half is None else repr(half), ";".join(repr(value) for value in cell.values)]
+                    line += [
+                        repr(cell.mean),
+                        "" if half is None else repr(half),
+                        ";".join(repr(value) for value in cell.values),
+                    ]
                 else:
                     line += ["" if cell is None else str(cell)] + [""] * (2 * figures)
             writer.writerow(line)

@@ -24,7 +24,14 @@ from tsq_ray.training.head import standard_scale
 from tsq_ray.training.sampler.loop import fit
 
 SCSAMPLER_HIDDEN = 256
-_SCSAMPLER = {"epochs": 30, "batch_size": 64, "pairs": 64, "lr": 1e-3, "weight_decay": 1e-4, "margin": 1.0}
+_SCSAMPLER = {
+    "epochs": 30,
+    "batch_size": 64,
+    "pairs": 64,
+    "lr": 1e-3,
+    "weight_decay": 1e-4,
+    "margin": 1.0,
+}
 _CHUNK = 64
 """Videos that a network looks at together."""
 
@@ -40,7 +47,12 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """Everything of the settings that the result hangs on."""
         if self.kind == "scsampler":
-            return {"kind": self.kind, "seed": self.config.seed, "hidden": SCSAMPLER_HIDDEN, **_SCSAMPLER}
+            return {
+                "kind": self.kind,
+                "seed": self.config.seed,
+                "hidden": SCSAMPLER_HIDDEN,
+                **_SCSAMPLER,
+            }
         config = self.config.model_dump(mode="json", exclude={"num_workers", "checkpoint_every"})
         text = self.text.model_dump(mode="json") if self.config.modules == "both" else None
         return {"kind": self.kind, "train": config, "text": text}
@@ -80,18 +92,29 @@ def learn(
     started = time.monotonic()
     try:
         if job.kind == "scsampler":
-            scores = fit_scsampler(training["visual"], training["teacher"], job.config.seed)(measured["visual"])
-            return Learned({"saliency_visual": scores}, seconds=round(time.monotonic() - started, 2))
+            scores = fit_scsampler(training["visual"], training["teacher"], job.config.seed)(
+                measured["visual"]
+            )
+            return Learned(
+                {"saliency_visual": scores}, seconds=round(time.monotonic() - started, 2)
+            )
         assert shape is not None
         vocabulary = torch.from_numpy(np.array(text["vocabulary"])) if text is not None else None
-        first = {name: torch.from_numpy(np.array(value)) if value is not None else None for name, value in start.items()}
-        state, curve = fit(_seen(training, _FIT, shape), vocabulary, first, shape, job.config, threads=1)
+        first = {
+            name: torch.from_numpy(np.array(value)) if value is not None else None
+            for name, value in start.items()
+        }
+        state, curve = fit(
+            _seen(training, _FIT, shape), vocabulary, first, shape, job.config, threads=1
+        )
     except RunFailed as error:
         return Learned(seconds=round(time.monotonic() - started, 2), diverged=str(error))
     network = TSQNet(shape).eval()
     network.load_state_dict(state)
     visual, textual = saliencies(network, measured, vocabulary, job.config.task, top_classes)
-    arrays = {"saliency_visual": visual} | ({"saliency_textual": textual} if textual is not None else {})
+    arrays = {"saliency_visual": visual} | (
+        {"saliency_textual": textual} if textual is not None else {}
+    )
     for module, before in first.items():
         if f"{module}.embeddings" in state:
             arrays |= {f"{module}_after": state[f"{module}.embeddings"].numpy()}
@@ -103,9 +126,14 @@ def learn(
 _FIT = ("visual", "object_ids", "object_probs", "targets")
 
 
-def _seen(arrays: Mapping[str, np.ndarray], names: Sequence[str], shape: TSQShape) -> dict[str, np.ndarray]:
+def _seen(
+    arrays: Mapping[str, np.ndarray], names: Sequence[str], shape: TSQShape
+) -> dict[str, np.ndarray]:
     """Arrays by name, with as many of each frame's objects as the network looks at."""
-    return {name: arrays[name][..., : shape.top_objects] if name.startswith("object_") else arrays[name] for name in names}
+    return {
+        name: arrays[name][..., : shape.top_objects] if name.startswith("object_") else arrays[name]
+        for name in names
+    }
 
 
 def arrays_of(videos: VideoSet) -> dict[str, np.ndarray]:
@@ -115,22 +143,33 @@ def arrays_of(videos: VideoSet) -> dict[str, np.ndarray]:
 
 @torch.inference_mode()
 def saliencies(
-    network: TSQNet, arrays: Mapping[str, np.ndarray], vocabulary: Tensor | None, task: Task, top_classes: int
+    network: TSQNet,
+    arrays: Mapping[str, np.ndarray],
+    vocabulary: Tensor | None,
+    task: Task,
+    top_classes: int,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Saliencies (equation 5) of both modules on "visual", "object_ids", "object_probs": float32 [V, T] each; None without a textual module."""
     network = network.eval()
     network.fold()
     seen, by_visual, by_text = _seen(arrays, _FIT[:3], network.shape), [], []
     for first in range(0, len(arrays["visual"]), _CHUNK):
-        part = {name: torch.from_numpy(np.array(value[first : first + _CHUNK])) for name, value in seen.items()}
+        part = {
+            name: torch.from_numpy(np.array(value[first : first + _CHUNK]))
+            for name, value in seen.items()
+        }
         text = None
         if network.textual is not None:
             assert vocabulary is not None
-            text = object_embeddings(part["object_ids"].long(), part["object_probs"].float(), vocabulary)
+            text = object_embeddings(
+                part["object_ids"].long(), part["object_probs"].float(), vocabulary
+            )
         output = network(part["visual"].float(), text)
         by_visual.append(saliency(output.attention_visual, output.logits_visual, task, top_classes))
         if output.attention_textual is not None and output.logits_textual is not None:
-            by_text.append(saliency(output.attention_textual, output.logits_textual, task, top_classes))
+            by_text.append(
+                saliency(output.attention_textual, output.logits_textual, task, top_classes)
+            )
     return torch.cat(by_visual).numpy(), torch.cat(by_text).numpy() if by_text else None
 
 
@@ -143,7 +182,9 @@ class ScSampler:
     @torch.inference_mode()
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Higher is more salient."""
-        return np.stack([self._score(torch.from_numpy(np.array(video)).float()).numpy() for video in features])
+        return np.stack(
+            [self._score(torch.from_numpy(np.array(video)).float()).numpy() for video in features]
+        )
 
     def _score(self, frames: Tensor) -> Tensor:
         return self.network((frames - self.mean) / self.scale)[..., 0]
@@ -169,19 +210,31 @@ def fit_scsampler(features: np.ndarray, teacher: np.ndarray, seed: int) -> ScSam
     mean, scale = standard_scale(features)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = nn.Sequential(nn.Linear(features.shape[-1], SCSAMPLER_HIDDEN), nn.ReLU(), nn.Linear(SCSAMPLER_HIDDEN, 1))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"])
+        network = nn.Sequential(
+            nn.Linear(features.shape[-1], SCSAMPLER_HIDDEN),
+            nn.ReLU(),
+            nn.Linear(SCSAMPLER_HIDDEN, 1),
+        )
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"]
+    )
     generator = torch.Generator().manual_seed(seed)
     sampler = ScSampler(network, mean, scale)
     num_videos, num_frames = teacher.shape
     wanted = torch.from_numpy(np.array(teacher, np.float32))
     for _ in range(int(settings["epochs"])):
-        for batch in torch.randperm(num_videos, generator=generator).split(int(settings["batch_size"])):
+        for batch in torch.randperm(num_videos, generator=generator).split(
+            int(settings["batch_size"])
+        ):
             scores = sampler._score(torch.from_numpy(features[batch.numpy()]).float())
-            i, j = torch.randint(num_frames, (2, len(batch), int(settings["pairs"])), generator=generator)
+            i, j = torch.randint(
+                num_frames, (2, len(batch), int(settings["pairs"])), generator=generator
+            )
             sign = torch.sign(wanted[batch].gather(1, i) - wanted[batch].gather(1, j))
             gap = scores.gather(1, i) - scores.gather(1, j)
-            loss = (F.relu(settings["margin"] - sign * gap) * sign.abs()).sum() / sign.abs().sum().clamp(min=1)
+            loss = (
+                F.relu(settings["margin"] - sign * gap) * sign.abs()
+            ).sum() / sign.abs().sum().clamp(min=1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -11,4 +11,14 @@ from tsq_ray.labels.formats import (
 )
 from tsq_ray.labels.match import Labels, read_labels
 
-__all__ = ["READERS", "SPLITS", "Classes", "Entry", "LabelFile", "Labels", "read_classes", "read_labels", "recognise"]
+__all__ = [
+    "READERS",
+    "SPLITS",
+    "Classes",
+    "Entry",
+    "LabelFile",
+    "Labels",
+    "read_classes",
+    "read_labels",
+    "recognise",
+]

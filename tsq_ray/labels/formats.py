@@ -103,7 +103,11 @@ class LabelFile:
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """(number, line) of those that are not blank."""
-        return ((number, line.strip()) for number, line in enumerate(_lines_of(self.text), 1) if line.strip())
+        return (
+            (number, line.strip())
+            for number, line in enumerate(_lines_of(self.text), 1)
+            if line.strip()
+        )
 
     def first_line(self) -> str:
         """The first that is not blank; empty where there is none."""
@@ -116,7 +120,11 @@ class LabelFile:
                 f"{self.shown}: its labels are class ids; give their names with --classes FILE, one a line in the order of the ids "
                 "(lists of one data set may differ in that order: take the file that came with the list)"
             )
-        return tuple(dict.fromkeys(self.classes.name_of(number, f"{self.shown} {line}") for number in numbers))
+        return tuple(
+            dict.fromkeys(
+                self.classes.name_of(number, f"{self.shown} {line}") for number in numbers
+            )
+        )
 
 
 def stem_of(name: str) -> str:
@@ -137,12 +145,18 @@ def read_classes(uri: str) -> Classes:
             names, first = [match[2] for match in numbered if match], start
     name, count = Counter(names).most_common(1)[0] if names else ("", 0)
     if count != 1:
-        problem = f"a class name stands twice: {name!r}" if names else "no class name in it; expected one a line"
+        problem = (
+            f"a class name stands twice: {name!r}"
+            if names
+            else "no class name in it; expected one a line"
+        )
         raise ManifestError(f"{storage.redact(uri)}: {problem}")
     return Classes(uri, names, first)
 
 
-def _rows(file: LabelFile, needed: Sequence[str], optional: str) -> Iterator[tuple[str, dict[str, str]]]:
+def _rows(
+    file: LabelFile, needed: Sequence[str], optional: str
+) -> Iterator[tuple[str, dict[str, str]]]:
     """(line, column -> value) of a CSV with a header; blank lines are passed over."""
     # newline="": a line may also end in \r alone
     reader = csv.reader(io.StringIO(file.text, newline=""), strict=True, skipinitialspace=True)
@@ -155,7 +169,9 @@ def _rows(file: LabelFile, needed: Sequence[str], optional: str) -> Iterator[tup
             if not columns:
                 columns = values
                 if not set(needed) <= set(columns):
-                    raise ManifestError(f"{file.shown}: columns are {columns}; expected {','.join(needed)}{optional}")
+                    raise ManifestError(
+                        f"{file.shown}: columns are {columns}; expected {','.join(needed)}{optional}"
+                    )
             elif len(values) != len(columns) or not values[columns.index(needed[0])]:
                 raise ManifestError(
                     f"{file.shown} line {reader.line_num}: got {','.join(cells)[:80]!r}; expected {','.join(columns)} "
@@ -165,13 +181,17 @@ def _rows(file: LabelFile, needed: Sequence[str], optional: str) -> Iterator[tup
                 _check_quotes(f"{file.shown} line {reader.line_num}", cells)
                 yield f"line {reader.line_num}", dict(zip(columns, values, strict=True))
     except csv.Error as error:
-        raise ManifestError(f"{file.shown} line {reader.line_num}: not CSV ({error}); expected {','.join(needed)}{optional}") from None
+        raise ManifestError(
+            f"{file.shown} line {reader.line_num}: not CSV ({error}); expected {','.join(needed)}{optional}"
+        ) from None
 
 
 def _check_quotes(place: str, cells: Sequence[str]) -> None:
     for cell in cells:
         if cell[:1].isspace() and cell.strip().startswith('"'):
-            raise ManifestError(f"{place}: {cell[:80]!r} keeps its quotes; expected them right after a comma, or a comma and blanks")
+            raise ManifestError(
+                f"{place}: {cell[:80]!r} keeps its quotes; expected them right after a comma, or a comma and blanks"
+            )
 
 
 def _columns(first_line: str) -> set[str]:
@@ -181,7 +201,9 @@ def _columns(first_line: str) -> set[str]:
 def _read_csv(file: LabelFile) -> list[Entry]:
     entries = []
     for line, row in _rows(file, ("path", "label"), "[,split]"):
-        labels = tuple(dict.fromkeys(part.strip() for part in row["label"].split("|") if part.strip()))
+        labels = tuple(
+            dict.fromkeys(part.strip() for part in row["label"].split("|") if part.strip())
+        )
         entries.append(Entry(line, row["path"], labels, split_named(row.get("split"))))
     return entries
 
@@ -197,7 +219,9 @@ def _read_kinetics(file: LabelFile) -> list[Entry]:
             ) from None
         video = row["youtube_id"]
         clip = f"{video}_{start:06d}_{end:06d}"
-        labels = (row["label"],) if row.get("label") else ()  # some test sets keep their labels back
+        labels = (
+            (row["label"],) if row.get("label") else ()
+        )  # some test sets keep their labels back
         split = split_named(row.get("split"))
         entries.append(Entry(line, clip, labels, split, keys=(clip, video)))
     return entries
@@ -208,11 +232,15 @@ def _read_activitynet(file: LabelFile) -> list[Entry]:
         database: dict[str, Any] = json.loads(file.text)["database"]
         videos = list(database.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(f"{file.shown}: not ActivityNet JSON: no usable 'database' ({error!r})") from None
+        raise ManifestError(
+            f"{file.shown}: not ActivityNet JSON: no usable 'database' ({error!r})"
+        ) from None
     entries = []
     for key, video in videos:
         try:
-            labels = tuple(dict.fromkeys(str(part["label"]) for part in video.get("annotations", ())))
+            labels = tuple(
+                dict.fromkeys(str(part["label"]) for part in video.get("annotations", ()))
+            )
             subset = None if video.get("subset") is None else str(video["subset"])
         except (KeyError, TypeError, AttributeError):
             raise ManifestError(
@@ -227,17 +255,23 @@ def _read_fcvid(file: LabelFile) -> list[Entry]:
     try:
         rows = _lines_of(storage.read_text(place))
     except StorageError as error:
-        raise ManifestError(f"{file.shown}: a list of FCVID's videos needs {FCVID_MATRIX} beside it: {error}") from None
+        raise ManifestError(
+            f"{file.shown}: a list of FCVID's videos needs {FCVID_MATRIX} beside it: {error}"
+        ) from None
     while rows and not rows[-1].strip():
         rows.pop()
     lines = list(file.lines())
     if len(rows) != len(lines):
-        raise ManifestError(f"{storage.redact(place)}: {len(rows)} lines; expected {len(lines)}, one for each video of {file.shown}")
+        raise ManifestError(
+            f"{storage.redact(place)}: {len(rows)} lines; expected {len(lines)}, one for each video of {file.shown}"
+        )
     entries = []
     for row, (number, line) in enumerate(lines):
         name, _, split = line.replace("\t", " ").rpartition(" ")
         if not name.strip() or split.lower() not in SPLITS:
-            raise ManifestError(f"{file.shown} line {number}: got {line[:80]!r}; expected a path and {' or '.join(sorted(SPLITS))}")
+            raise ManifestError(
+                f"{file.shown} line {number}: got {line[:80]!r}; expected a path and {' or '.join(sorted(SPLITS))}"
+            )
         numbers = _ones(rows[row], f"{storage.redact(place)} line {row + 1}", file.classes)
         labels = file.class_names(numbers, f"line {number}")
         entries.append(Entry(f"line {number}", name.strip(), labels, SPLITS[split.lower()]))
@@ -249,12 +283,16 @@ def _ones(row: str, place: str, classes: Classes | None) -> list[int]:
     cells = re.split(r"[\s,]+", row.strip())
     if not set(cells) <= {"0", "1"} or (classes is not None and len(cells) != len(classes.names)):
         expected = f"{len(classes.names)} values, " if classes else ""
-        raise ManifestError(f"{place}: {len(cells)} values, {row[:40]!r}; expected {expected}each 0 or 1, one for each class")
+        raise ManifestError(
+            f"{place}: {len(cells)} values, {row[:40]!r}; expected {expected}each 0 or 1, one for each class"
+        )
     first = classes.first if classes else 0
     return [number for number, cell in enumerate(cells, first) if cell == "1"]
 
 
-_LIST_LINE = re.compile(r"(?P<path>\S.*?)(?P<gap>\s*,\s*|\s+)(?P<numbers>\d+(?:(?:\s*,\s*|\s+)\d+)*)$")
+_LIST_LINE = re.compile(
+    r"(?P<path>\S.*?)(?P<gap>\s*,\s*|\s+)(?P<numbers>\d+(?:(?:\s*,\s*|\s+)\d+)*)$"
+)
 """A path, which may hold blanks, and the numbers after it."""
 
 
@@ -270,9 +308,19 @@ def _read_list(file: LabelFile, frames: bool) -> list[Entry]:
         match = _LIST_LINE.match(line)
         numbers = _numbers(match["numbers"])[int(frames) :] if match else []
         if match is None or not numbers:
-            expected = "name num_frames class_id [class_id ...]" if frames else "path class_id [class_id ...]"
-            raise ManifestError(f"{file.shown} line {number}: got {line[:80]!r}; expected {expected}")
-        entries.append(Entry(f"line {number}", match["path"], file.class_names(numbers, f"line {number}"), split))
+            expected = (
+                "name num_frames class_id [class_id ...]"
+                if frames
+                else "path class_id [class_id ...]"
+            )
+            raise ManifestError(
+                f"{file.shown} line {number}: got {line[:80]!r}; expected {expected}"
+            )
+        entries.append(
+            Entry(
+                f"line {number}", match["path"], file.class_names(numbers, f"line {number}"), split
+            )
+        )
     return entries
 
 
@@ -310,12 +358,33 @@ class Reader:
 
 
 READERS: dict[str, Reader] = {
-    "activitynet": Reader("JSON with a 'database'", lambda line: line.startswith("{"), _read_activitynet),
-    "kinetics": Reader("CSV with youtube_id,time_start,time_end", lambda line: "youtube_id" in _columns(line), _read_kinetics),
-    "csv": Reader("path,label[,split]", lambda line: {"path", "label"} <= _columns(line), _read_csv, anywhere=False),
-    "fcvid": Reader(f"lines of a path and train or test, {FCVID_MATRIX} beside it", _is_fcvid, _read_fcvid),
-    "video-list": Reader("lines path class_id ...", lambda line: _is_list(line, False), lambda file: _read_list(file, False)),
-    "frame-list": Reader("lines name num_frames class_id ...", lambda line: _is_list(line, True), lambda file: _read_list(file, True)),
+    "activitynet": Reader(
+        "JSON with a 'database'", lambda line: line.startswith("{"), _read_activitynet
+    ),
+    "kinetics": Reader(
+        "CSV with youtube_id,time_start,time_end",
+        lambda line: "youtube_id" in _columns(line),
+        _read_kinetics,
+    ),
+    "csv": Reader(
+        "path,label[,split]",
+        lambda line: {"path", "label"} <= _columns(line),
+        _read_csv,
+        anywhere=False,
+    ),
+    "fcvid": Reader(
+        f"lines of a path and train or test, {FCVID_MATRIX} beside it", _is_fcvid, _read_fcvid
+    ),
+    "video-list": Reader(
+        "lines path class_id ...",
+        lambda line: _is_list(line, False),
+        lambda file: _read_list(file, False),
+    ),
+    "frame-list": Reader(
+        "lines name num_frames class_id ...",
+        lambda line: _is_list(line, True),
+        lambda file: _read_list(file, True),
+    ),
 }
 """The known formats, in the order in which they are tried."""
 

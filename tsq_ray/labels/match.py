@@ -37,7 +37,12 @@ class Labels:
     origin: str = "none"
 
 
-def read_labels(labels: Sequence[str], files: Sequence[Source], classes: Classes | None = None, layout: str | None = None) -> Labels:
+def read_labels(
+    labels: Sequence[str],
+    files: Sequence[Source],
+    classes: Classes | None = None,
+    layout: str | None = None,
+) -> Labels:
     """The labels of `files` from label files; from class folders where none is given and every video lies in one.
 
     `labels`: label files, or one of "folders" and "none". `layout`: the name of their format; None: by each file's content.
@@ -45,9 +50,13 @@ def read_labels(labels: Sequence[str], files: Sequence[Source], classes: Classes
     """
     words = [word for word in ("none", "folders") if word in labels]
     if layout is not None and (words or not labels):
-        raise ManifestError(f"--labels-format {layout}: there is no label file to read; name one with --labels FILE")
+        raise ManifestError(
+            f"--labels-format {layout}: there is no label file to read; name one with --labels FILE"
+        )
     if words and len(labels) > 1:
-        raise ManifestError(f"--labels {words[0]}: cannot be combined with other labels, got {', '.join(map(storage.redact, labels))}")
+        raise ManifestError(
+            f"--labels {words[0]}: cannot be combined with other labels, got {', '.join(map(storage.redact, labels))}"
+        )
     if words == ["none"]:
         return Labels(origin="none (--labels none)")
     if words or not labels:
@@ -57,7 +66,9 @@ def read_labels(labels: Sequence[str], files: Sequence[Source], classes: Classes
         file = LabelFile(storage.normalize(uri), storage.read_text(storage.normalize(uri)), classes)
         name = layout or recognise(file)
         if name not in READERS:
-            raise ManifestError(f"--labels-format {name}: no such format; there is: {', '.join(READERS)}")
+            raise ManifestError(
+                f"--labels-format {name}: no such format; there is: {', '.join(READERS)}"
+            )
         _join(file, READERS[name], videos, found, places)
         origins.append(f"{storage.redact(uri)} ({name})")
     found.origin = ", ".join(origins)
@@ -65,7 +76,10 @@ def read_labels(labels: Sequence[str], files: Sequence[Source], classes: Classes
 
 
 def _from_folders(files: Sequence[Source], asked_for: bool) -> Labels:
-    found, folders = Labels(origin="class folders"), dict[Named, Named]()  # one object for all videos of a folder
+    found, folders = (
+        Labels(origin="class folders"),
+        dict[Named, Named](),
+    )  # one object for all videos of a folder
     for source, uri in files:
         parts = uri[len(source) :].strip("/").split("/") if uri.startswith(source) else []
         if len(parts) == 2:
@@ -121,7 +135,9 @@ class _Videos:
             if not uri.isascii():
                 self._composed.setdefault(composed(uri), []).append(uri)
         self._by_name = _Names(
-            (key, uri) for uri in ordered for key in dict.fromkeys((storage.name_of(uri), stem_of(storage.name_of(uri))))
+            (key, uri)
+            for uri in ordered
+            for key in dict.fromkeys((storage.name_of(uri), stem_of(storage.name_of(uri))))
         )
         self._real_path = lru_cache(maxsize=4096)(os.path.realpath)
         self._by_id = _Names((_id_of(storage.name_of(uri)), uri) for uri in ordered)
@@ -132,7 +148,9 @@ class _Videos:
     @cached_property
     def _by_real_folder(self) -> _Names:
         """Local videos listed through links, by their folders' real paths."""
-        real = ((self._in_real_folder(uri), uri) for uri in sorted(self.uris) if storage.is_local(uri))
+        real = (
+            (self._in_real_folder(uri), uri) for uri in sorted(self.uris) if storage.is_local(uri)
+        )
         return _Names((path, uri) for path, uri in real if path != uri)
 
     def _in_real_folder(self, path: str) -> str:
@@ -178,7 +196,9 @@ class _Videos:
         return []
 
 
-def _join(file: LabelFile, reader: Reader, videos: _Videos, found: Labels, places: dict[str, str]) -> None:
+def _join(
+    file: LabelFile, reader: Reader, videos: _Videos, found: Labels, places: dict[str, str]
+) -> None:
     """Put the entries of one file under the URIs of their videos. `places`: which line labelled a video."""
     entries = reader.read(file)
     find = videos.like if reader.anywhere else videos.at
@@ -189,12 +209,16 @@ def _join(file: LabelFile, reader: Reader, videos: _Videos, found: Labels, place
         if not uris:
             missing.append(entry.name)
         elif len(uris) > 1 and not entry.keys:
-            raise ManifestError(f"{place}: {entry.name} is {len(uris)} of the videos found, {uris[0]} and {uris[1]}; name its folder too")
+            raise ManifestError(
+                f"{place}: {entry.name} is {len(uris)} of the videos found, {uris[0]} and {uris[1]}; name its folder too"
+            )
         for uri in uris:
             now = (tuple(dict.fromkeys(map(composed, entry.labels))), entry.split)
             before = found.by_uri.setdefault(uri, now)
             if (set(before[0]), before[1]) != (set(now[0]), now[1]):
-                raise ManifestError(f"{place}: {entry.name} has other labels or another split than in {places[uri]}; keep one of the two")
+                raise ManifestError(
+                    f"{place}: {entry.name} has other labels or another split than in {places[uri]}; keep one of the two"
+                )
             places.setdefault(uri, place)
     if len(missing) == len(entries):
         raise ManifestError(

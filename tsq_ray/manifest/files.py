@@ -46,16 +46,26 @@ def find_old(out: str, update: bool) -> Manifest | None:
     place, shown = storage.normalize(out), storage.redact(out)
     if storage.is_folder(place):
         if _read_listing(place) is None:
-            foreign = (file.uri for file in storage.walk(place) if not _SHARD.fullmatch(storage.name_of(file.uri)))
+            foreign = (
+                file.uri
+                for file in storage.walk(place)
+                if not _SHARD.fullmatch(storage.name_of(file.uri))
+            )
             if uri := next(foreign, None):
-                raise ManifestError(f"--out {shown}: a folder with other files ({storage.redact(uri)}); name a new file or folder")
+                raise ManifestError(
+                    f"--out {shown}: a folder with other files ({storage.redact(uri)}); name a new file or folder"
+                )
             return None
     elif not storage.exists(place):
         return None
     elif out.endswith("/"):
-        raise ManifestError(f"--out {shown}: is a file; leave out the last /, or name another folder")
+        raise ManifestError(
+            f"--out {shown}: is a file; leave out the last /, or name another folder"
+        )
     if not update:
-        raise ManifestError(f"--out {shown}: exists already; add --update to list again, or name another file")
+        raise ManifestError(
+            f"--out {shown}: exists already; add --update to list again, or name another file"
+        )
     return read_manifest(place)
 
 
@@ -78,7 +88,9 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
     return {"id": manifest.id, "sources": [storage.redact(source) for source in manifest.sources]}
 
 
-def _write_table(table: pa.Table, manifest: Manifest, file: BinaryIO | pa.NativeFile, extra: dict[str, Any]) -> None:
+def _write_table(
+    table: pa.Table, manifest: Manifest, file: BinaryIO | pa.NativeFile, extra: dict[str, Any]
+) -> None:
     arrow = schema.manifest_schema(manifest.classes)
     identity = json.dumps(_identity(manifest) | extra).encode()
     arrow = arrow.with_metadata({**(arrow.metadata or {}), schema.MANIFEST_KEY: identity})
@@ -90,15 +102,24 @@ def _write_folder(manifest: Manifest, folder: str) -> None:
     shards = []
     for number, start in enumerate(range(0, max(len(manifest.rows), 1), SHARD_ROWS)):
         sink = pa.BufferOutputStream()
-        _write_table(manifest.rows.table.slice(start, SHARD_ROWS), manifest, sink, {"shard": number})
+        _write_table(
+            manifest.rows.table.slice(start, SHARD_ROWS), manifest, sink, {"shard": number}
+        )
         data = sink.getvalue().to_pybytes()
         digest = storage.sha256_of(data)
         name = f"part-{number:05d}-{digest[:12]}.parquet"
         if name not in present:
             storage.write_bytes(storage.join(folder, name), data)
         shards.append({"name": name, "bytes": len(data), "sha256": digest})
-    listing = {"format": FORMAT, "rows": len(manifest.rows), **_identity(manifest), "shards": shards}
-    storage.write_bytes(storage.join(folder, MANIFEST_FILE), (json.dumps(listing, indent=1) + "\n").encode())
+    listing = {
+        "format": FORMAT,
+        "rows": len(manifest.rows),
+        **_identity(manifest),
+        "shards": shards,
+    }
+    storage.write_bytes(
+        storage.join(folder, MANIFEST_FILE), (json.dumps(listing, indent=1) + "\n").encode()
+    )
     for name in present - {shard["name"] for shard in shards}:
         if _SHARD.fullmatch(name):
             storage.remove(storage.join(folder, name))
@@ -129,7 +150,9 @@ def read_manifest(uri: str) -> Manifest:
     except StorageError as error:
         if error.error_type != "not_found":
             raise
-        raise ManifestError(f"{shown}: no such file; make one with tsq index SOURCE --out {storage.redact(uri)}") from None
+        raise ManifestError(
+            f"{shown}: no such file; make one with tsq index SOURCE --out {storage.redact(uri)}"
+        ) from None
     if not shard.identity:
         raise ManifestError(f"{shown}: lacks the manifest's metadata; make one with tsq index")
     return _combined([shard], shard.identity, shard.sha256, uri, shown)
@@ -149,7 +172,9 @@ def _read_folder(uri: str, shown: str) -> Manifest:
             listing = newer or {}  # an update took the old shards away
         else:
             return _combined(shards, listing, _hash_of_hashes(shards), uri, shown)
-    raise ManifestError(f"{shown}: changes while it is read; wait for tsq index --update to end, then run again")
+    raise ManifestError(
+        f"{shown}: changes while it is read; wait for tsq index --update to end, then run again"
+    )
 
 
 def _read_listing(folder: str) -> dict[str, Any] | None:
@@ -162,16 +187,22 @@ def _read_listing(folder: str) -> dict[str, Any] | None:
             return None
         raise
     except ValueError:
-        raise ManifestError(f"{storage.redact(place)}: not JSON; the file is damaged, make the manifest again with tsq index") from None
+        raise ManifestError(
+            f"{storage.redact(place)}: not JSON; the file is damaged, make the manifest again with tsq index"
+        ) from None
     if listing.get("format") != FORMAT:
-        raise ManifestError(f"{storage.redact(place)}: format {listing.get('format')!r}; this version reads {FORMAT}")
+        raise ManifestError(
+            f"{storage.redact(place)}: format {listing.get('format')!r}; this version reads {FORMAT}"
+        )
     return listing
 
 
 def _read_listed(folder: str, listed: dict[str, Any], shown: str) -> _Shard:
     shard = _read_shard(storage.join(folder, listed["name"]), f"{shown}: {listed['name']}")
     if shard.sha256 != listed["sha256"]:
-        raise ManifestError(f"{shown}: {shard.name} is not the shard that {MANIFEST_FILE} lists; make it again with tsq index --update")
+        raise ManifestError(
+            f"{shown}: {shard.name} is not the shard that {MANIFEST_FILE} lists; make it again with tsq index --update"
+        )
     return shard
 
 
@@ -179,14 +210,22 @@ def _read_plain_folder(uri: str, shown: str) -> Manifest:
     names = [storage.name_of(file.uri) for file in storage.list_folder(uri)]
     names = [name for name in names if name.endswith(".parquet") and name[0] not in "._"]
     if not names:
-        raise ManifestError(f"{shown}: is a folder without *.parquet; name the file or the folder that tsq index wrote")
+        raise ManifestError(
+            f"{shown}: is a folder without *.parquet; name the file or the folder that tsq index wrote"
+        )
     shards = []
     for name in names:
         shard = _read_shard(storage.join(uri, name), f"{shown}: {name}")
         if "shard" in shard.identity:
-            raise ManifestError(f"{shown}: not finished, it has no {MANIFEST_FILE} yet; give the command of tsq index again")
-        for strange in shard.table["video_id"].filter(pc.invert(pc.match_substring_regex(shard.table["video_id"], _VIDEO_ID))):
-            raise ManifestError(f"{shown}: {name}: video_id {strange.as_py()!r}; expected 16 hex digits (docs/data-format.md says of what)")
+            raise ManifestError(
+                f"{shown}: not finished, it has no {MANIFEST_FILE} yet; give the command of tsq index again"
+            )
+        for strange in shard.table["video_id"].filter(
+            pc.invert(pc.match_substring_regex(shard.table["video_id"], _VIDEO_ID))
+        ):
+            raise ManifestError(
+                f"{shown}: {name}: video_id {strange.as_py()!r}; expected 16 hex digits (docs/data-format.md says of what)"
+            )
         shards.append(shard)
     # of another program, whose one source is the folder itself
     identity = {"id": storage.sha256_of(uri.encode())[:16], "sources": [uri]}
@@ -197,7 +236,9 @@ def _hash_of_hashes(shards: Sequence[_Shard]) -> str:
     return storage.sha256_of("\n".join(shard.sha256 for shard in shards).encode())
 
 
-def _combined(shards: Sequence[_Shard], identity: dict[str, Any], sha256: str, uri: str, shown: str) -> Manifest:
+def _combined(
+    shards: Sequence[_Shard], identity: dict[str, Any], sha256: str, uri: str, shown: str
+) -> Manifest:
     classes = shards[0].classes
     for shard in shards:
         if shard.classes != classes:
@@ -209,8 +250,13 @@ def _combined(shards: Sequence[_Shard], identity: dict[str, Any], sha256: str, u
     if found := rows.duplicate():
         twice, numbers = found
         names = _names_at(shards, numbers)
-        first, second = (f"{storage.redact(rows[number].uri)} in {name}" for number, name in zip(numbers, names, strict=True))
-        raise ManifestError(f"{shown}: {first} and {second} have the same video_id {twice}; leave one of the two out")
+        first, second = (
+            f"{storage.redact(rows[number].uri)} in {name}"
+            for number, name in zip(numbers, names, strict=True)
+        )
+        raise ManifestError(
+            f"{shown}: {first} and {second} have the same video_id {twice}; leave one of the two out"
+        )
     return Manifest(rows, classes, identity["id"], tuple(identity["sources"]), sha256, uri)
 
 
@@ -222,7 +268,10 @@ def _names_at(shards: Sequence[_Shard], numbers: Sequence[int]) -> list[str]:
 
 def _read_shard(uri: str, what: str) -> _Shard:
     """One Parquet file, its bytes hashed in the same pass over the network."""
-    with tempfile.TemporaryDirectory() as folder, storage.open_read(storage.download(uri, folder)) as file:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        storage.open_read(storage.download(uri, folder)) as file,
+    ):
         digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
         file.seek(0)
         try:
@@ -245,11 +294,16 @@ def _read_columns(file: BinaryIO) -> pa.Table:
     # both off: one of Arrow's threads may drop the file as the interpreter ends, which aborts the process
     with pq.ParquetFile(file, pre_buffer=False) as parquet:
         arrow = parquet.schema_arrow
-        if "status" in arrow.names:  # features or predictions, which have all of a manifest's columns
+        if (
+            "status" in arrow.names
+        ):  # features or predictions, which have all of a manifest's columns
             return arrow.empty_table()
         found = [name for name in names if name in arrow.names]
         groups = range(parquet.num_row_groups)
-        tables = [parquet.read_row_group(group, found, use_threads=False).combine_chunks() for group in groups]
+        tables = [
+            parquet.read_row_group(group, found, use_threads=False).combine_chunks()
+            for group in groups
+        ]
         empty = arrow.empty_table().select(found)
         return pa.concat_tables([empty, *tables]).replace_schema_metadata(arrow.metadata)
 
@@ -257,7 +311,9 @@ def _read_columns(file: BinaryIO) -> pa.Table:
 def _conform(table: pa.Table, classes: Sequence[str], what: str) -> pa.Table:
     """Exactly the manifest's schema; what may be null may be missing. ManifestError where it does not fit."""
     if "status" in table.column_names:
-        raise ManifestError(f"{what}: holds features or predictions; name the manifest that they were made from")
+        raise ManifestError(
+            f"{what}: holds features or predictions; name the manifest that they were made from"
+        )
     required = [column.name for column in schema.MANIFEST if not column.nullable]
     missing = [name for name in required if name not in table.column_names]
     if missing:
@@ -266,12 +322,18 @@ def _conform(table: pa.Table, classes: Sequence[str], what: str) -> pa.Table:
     for field in schema.manifest_schema(None):
         try:
             there = field.name in table.column_names
-            column = table[field.name].cast(field.type) if there else pa.nulls(len(table), field.type)
+            column = (
+                table[field.name].cast(field.type) if there else pa.nulls(len(table), field.type)
+            )
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             have = table.schema.field(field.name).type
-            raise ManifestError(f"{what}: {field.name} is {have}, which does not go into {field.type}") from None
+            raise ManifestError(
+                f"{what}: {field.name} is {have}, which does not go into {field.type}"
+            ) from None
         if column.null_count and field.name in required:
-            raise ManifestError(f"{what}: {field.name} is null in {column.null_count} rows; every video needs one")
+            raise ManifestError(
+                f"{what}: {field.name} is null in {column.null_count} rows; every video needs one"
+            )
         columns[field.name] = column
     numbers = pc.min_max(pc.list_flatten(columns["labels"])).as_py()
     if numbers["max"] is not None and not (numbers["min"] >= 0 and numbers["max"] < len(classes)):

@@ -57,7 +57,9 @@ def video_id(uri: str) -> str:
     return hashlib.sha256(place).hexdigest()[:16]
 
 
-def list_sources(sources: Sequence[str], summary: IndexSummary) -> Iterator[tuple[str, storage.StoredFile]]:
+def list_sources(
+    sources: Sequence[str], summary: IndexSummary
+) -> Iterator[tuple[str, storage.StoredFile]]:
     """(source, file) of every video below the sources, each once; the rest is counted in `summary`.
 
     ManifestError where a source matches nothing; StorageError where it cannot be listed.
@@ -100,7 +102,9 @@ def _one(source: str) -> Iterator[storage.StoredFile]:
         yield storage.stat(source)
     except StorageError as error:
         if isinstance(error.__cause__, FileNotFoundError) and error.error_type == "not_found":
-            raise ManifestError(f"{storage.redact(source)}: no such file, folder, bucket or prefix; check the name") from None
+            raise ManifestError(
+                f"{storage.redact(source)}: no such file, folder, bucket or prefix; check the name"
+            ) from None
         raise
 
 
@@ -128,17 +132,23 @@ def build_manifest(
         raise ManifestError("no source given; name a folder, an s3:// prefix or video files")
     for source in sources:
         if not storage.is_utf8(source):
-            raise ManifestError(f"{storage.redact(source)}: the name is not UTF-8, as a manifest needs it; rename it")
+            raise ManifestError(
+                f"{storage.redact(source)}: the name is not UTF-8, as a manifest needs it; rename it"
+            )
     summary = IndexSummary()
     files = _Listed.of(list_sources(sources, summary))
     _check_ids(files.rows)
     fixed = read_classes(classes_file) if classes_file is not None else None
-    found = read_labels([labels] if isinstance(labels, str) else labels, files, fixed, labels_format)
+    found = read_labels(
+        [labels] if isinstance(labels, str) else labels, files, fixed, labels_format
+    )
     summary.labels_from, summary.missing = found.origin, found.missing
     rows, classes = _join(files.rows, found, fixed, split_name, summary)
     summary.videos, summary.classes = len(rows), len(classes)
     counted = pc.value_counts(rows.table["split"])
-    summary.splits = {record["values"] or "(none)": record["counts"] for record in counted.to_pylist()}
+    summary.splits = {
+        record["values"] or "(none)": record["counts"] for record in counted.to_pylist()
+    }
     _compare(rows, old, summary)
     identity = hashlib.sha256("\n".join(sorted(sources)).encode()).hexdigest()[:16]
     return Manifest(rows, classes, identity, tuple(sources)), summary
@@ -149,7 +159,9 @@ def _check_ids(rows: VideoRows) -> None:
     if found := rows.duplicate():
         twice, numbers = found
         first, second = (storage.redact(rows[number].uri) for number in numbers)
-        raise ManifestError(f"{first} and {second} have the same video_id {twice}; rename one of the two")
+        raise ManifestError(
+            f"{first} and {second} have the same video_id {twice}; rename one of the two"
+        )
 
 
 class _Listed(Sequence[tuple[str, str]]):
@@ -167,9 +179,15 @@ class _Listed(Sequence[tuple[str, str]]):
         def refs() -> Iterator[VideoRef]:
             pages = iter(found)
             while page := list(islice(pages, _CHUNK)):
-                numbers.append(np.array([sources.setdefault(source, len(sources)) for source, _ in page], np.int32))
+                numbers.append(
+                    np.array(
+                        [sources.setdefault(source, len(sources)) for source, _ in page], np.int32
+                    )
+                )
                 for _, file in page:
-                    yield VideoRef(video_id(file.uri), file.uri, file.size_bytes, file.etag, file.modified)
+                    yield VideoRef(
+                        video_id(file.uri), file.uri, file.size_bytes, file.etag, file.modified
+                    )
 
         rows = VideoRows.of(refs())
         return cls(list(sources), np.concatenate([*numbers, np.zeros(0, np.int32)]), rows)
@@ -180,21 +198,34 @@ class _Listed(Sequence[tuple[str, str]]):
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for start in range(0, len(self), _CHUNK):
             uris = self.rows.table["uri"].slice(start, _CHUNK).to_pylist()
-            yield from ((self.sources[number], uri) for number, uri in zip(self.source_of[start : start + _CHUNK], uris, strict=True))
+            yield from (
+                (self.sources[number], uri)
+                for number, uri in zip(self.source_of[start : start + _CHUNK], uris, strict=True)
+            )
 
     def __getitem__(self, key: Any) -> Any:
-        return list(self)[key] if isinstance(key, slice) else (self.sources[self.source_of[key]], self.rows[key].uri)
+        return (
+            list(self)[key]
+            if isinstance(key, slice)
+            else (self.sources[self.source_of[key]], self.rows[key].uri)
+        )
 
 
 def _join(
-    rows: VideoRows, labels: Labels, fixed: Classes | None, split_name: str | None, summary: IndexSummary
+    rows: VideoRows,
+    labels: Labels,
+    fixed: Classes | None,
+    split_name: str | None,
+    summary: IndexSummary,
 ) -> tuple[VideoRows, list[str]]:
     found = sorted({name for names, _ in labels.by_uri.values() for name in names})
     classes = fixed.names if fixed else found
     index = {name: number for number, name in enumerate(classes)}
     unknown = [name for name in found if name not in index]
     if fixed and unknown:
-        raise ManifestError(f"{storage.redact(fixed.uri)}: lacks {len(unknown)} classes of the labels, first {unknown[0]!r}; add them")
+        raise ManifestError(
+            f"{storage.redact(fixed.uri)}: lacks {len(unknown)} classes of the labels, first {unknown[0]!r}; add them"
+        )
     table = rows.table
     columns: dict[str, list[pa.Array]] = {"labels": [], "split": []}
     for start in range(0, len(rows), _CHUNK):
@@ -208,7 +239,9 @@ def _join(
             chunks.append(pa.array(values[name], table.schema.field(name).type))
     for name, chunks in columns.items():
         field = table.schema.field(name)
-        table = table.set_column(table.schema.get_field_index(name), field, pa.chunked_array(chunks, field.type))
+        table = table.set_column(
+            table.schema.get_field_index(name), field, pa.chunked_array(chunks, field.type)
+        )
     summary.unlabelled = table["labels"].null_count
     summary.labelled = len(rows) - summary.unlabelled
     return VideoRows(table), classes

@@ -129,7 +129,10 @@ class VideoRows(Sequence[VideoRef]):
 
     def columns_at(self, places: np.ndarray, names: Sequence[str]) -> pa.Table:
         """These columns of the rows at these places, in this order. Arrow's own `take` would first make one piece of a table that is many."""
-        taken = [self._take(places[start : start + _AT_A_TIME], names) for start in range(0, len(places), _AT_A_TIME)]
+        taken = [
+            self._take(places[start : start + _AT_A_TIME], names)
+            for start in range(0, len(places), _AT_A_TIME)
+        ]
         return pa.concat_tables([self.table.select(names).schema.empty_table(), *taken])
 
     def _take(self, places: np.ndarray, names: Sequence[str]) -> pa.Table:
@@ -150,7 +153,10 @@ class VideoRows(Sequence[VideoRef]):
         batches, bounds = self._pieces
 
         def kept() -> Iterator[pa.RecordBatch]:
-            return (batch.filter(pa.array(mask[start : start + len(batch)])) for batch, start in zip(batches, bounds, strict=False))
+            return (
+                batch.filter(pa.array(mask[start : start + len(batch)]))
+                for batch, start in zip(batches, bounds, strict=False)
+            )
 
         if mask.sum() > MAPPED_ROWS:
             with contextlib.suppress(OSError):  # no room on the disk: then they stay in memory
@@ -185,9 +191,11 @@ def keys_of(ids: pa.ChunkedArray) -> np.ndarray:
 def _keys(ids: pa.Array) -> np.ndarray:
     if pc.all(pc.equal(pc.binary_length(ids), _ID_BYTES), min_count=0).as_py():
         wide = ids.cast(pa.binary()).cast(pa.binary(_ID_BYTES))
-        digits = _DIGIT_OF[np.frombuffer(wide.buffers()[1], np.uint8, _ID_BYTES * len(wide), wide.offset * _ID_BYTES)].reshape(
-            -1, _ID_BYTES
-        )
+        digits = _DIGIT_OF[
+            np.frombuffer(
+                wide.buffers()[1], np.uint8, _ID_BYTES * len(wide), wide.offset * _ID_BYTES
+            )
+        ].reshape(-1, _ID_BYTES)
         if (digits < 16).all():
             return (digits[:, 0::2] << 4 | digits[:, 1::2]).view(">u8").ravel().astype(np.uint64)
     return np.array([_key(video_id) for video_id in ids.to_pylist()], np.uint64)
@@ -226,7 +234,9 @@ def same_contents(rows: pa.Table, was: pa.Table) -> np.ndarray:
     """bool: whether two tables name the same version of a file, row by row: size and etag, and the time where storage gives no etag."""
     etag = rows["etag"]
     same = pc.and_(pc.equal(rows["size_bytes"], was["size_bytes"]), _equal(etag, was["etag"]))
-    return pc.and_(same, pc.or_(pc.is_valid(etag), _equal(rows["modified"], was["modified"]))).to_numpy()
+    return pc.and_(
+        same, pc.or_(pc.is_valid(etag), _equal(rows["modified"], was["modified"]))
+    ).to_numpy()
 
 
 def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -238,7 +248,9 @@ def same_as_before(rows: VideoRows, old: VideoRows, before: np.ndarray) -> np.nd
     same = np.zeros(len(rows), bool)
     for start in range(0, len(rows), _AT_A_TIME):
         known = start + np.flatnonzero(before[start : start + _AT_A_TIME] >= 0)
-        same[known] = same_contents(rows.columns_at(known, CONTENT), old.columns_at(before[known], CONTENT))
+        same[known] = same_contents(
+            rows.columns_at(known, CONTENT), old.columns_at(before[known], CONTENT)
+        )
     return same
 
 
@@ -255,5 +267,7 @@ def choose_split(manifest: Manifest, split: str | None) -> VideoRows:
 
 def describe_splits(splits: pa.ChunkedArray) -> str:
     """ "there is: train (320), val (100)", for error messages."""
-    counts = sorted((row["values"] or "(none)", row["counts"]) for row in pc.value_counts(splits).to_pylist())
+    counts = sorted(
+        (row["values"] or "(none)", row["counts"]) for row in pc.value_counts(splits).to_pylist()
+    )
     return "there is: " + ", ".join(f"{name} ({count})" for name, count in counts)

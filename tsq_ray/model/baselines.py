@@ -23,7 +23,11 @@ def uniform(frame_index: np.ndarray, budget: int) -> Selection:
     used: set[int] = set()
     for i in range(count):
         start = (2 * i + 1) * length // (2 * count)
-        slot = next(s % length for s in range(start, start + length) if int(frame_index[s % length]) not in used)
+        slot = next(
+            s % length
+            for s in range(start, start + length)
+            if int(frame_index[s % length]) not in used
+        )
         used.add(int(frame_index[slot]))
         chosen[slot] = "uniform"
     return in_time_order(chosen)
@@ -41,7 +45,10 @@ def random(frame_index: np.ndarray, budget: int, seed: int, video_id: str) -> Se
 
 
 def maxconf(
-    probabilities: np.ndarray, frame_index: np.ndarray, budget: int, name: Literal["maxconf", "maxconf-l"] = "maxconf"
+    probabilities: np.ndarray,
+    frame_index: np.ndarray,
+    budget: int,
+    name: Literal["maxconf", "maxconf-l"] = "maxconf",
 ) -> Selection:
     """The K source frames whose best class is the surest; ties by slot.
 

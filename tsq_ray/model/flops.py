@@ -101,7 +101,11 @@ def count_ops(model: nn.Module, *inputs: Tensor | None) -> OpCount:
         nonlocal norms
         norms += 2 * output.numel()
 
-    hooks = [module.register_forward_hook(add) for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    hooks = [
+        module.register_forward_hook(add)
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(*inputs)
@@ -117,7 +121,9 @@ def count_network(network: NetworkLike) -> OpCount:
     Raises:
         ModelError: timm has no model of that name, or refuses the arguments or the size.
     """
-    return _count_timm(network.model, network.size, json.dumps(dict(network.model_args), sort_keys=True))
+    return _count_timm(
+        network.model, network.size, json.dumps(dict(network.model_args), sort_keys=True)
+    )
 
 
 def network_multiply_adds(network: NetworkLike, counting: Counting = "field") -> float:
@@ -193,13 +199,21 @@ def _count_timm(name: str, size: int, model_args: str) -> OpCount:
     arguments = json.loads(model_args)
     try:
         with torch.device("meta"):
-            model: Any = timm.create_model(name, pretrained=False, **{**arguments, "num_classes": 0})
-            if model.pretrained_cfg.get("fixed_input_size"):  # Swin, ViT: the size is part of the architecture
-                model = timm.create_model(name, pretrained=False, **{**arguments, "num_classes": 0, "img_size": size})
+            model: Any = timm.create_model(
+                name, pretrained=False, **{**arguments, "num_classes": 0}
+            )
+            if model.pretrained_cfg.get(
+                "fixed_input_size"
+            ):  # Swin, ViT: the size is part of the architecture
+                model = timm.create_model(
+                    name, pretrained=False, **{**arguments, "num_classes": 0, "img_size": size}
+                )
         return count_ops(model.eval(), torch.empty(1, 3, size, size, device="meta"))
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"cannot build {name!r} at size {size} with {arguments} in timm: {reason}; see timm.list_models()") from error
+        raise ModelError(
+            f"cannot build {name!r} at size {size} with {arguments} in timm: {reason}; see timm.list_models()"
+        ) from error
 
 
 @functools.cache
@@ -208,5 +222,9 @@ def _count_tsq(shape: TSQShape, num_frames: int, folded: bool) -> int:
         net = TSQNet(shape).eval()
     if folded:
         net.fold()
-    text = torch.empty(1, num_frames, shape.text_dim, device="meta") if shape.modules == "both" else None
+    text = (
+        torch.empty(1, num_frames, shape.text_dim, device="meta")
+        if shape.modules == "both"
+        else None
+    )
     return count_ops(net, torch.empty(1, num_frames, shape.visual_dim, device="meta"), text).total

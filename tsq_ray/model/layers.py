@@ -53,7 +53,10 @@ class TSQLayer(nn.Module):
             scores = F.linear(keys, queries).transpose(1, 2)
         else:
             queries = queries.expand(len(frames), -1, -1)
-            scores = torch.bmm(_split_heads(queries, self.num_heads), _split_heads(keys, self.num_heads).transpose(1, 2))
+            scores = torch.bmm(
+                _split_heads(queries, self.num_heads),
+                _split_heads(keys, self.num_heads).transpose(1, 2),
+            )
         return (scores / math.sqrt(self.dim // self.num_heads)).softmax(dim=-1)
 
     def respond(self, attention: Tensor, values: Tensor, before: Tensor | None) -> Tensor:
@@ -81,8 +84,13 @@ class SelfAttention(nn.Module):
     def forward(self, queries: Tensor) -> Tensor:
         """As the class says; the shape stays."""
         batch = queries if queries.dim() == 3 else queries[None]
-        asked, keys, values = (_split_heads(layer(batch), self.num_heads) for layer in (self.query, self.key, self.value))
-        weights = (torch.bmm(asked, keys.transpose(1, 2)) / math.sqrt(asked.shape[2])).softmax(dim=-1)
+        asked, keys, values = (
+            _split_heads(layer(batch), self.num_heads)
+            for layer in (self.query, self.key, self.value)
+        )
+        weights = (torch.bmm(asked, keys.transpose(1, 2)) / math.sqrt(asked.shape[2])).softmax(
+            dim=-1
+        )
         mixed = self.out(_join_heads(torch.bmm(self.dropout(weights), values), self.num_heads))
         return self.norm(queries + self.dropout(mixed).reshape(queries.shape))
 
@@ -100,6 +108,9 @@ def _join_heads(x: Tensor, num_heads: int) -> Tensor:
 def _positions(num_frames: int, dim: int, like: Tensor) -> Tensor:
     """Sinusoidal positional embedding [T, d'] (Vaswani et al. 2017, section 3.5), of `like`'s device and dtype."""
     position = torch.arange(num_frames, device=like.device, dtype=torch.float32)[:, None]
-    rate = torch.exp(torch.arange(0, dim, 2, device=like.device, dtype=torch.float32) * (-math.log(10000.0) / dim))
+    rate = torch.exp(
+        torch.arange(0, dim, 2, device=like.device, dtype=torch.float32)
+        * (-math.log(10000.0) / dim)
+    )
     waves = torch.stack([torch.sin(position * rate), torch.cos(position * rate)], dim=-1)
     return waves.reshape(num_frames, -1)[:, :dim].to(like.dtype)

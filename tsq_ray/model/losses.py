@@ -10,7 +10,9 @@ from torch import Tensor
 from tsq_ray.model.tsq import TSQOutput
 
 
-def tsq_loss(output: TSQOutput, targets: Tensor, task: Literal["single", "multi"], alpha: float, beta: float) -> dict[str, Tensor]:
+def tsq_loss(
+    output: TSQOutput, targets: Tensor, task: Literal["single", "multi"], alpha: float, beta: float
+) -> dict[str, Tensor]:
     """L = L_v + L_t + alpha L_t->v + beta L_v->t, as a mean over the videos (equation 4).
 
     Args:
@@ -29,12 +31,21 @@ def tsq_loss(output: TSQOutput, targets: Tensor, task: Literal["single", "multi"
         ("t2v", output.logits_t2v, alpha),
         ("v2t", output.logits_v2t, beta),
     )
-    parts = {name: classification_loss(logits, targets, task) for name, logits, _ in weighted if logits is not None}
-    total = sum((weight * parts[name] for name, _, weight in weighted if name in parts), start=targets.new_zeros(()))
+    parts = {
+        name: classification_loss(logits, targets, task)
+        for name, logits, _ in weighted
+        if logits is not None
+    }
+    total = sum(
+        (weight * parts[name] for name, _, weight in weighted if name in parts),
+        start=targets.new_zeros(()),
+    )
     return {"loss": total, **parts}
 
 
-def classification_loss(logits: Tensor, targets: Tensor, task: Literal["single", "multi"]) -> Tensor:
+def classification_loss(
+    logits: Tensor, targets: Tensor, task: Literal["single", "multi"]
+) -> Tensor:
     """A mean over the videos; scalar.
 
     Args:

@@ -26,7 +26,9 @@ class Selection:
     """For each slot "visual", "textual" or the name of a baseline."""
 
 
-def saliency(attention: Tensor, logits: Tensor, task: Literal["single", "multi"], top_classes: int = 5) -> Tensor:
+def saliency(
+    attention: Tensor, logits: Tensor, task: Literal["single", "multi"], top_classes: int = 5
+) -> Tensor:
     """s_i = sum over the most probable classes of p_c A_c,i (equation 5): attention [B, C, T], logits [B, C] -> [B, T].
 
     Class-agnostic attention, [B, 1, T], is the saliency itself (section 4.4).
@@ -68,7 +70,9 @@ def select_frames(
         ModelError: mode "textual" of a network without a TQM.
     """
     if saliency_textual is None and mode == "textual":
-        raise ModelError("sampler.mode 'textual' needs a model with a textual module; this one has only the visual one: use 'visual'")
+        raise ModelError(
+            "sampler.mode 'textual' needs a model with a textual module; this one has only the visual one: use 'visual'"
+        )
     candidates = distinct_slots(frame_index)
     count = min(budget, len(candidates))
     order_visual = ranked(saliency_visual, candidates)

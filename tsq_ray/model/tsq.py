@@ -115,7 +115,9 @@ class TSQBranch(TSQLayer):
         block = dim, shape.num_heads, shape.dropout, shape.self_attention
         self._add_block(*block)
         self.further = nn.ModuleList(TSQLayer(*block) for _ in range(shape.num_layers - 1))
-        self.class_weight = nn.Parameter(torch.empty(1 if shape.classifier == "shared" else shape.num_classes, dim))
+        self.class_weight = nn.Parameter(
+            torch.empty(1 if shape.classifier == "shared" else shape.num_classes, dim)
+        )
         self.class_bias = nn.Parameter(torch.zeros(shape.num_classes))
         self.register_buffer("folded_queries", None, persistent=False)
         self.register_buffer("folded_embeddings", None, persistent=False)
@@ -223,8 +225,14 @@ class TSQNet(nn.Module):
                 continue
             assert branch is not None, "textual embeddings given to a VQM-only network"
             expected = self.shape.num_classes, branch.embeddings.shape[1]
-            assert tuple(embeddings.shape) == expected, f"embeddings of shape {tuple(embeddings.shape)}, expected {expected}"
-            branch.embeddings.copy_(embeddings.mean(0, keepdim=True) if self.shape.attention == "class-agnostic" else embeddings)
+            assert tuple(embeddings.shape) == expected, (
+                f"embeddings of shape {tuple(embeddings.shape)}, expected {expected}"
+            )
+            branch.embeddings.copy_(
+                embeddings.mean(0, keepdim=True)
+                if self.shape.attention == "class-agnostic"
+                else embeddings
+            )
             branch.unfold()
 
     @torch.no_grad()
@@ -265,12 +273,19 @@ class TSQNet(nn.Module):
             return output
         frames_t = self.textual.project(text)
         text_look = self.textual.look(frames_t)
-        output.logits_textual, output.attention_textual = text_look.logits, self.textual.saliency_map(text_look.attentions)
+        output.logits_textual, output.attention_textual = (
+            text_look.logits,
+            self.textual.saliency_map(text_look.attentions),
+        )
         if self.training:
             as_printed, layers = self.shape.swap_values == "input", self.shape.num_layers
-            output.logits_t2v = self.visual.look_with(text_look.attentions, [frames_v] * layers if as_printed else visual_look.values)
+            output.logits_t2v = self.visual.look_with(
+                text_look.attentions, [frames_v] * layers if as_printed else visual_look.values
+            )
             detached = [attention.detach() for attention in visual_look.attentions]
-            output.logits_v2t = self.textual.look_with(detached, [frames_t] * layers if as_printed else text_look.values)
+            output.logits_v2t = self.textual.look_with(
+                detached, [frames_t] * layers if as_printed else text_look.values
+            )
         return output
 
     def fold(self) -> None:
@@ -294,7 +309,10 @@ class TSQNet(nn.Module):
 def object_embeddings(object_ids: Tensor, object_probs: Tensor, vocabulary: Tensor) -> Tensor:
     """X^t = O W with all but the kept objects zero: ids and probabilities [B, T, n], vocabulary [1000, D] -> [B, T, D] (section 3.2)."""
     kept = object_ids.shape[-1]
-    ids, weights = object_ids.reshape(-1, kept).long(), object_probs.reshape(-1, kept).to(vocabulary.dtype)
+    ids, weights = (
+        object_ids.reshape(-1, kept).long(),
+        object_probs.reshape(-1, kept).to(vocabulary.dtype),
+    )
     if kept * 8 > len(vocabulary):  # picking rows one by one is slower than the whole product
         frames = weights.new_zeros(len(ids), len(vocabulary)).scatter_(1, ids, weights) @ vocabulary
     else:

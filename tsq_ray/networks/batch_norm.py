@@ -39,9 +39,20 @@ def fold_batch_norms(network: nn.Module, size: int) -> int:
         assert isinstance(norm, _BatchNorm)
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        weight, bias = fuse_conv_bn_weights(
+            conv.weight,
+            conv.bias,
+            norm.running_mean,
+            norm.running_var,
+            norm.eps,
+            norm.weight,
+            norm.bias,
+        )
         replaced.append((conv, conv.bias is not None, norm_name, norm))
-        conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias, requires_grad=False)
+        conv.weight, conv.bias = (
+            nn.Parameter(weight, requires_grad=False),
+            nn.Parameter(bias, requires_grad=False),
+        )
         # timm's batch norms carry the activation
         _put(network, norm_name, getattr(norm, "act", None) or nn.Identity())
     if torch.allclose(network(probe), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
@@ -56,7 +67,9 @@ def fold_batch_norms(network: nn.Module, size: int) -> int:
 
 def _conv_norm_pairs(network: nn.Module, size: int) -> list[tuple[str, str]]:
     """Names of (convolution, batch norm), in the order in which they run."""
-    made_by: dict[int, tuple[str, Tensor]] = {}  # the tensors are held, so that no two have the same id
+    made_by: dict[
+        int, tuple[str, Tensor]
+    ] = {}  # the tensors are held, so that no two have the same id
     pairs: list[tuple[str, str]] = []
     calls: Counter[str] = Counter()
 
@@ -72,9 +85,17 @@ def _conv_norm_pairs(network: nn.Module, size: int) -> list[tuple[str, str]]:
     hooks = []
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(lambda _m, _i, output, name=name: after_conv(name, output)))
+            hooks.append(
+                module.register_forward_hook(
+                    lambda _m, _i, output, name=name: after_conv(name, output)
+                )
+            )
         elif isinstance(module, _BatchNorm) and module.running_var is not None:
-            hooks.append(module.register_forward_pre_hook(lambda _m, inputs, name=name: before_norm(name, inputs[0])))
+            hooks.append(
+                module.register_forward_pre_hook(
+                    lambda _m, inputs, name=name: before_norm(name, inputs[0])
+                )
+            )
     try:
         network(torch.zeros(1, 3, size, size))
     finally:
@@ -90,13 +111,19 @@ def _put(network: nn.Module, name: str, module: nn.Module) -> None:
 
 def folded_norms(network: nn.Module) -> dict[str, _BatchNorm]:
     """Name -> the batch norms that are identity + bias. A fresh layer (no bias either) is none: it learns its statistics in training."""
-    return {name: module for name, module in network.named_modules() if isinstance(module, _BatchNorm) and _is_folded(module)}
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, _BatchNorm) and _is_folded(module)
+    }
 
 
 def _is_folded(norm: _BatchNorm) -> bool:
     if norm.running_mean is None or norm.running_var is None or norm.bias is None:
         return False
-    return bool((norm.running_mean == 0).all() and (norm.running_var == 1).all() and (norm.bias != 0).any())
+    return bool(
+        (norm.running_mean == 0).all() and (norm.running_var == 1).all() and (norm.bias != 0).any()
+    )
 
 
 @torch.no_grad()
@@ -119,9 +146,14 @@ def unfold_norms(network: FrameEncoder, batches: Iterable[Tensor]) -> int:
         values = x.double()
         count = torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64)
         new = [values.sum(dims), values.square().sum(dims), count]
-        sums[name] = [old + more for old, more in zip(sums[name], new, strict=True)] if name in sums else new
+        sums[name] = (
+            [old + more for old, more in zip(sums[name], new, strict=True)] if name in sums else new
+        )
 
-    hooks = [norm.register_forward_pre_hook(lambda _module, inputs, name=name: collect(name, inputs[0])) for name, norm in folded.items()]
+    hooks = [
+        norm.register_forward_pre_hook(lambda _module, inputs, name=name: collect(name, inputs[0]))
+        for name, norm in folded.items()
+    ]
     for pictures in batches if folded else ():
         network.features(pictures)
     for hook in hooks:

@@ -43,8 +43,12 @@ class FrameEncoder(nn.Module):
         self.config = config
         self.backbone = backbone
         self.head = head
-        self.register_buffer("mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer(
+            "mean", torch.tensor(config.mean).view(1, 3, 1, 1) * 255, persistent=False
+        )
+        self.register_buffer(
+            "std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False
+        )
         self.dim: int = int(getattr(backbone, "head_hidden_size", 0) or backbone.num_features)  # type: ignore[arg-type]
 
     def normalize(self, pictures: Tensor) -> Tensor:
@@ -76,14 +80,23 @@ def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
 
     if not timm.is_model(config.model):
         near = timm.list_models(f"*{config.model.split('_')[0]}*")[:5]
-        raise ModelError(f"model {config.model!r}: timm has no model of this name" + (f"; near: {', '.join(near)}" if near else ""))
+        raise ModelError(
+            f"model {config.model!r}: timm has no model of this name"
+            + (f"; near: {', '.join(near)}" if near else "")
+        )
     try:
-        return timm.create_model(config.model, pretrained=False, num_classes=num_classes, **config.model_args)
+        return timm.create_model(
+            config.model, pretrained=False, num_classes=num_classes, **config.model_args
+        )
     except (TypeError, ValueError) as error:
-        raise ModelError(f"model {config.model!r} with model_args {config.model_args}: {error}") from None
+        raise ModelError(
+            f"model {config.model!r} with model_args {config.model_args}: {error}"
+        ) from None
 
 
-def load_encoder(config: ModelConfig, with_head: bool, num_classes: int = NUM_OBJECTS) -> FrameEncoder:
+def load_encoder(
+    config: ModelConfig, with_head: bool, num_classes: int = NUM_OBJECTS
+) -> FrameEncoder:
     """A pretrained network by its settings, in eval mode: `with_head` keeps the pretrained classifier of `num_classes`.
 
     Raises ModelError where the weights are missing or do not fit the network.
@@ -94,7 +107,11 @@ def load_encoder(config: ModelConfig, with_head: bool, num_classes: int = NUM_OB
         network = _random(config)
     else:
         network = create_network(config, num_classes)
-        load_weights(network, read_weights(config.weights), f"weights {config.weights!r} of model {config.model!r}")
+        load_weights(
+            network,
+            read_weights(config.weights),
+            f"weights {config.weights!r} of model {config.model!r}",
+        )
     return split_network(config, network, with_head)
 
 
@@ -137,4 +154,7 @@ def object_names() -> list[str]:
     import timm
 
     info = timm.data.ImageNetInfo("imagenet-1k")
-    return [info.index_to_description(index, detailed=False).split(",")[0].strip() for index in range(NUM_OBJECTS)]
+    return [
+        info.index_to_description(index, detailed=False).split(",")[0].strip()
+        for index in range(NUM_OBJECTS)
+    ]

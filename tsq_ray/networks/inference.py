@@ -34,7 +34,9 @@ def takes_bf16(precision: Precision, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def ready(encoder: FrameEncoder, device: torch.device, how: ResourcesConfig = AS_IT_COMES) -> FrameEncoder:
+def ready(
+    encoder: FrameEncoder, device: torch.device, how: ResourcesConfig = AS_IT_COMES
+) -> FrameEncoder:
     """A copy of an encoder on `device` that computes the same, faster; in bf16 nearly the same. The encoder stays as it is.
 
     `how`: its `precision` and `compile`; compiled, the first frames of each size of a chunk (`encode_pictures`) take a minute.
@@ -48,7 +50,9 @@ def ready(encoder: FrameEncoder, device: torch.device, how: ResourcesConfig = AS
     if made.head is not None:
         made.head.to(made.dtype)
     if how.compile:
-        made.backbone.compile(mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
+        made.backbone.compile(
+            mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False
+        )
         made.fixed_sizes = True
     return made
 
@@ -63,7 +67,9 @@ class Pictures(NamedTuple):
 
 
 @torch.inference_mode()
-def encode_pictures(encoder: FrameEncoder, pictures: Sequence[Pictures]) -> tuple[Tensor, Tensor | None]:
+def encode_pictures(
+    encoder: FrameEncoder, pictures: Sequence[Pictures]
+) -> tuple[Tensor, Tensor | None]:
     """N pictures in all -> features [N, D] and logits [N, C] or None, on the CPU in float32, a chunk of frames at a time."""
     device = next(encoder.parameters()).device
     chunk = _CHUNK[device.type]
@@ -73,7 +79,11 @@ def encode_pictures(encoder: FrameEncoder, pictures: Sequence[Pictures]) -> tupl
         if encoder.fixed_sizes:
             part = _padded(part, chunk)
         # a CUDA graph writes its next result over this one
-        feature = encoder.features(part)[:count].clone() if encoder.fixed_sizes else encoder.features(part)
+        feature = (
+            encoder.features(part)[:count].clone()
+            if encoder.fixed_sizes
+            else encoder.features(part)
+        )
         features.append(feature.float())
         if encoder.head is not None:
             logits.append(encoder.head(feature).float())
@@ -81,7 +91,9 @@ def encode_pictures(encoder: FrameEncoder, pictures: Sequence[Pictures]) -> tupl
     return torch.cat(features).cpu(), torch.cat(logits).cpu() if logits else None
 
 
-def _chunks(pictures: Sequence[Pictures], chunk: int, device: torch.device, spec: FrameSpec) -> Iterator[Tensor]:
+def _chunks(
+    pictures: Sequence[Pictures], chunk: int, device: torch.device, spec: FrameSpec
+) -> Iterator[Tensor]:
     """uint8 [n, size, size, 3] on `device`, `chunk` of them at a time and the rest last, whichever videos they are of."""
     waiting: list[Tensor] = []
     room = chunk
@@ -89,7 +101,9 @@ def _chunks(pictures: Sequence[Pictures], chunk: int, device: torch.device, spec
         start = 0
         while start < len(frames):
             # what came through Ray's object store is read-only
-            part = torch.from_numpy(np.require(frames[start : start + room], requirements=("C", "W")))
+            part = torch.from_numpy(
+                np.require(frames[start : start + room], requirements=("C", "W"))
+            )
             start, room = start + len(part), room - len(part)
             if device.type == "cuda":
                 part = part.pin_memory().to(device, non_blocking=True)
@@ -115,4 +129,8 @@ def resize_frames(frames: Tensor, spec: FrameSpec) -> Tensor:
 def _padded(part: Tensor, chunk: int) -> Tensor:
     """[n, ...] with n made up to the next power of two of at least 8, by empty frames: few sizes to compile."""
     size = min(chunk, max(8, 1 << (len(part) - 1).bit_length()))
-    return torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])]) if size > len(part) else part
+    return (
+        torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
+        if size > len(part)
+        else part
+    )

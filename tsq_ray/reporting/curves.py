@@ -30,7 +30,11 @@ def time_text(seconds: float) -> str:
         return f"{seconds:.1f} s"
     whole = round(seconds)
     minutes, rest = divmod(whole, 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+        if minutes >= 60
+        else f"{minutes}:{rest:02d}"
+    )
 
 
 def saliency_svg(
@@ -48,15 +52,23 @@ def saliency_svg(
     axis = _Axis.over([*pts_s, *uniform_pts_s, *(mark.pts_s for mark in chosen)], duration_s)
     parts: list[str] = []
     top = 0
-    drawn = [(name, np.asarray(values, np.float64)) for name, values in curves if values is not None]
+    drawn = [
+        (name, np.asarray(values, np.float64)) for name, values in curves if values is not None
+    ]
     for name, values in drawn:
         parts += _panel(axis, top, name, pts_s, values, chosen)
         top += HEAD_PX + PANEL_PX
     loose = [mark for mark in chosen if mark.by not in {name for name, _ in drawn}]
     top += 10 if loose else 4
     parts += _axis(axis, top, loose, uniform_pts_s)
-    label = "Saliency of each frame over time, in seconds" if drawn else "Chosen frames over time, in seconds"
-    return Markup(f'<svg class="curve" role="img" aria-label="{label}" width="100%" height="{top + AXIS_PX}">{"".join(parts)}</svg>')
+    label = (
+        "Saliency of each frame over time, in seconds"
+        if drawn
+        else "Chosen frames over time, in seconds"
+    )
+    return Markup(
+        f'<svg class="curve" role="img" aria-label="{label}" width="100%" height="{top + AXIS_PX}">{"".join(parts)}</svg>'
+    )
 
 
 @dataclass(frozen=True)
@@ -79,14 +91,24 @@ class _Axis:
         rough = (self.end - self.start) / 5
         step: float = 10 ** floor(log10(rough))
         if rough >= 12:  # minutes and hours are round in sixties
-            step = next((s for s in (15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600) if s >= rough), 3600 * ceil(rough / 3600))
+            step = next(
+                (s for s in (15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600) if s >= rough),
+                3600 * ceil(rough / 3600),
+            )
         else:
             step *= next(factor for factor in (1, 2, 5, 10) if factor * step >= rough)
         first = ceil(self.start / step)
         return [i * step for i in range(first, floor(self.end / step + 1e-9) + 1)]
 
 
-def _panel(axis: _Axis, top: int, name: str, pts_s: Sequence[float], values: np.ndarray, chosen: Sequence[Mark]) -> list[str]:
+def _panel(
+    axis: _Axis,
+    top: int,
+    name: str,
+    pts_s: Sequence[float],
+    values: np.ndarray,
+    chosen: Sequence[Mark],
+) -> list[str]:
     points = _points(pts_s, values)
     peak = max((value for _, value in points), default=0.0)
     low = min([0.0, *(value for _, value in points)])
@@ -98,7 +120,9 @@ def _panel(axis: _Axis, top: int, name: str, pts_s: Sequence[float], values: np.
 
     css = escape(name)
     line = " ".join(f"{10 * axis.at(time):.2f},{y(value):.2f}" for time, value in points)
-    first, last = (10 * axis.at(points[0][0]), 10 * axis.at(points[-1][0])) if points else (0.0, 0.0)
+    first, last = (
+        (10 * axis.at(points[0][0]), 10 * axis.at(points[-1][0])) if points else (0.0, 0.0)
+    )
     parts = [
         f'<g class="module {css}"><text x="0" y="{top + 14}">{css} module</text>',
         f'<text x="100%" y="{top + 14}" text-anchor="end" class="quiet">highest {peak:.3g}</text>',
@@ -106,11 +130,16 @@ def _panel(axis: _Axis, top: int, name: str, pts_s: Sequence[float], values: np.
         *(_guide(axis, mark, base, own=mark.by == name) for mark in chosen),
         # stretched to the width: only the curve itself, never text or dots
         f'<svg x="0" y="{base}" width="100%" height="{PANEL_PX}" viewBox="0 0 1000 {PANEL_PX}" preserveAspectRatio="none" overflow="visible">',
-        f'<polygon class="area" points="{first:.2f},{PANEL_PX} {line} {last:.2f},{PANEL_PX}"/>' if points else "",
+        f'<polygon class="area" points="{first:.2f},{PANEL_PX} {line} {last:.2f},{PANEL_PX}"/>'
+        if points
+        else "",
         f'<polyline class="line" points="{line}"/></svg>',
     ]
     if len(points) <= FEW_POINTS:
-        parts += [f'<circle class="point" cx="{axis.at(time):.2f}%" cy="{base + y(value):.1f}" r="2.2"/>' for time, value in points]
+        parts += [
+            f'<circle class="point" cx="{axis.at(time):.2f}%" cy="{base + y(value):.1f}" r="2.2"/>'
+            for time, value in points
+        ]
     height = dict(points)
     for mark in chosen:
         if mark.by == name and height:
@@ -138,13 +167,17 @@ def _dot(axis: _Axis, mark: Mark, y: float) -> str:
     return f'<circle class="chosen {escape(mark.by)}" cx="{axis.at(mark.pts_s):.2f}%" cy="{y:.1f}" r="4.5"><title>{title}</title></circle>'
 
 
-def _axis(axis: _Axis, top: int, loose: Sequence[Mark], uniform_pts_s: Sequence[float]) -> list[str]:
+def _axis(
+    axis: _Axis, top: int, loose: Sequence[Mark], uniform_pts_s: Sequence[float]
+) -> list[str]:
     parts = ['<g class="axis">', f'<line class="base" x1="0" x2="100%" y1="{top}" y2="{top}"/>']
     for time in axis.ticks():
         at = axis.at(time)
         anchor = "start" if at < 4 else "end" if at > 94 else "middle"
         text = f"{time:g} s" if axis.end < 600 else time_text(time) if time else "0"
-        parts.append(f'<line class="tick" x1="{at:.2f}%" x2="{at:.2f}%" y1="{top}" y2="{top + 14}"/>')
+        parts.append(
+            f'<line class="tick" x1="{at:.2f}%" x2="{at:.2f}%" y1="{top}" y2="{top + 14}"/>'
+        )
         parts.append(f'<text x="{at:.2f}%" y="{top + 27}" text-anchor="{anchor}">{text}</text>')
     for time in uniform_pts_s:
         title = escape(f"{time_text(time)}, uniform")

@@ -94,7 +94,11 @@ class Predictions:
     def decode_settings(self) -> DecodeConfig:
         """The run's decode settings, so that frames taken anew fall on the same slots. ConfigError for a value that is not allowed."""
         recorded = self.config.get("decode")
-        known = {key: value for key, value in (recorded if isinstance(recorded, dict) else {}).items() if key in DecodeConfig.model_fields}
+        known = {
+            key: value
+            for key, value in (recorded if isinstance(recorded, dict) else {}).items()
+            if key in DecodeConfig.model_fields
+        }
         return validate_config({"decode": known | {"num_frames": self.num_frames}}).decode
 
 
@@ -107,7 +111,9 @@ def read_predictions(uri: str) -> Predictions:
     run = runs.read_run(uri, "predictions")
     parts = [part.uri for part in runs.list_parts(uri)]
     if not parts:
-        raise RunError(f"{storage.redact(uri)}: no part-*.parquet here, the run has no videos; name a folder that `tsq score` filled")
+        raise RunError(
+            f"{storage.redact(uri)}: no part-*.parquet here, the run has no videos; name a folder that `tsq score` filled"
+        )
     schema = runs.read_part(parts[0]).schema
     _check_columns(parts[0], schema.names, _ROW)
     names = run.get("bundle_classes")
@@ -124,16 +130,24 @@ def read_predictions(uri: str) -> Predictions:
 def _check_columns(uri: str, names: Sequence[str], wanted: Sequence[str]) -> None:
     missing = [name for name in wanted if name not in names]
     if missing:
-        raise RunError(f"{storage.redact(uri)}: these are not predictions, {missing[0]} is missing; name a folder that `tsq score` wrote")
+        raise RunError(
+            f"{storage.redact(uri)}: these are not predictions, {missing[0]} is missing; name a folder that `tsq score` wrote"
+        )
 
 
 def source_of(row: dict[str, Any]) -> VideoSource:
     """The video of a row, as the manifest saw it: a file that changed since is not taken for the one that was scored."""
-    return VideoSource(uri=row["uri"], size_bytes=row["size_bytes"], etag=row["etag"], modified=row["modified"])
+    return VideoSource(
+        uri=row["uri"], size_bytes=row["size_bytes"], etag=row["etag"], modified=row["modified"]
+    )
 
 
 def _cell(column: pa.ChunkedArray, index: int) -> Any:
     scalar = column[index]
     if isinstance(column.type, pa.FixedShapeTensorType):
-        return None if scalar.value is None or not scalar.is_valid else np.asarray(scalar.value.as_py(), np.float32)
+        return (
+            None
+            if scalar.value is None or not scalar.is_valid
+            else np.asarray(scalar.value.as_py(), np.float32)
+        )
     return scalar.as_py()

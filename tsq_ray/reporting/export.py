@@ -62,12 +62,19 @@ def export_predictions(
     """
     unknown = [item for item in what if item not in WHAT]
     if unknown or not what:
-        raise UserError(f"export: {', '.join(unknown) or 'nothing'} cannot be exported; there is: {', '.join(WHAT)}")
+        raise UserError(
+            f"export: {', '.join(unknown) or 'nothing'} cannot be exported; there is: {', '.join(WHAT)}"
+        )
     if size < 16:
-        raise UserError(f"export: size {size} is too small; the shorter side has at least 16 pixels")
+        raise UserError(
+            f"export: size {size} is too small; the shorter side has at least 16 pixels"
+        )
     predictions = read_predictions(predictions_uri)
     out = storage.normalize(out)
-    sides = [_sides(predictions, table, size) for table in predictions.tables(["video_id", "status", "width", "height"])]
+    sides = [
+        _sides(predictions, table, size)
+        for table in predictions.tables(["video_id", "status", "width", "height"])
+    ]
     summary: dict[str, Any] = {
         "out": storage.redact(out),
         "videos": sum(map(len, sides)),
@@ -105,9 +112,13 @@ def _harmless(value: Any) -> Any:
 
 def _sides(predictions: Predictions, table: pa.Table, size: int) -> np.ndarray:
     """int32 [N]: the shorter side of each video's frames, `size` or its own where that is smaller; 0 where it failed."""
-    for strange in table["video_id"].filter(pc.invert(pc.match_substring_regex(table["video_id"], _VIDEO_ID))):
+    for strange in table["video_id"].filter(
+        pc.invert(pc.match_substring_regex(table["video_id"], _VIDEO_ID))
+    ):
         # it becomes a folder's name
-        raise RunError(f"{storage.redact(predictions.uri)}: video_id {strange.as_py()!r}; allowed are 16 hex digits, score again")
+        raise RunError(
+            f"{storage.redact(predictions.uri)}: video_id {strange.as_py()!r}; allowed are 16 hex digits, score again"
+        )
     found = np.full(len(table), size, np.int32)
     for name in ("width", "height"):
         side = pc.fill_null(table[name], 0).to_numpy()
@@ -132,14 +143,20 @@ def _rows(predictions: Predictions) -> Iterator[dict[str, Any]]:
             for row in batch.to_pylist():
                 yield row | {
                     "uri": storage.redact(row["uri"]),
-                    "error_message": None if row["error_message"] is None else storage.redact(row["error_message"]),
+                    "error_message": None
+                    if row["error_message"] is None
+                    else storage.redact(row["error_message"]),
                     "warnings": [storage.redact(warning) for warning in row["warnings"] or ()],
                 }
 
 
 def _csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {name: row[name] for name in ("video_id", "uri", "status", "error_type", "error_message")}
-    for i, (label, score) in enumerate(zip(row["top_labels"] or (), row["top_scores"] or (), strict=True), start=1):
+    cells = {
+        name: row[name] for name in ("video_id", "uri", "status", "error_type", "error_message")
+    }
+    for i, (label, score) in enumerate(
+        zip(row["top_labels"] or (), row["top_scores"] or (), strict=True), start=1
+    ):
         cells |= {f"label_{i}": label, f"score_{i}": round(score, 6)}
     cells["label_names"] = "|".join(row["label_names"] or ())
     cells["selected_pts_s"] = "|".join(f"{time:.3f}" for time in row["selected_pts_s"] or ())
@@ -151,7 +168,8 @@ def _csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def _json_line(row: Mapping[str, Any]) -> bytes:
     """Floats as short as float32 allows: 0.9, not 0.8999999761581421."""
     rounded = {
-        name: [round(value, 6) for value in row[name]] if row[name] is not None else None for name in ("top_scores", "selected_pts_s")
+        name: [round(value, 6) for value in row[name]] if row[name] is not None else None
+        for name in ("top_scores", "selected_pts_s")
     }
     return (json.dumps({**row, **rounded}, ensure_ascii=False) + "\n").encode("utf-8")
 
@@ -171,21 +189,36 @@ def _export_frames(pictures: Iterable[Taken], out: str) -> tuple[int, Counter[st
                 missing[taken.error_type] += 1
             for slot, frame in taken.slots.items():
                 name = f"{slot:04d}_{row['frame_pts_s'][slot]:.3f}.jpg"
-                storage.write_bytes(storage.join(out, "frames", row["video_id"], name), jpeg(frame, JPEG_QUALITY))
+                storage.write_bytes(
+                    storage.join(out, "frames", row["video_id"], name), jpeg(frame, JPEG_QUALITY)
+                )
                 frames += 1
     return frames, missing
 
 
-def _take(predictions: Predictions, sides: Sequence[np.ndarray], num_processes: int, progress: Progress | None) -> Iterator[Taken]:
+def _take(
+    predictions: Predictions,
+    sides: Sequence[np.ndarray],
+    num_processes: int,
+    progress: Progress | None,
+) -> Iterator[Taken]:
     """The frames of every video; those smaller than `size` by groups of their own size, so that nothing is blown up."""
-    firsts = (of_part[np.sort(np.unique(of_part, return_index=True)[1])].tolist() for of_part in sides)
+    firsts = (
+        of_part[np.sort(np.unique(of_part, return_index=True)[1])].tolist() for of_part in sides
+    )
     groups = [side for side in dict.fromkeys(chain.from_iterable(firsts)) if side]
     total = sum(int((of_part > 0).sum()) for of_part in sides)
     done = 0
     for side in groups:
         wanted = (np.flatnonzero(of_part == side) for of_part in sides)
-        rows = chain.from_iterable(predictions.part_rows(part, numbers) for part, numbers in enumerate(wanted) if len(numbers))
-        for taken in take_pictures(predictions, rows, lambda row: row["selected_slot"] or (), side, num_processes):
+        rows = chain.from_iterable(
+            predictions.part_rows(part, numbers)
+            for part, numbers in enumerate(wanted)
+            if len(numbers)
+        )
+        for taken in take_pictures(
+            predictions, rows, lambda row: row["selected_slot"] or (), side, num_processes
+        ):
             done += 1
             if progress is not None:
                 progress(done, total)

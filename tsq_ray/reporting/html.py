@@ -29,7 +29,11 @@ _VERDICTS = {"right": "right", "wrong": "wrong", "unlabelled": "no label", "fail
 
 
 def build_report(
-    predictions_uri: str, out: str, max_videos: int = 60, num_processes: int = 2, progress: Progress | None = None
+    predictions_uri: str,
+    out: str,
+    max_videos: int = 60,
+    num_processes: int = 2,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the page of a predictions folder to `out` (a path or URI) and return the figures it shows.
 
@@ -42,7 +46,11 @@ def build_report(
     """
     predictions = read_predictions(predictions_uri)
     summary = summarize(predictions, max_videos)
-    totals, figures, budget = summary.totals, summary.quality, _budget(predictions, summary.max_chosen)
+    totals, figures, budget = (
+        summary.totals,
+        summary.quality,
+        _budget(predictions, summary.max_chosen),
+    )
     cards, without_pictures = _cards(predictions, summary.shown, budget, num_processes, progress)
     page = _render(
         title=storage.redact(storage.name_of(predictions.uri)),
@@ -78,14 +86,26 @@ def _render(**context: Any) -> str:
     files = importlib.resources.files("tsq_ray.reporting")
     script, style = ((files / name).read_text("utf-8") for name in ("report.js", "report.css"))
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"seconds": time_text, "count": lambda value: f"{value:,}", "percent": lambda value: f"{100 * value:.1f} %"}
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        "seconds": time_text,
+        "count": lambda value: f"{value:,}",
+        "percent": lambda value: f"{100 * value:.1f} %",
+    }
     template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
-    return template.render(script=Markup(script), style=Markup(style), script_hash=digest, **context)  # both are files of this package
+    return template.render(
+        script=Markup(script), style=Markup(style), script_hash=digest, **context
+    )  # both are files of this package
 
 
 def _cards(
-    predictions: Predictions, shown: Sequence[tuple[Place, str]], budget: int, num_processes: int, progress: Progress | None
+    predictions: Predictions,
+    shown: Sequence[tuple[Place, str]],
+    budget: int,
+    num_processes: int,
+    progress: Progress | None,
 ) -> tuple[list[dict[str, Any]], int]:
     """The cards in the order of `shown`, and how many of the ok ones have no pictures."""
 
@@ -94,9 +114,14 @@ def _cards(
         return sorted({*(row["selected_slot"] or ()), *uniform})
 
     rows = predictions.rows([place for place, _ in shown])
-    cards = [_head(predictions, row, verdict, order) for order, (row, (_, verdict)) in enumerate(zip(rows, shown, strict=True))]
+    cards = [
+        _head(predictions, row, verdict, order)
+        for order, (row, (_, verdict)) in enumerate(zip(rows, shown, strict=True))
+    ]
     ok = [number for number, (_, verdict) in enumerate(shown) if verdict != "failed"]
-    taken = take_pictures(predictions, [rows[number] for number in ok], wanted, THUMBNAIL_PX, num_processes)
+    taken = take_pictures(
+        predictions, [rows[number] for number in ok], wanted, THUMBNAIL_PX, num_processes
+    )
     for done, (number, pictures) in enumerate(zip(ok, taken, strict=True), start=1):
         cards[number] |= _body(predictions, pictures, budget)
         if progress is not None:
@@ -104,7 +129,9 @@ def _cards(
     return cards, sum(bool(card.get("note")) for card in cards)
 
 
-def _head(predictions: Predictions, row: Mapping[str, Any], verdict: str, order: int) -> dict[str, Any]:
+def _head(
+    predictions: Predictions, row: Mapping[str, Any], verdict: str, order: int
+) -> dict[str, Any]:
     known = set(predictions.bundle_classes)
     return {
         "order": order,
@@ -127,7 +154,10 @@ def _place(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _reason(row: Mapping[str, Any]) -> dict[str, str]:
-    return {"error_type": row["error_type"] or "internal", "error_message": storage.redact(row["error_message"] or "")}
+    return {
+        "error_type": row["error_type"] or "internal",
+        "error_message": storage.redact(row["error_message"] or ""),
+    }
 
 
 def _body(predictions: Predictions, taken: Taken, budget: int) -> dict[str, Any]:
@@ -135,18 +165,37 @@ def _body(predictions: Predictions, taken: Taken, budget: int) -> dict[str, Any]
     row = taken.row
     labels = set(row["label_names"] or ())
     pts = [float(time) for time in row["frame_pts_s"]]
-    marks = [Mark(float(time), by) for time, by in zip(row["selected_pts_s"] or (), row["selected_by"] or (), strict=True)]
+    marks = [
+        Mark(float(time), by)
+        for time, by in zip(row["selected_pts_s"] or (), row["selected_by"] or (), strict=True)
+    ]
     pictures = {slot: data_uri(frame, JPEG_QUALITY) for slot, frame in taken.slots.items()}
-    uniform = [slot for _, slot in sorted({pts[slot]: slot for slot in uniform_slots(predictions.num_frames, budget)}.items())]
-    curves = (("visual", _floats(row["saliency_visual"])), ("textual", _floats(row["saliency_textual"])))
+    uniform = [
+        slot
+        for _, slot in sorted(
+            {pts[slot]: slot for slot in uniform_slots(predictions.num_frames, budget)}.items()
+        )
+    ]
+    curves = (
+        ("visual", _floats(row["saliency_visual"])),
+        ("textual", _floats(row["saliency_textual"])),
+    )
     return {
         "facts": _video_facts(row),
-        "top": [(name, float(score), name in labels) for name, score in zip(row["top_labels"], row["top_scores"], strict=True)],
+        "top": [
+            (name, float(score), name in labels)
+            for name, score in zip(row["top_labels"], row["top_scores"], strict=True)
+        ],
         "note": taken.note,
         "note_type": taken.error_type,
-        "chosen": [{"src": pictures.get(slot), "mark": mark} for slot, mark in zip(row["selected_slot"] or (), marks, strict=True)],
+        "chosen": [
+            {"src": pictures.get(slot), "mark": mark}
+            for slot, mark in zip(row["selected_slot"] or (), marks, strict=True)
+        ],
         "uniform": [{"src": pictures.get(slot), "pts_s": pts[slot]} for slot in uniform],
-        "curve": saliency_svg(pts, row["duration_s"] or 0.0, curves, marks, [pts[slot] for slot in uniform]),
+        "curve": saliency_svg(
+            pts, row["duration_s"] or 0.0, curves, marks, [pts[slot] for slot in uniform]
+        ),
     }
 
 
@@ -170,7 +219,11 @@ def _budget(predictions: Predictions, max_chosen: int) -> int:
     """K by the settings, else the most frames that any video was given."""
     sampler = _sampler(predictions)
     budget = sampler.get("max_budget" if sampler.get("budget") == "adaptive" else "budget")
-    return budget if isinstance(budget, int) and 1 <= budget <= predictions.num_frames else max_chosen or 1
+    return (
+        budget
+        if isinstance(budget, int) and 1 <= budget <= predictions.num_frames
+        else max_chosen or 1
+    )
 
 
 def _sampler_name(predictions: Predictions) -> str:
@@ -188,13 +241,28 @@ def _facts(predictions: Predictions, budget: int) -> list[tuple[str, str]]:
         ("Manifest", _uri_of(run.get("manifest"))),
         ("Finished", str(run.get("ended") or "").replace("T", " ").replace("+00:00", " UTC")),
         ("Frames looked at (T)", predictions.num_frames),
-        ("Frames recognised (K)", f"adaptive, up to {budget}" if flat.get("sampler.budget") == "adaptive" else flat.get("sampler.budget")),
+        (
+            "Frames recognised (K)",
+            f"adaptive, up to {budget}"
+            if flat.get("sampler.budget") == "adaptive"
+            else flat.get("sampler.budget"),
+        ),
         ("Sampler", flat.get("sampler.mode")),
-        ("Lambda (visual share)", flat.get("sampler.lambda_visual") if flat.get("sampler.mode", "both") == "both" else None),
+        (
+            "Lambda (visual share)",
+            flat.get("sampler.lambda_visual")
+            if flat.get("sampler.mode", "both") == "both"
+            else None,
+        ),
         ("Decoding", flat.get("decode.strategy")),
         ("Task", run.get("task")),
         ("Seed", flat.get("sampler.seed")),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else None),
+        (
+            "Versions",
+            ", ".join(f"{name} {version}" for name, version in versions.items())
+            if isinstance(versions, dict)
+            else None,
+        ),
     ]
     return [(name, storage.redact(str(value))) for name, value in wanted if value not in (None, "")]
 
@@ -217,14 +285,28 @@ def _training(run: Mapping[str, Any]) -> dict[str, Any] | None:
     curve = run.get("training_curve")
     if not curve:
         return None
-    parts = [(name, curve[0][name], curve[-1][name]) for name in ("loss", *PARTS) if name in curve[0]]
+    parts = [
+        (name, curve[0][name], curve[-1][name]) for name in ("loss", *PARTS) if name in curve[0]
+    ]
     return {"epochs": len(curve), "drawing": losses_svg(curve), "parts": parts}
 
 
 def _cost(summary: Summary) -> list[tuple[str, str]]:
     """Mean time of a video in each step, and how much video there is."""
-    names = {"decode_ms": "Mean decode", "sample_ms": "Mean choice", "recognize_ms": "Mean recognition"}
-    found = [(names[name], f"{mean:,.0f} ms" if mean >= 10 else f"{mean:.1f} ms") for name, mean in summary.means_ms.items()]
+    names = {
+        "decode_ms": "Mean decode",
+        "sample_ms": "Mean choice",
+        "recognize_ms": "Mean recognition",
+    }
+    found = [
+        (names[name], f"{mean:,.0f} ms" if mean >= 10 else f"{mean:.1f} ms")
+        for name, mean in summary.means_ms.items()
+    ]
     if seconds := summary.duration_s:
-        found.append(("Video in all", f"{seconds / 3600:,.1f} h" if seconds >= 7200 else f"{seconds / 60:,.1f} min"))
+        found.append(
+            (
+                "Video in all",
+                f"{seconds / 3600:,.1f} h" if seconds >= 7200 else f"{seconds / 60:,.1f} min",
+            )
+        )
     return found

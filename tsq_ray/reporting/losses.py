@@ -15,14 +15,21 @@ PARTS = ("visual", "textual", "t2v", "v2t")
 
 def losses_svg(curve: Sequence[Mapping[str, float]]) -> Markup:
     """One line a part of the loss against the epoch; `curve` has the losses of each epoch, the axis runs from 0 to the highest."""
-    drawn = [name for name in PARTS if all(name in losses and isfinite(losses[name]) for losses in curve)]
+    drawn = [
+        name for name in PARTS if all(name in losses and isfinite(losses[name]) for losses in curve)
+    ]
     highest = max((losses[name] for losses in curve for name in drawn), default=0.0) or 1.0
     step = 1000 / max(1, len(curve) - 1)
     lines = []
     for name in drawn:
-        points = " ".join(f"{step * number:.2f},{HEIGHT_PX * (1 - losses[name] / highest):.2f}" for number, losses in enumerate(curve))
+        points = " ".join(
+            f"{step * number:.2f},{HEIGHT_PX * (1 - losses[name] / highest):.2f}"
+            for number, losses in enumerate(curve)
+        )
         last = f"{name}: {curve[0][name]:.3g} in the first epoch, {curve[-1][name]:.3g} in the last"
-        lines.append(f'<polyline class="line {name}" points="{points}"><title>{escape(last)}</title></polyline>')
+        lines.append(
+            f'<polyline class="line {name}" points="{points}"><title>{escape(last)}</title></polyline>'
+        )
     bottom = f'<line class="base" x1="0" x2="100%" y1="{HEIGHT_PX}" y2="{HEIGHT_PX}"/>'
     return Markup(
         f'<svg class="curve losses" role="img" aria-label="Losses of each epoch" width="100%" height="{HEIGHT_PX + AXIS_PX}">{bottom}'
@@ -38,5 +45,7 @@ def _epochs(count: int) -> str:
     for number in numbers:
         at = 100 * (number - 1) / max(1, count - 1)
         anchor = "start" if number == 1 else "end" if number == count else "middle"
-        texts.append(f'<text x="{at:.2f}%" y="{HEIGHT_PX + 18}" text-anchor="{anchor}">{"epoch " if number == 1 else ""}{number}</text>')
+        texts.append(
+            f'<text x="{at:.2f}%" y="{HEIGHT_PX + 18}" text-anchor="{anchor}">{"epoch " if number == 1 else ""}{number}</text>'
+        )
     return "".join(texts)

@@ -53,17 +53,26 @@ def take_pictures(
         return
     with DecodePool(predictions.decode_settings(), specs, num_processes) as pool:
         while group:
-            for row, decoded in zip(group, pool.decode([source_of(row) for row in group]), strict=True):
+            for row, decoded in zip(
+                group, pool.decode([source_of(row) for row in group]), strict=True
+            ):
                 yield _taken(row, decoded, wanted(row))
             group = list(islice(waiting, 2 * num_processes))
 
 
-def _taken(row: dict[str, Any], decoded: DecodedVideo | VideoError | StorageError, wanted: Sequence[int]) -> Taken:
+def _taken(
+    row: dict[str, Any], decoded: DecodedVideo | VideoError | StorageError, wanted: Sequence[int]
+) -> Taken:
     if isinstance(decoded, (VideoError, StorageError)):
         return Taken(row, {}, storage.redact(str(decoded)), decoded.error_type)
     scored = row["frame_pts_s"]
     if scored is None or not np.allclose(decoded.frame_pts_s, scored, rtol=0, atol=_TOLERANCE_S):
-        return Taken(row, {}, "its frames do not lie where they lay when it was scored; score the video again", "source_changed")
+        return Taken(
+            row,
+            {},
+            "its frames do not lie where they lay when it was scored; score the video again",
+            "source_changed",
+        )
     frames = decoded.frames[SPEC]
     return Taken(row, {slot: frames[decoded.slot_frame[slot]] for slot in wanted})
 

@@ -85,7 +85,9 @@ def summarize(predictions: Predictions, max_videos: int) -> Summary:
         quality=tally.quality(figures),
         classes=sorted(tally.predicted.items(), key=lambda item: (-item[1], item[0])),
         failed=tally.failed,
-        means_ms={name: sums[name] / tally.timed[name] for name in _MILLISECONDS if tally.timed[name]},
+        means_ms={
+            name: sums[name] / tally.timed[name] for name in _MILLISECONDS if tally.timed[name]
+        },
         duration_s=sums["duration_s"],
         max_chosen=tally.max_chosen,
         shown=tally.shown(),
@@ -126,10 +128,14 @@ class _Tally:
         for name in (*_MILLISECONDS, "duration_s"):
             self.sums[name] += pc.sum(table[name]).as_py() or 0.0
             self.timed[name] += len(table) - table[name].null_count
-        self.max_chosen = max(self.max_chosen, pc.max(pc.list_value_length(table["selected_slot"])).as_py() or 0)
+        self.max_chosen = max(
+            self.max_chosen, pc.max(pc.list_value_length(table["selected_slot"])).as_py() or 0
+        )
         self._candidates.append(_candidates(part, table, verdict, top))
         if sum(map(len, self._candidates)) > _PENDING:
-            self._candidates = [best_candidates(pa.concat_tables(self._candidates), self.max_videos)]
+            self._candidates = [
+                best_candidates(pa.concat_tables(self._candidates), self.max_videos)
+            ]
 
     def _count_failed(self, table: pa.Table) -> None:
         reasons = _reasons(table)
@@ -138,10 +144,21 @@ class _Tally:
             examples = self.examples[reason]
             if len(examples) < MAX_EXAMPLES:
                 messages = pc.unique(table["error_message"].filter(pc.equal(reasons, reason)))
-                shown = dict.fromkeys(storage.redact(message or "") for message in messages.to_pylist())
-                examples += [text for text in shown if text and text not in examples][: MAX_EXAMPLES - len(examples)]
-        listed = table.slice(0, MAX_FAILED_LISTED - len(self.failed)).select(["uri", "error_message"]).to_pylist()
-        self.failed += [row | {"error_type": reason.as_py()} for row, reason in zip(listed, reasons, strict=False)]
+                shown = dict.fromkeys(
+                    storage.redact(message or "") for message in messages.to_pylist()
+                )
+                examples += [text for text in shown if text and text not in examples][
+                    : MAX_EXAMPLES - len(examples)
+                ]
+        listed = (
+            table.slice(0, MAX_FAILED_LISTED - len(self.failed))
+            .select(["uri", "error_message"])
+            .to_pylist()
+        )
+        self.failed += [
+            row | {"error_type": reason.as_py()}
+            for row, reason in zip(listed, reasons, strict=False)
+        ]
 
     def _count_warnings(self, lists: pa.ChunkedArray) -> None:
         self.warned += pc.sum(pc.greater(pc.list_value_length(lists), 0)).as_py() or 0
@@ -155,7 +172,9 @@ class _Tally:
         self.labelled_failed += len(np.unique(rows[verdict[rows] == FAILED]))
         wrong = verdict[rows] == WRONG
         taken = pc.fill_null(top.take(pa.array(rows[wrong])), "None")
-        self.confusions.update(zip(names.filter(pa.array(wrong)).to_pylist(), taken.to_pylist(), strict=True))
+        self.confusions.update(
+            zip(names.filter(pa.array(wrong)).to_pylist(), taken.to_pylist(), strict=True)
+        )
 
     def accounting(self, run: dict[str, Any]) -> dict[str, Any]:
         """`Summary.totals`."""
@@ -167,7 +186,9 @@ class _Tally:
         return expected | {
             "videos": videos,
             "skipped": skipped,
-            "adds_up": all(_whole(counts.get(key), value) == value for key, value in expected.items()),
+            "adds_up": all(
+                _whole(counts.get(key), value) == value for key, value in expected.items()
+            ),
             "failures": dict(self.failures.most_common()),
             "failure_examples": dict(self.examples),
             "warned": self.warned,
@@ -186,7 +207,9 @@ class _Tally:
             "unknown_labels": dict(self.unknown.most_common()),
             "top1": right / self.judged if self.judged else None,
             "map": _finite(mean_over_classes(figures.ap)) if figures else None,
-            "map_interpolated": _finite(mean_over_classes(figures.ap_interpolated)) if figures else None,
+            "map_interpolated": _finite(mean_over_classes(figures.ap_interpolated))
+            if figures
+            else None,
             "per_class": _per_class(self.classes, figures) if figures else [],
             "confusions": [(*pair, count) for pair, count in confusions[:MAX_CONFUSIONS]],
         }
@@ -226,7 +249,13 @@ def _count(counter: Counter[str], values: pa.Array) -> None:
 def _per_class(classes: Sequence[str], figures: ClassFigures) -> list[dict[str, Any]]:
     columns = (figures.videos, figures.predicted, figures.ap, figures.ap_interpolated)
     rows = [
-        {"name": name, "videos": int(videos), "predicted": int(predicted), "ap": _finite(ap), "ap_interpolated": _finite(interpolated)}
+        {
+            "name": name,
+            "videos": int(videos),
+            "predicted": int(predicted),
+            "ap": _finite(ap),
+            "ap_interpolated": _finite(interpolated),
+        }
         for name, videos, predicted, ap, interpolated in zip(classes, *columns, strict=True)
     ]
     return sorted(rows, key=lambda row: (row["ap"] is None, row["ap"] or 0.0, row["name"]))

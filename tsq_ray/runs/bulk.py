@@ -242,7 +242,9 @@ def accounting(done: Done, split: str | None) -> dict[str, Any]:
     manifest, rows = done.manifest, done.counting
     flags = rows["flags"]
     numbers = np.bincount(rows["error"][flags & FAILED > 0], minlength=len(ERROR_TYPES))
-    by_type = Counter({name: int(number) for name, number in zip(ERROR_TYPES, numbers, strict=True) if number})
+    by_type = Counter(
+        {name: int(number) for name, number in zip(ERROR_TYPES, numbers, strict=True) if number}
+    )
     missing = manifest.rows.table["split"].filter(pa.array(done.row < 0))
     by_split = 0
     if split is not None and len(missing):

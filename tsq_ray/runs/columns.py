@@ -33,21 +33,38 @@ def read_columns(files: Sequence[storage.StoredFile], columns: Sequence[str]) ->
     if not files or storage.is_local(files[0].uri):
         return [read_part(file.uri, columns) for file in files]
     pieces = _fetch(files, columns)
-    return [_read(file.uri, *pieces[file], columns) if file in pieces else read_part(file.uri, columns) for file in files]
+    return [
+        _read(file.uri, *pieces[file], columns) if file in pieces else read_part(file.uri, columns)
+        for file in files
+    ]
 
 
-def _fetch(files: Sequence[storage.StoredFile], columns: Sequence[str]) -> dict[storage.StoredFile, tuple[io.RawIOBase, pq.FileMetaData]]:
+def _fetch(
+    files: Sequence[storage.StoredFile], columns: Sequence[str]
+) -> dict[storage.StoredFile, tuple[io.RawIOBase, pq.FileMetaData]]:
     """The bytes of these columns and the footer, of each file that is Parquet in one row group, as parts are."""
     footers = {}
     for file, tail in zip(files, _tails(files), strict=True):
         with contextlib.suppress(pa.ArrowInvalid, OSError):
             footers[file] = pq.read_metadata(pa.BufferReader(tail))
-    ranges = {file: _range_of(footer, columns) for file, footer in footers.items() if footer.num_row_groups == 1 and footer.num_rows}
+    ranges = {
+        file: _range_of(footer, columns)
+        for file, footer in footers.items()
+        if footer.num_row_groups == 1 and footer.num_rows
+    }
     found = storage.read_ranges([file.uri for file in ranges], list(ranges.values()))
-    return {file: (_Piece(data, ranges[file][0]), footers[file]) for file, data in zip(ranges, found, strict=True)}
+    return {
+        file: (_Piece(data, ranges[file][0]), footers[file])
+        for file, data in zip(ranges, found, strict=True)
+    }
 
 
-def _read(uri: str, file: BinaryIO | io.RawIOBase, footer: pq.FileMetaData | None, columns: Sequence[str] | None) -> pa.Table:
+def _read(
+    uri: str,
+    file: BinaryIO | io.RawIOBase,
+    footer: pq.FileMetaData | None,
+    columns: Sequence[str] | None,
+) -> pa.Table:
     with _named(uri), pq.ParquetFile(file, metadata=footer, pre_buffer=False) as parquet:
         # both off: one of Arrow's threads may drop the file as the interpreter ends, which aborts the process
         return parquet.read(columns=columns, use_threads=False)
@@ -58,18 +75,30 @@ def _named(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the disk's, and not Arrow's word for a broken page
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # the disk's, and not Arrow's word for a broken page
             raise
         said = " ".join(str(error).split())
-        raise RunError(f"{storage.redact(uri)}: not readable as Parquet ({said}); delete it and run again") from None
+        raise RunError(
+            f"{storage.redact(uri)}: not readable as Parquet ({said}); delete it and run again"
+        ) from None
 
 
 def _tails(files: Sequence[storage.StoredFile]) -> list[bytes]:
     """The end of each file, with its whole footer."""
     tails = _ends(files, [min(_TAIL_BYTES, file.size_bytes) for file in files])
     needed = [int.from_bytes(tail[-_LENGTH_BYTES:-4], "little") + _LENGTH_BYTES for tail in tails]
-    short = [number for number, file in enumerate(files) if len(tails[number]) < needed[number] <= file.size_bytes]
-    for number, tail in zip(short, _ends([files[number] for number in short], [needed[number] for number in short]), strict=True):
+    short = [
+        number
+        for number, file in enumerate(files)
+        if len(tails[number]) < needed[number] <= file.size_bytes
+    ]
+    for number, tail in zip(
+        short,
+        _ends([files[number] for number in short], [needed[number] for number in short]),
+        strict=True,
+    ):
         tails[number] = tail
     return tails
 
@@ -87,8 +116,13 @@ def _range_of(footer: pq.FileMetaData, columns: Sequence[str]) -> tuple[int, int
     group = footer.row_group(0)
     chunks = [group.column(place) for place in range(group.num_columns)]
     chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
-    starts = [chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset for chunk in chunks]
-    ends = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)]
+    starts = [
+        chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+        for chunk in chunks
+    ]
+    ends = [
+        start + chunk.total_compressed_size for start, chunk in zip(starts, chunks, strict=True)
+    ]
     return min(starts, default=0), max(ends, default=1)
 
 

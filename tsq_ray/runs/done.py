@@ -19,13 +19,26 @@ from tsq_ray.manifest import Manifest, VideoRef, VideoRows
 from tsq_ray.manifest.videos import CONTENT, keys_of, same_contents
 from tsq_ray.runs.columns import read_columns
 
-_BRIEF = [*(column.name for column in schema.MANIFEST if column.name != "uri"), "status", "error_type", "warnings"]
+_BRIEF = [
+    *(column.name for column in schema.MANIFEST if column.name != "uri"),
+    "status",
+    "error_type",
+    "warnings",
+]
 _AT_A_TIME = 100
 """Parts that are read and compared with the manifest together."""
 OK, FAILED, WARNED, OTHER_VERSION, RELABELLED = (1 << bit for bit in range(5))
 """What `flags` says of a row: its status, whether it has warnings, whether the manifest names another version of the file, other labels or another split."""
 _UNKNOWN = ERROR_TYPES.index("internal")
-ROW = np.dtype([("key", np.uint64), ("place", np.int32), ("part", np.int32), ("flags", np.uint8), ("error", np.uint8)])
+ROW = np.dtype(
+    [
+        ("key", np.uint64),
+        ("place", np.int32),
+        ("part", np.int32),
+        ("flags", np.uint8),
+        ("error", np.uint8),
+    ]
+)
 """A row of a part: `manifest.videos.keys_of` its id, its row in the manifest (-1: none), the number of its part, flags, and with which of ERROR_TYPES it failed, if it did."""
 
 
@@ -97,7 +110,10 @@ class Done:
     def by_file(self) -> dict[storage.StoredFile, tuple[list[str], np.ndarray]]:
         """Class names and rows of each part that can be told from one that was written again: not where storage gives neither an etag nor a time."""
         parts = [part for part in self.parts if part.file.etag or part.file.modified]
-        return {part.file: (part.classes, self.rows[part.start : part.start + part.num_rows]) for part in parts}
+        return {
+            part.file: (part.classes, self.rows[part.start : part.start + part.num_rows])
+            for part in parts
+        }
 
     def _best_first(self, numbers: np.ndarray) -> np.ndarray:
         part = self.rows["part"][numbers]
@@ -109,7 +125,11 @@ class Done:
 def list_parts(uri: str) -> list[storage.StoredFile]:
     """The visible parts of a run folder."""
     files = storage.list_folder(storage.normalize(uri))
-    return [file for file in files if storage.name_of(file.uri).startswith("part-") and file.uri.endswith(".parquet")]
+    return [
+        file
+        for file in files
+        if storage.name_of(file.uri).startswith("part-") and file.uri.endswith(".parquet")
+    ]
 
 
 def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
@@ -124,7 +144,14 @@ def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
         for file in some:
             classes, rows = before[file] if file in before else read[file]
             # nearly all parts have the manifest's names: they share its list
-            parts.append(Part(file, manifest.classes if classes == manifest.classes else classes, start, len(rows)))
+            parts.append(
+                Part(
+                    file,
+                    manifest.classes if classes == manifest.classes else classes,
+                    start,
+                    len(rows),
+                )
+            )
             found.append(rows)
             start += len(rows)
     every = np.concatenate(found)
@@ -132,14 +159,19 @@ def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
     return Done(manifest, parts, every)
 
 
-def _read(files: Sequence[storage.StoredFile], manifest: Manifest) -> dict[storage.StoredFile, tuple[list[str], np.ndarray]]:
+def _read(
+    files: Sequence[storage.StoredFile], manifest: Manifest
+) -> dict[storage.StoredFile, tuple[list[str], np.ndarray]]:
     """Class names and rows of each of these parts."""
     if not files:
         return {}
     tables = read_columns(files, _BRIEF)
     bounds = np.cumsum([len(table) for table in tables])[:-1]
     pieces = np.split(_compare(tables, manifest), bounds)
-    return {file: (schema.classes_of(table.schema), rows) for file, table, rows in zip(files, tables, pieces, strict=True)}
+    return {
+        file: (schema.classes_of(table.schema), rows)
+        for file, table, rows in zip(files, tables, pieces, strict=True)
+    }
 
 
 def _compare(tables: Sequence[pa.Table], manifest: Manifest) -> np.ndarray:
@@ -148,13 +180,24 @@ def _compare(tables: Sequence[pa.Table], manifest: Manifest) -> np.ndarray:
     rows = np.zeros(len(table), ROW)
     rows["key"] = keys_of(table["video_id"])
     rows["place"] = place = manifest.rows.places_of(rows["key"])
-    rows["error"] = pc.fill_null(pc.index_in(table["error_type"], pa.array(ERROR_TYPES)), _UNKNOWN).to_numpy()
+    rows["error"] = pc.fill_null(
+        pc.index_in(table["error_type"], pa.array(ERROR_TYPES)), _UNKNOWN
+    ).to_numpy()
     warned = pc.greater(pc.fill_null(pc.list_value_length(table["warnings"]), 0), 0).to_numpy()
-    flags = OK * _equals(table["status"], "ok") + FAILED * _equals(table["status"], "failed") + WARNED * warned
+    flags = (
+        OK * _equals(table["status"], "ok")
+        + FAILED * _equals(table["status"], "failed")
+        + WARNED * warned
+    )
     known = place >= 0
-    ours, theirs = table.filter(pa.array(known)), manifest.rows.columns_at(place[known], [*CONTENT, "labels", "split"])
+    ours, theirs = (
+        table.filter(pa.array(known)),
+        manifest.rows.columns_at(place[known], [*CONTENT, "labels", "split"]),
+    )
     flags[known] += OTHER_VERSION * ~same_contents(theirs, ours)
-    same_split = pc.equal(pc.fill_null(ours["split"], ""), pc.fill_null(theirs["split"], "")).to_numpy()
+    same_split = pc.equal(
+        pc.fill_null(ours["split"], ""), pc.fill_null(theirs["split"], "")
+    ).to_numpy()
     flags[known] += RELABELLED * (_lists_differ(ours["labels"], theirs["labels"]) | ~same_split)
     rows["flags"] = flags
     return rows
@@ -168,7 +211,11 @@ def still_to_do(wanted: Sequence[VideoRef], done: Done, retry: Collection[str] =
     """The wanted videos without a row that counts; failed ones again where their reason is in `retry` or storage was unavailable."""
     wanted = VideoRows.of(wanted)
     row = done.row_of(wanted)
-    reasons = [number for number, reason in enumerate(ERROR_TYPES) if reason in {*retry, *RETRIED_ERROR_TYPES}]
+    reasons = [
+        number
+        for number, reason in enumerate(ERROR_TYPES)
+        if reason in {*retry, *RETRIED_ERROR_TYPES}
+    ]
     again = done.has(FAILED) & np.isin(done.rows["error"], reasons)
     todo = row < 0
     todo[~todo] = again[row[~todo]]
@@ -179,7 +226,11 @@ def outdated_labels(done: Done) -> list[Part]:
     """Parts whose rows have other labels, class names or splits than the manifest has now."""
     rows = done.counting
     found = set(np.unique(rows["part"][rows["flags"] & RELABELLED > 0]).tolist())
-    found |= {number for number in np.unique(rows["part"]).tolist() if done.parts[number].classes != done.manifest.classes}
+    found |= {
+        number
+        for number in np.unique(rows["part"]).tolist()
+        if done.parts[number].classes != done.manifest.classes
+    }
     return [done.parts[number] for number in sorted(found)]
 
 

@@ -42,7 +42,9 @@ def read_json(uri: str) -> dict[str, Any] | None:
     try:
         return json.loads(data)
     except ValueError:
-        raise RunError(f"{storage.redact(uri)}: not JSON; the file is damaged, delete it and run again") from None
+        raise RunError(
+            f"{storage.redact(uri)}: not JSON; the file is damaged, delete it and run again"
+        ) from None
 
 
 def write_json(uri: str, content: Mapping[str, Any]) -> None:
@@ -56,8 +58,12 @@ def read_run(uri: str, kind: Kind | None = None) -> dict[str, Any]:
     run = read_json(storage.join(uri, RUN_FILE))
     if run is None:
         if read_json(storage.join(uri, CONFIG_FILE)) is not None:
-            raise RunError(f"{storage.redact(uri)}: this run is not finished; give its command again, it resumes where it stopped")
-        raise RunError(f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); name what extract or score wrote with --out")
+            raise RunError(
+                f"{storage.redact(uri)}: this run is not finished; give its command again, it resumes where it stopped"
+            )
+        raise RunError(
+            f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); name what extract or score wrote with --out"
+        )
     check_format(uri, run)
     if kind is not None and run["kind"] != kind:
         raise RunError(f"{storage.redact(uri)}: holds {run['kind']}, expected {kind}")
@@ -129,7 +135,12 @@ def write_part(uri: str, table: pa.Table, compression: str) -> str:
     """Publish a table as one part of the run folder; its name."""
     name = part_name(table["video_id"].to_pylist())
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression=compression, use_dictionary=["status", "error_type", "codec", "split"])
+    pq.write_table(
+        table,
+        sink,
+        compression=compression,
+        use_dictionary=["status", "error_type", "codec", "split"],
+    )
     storage.write_bytes(storage.join(uri, name), sink.getvalue().to_pybytes())
     return name
 
@@ -148,7 +159,11 @@ def prune(uri: str, done: Done, compression: str) -> int:
             continue
         stale.append(part.name)
         if mask.any():
-            written.add(write_part(uri, read_part(storage.join(uri, part.name)).filter(pa.array(mask)), compression))
+            written.add(
+                write_part(
+                    uri, read_part(storage.join(uri, part.name)).filter(pa.array(mask)), compression
+                )
+            )
     # what is left of one part may have taken the name of another one that has nothing left
     for name in set(stale) - written:
         storage.remove(storage.join(uri, name))
@@ -164,27 +179,52 @@ def relabel(uri: str, parts: Iterable[Part], done: Done, compression: str) -> No
     for part in parts:
         table = read_part(storage.join(uri, part.name))
         rows = manifest.rows.take(done.rows["place"][part.start : part.start + part.num_rows])
-        names = [[manifest.classes[number] for number in row.labels] if row.labels else None for row in rows]
-        values = {"labels": rows.table["labels"], "split": rows.table["split"], "label_names": names}
+        names = [
+            [manifest.classes[number] for number in row.labels] if row.labels else None
+            for row in rows
+        ]
+        values = {
+            "labels": rows.table["labels"],
+            "split": rows.table["split"],
+            "label_names": names,
+        }
         for column, new in values.items():
             if column in table.column_names:
                 place = table.schema.get_field_index(column)
                 field = table.schema.field(place)
-                table = table.set_column(place, field, pa.array(new, field.type) if isinstance(new, list) else new)
-        metadata = {**(table.schema.metadata or {}), schema.CLASSES_KEY: json.dumps(manifest.classes).encode()}
+                table = table.set_column(
+                    place, field, pa.array(new, field.type) if isinstance(new, list) else new
+                )
+        metadata = {
+            **(table.schema.metadata or {}),
+            schema.CLASSES_KEY: json.dumps(manifest.classes).encode(),
+        }
         write_part(uri, table.replace_schema_metadata(metadata), compression)
 
 
-def finish(uri: str, kind: Kind, status: str, manifest: Manifest, counts: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def finish(
+    uri: str,
+    kind: Kind,
+    status: str,
+    manifest: Manifest,
+    counts: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> dict[str, Any]:
     """Write `_run.json`, the last file of a run, and return it."""
     config = read_json(storage.join(uri, CONFIG_FILE)) or {}
-    parts = [{"name": storage.name_of(part.uri), "bytes": part.size_bytes} for part in list_parts(uri)]
+    parts = [
+        {"name": storage.name_of(part.uri), "bytes": part.size_bytes} for part in list_parts(uri)
+    ]
     run = {
         "format": FORMAT,
         "kind": kind,
         "status": status,
         "counts": dict(counts),
-        "manifest": {"uri": storage.redact(manifest.uri), "id": manifest.id, "sha256": manifest.sha256},
+        "manifest": {
+            "uri": storage.redact(manifest.uri),
+            "id": manifest.id,
+            "sha256": manifest.sha256,
+        },
         "classes": manifest.classes,
         "identity": config.get("config", {}),
         "versions": provenance.versions(),

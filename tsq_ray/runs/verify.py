@@ -38,7 +38,13 @@ def verify(uri: str) -> dict[str, Any]:
             problems += _check_manifest(run, done)
         checks = ["parts", "rows", "counts", why_not or "manifest"]
     problems += _check_counts(run)
-    return {"uri": storage.redact(uri), "kind": run["kind"], "counts": run["counts"], "checks": checks, "problems": problems}
+    return {
+        "uri": storage.redact(uri),
+        "kind": run["kind"],
+        "counts": run["counts"],
+        "checks": checks,
+        "problems": problems,
+    }
 
 
 def _check_parts(uri: str, run: Mapping[str, Any]) -> list[str]:
@@ -57,7 +63,9 @@ def _check_parts(uri: str, run: Mapping[str, Any]) -> list[str]:
 def _check_counts(run: Mapping[str, Any]) -> list[str]:
     counts, problems = run["counts"], []
     if counts["inputs"] != counts["ok"] + counts["failed"] + counts["skipped"]:
-        problems.append(f"inputs {counts['inputs']} != ok {counts['ok']} + failed {counts['failed']} + skipped {counts['skipped']}")
+        problems.append(
+            f"inputs {counts['inputs']} != ok {counts['ok']} + failed {counts['failed']} + skipped {counts['skipped']}"
+        )
     if run["status"] != "complete":
         problems.append(f"the run's status is {run['status']!r}")
     return problems
@@ -79,7 +87,11 @@ def _check_part(uri: str, kind: str) -> list[str]:
     table = read_part(uri)
     problems = []
     columns = schema.FEATURES if kind == "features" else schema.PREDICTIONS
-    missing = [column.name for column in columns if column.name not in table.column_names and column.name != "scores"]
+    missing = [
+        column.name
+        for column in columns
+        if column.name not in table.column_names and column.name != "scores"
+    ]
     if missing:
         return [f"{name}: lacks the columns {missing}"]
     if name != part_name(table["video_id"].to_pylist()):
@@ -92,7 +104,11 @@ def _check_part(uri: str, kind: str) -> list[str]:
     if unknown:
         problems.append(f"{name}: unknown error types {sorted(map(str, unknown))}")
     ok = table.filter(pc.equal(table["status"], "ok"))
-    for column in ("visual", "object_ids", "frame_index") if kind == "features" else ("selected_slot", "top_labels", "frame_pts_s"):
+    for column in (
+        ("visual", "object_ids", "frame_index")
+        if kind == "features"
+        else ("selected_slot", "top_labels", "frame_pts_s")
+    ):
         if ok[column].null_count:
             problems.append(f"{name}: {ok[column].null_count} rows are ok without {column}")
     return problems
@@ -112,12 +128,20 @@ def _manifest_of(run: Mapping[str, Any]) -> tuple[Manifest | None, str]:
 def _check_manifest(run: Mapping[str, Any], done: Done) -> list[str]:
     manifest, place, problems = done.manifest, done.rows["place"], []
     for row in done.rows[place < 0][:_SHOWN]:
-        problems.append(f"{done.parts[row['part']].name}: video {row['key']:016x} is not in the manifest")
+        problems.append(
+            f"{done.parts[row['part']].name}: video {row['key']:016x} is not in the manifest"
+        )
     for ref in manifest.rows.take(place[done.has(OTHER_VERSION)][:_SHOWN]):
-        problems.append(f"video {ref.video_id} ({storage.redact(ref.uri)}): the row is of another version of the file")
+        problems.append(
+            f"video {ref.video_id} ({storage.redact(ref.uri)}): the row is of another version of the file"
+        )
     if run["counts"]["inputs"] != len(manifest.rows):
-        problems.append(f"the manifest has {len(manifest.rows)} videos, {RUN_FILE} says {run['counts']['inputs']}")
+        problems.append(
+            f"the manifest has {len(manifest.rows)} videos, {RUN_FILE} says {run['counts']['inputs']}"
+        )
     lost = len(manifest.rows) - len(np.unique(place[place >= 0]))
     if lost != run["counts"]["skipped"]:
-        problems.append(f"{lost} videos of the manifest have no row, {RUN_FILE} says {run['counts']['skipped']} were skipped")
+        problems.append(
+            f"{lost} videos of the manifest have no row, {RUN_FILE} says {run['counts']['skipped']} were skipped"
+        )
     return problems

@@ -55,7 +55,9 @@ def run_bulk(
     options: dict[str, Any] = {"session": session, "ticks": (run.stop_if_lost, *ticks), "app": app}
     for _ in range(_PASSES):
         try:
-            written, spent = progress.run_with_progress(_publishing(run, work, todo), work.counts, len(run.todo), what, **options)
+            written, spent = progress.run_with_progress(
+                _publishing(run, work, todo), work.counts, len(run.todo), what, **options
+            )
         except ray.exceptions.RayError as error:
             raise cluster.run_failed(error, what) from error
         seconds.update(spent)
@@ -64,12 +66,18 @@ def run_bulk(
     return dict(seconds)
 
 
-def _publishing(run: BulkRun, work: Work, todo: VideoRows) -> Callable[[], tuple[int, dict[str, float]]]:
+def _publishing(
+    run: BulkRun, work: Work, todo: VideoRows
+) -> Callable[[], tuple[int, dict[str, float]]]:
     def publish() -> tuple[int, dict[str, float]]:
         totals: Counter[str] = Counter()
         rows = parts.part_rows(work.schema, run.config.output, len(todo))
         for data in parts.executions(todo, work.workers.start):
-            totals.update(parts.write_parts(work.stage(data), work.writers, run.out, work.schema, run.config.output, rows))
+            totals.update(
+                parts.write_parts(
+                    work.stage(data), work.writers, run.out, work.schema, run.config.output, rows
+                )
+            )
         written = int(totals.pop(parts.ROWS, 0))
         return written, {name: value for name, value in totals.items() if value > 0}
 

@@ -75,7 +75,9 @@ def read_cluster(ray: Any, config: Config) -> Cluster:
         found = node["Resources"]
         memory = found.get("memory", math.inf)
         groups.append((node.get("Labels") or {}).get(_GROUP_LABEL, ""))
-        nodes.append(Node(found.get("CPU", 0.0), found.get("GPU", 0.0), memory, name=node["NodeName"]))
+        nodes.append(
+            Node(found.get("CPU", 0.0), found.get("GPU", 0.0), memory, name=node["NodeName"])
+        )
     types = []
     for kind in config.resources.node_types:
         alive = sum(1 for node in nodes if (node.cpus, node.gpus) == (kind.cpus, kind.gpus))

@@ -13,12 +13,16 @@ from tsq_ray.errors import RunFailed
 from tsq_ray.runtime.cluster import one_line
 
 
-def submit_job(argv: Sequence[str], address: str | None, env: Mapping[str, str] | None = None) -> str:
+def submit_job(
+    argv: Sequence[str], address: str | None, env: Mapping[str, str] | None = None
+) -> str:
     """Submit `tsq ARGV` as a Ray job; its id. The package travels with it. RunFailed where the cluster does not answer."""
     from ray.job_submission import JobSubmissionClient
 
     where = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-    named_by = "RAY_ADDRESS" if where == os.environ.get("RAY_ADDRESS") and not address else "--address"
+    named_by = (
+        "RAY_ADDRESS" if where == os.environ.get("RAY_ADDRESS") and not address else "--address"
+    )
     package = str(Path(__file__).parents[1])
     try:
         client = JobSubmissionClient(where)
@@ -27,7 +31,9 @@ def submit_job(argv: Sequence[str], address: str | None, env: Mapping[str, str] 
             runtime_env={"py_modules": [package], "env_vars": dict(env or {})},
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RunFailed(f"--submit to {where}: {one_line(error)}; check {named_by} and that the cluster's dashboard is up") from error
+        raise RunFailed(
+            f"--submit to {where}: {one_line(error)}; check {named_by} and that the cluster's dashboard is up"
+        ) from error
 
 
 def follow_job(job_id: str, address: str | None) -> str:
@@ -36,13 +42,17 @@ def follow_job(job_id: str, address: str | None) -> str:
         return _follow(job_id, address)
     except KeyboardInterrupt:
         see, end = f"ray job logs --follow {job_id}", f"ray job stop {job_id}"
-        raise RunFailed(f"no longer followed; the job runs on: see `{see}`, end it with `{end}`") from None
+        raise RunFailed(
+            f"no longer followed; the job runs on: see `{see}`, end it with `{end}`"
+        ) from None
 
 
 def _follow(job_id: str, address: str | None) -> str:
     from ray.job_submission import JobSubmissionClient
 
-    client = JobSubmissionClient(address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265")
+    client = JobSubmissionClient(
+        address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
+    )
     shown = 0
     while True:
         status = client.get_job_status(job_id)

@@ -82,7 +82,9 @@ class Cluster:
     def with_gpus(self) -> Cluster:
         """Its nodes that have a GPU, alone."""
         return replace(
-            self, nodes=tuple(node for node in self.nodes if node.gpus), launchable=tuple(node for node in self.launchable if node.gpus)
+            self,
+            nodes=tuple(node for node in self.nodes if node.gpus),
+            launchable=tuple(node for node in self.launchable if node.gpus),
         )
 
     @property

@@ -22,7 +22,12 @@ RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
 
 A lost node takes many: until Ray believes that it is gone, 10 to 30 s, every task sent to it is tried again about once a second.
 """
-STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = ("_decode_s", "_encode_s", "_sample_s", "_recognize_s")
+STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = (
+    "_decode_s",
+    "_encode_s",
+    "_sample_s",
+    "_recognize_s",
+)
 """Columns that carry a row's seconds in each stage up to `write_parts`; they are not written."""
 MAX_BLOCK_ROWS = 128
 """What a lost worker does again at most."""
@@ -46,8 +51,15 @@ def pool_options(pool: Pool) -> dict[str, Any]:
     """Arguments of `map_batches` that run a stage as this pool."""
     import ray
 
-    compute = ray.data.ActorPoolStrategy(min_size=pool.minimum, max_size=max(pool.limit, pool.minimum), initial_size=pool.start)
-    options: dict[str, Any] = {"compute": compute, "num_cpus": pool.cpus, "memory": pool.memory, "batch_format": "pyarrow"}
+    compute = ray.data.ActorPoolStrategy(
+        min_size=pool.minimum, max_size=max(pool.limit, pool.minimum), initial_size=pool.start
+    )
+    options: dict[str, Any] = {
+        "compute": compute,
+        "num_cpus": pool.cpus,
+        "memory": pool.memory,
+        "batch_format": "pyarrow",
+    }
     return options | ({"num_gpus": pool.gpus} if pool.gpus else {}) | RETRIES
 
 
@@ -60,7 +72,10 @@ def executions(todo: Sequence[VideoRef], workers: int) -> Iterator[Any]:
     for first in range(0, len(bounds) - 1, _MAX_BLOCKS):
         ends = bounds[first : first + _MAX_BLOCKS + 1]
         table = rows.take(order[ends[0] : ends[-1]]).table.replace_schema_metadata(None)
-        blocks = [table.slice(start - ends[0], end - start) for start, end in itertools.pairwise(ends.tolist())]
+        blocks = [
+            table.slice(start - ends[0], end - start)
+            for start, end in itertools.pairwise(ends.tolist())
+        ]
         # Not read from a file: reading asks for a whole free CPU, which a small cluster full of workers never has. And not by
         # `from_arrow`: that sends each block to a task of its own to count its rows, three times the time and 50 kB a block.
         data = ray.data.from_blocks(blocks)
@@ -106,7 +121,9 @@ def part_rows(arrow: pa.Schema, output: OutputConfig, videos: int) -> int:
 
 def hand_on_after(context: Any, arrow: pa.Schema, batch_size: int) -> None:
     """Let workers hand rows on after a few batches, whatever they have to do yet."""
-    context.target_max_block_size = max(1, _HAND_ON_BATCHES * batch_size * row_bytes(arrow) * 9 // 10)
+    context.target_max_block_size = max(
+        1, _HAND_ON_BATCHES * batch_size * row_bytes(arrow) * 9 // 10
+    )
 
 
 def refs_of(table: pa.Table) -> list[VideoRef]:
@@ -124,11 +141,16 @@ def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema, counts:
     counts.add.remote([row.get("error_type") for row in rows])
     table = schema.to_storage(schema.table_from_rows(rows, arrow))
     for name in STAGE_SECONDS:
-        table = table.append_column(pa.field(name, pa.float64()), pa.array([row.get(name) or 0.0 for row in rows], pa.float64()))
+        table = table.append_column(
+            pa.field(name, pa.float64()),
+            pa.array([row.get(name) or 0.0 for row in rows], pa.float64()),
+        )
     return table
 
 
-def write_parts(data: Any, writers: Pool, out: str, arrow: pa.Schema, output: OutputConfig, rows: int) -> dict[str, float]:
+def write_parts(
+    data: Any, writers: Pool, out: str, arrow: pa.Schema, output: OutputConfig, rows: int
+) -> dict[str, float]:
     """Run a dataset of transport tables and publish its rows as parts of about `rows` rows; sums of what WritePart returns."""
     # a batch is all that a writer is given, so that what is above `rows` makes no part of its own
     data = data.map_batches(
@@ -162,9 +184,15 @@ class WritePart:
             self._publish(schema.from_storage(batch, self.arrow))
         except StorageError as failure:
             error = str(failure)
-        sums = {name.strip("_").removesuffix("_s"): pc.sum(batch[name]).as_py() for name in STAGE_SECONDS}
+        sums = {
+            name.strip("_").removesuffix("_s"): pc.sum(batch[name]).as_py()
+            for name in STAGE_SECONDS
+        }
         sums |= {_WRITE: time.perf_counter() - started, ROWS: float(len(batch))}
-        return pa.table({name: pa.array([value]) for name, value in sums.items()} | {_ERROR: pa.array([error], pa.string())})
+        return pa.table(
+            {name: pa.array([value]) for name, value in sums.items()}
+            | {_ERROR: pa.array([error], pa.string())}
+        )
 
     def _publish(self, rows: pa.Table) -> None:
         """A bucket that is away for a moment must not cost the rows that are made, and with them the run."""

@@ -83,7 +83,9 @@ def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
     cores = sum(pool.limit * pool.cores for pool in pools if not pool.gpus) - cluster.cpus
     bundles = [_resources(node) for node in cluster.nodes if node.cpus or node.gpus]
     plain = [node for node in cluster.launchable if not node.gpus]
-    for node in sorted((node for node in cluster.launchable if node.gpus), key=lambda node: node.gpus):
+    for node in sorted(
+        (node for node in cluster.launchable if node.gpus), key=lambda node: node.gpus
+    ):
         missing = max(gpus / node.gpus, 0.0 if plain else cores / max(node.cpus, 1.0))
         count = min(node.count, max(0, math.ceil(missing)))
         bundles += [_resources(node)] * count
@@ -95,7 +97,9 @@ def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
     if cluster.grows and not cluster.launchable:
         for pool in (pool for pool in pools if pool.gpus or pool.cores):
             missing = min(pool.limit, _MAX_ASKED) - cluster.capacity(pool)
-            bundles += [{"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {})] * max(0, missing)
+            bundles += [{"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {})] * max(
+                0, missing
+            )
     return bundles
 
 
@@ -128,7 +132,11 @@ def _share(cluster: Cluster, actors: int) -> float:
 
 def _memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
     """Bytes to declare of an actor with these CPUs: `wanted`, or its share of a node full of such actors, of which one share is left over."""
-    shares = [node.memory / (math.ceil(node.cpus / min(1.0, cpus)) + 1) for node in cluster.every_node() if node.cpus]
+    shares = [
+        node.memory / (math.ceil(node.cpus / min(1.0, cpus)) + 1)
+        for node in cluster.every_node()
+        if node.cpus
+    ]
     return int(min([wanted, *shares]))
 
 
@@ -155,7 +163,11 @@ def _sized(cluster: Cluster, pool: Pool, asked: int, most: int) -> Pool:
         return replace(pool, start=min(asked, most), limit=min(asked, most))
     alive = min(most, max(1, cluster.capacity(pool)))
     limit = _growth(alive, most)
-    ahead = cluster.capacity(pool, launchable=True) - alive if cluster.launchable else max(alive, _MIN_AHEAD)
+    ahead = (
+        cluster.capacity(pool, launchable=True) - alive
+        if cluster.launchable
+        else max(alive, _MIN_AHEAD)
+    )
     start = min(limit, alive + min(max(0, ahead), _MAX_ASKED))
     return replace(pool, minimum=start, start=start, limit=limit, fit=min(alive, start))
 
@@ -171,8 +183,12 @@ def _cores(cpus: float) -> float:
 
 
 def _writers(cluster: Cluster, cpus: float = 1.0) -> Pool:
-    limit = _MAX_WRITERS if cluster.grows else max(_MIN_WRITERS, min(_MAX_WRITERS, cluster.num_workers))
-    return Pool("writer", 1, 1, limit, _WAITING_CPUS, memory=_waiting_memory(cluster, _WRITING_BYTES, cpus))
+    limit = (
+        _MAX_WRITERS if cluster.grows else max(_MIN_WRITERS, min(_MAX_WRITERS, cluster.num_workers))
+    )
+    return Pool(
+        "writer", 1, 1, limit, _WAITING_CPUS, memory=_waiting_memory(cluster, _WRITING_BYTES, cpus)
+    )
 
 
 def _on_gpus(cluster: Cluster, name: str, asked: int, most: int, share: float, cpus: float) -> Pool:
@@ -221,7 +237,10 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
             f"finetune.num_workers = {workers} with {decoders} decoders each: too many for the "
             f"{cluster.cpus:g} CPUs of the cluster; lower it or resources.decoders"
         )
-    pools = {"worker": pool, "decoder": Pool("decoder", decoders, decoders, decoders, cpus, memory=memory)}
+    pools = {
+        "worker": pool,
+        "decoder": Pool("decoder", decoders, decoders, decoders, cpus, memory=memory),
+    }
     threads = config.resources.threads or max(1, cores // workers)
     return Layout("finetune", pools, "cuda" if gpus else "cpu", threads)
 
@@ -235,7 +254,15 @@ def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
     if most > fewest and config.resources.threads and not gpus:
         cpus = float(config.resources.threads)  # a cluster that grows holds more of them
     threads = config.resources.threads or int(_cores(cpus))
-    pool = Pool("worker", fewest, most, most, cpus, 1.0 if gpus else 0.0, _memory(cluster, _BUSY_BYTES, cpus))
+    pool = Pool(
+        "worker",
+        fewest,
+        most,
+        most,
+        cpus,
+        1.0 if gpus else 0.0,
+        _memory(cluster, _BUSY_BYTES, cpus),
+    )
     return Layout("train", {"worker": pool}, "cuda" if gpus else "cpu", threads)
 
 
@@ -267,11 +294,17 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
     if gpus:
         # replicas follow the nodes: `score` lays itself out again when these change
         each = _on_gpus(cluster, "", resources.gpus, videos, 0.5, _NETWORK_CPUS * unit)
-        networks = {name: replace(each, name=name, minimum=1, start=each.now) for name in ("sampler", "recognizer")}
+        networks = {
+            name: replace(each, name=name, minimum=1, start=each.now)
+            for name in ("sampler", "recognizer")
+        }
     else:
         count = min(len(nodes), videos)
         limit = _growth(count, videos)
-        networks = {name: Pool(name, 1, count, limit, _NETWORK_CPUS * unit, memory=memory) for name in ("sampler", "recognizer")}
+        networks = {
+            name: Pool(name, 1, count, limit, _NETWORK_CPUS * unit, memory=memory)
+            for name in ("sampler", "recognizer")
+        }
     children = max(1, int(min(config.serve.decoder_processes, cores)))
     count = min(resources.decoders or max(1, int((cores - unit) / 2)), videos)
     limit = count if resources.decoders else _growth(count, videos)
@@ -293,15 +326,27 @@ def _serve(config: Config, cluster: Cluster, videos: int) -> Layout:
     settings = config.serve
     gpus = gpu_count(config, cluster)
     asked = settings.sampler.num_gpus + settings.recognizer.num_gpus
-    scales = {name: getattr(settings, name) for name in ("ingress", "decoder", "sampler", "recognizer")}
+    scales = {
+        name: getattr(settings, name) for name in ("ingress", "decoder", "sampler", "recognizer")
+    }
     # whoever runs the endpoint sizes its replicas by CPUs: memory must not keep out the fewest of them
-    room = sum(node.memory for node in cluster.nodes) / (sum(scale.min_replicas for scale in scales.values()) + 1)
+    room = sum(node.memory for node in cluster.nodes) / (
+        sum(scale.min_replicas for scale in scales.values()) + 1
+    )
     pools = {}
     for name, scale in scales.items():
         share = 0.5 if name in ("sampler", "recognizer") and not asked and gpus else scale.num_gpus
         memory = _memory(cluster, _WAITING_BYTES if name == "ingress" else _BUSY_BYTES)
         memory = int(min(memory, room)) if cluster.nodes else memory
-        pools[name] = Pool(name, scale.min_replicas, scale.min_replicas, scale.max_replicas, scale.num_cpus, share, memory)
+        pools[name] = Pool(
+            name,
+            scale.min_replicas,
+            scale.min_replicas,
+            scale.max_replicas,
+            scale.num_cpus,
+            share,
+            memory,
+        )
     on_gpu = any(pools[name].gpus for name in ("sampler", "recognizer"))
     threads = config.resources.threads or max(1, int(cluster.largest_cpus))
     return Layout("serve", pools, "cuda" if on_gpu else "cpu", threads, settings.decoder_processes)

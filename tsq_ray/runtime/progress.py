@@ -64,7 +64,10 @@ def run_with_progress(
     import ray
 
     watch, done = Watch(ray, what, session.wait_s, app), 0
-    with _thread(work) as (is_alive, result), progress_display(total, what, session.show_progress) as update:
+    with (
+        _thread(work) as (is_alive, result),
+        progress_display(total, what, session.show_progress) as update,
+    ):
         while is_alive(_POLL_S):
             for tick in ticks:
                 tick()
@@ -76,7 +79,9 @@ def run_with_progress(
     return result()
 
 
-def run_watched(work: Callable[[], T], what: str, session: Session = DEFAULT_SESSION, app: str = "") -> T:
+def run_watched(
+    work: Callable[[], T], what: str, session: Session = DEFAULT_SESSION, app: str = ""
+) -> T:
     """Run `work`, which waits for room on the cluster, in a thread; say what it waits for."""
     import ray
 
@@ -114,7 +119,9 @@ def _thread(work: Callable[[], T]) -> Iterator[tuple[Callable[[float], bool], Ca
 
 
 @contextlib.contextmanager
-def progress_display(total: int, what: str, show: bool = True, unit: str = "videos") -> Iterator[Callable[[int, int], None]]:
+def progress_display(
+    total: int, what: str, show: bool = True, unit: str = "videos"
+) -> Iterator[Callable[[int, int], None]]:
     """Yields update(ok, failed). Output goes to stderr, so that --json keeps stdout to itself."""
     began: list[
         tuple[float, int]
@@ -138,10 +145,17 @@ def progress_display(total: int, what: str, show: bool = True, unit: str = "vide
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        bar = Progress(BarColumn(30), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+        bar = Progress(
+            BarColumn(30),
+            TextColumn("{task.description}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
         with bar:
             task = bar.add_task(line(0, 0), total=total)
-            yield lambda ok, failed: bar.update(task, completed=ok + failed, description=line(ok, failed))
+            yield lambda ok, failed: bar.update(
+                task, completed=ok + failed, description=line(ok, failed)
+            )
         return
     last = [0.0]
 

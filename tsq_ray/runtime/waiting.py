@@ -14,7 +14,13 @@ from tsq_ray.errors import RunFailed
 
 FIRST_LINE_S, EVERY_S = 10.0, 15.0
 _GIB = 2**30
-_SYSTEM_ACTORS = ("ServeController", "ProxyActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsActor")
+_SYSTEM_ACTORS = (
+    "ServeController",
+    "ProxyActor",
+    "_AutoscalingCoordinatorActor",
+    "ActorLocationTracker",
+    "_StatsActor",
+)
 _PENDING = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
 
 
@@ -45,12 +51,16 @@ class Watch:
         if not kinds or (status is not None and _num_demanded(status) < kinds.total()):
             self._waits_since = None
             if kinds:
-                _say(f"{self._what}: starting for {now - self._since:.0f} s: {', '.join(kinds)}: loading what they need")
+                _say(
+                    f"{self._what}: starting for {now - self._since:.0f} s: {', '.join(kinds)}: loading what they need"
+                )
             return
         self._waits_since = self._waits_since or self._since
         line = f"{self._what}: waiting for {now - self._waits_since:.0f} s: {'; '.join(_facts(self._ray, status))}"
         if now >= self._ends():
-            raise RunFailed(f"{line}; gave up after --wait-s {self._wait_s:g}; give the same command again to resume")
+            raise RunFailed(
+                f"{line}; gave up after --wait-s {self._wait_s:g}; give the same command again to resume"
+            )
         _say(line)
 
     def _lacking(self) -> Counter[str]:
@@ -70,17 +80,33 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def lacking(actors: Iterable[Mapping[str, Any]], groups: Mapping[str, Mapping[str, Any]], job: str, app: str = "") -> Counter[str]:
+def lacking(
+    actors: Iterable[Mapping[str, Any]],
+    groups: Mapping[str, Mapping[str, Any]],
+    job: str,
+    app: str = "",
+) -> Counter[str]:
     """The kinds of a run's actors of which none runs yet, and how many are to come.
 
     A placement group that has no place counts as a kind. The run's are those of its job, and the
     replicas of its application in Serve, which Serve's own job starts. A placement group's id ends
     with its job's.
     """
-    mine = [actor for actor in actors if actor["JobID"] == job or (app and actor["ActorClassName"].startswith(f"ServeReplica:{app}:"))]
+    mine = [
+        actor
+        for actor in actors
+        if actor["JobID"] == job
+        or (app and actor["ActorClassName"].startswith(f"ServeReplica:{app}:"))
+    ]
     alive = {actor["ActorClassName"] for actor in mine if actor["State"] == "ALIVE"}
-    found = Counter(actor["ActorClassName"] for actor in mine if actor["State"] in _PENDING and actor["ActorClassName"] not in alive)
-    found["placement group"] = sum(group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job))
+    found = Counter(
+        actor["ActorClassName"]
+        for actor in mine
+        if actor["State"] in _PENDING and actor["ActorClassName"] not in alive
+    )
+    found["placement group"] = sum(
+        group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job)
+    )
     return +found
 
 
@@ -91,9 +117,13 @@ def _facts(ray: Any, status: Any) -> Iterator[str]:
     total, free = ray.cluster_resources(), ray.available_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kinds = [kind for kind in ("CPU", "GPU") if total.get(kind) or kind == "CPU"]
-    rooms = ", ".join(f"{free.get(kind, 0.0):.3g} of {total.get(kind, 0.0):g} {kind}" for kind in kinds)
+    rooms = ", ".join(
+        f"{free.get(kind, 0.0):.3g} of {total.get(kind, 0.0):g} {kind}" for kind in kinds
+    )
     yield f"free {rooms} on {len(nodes)} node{'s' * (len(nodes) != 1)}"
-    largest: Mapping[str, float] = max(nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)), default={})
+    largest: Mapping[str, float] = max(
+        nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)), default={}
+    )
     yield f"largest node {_bundle({kind: largest.get(kind, 0.0) for kind in kinds})}"
     holders = _holders(ray)
     if holders:
@@ -127,7 +157,9 @@ def _demands(status: Any) -> str:
 def _num_demanded(status: Any) -> int:
     """Actors and placement groups that have no place; those that have one and start are not among them."""
     summary = status.resource_demands
-    actors = sum(item.count for demand in summary.ray_task_actor_demand for item in demand.bundles_by_count)
+    actors = sum(
+        item.count for demand in summary.ray_task_actor_demand for item in demand.bundles_by_count
+    )
     return actors + len(summary.placement_group_demand)
 
 
@@ -160,5 +192,7 @@ def _autoscaler(status: Any) -> str:
         starting[launch.ray_node_type_name] += launch.count
     parts = [f"{count} x {name} starting" for name, count in starting.items()]
     for launch in status.failed_launches[:2]:
-        parts.append(f"{launch.ray_node_type_name} failed to start ({launch.details or 'no reason given'})")
+        parts.append(
+            f"{launch.ray_node_type_name} failed to start ({launch.details or 'no reason given'})"
+        )
     return ", ".join(parts) or "no node is starting"

@@ -29,7 +29,9 @@ def is_loopback(host: str) -> bool:
 def check_token_rule(host: str, token: str | None) -> None:
     """ConfigError for a binding beyond loopback without a token."""
     if token is None and not is_loopback(host):
-        raise ConfigError(f"--host {host}: beyond loopback a bearer token is needed; set the environment variable {TOKEN_VARIABLE}")
+        raise ConfigError(
+            f"--host {host}: beyond loopback a bearer token is needed; set the environment variable {TOKEN_VARIABLE}"
+        )
 
 
 def check_binding(host: str, port: int) -> None:
@@ -37,8 +39,12 @@ def check_binding(host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port whose last connections are closing is free
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # a port whose last connections are closing is free
             probe.bind((host, port))
             probe.listen()
     except OSError as error:
-        raise ConfigError(f"--host {host} --port {port}: cannot be bound ({error.strerror}); choose another --port or --host") from None
+        raise ConfigError(
+            f"--host {host} --port {port}: cannot be bound ({error.strerror}); choose another --port or --host"
+        ) from None

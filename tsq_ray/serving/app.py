@@ -33,16 +33,34 @@ from tsq_ray.serving.access import TOKEN_VARIABLE, read_token
 from tsq_ray.serving.graph import Graph, TimeLimits, bind_graph, deployment_options
 from tsq_ray.serving.requests import Asked, RequestError, check_token, read_request
 
-_STATUS_OF = {"not_found": 404, "access_denied": 403, "unavailable": 503, "too_large": 413, "timeout": 504, "internal": 500}
+_STATUS_OF = {
+    "not_found": 404,
+    "access_denied": 403,
+    "unavailable": 503,
+    "too_large": 413,
+    "timeout": 504,
+    "internal": 500,
+}
 """HTTP status of a failed video by its error type; 422 for what is wrong with the video itself."""
 _log = logging.getLogger("ray.serve")
 
 api = FastAPI(title="tsq_ray", docs_url=None, redoc_url=None, openapi_url=None)
 
 
-def _refusal(status: int, message: str, error_type: str | None = None, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    content = {"status": "failed" if error_type else "refused", "error_type": error_type, "error_message": storage.redact(message)}
-    return JSONResponse({key: value for key, value in content.items() if value is not None}, status, headers)
+def _refusal(
+    status: int,
+    message: str,
+    error_type: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    content = {
+        "status": "failed" if error_type else "refused",
+        "error_type": error_type,
+        "error_message": storage.redact(message),
+    }
+    return JSONResponse(
+        {key: value for key, value in content.items() if value is not None}, status, headers
+    )
 
 
 @api.exception_handler(RequestError)
@@ -53,8 +71,16 @@ async def _refuse(_: Request, error: RequestError) -> JSONResponse:
 
 @api.exception_handler(HTTPException)
 async def _refuse_http(request: Request, error: HTTPException) -> JSONResponse:
-    there_is = "; there is POST /v1/score, GET /v1/model, GET /healthz" if error.status_code in (404, 405) else ""
-    return _refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}{there_is}", headers=error.headers)
+    there_is = (
+        "; there is POST /v1/score, GET /v1/model, GET /healthz"
+        if error.status_code in (404, 405)
+        else ""
+    )
+    return _refusal(
+        error.status_code,
+        f"{request.method} {request.url.path}: {error.detail}{there_is}",
+        headers=error.headers,
+    )
 
 
 @api.exception_handler(Exception)
@@ -105,14 +131,18 @@ class Ingress:
         """Score one video: JSON {"uri": ...}, the file as the body, or a form with a `file`."""
         check_token(request.headers.get("authorization"), self.token)
         if self.in_hand >= self.settings.max_queued_requests:
-            raise RequestError(429, f"{self.in_hand} requests are in hand, as many as are taken; try again later")
+            raise RequestError(
+                429, f"{self.in_hand} requests are in hand, as many as are taken; try again later"
+            )
         self.in_hand += 1
         try:
             async with asyncio.timeout(self.settings.request_timeout_s):
                 row = await self._score(await read_request(request, self.settings))
         except TimeoutError:
             raise RequestError(
-                504, f"no answer within serve.request_timeout_s = {self.settings.request_timeout_s:g} s", "timeout"
+                504,
+                f"no answer within serve.request_timeout_s = {self.settings.request_timeout_s:g} s",
+                "timeout",
             ) from None
         finally:
             self.in_hand -= 1
@@ -122,10 +152,16 @@ class Ingress:
     async def _score(self, asked: Asked) -> dict[str, Any]:
         try:
             answer = await self.graph.score(asked.source, asked.video_id, asked.upload)
-        except Exception as error:  # the boundary: whatever a stage raises, the client gets an answer
+        except (
+            Exception
+        ) as error:  # the boundary: whatever a stage raises, the client gets an answer
             _log.error("the graph failed: %s", storage.redact(str(error)))
-            raise RequestError(500, "the graph failed; the endpoint's log says more", "internal") from error
-        return asked.identity | (failure_columns(answer.error) if answer.error is not None else answer.columns)
+            raise RequestError(
+                500, "the graph failed; the endpoint's log says more", "internal"
+            ) from error
+        return asked.identity | (
+            failure_columns(answer.error) if answer.error is not None else answer.columns
+        )
 
 
 @serve.deployment
@@ -141,7 +177,10 @@ class BulkEntry:
 
 def bulk_application(model: str, config: Config, placed: Layout, ongoing: Mapping[str, int]) -> Any:
     """The stages alone, bound, in the numbers that the layout starts with."""
-    pools = {name: replace(pool, minimum=pool.start, limit=pool.start) for name, pool in placed.pools.items()}
+    pools = {
+        name: replace(pool, minimum=pool.start, limit=pool.start)
+        for name, pool in placed.pools.items()
+    }
     stages = bind_graph(model, config, replace(placed, pools=pools), ongoing)
     return BulkEntry.options(**deployment_options(pools["ingress"], 1)).bind(*stages)  # type: ignore[attr-defined]
 
@@ -150,9 +189,14 @@ def application(model: str, config: Config, placed: Layout, token: str | None) -
     """The whole application, bound; `token` None lets everybody in."""
     # a relative prefix means the folder of whoever deploys, not of a replica
     prefixes = tuple(storage.normalize(prefix) for prefix in config.serve.allowed_uri_prefixes)
-    config = config.model_copy(update={"serve": config.serve.model_copy(update={"allowed_uri_prefixes": prefixes})})
+    config = config.model_copy(
+        update={"serve": config.serve.model_copy(update={"allowed_uri_prefixes": prefixes})}
+    )
     settings = config.serve
-    ongoing = {name: getattr(settings, name).max_ongoing_requests for name in ("decoder", "sampler", "recognizer")}
+    ongoing = {
+        name: getattr(settings, name).max_ongoing_requests
+        for name in ("decoder", "sampler", "recognizer")
+    }
     decoder, sampler, recognizer = bind_graph(model, config, placed, ongoing)
     # the ingress counts for itself and answers 429 in its own words; Serve's own limits lie above, for a flood and for a dead replica
     most = settings.max_queued_requests

@@ -25,7 +25,13 @@ class Batches(Generic[Item, Answer]):
     """
 
     def __init__(
-        self, work: Callable[[list[Item]], list[Answer]], size: int, wait_s: float, threads: int, on_gpu: bool, compiled: bool = False
+        self,
+        work: Callable[[list[Item]], list[Answer]],
+        size: int,
+        wait_s: float,
+        threads: int,
+        on_gpu: bool,
+        compiled: bool = False,
     ) -> None:
         self.work, self.threads = work, threads
         self.size, self.wait_s = (size, wait_s) if on_gpu else (1, 0.0)
@@ -66,7 +72,9 @@ class Batches(Generic[Item, Answer]):
         try:
             if batch:
                 threads = self.threads // min(self.lanes, max(1, self.in_hand))
-                answers = await asyncio.wrap_future(self.pools[lane].submit(self._run, [item for item, _ in batch], threads))
+                answers = await asyncio.wrap_future(
+                    self.pools[lane].submit(self._run, [item for item, _ in batch], threads)
+                )
                 for (_, waiting), answer in zip(batch, answers, strict=True):
                     if waiting.done():
                         continue
@@ -88,7 +96,9 @@ class Batches(Generic[Item, Answer]):
         while len(batch) < self.size:
             try:
                 async with asyncio.timeout_at(deadline):
-                    batch.append(await self.waiting.get())  # of what waits already, also past the deadline
+                    batch.append(
+                        await self.waiting.get()
+                    )  # of what waits already, also past the deadline
             except TimeoutError:
                 break
         return batch
@@ -102,7 +112,9 @@ class Batches(Generic[Item, Answer]):
         except Exception as error:  # noqa: BLE001  handed to who waits for it
             if len(items) == 1:
                 return [error]
-            return [answer for item in items for answer in self._run([item], threads)]  # one must not cost the others their answers
+            return [
+                answer for item in items for answer in self._run([item], threads)
+            ]  # one must not cost the others their answers
 
 
 def _settle_threads() -> None:

@@ -24,8 +24,13 @@ _SLACK_S = 10.0
 def check_room(placed: Layout, found: Cluster) -> None:
     """ConfigError where the fewest replicas ask for more than the cluster has: Serve would wait for ever."""
     pools = placed.pools.values()
-    for resource, field, there in (("CPU", "num_cpus", found.cpus), ("GPU", "num_gpus", float(found.gpus))):
-        wanted = sum(pool.minimum * (pool.cpus if resource == "CPU" else pool.gpus) for pool in pools)
+    for resource, field, there in (
+        ("CPU", "num_cpus", found.cpus),
+        ("GPU", "num_gpus", float(found.gpus)),
+    ):
+        wanted = sum(
+            pool.minimum * (pool.cpus if resource == "CPU" else pool.gpus) for pool in pools
+        )
         if wanted > there:
             raise ConfigError(
                 f"the replicas want {wanted:g} {resource}s, there are {there:g}; lower serve.*.min_replicas or serve.*.{field}"
@@ -41,26 +46,34 @@ def check_address(host: str, port: int, address: str | None) -> str | None:
     return token
 
 
-def run_endpoint(model: str, config: Config, host: str, port: int, session: Session = DEFAULT_SESSION) -> None:
+def run_endpoint(
+    model: str, config: Config, host: str, port: int, session: Session = DEFAULT_SESSION
+) -> None:
     """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM. UserError for wrong input, RunFailed else."""
     from tsq_ray.bundle.weights import load_bundle
     from tsq_ray.stages import check_sampler
 
     token = check_address(host, port, session.address)
     model = storage.normalize(model)
-    check_sampler(load_bundle(model), config.sampler)  # what is wrong with the bundle is told now, not by a replica
+    check_sampler(
+        load_bundle(model), config.sampler
+    )  # what is wrong with the bundle is told now, not by a replica
     _say("starting: some 20 s until it serves")
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with cluster.connect(session) as ray:
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray put its own in the place
+            signal.signal(
+                signal.SIGTERM, signal.default_int_handler
+            )  # Ray put its own in the place
             if session.address is None:
                 found = cluster.read_cluster(ray, config)
                 check_room(layout("serve", config, found, 1), found)
             deploy(ray, model, config, host, port, token, session)
             try:
                 shown = f"[{host}]" if ":" in host else host
-                _say(f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score (stop with Ctrl-C)")
+                _say(
+                    f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score (stop with Ctrl-C)"
+                )
                 threading.Event().wait()
             finally:
                 end()
@@ -72,7 +85,9 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: str | None, session: Session) -> None:
+def deploy(
+    ray: Any, model: str, config: Config, host: str, port: int, token: str | None, session: Session
+) -> None:
     """Start Serve's HTTP server and the application on the connected cluster; returns when it is ready."""
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -80,18 +95,24 @@ def deploy(ray: Any, model: str, config: Config, host: str, port: int, token: st
     from tsq_ray.serving.app import application
 
     cluster.quiet_data(session.debug)
-    if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
+    if any(
+        actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)
+    ):
         raise ConfigError(
             "--address: Serve runs on this cluster already, with a host and port of its own; end it with: serve shutdown, "
             "or deploy tsq_ray.serving.app:build with: serve deploy"
         )
     logs = {"log_level": "INFO" if session.debug else "ERROR", "enable_access_log": session.debug}
-    http = HTTPOptions(host=host, port=port, request_timeout_s=config.serve.request_timeout_s + _SLACK_S)
+    http = HTTPOptions(
+        host=host, port=port, request_timeout_s=config.serve.request_timeout_s + _SLACK_S
+    )
     try:
         serve.start(http_options=http, logging_config=logs)
         placed = layout("serve", config, cluster.read_cluster(ray, config), 1)
         app = application(model, config, placed, token)
-        progress.run_watched(lambda: serve.run(app, name=APP, route_prefix="/"), "serve", session, APP)
+        progress.run_watched(
+            lambda: serve.run(app, name=APP, route_prefix="/"), "serve", session, APP
+        )
     except Exception as error:
         serve.shutdown()
         raise cluster.run_failed(error, "serve") from error

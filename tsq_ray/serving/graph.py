@@ -70,7 +70,12 @@ class TimeLimits:
 
 def graph_version(digest: str, config: Config) -> str:
     """What an answer depends on: the bundle's sha256 and a hash of the settings."""
-    parts: Any = {"decode": True, "encoders": True, "sampler": True, "resources": {"precision", "resize"}}
+    parts: Any = {
+        "decode": True,
+        "encoders": True,
+        "sampler": True,
+        "resources": {"precision", "resize"},
+    }
     settings = config.model_dump(mode="json", include=parts)
     return f"{digest}+{sha256_of(json.dumps(settings, sort_keys=True).encode())[:16]}"
 
@@ -78,8 +83,19 @@ def graph_version(digest: str, config: Config) -> str:
 class Graph:
     """The three deployments in a row, as whoever calls them sees them."""
 
-    def __init__(self, decoder: DeploymentHandle, sampler: DeploymentHandle, recognizer: DeploymentHandle, limits: TimeLimits) -> None:
-        self.decoder, self.sampler, self.recognizer, self.limits = decoder, sampler, recognizer, limits
+    def __init__(
+        self,
+        decoder: DeploymentHandle,
+        sampler: DeploymentHandle,
+        recognizer: DeploymentHandle,
+        limits: TimeLimits,
+    ) -> None:
+        self.decoder, self.sampler, self.recognizer, self.limits = (
+            decoder,
+            sampler,
+            recognizer,
+            limits,
+        )
 
     async def score(self, source: VideoSource, name: str, upload: bytes | None = None) -> Answer:
         """What the stages say of one video; a video that cannot be used is an answer too.
@@ -122,8 +138,20 @@ def is_lost(error: BaseException) -> bool:
     from ray import exceptions
     from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
-    lost = (exceptions.RayActorError, exceptions.ObjectLostError, exceptions.NodeDiedError, exceptions.WorkerCrashedError)
-    kinds = (*lost, DeploymentUnavailableError, ReplicaUnavailableError, Lost, WrongVersion, TimeoutError)
+    lost = (
+        exceptions.RayActorError,
+        exceptions.ObjectLostError,
+        exceptions.NodeDiedError,
+        exceptions.WorkerCrashedError,
+    )
+    kinds = (
+        *lost,
+        DeploymentUnavailableError,
+        ReplicaUnavailableError,
+        Lost,
+        WrongVersion,
+        TimeoutError,
+    )
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, kinds):
@@ -152,10 +180,19 @@ def deployment_options(pool: Pool, max_ongoing: int, max_queued: int = -1) -> di
     return options | {"autoscaling_config": scaling}
 
 
-def _batches(work: Callable[[list[Any]], list[Any]], config: Config, placed: Layout) -> Batches[Any, Any]:
+def _batches(
+    work: Callable[[list[Any]], list[Any]], config: Config, placed: Layout
+) -> Batches[Any, Any]:
     settings = config.serve
     threads = config.resources.threads or min(placed.threads, _node_cpus())
-    return Batches(work, settings.batch_size, settings.batch_wait_s, threads, placed.on_gpu, config.resources.compile)
+    return Batches(
+        work,
+        settings.batch_size,
+        settings.batch_wait_s,
+        threads,
+        placed.on_gpu,
+        config.resources.compile,
+    )
 
 
 def _node_cpus() -> int:
@@ -205,10 +242,14 @@ class Decoder:
         if upload is None:
             outcome = await asyncio.wrap_future(self.pool.submit(source))
         else:  # to its end also where the request is given up: a child may be reading the upload
-            outcome = await asyncio.shield(asyncio.ensure_future(self._decode_upload(source.uri, upload)))
+            outcome = await asyncio.shield(
+                asyncio.ensure_future(self._decode_upload(source.uri, upload))
+            )
         return await _hand_on(outcome, self.version)
 
-    async def _decode_upload(self, name: str, upload: bytes) -> DecodedVideo | VideoError | StorageError:
+    async def _decode_upload(
+        self, name: str, upload: bytes
+    ) -> DecodedVideo | VideoError | StorageError:
         # a file without a name: it goes with this process, whatever ends it; the children read it through /proc
         with tempfile.TemporaryFile(prefix="tsq-upload-") as file:
             await asyncio.to_thread(_write, file, upload)
@@ -221,7 +262,9 @@ class Decoder:
 
 def _all_on_gpus(config: Config, placed: Layout) -> bool:
     """Whether every network that takes pictures runs on a GPU."""
-    names = ["recognizer"] + (["sampler"] if config.sampler.mode in (*TSQ_MODES, "maxconf-l") else [])
+    names = ["recognizer"] + (
+        ["sampler"] if config.sampler.mode in (*TSQ_MODES, "maxconf-l") else []
+    )
     return all(placed[name].gpus > 0 for name in names)
 
 
@@ -277,10 +320,13 @@ class Recognizer:
         return Answer(answer.columns, answer.error, self.version)
 
 
-def bind_graph(model: str, config: Config, placed: Layout, ongoing: Mapping[str, int]) -> tuple[Any, ...]:
+def bind_graph(
+    model: str, config: Config, placed: Layout, ongoing: Mapping[str, int]
+) -> tuple[Any, ...]:
     """The three deployments as laid out, `ongoing`: the most requests that a replica takes at a time."""
     parts: dict[str, Any] = {"decoder": Decoder, "sampler": Sampler, "recognizer": Recognizer}
     # no bound on the queues: the entry limits what comes in, and between the stages nothing may be turned away
     return tuple(
-        part.options(**deployment_options(placed[name], ongoing[name])).bind(model, config, placed) for name, part in parts.items()
+        part.options(**deployment_options(placed[name], ongoing[name])).bind(model, config, placed)
+        for name, part in parts.items()
     )

@@ -22,9 +22,18 @@ LOOK_EVERY_S = 2.0
 class Replicas:
     """The graph of a run, deployed without HTTP; it follows the nodes that come and go."""
 
-    def __init__(self, ray: Any, app: str, config: Config, model: str, counts: Any, videos: int) -> None:
+    def __init__(
+        self, ray: Any, app: str, config: Config, model: str, counts: Any, videos: int
+    ) -> None:
         """`app`: the name of the application in Serve; `counts`: an actor of FlowCounts."""
-        self._ray, self._app, self._config, self._model, self._counts, self._videos = ray, app, config, model, counts, videos
+        self._ray, self._app, self._config, self._model, self._counts, self._videos = (
+            ray,
+            app,
+            config,
+            model,
+            counts,
+            videos,
+        )
         self.placed = layout("score", config, cluster.read_cluster(ray, config), videos)
         self._looked = 0.0
         self._nodes: Cluster | None = None
@@ -38,7 +47,11 @@ class Replicas:
         cluster.quiet_data(session.debug)
         # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
         serve.start(
-            proxy_location="Disabled", logging_config={"log_level": "INFO" if session.debug else "ERROR", "enable_access_log": False}
+            proxy_location="Disabled",
+            logging_config={
+                "log_level": "INFO" if session.debug else "ERROR",
+                "enable_access_log": False,
+            },
         )
         try:
             try:
@@ -101,7 +114,9 @@ class Replicas:
         if found is not None:
             for name in STAGES:
                 status = found.deployments.get(name.capitalize())
-                running[name] = status.replica_states.get(ReplicaState.RUNNING, 0) if status is not None else 0
+                running[name] = (
+                    status.replica_states.get(ReplicaState.RUNNING, 0) if status is not None else 0
+                )
         ongoing = self.ongoing()
         return max(1, sum(running[name] * ongoing[name] for name in ("decoder", "sampler")))
 

@@ -36,8 +36,12 @@ def check_token(header: str | None, token: str | None) -> None:
     if token is None:
         return
     scheme, _, given = (header or "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
-        raise RequestError(401, "a valid token is needed: send the header Authorization: Bearer TOKEN")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(
+        given.strip().encode(), token.encode()
+    ):
+        raise RequestError(
+            401, "a valid token is needed: send the header Authorization: Bearer TOKEN"
+        )
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,13 @@ class Asked:
     def identity(self) -> dict[str, Any]:
         """The manifest's columns of the answer."""
         size = len(self.upload) if self.upload is not None else None
-        return {"video_id": self.video_id, "uri": self.source.uri, "size_bytes": size, "etag": None, "modified": None}
+        return {
+            "video_id": self.video_id,
+            "uri": self.source.uri,
+            "size_bytes": size,
+            "etag": None,
+            "modified": None,
+        }
 
 
 async def read_request(request: Request, settings: ServeConfig) -> Asked:
@@ -70,7 +80,9 @@ async def read_request(request: Request, settings: ServeConfig) -> Asked:
     if len(data) > most:
         raise RequestError(413, f"the file has {len(data)} bytes; at most {most} are taken")
     digest = hashlib.sha256(data).hexdigest()[:16]
-    return Asked(VideoSource(f"upload:{os.path.basename(name)}" if name else "upload"), digest, data)
+    return Asked(
+        VideoSource(f"upload:{os.path.basename(name)}" if name else "upload"), digest, data
+    )
 
 
 def limited(request: Request, limit: int) -> Request:
@@ -100,7 +112,9 @@ def read_uri(body: bytes) -> str:
         content = None
     uri = content.get("uri") if isinstance(content, dict) else None
     if not isinstance(uri, str) or not uri or not uri.isprintable():
-        raise RequestError(400, 'the JSON body must be {"uri": "s3://..."}, with a string that is not empty')
+        raise RequestError(
+            400, 'the JSON body must be {"uri": "s3://..."}, with a string that is not empty'
+        )
     return uri
 
 
@@ -124,4 +138,7 @@ def check_prefix(uri: str, settings: ServeConfig) -> str:
             if place.startswith(storage.real_path(prefix).rstrip("/") + "/"):
                 return place
     allowed = ", ".join(settings.allowed_uri_prefixes) or "none (set serve.allowed_uri_prefixes)"
-    raise RequestError(403, f"uri {storage.redact(uri)!r} is not below an allowed prefix; allowed: {storage.redact(allowed)}")
+    raise RequestError(
+        403,
+        f"uri {storage.redact(uri)!r} is not below an allowed prefix; allowed: {storage.redact(allowed)}",
+    )

@@ -39,7 +39,10 @@ def node_arrays(key: str, write: Callable[[Create], None]) -> Iterator[dict[str,
             _remove_unused(other)
     lock = _enter(folder, write)
     try:
-        yield {name: _mapped(folder / name, dtype, shape) for name, (dtype, shape) in _layout(folder).items()}
+        yield {
+            name: _mapped(folder / name, dtype, shape)
+            for name, (dtype, shape) in _layout(folder).items()
+        }
     finally:
         _remove_unused(folder, lock)
 
@@ -55,14 +58,21 @@ def _enter(folder: Path, write: Callable[[Create], None]) -> int:
             continue
         try:
             if os.fstat(lock).st_uid != os.getuid():
-                raise StorageError("access_denied", f"{folder}: belongs to another user; set TMPDIR to a folder of yours")
+                raise StorageError(
+                    "access_denied",
+                    f"{folder}: belongs to another user; set TMPDIR to a folder of yours",
+                )
             fcntl.flock(lock, fcntl.LOCK_SH)
             if not (folder / _LAYOUT).exists():
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the shared lock is given up first: two who want to write do not block each other
+                fcntl.flock(
+                    lock, fcntl.LOCK_EX
+                )  # the shared lock is given up first: two who want to write do not block each other
                 if _is_at(lock, folder) and not (folder / _LAYOUT).exists():
                     _fill(folder, write)
                 fcntl.flock(lock, fcntl.LOCK_SH)
-            if _is_at(lock, folder) and (folder / _LAYOUT).exists():  # else somebody took it away before it was locked
+            if (
+                _is_at(lock, folder) and (folder / _LAYOUT).exists()
+            ):  # else somebody took it away before it was locked
                 return lock
         except BaseException:
             _remove_unused(folder, lock)
@@ -86,7 +96,9 @@ def _fill(folder: Path, write: Callable[[Create], None]) -> None:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         with open(folder / name, "wb") as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, size)  # a mapped file that finds no room later ends the process
+                os.posix_fallocate(
+                    file.fileno(), 0, size
+                )  # a mapped file that finds no room later ends the process
             except OSError as error:
                 free = shutil.disk_usage(folder).free
                 raise StorageError(

@@ -46,9 +46,14 @@ class Source:
     """Changes with the content."""
 
     @classmethod
-    def of(cls, features_uri: str, split: str | None, task: str, with_objects: bool = True) -> Source:
+    def of(
+        cls, features_uri: str, split: str | None, task: str, with_objects: bool = True
+    ) -> Source:
         """RunError where `features_uri` is no finished extraction."""
-        uri, columns = storage.normalize(features_uri), (VISUAL, *OBJECTS) if with_objects else (VISUAL,)
+        uri, columns = (
+            storage.normalize(features_uri),
+            (VISUAL, *OBJECTS) if with_objects else (VISUAL,),
+        )
         content = json.dumps([runs.read_run(uri, "features"), uri, split, columns], sort_keys=True)
         return cls(uri, split, task, columns, hashlib.sha256(content.encode()).hexdigest()[:20])
 
@@ -109,33 +114,45 @@ def multi_hot(labels: pa.ChunkedArray, num_classes: int) -> np.ndarray:
     return targets
 
 
-def training_split(splits: pa.ChunkedArray, split: str | None, what: str) -> tuple[str | None, list[str]]:
+def training_split(
+    splits: pa.ChunkedArray, split: str | None, what: str
+) -> tuple[str | None, list[str]]:
     """Which split to take: the one asked for, else `train`, else all rows with a warning where no row has a split.
 
     Returns the split (None: all) and warnings. RunError where splits exist but none has the name.
     """
     names = {name for name in pc.unique(splits).to_pylist() if name}
     if split is None and not names:
-        return None, [f"{what} has no splits: training takes all rows, so nothing is held out to measure on"]
+        return None, [
+            f"{what} has no splits: training takes all rows, so nothing is held out to measure on"
+        ]
     wanted = split or DEFAULT_SPLIT
     if wanted not in names:
-        raise RunError(f"{what}: no row of split {wanted!r}; {describe_splits(splits)}; choose one with --split")
+        raise RunError(
+            f"{what}: no row of split {wanted!r}; {describe_splits(splits)}; choose one with --split"
+        )
     return wanted, []
 
 
 def check_classes(classes: list[str], labelled: int, what: str) -> None:
     """RunError where there is nothing to learn: no labels, or fewer than two classes."""
     if labelled == 0:
-        raise RunError(f"{what}: no labelled video; index it with labels (class folders, --labels FILE)")
+        raise RunError(
+            f"{what}: no labelled video; index it with labels (class folders, --labels FILE)"
+        )
     if len(classes) < 2:
-        raise RunError(f"{what}: {len(classes)} class ({', '.join(classes)}); training needs at least two")
+        raise RunError(
+            f"{what}: {len(classes)} class ({', '.join(classes)}); training needs at least two"
+        )
 
 
 def single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
     """RunError where the task is single and a video has several labels."""
     several = pc.sum(pc.greater(pc.list_value_length(labels), 1)).as_py() or 0
     if task == "single" and several:
-        raise RunError(f"{what}: {several} of {len(labels)} videos have several labels; set train.task=multi (--set train.task=multi)")
+        raise RunError(
+            f"{what}: {several} of {len(labels)} videos have several labels; set train.task=multi (--set train.task=multi)"
+        )
 
 
 def select_videos(source: Source) -> Selection:
@@ -164,7 +181,9 @@ def select_videos(source: Source) -> Selection:
     places[ok["row"].to_numpy()] = np.arange(ok.num_rows)
     by_part = np.split(places, np.cumsum([part.num_rows for part in tables])[:-1])
     named = [storage.redact(name) for name in unlabelled["uri"].slice(0, 5).to_pylist()]
-    return Selection(ok["labels"], classes, list(zip(parts, by_part, strict=True)), left_out, named, warnings)
+    return Selection(
+        ok["labels"], classes, list(zip(parts, by_part, strict=True)), left_out, named, warnings
+    )
 
 
 def copy_features(source: Source, selection: Selection, create: Create) -> None:
@@ -174,7 +193,10 @@ def copy_features(source: Source, selection: Selection, create: Create) -> None:
         types = {name: pq.read_schema(file).field(name).type for name in source.columns}
     num_videos = len(selection.labels)
     arrays = {
-        name: create(name, np.dtype(column.value_type.to_pandas_dtype()), (num_videos, *column.shape)) for name, column in types.items()
+        name: create(
+            name, np.dtype(column.value_type.to_pandas_dtype()), (num_videos, *column.shape)
+        )
+        for name, column in types.items()
     }
 
     def copy(part: str, places: np.ndarray) -> None:
@@ -190,12 +212,16 @@ def copy_features(source: Source, selection: Selection, create: Create) -> None:
 
 
 @contextlib.contextmanager
-def source_arrays(source: Source, selection: Selection | None = None) -> Iterator[dict[str, np.ndarray]]:
+def source_arrays(
+    source: Source, selection: Selection | None = None
+) -> Iterator[dict[str, np.ndarray]]:
     """`TrainingSet.arrays` in mapped files of this machine, shared by its processes (see cache.py)."""
 
     def write(create: Create) -> None:
         if Source.of(source.uri, source.split, source.task, OBJECT_IDS in source.columns) != source:
-            raise RunFailed(f"{storage.redact(source.uri)}: the features have changed since the training began; start it again")
+            raise RunFailed(
+                f"{storage.redact(source.uri)}: the features have changed since the training began; start it again"
+            )
         copy_features(source, selection or select_videos(source), create)
 
     with node_arrays(source.key, write) as arrays:
@@ -228,11 +254,19 @@ class TrainingRows:
         """The labelled rows of `split` (default: train), at most `limit`. RunError where no row has the split."""
         table = rows.table
         chosen, warnings = training_split(table["split"], split, what)
-        inside = np.ones(len(rows), bool) if chosen is None else pc.fill_null(pc.equal(table["split"], chosen), False).to_numpy()
+        inside = (
+            np.ones(len(rows), bool)
+            if chosen is None
+            else pc.fill_null(pc.equal(table["split"], chosen), False).to_numpy()
+        )
         labelled = is_labelled(rows)
         bare = rows.where(inside & ~labelled)
         taken = rows.where(inside & labelled)
-        left_out = {"other_split": int((~inside).sum()), "unlabelled": len(bare), "limit": len(taken) - len(taken[:limit])}
+        left_out = {
+            "other_split": int((~inside).sum()),
+            "unlabelled": len(bare),
+            "limit": len(taken) - len(taken[:limit]),
+        }
         named = [storage.redact(row.uri) for row in bare[:5]]
         return cls(taken[:limit], chosen, left_out, named, warnings)
 

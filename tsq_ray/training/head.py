@@ -19,7 +19,12 @@ _CHUNK = 64
 """Videos that are widened at a time."""
 
 
-def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, task: Literal["single", "multi"]) -> nn.Linear:
+def fit_head(
+    features: np.ndarray,
+    targets: np.ndarray,
+    config: FinetuneConfig,
+    task: Literal["single", "multi"],
+) -> nn.Linear:
     """Fit logits = W x + b so that the mean over a video's segments predicts its labels (TSN's average consensus).
 
     Args:
@@ -39,7 +44,9 @@ def fit_head(features: np.ndarray, targets: np.ndarray, config: FinetuneConfig, 
         torch.manual_seed(settings.seed)
         head = nn.Linear(dim, y.shape[1])
     nn.init.zeros_(head.bias)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+    )
     steps = settings.epochs * -(-num_videos // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     segments = min(settings.segments, num_frames)
@@ -64,14 +71,22 @@ def standard_scale(features: np.ndarray) -> tuple[Tensor, Tensor]:
     chunks = range(0, len(features), _CHUNK)
 
     def mean_over_frames(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        return sum(of(features[start : start + _CHUNK].astype(np.float64)).sum((0, 1)) for start in chunks) / count
+        return (
+            sum(
+                of(features[start : start + _CHUNK].astype(np.float64)).sum((0, 1))
+                for start in chunks
+            )
+            / count
+        )
 
     mean = mean_over_frames(lambda frames: frames)
     std = np.sqrt(mean_over_frames(lambda frames: np.square(frames - mean)))
     return torch.from_numpy(mean).float(), torch.from_numpy(np.where(std > 1e-6, std, 1.0)).float()
 
 
-def segment_slots(num_videos: int, num_frames: int, segments: int, generator: torch.Generator) -> Tensor:
+def segment_slots(
+    num_videos: int, num_frames: int, segments: int, generator: torch.Generator
+) -> Tensor:
     """One random slot of each of S equal segments: int64 [num_videos, S]."""
     edges = torch.arange(segments + 1) * num_frames // segments
     width = (edges[1:] - edges[:-1]).float()

@@ -60,7 +60,9 @@ def run_workers(
     except Exception as error:
         raise cluster.run_failed(error, what) from error
     if result.checkpoint is None:
-        raise RunFailed(f"{what}: Ray Train returned no checkpoint; give the same command again (--debug shows its log)")
+        raise RunFailed(
+            f"{what}: Ray Train returned no checkpoint; give the same command again (--debug shows its log)"
+        )
     with result.checkpoint.as_directory() as folder:
         return torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
 

@@ -20,7 +20,16 @@ REGION = "us-east-1"
 PUBLIC_BUCKET = "tsq-public"
 """Who has no keys may list and read it."""
 BUCKETS = ("tsq-chain", "tsq-other", PUBLIC_BUCKET)
-_PORTS = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc")
+_PORTS = (
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+    "s3.port",
+    "s3.port.grpc",
+)
 _START_S = 60.0
 
 
@@ -68,11 +77,20 @@ class S3Process:
 
     def __init__(self, folder: Path) -> None:
         ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
-        self.server = S3Server(f"http://127.0.0.1:{ports['s3.port']}", secrets.token_hex(10), secrets.token_hex(20))
+        self.server = S3Server(
+            f"http://127.0.0.1:{ports['s3.port']}", secrets.token_hex(10), secrets.token_hex(20)
+        )
         keys = [{"accessKey": self.server.access_key, "secretKey": self.server.secret_key}]
         identities = folder / "s3.json"
-        known = {"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "Write", "List"]}
-        everybody = {"name": "anonymous", "actions": [f"Read:{PUBLIC_BUCKET}", f"List:{PUBLIC_BUCKET}"]}
+        known = {
+            "name": "tests",
+            "credentials": keys,
+            "actions": ["Admin", "Read", "Write", "List"],
+        }
+        everybody = {
+            "name": "anonymous",
+            "actions": [f"Read:{PUBLIC_BUCKET}", f"List:{PUBLIC_BUCKET}"],
+        }
         identities.write_text(json.dumps({"identities": [known, everybody]}))
         (folder / "data").mkdir()
         self._command = [
@@ -97,7 +115,9 @@ class S3Process:
         """Returns when it answers."""
         log = self._folder / "weed.log"
         with log.open("ab") as sink:
-            self._process = subprocess.Popen(self._command, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink)
+            self._process = subprocess.Popen(
+                self._command, cwd=self._folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink
+            )
         _wait(self._process, self.server.endpoint, log)
 
     def stop(self) -> None:
@@ -123,7 +143,9 @@ def _wait(process: subprocess.Popen[bytes], endpoint: str, log: Path) -> None:
     while not _answers(endpoint):
         tail = log.read_text(errors="replace")[-2000:]
         assert process.poll() is None, f"the S3 server ended: {tail}"
-        assert time.monotonic() < deadline, f"the S3 server does not answer after {_START_S:g} s: {tail}"
+        assert time.monotonic() < deadline, (
+            f"the S3 server does not answer after {_START_S:g} s: {tail}"
+        )
         time.sleep(0.2)
 
 

@@ -35,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("endpoint", help="of the server behind it")
     parser.add_argument("--wait-ms", type=float, default=30.0, help="that each answer takes longer")
-    parser.add_argument("--mb-s", type=float, default=0.0, help="megabytes a second of each connection and direction; 0: as fast as it can")
+    parser.add_argument(
+        "--mb-s",
+        type=float,
+        default=0.0,
+        help="megabytes a second of each connection and direction; 0: as fast as it can",
+    )
     options = parser.parse_args(argv)
     asyncio.run(_serve(options))
     return 0
@@ -47,7 +52,9 @@ async def _serve(options: argparse.Namespace) -> None:
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         asked = asyncio.Event()
-        there_reader, there_writer = await asyncio.open_connection(behind.hostname, behind.port, limit=_PIECE)
+        there_reader, there_writer = await asyncio.open_connection(
+            behind.hostname, behind.port, limit=_PIECE
+        )
 
         async def requests() -> None:
             while data := await reader.read(_PIECE):

@@ -33,7 +33,11 @@ def view_of(seed: int, epoch: int, video_id: str, segments: int) -> View:
 
 def training_spec(model: ModelConfig) -> FrameSpec:
     """The picture that random crops are taken from: larger than the network's by 8/7, squashed or not as the network's."""
-    return FrameSpec(round(model.size * 8 / 7), "squash" if model.resize == "squash" else "keep", model.interpolation)
+    return FrameSpec(
+        round(model.size * 8 / 7),
+        "squash" if model.resize == "squash" else "keep",
+        model.interpolation,
+    )
 
 
 class Augment:
@@ -49,12 +53,18 @@ class Augment:
         if config.crop_scale == (1, 1):
             steps += [v2.Resize(model.size, mode, antialias=True), v2.CenterCrop(size)]
         else:
-            steps.append(v2.RandomResizedCrop(size, scale=config.crop_scale, interpolation=mode, antialias=True))
+            steps.append(
+                v2.RandomResizedCrop(
+                    size, scale=config.crop_scale, interpolation=mode, antialias=True
+                )
+            )
         if config.flip:
             steps.append(v2.RandomHorizontalFlip())
         if config.color_jitter:
             share = config.color_jitter
-            steps.append(v2.ColorJitter(brightness=share, contrast=share, saturation=share, hue=share / 10))
+            steps.append(
+                v2.ColorJitter(brightness=share, contrast=share, saturation=share, hue=share / 10)
+            )
         self.transform = v2.Compose(steps)
 
     def __call__(self, frames: np.ndarray, seed: int) -> np.ndarray:

@@ -84,7 +84,9 @@ class ClipStream:
     def take(self, rows: Sequence[int] | np.ndarray) -> list[Clip]:
         """The next clips, which have to be those of `rows`."""
         clips = [next(self._clips) for _ in range(len(rows))]
-        assert [clip.row for clip in clips] == list(rows), "clips came in another order than planned"
+        assert [clip.row for clip in clips] == list(rows), (
+            "clips came in another order than planned"
+        )
         return clips
 
 
@@ -94,7 +96,9 @@ def _clips(plan: ClipPlan, rows: np.ndarray, epochs: np.ndarray) -> Iterator[Cli
 
     context = cluster.quiet_data()
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=plan.memory)
+    context.execution_options.resource_limits = ExecutionResources.for_limits(
+        object_store_memory=plan.memory
+    )
     size = max(_BATCH, -(-len(rows) // _MOST_BLOCKS))
     todo = pa.table({"row": pa.array(rows, pa.int64()), "epoch": pa.array(epochs, pa.int64())})
     blocks = [todo.slice(start, size) for start in range(0, len(todo), size)]
@@ -110,7 +114,9 @@ def _clips(plan: ClipPlan, rows: np.ndarray, epochs: np.ndarray) -> Iterator[Cli
         for number, (row, video_id, error) in enumerate(zip(*columns, strict=True)):
             pictures = None
             if error is None:
-                pictures = np.frombuffer(table["pictures"][number].as_buffer(), np.uint8).reshape(shape)
+                pictures = np.frombuffer(table["pictures"][number].as_buffer(), np.uint8).reshape(
+                    shape
+                )
             yield Clip(row, pictures, video_id, error)
 
 
@@ -136,9 +142,17 @@ class ClipWorker:
         futures: list[Future[Any]] = []
         refs = parts.refs_of(self.videos.take(rows))
         for ref, epoch in zip(refs, batch["epoch"].to_pylist(), strict=True):
-            view = view_of(self.plan.config.seed, epoch, ref.video_id, self.plan.config.segments) if epoch != _PLAIN else None
+            view = (
+                view_of(self.plan.config.seed, epoch, ref.video_id, self.plan.config.segments)
+                if epoch != _PLAIN
+                else None
+            )
             source = source_of(ref)
-            futures.append(self.pools[view is not None].submit(replace(source, places=view.places) if view else source))
+            futures.append(
+                self.pools[view is not None].submit(
+                    replace(source, places=view.places) if view else source
+                )
+            )
             views.append(view)
         pictures: list[bytes | None] = []
         errors: list[str | None] = []

@@ -61,7 +61,9 @@ def finetune(
     single_labels(val.table["labels"], config.train.task, what)
     settings = config.encoders.visual if role == "encoder" else config.recognizer
     network = load_network(settings, with_head=False)
-    identity = _identity(manifest.sha256, role, config, settings, network.backbone_hash(), split, limit)
+    identity = _identity(
+        manifest.sha256, role, config, settings, network.backbone_hash(), split, limit
+    )
     done = _finished(out, identity)
     if done is not None:
         return done
@@ -71,19 +73,35 @@ def finetune(
     if whole:
         full.check_input(network)
     with runs.Lease(out, take_over=take_over) as lease:
-        if (done := _finished(out, identity)) is not None:  # by the run that had the folder until now
+        if (
+            done := _finished(out, identity)
+        ) is not None:  # by the run that had the folder until now
             return done
         runs.write_json(storage.join(work, _IDENTITY_FILE), identity.parts)
         ticks = (lease.stop_if_lost,)
         if whole:
-            tuned = full.tune(network, rows, val, len(manifest.classes), work, config, session, ticks)
+            tuned = full.tune(
+                network, rows, val, len(manifest.classes), work, config, session, ticks
+            )
         else:
-            tuned = frozen.fit(network, settings, runs.Selection(manifest, rows, chosen.split), work, config, session, ticks)
+            tuned = frozen.fit(
+                network,
+                settings,
+                runs.Selection(manifest, rows, chosen.split),
+                work,
+                config,
+                session,
+                ticks,
+            )
         lease.check()
-        summary = _summary(out, role, manifest, chosen, val, tuned, config) | {"seconds": round(time.time() - started, 2)}
+        summary = _summary(out, role, manifest, chosen, val, tuned, config) | {
+            "seconds": round(time.time() - started, 2)
+        }
         if not summary["videos"]:
             storage.remove_folder(work)  # nothing to resume, and other settings may do better
-            raise RunFailed(f"finetune: none of the {len(rows)} videos could be used ({summary['failed']})")
+            raise RunFailed(
+                f"finetune: none of the {len(rows)} videos could be used ({summary['failed']})"
+            )
         record = {
             "identity": identity.parts,
             "summary": summary,
@@ -97,13 +115,21 @@ def finetune(
         tuned.network.config = settings
         if whole:
             write_curves(out, tuned.curve)
-        save_classifier(Classifier(tuned.network, manifest.classes, config.train.task, role, record), out)
+        save_classifier(
+            Classifier(tuned.network, manifest.classes, config.train.task, role, record), out
+        )
         storage.remove_folder(work)
     return summary
 
 
 def _summary(
-    out: str, role: Role, manifest: Manifest, chosen: TrainingRows, val: VideoRows, tuned: full.Tuned, config: Config
+    out: str,
+    role: Role,
+    manifest: Manifest,
+    chosen: TrainingRows,
+    val: VideoRows,
+    tuned: full.Tuned,
+    config: Config,
 ) -> dict[str, Any]:
     failed = pa.array(list(tuned.failed), pa.string())
     uris = [rows.table["uri"].filter(pc.is_in(rows.ids, failed)) for rows in (chosen.rows, val)]
@@ -127,17 +153,27 @@ def _validation_rows(manifest: Manifest, rows: VideoRows, config: Config) -> Vid
     every = manifest.rows
     if config.finetune.backbone == "frozen" or not config.finetune.val_split:
         return every[:0]
-    in_split = pc.fill_null(pc.equal(every.table["split"], config.finetune.val_split), False).to_numpy()
+    in_split = pc.fill_null(
+        pc.equal(every.table["split"], config.finetune.val_split), False
+    ).to_numpy()
     return every.where(in_split & is_labelled(every) & (rows.places(every.ids) < 0))
 
 
 def _identity(
-    manifest: str, role: str, config: Config, settings: ModelConfig, backbone: str, split: str | None, limit: int | None
+    manifest: str,
+    role: str,
+    config: Config,
+    settings: ModelConfig,
+    backbone: str,
+    split: str | None,
+    limit: int | None,
 ) -> runs.Identity:
     whole = config.finetune.backbone == "trained"
     # T frames a video for a head; a whole network's training takes its own, by finetune.segments
     decode = {"strategy", "backend"} if whole else {"strategy", "backend", "num_frames"}
-    tuning = config.finetune.model_dump(mode="json", exclude={"head", "num_workers", "checkpoint_every"})
+    tuning = config.finetune.model_dump(
+        mode="json", exclude={"head", "num_workers", "checkpoint_every"}
+    )
     return runs.Identity.of(
         manifest=manifest,
         role=role,

@@ -36,7 +36,16 @@ def fit(
     encoders = config.encoders.model_copy(update={"visual": settings})
     config = config.model_copy(update={"encoders": encoders})
     loaded = LoadedNetworks(network, None, None)
-    run = extract_features(features, selection, config, Networks(settings), loaded, session, stage="finetune", ticks=ticks)
+    run = extract_features(
+        features,
+        selection,
+        config,
+        Networks(settings),
+        loaded,
+        session,
+        stage="finetune",
+        ticks=ticks,
+    )
     failed = _failed(features)
     if not run["counts"]["ok"]:
         return Tuned(network, failed, {}, [])
@@ -53,7 +62,9 @@ def _failed(features: str) -> dict[str, str]:
     for part in runs.list_parts(features):
         table = runs.read_part(part.uri, ["video_id", "status", "error_type"])
         table = table.filter(pc.equal(table["status"], "failed"))
-        found |= dict(zip(table["video_id"].to_pylist(), table["error_type"].to_pylist(), strict=True))
+        found |= dict(
+            zip(table["video_id"].to_pylist(), table["error_type"].to_pylist(), strict=True)
+        )
     return found
 
 

@@ -76,20 +76,32 @@ def tune(
         job, placed = _plan(ray, network, backbone, train, val, num_classes, config)
         total = job.num_clips(config.finetune.epochs)
         options: dict[str, Any] = {"counts": job.clips.counts, "total": total, "ticks": ticks}
-        content = run_workers(tune_loop, {"job": job}, scaling(placed), work, "finetune", session, **options)
+        content = run_workers(
+            tune_loop, {"job": job}, scaling(placed), work, "finetune", session, **options
+        )
         last = content["curve"][-1]
         if not math.isfinite(last["loss"]):
             storage.remove_folder(work)  # nothing to go on from
             if len(content["failed"]) < len(train):
-                raise RunFailed(f"finetune: the loss is {last['loss']} in epoch {last['epoch']}; lower finetune.lr ({config.finetune.lr})")
-            raise RunFailed(f"finetune: none of the {len(train)} videos could be used ({dict(Counter(content['failed'].values()))})")
+                raise RunFailed(
+                    f"finetune: the loss is {last['loss']} in epoch {last['epoch']}; lower finetune.lr ({config.finetune.lr})"
+                )
+            raise RunFailed(
+                f"finetune: none of the {len(train)} videos could be used ({dict(Counter(content['failed'].values()))})"
+            )
         tuned = start_network(job, backbone)
     tuned.load_state_dict(content["model"])
     return Tuned(tuned.eval().requires_grad_(False), content["failed"], *_figures(content))
 
 
 def _plan(
-    ray: Any, network: FrameEncoder, backbone: dict[str, Any], train: VideoRows, val: VideoRows, num_classes: int, config: Config
+    ray: Any,
+    network: FrameEncoder,
+    backbone: dict[str, Any],
+    train: VideoRows,
+    val: VideoRows,
+    num_classes: int,
+    config: Config,
 ) -> tuple[TuneJob, Layout]:
     settings = config.finetune
     placed = layout("finetune", config, cluster.read_cluster(ray, config), len(train))
@@ -101,7 +113,11 @@ def _plan(
         videos=ray.put(table),
         counts=progress.start_counts(),
         decoders=placed["decoder"],
-        memory=int(ray.cluster_resources().get("object_store_memory", 1e9) * _STORE_SHARE / settings.num_workers),
+        memory=int(
+            ray.cluster_resources().get("object_store_memory", 1e9)
+            * _STORE_SHARE
+            / settings.num_workers
+        ),
     )
     job = TuneJob(
         clips=plan,
@@ -129,6 +145,9 @@ def _figures(content: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, fl
         "train_accuracy": last["accuracy"],
     }
     figures |= {name: value for name, value in last.items() if name.startswith("val_")}
-    rounded = {name: round(value, 4) if isinstance(value, float) else value for name, value in figures.items()}
+    rounded = {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in figures.items()
+    }
     names = list(dict.fromkeys(name for row in curve for name in row))
     return rounded, [{name: row.get(name, math.nan) for name in names} for row in curve]

@@ -20,7 +20,13 @@ def make_optimizer(network: FrameEncoder, config: FinetuneConfig) -> torch.optim
         for decayed in (True, False):
             parameters = [value for value in module.parameters() if (value.ndim > 1) == decayed]
             if parameters:
-                groups.append({"params": parameters, "weight_decay": config.weight_decay if decayed else 0.0, "scale": scale})
+                groups.append(
+                    {
+                        "params": parameters,
+                        "weight_decay": config.weight_decay if decayed else 0.0,
+                        "scale": scale,
+                    }
+                )
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr)
     return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
@@ -33,10 +39,18 @@ def lr_factor(step: int, num_steps: int, warmup_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, config: FinetuneConfig, epoch: int, step: int, steps_per_epoch: int) -> float:
+def set_lr(
+    optimizer: torch.optim.Optimizer,
+    config: FinetuneConfig,
+    epoch: int,
+    step: int,
+    steps_per_epoch: int,
+) -> float:
     """Set the learning rate of one step of an epoch in every group; that of the backbone is returned."""
     total = config.epochs * steps_per_epoch
-    lr = config.lr * lr_factor(epoch * steps_per_epoch + step, total, round(config.warmup_epochs * steps_per_epoch))
+    lr = config.lr * lr_factor(
+        epoch * steps_per_epoch + step, total, round(config.warmup_epochs * steps_per_epoch)
+    )
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
     return lr

@@ -57,13 +57,17 @@ class TuneJob:
 
     def num_clips(self, epochs: int) -> int:
         """Clips of the first `epochs` epochs and their validations."""
-        return epochs * self.num_train + sum(self.due(epoch) for epoch in range(epochs)) * self.num_val
+        return (
+            epochs * self.num_train + sum(self.due(epoch) for epoch in range(epochs)) * self.num_val
+        )
 
 
 def start_network(job: TuneJob, backbone: dict[str, Tensor]) -> FrameEncoder:
     """The pretrained backbone with a new head, small random weights: the same on every worker."""
     config = job.clips.config
-    network = split_network(job.clips.model, create_network(job.clips.model, job.num_classes), with_head=False)
+    network = split_network(
+        job.clips.model, create_network(job.clips.model, job.num_classes), with_head=False
+    )
     network.backbone.load_state_dict(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -100,7 +104,9 @@ def tune_loop(worker: dict[str, Any]) -> None:
     job: TuneJob = worker["job"]
     torch.set_num_threads(job.threads)
     context = ray.train.get_context()
-    tuner = _Tuner(job, context.get_world_rank(), context.get_world_size(), worker_device(job.device))
+    tuner = _Tuner(
+        job, context.get_world_rank(), context.get_world_size(), worker_device(job.device)
+    )
     for epoch in range(tuner.first, job.clips.config.epochs):
         row = {"epoch": epoch + 1, **tuner.train_epoch(epoch)}
         lost = not math.isfinite(row["loss"])
@@ -130,7 +136,11 @@ class _Tuner:
         self.first, self.curve = self._resume()
         rows = np.arange(job.num_train)
         # the others get rank 0's weights with the first step
-        sample = rows[:: -(-len(rows) // _SAMPLE)] if rank == 0 and not self.first and folded_norms(self.bare) else rows[:0]
+        sample = (
+            rows[:: -(-len(rows) // _SAMPLE)]
+            if rank == 0 and not self.first and folded_norms(self.bare)
+            else rows[:0]
+        )
         self.clips = ClipStream(job.clips, [Work(sample), *self._work()])
         if len(sample):
             self._unfold(sample)
@@ -180,12 +190,18 @@ class _Tuner:
     def _stack(self, clips: Sequence[Clip]) -> Tensor | None:
         if not clips:
             return None
-        return torch.from_numpy(np.stack([clip.pictures for clip in clips if clip.pictures is not None])).to(self.device, non_blocking=True)
+        return torch.from_numpy(
+            np.stack([clip.pictures for clip in clips if clip.pictures is not None])
+        ).to(self.device, non_blocking=True)
 
     def _unfold(self, sample: np.ndarray) -> None:
         size = self.config.batch_size
-        parts = (self._take(sample[start : start + size])[0] for start in range(0, len(sample), size))
-        unfold_norms(self.bare, (pictures.flatten(0, 1) for pictures in parts if pictures is not None))
+        parts = (
+            self._take(sample[start : start + size])[0] for start in range(0, len(sample), size)
+        )
+        unfold_norms(
+            self.bare, (pictures.flatten(0, 1) for pictures in parts if pictures is not None)
+        )
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """One pass over the training videos: mean loss and accuracy over those that could be decoded (nan for none), as seen in training."""
@@ -196,7 +212,9 @@ class _Tuner:
         for step, batch in enumerate(batches):
             lr = set_lr(self.optimizer, self.config, epoch, step, len(batches))
             # dropout is the same in an undisturbed and in a resumed run
-            torch.manual_seed(((self.config.seed * 1_000_003 + epoch) * 10_007 + step) * 101 + self.rank)
+            torch.manual_seed(
+                ((self.config.seed * 1_000_003 + epoch) * 10_007 + step) * 101 + self.rank
+            )
             sums += self._step(batch)
         self._add_up(sums)
         loss, right = (float(value / sums[2]) for value in sums[:2])
@@ -220,11 +238,16 @@ class _Tuner:
         else:
             targets = self.labels[rows].to(self.device)
             logits = clip_logits(self.network, pictures, self.bf16)
-            loss = classification_loss(logits, smoothed(targets, self.config, self.job.task), self.job.task)
+            loss = classification_loss(
+                logits, smoothed(targets, self.config, self.job.task), self.job.task
+            )
             # gradients are averaged over the workers: this makes it the mean over the batch
             (loss * (len(rows) * self.world / counted)).backward()
             right = targets[torch.arange(len(rows)), logits.argmax(1)].sum()
-            result = torch.tensor([float(loss.detach()) * len(rows), float(right), float(len(rows))], dtype=torch.float64)
+            result = torch.tensor(
+                [float(loss.detach()) * len(rows), float(right), float(len(rows))],
+                dtype=torch.float64,
+            )
         clip_gradients(self.bare, self.config.clip_grad_norm)
         self.optimizer.step()
         return result
@@ -257,8 +280,12 @@ class _Tuner:
         targets = self.labels[np.concatenate([part[1] for part in parts])]
         if not len(targets):
             return {}
-        wanted = smoothed(targets, self.config.model_copy(update={"label_smoothing": 0.0}), self.job.task)
-        scores = (found_logits.softmax(1) if self.job.task == "single" else found_logits.sigmoid()).numpy()
+        wanted = smoothed(
+            targets, self.config.model_copy(update={"label_smoothing": 0.0}), self.job.task
+        )
+        scores = (
+            found_logits.softmax(1) if self.job.task == "single" else found_logits.sigmoid()
+        ).numpy()
         return {
             "val_loss": float(classification_loss(found_logits, wanted, self.job.task)),
             "val_top1": quality.top1_accuracy(scores, targets.numpy()),
@@ -277,7 +304,9 @@ class _Tuner:
         """Rank 0 writes the checkpoint, the others agree."""
         import ray.train
 
-        self.failed = {video: error for part in self._gather(self.failed) for video, error in part.items()}
+        self.failed = {
+            video: error for part in self._gather(self.failed) for video, error in part.items()
+        }
         numbers = dict(self.curve[-1])
         if self.rank != 0:
             ray.train.report(numbers)

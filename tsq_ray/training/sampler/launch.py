@@ -56,7 +56,14 @@ def fit_on_cluster(
     options: dict[str, Any] = {"counts": counts, "total": total, "ticks": ticks}
     content = run_workers(train_loop, job, scaling(placed), work, "train", session, **options)
     seconds = time.monotonic() - started
-    return Fitted(content["model"], content["curve"], content["seconds"], content["workers"], content["resumed_at"], seconds)
+    return Fitted(
+        content["model"],
+        content["curve"],
+        content["seconds"],
+        content["workers"],
+        content["resumed_at"],
+        seconds,
+    )
 
 
 class _Videos:

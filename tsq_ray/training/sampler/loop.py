@@ -77,7 +77,9 @@ def train_loop(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     device = worker_device(job["device"])
     with source_arrays(job["source"]) as arrays:
-        training = Training.begin(arrays, job["vocabulary"], job["start"], shape, config, rank, world, device)
+        training = Training.begin(
+            arrays, job["vocabulary"], job["start"], shape, config, rank, world, device
+        )
         _resume(training)
         progress = _Progress(job["counts"]) if rank == 0 else None
         for epoch in training.epochs(distribute(training.network, device, world), progress):
@@ -115,14 +117,26 @@ class Training:
         """The same start on every worker; `vocabulary` and `start` hold tensors or arrays."""
         torch.manual_seed(config.seed)
         network = TSQNet(shape)
-        network.set_embeddings(*(None if start[name] is None else _tensor(start[name]) for name in ("visual", "textual")))
+        network.set_embeddings(
+            *(
+                None if start[name] is None else _tensor(start[name])
+                for name in ("visual", "textual")
+            )
+        )
         batches = Batches(arrays, vocabulary, config, rank, world, device)
         network.balance(*batches.sample())
         network.to(device)
-        optimizer = torch.optim.SGD(network.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        optimizer = torch.optim.SGD(
+            network.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
         return cls(network, optimizer, batches, config)
 
-    def epochs(self, network: torch.nn.Module, progress: Callable[[int], None] | None = None) -> Iterator[int]:
+    def epochs(
+        self, network: torch.nn.Module, progress: Callable[[int], None] | None = None
+    ) -> Iterator[int]:
         """Train the epochs that are left and yield the number of each after it.
 
         `network`: `self.network`, or what wraps it. `progress` is told the videos done after each step, earlier epochs' too.
@@ -131,7 +145,9 @@ class Training:
         for epoch in range(len(self.curve), self.config.epochs):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, epoch)
-            losses = train_epoch(network, self.optimizer, self.batches, self.config, epoch, progress)
+            losses = train_epoch(
+                network, self.optimizer, self.batches, self.config, epoch, progress
+            )
             self.curve.append({"epoch": epoch + 1, **losses})
             now = time.perf_counter()
             self.seconds.append(now - before)
@@ -140,7 +156,10 @@ class Training:
 
     def state(self) -> dict[str, Tensor]:
         """The network's state dict on the CPU, independent of what follows."""
-        return {name: value.detach().to("cpu", copy=True) for name, value in self.network.state_dict().items()}
+        return {
+            name: value.detach().to("cpu", copy=True)
+            for name, value in self.network.state_dict().items()
+        }
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
@@ -165,7 +184,10 @@ class Batches:
         world: int,
         device: torch.device,
     ) -> None:
-        self.tensors = {name: torch.from_numpy(value if value.flags.writeable else value.copy()) for name, value in arrays.items()}
+        self.tensors = {
+            name: torch.from_numpy(value if value.flags.writeable else value.copy())
+            for name, value in arrays.items()
+        }
         size = sum(value.nbytes for value in self.tensors.values())
         if device.type == "cuda" and size < _GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
             self.tensors = {name: value.to(device) for name, value in self.tensors.items()}
@@ -185,20 +207,27 @@ class Batches:
         """(visual [b, T, D], text [b, T, Dt], targets [b, C], weight): weight makes the mean over workers the mean over the batch."""
         mine = batch[self.rank :: self.world]
         weight = len(mine) * self.world / len(batch)
-        if not len(mine):  # fewer videos than workers: compute one for the sake of the collective, count none
+        if not len(
+            mine
+        ):  # fewer videos than workers: compute one for the sake of the collective, count none
             mine = batch[:1]
         return *self._frames(mine), self._rows("targets", mine).float(), weight
 
     def sample(self) -> tuple[Tensor, Tensor | None]:
         """The same few videos on every worker, on the CPU: (visual [n, T, D], text [n, T, Dt])."""
-        visual, text = self._frames(torch.arange(min(_SAMPLE, len(self))) * len(self) // min(_SAMPLE, len(self)))
+        visual, text = self._frames(
+            torch.arange(min(_SAMPLE, len(self))) * len(self) // min(_SAMPLE, len(self))
+        )
         return visual.cpu(), text.cpu() if text is not None else None
 
     def _frames(self, videos: Tensor) -> tuple[Tensor, Tensor | None]:
         visual = self._rows("visual", videos).float()
         if self.vocabulary is None:
             return visual, None
-        ids, probs = (self._rows(name, videos)[..., : self.config.top_objects] for name in ("object_ids", "object_probs"))  # best first
+        ids, probs = (
+            self._rows(name, videos)[..., : self.config.top_objects]
+            for name in ("object_ids", "object_probs")
+        )  # best first
         return visual, object_embeddings(ids.long(), probs.float(), self.vocabulary)
 
     def _rows(self, name: str, videos: Tensor) -> Tensor:
@@ -230,7 +259,9 @@ def train_epoch(
         optimizer.step()
         for name, value in parts.items():
             # stays on the device: reading a loss at each step would wait for the GPU
-            totals[name] = totals.get(name, 0.0) + value.detach().double() * (weight / batches.world / len(order))
+            totals[name] = totals.get(name, 0.0) + value.detach().double() * (
+                weight / batches.world / len(order)
+            )
         if progress is not None:
             progress(epoch * len(batches) + step * config.batch_size + len(batch))
     means = torch.stack(list(totals.values()))
@@ -238,7 +269,9 @@ def train_epoch(
         torch.distributed.all_reduce(means)
     losses = dict(zip(totals, means.tolist(), strict=True))
     if not np.isfinite(losses["loss"]):
-        raise RunFailed(f"train: the loss is {losses['loss']} in epoch {epoch + 1}; lower train.lr ({config.lr})")
+        raise RunFailed(
+            f"train: the loss is {losses['loss']} in epoch {epoch + 1}; lower train.lr ({config.lr})"
+        )
     return losses
 
 

@@ -37,7 +37,9 @@ WORK_FOLDER = "_train"
 _IDENTITY_FILE = "identity.json"
 
 
-def settings_for(features_uri: str, path: str | Path | None = None, sets: Iterable[str] = ()) -> Config:
+def settings_for(
+    features_uri: str, path: str | Path | None = None, sets: Iterable[str] = ()
+) -> Config:
     """Settings of a training: the features' own as the base, then the TOML file and the sets.
 
     RunError where they ask for another decode or encoder than the features have.
@@ -45,7 +47,10 @@ def settings_for(features_uri: str, path: str | Path | None = None, sets: Iterab
     made = runs.read_run(features_uri, "features")["config"]
     base = {"decode": made["decode"], "encoders": made["encoders"]}
     config = load_config(path, sets, base)
-    wanted = runs.Identity.of(decode=config.decode.model_dump(mode="json"), encoders=config.encoders.model_dump(mode="json"))
+    wanted = runs.Identity.of(
+        decode=config.decode.model_dump(mode="json"),
+        encoders=config.encoders.model_dump(mode="json"),
+    )
     differ = wanted.differences(base, words=("there", "asked for"), free=_may_change)
     if differ:
         raise RunError(
@@ -85,21 +90,33 @@ def train(
         check_top_objects(config.train.top_objects, config.encoders.num_objects)
     run = runs.read_run(features_uri, "features")
     if encoder is not None:
-        config = config.model_copy(update={"encoders": config.encoders.model_copy(update={"visual": classifier_settings(encoder)})})
+        config = config.model_copy(
+            update={
+                "encoders": config.encoders.model_copy(
+                    update={"visual": classifier_settings(encoder)}
+                )
+            }
+        )
     identity = _identity(run, config, encoder, recognizer, split)
     done = _finished(out, identity)
     if done is not None:
         return done
-    source = Source.of(features_uri, split, config.train.task, with_objects=config.train.modules == "both")
+    source = Source.of(
+        features_uri, split, config.train.task, with_objects=config.train.modules == "both"
+    )
     with runs.Lease(out, take_over=take_over) as lease, open_training_set(source) as data:
-        if (done := _finished(out, identity)) is not None:  # by the run that had the folder until now
+        if (
+            done := _finished(out, identity)
+        ) is not None:  # by the run that had the folder until now
             return done
         parts = _Parts.load(config, run, data, encoder, recognizer)
         work = storage.join(out, WORK_FOLDER)
         runs.write_json(storage.join(work, _IDENTITY_FILE), identity.parts)
         with cluster.connect(session) as ray:
             job = _job(config, source, data, parts)
-            fitted = fit_on_cluster(ray, job, config, len(data), work, session, (lease.stop_if_lost,))
+            fitted = fit_on_cluster(
+                ray, job, config, len(data), work, session, (lease.stop_if_lost,)
+            )
         summary = _summary(out, config, data, parts.text, fitted)
         record = {
             "identity": identity.parts,
@@ -107,7 +124,8 @@ def train(
             "features_manifest": run["manifest"],
             "weights": run["weights"],
             "train": config.train.model_dump(mode="json"),
-            "text": config.encoders.text.model_dump(mode="json") | {"sha256": parts.text.sha256 if parts.text else None},
+            "text": config.encoders.text.model_dump(mode="json")
+            | {"sha256": parts.text.sha256 if parts.text else None},
             "summary": summary,
             "versions": provenance.versions(),
             "git_revision": provenance.git_revision(),
@@ -131,7 +149,14 @@ class _Parts:
     shape: TSQShape
 
     @classmethod
-    def load(cls, config: Config, run: Mapping[str, Any], data: TrainingSet, encoder: str | None, recognizer: str | None) -> _Parts:
+    def load(
+        cls,
+        config: Config,
+        run: Mapping[str, Any],
+        data: TrainingSet,
+        encoder: str | None,
+        recognizer: str | None,
+    ) -> _Parts:
         """ModelError where one of them does not fit the features."""
         frame_encoder = _frame_encoder(config, run, data, encoder)
         answers = _recognizer(recognizer, data.classes, config.train.task)
@@ -152,13 +177,17 @@ def _job(config: Config, source: Source, data: TrainingSet, parts: _Parts) -> di
     return {
         "config": config.train.model_dump(mode="json"),
         "shape": dataclasses.asdict(parts.shape),
-        "start": {name: value.numpy() if value is not None else None for name, value in start.items()},
+        "start": {
+            name: value.numpy() if value is not None else None for name, value in start.items()
+        },
         "vocabulary": text.vocabulary.numpy() if text else None,
         "source": source,
     }
 
 
-def _summary(out: str, config: Config, data: TrainingSet, text: _TextSide | None, fitted: Fitted) -> dict[str, Any]:
+def _summary(
+    out: str, config: Config, data: TrainingSet, text: _TextSide | None, fitted: Fitted
+) -> dict[str, Any]:
     return {
         "out": storage.redact(out),
         "videos": len(data),
@@ -175,7 +204,9 @@ def _summary(out: str, config: Config, data: TrainingSet, text: _TextSide | None
     }
 
 
-def _bundle(config: Config, data: TrainingSet, parts: _Parts, fitted: Fitted, record: dict[str, Any]) -> Bundle:
+def _bundle(
+    config: Config, data: TrainingSet, parts: _Parts, fitted: Fitted, record: dict[str, Any]
+) -> Bundle:
     network = TSQNet(parts.shape)
     network.load_state_dict(fitted.state)
     return Bundle(
@@ -230,10 +261,16 @@ def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
     return None
 
 
-def _frame_encoder(config: Config, run: Mapping[str, Any], data: TrainingSet, encoder: str | None) -> FrameEncoder:
+def _frame_encoder(
+    config: Config, run: Mapping[str, Any], data: TrainingSet, encoder: str | None
+) -> FrameEncoder:
     """The features' encoder with a frame head over the classes: finetune's, or one fitted here."""
     network = load_network(config.encoders.visual, with_head=encoder is not None)
-    _same_weights(network.backbone_hash(), run["weights"][VISUAL], "--encoder" if encoder else "encoders.visual")
+    _same_weights(
+        network.backbone_hash(),
+        run["weights"][VISUAL],
+        "--encoder" if encoder else "encoders.visual",
+    )
     if encoder is None:
         network.head = fit_head(data.visual, data.targets, config.finetune, config.train.task)
     else:
@@ -255,7 +292,9 @@ def _recognizer(uri: str | None, classes: list[str], task: str) -> FrameEncoder 
     classifier = load_classifier(uri)
     class_order(classifier.classes, classes, f"--recognizer {storage.redact(uri)}")
     if classifier.task != task:
-        raise ModelError(f"--recognizer {storage.redact(uri)}: was finetuned for task {classifier.task!r}, train.task is {task!r}")
+        raise ModelError(
+            f"--recognizer {storage.redact(uri)}: was finetuned for task {classifier.task!r}, train.task is {task!r}"
+        )
     return classifier.encoder
 
 
@@ -271,7 +310,10 @@ class _TextSide:
     @classmethod
     def make(cls, config: Config, classes: list[str]) -> _TextSide:
         """ModelError where the word vectors know no object, or a class that a query is to start from."""
-        encoder, place = text_encoder(config.encoders.text), storage.redact(config.encoders.text.weights)
+        encoder, place = (
+            text_encoder(config.encoders.text),
+            storage.redact(config.encoders.text.weights),
+        )
         objects = object_names()
         vocabulary = encoder.embed(objects)
         unknown = _unknown(objects, vocabulary)
@@ -286,7 +328,13 @@ class _TextSide:
                 f"encoders.text.weights {place!r}: has no word of {len(strange)} of the {len(classes)} class names (first: {strange[0]!r}); "
                 "rename them, take other vectors, or set train.init_textual=random"
             )
-        warnings = [f"{len(unknown)} object names have no word in {place} and count for nothing (first: {unknown[0]!r})"] if unknown else []
+        warnings = (
+            [
+                f"{len(unknown)} object names have no word in {place} and count for nothing (first: {unknown[0]!r})"
+            ]
+            if unknown
+            else []
+        )
         return cls(vocabulary, start, encoder.state_hash(), warnings)
 
 
@@ -320,4 +368,6 @@ def _visual_start(config: Config, data: TrainingSet, encoder: FrameEncoder) -> T
         return None
     assert encoder.head is not None
     logits = head_logits(encoder.head, data.visual)
-    return prototypes(data.visual, logits, data.labels, len(data.classes), config.train.seed, config.train.task)
+    return prototypes(
+        data.visual, logits, data.labels, len(data.classes), config.train.seed, config.train.task
+    )
