@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from tsq_ray.errors import StorageError, TsqError
 from tsq_ray.evaluation import Annotations, on_evidence, read_annotations
-from tsq_ray.reporting.data import read_predictions
+from tsq_ray.reporting.predictions import read_predictions
 from tsq_ray.reporting.summary import summarize
 
 
@@ -25,8 +25,8 @@ def table_row(name: str, uri: str, known: Annotations | None) -> list[str]:
         name,
         str(totals["ok"]),
         str(totals["failed"]),
-        _figure(figures["map"]),
-        _figure(figures["top1"]),
+        _percent(figures["map"]),
+        _percent(figures["top1"]),
     ]
     if known is None:
         return cells
@@ -35,11 +35,11 @@ def table_row(name: str, uri: str, known: Annotations | None) -> list[str]:
     )
     return [
         *cells,
-        _figure(on_evidence(((row["uri"], row["selected_pts_s"] or []) for row in chosen), known)),
+        _percent(on_evidence(((row["uri"], row["selected_pts_s"] or []) for row in chosen), known)),
     ]
 
 
-def _figure(value: float | None) -> str:
+def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
 

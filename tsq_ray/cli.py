@@ -255,10 +255,10 @@ def train(
     """Train TSQNet on features (Ray Train) and write the bundle."""
     if submit:
         return submit_command(address)
-    from tsq_ray.training import settings_for
     from tsq_ray.training import train as run
+    from tsq_ray.training import training_settings
 
-    settings = settings_for(features, config, sets or ())
+    settings = training_settings(features, config, sets or ())
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
     summary = run(
         features,
@@ -405,9 +405,9 @@ def evaluate(
     if submit:
         return submit_command(address)
     from tsq_ray.evaluation import evaluate as run
-    from tsq_ray.evaluation import settings_for
+    from tsq_ray.evaluation import evaluation_settings
 
-    settings = settings_for(model, config, sets or ())
+    settings = evaluation_settings(model, config, sets or ())
     session = Session(address, show_progress=not as_json, debug=debug)
     summary = run(
         sources,

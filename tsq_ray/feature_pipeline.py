@@ -47,11 +47,11 @@ class Networks:
     objects: ModelConfig | None = None
     recognizer: ModelConfig | None = None
 
-    def specs(self, whole: bool) -> dict[str, FrameSpec]:
-        """The pictures that one decode makes of each frame; `whole` as in `rows.picture_specs`."""
+    def specs(self, native_size: bool) -> dict[str, FrameSpec]:
+        """The pictures that one decode makes of each frame; `native_size` as in `rows.picture_specs`."""
         models = {VISUAL: self.visual, OBJECTS: self.objects, RECOGNIZER: self.recognizer}
         specs = {name: frame_spec(model) for name, model in models.items() if model is not None}
-        return with_whole_frames(specs) if whole else specs
+        return with_whole_frames(specs) if native_size else specs
 
     def load(self) -> LoadedNetworks:
         """ModelError where weights are missing or are not what they are used for."""

@@ -27,9 +27,9 @@ def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str,
     device = best_device() if config.resources.gpus else torch.device("cpu")
     sample = Sample(bundle, config.sampler, device, config.resources)
     recognize = Recognize(bundle, config.sampler, device, config.resources)
-    whole = config.resources.resizes_on_device(device.type == "cuda")
+    native_size = config.resources.resizes_on_device(device.type == "cuda")
     rows: list[dict[str, Any]] = []
-    with Decode(config.decode, bundle_specs(bundle, config.sampler.mode, whole)) as decode:
+    with Decode(config.decode, bundle_specs(bundle, config.sampler.mode, native_size)) as decode:
         for video in videos:
             ref, decoded = _decode(decode, video)
             rows.append(prediction_row(ref, recognize(sample([(ref.video_id, decoded)]))[0]))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tsq_ray.config import Task
+from tsq_ray.model.task import probabilities
 
 TOP_SHARE = 0.3
 """m, the share of the frames that make up a video's representation (appendix A)."""
@@ -23,7 +25,7 @@ def prototypes(
     labels: Iterable[Sequence[int]],
     num_classes: int,
     seed: int,
-    task: Literal["single", "multi"],
+    task: Task,
 ) -> Tensor:
     """Mean over a class's videos of the mean over each video's best frames (appendix A).
 
@@ -52,12 +54,12 @@ def prototypes(
             f"frame logits of shape {logits.shape}, expected {(len(frames), num_classes)}"
         )
         dim = frames.shape[1]
-        probabilities = _probabilities(logits, task)
+        scores = probabilities(torch.from_numpy(logits), task).numpy()
         for label in set(video_labels):
             correct = _correct_frames(logits, label, video_labels)
             key = label, bool(correct.any())
             mean = _mean_of_best(
-                frames, probabilities[:, label], correct if correct.any() else np.ones_like(correct)
+                frames, scores[:, label], correct if correct.any() else np.ones_like(correct)
             )
             sums[key] = sums.get(key, 0.0) + mean
             counts[key] = counts.get(key, 0) + 1
@@ -82,11 +84,6 @@ def _assemble(
     for label, prototype in found.items():
         result[label] = torch.from_numpy(prototype)
     return result
-
-
-def _probabilities(logits: np.ndarray, task: Literal["single", "multi"]) -> np.ndarray:
-    tensor = torch.from_numpy(logits)
-    return (tensor.softmax(dim=1) if task == "single" else tensor.sigmoid()).numpy()
 
 
 def _correct_frames(logits: np.ndarray, label: int, video_labels: Sequence[int]) -> np.ndarray:

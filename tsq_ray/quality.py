@@ -227,7 +227,7 @@ def _labelled_scores(
             yield tensor_to_numpy(column.take(pa.array(kept))), place, pairs % len(classes)
 
 
-def measure(parts: Sequence[ReadColumns], classes: Sequence[str]) -> dict[str, Any]:
+def measure_parts(parts: Sequence[ReadColumns], classes: Sequence[str]) -> dict[str, Any]:
     """mAP (both conventions) and top-1 over the labelled videos that are ok.
 
     Names that `classes` lacks are listed in "unknown_labels" and left out; no mAP without scores.

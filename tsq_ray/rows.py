@@ -29,11 +29,11 @@ def picture_specs(
     with_objects: bool,
     recognizer: ModelConfig | None,
     mode: str,
-    whole: bool = False,
+    native_size: bool = False,
 ) -> dict[str, FrameSpec]:
     """The pictures that scoring with `mode` needs, and no others: baselines leave the sampler's encoders out.
 
-    `whole`: where frames are small, these as they are instead, since the networks' device resizes (`ResourcesConfig.resizes_on_device`).
+    `native_size`: where frames are small, these as they are instead, since the networks' device resizes (`ResourcesConfig.resizes_on_device`).
     """
     specs = {}
     if mode in (*TSQ_MODES, "maxconf-l"):
@@ -42,7 +42,7 @@ def picture_specs(
         specs[OBJECTS] = frame_spec(encoders.objects)
     if recognizer is not None:
         specs[RECOGNIZER] = frame_spec(recognizer)
-    return with_whole_frames(specs) if whole else specs
+    return with_whole_frames(specs) if native_size else specs
 
 
 def identity_row(ref: VideoRef) -> dict[str, Any]:

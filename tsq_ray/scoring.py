@@ -100,7 +100,7 @@ def score(
                     seconds = run_bulk(
                         "score", run, work, session, ticks=(replicas.tick,), app=plan.app
                     )
-        return run.close(seconds, lambda: more | {"metrics": measure(out, classes)})
+        return run.close(seconds, lambda: more | {"metrics": measure_predictions(out, classes)})
 
 
 def _identity(
@@ -217,7 +217,7 @@ class ScoreWorker:
             )
 
 
-def measure(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:
+def measure_predictions(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:
     """mAP (both conventions) and top-1 over the labelled videos that are ok; names that the bundle lacks are counted and left out."""
     readers = [partial(runs.read_part, part.uri) for part in runs.list_parts(predictions_uri)]
-    return quality.measure(readers, classes)
+    return quality.measure_parts(readers, classes)

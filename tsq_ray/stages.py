@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from tsq_ray.config import (
     ModelConfig,
     ResourcesConfig,
     SamplerConfig,
+    Task,
+    TSQMode,
     check_budget,
 )
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, VideoSource
@@ -38,16 +40,22 @@ from tsq_ray.model import (
     select_frames,
 )
 from tsq_ray.model.selection import Selection
+from tsq_ray.model.task import probabilities
 from tsq_ray.networks.encoder import FrameEncoder, best_device, load_encoder, top_objects
-from tsq_ray.networks.inference import AS_IT_COMES, Pictures, encode_pictures, ready
+from tsq_ray.networks.inference import (
+    DEFAULT_RESOURCES,
+    Pictures,
+    encode_pictures,
+    prepare_for_inference,
+)
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, Answer, picture_specs, source_columns
 from tsq_ray.schema import TOP_LABELS, TOP_OBJECTS
 
 
-def bundle_specs(bundle: Bundle, mode: str, whole: bool = False) -> dict[str, FrameSpec]:
-    """The pictures that scoring with `mode` needs, and no others; `whole` as in `picture_specs`."""
+def bundle_specs(bundle: Bundle, mode: str, native_size: bool = False) -> dict[str, FrameSpec]:
+    """The pictures that scoring with `mode` needs, and no others; `native_size` as in `picture_specs`."""
     recognizer = bundle.recognizer.config if bundle.recognizer is not None else None
-    return picture_specs(bundle.encoders, bundle.objects is not None, recognizer, mode, whole)
+    return picture_specs(bundle.encoders, bundle.objects is not None, recognizer, mode, native_size)
 
 
 def pictures_of(video: DecodedVideo, name: str) -> Pictures:
@@ -128,12 +136,18 @@ class Encode:
         recognizer: FrameEncoder | None = None,
         device: torch.device | None = None,
         num_objects: int = TOP_OBJECTS,
-        how: ResourcesConfig = AS_IT_COMES,
+        resources: ResourcesConfig = DEFAULT_RESOURCES,
     ) -> None:
         self.device, self.num_objects = device or best_device(), num_objects
-        self.visual = ready(visual, self.device, how)
-        self.objects = ready(objects, self.device, how) if objects is not None else None
-        self.recognizer = ready(recognizer, self.device, how) if recognizer is not None else None
+        self.visual = prepare_for_inference(visual, self.device, resources)
+        self.objects = (
+            prepare_for_inference(objects, self.device, resources) if objects is not None else None
+        )
+        self.recognizer = (
+            prepare_for_inference(recognizer, self.device, resources)
+            if recognizer is not None
+            else None
+        )
 
     def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
         """In the order of `videos`; frames of all of them go through each network together."""
@@ -219,7 +233,7 @@ class Sample:
         bundle: Bundle,
         config: SamplerConfig,
         device: torch.device | None = None,
-        how: ResourcesConfig = AS_IT_COMES,
+        resources: ResourcesConfig = DEFAULT_RESOURCES,
     ) -> None:
         check_sampler(bundle, config)
         self.config, self.task = config, bundle.task
@@ -234,7 +248,7 @@ class Sample:
                 bundle.sampler.shape.top_objects,
             )
             self.encode = Encode(
-                bundle.encoder, objects, device=self.device, num_objects=kept, how=how
+                bundle.encoder, objects, device=self.device, num_objects=kept, resources=resources
             )
             self.network: TSQNet = bundle.sampler.to(self.device).eval()
             self.network.fold()
@@ -289,7 +303,7 @@ class Sample:
 
     def _select(self, curves: Mapping[str, Any], video: DecodedVideo, budget: int) -> Selection:
         visual, textual, config = curves["saliency_visual"], curves["saliency_textual"], self.config
-        mode = cast(Literal["both", "visual", "textual"], config.mode)
+        mode = cast(TSQMode, config.mode)
         return select_frames(visual, textual, video.frame_index, budget, config.lambda_visual, mode)
 
     def _order(
@@ -389,10 +403,9 @@ def selection_columns(
     }
 
 
-def _probabilities(logits: np.ndarray | Tensor | None, task: str) -> np.ndarray:
+def _probabilities(logits: np.ndarray | Tensor | None, task: Task) -> np.ndarray:
     assert logits is not None
-    scores = torch.as_tensor(logits).float()
-    return (scores.softmax(-1) if task == "single" else scores.sigmoid()).numpy()
+    return probabilities(torch.as_tensor(logits).float(), task).numpy()
 
 
 class Recognize:
@@ -403,13 +416,13 @@ class Recognize:
         model: Bundle | Classifier,
         config: SamplerConfig,
         device: torch.device | None = None,
-        how: ResourcesConfig = AS_IT_COMES,
+        resources: ResourcesConfig = DEFAULT_RESOURCES,
     ) -> None:
         """`model`: a bundle, or its recogniser alone (`load_recognizer`)."""
         encoder = model.recognizer if isinstance(model, Bundle) else model.encoder
         assert encoder is not None
         self.device = device or best_device()
-        self.recognizer = ready(encoder, self.device, how)
+        self.recognizer = prepare_for_inference(encoder, self.device, resources)
         self.classes, self.task, self.config = model.classes, model.task, config
         self._first = math.ceil(config.margin)
 
@@ -418,7 +431,7 @@ class Recognize:
         started = time.perf_counter()
         live = [item for item in items if len(item.pictures.frames)]
         if live:
-            for item, frame_logits in zip(live, self._until_sure(live), strict=True):
+            for item, frame_logits in zip(live, self._recognize_until_confident(live), strict=True):
                 self._answer(item, frame_logits)
             share_ms = (time.perf_counter() - started) * 1000 / len(live)
             for item in live:
@@ -431,7 +444,7 @@ class Recognize:
         assert logits is not None
         return list(logits.split([len(each.frames) for each in pictures]))
 
-    def _until_sure(self, items: Sequence[Sampled]) -> list[Tensor]:
+    def _recognize_until_confident(self, items: Sequence[Sampled]) -> list[Tensor]:
         """The logits of every picture; with an adaptive budget of those it took, and the other pictures leave the item's row.
 
         No margin is reached by fewer frames than itself, so that many go first, then one more of each video that is still open.

@@ -181,7 +181,7 @@ def _by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) ->
     models = {VISUAL: networks.visual.eval(), OBJECTS: networks.objects.eval()}
     if folded:
         models = {
-            name: inference.ready(model, torch.device("cpu"), config.resources)
+            name: inference.prepare_for_inference(model, torch.device("cpu"), config.resources)
             for name, model in models.items()
         }
     assert all(spec.resize == "squash" for spec in specs.values()), "the loop by hand only squashes"
@@ -283,7 +283,7 @@ def _layers(config: Config, peak: float) -> list[str]:
     for model in (
         network for network in (networks.visual, networks.objects) if network is not None
     ):
-        encoder = inference.ready(model, torch.device("cpu"), config.resources)
+        encoder = inference.prepare_for_inference(model, torch.device("cpu"), config.resources)
         seconds, adds, started = Counter[str](), Counter[str](), list[float]()
 
         def after(layer: torch.nn.Conv2d, output: torch.Tensor, kind: str) -> None:

@@ -217,9 +217,12 @@ def _bundle(options: argparse.Namespace) -> Bundle:
 
 
 def _network(
-    bundle: Bundle, budget: SamplerConfig, device: torch.device, how: ResourcesConfig
+    bundle: Bundle, budget: SamplerConfig, device: torch.device, resources: ResourcesConfig
 ) -> Callable[[list[DecodedVideo]], Any]:
-    sample, recognize = Sample(bundle, budget, device, how), Recognize(bundle, budget, device, how)
+    sample, recognize = (
+        Sample(bundle, budget, device, resources),
+        Recognize(bundle, budget, device, resources),
+    )
     return lambda videos: recognize(sample([(NAME, video) for video in videos]))
 
 

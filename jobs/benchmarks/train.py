@@ -31,7 +31,7 @@ from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.networks.inference import takes_bf16
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import Session
-from tsq_ray.training.features import Source, source_arrays
+from tsq_ray.training.features import FeatureSource, source_arrays
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
 
 _ROWS = 128
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder, cluster.connect(Session(options.address)) as ray:
         features = str(Path(folder, "features"))
         _write_features(features, options)
-        source = Source.of(features, None, "single")
+        source = FeatureSource.of(features, None, "single")
         job = {
             "config": config.train.model_dump(mode="json"),
             "shape": dataclasses.asdict(shape),
@@ -142,7 +142,7 @@ def _write_features(uri: str, options: argparse.Namespace) -> None:
 
 
 def _plain(
-    source: Source, vocabulary: torch.Tensor, shape: TSQShape, config: Config, threads: int
+    source: FeatureSource, vocabulary: torch.Tensor, shape: TSQShape, config: Config, threads: int
 ) -> list[float]:
     """Seconds of each epoch of what one would write by hand, with all features in memory."""
     settings, device = config.train, torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,10 +12,10 @@ from support.archive import CLASSES
 from support.cluster import BUDGET, NUM_FRAMES, Chain, Chains, read_rows, refused, tsq
 
 from tsq_ray.bundle.weights import load_bundle
-from tsq_ray.evaluation.data import load_features
 from tsq_ray.evaluation.measures import answers
 from tsq_ray.evaluation.samplers import Query
-from tsq_ray.evaluation.trained import arrays_of, saliencies
+from tsq_ray.evaluation.trainings import arrays_of, saliencies
+from tsq_ray.evaluation.videos import load_features
 
 pytestmark = pytest.mark.ray
 

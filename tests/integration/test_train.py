@@ -26,8 +26,8 @@ from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import object_names
 from tsq_ray.networks.text import text_encoder
 from tsq_ray.stages import load_network
-from tsq_ray.training.features import Source, open_training_set
-from tsq_ray.training.sampler.loop import fit
+from tsq_ray.training.features import FeatureSource, open_training_set
+from tsq_ray.training.sampler.loop import fit_tsqnet
 
 pytestmark = pytest.mark.ray
 
@@ -56,7 +56,7 @@ class Case:
         config = load_config(None, _sets(*sets), self.base)
         vocabulary = text_encoder(config.encoders.text).embed(object_names())
         train = config.train
-        with open_training_set(Source.of(self.local, None, "single")) as data:
+        with open_training_set(FeatureSource.of(self.local, None, "single")) as data:
             shape = TSQShape(
                 CLASSES,
                 data.visual.shape[2],
@@ -65,7 +65,7 @@ class Case:
                 train.dim_textual,
                 train.dropout,
             )
-            return fit(
+            return fit_tsqnet(
                 data.arrays, vocabulary, {"visual": None, "textual": None}, shape, train, threads=1
             )
 

@@ -27,7 +27,7 @@ from tsq_ray.decode import (
     video,
     with_whole_frames,
 )
-from tsq_ray.decode.frames import FrameStore, fit, orient, target_size
+from tsq_ray.decode.frames import FrameStore, orient, resize_picture, target_size
 from tsq_ray.decode.indexed import IndexedReader
 from tsq_ray.errors import StorageError, VideoError
 
@@ -191,7 +191,7 @@ def test_frames_stay_whole_where_that_is_at_most_twice_the_data_of_the_pictures(
         assert decoded.frames[WHOLE].shape == (4, 96, 160, 3)
         made = decode(videos["h264.mp4"], num_frames=4, specs=pictures)
         assert all(
-            (fit(frame, pictures["crop"]) == expected).all()
+            (resize_picture(frame, pictures["crop"]) == expected).all()
             for frame, expected in zip(decoded.frames[WHOLE], made.frames["crop"], strict=True)
         )
 
@@ -261,12 +261,12 @@ def test_crop_resizes_the_shorter_side_to_eight_sevenths(
 def test_crop_takes_the_centre() -> None:
     rgb = np.zeros((70, 210, 3), np.uint8)
     rgb[:, 70:140] = 200
-    assert fit(rgb, FrameSpec(56, "crop"))[:, 2:-2].min() > 190
+    assert resize_picture(rgb, FrameSpec(56, "crop"))[:, 2:-2].min() > 190
 
 
 def test_resize_is_antialiased() -> None:
     checkers = np.indices((256, 256)).sum(0) % 2 * 255
-    small = fit(np.repeat(checkers[..., None], 3, 2).astype(np.uint8), FrameSpec(32))
+    small = resize_picture(np.repeat(checkers[..., None], 3, 2).astype(np.uint8), FrameSpec(32))
     assert np.abs(small.astype(int) - 127).max() < 10
 
 

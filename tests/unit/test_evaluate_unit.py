@@ -21,11 +21,10 @@ from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import SamplerConfig, TextConfig, TrainConfig
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import ConfigError, ManifestError, ModelError, RunError
-from tsq_ray.evaluation import evaluate, on_evidence, paper, read_annotations, settings_for
+from tsq_ray.evaluation import evaluate, evaluation_settings, on_evidence, paper, read_annotations
 from tsq_ray.evaluation.ablations import TABLES, ablation
 from tsq_ray.evaluation.bench import Bench
-from tsq_ray.evaluation.data import load_features
-from tsq_ray.evaluation.measures import Clock, Figure, answers, gflops, measure
+from tsq_ray.evaluation.measures import Clock, MeanOverSeeds, answers, gflops, measure_sampler
 from tsq_ray.evaluation.methods import (
     METHODS,
     jobs_of,
@@ -46,8 +45,16 @@ from tsq_ray.evaluation.samplers import (
     true_class_probability,
 )
 from tsq_ray.evaluation.store import Store
-from tsq_ray.evaluation.tables import Column, Table, verdict
-from tsq_ray.evaluation.trained import Job, Learned, arrays_of, fit_scsampler, learn, saliencies
+from tsq_ray.evaluation.tables import Table, TableColumn, verdict
+from tsq_ray.evaluation.trainings import (
+    Learned,
+    TrainingSpec,
+    arrays_of,
+    fit_scsampler,
+    learn,
+    saliencies,
+)
+from tsq_ray.evaluation.videos import load_features
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQShape
 from tsq_ray.rows import RECOGNIZER, VISUAL
@@ -70,7 +77,7 @@ def bench_of(case: Case, out: Path, *sets: str, split: str | None = None) -> Ben
         "evaluate.seeds=[0, 1]",
         "evaluate.budgets=[1, 2]",
     )
-    config = settings_for(case.model, None, (*small, *sets))
+    config = evaluation_settings(case.model, None, (*small, *sets))
     return Bench(
         case.bundle,
         features,
@@ -124,7 +131,9 @@ def test_without_splits_all_rows_are_measured_and_nothing_is_fitted(
         write_features(tmp_path / "f", case.bundle, splits=False), case.bundle, None
     )
     assert (features.split, len(features.measured), features.training) == (None, TRAIN + VAL, None)
-    bench = Bench(case.bundle, features, settings_for(case.model), None, Store(str(tmp_path), {}))
+    bench = Bench(
+        case.bundle, features, evaluation_settings(case.model), None, Store(str(tmp_path), {})
+    )
     methods, notes = possible(bench)
     assert [method.name for method in methods if method.trained] == []
     assert "tsqnet" in notes[0]
@@ -234,7 +243,7 @@ def test_the_mean_of_the_logits_is_what_counts(bench: Bench) -> None:
 
 def test_a_sampler_on_the_evidence_is_right(bench: Bench) -> None:
     oracle = Ranked(bench.videos, true_class_probability(bench.videos, "single"))
-    found = measure(bench.videos, oracle, 2, "single", bench.annotations)
+    found = measure_sampler(bench.videos, oracle, 2, "single", bench.annotations)
     assert (found.map, found.map_interpolated, found.top1, found.recall, found.frames) == (
         1,
         1,
@@ -242,23 +251,28 @@ def test_a_sampler_on_the_evidence_is_right(bench: Bench) -> None:
         1,
         2,
     )
-    dense = measure(bench.videos, Dense(bench.videos), 1, "single", bench.annotations)
+    dense = measure_sampler(bench.videos, Dense(bench.videos), 1, "single", bench.annotations)
     assert dense.frames == pytest.approx(
         np.mean([len(set(index)) for index in bench.videos.frame_index])
     )
-    assert math.isnan(measure(bench.videos, Uniform(bench.videos), 2, "single", None).recall)
+    assert math.isnan(
+        measure_sampler(bench.videos, Uniform(bench.videos), 2, "single", None).recall
+    )
 
 
 def test_intervals_by_hand() -> None:
-    figure = Figure((0.5, 0.6, 0.7))
+    figure = MeanOverSeeds((0.5, 0.6, 0.7))
     assert figure.mean == pytest.approx(0.6)
     assert figure.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
-    assert Figure((0.5,)).half is None
-    assert figure.above(Figure((0.4, 0.5, 0.6))).half == pytest.approx(0)  # seed by seed
-    assert figure.above(Figure((0.4,))).mean == pytest.approx(0.2)
-    assert verdict(figure, Figure((0.4, 0.5, 0.6))) == "held (+10.0 ± 0.0)"
-    assert verdict(figure, Figure((0.7, 0.5, 0.59))) == "held (+0.3 ± 43.8, within the interval)"
-    assert verdict(Figure((0.4,)), Figure((0.5,))) == "not held (-10.0)"
+    assert MeanOverSeeds((0.5,)).half is None
+    assert figure.above(MeanOverSeeds((0.4, 0.5, 0.6))).half == pytest.approx(0)  # seed by seed
+    assert figure.above(MeanOverSeeds((0.4,))).mean == pytest.approx(0.2)
+    assert verdict(figure, MeanOverSeeds((0.4, 0.5, 0.6))) == "held (+10.0 ± 0.0)"
+    assert (
+        verdict(figure, MeanOverSeeds((0.7, 0.5, 0.59)))
+        == "held (+0.3 ± 43.8, within the interval)"
+    )
+    assert verdict(MeanOverSeeds((0.4,)), MeanOverSeeds((0.5,))) == "not held (-10.0)"
     assert verdict(None, figure) == "not measured"
 
 
@@ -454,10 +468,11 @@ def test_the_store_gives_back_what_was_finished_and_nothing_else(
 
 
 def test_settings_that_do_not_count_do_not_make_another_training() -> None:
-    jobs = [Job("tsq", TrainConfig(num_workers=n), TextConfig()) for n in (1, 2)]
+    jobs = [TrainingSpec("tsq", TrainConfig(num_workers=n), TextConfig()) for n in (1, 2)]
     assert jobs[0].identity() == jobs[1].identity()
     visual = [
-        Job("tsq", TrainConfig(modules="visual"), TextConfig(model=name)) for name in ("a", "b")
+        TrainingSpec("tsq", TrainConfig(modules="visual"), TextConfig(model=name))
+        for name in ("a", "b")
     ]
     assert visual[0].identity() == visual[1].identity()
 
@@ -517,8 +532,8 @@ def test_an_ablation_table_measures_each_seed(bench: Bench) -> None:
             )
     table = paper.make(bench, "tableA4", "")
     worse, better = (row[-1] for row in table.rows)
-    assert isinstance(better, Figure)
-    assert isinstance(worse, Figure)
+    assert isinstance(better, MeanOverSeeds)
+    assert isinstance(worse, MeanOverSeeds)
     assert better.values == (1.0, 1.0)
     assert worse.mean < 1
     assert any(
@@ -533,12 +548,15 @@ def test_an_ablation_table_measures_each_seed(bench: Bench) -> None:
 
 
 def test_markdown_and_csv(tmp_path: Path) -> None:
-    columns = [Column("a|b"), Column("mAP", "%"), Column("GFLOPs", "G")]
+    columns = [TableColumn("a|b"), TableColumn("mAP", "%"), TableColumn("GFLOPs", "G")]
     table = Table(
         "t",
         "Title",
         columns,
-        [["x|y", Figure((0.5, 0.7)), None], ["z", Figure((0.25,)), Figure((26.089,))]],
+        [
+            ["x|y", MeanOverSeeds((0.5, 0.7)), None],
+            ["z", MeanOverSeeds((0.25,)), MeanOverSeeds((26.089,))],
+        ],
         ["a note"],
     )
     assert table.write(str(tmp_path), ["data: d"]) == ["t.md", "t.csv"]
@@ -645,7 +663,7 @@ def test_the_surrogates_annotations(data_dir: Path) -> None:
 
 
 def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:
-    config = settings_for(case.model, None, ["evaluate.budgets=[1, 2]"])
+    config = evaluation_settings(case.model, None, ["evaluate.budgets=[1, 2]"])
 
     def attempt(*sources: str, **more: Any) -> None:
         evaluate(
@@ -659,9 +677,11 @@ def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="one features folder at a time, got 2"):
         attempt(case.features, case.features)
     with pytest.raises(ConfigError, match="K = 9 is above T = 8"):
-        attempt(case.features, config=settings_for(case.model, None, ["evaluate.budgets=[1, 9]"]))
+        attempt(
+            case.features, config=evaluation_settings(case.model, None, ["evaluate.budgets=[1, 9]"])
+        )
     with pytest.raises(ConfigError, match="names one twice"):
-        settings_for(case.model, None, ["evaluate.seeds=[1, 1]"])
+        evaluation_settings(case.model, None, ["evaluate.seeds=[1, 1]"])
     bare = make_bundle(tmp_path / "bare", with_recognizer=False)
     with pytest.raises(ModelError, match="the bundle has no recogniser"):
         evaluate([case.features], bare, str(tmp_path / "out"), config)
@@ -669,11 +689,13 @@ def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:
 
 
 def test_another_evaluation_in_the_same_folder_is_refused(case: Case, tmp_path: Path) -> None:
-    config = settings_for(case.model, None, ["evaluate.budgets=[1, 2]"])
+    config = evaluation_settings(case.model, None, ["evaluate.budgets=[1, 2]"])
     out = str(tmp_path / "out")
     done = evaluate([case.features], case.model, out, config, tables=["table1"])
     assert done["tables"]["table1"]["files"] == ["table1.md", "table1.csv"]
-    more_seeds = settings_for(case.model, None, ["evaluate.budgets=[1, 2]", "evaluate.seeds=[5]"])
+    more_seeds = evaluation_settings(
+        case.model, None, ["evaluate.budgets=[1, 2]", "evaluate.seeds=[5]"]
+    )
     assert (
         evaluate([case.features], case.model, out, more_seeds, tables=["table1"])["trained_now"]
         == 0
@@ -685,7 +707,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(case: Case, tmp_path: 
             [case.features],
             case.model,
             out,
-            settings_for(case.model, None, ["evaluate.budgets=[1]", "train.epochs=3"]),
+            evaluation_settings(case.model, None, ["evaluate.budgets=[1]", "train.epochs=3"]),
             tables=["table1"],
         )
     header = (tmp_path / "out" / "table1.md").read_text()

@@ -11,7 +11,7 @@ import torch
 
 from tsq_ray.config import DecodeConfig, FinetuneConfig, ModelConfig, load_config
 from tsq_ray.errors import ConfigError, ModelError
-from tsq_ray.model.losses import classification_loss
+from tsq_ray.model.task import classification_loss
 from tsq_ray.networks.batch_norm import folded_norms, unfold_norms
 from tsq_ray.networks.encoder import FrameEncoder, load_encoder
 from tsq_ray.runtime.nodes import Pool
@@ -25,7 +25,7 @@ from tsq_ray.training.classifier.optim import (
     set_lr,
     use_bf16,
 )
-from tsq_ray.training.classifier.worker import TuneJob, clip_logits, smoothed, start_network
+from tsq_ray.training.classifier.worker import TunePlan, clip_logits, smoothed, start_network
 
 SIZE = 32
 RESNET = ModelConfig(model="test_resnet", weights="random:0", size=SIZE)
@@ -260,7 +260,7 @@ def trainable(model: ModelConfig, config: FinetuneConfig | None = None) -> Frame
         decoders=Pool("decoder", 1, 1, 1, 0.1),
         memory=0,
     )
-    job = TuneJob(
+    job = TunePlan(
         plan, "single", num_classes=3, num_train=6, num_val=0, labels=None, backbone=None, threads=1
     )
     return start_network(job, load_encoder(model, with_head=False).backbone.state_dict())

@@ -12,10 +12,16 @@ from torch import nn
 
 from tsq_ray.config import ModelConfig, ResourcesConfig
 from tsq_ray.decode import FrameSpec
-from tsq_ray.decode.frames import fit
+from tsq_ray.decode.frames import resize_picture
 from tsq_ray.networks.batch_norm import fold_batch_norms
 from tsq_ray.networks.encoder import FrameEncoder, load_encoder
-from tsq_ray.networks.inference import Pictures, encode_pictures, ready, resize_frames, takes_bf16
+from tsq_ray.networks.inference import (
+    Pictures,
+    encode_pictures,
+    prepare_for_inference,
+    resize_frames,
+    takes_bf16,
+)
 
 CPU = torch.device("cpu")
 NORMS = (nn.BatchNorm2d,)
@@ -130,7 +136,8 @@ def test_a_ready_encoder_is_a_copy_that_says_the_same() -> None:
     encoder = encoder_of("test_efficientnet", 64)
     own, frames = encoder.state_hash(), pictures(19, 64)
     features, logits = encode_pictures(
-        ready(encoder, CPU), [Pictures(frames[:3]), Pictures(frames[3:17]), Pictures(frames[17:])]
+        prepare_for_inference(encoder, CPU),
+        [Pictures(frames[:3]), Pictures(frames[3:17]), Pictures(frames[17:])],
     )
     with torch.inference_mode():
         expected, expected_logits = encoder(torch.from_numpy(frames))
@@ -142,10 +149,10 @@ def test_a_ready_encoder_is_a_copy_that_says_the_same() -> None:
 def test_bf16_says_nearly_the_same_in_float32() -> None:
     encoder, frames = encoder_of("test_resnet", 64), pictures(9, 64)
     exact, _ = encode_pictures(
-        ready(encoder, CPU, ResourcesConfig(precision="fp32")), [Pictures(frames)]
+        prepare_for_inference(encoder, CPU, ResourcesConfig(precision="fp32")), [Pictures(frames)]
     )
     features, logits = encode_pictures(
-        ready(encoder, CPU, ResourcesConfig(precision="bf16")), [Pictures(frames)]
+        prepare_for_inference(encoder, CPU, ResourcesConfig(precision="bf16")), [Pictures(frames)]
     )
     assert logits is not None
     assert (features.dtype, logits.dtype) == (torch.float32, torch.float32)
@@ -156,9 +163,11 @@ def test_bf16_says_nearly_the_same_in_float32() -> None:
 @pytest.mark.slow
 def test_compiled_says_the_same_whatever_the_number_of_frames() -> None:
     encoder = encoder_of("test_resnet", 64)
-    compiled = ready(encoder, CPU, ResourcesConfig(compile=True))
+    compiled = prepare_for_inference(encoder, CPU, ResourcesConfig(compile=True))
     for count in (1, 8, 11):
-        expected, _ = encode_pictures(ready(encoder, CPU), [Pictures(pictures(count, 64))])
+        expected, _ = encode_pictures(
+            prepare_for_inference(encoder, CPU), [Pictures(pictures(count, 64))]
+        )
         features, logits = encode_pictures(compiled, [Pictures(pictures(count, 64))])
         assert logits is not None
         assert len(logits) == count
@@ -175,8 +184,10 @@ def test_precision_on_a_cpu(precision: Any, expected: bool) -> None:
 @pytest.mark.gpu
 def test_a_gpu_says_nearly_the_same() -> None:
     encoder, frames = encoder_of("test_resnet", 64), pictures(300, 64)
-    exact, _ = encode_pictures(ready(encoder, CPU), [Pictures(frames)])
-    features, _ = encode_pictures(ready(encoder, torch.device("cuda")), [Pictures(frames)])
+    exact, _ = encode_pictures(prepare_for_inference(encoder, CPU), [Pictures(frames)])
+    features, _ = encode_pictures(
+        prepare_for_inference(encoder, torch.device("cuda")), [Pictures(frames)]
+    )
     assert torch.nn.functional.cosine_similarity(features, exact).min() > 0.99
 
 
@@ -193,7 +204,7 @@ def assert_resized_as_by_the_decoder(
 ) -> None:
     frames = np.random.default_rng(2).integers(0, 256, (3, *shape, 3)).astype(np.uint8)
     frames[1, :, shape[1] // 2 :] = 0  # an edge, at which bicubic overshoots
-    expected = np.stack([fit(frame, spec) for frame in frames]).astype(int)
+    expected = np.stack([resize_picture(frame, spec) for frame in frames]).astype(int)
     resized = resize_frames(torch.from_numpy(frames).to(device), spec)
     assert resized.dtype == torch.uint8
     difference = np.abs(resized.cpu().numpy() - expected)
@@ -215,7 +226,7 @@ def test_a_gpu_resizes_as_the_decoder_does(spec: FrameSpec) -> None:
 
 
 def test_whole_frames_of_several_sizes_go_through_a_network_together() -> None:
-    encoder = ready(encoder_of("test_resnet", 64), CPU)
+    encoder = prepare_for_inference(encoder_of("test_resnet", 64), CPU)
     spec, sizes = FrameSpec(64), [(5, 90, 120), (0, 64, 64), (9, 64, 64), (4, 200, 70)]
     videos = [
         np.random.default_rng(number).integers(0, 256, (*size, 3)).astype(np.uint8)
@@ -225,11 +236,11 @@ def test_whole_frames_of_several_sizes_go_through_a_network_together() -> None:
     expected, _ = encode_pictures(
         encoder,
         [
-            Pictures(np.stack([fit(frame, spec) for frame in video]))
+            Pictures(np.stack([resize_picture(frame, spec) for frame in video]))
             for video in videos
             if len(video)
         ],
     )
-    features, _ = encode_pictures(encoder, [Pictures(video, whole=True) for video in videos])
+    features, _ = encode_pictures(encoder, [Pictures(video, native_size=True) for video in videos])
     assert len(features) == 18
     torch.testing.assert_close(features, expected, rtol=0, atol=0.02 * float(expected.abs().max()))

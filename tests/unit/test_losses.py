@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tsq_ray.model import TSQOutput, tsq_loss
-from tsq_ray.model.losses import classification_loss
+from tsq_ray.model.task import classification_loss
 
 ATTENTION = torch.full((1, 2, 3), 1 / 3)
 

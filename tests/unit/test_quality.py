@@ -18,7 +18,7 @@ from tsq_ray.quality import (
     average_precisions,
     class_figures,
     mean_average_precision,
-    measure,
+    measure_parts,
     salient_recall,
     top1_accuracy,
     verdicts,
@@ -172,7 +172,7 @@ def test_figures_part_by_part_are_those_of_all_rows_at_once(seed: int) -> None:
         figures.predicted.tolist()
         == np.bincount(scores.argmax(axis=1), minlength=len(CLASSES)).tolist()
     )
-    assert measure(readers(parts), CLASSES) == {
+    assert measure_parts(readers(parts), CLASSES) == {
         "labelled": len(rows),
         "unknown_labels": ["other"],
         "top1": round(top1_accuracy(scores, targets), 4),
@@ -182,16 +182,16 @@ def test_figures_part_by_part_are_those_of_all_rows_at_once(seed: int) -> None:
 
 
 def test_without_scores_there_is_top1_alone_and_without_labels_nothing() -> None:
-    assert measure(readers(judged_parts(0, 2, with_scores=False)), CLASSES).keys() == {
+    assert measure_parts(readers(judged_parts(0, 2, with_scores=False)), CLASSES).keys() == {
         "labelled",
         "top1",
         "unknown_labels",
     }
-    assert measure(readers([part_of([{"top_labels": ["a"]}])]), CLASSES) == {
+    assert measure_parts(readers([part_of([{"top_labels": ["a"]}])]), CLASSES) == {
         "labelled": 0,
         "unknown_labels": [],
     }
-    assert measure([], CLASSES) == {"labelled": 0, "unknown_labels": []}
+    assert measure_parts([], CLASSES) == {"labelled": 0, "unknown_labels": []}
 
 
 @pytest.mark.parametrize(

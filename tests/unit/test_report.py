@@ -34,9 +34,9 @@ from tsq_ray.quality import FAILED, RIGHT, WRONG
 from tsq_ray.reporting import build_report
 from tsq_ray.reporting.choice import best_candidates, choose_shown
 from tsq_ray.reporting.curves import Mark, saliency_svg, time_text
-from tsq_ray.reporting.data import read_predictions
 from tsq_ray.reporting.losses import losses_svg
 from tsq_ray.reporting.pictures import uniform_slots
+from tsq_ray.reporting.predictions import read_predictions
 from tsq_ray.reporting.summary import summarize
 
 VOID = {"meta", "link", "img", "input", "br"}

@@ -16,7 +16,7 @@ from tsq_ray import schema
 from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import SamplerConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, FrameSpec
-from tsq_ray.decode.frames import fit
+from tsq_ray.decode.frames import resize_picture
 from tsq_ray.errors import ConfigError, ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, object_embeddings, saliency
@@ -362,12 +362,13 @@ def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) ->
     # smooth pictures, as of a camera: those of noise change wholly with a rounding
     frames = np.stack(
         [
-            fit(rng.integers(0, 256, (4, 6, 3), np.uint8), FrameSpec(64), (96, 64))
+            resize_picture(rng.integers(0, 256, (4, 6, 3), np.uint8), FrameSpec(64), (96, 64))
             for _ in range(NUM_FRAMES)
         ]
     )
     made.frames = {
-        name: np.stack([fit(frame, spec) for frame in frames]) for name, spec in specs.items()
+        name: np.stack([resize_picture(frame, spec) for frame in frames])
+        for name, spec in specs.items()
     }
     whole.frames = {WHOLE: frames}
     expected, row = (

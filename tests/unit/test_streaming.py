@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from tsq_ray.evaluation import Annotations
 from tsq_ray.evaluation.compare import compare
 from tsq_ray.reporting import build_report, export_predictions
-from tsq_ray.scoring import measure
+from tsq_ray.scoring import measure_predictions
 
 def anonymous_mib():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
@@ -32,7 +32,7 @@ def watch():
 work = {
     "report": lambda run: build_report(run, f"{run}.html", max_videos=0),
     "export": lambda run: export_predictions(run, f"{run}-labels", ["labels"]),
-    "measure": lambda run: measure(run, json.loads(Path(run, "_run.json").read_text())["bundle_classes"]),
+    "measure": lambda run: measure_predictions(run, json.loads(Path(run, "_run.json").read_text())["bundle_classes"]),
     "compare": lambda run: compare([run], SimpleNamespace(sha256="0" * 64, recognizer=None), Annotations({}, "")),
 }[sys.argv[1]]
 peak, (small, large) = [0.0], sys.argv[2:]
@@ -56,7 +56,7 @@ def test_memory_does_not_grow_with_the_rows(folders: list[str], work: str) -> No
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, work, *folders], capture_output=True, text=True, check=True
     )
-    # with all rows in memory: report 117, export 128, measure 30
+    # with all rows in memory: report 117, export 128, measure_predictions 30
     assert float(done.stdout.rpartition("MiB:")[2]) < 20, done.stdout
 
 

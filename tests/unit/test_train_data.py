@@ -25,7 +25,7 @@ from tsq_ray.training.cache import Create, node_arrays
 from tsq_ray.training.classifier.finetune import _summary
 from tsq_ray.training.classifier.full import Tuned
 from tsq_ray.training.features import (
-    Source,
+    FeatureSource,
     TrainingRows,
     multi_hot,
     open_training_set,
@@ -53,7 +53,7 @@ def features(tmp_path: Path) -> str:
 def test_rows_in_the_order_of_the_ids(features: str, temporary: Path) -> None:
     arrays = make_arrays()
     order = sorted(range(VIDEOS), key=lambda number: video_id(str(number)))
-    with open_training_set(Source.of(features, None, "single")) as data:
+    with open_training_set(FeatureSource.of(features, None, "single")) as data:
         assert data.arrays.keys() == arrays.keys()
         for name, array in data.arrays.items():
             assert array.dtype == arrays[name].dtype
@@ -67,7 +67,7 @@ def test_rows_in_the_order_of_the_ids(features: str, temporary: Path) -> None:
 
 
 def test_only_what_the_visual_module_needs(features: str) -> None:
-    with source_arrays(Source.of(features, "val", "single", with_objects=False)) as arrays:
+    with source_arrays(FeatureSource.of(features, "val", "single", with_objects=False)) as arrays:
         assert arrays.keys() == {"visual", "targets"}
         assert arrays["visual"].shape[0] == 1
 
@@ -82,13 +82,13 @@ def test_refused(tmp_path: Path, split: str | None, message: str) -> None:
     write_features(str(tmp_path / "features"), arrays, tmp_path / "words.txt")
     with (
         pytest.raises(RunError, match=message),
-        open_training_set(Source.of(str(tmp_path / "features"), split, "single")),
+        open_training_set(FeatureSource.of(str(tmp_path / "features"), split, "single")),
     ):
         pass
 
 
 def test_features_that_changed_meanwhile(features: str) -> None:
-    source = Source.of(features, None, "single")
+    source = FeatureSource.of(features, None, "single")
     other = source_arrays(dataclasses.replace(source, key="another"))
     with (
         pytest.raises(RunFailed, match="the features have changed since the training began"),
@@ -99,7 +99,7 @@ def test_features_that_changed_meanwhile(features: str) -> None:
 
 def test_head_scale_and_prototypes_from_files_are_those_from_memory(features: str) -> None:
     config = FinetuneConfig()
-    with open_training_set(Source.of(features, None, "single")) as data:
+    with open_training_set(FeatureSource.of(features, None, "single")) as data:
         assert not data.visual.flags.owndata
         copy, labels = np.array(data.visual), list(data.labels)
         flat = copy.reshape(-1, copy.shape[-1]).astype(np.float64)

@@ -8,13 +8,13 @@ import torch
 from support.train import SHAPE, config_with, make_arrays, make_start, make_vocabulary
 
 from tsq_ray.errors import RunFailed
-from tsq_ray.training.sampler.loop import Batches, fit
+from tsq_ray.training.sampler.loop import BatchShares, fit_tsqnet
 
 
 def test_it_learns_and_the_same_again() -> None:
     torch.manual_seed(1)
     random, threads = torch.get_rng_state(), torch.get_num_threads()
-    state, curve = fit(
+    state, curve = fit_tsqnet(
         make_arrays(),
         make_vocabulary(),
         make_start(),
@@ -22,7 +22,7 @@ def test_it_learns_and_the_same_again() -> None:
         config_with(epochs=30, lr=0.05),
         threads=1,
     )
-    again, curve_again = fit(
+    again, curve_again = fit_tsqnet(
         make_arrays(),
         make_vocabulary(),
         make_start(),
@@ -43,12 +43,12 @@ def test_a_loss_that_is_no_number_ends_it() -> None:
     arrays = make_arrays()
     arrays["visual"][3] = np.inf
     with pytest.raises(RunFailed, match=r"the loss is nan in epoch 1; lower train\.lr"):
-        fit(arrays, make_vocabulary(), make_start(), SHAPE, config_with())
+        fit_tsqnet(arrays, make_vocabulary(), make_start(), SHAPE, config_with())
 
 
 def test_precision() -> None:
     curves = {
-        precision: fit(
+        precision: fit_tsqnet(
             make_arrays(),
             make_vocabulary(),
             make_start(),
@@ -68,10 +68,10 @@ def test_shares_make_up_the_batch() -> None:
     """Whatever the number of workers: each video once, and weights under which the mean over the workers is the mean over the batch."""
     config = config_with()
     workers = [
-        Batches(make_arrays(), make_vocabulary(), config, rank, 3, torch.device("cpu"))
+        BatchShares(make_arrays(), make_vocabulary(), config, rank, 3, torch.device("cpu"))
         for rank in range(3)
     ]
-    whole = Batches(make_arrays(), make_vocabulary(), config, 0, 1, torch.device("cpu"))
+    whole = BatchShares(make_arrays(), make_vocabulary(), config, 0, 1, torch.device("cpu"))
     for batch in whole.order(7):
         _, _, targets, weight = whole.share(batch)
         assert weight == 1
@@ -90,8 +90,8 @@ def test_only_the_best_objects_count() -> None:
     few, all_of_them = (config_with(top_objects=count) for count in (3, 10))
     arrays = make_arrays()
     cut = arrays | {name: arrays[name][..., :3].copy() for name in ("object_ids", "object_probs")}
-    state, _ = fit(arrays, make_vocabulary(), make_start(), SHAPE, few, threads=1)
-    same, _ = fit(cut, make_vocabulary(), make_start(), SHAPE, few, threads=1)
-    other, _ = fit(arrays, make_vocabulary(), make_start(), SHAPE, all_of_them, threads=1)
+    state, _ = fit_tsqnet(arrays, make_vocabulary(), make_start(), SHAPE, few, threads=1)
+    same, _ = fit_tsqnet(cut, make_vocabulary(), make_start(), SHAPE, few, threads=1)
+    other, _ = fit_tsqnet(arrays, make_vocabulary(), make_start(), SHAPE, all_of_them, threads=1)
     assert torch.equal(state["textual.conv.weight"], same["textual.conv.weight"])
     assert not torch.equal(state["textual.conv.weight"], other["textual.conv.weight"])

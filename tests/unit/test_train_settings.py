@@ -14,7 +14,7 @@ from tsq_ray import runs
 from tsq_ray.config import Config, load_config
 from tsq_ray.errors import ConfigError, RunError
 from tsq_ray.model import TSQShape
-from tsq_ray.training import settings_for, train
+from tsq_ray.training import train, training_settings
 from tsq_ray.training.sampler.tsqnet import _shape
 
 
@@ -30,17 +30,17 @@ def features(folder: Path, *sets: str, leave_out: str = "") -> str:
 
 def test_features_carry_their_number_of_objects(tmp_path: Path) -> None:
     uri = features(tmp_path, "encoders.num_objects=50")
-    assert settings_for(uri).encoders.num_objects == 50
+    assert training_settings(uri).encoders.num_objects == 50
     with pytest.raises(RunError, match=r"encoders.num_objects: 50 there, 10 asked for"):
-        settings_for(uri, None, ("encoders.num_objects=10",))
+        training_settings(uri, None, ("encoders.num_objects=10",))
 
 
 def test_features_from_before_the_setting_hold_ten_objects(tmp_path: Path) -> None:
     uri = features(tmp_path, leave_out="num_objects")
-    assert settings_for(uri).encoders.num_objects == 10
-    assert settings_for(uri, None, ("encoders.num_objects=10",)) == settings_for(uri)
+    assert training_settings(uri).encoders.num_objects == 10
+    assert training_settings(uri, None, ("encoders.num_objects=10",)) == training_settings(uri)
     with pytest.raises(RunError, match=r"encoders.num_objects: None there, 50 asked for"):
-        settings_for(uri, None, ("encoders.num_objects=50",))
+        training_settings(uri, None, ("encoders.num_objects=50",))
 
 
 def test_more_objects_than_the_features_hold_are_refused_before_anything_is_read(

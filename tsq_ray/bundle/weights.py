@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -25,13 +25,11 @@ from tsq_ray.bundle.settings import (
     read_checked,
     read_classifier_settings,
 )
-from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig
+from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig, Task
 from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQNet, TSQShape
 from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder, create_network, split_network
 from tsq_ray.networks.weights import load_weights
-
-Task = Literal["single", "multi"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from tsq_ray.config.method import (
     ModelConfig,
     SamplerConfig,
     SamplerMode,
+    Task,
     TextConfig,
     TrainConfig,
+    TSQMode,
 )
 from tsq_ray.config.resources import (
     NodeType,
@@ -48,6 +50,8 @@ __all__ = [
     "ScaleConfig",
     "Section",
     "ServeConfig",
+    "TSQMode",
+    "Task",
     "TextConfig",
     "TrainConfig",
     "check_budget",

@@ -9,6 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from tsq_ray.config.base import Precision, Section
 
 SamplerMode = Literal["both", "visual", "textual", "uniform", "random", "maxconf-l", "maxconf"]
+TSQMode = Literal["both", "visual", "textual"]
+Task = Literal["single", "multi"]
+"""One label a video, or several."""
 TSQ_MODES: tuple[str, ...] = ("both", "visual", "textual")
 """Modes that run the sampler network; the others are baselines."""
 
@@ -117,7 +120,7 @@ WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_worker_count)]
 class TrainConfig(Section):
     """Training of TSQNet (paper, appendix A)."""
 
-    task: Literal["single", "multi"] = "single"
+    task: Task = "single"
     """`single`: one label a video, softmax; `multi`: several, sigmoid and binary cross entropy."""
     modules: Literal["both", "visual"] = "both"
     """`both`: VQM and TQM with swap attention; `visual`: the paper's VQM-only."""

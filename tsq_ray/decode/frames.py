@@ -42,7 +42,9 @@ def target_size(width: int, height: int, spec: FrameSpec) -> tuple[int, int]:
     return max(round(width * short / height), short), short
 
 
-def fit(rgb: np.ndarray, spec: FrameSpec, size: tuple[int, int] | None = None) -> np.ndarray:
+def resize_picture(
+    rgb: np.ndarray, spec: FrameSpec, size: tuple[int, int] | None = None
+) -> np.ndarray:
     """uint8 [H, W, 3] -> uint8 [h, w, 3] in the size of `spec`, or resized to `size` (width, height) where given."""
     width, height = size or target_size(rgb.shape[1], rgb.shape[0], spec)
     if (height, width) == rgb.shape[:2] and spec.resize != "crop":
@@ -88,7 +90,7 @@ class FrameStore:
                 if spec.resize in ("keep", "none")
                 else None
             )
-            picture = fit(rgb, spec, size)
+            picture = resize_picture(rgb, spec, size)
             if name not in self.frames:
                 self.frames[name] = np.empty((self.count, *picture.shape), np.uint8)
             self.frames[name][i] = picture

@@ -39,7 +39,7 @@ from tsq_ray.decode.video import decode_video
 from tsq_ray.errors import StorageError, VideoError
 
 Outcome = DecodedVideo | VideoError | StorageError
-Task = Callable[[VideoSource, DecodeConfig, Mapping[str, FrameSpec]], DecodedVideo]
+DecodeTask = Callable[[VideoSource, DecodeConfig, Mapping[str, FrameSpec]], DecodedVideo]
 
 _PR_SET_PDEATHSIG = 1
 _ATTEMPTS = 3
@@ -142,7 +142,7 @@ def _data_bytes() -> int:
 
 
 def _run(
-    task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+    task: DecodeTask, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
 ) -> Outcome:
     left = settings.max_memory_mb * 1024 * 1024 - _at_start
     if _data_bytes() - _at_start > left / 2:
@@ -158,7 +158,7 @@ def _run(
 
 
 def _outcome_of(
-    task: Task, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+    task: DecodeTask, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
 ) -> Outcome:
     name = storage.redact(source.uri)
     try:
@@ -203,7 +203,7 @@ class DecodePool:
         settings: DecodeConfig,
         specs: Mapping[str, FrameSpec],
         num_processes: int = 1,
-        task: Task = decode_video,
+        task: DecodeTask = decode_video,
     ) -> None:
         self.settings = settings
         self.specs = dict(specs)

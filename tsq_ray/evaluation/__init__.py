@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tsq_ray.evaluation.annotations import Annotations, on_evidence, read_annotations
-from tsq_ray.evaluation.run import evaluate, settings_for
+from tsq_ray.evaluation.run import evaluate, evaluation_settings
 
-__all__ = ["Annotations", "evaluate", "on_evidence", "read_annotations", "settings_for"]
+__all__ = ["Annotations", "evaluate", "evaluation_settings", "on_evidence", "read_annotations"]

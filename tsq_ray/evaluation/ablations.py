@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
-from tsq_ray.config import Config
+from tsq_ray.config import Config, TSQMode
 
-Mode = Literal["both", "visual", "textual"]
-VQM: tuple[str, Mode] = ("VQM", "visual")
-TQM: tuple[str, Mode] = ("TQM", "textual")
-OURS: tuple[str, Mode] = ("TSQNet", "both")
+VQM: tuple[str, TSQMode] = ("VQM", "visual")
+TQM: tuple[str, TSQMode] = ("TQM", "textual")
+OURS: tuple[str, TSQMode] = ("TSQNet", "both")
 _VISUAL = {"modules": "visual"}
 _APART = {"modules": "both", "alpha": 0.0, "beta": 0.0}
 """Without swap losses the two modules share nothing, so that the TQM is what it would be alone."""
@@ -28,7 +27,7 @@ class Row:
     cells: tuple[str, ...]
     train: Mapping[str, Any]
     text: Mapping[str, Any] = field(default_factory=dict)
-    mode: Mode | None = None
+    mode: TSQMode | None = None
     """How this row's network chooses, where it is not as the column says."""
 
 
@@ -47,7 +46,7 @@ class Ablation:
     title: str
     head: tuple[str, ...]
     rows: tuple[Row, ...]
-    columns: tuple[tuple[str, Mode], ...]
+    columns: tuple[tuple[str, TSQMode], ...]
     trends: tuple[Trend, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from tsq_ray import storage
 from tsq_ray.bundle.weights import Bundle
-from tsq_ray.config import Config, TextConfig, TrainConfig
+from tsq_ray.config import Config, Task, TextConfig, TrainConfig
 from tsq_ray.errors import ModelError
 from tsq_ray.evaluation.annotations import Annotations
-from tsq_ray.evaluation.data import Features, VideoSet
-from tsq_ray.evaluation.samplers import Task, frame_head_logits, true_class_probability
+from tsq_ray.evaluation.samplers import frame_head_logits, true_class_probability
 from tsq_ray.evaluation.store import Store
-from tsq_ray.evaluation.trained import Job, Learned, arrays_of, learn
+from tsq_ray.evaluation.trainings import Learned, TrainingSpec, arrays_of, learn
+from tsq_ray.evaluation.videos import Features, VideoSet
 from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import object_names
 from tsq_ray.networks.text import text_encoder
@@ -39,7 +39,7 @@ class Bench:
     config: Config
     annotations: Annotations | None
     store: Store
-    learned: dict[Job, Learned] = field(default_factory=dict)
+    learned: dict[TrainingSpec, Learned] = field(default_factory=dict)
 
     @property
     def videos(self) -> VideoSet:
@@ -56,18 +56,18 @@ class Bench:
         """Of the trainings and the random baseline."""
         return self.config.evaluate.seeds
 
-    def job(self, train: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> Job:
+    def job(self, train: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> TrainingSpec:
         """A training of TSQNet: the settings with some of `train.*` and `encoders.text.*` changed. ConfigError for values that do not go together."""
         values = self.config.train.model_dump() | dict(train) | {"seed": seed, "task": self.task}
-        return Job(
+        return TrainingSpec(
             "tsq",
             TrainConfig.model_validate(values),
             self.config.encoders.text.model_copy(update=dict(text)),
         )
 
-    def scsampler(self, seed: int) -> Job:
+    def scsampler(self, seed: int) -> TrainingSpec:
         """A training of the ranker."""
-        return Job("scsampler", TrainConfig(seed=seed), TextConfig())
+        return TrainingSpec("scsampler", TrainConfig(seed=seed), TextConfig())
 
     def shape(self, config: TrainConfig, text_dim: int) -> TSQShape:
         """The network that a training makes: every field of the shape that is a setting is taken from there."""
@@ -79,7 +79,7 @@ class Bench:
         )
 
 
-def train_all(bench: Bench, jobs: Iterable[Job], session: Session) -> int:
+def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> int:
     """Put the result of every job into `bench.learned`: from the store, or trained now in parallel, one CPU each; how many were trained now.
 
     Each result is published as it comes in. Raises what a training raised; a loss that is not finite is a result ("diverged").
@@ -139,7 +139,7 @@ class _Side:
         self.starts: dict[int, np.ndarray] = {}
 
     def arguments(
-        self, job: Job
+        self, job: TrainingSpec
     ) -> tuple[TSQShape | None, dict[str, np.ndarray] | None, dict[str, np.ndarray | None]]:
         """Shape, text embeddings and first queries of a training."""
         if job.kind == "scsampler":

@@ -16,9 +16,9 @@ from tsq_ray.bundle.settings import is_bundle, read_bundle_settings
 from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.errors import RunError
 from tsq_ray.evaluation.annotations import Annotations, on_evidence
-from tsq_ray.evaluation.measures import Cost, Figure, gflops
-from tsq_ray.evaluation.tables import Column, Table
-from tsq_ray.scoring import measure
+from tsq_ray.evaluation.measures import Cost, MeanOverSeeds, gflops
+from tsq_ray.evaluation.tables import Table, TableColumn
+from tsq_ray.scoring import measure_predictions
 
 _MILLISECONDS = ("decode_ms", "sample_ms", "recognize_ms")
 _COUNTED = ["video_id", "status", "selected_pts_s", *_MILLISECONDS]
@@ -28,9 +28,9 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
     """One row a run, and one row for each group of runs that differ in nothing but the model (its seed, say): their mean and interval."""
     found = [_Run(uri, model, annotations) for uri in uris]
     columns = [
-        *(Column(title) for title in ("run", "sampler", "T", "K", "ok", "failed")),
-        *(Column(title, "%") for title in ("mAP", "mAP interpolated", "top-1", "on evidence")),
-        *(Column("GFLOPs", "G"), Column("true GFLOPs", "G"), Column("s/video", "s")),
+        *(TableColumn(title) for title in ("run", "sampler", "T", "K", "ok", "failed")),
+        *(TableColumn(title, "%") for title in ("mAP", "mAP interpolated", "top-1", "on evidence")),
+        *(TableColumn("GFLOPs", "G"), TableColumn("true GFLOPs", "G"), TableColumn("s/video", "s")),
     ]
     rows: list[list[Any]] = [
         [
@@ -40,7 +40,7 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
             run.budget,
             str(run.ok),
             str(run.failed),
-            *map(_figure, run.figures),
+            *map(_single, run.figures),
         ]
         for run in found
     ]
@@ -50,7 +50,7 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
     for (mode, num_frames, budget), members in groups.items():
         if len(members) > 1:
             means = [
-                Figure(tuple(values))
+                MeanOverSeeds(tuple(values))
                 for values in zip(*(run.figures for run in members), strict=True)
             ]
             rows.append(
@@ -68,8 +68,8 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
     return Table("comparison", "Finished runs", columns, rows, notes)
 
 
-def _figure(value: float) -> Figure:
-    return Figure((value,))
+def _single(value: float) -> MeanOverSeeds:
+    return MeanOverSeeds((value,))
 
 
 class _Run:
@@ -92,7 +92,7 @@ class _Run:
         adaptive = sampler["budget"] == "adaptive"
         self.budget = f"up to {sampler['max_budget']}" if adaptive else str(sampler["budget"])
         self.frames = count.chosen / max(count.ok, 1) if adaptive else sampler["budget"]
-        measured = run.get("metrics") or measure(self.uri, run["bundle_classes"])
+        measured = run.get("metrics") or measure_predictions(self.uri, run["bundle_classes"])
         self.figures = (
             *(float(measured.get(name, math.nan)) for name in ("mAP", "mAP_interpolated", "top1")),
             math.nan if annotations is None else on_evidence(_chosen(parts), annotations),

@@ -12,19 +12,20 @@ from scipy.stats import t as student_t
 
 from tsq_ray import quality
 from tsq_ray.bundle.weights import Bundle
+from tsq_ray.config import SamplerMode, Task
 from tsq_ray.evaluation.annotations import Annotations, on_evidence
-from tsq_ray.evaluation.data import VideoSet
-from tsq_ray.evaluation.samplers import Sampler, Task, probabilities
-from tsq_ray.evaluation.trained import SCSAMPLER_HIDDEN
+from tsq_ray.evaluation.samplers import Sampler, frame_probabilities
+from tsq_ray.evaluation.trainings import SCSAMPLER_HIDDEN
+from tsq_ray.evaluation.videos import VideoSet
 from tsq_ray.model import TSQShape
-from tsq_ray.model.flops import Counting, Mode, cost_table, network_multiply_adds
+from tsq_ray.model.flops import Counting, cost_table, network_multiply_adds
 
 Cost = Literal["uniform", "maxconf", "maxconf-l", "visual", "textual", "both", "scsampler"]
 """As sampler.mode, and "scsampler": the light encoder on T frames, its ranker, the recogniser on K."""
 
 
 @dataclass(frozen=True)
-class Figure:
+class MeanOverSeeds:
     """One figure, measured once or once a seed."""
 
     values: tuple[float, ...]
@@ -44,15 +45,17 @@ class Figure:
             student_t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count)
         )
 
-    def above(self, other: Figure) -> Figure:
+    def above(self, other: MeanOverSeeds) -> MeanOverSeeds:
         """The difference, seed by seed where both have the same seeds; of the means otherwise."""
         if len(self.values) == len(other.values):
-            return Figure(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
+            return MeanOverSeeds(
+                tuple(a - b for a, b in zip(self.values, other.values, strict=True))
+            )
         if len(other.values) == 1:
-            return Figure(tuple(value - other.values[0] for value in self.values))
+            return MeanOverSeeds(tuple(value - other.values[0] for value in self.values))
         if len(self.values) == 1:
-            return Figure(tuple(self.values[0] - value for value in other.values))
-        return Figure((self.mean - other.mean,))
+            return MeanOverSeeds(tuple(self.values[0] - value for value in other.values))
+        return MeanOverSeeds((self.mean - other.mean,))
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,10 @@ def answers(videos: VideoSet, chosen: Sequence[np.ndarray], task: Task) -> np.nd
         logits[slots].astype(np.float32).mean(axis=0)
         for logits, slots in zip(videos.logits, chosen, strict=True)
     ]
-    return probabilities(np.stack(means), task)
+    return frame_probabilities(np.stack(means), task)
 
 
-def measure(
+def measure_sampler(
     videos: VideoSet, sampler: Sampler, budget: int, task: Task, annotations: Annotations | None
 ) -> Measures:
     """Choose at most `budget` frames of each video and judge the recogniser's answers."""
@@ -103,7 +106,7 @@ def gflops(
 ) -> float:
     """GFLOPs (1e9 multiply-adds) of one video with the bundle's networks and a sampler network of `shape`; `budget` may be a mean."""
     assert bundle.recognizer is not None
-    mode: Mode = "maxconf-l" if cost == "scsampler" else cost
+    mode: SamplerMode = "maxconf-l" if cost == "scsampler" else cost
     table = cost_table(
         mode,
         num_frames=num_frames,

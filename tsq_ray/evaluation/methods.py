@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from tsq_ray.config import TSQMode
 from tsq_ray.evaluation.bench import Bench
-from tsq_ray.evaluation.measures import Cost, Figure, Measures, gflops, measure
+from tsq_ray.evaluation.measures import Cost, MeanOverSeeds, Measures, gflops, measure_sampler
 from tsq_ray.evaluation.samplers import (
     Dense,
     Query,
@@ -23,11 +24,9 @@ from tsq_ray.evaluation.samplers import (
     frame_head_logits,
     oracle_scores,
 )
-from tsq_ray.evaluation.trained import Job, saliencies
+from tsq_ray.evaluation.trainings import TrainingSpec, saliencies
 from tsq_ray.model import TSQShape
 from tsq_ray.model.flops import Counting
-
-Mode = Literal["both", "visual", "textual"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Method:
     """None: it cannot be had at any cost (the oracle)."""
     train: Mapping[str, Any] | None = None
     """What it changes of `train.*`, where it is a network trained here."""
-    mode: Mode = "both"
+    mode: TSQMode = "both"
     """How such a network chooses."""
     adaptive: bool = False
     """Whether K is the most, and the recogniser stops where it is sure."""
@@ -127,11 +126,11 @@ class Measured:
 
     method: Method
     budget: int
-    map: Figure
-    map_interpolated: Figure
-    top1: Figure
-    recall: Figure
-    frames: Figure
+    map: MeanOverSeeds
+    map_interpolated: MeanOverSeeds
+    top1: MeanOverSeeds
+    recall: MeanOverSeeds
+    frames: MeanOverSeeds
     diverged: int = 0
     """Seeds whose training diverged; they are not in the figures."""
 
@@ -139,8 +138,8 @@ class Measured:
     def of(cls, method: Method, budget: int, found: list[Measures], diverged: int = 0) -> Measured:
         """Gather the seeds."""
 
-        def figure(name: str) -> Figure:
-            return Figure(tuple(getattr(item, name) for item in found))
+        def figure(name: str) -> MeanOverSeeds:
+            return MeanOverSeeds(tuple(getattr(item, name) for item in found))
 
         return cls(
             method,
@@ -169,7 +168,7 @@ def possible(bench: Bench) -> tuple[list[Method], list[str]]:
     return methods, notes
 
 
-def jobs_of(bench: Bench, method: Method) -> list[Job]:
+def jobs_of(bench: Bench, method: Method) -> list[TrainingSpec]:
     """The trainings that a sampler needs, one a seed."""
     if method.name == "scsampler":
         return [bench.scsampler(seed) for seed in bench.seeds]
@@ -213,7 +212,7 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
     return [Ranked(videos, _scores(bench, name))], 0
 
 
-def learned_sampler(bench: Bench, arrays: Mapping[str, np.ndarray], mode: Mode) -> Sampler:
+def learned_sampler(bench: Bench, arrays: Mapping[str, np.ndarray], mode: TSQMode) -> Sampler:
     """A sampler from the saliencies that a training made."""
     textual = arrays.get("saliency_textual")
     return Query(
@@ -259,7 +258,7 @@ def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[
             method,
             budget,
             [
-                measure(bench.videos, sampler, budget, bench.task, bench.annotations)
+                measure_sampler(bench.videos, sampler, budget, bench.task, bench.annotations)
                 for sampler in samplers
             ],
             diverged,

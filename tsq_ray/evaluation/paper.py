@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tsq_ray.config import TSQMode
 from tsq_ray.evaluation import plots
-from tsq_ray.evaluation.ablations import TABLES, Ablation, Mode, Row, ablation
+from tsq_ray.evaluation.ablations import TABLES, Ablation, Row, ablation
 from tsq_ray.evaluation.bench import Bench
-from tsq_ray.evaluation.measures import Clock, Figure, measure
+from tsq_ray.evaluation.measures import Clock, MeanOverSeeds, measure_sampler
 from tsq_ray.evaluation.methods import (
     METHODS,
     Measured,
@@ -18,8 +19,8 @@ from tsq_ray.evaluation.methods import (
     measured_at,
     possible,
 )
-from tsq_ray.evaluation.tables import Cell, Column, Table, verdict
-from tsq_ray.evaluation.trained import Job
+from tsq_ray.evaluation.tables import Cell, Table, TableColumn, verdict
+from tsq_ray.evaluation.trainings import TrainingSpec
 from tsq_ray.model.flops import Counting, cost_table
 
 Make = Callable[[Bench, str], Table]
@@ -37,7 +38,7 @@ def names() -> list[str]:
     return ["table1", "table2", "figure3", *TABLES, "figure4"]
 
 
-def jobs_for(bench: Bench, name: str) -> list[Job]:
+def jobs_for(bench: Bench, name: str) -> list[TrainingSpec]:
     """The trainings that a table needs; none where there is nothing to train on."""
     if bench.features.training is None or name == "table1":
         return []
@@ -67,7 +68,7 @@ def _method(name: str) -> Method:
     return next(method for method in METHODS if method.name == name)
 
 
-def _job(bench: Bench, row: Row, seed: int) -> Job:
+def _job(bench: Bench, row: Row, seed: int) -> TrainingSpec:
     return bench.job(row.train, row.text, seed)
 
 
@@ -75,14 +76,14 @@ def table1(bench: Bench, out: str) -> Table:
     """What one video costs with the bundle, module by module, in both countings."""
     bundle, budget = bench.bundle, bench.config.sampler.most_frames
     assert bundle.recognizer is not None
-    columns = [Column("Module"), Column("Arch."), Column("Res."), Column("#F")]
+    columns = [TableColumn("Module"), TableColumn("Arch."), TableColumn("Res."), TableColumn("#F")]
     columns += [
-        Column("GFLOPs/F", "G"),
-        Column("GFLOPs", "G"),
-        Column("true GFLOPs/F", "G"),
-        Column("true GFLOPs", "G"),
+        TableColumn("GFLOPs/F", "G"),
+        TableColumn("GFLOPs", "G"),
+        TableColumn("true GFLOPs/F", "G"),
+        TableColumn("true GFLOPs", "G"),
     ]
-    mode: Mode = "both" if bundle.sampler.shape.modules == "both" else "visual"
+    mode: TSQMode = "both" if bundle.sampler.shape.modules == "both" else "visual"
 
     def rows_of(counting: Counting) -> list[tuple[str, str, str, str, float | None, float]]:
         assert bundle.recognizer is not None
@@ -110,7 +111,7 @@ def table1(bench: Bench, out: str) -> Table:
         return [*shown, ("Total", "-", "-", "-", None, table.gflops)]
 
     rows: list[list[Cell]] = [
-        [*field[:4], _figure(field[4]), _figure(field[5]), _figure(true[4]), _figure(true[5])]
+        [*field[:4], _single(field[4]), _single(field[5]), _single(true[4]), _single(true[5])]
         for field, true in zip(rows_of("field"), rows_of("true"), strict=True)
     ]
     notes = [
@@ -134,14 +135,14 @@ def table2(bench: Bench, out: str) -> Table:
         Clock(bench.features.run, bench.bundle, bench.videos.num_frames),
     )
     methods, notes = possible(bench)
-    found: dict[str, Figure] = {}
+    found: dict[str, MeanOverSeeds] = {}
     rows: list[list[Cell]] = []
     for method in methods:
         for measured in measured_at(bench, method, (budget,)):
             found[method.name] = measured.map
             rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
             notes += _diverged(measured)
-    columns = [Column("sampler"), Column("K"), *_COLUMNS]
+    columns = [TableColumn("sampler"), TableColumn("K"), *_COLUMNS]
     notes += [f"{method.name}: {_what(bench, method)}" for method in methods]
     notes += _signs(
         [(better, worse, found.get(better), found.get(worse)) for better, worse in _TABLE2_SIGNS]
@@ -179,10 +180,10 @@ def figure3(bench: Bench, out: str) -> Table:
             level[f"{method.name}, K = {found[-1].budget}"] = found[-1].map
     title = f"Accuracy and cost by budget, T = {bench.videos.num_frames}"
     pictures = plots.accuracy_cost(lines, level, out, "figure3", title)
-    columns = [Column("sampler"), Column("K"), *_COLUMNS]
+    columns = [TableColumn("sampler"), TableColumn("K"), *_COLUMNS]
     return Table(
         "figure3",
-        f"Figure 3: {title[0].lower()}{title[1:]}",
+        f"MeanOverSeeds 3: {title[0].lower()}{title[1:]}",
         columns,
         rows,
         notes + _reading(clock),
@@ -191,10 +192,10 @@ def figure3(bench: Bench, out: str) -> Table:
 
 
 _COLUMNS = (
-    *(Column(title, "%") for title in ("mAP", "mAP interpolated", "top-1", "on evidence")),
-    Column("frames", "n"),
-    *(Column(title, "G") for title in ("GFLOPs", "true GFLOPs")),
-    Column("s/video", "s"),
+    *(TableColumn(title, "%") for title in ("mAP", "mAP interpolated", "top-1", "on evidence")),
+    TableColumn("frames", "n"),
+    *(TableColumn(title, "G") for title in ("GFLOPs", "true GFLOPs")),
+    TableColumn("s/video", "s"),
 )
 
 
@@ -209,9 +210,9 @@ def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
         measured.map_interpolated,
         measured.top1,
         measured.recall,
-        Figure((measured.frames.mean,)),
+        MeanOverSeeds((measured.frames.mean,)),
     ]
-    return [*quality, _figure(field), _figure(true), _figure(seconds)]
+    return [*quality, _single(field), _single(true), _single(seconds)]
 
 
 def _frames(measured: Measured) -> float:
@@ -219,8 +220,8 @@ def _frames(measured: Measured) -> float:
     return measured.frames.mean if measured.method.adaptive else measured.budget
 
 
-def _figure(value: float | None) -> Figure | None:
-    return None if value is None else Figure((value,))
+def _single(value: float | None) -> MeanOverSeeds | None:
+    return None if value is None else MeanOverSeeds((value,))
 
 
 def _diverged(measured: Measured) -> list[str]:
@@ -288,8 +289,11 @@ def ablation_table(bench: Bench, name: str) -> Table:
                 [(titles[0], titles[1], rows[better][texts + first], rows[worse][texts + second])]
             )
     columns = [
-        *(Column(title) for title in wanted.head),
-        *(Column(f"{title} mAP".replace("mAP mAP", "mAP"), "%") for title, _ in wanted.columns),
+        *(TableColumn(title) for title in wanted.head),
+        *(
+            TableColumn(f"{title} mAP".replace("mAP mAP", "mAP"), "%")
+            for title, _ in wanted.columns
+        ),
     ]
     notes.append(
         "± is half the 95 % interval of the mean over the seeds; signs by the differences seed by seed, in points of mAP"
@@ -304,7 +308,7 @@ def _place(wanted: Ablation, row: int, column: int) -> str:
     return cells if len(wanted.columns) == 1 else f"{wanted.columns[column][0]} at {cells}"
 
 
-def _cell(bench: Bench, row: Row, mode: Mode, budget: int, notes: list[str]) -> Cell:
+def _cell(bench: Bench, row: Row, mode: TSQMode, budget: int, notes: list[str]) -> Cell:
     values = []
     for seed in bench.seeds:
         learned = bench.learned[_job(bench, row, seed)]
@@ -314,15 +318,15 @@ def _cell(bench: Bench, row: Row, mode: Mode, budget: int, notes: list[str]) -> 
             )
         else:
             sampler = learned_sampler(bench, learned.arrays, mode)
-            values.append(measure(bench.videos, sampler, budget, bench.task, None).map)
-    return Figure(tuple(values)) if values else "diverged"
+            values.append(measure_sampler(bench.videos, sampler, budget, bench.task, None).map)
+    return MeanOverSeeds(tuple(values)) if values else "diverged"
 
 
 def figure4(bench: Bench, out: str) -> Table:
     """The TSQ embeddings before and after the training of the first seed, by t-SNE."""
-    columns = [Column(title) for title in ("module", "training", "class", "x", "y")]
+    columns = [TableColumn(title) for title in ("module", "training", "class", "x", "y")]
     job = jobs_of(bench, _method("tsqnet"))[0]
-    title = f"Figure 4: TSQ embeddings before and after training, seed {bench.seeds[0]}"
+    title = f"MeanOverSeeds 4: TSQ embeddings before and after training, seed {bench.seeds[0]}"
     learned = bench.learned.get(job)
     if learned is None or learned.diverged:
         return Table(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tsq_ray import storage
-from tsq_ray.evaluation.measures import Figure
+from tsq_ray.evaluation.measures import MeanOverSeeds
 
 FORMATS = ("png", "svg")
 _TSNE_SEED = 0
@@ -24,16 +24,16 @@ class Line:
 
     name: str
     gflops: list[float]
-    map: list[Figure]
+    map: list[MeanOverSeeds]
 
 
 def accuracy_cost(
-    lines: Sequence[Line], level: Mapping[str, Figure], out: str, name: str, title: str
+    lines: Sequence[Line], level: Mapping[str, MeanOverSeeds], out: str, name: str, title: str
 ) -> list[str]:
     """mAP over GFLOPs a video, a line a sampler, bars of the 95 % interval; `level`: figures without a cost, as dashed lines. The files' names."""
     from matplotlib import colormaps
 
-    figure, axes = _figure(9, 6)
+    figure, axes = _canvas(9, 6)
     palette = [colormaps["tab20"](shade) for shade in (*range(0, 20, 2), *range(1, 20, 2))]
     for number, line in enumerate(lines):
         colour, marker = palette[number % len(palette)], "os^vDPX*"[number % 8]
@@ -80,7 +80,7 @@ def embedding_maps(
 ) -> list[str]:
     """One panel for each (module, moment): points [C, 2] with the classes' names. The files' names."""
     modules = list(dict.fromkeys(module for module, _ in maps))
-    figure, _ = _figure(14, 6.5 * len(modules), rows=len(modules), columns=2)
+    figure, _ = _canvas(14, 6.5 * len(modules), rows=len(modules), columns=2)
     for axes, ((module, moment), points) in zip(figure.axes, maps.items(), strict=True):
         colours = np.arange(len(points))
         axes.scatter(points[:, 0], points[:, 1], c=colours, cmap="hsv", s=18)
@@ -101,7 +101,7 @@ def embedding_maps(
     return _save(figure, out, name)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def _canvas(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 

@@ -17,16 +17,18 @@ from tsq_ray.evaluation import paper
 from tsq_ray.evaluation.annotations import read_annotations
 from tsq_ray.evaluation.bench import Bench, train_all
 from tsq_ray.evaluation.compare import compare
-from tsq_ray.evaluation.data import Features, load_features
 from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.tables import Table
+from tsq_ray.evaluation.videos import Features, load_features
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 SUMMARY_FILE = "evaluation.json"
 """What the folder is about, written first; a folder that is about something else is refused."""
 
 
-def settings_for(model: str, path: str | Path | None = None, sets: Sequence[str] = ()) -> Config:
+def evaluation_settings(
+    model: str, path: str | Path | None = None, sets: Sequence[str] = ()
+) -> Config:
     """Settings of an evaluation: those that the bundle was trained with as the base, then the TOML file and the sets."""
     content, _ = read_bundle_settings(model)
     made = content["config"]
@@ -52,7 +54,7 @@ def evaluate(
         sources: one run folder of `tsq extract --recognizer`, or one or several of `tsq score`.
         model: the bundle: its networks' costs, its recogniser, its frame head, its settings of training.
         out: folder for a Markdown and a CSV file per table, and the plots; trainings are kept there, so that a killed evaluation goes on.
-        config: from `settings_for`.
+        config: from `evaluation_settings`.
         annotations: a file of known salient segments (`read_annotations`).
         tables: names of `paper.names()`; all of them by default.
         split: of the measured videos, `val` by default.

@@ -6,18 +6,18 @@ Legend: V videos, T frames (slots), D dims, C classes, K budget.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from tsq_ray.config import Task, TSQMode
 from tsq_ray.evaluation.annotations import Segment
-from tsq_ray.evaluation.data import VideoSet
+from tsq_ray.evaluation.videos import VideoSet
 from tsq_ray.model import baselines, by_importance, frames_until_sure, select_frames
 from tsq_ray.model.selection import distinct_slots, in_time_order, ranked
-
-Task = Literal["single", "multi"]
+from tsq_ray.model.task import probabilities
 
 
 class Sampler(Protocol):
@@ -89,7 +89,7 @@ class Query:
         visual: np.ndarray,
         textual: np.ndarray | None,
         lambda_visual: float,
-        mode: Literal["both", "visual", "textual"] = "both",
+        mode: TSQMode = "both",
     ) -> None:
         self.videos, self.visual, self.textual = videos, visual, textual
         self.lambda_visual, self.mode = lambda_visual, mode
@@ -115,21 +115,21 @@ class UntilSure:
         return np.sort(
             order[
                 : frames_until_sure(
-                    probabilities(self.query.videos.logits[video][order], self.task), self.margin
+                    frame_probabilities(self.query.videos.logits[video][order], self.task),
+                    self.margin,
                 )
             ]
         )
 
 
-def probabilities(logits: np.ndarray, task: Task) -> np.ndarray:
+def frame_probabilities(logits: np.ndarray, task: Task) -> np.ndarray:
     """float [..., C] logits -> float32 probabilities, softmax or (multi-label) sigmoid."""
-    tensor = torch.from_numpy(np.asarray(logits, np.float32))
-    return (tensor.softmax(-1) if task == "single" else tensor.sigmoid()).numpy()
+    return probabilities(torch.from_numpy(np.asarray(logits, np.float32)), task).numpy()
 
 
 def confidence(logits: np.ndarray, task: Task) -> np.ndarray:
     """Probability of the best class of each frame: [V, T, C] -> [V, T]. MaxConf with the recogniser's logits."""
-    return probabilities(logits, task).max(axis=-1)
+    return frame_probabilities(logits, task).max(axis=-1)
 
 
 @torch.inference_mode()
@@ -142,7 +142,7 @@ def frame_head_logits(head: nn.Module, videos: VideoSet) -> np.ndarray:
 
 def true_class_probability(videos: VideoSet, task: Task) -> np.ndarray:
     """The recogniser's probability of the video's labels (their mean where there are several) on each frame: [V, T]."""
-    found = probabilities(videos.logits, task)
+    found = frame_probabilities(videos.logits, task)
     weights = videos.targets / videos.targets.sum(axis=1, keepdims=True)
     return np.einsum("vtc,vc->vt", found, weights.astype(np.float32))
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save as save_arrays
 
 from tsq_ray import provenance, runs, storage
 from tsq_ray.errors import RunError
-from tsq_ray.evaluation.trained import Job, Learned
+from tsq_ray.evaluation.trainings import Learned, TrainingSpec
 
 FOLDER = "trainings"
 FORMAT = 1
@@ -27,14 +27,14 @@ class Store:
     def __init__(self, out: str, data: Mapping[str, Any]) -> None:
         self.folder, self.data = storage.join(out, FOLDER), data
 
-    def key(self, job: Job) -> str:
+    def key(self, job: TrainingSpec) -> str:
         """The name of a training."""
         content = {"format": FORMAT, "data": self.data, **job.identity()}
         return hashlib.sha256(
             json.dumps(content, sort_keys=True, default=str).encode()
         ).hexdigest()[:20]
 
-    def read(self, job: Job) -> Learned | None:
+    def read(self, job: TrainingSpec) -> Learned | None:
         """A finished training, or None. RunError where its arrays are damaged."""
         place = storage.join(self.folder, self.key(job))
         record = runs.read_json(f"{place}.json")
@@ -47,7 +47,7 @@ class Store:
             )
         return Learned(load_arrays(data), record["losses"], record["seconds"], record["diverged"])
 
-    def write(self, job: Job, learned: Learned) -> None:
+    def write(self, job: TrainingSpec, learned: Learned) -> None:
         """Publish a finished training, its JSON last: only then does it count."""
         place = storage.join(self.folder, self.key(job))
         data = save_arrays(learned.arrays)

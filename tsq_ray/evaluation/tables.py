@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tsq_ray import storage
-from tsq_ray.evaluation.measures import Figure
+from tsq_ray.evaluation.measures import MeanOverSeeds
 
-Cell = str | int | Figure | None
+Cell = str | int | MeanOverSeeds | None
 Unit = Literal["", "%", "G", "s", "n"]
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """`unit`: "%" of fractions, "G" of GFLOPs, "s" of seconds, "n" of counts that may have a fraction, "" of text."""
 
     title: str
@@ -25,7 +25,7 @@ class Column:
 
     def shown(self, cell: Cell) -> str:
         """A cell for a reader: mean and half the 95 % interval over the seeds."""
-        if not isinstance(cell, Figure):
+        if not isinstance(cell, MeanOverSeeds):
             return "-" if cell is None else str(cell)
         if math.isnan(cell.mean):
             return "-"
@@ -47,7 +47,7 @@ class Table:
     name: str
     """The files' name."""
     title: str
-    columns: list[Column]
+    columns: list[TableColumn]
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
     """Lines below the table."""
@@ -74,7 +74,8 @@ class Table:
         text = io.StringIO()
         writer = csv.writer(text)
         measured = [
-            any(isinstance(row[i], Figure) for row in self.rows) for i in range(len(self.columns))
+            any(isinstance(row[i], MeanOverSeeds) for row in self.rows)
+            for i in range(len(self.columns))
         ]
         head: list[str] = []
         for column, figures in zip(self.columns, measured, strict=True):
@@ -87,7 +88,7 @@ class Table:
         for row in self.rows:
             line: list[str] = []
             for cell, figures in zip(row, measured, strict=True):
-                if isinstance(cell, Figure):
+                if isinstance(cell, MeanOverSeeds):
                     half = cell.half
                     line += [
                         repr(cell.mean),
@@ -108,7 +109,7 @@ class Table:
 
 def verdict(better: Cell, worse: Cell) -> str:
     """Whether a sign that the paper saw is seen here: in the means, and whether the 95 % interval of the difference leaves zero out."""
-    if not isinstance(better, Figure) or not isinstance(worse, Figure):
+    if not isinstance(better, MeanOverSeeds) or not isinstance(worse, MeanOverSeeds):
         return "not measured"
     difference = better.above(worse)
     mean, half = difference.mean * 100, difference.half

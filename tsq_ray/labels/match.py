@@ -22,7 +22,7 @@ from tsq_ray.labels.formats import (
     stem_of,
 )
 
-Source = tuple[str, str]
+ListedFile = tuple[str, str]
 """(source that was listed, URI of a file found below it)."""
 Named = tuple[tuple[str, ...], str | None]
 """Class names and split of a video."""
@@ -39,7 +39,7 @@ class Labels:
 
 def read_labels(
     labels: Sequence[str],
-    files: Sequence[Source],
+    files: Sequence[ListedFile],
     classes: Classes | None = None,
     layout: str | None = None,
 ) -> Labels:
@@ -75,7 +75,7 @@ def read_labels(
     return found
 
 
-def _from_folders(files: Sequence[Source], asked_for: bool) -> Labels:
+def _from_folders(files: Sequence[ListedFile], asked_for: bool) -> Labels:
     found, folders = (
         Labels(origin="class folders"),
         dict[Named, Named](),
@@ -126,7 +126,7 @@ class _Names:
 class _Videos:
     """The videos found, looked up as label files name them."""
 
-    def __init__(self, files: Sequence[Source]) -> None:
+    def __init__(self, files: Sequence[ListedFile]) -> None:
         self.uris = {uri for _, uri in files}
         self.folders = list(dict.fromkeys(source for source, _ in files))
         ordered = sorted(self.uris)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tsq_ray.config import SamplerMode
 from tsq_ray.errors import ModelError
 from tsq_ray.model.tsq import TSQNet, TSQShape
 
@@ -28,7 +29,6 @@ CITED = {"efficientnet_b0": 0.39e9}
 """Multiply-adds at 224 taken from the architecture's own paper (Tan and Le 2019, table 2), as table 1 of TSQNet does; the count gives 0.398e9."""
 
 Counting = Literal["field", "true"]
-Mode = Literal["both", "visual", "textual", "uniform", "random", "maxconf-l", "maxconf"]
 
 
 class NetworkLike(Protocol):
@@ -147,7 +147,7 @@ def tsq_multiply_adds(shape: TSQShape, num_frames: int, folded: bool) -> dict[st
 
 
 def cost_table(
-    mode: Mode,
+    mode: SamplerMode,
     *,
     num_frames: int,
     budget: float,

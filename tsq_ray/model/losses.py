@@ -1,17 +1,16 @@
-"""The classification loss of every network, and TSQNet's sum of four (paper, equation 4). Shapes: B videos, C classes."""
+"""TSQNet's loss, a sum of four (paper, equation 4). Shapes: B videos, C classes."""
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch.nn.functional as F
 from torch import Tensor
 
+from tsq_ray.config import Task
+from tsq_ray.model.task import classification_loss
 from tsq_ray.model.tsq import TSQOutput
 
 
 def tsq_loss(
-    output: TSQOutput, targets: Tensor, task: Literal["single", "multi"], alpha: float, beta: float
+    output: TSQOutput, targets: Tensor, task: Task, alpha: float, beta: float
 ) -> dict[str, Tensor]:
     """L = L_v + L_t + alpha L_t->v + beta L_v->t, as a mean over the videos (equation 4).
 
@@ -41,20 +40,3 @@ def tsq_loss(
         start=targets.new_zeros(()),
     )
     return {"loss": total, **parts}
-
-
-def classification_loss(
-    logits: Tensor, targets: Tensor, task: Literal["single", "multi"]
-) -> Tensor:
-    """A mean over the videos; scalar.
-
-    Args:
-        logits: [B, C].
-        targets: [B, C], multi-hot or smoothed, each row with a positive sum.
-        task: "single": cross entropy, several labels sharing the weight 1; "multi": binary cross entropy, summed over the
-            classes. (A mean over them divides the gradient of a video's few labels by C: with SGD nothing is learnt.)
-    """
-    targets = targets.to(logits.dtype)
-    if task == "multi":
-        return F.binary_cross_entropy_with_logits(logits, targets, reduction="sum") / len(logits)
-    return F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True).clamp(min=1))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
+from tsq_ray.config import Task, TSQMode
 from tsq_ray.errors import ModelError
+from tsq_ray.model.task import probabilities
 
 
 @dataclass
@@ -26,9 +27,7 @@ class Selection:
     """For each slot "visual", "textual" or the name of a baseline."""
 
 
-def saliency(
-    attention: Tensor, logits: Tensor, task: Literal["single", "multi"], top_classes: int = 5
-) -> Tensor:
+def saliency(attention: Tensor, logits: Tensor, task: Task, top_classes: int = 5) -> Tensor:
     """s_i = sum over the most probable classes of p_c A_c,i (equation 5): attention [B, C, T], logits [B, C] -> [B, T].
 
     Class-agnostic attention, [B, 1, T], is the saliency itself (section 4.4).
@@ -37,8 +36,7 @@ def saliency(
     """
     if attention.shape[1] == 1:
         return attention[:, 0]
-    probabilities = logits.softmax(dim=1) if task == "single" else logits.sigmoid()
-    weights, classes = probabilities.sort(dim=1, descending=True, stable=True)
+    weights, classes = probabilities(logits, task).sort(dim=1, descending=True, stable=True)
     count = min(top_classes, logits.shape[1])
     rows = attention.gather(1, classes[:, :count, None].expand(-1, -1, attention.shape[2]))
     return (weights[:, :count, None] * rows).sum(dim=1)
@@ -50,7 +48,7 @@ def select_frames(
     frame_index: np.ndarray,
     budget: int,
     lambda_visual: float,
-    mode: Literal["both", "visual", "textual"] = "both",
+    mode: TSQMode = "both",
 ) -> Selection:
     """The top lambda_v K frames of the VQM joined with the top of the TQM (appendix A, "Saliency score fusion").
 

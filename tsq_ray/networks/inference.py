@@ -21,7 +21,7 @@ from tsq_ray.networks.batch_norm import fold_batch_norms
 from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.rows import frame_spec
 
-AS_IT_COMES = ResourcesConfig()
+DEFAULT_RESOURCES = ResourcesConfig()
 """bf16 on GPUs, fp32 on CPUs, not compiled."""
 _CHUNK = {"cpu": 8, "cuda": 256}
 """Frames that go through a network at a time: on a CPU the activations of 8 stay in its cache, 1.5 times faster than 50 at once."""
@@ -34,22 +34,22 @@ def takes_bf16(precision: Precision, device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def ready(
-    encoder: FrameEncoder, device: torch.device, how: ResourcesConfig = AS_IT_COMES
+def prepare_for_inference(
+    encoder: FrameEncoder, device: torch.device, resources: ResourcesConfig = DEFAULT_RESOURCES
 ) -> FrameEncoder:
     """A copy of an encoder on `device` that computes the same, faster; in bf16 nearly the same. The encoder stays as it is.
 
-    `how`: its `precision` and `compile`; compiled, the first frames of each size of a chunk (`encode_pictures`) take a minute.
+    `resources`: its `precision` and `compile`; compiled, the first frames of each size of a chunk (`encode_pictures`) take a minute.
     """
     made = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
     fold_batch_norms(made.backbone, made.config.size)
     made.to(device=device)
     made.backbone.to(memory_format=torch.channels_last)
-    made.dtype = torch.bfloat16 if takes_bf16(how.precision, device) else torch.float32
+    made.dtype = torch.bfloat16 if takes_bf16(resources.precision, device) else torch.float32
     made.backbone.to(made.dtype)
     if made.head is not None:
         made.head.to(made.dtype)
-    if how.compile:
+    if resources.compile:
         made.backbone.compile(
             mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False
         )
@@ -62,7 +62,7 @@ class Pictures(NamedTuple):
 
     frames: np.ndarray
     """uint8 [n, H, W, 3], RGB."""
-    whole: bool = False
+    native_size: bool = False
     """Whether these are frames as they are, of any size, still to be resized for the network."""
 
 
@@ -97,7 +97,7 @@ def _chunks(
     """uint8 [n, size, size, 3] on `device`, `chunk` of them at a time and the rest last, whichever videos they are of."""
     waiting: list[Tensor] = []
     room = chunk
-    for frames, whole in pictures:
+    for frames, native_size in pictures:
         start = 0
         while start < len(frames):
             # what came through Ray's object store is read-only
@@ -107,7 +107,7 @@ def _chunks(
             start, room = start + len(part), room - len(part)
             if device.type == "cuda":
                 part = part.pin_memory().to(device, non_blocking=True)
-            waiting.append(resize_frames(part, spec) if whole else part)
+            waiting.append(resize_frames(part, spec) if native_size else part)
             if not room:
                 yield torch.cat(waiting)
                 waiting, room = [], chunk

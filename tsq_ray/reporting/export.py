@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 
 from tsq_ray import storage
 from tsq_ray.errors import RunError, UserError
-from tsq_ray.reporting.data import Predictions, read_predictions
 from tsq_ray.reporting.pictures import Progress, Taken, jpeg, take_pictures
+from tsq_ray.reporting.predictions import Predictions, read_predictions
 from tsq_ray.schema import TOP_LABELS
 
 WHAT = ("labels", "frames")

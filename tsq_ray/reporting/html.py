@@ -15,9 +15,9 @@ from markupsafe import Markup
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, flatten
 from tsq_ray.reporting.curves import Mark, saliency_svg, time_text
-from tsq_ray.reporting.data import Place, Predictions, read_predictions
 from tsq_ray.reporting.losses import PARTS, losses_svg
 from tsq_ray.reporting.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
+from tsq_ray.reporting.predictions import Place, Predictions, read_predictions
 from tsq_ray.reporting.summary import Summary, summarize
 
 THUMBNAIL_PX = 120

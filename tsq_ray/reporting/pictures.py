@@ -15,7 +15,7 @@ from PIL import Image
 from tsq_ray import storage
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.errors import StorageError, VideoError
-from tsq_ray.reporting.data import Predictions, source_of
+from tsq_ray.reporting.predictions import Predictions, video_source
 
 SPEC = "picture"
 _TOLERANCE_S = 0.05
@@ -54,7 +54,7 @@ def take_pictures(
     with DecodePool(predictions.decode_settings(), specs, num_processes) as pool:
         while group:
             for row, decoded in zip(
-                group, pool.decode([source_of(row) for row in group]), strict=True
+                group, pool.decode([video_source(row) for row in group]), strict=True
             ):
                 yield _taken(row, decoded, wanted(row))
             group = list(islice(waiting, 2 * num_processes))

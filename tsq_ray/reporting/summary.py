@@ -26,7 +26,7 @@ from tsq_ray.quality import (
     verdicts,
 )
 from tsq_ray.reporting.choice import best_candidates, choose_shown
-from tsq_ray.reporting.data import Place, Predictions
+from tsq_ray.reporting.predictions import Place, Predictions
 
 MAX_EXAMPLES = 3
 MAX_WARNINGS = 30
@@ -81,7 +81,7 @@ def summarize(predictions: Predictions, max_videos: int) -> Summary:
         figures = class_figures(predictions.readers, predictions.bundle_classes)
     sums = tally.sums
     return Summary(
-        totals=tally.accounting(predictions.run),
+        totals=tally.totals(predictions.run),
         quality=tally.quality(figures),
         classes=sorted(tally.predicted.items(), key=lambda item: (-item[1], item[0])),
         failed=tally.failed,
@@ -176,7 +176,7 @@ class _Tally:
             zip(names.filter(pa.array(wrong)).to_pylist(), taken.to_pylist(), strict=True)
         )
 
-    def accounting(self, run: dict[str, Any]) -> dict[str, Any]:
+    def totals(self, run: dict[str, Any]) -> dict[str, Any]:
         """`Summary.totals`."""
         recorded = run.get("counts")
         counts = recorded if isinstance(recorded, dict) else {}

@@ -42,7 +42,7 @@ def connect(session: Session = DEFAULT_SESSION) -> Iterator[Any]:
     import ray
 
     if ray.is_initialized():
-        with _chatter_apart(debug):
+        with _stdout_to_stderr(debug):
             yield ray
         return
     # without an address Ray would join whatever head node runs on this machine
@@ -59,7 +59,7 @@ def connect(session: Session = DEFAULT_SESSION) -> Iterator[Any]:
         if place == "local":
             raise RunFailed(_why_start_failed(error)) from error
         raise RunFailed(_why_joining_failed(error, place, bool(address))) from error
-    with _chatter_apart(debug):
+    with _stdout_to_stderr(debug):
         try:
             yield ray
         finally:
@@ -251,7 +251,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _chatter_apart(debug: bool) -> Iterator[None]:
+def _stdout_to_stderr(debug: bool) -> Iterator[None]:
     """Move what Ray prints about its nodes and workers from stdout to stderr.
 
     stdout is for the summary alone.

@@ -51,7 +51,7 @@ class Watch:
         if not kinds or (status is not None and _num_demanded(status) < kinds.total()):
             self._waits_since = None
             if kinds:
-                _say(
+                _print_status(
                     f"{self._what}: starting for {now - self._since:.0f} s: {', '.join(kinds)}: loading what they need"
                 )
             return
@@ -61,7 +61,7 @@ class Watch:
             raise RunFailed(
                 f"{line}; gave up after --wait-s {self._wait_s:g}; give the same command again to resume"
             )
-        _say(line)
+        _print_status(line)
 
     def _lacking(self) -> Counter[str]:
         with contextlib.suppress(self._ray.exceptions.RayError):
@@ -76,7 +76,7 @@ class Watch:
         return (self._waits_since or self._since) + self._wait_s
 
 
-def _say(line: str) -> None:
+def _print_status(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 

@@ -58,7 +58,7 @@ def run_endpoint(
     check_sampler(
         load_bundle(model), config.sampler
     )  # what is wrong with the bundle is told now, not by a replica
-    _say("starting: some 20 s until it serves")
+    _print_status("starting: some 20 s until it serves")
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with cluster.connect(session) as ray:
@@ -71,17 +71,17 @@ def run_endpoint(
             deploy(ray, model, config, host, port, token, session)
             try:
                 shown = f"[{host}]" if ":" in host else host
-                _say(
+                _print_status(
                     f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score (stop with Ctrl-C)"
                 )
                 threading.Event().wait()
             finally:
                 end()
     except KeyboardInterrupt:
-        _say("stopped")
+        _print_status("stopped")
 
 
-def _say(line: str) -> None:
+def _print_status(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 

@@ -26,15 +26,15 @@ from tsq_ray.training.cache import Create, node_arrays
 DEFAULT_SPLIT = "train"
 
 
-VISUAL, OBJECT_IDS, OBJECT_PROBS, TARGETS = "visual", "object_ids", "object_probs", "targets"
-OBJECTS = (OBJECT_IDS, OBJECT_PROBS)
+VISUAL_COLUMN, OBJECT_IDS, OBJECT_PROBS, TARGETS = "visual", "object_ids", "object_probs", "targets"
+OBJECT_COLUMNS = (OBJECT_IDS, OBJECT_PROBS)
 _BRIEF = ["video_id", "uri", "split", "status", "labels"]
 _READERS = 4
 """Parts that are read at a time."""
 
 
 @dataclass(frozen=True)
-class Source:
+class FeatureSource:
     """The features to train on, as every worker can read them."""
 
     uri: str
@@ -48,11 +48,11 @@ class Source:
     @classmethod
     def of(
         cls, features_uri: str, split: str | None, task: str, with_objects: bool = True
-    ) -> Source:
+    ) -> FeatureSource:
         """RunError where `features_uri` is no finished extraction."""
         uri, columns = (
             storage.normalize(features_uri),
-            (VISUAL, *OBJECTS) if with_objects else (VISUAL,),
+            (VISUAL_COLUMN, *OBJECT_COLUMNS) if with_objects else (VISUAL_COLUMN,),
         )
         content = json.dumps([runs.read_run(uri, "features"), uri, split, columns], sort_keys=True)
         return cls(uri, split, task, columns, hashlib.sha256(content.encode()).hexdigest()[:20])
@@ -93,7 +93,7 @@ class TrainingSet:
     @property
     def visual(self) -> np.ndarray:
         """float16 [V, T, D]."""
-        return self.arrays[VISUAL]
+        return self.arrays[VISUAL_COLUMN]
 
     @property
     def targets(self) -> np.ndarray:
@@ -155,7 +155,7 @@ def single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
         )
 
 
-def select_videos(source: Source) -> Selection:
+def select_videos(source: FeatureSource) -> Selection:
     """The rows of a finished extraction that training takes: ok, of the split, labelled. Reads no tensors."""
     what = f"features {storage.redact(source.uri)}"
     parts = [part.uri for part in runs.list_parts(source.uri)]
@@ -186,7 +186,7 @@ def select_videos(source: Source) -> Selection:
     )
 
 
-def copy_features(source: Source, selection: Selection, create: Create) -> None:
+def copy_features(source: FeatureSource, selection: Selection, create: Create) -> None:
     """Write the selected rows into arrays that `create` makes, a few parts at a time."""
     taken = [(part, places) for part, places in selection.parts if (places >= 0).any()]
     with storage.open_read(taken[0][0]) as file:
@@ -213,12 +213,15 @@ def copy_features(source: Source, selection: Selection, create: Create) -> None:
 
 @contextlib.contextmanager
 def source_arrays(
-    source: Source, selection: Selection | None = None
+    source: FeatureSource, selection: Selection | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """`TrainingSet.arrays` in mapped files of this machine, shared by its processes (see cache.py)."""
 
     def write(create: Create) -> None:
-        if Source.of(source.uri, source.split, source.task, OBJECT_IDS in source.columns) != source:
+        if (
+            FeatureSource.of(source.uri, source.split, source.task, OBJECT_IDS in source.columns)
+            != source
+        ):
             raise RunFailed(
                 f"{storage.redact(source.uri)}: the features have changed since the training began; start it again"
             )
@@ -229,7 +232,7 @@ def source_arrays(
 
 
 @contextlib.contextmanager
-def open_training_set(source: Source) -> Iterator[TrainingSet]:
+def open_training_set(source: FeatureSource) -> Iterator[TrainingSet]:
     """What training takes of a finished extraction, in mapped files, for the time of the `with`."""
     selection = select_videos(source)
     with source_arrays(source, selection) as arrays:

@@ -6,14 +6,13 @@ Legend: V videos, T frames, D dims, C classes, S segments.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsq_ray.config import FinetuneConfig
-from tsq_ray.model.losses import classification_loss
+from tsq_ray.config import FinetuneConfig, Task
+from tsq_ray.model.task import classification_loss
 
 _CHUNK = 64
 """Videos that are widened at a time."""
@@ -23,7 +22,7 @@ def fit_head(
     features: np.ndarray,
     targets: np.ndarray,
     config: FinetuneConfig,
-    task: Literal["single", "multi"],
+    task: Task,
 ) -> nn.Linear:
     """Fit logits = W x + b so that the mean over a video's segments predicts its labels (TSN's average consensus).
 

@@ -84,7 +84,7 @@ def finetune(
                 network, rows, val, len(manifest.classes), work, config, session, ticks
             )
         else:
-            tuned = frozen.fit(
+            tuned = frozen.fit_frozen(
                 network,
                 settings,
                 runs.Selection(manifest, rows, chosen.split),

@@ -14,11 +14,11 @@ from tsq_ray.feature_pipeline import LoadedNetworks, Networks, extract_features
 from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.classifier.full import Tuned
-from tsq_ray.training.features import Source, open_training_set
+from tsq_ray.training.features import FeatureSource, open_training_set
 from tsq_ray.training.head import fit_head
 
 
-def fit(
+def fit_frozen(
     network: FrameEncoder,
     settings: ModelConfig,
     selection: runs.Selection,
@@ -49,7 +49,7 @@ def fit(
     failed = _failed(features)
     if not run["counts"]["ok"]:
         return Tuned(network, failed, {}, [])
-    source = Source.of(features, selection.split, config.train.task, with_objects=False)
+    source = FeatureSource.of(features, selection.split, config.train.task, with_objects=False)
     with open_training_set(source) as data:
         network.head = fit_head(data.visual, data.targets, config.finetune, config.train.task)
         accuracy = _accuracy(network.head, data.visual, data.targets)

@@ -21,7 +21,7 @@ from tsq_ray.runtime.nodes import Layout
 from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.classifier.clips import ClipPlan
-from tsq_ray.training.classifier.worker import TuneJob, start_network, tune_loop
+from tsq_ray.training.classifier.worker import TunePlan, start_network, tune_loop
 from tsq_ray.training.features import multi_hot
 from tsq_ray.training.resumable import run_workers, scaling
 
@@ -102,7 +102,7 @@ def _plan(
     val: VideoRows,
     num_classes: int,
     config: Config,
-) -> tuple[TuneJob, Layout]:
+) -> tuple[TunePlan, Layout]:
     settings = config.finetune
     placed = layout("finetune", config, cluster.read_cluster(ray, config), len(train))
     table = pa.concat_tables([train.table, val.table])
@@ -119,7 +119,7 @@ def _plan(
             / settings.num_workers
         ),
     )
-    job = TuneJob(
+    job = TunePlan(
         clips=plan,
         task=config.train.task,
         num_classes=num_classes,

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from tsq_ray import quality
 from tsq_ray.bundle.weights import linear_head
-from tsq_ray.config import FinetuneConfig
-from tsq_ray.model.losses import classification_loss
+from tsq_ray.config import FinetuneConfig, Task
+from tsq_ray.model.task import classification_loss, probabilities
 from tsq_ray.networks.batch_norm import folded_norms, unfold_norms
 from tsq_ray.networks.encoder import FrameEncoder, create_network, split_network
 from tsq_ray.training.classifier.clips import Clip, ClipPlan, ClipStream, Work, epoch_batches
@@ -34,11 +34,11 @@ _SAMPLE = 64
 
 
 @dataclass(frozen=True)
-class TuneJob:
+class TunePlan:
     """What a training worker needs to know; travels to it whole."""
 
     clips: ClipPlan
-    task: Literal["single", "multi"]
+    task: Task
     num_classes: int
     num_train: int
     """The first videos of the table; the `num_val` after them are the validation's."""
@@ -62,7 +62,7 @@ class TuneJob:
         )
 
 
-def start_network(job: TuneJob, backbone: dict[str, Tensor]) -> FrameEncoder:
+def start_network(job: TunePlan, backbone: dict[str, Tensor]) -> FrameEncoder:
     """The pretrained backbone with a new head, small random weights: the same on every worker."""
     config = job.clips.config
     network = split_network(
@@ -101,7 +101,7 @@ def tune_loop(worker: dict[str, Any]) -> None:
     """One Ray Train worker."""
     import ray.train
 
-    job: TuneJob = worker["job"]
+    job: TunePlan = worker["job"]
     torch.set_num_threads(job.threads)
     context = ray.train.get_context()
     tuner = _Tuner(
@@ -122,7 +122,7 @@ def tune_loop(worker: dict[str, Any]) -> None:
 class _Tuner:
     """The state of a worker."""
 
-    def __init__(self, job: TuneJob, rank: int, world: int, device: torch.device) -> None:
+    def __init__(self, job: TunePlan, rank: int, world: int, device: torch.device) -> None:
         import ray
 
         self.job, self.config = job, job.clips.config
@@ -283,9 +283,7 @@ class _Tuner:
         wanted = smoothed(
             targets, self.config.model_copy(update={"label_smoothing": 0.0}), self.job.task
         )
-        scores = (
-            found_logits.softmax(1) if self.job.task == "single" else found_logits.sigmoid()
-        ).numpy()
+        scores = probabilities(found_logits, self.job.task).numpy()
         return {
             "val_loss": float(classification_loss(found_logits, wanted, self.job.task)),
             "val_top1": quality.top1_accuracy(scores, targets.numpy()),

@@ -45,7 +45,7 @@ def fit_on_cluster(
 ) -> Fitted:
     """Run `loop.train_loop` on Ray Train workers, or go on from the last checkpoint in the folder `work`.
 
-    `job`: "config" (of TrainConfig), "shape", "start", "vocabulary" (see `loop.fit`) and "source". `ticks` are called twice a second.
+    `job`: "config" (of TrainConfig), "shape", "start", "vocabulary" (see `loop.fit_tsqnet`) and "source". `ticks` are called twice a second.
     Raises RunFailed where the training fails.
     """
     counts = ray.remote(num_cpus=0)(_Videos).remote()

@@ -31,7 +31,7 @@ _GPU_SHARE = 0.25
 _CPU = torch.device("cpu")
 
 
-def fit(
+def fit_tsqnet(
     arrays: Mapping[str, np.ndarray],
     vocabulary: Tensor | None,
     start: Mapping[str, Tensor | None],
@@ -93,7 +93,7 @@ class Training:
 
     network: TSQNet
     optimizer: torch.optim.Optimizer
-    batches: Batches
+    batches: BatchShares
     config: TrainConfig
     curve: list[dict[str, float]] = field(default_factory=list)
     """The losses of each epoch so far."""
@@ -123,7 +123,7 @@ class Training:
                 for name in ("visual", "textual")
             )
         )
-        batches = Batches(arrays, vocabulary, config, rank, world, device)
+        batches = BatchShares(arrays, vocabulary, config, rank, world, device)
         network.balance(*batches.sample())
         network.to(device)
         optimizer = torch.optim.SGD(
@@ -172,7 +172,7 @@ def _tensor(value: Any) -> Tensor:
     return torch.from_numpy(np.array(value))
 
 
-class Batches:
+class BatchShares:
     """This worker's share of each global batch, in an order that hangs on (seed, epoch) alone."""
 
     def __init__(
@@ -238,7 +238,7 @@ class Batches:
 def train_epoch(
     network: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Batches,
+    batches: BatchShares,
     config: TrainConfig,
     epoch: int,
     progress: Callable[[int], None] | None = None,

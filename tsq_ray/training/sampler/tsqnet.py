@@ -29,7 +29,12 @@ from tsq_ray.rows import OBJECTS, VISUAL
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.stages import classifier_settings, load_network
-from tsq_ray.training.features import Source, TrainingSet, describe_left_out, open_training_set
+from tsq_ray.training.features import (
+    FeatureSource,
+    TrainingSet,
+    describe_left_out,
+    open_training_set,
+)
 from tsq_ray.training.head import fit_head, head_logits
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
 
@@ -37,7 +42,7 @@ WORK_FOLDER = "_train"
 _IDENTITY_FILE = "identity.json"
 
 
-def settings_for(
+def training_settings(
     features_uri: str, path: str | Path | None = None, sets: Iterable[str] = ()
 ) -> Config:
     """Settings of a training: the features' own as the base, then the TOML file and the sets.
@@ -101,7 +106,7 @@ def train(
     done = _finished(out, identity)
     if done is not None:
         return done
-    source = Source.of(
+    source = FeatureSource.of(
         features_uri, split, config.train.task, with_objects=config.train.modules == "both"
     )
     with runs.Lease(out, take_over=take_over) as lease, open_training_set(source) as data:
@@ -168,7 +173,7 @@ class _Parts:
         return cls(frame_encoder, objects, text, answers, _shape(config, data, text))
 
 
-def _job(config: Config, source: Source, data: TrainingSet, parts: _Parts) -> dict[str, Any]:
+def _job(config: Config, source: FeatureSource, data: TrainingSet, parts: _Parts) -> dict[str, Any]:
     text = parts.text
     start = {
         "visual": _visual_start(config, data, parts.encoder),

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tsq_ray.config import TextConfig, TrainConfig
+from tsq_ray.config import Task, TextConfig, TrainConfig
 from tsq_ray.errors import RunFailed
-from tsq_ray.evaluation.data import VideoSet
-from tsq_ray.evaluation.samplers import Task
+from tsq_ray.evaluation.videos import VideoSet
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, saliency
 from tsq_ray.training.head import standard_scale
-from tsq_ray.training.sampler.loop import fit
+from tsq_ray.training.sampler.loop import fit_tsqnet
 
 SCSAMPLER_HIDDEN = 256
 _SCSAMPLER = {
@@ -37,7 +36,7 @@ _CHUNK = 64
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingSpec:
     """One training; equal jobs on the same data give the same result. `config.seed` is its seed."""
 
     kind: Literal["tsq", "scsampler"]
@@ -70,7 +69,7 @@ class Learned:
 
 
 def learn(
-    job: Job,
+    job: TrainingSpec,
     training: Mapping[str, np.ndarray],
     measured: Mapping[str, np.ndarray],
     shape: TSQShape | None,
@@ -104,7 +103,7 @@ def learn(
             name: torch.from_numpy(np.array(value)) if value is not None else None
             for name, value in start.items()
         }
-        state, curve = fit(
+        state, curve = fit_tsqnet(
             _seen(training, _FIT, shape), vocabulary, first, shape, job.config, threads=1
         )
     except RunFailed as error:

@@ -135,7 +135,7 @@ def _check_columns(uri: str, names: Sequence[str], wanted: Sequence[str]) -> Non
         )
 
 
-def source_of(row: dict[str, Any]) -> VideoSource:
+def video_source(row: dict[str, Any]) -> VideoSource:
     """The video of a row, as the manifest saw it: a file that changed since is not taken for the one that was scored."""
     return VideoSource(
         uri=row["uri"], size_bytes=row["size_bytes"], etag=row["etag"], modified=row["modified"]
