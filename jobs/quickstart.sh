@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The whole path on a laptop: bash jobs/quickstart.sh [VIDEOS]
-#   VIDEOS   a folder or an s3:// prefix of labelled videos: VIDEOS/labels.csv (path,label[,split]), else class = parent folder.
-#            Without it a small archive is rendered (5 classes, 80 videos of some 20 s).
-# Sets up .venv, then: index, extract, finetune, train, score, verify, report. What it makes lies in runs/quickstart or
-# runs/<name of VIDEOS>; run again, it goes on where it stopped. Delete that folder to start over.
+# Run the whole pipeline on a laptop: bash jobs/quickstart.sh [VIDEOS]
+#   VIDEOS   a folder or an s3:// prefix of labelled videos. Labels come from VIDEOS/labels.csv
+#            (path,label[,split]), or else the parent folder is the class.
+#            Without VIDEOS, a small archive is rendered (5 classes, 80 videos of about 20 s).
+# Sets up .venv, then: index, extract, finetune, train, score, verify, report. The outputs are in
+# runs/quickstart or runs/<name of VIDEOS>. Run again, it resumes where it stopped; delete that
+# folder to start over.
 set -euo pipefail
 
 if [ "$#" -gt 1 ] || [[ "${1:-}" == -* ]]; then
@@ -14,7 +16,8 @@ videos=${1:-}
 videos=${videos%/}
 if [[ -n "$videos" && "$videos" != *://* ]]; then
     if [ ! -d "$videos" ]; then
-        echo "VIDEOS is $videos, which is no folder: name a folder or an s3:// prefix of labelled videos" >&2
+        echo "VIDEOS is $videos, which is not a folder;" \
+            "name a folder or an s3:// prefix of labelled videos" >&2
         exit 2
     fi
     videos=$(cd "$videos" && pwd)
@@ -22,7 +25,7 @@ fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/setup_venv.sh
-setup_venv weights
+setup_venv weights,evaluate
 tsq=$(dirname "$VENV_PYTHON")/tsq
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 SECONDS=0
@@ -32,12 +35,12 @@ step() {
     echo "== [${SECONDS}s] $*"
 }
 
-# once NAME COMMAND...: skips a command that has succeeded in this run folder before
+# once NAME COMMAND...: skip a command that already succeeded in this run folder
 once() {
     local marker=$run/.done-$1
     shift
     if [ -e "$marker" ]; then
-        echo "done before"
+        echo "already done"
     else
         "$@"
         touch "$marker"
@@ -54,44 +57,54 @@ else
     mkdir -p "$run"
 fi
 if [ "$(cat "$run/.source" 2>/dev/null || echo "$videos")" != "$videos" ]; then
-    echo "$run holds the run of $(cat "$run/.source"), not of $videos: delete or rename that folder" >&2
+    echo "$run holds the run of $(cat "$run/.source"), not of $videos;" \
+        "delete or rename that folder" >&2
     exit 2
 fi
 echo "$videos" >"$run/.source"
 
 settings=(--config jobs/quickstart.toml)
 labels=()
-if "$VENV_PYTHON" -c 'import sys; from tsq_ray import storage; sys.exit(not storage.exists(storage.join(sys.argv[1], "labels.csv")))' "$videos" 2>/dev/null; then
+if "$VENV_PYTHON" -c 'import sys
+from tsq_ray import storage
+sys.exit(not storage.exists(storage.join(sys.argv[1], "labels.csv")))' "$videos" 2>/dev/null; then
     labels=(--labels "$videos/labels.csv")
 fi
 update=()
 if [ -e "$run/manifest.parquet" ]; then
     update=(--update)
 fi
-step "index: which videos there are, and their labels"
-"$tsq" index "$videos" --out "$run/manifest.parquet" ${labels[@]+"${labels[@]}"} ${update[@]+"${update[@]}"}
+step "index: list the videos and their labels"
+"$tsq" index "$videos" --out "$run/manifest.parquet" \
+    ${labels[@]+"${labels[@]}"} ${update[@]+"${update[@]}"}
 
 split=()
-if "$VENV_PYTHON" -c 'import sys, pyarrow.parquet as pq; sys.exit("val" not in pq.read_table(sys.argv[1], columns=["split"])["split"].to_pylist())' "$run/manifest.parquet"; then
+if "$VENV_PYTHON" -c 'import sys, pyarrow.parquet as pq
+splits = pq.read_table(sys.argv[1], columns=["split"])["split"].to_pylist()
+sys.exit("val" not in splits)' "$run/manifest.parquet"; then
     split=(--split val)
 fi
 
-step "extract: features of 16 frames a video (Ray Data)"
+step "extract: features of 16 frames per video (Ray Data)"
 "$tsq" extract "$run/manifest.parquet" --out "$run/features" "${settings[@]}"
 
 step "finetune: a linear recogniser on a frozen backbone"
-once recognizer "$tsq" finetune "$run/manifest.parquet" --role recognizer --out "$run/recognizer" "${settings[@]}"
+once recognizer "$tsq" finetune "$run/manifest.parquet" --role recognizer \
+    --out "$run/recognizer" "${settings[@]}"
 
 step "train: TSQNet on the features (Ray Train)"
-once bundle "$tsq" train "$run/features" --recognizer "$run/recognizer" --out "$run/bundle" "${settings[@]}"
+once bundle "$tsq" train "$run/features" --recognizer "$run/recognizer" \
+    --out "$run/bundle" "${settings[@]}"
 
 step "score: TSQNet chooses 4 of the 16 frames, the recogniser labels the video (Ray Serve)"
-"$tsq" score "$run/manifest.parquet" --model "$run/bundle" --out "$run/predictions" ${split[@]+"${split[@]}"}
+"$tsq" score "$run/manifest.parquet" --model "$run/bundle" --out "$run/predictions" \
+    ${split[@]+"${split[@]}"}
 
-step "score again with 4 uniform frames, to compare"
-"$tsq" score "$run/manifest.parquet" --model "$run/bundle" --out "$run/predictions-uniform" --set sampler.mode=uniform ${split[@]+"${split[@]}"}
+step "score again with 4 uniform frames, for comparison"
+"$tsq" score "$run/manifest.parquet" --model "$run/bundle" --out "$run/predictions-uniform" \
+    --set sampler.mode=uniform ${split[@]+"${split[@]}"}
 
-step "verify: every video accounted for"
+step "verify: account for every video"
 "$tsq" verify "$run/features"
 "$tsq" verify "$run/predictions"
 "$tsq" verify "$run/predictions-uniform"
@@ -104,6 +117,7 @@ if [ -e "$videos/annotations.json" ] && [ "$#" = 0 ]; then
     evidence=(--annotations "$videos/annotations.json")
 fi
 echo
-"$VENV_PYTHON" jobs/quickstart_table.py TSQNet="$run/predictions" uniform="$run/predictions-uniform" ${evidence[@]+"${evidence[@]}"}
+"$VENV_PYTHON" jobs/quickstart_table.py TSQNet="$run/predictions" \
+    uniform="$run/predictions-uniform" ${evidence[@]+"${evidence[@]}"}
 echo
-echo "report: $PWD/$run/report.html (took ${SECONDS}s after the set-up)"
+echo "report: $PWD/$run/report.html (took ${SECONDS}s after the setup)"

@@ -1,4 +1,4 @@
-"""The quickstart's last lines: how runs on the same videos compare.
+"""Print the quickstart's closing table, which compares runs on the same videos.
 
 python jobs/quickstart_table.py NAME=PREDICTIONS... [--annotations FILE]
 """
@@ -17,7 +17,10 @@ from tsq_ray.reporting.summary import summarize
 
 
 def table_row(name: str, uri: str, known: Annotations | None) -> list[str]:
-    """One line of the table: sampler, ok, failed, mAP, top-1 and, with known segments, the share of frames on the evidence."""
+    """Return one row: sampler, ok, failed, mAP and top-1.
+
+    With known segments, also the share of chosen frames on the evidence.
+    """
     predictions = read_predictions(uri)
     summary = summarize(predictions, 0)
     totals, figures = summary.totals, summary.quality
@@ -44,7 +47,7 @@ def _percent(value: float | None) -> str:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need be, the first to the left."""
+    """Print aligned columns, the first to the left and the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print(
@@ -58,7 +61,7 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def main() -> int:
-    """The command line; exit code 2 where an input is wrong."""
+    """Run the command line; return 2 if an input is wrong."""
     parser = argparse.ArgumentParser(description="Compare predictions of the same videos.")
     parser.add_argument("runs", nargs="+", metavar="NAME=PREDICTIONS")
     parser.add_argument(

@@ -1,13 +1,17 @@
-"""Render a small labelled archive of untrimmed videos: `python jobs/sample_archive.py OUT [--videos-per-class N] [--seed S]`.
+"""Render a small labelled archive of untrimmed videos.
 
-Each video lasts about 20 s, and only 10 to 20 % of that shows its class; the rest is scenery that all classes share, and in some
-videos a glimpse of another class. So it is known which frames are worth choosing:
+python jobs/sample_archive.py OUT [--videos-per-class N] [--seed S]
 
-    OUT/<split>/<class_folder>/NNN.mp4     split: train | val
-    OUT/labels.csv                         path,label,split (paths relative to OUT)
-    OUT/annotations.json                   {"videos": {path: {"label": ..., "segments": [[start_s, end_s], ...]}}}
+Each video lasts about 20 s, of which only 10 to 20 % shows its class. The rest is scenery shared by
+all classes, plus in some videos a glimpse of another class. The frames worth choosing are therefore
+known:
 
-Drawn with numpy and Pillow, nothing is downloaded; the same seed gives the same files.
+    OUT/<split>/<class_folder>/NNN.mp4   split: train | val
+    OUT/labels.csv                       path,label,split (paths relative to OUT)
+    OUT/annotations.json                 {"videos": {path: {"label": ..., "segments": [...]}}},
+                                         each segment [start_s, end_s]
+
+Drawn with numpy and Pillow; nothing is downloaded, and the same seed gives the same files.
 """
 
 from __future__ import annotations
@@ -25,14 +29,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 WIDTH, HEIGHT, FPS = 320, 240, 10
-PAN = 64  # pixels by which a background is larger than the picture, so that the camera can pan
+PAN = 64  # pixels by which a background is larger than the frame, so that the camera can pan
 SPLITS = ("train", "val")
 Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
 class Shot:
-    """Something on screen from frame `first` to before frame `stop`."""
+    """A sprite shown from frame `first` until before frame `stop`."""
 
     class_name: str
     first: int
@@ -42,7 +46,10 @@ class Shot:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one video shows: `evidence` of its class, a `glimpse` of another, scenery that changes at `cuts`."""
+    """The contents of one video.
+
+    `evidence` of its class, perhaps a `glimpse` of another, and scenery that changes at `cuts`.
+    """
 
     label: str
     num_frames: int
@@ -58,11 +65,11 @@ class Plan:
         return [[shot.first / FPS, shot.stop / FPS] for shot in self.evidence]
 
 
-# --- evidence: one sprite (RGBA picture) a class ------------------------------------------------------------------------------
+# --- evidence: one sprite (RGBA image) per class --------------------------------------------------
 
 
 def _grid(rng: Rng, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rotated coordinates of a size x size picture, in about -1..1."""
+    """Return rotated coordinates of a size x size image, in about -1..1."""
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     x, y = np.meshgrid(axis, axis)
     angle = rng.uniform(-0.6, 0.6)
@@ -70,7 +77,7 @@ def _grid(rng: Rng, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _blend(mask: np.ndarray, on: np.ndarray, off: np.ndarray) -> np.ndarray:
-    """Colours `on` where mask is 1 and `off` where it is 0: uint8 [size, size, 3]."""
+    """Blend colour `on` where mask is 1 and `off` where it is 0: uint8 [size, size, 3]."""
     mask = np.clip(mask, 0, 1)[..., None]
     return np.clip(mask * on + (1 - mask) * off, 0, 255).astype(np.uint8)
 
@@ -80,7 +87,7 @@ def _jitter(rng: Rng, colour: tuple[int, int, int], by: float = 25) -> np.ndarra
 
 
 def _outline(rng: Rng, size: int) -> np.ndarray:
-    """Alpha of a soft-edged shape between an ellipse and a box: uint8 [size, size]."""
+    """Return the alpha of a soft-edged shape between an ellipse and a box: uint8 [size, size]."""
     axis = np.abs(np.linspace(-1, 1, size, dtype=np.float32))
     power = rng.uniform(2, 8)
     radius = (axis[None] ** power + axis[:, None] ** power) ** (1 / power)
@@ -184,7 +191,7 @@ CLASSES: dict[str, Callable[[Rng, int], Image.Image]] = {
 }
 
 
-# --- scenery: the same for all classes ----------------------------------------------------------------------------------------
+# --- scenery: shared by all classes ---------------------------------------------------------------
 
 
 def _muted(rng: Rng) -> tuple[int, int, int]:
@@ -213,7 +220,7 @@ def _skyline(rng: Rng) -> Image.Image:
 
 
 def _page(rng: Rng) -> Image.Image:
-    """Rows of dark marks that look like text from afar."""
+    """Draw rows of dark marks that look like text from afar."""
     picture = Image.new(
         "RGB", (WIDTH + PAN, HEIGHT + PAN), tuple(int(v) for v in rng.integers(190, 245, 3))
     )
@@ -243,7 +250,7 @@ BACKGROUNDS = (_clouds, _skyline, _page, _speckle)
 
 
 def _neutral(rng: Rng) -> Image.Image:
-    """A plain shape that says nothing about the class."""
+    """Draw a plain shape that carries no class information."""
     size = int(rng.integers(24, 90))
     picture = Image.new("RGBA", (size, size), (0, 0, 0, 0))
     draw, colour = ImageDraw.Draw(picture), (*_muted(rng), 255)
@@ -260,7 +267,10 @@ def _neutral(rng: Rng) -> Image.Image:
 
 
 def _decoy(rng: Rng) -> Image.Image:
-    """A patch as large as the evidence, with dots, a plain gradient or plaid in it: an outline alone proves nothing."""
+    """Draw a patch of dots, plain gradient or plaid.
+
+    It is as large as the evidence, so that an outline alone does not give the class away.
+    """
     size = int(HEIGHT * rng.uniform(0.4, 0.9))
     x, y = _grid(rng, size)
     kind, turns = int(rng.integers(3)), rng.uniform(9, 16)
@@ -273,11 +283,11 @@ def _decoy(rng: Rng) -> Image.Image:
     return _textured(rng, _blend(mask, np.array(_muted(rng)), np.array(_muted(rng))))
 
 
-# --- a video ------------------------------------------------------------------------------------------------------------------
+# --- videos ---------------------------------------------------------------------------------------
 
 
 def plan_video(label: str, others: list[str], rng: Rng) -> Plan:
-    """Choose what a video of class `label` shows and when."""
+    """Choose what a video of class `label` shows, and when."""
     num_frames = int(rng.integers(18 * FPS, 22 * FPS + 1))
     total = round(num_frames * rng.uniform(0.105, 0.195))
     lengths = [total]
@@ -312,7 +322,7 @@ def plan_video(label: str, others: list[str], rng: Rng) -> Plan:
 
 
 def _starts(lengths: list[int], num_frames: int, rng: Rng) -> list[int]:
-    """First frame of each of the shots: in random order, at least a second apart."""
+    """Return the first frame of each shot; shots are in random order, at least a second apart."""
     order = rng.permutation(len(lengths))
     slack = num_frames - sum(lengths) - FPS * (len(lengths) - 1)
     gaps = np.sort(rng.integers(0, slack + 1, len(lengths)))
@@ -324,7 +334,7 @@ def _starts(lengths: list[int], num_frames: int, rng: Rng) -> list[int]:
 
 
 def frames(plan: Plan) -> Iterator[np.ndarray]:
-    """The pictures of a video: uint8 [HEIGHT, WIDTH, 3]."""
+    """Yield the frames of a video: uint8 [HEIGHT, WIDTH, 3]."""
     shots = [(shot, *_staging(shot)) for shot in (*plan.evidence, *plan.glimpse)]
     for number, first in enumerate(plan.cuts):
         stop = plan.cuts[number + 1] if number + 1 < len(plan.cuts) else plan.num_frames
@@ -354,7 +364,7 @@ def frames(plan: Plan) -> Iterator[np.ndarray]:
 
 
 def _staging(shot: Shot) -> tuple[Image.Image, np.ndarray]:
-    """A shot's sprite and the two ends of its way across the picture: [2, 2] (x, y)."""
+    """Return a shot's sprite and the ends of its path across the frame: [2, 2] (x, y)."""
     rng = np.random.default_rng(shot.seed)
     size = int(HEIGHT * rng.uniform(0.6, 1.05))
     sprite = CLASSES[shot.class_name](rng, size)
@@ -368,7 +378,10 @@ def _between(ends: np.ndarray, along: float) -> tuple[int, int]:
 
 
 def write_video(path: Path, plan: Plan) -> None:
-    """Encode a plan as H.264 in MP4; one thread and no scene-cut keyframes, so that the bytes hang on the plan alone."""
+    """Encode a plan as H.264 in MP4.
+
+    One thread and no scene-cut keyframes, so that the bytes depend only on the plan.
+    """
     with av.open(str(path), "w") as container:
         options = {
             "preset": "ultrafast",
@@ -385,7 +398,7 @@ def write_video(path: Path, plan: Plan) -> None:
 
 
 def plan_archive(videos_per_class: int, val_per_class: int, seed: int) -> dict[str, Plan]:
-    """Relative path -> plan of every video of the archive."""
+    """Return the plan of every video in the archive, by relative path."""
     plans: dict[str, Plan] = {}
     for split_number, (split, count) in enumerate(
         zip(SPLITS, (videos_per_class, val_per_class), strict=True)
@@ -405,9 +418,10 @@ def render_archive(
 ) -> Path:
     """Render the archive into the folder `out` and return it.
 
-    `videos_per_class` are for training; `val_per_class` (default: 3 for every 8 of them, at least 1) for validation. Videos that
-    are there already are kept, and each appears under its name only when it is whole. Raises ValueError when there would be
-    nothing to train on, and where the folder holds the archive of another seed.
+    `videos_per_class` are for training; `val_per_class` (default: 3 for every 8 training videos, at
+    least 1) for validation. Existing videos are kept, and each appears under its name only once it
+    is complete. Raises ValueError if there would be nothing to train on, or if the folder holds an
+    archive of another seed.
     """
     if videos_per_class < 1:
         raise ValueError(f"videos_per_class is {videos_per_class}; it must be at least 1")
@@ -416,7 +430,8 @@ def render_archive(
     annotations = root / "annotations.json"
     if annotations.exists() and (there := json.loads(annotations.read_text()).get("seed")) != seed:
         raise ValueError(
-            f"{root} holds an archive of seed {there}, not {seed}; name another folder or delete that one"
+            f"{root} holds an archive of seed {there}, not {seed}; "
+            "name another folder or delete that one"
         )
     plans = plan_archive(videos_per_class, val_per_class, seed)
     root.mkdir(parents=True, exist_ok=True)
@@ -439,7 +454,7 @@ def render_archive(
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description="Render a small labelled archive of untrimmed videos."
     )
@@ -449,13 +464,13 @@ def main() -> None:
         type=int,
         default=16,
         metavar="N",
-        help="training videos of each class (default 16)",
+        help="training videos per class (default 16)",
     )
     parser.add_argument(
         "--val-per-class",
         type=int,
         metavar="N",
-        help="validation videos of each class (default: 3/8 of N)",
+        help="validation videos per class (default: 3/8 of N)",
     )
     parser.add_argument(
         "--seed",
@@ -472,7 +487,8 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     print(
-        f"rendered {len(list(root.glob('*/*/[!.]*.mp4')))} videos of {len(CLASSES)} classes in {root}"
+        f"rendered {len(list(root.glob('*/*/[!.]*.mp4')))} videos of {len(CLASSES)} classes "
+        f"in {root}"
     )
 
 

@@ -1,6 +1,7 @@
 """Ray job: manifest and bundle to predictions, with the arguments of `tsq score`.
 
-ray job submit --address http://127.0.0.1:8265 --working-dir . -- python jobs/score.py MANIFEST --model BUNDLE --out URI
+ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
+    python jobs/score.py MANIFEST --model BUNDLE --out URI
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-# Sourced by jobs/quickstart.sh and tests/run.sh: setup_venv EXTRAS installs this package with its extras into .venv at the
-# repository's root and leaves the interpreter's path in VENV_PYTHON. PYTHON names the Python to make it with (3.11 to 3.13).
-# A stamp file says what is installed, so a second call takes no time.
+# Sourced by jobs/quickstart.sh and tests/run.sh. `setup_venv EXTRAS` installs this package with its
+# extras into .venv at the repository's root and sets VENV_PYTHON to its interpreter. PYTHON names
+# the Python to create it with (3.11 to 3.13). A stamp file records what is installed, so a second
+# call returns immediately.
 
 find_python() {
     local candidate
     for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
-        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+            2>/dev/null; then
             echo "$candidate"
             return
         fi
@@ -14,7 +16,8 @@ find_python() {
             return 2
         fi
     done
-    echo "no Python 3.11, 3.12 or 3.13 found; install one, or name it: PYTHON=/path/to/python3.11" >&2
+    echo "no Python 3.11, 3.12 or 3.13 found;" \
+        "install one, or name it: PYTHON=/path/to/python3.11" >&2
     return 2
 }
 
@@ -24,17 +27,18 @@ setup_venv() {
     VENV_PYTHON=$root/.venv/bin/python
     if [ ! -x "$VENV_PYTHON" ]; then
         python=$(find_python) || return
-        echo "making .venv with $("$python" --version)"
+        echo "creating .venv with $("$python" --version)"
         if ! "$python" -m venv "$root/.venv"; then
             rm -rf "$root/.venv"
-            echo "could not make .venv: on Debian and Ubuntu install python3-venv" >&2
+            echo "could not create .venv; on Debian and Ubuntu, install python3-venv" >&2
             return 2
         fi
     fi
-    # what `.[dev,weights]` installs holds what `.[weights]` does: one stamp for each, both under the same key
+    # `.[dev,weights]` includes `.[weights]`, so either stamp will do; both hold the same key
     want=$("$VENV_PYTHON" - "$root/pyproject.toml" "$root/tests/constraints.txt" <<'PY'
 import hashlib, pathlib, sys
-print(hashlib.sha256(sys.version.encode() + b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])).hexdigest())
+files = b"".join(pathlib.Path(name).read_bytes() for name in sys.argv[1:])
+print(hashlib.sha256(sys.version.encode() + files).hexdigest())
 PY
     )
     for stamp in "$root/.venv/.installed-$extras" "$root/.venv/.installed-dev,weights"; do
@@ -42,7 +46,7 @@ PY
             return 0
         fi
     done
-    echo "installing .[$extras] into .venv (torch with its CUDA libraries: some 6 GB; a few minutes)"
+    echo "installing .[$extras] into .venv (a few minutes; about 6 GB with torch and CUDA)"
     rm -f "$root/.venv/".installed-*
     "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-input \
         -e "$root[$extras]" -c "$root/tests/constraints.txt" || return

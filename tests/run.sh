@@ -50,6 +50,7 @@ tests() {
 
 check ruff check .
 check ruff format --check .
+check codespell_lib tsq_ray jobs tests docs cluster README.md .github
 check mypy
 if [ "$names_tests" = true ]; then
     tests

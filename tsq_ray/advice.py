@@ -1,4 +1,4 @@
-"""What a storage failure means and what to do about it; what of a place may be shown."""
+"""What a storage failure means, what to do about it, and which parts of a URI may be shown."""
 
 from __future__ import annotations
 
@@ -34,19 +34,22 @@ _CONNECTION_ERRORS = ("ClientConnectorError", "EndpointConnectionError")
 _REMOTE_LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "s3fs", "fsspec", "asyncio")
 _PATH_ERRORS = {
     errno.ENOTDIR: "a part of its path is a file, not a folder",
-    errno.ELOOP: "its links lead in a circle",
+    errno.ELOOP: "its links form a loop",
     errno.ENAMETOOLONG: "the name is too long",
 }
 
 
 def is_local(uri: str) -> bool:
-    """Whether `uri` is a path of this machine's file system."""
+    """Whether `uri` is a path in this machine's file system."""
     return SCHEME.match(uri) is None
 
 
 def redact(text: str) -> str:
-    """`text` as it may be shown: without the query of http(s) URLs (presigned ones carry their
-    secret there) and the user of any URL, and with escapes for bytes that are not UTF-8."""
+    """Return `text` in a form that is safe to show.
+
+    Drops the query of http(s) URLs (presigned URLs carry their secret there) and the user of any
+    URL, and escapes bytes that are not UTF-8.
+    """
     shown = text if is_utf8(text) else text.encode("utf-8", "backslashreplace").decode()
     return _USER.sub(r"\1...@", _QUERY.sub(r"\1?...", shown))
 
@@ -61,19 +64,19 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def classify(error: BaseException) -> ErrorType:
-    """What a storage exception means: not_found, access_denied, not_video or unavailable.
+    """Map a storage exception to not_found, access_denied, not_video or unavailable.
 
-    Keys that expired are `unavailable`: they will be renewed, and the next run tries again by itself.
+    Expired keys are `unavailable`: they will be renewed, and the next run then retries by itself.
     """
     chain = _chain(error)
     if _EXPIRED_CODES & {_code(seen) for seen in chain}:
-        return "unavailable"  # before the rest: s3fs wraps it in a PermissionError
+        return "unavailable"  # checked first: s3fs wraps it in a PermissionError
     connected = _no_connection(chain) is None
     for seen in chain:
         code, status = _code(seen), getattr(seen, "status", None)
         if type(seen).__name__ == _BAD_NAME_ERROR:
             return "not_found"
-        # fsspec reports an http server that it cannot reach as a missing file
+        # fsspec reports an unreachable http server as a missing file
         if isinstance(seen, FileNotFoundError) and connected:
             return "not_found"
         if code in _MISSING_CODES or status == 404 or _errno(seen) in _PATH_ERRORS:
@@ -88,7 +91,7 @@ def classify(error: BaseException) -> ErrorType:
 
 
 def is_refused_condition(error: BaseException) -> bool:
-    """Whether a store refused a conditional write since its condition does not hold."""
+    """Whether a store refused a conditional write because its condition does not hold."""
     codes = {_code(seen) for seen in _chain(error)}
     return isinstance(error, FileExistsError) or bool(_REFUSED_CODES & codes)
 
@@ -98,18 +101,18 @@ def _errno(error: BaseException) -> int | None:
 
 
 def _code(error: BaseException) -> str:
-    """The code in a botocore error's response, empty where it is no such error."""
+    """The error code in a botocore error's response; empty for any other error."""
     response = getattr(error, "response", None)
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def _no_connection(chain: list[BaseException]) -> str | None:
-    """Why no connection came about; None where that is not what `chain` is about."""
+    """Why no connection was made; None if `chain` has another cause."""
     names = {type(seen).__name__ for seen in chain}
     if any(_errno(seen) == errno.ECONNREFUSED for seen in chain):
         return "refused"
     if "ClientConnectorDNSError" in names or any(isinstance(e, socket.gaierror) for e in chain):
-        return "the host is unknown"
+        return "unknown host"
     if names & set(_TIMEOUTS) or any(isinstance(seen, TimeoutError) for seen in chain):
         return "timed out"
     return "failed" if names & set(_CONNECTION_ERRORS) else None
@@ -117,7 +120,7 @@ def _no_connection(chain: list[BaseException]) -> str | None:
 
 @contextlib.contextmanager
 def storage_errors(uri: str, doing: str = "open") -> Iterator[None]:
-    """Turn what a file system raises into StorageError with a type and a message that names `uri`."""
+    """Turn a file system's exceptions into StorageError, typed and with `uri` in the message."""
     try:
         yield
     except (StorageError, UserError):
@@ -125,10 +128,10 @@ def storage_errors(uri: str, doing: str = "open") -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageError(
-                "unavailable", f"{redact(uri)}: the disk is full; free some room and run again"
+                "unavailable", f"{redact(uri)}: the disk is full; free some space and run again"
             ) from error
         raise StorageError(classify(error), _message(uri, doing, error)) from error
-    except Exception as error:  # botocore's and aiohttp's errors share no base class with anything
+    except Exception as error:  # botocore's and aiohttp's errors have no common base class
         if type(error).__module__.partition(".")[0] not in _REMOTE_LIBRARIES:
             raise
         raise StorageError(classify(error), _message(uri, doing, error)) from error
@@ -151,8 +154,8 @@ def _local_advice(kind: ErrorType, error: BaseException) -> str:
         known = _PATH_ERRORS.get(_errno(error) or 0)
         return known or "no such file, folder or bucket; check the name"
     if kind == "access_denied":
-        return "access denied; check the rights of the path and of the folders above it"
-    return "the file system answers with an error; see to the disk or its server, then run again"
+        return "access denied; check the permissions of the path and of its parent folders"
+    return "the file system reports an error; check the disk or its server, then run again"
 
 
 def _remote_advice(uri: str, kind: ErrorType, error: BaseException) -> str:
@@ -161,19 +164,19 @@ def _remote_advice(uri: str, kind: ErrorType, error: BaseException) -> str:
     if codes & _EXPIRED_CODES:
         return "the keys have expired; renew them, then run again"
     if _ARCHIVED_CODE in codes:
-        return f"is archived ({_ARCHIVED_CODE}): restore it first, then run again"
+        return f"the object is archived ({_ARCHIVED_CODE}); restore it first, then run again"
     if kind == "not_found":
         return "no such file, folder or bucket; check the name"
     if kind == "access_denied" and s3:
         return (
             "access denied; check the keys (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) and the "
-            "rights; a public bucket without keys: AWS_NO_SIGN_REQUEST=true; one whose reader "
-            "pays: AWS_REQUEST_PAYER=requester"
+            "permissions; to read a public bucket without keys, set AWS_NO_SIGN_REQUEST=true; "
+            "for a requester-pays bucket, set AWS_REQUEST_PAYER=requester"
         )
     if kind == "access_denied":
-        return "access denied; check the URL (a presigned one expires) and the rights"
+        return "access denied; check the URL (a presigned one expires) and the permissions"
     place = "AWS_ENDPOINT_URL" if s3 else "the host"
     why = _no_connection(chain)
     if why is not None:
         return f"no connection ({why}): check {place} and the network, then run again"
-    return f"storage does not answer as it should; check {place} and the network, then run again"
+    return f"storage did not respond as expected; check {place} and the network, then run again"

@@ -1,4 +1,7 @@
-"""What surrounds the commands: summaries as text for a person, errors as one line and an exit code, the command line as it was given."""
+"""Console input and output of the commands.
+
+Formats summaries as text, turns errors into one line and an exit code, and edits command lines.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,20 @@ import typer
 from tsq_ray.errors import StorageError, TsqError, UserError
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
-"""click's UsageError; newer versions of typer carry a click of their own."""
+"""click's UsageError, taken from typer because newer versions of typer bundle their own click."""
 _TYPER_INTERRUPTED = 130
-"""What newer versions of typer make of a KeyboardInterrupt."""
-_INTERRUPTED = "interrupted; give the same command again: saved work is not done twice"
+"""Exit code that newer versions of typer return for a KeyboardInterrupt."""
+_INTERRUPTED = "interrupted; run the same command again: saved work is not repeated"
 
 
 class _Output(io.FileIO):
-    """Standard output or error that may lose its reader (`tsq info ... | head -1`): the command
-    then ends as it would have, and what it still says goes nowhere.
+    """Standard output or error whose reader may go away, as in `tsq info ... | head -1`.
+
+    The command then finishes normally, and its remaining output is discarded.
     """
 
     def write(self, data: Any) -> int:
-        """Write, or drop the data if nobody reads any more."""
+        """Write the data, or discard it if the reader is gone."""
         try:
             return super().write(data)
         except BrokenPipeError:
@@ -38,14 +42,15 @@ class _Output(io.FileIO):
 
 
 def prepare_output() -> None:
-    """Make this process's standard streams take any text, and the loss of their reader.
+    """Make this process's standard streams accept any text and survive the loss of their reader.
 
-    A name that is not UTF-8, or text that the terminal's encoding lacks, is shown with backslashes.
+    Text that the stream's encoding cannot represent, such as a file name that is not UTF-8, is
+    shown with backslashes.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, io.TextIOWrapper):
-            continue  # a caller put something else in its place
+            continue  # a caller replaced it with another kind of object
         if stream is not getattr(sys, f"__{name}__"):
             stream.reconfigure(errors="backslashreplace")
             continue
@@ -62,12 +67,15 @@ def prepare_output() -> None:
 
 
 def show(summary: dict[str, Any], as_json: bool, text: str) -> None:
-    """The summary for a machine or for a person, on stdout."""
+    """Print the summary on stdout, as JSON or as text."""
     print(json.dumps(summary, default=str, indent=1) if as_json else text)  # noqa: T201
 
 
 def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | None) -> None:
-    """Closing summary of extract and score; exit code 1 where more videos failed than --max-failed allows."""
+    """Print the final summary of extract or score.
+
+    Exits with code 1 if the fraction of failed videos is above --max-failed.
+    """
     from tsq_ray.storage import redact
 
     counts = run["counts"]
@@ -80,7 +88,7 @@ def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | No
 
 
 def run_text(run: dict[str, Any], out: str) -> str:
-    """Closing summary of extract and score."""
+    """Format the final summary of extract or score."""
     counts = run["counts"]
     lines = [counts_text(counts)]
     if counts["failed_by_type"]:
@@ -92,15 +100,17 @@ def run_text(run: dict[str, Any], out: str) -> str:
         lines.append(f"ok with warnings: {counts['with_warnings']}")
     now = run["videos_done_now"]
     if run.get("already_done"):
-        lines.append("done already: nothing to do")
+        lines.append("already done: nothing to do")
     elif now < counts["ok"] + counts["failed"]:
-        lines.append(f"done now {now}, before {counts['ok'] + counts['failed'] - now}")
+        earlier = counts["ok"] + counts["failed"] - now
+        lines.append(f"done in this run: {now}, in earlier runs: {earlier}")
     if now and run["stage_seconds"]:
         stages = ", ".join(
             f"{name} {seconds:.1f} s" for name, seconds in run["stage_seconds"].items()
         )
         lines.append(
-            f"seconds by stage, summed over workers: {stages}; {run['slowest_stage']} held it back; {run['wall_seconds']:.1f} s in all"
+            f"seconds by stage, summed over workers: {stages}; "
+            f"slowest: {run['slowest_stage']}; {run['wall_seconds']:.1f} s in total"
         )
     measured = run.get("metrics") or {}
     if measured.get("labelled"):
@@ -112,33 +122,40 @@ def run_text(run: dict[str, Any], out: str) -> str:
         lines.append(f"{', '.join(figures)} over {measured['labelled']} labelled videos")
     if measured.get("unknown_labels"):
         lines.append(
-            f"labels that the model does not know, left out: {', '.join(measured['unknown_labels'])}"
+            f"labels unknown to the model, left out: {', '.join(measured['unknown_labels'])}"
         )
     lines.append(f"out: {out}")
     return "\n".join(lines)
 
 
 def counts_text(counts: dict[str, Any]) -> str:
-    """inputs = ok + failed + skipped."""
+    """Format the accounting: inputs = ok + failed + skipped."""
     skipped = counts["skipped_by"]
     why = ", ".join(f"{count} by --{name}" for name, count in skipped.items() if count)
-    text = f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['failed']} failed + {counts['skipped']} skipped"
+    text = (
+        f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['failed']} failed "
+        f"+ {counts['skipped']} skipped"
+    )
     return text + (f" ({why})" if why else "")
 
 
 def estimate_text(estimate: dict[str, Any]) -> str:
-    """What --dry-run found."""
+    """Format the estimate of --dry-run."""
     lines = [
-        f"to do: {estimate['videos']} of {estimate['inputs']} videos, {_megabytes(estimate['bytes_in'])} to read"
+        f"to do: {estimate['videos']} of {estimate['inputs']} videos, "
+        f"{_megabytes(estimate['bytes_in'])} to read"
     ]
     if estimate["videos"]:
         lines.append(
-            f"would take {estimate['wall_seconds']:.0f} s on a machine like this one, start-up too: {estimate['seconds_a_video']} s a video "
-            f"with {estimate['workers']} workers ({estimate['cpu_hours']} CPU hours, {estimate['gpu_hours']} GPU hours)"
+            f"would take {estimate['wall_seconds']:.0f} s on a machine like this one, "
+            f"including start-up: {estimate['seconds_a_video']} s per video "
+            f"with {estimate['workers']} workers "
+            f"({estimate['cpu_hours']} CPU hours, {estimate['gpu_hours']} GPU hours)"
         )
         lines.append(f"would write {_megabytes(estimate['bytes_out'])}")
         lines.append(
-            f"from a probe of {len(estimate['probed'])} videos, {estimate['probed_failed']} of which failed (--json names them)"
+            f"based on a probe of {len(estimate['probed'])} videos, "
+            f"{estimate['probed_failed']} of which failed (--json names them)"
         )
     return "\n".join(lines)
 
@@ -148,21 +165,24 @@ def _megabytes(size: int) -> str:
 
 
 def index_text(summary: dict[str, Any], out: str) -> str:
-    """What index found."""
+    """Format the summary of index."""
     lines = [
-        f"{summary['videos']} videos, {summary['classes']} classes, labels from {summary['labels_from']}"
+        f"{summary['videos']} videos, {summary['classes']} classes, "
+        f"labels from {summary['labels_from']}"
     ]
     lines.append(
-        f"labelled {summary['labelled']}, unlabelled {summary['unlabelled']}; splits: {pairs(summary['splits'])}"
+        f"labelled {summary['labelled']}, unlabelled {summary['unlabelled']}; "
+        f"splits: {pairs(summary['splits'])}"
     )
     lines.append(
-        f"new {summary['new']}, changed {summary['changed']}, deleted {summary['deleted']}, unchanged {summary['unchanged']}"
+        f"new {summary['new']}, changed {summary['changed']}, deleted {summary['deleted']}, "
+        f"unchanged {summary['unchanged']}"
     )
-    # other files are counted by their suffix, everything else by a reason
+    # keys of `left_out` are a suffix for files that are not videos, a reason for everything else
     left, examples = summary["left_out"], summary["left_out_examples"]
     other = {name: left[name] for name in left if name.startswith(".") or name == "(no suffix)"}
     if other:
-        lines.append(f"left out, no video by its name: {pairs(other)}")
+        lines.append(f"left out, no video suffix: {pairs(other)}")
     for reason, count in left.items():
         if reason not in other:
             more = ", ..." if count > len(examples[reason]) else ""
@@ -176,10 +196,10 @@ def index_text(summary: dict[str, Any], out: str) -> str:
 
 
 def training_text(summary: dict[str, Any]) -> str:
-    """What finetune and train did."""
+    """Format the summary of finetune or train."""
     lines = [f"warning: {warning}" for warning in summary["warnings"]]
     if summary.get("already_done"):
-        lines.append("done already: nothing to do")
+        lines.append("already done: nothing to do")
     lines.append(f"{summary['videos']} videos, {summary['classes']} classes")
     if summary["left_out"]:
         named = (
@@ -197,7 +217,7 @@ def training_text(summary: dict[str, Any]) -> str:
         )
     if "videos_per_s" in summary:
         again = (
-            f", went on after epoch {summary['went_on_after_epoch']}"
+            f", resumed after epoch {summary['went_on_after_epoch']}"
             if summary["went_on_after_epoch"]
             else ""
         )
@@ -208,13 +228,14 @@ def training_text(summary: dict[str, Any]) -> str:
         lines.append(f"accuracy on the training videos: {summary['train_accuracy']}")
     if "val_top1" in summary:
         lines.append(
-            f"on the validation videos: top1 {summary['val_top1']:.4f}, mAP {summary['val_mAP']:.4f} (weights of the last epoch)"
+            f"on the validation videos: top1 {summary['val_top1']:.4f}, "
+            f"mAP {summary['val_mAP']:.4f} (weights of the last epoch)"
         )
     return "\n".join([*lines, f"out: {summary['out']}"])
 
 
 def evaluation_text(summary: dict[str, Any]) -> str:
-    """What evaluate measured: each table's rows, then where the files are."""
+    """Format the results of evaluate: each table's rows, notes and files."""
     lines = []
     for table in summary["tables"].values():
         rows = (
@@ -246,7 +267,7 @@ def evaluation_text(summary: dict[str, Any]) -> str:
 
 
 def prediction_text(row: dict[str, Any]) -> str:
-    """One video's labels and frames."""
+    """Format one video's labels and chosen frames, or its error."""
     if row["status"] != "ok":
         return f"{row['uri']}: failed: {row['error_type']}: {row['error_message']}"
     best = ", ".join(
@@ -259,12 +280,12 @@ def prediction_text(row: dict[str, Any]) -> str:
 
 
 def pairs(counts: dict[str, Any]) -> str:
-    """Counts in one line."""
+    """Format counts on one line."""
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def tree_text(tree: dict[str, Any], indent: str = "") -> str:
-    """Nested values, one a line."""
+    """Format nested values, one per line."""
     lines = []
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -274,14 +295,13 @@ def tree_text(tree: dict[str, Any], indent: str = "") -> str:
                 else [f"{indent}{key}: -"]
             )
         else:
-            lines.append(
-                f"{indent}{key}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
-            )
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            lines.append(f"{indent}{key}: {text}")
     return "\n".join(lines)
 
 
 def without_options(argv: Sequence[str], flags: Sequence[str], options: Sequence[str]) -> list[str]:
-    """A command line without some flags and some options with their values."""
+    """Remove `flags`, and `options` with their values, from a command line."""
     kept, skip = [], False
     for item in argv:
         if skip:
@@ -294,7 +314,7 @@ def without_options(argv: Sequence[str], flags: Sequence[str], options: Sequence
 
 
 def bare_retry(argv: list[str]) -> list[str]:
-    """`--retry-failed` without a reason means all of them."""
+    """Insert `all` after a `--retry-failed` that has no reason."""
     from tsq_ray.errors import ERROR_TYPES
 
     fixed = []
@@ -311,7 +331,7 @@ def bare_retry(argv: list[str]) -> list[str]:
 
 
 def guarded(run: Callable[[], Any], debug: bool) -> int:
-    """Run and turn what is raised into one line and an exit code."""
+    """Call `run` and turn exceptions into a one-line error and an exit code."""
     try:
         code = run()
         if code == _TYPER_INTERRUPTED:
@@ -328,16 +348,14 @@ def guarded(run: Callable[[], Any], debug: bool) -> int:
     except USAGE_ERROR as error:
         where = error.ctx.command_path if error.ctx else "tsq"
         return fail(f"{' '.join(error.format_message().split())} (see {where} --help)", 2, debug)
-    except Exception as error:  # noqa: BLE001  the last border: everything else is a defect, told in one line
-        return fail(
-            f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)",
-            1,
-            debug,
-        )
+    # any other exception is a defect, which must still be reported as one line
+    except Exception as error:  # noqa: BLE001
+        message = " ".join(str(error).split())[:300]
+        return fail(f"unexpected {type(error).__name__}: {message} (--debug shows where)", 1, debug)
 
 
 def fail(message: str, code: int, debug: bool) -> int:
-    """One line on stderr; with --debug the traceback before it."""
+    """Print one line on stderr, after the traceback with --debug, and return the exit code."""
     from tsq_ray.storage import redact
 
     if debug:

@@ -1,9 +1,9 @@
-"""Which demuxers may open a video, and which file names each of them stands behind."""
+"""The demuxers that may open a video, and the file suffixes that each of them covers."""
 
 from __future__ import annotations
 
-# Demuxers that read video from one file; playlists and concat scripts would open other files and
-# URLs. Suffixes that mostly mean sound (m4a, mka, ogg) or pictures (avif, heic) are not listed.
+# Only demuxers that read a single file: playlists and concat scripts would open other files and
+# URLs. Suffixes that mostly mean audio (m4a, mka, ogg) or pictures (avif, heic) are left out.
 _CONTAINERS = {
     "mov,mp4,m4a,3gp,3g2,mj2": "3g2 3gp f4v ismv m4v mj2 mov mp4 qt",
     "matroska,webm": "mk3d mkv webm",
@@ -32,8 +32,8 @@ _CONTAINERS = {
 }
 
 FORMATS = ",".join(_CONTAINERS)
-"""FFmpeg's names of the demuxers, for its option `format_whitelist`."""
+"""FFmpeg's names of the demuxers, for its `format_whitelist` option."""
 VIDEO_SUFFIXES = frozenset(
     f".{suffix}" for names in _CONTAINERS.values() for suffix in names.split()
 )
-"""File names that a listing takes; a file named outright is taken whatever its name."""
+"""Suffixes that a listing accepts; a file named explicitly is accepted whatever its suffix."""

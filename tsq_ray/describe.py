@@ -1,4 +1,4 @@
-"""`tsq info`: what a bundle, a manifest, a run folder or a cluster is."""
+"""`tsq info`: describe a bundle, a manifest, a run folder or a cluster."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ from tsq_ray.runtime.session import Session
 
 
 def describe(uri: str) -> dict[str, Any]:
-    """Counts, classes, settings, provenance and, for a bundle, GFLOPs. RunError where `uri` is none of them."""
+    """Describe a bundle, classifier, manifest or run folder.
+
+    Returns counts, classes, settings, provenance and, for a bundle, GFLOPs. Raises RunError if
+    `uri` is none of these.
+    """
     uri = storage.normalize(uri)
     if storage.is_folder(uri):
         known = {BUNDLE_FILE: _bundle, CLASSIFIER_FILE: _classifier, runs.RUN_FILE: _run}
@@ -39,7 +43,7 @@ def describe(uri: str) -> dict[str, Any]:
         return _manifest(uri)
     except (ManifestError, StorageError) as error:
         raise RunError(
-            f"info {storage.redact(uri)}: no bundle, manifest or run folder ({error})"
+            f"info {storage.redact(uri)}: not a bundle, manifest or run folder ({error})"
         ) from None
 
 
@@ -109,9 +113,8 @@ def _bundle(uri: str) -> dict[str, Any]:
     described = {"kind": "bundle", "uri": storage.redact(uri)} | {
         key: content[key] for key in ("task", "classes", "config")
     }
-    described["sampler_shape"] = asdict(
-        TSQShape(**content["sampler_shape"])
-    )  # with what a bundle from before a setting leaves out
+    # TSQShape adds the defaults of settings that an older bundle does not have
+    described["sampler_shape"] = asdict(TSQShape(**content["sampler_shape"]))
     return described | {
         "gflops": bundle_gflops(content),
         "provenance": content["provenance"],
@@ -120,7 +123,10 @@ def _bundle(uri: str) -> dict[str, Any]:
 
 
 def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
-    """GFLOPs (multiply-adds) a video by the field's convention and as truly counted, row by row, for the bundle's T and K."""
+    """Return the GFLOPs (multiply-adds) per video for the bundle's T and K, by module.
+
+    Counted twice: by the field's convention ("field"), and as this package runs them ("true").
+    """
     from tsq_ray.config import EncodersConfig, ModelConfig, SamplerConfig, SamplerMode
     from tsq_ray.model import TSQShape
     from tsq_ray.model.flops import cost_table
@@ -151,7 +157,7 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_cluster(session: Session, config: Config) -> dict[str, Any]:
-    """Nodes of a Ray cluster, and how each stage would be laid out on it, over very many videos."""
+    """Describe the nodes of a Ray cluster, and each stage's layout on it for very many videos."""
     with cluster.connect(session) as ray:
         found = cluster.read_cluster(ray, config)
         states = Counter("alive" if node["Alive"] else "dead" for node in ray.nodes())

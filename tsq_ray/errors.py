@@ -2,16 +2,16 @@
 
     TsqError
     ├── UserError (ValueError)      the command line or its input is wrong: exit code 2
-    │   ├── ConfigError             a setting, a TOML file or a --set
+    │   ├── ConfigError             a setting, a TOML file or a --set option
     │   ├── ManifestError           a manifest, a labels file, a source that matches nothing
     │   ├── ModelError              weights, a bundle, a finetune output
-    │   └── RunError                a run folder or features that do not fit what is asked
-    ├── StorageError                storage answers with a failure; `.error_type` says which
+    │   └── RunError                a run folder or features that do not fit the request
+    ├── StorageError                storage reports a failure; `.error_type` says which
     │   (for a video: a failed row; for the run's own input or output: exit code 2)
-    ├── VideoError                  one video cannot be used; `.error_type`: becomes a failed row
-    └── RunFailed                   the run itself failed or does not add up: exit code 1
+    ├── VideoError                  one video cannot be used: a failed row with `.error_type`
+    └── RunFailed                   the run failed or its rows do not add up: exit code 1
 
-A message is one line: what, the value got, what is allowed, what to do.
+A message is one line: what is wrong, the value given, what is allowed, what to do next.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ ErrorType = Literal[
     "out_of_memory",
     "internal",
 ]
-"""The closed list of reasons why a video has a failed row."""
+"""All reasons for a failed row; a closed list."""
 
 ERROR_TYPES: tuple[ErrorType, ...] = get_args(ErrorType)
 
 RETRIED_ERROR_TYPES: tuple[ErrorType, ...] = ("unavailable",)
-"""Reasons that the next run of the same command tries again without being asked."""
+"""Reasons that the next run of the same command retries by itself."""
 
 
 class TsqError(Exception):
-    """Base of every error raised on purpose by this package."""
+    """Base of every error that this package raises on purpose."""
 
 
 class UserError(TsqError, ValueError):
@@ -50,7 +50,7 @@ class UserError(TsqError, ValueError):
 
 
 class ConfigError(UserError):
-    """A setting has a value that is not allowed."""
+    """A setting has an invalid value."""
 
 
 class ManifestError(UserError):
@@ -62,7 +62,7 @@ class ModelError(UserError):
 
 
 class RunError(UserError):
-    """A run folder, features or predictions do not fit what is asked of them."""
+    """A run folder, features or predictions do not fit the request."""
 
 
 class _TypedError(TsqError):
@@ -71,18 +71,20 @@ class _TypedError(TsqError):
         super().__init__(message)
         self.error_type: ErrorType = error_type
 
-    def __reduce__(
-        self,
-    ) -> tuple[type, tuple[str, str]]:  # survives the way back from a child process
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        # child processes send it back pickled
         return type(self), (self.error_type, str(self))
 
 
 class StorageError(_TypedError):
-    """Storage answered with a failure: `error_type` is not_found, access_denied, unavailable, not_video or unsupported."""
+    """Storage reported a failure.
+
+    `error_type` is not_found, access_denied, unavailable, not_video or unsupported.
+    """
 
 
 class VideoError(_TypedError):
-    """One video cannot be decoded or used; it becomes a failed row with this `error_type`."""
+    """One video cannot be used; it becomes a failed row with this `error_type`."""
 
 
 class RunFailed(TsqError):

@@ -1,7 +1,9 @@
-"""`--dry-run`: what a run would do, from a probe of a few videos on this machine. No Ray, no output.
+"""`--dry-run`: estimate a run from a probe of a few videos on this machine. No Ray, no output.
 
-The probe does PROBES videos, a like share of each size of file, as the run does them: so many decoding children and so many networks side by side as the run has
-workers, each with the run's threads. So what they take from one another is measured with the rest. What is added is the start-up of Ray and of the workers.
+The probe processes PROBES videos, an equal share of each class of file size. It runs as many
+decoding child processes and networks in parallel as the run has workers, each with the run's
+threads, so that contention is part of the measurement. The start-up of Ray and its workers is
+added.
 """
 
 from __future__ import annotations
@@ -31,12 +33,12 @@ from tsq_ray.runtime.placement import layout
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
 
 PROBES = 16
-"""Videos that are really done."""
+"""Videos that are processed."""
 STARTUP_S = 15.0
-"""Starting Ray and its workers, which no probe shows; loading the networks is measured and added."""
+"""Start-up of Ray and its workers, which the probe cannot measure, unlike loading the networks."""
 
 Finish = Callable[[VideoRef, Any], dict[str, Any]]
-"""Decoded video or failure -> row."""
+"""Maps a decoded video, or its failure, to its row."""
 
 
 def estimate_extract(
@@ -50,7 +52,10 @@ def estimate_extract(
     out: str | None = None,
     retry_failed: str | None = None,
 ) -> dict[str, Any]:
-    """Time, GPU hours and output size of what an extraction into `out` has still to do, extrapolated from PROBES videos."""
+    """Estimate the time, GPU hours and output size of the rest of an extraction into `out`.
+
+    Extrapolates from PROBES videos.
+    """
     manifest, todo = _to_do("features", manifest_uri, split, limit, out, retry_failed)
     config, networks = choose_networks(config, encoder, recognizer)
     placed = layout("extract", config, this_machine(), max(1, len(todo)))
@@ -79,7 +84,10 @@ def estimate_score(
     out: str | None = None,
     retry_failed: str | None = None,
 ) -> dict[str, Any]:
-    """Time, GPU hours and output size of what a scoring into `out` has still to do, extrapolated from PROBES videos."""
+    """Estimate the time, GPU hours and output size of the rest of a scoring run into `out`.
+
+    Extrapolates from PROBES videos.
+    """
     manifest, todo = _to_do("predictions", manifest_uri, split, limit, out, retry_failed)
     placed = layout("score", config, this_machine(), max(1, len(todo)))
     device = torch.device(placed.device)
@@ -117,7 +125,7 @@ def _to_do(
 
 
 def this_machine() -> Cluster:
-    """This machine as a cluster of one node."""
+    """Return this machine as a cluster of one node."""
     return Cluster((Node(float(os.cpu_count() or 1), float(torch.cuda.device_count())),))
 
 
@@ -135,7 +143,7 @@ def _estimate(
     networks = next(
         placed[name] for name in ("worker", "encoder", "sampler") if name in placed.pools
     )
-    # a replica of the sampler does a video a thread, side by side
+    # a replica of the sampler processes one video per thread, in parallel
     workers = 1 if gpus else networks.now if "worker" in placed.pools else placed.threads
     threads = placed.threads if "sampler" not in placed.pools else 1
     children = (
@@ -147,7 +155,7 @@ def _estimate(
     if chosen:
         with Decode(config.decode, specs, children) as decode:
             rows, seconds = _probe(chosen, decode, finish, workers, threads)
-        seconds /= max(1, gpus)  # the probe had one of them
+        seconds /= max(1, gpus)  # the probe ran on one GPU
         wall = seconds * len(wanted) + STARTUP_S + loading * max(1.0, workers / cpus)
     return {
         "videos": len(wanted),
@@ -165,9 +173,10 @@ def _estimate(
 
 
 def _of_every_size(wanted: VideoRows) -> np.ndarray:
-    """Places of PROBES videos: in the middle of as many equal shares by the size of the file, which goes along with the time it takes.
+    """Return the positions of PROBES videos, the medians of equal shares by file size.
 
-    The largest first, so that none of them is left alone at the end.
+    File size is a proxy for processing time. The largest come first, so that no worker finishes
+    much later than the others.
     """
     order = pc.sort_indices(wanted.table["size_bytes"]).to_numpy()[::-1]
     count = min(PROBES, len(order))
@@ -177,12 +186,12 @@ def _of_every_size(wanted: VideoRows) -> np.ndarray:
 def _probe(
     chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int
 ) -> tuple[list[dict[str, Any]], float]:
-    """Rows of the chosen videos, and seconds a video with all workers at work."""
+    """Return the rows of the chosen videos, and the seconds per video with all workers busy."""
 
     def work(ref: VideoRef, decoded: Future[Any]) -> dict[str, Any]:
         return finish(ref, decoded.result())
 
-    # the number of threads is a setting of the thread that calls
+    # set_num_threads applies to the calling thread only
     with ThreadPoolExecutor(
         workers, initializer=torch.set_num_threads, initargs=(threads,)
     ) as pool:
@@ -190,9 +199,8 @@ def _probe(
         def run(refs: Sequence[VideoRef]) -> list[dict[str, Any]]:
             return list(pool.map(work, refs, [decode.pool.submit(source_of(ref)) for ref in refs]))
 
-        run(
-            [chosen[number % len(chosen)] for number in range(workers)]
-        )  # the first ones pay for warming up
+        # warm up every worker before measuring
+        run([chosen[number % len(chosen)] for number in range(workers)])
         started = time.perf_counter()
         rows = run(chosen)
         return rows, (time.perf_counter() - started) / len(chosen)

@@ -1,6 +1,7 @@
-"""Decoding and networks as Ray Data stages: manifest rows -> feature rows. Extraction and the frozen fine-tuning share it.
+"""Decoding and networks as Ray Data stages: manifest rows -> feature rows.
 
-On CPUs each worker decodes, in a killable child, and encodes; beside GPUs decoding is a stage of its own.
+Shared by extraction and by fine-tuning on a frozen backbone. On CPUs each worker decodes, in a
+killable child process, and encodes; with GPUs decoding is a separate stage.
 """
 
 from __future__ import annotations
@@ -41,26 +42,30 @@ from tsq_ray.stages import Encode, FrameFeatures, load_network
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks that see each frame, by their settings."""
+    """Settings of the networks that see each frame."""
 
     visual: ModelConfig
     objects: ModelConfig | None = None
     recognizer: ModelConfig | None = None
 
     def specs(self, native_size: bool) -> dict[str, FrameSpec]:
-        """The pictures that one decode makes of each frame; `native_size` as in `rows.picture_specs`."""
+        """Return the specs of the pictures that one decode makes of each frame.
+
+        `native_size` as in `rows.picture_specs`.
+        """
         models = {VISUAL: self.visual, OBJECTS: self.objects, RECOGNIZER: self.recognizer}
         specs = {name: frame_spec(model) for name, model in models.items() if model is not None}
         return with_whole_frames(specs) if native_size else specs
 
     def load(self) -> LoadedNetworks:
-        """ModelError where weights are missing or are not what they are used for."""
+        """Load the networks. Raises ModelError if weights are missing or do not fit their use."""
         visual = load_network(self.visual, with_head=False)
         visual.head = None
         objects = load_network(self.objects, with_head=True) if self.objects is not None else None
         if objects is not None and getattr(objects.head, "out_features", 0) != NUM_OBJECTS:
             raise ModelError(
-                f"encoders.objects {objects.config.model!r}: needs a head over ImageNet-1K's 1000 objects"
+                f"encoders.objects {objects.config.model!r}: "
+                f"needs a head with the {NUM_OBJECTS} classes of ImageNet-1K"
             )
         recognizer = (
             load_network(self.recognizer, with_head=True) if self.recognizer is not None else None
@@ -70,28 +75,30 @@ class Networks:
 
 @dataclass
 class LoadedNetworks:
-    """The networks themselves."""
-
     visual: FrameEncoder
     objects: FrameEncoder | None
     recognizer: FrameEncoder | None
 
     def features_schema(self, config: Config, classes: Sequence[str]) -> pa.Schema:
-        """Of the features that they make with these settings."""
-        logits: Any = self.recognizer.head.out_features if self.recognizer is not None else None  # type: ignore[union-attr]
+        """Return the schema of the features that the networks produce with these settings."""
+        head: Any = self.recognizer.head if self.recognizer is not None else None
+        logits = head.out_features if self.recognizer is not None else None
         return schema.features_schema(
             config.decode.num_frames, self.visual.dim, classes, logits, config.encoders.num_objects
         )
 
     def encode(self, config: Config, device: str) -> Encode:
-        """The networks at work with these settings."""
+        """Return the encoding step that applies the networks with these settings."""
         num_objects, where = config.encoders.num_objects, torch.device(device)
         return Encode(
             self.visual, self.objects, self.recognizer, where, num_objects, config.resources
         )
 
     def hashes(self) -> dict[str, str]:
-        """Identity of each network's weights; the object recogniser's with its head, which makes the objects."""
+        """Return a hash of each network's weights.
+
+        The visual encoder's leaves out the head, which is not used.
+        """
         found = {VISUAL: self.visual.backbone_hash()}
         if self.objects is not None:
             found[OBJECTS] = self.objects.state_hash()
@@ -102,7 +109,7 @@ class LoadedNetworks:
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """What a worker needs to know; travels to it whole."""
+    """Everything a worker needs; serialised and sent to it."""
 
     config: Config
     networks: Networks
@@ -111,17 +118,17 @@ class FeaturePlan:
     layout: Layout
 
     def specs(self) -> dict[str, FrameSpec]:
-        """What one decode makes of each frame."""
+        """Return the specs of the pictures that one decode makes of each frame."""
         return self.networks.specs(self.config.resources.resizes_on_device(self.layout.on_gpu))
 
     def start_encode(self) -> Encode:
-        """The networks, loaded on the layout's device with its threads."""
+        """Load the networks on the layout's device and set its number of threads."""
         torch.set_num_threads(self.layout.threads)
         return self.networks.load().encode(self.config, self.layout.device)
 
     @property
     def first_pool(self) -> Pool:
-        """The pool that takes the videos."""
+        """The pool that the videos are sent to."""
         return self.layout["worker"] if "worker" in self.layout.pools else self.layout["decoder"]
 
 
@@ -138,9 +145,9 @@ def extract_features(
     take_over: bool = False,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> dict[str, Any]:
-    """Extract features of the selected videos into the run folder `out`; resumes an earlier run.
+    """Extract features of the selected videos into the run folder `out`, or resume an earlier run.
 
-    `loaded` are the `networks`; `take_over` as in `extract`. `stage` names
+    `loaded` holds the networks loaded from `networks`; `take_over` as in `extract`. `stage` names
     the run in its layout and its progress; `ticks` are called twice a second. Returns the content
     of `_run.json`.
     """
@@ -165,7 +172,7 @@ def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> run
         "objects": networks.objects,
         "recognizer": networks.recognizer,
     }
-    # where weights lie does not matter, what they are does
+    # weights count by their hashes, not by their location
     shown = {
         name: model.model_dump(mode="json", exclude={"weights"}) if model is not None else None
         for name, model in models.items()
@@ -184,7 +191,7 @@ def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> run
 
 
 def feature_stage(data: Any, plan: FeaturePlan, debug: bool) -> Any:
-    """Dataset of manifest rows -> dataset of transport tables of feature rows."""
+    """Map a dataset of manifest rows to a dataset of transport tables of feature rows."""
     context, batch = cluster.quiet_data(debug), plan.config.resources.batch_size
     common: dict[str, Any] = {"fn_constructor_args": (plan,)}
     parts.hand_on_after(context, plan.schema, batch)
@@ -192,7 +199,7 @@ def feature_stage(data: Any, plan: FeaturePlan, debug: bool) -> Any:
         return data.map_batches(
             ExtractWorker, batch_size=None, **common, **parts.pool_options(plan.layout["worker"])
         )
-    # frames of a batch stay together on their way
+    # large enough to keep the frames of a batch in one block
     frames = sum(spec.size**2 * 3 for spec in plan.specs().values()) * plan.config.decode.num_frames
     context.target_max_block_size = max(context.target_max_block_size, batch * frames)
     data = data.map_batches(
@@ -206,7 +213,7 @@ def feature_stage(data: Any, plan: FeaturePlan, debug: bool) -> Any:
 def feature_row(
     ref: VideoRef, video: DecodedVideo | VideoError | StorageError, features: FrameFeatures | None
 ) -> dict[str, Any]:
-    """The row of a video; `features` of one that could be decoded."""
+    """Return the row of a video; `features` is None if it could not be decoded."""
     if not isinstance(video, DecodedVideo) or features is None:
         assert not isinstance(video, DecodedVideo)
         return failed_row(ref, video)
@@ -221,7 +228,7 @@ def feature_row(
 
 
 class ExtractWorker:
-    """Decode and encode in one worker: while the network runs on one video, the child decodes the next."""
+    """Decode and encode in one worker: the child decodes a video while the last one is encoded."""
 
     def __init__(self, plan: FeaturePlan) -> None:
         self.plan = plan
@@ -229,7 +236,7 @@ class ExtractWorker:
         self.pool = DecodePool(plan.config.decode, plan.specs(), 1)
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        """Manifest rows -> transport tables of feature rows."""
+        """Map manifest rows to transport tables of feature rows."""
         refs, size = parts.refs_of(block), self.plan.config.resources.batch_size
         videos = self.pool.outcomes([source_of(ref) for ref in refs], size)
         for batch in parts.batches(refs, size):
@@ -246,14 +253,14 @@ class ExtractWorker:
 
 
 class DecodeWorker:
-    """Decode alone, beside GPU encoders: frames travel as bytes through the object store."""
+    """Decode for GPU encoders: frames travel as bytes through the object store."""
 
     def __init__(self, plan: FeaturePlan) -> None:
         self.names, self.batch_size = list(plan.specs()), plan.config.resources.batch_size
         self.pool = DecodePool(plan.config.decode, plan.specs(), 1)
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        """Manifest rows -> the same rows with the decoded frames or the failure."""
+        """Append the decoded frames or the failure to manifest rows."""
         videos = self.pool.outcomes(
             [source_of(ref) for ref in parts.refs_of(block)], self.batch_size
         )
@@ -268,14 +275,14 @@ class DecodeWorker:
 
 
 class EncodeWorker:
-    """Encode alone, on a GPU."""
+    """Encode the frames that DecodeWorker decoded."""
 
     def __init__(self, plan: FeaturePlan) -> None:
         self.plan, self.specs = plan, plan.specs()
         self.encode = plan.start_encode()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Rows with frames -> transport table of feature rows."""
+        """Map rows with frames to a transport table of feature rows."""
         refs = parts.refs_of(batch)
         records = batch.select(list(packed_fields(list(self.specs)))).to_pylist()
         videos = [unpack_video(record, self.specs) for record in records]
@@ -310,14 +317,17 @@ _PACKED = {
 
 
 def packed_fields(names: Sequence[str]) -> dict[str, pa.DataType]:
-    """Column types of `pack_video`."""
+    """Return the types of the columns that `pack_video` makes."""
     return _PACKED | {f"{_FRAMES}{name}": pa.large_binary() for name in names}
 
 
 def pack_video(
     video: DecodedVideo | VideoError | StorageError, names: Sequence[str]
 ) -> dict[str, Any]:
-    """A decoded video, or its failure, as Arrow values; of `names` those pictures that it has."""
+    """Return a decoded video, or its failure, as Arrow values.
+
+    Of the pictures `names`, those that the video has are packed.
+    """
     if not isinstance(video, DecodedVideo):
         return {"error_type": video.error_type, "error_message": str(video)}
     lists = {
@@ -342,7 +352,7 @@ def pack_video(
 def unpack_video(
     record: Mapping[str, Any], specs: Mapping[str, FrameSpec]
 ) -> DecodedVideo | VideoError:
-    """The inverse of `pack_video`."""
+    """Invert `pack_video`."""
     if record["error_type"] is not None:
         return VideoError(record["error_type"], record["error_message"])
     values = {name: record[name] for name in _PACKED if not name.startswith("error_")}

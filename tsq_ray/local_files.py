@@ -1,6 +1,6 @@
-"""Local disks: what lies at a path, the files below a folder, writing and removing.
+"""Local disks: look up paths, list the files below a folder, write and remove.
 
-Calls raise OSError where the system refuses; storage.py turns that into StorageError.
+Functions raise OSError if the system refuses; storage.py turns it into StorageError.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LISTED_ELSEWHERE = "linked folder, listed under another link"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file as its listing shows it: `modified` in UTC, `etag` None on local disks."""
+    """One file as listed: `modified` in UTC, `etag` None on local disks."""
 
     uri: str
     size_bytes: int
@@ -44,18 +44,21 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An entry of a listing that is not taken, and why, in plain words."""
+    """An entry that a listing leaves out, and the reason in plain words."""
 
     uri: str
     reason: str
 
 
 class SpecialFile(OSError):
-    """A FIFO, a socket or a device where a file is needed; opening one may never return."""
+    """A FIFO, a socket or a device instead of a file; opening one may block forever."""
 
 
 def absolute(path: str) -> str:
-    """The path made absolute; links are kept as they are, but for those before a `..`, which leads on from where they lead."""
+    """Make a path absolute. Links are kept, except those before a `..`, which are resolved.
+
+    A `..` after a link means the parent of the link's target.
+    """
     if not path or "\0" in path:
         return path
     path = os.path.join(os.getcwd(), os.path.expanduser(path))
@@ -64,11 +67,11 @@ def absolute(path: str) -> str:
         tail = len(parts) - parts[::-1].index("..")
         path = os.path.join(os.path.realpath("/".join(parts[:tail])), *parts[tail:])
     path = os.path.normpath(path)
-    return f"/{path.lstrip('/')}"  # POSIX gives two slashes in front a meaning of their own
+    return f"/{path.lstrip('/')}"  # POSIX gives two leading slashes a special meaning
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a name can be written as UTF-8, as manifests need it."""
+    """Whether a name can be encoded as UTF-8, as manifests require."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -77,7 +80,7 @@ def is_utf8(name: str) -> bool:
 
 
 def kind_of(path: str) -> str | None:
-    """ "directory", "file" (anything else that is there) or None."""
+    """Return "directory", "file" (anything else that exists) or None."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -86,12 +89,12 @@ def kind_of(path: str) -> str | None:
 
 
 def look_up(path: str) -> StoredFile:
-    """Size and time of a file or folder. SpecialFile where it is neither."""
+    """Look up the size and time of a file or folder. Raises SpecialFile if it is neither."""
     return _stored(path, _check(path))
 
 
 def open_file(path: str) -> BinaryIO:
-    """A file for reading. SpecialFile, before it is opened, where it is none."""
+    """Open a file for reading. Raises SpecialFile, before opening it, if it is not a file."""
     _check(path)
     return open(path, "rb")
 
@@ -100,7 +103,7 @@ def _check(path: str) -> os.stat_result:
     found = os.stat(path)
     special = _special(found)
     if special:
-        raise SpecialFile(errno.EINVAL, f"a {special}, no regular file", path)
+        raise SpecialFile(errno.EINVAL, f"a {special}, not a regular file", path)
     return found
 
 
@@ -112,13 +115,13 @@ def _special(found: os.stat_result) -> str | None:
 def _stored(path: str, found: os.stat_result) -> StoredFile:
     try:
         modified = datetime.fromtimestamp(found.st_mtime, tz=timezone.utc)
-    except (ValueError, OverflowError, OSError):  # beyond the years 1 to 9999
+    except (ValueError, OverflowError, OSError):  # outside the years 1 to 9999
         modified = None
     return StoredFile(path, found.st_size, None, modified)
 
 
 def list_folder(folder: str) -> list[StoredFile]:
-    """Files directly in a folder, hidden ones too, sorted; empty where there is no such folder."""
+    """List the files directly in a folder, hidden ones too, sorted; empty if it is missing."""
     found = []
     with (
         contextlib.suppress(FileNotFoundError, NotADirectoryError),
@@ -132,23 +135,23 @@ def list_folder(folder: str) -> list[StoredFile]:
 
 
 def walk(root: str) -> Iterator[StoredFile | LeftOut]:
-    """Every entry below a folder, sorted by folder and name: a file, or what is left out and why.
+    """Yield every entry below a folder, sorted by folder and name: a file, or LeftOut.
 
-    A link to a folder is entered under the link's name, once, unless the folder is met under its
-    own name. OSError where a folder cannot be listed; its `filename` says which.
+    A link to a folder is followed under the link's name, once, unless the folder is also listed
+    under its own name. Raises OSError if a folder cannot be listed; its `filename` says which.
     """
     yield from _Walk(root).entries()
 
 
 class _Walk:
-    """One listing: which folders it meets through links."""
+    """The state of one listing: the folders already entered through links."""
 
     def __init__(self, root: str) -> None:
         self.given, self.root = root, os.path.realpath(root)
         self.entered: set[tuple[int, int]] = set()
 
     def entries(self) -> Iterator[StoredFile | LeftOut]:
-        # a stack of its own: folders may lie deeper than Python recurses
+        # an explicit stack: folders may be nested deeper than Python's recursion limit
         todo = [(self.given, False)]
         while todo:
             folder, through_link = todo.pop()
@@ -174,7 +177,7 @@ class _Walk:
     def _look_at(
         self, entry: os.DirEntry[str], through_link: bool
     ) -> StoredFile | LeftOut | tuple[str, bool]:
-        """A file, what is left out, or a folder to enter and whether a link led there."""
+        """Return a file, a LeftOut, or a folder to enter and whether a link led to it."""
         if entry.name.startswith("."):
             return LeftOut(entry.path, HIDDEN)
         if not is_utf8(entry.name):
@@ -209,7 +212,7 @@ class _Walk:
                 map(_is_entered, os.path.relpath(target, self.root).split("/"))
             ):
                 return LeftOut(path, "linked folder, listed under its own name")
-        # some file systems repeat inode numbers: only folders behind links are told apart by them
+        # only folders behind links are identified by inode: some file systems repeat inode numbers
         number = found.st_dev, found.st_ino
         if number in self.entered:
             return LeftOut(path, LISTED_ELSEWHERE)
@@ -237,14 +240,20 @@ def _why(error: OSError) -> str:
 
 
 def write(path: str, data: bytes) -> None:
-    """Publish atomically: readers see the old content or the whole new one. A link stays, and what it leads to is written."""
+    """Publish atomically: readers see the old content or all of the new one.
+
+    If `path` is a link, the link stays and its target is replaced.
+    """
     with open_write(path) as file:
         file.write(data)
 
 
 @contextlib.contextmanager
 def open_write(path: str) -> Iterator[BinaryIO]:
-    """A file that is published as `write` does when the `with` ends, and not at all where it raises."""
+    """Open a file that is published as by `write` when the `with` ends.
+
+    Nothing is published if the `with` raises.
+    """
     if os.path.islink(path):
         path = os.path.realpath(path)
     with _beside(path) as (temporary, file):
@@ -254,7 +263,7 @@ def open_write(path: str) -> Iterator[BinaryIO]:
 
 
 def create(path: str, data: bytes) -> bool:
-    """Publish a new file atomically; False if its name is taken. Of several callers one succeeds."""
+    """Publish a new file atomically; return False if it exists. Of several callers one succeeds."""
     with _beside(path) as (temporary, file):
         file.write(data)
         _sync(file)
@@ -279,7 +288,7 @@ def _create_in_place(path: str, data: bytes) -> bool:
 
 
 def replace(path: str, expected: bytes, data: bytes) -> bool:
-    """Publish `data` if the content is still `expected`; False if it is another or gone.
+    """Publish `data` if the content is still `expected`; return False if it changed or is gone.
 
     Of several callers on one machine one succeeds.
     """
@@ -296,7 +305,7 @@ def replace(path: str, expected: bytes, data: bytes) -> bool:
 
 @contextlib.contextmanager
 def _locked(folder: str) -> Iterator[None]:
-    """The folder's lock, which the kernel gives back however a process ends."""
+    """Hold the folder's lock, which the kernel releases however the process ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
@@ -308,10 +317,10 @@ def _locked(folder: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _beside(path: str) -> Iterator[tuple[str, BinaryIO]]:
-    """A temporary file in the folder of `path`, which is made if it is missing: its name and itself."""
+    """Yield name and file of a temporary file in the folder of `path`, created if missing."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
-    # readers of Parquet folders skip names with a dot in front; a name may have 255 bytes in all
+    # Parquet readers skip names with a leading dot; a file name is limited to 255 bytes
     temporary = os.path.join(folder, f".{name[:40]}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -327,7 +336,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Delete a folder and all below it, or a file."""
+    """Delete a folder and all below it, or a single file."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:

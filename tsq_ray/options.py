@@ -1,4 +1,4 @@
-"""Options that several commands of `tsq` share."""
+"""Options shared by several `tsq` commands."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ import typer
 
 
 class Role(StrEnum):
-    """What finetune's output is for."""
+    """Purpose of the classifier that `tsq finetune` trains."""
 
     encoder = "encoder"
     recognizer = "recognizer"
 
 
 class Scores(StrEnum):
-    """How much of the scores predictions keep."""
+    """Which scores predictions keep."""
 
     all = "all"
     top = "top"
 
 
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings as TOML.")
+    Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings file in TOML.")
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="section.key=value", help="One setting; repeatable."),
+    typer.Option("--set", metavar="section.key=value", help="Set one setting; repeatable."),
 ]
 Split = Annotated[
-    str | None, typer.Option("--split", metavar="NAME", help="Only rows of this split.")
+    str | None, typer.Option("--split", metavar="NAME", help="Use only rows of this split.")
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, metavar="N", help="Only the first N videos.")
+    int | None, typer.Option("--limit", min=1, metavar="N", help="Use only the first N videos.")
 ]
 Address = Annotated[
     str | None,
     typer.Option(
-        "--address", help="A Ray cluster (auto, host:port, ray://...); default: start one here."
+        "--address",
+        help="Ray cluster (auto, host:port, ray://...); default: start one on this machine.",
     ),
 ]
 WaitS = Annotated[
@@ -48,7 +49,7 @@ WaitS = Annotated[
         "--wait-s",
         min=0,
         metavar="SECONDS",
-        help="Give up when the cluster has had no room for so long; default: wait.",
+        help="Give up after waiting this long for room on the cluster; default: wait forever.",
     ),
 ]
 Submit = Annotated[
@@ -60,11 +61,12 @@ Submit = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Probe a few videos and say what would run: time, GPU hours, output size."
+        "--dry-run",
+        help="Probe a few videos and estimate the run: time, GPU hours, output size.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks and Ray's logs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and Ray's logs.")]
 MaxFailed = Annotated[
     float | None,
     typer.Option(
@@ -72,7 +74,7 @@ MaxFailed = Annotated[
         min=0,
         max=1,
         metavar="FRACTION",
-        help="More failed videos than this are an error.",
+        help="Exit with code 1 if more than this fraction of the videos failed.",
     ),
 ]
 Retry = Annotated[
@@ -80,19 +82,17 @@ Retry = Annotated[
     typer.Option(
         "--retry-failed",
         metavar="[REASON]",
-        help="Do failed videos again: all, or those of one reason.",
+        help="Retry failed videos: all, or those that failed for REASON.",
     ),
 ]
 TakeOver = Annotated[
-    bool, typer.Option("--take-over", help="Take the folder from another run that writes to it.")
+    bool, typer.Option("--take-over", help="Take over the folder from another run that holds it.")
 ]
-Out = Annotated[
-    str, typer.Option("--out", metavar="URI", help="Where the result goes: a path or s3:// URI.")
-]
+Out = Annotated[str, typer.Option("--out", metavar="URI", help="Path or s3:// URI of the result.")]
 Encoder = Annotated[
-    str | None, typer.Option("--encoder", metavar="URI", help="A frame encoder from tsq finetune.")
+    str | None, typer.Option("--encoder", metavar="URI", help="Frame encoder from tsq finetune.")
 ]
 Recognizer = Annotated[
-    str | None, typer.Option("--recognizer", metavar="URI", help="A recogniser from tsq finetune.")
+    str | None, typer.Option("--recognizer", metavar="URI", help="Recogniser from tsq finetune.")
 ]
-Model = Annotated[str, typer.Option("--model", metavar="BUNDLE", help="The bundle from tsq train.")]
+Model = Annotated[str, typer.Option("--model", metavar="BUNDLE", help="Bundle from tsq train.")]

@@ -21,7 +21,7 @@ from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
 def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str, Any]]:
     """Prediction rows in the order of `videos` (paths or URIs); a video that cannot be used is a row with its reason.
 
-    `config` comes from `serve.settings.scoring_config`. Raises ModelError for a bundle that cannot score.
+    `config` comes from `bundle.overrides.scoring_config`. Raises ModelError for a bundle that cannot score.
     """
     bundle = load_bundle(model)
     device = best_device() if config.resources.gpus else torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Class prototypes: where the visual TSQ embeddings start (paper, section 3.2 and appendix A).
+"""Class prototypes, the initial visual TSQ embeddings (paper, section 3.2 and appendix A).
 
 Shapes: N videos, T frames, C classes, D dims of a frame's feature.
 """
@@ -16,7 +16,7 @@ from tsq_ray.config import Task
 from tsq_ray.model.task import probabilities
 
 TOP_SHARE = 0.3
-"""m, the share of the frames that make up a video's representation (appendix A)."""
+"""m, the share of a video's frames that form its representation (appendix A)."""
 
 
 def prototypes(
@@ -27,20 +27,23 @@ def prototypes(
     seed: int,
     task: Task,
 ) -> Tensor:
-    """Mean over a class's videos of the mean over each video's best frames (appendix A).
+    """Average each video's best frames, then these means over the videos of a class (appendix A).
 
-    For each label of a video: of its correctly classified frames the max(1, ceil(0.3 n)) with the highest probability of that label. A
-    video without a correct frame is left out, unless its class has no other: then its top 30 % of frames by that probability. A
-    frame is correct for a label when no class outside the video's labels scores as high; with one label that is the
-    best class being the right one. A class without videos starts at random, as large as the others' root mean square.
+    The best frames of a video for one of its labels are the max(1, ceil(0.3 n)) of its n correctly
+    classified frames with the highest probability of that label. A video without a correct frame
+    is left out; if no video of a class has one, the top 30 % of all frames by that probability
+    are used instead. A frame is correct for a label if no class outside the video's labels scores
+    as high; with a single label, if the best class is the right one. A class without videos starts
+    at random, scaled to the root mean square of the others.
 
     Args:
-        features: [N, T, D], or one [T, D] at a time; read once, so an archive need not be in memory.
-        frame_logits: [N, T, C] of the frame classifier, likewise.
+        features: [N, T, D], or one [T, D] at a time; read once, so an archive need not fit in
+            memory.
+        frame_logits: [N, T, C] from the frame classifier, or one [T, C] at a time.
         labels: class ids of each of the N videos.
         num_classes: C.
-        seed: of the random starts; class c gets the same one whichever others are missing.
-        task: how logits become probabilities: "single" softmax, "multi" sigmoid.
+        seed: seed of the random starts; that of class c is independent of which others are missing.
+        task: turns logits into probabilities: "single" softmax, "multi" sigmoid.
 
     Returns:
         float32 [C, D].
@@ -93,6 +96,7 @@ def _correct_frames(logits: np.ndarray, label: int, video_labels: Sequence[int])
 
 def _mean_of_best(frames: np.ndarray, probability: np.ndarray, among: np.ndarray) -> np.ndarray:
     candidates = np.flatnonzero(among)
-    count = max(1, math.ceil(round(TOP_SHARE * len(candidates), 9)))  # 0.3 * 10 is not to become 4
+    # rounded first, so that a float error just above a whole number does not add a frame
+    count = max(1, math.ceil(round(TOP_SHARE * len(candidates), 9)))
     best = candidates[np.argsort(-probability[candidates], kind="stable")[:count]]
     return frames[best].mean(axis=0)

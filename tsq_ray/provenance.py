@@ -1,4 +1,4 @@
-"""What made a result: versions, git revision, time."""
+"""Provenance of a result: package versions, git revision, time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601."""
+    """Return the current time in UTC, ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what makes the numbers: the package, torch, ray, timm, the decoders."""
+    """Return the versions of packages that affect results, such as torch and the decoders."""
     found = {}
     for name in ("tsq-ray", "torch", "ray", "timm", "transformers", "pyarrow", "decord2", "av"):
         try:
@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """The revision of the checkout this package runs from, where it is one."""
+    """Return the git revision that this package runs from, None outside a checkout."""
     try:
         answer = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -1,4 +1,4 @@
-"""Scores and names -> mAP, top-1, share of salient frames.
+"""Quality measures: mAP, top-1 accuracy and the share of chosen frames that are salient.
 
 Shapes: N videos, C classes, P labels (pairs of a video and one of its classes).
 """
@@ -16,24 +16,24 @@ import pyarrow.compute as pc
 from tsq_ray.schema import tensor_to_numpy
 
 ReadColumns = Callable[[list[str]], pa.Table]
-"""Reads these columns of one part of the predictions; a column that the part lacks is left out."""
+"""Reads these columns of one part of the predictions and omits those that the part lacks."""
 
 FAILED, UNLABELLED, WRONG, RIGHT = range(4)
-"""What `verdicts` says of a row."""
+"""The verdicts on a row; see `verdicts`."""
 
 
 class PrecisionCurves:
-    """Precision and recall of each class at the scores of its positives; all scores come in blocks.
+    """Precision and recall per class at the scores of its positives, accumulated block by block.
 
-    With R_i and P_i the recall and precision of the videos down to the i-th distinct score, best
-    first (equal scores enter together, so the order of the videos does not matter):
-    AP = sum_i (R_i - R_{i-1}) P_i. Recall rises at the positives only, so no other point is needed
-    and memory is 24 bytes for each of the P positives, however many videos there are.
+    Let R_i and P_i be the recall and precision over the videos down to the i-th distinct score,
+    best first (equal scores enter together, so the order of the videos does not matter). Then
+    AP = sum_i (R_i - R_{i-1}) P_i. Recall rises only at the positives, so no other point is needed
+    and memory is 24 bytes for each of the P positives, whatever the number of videos.
 
     Args:
         num_classes: C.
         classes: int [P], the class of each positive.
-        scores: float [P], its video's score of that class.
+        scores: float [P], the score of that class for its video.
     """
 
     def __init__(self, num_classes: int, classes: np.ndarray, scores: np.ndarray) -> None:
@@ -46,17 +46,17 @@ class PrecisionCurves:
         self._entered = [np.zeros(len(values), np.int64) for values in self._thresholds]
 
     def add(self, scores: np.ndarray) -> None:
-        """Count a block of videos, positive or not: scores [N, C]."""
+        """Add the scores [N, C] of a block of videos, positive or not."""
         for c, thresholds in enumerate(self._thresholds):
             if len(thresholds):
                 place = np.searchsorted(thresholds, scores[:, c], side="right")
                 self._entered[c] += np.bincount(place, minlength=len(thresholds) + 1)[1:]
 
     def average_precisions(self, interpolated: bool = False) -> np.ndarray:
-        """float64 [C]; nan where a class has no positive.
+        """Return the AP of each class, float64 [C]; nan for a class without a positive.
 
-        Interpolated, as in ActivityNet's official evaluation, P_i gives way to the best precision
-        at that recall or a higher one, max_{j >= i} P_j; so it is never the lower of the two.
+        `interpolated`, as in ActivityNet's official evaluation, replaces P_i with the best
+        precision at that recall or a higher one, max_{j >= i} P_j, and so never lowers the AP.
         """
         result = np.full(len(self._thresholds), np.nan)
         for c, (positives, entered) in enumerate(zip(self._positives, self._entered, strict=True)):
@@ -71,12 +71,12 @@ class PrecisionCurves:
 def average_precisions(
     scores: np.ndarray, targets: np.ndarray, interpolated: bool = False
 ) -> np.ndarray:
-    """Average precision of each class (see `PrecisionCurves`), float64 [C]; nan without a positive.
+    """Return the AP of each class (see `PrecisionCurves`), float64 [C]; nan without a positive.
 
     Args:
-        scores: [N, C], higher is surer.
+        scores: [N, C], higher is more confident.
         targets: bool [N, C].
-        interpolated: ActivityNet's formula.
+        interpolated: use ActivityNet's formula.
     """
     assert scores.shape == targets.shape, (
         f"scores {scores.shape} and targets {targets.shape} differ in shape"
@@ -90,12 +90,12 @@ def average_precisions(
 def mean_average_precision(
     scores: np.ndarray, targets: np.ndarray, interpolated: bool = False
 ) -> float:
-    """`mean_over_classes` of `average_precisions`."""
+    """Return `mean_over_classes` of `average_precisions`."""
     return mean_over_classes(average_precisions(scores, targets, interpolated))
 
 
 def mean_over_classes(precisions: np.ndarray) -> float:
-    """Unweighted mean over the classes with a positive, 0..1; nan if there is none."""
+    """Unweighted mean over the classes with a positive, 0..1; nan if no class has one."""
     known = precisions[~np.isnan(precisions)]
     return float(known.mean()) if len(known) else float("nan")
 
@@ -103,8 +103,11 @@ def mean_over_classes(precisions: np.ndarray) -> float:
 def top1_accuracy(scores: np.ndarray, targets: np.ndarray) -> float:
     """Share of the videos whose best class is one of their labels, 0..1.
 
-    Of equal scores the first class counts. Videos without a label are left out; nan if none is
-    left. scores [N, C], targets bool [N, C].
+    Ties go to the first class. Videos without a label are ignored; nan if no video has one.
+
+    Args:
+        scores: [N, C].
+        targets: bool [N, C].
     """
     labelled = np.asarray(targets, bool).any(axis=1)
     if not labelled.any():
@@ -118,15 +121,15 @@ def salient_recall(
 ) -> float:
     """Share of the chosen frames that lie in one of the salient segments, 0..1.
 
-    The denominator is the chosen frames (at most K), not the salient ones: 1.0 when the whole
-    budget went to salient frames.
+    The denominator is the number of chosen frames (at most K), not of salient ones: the result is
+    1.0 if the whole budget went to salient frames.
 
     Args:
         selected_pts_s: presentation times of the chosen frames, in seconds.
         segments: [start, end] in seconds, both ends included; they may overlap.
 
     Returns:
-        nan for no chosen frame, or for a video without a salient segment.
+        The share; nan without a chosen frame or without a salient segment.
     """
     if not len(selected_pts_s) or not len(segments):
         return float("nan")
@@ -134,11 +137,11 @@ def salient_recall(
     return float(np.mean(inside))
 
 
-# ------------------------------------------------------------------------------ predictions, part by part
+# ---------------------------------------------------------------------- predictions, part by part
 
 
 def first_of(lists: pa.Array) -> pa.Array:
-    """The first item of each list; null where it is null or empty."""
+    """Return the first item of each list; null for a null or empty list."""
     filled = pc.greater(pc.fill_null(pc.list_value_length(lists), 0), 0)
     places = np.cumsum(filled.to_numpy(zero_copy_only=False)) - 1
     return pc.list_element(lists.filter(filled), 0).take(
@@ -147,7 +150,7 @@ def first_of(lists: pa.Array) -> pa.Array:
 
 
 def label_pairs(table: pa.Table, classes: Sequence[str]) -> tuple[np.ndarray, pa.Array, np.ndarray]:
-    """Every label of every row: its row [P], its name [P], its number in `classes` [P] or -1."""
+    """Return each label's row [P], name [P] and index in `classes` [P], -1 for an unknown name."""
     lists = table["label_names"].combine_chunks()
     names = pc.list_flatten(lists)
     numbers = pc.fill_null(pc.index_in(names, value_set=pa.array(classes, pa.string())), -1)
@@ -155,10 +158,11 @@ def label_pairs(table: pa.Table, classes: Sequence[str]) -> tuple[np.ndarray, pa
 
 
 def verdicts(table: pa.Table, classes: Sequence[str]) -> np.ndarray:
-    """int8 [N]: FAILED, UNLABELLED, WRONG or RIGHT (the best class is one of the labels).
+    """Return int8 [N]: FAILED, UNLABELLED, WRONG or RIGHT (the best class is one of the labels).
 
-    A video whose labels are all unknown to the bundle could not be right: it counts as unlabelled.
-    Without `classes` all labels count. Reads `status`, `label_names` and `top_labels`.
+    A video whose labels are all unknown to the bundle counts as unlabelled, because no prediction
+    could be right. If `classes` is empty, all labels count. Reads `status`, `label_names` and
+    `top_labels`.
     """
     rows, names, numbers = label_pairs(table, classes)
     known = numbers >= 0 if len(classes) else np.ones(len(rows), bool)
@@ -173,21 +177,21 @@ def verdicts(table: pa.Table, classes: Sequence[str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """Of each class, [C], over the judged videos with scores."""
+    """Figures of each class, [C], over the ok videos that have scores and a known label."""
 
     videos: np.ndarray
-    """How many have this label."""
+    """Number of videos with this label."""
     predicted: np.ndarray
-    """Of how many it is the best class."""
+    """Number of videos whose best class it is."""
     ap: np.ndarray
     """Average precision; nan without a positive."""
     ap_interpolated: np.ndarray
 
 
 def class_figures(parts: Sequence[ReadColumns], classes: Sequence[str]) -> ClassFigures | None:
-    """The figures of each class; None where no row has a known label and scores.
+    """Return the figures of each class; None if no row has both scores and a known label.
 
-    Reads the labelled parts twice and holds one part, and 24 bytes for each known label.
+    Reads the labelled parts twice. Holds one part at a time, plus 24 bytes for each known label.
     """
     numbers, scores = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
     for block, rows, known in _labelled_scores(parts, classes):
@@ -210,7 +214,9 @@ def class_figures(parts: Sequence[ReadColumns], classes: Sequence[str]) -> Class
 def _labelled_scores(
     parts: Sequence[ReadColumns], classes: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Part by part, of the ok rows with a known label: scores [N, C]; row and class of each label."""
+    """Yield, per part, the scores [N, C] of the ok rows with a known label, then the row [P] and
+    the class [P] of each of these labels.
+    """
     for read in parts:
         table = read(["status", "label_names"])
         rows, _, numbers = label_pairs(table, classes)
@@ -228,9 +234,10 @@ def _labelled_scores(
 
 
 def measure_parts(parts: Sequence[ReadColumns], classes: Sequence[str]) -> dict[str, Any]:
-    """mAP (both conventions) and top-1 over the labelled videos that are ok.
+    """Return mAP (both conventions) and top-1 over the labelled videos that are ok.
 
-    Names that `classes` lacks are listed in "unknown_labels" and left out; no mAP without scores.
+    Label names missing from `classes` are listed in "unknown_labels" and ignored. Without scores
+    the result has no mAP.
     """
     unknown: set[str] = set()
     counts = np.zeros(RIGHT + 1, np.int64)

@@ -1,4 +1,4 @@
-"""Rows on their way: what a manifest row asks of the decoder, and what becomes of it. No network, and no torch."""
+"""Convert manifest rows to decode requests and results to output rows, without torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 
 VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
-"""The three pictures that one decode makes of each frame."""
+"""The pictures that a single decode can make of each frame, one per network."""
 
 
 def frame_spec(config: ModelConfig) -> FrameSpec:
-    """The picture a network wants."""
+    """Return the picture that a network takes."""
     return FrameSpec(config.size, config.resize, config.interpolation)
 
 
@@ -31,9 +31,11 @@ def picture_specs(
     mode: str,
     native_size: bool = False,
 ) -> dict[str, FrameSpec]:
-    """The pictures that scoring with `mode` needs, and no others: baselines leave the sampler's encoders out.
+    """Return exactly the pictures that scoring with `mode` needs.
 
-    `native_size`: where frames are small, these as they are instead, since the networks' device resizes (`ResourcesConfig.resizes_on_device`).
+    Baselines that do not use the sampler's encoders skip their pictures. `native_size`: request
+    small frames at their own size, because the networks' device resizes them
+    (`ResourcesConfig.resizes_on_device`).
     """
     specs = {}
     if mode in (*TSQ_MODES, "maxconf-l"):
@@ -46,17 +48,17 @@ def picture_specs(
 
 
 def identity_row(ref: VideoRef) -> dict[str, Any]:
-    """The manifest's columns of a row."""
+    """Return a row's manifest columns."""
     return {**asdict(ref), "labels": list(ref.labels) if ref.labels is not None else None}
 
 
 def failed_row(ref: VideoRef, error: VideoError | StorageError) -> dict[str, Any]:
-    """The row of a video that cannot be used."""
+    """Return the output row of a video that cannot be used."""
     return {**identity_row(ref), **failure_columns(error)}
 
 
 def failure_columns(error: VideoError | StorageError) -> dict[str, Any]:
-    """What a row says of a video that cannot be used."""
+    """Return the status and error columns of a video that cannot be used."""
     message = storage.redact(" ".join(str(error).split()))[:500]
     return {
         "status": "failed",
@@ -67,7 +69,10 @@ def failure_columns(error: VideoError | StorageError) -> dict[str, Any]:
 
 
 def source_columns(video: DecodedVideo) -> dict[str, Any]:
-    """The columns that features and predictions share for a video that is ok, without the manifest's."""
+    """Return the columns that features and predictions share for a video whose status is ok.
+
+    The manifest's columns are not included.
+    """
     names = (
         "duration_s",
         "fps",
@@ -83,16 +88,16 @@ def source_columns(video: DecodedVideo) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What scoring says of one video: the prediction's columns without the manifest's, or why there are none."""
+    """The result of scoring one video: prediction columns without the manifest's, or an error."""
 
     columns: dict[str, Any] = field(default_factory=dict)
     error: VideoError | StorageError | None = None
     version: str = ""
-    """Of the stages that made it: bundle and settings, as in `serve.graph`."""
+    """Version of the stages that made it: bundle and settings, as in `serving.graph`."""
 
 
 def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:
-    """The prediction row of a manifest's video."""
+    """Return the prediction row of a manifest's video."""
     return (
         failed_row(ref, answer.error)
         if answer.error is not None
@@ -101,12 +106,15 @@ def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:
 
 
 def source_of(ref: VideoRef) -> VideoSource:
-    """What decode needs of a manifest row."""
+    """Return the part of a manifest row that the decoder needs."""
     return VideoSource(ref.uri, ref.size_bytes, ref.etag, ref.modified)
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A prediction row as JSON values; the manifest's labels and the queries of presigned URLs are left out."""
+    """Return a prediction row as JSON values.
+
+    The manifest's labels and split and the queries of presigned URLs are left out.
+    """
     plain: dict[str, Any] = {}
     for name, value in row.items():
         if name in ("labels", "label_names", "split"):

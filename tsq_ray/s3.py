@@ -1,4 +1,4 @@
-"""S3 as fsspec's file system, set up by the usual environment."""
+"""S3 as an fsspec file system, configured by the usual environment variables."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import fsspec
 
 
 def open_file_system() -> fsspec.AbstractFileSystem:
-    """Open S3 with the endpoint, the keys and the options that the environment names."""
+    """Open S3 with the endpoint, keys and options given in the environment."""
     return _open(_options())
 
 
 def _options() -> dict[str, Any]:
     options: dict[str, Any] = {
-        # a listing of a moment ago must not hide what another process wrote since
+        # a cached listing would hide what other processes have written since
         "use_listings_cache": False,
         "config_kwargs": {
             "retries": {"max_attempts": 4, "mode": "standard"},
@@ -48,9 +48,9 @@ def _class() -> Any:
             bucket, key, _ = super().split_path(before)
             return bucket, key + mark + after, None
 
-        def __reduce__(self) -> tuple[Any, ...]:  # the class has no name to be imported by
+        def __reduce__(self) -> tuple[Any, ...]:  # pickle cannot import a local class
             return _open, (self.storage_options,)
 
-    # whoever clears fsspec's instances of S3 clears these too
+    # so that clearing fsspec's cached S3 instances clears these too
     WholeKeys._cache = S3FileSystem._cache
     return WholeKeys

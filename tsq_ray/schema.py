@@ -1,6 +1,7 @@
-"""Column names and Arrow schemas: the contract between the stages. docs/data-format.md is generated from here.
+"""Column names and Arrow schemas: the contract between the stages.
 
-Legend: T frames a video, K chosen frames, C classes, d dimensions of a frame's visual feature, n objects a frame.
+docs/data-format.md is generated from this module. Dimensions: T frames per video, K chosen frames,
+C classes, d components of a frame's visual feature, n objects per frame.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ import numpy as np
 import pyarrow as pa
 
 TOP_OBJECTS = 10
-"""Objects stored a frame unless encoders.num_objects says otherwise (paper, table 9: top 10)."""
+"""Objects stored per frame; default of encoders.num_objects (paper, table 9: top 10)."""
 TOP_LABELS = 5
-"""Labels in `top_labels`."""
+"""Maximum number of labels in `top_labels`."""
 CLASSES_KEY = b"tsq.classes"
 """File metadata: the class names as a JSON list, in label order."""
 SHAPES_KEY = b"tsq.shapes"
-"""File metadata: {column: shape} of the tensor columns as JSON."""
+"""File metadata: the shapes of the tensor columns as JSON, {column: shape}."""
 MANIFEST_KEY = b"tsq.manifest"
 """File metadata of a manifest: its sources as JSON, {"id": str, "sources": [str]}."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `dims` names the shape of a tensor ("T", "d", "n", "C"), empty for other types."""
+    """One column; `dims` names a tensor's dimensions ("T", "d", "n", "C"), else it is empty."""
 
     name: str
     type: pa.DataType
@@ -37,7 +38,7 @@ class Column:
     dims: tuple[str, ...] = ()
 
     def field(self, sizes: Mapping[str, int]) -> pa.Field:
-        """The Arrow field with the dimensions of this run put in."""
+        """The Arrow field, with each dimension replaced by its size."""
         if not self.dims:
             return pa.field(self.name, self.type, nullable=self.nullable)
         shape = tuple(sizes[dim] for dim in self.dims)
@@ -49,13 +50,13 @@ _STRINGS = pa.list_(pa.string())
 _TIMESTAMP = pa.timestamp("us", tz="UTC")
 
 IDENTITY = (
-    Column("video_id", pa.string(), "first 16 hex digits of the sha256 of the normalised URI"),
+    Column("video_id", pa.string(), "first 16 hex digits of the SHA-256 of the normalised URI"),
     Column("uri", pa.string(), "absolute path or s3:// URI"),
-    Column("size_bytes", pa.int64(), "size of the file", "bytes"),
-    Column("etag", pa.string(), "the object store's entity tag", nullable=True),
-    Column("modified", _TIMESTAMP, "last modification", "UTC", nullable=True),
-    Column("labels", _LABELS, "indices into tsq.classes; null: no label known", nullable=True),
-    Column("split", pa.string(), "for example train or val", nullable=True),
+    Column("size_bytes", pa.int64(), "file size", "bytes"),
+    Column("etag", pa.string(), "entity tag from the object store", nullable=True),
+    Column("modified", _TIMESTAMP, "time of last modification", "UTC", nullable=True),
+    Column("labels", _LABELS, "indices into tsq.classes; null if unlabelled", nullable=True),
+    Column("split", pa.string(), "dataset split, for example train or val", nullable=True),
 )
 MANIFEST = IDENTITY
 
@@ -64,22 +65,30 @@ STATUS = (
     Column(
         "error_type",
         pa.string(),
-        "why it failed, one of the closed list (errors.py)",
+        "reason for the failure, one of the closed list in errors.py",
         nullable=True,
     ),
-    Column("error_message", pa.string(), "the reason in one line", nullable=True),
-    Column("warnings", _STRINGS, "what was missing or odd in a video that is ok"),
+    Column("error_message", pa.string(), "details of the failure, one line", nullable=True),
+    Column("warnings", _STRINGS, "anything missing or odd in a video whose status is ok"),
 )
 SOURCE = (
     Column(
-        "duration_s", pa.float64(), "duration of the frames that exist", "seconds", nullable=True
+        "duration_s",
+        pa.float64(),
+        "duration of the frames that exist, from first start to last end",
+        "seconds",
+        nullable=True,
     ),
     Column("fps", pa.float64(), "average frame rate", "frames/second", nullable=True),
-    Column("width", pa.int32(), "width as shown, after rotation", "pixels", nullable=True),
-    Column("height", pa.int32(), "height as shown, after rotation", "pixels", nullable=True),
-    Column("codec", pa.string(), "FFmpeg's name of the codec", nullable=True),
+    Column("width", pa.int32(), "displayed width, after rotation", "pixels", nullable=True),
+    Column("height", pa.int32(), "displayed height, after rotation", "pixels", nullable=True),
+    Column("codec", pa.string(), "FFmpeg's codec name", nullable=True),
     Column(
-        "source_num_frames", pa.int64(), "frames that exist in the file", "frames", nullable=True
+        "source_num_frames",
+        pa.int64(),
+        "number of frames that exist in the file",
+        "frames",
+        nullable=True,
     ),
 )
 FRAME_INDEX = Column(
@@ -110,14 +119,14 @@ FEATURES = (
     Column(
         "object_probs",
         pa.float16(),
-        "their softmax probabilities, not renormalised",
+        "softmax probabilities of `object_ids`, not renormalised",
         dims=("T", "n"),
     ),
 )
 RECOGNIZER_LOGITS = Column(
     "recognizer_logits",
     pa.float16(),
-    "the recogniser's logits of each frame (extract --recognizer)",
+    "the recogniser's logits for each frame (extract --recognizer)",
     dims=("T", "C"),
 )
 
@@ -128,9 +137,14 @@ PREDICTIONS = (
     FRAME_PTS,
     Column("label_names", _STRINGS, "names of the labels", nullable=True),
     Column(
-        "top_labels", _STRINGS, "names of the min(5, C) best classes, best first", nullable=True
+        "top_labels",
+        _STRINGS,
+        "names of the min(5, C) highest-scoring classes, best first",
+        nullable=True,
     ),
-    Column("top_scores", pa.list_(pa.float32()), "their scores", "probability", nullable=True),
+    Column(
+        "top_scores", pa.list_(pa.float32()), "scores of `top_labels`", "probability", nullable=True
+    ),
     Column(
         "scores",
         pa.float32(),
@@ -141,53 +155,53 @@ PREDICTIONS = (
     Column(
         "selected_slot",
         pa.list_(pa.int32()),
-        "the chosen frames, at most K, as slots 0..T-1, ascending",
+        "slots (0..T-1) of the chosen frames, at most K, ascending",
         nullable=True,
     ),
     Column(
         "selected_index",
         pa.list_(pa.int32()),
-        "their indices in the source",
+        "indices of the chosen frames in the source",
         "frames",
         nullable=True,
     ),
     Column(
         "selected_pts_s",
         pa.list_(pa.float32()),
-        "their presentation times",
+        "presentation times of the chosen frames",
         "seconds",
         nullable=True,
     ),
     Column(
         "selected_by",
         _STRINGS,
-        '"visual", "textual" or the name of a baseline, for each',
+        'what chose each frame: "visual", "textual" or the name of a baseline',
         nullable=True,
     ),
     Column(
         "saliency_visual",
         pa.float32(),
-        "saliency of each frame by the visual module; null for baselines",
+        "saliency of each frame from the visual module; null for baselines",
         dims=("T",),
     ),
     Column(
         "saliency_textual",
         pa.float32(),
-        "saliency of each frame by the textual module; null for baselines",
+        "saliency of each frame from the textual module; null for baselines",
         dims=("T",),
     ),
     Column("decode_ms", pa.float32(), "time to fetch and decode", "milliseconds", nullable=True),
     Column(
         "sample_ms",
         pa.float32(),
-        "time to encode and choose, its share of the batch",
+        "time to encode and choose frames, this video's share of its batch",
         "milliseconds",
         nullable=True,
     ),
     Column(
         "recognize_ms",
         pa.float32(),
-        "time to recognise, its share of the batch",
+        "time to recognise, this video's share of its batch",
         "milliseconds",
         nullable=True,
     ),
@@ -197,7 +211,7 @@ PREDICTIONS = (
 def arrow_schema(
     columns: Sequence[Column], sizes: Mapping[str, int], classes: Sequence[str] | None
 ) -> pa.Schema:
-    """The Arrow schema of `columns`, with the sizes of T, C and d, and the class names, in the metadata."""
+    """The Arrow schema of `columns`; its metadata holds the tensor shapes and the class names."""
     fields = [column.field(sizes) for column in columns]
     shapes = {
         field.name: list(field.type.shape)
@@ -212,7 +226,6 @@ def arrow_schema(
 
 
 def manifest_schema(classes: Sequence[str] | None) -> pa.Schema:
-    """Schema of a manifest."""
     return arrow_schema(MANIFEST, {}, classes)
 
 
@@ -223,7 +236,7 @@ def features_schema(
     num_logits: int | None = None,
     num_objects: int = TOP_OBJECTS,
 ) -> pa.Schema:
-    """Schema of a features part; `num_logits` (C of the recogniser) adds `recognizer_logits`."""
+    """Schema of a features part; `num_logits` (the recogniser's C) adds `recognizer_logits`."""
     columns = FEATURES if num_logits is None else (*FEATURES, RECOGNIZER_LOGITS)
     return arrow_schema(
         columns, {"T": num_frames, "d": dim, "n": num_objects, "C": num_logits or 0}, classes
@@ -239,12 +252,15 @@ def predictions_schema(
 
 
 def classes_of(schema: pa.Schema) -> list[str]:
-    """The class names in a schema's metadata; empty where it has none."""
+    """The class names in a schema's metadata; empty if it has none."""
     return json.loads((schema.metadata or {}).get(CLASSES_KEY, b"[]"))
 
 
 def table_from_rows(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows (plain values, numpy arrays for tensors, a missing key or None for null) as a table of exactly `schema`."""
+    """Build a table of exactly `schema` from rows.
+
+    A row holds plain values, and numpy arrays for tensors; a missing key or None is null.
+    """
     rows = list(rows)
     columns = [_column_array([row.get(field.name) for row in rows], field) for field in schema]
     return pa.Table.from_arrays(columns, schema=schema)
@@ -275,9 +291,10 @@ def _plain(value: Any) -> Any:
 
 
 def tensor_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """A tensor column without nulls as one array, rows first: [N, *shape]."""
+    """Convert a tensor column without nulls to one array [N, *shape]."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):  # combine_chunks of an extension type may keep chunks
+    # combine_chunks may keep the chunks of an extension type
+    if isinstance(array, pa.ChunkedArray):
         array = (
             pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=array.type)
         )
@@ -290,9 +307,10 @@ def tensor_to_numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 
 def storage_schema(schema: pa.Schema) -> pa.Schema:
-    """`schema` with each tensor column as the plain fixed-size list that stores it: what travels between Ray tasks.
+    """`schema` with each tensor column replaced by the plain fixed-size list that stores it.
 
-    Ray Data turns a tensor column with a null row into a pickled blob; it leaves plain lists alone.
+    Tables have this form between Ray tasks: Ray Data turns a tensor column with a null row into a
+    pickled blob, but leaves plain lists alone.
     """
     fields = []
     for field in schema:
@@ -304,7 +322,7 @@ def storage_schema(schema: pa.Schema) -> pa.Schema:
 
 
 def to_storage(table: pa.Table) -> pa.Table:
-    """A table with tensor columns -> the same with plain lists."""
+    """Replace the tensor columns of a table by the plain lists that store them."""
     columns = []
     for column in table.columns:
         tensor = isinstance(column.type, pa.FixedShapeTensorType)
@@ -317,7 +335,7 @@ def to_storage(table: pa.Table) -> pa.Table:
 
 
 def from_storage(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The inverse of `to_storage`, onto exactly `schema`; columns that `schema` lacks are dropped."""
+    """Invert `to_storage`, to exactly `schema`; columns that `schema` lacks are dropped."""
     columns = []
     for field in schema:
         column = table[field.name].combine_chunks()

@@ -59,7 +59,7 @@ def score(
 ) -> dict[str, Any]:
     """Write predictions of every video of a manifest to the run folder `out`; resumes an earlier run.
 
-    `config` comes from `serve.settings.scoring_config`. `take_over` takes the folder from another
+    `config` comes from `bundle.overrides.scoring_config`. `take_over` takes the folder from another
     run that writes to it. Returns the content of `_run.json`, with mAP and top-1 under "metrics" if there are labels. Raises
     UserError for wrong input, RunFailed if the run failed or does not add up.
     """

@@ -5,11 +5,10 @@ Legend: T frames (slots) a video, N distinct source frames, K chosen, C classes,
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,20 +24,16 @@ from tsq_ray.config import (
     ResourcesConfig,
     SamplerConfig,
     Task,
-    TSQMode,
     check_budget,
 )
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, VideoSource
 from tsq_ray.errors import ModelError, StorageError, VideoError
 from tsq_ray.model import (
     TSQNet,
-    baselines,
-    by_importance,
-    frames_until_sure,
     object_embeddings,
     saliency,
-    select_frames,
 )
+from tsq_ray.model.choosers import Candidates, View, chooser_for
 from tsq_ray.model.selection import Selection
 from tsq_ray.model.task import probabilities
 from tsq_ray.networks.encoder import FrameEncoder, best_device, load_encoder, top_objects
@@ -193,24 +188,21 @@ class Encode:
 
 @dataclass
 class Sampled:
-    """A video on its way to the recogniser: the prediction's columns so far, and the pictures to look at."""
+    """A video on its way to the recogniser: the prediction's columns so far, and the candidates."""
 
     row: dict[str, Any]
     pictures: Pictures
-    """n of them: the chosen frames; every frame of the T for `maxconf`; none of a failed video."""
+    """Of the n candidates, in their order; none for a failed video."""
     frame_index: np.ndarray
     """int32 [T]."""
-    choose: bool = False
-    """Whether the recogniser has yet to choose (maxconf)."""
-    order: np.ndarray | None = None
-    """int [n]: with an adaptive budget, the places in `pictures` in which the recogniser looks at them, until it is sure."""
+    candidates: Candidates | None = None
+    """None for a failed video."""
     error: VideoError | StorageError | None = None
     """Why there are no pictures."""
 
-    def next_picture(self, number: int) -> Pictures:
-        """The picture that comes at this place of `order`."""
-        assert self.order is not None
-        return _take(self.pictures, self.order[number : number + 1])
+    def take(self, start: int, stop: int) -> Pictures:
+        """The pictures of some candidates."""
+        return self.pictures._replace(frames=self.pictures.frames[start:stop])
 
 
 _NOTHING = Pictures(np.zeros((0, 1, 1, 3), np.uint8))
@@ -219,10 +211,6 @@ _NOTHING = Pictures(np.zeros((0, 1, 1, 3), np.uint8))
 def _stacked(arrays: Sequence[np.ndarray | None]) -> Tensor:
     """Arrays of one shape as a tensor with one more dimension."""
     return torch.from_numpy(np.stack([array for array in arrays if array is not None]))
-
-
-def _take(pictures: Pictures, places: np.ndarray) -> Pictures:
-    return pictures._replace(frames=pictures.frames[places])
 
 
 class Sample:
@@ -236,7 +224,7 @@ class Sample:
         resources: ResourcesConfig = DEFAULT_RESOURCES,
     ) -> None:
         check_sampler(bundle, config)
-        self.config, self.task = config, bundle.task
+        self.config, self.task, self.chooser = config, bundle.task, chooser_for(config)
         self.textual = (
             bundle.objects is not None and config.mode in TSQ_MODES and config.mode != "visual"
         )
@@ -263,96 +251,52 @@ class Sample:
     ) -> list[Sampled]:
         """(video id, its frames or its failure) -> in the order of `items`; the id seeds the random baseline."""
         started = time.perf_counter()
-        videos = [video for _, video in items if isinstance(video, DecodedVideo)]
-        chosen = iter(
-            self._choose([name for name, video in items if isinstance(video, DecodedVideo)], videos)
-        )
-        share_ms = (time.perf_counter() - started) * 1000 / max(1, len(videos))
+        live = [(name, video) for name, video in items if isinstance(video, DecodedVideo)]
+        found = [(view, self.chooser.candidates(view)) for view in self._views(live)]
+        share_ms = (time.perf_counter() - started) * 1000 / max(1, len(live))
+        chosen = iter(found)
         sampled = []
         for _, video in items:
             if not isinstance(video, DecodedVideo):
                 sampled.append(Sampled({}, _NOTHING, np.zeros(0, np.int32), error=video))
                 continue
-            selection, curves = next(chosen)
-            row = (
-                source_columns(video)
-                | curves
-                | {"decode_ms": video.decode_ms, "sample_ms": share_ms}
-            )
+            view, candidates = next(chosen)
+            row = source_columns(video)
+            if view.visual is not None:
+                row |= {"saliency_visual": view.visual, "saliency_textual": view.textual}
+            row |= {"decode_ms": video.decode_ms, "sample_ms": share_ms}
             pictures = pictures_of(video, RECOGNIZER)
-            if selection is None:
-                sampled.append(
-                    Sampled(row, _take(pictures, video.slot_frame), video.frame_index, choose=True)
-                )
-            else:
-                row |= selection_columns(selection, video.frame_index, video.frame_pts_s)
-                order = (
-                    self._order(curves, video, selection)
-                    if self.config.budget == "adaptive"
-                    else None
-                )
-                sampled.append(
-                    Sampled(
-                        row,
-                        _take(pictures, video.slot_frame[selection.slots]),
-                        video.frame_index,
-                        order=order,
-                    )
-                )
+            frames = pictures.frames[video.slot_frame[candidates.slots]]
+            pictures = pictures._replace(frames=frames)
+            sampled.append(Sampled(row, pictures, video.frame_index, candidates))
         return sampled
 
-    def _select(self, curves: Mapping[str, Any], video: DecodedVideo, budget: int) -> Selection:
-        visual, textual, config = curves["saliency_visual"], curves["saliency_textual"], self.config
-        mode = cast(TSQMode, config.mode)
-        return select_frames(visual, textual, video.frame_index, budget, config.lambda_visual, mode)
-
-    def _order(
-        self, curves: Mapping[str, Any], video: DecodedVideo, selection: Selection
-    ) -> np.ndarray:
-        ranked = by_importance(
-            lambda budget: self._select(curves, video, budget).slots, self.config.most_frames
-        )
-        return np.searchsorted(selection.slots, ranked)
-
-    def _choose(
-        self, names: Sequence[str], videos: Sequence[DecodedVideo]
-    ) -> list[tuple[Selection | None, dict[str, Any]]]:
-        config = self.config
-        if config.mode == "uniform":
-            return [
-                (baselines.uniform(video.frame_index, config.most_frames), {}) for video in videos
-            ]
-        if config.mode == "random":
-            return [
-                (baselines.random(video.frame_index, config.most_frames, config.seed, name), {})
-                for name, video in zip(names, videos, strict=True)
-            ]
-        if config.mode == "maxconf" or not videos:
-            return [(None, {}) for _ in videos]
-        assert self.encode is not None
+    def _views(self, items: Sequence[tuple[str, DecodedVideo]]) -> list[View]:
+        """What the chooser may know of each video; the light networks run if it wants them."""
+        videos = [video for _, video in items]
+        if self.encode is None or not videos:
+            return [View(video.frame_index, name) for name, video in items]
         features = self.encode(videos)
-        if config.mode == "maxconf-l":
-            return [
-                (
-                    baselines.maxconf(
-                        _probabilities(feature.visual_logits, self.task),
-                        video.frame_index,
-                        config.most_frames,
-                        "maxconf-l",
-                    ),
-                    {},
-                )
-                for feature, video in zip(features, videos, strict=True)
+        if self.config.mode == "maxconf-l":
+            confidences = [
+                _probabilities(feature.visual_logits, self.task).max(axis=1) for feature in features
             ]
-        return self._query(features, videos)
+            return [
+                View(video.frame_index, name, scores=scores)
+                for (name, video), scores in zip(items, confidences, strict=True)
+            ]
+        by_visual, by_text = self._saliencies(features)
+        return [
+            View(video.frame_index, name, visual, textual)
+            for (name, video), visual, textual in zip(items, by_visual, by_text, strict=True)
+        ]
 
     @torch.inference_mode()
-    def _query(
-        self, features: Sequence[FrameFeatures], videos: Sequence[DecodedVideo]
-    ) -> list[tuple[Selection | None, dict[str, Any]]]:
-        visual = torch.from_numpy(np.stack([feature.visual for feature in features])).to(
-            self.device
-        )
+    def _saliencies(
+        self, features: Sequence[FrameFeatures]
+    ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:
+        """Of both modules [V, T]; None for each video without a textual module (equation 5)."""
+        visual = _stacked([feature.visual for feature in features]).to(self.device)
         text = None
         if self.vocabulary is not None:
             ids = _stacked([feature.object_ids for feature in features]).long()
@@ -360,24 +304,11 @@ class Sample:
             text = object_embeddings(ids.to(self.device), probs.to(self.device), self.vocabulary)
         output = self.network(visual, text)
         top = self.config.top_classes
-        by_visual = (
-            saliency(output.attention_visual, output.logits_visual, self.task, top).cpu().numpy()
-        )
-        by_text = None
-        if output.attention_textual is not None and output.logits_textual is not None:
-            by_text = (
-                saliency(output.attention_textual, output.logits_textual, self.task, top)
-                .cpu()
-                .numpy()
-            )
-        chosen: list[tuple[Selection | None, dict[str, Any]]] = []
-        for number, video in enumerate(videos):
-            curves = {
-                "saliency_visual": by_visual[number],
-                "saliency_textual": by_text[number] if by_text is not None else None,
-            }
-            chosen.append((self._select(curves, video, self.config.most_frames), curves))
-        return chosen
+        by_visual = saliency(output.attention_visual, output.logits_visual, self.task, top)
+        if output.attention_textual is None or output.logits_textual is None:
+            return by_visual.cpu().numpy(), [None] * len(features)
+        by_text = saliency(output.attention_textual, output.logits_textual, self.task, top)
+        return by_visual.cpu().numpy(), list(by_text.cpu().numpy())
 
 
 def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
@@ -423,78 +354,65 @@ class Recognize:
         assert encoder is not None
         self.device = device or best_device()
         self.recognizer = prepare_for_inference(encoder, self.device, resources)
-        self.classes, self.task, self.config = model.classes, model.task, config
-        self._first = math.ceil(config.margin)
+        self.classes, self.task, self.chooser = model.classes, model.task, chooser_for(config)
 
     def __call__(self, items: Sequence[Sampled]) -> list[Answer]:
         """In the order of `items`; failures pass through."""
         started = time.perf_counter()
-        live = [item for item in items if len(item.pictures.frames)]
+        live = [item for item in items if item.candidates is not None]
         if live:
-            for item, frame_logits in zip(live, self._recognize_until_confident(live), strict=True):
-                self._answer(item, frame_logits)
+            for item, (places, logits) in zip(live, self._recognize(live), strict=True):
+                self._answer(item, places, logits)
             share_ms = (time.perf_counter() - started) * 1000 / len(live)
             for item in live:
                 item.row["recognize_ms"] = share_ms
         return [Answer(item.row, item.error) for item in items]
 
     def _logits(self, pictures: Sequence[Pictures]) -> list[Tensor]:
-        """n pictures of each of several videos -> [n, C] of each; they go through the network together."""
+        """n pictures of each of several videos -> [n, C] of each; all in one pass of the network."""
         _, logits = encode_pictures(self.recognizer, pictures)
         assert logits is not None
         return list(logits.split([len(each.frames) for each in pictures]))
 
-    def _recognize_until_confident(self, items: Sequence[Sampled]) -> list[Tensor]:
-        """The logits of every picture; with an adaptive budget of those it took, and the other pictures leave the item's row.
+    def _recognize(self, items: Sequence[Sampled]) -> list[tuple[np.ndarray, Tensor]]:
+        """Places of the chosen candidates of each video, and the logits of those that it saw.
 
-        No margin is reached by fewer frames than itself, so that many go first, then one more of each video that is still open.
+        One more candidate of each video that is still open goes through the network at a time.
         """
-        found = self._logits(
-            [
-                item.pictures
-                if item.order is None
-                else _take(item.pictures, item.order[: self._first])
-                for item in items
-            ]
-        )
-        open_items = [number for number, item in enumerate(items) if item.order is not None]
-        while open_items := [
-            number for number in open_items if self._is_open(items[number], found[number])
-        ]:
+        found = self._logits([item.take(0, _candidates(item).first) for item in items])
+        places: list[np.ndarray | None] = [None] * len(items)
+        waiting = list(range(len(items)))
+        while True:
+            for number in waiting:
+                answers = _probabilities(found[number], self.task)
+                places[number] = self.chooser.enough(_candidates(items[number]), answers)
+            waiting = [number for number in waiting if places[number] is None]
+            if not waiting:
+                break
+            ends = [len(found[number]) for number in waiting]
             more = self._logits(
-                [items[number].next_picture(len(found[number])) for number in open_items]
+                [items[n].take(end, end + 1) for n, end in zip(waiting, ends, strict=True)]
             )
-            for number, logits in zip(open_items, more, strict=True):
+            for number, logits in zip(waiting, more, strict=True):
                 found[number] = torch.cat([found[number], logits])
-        for number, item in enumerate(items):
-            if item.order is not None:
-                keep = np.sort(item.order[: len(found[number])])
-                for name in ("selected_slot", "selected_index", "selected_pts_s"):
-                    item.row[name] = item.row[name][keep]
-                item.row["selected_by"] = [item.row["selected_by"][place] for place in keep]
-        return found
+        return [
+            (place, logits)
+            for place, logits in zip(places, found, strict=True)
+            if place is not None
+        ]
 
-    def _is_open(self, item: Sampled, logits: Tensor) -> bool:
-        assert item.order is not None
-        return (
-            len(logits) < len(item.order)
-            and frames_until_sure(_probabilities(logits, self.task), self.config.margin) is None
-        )
-
-    def _answer(self, item: Sampled, frame_logits: Tensor) -> None:
-        if item.choose:
-            selection = baselines.maxconf(
-                _probabilities(frame_logits, self.task),
-                item.frame_index,
-                self.config.most_frames,
-                "maxconf",
-            )
-            item.row |= selection_columns(selection, item.frame_index, item.row["frame_pts_s"])
-            frame_logits = frame_logits[torch.from_numpy(selection.slots.astype(np.int64))]
-        scores = _probabilities(frame_logits.mean(0), self.task)
+    def _answer(self, item: Sampled, places: np.ndarray, logits: Tensor) -> None:
+        selection = _candidates(item).selection(places)
+        item.row |= selection_columns(selection, item.frame_index, item.row["frame_pts_s"])
+        scores = _probabilities(logits[torch.from_numpy(places)].mean(0), self.task)
         best = np.argsort(-scores, kind="stable")[:TOP_LABELS]
         item.row |= {
             "scores": scores,
             "top_labels": [self.classes[number] for number in best],
             "top_scores": scores[best],
         }
+
+
+def _candidates(item: Sampled) -> Candidates:
+    assert item.candidates is not None
+    return item.candidates

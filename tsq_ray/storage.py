@@ -1,9 +1,9 @@
-"""Open, list, publish atomically. Local paths and s3:// take the same calls.
+"""Open, list and publish files atomically, with the same calls for local paths and s3://.
 
-An S3 endpoint and its keys come from the usual environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
-...; AWS_NO_SIGN_REQUEST=true reads public buckets without keys, AWS_REQUEST_PAYER=requester pays
-for requests). Failures are StorageError with a closed error type; messages never hold a query
-string or a secret.
+The S3 endpoint and keys come from the usual environment variables (AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID, ...; AWS_NO_SIGN_REQUEST=true reads public buckets without keys,
+AWS_REQUEST_PAYER=requester pays for requests). Failures raise StorageError with an error type from
+the closed list; messages never contain a query string or a secret.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _MAX_NAME_BYTES = 255
 
 
 def normalize(uri: str | os.PathLike[str]) -> str:
-    """The one spelling of a place: an absolute local path without a scheme, or `scheme://...`.
+    """Return the canonical spelling: an absolute local path without a scheme, or `scheme://...`.
 
-    Links are not followed: a video and a link to it are two places.
+    Links are not followed: a video and a link to it are two different URIs.
     """
     text = os.fspath(uri)
     match = SCHEME.match(text)
@@ -50,40 +50,40 @@ def normalize(uri: str | os.PathLike[str]) -> str:
 
 
 def real_path(uri: str | os.PathLike[str]) -> str:
-    """The normalised `uri`, its links followed where it is local: to tell where it really lies."""
+    """The normalised `uri`; if it is local, with its links resolved."""
     place = normalize(uri)
     return os.path.realpath(place) if is_local(place) else place
 
 
 def join(base: str, *parts: str) -> str:
-    """Path or URI below `base`."""
+    """Return a path or URI below `base`."""
     return posixpath.join(base, *parts)
 
 
 def name_of(uri: str) -> str:
-    """The last part of a path or URI, without the query of an http(s) URL."""
+    """The last component of a path or URI, without the query of an http(s) URL."""
     if uri.startswith(("http://", "https://")):
         uri = uri.partition("?")[0]
     return posixpath.basename(uri.rstrip("/"))
 
 
 def parent_of(uri: str) -> str:
-    """The folder of a path or URI."""
+    """The folder that contains a path or URI."""
     return posixpath.dirname(uri.rstrip("/"))
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of `uri` and the path within it. StorageError for an unknown scheme."""
+    """The file system of `uri` and the path in it. Raises StorageError for an unknown scheme."""
     path = _local_path(uri)
     if path is not None:
         return LocalFileSystem(), path
     scheme = uri.partition("://")[0].lower()
     if "\0" in uri or not is_utf8(uri):
-        raise StorageError("not_found", f"{redact(uri)!r}: a URI is UTF-8 and holds no NUL")
+        raise StorageError("not_found", f"{redact(uri)!r}: a URI must be UTF-8 without NUL")
     if scheme in ("s3", "s3a") and not uri.partition("://")[2].partition("/")[0]:
-        raise StorageError("not_found", f"{uri}: lacks the bucket's name; expected s3://BUCKET/KEY")
+        raise StorageError("not_found", f"{uri}: no bucket name; expected s3://BUCKET/KEY")
     try:
-        # not by fsspec's url_to_fs: it reads `a::b` as one file system inside another
+        # not fsspec's url_to_fs, which reads `a::b` as one file system inside another
         if scheme in ("s3", "s3a"):
             fs = s3.open_file_system()
         elif scheme in _REMOTE:
@@ -95,13 +95,14 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     except (ImportError, ValueError, TypeError) as error:
         raise StorageError(
             "unsupported",
-            f"{redact(uri)}: storage of this kind cannot be opened ({error}); use a local path or an s3:// URI",
+            f"{redact(uri)}: this kind of storage cannot be opened ({error}); "
+            "use a local path or an s3:// URI",
         ) from None
     return fs, fs._strip_protocol(uri)
 
 
 def _object(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system and path of one remote file. StorageError where `uri` is a whole bucket."""
+    """The file system and path of one remote file. StorageError if `uri` is a whole bucket."""
     fs, path = filesystem(uri)
     if uri.startswith("s3://") and "/" not in path:
         raise StorageError("not_found", f"{uri}: a bucket; name a key in it, s3://BUCKET/KEY")
@@ -109,20 +110,20 @@ def _object(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _local_path(uri: str) -> str | None:
-    """The path of a local `uri`, None of any other. StorageError where no file can have that name."""
+    """The path of a local `uri`, else None. StorageError if no file can have that name."""
     match = SCHEME.match(uri)
     if match is not None and match.group(1).lower() not in ("file", "local"):
         return None
     path = normalize(uri)
     if not path or "\0" in path:
         raise StorageError(
-            "not_found", f"{path!r}: no path; it is empty or holds a NUL, name a file or folder"
+            "not_found", f"{path!r}: not a path: it is empty or contains NUL; name a file or folder"
         )
     return path
 
 
 def open_read(uri: str, **options: Any) -> BinaryIO:
-    """A seekable binary file; reads of s3:// fetch ranges. Used in a `with`."""
+    """Open a seekable binary file, to be used in a `with`; s3:// reads fetch byte ranges."""
     with storage_errors(uri):
         local = _local_path(uri)
         if local is not None:
@@ -132,7 +133,7 @@ def open_read(uri: str, **options: Any) -> BinaryIO:
 
 
 def read_ranges(uris: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Bytes [start, end) of each of these remote files, side by side."""
+    """Read bytes [start, end) of each of these remote files, in parallel."""
     if not uris:
         return []
     fs, _ = filesystem(uris[0])
@@ -148,7 +149,6 @@ def read_ranges(uris: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content."""
     with storage_errors(uri, "read"):
         local = _local_path(uri)
         if local is not None:
@@ -159,7 +159,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_text(uri: str) -> str:
-    """The whole content as UTF-8; UserError where it is not."""
+    """Read the whole content as UTF-8. Raises UserError if it is not UTF-8."""
     data = read_bytes(uri)
     try:
         return data.decode("utf-8-sig")
@@ -170,9 +170,10 @@ def read_text(uri: str) -> str:
 
 
 def stat(uri: str) -> StoredFile:
-    """Size, etag and modification time now; StorageError where there is no such file.
+    """Look up the current size, etag and modification time. Raises StorageError if it is missing.
 
-    `not_video` where it is a FIFO, a socket or a device, `unsupported` where no manifest could hold its name.
+    The error type is `not_video` for a FIFO, a socket or a device, and `unsupported` for a name
+    that no manifest can hold.
     """
     with storage_errors(uri, "look up"):
         if not is_utf8(uri):
@@ -185,17 +186,17 @@ def stat(uri: str) -> StoredFile:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there; access and network failures are raised, not taken for a no."""
+    """Whether a file or folder exists. Access and network failures are raised, not returned."""
     return _kind(uri) is not None
 
 
 def is_file(uri: str) -> bool:
-    """Whether `uri` is a file or an object, and no folder."""
+    """Whether `uri` is a file or an object, not a folder."""
     return _kind(uri) == "file"
 
 
 def is_folder(uri: str) -> bool:
-    """Whether `uri` is a folder or a prefix with something below it."""
+    """Whether `uri` is a folder or a non-empty prefix."""
     return _kind(uri) == "directory"
 
 
@@ -214,10 +215,10 @@ def _kind(uri: str) -> str | None:
 
 
 def entries(uri: str) -> Iterator[StoredFile | LeftOut]:
-    """Every entry below a folder or prefix: a file, or what is left out and why.
+    """Yield every entry below a folder or prefix: a file, or an entry left out and why.
 
-    Sorted by folder and name on disks, by key on S3, where one page of a thousand keys after the
-    other is asked for. StorageError where any of the folders cannot be listed.
+    Sorted by folder and name on disks, by key on S3, which is listed page by page, a thousand keys
+    each. Raises StorageError if any of the folders cannot be listed.
     """
     local = _local_path(uri)
     if local is not None:
@@ -233,12 +234,12 @@ def entries(uri: str) -> Iterator[StoredFile | LeftOut]:
 
 
 def walk(uri: str) -> Iterator[StoredFile]:
-    """The files among `entries`."""
+    """Yield the files among `entries`."""
     return (entry for entry in entries(uri) if isinstance(entry, StoredFile))
 
 
 def _below(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
-    # not by fs.walk: that passes in silence over a folder below the first one that it cannot read
+    # not fs.walk, which silently skips subfolders that it cannot read
     with storage_errors(fs.unstrip_protocol(path), "list"):
         found = [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path]
     folders = []
@@ -267,7 +268,7 @@ def _pages(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
                 yield LeftOut(uri, local_files.HIDDEN)
             elif not key.endswith("/"):
                 yield StoredFile(uri, size, item["ETag"].strip('"'), item["LastModified"])
-            elif size:  # without content it is a folder's mark
+            elif size:  # an empty one is a folder marker
                 yield LeftOut(uri, "name ends in /")
         if not page.get("IsTruncated"):
             return
@@ -275,7 +276,7 @@ def _pages(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
 
 
 def list_folder(uri: str) -> list[StoredFile]:
-    """Files directly in a folder, hidden ones too, sorted; empty where there is no such folder."""
+    """List the files directly in a folder, hidden ones too, sorted; empty if it is missing."""
     with storage_errors(uri, "list"):
         local = _local_path(uri)
         if local is not None:
@@ -293,7 +294,6 @@ def list_folder(uri: str) -> list[StoredFile]:
 
 
 def _stored(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> StoredFile:
-    """A remote file."""
     modified, etag = info.get("LastModified"), info.get("ETag")
     return StoredFile(
         uri=fs.unstrip_protocol(info["name"]),
@@ -304,21 +304,22 @@ def _stored(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> StoredFile:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Publish atomically: readers see the old content or the whole new one, never a part of it."""
+    """Publish atomically: readers see the old content or all of the new one, never a part."""
     with storage_errors(uri, "write"):
         local = _local_path(uri)
         if local is not None:
             local_files.write(local, data)
             return
         fs, path = _object(uri)
-        fs.pipe_file(path, data)  # an object appears with its last byte
+        fs.pipe_file(path, data)  # an object becomes visible only once it is complete
 
 
 @contextlib.contextmanager
 def open_write(uri: str) -> Iterator[BinaryIO]:
-    """A file for more than memory should hold, published atomically when the `with` ends, and not at all where it raises.
+    """Open a file, for content too large for memory, that is published atomically.
 
-    What goes to remote storage waits in a local temporary file.
+    It is published when the `with` ends, and not at all if the `with` raises. For remote storage
+    the content is first collected in a local temporary file.
     """
     with storage_errors(uri, "write"):
         local = _local_path(uri)
@@ -334,7 +335,7 @@ def open_write(uri: str) -> Iterator[BinaryIO]:
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Publish a new file; False if there is one. Of several callers at a time one succeeds.
+    """Publish a new file; return False if one exists. Of concurrent callers one succeeds.
 
     Stores without conditional writes may let two of them succeed.
     """
@@ -347,9 +348,9 @@ def create_bytes(uri: str, data: bytes) -> bool:
 
 
 def replace_bytes(uri: str, expected: bytes, data: bytes) -> bool:
-    """Publish `data` if the content is still `expected`; False if it is another or gone.
+    """Publish `data` if the content is still `expected`; return False if it changed or is gone.
 
-    Of several callers at a time one succeeds, with the exceptions of `create_bytes`.
+    Of concurrent callers one succeeds, with the exception given in `create_bytes`.
     """
     with storage_errors(uri, "write"):
         local = _local_path(uri)
@@ -365,11 +366,11 @@ def replace_bytes(uri: str, expected: bytes, data: bytes) -> bool:
 
 
 def _write_if(fs: Any, path: str, data: bytes, **condition: Any) -> bool:
-    """Write an object if the store finds that the condition holds; whether it did."""
+    """Write an object if the store confirms the condition; return whether it was written."""
     try:
         fs.pipe_file(path, data, **condition)
     except OSError as error:
-        if error.errno == errno.ENOSYS:  # the store knows no conditions
+        if error.errno == errno.ENOSYS:  # the store has no conditional writes
             fs.pipe_file(path, data)
         elif is_refused_condition(error):
             return False
@@ -379,14 +380,14 @@ def _write_if(fs: Any, path: str, data: bytes, **condition: Any) -> bool:
 
 
 def check_writable(folder: str) -> None:
-    """StorageError now, rather than after long work, where nothing can be written below `folder`."""
+    """Raise StorageError early, before long work, if nothing can be written below `folder`."""
     probe = join(folder, f".probe-{uuid.uuid4().hex[:8]}")
     write_bytes(probe, b"")
     remove(probe)
 
 
 def remove(uri: str) -> None:
-    """Delete one file; not an error where it is gone already."""
+    """Delete one file; a missing file is not an error."""
     with storage_errors(uri, "delete"), contextlib.suppress(FileNotFoundError):
         local = _local_path(uri)
         if local is not None:
@@ -397,25 +398,26 @@ def remove(uri: str) -> None:
 
 
 def remove_folder(uri: str) -> None:
-    """Delete a folder or prefix and all below it; not an error where it is gone already."""
+    """Delete a folder or prefix and all below it; a missing one is not an error."""
     with storage_errors(uri, "delete"), contextlib.suppress(FileNotFoundError):
         local = _local_path(uri)
         if local is not None:
             local_files.remove_folder(local)
             return
         fs, path = filesystem(uri)
-        # not fs.rm, which reads `*`, `?` and `[` in a name as a pattern; some stores keep folders
+        # not fs.rm, which reads `*`, `?` and `[` in a name as a pattern; folders are listed too,
+        # since some stores keep them as objects
         for name in (*reversed(fs.find(path, withdirs=True)), path):
             with contextlib.suppress(FileNotFoundError):
                 fs.rm_file(name)
 
 
 def download(uri: str, folder: str | os.PathLike[str]) -> str:
-    """A local copy of one file in `folder`, or the path itself where it is local already."""
+    """Copy one file into `folder` and return its path; a local file is returned as it is."""
     if is_local(uri):
         return uri
     name = name_of(uri)
-    if not name or len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES:  # keys may be longer
+    if not name or len(name.encode("utf-8", "replace")) > _MAX_NAME_BYTES:  # S3 keys may be longer
         name = "download"
     target = os.path.join(folder, name)
     with storage_errors(uri, "fetch"):
@@ -425,5 +427,5 @@ def download(uri: str, folder: str | os.PathLike[str]) -> str:
 
 
 def sha256_of(data: bytes) -> str:
-    """Hex digest."""
+    """SHA-256 as a hex digest."""
     return hashlib.sha256(data).hexdigest()

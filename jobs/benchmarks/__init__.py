@@ -1,1 +1,1 @@
-"""Measurements: each script prints one table."""
+"""Benchmarks; each script prints its tables."""

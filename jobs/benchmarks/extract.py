@@ -1,13 +1,15 @@
-"""`tsq extract` against a loop written by hand without Ray; where the time goes; the share of the machine's limit; what `--dry-run` predicts.
+"""Compare `tsq extract` with a hand-written loop, the machine's limit and the `--dry-run` estimate.
 
 python jobs/benchmarks/extract.py MANIFEST [--config docs/results.toml --videos 48 --rounds 3]
 
-The loop is a process a core with one thread each: decord, Pillow and the same timm networks with the same weights in float32, on the same
-frames (the middles of T intervals); and once more with this package's networks, whose batch norms are folded, which leaves what the rest costs. Steady state on all sides: from the
-first video that is done to the last, start-up apart; the sides take turns, and the fastest
-turn of each is compared, since whatever else runs on the machine only slows one down. The limit is what the cores would do if decoding took its
-CPU time alone and every multiply-add of the networks ran at the speed of the faster of a matrix product and a 1 x 1 convolution, measured here by all
-processes at once.
+The loop, which does not use Ray, runs one single-threaded process per core: decord, Pillow and the
+same timm networks with the same weights in float32, on the same frames (the middles of T
+intervals). A second version of it uses this package's networks, whose batch norms are folded, to
+show the cost of everything else. All sides are measured in steady state, from the first finished
+video to the last, without start-up. They take turns and the fastest turn of each counts, because
+other load can only slow a turn down. The limit is the rate of the cores if decoding took only its
+CPU time and every multiply-add of the networks ran at the speed of a matrix product or a 1 x 1
+convolution, whichever is faster, measured here in all processes at once.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from tsq_ray.rows import OBJECTS, VISUAL, frame_spec, source_of
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.session import Session
 
-_WARM_UP = 2  # videos of each process that are not counted
+_WARM_UP = 2  # uncounted videos per process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loops: dict[bool, list[dict[str, float]]] = {
             False: [],
             True: [],
-        }  # by whether batch norms are folded
+        }  # key: whether batch norms are folded
         with cluster.connect() as ray:
             for turn in range(options.rounds):
                 ours.append(
@@ -76,13 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("manifest", help="of local videos, for example of the surrogate")
+    parser.add_argument("manifest", help="manifest of local videos, for example of the surrogate")
     parser.add_argument("--config", help="settings, for example docs/results.toml")
-    parser.add_argument("--set", action="append", default=[], help="one setting, section.key=value")
-    parser.add_argument("--videos", type=int, default=48, help="spread over the manifest")
+    parser.add_argument("--set", action="append", default=[], help="a setting, section.key=value")
+    parser.add_argument("--videos", type=int, default=48, help="videos, spread over the manifest")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes on either side"
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes on each side"
     )
     return parser.parse_args(argv)
 
@@ -97,23 +99,22 @@ def _some_videos(manifest_uri: str, count: int, out: str) -> list[str]:
     return rows.table["uri"].to_pylist()
 
 
-# ------------------------------------------------------------------------------------------------------------ tsq extract
+# -------------------------------------------------------------------------------------- tsq extract
 
 
 class TimedCounts(progress.Counts):
-    """Remembers when each row was done."""
+    """Counts that record when each row was finished."""
 
     def __init__(self) -> None:
         super().__init__()
         self.times: list[float] = []
 
     def add(self, statuses: Sequence[str | None]) -> None:
-        """As in Counts."""
         self.times += [time.time()] * len(statuses)
         super().add(statuses)
 
     def done_at(self) -> list[float]:
-        """Seconds since the epoch, ascending."""
+        """Return the times in seconds since the epoch, ascending."""
         return sorted(self.times)
 
 
@@ -134,12 +135,15 @@ def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str,
 
 
 def _steady(times: Sequence[float], workers: int) -> float:
-    """Videos a second between the end of the warm-up and the end of the last video but those that ran alone at the end."""
+    """Return videos per second in steady state.
+
+    From the end of the warm-up until `workers` videos remain, since the last ones may run alone.
+    """
     first, last = _WARM_UP * workers, len(times) - workers
     return (last - first) / (times[last - 1] - times[first - 1])
 
 
-# --------------------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) -> dict[str, float]:
@@ -167,10 +171,13 @@ def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) ->
 
 
 def _by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) -> None:
-    """What one would write: a process with one thread. `folded`: with the networks made ready as this package does it."""
+    """Extract in a single-threaded process, as one would write it by hand.
+
+    `folded`: prepare the networks for inference as this package does.
+    """
     torch.set_num_threads(1)
     networks = extraction.choose_networks(config, None, None)[1].load()
-    import decord  # after torch: its package may bring a BLAS that would take torch's place
+    import decord  # after torch: decord may ship a BLAS that would replace torch's
     from PIL import Image
 
     specs = {
@@ -184,7 +191,9 @@ def _by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) ->
             name: inference.prepare_for_inference(model, torch.device("cpu"), config.resources)
             for name, model in models.items()
         }
-    assert all(spec.resize == "squash" for spec in specs.values()), "the loop by hand only squashes"
+    assert all(spec.resize == "squash" for spec in specs.values()), (
+        "the hand-written loop only supports resize = squash"
+    )
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     times, spent = [], {"decode": 0.0, "resize": 0.0, "encode": 0.0}
     ready.wait()
@@ -227,7 +236,10 @@ def _by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) ->
 
 
 def _peak() -> float:
-    """Multiply-adds a second of this process's thread, while the others do the same: the faster of a matrix product and a 1 x 1 convolution."""
+    """Return this thread's peak of multiply-adds per second while the other processes do the same.
+
+    The faster of a matrix product and a 1 x 1 convolution.
+    """
     left, right = torch.randn(512, 512), torch.randn(512, 512)
     picture = torch.randn(8, 128, 28, 28).to(memory_format=torch.channels_last)
     pointwise = torch.nn.Conv2d(128, 128, 1).to(memory_format=torch.channels_last)
@@ -246,13 +258,16 @@ def _peak() -> float:
     return max(found)
 
 
-# -------------------------------------------------------------------------------------------------------------- the limit
+# ---------------------------------------------------------------------------------------- the limit
 
 
 def _limit(
     manifest: Manifest, config: Config, loops: Sequence[dict[str, float]]
 ) -> dict[str, float]:
-    """Seconds of a core for each video: CPU time of the decode (one thread, nothing beside it), and the multiply-adds at the peak."""
+    """Return a core's seconds per video: CPU time of decoding, and the multiply-adds at the peak.
+
+    Decoding is measured with one thread and nothing else running.
+    """
     specs = {
         VISUAL: frame_spec(config.encoders.visual),
         OBJECTS: frame_spec(config.encoders.objects),
@@ -272,7 +287,7 @@ def _limit(
 
 
 def _layers(config: Config, peak: float) -> list[str]:
-    """Where the networks spend their time: CPU time of one thread, 8 frames at a time."""
+    """Break down the networks' time by layer kind: CPU time of one thread, 8 frames at a time."""
     torch.set_num_threads(1)
     lines = [
         "",
@@ -287,7 +302,8 @@ def _layers(config: Config, peak: float) -> list[str]:
         seconds, adds, started = Counter[str](), Counter[str](), list[float]()
 
         def after(layer: torch.nn.Conv2d, output: torch.Tensor, kind: str) -> None:
-            seconds[kind] += time.process_time() - started.pop()  # type: ignore[assignment]  # noqa: B023
+            spent = time.process_time() - started.pop()  # noqa: B023
+            seconds[kind] += spent  # type: ignore[assignment]  # noqa: B023
             adds[kind] += output.numel() * layer.weight[0].numel()  # noqa: B023
 
         for layer in encoder.backbone.modules():
@@ -299,7 +315,9 @@ def _layers(config: Config, peak: float) -> list[str]:
                     if layer.kernel_size == (1, 1)
                     else "the first"
                 )
-                layer.register_forward_pre_hook(lambda *_: started.append(time.process_time()))  # noqa: B023
+                layer.register_forward_pre_hook(
+                    lambda *_: started.append(time.process_time())  # noqa: B023
+                )
                 layer.register_forward_hook(
                     lambda layer, _, output, kind=kind: after(layer, output, kind)
                 )
@@ -325,7 +343,8 @@ def _layers(config: Config, peak: float) -> list[str]:
                 f"| {encoder.config.model} at {size}, convolutions: {kind} | {' | '.join(cells)} |"
             )
         lines.append(
-            f"| {encoder.config.model} at {size}, the rest | {1 - seconds.total() / whole:.0%} | | | |"
+            f"| {encoder.config.model} at {size}, the rest "
+            f"| {1 - seconds.total() / whole:.0%} | | | |"
         )
     return lines
 
@@ -375,7 +394,7 @@ def _tables(
     for name, folded in (("loop by hand", False), ("loop by hand, folded", True)):
         loop = max(loops[folded], key=lambda one: one["rate"])
         lines.append(f"| {name} | {loop['decode'] + loop['resize']:.3f} | {loop['encode']:.3f} | |")
-    speed = f"{limit['adds'] / 1e9:.2f} G multiply-adds at {limit['peak'] / 1e9:.0f} G/s a core"
+    speed = f"{limit['adds'] / 1e9:.2f} G multiply-adds at {limit['peak'] / 1e9:.0f} G/s per core"
     lines.append(
         f"| limit | {limit['decode']:.3f} (CPU time) | {limit['encode']:.3f} ({speed}) | |"
     )
@@ -384,14 +403,17 @@ def _tables(
     )
     real = min(one["wall"] for one in ours)
     lines.append(
-        f"start-up and end, besides: {real - options.videos / best['tsq extract']:.1f} s, on a Ray that runs already"
+        "start-up and shutdown in addition: "
+        f"{real - options.videos / best['tsq extract']:.1f} s, with Ray already running"
     )
     guess, right = predicted["seconds_a_video"], 1 / best["tsq extract"]
     lines.append(
-        f"--dry-run: {guess:.3f} s a video predicted, {right:.3f} real: {guess / right:.2f} (aim 0.7 to 1.3)"
+        f"--dry-run: {guess:.3f} s per video predicted, {right:.3f} measured: "
+        f"{guess / right:.2f} (aim 0.7 to 1.3)"
     )
     lines.append(
-        f"{options.videos} videos, {options.workers} processes on {os.cpu_count()} cores, no GPU; failed {ours[0]['failed']}\n"
+        f"{options.videos} videos, {options.workers} processes on {os.cpu_count()} cores, no GPU; "
+        f"failed {ours[0]['failed']}\n"
     )
     return "\n".join(lines)
 

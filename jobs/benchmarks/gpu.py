@@ -1,13 +1,21 @@
-"""Inference speed of the whole network (encoders, TSQNet, recogniser) on a GPU: alone at several batch sizes, and fed by CPU decoding.
+"""Inference speed of all networks on a GPU, alone at several batch sizes and fed by decoding.
 
-python jobs/benchmarks/gpu.py [--videos FOLDER] [--batches 1,32,128] [--num-frames 50] [--compile] [--backend nvdec] [--device cuda]
+python jobs/benchmarks/gpu.py [--videos FOLDER] [--batches 1,32,128] [--num-frames 50] [--compile]
+                              [--backend nvdec] [--device cuda]
 
-Random weights of the paper's networks (MobileNetV2, EfficientNet-B0, ResNet-50; others by options), random uint8 frames on the host: the copy to the
-device is part of the time, decoding is not. With resize `device` these are whole frames of --frame pixels, resized there for each network; with `decoder` they come
-in the sizes that the networks want. What runs are the package's own stages. Prints one table: videos/s, multiply-adds a second, and their share of the largest
-matrix product's rate on the same device in the same precision, measured in the same run. With --videos a second one: the same network fed by decoding
-processes (--backend nvdec: on the GPU's decoder), against decoding alone and the network alone, by the fastest way of the first table. The paper has 17.7 and 121.1 videos/s at batches of 1 and 32 on an RTX 3090 (its
-table A.1). On a machine without a GPU it runs on the CPU, slowly: --small makes all of it small.
+Runs the package's own stages (encoders, TSQNet, recogniser) with random weights of the paper's
+networks (MobileNetV2, EfficientNet-B0, ResNet-50; options choose others) on random uint8 frames in
+host memory. The time includes the copy to the device but no decoding. With resize `device` the
+input is whole frames of --frame pixels, resized on the device for each network; with `decoder` it
+already has the sizes of the networks.
+
+Prints a table of videos/s, multiply-adds per second and their share of the rate of a matrix product
+(--matrix) on the same device in the same precision, measured in the same run. With --videos, a
+second table compares decoding alone, the network alone and the network fed by decoding processes
+(--backend nvdec: the GPU's decoder), in the fastest configuration of the first table.
+
+The paper reports 17.7 and 121.1 videos/s at batches of 1 and 32 on an RTX 3090 (table A.1). Without
+a GPU it runs on the CPU, slowly; --small makes everything small.
 """
 
 from __future__ import annotations
@@ -102,16 +110,16 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--videos", help="a folder of videos for the table of decoding and network together"
+        "--videos", help="folder of videos for the table of decoding and network together"
     )
     parser.add_argument(
         "--decoders",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="decoding processes; default: one a CPU",
+        help="decoding processes; default: one per CPU",
     )
     parser.add_argument(
-        "--batches", type=_numbers, default=[1, 32, 128], help="videos at a time; default 1,32,128"
+        "--batches", type=_numbers, default=[1, 32, 128], help="batch sizes; default 1,32,128"
     )
     parser.add_argument("--num-frames", type=int, default=50, help="T; default 50")
     parser.add_argument("--budget", type=int, default=5, help="K; default 5")
@@ -141,10 +149,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--backend",
         choices=("pyav", "nvdec"),
         default="pyav",
-        help="what decodes the videos of the second table",
+        help="decoder for the videos of the second table",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="each also compiled (CUDA graphs): minutes more"
+        "--compile", action="store_true", help="also run each compiled (CUDA graphs): minutes more"
     )
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument(
@@ -156,7 +164,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--small",
         action="store_true",
-        help="tiny networks, T = 8, batches 1 and 2: to see that it runs",
+        help="smoke test: tiny networks, T = 8, batches 1 and 2",
     )
     options = parser.parse_args(argv)
     if options.small:
@@ -191,7 +199,7 @@ def _model(text: str, seed: int) -> ModelConfig:
 
 
 def _bundle(options: argparse.Namespace) -> Bundle:
-    """The networks with random weights."""
+    """Return a bundle of networks with random weights."""
     encoders = EncodersConfig(visual=_model(options.visual, 0), objects=_model(options.objects, 1))
 
     def with_head(config: ModelConfig, num_classes: int) -> FrameEncoder:
@@ -227,7 +235,10 @@ def _network(
 
 
 def _frames(bundle: Bundle, seed: int, frame: tuple[int, int] | None) -> DecodedVideo:
-    """A decoded video of noise; `frame`: width and height of its whole frames, None: already in the networks' sizes."""
+    """Return a decoded video of noise.
+
+    `frame`: width and height of whole frames; None: frames in the networks' sizes.
+    """
     random, count = np.random.default_rng(seed), bundle.decode.num_frames
     index = np.arange(count, dtype=np.int32)
     sizes = (
@@ -257,7 +268,10 @@ def _frames(bundle: Bundle, seed: int, frame: tuple[int, int] | None) -> Decoded
 def _rate(
     run: Callable[[list[DecodedVideo]], Any], videos: list[DecodedVideo], rounds: int
 ) -> float:
-    """Videos a second: the median round after one to warm up. The answers come back to the host, so nothing is still on its way."""
+    """Return videos per second of the median round, after one to warm up.
+
+    The results arrive on the host, so no work is still pending when the clock stops.
+    """
     run(videos)
     seconds = []
     for _ in range(rounds):
@@ -268,7 +282,7 @@ def _rate(
 
 
 def _matrix_peak(device: torch.device, precision: str, side: int) -> float:
-    """Multiply-adds a second of a square matrix product."""
+    """Return multiply-adds per second of a square matrix product."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
@@ -284,8 +298,10 @@ def _head(options: argparse.Namespace, device: torch.device, each: float) -> str
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     models = f"{options.visual}, {options.objects}, {options.recognizer}"
     return (
-        f"{name}; {models}; T = {options.num_frames}, K = {options.budget}, C = {options.classes}; {each / 1e9:.2f} G multiply-adds a video\n\n"
-        "| precision | compiled | resize | batch | videos/s | T multiply-adds/s | of the matrix peak |\n"
+        f"{name}; {models}; T = {options.num_frames}, K = {options.budget}, C = {options.classes}; "
+        f"{each / 1e9:.2f} G multiply-adds per video\n\n"
+        "| precision | compiled | resize | batch | videos/s | T multiply-adds/s "
+        "| of the matrix peak |\n"
         "| --- | --- | --- | ---: | ---: | ---: | ---: |\n"
     )
 
@@ -297,7 +313,7 @@ def _end_to_end(
     whole: bool,
     run: Callable[[list[DecodedVideo]], Any],
 ) -> str:
-    """Decoding alone, and decoding processes that feed the network: videos/s of each over the same files."""
+    """Measure videos/s over the same files, decoding alone and decoding that feeds the network."""
     uris = [
         file.uri
         for file in storage.walk(storage.normalize(options.videos))
@@ -319,14 +335,17 @@ def _end_to_end(
             run(waiting)
         together = (done + len(waiting)) / (time.perf_counter() - started)
     return (
-        f"\n| {decoded} of {len(uris)} videos, {options.decoders} decoding processes ({options.backend}), batches of {batch} | videos/s |\n| --- | ---: |\n"
-        f"| decoding alone | {alone:.2f} |\n| network alone | {rate:.2f} |\n| together | {together:.2f} |\n"
-        f"| together, of the slower one | {together / min(alone, rate):.2f} |\n\n{sum(kept)} videos with whole frames\n"
+        f"\n| {decoded} of {len(uris)} videos, {options.decoders} decoding processes "
+        f"({options.backend}), batches of {batch} | videos/s |\n| --- | ---: |\n"
+        f"| decoding alone | {alone:.2f} |\n| network alone | {rate:.2f} |\n"
+        f"| together | {together:.2f} |\n"
+        f"| together, of the slower one | {together / min(alone, rate):.2f} |\n\n"
+        f"{sum(kept)} videos with whole frames\n"
     )
 
 
 def _decoded(pool: DecodePool, uris: Sequence[str], ahead: int) -> Iterator[DecodedVideo]:
-    """The videos that decode, `ahead` of them in work at a time."""
+    """Yield the videos that decode, with up to `ahead` in progress at a time."""
     pending: deque[Future[Any]] = deque()
     for uri in [*uris, *[None] * ahead]:
         if uri is not None:

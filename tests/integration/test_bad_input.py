@@ -85,7 +85,7 @@ def test_a_folder_that_another_run_writes_to(chain: Chain, command: str, tmp_pat
     with runs.Lease(out) as lease:
         said = refused(tsq(*argv, "--out", out))
     assert said.startswith(f"{out}: {lease.holder} writes to this folder; ")
-    assert said.endswith("take the folder from it with --take-over")
+    assert said.endswith("take over the folder with --take-over")
     assert os.listdir(out) == []
 
 
@@ -387,10 +387,10 @@ def test_a_bundle_without_a_recognizer(
             ["extract", "PART", "--out", "OUT"],
             "manifest PART: holds features or predictions; name the manifest",
         ),
-        (["extract", "MANIFEST", "--out", "FOLDER/parquet"], "holds files of something else"),
+        (["extract", "MANIFEST", "--out", "FOLDER/parquet"], "holds files that are not a run's"),
         (
             ["extract", "MANIFEST", "--out", "PREDICTIONS"],
-            "PREDICTIONS: holds predictions, not features; take another --out",
+            "PREDICTIONS: holds predictions, not features; use another --out",
         ),
         (
             ["extract", "MANIFEST", "--out", "VIDEO"],
@@ -398,11 +398,11 @@ def test_a_bundle_without_a_recognizer(
         ),
         (
             ["finetune", "MANIFEST", "--role", "encoder", "--out", "OUT", "--split", "tset"],
-            "no row of split 'tset'; there is: ",
+            "no row of split 'tset'; splits: ",
         ),
         (
             ["train", "FEATURES", "--out", "OUT", "--split", "tset"],
-            "no row of split 'tset'; there is: (none) (1), train (12), val (5)",
+            "no row of split 'tset'; splits: (none) (1), train (12), val (5)",
         ),
         (
             ["train", "PREDICTIONS", "--out", "OUT"],
@@ -416,8 +416,8 @@ def test_a_bundle_without_a_recognizer(
         (["export", "FEATURES", "--out", "OUT"], "FEATURES: holds features, expected predictions"),
         (["report", "NOWHERE", "--out", "OUT"], "NOWHERE: no run folder (no _run.json)"),
         (["verify", "NOWHERE"], "NOWHERE: no run folder (no _run.json)"),
-        (["info", "NOWHERE"], "info NOWHERE: no bundle, manifest or run folder"),
-        (["info"], "info takes one thing: a bundle, a manifest or a run folder, or --cluster"),
+        (["info", "NOWHERE"], "info NOWHERE: not a bundle, manifest or run folder"),
+        (["info"], "info takes one bundle, manifest or run folder, or else --cluster"),
         (
             ["score", "MANIFEST", "--model", "BUNDLE", "--out", "OUT", "--set", "sampler.budget=9"],
             "(K) is 9, above decode.num_frames (T) = 8",
@@ -432,7 +432,7 @@ def test_a_bundle_without_a_recognizer(
         ),
         (
             ["extract", "MANIFEST", "--out", "OUT", "--set", "decode.frames=8"],
-            "unknown setting decode.frames; there is: strategy, ",
+            "unknown setting decode.frames; allowed: strategy, ",
         ),
         (
             ["extract", "MANIFEST", "--out", "OUT", "--set", "decode.num_frames=many"],
@@ -537,4 +537,4 @@ def test_a_damaged_bundle(chain: Chain, tmp_path: Path) -> None:
     (tmp_path / "sampler.safetensors").write_bytes(whole[:-1])
     assert "its content is not what was written (sha256 differs)" in refused(tsq(*argv))
     (tmp_path / "sampler.safetensors").unlink()
-    assert "sampler.safetensors: missing; the folder is not whole" in refused(tsq(*argv))
+    assert "sampler.safetensors: missing; the folder is incomplete" in refused(tsq(*argv))

@@ -266,8 +266,8 @@ def test_frame_counts_are_those_of_the_list(data_dir: Path) -> None:
     [
         ("bad_audio_only.m4a", "not_video", "no video stream"),
         ("bad_audio_only.mp4", "not_video", "no video stream"),
-        ("bad_random.mp4", "not_video", "nothing in it is known as video"),
-        ("bad_text.mp4", "not_video", "nothing in it is known as video"),
+        ("bad_random.mp4", "not_video", "not recognised as video"),
+        ("bad_text.mp4", "not_video", "not recognised as video"),
         ("bad_truncated_no_moov.mp4", "truncated", "lacks its index"),
         ("bad_zero_bytes.mp4", "not_video", "an empty file"),
     ],

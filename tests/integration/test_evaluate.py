@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from support.cluster import BUDGET, NUM_FRAMES, Chain, Chains, read_rows, refuse
 
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.evaluation.measures import answers
-from tsq_ray.evaluation.samplers import Query
+from tsq_ray.evaluation.samplers import Sampler
 from tsq_ray.evaluation.trainings import arrays_of, saliencies
 from tsq_ray.evaluation.videos import load_features
+from tsq_ray.model.choosers import Salient
 
 pytestmark = pytest.mark.ray
 
@@ -89,7 +91,8 @@ def test_the_bundle_offline_is_what_score_does(chain: Chain) -> None:
     visual, textual = saliencies(
         bundle.sampler, arrays_of(videos), bundle.vocabulary, bundle.task, 5
     )
-    sampler = Query(videos, visual, textual, 0.6)
+    chooser = functools.partial(Salient, lambda_visual=0.6)
+    sampler = Sampler(videos, bundle.task, chooser, visual, textual)
     scored = {row["video_id"]: row for row in read_rows(chain.predictions).to_pylist()}
     chosen = [sampler.choose(video, BUDGET) for video in range(len(videos))]
     found = answers(videos, chosen, bundle.task)

@@ -193,7 +193,7 @@ def test_the_disk_is_full(ray_cluster: Any, tmp_path: Path) -> None:
         started.wait_until(lambda: site.parts)
         ballast = disk / "ballast"
         fill(ballast)
-        assert "the disk is full; free some room and run again" in one_line(started.ended())
+        assert "the disk is full; free some space and run again" in one_line(started.ended())
         before = site.parts
         assert 0 < len(before) < 9
         assert read_rows(site.out).num_rows == 2 * len(before), "what is to be seen is whole"

@@ -105,7 +105,7 @@ def test_storage_stays_away(cloud: Cloud, trouble: Trouble, tmp_path: Path) -> N
     said = (
         "the keys have expired; renew them"
         if trouble is EXPIRED_TOKEN
-        else "storage does not answer as it should"
+        else "storage did not respond as expected"
     )
     assert said in one_line(ended)
     before = site.parts

@@ -242,8 +242,8 @@ def test_an_interrupted_follower_says_that_the_job_runs_on(
     assert ended.code == 1
     job = re.findall(r"^job: (\S+)$", ended.err, re.MULTILINE)[0]
     assert (
-        f"the job runs on: see `ray job logs --follow {job}`, end it with `ray job stop {job}`"
-        in ended.err.splitlines()[-1]
+        f"keeps running: follow it with `ray job logs --follow {job}`, "
+        f"stop it with `ray job stop {job}`" in ended.err.splitlines()[-1]
     )
     run(head, [RAY, "job", "stop", job, "--address", head.url], repo_dir)
 

@@ -47,7 +47,9 @@ def kill_and_finish(argv: list[str], out: str, folder: Path, kills: int) -> list
     with Driver(argv, folder / "last") as driver:
         ended = driver.ended()
     assert ended.code == 0, ended.err
-    assert re.search(r"^done now \d+, before \d+$", ended.out, re.MULTILINE), ended.out
+    assert re.search(r"^done in this run: \d+, in earlier runs: \d+$", ended.out, re.MULTILINE), (
+        ended.out
+    )
     return seen
 
 
@@ -118,7 +120,7 @@ def test_interrupted_it_says_how_to_go_on(chain: Chain, tmp_path: Path) -> None:
     assert (ended.code, ended.out) == (1, "")
     assert (
         ended.err.splitlines()[-1]
-        == "error: interrupted; give the same command again: saved work is not done twice"
+        == "error: interrupted; run the same command again: saved work is not repeated"
     )
 
 

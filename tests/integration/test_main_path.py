@@ -293,7 +293,7 @@ def test_verify_sees_a_lost_and_a_double_part(local: Chain, tmp_path: Path) -> N
     (tmp_path / names[0]).write_bytes((tmp_path / names[1]).read_bytes())
     double = tsq("verify", tmp_path)
     assert double.code == 1
-    assert "its name does not fit the videos in it" in double.out
+    assert "its name does not match the videos in it" in double.out
 
 
 def test_predict_agrees_with_score(chain: Chain) -> None:
@@ -447,7 +447,7 @@ def test_again_does_nothing(chain: Chain) -> None:
 
 def test_index_does_not_overwrite(chain: Chain) -> None:
     again = tsq("index", chain.at("videos"), "--out", chain.manifest)
-    assert "exists already; add --update" in refused(again)
+    assert "already exists; add --update" in refused(again)
 
 
 @pytest.mark.parametrize(
@@ -457,7 +457,7 @@ def test_index_does_not_overwrite(chain: Chain) -> None:
         ("extract", "encoders.objects.weights=random:7", r"weights\.objects: "),
         ("extract", "encoders.objects.size=64", r"encoders\.objects\.size: 32 there, 64 now"),
         ("train", "train.epochs=5", r"train\.epochs: 4 there, 5 now"),
-        ("train", "decode.num_frames=9", r"decode\.num_frames: 8 there, 9 asked for"),
+        ("train", "decode.num_frames=9", r"decode\.num_frames: 8 in the features, 9 asked for"),
         ("score", "sampler.budget=2", r"sampler\.budget: 3 there, 2 now"),
         ("score", "decode.num_frames=9", r"decode\.num_frames: 8 in the bundle, 9 asked for"),
         ("finetune", "finetune.head.epochs=7", "holds another finetune"),
@@ -621,7 +621,7 @@ def test_limit_split_retry_and_max_failed(local: Chain, tmp_path: Path) -> None:
         "extract", manifest, "--out", out, "--config", local.settings, "--retry-failed=bad_luck"
     )
     assert "--retry-failed bad_luck: no such reason; allowed: not_found, " in refused(wrong)
-    assert "--split tset: no video has it; there is: (none) (1), train (3), val (3)" in refused(
+    assert "--split tset: no video has it; splits: (none) (1), train (3), val (3)" in refused(
         tsq("extract", manifest, "--out", out, "--config", local.settings, "--split", "tset")
     )
 

@@ -113,7 +113,7 @@ def test_a_cluster_that_another_job_holds(
         "no node is starting",
     ):
         assert fact in waiting[0]
-    assert "gave up after --wait-s 12; give the same command again to resume" in lines[-1]
+    assert "gave up after --wait-s 12; run the same command again to resume" in lines[-1]
 
 
 def test_what_a_cluster_has_and_how_runs_are_laid_out_on_it(two_nodes: Any, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_a_public_bucket_is_read_without_keys(
 def test_no_keys_and_no_word_of_it_is_told_with_the_setting(no_keys: S3Proxy) -> None:
     with pytest.raises(
         StorageError,
-        match=r"access denied; check the keys .*; a public bucket without keys: AWS_NO_SIGN_REQUEST=true",
+        match=r"access denied; check the keys .* without keys, set AWS_NO_SIGN_REQUEST=true",
     ):
         build_manifest([f"s3://{PUBLIC_BUCKET}/videos"])
 
@@ -291,7 +291,7 @@ def test_an_archived_object_is_told(proxy: S3Proxy, healthy: int) -> None:
     if healthy:  # the answer to a HEAD has no code
         assert (
             str(caught.value)
-            == f"cannot fetch {ROOT}/a b.mp4: is archived (InvalidObjectState): restore it first, then run again"
+            == f"cannot fetch {ROOT}/a b.mp4: the object is archived (InvalidObjectState); restore it first, then run again"
         )
         proxy.trouble(ARCHIVED, after=1)
         with pytest.raises(StorageError, match=r"is archived \(InvalidObjectState\)"):

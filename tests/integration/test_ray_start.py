@@ -65,7 +65,7 @@ def test_an_extraction_below_a_long_tmpdir(tmp_path: Path, length: int) -> None:
     assert "2 inputs = 2 ok + 0 failed + 0 skipped" in extract.out
     told = [line for line in extract.err.splitlines() if "TMPDIR" in line]
     assert len(told) == 1
-    place = f"/tsq-ray-{os.getuid()}; RAY_TMPDIR names another folder"
+    place = f"/tsq-ray-{os.getuid()}; set RAY_TMPDIR to choose another folder"
     expected = rf"TMPDIR is too long .* \({length} bytes, at most \d+\): .*{place}"
     assert re.fullmatch(expected, told[0])
     assert read_rows(str(out)).column("status").to_pylist() == ["ok", "ok"]
@@ -170,11 +170,11 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         (
             Exception("The current node timed out during startup. This could happen because ..."),
             rf"Ray could not be started here \(The current node timed out .*\); the machine is too "
-            rf"busy: give the same command again when less runs here, or let Ray .* {BUSY}",
+            rf"busy: run the same command again when it is less loaded, or let Ray .* {BUSY}",
         ),
         (
             RuntimeError("anything\nelse"),
-            r"Ray could not be started here \(anything else\); --debug shows what Ray says",
+            r"Ray could not be started here \(anything else\); --debug shows Ray's own output",
         ),
     ],
 )

@@ -452,7 +452,7 @@ def test_limits_a_crash_and_the_end(
             time.sleep(1)
         assert full.headers["Retry-After"] == "1"
         assert full.json().keys() == {"status", "error_message"}
-        assert "2 requests are in hand" in full.json()["error_message"]
+        assert "2 requests are in progress" in full.json()["error_message"]
         for body in bodies:
             body.go_on.set()
         assert [found.result(ANSWER_S).status_code for found in waiting].count(200) == 2
@@ -471,7 +471,7 @@ def test_limits_a_crash_and_the_end(
             line for line in ended.err.strip().splitlines() if "(raylet)" not in line
         ]  # Ray tells of the killed replica
         serving = f"serving {bundle} on http://127.0.0.1:{port}/v1/score (stop with Ctrl-C)"
-        assert shown == ["starting: some 20 s until it serves", serving, "stopped"]
+        assert shown == ["starting: ready in about 20 s", serving, "stopped"]
         assert "Traceback" not in ended.out
         deadline = time.monotonic() + END_S
         while left := marked(endpoint.driver.mark):
@@ -514,9 +514,9 @@ def test_the_kubernetes_config_serves(
     [
         (
             ["--host", "0.0.0.0"],
-            r"--host 0\.0\.0\.0: beyond loopback a bearer token is needed; set the environment variable TSQ_TOKEN",
+            r"--host 0\.0\.0\.0: a host beyond loopback needs a bearer token; set the environment variable TSQ_TOKEN",
         ),
-        (["--host", "::"], "--host ::: beyond loopback a bearer token is needed"),
+        (["--host", "::"], "--host ::: a host beyond loopback needs a bearer token"),
         (["--set", "serve.sampler.min_replicas=3"], "min_replicas 3 is above max_replicas 1"),
         (
             ["--set", "decode.num_frames=16"],

@@ -62,14 +62,10 @@ def test_random_takes_distinct_source_frames() -> None:
     assert baselines.random(frames, 9, 0, "v").slots.tolist() == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("name", ["maxconf", "maxconf-l"])
-def test_maxconf_takes_the_surest_frames(name: str) -> None:
-    probabilities = np.full((6, 3), 0.2)
-    probabilities[4, 1], probabilities[2, 0], probabilities[1, 2] = 0.9, 0.8, 0.3
-    chosen = baselines.maxconf(probabilities, np.arange(6), 2, name)
+def test_the_highest_scores_are_taken() -> None:
+    scores = np.array([0.2, 0.3, 0.8, 0.2, 0.9, 0.2])
+    chosen = baselines.highest(scores, np.arange(6), 2, "maxconf-l")
     assert chosen.slots.tolist() == [2, 4]
-    assert chosen.selected_by == [name] * 2
-    assert baselines.maxconf(probabilities, np.arange(6), 4, name).slots.tolist() == [0, 1, 2, 4]
-    assert baselines.maxconf(
-        probabilities, np.array([0, 1, 2, 0, 1, 2]), 2, name
-    ).slots.tolist() == [1, 2]
+    assert chosen.selected_by == ["maxconf-l"] * 2
+    assert baselines.highest(scores, np.arange(6), 4, "x").slots.tolist() == [0, 1, 2, 4]
+    assert baselines.highest(scores, np.arange(6) % 3, 2, "x").slots.tolist() == [1, 2]

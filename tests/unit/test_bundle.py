@@ -191,7 +191,7 @@ def flip_a_byte(folder: Path) -> None:
         ),
         (
             lambda folder: (folder / "text.safetensors").unlink(),
-            "text.safetensors: missing; the folder is not whole",
+            "text.safetensors: missing; the folder is incomplete",
         ),
         (
             lambda folder: (folder / BUNDLE_FILE).unlink(),

@@ -16,8 +16,8 @@ import pytest
 from support.bundle import make_bundle
 
 from tsq_ray import runs, schema
-from tsq_ray.cli import bare_retry, main, without_options
-from tsq_ray.console import estimate_text, run_text
+from tsq_ray.cli import main
+from tsq_ray.console import bare_retry, estimate_text, run_text, without_options
 from tsq_ray.errors import ERROR_TYPES
 from tsq_ray.manifest import read_manifest
 from tsq_ray.runs.bulk import accounting
@@ -90,7 +90,7 @@ def one_error(answer: Answer, code: int, message: str) -> None:
         ),
         (["serve", "--model", "b", "--port", "none"], "--port"),
         (["report", "predictions", "--out"], "--out.* requires an argument"),
-        (["info"], "info takes one thing: a bundle, a manifest or a run folder, or --cluster"),
+        (["info"], "info takes one bundle, manifest or run folder, or else --cluster"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(
@@ -114,7 +114,7 @@ def test_help_is_no_error(tsq: Callable[..., Answer], arguments: list[str]) -> N
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("decode.frames=3", "unknown setting decode.frames; there is: strategy, "),
+        ("decode.frames=3", "unknown setting decode.frames; allowed: strategy, "),
         ("decode.num_frames", "expected section.key=value"),
         (
             "decode.num_frames=0",
@@ -169,8 +169,8 @@ def test_debug_adds_the_traceback(tsq: Callable[..., Answer]) -> None:
         (["export", "none", "--out", "e"], "none: no run folder"),
         (["verify", "none"], "none: no run folder"),
         (["verify", "videos"], "videos: no run folder"),
-        (["info", "none"], "info .*none: no bundle, manifest or run folder"),
-        (["info", "videos"], "info .*videos: no bundle, manifest or run folder"),
+        (["info", "none"], "info .*none: not a bundle, manifest or run folder"),
+        (["info", "videos"], "info .*videos: not a bundle, manifest or run folder"),
         (["extract", "m", "--out", "o", "--config", "none.toml"], "--config: no file none.toml"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
@@ -194,7 +194,7 @@ def test_index_writes_the_manifest_and_tells_what_it_found(
         "4 videos, 2 classes, labels from class folders",
         "labelled 4, unlabelled 0; splits: (none) 4",
         "new 4, changed 0, deleted 0, unchanged 0",
-        "left out, no video by its name: .txt 1",
+        "left out, no video suffix: .txt 1",
         "out: manifest.parquet",
     ]
     assert read_manifest("manifest.parquet").classes == ["big dogs", "cats"]
@@ -220,7 +220,7 @@ def test_index_does_not_write_over_a_manifest_unasked(
     one_error(
         tsq("index", videos, "--out", manifest),
         2,
-        "exists already; add --update to list again, or name another file",
+        "already exists; add --update to list again, or name another file",
     )
     assert manifest.read_bytes() == before
 
@@ -268,7 +268,7 @@ def test_extract_refuses_a_split_that_nobody_has(
     one_error(
         tsq("extract", manifest, "--out", "o", "--split", "val"),
         2,
-        r"--split val: no video has it; there is: \(none\) \(4\)",
+        r"--split val: no video has it; splits: \(none\) \(4\)",
     )
 
 
@@ -606,9 +606,9 @@ def run_summary(**counts: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ({"videos_done_now": 0, "already_done": True}, "\ndone already: nothing to do\n"),
-        ({"videos_done_now": 0}, "\ndone now 0, before 10\n"),
-        ({"videos_done_now": 4}, "\ndone now 4, before 6\n"),
+        ({"videos_done_now": 0, "already_done": True}, "\nalready done: nothing to do\n"),
+        ({"videos_done_now": 0}, "\ndone in this run: 0, in earlier runs: 10\n"),
+        ({"videos_done_now": 4}, "\ndone in this run: 4, in earlier runs: 6\n"),
         ({"videos_done_now": 10}, None),
     ],
     ids=["nothing", "labels only", "some", "all"],
@@ -638,9 +638,10 @@ def test_a_dry_run_is_told_in_words() -> None:
     }
     assert estimate_text(estimate).splitlines() == [
         "to do: 30 of 40 videos, 12.3 MB to read",
-        "would take 35 s on a machine like this one, start-up too: 0.5 s a video with 2 workers (0.008 CPU hours, 0.0 GPU hours)",
+        "would take 35 s on a machine like this one, including start-up: "
+        "0.5 s per video with 2 workers (0.008 CPU hours, 0.0 GPU hours)",
         "would write 0.2 MB",
-        "from a probe of 2 videos, 1 of which failed (--json names them)",
+        "based on a probe of 2 videos, 1 of which failed (--json names them)",
     ]
 
 

@@ -63,7 +63,7 @@ def test_a_file_system_without_hard_links_will_do(
 
 def test_other_failures_are_no_refusal(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match=r"the file system answers with an error.*File exists"):
+    with pytest.raises(StorageError, match=r"the file system reports an error.*File exists"):
         storage.create_bytes(str(tmp_path / "file" / "below"), b"")
 
 

@@ -84,12 +84,12 @@ def test_values_of_set_are_toml_or_plain_text(item: str, key: str, value: object
         ("=3", "expected section.key=value"),
         ("decode..x=3", "expected section.key=value"),
         ("decode.num_frames.x=3", "num_frames is a value, not a section"),
-        ("decode.frames=3", r"unknown setting decode.frames; there is: strategy, .*timeout_s"),
+        ("decode.frames=3", r"unknown setting decode.frames; allowed: strategy, .*timeout_s"),
         (
             "encoders.visual.modle=x",
-            "unknown setting encoders.visual.modle; there is: model, model_args",
+            "unknown setting encoders.visual.modle; allowed: model, model_args",
         ),
-        ("nothing.at_all=1", "unknown setting nothing; there is: decode, encoders"),
+        ("nothing.at_all=1", "unknown setting nothing; allowed: decode, encoders"),
         (
             "decode.num_frames=0",
             "setting decode.num_frames = 0: input should be greater than or equal to 1",
@@ -226,7 +226,7 @@ def test_the_defaults_are_the_papers() -> None:
     [
         (
             ["train.num_heads=3"],
-            "settings train: num_heads 3 does not divide dim_visual 512; take a divisor of it",
+            "settings train: num_heads 3 does not divide dim_visual 512; use a divisor of it",
         ),
         (
             ["train.num_heads=8", "train.dim_textual=20"],
@@ -269,7 +269,7 @@ def test_more_objects_than_the_features_hold_are_refused() -> None:
     check_top_objects(10, 10)
     with pytest.raises(
         ConfigError,
-        match=r"train.top_objects is 20, above encoders.num_objects = 10, what the features hold",
+        match=r"train.top_objects is 20, above encoders.num_objects = 10, the number per frame that the features hold",
     ):
         check_top_objects(20, 10)
 

@@ -23,6 +23,7 @@ from tsq_ray.decode import (
     FrameSpec,
     VideoSource,
     decode_video,
+    fetch,
     nvdec,
     video,
     with_whole_frames,
@@ -343,24 +344,24 @@ def _written(name: str, data: bytes) -> object:
         (
             _written("text.mp4", b"this is not a video\n" * 20),
             "not_video",
-            "nothing in it is known as video",
+            "not recognised as video",
         ),
         (
             _written("random.mp4", np.random.default_rng(7).bytes(50_000)),
             "not_video",
-            "nothing in it is known as video",
+            "not recognised as video",
         ),
         (
             _written(
                 "list.m3u8", b"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile:///etc/hostname\n"
             ),
             "not_video",
-            "nothing in it is known",
+            "not recognised as video",
         ),
         (
             _written("list.ffconcat", b"ffconcat version 1.0\nfile v.mp4\n"),
             "not_video",
-            "nothing in it is known",
+            "not recognised as video",
         ),
         (lambda folder: write_audio(folder / "sound.mp4"), "not_video", "no video stream"),
         (lambda folder: folder, "not_video", "a folder"),
@@ -484,9 +485,8 @@ def test_a_remote_object_gives_what_the_local_file_gives(
     range_bytes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        video, "_RANGE_BYTES", range_bytes
-    )  # small objects are fetched whole, larger ones by ranges
+    # small objects are fetched whole, larger ones by ranges
+    monkeypatch.setattr(fetch, "RANGE_BYTES", range_bytes)
     uri = f"memory://decode-test/{name}"
     storage.write_bytes(uri, videos[name].read_bytes())
     settings = DecodeConfig.model_validate({"strategy": strategy, "num_frames": 7})
@@ -550,7 +550,7 @@ def test_nvdec_gives_the_frames_of_the_cpu(name: str, tmp_path: Path) -> None:
 def test_a_remote_object_that_is_no_video() -> None:
     storage.write_bytes("memory://decode-test/text.mp4", b"not a video")
     with pytest.raises(
-        VideoError, match=r"^memory://decode-test/text.mp4: nothing in it is known as video"
+        VideoError, match=r"^memory://decode-test/text.mp4: not recognised as video"
     ):
         decode_video(
             VideoSource("memory://decode-test/text.mp4"), DecodeConfig(strategy="keyframe"), SPECS
@@ -572,7 +572,7 @@ def test_copies_of_killed_processes_are_removed_and_those_in_use_are_kept(
         (folder / ".lock").touch()
     with open(folders[1] / ".lock", "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        video.sweep_copies()
+        fetch.sweep_copies()
         assert [folder.exists() for folder in folders] == [False, True, True]
     storage.write_bytes(
         "memory://decode-test/copy.mp4", write_video(tmp_path / "v.mp4", 5).read_bytes()

@@ -205,7 +205,7 @@ def test_a_picture_that_stands_still_for_a_minute(tmp_path: Path, suffix: str) -
     for video in check(write_video(tmp_path / f"still.{suffix}", 48, times=times, size=(96, 64))):
         assert video.duration_s == pytest.approx(62, abs=0.1)
         slots, shown = len(video.frame_index), len(set(video.frame_index.tolist()))
-        told = [f"{slots} slots hold {shown} distinct frames of 48: the picture stands still"]
+        told = [f"{slots} slots hold {shown} distinct frames of 48: the picture is static"]
         assert video.warnings == (told if shown <= slots / 2 else [])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
+import importlib.util
 import io
 import json
 import math
@@ -31,13 +33,11 @@ from tsq_ray.evaluation.methods import (
     learned_sampler,
     measured_at,
     possible,
+    ranked_sampler,
     samplers_of,
 )
 from tsq_ray.evaluation.samplers import (
-    Dense,
-    Ranked,
-    Uniform,
-    UntilSure,
+    Sampler,
     change_scores,
     confidence,
     frame_head_logits,
@@ -56,7 +56,7 @@ from tsq_ray.evaluation.trainings import (
 )
 from tsq_ray.evaluation.videos import load_features
 from tsq_ray.manifest import VideoRef
-from tsq_ray.model import TSQShape
+from tsq_ray.model import TSQShape, choosers
 from tsq_ray.rows import RECOGNIZER, VISUAL
 from tsq_ray.stages import Encode, Recognize, Sample, bundle_specs
 
@@ -90,6 +90,18 @@ def bench_of(case: Case, out: Path, *sets: str, split: str | None = None) -> Ben
 @pytest.fixture
 def bench(case: Case, tmp_path: Path) -> Bench:
     return bench_of(case, tmp_path)
+
+
+def test_without_the_extra_one_line_says_what_to_install(
+    case: Case, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "tsq_ray.evaluation.run.find_spec",
+        lambda name: None if name == "matplotlib" else found(name),
+    )
+    with pytest.raises(RunError, match=r"^evaluate needs matplotlib: pip install 'tsq-ray\[eval"):
+        evaluate([case.features], case.model, str(tmp_path), evaluation_settings(case.model))
 
 
 # ------------------------------------------------------------------------------------------------------------ features
@@ -154,9 +166,7 @@ def test_other_weights_or_missing_logits_are_refused(case: Case, tmp_path: Path)
         load_features(
             write_features(tmp_path / "other", case.bundle, weights=hashes), case.bundle, None
         )
-    with pytest.raises(
-        RunError, match=r"no row of split 'test'; there is: train \(12\), val \(11\)"
-    ):
+    with pytest.raises(RunError, match=r"no row of split 'test'; splits: train \(12\), val \(11\)"):
         load_features(case.features, case.bundle, "test")
 
 
@@ -183,7 +193,7 @@ def test_the_oracle_finds_the_evidence_by_annotation_or_by_the_recogniser(bench:
     videos, known = bench.videos, bench.annotations
     assert known is not None
     for segments in (None, [known.of(uri) for uri in videos.uris]):
-        oracle = Ranked(videos, oracle_scores(videos, "single", segments))
+        oracle = ranked_sampler(bench, oracle_scores(videos, "single", segments), "oracle")
         assert all(
             set(videos.frame_index[v][oracle.choose(v, 2)]) == SALIENT for v in range(len(videos))
         )
@@ -193,7 +203,7 @@ def test_the_oracle_finds_the_evidence_by_annotation_or_by_the_recogniser(bench:
 
 
 def test_maxconf_finds_the_frames_that_the_recogniser_knows(bench: Bench) -> None:
-    sampler = Ranked(bench.videos, confidence(bench.videos.logits, "single"))
+    sampler = Sampler(bench.videos, "single", choosers.MostConfident)
     assert all(
         set(bench.videos.frame_index[v][sampler.choose(v, 2)]) == SALIENT for v in range(VAL)
     )
@@ -242,7 +252,7 @@ def test_the_mean_of_the_logits_is_what_counts(bench: Bench) -> None:
 
 
 def test_a_sampler_on_the_evidence_is_right(bench: Bench) -> None:
-    oracle = Ranked(bench.videos, true_class_probability(bench.videos, "single"))
+    oracle = ranked_sampler(bench, true_class_probability(bench.videos, "single"), "oracle")
     found = measure_sampler(bench.videos, oracle, 2, "single", bench.annotations)
     assert (found.map, found.map_interpolated, found.top1, found.recall, found.frames) == (
         1,
@@ -251,13 +261,13 @@ def test_a_sampler_on_the_evidence_is_right(bench: Bench) -> None:
         1,
         2,
     )
-    dense = measure_sampler(bench.videos, Dense(bench.videos), 1, "single", bench.annotations)
+    every = Sampler(bench.videos, "single", lambda _: choosers.Dense())
+    dense = measure_sampler(bench.videos, every, 1, "single", bench.annotations)
     assert dense.frames == pytest.approx(
         np.mean([len(set(index)) for index in bench.videos.frame_index])
     )
-    assert math.isnan(
-        measure_sampler(bench.videos, Uniform(bench.videos), 2, "single", None).recall
-    )
+    uniform = Sampler(bench.videos, "single", choosers.Uniform)
+    assert math.isnan(measure_sampler(bench.videos, uniform, 2, "single", None).recall)
 
 
 def test_intervals_by_hand() -> None:
@@ -355,17 +365,24 @@ def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
     visual, textual = saliencies(bundle.sampler, one, bundle.vocabulary, "single", 5)
     head = bundle.encoder.head
     assert head is not None
-    sides: dict[str, Any] = {
-        "uniform": Uniform(videos),
-        "maxconf": Ranked(videos, confidence(logits, "single")),
-        "maxconf-l": Ranked(videos, confidence(frame_head_logits(head, videos), "single")),
-        **{
-            mode: learned_like(videos, visual, textual, mode)
-            for mode in ("both", "visual", "textual")
-        },
-    }
     margin = 0.05  # of random networks
-    sides["adaptive"] = UntilSure(sides["both"], margin, "single")
+    surest = confidence(frame_head_logits(head, videos), "single")
+
+    def salient(mode: Any) -> Sampler:
+        made = functools.partial(choosers.Salient, lambda_visual=0.6, mode=mode)
+        return Sampler(videos, "single", made, visual, textual)
+
+    def until_confident(budget: int) -> choosers.Chooser:
+        return choosers.UntilConfident(choosers.Salient(budget, 0.6), margin)
+
+    ranked = functools.partial(choosers.Ranked, name="maxconf-l")
+    sides: dict[str, Any] = {
+        "uniform": Sampler(videos, "single", choosers.Uniform),
+        "maxconf": Sampler(videos, "single", choosers.MostConfident),
+        "maxconf-l": Sampler(videos, "single", ranked, scores=surest),
+        "adaptive": Sampler(videos, "single", until_confident, visual, textual),
+        **{mode: salient(mode) for mode in ("both", "visual", "textual")},
+    }
     assert len(sides["adaptive"].choose(0, 3)) < 3
     for mode, sampler in sides.items():
         config = (
@@ -378,12 +395,6 @@ def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
         assert slots.tolist() == row["selected_slot"].tolist(), mode
         np.testing.assert_allclose(answers(videos, [slots], "single")[0], row["scores"], atol=2e-3)
     assert {VISUAL, RECOGNIZER} <= frames.keys()
-
-
-def learned_like(videos: Any, visual: np.ndarray, textual: np.ndarray | None, mode: Any) -> Any:
-    from tsq_ray.evaluation.samplers import Query
-
-    return Query(videos, visual, textual, 0.6, mode)
 
 
 # ----------------------------------------------------------------------------------------------------------- trainings
@@ -538,7 +549,7 @@ def test_an_ablation_table_measures_each_seed(bench: Bench) -> None:
     assert worse.mean < 1
     assert any(
         note.startswith(
-            "sign in the paper: without self-attention above with self-attention: here held (+"
+            "trend in the paper: without self-attention above with self-attention; here held (+"
         )
         for note in table.notes
     )
@@ -671,7 +682,7 @@ def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:
         )
 
     with pytest.raises(
-        RunError, match=r"--table table99: no such table; there is: table1, table2, figure3"
+        RunError, match=r"--table table99: no such table; allowed: table1, table2, figure3"
     ):
         attempt(case.features, tables=["table99"])
     with pytest.raises(RunError, match="one features folder at a time, got 2"):
@@ -680,7 +691,7 @@ def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:
         attempt(
             case.features, config=evaluation_settings(case.model, None, ["evaluate.budgets=[1, 9]"])
         )
-    with pytest.raises(ConfigError, match="names one twice"):
+    with pytest.raises(ConfigError, match="has a duplicate"):
         evaluation_settings(case.model, None, ["evaluate.seeds=[1, 1]"])
     bare = make_bundle(tmp_path / "bare", with_recognizer=False)
     with pytest.raises(ModelError, match="the bundle has no recogniser"):

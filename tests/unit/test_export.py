@@ -176,7 +176,7 @@ def test_labels_alone_open_no_video(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("what", "size", "message"),
     [
-        (["labels", "sound"], 480, "sound cannot be exported; there is: labels, frames"),
+        (["labels", "sound"], 480, "sound cannot be exported; allowed: labels, frames"),
         ([], 480, "nothing cannot"),
         (["frames"], 2, "size 2 is too small"),
     ],
@@ -189,8 +189,6 @@ def test_wrong_wishes_are_refused(tmp_path: Path, what: list[str], size: int, me
 
 def test_a_video_id_that_is_a_path_is_refused(tmp_path: Path) -> None:
     row = failed_row(1, "/a/b.mp4", "truncated", "too short") | {"video_id": "../../elsewhere"}
-    with pytest.raises(
-        RunError, match=r"video_id '\.\./\.\./elsewhere'; allowed are 16 hex digits"
-    ):
+    with pytest.raises(RunError, match=r"video_id '\.\./\.\./elsewhere'; allowed: 16 hex digits"):
         export_predictions(str(write_run(tmp_path / "run", [row])), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

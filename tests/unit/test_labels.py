@@ -238,7 +238,7 @@ def test_the_exact_spelling_goes_first(make: Make, write: Callable[[str, str], s
     )
     assert found == {f"{NFC}.mp4": (["x"], None), f"{NFD}.mp4": (["y"], None)}
     half = "Caf\u00e9 Zu\u0308rich"
-    with pytest.raises(ManifestError, match="is 2 of the videos found"):
+    with pytest.raises(ManifestError, match="matches 2 videos"):
         index(folder, write("labels.csv", f"path,label\nvideos/{half}.mp4,x\n"))
 
 
@@ -350,9 +350,9 @@ def test_fcvid_joins_its_list_with_the_matrix_beside_it(
     [
         (
             None,
-            r"list\.txt: a list of FCVID's videos needs FCVID_Label\.txt beside it: cannot read .*no such file",
+            r"list\.txt: a list of FCVID's videos needs FCVID_Label\.txt in the same folder: cannot read .*no such file",
         ),
-        ("1 0\n", r"FCVID_Label\.txt: 1 lines; expected 4, one for each video of .*list\.txt"),
+        ("1 0\n", r"FCVID_Label\.txt: 1 lines; expected 4, one per video of .*list\.txt"),
         (
             "1 0\n1 0\n2 0\n1 0\n",
             r"FCVID_Label\.txt line 3: 2 values, '2 0'; expected 2 values, each 0 or 1",
@@ -471,7 +471,7 @@ def test_a_list_that_means_several_videos_is_refused(
 ) -> None:
     with pytest.raises(
         ManifestError,
-        match=r"list.txt line 1: 1.mp4 is 2 of the videos found, .*a/1.mp4 and .*b/1.mp4; name its folder",
+        match=r"list.txt line 1: 1.mp4 matches 2 videos, .*a/1.mp4 and .*b/1.mp4; add its folder",
     ):
         index(
             make("a/1.mp4", "b/1.mp4"),
@@ -526,7 +526,7 @@ def test_class_ids_need_a_class_file(
     write("FCVID_Label.txt", "1 0\n")
     with pytest.raises(
         ManifestError,
-        match="its labels are class ids; give their names with --classes FILE, one a line",
+        match="its labels are class ids; give their names with --classes FILE, one per line",
     ):
         index(make("a.mp4"), write("list.txt", content))
 
@@ -563,7 +563,7 @@ def test_class_ids_need_a_class_file(
         ('{"videos": {}}', "not ActivityNet JSON: no usable 'database'"),
         (
             '{"database": {"x": 3}}',
-            "not ActivityNet JSON: 'x' is '3'; expected 'subset' and 'annotations' with a 'label' each",
+            "not ActivityNet JSON: 'x' is '3'; expected 'subset' and 'annotations', each with a 'label'",
         ),
         (
             '{"database": {"x": {"annotations": [{}]}}}',
@@ -587,16 +587,16 @@ def test_class_ids_need_a_class_file(
             "a 90 1\n\na 90\n",
             r"line 3: got 'a 90'; expected name num_frames class_id \[class_id ...\]",
         ),
-        ("a.mp4 train\n", r"FCVID_Label.txt beside it"),
+        ("a.mp4 train\n", r"FCVID_Label.txt in the same folder"),
         (
             "file,class\na.mp4,cats\n",
-            "not a label file that is known; it begins with 'file,class'; known: activitynet",
+            "unknown label format; it begins with 'file,class'; known: activitynet",
         ),
         (
             "a 3\n",
-            "not a label file that is known; it begins with 'a 3'; known: .*video-list .*frame-list .*; --labels-format NAME",
+            "unknown label format; it begins with 'a 3'; known: .*video-list .*frame-list .*; --labels-format NAME",
         ),
-        ("", "not a label file that is known; it begins with ''"),
+        ("", "unknown label format; it begins with ''"),
     ],
 )
 def test_labels_that_cannot_be_used_are_told(
@@ -628,12 +628,12 @@ def test_a_format_can_be_named(make: Make, write: Callable[[str, str], str]) -> 
     assert labels_of(manifest) == {"a.mp4": (["y"], None)}
     with pytest.raises(
         ManifestError,
-        match="--labels-format lists: no such format; there is: " + ", ".join(READERS),
+        match="--labels-format lists: no such format; allowed: " + ", ".join(READERS),
     ):
         index(make("a.mp4"), labels, classes_file=classes, labels_format="lists")
     with pytest.raises(
         ManifestError,
-        match="--labels-format csv: there is no label file to read; name one with --labels FILE",
+        match="--labels-format csv: no label file to read; name one with --labels FILE",
     ):
         index(make("a.mp4"), labels_format="csv")
 

@@ -51,11 +51,44 @@ ORDER = (
         "describe",
         "console",
         "options",
+        "commands",
         "cli",
         "__main__",
     ),
 )
 """A module imports only from those before its own."""
+INSIDE = {
+    "bundle": ("settings", "overrides", "weights"),
+    "commands": ("submit", "pipeline", "results"),
+    "config": ("base", "method", "resources", "settings", "load"),
+    "decode": (
+        *("types", "fetch", "plan", "clock", "nvdec", "frames", "probe", "pyav_backend"),
+        *("decord_backend", "indexed", "survivors", "video", "sandbox"),
+    ),
+    "evaluation": (
+        *("annotations", "videos", "samplers", "trainings", "measures", "store", "tables"),
+        *("plots", "bench", "methods", "ablations", "compare", "paper", "run"),
+    ),
+    "labels": ("formats", "match"),
+    "manifest": ("videos", "files", "listing"),
+    "model": ("layers", "tsq", "task", "losses", "selection", "baselines", "choosers", "flops"),
+    "networks": ("weights", "encoder", "text", "batch_norm", "inference"),
+    "reporting": (
+        *("choice", "curves", "losses", "predictions", "pictures", "summary", "html", "export"),
+    ),
+    "runs": ("identity", "lease", "columns", "done", "folder", "bulk", "verify"),
+    "runtime": (
+        *("nodes", "placement", "session", "cluster", "waiting", "progress", "parts", "bulk"),
+        "jobs",
+    ),
+    "serving": (*("access", "requests", "batching", "graph", "app", "replicas", "endpoint"),),
+    "training": ("cache", "head", "features", "resumable", "classifier", "sampler"),
+    "training/classifier": (
+        *("augment", "optim", "clips", "worker", "full", "frozen", "finetune"),
+    ),
+    "training/sampler": ("loop", "launch", "tsqnet"),
+}
+"""The same inside each folder."""
 STAGES = ("extraction", "training", "serving", "scoring")
 """They meet through Parquet, the bundle and what comes before them, never through one another; only scoring drives serving's graph."""
 ALLOWED_STAGES = {("scoring", "serving")}
@@ -130,6 +163,32 @@ def test_imports_go_one_way(path: Path) -> None:
         if unit != own and ORDER.index(unit) > ORDER.index(own)
     ]
     assert wrong == []
+
+
+def test_every_folder_is_a_package() -> None:
+    """Without its `__init__.py` a folder would be missing from an installed wheel."""
+    folders = {path.parent for path in SOURCES}
+    assert [name_of(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if path.name != "__init__.py" and path.parent != PACKAGE],
+    ids=name_of,
+)
+def test_imports_go_one_way_inside_a_folder_too(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    for depth in range(1, len(parts)):
+        folder, own = "/".join(parts[:depth]), parts[depth]
+        order = INSIDE[folder]
+        above = ".".join(("tsq_ray", *parts[:depth])) + "."
+        imported = {
+            item.module.removeprefix(above).split(".")[0]
+            for item in imports_of(path)
+            if item.module.startswith(above)
+        }
+        later = {name for name in imported & set(order) if order.index(name) > order.index(own)}
+        assert later == set(), folder
 
 
 @pytest.mark.parametrize("path", [path for path in SOURCES if unit_of(path) in STAGES], ids=name_of)
@@ -261,37 +320,6 @@ def test_top_level_holds_nothing_else() -> None:
     assert {name for name in found if not name.startswith(".")} == TOP
 
 
-def public_definitions(
-    tree: ast.AST, prefix: str = ""
-) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]]:
-    """Public functions, classes and their public methods; not what is inside functions."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(
-            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        ) and not node.name.startswith("_"):
-            yield prefix + node.name, node
-            if isinstance(node, ast.ClassDef):
-                yield from public_definitions(node, f"{prefix}{node.name}.")
-
-
-def is_stub(node: ast.AST) -> bool:
-    """A member of a Protocol: its body is `...`."""
-    body = getattr(node, "body", [])
-    return (
-        len(body) == 1
-        and isinstance(body[0], ast.Expr)
-        and isinstance(body[0].value, ast.Constant)
-        and body[0].value.value is ...
-    )
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_public_things_have_docstrings(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), "the module has no docstring"
-    bare = [
-        name
-        for name, node in public_definitions(tree)
-        if not ast.get_docstring(node) and not is_stub(node)
-    ]
-    assert bare == []
+def test_modules_have_docstrings(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))

@@ -114,7 +114,7 @@ def test_a_living_holder_on_this_machine_is_refused_at_once(tmp_path: Path) -> N
         message = (
             f"^{re.escape(str(tmp_path))}: a run on {re.escape(first.holder.host)} "
             rf"\(process {os.getpid()}, since .*\) writes to this folder; "
-            "wait for it, stop it, or take the folder from it with --take-over$"
+            "wait for it, stop it, or take over the folder with --take-over$"
         )
         started = time.monotonic()
         with pytest.raises(RunError, match=message):
@@ -166,7 +166,7 @@ def test_an_unchanged_lease_is_taken_over_when_it_expires(
     whom = "another run" if lease.startswith("not") else whom
     expected = (
         rf"waiting up to 0\.6 s for {whom}: it holds {re.escape(str(tmp_path))}; "
-        "this run takes over unless that one shows life\n"
+        "this run takes over unless that one renews its lease\n"
     )
     assert re.fullmatch(expected, said)
 
@@ -243,5 +243,5 @@ def test_a_thread_that_finds_another_holder_stops_the_run(tmp_path: Path) -> Non
 
 def test_a_lease_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
     (tmp_path / LEASE_FILE).symlink_to(tmp_path / "nowhere")
-    with pytest.raises(RunError, match=r"_lease.json: cannot be taken; look at it, then delete it"):
+    with pytest.raises(RunError, match=r"_lease.json: cannot be taken; inspect it, then delete it"):
         Lease(str(tmp_path)).__enter__()

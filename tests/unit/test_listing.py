@@ -168,7 +168,7 @@ def test_names_that_are_not_utf8_are_counted_and_told(make: Make) -> None:
     for source in (odd, f"{odd}.mp4"):
         with pytest.raises(
             ManifestError,
-            match=r"caf\\udce9.*: the name is not UTF-8, as a manifest needs it; rename it",
+            match=r"caf\\udce9.*: the name is not UTF-8, which a manifest requires; rename it",
         ):
             index(folder, source)
     assert len(video_id(f"{odd}.mp4")) == 16, "a failed row has an id, too"
@@ -203,7 +203,7 @@ def test_only_regular_files_are_videos(make: Make) -> None:
 
 def test_a_fifo_named_outright_is_told_at_once(make: Make, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "v.mp4")
-    message = f"cannot .* {tmp_path}/v.mp4: a FIFO, no regular file; name a file"
+    message = f"cannot .* {tmp_path}/v.mp4: a FIFO, not a regular file; name a file"
     with pytest.raises(StorageError, match=message):
         index(tmp_path / "v.mp4")
     with pytest.raises(StorageError, match=message):
@@ -369,7 +369,7 @@ def test_the_summary_names_the_first_of_each_reason(make: Make) -> None:
     text = index_text(vars(index(folder)[1]), "m.parquet").splitlines()
     names = ", ".join(f"{folder}/.{number}.mp4" for number in range(3))
     assert text[3:] == [
-        "left out, no video by its name: .txt 1",
+        "left out, no video suffix: .txt 1",
         f"left out, {HIDDEN}: 5: {names}, ...",
         f"left out, broken link: 1: {folder}/gone.mp4",
         "out: m.parquet",

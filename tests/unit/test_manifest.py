@@ -157,7 +157,7 @@ def test_class_folders_are_seen_where_all_videos_lie_in_one(
 
 def test_class_folders_asked_for_must_be_there(make: Make) -> None:
     with pytest.raises(
-        ManifestError, match="--labels folders: some videos do not lie in a class folder"
+        ManifestError, match="--labels folders: some videos are not in a class folder"
     ):
         index(make("1.mp4"), labels="folders")
     with pytest.raises(
@@ -185,7 +185,7 @@ def test_a_classes_file_fixes_the_order_and_may_name_more(make: Make, tmp_path: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("cats\ndogs\ncats\n", "a class name stands twice: 'cats'"),
+        ("cats\ndogs\ncats\n", "class name 'cats' appears 2 times"),
         ("cats\n", "lacks 1 classes of the labels, first 'dogs'; add them"),
     ],
 )
@@ -291,6 +291,6 @@ def test_a_split_is_chosen_or_named() -> None:
     assert choose_split(manifest, None) == rows
     assert choose_split(manifest, "train") == [rows[0], rows[2]]
     with pytest.raises(
-        ManifestError, match=r"--split val: no video has it; there is: \(none\) \(1\), train \(2\)"
+        ManifestError, match=r"--split val: no video has it; splits: \(none\) \(1\), train \(2\)"
     ):
         choose_split(manifest, "val")

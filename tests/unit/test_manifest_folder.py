@@ -117,7 +117,7 @@ def test_index_makes_reads_and_updates_a_folder(
         (videos / name / "1.mp4").write_bytes(b"video")
     assert main(["index", str(videos), "--out", out]) == 0
     assert main(["index", str(videos), "--out", out]) == 2
-    assert "exists already; add --update" in capsys.readouterr().err
+    assert "already exists; add --update" in capsys.readouterr().err
     (videos / "a" / "1.mp4").unlink()
     (videos / "e" / "2.mp4").write_bytes(b"video")
     assert main(["index", str(videos), "--out", out, "--update", "--json"]) == 0
@@ -155,7 +155,7 @@ def test_a_killed_index_leaves_no_half_manifest(
         assert len(shards(folder)) == 1
         with pytest.raises(
             ManifestError,
-            match=r"m: not finished, it has no _manifest\.json yet; give the command of tsq index again",
+            match=r"m: not finished, it has no _manifest\.json yet; run the same tsq index command again",
         ):
             read_manifest(str(folder))
         assert find_old(f"{folder}/", update=False) is None
@@ -185,7 +185,10 @@ def test_a_listed_shard_that_is_gone_or_another_is_told(tmp_path: Path) -> None:
     write_manifest(manifest_of("abcd"), f"{folder}/")
     first, second = (folder / name for name in shards(folder))
     second.write_bytes(first.read_bytes())
-    message = f"{second.name} is not the shard that _manifest.json lists; make it again with tsq index --update"
+    message = (
+        f"{second.name} is not the shard that _manifest.json lists; "
+        "rebuild the manifest with tsq index --update"
+    )
     with pytest.raises(ManifestError, match=re.escape(message)):
         read_manifest(str(folder))
     second.unlink()
@@ -213,17 +216,17 @@ def test_a_listing_that_cannot_be_read_is_told(tmp_path: Path, content: str, mes
         (
             lambda place: place.write_bytes(b""),
             "m/",
-            "m/: is a file; leave out the last /, or name another folder",
+            "m/: is a file; drop the trailing / or name another folder",
         ),
         (
             lambda place: write_manifest(manifest_of("a"), f"{place}/"),
             "m",
-            "m: exists already; add --update",
+            "m: already exists; add --update",
         ),
         (
             lambda place: write_plain(place, {"1.parquet": refs("a")}),
             "m/",
-            r"m/: a folder with other files \(.*1\.parquet\); name a new",
+            r"m/: holds other files \(.*1\.parquet\); name a new",
         ),
     ],
     ids=["an empty folder", "a file", "a manifest folder", "a folder of another program"],
@@ -309,7 +312,7 @@ def with_column(folder: Path, name: str, values: pa.Array | None) -> None:
         ),
         (
             lambda folder: with_column(folder, "size_bytes", pa.array(["big"])),
-            r"size_bytes is string, which does not go into int64",
+            r"size_bytes is string, which cannot be cast to int64",
         ),
         (
             lambda folder: with_column(folder, "size_bytes", pa.array([None], pa.int64())),
@@ -330,7 +333,7 @@ def with_column(folder: Path, name: str, values: pa.Array | None) -> None:
         (lambda folder: (folder / "a.parquet").write_text("x"), "a.parquet: not a Parquet file"),
         (
             lambda folder: write_plain(folder, {"b.parquet": refs("b")}, ["dogs", "cats"]),
-            r"b\.parquet and a\.parquet have other class names \(2 and 2\); write the same ones",
+            r"b\.parquet and a\.parquet have different class names \(2 and 2\); write the same ones",
         ),
         (
             lambda folder: write_plain(folder, {"b.parquet": refs("bca")}, CLASSES),
@@ -357,5 +360,5 @@ def test_a_folder_that_is_no_manifest_is_told(
     with pytest.raises(ManifestError, match=message) as caught:
         read_manifest(str(tmp_path))
     assert "\n" not in str(caught.value)
-    with pytest.raises(RunError, match=f"no bundle, manifest or run folder .*{message}"):
+    with pytest.raises(RunError, match=f"not a bundle, manifest or run folder .*{message}"):
         describe.describe(str(tmp_path))

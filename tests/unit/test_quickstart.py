@@ -45,7 +45,11 @@ def test_scripts_parse(script: str) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(["a", "b"], "usage:"), (["--help"], "usage:"), (["/no/such/videos"], "which is no folder")],
+    [
+        (["a", "b"], "usage:"),
+        (["--help"], "usage:"),
+        (["/no/such/videos"], "which is not a folder"),
+    ],
 )
 def test_quickstart_refuses_a_wrong_command_line_at_once(given: list[str], message: str) -> None:
     done = subprocess.run(

@@ -201,7 +201,7 @@ def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path, n
     (folder.path / name).parent.mkdir(parents=True)
     (folder.path / name).write_bytes(b"x")
     with pytest.raises(
-        RunError, match=rf"holds files of something else \(.*{name}\); take an empty folder"
+        RunError, match=rf"holds files that are not a run's \(.*{name}\); use an empty folder"
     ):
         folder.begin()
     assert [
@@ -372,7 +372,7 @@ def test_a_wanted_video_without_a_row_fails_the_run(folder: Folder) -> None:
     folder.write(row(ref(1)), row(ref(3)))
     with pytest.raises(
         RunFailed,
-        match=r"1 of 3 videos have no row \(first: /videos/2.mp4\); give the same command again",
+        match=r"1 of 3 videos have no row \(first: /videos/2.mp4\); run the same command again",
     ):
         folder.close()
     assert runs.read_run(folder.uri)["status"] == "failed"
@@ -489,7 +489,7 @@ def test_the_lease_of_a_killed_start_is_no_foreign_file(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_is_told_from_no_run(folder: Folder, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="this run is not finished; give its command again"):
+    with pytest.raises(RunError, match="this run is not finished; run its command again"):
         verify(folder.uri)
     with pytest.raises(RunError, match=r"no run folder \(no _run.json\)"):
         verify(str(tmp_path))
@@ -574,7 +574,7 @@ def missing_column(folder: Folder) -> None:
         (remove_part, "listed in _run.json but missing"),
         (add_part, "not listed in _run.json"),
         (cut_part, "not readable as Parquet"),
-        (rename_part, "its name does not fit the videos in it"),
+        (rename_part, "its name does not match the videos in it"),
         (wrong_counts, "inputs 3 != ok 3 + failed 1 + skipped 0"),
         (wrong_counts, "2 rows are ok, _run.json says 3"),
         (ok_without_features, "1 rows are ok without visual"),
@@ -605,7 +605,7 @@ def test_verify_finds_two_rows_of_a_video(done: Folder) -> None:
         ([ref(1), ref(2)], f"video {ref(3).video_id} is not in the manifest"),
         (
             [ref(1, size_bytes=11), ref(2), ref(3)],
-            "(/videos/1.mp4): the row is of another version of the file",
+            "(/videos/1.mp4): the row is from another version of the file",
         ),
         ([ref(1), ref(2), ref(3), ref(4)], "the manifest has 4 videos, _run.json says 3"),
         (

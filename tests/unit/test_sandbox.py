@@ -72,7 +72,7 @@ def heavy_modules(
 @pytest.mark.parametrize(
     ("what", "error_type", "message"),
     [
-        ("hang", "timeout", "not done after decode.timeout_s = 2 s"),
+        ("hang", "timeout", "not decoded within decode.timeout_s = 2 s"),
         ("segfault", "decoder_crash", "SIGSEGV"),
         ("killed", "decoder_crash", "SIGKILL"),
         ("exit", "decoder_crash", "exit code 3"),
@@ -238,12 +238,12 @@ def test_a_child_killed_from_outside_is_not_the_videos_fault(
     [
         (
             ["SIGKILL"] * 4,
-            r"died twice, the second time with no other video beside it in this worker \(SIGKILL",
+            r"died twice, the second time as the only video in this worker \(SIGKILL",
             2,
         ),
         (
             ["SIGTERM"] * 4,
-            r"died twice, the second time with no other video beside it in this worker \(SIGTERM",
+            r"died twice, the second time as the only video in this worker \(SIGTERM",
             2,
         ),
         (["SIGKILL", "SIGSEGV"], r"died twice, .* \(SIGSEGV", 2),
@@ -440,6 +440,6 @@ def test_a_pool_that_cannot_be_started_in_the_middle_loses_no_video(
     lost = [outcome for outcome in outcomes if not isinstance(outcome, DecodedVideo)]
     assert lost
     assert all(
-        "no decoder process can be started: [Errno 24] Too many open files" in str(outcome)
+        "cannot start a decoder process: [Errno 24] Too many open files" in str(outcome)
         for outcome in lost
     )

@@ -74,7 +74,7 @@ def test_only_loopback_needs_no_token(host: str, expected: bool) -> None:
         check_token_rule(host, None)
     else:
         with pytest.raises(
-            ConfigError, match=f"beyond loopback a bearer token is needed.*{TOKEN_VARIABLE}"
+            ConfigError, match=f"beyond loopback needs a bearer token.*{TOKEN_VARIABLE}"
         ):
             check_token_rule(host, None)
 
@@ -145,7 +145,7 @@ def test_check_binding() -> None:
         ("", {"anonymous": False}, "no token"),
         (" ", {"anonymous": "no"}, "no token"),
         ("t", {"model": None}, "args.model is missing"),
-        ("t", {"modle": "x"}, "args has 'modle'; there is: model, settings, anonymous"),
+        ("t", {"modle": "x"}, "unknown args key 'modle'; allowed: model, settings, anonymous"),
         ("t", {"model": "/nowhere/bundle"}, "/nowhere/bundle: has no bundle.json"),
         ("t", {"settings": {"sampler": {"budget": 9}}}, r"sampler.budget \(K\) is 9, above"),
         (
@@ -313,7 +313,7 @@ def test_a_body_is_cut_off_at_the_limit() -> None:
     request, taken = request_of([b"x" * 40] * 10)
     status, message = refusal(lambda: ended(limited(request, 100).body()))
     assert status == 413
-    assert "larger than 100 bytes" in message
+    assert "larger than the limit of 100 bytes" in message
     assert len(taken) == 3  # the other seven were never asked for
 
 
@@ -411,9 +411,9 @@ def test_deployment_options() -> None:
         (
             ["serve.sampler.num_gpus=1", "serve.recognizer.num_gpus=1"],
             Node(1, 1),
-            "want 2 GPUs, there are 1",
+            "need 2 GPUs, the cluster has 1",
         ),
-        (["serve.decoder.num_cpus=2"], Node(2), "want 2.6 CPUs, there are 2"),
+        (["serve.decoder.num_cpus=2"], Node(2), "need 2.6 CPUs, the cluster has 2"),
         (["serve.decoder.num_cpus=2", "serve.decoder.min_replicas=0"], Node(2), None),
     ],
 )

@@ -398,7 +398,7 @@ def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:
         (
             {"mode": "uniform"},
             "single",
-            r"'adaptive' needs frames in the order of their saliency, which sampler\.mode 'uniform' does not give",
+            r"'adaptive' needs frames ranked by saliency, which sampler\.mode 'uniform' does not give",
         ),
         (
             {"max_budget": 9},
@@ -408,7 +408,7 @@ def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:
         (
             {},
             "multi",
-            "waits for one class to lead, and with train.task 'multi' several may be true; give a number",
+            "waits for one class to lead, but with train.task 'multi' several may be true; use a number",
         ),
     ],
 )

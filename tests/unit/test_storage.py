@@ -162,7 +162,7 @@ def test_keys_that_expired_are_renewed_sooner_or_later() -> None:
         (
             ConnectionError("to https://h/?k=s3cret"),
             "unavailable",
-            "storage does not answer as it should",
+            "storage did not respond as expected",
         ),
         (OSError(errno.ENOSPC, "no space"), "unavailable", "the disk is full"),
     ],
@@ -190,7 +190,7 @@ def test_defects_are_not_taken_for_storage_failures() -> None:
 )
 @pytest.mark.parametrize("call", [storage.stat, storage.read_bytes, storage.is_folder])
 def test_an_unknown_kind_of_storage_is_told(uri: str, call: Callable[[str], object]) -> None:
-    message = f"{uri}: storage of this kind cannot be opened .* use a local path or an s3:// URI"
+    message = f"{uri}: this kind of storage cannot be opened .* use a local path or an s3:// URI"
     with pytest.raises(StorageError, match=message) as caught:
         call(uri)
     assert caught.value.error_type == "unsupported"
@@ -408,13 +408,13 @@ READERS = [storage.stat, storage.read_bytes, storage.open_read]
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("", "not_found", "'': no path; it is empty or holds a NUL"),
-        ("a\0b", "not_found", r"'a\\x00b': no path; it is empty or holds a NUL"),
+        ("", "not_found", "'': not a path: it is empty or contains NUL"),
+        ("a\0b", "not_found", r"'a\\x00b': not a path: it is empty or contains NUL"),
         ("a" * 300, "not_found", "the name is too long"),
-        ("loop", "not_found", "its links lead in a circle"),
-        ("s3://", "not_found", "s3://: lacks the bucket's name; expected s3://BUCKET/KEY"),
-        ("s3:///key", "not_found", "s3:///key: lacks the bucket's name"),
-        ("s3://b/a\0b", "not_found", "a URI is UTF-8 and holds no NUL"),
+        ("loop", "not_found", "its links form a loop"),
+        ("s3://", "not_found", "s3://: no bucket name; expected s3://BUCKET/KEY"),
+        ("s3:///key", "not_found", "s3:///key: no bucket name"),
+        ("s3://b/a\0b", "not_found", "a URI must be UTF-8 without NUL"),
         ("s3://b/\udce9", "(not_found|unsupported)", "UTF-8"),
     ],
     ids=[
@@ -458,7 +458,7 @@ def test_what_is_no_file_is_never_opened(
         else:
             place = os.devnull
         with pytest.raises(
-            StorageError, match=f"cannot .* {place}: a {kind}, no regular file; name a file$"
+            StorageError, match=f"cannot .* {place}: a {kind}, not a regular file; name a file$"
         ) as caught:
             call(place)
     assert caught.value.error_type == "not_video"
@@ -513,12 +513,12 @@ def test_advice_on_a_local_path_speaks_of_the_path() -> None:
     for raised, message in (
         (
             PermissionError(errno.EACCES, "x"),
-            "access denied; check the rights of the path and of the folders above it$",
+            "access denied; check the permissions of the path and of its parent folders$",
         ),
-        (PermissionError(errno.EPERM, "x"), "access denied; check the rights of the path"),
+        (PermissionError(errno.EPERM, "x"), "access denied; check the permissions of the path"),
         (
             OSError(errno.EIO, "Input/output error"),
-            r"the file system answers with an error; see to the disk .*Input/output error",
+            r"the file system reports an error; check the disk .*Input/output error",
         ),
     ):
         with (

@@ -62,6 +62,6 @@ def test_memory_does_not_grow_with_the_rows(folders: list[str], work: str) -> No
 
 def test_runs_over_other_videos_are_told_apart(folders: list[str]) -> None:
     model: Any = SimpleNamespace(sha256="0" * 64, recognizer=None)
-    warning = "warning: the runs hold different videos, so their figures are not of the same thing"
+    warning = "warning: the runs hold different videos, so their results are not comparable"
     assert warning in compare(folders, model, None).notes
     assert warning not in compare([folders[0]] * 2, model, None).notes

@@ -31,7 +31,7 @@ def features(folder: Path, *sets: str, leave_out: str = "") -> str:
 def test_features_carry_their_number_of_objects(tmp_path: Path) -> None:
     uri = features(tmp_path, "encoders.num_objects=50")
     assert training_settings(uri).encoders.num_objects == 50
-    with pytest.raises(RunError, match=r"encoders.num_objects: 50 there, 10 asked for"):
+    with pytest.raises(RunError, match=r"encoders.num_objects: 50 in the features, 10 asked for"):
         training_settings(uri, None, ("encoders.num_objects=10",))
 
 
@@ -39,7 +39,7 @@ def test_features_from_before_the_setting_hold_ten_objects(tmp_path: Path) -> No
     uri = features(tmp_path, leave_out="num_objects")
     assert training_settings(uri).encoders.num_objects == 10
     assert training_settings(uri, None, ("encoders.num_objects=10",)) == training_settings(uri)
-    with pytest.raises(RunError, match=r"encoders.num_objects: None there, 50 asked for"):
+    with pytest.raises(RunError, match=r"encoders.num_objects: None in the features, 50 asked for"):
         training_settings(uri, None, ("encoders.num_objects=50",))
 
 

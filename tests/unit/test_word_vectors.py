@@ -93,7 +93,7 @@ def test_a_long_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_is_no_vector_file_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(
         ModelError,
-        match=r"vectors.txt': its first lines are not a word and its numbers; give a text file as of GloVe",
+        match=r"vectors.txt': its first lines are not a word and its numbers; give a text file in the ",
     ):
         vectors(tmp_path, content)
 
@@ -142,7 +142,7 @@ def test_objects_without_a_word_count_for_nothing_and_are_told(tmp_path: Path) -
 def test_a_class_without_a_word_is_refused_where_its_query_starts_there(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError,
-        match=r"no word of 1 of the 2 class names \(first: 'capoeira'\); rename them, take other vectors, or set",
+        match=r"no word of 1 of the 2 class names \(first: 'capoeira'\); rename them, use other vectors, or set",
     ):
         _TextSide.make(config_with(tmp_path, GLOVE), ["high jump", "capoeira"])
     assert (
@@ -155,6 +155,6 @@ def test_a_class_without_a_word_is_refused_where_its_query_starts_there(tmp_path
 
 def test_vectors_that_know_no_object_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match="no word of any of the 1000 object names; take English vectors"
+        ModelError, match="no word of any of the 1000 object names; use English vectors"
     ):
         _TextSide.make(config_with(tmp_path, "springen 1 2\n"), ["springen"])

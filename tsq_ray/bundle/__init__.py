@@ -1,1 +1,4 @@
-"""The trained artifact: settings and hashes without torch, networks, what a scoring may override."""
+"""Trained artifacts: settings and hashes, networks, and overrides when scoring.
+
+Only `weights` imports torch.
+"""

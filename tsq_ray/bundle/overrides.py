@@ -1,4 +1,4 @@
-"""Settings of a scoring: the bundle's own, and the few that may be overridden."""
+"""Settings for scoring: the bundle's own, of which a few may be overridden."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FREE = (
     "finetune.",
     "encoders.text.",
 )
-"""Settings that scoring may change, or that it does not read; the others are what the bundle was trained with."""
+"""Settings that scoring may change or does not read; all others are fixed by training."""
 
 
 def scoring_config(
@@ -38,9 +38,10 @@ def scoring_config(
     sets: Iterable[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The bundle's settings with a TOML file's, `sets` and nested `settings` on top.
+    """Return the bundle's settings, overridden by nested `settings`, a TOML file and `sets`.
 
-    ConfigError where they would change what the bundle was trained with, or K is above T.
+    Later sources win. Raises ConfigError if they change what the bundle was trained with, or if K
+    is above T.
     """
     content, _ = read_bundle_settings(model)
     own = {name: value for name, value in content["config"].items() if value is not None}

@@ -1,6 +1,7 @@
-"""The files of a trained artifact, `finetune`'s classifier or `train`'s bundle: settings, hashes, curves. No network, and no torch.
+"""Files of a trained artifact (`finetune`'s classifier or `train`'s bundle), without torch.
 
-Both files of settings are written last, and name the sha256 of every other file.
+Settings, hashes and loss curves. The settings file is written last and holds the sha256 of every
+weights file.
 """
 
 from __future__ import annotations
@@ -17,30 +18,43 @@ from tsq_ray.errors import ModelError, StorageError
 BUNDLE_FILE = "bundle.json"
 CLASSIFIER_FILE = "finetune.json"
 CURVES_FILE = "curves.csv"
-"""Losses of each epoch of the training, beside the bundle."""
+"""Losses of each training epoch, stored in the artifact's folder."""
 FORMAT = 1
-NO_RECOGNIZER = "the bundle has no recogniser; train it again with --recognizer URI (from tsq finetune --role recognizer)"
+NO_RECOGNIZER = (
+    "the bundle has no recogniser; train it again with --recognizer URI "
+    "(from tsq finetune --role recognizer)"
+)
 
 
 def read_bundle_settings(uri: str) -> tuple[dict[str, Any], str]:
-    """bundle.json and its sha256, which is the identity of the whole bundle since it names the hash of each file."""
+    """Read bundle.json; return its content and its sha256.
+
+    The sha256 identifies the whole bundle, because bundle.json holds the hash of every weights
+    file. Raises ModelError.
+    """
     return _read_settings(storage.normalize(uri), BUNDLE_FILE, "what tsq train wrote with --out")
 
 
 def read_classifier_settings(uri: str) -> tuple[dict[str, Any], str]:
-    """finetune.json and its sha256, which names the hash of the weights too."""
+    """Read finetune.json; return its content and its sha256, which covers the weights' hash too.
+
+    Raises ModelError.
+    """
     return _read_settings(
         storage.normalize(uri), CLASSIFIER_FILE, "what tsq finetune wrote with --out"
     )
 
 
 def is_bundle(uri: str) -> bool:
-    """Whether `uri` is a bundle folder."""
+    """Return whether `uri` is a bundle folder."""
     return storage.exists(storage.join(storage.normalize(uri), BUNDLE_FILE))
 
 
 def write_curves(uri: str, curve: Sequence[Mapping[str, float]]) -> None:
-    """Put the losses of each epoch beside a bundle or a classifier; what an epoch lacks stays empty."""
+    """Write the losses of each epoch into the folder of a bundle or a classifier.
+
+    Values that an epoch lacks stay empty.
+    """
     text = io.StringIO()
     writer = csv.DictWriter(
         text, fieldnames=list(dict.fromkeys(name for row in curve for name in row))
@@ -51,7 +65,7 @@ def write_curves(uri: str, curve: Sequence[Mapping[str, float]]) -> None:
 
 
 def read_curves(uri: str) -> list[dict[str, float]]:
-    """The losses of each epoch, from beside the bundle; no rows where they are not there."""
+    """Read the losses of each epoch from an artifact's folder; empty if it has none."""
     try:
         text = storage.read_text(storage.join(storage.normalize(uri), CURVES_FILE))
     except StorageError as error:
@@ -65,7 +79,7 @@ def read_curves(uri: str) -> list[dict[str, float]]:
 
 
 def class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:
-    """ModelError unless two class lists are equal, order included."""
+    """Raise ModelError unless two class lists are equal, order included."""
     if list(have) == list(want):
         return
     extra, missing = sorted(set(have) - set(want)), sorted(set(want) - set(have))
@@ -78,7 +92,8 @@ def class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:
             if names
         )
     raise ModelError(
-        f"{what}: its class list differs from the features' ({detail}); make both from manifests with the same --classes FILE"
+        f"{what}: its class list differs from the features' ({detail}); "
+        "make both from manifests with the same --classes FILE"
     )
 
 
@@ -95,24 +110,27 @@ def _read_settings(uri: str, name: str, what: str) -> tuple[dict[str, Any], str]
         raise ModelError(f"{storage.redact(uri)}/{name}: not JSON; the file is damaged") from None
     if content.get("format") != FORMAT:
         raise ModelError(
-            f"{storage.redact(uri)}: {name} has format {content.get('format')!r}; this version reads {FORMAT}"
+            f"{storage.redact(uri)}: {name} has format {content.get('format')!r}; "
+            f"this version reads {FORMAT}"
         )
     return content, storage.sha256_of(data)
 
 
 def read_checked(uri: str, content: Mapping[str, Any], name: str) -> bytes:
-    """A file of weights, as it was written. ModelError where it is missing or damaged."""
+    """Read a weights file. Raises ModelError if it is missing or its sha256 differs."""
     place = storage.join(uri, f"{name}.safetensors")
     try:
         data = storage.read_bytes(place)
     except StorageError as error:
         if error.error_type == "not_found":
             raise ModelError(
-                f"{storage.redact(place)}: missing; the folder is not whole, copy or train it again"
+                f"{storage.redact(place)}: missing; the folder is incomplete, "
+                "copy or train it again"
             ) from None
         raise
     if storage.sha256_of(data) != content["files"][name]:
         raise ModelError(
-            f"{storage.redact(place)}: its content is not what was written (sha256 differs); copy or train it again"
+            f"{storage.redact(place)}: its content is not what was written (sha256 differs); "
+            "copy or train it again"
         )
     return data

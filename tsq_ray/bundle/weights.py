@@ -1,6 +1,7 @@
-"""The trained artifacts: `finetune`'s classifier and `train`'s bundle; safetensors + JSON in one folder, one URI.
+"""Trained artifacts: `finetune`'s classifier and `train`'s bundle.
 
-Nothing is unpickled. What of it needs no network is in `settings`.
+Each is one folder of safetensors and JSON with one URI; nothing is unpickled. `settings` has the
+parts that need no torch.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from tsq_ray.networks.weights import load_weights
 
 @dataclass(frozen=True)
 class Classifier:
-    """`finetune`'s output: a backbone with a head over `classes`, its preprocessing and where it came from."""
+    """`finetune`'s output: a backbone with a head over `classes`, preprocessing and provenance."""
 
     encoder: FrameEncoder
     classes: list[str]
@@ -45,7 +46,11 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Bundle:
-    """All that scoring needs: `encoder` has the frame head, `objects` and `vocabulary` [1000, Dt] are None for a VQM-only bundle."""
+    """Everything that scoring needs.
+
+    `encoder` has the frame head; `objects` and `vocabulary` [1000, Dt] are None for a VQM-only
+    bundle.
+    """
 
     classes: list[str]
     task: Task
@@ -76,7 +81,10 @@ def save_classifier(classifier: Classifier, uri: str) -> None:
 
 
 def load_classifier(uri: str) -> Classifier:
-    """Read a classifier folder. ModelError where it is missing, damaged or of an unknown format."""
+    """Read a classifier folder.
+
+    Raises ModelError if it is missing, damaged or of another format.
+    """
     uri = storage.normalize(uri)
     content, _ = read_classifier_settings(uri)
     classes = list(content["classes"])
@@ -117,7 +125,10 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
 
 
 def load_bundle(uri: str) -> Bundle:
-    """Read a bundle folder, networks in eval mode on the CPU. ModelError where it is missing, damaged or of an unknown format."""
+    """Read a bundle folder, with networks in eval mode on the CPU.
+
+    Raises ModelError if it is missing, damaged or of another format.
+    """
     uri = storage.normalize(uri)
     content, digest = read_bundle_settings(uri)
     config = content["config"]
@@ -154,7 +165,7 @@ def load_bundle(uri: str) -> Bundle:
 
 
 def load_recognizer(uri: str) -> Classifier:
-    """The recogniser of a bundle alone, as `load_bundle` would give it. ModelError where the bundle has none."""
+    """Read only the recogniser of a bundle. Raises ModelError if the bundle has none."""
     uri = storage.normalize(uri)
     content, _ = read_bundle_settings(uri)
     if content["config"]["recognizer"] is None:
@@ -185,7 +196,7 @@ def _write_folder(
 ) -> None:
     uri = storage.normalize(uri)
     content["files"] = {}
-    # without its settings file a folder is no bundle: nobody loads a mixture of old and new files
+    # a folder without its settings file cannot be loaded, so old and new files never mix
     storage.remove(storage.join(uri, settings_name))
     for name, state in states.items():
         data = save_safetensors(
@@ -230,7 +241,10 @@ def _restore_encoder(
 def linear_head(
     dim: int, num_classes: int, state: Mapping[str, Tensor] | None = None, what: str = "head"
 ) -> nn.Linear:
-    """A classifier over pooled features [N, dim] -> [N, num_classes], from a state dict where one is given."""
+    """Build a classifier over pooled features, [N, dim] -> [N, num_classes].
+
+    Loads `state` if given.
+    """
     head = nn.Linear(dim, num_classes)
     if state is not None:
         load_weights(head, state, what)

@@ -1,7 +1,7 @@
 """Frozen, typed, validated settings.
 
-Imports neither torch nor ray, so that a wrong setting is reported before anything slow starts. The
-field docstrings are the source of docs/configuration.md.
+Imports neither torch nor ray, so that a wrong setting is reported before anything slow starts.
+docs/configuration.md is generated from the field docstrings.
 """
 
 from tsq_ray.config.base import Precision, Section

@@ -1,4 +1,4 @@
-"""What all sections of the settings share."""
+"""Base class and types shared by all settings sections."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Section(BaseModel):
-    """A frozen settings section; an unknown key is an error."""
+    """A frozen section of the settings; an unknown key is an error."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()

@@ -1,4 +1,4 @@
-"""Resolve settings: the defaults, then a TOML file, then `--set section.key=value`."""
+"""Resolve settings from the defaults, a TOML file and `--set section.key=value`, in this order."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from tsq_ray.errors import ConfigError
 def load_config(
     path: str | Path | None = None, sets: Iterable[str] = (), base: Mapping[str, Any] | None = None
 ) -> Config:
-    """Resolve the settings: the defaults, then `base`, the TOML file at `path`, and `sets` ("section.key=value").
+    """Resolve the settings; later sources override earlier ones.
 
-    A value of `sets` is read as TOML (`5`, `0.6`, `true`, `[1, 2]`, `{a = 1}`), and as a plain string where it is not TOML.
-    Raises ConfigError with one line for a missing file, bad TOML, an unknown key or a value that is not allowed.
+    The sources are the defaults, `base`, the TOML file at `path` and `sets` ("section.key=value").
+    A value in `sets` is parsed as TOML (`5`, `0.6`, `true`, `[1, 2]`, `{a = 1}`), or taken as a
+    plain string if it is not TOML. Raises a one-line ConfigError for a missing file, bad TOML, an
+    unknown key or a value that is not allowed.
     """
     tree: dict[str, Any] = Config().model_dump(mode="json")
     _merge(tree, base or {})
@@ -31,7 +33,10 @@ def load_config(
 
 
 def validate_config(tree: Mapping[str, Any]) -> Config:
-    """A Config from plain nested dictionaries (ConfigError names the first wrong key, the value got and what is allowed)."""
+    """Build a Config from plain nested dictionaries.
+
+    Raises ConfigError with the first wrong key, the value given and what is allowed.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -39,7 +44,7 @@ def validate_config(tree: Mapping[str, Any]) -> Config:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as {"section.key": value}; `model_args` stays whole."""
+    """Flatten nested settings to {"section.key": value}; `model_args` stays nested."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and key != "model_args":
@@ -50,9 +55,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Keys of two flattened records whose values differ.
+    """Return the keys whose values differ between two flattened records.
 
-    A record may be older than a setting: a key that one side lacks in a section that it has counts with the setting's default.
+    A record may predate a setting: if one side has the section but not the key, its value is the
+    setting's default.
     """
     defaults = flatten(Config().model_dump(mode="json"))
 
@@ -118,7 +124,7 @@ def _apply_set(tree: dict[str, Any], item: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
-    # what is a number or a word is told once for each, with what it was taken for at the end of its place
+    # for a union of types pydantic reports each alternative, with its name at the end of `loc`
     where = ".".join(
         str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "literal["))
     )
@@ -126,9 +132,9 @@ def _explain(error: ValidationError) -> str:
         section: Any = Config
         for part in first["loc"][:-1]:
             section = section.model_fields[part].annotation
-        return f"unknown setting {where}; there is: {', '.join(section.model_fields)}"
+        return f"unknown setting {where}; allowed: {', '.join(section.model_fields)}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "value_error":  # of a whole section
+    if first["type"] == "value_error":  # from a validator of a whole section
         return f"settings {where}: {first['msg'].removeprefix('Value error, ')}{more}"
     return (
         f"setting {where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"

@@ -1,4 +1,4 @@
-"""Settings of the method: decoding, networks, sampler, training, evaluation."""
+"""Settings of the method: decoding, networks, sampler, training and evaluation."""
 
 from __future__ import annotations
 
@@ -11,60 +11,66 @@ from tsq_ray.config.base import Precision, Section
 SamplerMode = Literal["both", "visual", "textual", "uniform", "random", "maxconf-l", "maxconf"]
 TSQMode = Literal["both", "visual", "textual"]
 Task = Literal["single", "multi"]
-"""One label a video, or several."""
+"""One label per video, or several."""
 TSQ_MODES: tuple[str, ...] = ("both", "visual", "textual")
 """Modes that run the sampler network; the others are baselines."""
 
 
 class DecodeConfig(Section):
-    """How frames are taken from a video."""
+    """How frames are decoded from a video."""
 
     strategy: Literal["uniform", "keyframe"] = "uniform"
-    """`uniform`: the exact T frames; `keyframe`: a keyframe of each of the T intervals where there is one, else the exact frame."""
+    """`uniform`: the exact T frames; `keyframe`: a keyframe from each of the T intervals, or the
+    exact frame if an interval has none."""
     backend: Literal["pyav", "decord", "nvdec"] = "pyav"
-    """What decodes the exact frames; `decord` is used where it can be exact, `nvdec` (an NVIDIA GPU's decoder) for codecs that it takes, PyAV on the CPU for the other files (docs/architecture.md)."""
+    """Decoder of the exact frames. `decord` is used if it can be exact, `nvdec` (an NVIDIA GPU's
+    decoder) for the codecs it supports, PyAV on the CPU for all other files
+    (docs/architecture.md)."""
     num_frames: int = Field(default=16, ge=1, le=1024)
-    """T, the number of frames the sampler looks at."""
+    """T, the number of frames the sampler sees."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """Wall-clock limit of one video's fetch and decode, in seconds; past it the decoder is killed."""
+    """Time limit for fetching and decoding one video, in seconds; then the decoder is killed."""
     max_pixels: int = Field(default=8192 * 4320, ge=1)
-    """Width x height above which a video is refused (too_large)."""
+    """Largest width x height, in pixels; a larger video is refused (too_large)."""
     max_duration_s: float = Field(default=6 * 3600.0, gt=0)
-    """Duration above which a video is refused (too_large), in seconds."""
+    """Longest duration, in seconds; a longer video is refused (too_large)."""
     max_bytes: int = Field(default=16 * 1024**3, ge=1)
-    """Size of the file above which a video is refused (too_large), in bytes."""
+    """Largest file size, in bytes; a larger video is refused (too_large)."""
     max_memory_mb: int = Field(default=4096, ge=256)
-    """Memory that one decoder process may take, in MiB; past it the video is out_of_memory."""
+    """Memory limit of one decoder process, in MiB; beyond it the video is out_of_memory."""
 
 
 class ModelConfig(Section):
-    """A pretrained network and the preprocessing its weights expect."""
+    """A pretrained network and the preprocessing that its weights expect."""
 
     model: str
-    """Name in timm (image models) or a Hugging Face id (text model)."""
+    """timm name (image models) or Hugging Face id (text model)."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the model's constructor, for example {pad_type = "same"}."""
+    """Extra arguments for the model's constructor, for example {pad_type = "same"}."""
     weights: str = "hub"
-    """`hub`, a path or URI of a .safetensors file or folder, `package:NAME` of an installed Python package, or `random:SEED`."""
+    """`hub`, the path or URI of a .safetensors file or folder, `package:NAME` of an installed
+    Python package, or `random:SEED`."""
     size: int = Field(default=224, ge=16, le=1024)
     """Height and width of the network's input, in pixels."""
     resize: Literal["squash", "crop"] = "squash"
-    """`squash`: the whole frame to size x size; `crop`: shorter side to size x 8/7, then the centre (256 -> 224)."""
+    """`squash`: the whole frame to size x size; `crop`: the shorter side to size x 8/7, then a
+    centre crop (256 -> 224)."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Interpolation of the resize, with antialiasing."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Mean of the input channels, RGB in 0..1."""
+    """Mean of the input channels (RGB, values in 0..1)."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Standard deviation of the input channels, RGB in 0..1."""
+    """Standard deviation of the input channels (RGB, values in 0..1)."""
 
 
 class TextConfig(Section):
     """The language model that embeds class and object names."""
 
     model: str = "bert-base-uncased"
-    """Hugging Face id of a BERT-family encoder; not used with a file of word vectors."""
+    """Hugging Face id of a BERT-family encoder; ignored if `weights` is a file of word vectors."""
     weights: str = "hub"
-    """`hub`, a folder's path or URI, `package:NAME` of an installed Python package, or the path or URI of a file of static word vectors in GloVe's or word2vec's text format."""
+    """`hub`, the path or URI of a folder, `package:NAME` of an installed Python package, or the
+    path or URI of a file of static word vectors in GloVe's or word2vec's text format."""
 
 
 class EncodersConfig(Section):
@@ -75,32 +81,36 @@ class EncodersConfig(Section):
     objects: ModelConfig = ModelConfig(model="tf_efficientnet_b0", size=112)
     """ImageNet-1K object recogniser of the textual query module."""
     text: TextConfig = TextConfig()
-    """Embeds the object names and the class names."""
+    """Language model that embeds the object names and the class names."""
     num_objects: int = Field(default=10, ge=1, le=1000)
-    """Most probable objects that `extract` stores of each frame; `train.top_objects` may keep fewer of them (paper, table 9: 10, all 1000)."""
+    """Most probable objects that `extract` stores per frame; `train.top_objects` may use fewer
+    (paper, table 9: 10, all 1000)."""
 
 
 class SamplerConfig(Section):
     """How K of the T frames are chosen (paper, section 3.3)."""
 
     budget: Annotated[int, Field(ge=1)] | Literal["adaptive"] = 5
-    """K, the number of frames the recogniser sees; `adaptive`: up to `max_budget` of them, until it is sure (`margin`)."""
+    """K, the number of frames the recogniser sees; `adaptive`: up to `max_budget` frames, until the
+    recogniser is confident (`margin`)."""
     max_budget: int = Field(default=5, ge=1)
-    """Most frames that the recogniser sees with `budget = "adaptive"`."""
+    """Maximum number of frames the recogniser sees with `budget = "adaptive"`."""
     margin: float = Field(default=2.2, gt=0)
-    """With `budget = "adaptive"`: the recogniser is sure once its probabilities, summed over the frames so far, put a class so many frames ahead of the next one."""
+    """With `budget = "adaptive"`: the recogniser is confident once one class leads the next by this
+    margin in the probabilities summed over the frames so far (one frame adds at most 1)."""
     lambda_visual: float = Field(default=0.6, ge=0, le=1)
-    """Share of the K frames that the visual module chooses (paper: 0.6)."""
+    """Fraction of the K frames that the visual module chooses (paper: 0.6)."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the `random` baseline; a video's frames hang on (seed, video_id) alone."""
+    """Seed of the `random` baseline; a video's frames depend only on (seed, video_id)."""
     mode: SamplerMode = "both"
-    """`both`, `visual` or `textual` module, or a baseline: `uniform`, `random`, `maxconf-l`, `maxconf`."""
+    """Modules that choose (`both`, `visual`, `textual`), or a baseline (`uniform`, `random`,
+    `maxconf-l`, `maxconf`)."""
     top_classes: int = Field(default=5, ge=1)
     """Number of most probable classes whose saliencies are aggregated (paper: 5)."""
 
     @property
     def most_frames(self) -> int:
-        """K, or the most that an adaptive budget may come to."""
+        """K, or the maximum of an adaptive budget."""
         return self.max_budget if self.budget == "adaptive" else self.budget
 
 
@@ -114,18 +124,20 @@ def _worker_count(value: Any) -> int | tuple[int, int]:
 
 
 WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_worker_count)]
-"""A fixed number, or the fewest and the most."""
+"""A fixed number, or [fewest, most]."""
 
 
 class TrainConfig(Section):
     """Training of TSQNet (paper, appendix A)."""
 
     task: Task = "single"
-    """`single`: one label a video, softmax; `multi`: several, sigmoid and binary cross entropy."""
+    """`single`: one label per video, softmax; `multi`: several labels, sigmoid and binary cross
+    entropy."""
     modules: Literal["both", "visual"] = "both"
     """`both`: VQM and TQM with swap attention; `visual`: the paper's VQM-only."""
     epochs: int = Field(default=100, ge=1)
-    """Passes over the training videos; the learning rate falls by 10 at 1/4, 1/2 and 3/4 of them (paper: 25, 50, 75 of 100)."""
+    """Passes over the training videos; the learning rate is divided by 10 after 1/4, 1/2 and 3/4 of
+    them (paper: 25, 50, 75 of 100)."""
     lr: float = Field(default=1e-2, gt=0)
     """Initial learning rate of SGD with momentum 0.9."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
@@ -133,7 +145,7 @@ class TrainConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of SGD."""
     batch_size: int = Field(default=64, ge=1)
-    """Videos a step, over all workers."""
+    """Videos per step, over all workers."""
     alpha: float = Field(default=0.6, ge=0)
     """Weight of the loss L_t->v (equation 4)."""
     beta: float = Field(default=0.6, ge=0)
@@ -141,46 +153,54 @@ class TrainConfig(Section):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout in the TSQ layers."""
     swap_values: Literal["input", "projected"] = "input"
-    """What swap attention gathers: X after the conv as printed in equation 3 (`input`), or X W_v (`projected`)."""
+    """Values that swap attention gathers: X after the conv, as printed in equation 3 (`input`), or
+    X W_v (`projected`)."""
     dim_visual: int = Field(default=512, ge=8)
     """d' of the visual query module."""
     dim_textual: int = Field(default=256, ge=8)
     """d' of the textual query module."""
     attention: Literal["class-specific", "class-agnostic"] = "class-specific"
-    """`class-specific`: a query a category; `class-agnostic`: one query, whose attention is the saliency (paper, table 7)."""
+    """`class-specific`: one query per category; `class-agnostic`: a single query, whose attention
+    is the saliency (paper, table 7)."""
     classifier: Literal["class-specific", "shared"] = "class-specific"
-    """`class-specific`: a weight row a category; `shared`: one row for the responses of all categories (paper, table 7: CS attention, CA classifier)."""
+    """`class-specific`: one row of weights per category; `shared`: one row for the responses of all
+    categories (paper, table 7: CS attention, CA classifier)."""
     num_layers: int = Field(default=1, ge=1, le=16)
-    """Decoder blocks one after the other; the last one's attention is the saliency (paper, table A.5)."""
+    """Stacked decoder blocks; the last one's attention is the saliency (paper, table A.5)."""
     num_heads: int = Field(default=1, ge=1, le=64)
-    """Attention heads, averaged for the saliency; a divisor of `dim_visual` and `dim_textual` (paper, table A.5)."""
+    """Attention heads, averaged for the saliency; must divide `dim_visual` and `dim_textual`
+    (paper, table A.5)."""
     self_attention: bool = False
-    """Self-attention among the queries before they ask the frames (paper, table A.4)."""
+    """Self-attention among the queries before they attend to the frames (paper, table A.4)."""
     top_objects: int = Field(default=10, ge=1, le=1000)
-    """Most probable objects of each frame that the textual module sees; at most `encoders.num_objects`, which the features hold."""
+    """Most probable objects per frame that the textual module sees; at most `encoders.num_objects`,
+    the number that the features hold."""
     init_visual: Literal["prototype", "random"] = "prototype"
-    """Start of the visual TSQ embeddings."""
+    """Initial values of the visual TSQ embeddings."""
     init_textual: Literal["text", "random"] = "text"
-    """Start of the textual TSQ embeddings."""
+    """Initial values of the textual TSQ embeddings."""
     seed: int = Field(default=0, ge=0)
-    """Seed of initialisation, order of samples and dropout."""
+    """Seed of the initialisation, the order of samples and dropout."""
     num_workers: WorkerCount = 1
-    """Ray Train workers, which share out the batch among them: a number, or `[fewest, most]` to take as many as the cluster holds and to go on with fewer."""
+    """Ray Train workers, which split each batch: a number, or `[fewest, most]` to use as many as
+    fit on the cluster and to continue with fewer if nodes are lost."""
     checkpoint_every: int = Field(default=10, ge=1)
-    """Epochs between two checkpoints."""
+    """Epochs between checkpoints."""
     precision: Precision = "auto"
-    """`bf16`: autocast; `auto`: bf16 on a GPU that has it, fp32 on a CPU."""
+    """`bf16`: autocast; `auto`: bf16 on a GPU that supports it, otherwise fp32."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.attention == "class-agnostic" and self.classifier == "shared":
             raise ValueError(
-                "attention 'class-agnostic' gives one response, from which a 'shared' row makes the same score for every category; "
-                "leave classifier at 'class-specific' (one layer d' -> C: the paper's CA + CA)"
+                "attention 'class-agnostic' gives one response, from which a 'shared' row makes "
+                "the same score for every category; leave classifier at 'class-specific' "
+                "(one layer d' -> C: the paper's CA + CA)"
             )
         if self.attention == "class-agnostic" and self.self_attention:
             raise ValueError(
-                "self_attention needs several queries; with attention 'class-agnostic' there is one: set one of the two"
+                "self_attention needs several queries, but attention 'class-agnostic' has one; "
+                "set only one of the two"
             )
         dims = {"dim_visual": self.dim_visual} | (
             {"dim_textual": self.dim_textual} if self.modules == "both" else {}
@@ -188,13 +208,16 @@ class TrainConfig(Section):
         for name, dim in dims.items():
             if dim % self.num_heads:
                 raise ValueError(
-                    f"num_heads {self.num_heads} does not divide {name} {dim}; take a divisor of it"
+                    f"num_heads {self.num_heads} does not divide {name} {dim}; use a divisor of it"
                 )
         return self
 
 
 class HeadConfig(Section):
-    """A linear head on features of a frozen backbone, with TSN's segment consensus: AdamW, cosine to zero."""
+    """A linear head on features of a frozen backbone, with TSN's segment consensus.
+
+    Trained with AdamW and a cosine schedule to zero.
+    """
 
     epochs: int = Field(default=100, ge=1)
     """Passes over the training videos."""
@@ -203,56 +226,66 @@ class HeadConfig(Section):
     weight_decay: float = Field(default=1e-2, ge=0)
     """Weight decay."""
     batch_size: int = Field(default=64, ge=1)
-    """Videos a step."""
+    """Videos per step."""
     segments: int = Field(default=5, ge=1)
-    """Frames a video and step: one from each of so many equal segments, their logits averaged."""
+    """Frames per video and step, one from each of this many equal segments; logits are averaged."""
     seed: int = Field(default=0, ge=0)
-    """Seed of initialisation, order and the choice of frames."""
+    """Seed of the initialisation, the order of samples and the choice of frames."""
 
 
 class FinetuneConfig(Section):
-    """A frame classifier, trained with TSN's segment consensus: backbone and head together, or the head alone."""
+    """A frame classifier trained with TSN's segment consensus.
+
+    Backbone and head are trained together, or the head alone.
+    """
 
     backbone: Literal["trained", "frozen"] = "trained"
-    """`trained`: the whole network, by the settings of this section; `frozen`: only a linear head, by those of `finetune.head`."""
+    """`trained`: train the whole network with the settings of this section; `frozen`: train only a
+    linear head, with those of `finetune.head`."""
     epochs: int = Field(default=10, ge=1)
     """Passes over the training videos (paper: 10)."""
     segments: int = Field(default=3, ge=1)
-    """Frames a video and step: a random one from each of so many equal parts of the video, their logits averaged (TSN)."""
+    """Frames per video and step: a random one from each of this many equal parts of the video;
+    their logits are averaged (TSN)."""
     batch_size: int = Field(default=16, ge=1)
-    """Videos a step, over all workers; memory grows with batch_size x segments / num_workers frames."""
+    """Videos per step, over all workers; each worker needs memory for batch_size x segments /
+    num_workers frames."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """`sgd` with momentum 0.9, or `adamw`, for which `finetune.lr` is better at 1e-4 or less."""
+    """`sgd` (momentum 0.9), or `adamw`, which works better with a `finetune.lr` up to 1e-4."""
     lr: float = Field(default=1e-2, gt=0)
-    """Highest learning rate of the backbone: reached after the warm-up, then a cosine to zero."""
+    """Peak learning rate of the backbone, reached after the warm-up; then a cosine to zero."""
     head_lr_factor: float = Field(default=5.0, gt=0)
-    """The new head learns faster than the backbone by this factor."""
+    """Learning rate of the new head relative to the backbone's."""
     warmup_epochs: float = Field(default=1.0, ge=0)
-    """Epochs in which the learning rate rises from zero."""
+    """Epochs over which the learning rate rises from zero."""
     weight_decay: float = Field(default=1e-4, ge=0)
-    """Weight decay; none on biases and norms."""
+    """Weight decay; not applied to biases and norms."""
     clip_grad_norm: float = Field(default=20.0, ge=0)
-    """Gradients of a larger norm are scaled down to it; 0: never."""
+    """Gradients with a larger norm are scaled down to it; 0 disables clipping."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of a target that is spread over all classes."""
+    """Fraction of the target that is spread over all classes."""
     crop_scale: tuple[float, float] = (0.4, 1.0)
-    """Smallest and largest share of the picture that a random crop takes (TSN's multi-scale crop: 0.44 to 1); (1, 1): no crop."""
+    """Smallest and largest fraction of the picture that a random crop covers (TSN's multi-scale
+    crop: 0.44 to 1); [1, 1]: no crop."""
     flip: bool = True
-    """Flip half of the videos left to right; switch it off where left and right differ in meaning."""
+    """Flip half of the videos left to right; disable it if left and right differ in meaning."""
     color_jitter: float = Field(default=0.0, ge=0, le=1)
-    """Brightness, contrast and saturation are changed by up to this share, the hue by up to a tenth of it."""
+    """Largest relative change of brightness, contrast and saturation; the hue changes by up to a
+    tenth of it."""
     precision: Precision = "auto"
-    """`bf16`: autocast; `auto`: bf16 where the GPU or the CPU has instructions for it."""
+    """`bf16`: autocast; `auto`: bf16 if the GPU or CPU has instructions for it."""
     val_split: str = "val"
-    """Measured after each `checkpoint_every` epochs where the manifest has this split; empty: never."""
+    """Split to measure after every `checkpoint_every` epochs, if the manifest has it; empty:
+    never."""
     seed: int = Field(default=0, ge=0)
-    """Seed of initialisation, order, frames and augmentation."""
+    """Seed of the initialisation, the order of samples, the choice of frames and augmentation."""
     num_workers: int = Field(default=1, ge=1)
-    """Ray Train workers; the batch is shared out among them."""
+    """Ray Train workers, which split each batch."""
     checkpoint_every: int = Field(default=1, ge=1)
-    """Epochs between two checkpoints."""
+    """Epochs between checkpoints."""
     head: HeadConfig = HeadConfig()
-    """Of `backbone = "frozen"`, and of the frame head that `tsq train` fits without --encoder."""
+    """Settings for `backbone = "frozen"`, and for the frame head that `tsq train` fits without
+    --encoder."""
 
     @model_validator(mode="after")
     def _crops(self) -> Self:
@@ -268,17 +301,18 @@ class EvaluateConfig(Section):
     """What `tsq evaluate` measures."""
 
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(0, 1, 2), min_length=1)
-    """Seeds of the trainings and of the random baseline; figures are means over them with a 95 % interval."""
+    """Seeds of the trainings and the random baseline; results are means over them with a 95 %
+    confidence interval."""
     budgets: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=tuple(range(1, 11)), min_length=1
     )
-    """Budgets K of the accuracy-cost plot; tables of one budget take `sampler.budget`."""
+    """Budgets K of the accuracy-cost plot; tables with one budget use `sampler.budget`."""
     word_vectors: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Files of static word vectors (GloVe, word2vec; as `encoders.text.weights`) for table 9."""
+    """Files of static word vectors (GloVe, word2vec; see `encoders.text.weights`) for table 9."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         for name, values in (("seeds", self.seeds), ("budgets", self.budgets)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} {list(values)} names one twice")
+                raise ValueError(f"{name} {list(values)} has a duplicate; give each value once")
         return self

@@ -1,4 +1,4 @@
-"""Settings of where the work runs and what it writes."""
+"""Settings for compute resources, output files and the serving endpoint."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from tsq_ray.config.base import Precision, Section
 
 
 class OutputConfig(Section):
-    """What a run writes."""
+    """The files that a run writes."""
 
     part_mb: float = Field(default=128, gt=0)
-    """Size of a Parquet part before compression, in MiB, where the run has enough videos; a part holds at least 128 rows of a run, and of a large run at most a thousandth of it."""
+    """Target size of a Parquet part before compression, in MiB, if the run has enough videos. A
+    part holds at least 128 rows and, in a large run, at most a thousandth of the rows."""
     rows_per_file: int = Field(default=0, ge=0)
-    """Rows of a Parquet part (0: by `part_mb`)."""
+    """Rows per Parquet part; 0: determined by `part_mb`."""
     compression: Literal["zstd", "snappy", "none"] = "zstd"
     """Compression of the Parquet parts."""
 
@@ -24,51 +25,60 @@ class NodeType(Section):
     """A kind of node that the cluster's autoscaler can start."""
 
     cpus: float = Field(ge=0)
-    """Its logical CPUs."""
+    """Logical CPUs of the node."""
     gpus: float = Field(default=0, ge=0)
-    """Its GPUs."""
+    """GPUs of the node."""
     count: int = Field(ge=1)
-    """How many of them the cluster may have at a time."""
+    """Maximum number of such nodes in the cluster at a time."""
 
 
 class ResourcesConfig(Section):
-    """What the stages ask of the cluster; 0 means: choose from what the cluster has."""
+    """Resources that the stages request from the cluster; 0: choose by what the cluster has."""
 
     workers: int = Field(default=0, ge=0)
-    """Workers of a CPU-only extraction (0: one a CPU, more as the cluster grows)."""
+    """Workers of a CPU-only extraction (0: one per CPU, more as the cluster grows)."""
     decoders: int = Field(default=0, ge=0)
-    """Decoding workers beside GPU encoders (0: one a CPU, more as the cluster grows)."""
+    """Decoding workers that feed GPU encoders (0: one per CPU, more as the cluster grows)."""
     gpus: int = Field(default=-1, ge=-1)
-    """GPUs to use: -1 all that the cluster has, or can start by `resources.node_types`; 0 none, on GPU machines too; n waits for n."""
+    """GPUs to use. -1: all that the cluster has or can start according to `resources.node_types`;
+    0: none, even on GPU machines; n: wait for n."""
     node_types: tuple[NodeType, ...] = ()
-    """Nodes that the autoscaler can start, for example [{cpus = 16, count = 200}, {cpus = 8, gpus = 1, count = 64}]: Ray does not tell a driver. A run on a cluster that starts small then asks for as many as it can use, GPUs too."""
+    """Nodes that the autoscaler can start, for example [{cpus = 16, count = 200}, {cpus = 8, gpus =
+    1, count = 64}]; a driver cannot learn this from Ray. A run on a cluster that starts small then
+    requests as many nodes as it can use, including GPU nodes."""
     batch_size: int = Field(default=8, ge=1)
-    """Videos a worker takes at a time."""
+    """Videos that a worker processes at a time."""
     threads: int = Field(default=0, ge=0)
-    """Threads of each worker's network (0: CPUs / workers); in `score` and `serve` of each replica's, which on a CPU does as many videos side by side (0: the node's CPUs)."""
+    """Threads of each worker's network (0: CPUs / workers). In `score` and `serve`: threads of each
+    replica, which on a CPU processes as many videos in parallel (0: the node's CPUs)."""
     precision: Precision = "auto"
-    """What the networks compute in, in `extract`, `score`, `predict` and `serve`; `auto`: bf16 on GPUs that have it, fp32 on CPUs."""
+    """Precision of the networks in `extract`, `score`, `predict` and `serve`; `auto`: bf16 on GPUs
+    that support it, otherwise fp32."""
     resize: Literal["auto", "decoder", "device"] = "auto"
-    """Who makes the pictures that the networks want of a frame: the `decoder` on its CPU, or, of frames that hold at most twice the data of these pictures, the networks' `device`; the same but for rounding. In `extract`, `score`, `predict` and `serve`; `auto`: the device where it is a GPU (`serve`: where its networks ask for one)."""
+    """Where frames are resized to the networks' inputs: by the `decoder` on its CPU or, for frames
+    with at most twice the data of those inputs, on the networks' `device`; results are equal up to
+    rounding. Applies to `extract`, `score`, `predict` and `serve`; `auto`: the device if it is a
+    GPU (`serve`: if its networks request one)."""
     compile: bool = False
-    """Compile these networks with torch.compile, as CUDA graphs on GPUs: a minute more at the start of each worker. Needs a C++ compiler on the node."""
+    """Compile these networks with torch.compile, as CUDA graphs on GPUs. Adds a minute to the start
+    of each worker and needs a C++ compiler on the node."""
 
     def resizes_on_device(self, on_gpu: bool) -> bool:
-        """Whether decoders hand on small frames as they are, given where the networks run."""
+        """Whether decoders pass on small frames unresized, given where the networks run."""
         return self.resize == "device" or (self.resize == "auto" and on_gpu)
 
 
 class ScaleConfig(Section):
-    """How far a deployment scales."""
+    """Scaling limits and resources of a deployment."""
 
     min_replicas: int = Field(default=1, ge=0)
-    """Fewest replicas."""
+    """Minimum number of replicas."""
     max_replicas: int = Field(default=1, ge=1)
-    """Most replicas."""
+    """Maximum number of replicas."""
     num_cpus: float = Field(default=0.25, ge=0)
-    """Logical CPUs of a replica; may be fractional."""
+    """Logical CPUs per replica; may be fractional."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs of a replica; may be fractional."""
+    """GPUs per replica; may be fractional."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -80,34 +90,37 @@ class ScaleConfig(Section):
 
 
 class ReplicaConfig(ScaleConfig):
-    """How far one deployment of the Serve graph scales."""
+    """Scaling of one deployment of the Serve graph."""
 
     max_ongoing_requests: int = Field(default=32, ge=1)
-    """Requests a replica takes at a time; above its batch size. A replica is added where more than half of them are taken."""
+    """Requests that a replica handles at a time; should exceed its batch size. Replicas are added
+    when more than half of these slots are in use."""
 
 
 class ServeConfig(Section):
     """The endpoint and its deployments."""
 
     ingress: ScaleConfig = ScaleConfig(num_cpus=0.1)
-    """Takes the requests and checks them."""
+    """Receives and validates requests."""
     decoder: ReplicaConfig = ReplicaConfig(max_replicas=2)
-    """Fetches and decodes."""
+    """Fetches and decodes videos."""
     decoder_processes: int = Field(default=2, ge=1)
-    """Decoding child processes of each decoder replica."""
+    """Decoding child processes per decoder replica."""
     sampler: ReplicaConfig = ReplicaConfig()
-    """Encodes the T frames and chooses K."""
+    """Encodes the T frames and chooses K of them."""
     recognizer: ReplicaConfig = ReplicaConfig()
     """Recognises the K frames."""
     batch_size: int = Field(default=8, ge=1)
-    """Most videos in one batch of the sampler or the recogniser on a GPU; on a CPU a replica does a video a thread, side by side."""
+    """Maximum batch size of the sampler and the recogniser on a GPU, in videos; on a CPU, a replica
+    processes one video per thread in parallel."""
     batch_wait_s: float = Field(default=0.01, ge=0)
-    """Longest wait for a batch to fill on a GPU, in seconds."""
+    """Longest wait for a full batch on a GPU, in seconds."""
     max_queued_requests: int = Field(default=256, ge=1)
-    """Requests that an ingress replica has in hand, waiting ones too; one more is answered 429."""
+    """Requests per ingress replica, including waiting ones; further requests return 429."""
     request_timeout_s: float = Field(default=120.0, gt=0)
-    """Longest time of one request, its upload too, in seconds; past it the answer is 504."""
+    """Time limit of one request, including its upload, in seconds; then it returns 504."""
     max_upload_mb: float = Field(default=256, gt=0)
-    """Largest upload, in MiB; a larger one gets 413."""
+    """Largest upload, in MiB; a larger one returns 413."""
     allowed_uri_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Folders, as paths or URIs, below which a request's `uri` may lie; none by default, so that nobody reads files through the endpoint."""
+    """Folders, as paths or URIs, that a request's `uri` may point into; none by default, so that
+    the endpoint exposes no files."""

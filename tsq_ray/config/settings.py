@@ -1,4 +1,4 @@
-"""All settings of a run, and what holds between its sections."""
+"""All settings of a run, and checks across sections."""
 
 from __future__ import annotations
 
@@ -33,28 +33,34 @@ class Config(Section):
 
 
 def check_budget(sampler: SamplerConfig, num_frames: int, task: str = "single") -> None:
-    """Refuse K > T, and an adaptive K where nothing ranks the frames or several labels may be true (ConfigError)."""
+    """Check the budget K.
+
+    Raises ConfigError if K > T, or if K is adaptive but the mode does not rank frames or a video
+    may have several labels.
+    """
     if sampler.most_frames > num_frames:
         name = "sampler.max_budget" if sampler.budget == "adaptive" else "sampler.budget (K)"
         raise ConfigError(
-            f"{name} is {sampler.most_frames}, above decode.num_frames (T) = {num_frames}: K frames are chosen of T; lower K or raise T"
+            f"{name} is {sampler.most_frames}, above decode.num_frames (T) = {num_frames}: "
+            "K frames are chosen from T; lower K or raise T"
         )
     if sampler.budget == "adaptive":
         if sampler.mode not in TSQ_MODES:
             raise ConfigError(
-                f"sampler.budget 'adaptive' needs frames in the order of their saliency, which sampler.mode {sampler.mode!r} does not give; "
-                f"take one of {', '.join(TSQ_MODES)}, or a number"
+                "sampler.budget 'adaptive' needs frames ranked by saliency, which sampler.mode "
+                f"{sampler.mode!r} does not give; use one of {', '.join(TSQ_MODES)}, or a number"
             )
         if task != "single":
             raise ConfigError(
-                "sampler.budget 'adaptive' waits for one class to lead, and with train.task 'multi' several may be true; give a number"
+                "sampler.budget 'adaptive' waits for one class to lead, "
+                "but with train.task 'multi' several may be true; use a number"
             )
 
 
 def check_top_objects(top_objects: int, num_objects: int) -> None:
-    """Refuse to train on more objects a frame than the features hold (ConfigError)."""
+    """Raise ConfigError if training asks for more objects per frame than the features hold."""
     if top_objects > num_objects:
         raise ConfigError(
-            f"train.top_objects is {top_objects}, above encoders.num_objects = {num_objects}, what the features hold of a frame; "
-            "lower it or extract again with more"
+            f"train.top_objects is {top_objects}, above encoders.num_objects = {num_objects}, "
+            "the number per frame that the features hold; lower it or extract again with more"
         )

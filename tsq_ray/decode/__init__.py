@@ -1,4 +1,7 @@
-"""Videos to frames: a sampling plan, exact and keyframe decoding, and a sandbox in which a crash or a hang costs one video."""
+"""Videos to frames: a sampling plan, exact and keyframe decoding, and a sandbox.
+
+The sandbox limits the damage of a crash or a hang to one video.
+"""
 
 from tsq_ray.decode.sandbox import DecodePool
 from tsq_ray.decode.types import WHOLE, DecodedVideo, FrameSpec, VideoSource, with_whole_frames

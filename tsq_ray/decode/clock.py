@@ -1,7 +1,7 @@
-"""Which timestamps can be believed, and the times rebuilt from those that cannot. Pure: integers of one time base in and out.
+"""Check which timestamps can be trusted, and rebuild the others.
 
-FFmpeg's decoders give pictures in presentation order. Where the times that come with them do not ascend, repeat, or jump,
-the times are wrong and the order is right.
+Pure: integers of one time base in and out. FFmpeg's decoders output pictures in presentation order.
+If their timestamps do not ascend, repeat, or jump, the timestamps are wrong and the order is right.
 """
 
 from __future__ import annotations
@@ -13,33 +13,42 @@ from fractions import Fraction
 import numpy as np
 
 _JUMP = 100
-"""A step is a jump only where it is this many times the usual one, whatever its length."""
+"""A step is a jump only if it is this many times the usual step, whatever its length."""
 _MAX_GAP_S, _MAX_STILL_S = 120, 600
-"""Longest step in seconds, in a stream whose clock may start again and in any other one: up to there a picture stands still,
-as a screen recording's may for minutes."""
+"""Longest step in seconds, for streams whose clock may restart and for all others.
+
+Up to this length the picture is taken to be static, as in a screen recording it may be for minutes.
+"""
 _MAX_GROUP = 64
-"""Most frames between two anchors: codecs reorder 16 to 32."""
+"""Maximum number of frames between two anchors; codecs reorder 16 to 32."""
 _NEAR = 16
-"""Usual steps that a time runs back where frames were only swapped; further back the clock began again."""
+"""Usual steps that a time may run back in swapped frames; further back, the clock restarted."""
 _FINER = 1000
-"""Rebuilt times are in a time base at least this many times finer: frames with one time share the step to the next."""
+"""Rebuilt times use a time base at least this many times finer.
+
+Frames with equal times are spread over the step to the next one.
+"""
 
 
 def max_step(time_base: Fraction, discontinuous: bool) -> int:
-    """The longest step between two frames that is believed. `discontinuous`: the container's clock may start again."""
+    """The longest step between two frames that is trusted.
+
+    `discontinuous`: the container's clock may restart.
+    """
     return int((_MAX_GAP_S if discontinuous else _MAX_STILL_S) / time_base)
 
 
 def jumps(pts: Sequence[int] | np.ndarray, limit: int) -> bool:
-    """Whether any step between ascending times is longer than `limit` and many times the usual one."""
+    """Whether any step between ascending times exceeds `limit` and is many times the usual one."""
     steps = np.diff(np.asarray(pts, np.int64))
     return bool(len(steps)) and bool(steps.max() > max(limit, _JUMP * np.median(steps)))
 
 
 def anchor_groups(pts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of times in decoding order: bool, which are later than all before (anchors), and int, each one's group.
+    """For times in decoding order, return bool [n], the anchors, and int [n], the group of each.
 
-    A group is an anchor and what is decoded after it and shown before it.
+    An anchor is later than all times before it. A group is an anchor and the frames that are
+    decoded after it and displayed before it.
     """
     times = np.asarray(pts, np.int64)
     anchors = np.empty(len(times), bool)
@@ -49,9 +58,10 @@ def anchor_groups(pts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def in_order(pts: Sequence[int], key_pts: Sequence[int]) -> bool:
-    """Whether distinct times in decoding order are such that a codec may have reordered the frames so.
+    """Whether distinct times in decoding order can be the result of a codec's reordering.
 
-    Frames of a group are shown after the anchor before theirs, groups are short, and keyframes (at `key_pts`) are anchors.
+    The frames of a group are displayed after the previous anchor, groups are short, and keyframes
+    (at `key_pts`) are anchors.
     """
     if not pts:
         return False
@@ -64,12 +74,14 @@ def in_order(pts: Sequence[int], key_pts: Sequence[int]) -> bool:
 
 
 def skippable(pts: Sequence[int], wanted: Collection[int], reordered: bool) -> frozenset[int]:
-    """Times, of those in decoding order, of frames that need not be decoded to prove that `wanted` are in their places.
+    """Times of the frames that can be skipped while proving that the `wanted` ones are in place.
 
-    Without reordering all others. Else which frame of a group is shown first only the decoder can tell: of the groups with
-    a wanted frame, one of each pattern is decoded whole, where it costs least. The others of that pattern are then right
-    too, since an encoder orders groups alike, and a time that is wrong makes another pattern. A stream that reorders and
-    whose times ascend in decoding order proves nothing: every frame.
+    `pts` are in decoding order. Without reordering, all frames but the wanted ones can be skipped.
+    With reordering, only the decoder can tell which frame of a group is displayed first: among the
+    groups with a wanted frame, one group of each pattern is decoded completely, the cheapest one.
+    The other groups of that pattern are then right too, because an encoder orders them the same
+    way and a wrong time produces a different pattern. In a stream that reorders although its times
+    ascend in decoding order, nothing is proven and no frame can be skipped.
     """
     if not reordered:
         return frozenset(pts).difference(wanted)
@@ -90,10 +102,10 @@ def skippable(pts: Sequence[int], wanted: Collection[int], reordered: bool) -> f
 
 
 def unproven_keys(pts: Sequence[int], key_pts: Sequence[int]) -> frozenset[int]:
-    """Times of the keyframes, of a stream that reorders, whose own place the packets do not prove.
+    """Times of a reordering stream's keyframes whose own place the packets do not prove.
 
-    Frames decoded after such a keyframe are shown before it, or no frame behind it is reordered: then its time may be that of
-    decoding, and frames shown before it may have come later.
+    Frames decoded after such a keyframe are displayed before it, or no frame after it is reordered:
+    then its time may be a decoding time, and frames displayed before it may be decoded later.
     """
     times = np.asarray(pts, np.int64)
     _, group = anchor_groups(pts)
@@ -105,28 +117,30 @@ def unproven_keys(pts: Sequence[int], key_pts: Sequence[int]) -> frozenset[int]:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """Strictly ascending times, one a frame in the decoder's order, and what was wrong with those that came."""
+    """Strictly ascending times, one per frame in decoder order, and the fault in the originals."""
 
     pts: list[int]
     time_base: Fraction
     step: int
-    """The usual step."""
+    """The usual step between two frames."""
     only_swapped: bool
-    """The same times, exchanged between neighbours, as those of damaged frames are."""
+    """The times are only swapped between neighbours, as happens with damaged frames."""
     fault: str
 
 
 def rebuilt(
     times: Sequence[int | None], time_base: Fraction, limit: int, default_step: int
 ) -> Rebuilt | None:
-    """Times in the decoder's order that ascend; None where those that came do. At least one must be known.
+    """Rebuild times in decoder order so that they ascend; return None if they already do.
 
-    Stretches between two breaks of the clock keep their own steps and follow one another at the usual step, which is
-    `default_step` where no two times tell one. Within a stretch times that run a little backwards are those of swapped
-    frames, and frames that share a time share the step to the next. Missing times lie evenly between their neighbours.
+    At least one time must be known. Stretches between two breaks of the clock keep their own steps
+    and follow one another at the usual step, which is `default_step` if no two times define one.
+    Within a stretch, times that run slightly backwards belong to swapped frames, and frames with
+    equal times are spread over the step to the next one. Missing times are placed evenly between
+    their neighbours.
     """
     finer = max(_FINER, 2 * len(times))
-    bound = 2**61 // finer  # so that no difference overflows
+    bound = 2**61 // finer  # keeps differences from overflowing
     times = [time if time is None else min(max(time, -bound), bound) for time in times]
     known, missing = _filled(times, finer, default_step)
     limit *= finer
@@ -149,19 +163,22 @@ def rebuilt(
 
 
 def _filled(times: Sequence[int | None], finer: int, default_step: int) -> tuple[np.ndarray, int]:
-    """Times in the finer time base, those that are missing put in at even steps, and the number of these."""
+    """Times in the finer time base, missing ones filled in evenly; and the number missing."""
     places = np.flatnonzero([time is not None for time in times])
     known = np.array([time for time in times if time is not None], np.int64) * finer
     steps = np.diff(known) / np.diff(places)
     usual = np.median(steps[steps > 0]) if (steps > 0).any() else default_step * finer
     filled = np.interp(np.arange(len(times)), places, known).astype(np.int64)
-    filled[places] = known  # exact where they are large
+    filled[places] = known  # exact even if large
     outside = np.arange(len(times)) - np.clip(np.arange(len(times)), places[0], places[-1])
     return filled + (outside * usual).astype(np.int64), len(times) - len(places)
 
 
 def _breaks(times: np.ndarray, limit: int) -> np.ndarray:
-    """bool [n - 1]: where the clock breaks between two frames. A single frame far from its neighbours breaks on both sides."""
+    """bool [n - 1]: whether the clock breaks between two frames.
+
+    A single frame far from its neighbours breaks on both sides.
+    """
     steps = np.diff(times)
     moving = np.abs(steps[steps != 0])
     usual = np.median(moving) if len(moving) else 1
@@ -171,7 +188,7 @@ def _breaks(times: np.ndarray, limit: int) -> np.ndarray:
         if i and times[i + 1] > times[i - 1]:
             breaks[i - 1] = True  # the frame before the break ran ahead
         elif i + 2 < len(times) and times[i + 2] > times[i]:
-            breaks[i + 1] = True  # the one after it stayed behind
+            breaks[i + 1] = True  # the frame after it lagged behind
     return breaks
 
 
@@ -180,9 +197,9 @@ def _split(times: np.ndarray, breaks: np.ndarray) -> list[np.ndarray]:
 
 
 def _unswapped(stretch: np.ndarray) -> list[np.ndarray]:
-    """Times in ascending order, those of swapped frames exchanged.
+    """Sort the times of swapped frames into ascending order.
 
-    In pieces, one for each start of the clock, where the exchange would make two times equal.
+    If sorting would make two times equal, return one unsorted piece per start of the clock instead.
     """
     ordered = np.sort(stretch)
     if (np.diff(ordered) == 0).sum() <= (np.diff(stretch) == 0).sum():
@@ -191,7 +208,7 @@ def _unswapped(stretch: np.ndarray) -> list[np.ndarray]:
 
 
 def _spread(piece: np.ndarray, usual: int) -> np.ndarray:
-    """Times that do not fall -> times that rise: those that are equal share the step to the next."""
+    """Turn non-decreasing times into increasing ones, spreading equal times over the next step."""
     values, first, count = np.unique(piece, return_index=True, return_counts=True)
     room = np.diff(np.append(values, values[-1] + usual * count[-1]))
     place = np.arange(len(piece)) - np.repeat(first, count)

@@ -1,11 +1,13 @@
-"""Decoding through decord (`decode.backend = "decord"`), where it can be exact; everything else goes to PyAV.
+"""Decode with decord (`decode.backend = "decord"`) where it is exact; PyAV decodes everything else.
 
-Against a sequential FFmpeg decode decord was wrong without a word on open groups of pictures (HEVC: another frame after a
-seek), on edit lists (hidden frames counted), on reflections and rotations, on interlaced video (deinterlaced), on 10 bits
-(other colours) and on very small pictures (a fourth channel). `refusal` keeps all of these, and what was not compared,
-away from it; `decode_exact` also wants decord's own frame times to be those of the packets. It is not the default because
-one fault cannot be caught so: on a busy machine a long skip gives up after 10,000 polls and the reader goes on as if it
-had arrived (a 6 minute 1080p video with one keyframe in 10 s: one call in twenty gave the picture of another time).
+Compared with a sequential FFmpeg decode, decord was silently wrong on open groups of pictures
+(HEVC: another frame after a seek), edit lists (hidden frames counted), reflections and rotations,
+interlaced video (deinterlaced), 10-bit video (other colours) and very small pictures (a fourth
+channel). `refusal` rejects all of these and whatever has not been compared; `decode_exact` also
+requires decord's frame times to match those of the packets. decord is not the default because one
+fault cannot be caught this way: on a busy machine a long skip gives up after 10,000 polls and the
+reader continues as if it had arrived. On a 6-minute 1080p video with one keyframe every 10 s, one
+call in twenty returned the picture of another time.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from tsq_ray.decode.pyav_backend import DecodeTrouble
 
 @functools.cache
 def _decord() -> Any:
-    """decord, imported where it is asked for, without the CUDA libraries that it would load for all of the process to see.
+    """Import decord on first use, without the CUDA libraries it would load process-wide.
 
-    Among them is a BLAS (nvblas) that then takes PyTorch's matrix products on the CPU, and crashes where there is no GPU; they also cost
-    every decoding child half a second and hundreds of megabytes.
+    One of them is a BLAS (nvblas) that then takes over PyTorch's matrix products on the CPU and
+    crashes without a GPU; they also cost every decoding child half a second and hundreds of
+    megabytes.
     """
     absent = object()
     before = sys.modules.get("nvidia", absent)
@@ -52,7 +55,10 @@ _TOLERANCE_S = 1e-3
 
 
 def refusal(stream: Stream, table: PacketTable, first: av.VideoFrame) -> str | None:
-    """Why this file goes to PyAV, or None where decord is exact. `first` is the first decoded frame."""
+    """Return why PyAV must decode this file, or None if decord is exact.
+
+    `first` is the first decoded frame.
+    """
     codec = stream.codec_context.codec.canonical_name
     if codec not in ("h264", "vp9", "av1"):
         return f"codec {codec}"
@@ -69,7 +75,7 @@ def refusal(stream: Stream, table: PacketTable, first: av.VideoFrame) -> str | N
     if min(first.width, first.height) < _MIN_SIDE:
         return f"only {first.width} x {first.height} pixels"
     if table.reordered or stream.codec_context.has_b_frames:
-        return "frames are reordered, and only a decode of all of them proves that their times are right"
+        return "frames are reordered, and only decoding them all proves that their times are right"
     if not table.key_pts or table.key_pts[0] != table.pts[0]:
         return "does not start with a keyframe"
     return None
@@ -85,25 +91,27 @@ def decode_exact(
 ) -> None:
     """Put the frames `wanted` (ascending indices into `table.pts`) of a local file into the store.
 
-    `size` is the (width, height) to expect. DecodeTrouble where decord fails or sees other frames than the packets tell.
+    `size` is the expected (width, height). Raises DecodeTrouble if decord fails or if its frames
+    do not match the packets.
     """
     decord = _decord()
     try:
-        # a tolerance of next to nothing: a frame that cannot be decoded is an error, not a copy of another
+        # with almost no tolerance, a frame that cannot be decoded is an error, not a copy
+        # of another frame
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1, fault_tol=1e-9)
         if len(reader) != len(table.pts):
             raise DecodeTrouble(
-                f"decord sees {len(reader)} frames, the packets are {len(table.pts)}"
+                f"decord finds {len(reader)} frames, the packets hold {len(table.pts)}"
             )
         seen = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
         known = np.asarray([pts - table.pts[0] for pts in table.pts], np.float64) * float(time_base)
-        # decord keeps float32 seconds
+        # decord stores seconds as float32
         if np.abs(seen - seen[0] - known).max() > _TOLERANCE_S + known[-1] * 2e-7:
-            raise DecodeTrouble("decord sees other frame times than the packets have")
+            raise DecodeTrouble("decord's frame times differ from those of the packets")
         for i, index in enumerate(wanted):
             rgb = reader[index].asnumpy()
             if rgb.shape != (size[1], size[0], 3):
-                raise DecodeTrouble(f"decord gives a frame of shape {rgb.shape}")
+                raise DecodeTrouble(f"decord returned a frame of shape {rgb.shape}")
             store.put(i, rgb)
     except (
         decord.DECORDError,

@@ -1,4 +1,4 @@
-"""Full-size frames to the wanted sizes, one at a time: turned as shown, resized with antialiasing, stored once."""
+"""Full-size frames to the wanted sizes: rotated for display, resized with antialiasing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.B
 
 
 def orient(rgb: np.ndarray, matrix: Sequence[int]) -> np.ndarray:
-    """[H, W, 3] as stored -> as shown, by the 2 x 2 part (a, b, c, d) of a display matrix, rounded to quarter turns and flips.
+    """Turn a stored picture [H, W, 3] into the displayed one.
 
-    A point (x, y) of the stored picture is shown at (a x + c y, b x + d y), so a transposing matrix has |b| > |a|.
+    `matrix` is the 2 x 2 part (a, b, c, d) of a display matrix, rounded to quarter turns and flips.
+    A point (x, y) of the stored picture is displayed at (a x + c y, b x + d y), so a transposing
+    matrix has |b| > |a|.
     """
     a, b, c, d = matrix
     if abs(b) > abs(a):
@@ -31,7 +33,7 @@ def orient(rgb: np.ndarray, matrix: Sequence[int]) -> np.ndarray:
 
 
 def target_size(width: int, height: int, spec: FrameSpec) -> tuple[int, int]:
-    """Width and height to which a frame is resized (before the crop)."""
+    """The width and height to which a frame is resized, before any crop."""
     if spec.resize == "none":
         return width, height
     if spec.resize == "squash":
@@ -45,7 +47,10 @@ def target_size(width: int, height: int, spec: FrameSpec) -> tuple[int, int]:
 def resize_picture(
     rgb: np.ndarray, spec: FrameSpec, size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [h, w, 3] in the size of `spec`, or resized to `size` (width, height) where given."""
+    """Resize uint8 [H, W, 3] to uint8 [h, w, 3] as `spec` says.
+
+    If `size` (width, height) is given, resize to it instead.
+    """
     width, height = size or target_size(rgb.shape[1], rgb.shape[0], spec)
     if (height, width) == rgb.shape[:2] and spec.resize != "crop":
         return rgb
@@ -59,12 +64,15 @@ def resize_picture(
 
 
 def _is_small(height: int, width: int, spec: FrameSpec) -> bool:
-    """Whether whole frames are worth handing on. Not those of a strip, which is made many times larger before its centre is cropped."""
+    """Whether passing on whole frames pays.
+
+    It does not for a strip, which is enlarged many times before its centre is cropped.
+    """
     return height * width <= spec.size**2 and max(height, width) <= 4 * min(height, width)
 
 
 class FrameStore:
-    """Collects the N distinct frames of one video in every wanted size."""
+    """The N distinct frames of one video in every wanted size, collected one at a time."""
 
     def __init__(self, specs: Mapping[str, FrameSpec], count: int) -> None:
         self.specs = specs
@@ -75,7 +83,7 @@ class FrameStore:
         self._pictures: Mapping[str, FrameSpec] = specs
 
     def put(self, i: int, rgb: np.ndarray) -> None:
-        """Store frame i of N, uint8 [H, W, 3] as shown."""
+        """Store frame i of N, uint8 [H, W, 3] as displayed."""
         if not self.width:
             self.height, self.width = rgb.shape[:2]
             whole = WHOLE in self.specs and _is_small(self.height, self.width, self.specs[WHOLE])
@@ -84,7 +92,7 @@ class FrameStore:
         elif WHOLE in self.frames and rgb.shape[:2] != (self.height, self.width):
             self._no_longer_whole()
         for name, spec in self.specs.items():
-            # one array holds all frames, so a video that changes its size keeps the first frame's
+            # one array holds all frames, so later frames of another size get the first one's size
             size = (
                 target_size(self.width, self.height, spec)
                 if spec.resize in ("keep", "none")
@@ -97,12 +105,12 @@ class FrameStore:
         self._filled[i] = True
 
     def _no_longer_whole(self) -> None:
-        """A video that changes its size: whole frames of several sizes do not go into one array, their pictures do."""
+        """Store resized pictures instead: whole frames of several sizes do not fit one array."""
         self.specs, whole = self._pictures, self.frames.pop(WHOLE)
         for i in np.flatnonzero(self._filled):
             self.put(int(i), whole[i])
 
     @property
     def complete(self) -> bool:
-        """Whether all N frames have come."""
+        """Whether all N frames are stored."""
         return bool(self._filled.all())

@@ -1,4 +1,7 @@
-"""Keyframes, and frames near them, of an unfragmented MP4 or MOV by its sample table alone: only their bytes are read."""
+"""Decode keyframes, and frames near them, of an unfragmented MP4 or MOV.
+
+The sample table locates them, so only their bytes are read.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ from tsq_ray.decode.pyav_backend import (
     to_rgb,
 )
 
-_MAX_LEADING = 64  # packets looked at behind a keyframe for frames that are shown before it
+_MAX_LEADING = 64  # packets inspected after a keyframe for frames displayed before it
 
 
 @dataclass
 class Placed:
-    """A frame with its place in the source."""
+    """A frame and its place in the source."""
 
     rgb: np.ndarray
     pts: int
@@ -34,13 +37,13 @@ class Placed:
 
 
 class IndexedReader:
-    """The frames of one container by its sample table."""
+    """Reads the frames of one container by its sample table."""
 
     def __init__(
         self, container: Container, stream: Stream, index: SampleIndex, max_pixels: int
     ) -> None:
         if stream.codec_context.codec.canonical_name not in SEEKABLE_CODECS:
-            raise DecodeTrouble("a keyframe of this codec is not known to decode by itself")
+            raise DecodeTrouble("keyframes of this codec are not known to decode independently")
         self.container, self.stream, self.index, self.max_pixels = (
             container,
             stream,
@@ -50,11 +53,12 @@ class IndexedReader:
         self._delay = 0
         self._reorders = stream.codec_context.has_b_frames
         self.start = self.keyframe(0).pts
-        # frames are shown a constant delay after the table's times; every keyframe's own time is read when it comes
+        # frames are displayed a constant delay after the table's times; each keyframe's own time is
+        # read from its packet
         self._delay = self.start - index.start_dts
         self.end = index.end_dts + self._delay
         self.key_pts = [dts + self._delay for dts in index.key_dts]
-        # where `frame_at` is: the keyframe it began at, what was read since and not decoded yet, and what was read
+        # state of `frame_at`: its keyframe, packets read but not yet decoded, and the times read
         self._key = -1
         self._ahead: deque[av.Packet] = deque()
         self._seen = _Groups()
@@ -65,8 +69,8 @@ class IndexedReader:
         self._read_on = True
 
     def keyframe(self, key: int) -> Placed:
-        """Keyframe number `key`, decoded by itself."""
-        self._key = -1  # the decoder leaves the place where `frame_at` was
+        """Decode keyframe number `key` independently of other frames."""
+        self._key = -1  # the decoder moves away from the position of `frame_at`
         with errors_are_trouble():
             packets = self._packets_from(key)
             packet = next(packets)
@@ -74,22 +78,20 @@ class IndexedReader:
             after = self._after(packets, packet.pts)
             early = [other for other in after if other.pts is not None and other.pts < packet.pts]
             if early and (not self._reorders or early != after[: len(early)]):
-                raise DecodeTrouble(
-                    "frames are shown before a keyframe that they cannot be shown before"
-                )
+                raise DecodeTrouble("frames have times before a keyframe that they cannot precede")
             leading = sum(not other.is_discard for other in early)
             if self._reorders and (early or not self._shows_reordering(after)):
                 frames = self._proven(itertools.chain([packet], after, packets), packet.pts)
             else:
                 frames = [*self.stream.decode(packet), *self.stream.decode(None)]
         if len(frames) != 1 or frames[0].is_corrupt or frames[0].pts != packet.pts:
-            raise DecodeTrouble(f"keyframe {key} does not decode by itself")
+            raise DecodeTrouble(f"keyframe {key} does not decode independently")
         return Placed(
             to_rgb(frames[0], self.max_pixels), packet.pts, self.index.key_before[key] + leading
         )
 
     def _proven(self, packets: Iterator[av.Packet], start: int) -> list[av.VideoFrame]:
-        """The first frame, after the next one has shown that it came in its place."""
+        """The first frame, once the next one has proven its place."""
         frames = strict_frames(packets, self.stream, start)
         first = next(frames, None)
         next(frames, None)
@@ -97,7 +99,8 @@ class IndexedReader:
 
     def _packets_from(self, key: int) -> Iterator[av.Packet]:
         dts = self.index.key_dts[key]
-        # FFmpeg takes the time for one of presentation; with a decoding time it mostly goes to the keyframe before, whose bytes nobody needs
+        # FFmpeg expects a presentation time; given a decoding time it mostly seeks to the previous
+        # keyframe, whose bytes are not needed
         for time in dict.fromkeys((dts + self._delay, dts)):
             seek(self.container, self.stream, time)
             packets = read_packets(self.container, self.stream)
@@ -108,11 +111,11 @@ class IndexedReader:
                 and packet.pos == self.index.key_pos[key]
             ):
                 return itertools.chain([packet], packets)
-        raise DecodeTrouble(f"a seek to keyframe {key} did not arrive there")
+        raise DecodeTrouble(f"a seek to keyframe {key} arrived elsewhere")
 
     @staticmethod
     def _after(packets: Iterator[av.Packet], key_time: int) -> list[av.Packet]:
-        """The packets that follow a keyframe: those shown before it, which come at once, and two more."""
+        """The packets after a keyframe: first any displayed before it, then two more."""
         found: list[av.Packet] = []
         later = 0
         for packet in itertools.islice(packets, _MAX_LEADING):
@@ -124,7 +127,7 @@ class IndexedReader:
 
     @staticmethod
     def _shows_reordering(after: Sequence[av.Packet]) -> bool:
-        """Whether the two packets that follow a keyframe are not shown in the order in which they are decoded."""
+        """Whether the last two packets in `after` are displayed in another order than decoded."""
         times = [packet.pts for packet in after[-2:]]
         return (
             len(times) == 2
@@ -134,7 +137,10 @@ class IndexedReader:
         )
 
     def frame_at(self, time: int) -> Placed:
-        """The frame on show at `time`, decoded from the keyframe before it. Times ascend from call to call."""
+        """The frame displayed at `time`, decoded from the previous keyframe.
+
+        Times must ascend from call to call.
+        """
         key = max(bisect_right(self.key_pts, time) - 1, 0)
         if key != self._key:
             self._start(key)
@@ -155,12 +161,12 @@ class IndexedReader:
                 break
         late = any(packet.pts is not None and packet.pts < self._wanted for packet in self._ahead)
         if self._current is None or self._current.pts != self._wanted or late:
-            raise DecodeTrouble(f"the frame at {self._wanted} does not come when its time says")
+            raise DecodeTrouble(f"the frame at {self._wanted} is not in its place")
         index = self.index.key_before[self._key] + self._seen.num_before(self._wanted)
         return Placed(to_rgb(self._current, self.max_pixels), self._wanted, index)
 
     def _start(self, key: int) -> None:
-        """Go to keyframe number `key` and read it."""
+        """Seek to keyframe number `key` and read it."""
         self._key, self._packets = key, self._packets_from(key)
         self._ahead, self._seen, self._current = deque(), _Groups(), None
         self._wanted = self._time = self.key_pts[key]
@@ -170,13 +176,13 @@ class IndexedReader:
         )
 
     def _may_skip(self, pts: int | None) -> bool:
-        # what comes after the wanted frame may be wanted next
+        # a frame after the wanted one may be wanted next
         if pts is None or pts >= self._wanted:
             return False
         return not self._reorders or self._seen.proves_nothing(pts, self._wanted)
 
     def _read(self) -> bool:
-        """Read a packet; False at the end."""
+        """Read a packet; return False at the end."""
         with errors_are_trouble():
             packet = next(self._packets, None)
         if packet is None:
@@ -187,12 +193,15 @@ class IndexedReader:
             self._seen.add(packet.pts)
             if self._wanted < packet.pts <= self._time:
                 self._wanted = packet.pts
-        # no frame is shown before it is decoded, so that none that comes later in the file is shown by then
+        # no frame is displayed before it is decoded, so no later packet can be displayed by then
         self._read_on = packet.dts is not None and packet.dts <= self._time
         return True
 
     def _settle(self, pts: int | None) -> None:
-        """Read on until it shows whether the frame of `pts` is the wanted one; no further, since all that is read ahead is held in memory."""
+        """Read ahead until it is clear whether the frame at `pts` is the wanted one.
+
+        No further, because packets read ahead are held in memory.
+        """
         while pts == self._wanted and self._read_on:
             self._read()
 
@@ -203,7 +212,10 @@ class IndexedReader:
 
 
 class _Groups:
-    """When the packets read since a keyframe are shown, in decoding order and by group (see `clock.anchor_groups`)."""
+    """Presentation times of the packets read since a keyframe, in decoding order and by group.
+
+    For groups see `clock.anchor_groups`.
+    """
 
     def __init__(self) -> None:
         self._times: list[int] = []
@@ -212,28 +224,28 @@ class _Groups:
 
     @property
     def first(self) -> int:
-        """The keyframe's own time."""
+        """The time of the keyframe."""
         return self._times[0]
 
     def add(self, pts: int) -> None:
-        """DecodeTrouble where no reordering gives this time."""
+        """Add a time. Raises DecodeTrouble if no reordering can produce it."""
         if pts in self._group or (len(self._anchors) > 1 and pts < self._anchors[-2]):
-            raise DecodeTrouble(f"the time {pts} is not one of reordered frames")
+            raise DecodeTrouble(f"no reordering of frames explains the time {pts}")
         if not self._anchors or pts > self._anchors[-1]:
             self._anchors.append(pts)
         self._times.append(pts)
         self._group[pts] = len(self._anchors)
 
     def last_until(self, time: int) -> int:
-        """The latest that is not after `time`."""
+        """The latest time that is not after `time`."""
         return max(pts for pts in self._times if pts <= time)
 
     def num_before(self, pts: int) -> int:
-        """How many are before `pts`."""
+        """The number of times before `pts`."""
         return sum(time < pts for time in self._times)
 
     def proves_nothing(self, pts: int, wanted: int) -> bool:
-        """Whether the frame at `pts` lies in another group than that of `wanted`, and is not the one that others refer to."""
+        """Whether the frame at `pts` is in another group than `wanted` and is not its anchor."""
         group = self._group.get(pts)
         return (
             group is not None

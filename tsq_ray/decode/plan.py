@@ -1,7 +1,8 @@
-"""Which frames fill the T slots. Pure: lists of timestamps in, indices out.
+"""Choose the frames that fill the T slots. Pure: lists of timestamps in, indices out.
 
-Position i of T is at (i + 0.5) / T of the duration, or at (i + place) / T where places are given (training), and the frame there is the
-one on show: the last whose timestamp is not after it. Timestamps are integers in one time base, ascending; `end` is the time at which the last frame ends.
+Position i of T is at (i + 0.5) / T of the duration, or at (i + place) / T if places are given
+(training). Its frame is the one displayed then: the last whose timestamp is not later. Timestamps
+are ascending integers in one time base; `end` is the time at which the last frame ends.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Places = Sequence[float] | None
 def uniform_indices(
     pts: Sequence[int], end: int, num_frames: int, places: Places = None
 ) -> list[int]:
-    """T frame indices, ascending; for a video of fewer than T frames 0..n-1 again and again."""
+    """T frame indices, ascending; a video of n < T frames repeats 0..n-1 cyclically."""
     count = len(pts)
     assert count > 0
     if count < num_frames:
@@ -26,19 +27,22 @@ def uniform_indices(
 
 
 def position(start: int, end: int, num_frames: int, i: int, places: Places = None) -> int:
-    """The time of position i, rounded down: an integer timestamp is at or before it exactly where it is before the true one."""
+    """The time of position i, rounded down.
+
+    Integer timestamps compare (<=) with the rounded time as they do with the exact one.
+    """
     if places is not None:
         return start + int((i + places[i]) * (end - start) / num_frames)
     return start + (2 * i + 1) * (end - start) // (2 * num_frames)
 
 
 def frame_at(pts: Sequence[int], time: int) -> int:
-    """Index of the frame on show at `time`: the last with pts <= time, the first one where there is none."""
+    """Index of the frame displayed at `time`: the last with pts <= time, else the first."""
     return max(bisect_right(pts, time) - 1, 0)
 
 
 def interval_of(time: int, start: int, end: int, num_frames: int) -> int:
-    """Which of the T equal intervals of [start, end) holds `time`; -1 or T outside."""
+    """The one of the T equal intervals of [start, end) that contains `time`; -1 or T outside."""
     if time < start:
         return -1
     if end <= start:
@@ -49,7 +53,10 @@ def interval_of(time: int, start: int, end: int, num_frames: int) -> int:
 def keyframe_choice(
     key_pts: Sequence[int], start: int, end: int, num_frames: int, places: Places = None
 ) -> list[int | None]:
-    """For each of the T intervals the keyframe (index into `key_pts`) in it that is nearest its centre (its place), or None."""
+    """For each of the T intervals, the keyframe in it nearest its position, or None.
+
+    Keyframes are indices into `key_pts`; the position is the centre of the interval or its place.
+    """
     best: list[int | None] = [None] * num_frames
     for k, time in enumerate(key_pts):
         i = interval_of(time, start, end, num_frames)
@@ -70,17 +77,18 @@ def _off(time: int, start: int, end: int, num_frames: int, i: int, places: Place
 
 
 def distinct(indices: Sequence[int]) -> tuple[list[int], np.ndarray]:
-    """The N distinct frames, ascending, and int32 [T]: which of them fills each slot."""
+    """The N distinct frames, ascending, and int32 [T], which of them fills each slot."""
     values, inverse = np.unique(np.asarray(indices, np.int64), return_inverse=True)
     return [int(value) for value in values], inverse.astype(np.int32)
 
 
 def end_of(pts: Sequence[int], last_duration: int | None, track_duration: int | None = None) -> int:
-    """When the last frame ends.
+    """The time at which the last frame ends.
 
-    By the header's duration of the track where that ends within one frame distance after the last frame (a packet's own
-    duration is the distance to the next one *decoded*); else by the last frame's duration, the median distance between
-    frames, its start.
+    Taken from the header's track duration if the track ends within one frame distance after the
+    last frame starts (a packet's own duration is the distance to the next one *decoded*); else from
+    the last frame's duration, else from the median distance between frames; a single frame without
+    a duration ends at its start.
     """
     steps = np.diff(np.asarray(pts, np.int64))
     if (

@@ -1,7 +1,8 @@
-"""Opens a container and finds what it really holds: which stream, which frames, where the keyframes are.
+"""Open a container and find what it really holds: the stream, its frames and its keyframes.
 
-Two views of the frames. `scan` reads every packet (no decoding) and is exact for any container. `read_index` reads only
-the sample table of an unfragmented MP4/MOV, so that a keyframe of a remote object costs a few byte ranges.
+`scan` reads every packet, without decoding, and is exact for any container. `read_index` reads only
+the sample table of an unfragmented MP4/MOV, so that a keyframe of a remote object costs only a few
+byte ranges.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from tsq_ray.decode.plan import end_of
 from tsq_ray.errors import VideoError
 
 _NO_TIMESTAMPS = 0x80  # AVFMT_NOTIMESTAMPS: a raw elementary stream
-_DISCONTINUOUS = 0x200  # AVFMT_TS_DISCONT: its clock may start again
-_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: the cover of a piece of music
+_DISCONTINUOUS = 0x200  # AVFMT_TS_DISCONT: its clock may restart
+_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: cover art of a music file
 _BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"moof", b"styp", b"sidx"}
 _MAGICS = (
     b"\x1aE\xdf\xa3",
@@ -43,7 +44,7 @@ Stream = av.video.stream.VideoStream
 
 
 def looks_like_container(head: bytes) -> bool:
-    """Whether the first bytes are those of a video container, whole or not."""
+    """Whether the first bytes are those of a video container, complete or not."""
     if head[4:8] in _BOXES or head.startswith(_MAGICS):
         return True
     if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
@@ -54,7 +55,10 @@ def looks_like_container(head: bytes) -> bool:
 def open_container(
     file: str | BinaryIO, uri: str, head: bytes, accelerator: HWAccel | None = None
 ) -> Container:
-    """`file` is a local path or a seekable file, decoded by `accelerator` where that can. VideoError where it is no video container (not_video) or one whose index is missing (truncated)."""
+    """Open a local path or a seekable file, to be decoded by `accelerator` if possible.
+
+    Raises VideoError if it is not a video container (not_video) or lacks its index (truncated).
+    """
     target: Any = f"file:{file}" if isinstance(file, str) else file
     try:
         return av.open(
@@ -72,12 +76,15 @@ def open_container(
                 "truncated",
                 f"{uri}: a video container that is cut off or lacks its index ({error.strerror})",
             ) from None
-        what = "an empty file" if not head else "nothing in it is known as video"
+        what = "an empty file" if not head else "not recognised as video"
         raise VideoError("not_video", f"{uri}: {what}; a video file is needed") from None
 
 
 def pick_stream(container: Container, uri: str) -> Stream:
-    """The stream a player shows; not_video where there is none, unsupported where no decoder knows it."""
+    """The video stream that a player shows.
+
+    Raises VideoError: not_video if there is none, unsupported if no decoder is known for it.
+    """
     videos = [
         stream for stream in container.streams.video if not stream.disposition & _ATTACHED_PICTURE
     ]
@@ -95,60 +102,70 @@ def pick_stream(container: Container, uri: str) -> Stream:
     stream.codec_context.thread_count = 1
     for other in container.streams:
         if other.index != stream.index:
-            other.discard = Discard.all  # the demuxer then does not even read their bytes
+            other.discard = Discard.all  # the demuxer then skips their bytes altogether
     return stream
 
 
 def read_packets(container: Container, stream: Stream) -> Iterator[av.Packet]:
-    """The packets of `stream` from where the container stands; unsupported at an encrypted one, which a decoder may take for a damaged picture."""
+    """Yield the packets of `stream` from the container's current position.
+
+    Raises VideoError (unsupported) at an encrypted packet, which a decoder may take for a damaged
+    picture.
+    """
     for packet in container.demux(stream):
         if packet.has_sidedata("encryption_info"):
             raise VideoError(
-                "unsupported", "the film is encrypted (DRM); decrypt the file with its key first"
+                "unsupported", "the video is encrypted (DRM); decrypt the file with its key first"
             )
         yield packet
 
 
 def is_raw(container: Container) -> bool:
-    """Whether this is an elementary stream without timestamps: random bytes, too, are taken for one."""
+    """Whether this is a raw stream without timestamps; FFmpeg takes random bytes for one too."""
     return bool(container.format.flags & _NO_TIMESTAMPS)
 
 
 def believed_step(container: Container, time_base: Fraction) -> int:
-    """The longest step between two frames that is taken for a picture that stands still, in `time_base`."""
+    """The longest step between two frames still taken for a static picture, in `time_base`."""
     return max_step(time_base, bool(container.format.flags & _DISCONTINUOUS))
 
 
 @dataclass
 class PacketTable:
-    """The shown frames of a stream as its packets tell them, in presentation order (times in the stream's time base)."""
+    """The displayed frames of a stream according to its packets, in presentation order.
+
+    Times are in the stream's time base.
+    """
 
     pts: list[int] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     """The same times in decoding order."""
     end: int = 0
     key_pts: list[int] = field(default_factory=list)
-    """Times of the shown keyframes, ascending."""
+    """Times of the displayed keyframes, ascending."""
     key_dts: list[int] = field(default_factory=list)
-    """The same keyframes' decoding times: where to seek."""
+    """Decoding times of the same keyframes, for seeking."""
     num_packets: int = 0
     num_discarded: int = 0
-    """Packets that an edit list hides."""
+    """Packets hidden by an edit list."""
     reliable: bool = True
-    """Every packet has a time of its own, and these times can be those of reordered frames: the decoder has the last word."""
+    """Every packet has a unique time, and the times can result from reordering.
+
+    Only decoding proves them right.
+    """
     open_gops: bool = False
-    """Some frame is decoded after a keyframe and shown before it."""
+    """Some frame is decoded after a keyframe and displayed before it."""
     damaged: bool = False
-    """The demuxer met an error or a packet cut short."""
+    """The demuxer met an error or a truncated packet."""
 
     @property
     def reordered(self) -> bool:
-        """Whether frames are decoded in another order than they are shown."""
+        """Whether frames are decoded in another order than displayed."""
         return self.order != self.pts
 
 
 def scan(container: Container, stream: Stream) -> PacketTable:
-    """Read every packet of `stream` from where the container stands: its beginning."""
+    """Read every packet of `stream`; the container must be at its beginning."""
     table = PacketTable()
     last_duration: int | None = None
     last_pts: int | None = None
@@ -188,7 +205,7 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     table.pts = sorted(table.order)
     table.key_pts, table.key_dts = [pts for pts, _ in keys], [dts for _, dts in keys]
     table.reliable &= len(set(table.pts)) == len(table.pts) and in_order(table.order, table.key_pts)
-    # a decoder that reorders nothing cannot have been given reordered frames
+    # reordered times are wrong if the codec does not reorder
     table.reliable &= stream.codec_context.has_b_frames or not table.reordered
     if table.reliable:
         assert stream.time_base is not None
@@ -200,21 +217,21 @@ def scan(container: Container, stream: Stream) -> PacketTable:
 
 @dataclass
 class SampleIndex:
-    """What the sample table of an MP4/MOV says without a packet being read."""
+    """The sample table of an MP4/MOV, known without reading a packet."""
 
     num_frames: int
     start_dts: int
     end_dts: int
-    """Decoding time at which the last shown frame ends: end_dts - start_dts is the duration."""
+    """Decoding time at which the last displayed frame ends; end_dts - start_dts is the duration."""
     key_dts: list[int]
     key_pos: list[int]
-    """Byte position of each shown keyframe: tells whether a seek arrived at it."""
+    """Byte position of each displayed keyframe, to check that a seek arrived at it."""
     key_before: list[int]
-    """Number of shown frames that are decoded before each keyframe."""
+    """Number of displayed frames that are decoded before each keyframe."""
 
 
 def read_index(container: Container, stream: Stream, size_bytes: int | None) -> SampleIndex | None:
-    """The sample table, or None where the container has none that covers the whole file (then `scan`)."""
+    """The sample table, or None if the container has none that covers the whole file."""
     if (
         "mp4" not in container.format.name.split(",")
         or not stream.frames
@@ -227,7 +244,7 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
     if not shown or any(a.timestamp >= b.timestamp for a, b in itertools.pairwise(entries)):
         return None
     if size_bytes is None or max(entry.pos + entry.size for entry in entries) > size_bytes:
-        return None  # cut short
+        return None  # truncated
     times = [entry.timestamp for entry in shown]
     steps = np.diff(times)
     if (
@@ -235,7 +252,8 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
         and len(steps)
         and int(steps.max()) > 2 * int(np.median(steps))
     ):
-        return None  # with reordering and a variable rate, decoding times do not tell presentation times
+        # with reordering and a variable rate, decoding times do not give presentation times
+        return None
     if jumps(times, believed_step(container, stream.time_base)):
         return None
     end = end_of(times, None if len(times) > 1 else stream.duration, stream.duration)
@@ -250,17 +268,18 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
             index.key_dts.append(entry.timestamp)
             index.key_pos.append(entry.pos)
             index.key_before.append(before)
-    # frames decoded before the first shown keyframe hang on a hidden one: leave such a start to the scan
+    # frames decoded before the first displayed keyframe depend on a hidden one, which only `scan`
+    # handles
     return index if index.key_before and index.key_before[0] == 0 else None
 
 
 def display_matrix(frame: av.VideoFrame) -> Sequence[int]:
-    """(a, b, c, d) of the frame's display matrix, each -1, 0 or 1: quarter turns and reflections."""
+    """(a, b, c, d) of the frame's display matrix, each -1, 0 or 1: quarter turns and flips."""
     turned = {0: UPRIGHT, 90: (0, -1, 1, 0), -90: (0, 1, -1, 0)}
     upright = turned.get(round(frame.rotation / 90) * 90, (-1, 0, 0, -1))
     try:
         items = list(cast("Iterable[Any]", frame.side_data))
-    except ValueError:  # a kind of side data that this PyAV has no name for
+    except ValueError:  # a kind of side data unknown to this PyAV
         return upright
     for item in items:
         if item.type.name == "DISPLAYMATRIX":
@@ -276,5 +295,5 @@ def _sign(value: int) -> int:
 
 
 def claimed_packets(stream: Stream) -> int | None:
-    """How many packets the header's sample table promises; None where there is no such table."""
+    """The number of packets in the header's sample table; None without such a table."""
     return len(stream.index_entries) if stream.frames else None

@@ -1,4 +1,4 @@
-"""Exact frames through PyAV, found by their timestamps, each proven to be the frame that the packets announce."""
+"""Exact frames through PyAV, found by timestamp and proven to be those the packets announce."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tsq_ray.decode.frames import FrameStore, orient
 from tsq_ray.decode.probe import Container, PacketTable, Stream, display_matrix, read_packets
 from tsq_ray.errors import VideoError
 
-# a packet marked as a keyframe starts afresh (a GIF's or a screen codec's may not)
+# in these, a keyframe packet decodes independently (in a GIF or a screen codec it may not)
 SEEKABLE_CODECS = (
     "h264",
     "hevc",
@@ -38,21 +38,22 @@ SEEKABLE_CODECS = (
 
 
 class DecodeTrouble(Exception):
-    """A fast path met an error, a damaged frame, or a frame that is not where it should be."""
+    """A fast path met an error, a damaged frame, or a frame that is out of place."""
 
 
 def to_rgb(frame: av.VideoFrame, max_pixels: int) -> np.ndarray:
-    """uint8 [H, W, 3] as shown; too_large where the frame has more than `max_pixels`."""
+    """Convert to uint8 [H, W, 3] as displayed. Raises VideoError (too_large) above `max_pixels`."""
     check_pixels(frame.width, frame.height, max_pixels)
     return orient(frame.to_ndarray(format="rgb24"), display_matrix(frame))
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """too_large where width x height is above `max_pixels`."""
+    """Raise VideoError (too_large) if width x height is above `max_pixels`."""
     if width * height > max_pixels:
         raise VideoError(
             "too_large",
-            f"a frame of {width} x {height} = {width * height} pixels; decode.max_pixels allows {max_pixels}",
+            f"a frame of {width} x {height} = {width * height} pixels; "
+            f"decode.max_pixels allows {max_pixels}",
         )
 
 
@@ -73,15 +74,16 @@ def strict_frames(
     start: int,
     may_skip: Callable[[int | None], bool] = lambda pts: False,
 ) -> Iterator[av.VideoFrame]:
-    """Frames from time `start` on in presentation order.
+    """Yield frames from time `start` on, in presentation order.
 
-    DecodeTrouble at the first error or damaged frame, and where the frames come in another order than that of their packets'
-    times: then the times are wrong. Frames that `may_skip` are left out where they serve no other as a reference: in H.264
-    these are known by their header and cost nothing then (in HEVC a higher layer may still refer to them).
+    Raises DecodeTrouble at the first error or damaged frame, and if the frames come in another
+    order than their packets' times, which are then wrong. Frames that `may_skip` accepts are left
+    out if no other frame refers to them: in H.264 their header says so, and skipping them costs
+    nothing (in HEVC a higher layer may still refer to them).
     """
     context = stream.codec_context
     can_skip, reorders, skips = context.name == "h264", context.has_b_frames, False
-    due: list[int] = []  # times of frames that are on their way
+    due: list[int] = []  # times of frames that the decoder still has to output
     last = start - 1
     try:
         with errors_are_trouble():
@@ -99,7 +101,7 @@ def strict_frames(
                     if pts < start and last < start:
                         continue
                     if pts <= last or (due and due[0] < pts) or context.has_b_frames != reorders:
-                        raise DecodeTrouble(f"the frame at {pts} does not come when its time says")
+                        raise DecodeTrouble(f"the frame at {pts} is not in its place")
                     last = pts
                     if due and due[0] == pts:
                         heapq.heappop(due)
@@ -116,18 +118,20 @@ def decode_exact(
     store: FrameStore,
     max_pixels: int,
 ) -> None:
-    """Put the frames `wanted` (ascending indices into `table.pts`) into the store, by seeks to keyframes.
+    """Put the frames `wanted` (ascending indices into `table.pts`) into the store.
 
-    Each picture is known by its timestamp; DecodeTrouble where one does not come at its own.
+    Seeks to keyframes and identifies each picture by its timestamp. Raises DecodeTrouble if one
+    does not come at its own timestamp.
     """
     codec = stream.codec_context.codec.canonical_name
     if codec not in SEEKABLE_CODECS:
-        raise DecodeTrouble(f"a keyframe of {codec} is not known to decode by itself")
+        raise DecodeTrouble(f"keyframes of {codec} are not known to decode independently")
     targets = [table.pts[index] for index in wanted]
     reordered = table.reordered or stream.codec_context.has_b_frames
     may_skip = skippable(table.order, targets, reordered)
     unproven = unproven_keys(table.order, table.key_pts) if reordered else frozenset()
-    # how many of the frames up to each one must have come when it comes; the last entry, 0, is also the one before the first
+    # for each frame, how many frames the decoder must have output up to and including it; the final
+    # 0 is read by index -1, before the first frame
     due = [*itertools.accumulate(pts not in may_skip for pts in table.pts), 0]
     frames: Iterator[av.VideoFrame] = iter(())
     current, come = None, 0
@@ -151,7 +155,7 @@ def decode_exact(
         else:
             raise DecodeTrouble(f"no frame at {target}")
         if frame.pts != target or come != due[index]:
-            raise DecodeTrouble(f"the frame at {target} does not come when its time says")
+            raise DecodeTrouble(f"the frame at {target} is not in its place")
         store.put(i, to_rgb(frame, max_pixels))
 
 
@@ -163,14 +167,15 @@ def _frames_from_key(
     may_skip: frozenset[int],
     unproven: bool,
 ) -> Iterator[av.VideoFrame]:
-    """Frames from keyframe number `key` on, without those that are decoded after it but need what came before it.
+    """Frames from keyframe number `key` on, without those that refer to frames before it.
 
-    `unproven`: only the frame after the keyframe tells whether the keyframe's own time is right.
+    `unproven`: only the next frame can prove that the keyframe's own time is right.
     """
     time = table.key_pts[key]
-    # FFmpeg's MP4 reader takes the time for one of presentation, and with a decoding time goes to the keyframe before: twice the work
+    # FFmpeg's MP4 reader expects a presentation time; given a decoding time it seeks to the
+    # previous keyframe, which doubles the work
     first_try = [] if table.open_gops else [time]
-    # some containers have no index, and a seek in them may arrive late: start earlier
+    # in containers without an index a seek may arrive late, so start earlier
     for start in dict.fromkeys(
         (*first_try, *(table.key_dts[number] for number in (key, max(key - 1, 0), max(key - 3, 0))))
     ):
@@ -181,10 +186,10 @@ def _frames_from_key(
             if first is not None and first.pts == time:
                 second = next(frames, None) if unproven else None
                 return itertools.chain([first], () if second is None else [second], frames)
-    raise DecodeTrouble(f"no seek arrives at {time} or before")
+    raise DecodeTrouble(f"no seek arrives at or before {time}")
 
 
 def seek(container: Container, stream: Stream, time: int) -> None:
-    """Go to the keyframe at `time` or before."""
+    """Seek to the keyframe at or before `time`."""
     with errors_are_trouble(f"cannot seek to {time}: "):
         container.seek(time, stream=stream)

@@ -1,8 +1,9 @@
-"""Decoding in child processes that can be killed: a crash, a hang or a memory bomb costs one video.
+"""Decode in child processes that can be killed: a crash, a hang or a memory bomb costs one video.
 
-The children come from a fork server of this module's own, for two reasons: it imports the decoders once, so that a child
-that was killed is replaced at once, and it never runs the parent's main module (multiprocessing would, in the server and
-in every child: a script without an `if __name__` guard would start again, a Ray worker would import ray).
+The children come from a fork server private to this module, for two reasons. It imports the
+decoders once, so that a killed child is replaced immediately. And it never runs the parent's main
+module, as multiprocessing would in the server and in every child: a script without an `if __name__`
+guard would start again, and a Ray worker would import ray.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from types import FunctionType, SimpleNamespace, TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import pebble
 
@@ -45,7 +46,7 @@ _PR_SET_PDEATHSIG = 1
 _ATTEMPTS = 3
 _SPENT = 75
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
-"""Exit codes of a child that somebody else ended: no failing decoder sends itself these."""
+"""Exit codes of a child killed from outside: a failing decoder never sends itself these signals."""
 _MAX_SOCKET_PATH = 107
 
 
@@ -56,12 +57,12 @@ def _listener_address(family: str) -> str:
     if len(os.fsencode(address)) <= _MAX_SOCKET_PATH:
         return address
     folder, name = os.path.split(address)
-    # the same folder by a short path; only this process connects, and it keeps the folder open
+    # a short path to the same folder; only this process connects, and it keeps the folder open
     return f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}/{name}"
 
 
 def _ensure_running() -> FunctionType:
-    # the standard library's own ensure_running, with another choice of the socket's path
+    # the standard library's ensure_running, but with a different socket path
     module = multiprocessing.forkserver
     standard: Any = module.ForkServer.ensure_running
     over = {"connection": SimpleNamespace(arbitrary_address=_listener_address)}
@@ -88,7 +89,7 @@ def _connect_to_new_process(fds: Sequence[int]) -> tuple[int, int]:
 
 
 def _launch() -> FunctionType:
-    # the standard library's own _launch, over another fork server and without the main module's path
+    # the standard library's _launch, but with our fork server and without the main module's path
     inherited = multiprocessing.popen_forkserver
     over = {
         "spawn": SimpleNamespace(get_preparation_data=_preparation_data),
@@ -116,18 +117,20 @@ class _Context(multiprocessing.context.ForkServerContext):
 
 
 def _start_child(max_memory_mb: int) -> None:
-    """Runs first in every child."""
-    # the fork server ends when its parent's end of a pipe closes; a child holds that end too, and the kernel kills the
-    # child with the server: so nothing outlives a parent that was killed
+    """Initialise a child process."""
+    # The fork server exits once all copies of its parent's end of a pipe are closed. The child
+    # closes the copy it inherits and has the kernel kill it when the server exits, so nothing
+    # outlives a killed parent.
+    server: Any = multiprocessing.forkserver._forkserver
     with contextlib.suppress(OSError):
-        os.close(cast(int, multiprocessing.forkserver._forkserver._forkserver_alive_fd))  # type: ignore[attr-defined]
+        os.close(server._forkserver_alive_fd)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # a decoder that hangs in C never returns to a handler written in Python
+    # a decoder that hangs in C never returns to a Python signal handler
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     limit = max_memory_mb * 1024 * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    gc.freeze()  # what is there from the start need not be looked through after every video
+    gc.freeze()  # keeps start-up objects out of the collection after every video
     global _at_start
     _at_start = _data_bytes()
 
@@ -136,7 +139,7 @@ _at_start = 0
 
 
 def _data_bytes() -> int:
-    """What RLIMIT_DATA counts of this process."""
+    """The size that RLIMIT_DATA limits in this process."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[5]) * resource.getpagesize()
 
@@ -146,14 +149,13 @@ def _run(
 ) -> Outcome:
     left = settings.max_memory_mb * 1024 * 1024 - _at_start
     if _data_bytes() - _at_start > left / 2:
-        os._exit(
-            _SPENT
-        )  # earlier videos left so much behind that this one would pay for it: it gets a fresh child
+        # earlier videos left so much behind that this one could fail: use a fresh child
+        os._exit(_SPENT)
     try:
         return _outcome_of(task, source, settings, specs)
     finally:
-        # PyAV's containers and codecs stand in reference cycles, and 200 MB of pictures of an 8K video hang on eleven objects:
-        # too few for Python to collect them by itself
+        # PyAV's containers and codecs form reference cycles, and eleven objects can keep 200 MB of
+        # an 8K video's pictures alive: too few for Python to start a collection by itself
         gc.collect()
 
 
@@ -164,19 +166,16 @@ def _outcome_of(
     try:
         return task(source, settings, specs)
     except (VideoError, StorageError) as error:
-        error.__context__ = error.__cause__ = (
-            None  # with their tracebacks they would keep the decoder alive
-        )
+        # their tracebacks would keep the decoder alive
+        error.__context__ = error.__cause__ = None
         return error.with_traceback(None)
-    except (
-        MemoryError,
-        BlockingIOError,
-    ):  # FFmpeg says "temporarily unavailable" where it got no memory for a picture
+    # FFmpeg reports "temporarily unavailable" if it gets no memory for a picture
+    except (MemoryError, BlockingIOError):
         return VideoError(
             "out_of_memory",
-            f"{name}: decoding takes more than decode.max_memory_mb = {settings.max_memory_mb}",
+            f"{name}: decoding needs more than decode.max_memory_mb = {settings.max_memory_mb}",
         )
-    except Exception as error:  # noqa: BLE001 the border at which a failure becomes a row
+    except Exception as error:  # noqa: BLE001 the boundary where a failure becomes a row
         return VideoError(
             "internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         )
@@ -184,7 +183,7 @@ def _outcome_of(
 
 @dataclass(eq=False)
 class _Video:
-    """A video that was submitted and has no outcome yet."""
+    """A submitted video without an outcome."""
 
     source: VideoSource
     outcome: Future[Outcome]
@@ -193,9 +192,9 @@ class _Video:
 
 
 class DecodePool:
-    """Children that decode, each under a time and a memory limit; a context manager.
+    """Child processes that decode, each with a time and a memory limit; a context manager.
 
-    `task` stands in for decode_video: a function that the children can import by its name.
+    `task` replaces decode_video; the children must be able to import it by name.
     """
 
     def __init__(
@@ -230,11 +229,11 @@ class DecodePool:
         self.close()
 
     def decode(self, sources: Sequence[VideoSource]) -> list[Outcome]:
-        """One outcome a source, in the same order; a video's failure is its outcome, never raised."""
+        """Return one outcome per source, in order; failures are returned, never raised."""
         return list(self.outcomes(sources, len(sources)))
 
     def outcomes(self, sources: Sequence[VideoSource], ahead: int) -> Iterator[Outcome]:
-        """As `decode`, one after another; at most `ahead` of them are decoded before they are asked for."""
+        """Yield the outcomes of `decode` in order, decoding at most `ahead` of them in advance."""
         left = iter(sources)
         submitted = deque(self.submit(source) for source in itertools.islice(left, max(1, ahead)))
         while submitted:
@@ -243,15 +242,16 @@ class DecodePool:
             yield outcome
 
     def submit(self, source: VideoSource) -> Future[Outcome]:
-        """`result()` gives the DecodedVideo, or the VideoError or StorageError of this video, and does not raise it.
+        """Queue a video for decoding.
 
-        The time limit runs from the moment a child takes the video, not while it waits.
+        The future's `result()` returns the DecodedVideo, or this video's VideoError or StorageError
+        without raising it. The time limit starts when a child takes the video, not while it waits.
         """
         outcome: Future[Outcome] = Future()
         outcome.set_running_or_notify_cancel()
         with self._lock:
             if self._closed:
-                raise ValueError("this DecodePool is closed; make a new one")
+                raise ValueError("this DecodePool is closed; create a new one")
             video = _Video(source, outcome)
             self._waiting.add(outcome)
             self._held.append(video)
@@ -265,16 +265,16 @@ class DecodePool:
         return outcome
 
     def _start_next(self) -> None:
-        """Start what may start now: second tries first, each of them alone.
+        """Start every video that may start: second tries first, each of them alone.
 
-        RuntimeError or OSError where no child can be started.
+        Raises RuntimeError or OSError if no child can be started.
         """
         if self._second_tries and not self._running and self._second_pool is None:
-            # a pool of its own: a fresh child, whatever the other pool's children did before
+            # its own pool guarantees a fresh child, whatever the other pool's children did before
             self._second_pool = self._new_pool(1)
             self._schedule(self._second_tries.popleft(), self._second_pool)
-        # each child has its next video at hand; the rest waits here, so that a second try need
-        # not wait for it
+        # each child has one video queued; the rest waits here, so that a second try does not have
+        # to wait for it
         while self._held and self._running < 2 * self._num_processes:
             if self._second_tries or self._second_pool is not None:
                 return
@@ -293,8 +293,8 @@ class DecodePool:
     def _new_pool(self, num_processes: int) -> pebble.ProcessPool:
         limit = self.settings.max_memory_mb
         pool = pebble.ProcessPool(num_processes, 0, _start_child, [limit], _Context())
-        if not pool.active:  # the question starts the children
-            raise BrokenProcessPool("the decoder's processes ended as soon as they were started")
+        if not pool.active:  # reading `active` starts the children
+            raise BrokenProcessPool("the decoder processes ended as soon as they were started")
         return pool
 
     def _schedule(self, video: _Video, pool: pebble.ProcessPool) -> None:
@@ -302,7 +302,7 @@ class DecodePool:
         running: Future[Outcome]
         try:
             running = pool.schedule(_run, args=arguments, timeout=self.settings.timeout_s)
-        except RuntimeError as error:  # it broke a moment ago
+        except RuntimeError as error:  # the pool has just broken
             running = Future()
             running.set_exception(BrokenProcessPool(str(error)))
         running.add_done_callback(lambda finished: self._done(video, finished))
@@ -321,8 +321,8 @@ class DecodePool:
                 answers.append((video, self._outcome(video, finished)))
             try:
                 self._start_next()
-            except Exception as error:  # noqa: BLE001  this is a thread of pebble's: nobody would see it
-                message = f"no decoder process can be started: {error.__cause__ or error}"
+            except Exception as error:  # noqa: BLE001  raised in pebble's thread, it would be lost
+                message = f"cannot start a decoder process: {error.__cause__ or error}"
                 queued = [*self._held, *self._second_tries]
                 answers += [(other, VideoError("internal", message)) for other in queued]
                 self._held.clear()
@@ -332,15 +332,15 @@ class DecodePool:
             answered.outcome.set_result(outcome)
 
     def _again(self, video: _Video, error: BaseException | None) -> bool:
-        """Queue the video once more if it was not the video that ended its child."""
+        """Queue the video again if something else ended its child; return whether it was queued."""
         video.attempts -= 1
         if video.attempts and _is_not_the_videos_fault(error):
-            # a child that dies between two videos breaks pebble's whole pool: all its videos return
+            # a child that dies between two videos breaks pebble's whole pool, with all its videos
             (self._second_tries if video.was_killed else self._held).appendleft(video)
             return True
         if not video.was_killed and _was_killed(error):
-            # by the out-of-memory killer or by somebody; if it happens again with nothing beside
-            # it, then it is the video that takes so much
+            # by the out-of-memory killer or by a user; if it happens again while the video runs
+            # alone, the video itself needs too much memory
             video.was_killed, video.attempts = True, _ATTEMPTS
             self._second_tries.append(video)
             return True
@@ -349,18 +349,18 @@ class DecodePool:
     def _outcome(self, video: _Video, finished: Future[Outcome]) -> Outcome:
         name = storage.redact(video.source.uri)
         if finished.cancelled():
-            return VideoError("internal", f"{name}: its decoding was cancelled")
+            return VideoError("internal", f"{name}: decoding was cancelled")
         error = finished.exception()
         if error is None:
             return finished.result()
         if isinstance(error, FutureTimeoutError):
             return VideoError(
                 "timeout",
-                f"{name}: not done after decode.timeout_s = {self.settings.timeout_s:g} s",
+                f"{name}: not decoded within decode.timeout_s = {self.settings.timeout_s:g} s",
             )
         if isinstance(error, (pebble.ProcessExpired, BrokenProcessPool)):
             how = _how(getattr(error, "exitcode", None))
-            alone = " twice, the second time with no other video beside it in this worker"
+            alone = " twice, the second time as the only video in this worker"
             twice = alone if video.was_killed else ""
             return VideoError("decoder_crash", f"{name}: the decoder process died{twice} ({how})")
         return VideoError(
@@ -368,7 +368,7 @@ class DecodePool:
         )
 
     def close(self) -> None:
-        """Kill what still runs and end the children; videos not done get the outcome `internal`."""
+        """Kill running decodes and end the children; unfinished videos fail with `internal`."""
         with self._lock:
             self._closed = True
             pools = [pool for pool in (self._pool, self._second_pool) if pool is not None]
@@ -400,7 +400,7 @@ def _stop(pool: pebble.ProcessPool) -> None:
 
 
 def _stop_later(pool: pebble.ProcessPool) -> None:
-    # not here: a pool's own thread calls this, and it cannot wait for itself
+    # in another thread: the pool's own thread calls this, and it cannot wait for itself
     threading.Thread(target=_stop, args=[pool], daemon=True).start()
 
 

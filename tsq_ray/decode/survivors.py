@@ -1,4 +1,4 @@
-"""Every frame that decodes, in the decoder's order: of a damaged file, and of one whose timestamps cannot be believed."""
+"""Decode whatever decodes, in decoder order, of a file with damage or untrusted timestamps."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from tsq_ray.decode.pyav_backend import to_rgb
 
 @dataclass
 class Survivors:
-    """The frames of a file that do decode, found by decoding all of it."""
+    """The frames of a file that decode, found by decoding all of it."""
 
     pts: list[int]
-    """Of each frame in the decoder's order, ascending, in `time_base`."""
+    """Time of each frame in decoder order, ascending, in `time_base`."""
     end: int
     time_base: Fraction
     num_damaged: int
     walk: Walk
-    """What was met on the way."""
+    """The pass that found them, with its error counts."""
     clock_fault: str | None
-    """What was wrong with the timestamps, where `pts` had to be made up; None where the damage explains it."""
+    """The fault in the timestamps if `pts` had to be rebuilt, unless the damage explains it."""
 
 
 def find_survivors(container: Container, stream: Stream) -> Survivors:
-    """Decode a newly opened file once, without converting a picture; positions then run over what came out."""
+    """Decode a newly opened file once, without converting pictures; positions use the result."""
     walk = Walk(container, stream)
     times: list[int | None] = []
     damaged = last_duration = 0
@@ -65,7 +65,10 @@ def find_survivors(container: Container, stream: Stream) -> Survivors:
 def decode_survivors(
     container: Container, stream: Stream, wanted: Sequence[int], store: FrameStore, max_pixels: int
 ) -> None:
-    """Second pass, again newly opened: put the frames with these numbers in the decoder's order into the store, in this order."""
+    """Decode again, newly opened, and put the `wanted` frames into the store in that order.
+
+    `wanted` are frame numbers in decoder order.
+    """
     place = {number: i for i, number in enumerate(wanted)}
     last = max(place)
     for number, frame in enumerate(Walk(container, stream).frames()):
@@ -76,16 +79,16 @@ def decode_survivors(
 
 
 class Walk:
-    """Decodes the whole stream, continues after every error and counts what it meets."""
+    """Decodes the whole stream, continuing after every error and counting what it meets."""
 
     def __init__(self, container: Container, stream: Stream) -> None:
         self.container, self.stream = container, stream
         self.num_packets = self.num_discarded = self.num_errors = 0
-        self.num_before_key = 0  # packets that nothing can be decoded from
+        self.num_before_key = 0  # packets before the first keyframe: undecodable
         self.demux_failed = self.unsupported = False
 
     def frames(self) -> Iterator[av.VideoFrame]:
-        """Every frame that comes out, damaged ones too."""
+        """Yield every frame that the decoder outputs, damaged ones too."""
         packets = read_packets(self.container, self.stream)
         while True:
             try:

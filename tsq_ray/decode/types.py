@@ -1,4 +1,4 @@
-"""What goes into a decode and what comes out of it."""
+"""Inputs and outputs of decoding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class FrameSpec:
-    """One wanted picture size; `resize` is applied with antialiasing to the frame as it is shown.
+    """One output picture size; `resize` is applied with antialiasing to the frame as displayed.
 
-    `squash`: the whole frame to size x size; `crop`: the shorter side to round(size * 8/7), then the centre size x size;
-    `keep`: the shorter side to `size`, the aspect kept; `none`: the frame as it is, see `with_whole_frames`.
+    `squash`: the whole frame to size x size; `crop`: the shorter side to round(size * 8/7), then
+    the central size x size; `keep`: the shorter side to `size`, keeping the aspect ratio; `none`:
+    the original frame, see `with_whole_frames`.
     """
 
     size: int
@@ -25,21 +26,25 @@ class FrameSpec:
 
 
 WHOLE = "whole"
-"""Name of the frames as they are, from which the networks' device makes the pictures."""
+"""Name of the original-size frames, which are resized on the networks' device."""
 _MOST_DATA = 2
 
 
 def with_whole_frames(specs: Mapping[str, FrameSpec]) -> dict[str, FrameSpec]:
-    """`specs`, but of a video whose frames are small only the frames as they are, named WHOLE: at most twice the data of the pictures."""
+    """`specs` plus WHOLE, which replaces them for a video whose frames are small.
+
+    Such a video yields only its original frames: at most twice the data of the resized pictures.
+    """
     pixels = _MOST_DATA * sum(spec.size**2 for spec in specs.values())
     return {**specs, WHOLE: FrameSpec(math.isqrt(pixels), "none")}
 
 
 @dataclass(frozen=True)
 class VideoSource:
-    """One video as the manifest saw it; what is None is not compared with the file of now.
+    """One video as recorded in the manifest; fields that are None are not checked on the file.
 
-    `places`: where in each of the T intervals its frame is looked for, T numbers of 0..1; None: in the middle of each.
+    `places`: T numbers in 0..1, the position of the wanted frame within each of the T intervals;
+    None: the middle of each.
     """
 
     uri: str
@@ -51,36 +56,40 @@ class VideoSource:
 
 @dataclass
 class DecodedVideo:
-    """The T frames of one video, each distinct source frame stored once, in every size asked for."""
+    """The T frames of one video in every requested size; distinct source frames are stored once."""
 
     frames: dict[str, np.ndarray]
-    """Spec name -> uint8 [N, h, w, 3], RGB, N distinct source frames in time order (h = w = size but for `keep`).
+    """Spec name -> uint8 [N, h, w, 3], RGB, N distinct source frames in time order.
 
-    Either WHOLE alone, where that was asked for and the frames have at most size² pixels, or all others.
+    h = w = size except for `keep` and `none`. Holds either WHOLE alone, if that was requested and
+    the frames have at most size² pixels, or all the others.
     """
     slot_frame: np.ndarray
     """int32 [T]: which of the N frames fills each slot."""
     frame_index: np.ndarray
-    """int32 [T]: the slot's frame in the source, counted in presentation order over the frames that exist."""
+    """int32 [T]: each slot's frame index in the source.
+
+    Counts the frames that exist, in presentation order.
+    """
     frame_pts_s: np.ndarray
-    """float32 [T]: its presentation time in seconds after the first frame's."""
+    """float32 [T]: each slot's presentation time in seconds, relative to the first frame."""
     duration_s: float
     """From the first frame's start to the last frame's end, in seconds."""
     fps: float
-    """Average frame rate: source_num_frames / duration_s (0 where the duration is unknown)."""
+    """Average frame rate: source_num_frames / duration_s (0 if the duration is unknown)."""
     width: int
-    """Width in pixels as shown, that is after rotation."""
+    """Displayed width in pixels, after rotation."""
     height: int
-    """Height in pixels as shown."""
+    """Displayed height in pixels, after rotation."""
     codec: str
-    """FFmpeg's name of the codec (h264, hevc, av1, ...)."""
+    """FFmpeg's codec name (h264, hevc, av1, ...)."""
     source_num_frames: int
-    """Number of frames that exist and are shown, whatever the header says."""
+    """Number of frames that exist and are displayed, whatever the header says."""
     warnings: list[str]
-    """What was missing or wrong in the file, one line each."""
+    """Anything missing or wrong in the file, one line each."""
     decode_ms: float
-    """Wall-clock time of fetch, decode and resize, in milliseconds."""
+    """Wall-clock time to fetch, decode and resize, in milliseconds."""
 
     def slots(self, name: str) -> np.ndarray:
-        """uint8 [T, h, w, 3]: the picture of each slot in the size `name` (a copy)."""
+        """Return a copy, uint8 [T, h, w, 3]: each slot's picture in the size `name`."""
         return self.frames[name][self.slot_frame]

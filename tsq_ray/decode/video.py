@@ -1,27 +1,23 @@
-"""One video to its T frames, in this process.
+"""Decode the T frames of one video, in this process.
 
-Truth about the file. A file whose packets are all there is planned on its packet table and decoded where the positions
-need it. At the first sign of damage (a packet cut short, fewer packets than the header's table promises, an error or a
-damaged frame on the way) the whole file is decoded, and the positions run over the frames that came out. One frame is
-enough: fewer than T are used cyclically. What was missing is a warning. No frame at all is an error: `truncated` where
-the file is shorter than its index says, `unsupported` where the codec is not known, `not_video` for a raw stream (random
-bytes look like one), else `corrupt`.
+A file with all its packets is planned from its packet table and decoded only where the positions
+need it. At the first sign of damage (a truncated packet, fewer packets than the header's table
+promises, an error or a damaged frame while decoding) the whole file is decoded, and the positions
+run over the frames that decode. One frame is enough: fewer than T are repeated cyclically. Anything
+missing becomes a warning. No frame at all is an error: `truncated` if the file is shorter than its
+index says, `unsupported` if the codec is unknown, `not_video` for a raw stream (random bytes look
+like one), else `corrupt`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
-import glob
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
 from fractions import Fraction
-from typing import BinaryIO, cast
+from typing import cast
 
 import av
 import numpy as np
@@ -29,7 +25,7 @@ from av.codec.hwaccel import HWAccel
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import decord_backend, nvdec, pyav_backend
+from tsq_ray.decode import decord_backend, fetch, nvdec, pyav_backend
 from tsq_ray.decode.frames import FrameStore
 from tsq_ray.decode.indexed import IndexedReader
 from tsq_ray.decode.plan import (
@@ -56,37 +52,34 @@ from tsq_ray.decode.probe import (
 from tsq_ray.decode.pyav_backend import DecodeTrouble
 from tsq_ray.decode.survivors import Survivors, decode_survivors, find_survivors
 from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
-from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.errors import VideoError
 
-_RANGE_BYTES = 128 * 1024  # least read of a remote object: about one keyframe
-_RARE = 0.25  # share of the intervals without a keyframe above which byte ranges do not pay
-_HEAD_BYTES = 1024
-_COPIES = "tsq-decode-"
-_LOCK = ".lock"
+_RARE = 0.25  # byte ranges do not pay if more than this share of intervals has no keyframe
 
 
 def decode_video(
     source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
 ) -> DecodedVideo:
-    """The T frames of one video in every size of `specs`, decoded in this process on one thread.
+    """Decode the T frames of one video in every size of `specs`, in this process on one thread.
 
-    Raises VideoError (see the module's docstring; too_large where a limit of `settings` is passed, source_changed where
-    the file is not the one the manifest saw, out_of_memory) and StorageError. Has no time limit: DecodePool has.
+    Raises StorageError, and VideoError: see the module docstring, and too_large if a limit of
+    `settings` is exceeded, source_changed if the file differs from the manifest, out_of_memory.
+    The time limit is DecodePool's.
     """
     started = time.perf_counter()
     _silence()
     name = storage.redact(source.uri)
     try:
-        size = _check_source(source, settings, name)
+        size = fetch.check_source(source, settings, name)
         decoded = _decode(source, size, settings, specs, name)
         if storage.is_local(source.uri):
-            _check_source(
-                source, settings, name
-            )  # again: it may have been replaced while it was read
+            # again, since it may have been replaced while it was read
+            fetch.check_source(source, settings, name)
     except MemoryError:
         raise VideoError(
             "out_of_memory",
-            f"{name}: the decoder found no memory; decode.max_memory_mb is {settings.max_memory_mb}",
+            f"{name}: the decoder ran out of memory; "
+            f"decode.max_memory_mb is {settings.max_memory_mb}",
         ) from None
     except VideoError as error:
         text = str(error)
@@ -102,38 +95,6 @@ def _silence() -> None:
     av.logging.set_level(None)
 
 
-def _check_source(source: VideoSource, settings: DecodeConfig, name: str) -> int:
-    """Size of the file in bytes; source_changed, too_large, not_video (a folder)."""
-    if storage.is_local(source.uri) and os.path.isdir(source.uri):
-        raise VideoError("not_video", f"{name}: a folder; a video file is needed")
-    now = storage.stat(source.uri)
-    changes = []
-    if source.size_bytes is not None and source.size_bytes != now.size_bytes:
-        changes.append(f"size {source.size_bytes} -> {now.size_bytes}")
-    if source.etag is not None and now.etag is not None and source.etag != now.etag:
-        changes.append(f"etag {source.etag} -> {now.etag}")
-    # a copy of the same bytes gives an object a new time, not a new etag
-    if source.etag is None and _differ(source.modified, now.modified):
-        changes.append(f"modified {source.modified} -> {now.modified}")
-    if changes:
-        raise VideoError(
-            "source_changed",
-            f"{name}: changed since the manifest was made ({', '.join(changes)}); run tsq index --update",
-        )
-    if now.size_bytes > settings.max_bytes:
-        raise VideoError(
-            "too_large",
-            f"{name}: {now.size_bytes} bytes; decode.max_bytes allows {settings.max_bytes}",
-        )
-    return now.size_bytes
-
-
-def _differ(before: datetime | None, now: datetime | None) -> bool:
-    return (
-        before is not None and now is not None and abs(before.timestamp() - now.timestamp()) > 1e-3
-    )
-
-
 def _decode(
     source: VideoSource,
     size: int,
@@ -144,94 +105,30 @@ def _decode(
     uri = source.uri
     job = _Job(name, size, settings, specs, source.places)
     by_index = settings.strategy == "keyframe"
-    # one request for a whole small object is cheaper than T for parts of it
-    if by_index and not storage.is_local(uri) and size > settings.num_frames * _RANGE_BYTES:
+    # for a small object one request for the whole is cheaper than T requests for parts
+    if by_index and not storage.is_local(uri) and size > settings.num_frames * fetch.RANGE_BYTES:
         by_index = False
-        with _ranges_of(uri) as (file, head), open_container(file, name, head) as container:
+        with fetch.open_ranges(uri) as (file, head), open_container(file, name, head) as container:
             decoded = job.by_index(container)
         if decoded is not None:
             return decoded
-    with _local_copy(uri) as path:
+    with fetch.local_copy(uri) as path:
         if not storage.is_local(uri) and (fetched := os.path.getsize(path)) != size:
             raise VideoError(
                 "source_changed",
-                f"{name}: {fetched} bytes came of {size}: replaced while it was fetched; run tsq index --update",
+                f"{name}: expected {size} bytes, got {fetched}: replaced while it was fetched; "
+                "run tsq index --update",
             )
         if by_index:
-            with open_container(path, name, _head(path)) as container:
+            with open_container(path, name, fetch.read_head(path)) as container:
                 decoded = job.by_index(container)
             if decoded is not None:
                 return decoded
         return job.exact(path)
 
 
-@contextlib.contextmanager
-def _local_copy(uri: str) -> Iterator[str]:
-    """A path with the object's bytes, for the time of the `with`."""
-    if storage.is_local(uri):
-        yield uri
-        return
-    sweep_copies()
-    with (
-        tempfile.TemporaryDirectory(prefix=_COPIES) as folder,
-        open(os.path.join(folder, _LOCK + ".new"), "wb") as lock,
-    ):
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        os.rename(lock.name, os.path.join(folder, _LOCK))  # never seen without its lock held
-        yield storage.download(uri, folder)
-
-
-def sweep_copies() -> None:
-    """Remove the copies that killed processes left behind: those whose lock nobody holds any more."""
-    for folder in glob.glob(os.path.join(tempfile.gettempdir(), f"{_COPIES}*")):
-        with contextlib.suppress(OSError), open(os.path.join(folder, _LOCK), "rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _head(path: str) -> bytes:
-    with storage.open_read(path) as file:
-        return file.read(_HEAD_BYTES)
-
-
-@contextlib.contextmanager
-def _ranges_of(uri: str) -> Iterator[tuple[BinaryIO, bytes]]:
-    """A remote object as a file whose reads are byte ranges, and its first bytes."""
-    with storage.open_read(uri, block_size=_RANGE_BYTES, cache_type="readahead") as file:
-        ranges = _Ranges(file, uri)
-        head = ranges.read(_HEAD_BYTES)
-        ranges.seek(0)
-        try:
-            yield cast(BinaryIO, ranges), head
-        finally:
-            if ranges.failure is not None:
-                raise ranges.failure  # FFmpeg may have taken it for the end of the file
-
-
-class _Ranges:
-    """A remote file whose failures are StorageError, also where FFmpeg swallows them."""
-
-    def __init__(self, file: BinaryIO, uri: str) -> None:
-        self._file, self._uri = file, uri
-        self.failure: StorageError | None = None
-
-    def read(self, count: int = -1) -> bytes:
-        try:
-            with storage.storage_errors(self._uri, "read"):
-                return self._file.read(count)
-        except StorageError as error:
-            self.failure = error
-            raise
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
 class _Job:
-    """One video on its way to a DecodedVideo."""
+    """The decoding of one video."""
 
     def __init__(
         self,
@@ -251,7 +148,7 @@ class _Job:
         self.warnings: list[str] = []
 
     def by_index(self, container: Container) -> DecodedVideo | None:
-        """Strategy `keyframe` by the sample table alone; None where there is no complete one or where it misleads."""
+        """Decode by strategy `keyframe` and the sample table; None if it is incomplete or wrong."""
         try:
             return self._by_index(container)
         except DecodeTrouble:
@@ -266,7 +163,8 @@ class _Job:
         self._check_duration((index.end_dts - index.start_dts) * _time_base(stream))
         reader = IndexedReader(container, stream, index, self.settings.max_pixels)
         choice = keyframe_choice(reader.key_pts, reader.start, reader.end, count, self.places)
-        # what lies between rare keyframes is nearly the whole file: better read in one go, and decoded with all timestamps known
+        # with rare keyframes nearly the whole file is needed: better to read it in one go and
+        # decode it with all timestamps known
         if choice.count(None) > count * _RARE:
             return None
         store = FrameStore(self.specs, count)
@@ -284,7 +182,7 @@ class _Job:
             store.put(i, placed.rgb)
             times[i], indices[i] = placed.pts, placed.index
         if sorted(times) != times or sorted(indices) != indices or indices[-1] >= index.num_frames:
-            raise DecodeTrouble("keyframes are not where the sample table has them")
+            raise DecodeTrouble("keyframes are not where the sample table says")
         _, first, slot_frame = np.unique(indices, return_index=True, return_inverse=True)
         store.frames = {name: frames[first] for name, frames in store.frames.items()}
         return self._result(
@@ -300,7 +198,7 @@ class _Job:
         )
 
     def exact(self, path: str) -> DecodedVideo:
-        """Every frame known by its timestamp, of a local file."""
+        """Decode a local file, identifying every frame by its timestamp."""
         with self._open(path) as (container, stream):
             claimed = claimed_packets(stream)
             table = scan(container, stream)
@@ -310,7 +208,8 @@ class _Job:
             and (claimed is None or table.num_packets >= claimed)
         ):
             for accelerator in self._accelerators():
-                # a GPU may have no memory or surfaces left for what has just been scanned without trouble, or give frames that nobody converts
+                # a GPU may lack memory or surfaces for a file that was scanned without trouble, or
+                # output frames that cannot be converted
                 trouble = (
                     (DecodeTrouble,)
                     if accelerator is None
@@ -325,7 +224,7 @@ class _Job:
         return self._from_survivors(path)
 
     def _accelerators(self) -> list[HWAccel | None]:
-        """What to try to decode with, in this order; None is the CPU."""
+        """The decoders to try, in order; None is the CPU."""
         if self.settings.backend != "nvdec":
             return [None]
         accelerator = nvdec.accelerator()
@@ -338,7 +237,7 @@ class _Job:
     def _open(
         self, path: str, accelerator: HWAccel | None = None
     ) -> Iterator[tuple[Container, Stream]]:
-        with open_container(path, self.name, _head(path), accelerator) as container:
+        with open_container(path, self.name, fetch.read_head(path), accelerator) as container:
             yield container, self._stream(container)
 
     def _stream(self, container: Container) -> Stream:
@@ -351,7 +250,7 @@ class _Job:
         return stream
 
     def _plan(self, table: PacketTable) -> list[int]:
-        """For each slot an index into `table.pts`."""
+        """Return an index into `table.pts` for each slot."""
         count = self.settings.num_frames
         indices = uniform_indices(table.pts, table.end, count, self.places)
         if self.settings.strategy == "keyframe" and len(table.pts) >= count:
@@ -397,7 +296,7 @@ class _Job:
         wanted: Sequence[int],
         store: FrameStore,
     ) -> bool:
-        """Whether decord could be trusted with this file and filled the store."""
+        """Decode with decord; return False if it cannot be trusted with this file."""
         first = next(
             pyav_backend.strict_frames(read_packets(container, stream), stream, table.pts[0]), None
         )
@@ -444,12 +343,13 @@ class _Job:
     ) -> VideoError:
         if is_raw(container):
             return VideoError(
-                "not_video", f"{self.name}: nothing in it is known as video; a video file is needed"
+                "not_video", f"{self.name}: not recognised as video; a video file is needed"
             )
         if found.walk.unsupported:
             return VideoError(
                 "unsupported",
-                f"{self.name}: the decoder does not support this kind of video; convert the file, for example to H.264",
+                f"{self.name}: the decoder does not support this kind of video; "
+                "convert the file, for example to H.264",
             )
         if (
             found.walk.demux_failed
@@ -487,12 +387,13 @@ class _Job:
         if duration > self.settings.max_duration_s:
             raise VideoError(
                 "too_large",
-                f"{self.name}: lasts {float(duration):.0f} s; decode.max_duration_s allows {self.settings.max_duration_s:g}",
+                f"{self.name}: lasts {float(duration):.0f} s; "
+                f"decode.max_duration_s allows {self.settings.max_duration_s:g}",
             )
 
     def _warn_of_duration(self, stream: Stream, duration: float, start_s: float) -> None:
         header = _header_duration(stream)
-        # some containers count from zero, whenever the first frame comes
+        # some containers count the duration from zero, whenever the first frame comes
         if (
             header is not None
             and min(abs(header - duration), abs(header - start_s - duration)) > 1 + 0.1 * duration
@@ -516,7 +417,8 @@ class _Job:
         shown = len(set(indices))
         if count >= len(indices) and shown <= len(indices) / 2:
             self.warnings.append(
-                f"{len(indices)} slots hold {shown} distinct frames of {count}: the picture stands still"
+                f"{len(indices)} slots hold {shown} distinct frames of {count}: "
+                "the picture is static"
             )
         return DecodedVideo(
             frames=store.frames,

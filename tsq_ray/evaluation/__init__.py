@@ -1,4 +1,4 @@
-"""The paper's tables on our data: samplers x budgets, ablations, cost."""
+"""The paper's tables on your own data: samplers x budgets, ablations, cost."""
 
 from __future__ import annotations
 

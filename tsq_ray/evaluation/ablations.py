@@ -1,6 +1,7 @@
-"""The paper's tables as lists of configurations: which settings a row changes, which columns are measured, which signs the paper saw.
+"""The paper's tables as lists of configurations: settings changed by each row, columns, and trends.
 
-Only names and overrides: what a configuration does is in training/ and model/. A row's figure is mAP at `sampler.budget`.
+Only names and overrides; training/ and model/ implement what a configuration does. A row's value is
+mAP at `sampler.budget`.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ TQM: tuple[str, TSQMode] = ("TQM", "textual")
 OURS: tuple[str, TSQMode] = ("TSQNet", "both")
 _VISUAL = {"modules": "visual"}
 _APART = {"modules": "both", "alpha": 0.0, "beta": 0.0}
-"""Without swap losses the two modules share nothing, so that the TQM is what it would be alone."""
+"""Without swap losses the two modules share nothing, so the TQM is as if trained alone."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration: what the table's first columns say, and what it changes of `train.*` and `encoders.text.*`."""
+    """One configuration: its leading cells and overrides of `train.*` and `encoders.text.*`."""
 
     cells: tuple[str, ...]
     train: Mapping[str, Any]
     text: Mapping[str, Any] = field(default_factory=dict)
     mode: TSQMode | None = None
-    """How this row's network chooses, where it is not as the column says."""
+    """How this row's network chooses frames; None: by the column's mode."""
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A sign that the paper saw: `better` above `worse`, each (row, column) of the table, by number."""
+    """A trend in the paper: cell `better` is above cell `worse`, both as (row, column) indices."""
 
     better: tuple[int, int]
     worse: tuple[int, int]
@@ -41,7 +42,7 @@ class Trend:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A table of the paper; `columns` are (title, sampler.mode), each measured with the row's network."""
+    """A table of the paper; every row's network is measured per column (title, sampler.mode)."""
 
     title: str
     head: tuple[str, ...]
@@ -55,7 +56,7 @@ TABLES = ("table7", "table8", "table9", "table10", "tableA2", "tableA3", "tableA
 
 
 def ablation(name: str, config: Config, num_objects: int) -> Ablation:
-    """The table of that name, for these settings and features that hold `num_objects` objects a frame."""
+    """Return the named table; `num_objects` is the number of objects per frame in the features."""
     if name == "table8":
         return _table8(config.train.alpha or 0.6, config.train.beta or 0.6)
     if name == "table9":
@@ -74,7 +75,7 @@ def ablation(name: str, config: Config, num_objects: int) -> Ablation:
 def _table7() -> Ablation:
     agnostic, specific = "class-agnostic", "class-specific"
     rows = (
-        # one query gives one response; its classifier has a row a class, d' -> C, as the paper's CA + CA
+        # one query gives one response; its classifier has one row per class, d' -> C: CA + CA
         Row(("CA", "CA"), _VISUAL | {"attention": agnostic, "classifier": specific}),
         Row(("CS", "CA"), _VISUAL | {"attention": specific, "classifier": "shared"}),
         Row(("CS", "CS"), _VISUAL | {"attention": specific, "classifier": specific}),
@@ -99,7 +100,7 @@ def _table8(alpha: float, beta: float) -> Ablation:
             Trend((1, 0), (0, 0)),
             Trend((2, 0), (0, 0)),
             Trend((3, 2), (0, 2)),
-        ),  # swap losses help the TQM, and the whole
+        ),  # swap losses help the TQM and the fusion
     )
     return Ablation(
         "Table 8: fusion and swap losses",
@@ -130,7 +131,7 @@ def _table9(config: Config, num_objects: int) -> Ablation:
         trends.append(_above(len(rows), len(rows) - 1))
     else:
         notes.append(
-            f"all objects: not measured, the features hold {num_objects} a frame; "
+            f"all objects: not measured, the features hold {num_objects} per frame; "
             "extract with --set encoders.num_objects=1000 into another folder"
         )
     rows.append(Row((model, "top 10"), _APART | {"top_objects": min(10, num_objects)}))
@@ -152,7 +153,10 @@ def _table10() -> Ablation:
         Row(("Text", "Random"), _APART | {"init_textual": "random"}, mode="textual"),
         Row(("Text", "Text emb."), _APART | {"init_textual": "text"}, mode="textual"),
     )
-    title = "Table 10: start of the TSQ embeddings; VQM trained alone, TQM in the joint network without swap losses"
+    title = (
+        "Table 10: initialisation of the TSQ embeddings; VQM trained alone, "
+        "TQM in the joint network without swap losses"
+    )
     return Ablation(
         title, ("Branch", "Init"), rows, (("mAP", "visual"),), (_above(1, 0), _above(3, 2))
     )
@@ -208,5 +212,5 @@ def _table_a5() -> Ablation:
 
 
 def _above(better: int, worse: int) -> Trend:
-    """In a table of one column."""
+    """Return a trend between two rows of a single-column table."""
     return Trend((better, 0), (worse, 0))

@@ -1,4 +1,4 @@
-"""Known salient segments of videos, and how many of a sampler's frames lie in them."""
+"""Known salient segments of videos, and the share of chosen frames that lie in them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ Segment = tuple[float, float]
 
 @dataclass(frozen=True)
 class Annotations:
-    """Salient segments, in seconds, by normalised URI, by path below some folder, or by a video's bare name."""
+    """Salient segments in seconds, by normalised URI, relative path or file name without suffix."""
 
     by_name: Mapping[str, list[Segment]]
     sha256: str
 
     def of(self, uri: str) -> list[Segment]:
-        """The segments of a video: by its URI, else by the longest end of its path that is known, else by its name without the suffix."""
+        """Return a video's segments; empty if it is unknown.
+
+        Looked up by its URI, then by the longest known end of its path, then by its file name
+        without the suffix.
+        """
         if uri in self.by_name:
             return self.by_name[uri]
         parts = uri.split("/")
@@ -41,14 +45,16 @@ class Annotations:
 
 
 def read_annotations(uri: str) -> Annotations:
-    """Read known salient segments. Three formats, told apart by their content:
+    """Read known salient segments, in one of three formats recognised by content.
 
-    - `{"videos": {path: {"segments": [[start_s, end_s], ...]}}}`: what jobs/sample_archive.py writes; paths are relative to the file.
-    - `{"videos": [{"path", "fps", "segments": [{"start_frame", "end_frame", "kind"}, ...]}]}`: frames, the last one not included, of
-      which those of kind "sal" are salient.
-    - ActivityNet's JSON: `{"database": {id: {"annotations": [{"segment": [start_s, end_s]}, ...]}}}`; a video's file is `id.*` or `v_id.*`.
+    - `{"videos": {path: {"segments": [[start_s, end_s], ...]}}}`, written by
+      jobs/sample_archive.py; paths are relative to the file.
+    - `{"videos": [{"path", "fps", "segments": [{"start_frame", "end_frame", "kind"}, ...]}]}`:
+      `end_frame` is exclusive, and only segments of kind "sal" are salient.
+    - ActivityNet's JSON, `{"database": {id: {"annotations": [{"segment": [start_s, end_s]}]}}}`;
+      the video's file is `id.*` or `v_id.*`.
 
-    ManifestError where it is none of them.
+    Raises ManifestError if the file is in none of them.
     """
     uri = storage.normalize(uri)
     data = storage.read_bytes(uri)
@@ -56,8 +62,9 @@ def read_annotations(uri: str) -> Annotations:
         found = _segments(json.loads(data), storage.parent_of(uri))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(
-            f"--annotations {storage.redact(uri)}: not readable as salient segments ({type(error).__name__}: {error}); "
-            "expected ActivityNet JSON ({'database': ...}) or {'videos': ...} (docs/evaluation.md)"
+            f"--annotations {storage.redact(uri)}: not readable as salient segments "
+            f"({type(error).__name__}: {error}); expected ActivityNet JSON ({{'database': ...}}) "
+            "or {'videos': ...} (docs/evaluation.md)"
         ) from None
     return Annotations(found, storage.sha256_of(data))
 
@@ -84,7 +91,7 @@ def _pair(pair: Sequence[float]) -> Segment:
 
 
 def _from_frames(video: Mapping[str, Any]) -> list[Segment]:
-    # half a frame on each side: a frame's time as float32 may lie just beside its number / fps
+    # half a frame of slack: a frame's time, a float32, may be slightly off frame number / fps
     fps = float(video["fps"])
     salient = (part for part in video["segments"] if part["kind"] == "sal")
     return [
@@ -93,10 +100,12 @@ def _from_frames(video: Mapping[str, Any]) -> list[Segment]:
 
 
 def on_evidence(chosen: Iterable[tuple[str, Sequence[float]]], annotations: Annotations) -> float:
-    """Mean over the videos of the share of the chosen frames that lie in a salient segment (`quality.salient_recall`).
+    """Return the share of chosen frames in a salient segment, as a mean over the videos.
 
-    `chosen`: URI and presentation times in seconds of each video's frames. Videos without a known segment are left out; nan where
-    none is left.
+    The share is `quality.salient_recall`.
+
+    `chosen`: URI and presentation times in seconds of each video's frames. Videos without a known
+    segment are left out; nan if none remain.
     """
     total, count = 0.0, 0
     for uri, pts_s in chosen:

@@ -1,4 +1,4 @@
-"""What an evaluation is about, and the trainings it needs: run as Ray tasks, kept as they finish.
+"""The inputs of an evaluation, and the trainings it needs: run as Ray tasks, stored as they finish.
 
 Legend: V videos, T frames, D dims, C classes.
 """
@@ -32,7 +32,7 @@ from tsq_ray.runtime.waiting import Watch
 
 @dataclass
 class Bench:
-    """The data, the bundle and the settings of an evaluation, and the trainings so far."""
+    """The data, the bundle and the settings of an evaluation, and the trainings finished so far."""
 
     bundle: Bundle
     features: Features
@@ -43,21 +43,24 @@ class Bench:
 
     @property
     def videos(self) -> VideoSet:
-        """The measured ones."""
+        """The measured videos."""
         return self.features.measured
 
     @property
     def task(self) -> Task:
-        """single or multi."""
+        """The bundle's task."""
         return self.bundle.task
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Of the trainings and the random baseline."""
+        """Seeds of the trainings and the random baseline."""
         return self.config.evaluate.seeds
 
     def job(self, train: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> TrainingSpec:
-        """A training of TSQNet: the settings with some of `train.*` and `encoders.text.*` changed. ConfigError for values that do not go together."""
+        """Return a training of TSQNet with these overrides of `train.*` and `encoders.text.*`.
+
+        Raises ConfigError if the values are inconsistent.
+        """
         values = self.config.train.model_dump() | dict(train) | {"seed": seed, "task": self.task}
         return TrainingSpec(
             "tsq",
@@ -66,11 +69,11 @@ class Bench:
         )
 
     def scsampler(self, seed: int) -> TrainingSpec:
-        """A training of the ranker."""
+        """Return a training of the SCSampler ranker."""
         return TrainingSpec("scsampler", TrainConfig(seed=seed), TextConfig())
 
     def shape(self, config: TrainConfig, text_dim: int) -> TSQShape:
-        """The network that a training makes: every field of the shape that is a setting is taken from there."""
+        """Return the shape of a training's network; fields that are settings come from `config`."""
         names = {item.name for item in dataclasses.fields(TSQShape)} & set(TrainConfig.model_fields)
         settings = {name: getattr(config, name) for name in names}
         dim = self.videos.visual.shape[-1]
@@ -80,9 +83,10 @@ class Bench:
 
 
 def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> int:
-    """Put the result of every job into `bench.learned`: from the store, or trained now in parallel, one CPU each; how many were trained now.
+    """Fill `bench.learned` with the result of every job; return how many had to be trained.
 
-    Each result is published as it comes in. Raises what a training raised; a loss that is not finite is a result ("diverged").
+    Results are read from the store, or trained in parallel, one CPU each, and stored as they
+    finish. Raises what a training raised; a non-finite loss is a result ("diverged").
     """
     wanted = list(dict.fromkeys(job for job in jobs if job not in bench.learned))
     todo = []
@@ -95,7 +99,7 @@ def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> i
     if not todo:
         return 0
     assert bench.features.training is not None, (
-        "nothing to train on: the caller leaves such samplers out"
+        "nothing to train on; the caller must leave out samplers that need training"
     )
     side = _Side(bench, bench.features.training)
     calls = [(job, side.arguments(job)) for job in todo]
@@ -130,7 +134,7 @@ def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> i
 
 
 class _Side:
-    """What trainings start from, each made once."""
+    """Initial values of the trainings, each computed once."""
 
     def __init__(self, bench: Bench, training: VideoSet) -> None:
         self.bench, self.training = bench, training
@@ -141,7 +145,7 @@ class _Side:
     def arguments(
         self, job: TrainingSpec
     ) -> tuple[TSQShape | None, dict[str, np.ndarray] | None, dict[str, np.ndarray | None]]:
-        """Shape, text embeddings and first queries of a training."""
+        """Return a training's network shape, text embeddings and initial queries."""
         if job.kind == "scsampler":
             return None, None, {}
         text = self._text(job.text) if job.config.modules == "both" else None
@@ -155,7 +159,7 @@ class _Side:
         return shape, text, start
 
     def training_arrays(self, with_teacher: bool) -> dict[str, np.ndarray]:
-        """The training videos; with the recogniser's probability of the true class for the ranker."""
+        """Return the training arrays; the ranker's teacher is the true-class probability."""
         teacher = (
             {"teacher": true_class_probability(self.training, self.bench.task)}
             if with_teacher
@@ -177,8 +181,8 @@ class _Side:
             ]
             if unknown:
                 raise ModelError(
-                    f"text weights {storage.redact(config.weights)!r}: no word of {len(unknown)} class names (first: {unknown[0]!r}); "
-                    "take other vectors"
+                    f"text weights {storage.redact(config.weights)!r}: no word of {len(unknown)} "
+                    f"class names (first: {unknown[0]!r}); use other word vectors"
                 )
         return self.texts[config]
 

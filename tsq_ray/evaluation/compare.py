@@ -1,4 +1,4 @@
-"""Finished runs of `tsq score`, compared as they are."""
+"""Compare finished runs of `tsq score` without scoring again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _COUNTED = ["video_id", "status", "selected_pts_s", *_MILLISECONDS]
 
 
 def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None) -> Table:
-    """One row a run, and one row for each group of runs that differ in nothing but the model (its seed, say): their mean and interval."""
+    """Return a table with one row per run and one per group of runs that differ only in the model.
+
+    A group's row (models of several seeds, say) holds the mean and its interval.
+    """
     found = [_Run(uri, model, annotations) for uri in uris]
     columns = [
         *(TableColumn(title) for title in ("run", "sampler", "T", "K", "ok", "failed")),
@@ -57,14 +60,14 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
                 [f"mean of {len(members)} runs", mode, str(num_frames), budget, "", "", *means]
             )
     notes = [
-        "seconds a video: decode, sample and recognise as the runs measured them, on their machines"
+        "s/video: decoding, sampling and recognition as each run measured them, on its machine"
     ]
     if len({run.videos for run in found}) > 1:
-        notes.append(
-            "warning: the runs hold different videos, so their figures are not of the same thing"
-        )
+        notes.append("warning: the runs hold different videos, so their results are not comparable")
     if any(math.isnan(run.figures[4]) for run in found):
-        notes.append("GFLOPs '-': the run's model is neither --model nor still at its place")
+        notes.append(
+            "GFLOPs '-': the run's model is not --model and is no longer at the recorded URI"
+        )
     return Table("comparison", "Finished runs", columns, rows, notes)
 
 
@@ -73,7 +76,7 @@ def _single(value: float) -> MeanOverSeeds:
 
 
 class _Run:
-    """One predictions folder; `figures` in the order of the table, nan where unknown."""
+    """One predictions folder; `figures` in column order, nan if unknown."""
 
     def __init__(self, uri: str, model: Bundle, annotations: Annotations | None) -> None:
         self.uri = storage.normalize(uri)
@@ -81,7 +84,8 @@ class _Run:
         parts = [part.uri for part in runs.list_parts(self.uri)]
         if not parts:
             raise RunError(
-                f"{storage.redact(self.uri)}: no part-*.parquet here, the run has no videos; leave it out"
+                f"{storage.redact(self.uri)}: no part-*.parquet here, the run has no videos; "
+                "leave this folder out"
             )
         count = _count(parts)
         self.name = storage.name_of(self.uri)
@@ -120,14 +124,14 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Counts:
-    """What the rows of a run add up to; `chosen` frames and `seconds` are of those that are ok."""
+    """Totals over the rows of a run; `chosen` frames and `seconds` count ok rows only."""
 
     rows: int
     ok: int
     chosen: int
     seconds: float
     videos: str
-    """Hash of the ids: the same for runs over the same videos."""
+    """Hash of the sorted video ids: equal for runs over the same videos."""
 
 
 def _count(parts: Sequence[str]) -> _Counts:
@@ -143,12 +147,12 @@ def _count(parts: Sequence[str]) -> _Counts:
             sum(pc.sum(table[name].cast(pa.float64())).as_py() or 0.0 for name in _MILLISECONDS)
             / 1000
         )
-    videos = np.sort(np.concatenate(ids))  # 16 bytes a row
+    videos = np.sort(np.concatenate(ids))  # 16 bytes per row
     return _Counts(rows, ok, chosen, seconds, storage.sha256_of(videos.tobytes()))
 
 
 def _chosen(parts: Sequence[str]) -> Iterator[tuple[str, Sequence[float]]]:
-    """URI and times of the chosen frames, of each video that is ok."""
+    """Yield the URI and the times of the chosen frames of each ok video."""
     for uri in parts:
         table = runs.read_part(uri, ["uri", "status", "selected_pts_s"])
         rows = table.filter(pc.equal(table["status"], "ok")).select(["uri", "selected_pts_s"])
@@ -156,7 +160,7 @@ def _chosen(parts: Sequence[str]) -> Iterator[tuple[str, Sequence[float]]]:
 
 
 def _bundle_of(made_by: dict[str, Any], model: Bundle) -> Bundle | None:
-    """The bundle that made a run: --model, or the one at the place that the run names, if it is still the same."""
+    """Return the bundle that made a run: --model, or the recorded one if unchanged, else None."""
     if made_by["sha256"] == model.sha256:
         return model
     if is_bundle(made_by["uri"]) and read_bundle_settings(made_by["uri"])[1] == made_by["sha256"]:

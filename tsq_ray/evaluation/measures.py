@@ -1,4 +1,7 @@
-"""What a choice of frames is worth and what it costs. Legend: V videos, T frames, C classes, K budget."""
+"""Quality and cost of a choice of frames.
+
+Legend: V videos, T frames, C classes, K budget.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import t as student_t
 
 from tsq_ray import quality
 from tsq_ray.bundle.weights import Bundle
@@ -21,32 +23,38 @@ from tsq_ray.model import TSQShape
 from tsq_ray.model.flops import Counting, cost_table, network_multiply_adds
 
 Cost = Literal["uniform", "maxconf", "maxconf-l", "visual", "textual", "both", "scsampler"]
-"""As sampler.mode, and "scsampler": the light encoder on T frames, its ranker, the recogniser on K."""
+"""As sampler.mode, plus "scsampler": light encoder on T frames, ranker, recogniser on K."""
 
 
 @dataclass(frozen=True)
 class MeanOverSeeds:
-    """One figure, measured once or once a seed."""
+    """One quantity, measured once or once per seed."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return float(np.mean(self.values))
 
     @property
     def half(self) -> float | None:
-        """Half the 95 % interval of the mean over the seeds (Student's t); None of a single value."""
+        """Half the 95 % interval of the mean (Student's t); None for a single value."""
         count = len(self.values)
         if count < 2:
             return None
+        from scipy.stats import t as student_t
+
         return float(
             student_t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count)
         )
 
     def above(self, other: MeanOverSeeds) -> MeanOverSeeds:
-        """The difference, seed by seed where both have the same seeds; of the means otherwise."""
+        """Return the difference `self - other`.
+
+        Taken seed by seed if both have equally many values, against each value if one side has a
+        single one, else between the means.
+        """
         if len(self.values) == len(other.values):
             return MeanOverSeeds(
                 tuple(a - b for a, b in zip(self.values, other.values, strict=True))
@@ -60,7 +68,7 @@ class MeanOverSeeds:
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one sampler, budget and seed; fractions 0..1, nan where they cannot be told."""
+    """Results of one sampler, budget and seed; fractions 0..1, nan if unknown."""
 
     map: float
     map_interpolated: float
@@ -72,7 +80,7 @@ class Measures:
 
 
 def answers(videos: VideoSet, chosen: Sequence[np.ndarray], task: Task) -> np.ndarray:
-    """What `score` answers for these slots: the mean of their logits, then softmax or sigmoid: float32 [V, C]."""
+    """Return float32 [V, C] scores as `tsq score` does: mean slot logits, softmax or sigmoid."""
     means = [
         logits[slots].astype(np.float32).mean(axis=0)
         for logits, slots in zip(videos.logits, chosen, strict=True)
@@ -104,7 +112,10 @@ def measure_sampler(
 def gflops(
     bundle: Bundle, cost: Cost, num_frames: int, budget: float, shape: TSQShape, counting: Counting
 ) -> float:
-    """GFLOPs (1e9 multiply-adds) of one video with the bundle's networks and a sampler network of `shape`; `budget` may be a mean."""
+    """Return GFLOPs (1e9 multiply-adds) per video.
+
+    Uses the bundle's networks and a sampler network of `shape`; `budget` may be a mean.
+    """
     assert bundle.recognizer is not None
     mode: SamplerMode = "maxconf-l" if cost == "scsampler" else cost
     table = cost_table(
@@ -126,10 +137,11 @@ def gflops(
 
 
 class Clock:
-    """Seconds of work a video, from what the extraction took.
+    """Estimated seconds of work per video, from the extraction's timings on its machine.
 
-    Decoding T frames costs what it cost there. The extraction's seconds of encoding, in which every frame went through the light encoder, the
-    object recogniser and the recogniser, are shared out by true multiply-adds: an estimate, on the extraction's machine.
+    Decoding T frames is taken as measured. The measured encoding time, during which every frame
+    passed through the light encoder, the object recogniser and the recogniser, is apportioned by
+    true multiply-adds.
     """
 
     def __init__(self, run: Mapping[str, Any], bundle: Bundle, num_frames: int) -> None:
@@ -144,5 +156,5 @@ class Clock:
         self.s_per_gflop = seconds["encode"] / videos / (each * num_frames)
 
     def seconds(self, true_gflops: float) -> float | None:
-        """Of one video that costs so many true GFLOPs; None where the extraction does not say."""
+        """Return the seconds of a video of this cost; None if the extraction has no timings."""
         return self.decode_s + true_gflops * self.s_per_gflop if self.known else None

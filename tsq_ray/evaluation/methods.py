@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,7 @@ from tsq_ray.config import TSQMode
 from tsq_ray.evaluation.bench import Bench
 from tsq_ray.evaluation.measures import Cost, MeanOverSeeds, Measures, gflops, measure_sampler
 from tsq_ray.evaluation.samplers import (
-    Dense,
-    Query,
-    Random,
-    Ranked,
     Sampler,
-    Uniform,
-    UntilSure,
     change_scores,
     confidence,
     frame_head_logits,
@@ -26,6 +21,16 @@ from tsq_ray.evaluation.samplers import (
 )
 from tsq_ray.evaluation.trainings import TrainingSpec, saliencies
 from tsq_ray.model import TSQShape
+from tsq_ray.model.choosers import (
+    Chooser,
+    Dense,
+    MostConfident,
+    Random,
+    Ranked,
+    Salient,
+    Uniform,
+    UntilConfident,
+)
 from tsq_ray.model.flops import Counting
 
 
@@ -179,45 +184,60 @@ def jobs_of(bench: Bench, method: Method) -> list[TrainingSpec]:
 
 def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
     """The sampler with each of its seeds, and how many seeds diverged."""
-    videos, name = bench.videos, method.name
+    videos, task = bench.videos, bench.task
     if method.trained:
         found = [bench.learned[job] for job in jobs_of(bench, method)]
-        made: list[Sampler] = [
-            learned_sampler(bench, learned.arrays, method.mode)
+        made = [
+            learned_sampler(bench, learned.arrays, method.mode, adaptive=method.adaptive)
             for learned in found
             if not learned.diverged
         ]
-        if method.adaptive:
-            made = [
-                UntilSure(sampler, bench.config.sampler.margin, bench.task)
-                for sampler in made
-                if isinstance(sampler, Query)
-            ]
         return made, sum(bool(learned.diverged) for learned in found)
-    if name == "random":
-        return [Random(videos, seed) for seed in bench.seeds], 0
-    if name == "uniform":
-        return [Uniform(videos)], 0
-    if name == "dense":
-        return [Dense(videos)], 0
-    if name == "bundle":
+    if method.name == "random":
+        return [Sampler(videos, task, partial(Random, seed=seed)) for seed in bench.seeds], 0
+    if method.name == "uniform":
+        return [Sampler(videos, task, Uniform)], 0
+    if method.name == "dense":
+        return [Sampler(videos, task, lambda _: Dense())], 0
+    if method.name == "bundle":
         visual, textual = saliencies(
             bench.bundle.sampler,
             bundle_arrays(bench),
             bench.bundle.vocabulary,
-            bench.task,
+            task,
             bench.config.sampler.top_classes,
         )
-        return [Query(videos, visual, textual, bench.config.sampler.lambda_visual)], 0
-    return [Ranked(videos, _scores(bench, name))], 0
+        return [Sampler(videos, task, salient_chooser(bench, "both"), visual, textual)], 0
+    if method.name == "maxconf":
+        return [Sampler(videos, task, MostConfident)], 0
+    return [ranked_sampler(bench, _scores(bench, method.name), method.name)], 0
 
 
-def learned_sampler(bench: Bench, arrays: Mapping[str, np.ndarray], mode: TSQMode) -> Sampler:
+def ranked_sampler(bench: Bench, scores: np.ndarray, name: str) -> Sampler:
+    """The frames with the highest scores [V, T]."""
+    return Sampler(bench.videos, bench.task, partial(Ranked, name=name), scores=scores)
+
+
+def salient_chooser(
+    bench: Bench, mode: TSQMode, *, adaptive: bool = False
+) -> Callable[[int], Chooser]:
+    """TSQNet's choice for a budget, with the evaluation's settings."""
+    settings = bench.config.sampler
+
+    def chooser(budget: int) -> Chooser:
+        salient = Salient(budget, settings.lambda_visual, mode)
+        return UntilConfident(salient, settings.margin) if adaptive else salient
+
+    return chooser
+
+
+def learned_sampler(
+    bench: Bench, arrays: Mapping[str, np.ndarray], mode: TSQMode, *, adaptive: bool = False
+) -> Sampler:
     """A sampler from the saliencies that a training made."""
-    textual = arrays.get("saliency_textual")
-    return Query(
-        bench.videos, arrays["saliency_visual"], textual, bench.config.sampler.lambda_visual, mode
-    )
+    visual, textual = arrays["saliency_visual"], arrays.get("saliency_textual")
+    chooser = salient_chooser(bench, mode, adaptive=adaptive)
+    return Sampler(bench.videos, bench.task, chooser, visual, textual)
 
 
 def bundle_arrays(bench: Bench) -> dict[str, np.ndarray]:
@@ -232,8 +252,6 @@ def bundle_arrays(bench: Bench) -> dict[str, np.ndarray]:
 
 def _scores(bench: Bench, name: str) -> np.ndarray:
     videos = bench.videos
-    if name == "maxconf":
-        return confidence(videos.logits, bench.task)
     if name == "maxconf-l":
         assert bench.bundle.encoder.head is not None
         return confidence(frame_head_logits(bench.bundle.encoder.head, videos), bench.task)

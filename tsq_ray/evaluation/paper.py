@@ -1,4 +1,4 @@
-"""The paper's tables and figures, made from a bench. A figure of a table is a fraction 0..1; what is shown is in tables.py."""
+"""The paper's tables and figures from a bench. Cells are fractions 0..1; tables.py formats them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _TABLE2_SIGNS = (
 
 
 def names() -> list[str]:
-    """What --table takes, in the order in which all are made."""
+    """Return the allowed values of --table, in the order in which all are made."""
     return ["table1", "table2", "figure3", *TABLES, "figure4"]
 
 
 def jobs_for(bench: Bench, name: str) -> list[TrainingSpec]:
-    """The trainings that a table needs; none where there is nothing to train on."""
+    """Return the trainings that a table needs; none if the features have no training videos."""
     if bench.features.training is None or name == "table1":
         return []
     if name in ("table2", "figure3"):
@@ -50,7 +50,7 @@ def jobs_for(bench: Bench, name: str) -> list[TrainingSpec]:
 
 
 def make(bench: Bench, name: str, out: str) -> Table:
-    """One table, its trainings being done; pictures are published below `out`."""
+    """Make one table from finished trainings; images are written below `out`."""
     made: dict[str, Make] = {
         "table1": table1,
         "table2": table2,
@@ -73,7 +73,7 @@ def _job(bench: Bench, row: Row, seed: int) -> TrainingSpec:
 
 
 def table1(bench: Bench, out: str) -> Table:
-    """What one video costs with the bundle, module by module, in both countings."""
+    """Return the bundle's cost per video, module by module, by both countings."""
     bundle, budget = bench.bundle, bench.config.sampler.most_frames
     assert bundle.recognizer is not None
     columns = [TableColumn("Module"), TableColumn("Arch."), TableColumn("Res."), TableColumn("#F")]
@@ -115,13 +115,14 @@ def table1(bench: Bench, out: str) -> Table:
         for field, true in zip(rows_of("field"), rows_of("true"), strict=True)
     ]
     notes = [
-        "GFLOPs: 1e9 multiply-adds by the field's convention (convolutions, and 2 per output element of a batch normalisation, without "
-        "the classifier; other sizes than 224 by (size / 224)^2; the queries computed each time)",
-        "true GFLOPs: counted at the true size, the queries folded, as it runs",
+        "GFLOPs: 1e9 multiply-adds by the field's convention (convolutions, plus 2 per output "
+        "element of a batch normalisation, without the classifier; sizes other than 224 scaled by "
+        "(size / 224)^2; the queries computed for every video)",
+        "true GFLOPs: as it runs, counted at the true size with the queries folded",
     ]
     return Table(
         "table1",
-        f"Table 1: cost of a video, T = {bench.videos.num_frames}, K = {budget}",
+        f"Table 1: cost per video, T = {bench.videos.num_frames}, K = {budget}",
         columns,
         rows,
         notes,
@@ -129,7 +130,7 @@ def table1(bench: Bench, out: str) -> Table:
 
 
 def table2(bench: Bench, out: str) -> Table:
-    """Every sampler at the budget of the settings."""
+    """Measure every sampler at `sampler.budget`."""
     budget, clock = (
         bench.config.sampler.most_frames,
         Clock(bench.features.run, bench.bundle, bench.videos.num_frames),
@@ -157,7 +158,7 @@ def table2(bench: Bench, out: str) -> Table:
 
 
 def figure3(bench: Bench, out: str) -> Table:
-    """Every sampler at every budget: the accuracy-cost plot and its figures."""
+    """Measure every sampler at every budget: the accuracy-cost plot and its data."""
     clock = Clock(bench.features.run, bench.bundle, bench.videos.num_frames)
     methods, notes = possible(bench)
     rows: list[list[Cell]] = []
@@ -183,7 +184,7 @@ def figure3(bench: Bench, out: str) -> Table:
     columns = [TableColumn("sampler"), TableColumn("K"), *_COLUMNS]
     return Table(
         "figure3",
-        f"MeanOverSeeds 3: {title[0].lower()}{title[1:]}",
+        f"Figure 3: {title[0].lower()}{title[1:]}",
         columns,
         rows,
         notes + _reading(clock),
@@ -216,7 +217,7 @@ def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
 
 
 def _frames(measured: Measured) -> float:
-    """What the recogniser's cost counts: K, also where a short video has fewer frames; the mean where K is adaptive."""
+    """Return the frames the cost counts: K, even for shorter videos; the mean if adaptive."""
     return measured.frames.mean if measured.method.adaptive else measured.budget
 
 
@@ -227,7 +228,8 @@ def _single(value: float | None) -> MeanOverSeeds | None:
 def _diverged(measured: Measured) -> list[str]:
     return (
         [
-            f"{measured.method.name}: the training of {measured.diverged} seeds diverged; not in its figures"
+            f"{measured.method.name}: the training of {measured.diverged} seeds diverged; "
+            "excluded from its results"
         ]
         if measured.diverged
         else []
@@ -243,36 +245,41 @@ def _what(bench: Bench, method: Method) -> str:
         if bench.annotations is not None
         else f"by {by}; no annotations given"
     )
-    return f"{method.what}: {order}; it has no cost, since it knows the answer"
+    return f"{method.what}: {order}; no cost, since it knows the answer"
 
 
 def _reading(clock: Clock) -> list[str]:
     notes = [
-        "± is half the 95 % interval of the mean over the seeds (Student's t); figures without it hang on no seed",
-        "on evidence: mean share of the chosen frames that lie in a known salient segment; frames: mean number the recogniser sees",
+        "± is half the 95 % interval of the mean over the seeds (Student's t); values without it "
+        "do not depend on a seed",
+        "on evidence: mean share of the chosen frames that lie in a known salient segment; frames: "
+        "mean number of frames recognised",
         "GFLOPs by the field's convention, true GFLOPs as it runs (table 1)",
     ]
     if clock.known:
         notes.append(
-            "s/video: decoding and encoding as the extraction measured them, encoding shared out by true GFLOPs: an estimate"
+            "s/video: an estimate; decoding as the extraction measured it, its encoding time "
+            "apportioned by true GFLOPs"
         )
     return notes
 
 
 def _signs(pairs: Sequence[tuple[str, str, Cell, Cell]]) -> list[str]:
     return [
-        f"sign in the paper: {better} above {worse}: here {verdict(first, second)}"
+        f"trend in the paper: {better} above {worse}; here {verdict(first, second)}"
         for better, worse, first, second in pairs
     ]
 
 
 def ablation_table(bench: Bench, name: str) -> Table:
-    """mAP of each configuration and column at the budget of the settings, and whether the paper's signs are seen."""
+    """Measure each configuration and column at `sampler.budget`; notes say if the trends held."""
     wanted, budget = _ablation(bench, name), bench.config.sampler.most_frames
     notes = list(wanted.notes)
     if bench.features.training is None:
         rows: list[list[Cell]] = []
-        notes.append("not measured: the features have no split 'train' apart from the measured one")
+        notes.append(
+            "not measured: the features have no split 'train' other than the measured split"
+        )
     else:
         rows = [
             [
@@ -296,7 +303,8 @@ def ablation_table(bench: Bench, name: str) -> Table:
         ),
     ]
     notes.append(
-        "± is half the 95 % interval of the mean over the seeds; signs by the differences seed by seed, in points of mAP"
+        "± is half the 95 % interval of the mean over the seeds; trends compare seed by seed, "
+        "in points of mAP"
     )
     return Table(
         name, f"{wanted.title}; K = {budget} of T = {bench.videos.num_frames}", columns, rows, notes
@@ -314,7 +322,8 @@ def _cell(bench: Bench, row: Row, mode: TSQMode, budget: int, notes: list[str]) 
         learned = bench.learned[_job(bench, row, seed)]
         if learned.diverged:
             notes.append(
-                f"{' + '.join(row.cells)}, seed {seed}: the training diverged; not in its figures ({mode})"
+                f"{' + '.join(row.cells)}, seed {seed}: the training diverged; "
+                f"excluded from its results ({mode})"
             )
         else:
             sampler = learned_sampler(bench, learned.arrays, mode)
@@ -323,10 +332,10 @@ def _cell(bench: Bench, row: Row, mode: TSQMode, budget: int, notes: list[str]) 
 
 
 def figure4(bench: Bench, out: str) -> Table:
-    """The TSQ embeddings before and after the training of the first seed, by t-SNE."""
+    """Project the TSQ embeddings before and after the first seed's training by t-SNE."""
     columns = [TableColumn(title) for title in ("module", "training", "class", "x", "y")]
     job = jobs_of(bench, _method("tsqnet"))[0]
-    title = f"MeanOverSeeds 4: TSQ embeddings before and after training, seed {bench.seeds[0]}"
+    title = f"Figure 4: TSQ embeddings before and after training, seed {bench.seeds[0]}"
     learned = bench.learned.get(job)
     if learned is None or learned.diverged:
         return Table(
@@ -344,7 +353,8 @@ def figure4(bench: Bench, out: str) -> Table:
         for name, (x, y) in zip(bench.bundle.classes, points.tolist(), strict=True)
     ]
     notes = [
-        "t-SNE (scikit-learn, perplexity min(30, (C - 1) / 3), start by PCA, seed 0) of the embeddings themselves, before the convolution"
+        "t-SNE (scikit-learn, perplexity min(30, (C - 1) / 3), initialised by PCA, seed 0) of the "
+        "embeddings themselves, before the convolution"
     ]
     pictures = plots.embedding_maps(maps, bench.bundle.classes, out, "figure4") if maps else []
     return Table("figure4", title, columns, rows, notes, pictures[:1])

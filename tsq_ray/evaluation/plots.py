@@ -1,4 +1,4 @@
-"""Figures 3 and 4 of the paper, on our data: PNG and SVG by matplotlib."""
+"""Figures 3 and 4 of the paper on your own data, as PNG and SVG (matplotlib)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tsq_ray.evaluation.measures import MeanOverSeeds
 FORMATS = ("png", "svg")
 _TSNE_SEED = 0
 _MOST_NAMES = 60
-"""Points that get their class's name; with more nobody could read them."""
+"""Points carry their class names up to this count; more labels would be unreadable."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One sampler's points of the accuracy-cost plot."""
+    """One sampler's points in the accuracy-cost plot."""
 
     name: str
     gflops: list[float]
@@ -30,7 +30,10 @@ class Line:
 def accuracy_cost(
     lines: Sequence[Line], level: Mapping[str, MeanOverSeeds], out: str, name: str, title: str
 ) -> list[str]:
-    """mAP over GFLOPs a video, a line a sampler, bars of the 95 % interval; `level`: figures without a cost, as dashed lines. The files' names."""
+    """Plot mAP over GFLOPs per video, one line per sampler; return the names of the files.
+
+    Error bars show the 95 % interval; `level` holds values without a cost, drawn as dashed lines.
+    """
     from matplotlib import colormaps
 
     figure, axes = _canvas(9, 6)
@@ -52,7 +55,7 @@ def accuracy_cost(
         )
     for value_name, value in level.items():
         axes.axhline(value.mean * 100, linestyle="--", linewidth=1, color="0.5", label=value_name)
-    axes.set_xlabel("GFLOPs a video (the field's convention)")
+    axes.set_xlabel("GFLOPs per video (the field's convention)")
     axes.set_ylabel("mAP (%)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
@@ -61,7 +64,7 @@ def accuracy_cost(
 
 
 def project(embeddings: np.ndarray) -> np.ndarray:
-    """t-SNE to two dimensions, [C, D] -> float [C, 2]; always the same for the same embeddings."""
+    """Project embeddings to two dimensions by t-SNE, [C, D] -> float [C, 2]; deterministic."""
     from sklearn.manifold import TSNE
 
     count = len(embeddings)
@@ -78,7 +81,7 @@ def project(embeddings: np.ndarray) -> np.ndarray:
 def embedding_maps(
     maps: Mapping[tuple[str, str], np.ndarray], classes: Sequence[str], out: str, name: str
 ) -> list[str]:
-    """One panel for each (module, moment): points [C, 2] with the classes' names. The files' names."""
+    """Plot points [C, 2] with class names, a panel per (module, moment); return the file names."""
     modules = list(dict.fromkeys(module for module, _ in maps))
     figure, _ = _canvas(14, 6.5 * len(modules), rows=len(modules), columns=2)
     for axes, ((module, moment), points) in zip(figure.axes, maps.items(), strict=True):
@@ -114,7 +117,7 @@ def _save(figure: Any, out: str, name: str) -> list[str]:
     names = []
     for kind in FORMATS:
         data = io.BytesIO()
-        # no date in the file: the same figures give the same bytes
+        # without a date, the same data gives the same bytes
         figure.savefig(
             data, format=kind, dpi=130, metadata={"Date": None} if kind == "svg" else None
         )

@@ -1,10 +1,11 @@
-"""`tsq evaluate`: features or finished predictions -> the paper's tables."""
+"""`tsq evaluate`: turn features or finished predictions into the paper's tables."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,25 @@ from tsq_ray.evaluation.videos import Features, load_features
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 SUMMARY_FILE = "evaluation.json"
-"""What the folder is about, written first; a folder that is about something else is refused."""
+"""The evaluation's identity, written first; a folder of another evaluation is refused."""
 
 
 def evaluation_settings(
     model: str, path: str | Path | None = None, sets: Sequence[str] = ()
 ) -> Config:
-    """Settings of an evaluation: those that the bundle was trained with as the base, then the TOML file and the sets."""
+    """Load the settings: those the bundle was trained with, then the TOML file, then the sets."""
     content, _ = read_bundle_settings(model)
     made = content["config"]
     base = {"decode": made["decode"], "encoders": made["encoders"], "sampler": made["sampler"]}
     base["train"] = {**(content["provenance"].get("train") or {}), "task": content["task"]}
     return load_config(path, sets, base)
+
+
+def check_installed() -> None:
+    """Raise RunError if the packages that only evaluation needs are not installed."""
+    missing = [name for name in ("scipy", "sklearn", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise RunError(f"evaluate needs {', '.join(missing)}: pip install 'tsq-ray[evaluate]'")
 
 
 def evaluate(
@@ -48,43 +56,47 @@ def evaluate(
     split: str | None = None,
     session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
-    """Make the paper's tables below `out` from one features folder, or compare finished predictions as they are.
+    """Make the paper's tables from one features folder, or compare finished predictions.
 
     Args:
-        sources: one run folder of `tsq extract --recognizer`, or one or several of `tsq score`.
-        model: the bundle: its networks' costs, its recogniser, its frame head, its settings of training.
-        out: folder for a Markdown and a CSV file per table, and the plots; trainings are kept there, so that a killed evaluation goes on.
+        sources: one run folder of `tsq extract --recognizer`, or one or more of `tsq score`.
+        model: the bundle whose networks' costs, recogniser, frame head and training settings count.
+        out: folder for a Markdown and a CSV file per table, the plots and the finished trainings,
+            from which a killed evaluation resumes.
         config: from `evaluation_settings`.
         annotations: a file of known salient segments (`read_annotations`).
-        tables: names of `paper.names()`; all of them by default.
-        split: of the measured videos, `val` by default.
+        tables: names from `paper.names()`; all of them by default.
+        split: split to measure, `val` by default.
 
-    Returns a summary. Raises UserError for wrong input, RunFailed where a training failed.
+    Returns a summary. Raises UserError for wrong input, RunFailed if a training fails.
     """
+    check_installed()
     started = time.time()
     out = storage.normalize(out)
     unknown = [name for name in tables if name not in paper.names()]
     if unknown:
-        raise RunError(f"--table {unknown[0]}: no such table; there is: {', '.join(paper.names())}")
+        raise RunError(f"--table {unknown[0]}: no such table; allowed: {', '.join(paper.names())}")
     kinds = {runs.read_run(uri)["kind"] for uri in sources}
     if kinds == {"features"} and len(sources) > 1:
         raise RunError(
-            f"evaluate takes one features folder at a time, got {len(sources)}; T = 16 and T = 50 are two evaluations"
+            f"evaluate takes one features folder at a time, got {len(sources)}; run it once per "
+            "folder, for example for T = 16 and for T = 50"
         )
     if len(kinds) > 1:
         raise RunError(
-            "evaluate takes features or predictions, not both at once; give two commands"
+            "evaluate takes features or predictions, not both at once; run it once for each"
         )
     bundle = load_bundle(model)
     if bundle.recognizer is None:
         raise ModelError(
-            f"--model {storage.redact(model)}: the bundle has no recogniser, whose answers are measured; train it again with --recognizer URI"
+            f"--model {storage.redact(model)}: the bundle has no recogniser, whose predictions are "
+            "measured; train it again with --recognizer URI"
         )
     known = read_annotations(annotations) if annotations else None
     if kinds == {"predictions"}:
         if tables or split:
             raise RunError(
-                "--table and --split are for features; predictions are compared as they are"
+                "--table and --split are for features; leave them out to compare predictions"
             )
         table = compare(sources, bundle, known)
         header = [
@@ -100,8 +112,8 @@ def evaluate(
     ]
     if too_large:
         raise ConfigError(
-            f"evaluate.budgets: K = {too_large[0]} is above T = {features.measured.num_frames} of the features; "
-            "leave it out, for example --set evaluate.budgets=[1,2,3]"
+            f"evaluate.budgets: K = {too_large[0]} is above T = {features.measured.num_frames} "
+            "of the features; leave it out, for example --set evaluate.budgets=[1,2,3]"
         )
     data = _data(features, bundle)
     sampler = config.sampler.model_dump(mode="json", exclude={"seed"})
@@ -123,7 +135,7 @@ def evaluate(
 
 
 def _data(features: Features, bundle: Bundle) -> dict[str, Any]:
-    """What every training of the folder is about."""
+    """Return the identity of the data that every training in the folder depends on."""
     run = features.run
     ids = [features.measured.video_ids, features.training.video_ids if features.training else []]
     return {
@@ -140,7 +152,7 @@ def _trainings(config: Config) -> dict[str, Any]:
 
 
 def _enter(out: str, identity: runs.Identity) -> None:
-    """Make or enter the folder; RunError where it is about something else."""
+    """Create or reopen the folder; raises RunError if it holds another evaluation."""
     place = storage.join(out, SUMMARY_FILE)
     before = runs.read_json(place)
     if before is None:
@@ -150,7 +162,7 @@ def _enter(out: str, identity: runs.Identity) -> None:
 
 
 def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
-    """What was measured and how: the lines above each table."""
+    """Return the lines above each table: what was measured and how."""
     features, videos, config = bench.features, bench.videos, bench.config
     run, made = features.run, features.run["config"]
     left = ", ".join(f"{count} {reason}" for reason, count in videos.left_out.items()) or "none"
@@ -162,17 +174,24 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
     training = f"{len(features.training)} of split 'train'" if features.training else "none"
     low, high = videos.fps
     lines = [
-        f"data: {storage.redact(features.uri)} (manifest sha256 {run['manifest']['sha256'][:12]}); split {features.split or 'none, all rows'}: "
-        f"{len(videos)} videos measured, left out: {left}; {skipped} inputs of the manifest without features; trained on: {training}",
-        f"T = {videos.num_frames}, K = {config.sampler.most_frames}, lambda_v = {config.sampler.lambda_visual:g}; "
+        f"data: {storage.redact(features.uri)} "
+        f"(manifest sha256 {run['manifest']['sha256'][:12]}); "
+        f"split {features.split or 'none, all rows'}: "
+        f"{len(videos)} videos measured, left out: {left}; "
+        f"{skipped} manifest inputs without features; trained on: {training}",
+        f"T = {videos.num_frames}, K = {config.sampler.most_frames}, "
+        f"lambda_v = {config.sampler.lambda_visual:g}; "
         f"fps of the videos: {low:.3g}" + (f" to {high:.3g}" if high > low else ""),
-        f"decoder: {made['decode']['strategy']} by {made['decode']['backend']} ({decoders}); batch size: {made['resources']['batch_size']} videos in "
-        f"the extraction, {config.train.batch_size} in training; {config.train.epochs} epochs",
-        f"seeds: {', '.join(map(str, bench.seeds))}; known salient segments: {storage.redact(storage.normalize(annotations)) if annotations else 'none given'}",
-        f"label order: the bundle's, {len(features.classes)} classes (sha256 {storage.sha256_of(json.dumps(features.classes).encode())[:12]}): "
+        f"decoder: {made['decode']['strategy']} by {made['decode']['backend']} ({decoders}); "
+        f"batch size: {made['resources']['batch_size']} videos in extraction, "
+        f"{config.train.batch_size} in training; {config.train.epochs} epochs",
+        f"seeds: {', '.join(map(str, bench.seeds))}; known salient segments: "
+        f"{storage.redact(storage.normalize(annotations)) if annotations else 'none given'}",
+        f"label order: the bundle's, {len(features.classes)} classes "
+        f"(sha256 {storage.sha256_of(json.dumps(features.classes).encode())[:12]}): "
         f"{', '.join(features.classes[:3])}, ...",
-        f"model: {storage.redact(storage.normalize(model))} (sha256 {bench.bundle.sha256[:12]}); recogniser "
-        f"{bench.bundle.recognizer.config.model if bench.bundle.recognizer else '-'}",
+        f"model: {storage.redact(storage.normalize(model))} (sha256 {bench.bundle.sha256[:12]}); "
+        f"recogniser {bench.bundle.recognizer.config.model if bench.bundle.recognizer else '-'}",
         _version(),
     ]
     if features.unknown_labels:

@@ -5,120 +5,50 @@ Legend: V videos, T frames (slots), D dims, C classes, K budget.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from tsq_ray.config import Task, TSQMode
+from tsq_ray.config import Task
 from tsq_ray.evaluation.annotations import Segment
 from tsq_ray.evaluation.videos import VideoSet
-from tsq_ray.model import baselines, by_importance, frames_until_sure, select_frames
-from tsq_ray.model.selection import distinct_slots, in_time_order, ranked
+from tsq_ray.model.choosers import Chooser, View, choose
 from tsq_ray.model.task import probabilities
 
 
-class Sampler(Protocol):
-    """Bound to the videos of one VideoSet."""
+@dataclass(frozen=True)
+class Sampler:
+    """A chooser for each budget, bound to the videos that it is measured on."""
+
+    videos: VideoSet
+    task: Task
+    chooser: Callable[[int], Chooser]
+    visual: np.ndarray | None = None
+    """Saliency of the visual query module, float [V, T]."""
+    textual: np.ndarray | None = None
+    """That of the textual one."""
+    scores: np.ndarray | None = None
+    """What `model.choosers.Ranked` ranks by, float [V, T]."""
 
     def choose(self, video: int, budget: int) -> np.ndarray:
-        """Slots of at most `budget` distinct source frames of the video of that number: int [<= K], ascending."""
-        ...
+        """Slots of at most `budget` distinct source frames of this video: int [<= K], ascending."""
 
+        def of_video(values: np.ndarray | None) -> np.ndarray | None:
+            return values[video] if values is not None else None
 
-class Uniform:
-    """The uniform baseline (`model.baselines.uniform`)."""
-
-    def __init__(self, videos: VideoSet) -> None:
-        self.videos = videos
-
-    def choose(self, video: int, budget: int) -> np.ndarray:
-        """As Sampler."""
-        return baselines.uniform(self.videos.frame_index[video], budget).slots
-
-
-class Random:
-    """The random baseline; a video's frames hang on (seed, video_id) alone."""
-
-    def __init__(self, videos: VideoSet, seed: int) -> None:
-        self.videos, self.seed = videos, seed
-
-    def choose(self, video: int, budget: int) -> np.ndarray:
-        """As Sampler."""
-        return baselines.random(
-            self.videos.frame_index[video], budget, self.seed, self.videos.video_ids[video]
-        ).slots
-
-
-class Dense:
-    """Every source frame among the T, whatever the budget."""
-
-    def __init__(self, videos: VideoSet) -> None:
-        self.videos = videos
-
-    def choose(self, video: int, budget: int) -> np.ndarray:
-        """As Sampler, but for the budget."""
-        return distinct_slots(self.videos.frame_index[video])
-
-
-class Ranked:
-    """The K source frames with the highest score; ties by slot. What samplers without classes come to."""
-
-    def __init__(self, videos: VideoSet, scores: np.ndarray) -> None:
-        assert scores.shape == videos.frame_index.shape, (
-            f"scores {scores.shape}, slots {videos.frame_index.shape}"
+        videos = self.videos
+        view = View(
+            videos.frame_index[video],
+            videos.video_ids[video],
+            of_video(self.visual),
+            of_video(self.textual),
+            of_video(self.scores),
         )
-        self.orders = [
-            ranked(row, distinct_slots(index))
-            for row, index in zip(scores, videos.frame_index, strict=True)
-        ]
-
-    def choose(self, video: int, budget: int) -> np.ndarray:
-        """As Sampler."""
-        return in_time_order(dict.fromkeys(self.orders[video][:budget], "")).slots
-
-
-class Query:
-    """TSQNet's saliencies [V, T] of both modules, fused (`model.select_frames`)."""
-
-    def __init__(
-        self,
-        videos: VideoSet,
-        visual: np.ndarray,
-        textual: np.ndarray | None,
-        lambda_visual: float,
-        mode: TSQMode = "both",
-    ) -> None:
-        self.videos, self.visual, self.textual = videos, visual, textual
-        self.lambda_visual, self.mode = lambda_visual, mode
-
-    def choose(self, video: int, budget: int) -> np.ndarray:
-        """As Sampler."""
-        textual = self.textual[video] if self.textual is not None else None
-        index = self.videos.frame_index[video]
-        return select_frames(
-            self.visual[video], textual, index, budget, self.lambda_visual, self.mode
-        ).slots
-
-
-class UntilSure:
-    """TSQNet's frames in the order of their saliency until the recogniser is sure (`sampler.budget = "adaptive"`)."""
-
-    def __init__(self, query: Query, margin: float, task: Task) -> None:
-        self.query, self.margin, self.task = query, margin, task
-
-    def choose(self, video: int, budget: int) -> np.ndarray:
-        """As Sampler; `budget` is the most."""
-        order = by_importance(lambda smaller: self.query.choose(video, smaller), budget)
-        return np.sort(
-            order[
-                : frames_until_sure(
-                    frame_probabilities(self.query.videos.logits[video][order], self.task),
-                    self.margin,
-                )
-            ]
+        return choose(
+            self.chooser(budget), view, frame_probabilities(videos.logits[video], self.task)
         )
 
 

@@ -1,6 +1,7 @@
-"""Finished trainings of an evaluation, in its output folder: a killed evaluation goes on with what is missing.
+"""Finished trainings in an evaluation's output folder, so that a killed evaluation can resume.
 
-A training is found by the hash of everything its result hangs on, so that another configuration in the same folder is another training.
+A training is keyed by a hash of everything its result depends on, so one folder can hold several
+configurations.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ FORMAT = 1
 
 
 class Store:
-    """The trainings below one output folder, on the data that `data` names."""
+    """The trainings below one output folder, on the data identified by `data`."""
 
     def __init__(self, out: str, data: Mapping[str, Any]) -> None:
         self.folder, self.data = storage.join(out, FOLDER), data
 
     def key(self, job: TrainingSpec) -> str:
-        """The name of a training."""
+        """Return the name under which a training is stored."""
         content = {"format": FORMAT, "data": self.data, **job.identity()}
         return hashlib.sha256(
             json.dumps(content, sort_keys=True, default=str).encode()
         ).hexdigest()[:20]
 
     def read(self, job: TrainingSpec) -> Learned | None:
-        """A finished training, or None. RunError where its arrays are damaged."""
+        """Return a finished training, or None. Raises RunError if its arrays are damaged."""
         place = storage.join(self.folder, self.key(job))
         record = runs.read_json(f"{place}.json")
         if record is None:
@@ -43,12 +44,13 @@ class Store:
         data = storage.read_bytes(f"{place}.safetensors")
         if storage.sha256_of(data) != record["sha256"]:
             raise RunError(
-                f"{storage.redact(place)}.safetensors: not what was written (sha256 differs); delete {place}.json and run again"
+                f"{storage.redact(place)}.safetensors: its content is not what was written "
+                f"(sha256 differs); delete {place}.json and run again"
             )
         return Learned(load_arrays(data), record["losses"], record["seconds"], record["diverged"])
 
     def write(self, job: TrainingSpec, learned: Learned) -> None:
-        """Publish a finished training, its JSON last: only then does it count."""
+        """Store a finished training; it counts once its JSON, written last, exists."""
         place = storage.join(self.folder, self.key(job))
         data = save_arrays(learned.arrays)
         storage.write_bytes(f"{place}.safetensors", data)

@@ -1,4 +1,4 @@
-"""Tables of figures as Markdown and CSV."""
+"""Tables of results as Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Unit = Literal["", "%", "G", "s", "n"]
 
 @dataclass(frozen=True)
 class TableColumn:
-    """`unit`: "%" of fractions, "G" of GFLOPs, "s" of seconds, "n" of counts that may have a fraction, "" of text."""
+    """`unit`: "%" for fractions, "G" GFLOPs, "s" seconds, "n" mean counts, "" text."""
 
     title: str
     unit: Unit = ""
 
     def shown(self, cell: Cell) -> str:
-        """A cell for a reader: mean and half the 95 % interval over the seeds."""
+        """Format a cell for display: mean ± half the 95 % interval over the seeds."""
         if not isinstance(cell, MeanOverSeeds):
             return "-" if cell is None else str(cell)
         if math.isnan(cell.mean):
@@ -42,20 +42,20 @@ class TableColumn:
 
 @dataclass
 class Table:
-    """What one Markdown and one CSV file hold."""
+    """A table, written as one Markdown and one CSV file."""
 
     name: str
-    """The files' name."""
+    """File name without suffix."""
     title: str
     columns: list[TableColumn]
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
     """Lines below the table."""
     pictures: list[str] = field(default_factory=list)
-    """Names of image files beside it."""
+    """Names of image files in the same folder."""
 
     def markdown(self, header: Sequence[str]) -> str:
-        """The page; `header` says what was measured and how."""
+        """Return the Markdown page; `header` lines say what was measured and how."""
         lines = [[column.title for column in self.columns], ["---"] * len(self.columns)]
         lines += [
             [column.shown(cell) for column, cell in zip(self.columns, row, strict=True)]
@@ -70,7 +70,11 @@ class Table:
         return "\n\n".join(parts) + "\n"
 
     def csv(self) -> str:
-        """Raw figures: of each column measured over seeds the mean, half the 95 % interval, and the values with `;` between them."""
+        """Return the unrounded values as CSV.
+
+        A column measured over seeds becomes three: the mean, half the 95 % interval, and the
+        single values joined by `;`.
+        """
         text = io.StringIO()
         writer = csv.writer(text)
         measured = [
@@ -101,14 +105,18 @@ class Table:
         return text.getvalue()
 
     def write(self, out: str, header: Sequence[str]) -> list[str]:
-        """Publish both files below `out`; their names."""
+        """Write both files below `out` and return their names."""
         storage.write_bytes(storage.join(out, f"{self.name}.md"), self.markdown(header).encode())
         storage.write_bytes(storage.join(out, f"{self.name}.csv"), self.csv().encode())
         return [f"{self.name}.md", f"{self.name}.csv"]
 
 
 def verdict(better: Cell, worse: Cell) -> str:
-    """Whether a sign that the paper saw is seen here: in the means, and whether the 95 % interval of the difference leaves zero out."""
+    """Say whether a trend of the paper held here, and by how many points.
+
+    It holds if the mean difference is positive; "within the interval" marks a difference whose
+    95 % interval includes zero.
+    """
     if not isinstance(better, MeanOverSeeds) or not isinstance(worse, MeanOverSeeds):
         return "not measured"
     difference = better.above(worse)

@@ -1,4 +1,4 @@
-"""What one training of an evaluation does, in one process: fit on one set of videos, say what it makes of another.
+"""One training of an evaluation, in one process: fit on one set of videos, score another.
 
 Legend: V videos, T frames, D dims, C classes, N objects.
 """
@@ -32,19 +32,19 @@ _SCSAMPLER = {
     "margin": 1.0,
 }
 _CHUNK = 64
-"""Videos that a network looks at together."""
+"""Videos per forward pass."""
 
 
 @dataclass(frozen=True)
 class TrainingSpec:
-    """One training; equal jobs on the same data give the same result. `config.seed` is its seed."""
+    """One training, seeded by `config.seed`; equal specs on the same data give the same result."""
 
     kind: Literal["tsq", "scsampler"]
     config: TrainConfig
     text: TextConfig
 
     def identity(self) -> dict[str, Any]:
-        """Everything of the settings that the result hangs on."""
+        """Return all settings that the result depends on."""
         if self.kind == "scsampler":
             return {
                 "kind": self.kind,
@@ -59,10 +59,14 @@ class TrainingSpec:
 
 @dataclass
 class Learned:
-    """What a training made of the measured videos; `diverged` where the loss was not finite, and then nothing else counts."""
+    """Result of a training on the measured videos.
+
+    `diverged` holds the reason if the loss was not finite; `arrays` and `losses` are then empty.
+    """
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    """"saliency_visual" [V, T], for two modules "saliency_textual" [V, T]; for figure 4 the queries "visual_before", "visual_after" [C, D] and the textual ones."""
+    """Saliencies "saliency_visual" [V, T] and, with two modules, "saliency_textual" [V, T]; for
+    figure 4 the queries "visual_before" and "visual_after" [C, D], and the textual ones."""
     losses: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     diverged: str | None = None
@@ -81,12 +85,13 @@ def learn(
 
     Args:
         job: what to train.
-        training: "visual" [V, T, D], "object_ids" and "object_probs" [V, T, N], "targets" [V, C]; for "scsampler" also "teacher" [V, T].
-        measured: the first three of them.
-        shape: of the network; None for "scsampler".
+        training: "visual" [V, T, D], "object_ids" and "object_probs" [V, T, N], "targets" [V, C];
+            for "scsampler" also "teacher" [V, T].
+        measured: the first three of these.
+        shape: shape of the network; None for "scsampler".
         text: {"vocabulary" [1000, Dt], "classes" [C, Dt]}; None without a textual module.
-        start: {"visual", "textual"} queries to start from, or None for a random start.
-        top_classes: whose saliencies are aggregated.
+        start: initial queries {"visual", "textual"}, each None for random initialisation.
+        top_classes: number of top classes whose saliencies are aggregated.
     """
     started = time.monotonic()
     try:
@@ -128,7 +133,7 @@ _FIT = ("visual", "object_ids", "object_probs", "targets")
 def _seen(
     arrays: Mapping[str, np.ndarray], names: Sequence[str], shape: TSQShape
 ) -> dict[str, np.ndarray]:
-    """Arrays by name, with as many of each frame's objects as the network looks at."""
+    """Return the named arrays, cut to the number of objects per frame that the network uses."""
     return {
         name: arrays[name][..., : shape.top_objects] if name.startswith("object_") else arrays[name]
         for name in names
@@ -136,7 +141,7 @@ def _seen(
 
 
 def arrays_of(videos: VideoSet) -> dict[str, np.ndarray]:
-    """What `learn` takes of a set of videos."""
+    """Return the arrays of a set of videos that `learn` takes."""
     return {name: getattr(videos, name) for name in _FIT}
 
 
@@ -148,7 +153,11 @@ def saliencies(
     task: Task,
     top_classes: int,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Saliencies (equation 5) of both modules on "visual", "object_ids", "object_probs": float32 [V, T] each; None without a textual module."""
+    """Return the saliencies (equation 5) of the visual and the textual module, float32 [V, T] each.
+
+    `arrays` holds "visual", "object_ids" and "object_probs". The textual saliencies are None
+    without a textual module.
+    """
     network = network.eval()
     network.fold()
     seen, by_visual, by_text = _seen(arrays, _FIT[:3], network.shape), [], []
@@ -180,7 +189,7 @@ class ScSampler:
 
     @torch.inference_mode()
     def __call__(self, features: np.ndarray) -> np.ndarray:
-        """Higher is more salient."""
+        """Return scores; higher is more salient."""
         return np.stack(
             [self._score(torch.from_numpy(np.array(video)).float()).numpy() for video in features]
         )
@@ -190,20 +199,22 @@ class ScSampler:
 
 
 def fit_scsampler(features: np.ndarray, teacher: np.ndarray, seed: int) -> ScSampler:
-    """A class-agnostic ranker in the manner of SCSampler (Korbar et al. 2019, section 3.2): which of two frames would the recogniser rather see?
+    """Fit a class-agnostic ranker after SCSampler (Korbar et al. 2019, section 3.2).
 
-    A multilayer perceptron D -> 256 -> 1 (ReLU) on the standardised frame feature gives a frame's saliency s. For each video and step
-    64 random pairs of slots (i, j) are drawn; with z = 1 where the recogniser's probability of the video's true class is higher
-    on i than on j and -1 where it is lower (pairs with equal probabilities do not count), the loss is the mean of
-    max(0, 1 - z (s_i - s_j)). AdamW, learning rate 1e-3, weight decay 1e-4, 30 epochs of batches of 64 videos.
+    It learns which of two frames the recogniser does better on. A multilayer perceptron
+    D -> 256 -> 1 (ReLU) on the standardised frame feature gives a frame's saliency s. Each step
+    draws 64 random pairs of slots (i, j) per video. With z = 1 if the recogniser's probability of
+    the video's true class is higher on i than on j and -1 if it is lower (pairs with equal
+    probabilities do not count), the loss is the mean of max(0, 1 - z (s_i - s_j)). AdamW, learning
+    rate 1e-3, weight decay 1e-4, 30 epochs of batches of 64 videos.
 
-    It differs from the paper in what it looks at: there a network of its own on compressed video or on MFCCs of clips, here the feature of the
-    light encoder that all samplers here share.
+    It differs from the paper in its input: there a dedicated network sees compressed video or the
+    MFCCs of clips, here the ranker sees the feature of the light encoder that all samplers share.
 
     Args:
         features: float [V, T, D].
         teacher: float [V, T], the recogniser's probability of the true class.
-        seed: of initialisation, order and pairs.
+        seed: seed of initialisation, video order and pairs.
     """
     settings = _SCSAMPLER
     mean, scale = standard_scale(features)

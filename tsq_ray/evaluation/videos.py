@@ -1,4 +1,4 @@
-"""Features Parquet -> arrays on which every sampler and budget is measured without decoding.
+"""Load features into arrays on which every sampler and budget is measured without decoding.
 
 Legend: V videos, T frames (slots), D dims, C classes of the bundle, N objects.
 """
@@ -28,7 +28,7 @@ _BRIEF = ["video_id", "uri", "labels", "split", "status", "fps"]
 
 @dataclass(frozen=True)
 class VideoSet:
-    """The labelled videos of a split that are ok, sorted by id, and the account of the others."""
+    """The ok, labelled videos of a split, sorted by id, and counts of the others."""
 
     video_ids: list[str]
     uris: list[str]
@@ -45,43 +45,46 @@ class VideoSet:
     object_probs: np.ndarray
     """float16 [V, T, N]."""
     logits: np.ndarray
-    """float16 [V, T, C], the recogniser's of each frame."""
+    """float16 [V, T, C], the recogniser's logits of each frame."""
     fps: tuple[float, float]
     """Lowest and highest average frame rate."""
     left_out: dict[str, int] = field(default_factory=dict)
-    """Reason -> count, of the split's rows."""
+    """Number of the split's rows left out, by reason."""
 
     def __len__(self) -> int:
         return len(self.video_ids)
 
     @property
     def num_frames(self) -> int:
-        """T"""
+        """T, the number of frames (slots) per video."""
         return self.frame_index.shape[1]
 
 
 @dataclass(frozen=True)
 class Features:
-    """A finished extraction, as evaluation needs it."""
+    """A finished extraction, ready for evaluation."""
 
     uri: str
     run: dict[str, Any]
     classes: list[str]
-    """The bundle's."""
+    """The bundle's classes."""
     measured: VideoSet
     split: str | None
-    """Of the measured videos; None: all rows."""
+    """Split of the measured videos; None: all rows."""
     training: VideoSet | None
-    """What samplers that need fitting learn from: split `train`; None where there is no such split apart from the measured one."""
+    """Split `train`, which trained samplers learn from; None if missing or the measured split."""
     unknown_labels: list[str]
     """Names of labels that the bundle lacks."""
 
 
 def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
-    """Read the features of a finished extraction with `recognizer_logits`, made with the bundle's own encoder and recogniser.
+    """Read the features of a finished extraction.
 
-    `split` defaults to `val`; all rows where no row has a split. RunError where the logits, the split or labels are missing, ModelError
-    where other weights made the features.
+    They must hold `recognizer_logits` and be made with the bundle's own encoder and recogniser.
+    `split` defaults to `val`, or to all rows if no row has a split.
+
+    Raises RunError if logits, split or labels are missing, ModelError if the features were made
+    with other weights.
     """
     uri = storage.normalize(uri)
     run = runs.read_run(uri, "features")
@@ -89,7 +92,8 @@ def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
     parts = [part.uri for part in runs.list_parts(uri)]
     if not parts:
         raise RunError(
-            f"{shown}: no part-*.parquet here, the run has no videos; name features that hold some"
+            f"{shown}: no part-*.parquet here, the run has no videos; name a features folder with "
+            "videos"
         )
     arrow = _schema_with_logits(parts[0], shown)
     _check_weights(run, bundle, shown)
@@ -104,7 +108,8 @@ def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
     measured = video_set(wanted)
     if not len(measured):
         raise RunError(
-            f"{shown}: no labelled video that is ok in split {wanted!r}; there is nothing to measure ({measured.left_out})"
+            f"{shown}: split {wanted!r} has no ok video with a label, so nothing can be measured "
+            f"(left out: {measured.left_out})"
         )
     training = video_set(TRAIN_SPLIT) if wanted not in (None, TRAIN_SPLIT) else None
     known = set(bundle.classes)
@@ -124,14 +129,15 @@ def _schema_with_logits(part_uri: str, shown: str) -> pa.Schema:
         arrow = pq.read_schema(file)
     if LOGITS not in arrow.names:
         raise RunError(
-            f"{shown}: the features lack {LOGITS}, without which no sampler is measured; extract them with the recogniser into "
-            "another folder: tsq extract MANIFEST --out URI --recognizer RECOGNIZER, with the settings of these"
+            f"{shown}: the features lack {LOGITS}, which every measurement needs; extract them "
+            "into another folder with the same settings and the recogniser: "
+            "tsq extract MANIFEST --out URI --recognizer RECOGNIZER"
         )
     return arrow
 
 
 def _check_weights(run: dict[str, Any], bundle: Bundle, shown: str) -> None:
-    assert bundle.recognizer is not None, "the caller refuses a bundle without a recogniser"
+    assert bundle.recognizer is not None, "the caller must refuse a bundle without a recogniser"
     for name, have in (
         (VISUAL, bundle.encoder.backbone_hash()),
         (RECOGNIZER, bundle.recognizer.state_hash()),
@@ -139,13 +145,15 @@ def _check_weights(run: dict[str, Any], bundle: Bundle, shown: str) -> None:
         made = run["weights"][name]
         if made != have:
             raise ModelError(
-                f"{shown}: were made with another {'recogniser' if name == RECOGNIZER else 'visual encoder'} (sha256 {made[:12]}) than "
-                f"the bundle's ({have[:12]}); name the bundle of these features, or extract again with its --encoder and --recognizer"
+                f"{shown}: made with another "
+                f"{'recogniser' if name == RECOGNIZER else 'visual encoder'} (sha256 {made[:12]}) "
+                f"than the bundle's ({have[:12]}); name the bundle of these features, or extract "
+                "again with its --encoder and --recognizer"
             )
 
 
 def _brief_rows(parts: Sequence[str]) -> pa.Table:
-    """Every row without its tensors, by video_id; `part` and `row` say where these lie."""
+    """Return every row without its tensors, by video_id; `part` and `row` locate them."""
     tables = []
     for number, uri in enumerate(parts):
         table = runs.read_part(uri, _BRIEF)
@@ -161,7 +169,8 @@ def _measured_split(splits: pa.ChunkedArray, split: str | None, shown: str) -> s
     wanted = split or VAL_SPLIT
     if wanted not in known:
         raise RunError(
-            f"{shown}: no row of split {wanted!r}; {describe_splits(splits)}; choose one with --split"
+            f"{shown}: no row of split {wanted!r}; {describe_splits(splits)}; "
+            "choose one with --split"
         )
     return wanted
 
@@ -169,7 +178,7 @@ def _measured_split(splits: pa.ChunkedArray, split: str | None, shown: str) -> s
 def _video_set(
     parts: Sequence[str], table: pa.Table, names: list[str], classes: list[str], arrow: pa.Schema
 ) -> VideoSet:
-    """Rows of one split; labels are mapped by name to the bundle's order."""
+    """Load the rows of one split; labels are mapped by name to the bundle's order."""
     position = {name: number for number, name in enumerate(classes)}
     in_bundle = np.array([position.get(name, -1) for name in names], np.int64)
     lists = table["labels"].combine_chunks()
@@ -211,7 +220,7 @@ def _video_set(
 
 
 def _tensors(parts: Sequence[str], kept: pa.Table, arrow: pa.Schema) -> dict[str, np.ndarray]:
-    """The tensors of these rows, filled part by part, so that nothing is in memory twice."""
+    """Return the tensors of these rows, filled part by part so that nothing is in memory twice."""
     types = {name: arrow.field(name).type for name in _TENSORS}
     arrays = {
         name: np.empty((len(kept), *of.shape), of.value_type.to_pandas_dtype())

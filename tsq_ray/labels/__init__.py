@@ -1,4 +1,7 @@
-"""Label files -> classes and splits of the videos found: formats.py reads them, match.py finds the videos that they name."""
+"""Label files: classes and splits of the listed videos.
+
+`formats` reads the files; `match` finds the videos that they name.
+"""
 
 from tsq_ray.labels.formats import (
     READERS,

@@ -1,13 +1,14 @@
-"""Label files -> entries: one reader a format, recognised by the file's first line.
+"""Read label files into entries: one reader per format, recognised by the file's first line.
 
     csv          path,label[,split]; several labels joined by |
     activitynet  JSON (v1.3): "database": {ID: {"subset", "annotations": [{"label"}]}}
     kinetics     CSV with youtube_id, time_start, time_end [, label, split]
-    fcvid        lines `path train|test`; the 0/1 matrix FCVID_Label.txt lies beside the file
+    fcvid        lines `path train|test`; the 0/1 matrix FCVID_Label.txt is in the same folder
     video-list   lines `path class_id [class_id ...]` (mmaction2's video lists)
-    frame-list   lines `name num_frames class_id [class_id ...]` (mmaction2's rawframes lists; with commas: AR-Net's and AdaFocus's)
+    frame-list   lines `name num_frames class_id [class_id ...]` (mmaction2's rawframes lists;
+                 with commas: AR-Net's and AdaFocus's)
 
-A line that cannot be read is an error with its number.
+A line that cannot be read is an error that gives its number.
 """
 
 from __future__ import annotations
@@ -32,60 +33,64 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validate", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""Words for a split, in files, in the names of lists and as folders above class folders -> its name in the manifest."""
+"""Word for a split (in label files, list names, folders above class folders) -> manifest name."""
 _LINE_END = re.compile(r"\r\n|\n|\r")
 FCVID_MATRIX = "FCVID_Label.txt"
-"""Row i belongs to line i of FCVID's list of videos: 0 or 1 for each class."""
+"""Row i holds 0 or 1 per class for line i of FCVID's list of videos."""
 
 
 def composed(name: str) -> str:
-    """`name` in Unicode's composed form (NFC): macOS writes names decomposed that look the same."""
+    """Return `name` in Unicode's composed form (NFC); macOS writes names decomposed."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def split_named(word: str | None) -> str | None:
-    """The split that a file's word means: Training is train; unknown words stay, an empty one is none."""
+    """Return the split that a word means: Training is train; other words stay as they are.
+
+    None for no word or an empty one.
+    """
     return SPLITS.get(word.lower(), word) if word else None
 
 
 def _lines_of(text: str) -> list[str]:
-    """Lines as editors count them; str.splitlines also splits at U+2028 and others inside names."""
+    """Split into lines as editors do; str.splitlines would also split names at U+2028."""
     return _LINE_END.split(text)
 
 
 @dataclass(frozen=True)
 class Classes:
-    """Names that a class file fixes; class id `first` is the first one's."""
+    """Class names from a class file; `first` is the class id of the first name."""
 
     uri: str
     names: list[str]
     first: int = 0
 
     def name_of(self, number: int, place: str) -> str:
-        """The name of a class id. ManifestError, naming `place`, where there is none."""
+        """Return the name of a class id. An unknown id raises ManifestError naming `place`."""
         if not 0 <= number - self.first < len(self.names):
             last = self.first + len(self.names) - 1
             raise ManifestError(
-                f"{place}: class id {number} is out of range; {storage.redact(self.uri)} has {len(self.names)} classes, {self.first} to {last}"
+                f"{place}: class id {number} is out of range; {storage.redact(self.uri)} "
+                f"has {len(self.names)} classes, {self.first} to {last}"
             )
         return self.names[number - self.first]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a label file says of one video."""
+    """What a label file says about one video."""
 
     line: str
     name: str
     labels: tuple[str, ...]
     split: str | None = None
     keys: tuple[str, ...] = ()
-    """Ids that the video's file may be named after, best first; none: `name` is a path."""
+    """Ids that the video's file may be named after, best first; empty if `name` is a path."""
 
 
 @dataclass(frozen=True)
 class LabelFile:
-    """A label file as its reader needs it."""
+    """The text of a label file, and the classes that its ids refer to."""
 
     uri: str
     text: str
@@ -93,16 +98,16 @@ class LabelFile:
 
     @property
     def shown(self) -> str:
-        """Its name in messages."""
+        """The URI without secrets, for messages."""
         return storage.redact(self.uri)
 
     @property
     def folder(self) -> str:
-        """Where it lies."""
+        """The folder that holds the file."""
         return storage.parent_of(self.uri)
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """(number, line) of those that are not blank."""
+        """Iterate over (number, line), skipping blank lines."""
         return (
             (number, line.strip())
             for number, line in enumerate(_lines_of(self.text), 1)
@@ -110,15 +115,16 @@ class LabelFile:
         )
 
     def first_line(self) -> str:
-        """The first that is not blank; empty where there is none."""
+        """Return the first line that is not blank; empty if all are."""
         return next((line for _, line in self.lines()), "")
 
     def class_names(self, numbers: Sequence[int], line: str) -> tuple[str, ...]:
-        """The names of class ids."""
+        """Return the names of class ids, without repetitions. Raises ManifestError."""
         if self.classes is None:
             raise ManifestError(
-                f"{self.shown}: its labels are class ids; give their names with --classes FILE, one a line in the order of the ids "
-                "(lists of one data set may differ in that order: take the file that came with the list)"
+                f"{self.shown}: its labels are class ids; give their names with --classes FILE, "
+                "one per line in the order of the ids (lists of one data set may differ in that "
+                "order: use the file that came with the list)"
             )
         return tuple(
             dict.fromkeys(
@@ -128,13 +134,16 @@ class LabelFile:
 
 
 def stem_of(name: str) -> str:
-    """A file name without a video's suffix."""
+    """Return a file name without its suffix, if that is a video suffix."""
     stem, dot, suffix = name.rpartition(".")
     return stem if stem and dot + suffix.lower() in VIDEO_SUFFIXES else name
 
 
 def read_classes(uri: str) -> Classes:
-    """Class names, one a line, in the order of their ids; a file that numbers its lines from 0 or 1 numbers the ids so."""
+    """Read class names, one per line, in the order of their ids.
+
+    Ids count from 0; if the file numbers its lines from 0 or 1, those numbers are the ids.
+    """
     lines = _lines_of(storage.read_text(storage.normalize(uri)))
     names = [composed(line.strip()) for line in lines if line.strip()]
     numbered = [re.match(r"(\d+)[\s,:;]+(\S.*)$", name) for name in names]
@@ -146,9 +155,9 @@ def read_classes(uri: str) -> Classes:
     name, count = Counter(names).most_common(1)[0] if names else ("", 0)
     if count != 1:
         problem = (
-            f"a class name stands twice: {name!r}"
+            f"class name {name!r} appears {count} times"
             if names
-            else "no class name in it; expected one a line"
+            else "no class names; expected one per line"
         )
         raise ManifestError(f"{storage.redact(uri)}: {problem}")
     return Classes(uri, names, first)
@@ -157,7 +166,7 @@ def read_classes(uri: str) -> Classes:
 def _rows(
     file: LabelFile, needed: Sequence[str], optional: str
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """(line, column -> value) of a CSV with a header; blank lines are passed over."""
+    """Iterate over (line, {column: value}) of a CSV with a header, skipping blank lines."""
     # newline="": a line may also end in \r alone
     reader = csv.reader(io.StringIO(file.text, newline=""), strict=True, skipinitialspace=True)
     columns: list[str] = []
@@ -170,19 +179,21 @@ def _rows(
                 columns = values
                 if not set(needed) <= set(columns):
                     raise ManifestError(
-                        f"{file.shown}: columns are {columns}; expected {','.join(needed)}{optional}"
+                        f"{file.shown}: columns are {columns}; "
+                        f"expected {','.join(needed)}{optional}"
                     )
             elif len(values) != len(columns) or not values[columns.index(needed[0])]:
                 raise ManifestError(
-                    f"{file.shown} line {reader.line_num}: got {','.join(cells)[:80]!r}; expected {','.join(columns)} "
-                    "(a value with a comma in it stands in quotes)"
+                    f"{file.shown} line {reader.line_num}: got {','.join(cells)[:80]!r}; "
+                    f"expected {','.join(columns)} (quote a value that contains a comma)"
                 )
             else:
                 _check_quotes(f"{file.shown} line {reader.line_num}", cells)
                 yield f"line {reader.line_num}", dict(zip(columns, values, strict=True))
     except csv.Error as error:
         raise ManifestError(
-            f"{file.shown} line {reader.line_num}: not CSV ({error}); expected {','.join(needed)}{optional}"
+            f"{file.shown} line {reader.line_num}: not CSV ({error}); "
+            f"expected {','.join(needed)}{optional}"
         ) from None
 
 
@@ -190,7 +201,8 @@ def _check_quotes(place: str, cells: Sequence[str]) -> None:
     for cell in cells:
         if cell[:1].isspace() and cell.strip().startswith('"'):
             raise ManifestError(
-                f"{place}: {cell[:80]!r} keeps its quotes; expected them right after a comma, or a comma and blanks"
+                f"{place}: {cell[:80]!r} keeps its quotes; "
+                "expected them right after a comma, or after a comma and blanks"
             )
 
 
@@ -215,13 +227,13 @@ def _read_kinetics(file: LabelFile) -> list[Entry]:
             start, end = (round(float(row[name])) for name in ("time_start", "time_end"))
         except (ValueError, OverflowError):
             raise ManifestError(
-                f"{file.shown} {line}: got time_start {row['time_start']!r} and time_end {row['time_end']!r}; expected seconds"
+                f"{file.shown} {line}: got time_start {row['time_start']!r} "
+                f"and time_end {row['time_end']!r}; expected seconds"
             ) from None
         video = row["youtube_id"]
         clip = f"{video}_{start:06d}_{end:06d}"
-        labels = (
-            (row["label"],) if row.get("label") else ()
-        )  # some test sets keep their labels back
+        # some test sets withhold their labels
+        labels = (row["label"],) if row.get("label") else ()
         split = split_named(row.get("split"))
         entries.append(Entry(line, clip, labels, split, keys=(clip, video)))
     return entries
@@ -244,7 +256,8 @@ def _read_activitynet(file: LabelFile) -> list[Entry]:
             subset = None if video.get("subset") is None else str(video["subset"])
         except (KeyError, TypeError, AttributeError):
             raise ManifestError(
-                f"{file.shown}: not ActivityNet JSON: {key!r} is {str(video)[:80]!r}; expected 'subset' and 'annotations' with a 'label' each"
+                f"{file.shown}: not ActivityNet JSON: {key!r} is {str(video)[:80]!r}; "
+                "expected 'subset' and 'annotations', each with a 'label'"
             ) from None
         entries.append(Entry(repr(key), key, labels, split_named(subset), keys=(key,)))
     return entries
@@ -256,21 +269,24 @@ def _read_fcvid(file: LabelFile) -> list[Entry]:
         rows = _lines_of(storage.read_text(place))
     except StorageError as error:
         raise ManifestError(
-            f"{file.shown}: a list of FCVID's videos needs {FCVID_MATRIX} beside it: {error}"
+            f"{file.shown}: a list of FCVID's videos needs {FCVID_MATRIX} "
+            f"in the same folder: {error}"
         ) from None
     while rows and not rows[-1].strip():
         rows.pop()
     lines = list(file.lines())
     if len(rows) != len(lines):
         raise ManifestError(
-            f"{storage.redact(place)}: {len(rows)} lines; expected {len(lines)}, one for each video of {file.shown}"
+            f"{storage.redact(place)}: {len(rows)} lines; expected {len(lines)}, "
+            f"one per video of {file.shown}"
         )
     entries = []
     for row, (number, line) in enumerate(lines):
         name, _, split = line.replace("\t", " ").rpartition(" ")
         if not name.strip() or split.lower() not in SPLITS:
             raise ManifestError(
-                f"{file.shown} line {number}: got {line[:80]!r}; expected a path and {' or '.join(sorted(SPLITS))}"
+                f"{file.shown} line {number}: got {line[:80]!r}; "
+                f"expected a path and {' or '.join(sorted(SPLITS))}"
             )
         numbers = _ones(rows[row], f"{storage.redact(place)} line {row + 1}", file.classes)
         labels = file.class_names(numbers, f"line {number}")
@@ -279,12 +295,13 @@ def _read_fcvid(file: LabelFile) -> list[Entry]:
 
 
 def _ones(row: str, place: str, classes: Classes | None) -> list[int]:
-    """The class ids of a row of 0 and 1."""
+    """Return the class ids marked 1 in a row of the FCVID matrix."""
     cells = re.split(r"[\s,]+", row.strip())
     if not set(cells) <= {"0", "1"} or (classes is not None and len(cells) != len(classes.names)):
         expected = f"{len(classes.names)} values, " if classes else ""
         raise ManifestError(
-            f"{place}: {len(cells)} values, {row[:40]!r}; expected {expected}each 0 or 1, one for each class"
+            f"{place}: {len(cells)} values, {row[:40]!r}; "
+            f"expected {expected}each 0 or 1, one per class"
         )
     first = classes.first if classes else 0
     return [number for number, cell in enumerate(cells, first) if cell == "1"]
@@ -293,7 +310,7 @@ def _ones(row: str, place: str, classes: Classes | None) -> list[int]:
 _LIST_LINE = re.compile(
     r"(?P<path>\S.*?)(?P<gap>\s*,\s*|\s+)(?P<numbers>\d+(?:(?:\s*,\s*|\s+)\d+)*)$"
 )
-"""A path, which may hold blanks, and the numbers after it."""
+"""A path, which may contain blanks, followed by numbers."""
 
 
 def _numbers(text: str) -> list[int]:
@@ -301,7 +318,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _read_list(file: LabelFile, frames: bool) -> list[Entry]:
-    """A list with a class id or more a line; `frames`: the number of frames stands before them."""
+    """Read a list with one or more class ids per line; `frames`: after the number of frames."""
     entries = []
     split = _split_of(file.uri)
     for number, line in file.lines():
@@ -325,7 +342,10 @@ def _read_list(file: LabelFile, frames: bool) -> list[Entry]:
 
 
 def _split_of(uri: str) -> str | None:
-    """The split that a list's name has as a word: anet_val_video.txt is val; None where it has none or several."""
+    """Return the split that a list's name contains as a word: anet_val_video.txt is val.
+
+    None if it contains none or several.
+    """
     words = re.split(r"[^a-z]+", storage.name_of(uri).lower())
     found = {SPLITS[word] for word in words if word in SPLITS}
     return found.pop() if len(found) == 1 else None
@@ -337,7 +357,11 @@ def _is_fcvid(first_line: str) -> bool:
 
 
 def _is_list(first_line: str, frames: bool) -> bool:
-    """A path with a video's suffix, or ids joined by commas after a blank, make a list of videos; two numbers or more one of frames."""
+    """Whether a first line belongs to a list of videos or, if `frames`, to a list of frames.
+
+    A list of videos has a path with a video suffix, or ids joined by commas after a blank; any
+    other line with at least two numbers belongs to a list of frames.
+    """
     match = _LIST_LINE.match(first_line)
     if match is None:
         return False
@@ -348,13 +372,13 @@ def _is_list(first_line: str, frames: bool) -> bool:
 
 @dataclass(frozen=True)
 class Reader:
-    """How a format is named in messages, recognised from a file's first line, and read."""
+    """A format: its layout for messages, a test of the file's first line, and the parser."""
 
     layout: str
     recognise: Callable[[str], bool]
     read: Callable[[LabelFile], list[Entry]]
     anywhere: bool = True
-    """Whether a path is looked for below the sources too, and not beside the label file alone."""
+    """Whether paths are also looked up below the sources, not only relative to the label file."""
 
 
 READERS: dict[str, Reader] = {
@@ -373,7 +397,9 @@ READERS: dict[str, Reader] = {
         anywhere=False,
     ),
     "fcvid": Reader(
-        f"lines of a path and train or test, {FCVID_MATRIX} beside it", _is_fcvid, _read_fcvid
+        f"lines of a path and train or test, {FCVID_MATRIX} in the same folder",
+        _is_fcvid,
+        _read_fcvid,
     ),
     "video-list": Reader(
         "lines path class_id ...",
@@ -386,16 +412,19 @@ READERS: dict[str, Reader] = {
         lambda file: _read_list(file, True),
     ),
 }
-"""The known formats, in the order in which they are tried."""
+"""The supported formats, in the order they are tried."""
 
 
 def recognise(file: LabelFile) -> str:
-    """The name of a file's format. ManifestError, naming the known ones, where its first line fits none."""
+    """Return the name of a file's format.
+
+    Raises ManifestError, listing the supported formats, if its first line fits none of them.
+    """
     for name, reader in READERS.items():
         if reader.recognise(file.first_line()):
             return name
     known = ", ".join(f"{name} ({reader.layout})" for name, reader in READERS.items())
     raise ManifestError(
-        f"{file.shown}: not a label file that is known; it begins with {file.first_line()[:80]!r}; known: {known}; "
-        "--labels-format NAME reads it as one of them"
+        f"{file.shown}: unknown label format; it begins with {file.first_line()[:80]!r}; "
+        f"known: {known}; --labels-format NAME reads it as one of them"
     )

@@ -1,4 +1,4 @@
-"""Which of the videos found do the label files name? Entries -> classes and split by URI, and what is missing."""
+"""Match the entries of label files with the listed videos: classes and split by URI."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from tsq_ray.labels.formats import (
 )
 
 ListedFile = tuple[str, str]
-"""(source that was listed, URI of a file found below it)."""
+"""(listed source, URI of a file found below it)."""
 Named = tuple[tuple[str, ...], str | None]
-"""Class names and split of a video."""
+"""(class names, split) of a video."""
 
 
 @dataclass
 class Labels:
-    """Class names and split by URI; the videos that the files name and that were not found; which files these were."""
+    """Class names and split by URI, labelled videos that were not found, and the labels' origin."""
 
     by_uri: dict[str, Named] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -43,19 +43,21 @@ def read_labels(
     classes: Classes | None = None,
     layout: str | None = None,
 ) -> Labels:
-    """The labels of `files` from label files; from class folders where none is given and every video lies in one.
+    """Label `files` from label files, or from class folders.
 
-    `labels`: label files, or one of "folders" and "none". `layout`: the name of their format; None: by each file's content.
-    Raises ManifestError.
+    `labels`: label files, or one of "folders" and "none"; if empty, class folders are used if
+    every video lies in one. `layout`: name of the files' format; None: recognised from each file's
+    content. Raises ManifestError.
     """
     words = [word for word in ("none", "folders") if word in labels]
     if layout is not None and (words or not labels):
         raise ManifestError(
-            f"--labels-format {layout}: there is no label file to read; name one with --labels FILE"
+            f"--labels-format {layout}: no label file to read; name one with --labels FILE"
         )
     if words and len(labels) > 1:
         raise ManifestError(
-            f"--labels {words[0]}: cannot be combined with other labels, got {', '.join(map(storage.redact, labels))}"
+            f"--labels {words[0]}: cannot be combined with other labels, "
+            f"got {', '.join(map(storage.redact, labels))}"
         )
     if words == ["none"]:
         return Labels(origin="none (--labels none)")
@@ -67,7 +69,7 @@ def read_labels(
         name = layout or recognise(file)
         if name not in READERS:
             raise ManifestError(
-                f"--labels-format {name}: no such format; there is: {', '.join(READERS)}"
+                f"--labels-format {name}: no such format; allowed: {', '.join(READERS)}"
             )
         _join(file, READERS[name], videos, found, places)
         origins.append(f"{storage.redact(uri)} ({name})")
@@ -76,10 +78,8 @@ def read_labels(
 
 
 def _from_folders(files: Sequence[ListedFile], asked_for: bool) -> Labels:
-    found, folders = (
-        Labels(origin="class folders"),
-        dict[Named, Named](),
-    )  # one object for all videos of a folder
+    found = Labels(origin="class folders")
+    folders = dict[Named, Named]()  # shares one object among all videos of a folder
     for source, uri in files:
         parts = uri[len(source) :].strip("/").split("/") if uri.startswith(source) else []
         if len(parts) == 2:
@@ -93,7 +93,8 @@ def _from_folders(files: Sequence[ListedFile], asked_for: bool) -> Labels:
         return found
     if asked_for:
         raise ManifestError(
-            "--labels folders: some videos do not lie in a class folder (SOURCE/class/video or SOURCE/split/class/video), or all in one"
+            "--labels folders: some videos are not in a class folder "
+            "(SOURCE/class/video or SOURCE/split/class/video), or all are in the same one"
         )
     return Labels()
 
@@ -103,12 +104,12 @@ def _class_of(folder: str) -> str:
 
 
 def _id_of(name: str) -> str:
-    """ActivityNet's files are named v_ID.* or ID.*."""
+    """Return the id in a file name; ActivityNet names files v_ID.* or ID.*."""
     return stem_of(name).removeprefix("v_")
 
 
 class _Names:
-    """Which URIs go by a name. Where none has its exact spelling: those that look the same."""
+    """URIs by name: an exact match, else names that are equal in Unicode's composed form."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._exact: dict[str, list[str]] = {}
@@ -119,12 +120,12 @@ class _Names:
                 self._composed.setdefault(composed(name), []).append(uri)
 
     def find(self, name: str) -> list[str]:
-        """The URIs, none where no video goes by that name."""
+        """Return the URIs of this name; empty if no video has it."""
         return self._exact.get(name) or self._composed.get(composed(name), [])
 
 
 class _Videos:
-    """The videos found, looked up as label files name them."""
+    """Index of the listed videos by the names that label files use."""
 
     def __init__(self, files: Sequence[ListedFile]) -> None:
         self.uris = {uri for _, uri in files}
@@ -147,7 +148,7 @@ class _Videos:
 
     @cached_property
     def _by_real_folder(self) -> _Names:
-        """Local videos listed through links, by their folders' real paths."""
+        """Local videos listed through symlinks, by real folder path and name."""
         real = (
             (self._in_real_folder(uri), uri) for uri in sorted(self.uris) if storage.is_local(uri)
         )
@@ -158,8 +159,8 @@ class _Videos:
         return storage.join(self._real_path(folder), name)
 
     def at(self, path: str, folder: str) -> list[str]:
-        """The video at a path relative to `folder`, or at a URI."""
-        # join leaves an absolute path alone; a file's name may begin with ~, too
+        """Return the video at a path relative to `folder`, or at a URI."""
+        # join keeps absolute paths; ~ may be a home folder, but file names can begin with it too
         place = storage.join(folder, path) if storage.is_local(path) else path
         home = [storage.normalize(path)] if path.startswith("~") else []
         for spelling in (place, storage.normalize(place), *home):
@@ -167,16 +168,19 @@ class _Videos:
                 return found
         if not storage.is_local(place) or "\0" in place:
             return []
-        # a folder may be listed under a link's name and be written by its own, or the other way
+        # the listing may use a symlink's path and the label file the real one, or vice versa
         real = self._in_real_folder(storage.normalize(place))
         return self._spelled(real) or self._by_real_folder.find(real)
 
     def named(self, keys: Sequence[str]) -> list[str]:
-        """The videos, in whatever folders, that have the first of these ids that some have."""
+        """Return the videos, in any folder, named after the first of these ids that matches."""
         return next((found for key in keys if (found := self._by_id.find(_id_of(key)))), [])
 
     def like(self, path: str, folder: str) -> list[str]:
-        """The video at a path relative to `folder` or to a source, else those whose own paths end so, with any suffix or none."""
+        """Return the video at a path relative to `folder` or to a source.
+
+        Otherwise return the videos whose own paths end with it, with any suffix or none.
+        """
         if not storage.is_local(path) or path.startswith(("/", "~")):
             return self.at(path, folder)
         path = posixpath.normpath(path)
@@ -199,7 +203,10 @@ class _Videos:
 def _join(
     file: LabelFile, reader: Reader, videos: _Videos, found: Labels, places: dict[str, str]
 ) -> None:
-    """Put the entries of one file under the URIs of their videos. `places`: which line labelled a video."""
+    """Add the entries of one file to `found` under the URIs of their videos.
+
+    `places` records which line labelled a video.
+    """
     entries = reader.read(file)
     find = videos.like if reader.anywhere else videos.at
     missing = []
@@ -210,19 +217,22 @@ def _join(
             missing.append(entry.name)
         elif len(uris) > 1 and not entry.keys:
             raise ManifestError(
-                f"{place}: {entry.name} is {len(uris)} of the videos found, {uris[0]} and {uris[1]}; name its folder too"
+                f"{place}: {entry.name} matches {len(uris)} videos, {uris[0]} and {uris[1]}; "
+                "add its folder to the name"
             )
         for uri in uris:
             now = (tuple(dict.fromkeys(map(composed, entry.labels))), entry.split)
             before = found.by_uri.setdefault(uri, now)
             if (set(before[0]), before[1]) != (set(now[0]), now[1]):
                 raise ManifestError(
-                    f"{place}: {entry.name} has other labels or another split than in {places[uri]}; keep one of the two"
+                    f"{place}: {entry.name} has other labels or another split than in "
+                    f"{places[uri]}; keep one of the two"
                 )
             places.setdefault(uri, place)
     if len(missing) == len(entries):
         raise ManifestError(
-            f"{file.shown}: none of its {len(entries)} videos is among the {len(videos.uris)} videos found (first: {missing[:1]}); "
-            "a path is relative to the folder of the label file (in a list also to a source), an ID stands for ID.* or v_ID.*"
+            f"{file.shown}: none of its {len(entries)} videos is among the {len(videos.uris)} "
+            f"videos found (first: {missing[:1]}); a path is relative to the folder of the label "
+            "file (in a list also to a source), an ID stands for ID.* or v_ID.*"
         )
     found.missing += missing

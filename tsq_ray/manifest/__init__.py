@@ -1,4 +1,4 @@
-"""Manifests: one row a video, in one Parquet file or a folder of shards."""
+"""Manifests: one row per video, in one Parquet file or a folder of shards."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A manifest on storage: one Parquet file, or a folder of Parquet shards.
 
-`_manifest.json` lists the shards that `tsq index` wrote and is published after them, so a reader sees
-all shards of one version or all of another. Shards carry the hash of their content in their names; those
-of the old version are removed last. A folder without `_manifest.json` is what another program made.
+`_manifest.json` lists the shards that `tsq index` wrote. It is published after them, so a reader
+never sees a mixture of two versions. Each shard's name carries a hash of its content; the shards of
+the old version are removed last. A folder without `_manifest.json` was made by another program.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tsq_ray.manifest.videos import MAPPED_ROWS, Manifest, VideoRows, mapped
 MANIFEST_FILE = "_manifest.json"
 FORMAT = 1
 MAX_FILE_ROWS = 1_000_000
-"""More rows than this become a folder, where there is no file yet."""
+"""A larger manifest is written as a folder, unless it replaces an existing file."""
 SHARD_ROWS = 500_000
 """About 35 MB on storage and 70 MB in memory."""
 _ROW_GROUP = 100_000
@@ -39,9 +39,10 @@ _TRIES = 3
 
 
 def find_old(out: str, update: bool) -> Manifest | None:
-    """The manifest that `tsq index --out` is going to replace; None where there is none yet.
+    """Return the manifest that `tsq index --out` will replace; None if `out` holds none yet.
 
-    ManifestError where there is one and `update` is not set, and where `out` is something else.
+    Raises ManifestError if a manifest exists but `update` is not set, or if `out` is something
+    else.
     """
     place, shown = storage.normalize(out), storage.redact(out)
     if storage.is_folder(place):
@@ -53,27 +54,26 @@ def find_old(out: str, update: bool) -> Manifest | None:
             )
             if uri := next(foreign, None):
                 raise ManifestError(
-                    f"--out {shown}: a folder with other files ({storage.redact(uri)}); name a new file or folder"
+                    f"--out {shown}: holds other files ({storage.redact(uri)}); "
+                    "name a new file or folder"
                 )
             return None
     elif not storage.exists(place):
         return None
     elif out.endswith("/"):
-        raise ManifestError(
-            f"--out {shown}: is a file; leave out the last /, or name another folder"
-        )
+        raise ManifestError(f"--out {shown}: is a file; drop the trailing / or name another folder")
     if not update:
         raise ManifestError(
-            f"--out {shown}: exists already; add --update to list again, or name another file"
+            f"--out {shown}: already exists; add --update to list again, or name another file"
         )
     return read_manifest(place)
 
 
 def write_manifest(manifest: Manifest, uri: str) -> None:
-    """Publish the manifest at `uri`, in place of the one that is there.
+    """Publish the manifest at `uri`, replacing any earlier one.
 
-    A folder of shards where `uri` ends in `/` or is a folder, and of more than MAX_FILE_ROWS rows where it is
-    no file; else one file.
+    Writes a folder of shards if `uri` ends in `/` or is a folder, or if the manifest has more than
+    MAX_FILE_ROWS rows and `uri` is not an existing file; otherwise one file.
     """
     place = storage.normalize(uri)
     many = len(manifest.rows) > MAX_FILE_ROWS and not storage.is_file(place)
@@ -127,7 +127,7 @@ def _write_folder(manifest: Manifest, folder: str) -> None:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What one Parquet file holds; `identity` is empty where another program wrote it."""
+    """The content of one Parquet file; `identity` is empty if another program wrote it."""
 
     name: str
     table: pa.Table
@@ -137,9 +137,11 @@ class _Shard:
 
 
 def read_manifest(uri: str) -> Manifest:
-    """Read and check a manifest: a file, a folder that `tsq index` wrote, or a folder of Parquet shards, in the order of their names.
+    """Read and check a manifest: a file, a folder that `tsq index` wrote, or any folder of shards.
 
-    ManifestError where it is missing, something else or not finished, where class names differ, or two rows share an id.
+    Shards that `_manifest.json` does not list are read in the order of their names. Raises
+    ManifestError if the manifest is missing, unfinished or something else, if class names differ
+    between shards, or if two rows share an id.
     """
     uri = storage.normalize(uri)
     shown = f"manifest {storage.redact(uri)}"
@@ -169,16 +171,16 @@ def _read_folder(uri: str, shown: str) -> Manifest:
             newer = _read_listing(uri)
             if error.error_type != "not_found" or newer in (None, listing):
                 raise
-            listing = newer or {}  # an update took the old shards away
+            listing = newer or {}  # an update removed the old shards
         else:
             return _combined(shards, listing, _hash_of_hashes(shards), uri, shown)
     raise ManifestError(
-        f"{shown}: changes while it is read; wait for tsq index --update to end, then run again"
+        f"{shown}: changed while being read; wait for tsq index --update to finish, then run again"
     )
 
 
 def _read_listing(folder: str) -> dict[str, Any] | None:
-    """`_manifest.json`, or None where there is none."""
+    """Return the content of `_manifest.json`, or None if the folder has none."""
     place = storage.join(folder, MANIFEST_FILE)
     try:
         listing = json.loads(storage.read_bytes(place))
@@ -188,11 +190,13 @@ def _read_listing(folder: str) -> dict[str, Any] | None:
         raise
     except ValueError:
         raise ManifestError(
-            f"{storage.redact(place)}: not JSON; the file is damaged, make the manifest again with tsq index"
+            f"{storage.redact(place)}: not JSON; the file is damaged, "
+            "rebuild the manifest with tsq index"
         ) from None
     if listing.get("format") != FORMAT:
         raise ManifestError(
-            f"{storage.redact(place)}: format {listing.get('format')!r}; this version reads {FORMAT}"
+            f"{storage.redact(place)}: format {listing.get('format')!r}; "
+            f"this version reads {FORMAT}"
         )
     return listing
 
@@ -201,7 +205,8 @@ def _read_listed(folder: str, listed: dict[str, Any], shown: str) -> _Shard:
     shard = _read_shard(storage.join(folder, listed["name"]), f"{shown}: {listed['name']}")
     if shard.sha256 != listed["sha256"]:
         raise ManifestError(
-            f"{shown}: {shard.name} is not the shard that {MANIFEST_FILE} lists; make it again with tsq index --update"
+            f"{shown}: {shard.name} is not the shard that {MANIFEST_FILE} lists; "
+            "rebuild the manifest with tsq index --update"
         )
     return shard
 
@@ -211,23 +216,26 @@ def _read_plain_folder(uri: str, shown: str) -> Manifest:
     names = [name for name in names if name.endswith(".parquet") and name[0] not in "._"]
     if not names:
         raise ManifestError(
-            f"{shown}: is a folder without *.parquet; name the file or the folder that tsq index wrote"
+            f"{shown}: is a folder without *.parquet; "
+            "name the file or the folder that tsq index wrote"
         )
     shards = []
     for name in names:
         shard = _read_shard(storage.join(uri, name), f"{shown}: {name}")
         if "shard" in shard.identity:
             raise ManifestError(
-                f"{shown}: not finished, it has no {MANIFEST_FILE} yet; give the command of tsq index again"
+                f"{shown}: not finished, it has no {MANIFEST_FILE} yet; "
+                "run the same tsq index command again"
             )
         for strange in shard.table["video_id"].filter(
             pc.invert(pc.match_substring_regex(shard.table["video_id"], _VIDEO_ID))
         ):
             raise ManifestError(
-                f"{shown}: {name}: video_id {strange.as_py()!r}; expected 16 hex digits (docs/data-format.md says of what)"
+                f"{shown}: {name}: video_id {strange.as_py()!r}; "
+                "expected 16 hex digits (see docs/data-format.md)"
             )
         shards.append(shard)
-    # of another program, whose one source is the folder itself
+    # another program's manifest has no sources recorded: the folder itself stands in for them
     identity = {"id": storage.sha256_of(uri.encode())[:16], "sources": [uri]}
     return _combined(shards, identity, _hash_of_hashes(shards), uri, shown)
 
@@ -243,7 +251,8 @@ def _combined(
     for shard in shards:
         if shard.classes != classes:
             raise ManifestError(
-                f"{shown}: {shard.name} and {shards[0].name} have other class names ({len(shard.classes)} and {len(classes)}); "
+                f"{shown}: {shard.name} and {shards[0].name} have different class names "
+                f"({len(shard.classes)} and {len(classes)}); "
                 "write the same ones, in the same order, into each"
             )
     rows = VideoRows(pa.concat_tables([shard.table for shard in shards]))
@@ -255,19 +264,20 @@ def _combined(
             for number, name in zip(numbers, names, strict=True)
         )
         raise ManifestError(
-            f"{shown}: {first} and {second} have the same video_id {twice}; leave one of the two out"
+            f"{shown}: {first} and {second} have the same video_id {twice}; "
+            "leave one of the two out"
         )
     return Manifest(rows, classes, identity["id"], tuple(identity["sources"]), sha256, uri)
 
 
 def _names_at(shards: Sequence[_Shard], numbers: Sequence[int]) -> list[str]:
-    """The shard of each of these rows."""
+    """Return the name of the shard that holds each of these rows."""
     ends = np.cumsum([len(shard.table) for shard in shards])
     return [shards[int(place)].name for place in np.searchsorted(ends, numbers, side="right")]
 
 
 def _read_shard(uri: str, what: str) -> _Shard:
-    """One Parquet file, its bytes hashed in the same pass over the network."""
+    """Read one Parquet file and hash it, with a single download."""
     with (
         tempfile.TemporaryDirectory() as folder,
         storage.open_read(storage.download(uri, folder)) as file,
@@ -283,20 +293,25 @@ def _read_shard(uri: str, what: str) -> _Shard:
     identity = json.loads(metadata.get(schema.MANIFEST_KEY, b"{}"))
     table = _conform(table, classes, what)
     if len(table) > MAPPED_ROWS:
-        with contextlib.suppress(OSError):  # no room on the disk: then it stays in memory
+        with contextlib.suppress(OSError):  # disk full: the table stays in memory
             table = mapped(table.schema, table.combine_chunks().to_batches())
     return _Shard(storage.name_of(uri), table, classes, identity, digest)
 
 
 def _read_columns(file: BinaryIO) -> pa.Table:
-    """The manifest's columns; a row group at a time, since what Parquet decoded has room to spare, three times what it holds."""
+    """Read the manifest's columns, one row group at a time.
+
+    Parquet's decoded buffers take three times the memory of their content; combining the chunks of
+    each group frees the excess before the next group is read.
+    """
     names = [column.name for column in schema.MANIFEST]
-    # both off: one of Arrow's threads may drop the file as the interpreter ends, which aborts the process
+    # no pre-buffering, no threads: an Arrow thread that releases the Python file object while the
+    # interpreter shuts down aborts the process
     with pq.ParquetFile(file, pre_buffer=False) as parquet:
         arrow = parquet.schema_arrow
-        if (
-            "status" in arrow.names
-        ):  # features or predictions, which have all of a manifest's columns
+        # features and predictions have all of a manifest's columns, and far more data;
+        # `_conform` rejects them by their schema
+        if "status" in arrow.names:
             return arrow.empty_table()
         found = [name for name in names if name in arrow.names]
         groups = range(parquet.num_row_groups)
@@ -309,7 +324,10 @@ def _read_columns(file: BinaryIO) -> pa.Table:
 
 
 def _conform(table: pa.Table, classes: Sequence[str], what: str) -> pa.Table:
-    """Exactly the manifest's schema; what may be null may be missing. ManifestError where it does not fit."""
+    """Cast a table to the manifest's schema; nullable columns may be missing.
+
+    Raises ManifestError if a column is missing, has another type or lacks values.
+    """
     if "status" in table.column_names:
         raise ManifestError(
             f"{what}: holds features or predictions; name the manifest that they were made from"
@@ -328,7 +346,7 @@ def _conform(table: pa.Table, classes: Sequence[str], what: str) -> pa.Table:
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             have = table.schema.field(field.name).type
             raise ManifestError(
-                f"{what}: {field.name} is {have}, which does not go into {field.type}"
+                f"{what}: {field.name} is {have}, which cannot be cast to {field.type}"
             ) from None
         if column.null_count and field.name in required:
             raise ManifestError(
@@ -338,7 +356,8 @@ def _conform(table: pa.Table, classes: Sequence[str], what: str) -> pa.Table:
     numbers = pc.min_max(pc.list_flatten(columns["labels"])).as_py()
     if numbers["max"] is not None and not (numbers["min"] >= 0 and numbers["max"] < len(classes)):
         raise ManifestError(
-            f"{what}: labels from {numbers['min']} to {numbers['max']}, but {len(classes)} class names; "
-            "write the names, as a JSON list in the order of the labels, into the file's metadata tsq.classes"
+            f"{what}: labels from {numbers['min']} to {numbers['max']}, "
+            f"but {len(classes)} class names; write the names, as a JSON list in label order, "
+            "into the file's metadata tsq.classes"
         )
     return pa.Table.from_arrays(list(columns.values()), schema=schema.manifest_schema(None))

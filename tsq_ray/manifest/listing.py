@@ -1,4 +1,8 @@
-"""Listing -> one row a video: stable ids, labels and splits joined by URI, what changed since the last time."""
+"""Build a manifest from listings.
+
+One row per video, with a stable id; labels and splits are joined by URI, and changes since the
+previous manifest are counted.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ _EXAMPLES = 3
 
 @dataclass
 class IndexSummary:
-    """What `build_manifest` found, in numbers and names."""
+    """Counts and examples of what `build_manifest` found."""
 
     videos: int = 0
     classes: int = 0
@@ -34,9 +38,9 @@ class IndexSummary:
     unlabelled: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
-    """Entries of the listing that are no rows, by reason or, of other files, by suffix."""
+    """Listed entries that are not videos: other files counted by suffix, the rest by reason."""
     left_out_examples: dict[str, list[str]] = field(default_factory=dict)
-    """The first of each reason."""
+    """The first few entries for each reason."""
     missing: list[str] = field(default_factory=list)
     new: int = 0
     changed: int = 0
@@ -44,7 +48,7 @@ class IndexSummary:
     unchanged: int = 0
 
     def leave_out(self, uri: str, reason: str) -> None:
-        """Count an entry, and name it where it is one of the first."""
+        """Count an entry, and keep it as an example if it is among the first."""
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
         examples = self.left_out_examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
@@ -52,19 +56,20 @@ class IndexSummary:
 
 
 def video_id(uri: str) -> str:
-    """First 16 hex digits of the sha256 of the normalised URI."""
-    place = storage.normalize(uri).encode("utf-8", "surrogatepass")  # a failed row needs an id, too
+    """Return the first 16 hex digits of the sha256 of the normalised URI."""
+    # surrogatepass: a name that is not UTF-8 becomes a failed row, which needs an id too
+    place = storage.normalize(uri).encode("utf-8", "surrogatepass")
     return hashlib.sha256(place).hexdigest()[:16]
 
 
 def list_sources(
     sources: Sequence[str], summary: IndexSummary
 ) -> Iterator[tuple[str, storage.StoredFile]]:
-    """(source, file) of every video below the sources, each once; the rest is counted in `summary`.
+    """Yield (source, file) once for every video below the sources; count the rest in `summary`.
 
-    ManifestError where a source matches nothing; StorageError where it cannot be listed.
+    Raises ManifestError if a source matches nothing, StorageError if it cannot be listed.
     """
-    seen: set[str] = set()  # one listing names nothing twice
+    seen: set[str] = set()  # filled only for several sources: one listing names nothing twice
     is_folder = {source: storage.is_folder(source) for source in sources}
     for source, folder in is_folder.items():
         found, others = 0, Counter[str]()
@@ -123,9 +128,11 @@ def build_manifest(
 ) -> tuple[Manifest, IndexSummary]:
     """List `sources` and join the labels.
 
-    `labels`: label files (`labels_format`: the name of their format, else by their content; see labels.py), "folders" or "none"; by
-    default the class folders where every video lies in one. `classes_file`: class names, one a line, that fix the label order
-    (else alphabetical). `old`: the manifest to compare with (--update). Raises ManifestError.
+    `labels`: label files, "folders" or "none"; by default class folders, if every video lies in
+    one. `labels_format`: format of the label files; by default recognised from their content (see
+    `labels.formats`). `classes_file`: class names, one per line, which fix the label order;
+    otherwise it is alphabetical. `old`: the manifest to compare with (--update). Raises
+    ManifestError.
     """
     sources = list(dict.fromkeys(map(storage.normalize, sources)))
     if not sources:
@@ -133,7 +140,8 @@ def build_manifest(
     for source in sources:
         if not storage.is_utf8(source):
             raise ManifestError(
-                f"{storage.redact(source)}: the name is not UTF-8, as a manifest needs it; rename it"
+                f"{storage.redact(source)}: the name is not UTF-8, which a manifest requires; "
+                "rename it"
             )
     summary = IndexSummary()
     files = _Listed.of(list_sources(sources, summary))
@@ -155,7 +163,7 @@ def build_manifest(
 
 
 def _check_ids(rows: VideoRows) -> None:
-    """Each id stands for one row, or every run over them would miss one. ManifestError otherwise."""
+    """Raise ManifestError if two rows share an id: every run would then miss one of them."""
     if found := rows.duplicate():
         twice, numbers = found
         first, second = (storage.redact(rows[number].uri) for number in numbers)
@@ -165,14 +173,14 @@ def _check_ids(rows: VideoRows) -> None:
 
 
 class _Listed(Sequence[tuple[str, str]]):
-    """(source, URI) of every video found, and their manifest rows, without labels."""
+    """Sequence of (source, URI), one per video found; `rows` are the manifest rows, unlabelled."""
 
     def __init__(self, sources: list[str], source_of: np.ndarray, rows: VideoRows) -> None:
         self.sources, self.source_of, self.rows = sources, source_of, rows
 
     @classmethod
     def of(cls, found: Iterable[tuple[str, storage.StoredFile]]) -> _Listed:
-        """Takes one page after the other into Arrow."""
+        """Collect a listing page by page, converting each page to Arrow."""
         sources: dict[str, int] = {}
         numbers: list[np.ndarray] = []
 
@@ -224,7 +232,8 @@ def _join(
     unknown = [name for name in found if name not in index]
     if fixed and unknown:
         raise ManifestError(
-            f"{storage.redact(fixed.uri)}: lacks {len(unknown)} classes of the labels, first {unknown[0]!r}; add them"
+            f"{storage.redact(fixed.uri)}: lacks {len(unknown)} classes of the labels, "
+            f"first {unknown[0]!r}; add them"
         )
     table = rows.table
     columns: dict[str, list[pa.Array]] = {"labels": [], "split": []}

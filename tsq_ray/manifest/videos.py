@@ -23,7 +23,7 @@ from tsq_ray.errors import ManifestError
 
 @dataclass(frozen=True)
 class VideoRef:
-    """One manifest row: labels index the manifest's classes; None where nothing is known."""
+    """One manifest row. `labels` index the manifest's classes; None means unknown."""
 
     video_id: str
     uri: str
@@ -36,28 +36,32 @@ class VideoRef:
 
 _NAMES = [column.name for column in schema.MANIFEST]
 CONTENT = ["size_bytes", "etag", "modified"]
-"""What tells the versions of a file apart."""
+"""Columns that distinguish versions of a file."""
 _ID_BYTES = 16
 _VIDEO_ID = re.compile("[0-9a-f]{16}")
 _DIGIT_OF = np.full(256, 255, np.uint8)
-"""The value of each ASCII hex digit, 255 of anything else."""
+"""Value of each ASCII hex digit; 255 for any other byte."""
 _DIGIT_OF[np.frombuffer(b"0123456789abcdef", np.uint8)] = np.arange(16)
 _CHUNK = 10_000
 _AT_A_TIME = 100_000
-"""Rows that are copied at a time."""
+"""Rows copied at a time."""
 MAPPED_ROWS = 100_000
-"""Tables with more rows than this lie in a file that is mapped into memory."""
+"""Tables with more rows than this are kept in a memory-mapped file."""
 
 
 class VideoRows(Sequence[VideoRef]):
-    """Manifest rows as an Arrow table; a VideoRef is made when it is asked for. A million take 150 MB (`manifest.files` leaves those on the disk), as objects they would take 1 GB."""
+    """Manifest rows as an Arrow table; each VideoRef is created on access.
+
+    A million rows take 150 MB (`manifest.files` keeps those on disk); as objects they would take
+    1 GB.
+    """
 
     def __init__(self, table: pa.Table) -> None:
         self.table = table.select(_NAMES)
 
     @classmethod
     def of(cls, rows: Iterable[VideoRef]) -> VideoRows:
-        """From VideoRefs; VideoRows stay what they are."""
+        """Build from VideoRefs; return VideoRows unchanged."""
         if isinstance(rows, VideoRows):
             return rows
         arrow, source, tables = schema.manifest_schema(None), iter(rows), []
@@ -67,7 +71,7 @@ class VideoRows(Sequence[VideoRef]):
 
     @property
     def ids(self) -> pa.ChunkedArray:
-        """The video ids."""
+        """The column of video ids."""
         return self.table["video_id"]
 
     def __len__(self) -> int:
@@ -98,17 +102,17 @@ class VideoRows(Sequence[VideoRef]):
 
     @cached_property
     def _by_key(self) -> tuple[np.ndarray, np.ndarray]:
-        """Keys of the ids, ascending, and the row of each: 12 bytes a row."""
+        """Ascending keys of the ids, and the row of each: 12 bytes per row."""
         keys = keys_of(self.ids)
         order = np.argsort(keys, kind="stable").astype(np.int32)
         return keys[order], order
 
     def places(self, ids: pa.ChunkedArray) -> np.ndarray:
-        """int32: the row of each id, -1 where it has none."""
+        """Return the row of each id as int32; -1 for an unknown id."""
         return self.places_of(keys_of(ids))
 
     def places_of(self, keys: np.ndarray) -> np.ndarray:
-        """As `places`, by `keys_of` the ids."""
+        """Return the row of each key, as `places` does; `keys` come from `keys_of`."""
         known, order = self._by_key
         places = np.full(len(keys), -1, np.int32)
         if len(known):
@@ -119,16 +123,19 @@ class VideoRows(Sequence[VideoRef]):
 
     @cached_property
     def _pieces(self) -> tuple[list[pa.RecordBatch], np.ndarray]:
-        """The table's chunks, and where each begins."""
+        """The table's chunks, and the first row of each followed by the total."""
         batches = self.table.to_batches()
         return batches, np.cumsum([0, *(batch.num_rows for batch in batches)])
 
     def take(self, places: np.ndarray) -> VideoRows:
-        """The rows at these places, in this order."""
+        """Return the rows at these places, in this order."""
         return VideoRows(self.columns_at(places, _NAMES))
 
     def columns_at(self, places: np.ndarray, names: Sequence[str]) -> pa.Table:
-        """These columns of the rows at these places, in this order. Arrow's own `take` would first make one piece of a table that is many."""
+        """Return these columns of the rows at these places, in this order.
+
+        Arrow's own `take` would first copy a chunked table into one chunk.
+        """
         taken = [
             self._take(places[start : start + _AT_A_TIME], names)
             for start in range(0, len(places), _AT_A_TIME)
@@ -149,7 +156,7 @@ class VideoRows(Sequence[VideoRef]):
         return pa.Table.from_batches(taken).combine_chunks().take(pa.array(back))
 
     def where(self, mask: np.ndarray) -> VideoRows:
-        """The rows for which `mask` is true, in their order; many of them on the disk."""
+        """Return the rows where `mask` is true, in order; more than MAPPED_ROWS stay on disk."""
         batches, bounds = self._pieces
 
         def kept() -> Iterator[pa.RecordBatch]:
@@ -159,12 +166,15 @@ class VideoRows(Sequence[VideoRef]):
             )
 
         if mask.sum() > MAPPED_ROWS:
-            with contextlib.suppress(OSError):  # no room on the disk: then they stay in memory
+            with contextlib.suppress(OSError):  # disk full: the rows stay in memory
                 return VideoRows(mapped(self.table.schema, kept()))
         return VideoRows(pa.Table.from_batches(kept(), self.table.schema))
 
     def duplicate(self) -> tuple[str, list[int]] | None:
-        """An id that two rows have, and their numbers: a run over them would miss one. None where each id has one row."""
+        """Return an id that two rows share, and their row numbers; None if all ids differ.
+
+        A run over such rows would miss one of them.
+        """
         keys, order = self._by_key
         twice = np.flatnonzero(keys[1:] == keys[:-1])
         if not len(twice):
@@ -174,7 +184,10 @@ class VideoRows(Sequence[VideoRef]):
 
 
 def mapped(arrow: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
-    """A table in a file without a name: the system keeps in memory what fits. OSError where the disk has no room."""
+    """Write a table to an unlinked temporary file and memory-map it.
+
+    The operating system keeps in memory what fits. Raises OSError if the disk is full.
+    """
     with tempfile.NamedTemporaryFile(prefix="tsq-manifest-") as file:
         with pa.ipc.new_file(file, arrow) as writer:
             for batch in batches:
@@ -184,7 +197,7 @@ def mapped(arrow: pa.Schema, batches: Iterable[pa.RecordBatch]) -> pa.Table:
 
 
 def keys_of(ids: pa.ChunkedArray) -> np.ndarray:
-    """uint64 [N]: the number that an id of 16 hex digits is; of any other id, a hash."""
+    """Return a uint64 key [N] per id: the value of 16 hex digits, a hash of any other id."""
     return np.concatenate([np.zeros(0, np.uint64), *map(_keys, ids.chunks)])
 
 
@@ -216,7 +229,8 @@ def _ref(record: dict[str, Any]) -> VideoRef:
 class Manifest:
     """Rows (any VideoRefs; kept as VideoRows), class names, and where they came from.
 
-    `id` is the hash of the sources. `sha256` is that of the file that it was read from; of a folder, of its shards' hashes, a line each.
+    `id` is the hash of the sources. `sha256` is the hash of the file it was read from; for a
+    folder, the hash of its shards' hashes, one per line.
     """
 
     rows: VideoRows
@@ -231,7 +245,10 @@ class Manifest:
 
 
 def same_contents(rows: pa.Table, was: pa.Table) -> np.ndarray:
-    """bool: whether two tables name the same version of a file, row by row: size and etag, and the time where storage gives no etag."""
+    """Return, row by row, whether two tables name the same version of a file (bool).
+
+    Compares size and etag, and the modification time if storage gives no etag.
+    """
     etag = rows["etag"]
     same = pc.and_(pc.equal(rows["size_bytes"], was["size_bytes"]), _equal(etag, was["etag"]))
     return pc.and_(
@@ -244,7 +261,7 @@ def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def same_as_before(rows: VideoRows, old: VideoRows, before: np.ndarray) -> np.ndarray:
-    """bool: `same_contents` of each row and of the old row that `before` numbers; False where that is -1."""
+    """Compare each row with row `before` of `old` by `same_contents`; False where that is -1."""
     same = np.zeros(len(rows), bool)
     for start in range(0, len(rows), _AT_A_TIME):
         known = start + np.flatnonzero(before[start : start + _AT_A_TIME] >= 0)
@@ -255,7 +272,7 @@ def same_as_before(rows: VideoRows, old: VideoRows, before: np.ndarray) -> np.nd
 
 
 def choose_split(manifest: Manifest, split: str | None) -> VideoRows:
-    """The rows of one split, or all. ManifestError where no row has that split."""
+    """Return the rows of one split, or all for None. Raises ManifestError if no row has it."""
     if split is None:
         return manifest.rows
     splits = manifest.rows.table["split"]
@@ -266,8 +283,8 @@ def choose_split(manifest: Manifest, split: str | None) -> VideoRows:
 
 
 def describe_splits(splits: pa.ChunkedArray) -> str:
-    """ "there is: train (320), val (100)", for error messages."""
+    """Return the splits with their counts for error messages: "splits: train (320), val (100)"."""
     counts = sorted(
         (row["values"] or "(none)", row["counts"]) for row in pc.value_counts(splits).to_pylist()
     )
-    return "there is: " + ", ".join(f"{name} ({count})" for name, count in counts)
+    return "splits: " + ", ".join(f"{name} ({count})" for name, count in counts)

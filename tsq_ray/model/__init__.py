@@ -1,4 +1,4 @@
-"""The sampler: TSQNet, its loss, the choice of frames, the baselines. `flops` counts what they cost."""
+"""The sampler: TSQNet, its loss, frame selection, the baselines and their cost (`flops`)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
 
 import numpy as np
 
@@ -44,21 +43,19 @@ def random(frame_index: np.ndarray, budget: int, seed: int, video_id: str) -> Se
     return in_time_order({slot: "random" for slot in order[:budget]})
 
 
-def maxconf(
-    probabilities: np.ndarray,
-    frame_index: np.ndarray,
-    budget: int,
-    name: Literal["maxconf", "maxconf-l"] = "maxconf",
-) -> Selection:
-    """The K source frames whose best class is the surest; ties by slot.
+def highest(scores: np.ndarray, frame_index: np.ndarray, budget: int, name: str) -> Selection:
+    """The K source frames with the highest scores; ties by slot.
+
+    MaxConf and MaxConf-L are this with the probability of each frame's best class, by the recogniser
+    or by the light encoder's frame head.
 
     Args:
-        probabilities: [T, C] of each frame, by the recogniser ("maxconf") or by the light encoder's frame head ("maxconf-l").
+        scores: [T].
         frame_index: int [T].
         budget: K.
         name: stored in `selected_by`.
     """
-    order = ranked(probabilities.max(axis=1), distinct_slots(frame_index))
+    order = ranked(scores, distinct_slots(frame_index))
     return in_time_order({slot: name for slot in order[:budget]})
 
 

@@ -1,11 +1,13 @@
-"""Multiply-adds, counted from the modules as they run on tensors without memory (device "meta"): nothing is typed in but one citation.
+"""Multiply-adds, counted by running the modules on tensors without memory (device "meta").
 
-Two ways to count a video's cost:
+No figure is hard-coded except one citation (`CITED`). Two ways to count a video's cost:
 
-- "field", as the papers do it (table 1): convolutions and matrix products, plus 2 per output element of a batch normalisation, without
-  the classifier, of the unfolded architecture at 224 x 224, times (size / 224)^2; TSQNet with its constant queries computed each time.
-- "true": the same operations at the true size (a layer of 3.5 x 3.5 is 4 x 4), TSQNet with its queries folded, as it runs here, and
-  the sum of the objects' embeddings, which weighs with all 1000 objects a frame (table 9).
+- "field", as in the literature (table 1): convolutions and matrix products, plus 2 per output
+  element of a batch normalisation, of the unfolded architecture without its classifier at
+  224 x 224, times (size / 224)^2; TSQNet with its constant queries recomputed for each video.
+- "true": the same operations at the true size (a layer of 3.5 x 3.5 is 4 x 4), TSQNet with its
+  queries folded, as this package runs it, and the sum of the object embeddings, which matters with
+  all 1000 objects per frame (table 9).
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ from tsq_ray.model.tsq import TSQNet, TSQShape
 
 REFERENCE_SIZE = 224
 CITED = {"efficientnet_b0": 0.39e9}
-"""Multiply-adds at 224 taken from the architecture's own paper (Tan and Le 2019, table 2), as table 1 of TSQNet does; the count gives 0.398e9."""
+"""Multiply-adds at 224 from the architecture's own paper (Tan and Le 2019, table 2).
+
+Table 1 of the TSQNet paper uses the same number; counting gives 0.398e9.
+"""
 
 Counting = Literal["field", "true"]
 
 
 class NetworkLike(Protocol):
-    """What has to be known of an image network; the settings' sections are of this kind."""
+    """The settings that identify an image network; the settings sections satisfy it."""
 
     @property
     def model(self) -> str: ...
@@ -47,30 +52,29 @@ class Network:
     """A timm network at an input size."""
 
     model: str
-    """Name in timm, with or without a tag."""
+    """timm name, with or without a tag."""
     size: int
     """Height and width of the input, in pixels."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the constructor."""
+    """Extra constructor arguments."""
 
 
 class OpCount(NamedTuple):
     """Multiply-adds of one forward pass."""
 
     products: int
-    """Of the convolutions and matrix products."""
+    """Multiply-adds of the convolutions and matrix products."""
     norms: int
     """2 per output element of each batch normalisation."""
 
     @property
     def total(self) -> int:
-        """Both."""
         return self.products + self.norms
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """One row of the paper's table 1; None where a column does not apply."""
+    """One row of the paper's table 1; None in the columns that do not apply."""
 
     module: str
     arch: str | None
@@ -82,19 +86,21 @@ class CostRow:
 
 @dataclass(frozen=True)
 class CostTable:
-    """What one video costs, in 1e9 multiply-adds."""
+    """The cost of one video, in 1e9 multiply-adds."""
 
     rows: list[CostRow]
     counting: Counting
 
     @property
     def gflops(self) -> float:
-        """The total."""
         return sum(row.gflops for row in self.rows)
 
 
 def count_ops(model: nn.Module, *inputs: Tensor | None) -> OpCount:
-    """Count one forward pass of `model` in its current mode; model and inputs may be on the "meta" device."""
+    """Count one forward pass of `model` in its current mode.
+
+    Model and inputs may be on the "meta" device.
+    """
     norms = 0
 
     def add(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -116,10 +122,10 @@ def count_ops(model: nn.Module, *inputs: Tensor | None) -> OpCount:
 
 
 def count_network(network: NetworkLike) -> OpCount:
-    """Count a timm network without its classifier on one picture at its own size.
+    """Count a timm network without its classifier, on one picture of its input size.
 
     Raises:
-        ModelError: timm has no model of that name, or refuses the arguments or the size.
+        ModelError: timm has no model of that name, or rejects the arguments or the size.
     """
     return _count_timm(
         network.model, network.size, json.dumps(dict(network.model_args), sort_keys=True)
@@ -127,7 +133,10 @@ def count_network(network: NetworkLike) -> OpCount:
 
 
 def network_multiply_adds(network: NetworkLike, counting: Counting = "field") -> float:
-    """Multiply-adds of one frame of size x size pixels through a timm network (see the module's docstring)."""
+    """Return the multiply-adds of one frame of size x size pixels through a timm network.
+
+    `counting`: see the module docstring.
+    """
     if counting == "true":
         return count_network(network).total
     name = network.model.split(".")[0].removeprefix("tf_")
@@ -139,7 +148,10 @@ def network_multiply_adds(network: NetworkLike, counting: Counting = "field") ->
 
 
 def tsq_multiply_adds(shape: TSQShape, num_frames: int, folded: bool) -> dict[str, int]:
-    """{"visual": ..., "textual": ...} multiply-adds of VQM and TQM on one video of T frames; "textual" only where there is one."""
+    """Return the multiply-adds {"visual": VQM, "textual": TQM} of one video of T frames.
+
+    A VQM-only shape has no "textual".
+    """
     visual = _count_tsq(replace(shape, modules="visual"), num_frames, folded)
     if shape.modules == "visual":
         return {"visual": visual}
@@ -157,16 +169,18 @@ def cost_table(
     shape: TSQShape | None = None,
     counting: Counting = "field",
 ) -> CostTable:
-    """The paper's table 1 for one configuration: what a mode needs, so "visual" has no object recogniser and no TQM.
+    """Return the paper's table 1 for one configuration.
+
+    Only what the mode needs is counted: "visual" has no object recogniser and no TQM.
 
     Args:
-        mode: as `sampler.mode`.
+        mode: see `sampler.mode`.
         num_frames: T.
-        budget: K; of an adaptive one the mean.
-        recognizer: sees the K frames; all T of them with "maxconf".
-        visual: the frame encoder; not needed by "textual", "uniform", "random" and "maxconf".
-        objects: the object recogniser, for "both" and "textual".
-        shape: of the sampler, for "both", "visual" and "textual".
+        budget: K; the mean of an adaptive budget.
+        recognizer: runs on the K chosen frames; with "maxconf", on all T.
+        visual: frame encoder; not needed by "textual", "uniform", "random" and "maxconf".
+        objects: object recogniser, for "both" and "textual".
+        shape: shape of the sampler, for "both", "visual" and "textual".
         counting: "field" or "true".
     """
     rows: list[CostRow] = []
@@ -202,9 +216,8 @@ def _count_timm(name: str, size: int, model_args: str) -> OpCount:
             model: Any = timm.create_model(
                 name, pretrained=False, **{**arguments, "num_classes": 0}
             )
-            if model.pretrained_cfg.get(
-                "fixed_input_size"
-            ):  # Swin, ViT: the size is part of the architecture
+            # Swin, ViT: the size is part of the architecture
+            if model.pretrained_cfg.get("fixed_input_size"):
                 model = timm.create_model(
                     name, pretrained=False, **{**arguments, "num_classes": 0, "img_size": size}
                 )
@@ -212,7 +225,8 @@ def _count_timm(name: str, size: int, model_args: str) -> OpCount:
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(
-            f"cannot build {name!r} at size {size} with {arguments} in timm: {reason}; see timm.list_models()"
+            f"cannot build {name!r} at size {size} with {arguments} in timm: {reason}; "
+            "see timm.list_models()"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The decoder block of the TSQ layer (paper, section 3.1; its variants: appendix C.3).
+"""The decoder block of the TSQ layer (paper, section 3.1; variants in appendix C.3).
 
 Shapes: B videos, T frames, Q queries, H heads, d' dims inside a module.
 """
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 
 class TSQLayer(nn.Module):
-    """One decoder block: Query2Label's, with one head and without self-attention unless the shape asks for them.
+    """One decoder block as in Query2Label; one head and no self-attention by default.
 
-        A = softmax(Q W_q ((X + P) W_k)^T / sqrt(d' / H)),  R = A (X W_v)           each head on its d' / H dims (equation 1)
+        A = softmax(Q W_q ((X + P) W_k)^T / sqrt(d' / H)),  R = A (X W_v)       (equation 1)
         R' = norm(R_before + dropout(R W_o));  R^ = norm(R' + dropout(FFN(R')))
 
-    P is the sinusoidal positional embedding, on the keys only; FFN has one hidden ReLU layer of d' units. The first layer's queries Q
-    are the embeddings, which do not enter the residual: there R_before is nothing. A further layer's are the embeddings + R_before, the
-    R^ of the layer before. Self-attention makes norm(Q + SA(Q)) of Q. (Query2Label takes the values of SA from the responses
-    so far, which are zero in the first layer: with the one layer of table A.4 no query would learn of another.)
+    Each head works on its d' / H dims. P is the sinusoidal positional embedding, added to the keys
+    only; FFN has one hidden ReLU layer of d' units. The queries Q of the first layer are the
+    embeddings, which do not enter the residual: R_before is absent there. In a further layer
+    R_before is the R^ of the previous layer, and Q is the embeddings + R_before. Self-attention
+    replaces Q with norm(Q + SA(Q)). (Query2Label takes the values of SA from the responses so far,
+    which are zero in the first layer: with the single layer of table A.4 no information would pass
+    between queries.)
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float, self_attention: bool) -> None:
@@ -43,11 +46,16 @@ class TSQLayer(nn.Module):
         self.mixer = SelfAttention(dim, num_heads, dropout) if self_attention else None
 
     def ask(self, queries: Tensor) -> Tensor:
-        """Q W_q of queries [Q, d'] or [B, Q, d'], after self-attention where there is one."""
+        """Project queries [Q, d'] or [B, Q, d'] with W_q, after self-attention if present."""
         return self.query(self.mixer(queries) if self.mixer is not None else queries)
 
     def attend(self, queries: Tensor, frames: Tensor) -> Tensor:
-        """A [B * H, Q, T] of projected queries [Q, d'] (the same for every video) or [B, Q, d'], and frames [B, T, d']."""
+        """Return the attention A [B * H, Q, T].
+
+        Args:
+            queries: projected, [Q, d'] (the same for every video) or [B, Q, d'].
+            frames: [B, T, d'].
+        """
         keys = self.key(frames + _positions(frames.shape[1], self.dim, frames))
         if queries.dim() == 2 and self.num_heads == 1:
             scores = F.linear(keys, queries).transpose(1, 2)
@@ -60,7 +68,13 @@ class TSQLayer(nn.Module):
         return (scores / math.sqrt(self.dim // self.num_heads)).softmax(dim=-1)
 
     def respond(self, attention: Tensor, values: Tensor, before: Tensor | None) -> Tensor:
-        """R^ [B, Q, d'] of attention [B * H, Q, T], values [B, T, d'] and the response of the layer before, None in the first."""
+        """Return the response R^ [B, Q, d'].
+
+        Args:
+            attention: [B * H, Q, T].
+            values: [B, T, d'].
+            before: response of the previous layer; None in the first layer.
+        """
         gathered = torch.bmm(self.dropout(attention), _split_heads(values, self.num_heads))
         response = self.dropout(self.out(_join_heads(gathered, self.num_heads)))
         response = self.norm_response(response if before is None else before + response)
@@ -69,7 +83,7 @@ class TSQLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """norm(Q + dropout(SA(Q))) of queries [Q, d'] or [B, Q, d']: each query takes from those like it (table A.4)."""
+    """norm(Q + dropout(SA(Q))): each query gathers from similar queries (table A.4)."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -82,7 +96,7 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor) -> Tensor:
-        """As the class says; the shape stays."""
+        """Mix queries [Q, d'] or [B, Q, d']; the result has the same shape."""
         batch = queries if queries.dim() == 3 else queries[None]
         asked, keys, values = (
             _split_heads(layer(batch), self.num_heads)
@@ -96,17 +110,20 @@ class SelfAttention(nn.Module):
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """[B, N, d'] -> [B * H, N, d' / H]; the same tensor for one head."""
+    """[B, N, d'] -> [B * H, N, d' / H]; with one head, the same tensor."""
     return x if num_heads == 1 else x.unflatten(2, (num_heads, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def _join_heads(x: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `_split_heads`."""
+    """Invert `_split_heads`."""
     return x if num_heads == 1 else x.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
 
 
 def _positions(num_frames: int, dim: int, like: Tensor) -> Tensor:
-    """Sinusoidal positional embedding [T, d'] (Vaswani et al. 2017, section 3.5), of `like`'s device and dtype."""
+    """Return the sinusoidal positional embedding [T, d'] (Vaswani et al. 2017, section 3.5).
+
+    Its device and dtype are those of `like`.
+    """
     position = torch.arange(num_frames, device=like.device, dtype=torch.float32)[:, None]
     rate = torch.exp(
         torch.arange(0, dim, 2, device=like.device, dtype=torch.float32)

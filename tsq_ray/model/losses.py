@@ -1,4 +1,4 @@
-"""TSQNet's loss, a sum of four (paper, equation 4). Shapes: B videos, C classes."""
+"""TSQNet's loss, a sum of four parts (paper, equation 4). Shapes: B videos, C classes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from tsq_ray.model.tsq import TSQOutput
 def tsq_loss(
     output: TSQOutput, targets: Tensor, task: Task, alpha: float, beta: float
 ) -> dict[str, Tensor]:
-    """L = L_v + L_t + alpha L_t->v + beta L_v->t, as a mean over the videos (equation 4).
+    """Return L = L_v + L_t + alpha L_t->v + beta L_v->t, a mean over the videos (equation 4).
 
     Args:
-        output: of TSQNet in training mode; in evaluation mode or VQM-only the parts that do not exist are left out.
+        output: output of TSQNet. Only training mode with a TQM gives all four parts; missing parts
+            are left out.
         targets: multi-hot [B, C], each row with at least one 1.
-        task: as in `classification_loss`.
+        task: see `classification_loss`.
         alpha: weight of L_t->v.
         beta: weight of L_v->t.
 
     Returns:
-        "loss" and those of the parts "visual", "textual", "t2v", "v2t" that exist, unweighted; scalars.
+        Scalars: "loss" and the unweighted parts that exist of "visual", "textual", "t2v", "v2t".
     """
     weighted = (
         ("visual", output.logits_visual, 1.0),

@@ -1,4 +1,4 @@
-"""What the task, one label a video or several, makes of logits: probabilities and the loss.
+"""Probabilities and loss of logits, by task: one label per video or several.
 
 Shapes: B videos, C classes.
 """
@@ -12,18 +12,19 @@ from tsq_ray.config import Task
 
 
 def probabilities(logits: Tensor, task: Task) -> Tensor:
-    """Logits [..., C] -> probabilities [..., C]: softmax, or sigmoid for several labels a video."""
+    """Turn logits [..., C] into probabilities: softmax for "single", sigmoid for "multi"."""
     return logits.softmax(-1) if task == "single" else logits.sigmoid()
 
 
 def classification_loss(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
-    """A mean over the videos; scalar.
+    """Return the classification loss, a scalar mean over the videos.
 
     Args:
         logits: [B, C].
         targets: [B, C], multi-hot or smoothed, each row with a positive sum.
-        task: "single": cross entropy, several labels sharing the weight 1; "multi": binary cross entropy, summed over the
-            classes. (A mean over them divides the gradient of a video's few labels by C: with SGD nothing is learnt.)
+        task: "single": cross entropy, where several labels share the weight 1; "multi": binary
+            cross entropy, summed over the classes. (A mean over the classes would divide the
+            gradient of a video's few labels by C, and SGD would learn nothing.)
     """
     targets = targets.to(logits.dtype)
     if task == "multi":

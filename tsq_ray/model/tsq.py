@@ -1,7 +1,7 @@
-"""The Temporal Saliency Query network (paper, section 3): which frames does each category ask for?
+"""The Temporal Saliency Query network (paper, section 3): the salient frames of each category.
 
-Shapes: B videos, T frames, C classes, D dims of an input (Dv visual, Dt textual), d' dims inside a module, H heads, Q queries: C of
-them, or 1 with class-agnostic attention.
+Shapes: B videos, T frames, C classes, D dims of an input (Dv visual, Dt textual), d' dims inside a
+module, H heads, Q queries (Q = C, or 1 with class-agnostic attention).
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from tsq_ray.model.layers import TSQLayer
 
 _POSITION_RMS = math.sqrt(0.5)
-"""Root mean square of a sinusoidal positional embedding."""
+"""Root mean square of the sinusoidal positional embedding."""
 
 
 @dataclass(frozen=True)
 class TSQShape:
-    """All that is needed to build a TSQNet; plain values, so `dataclasses.asdict` of it goes into bundle.json."""
+    """The hyperparameters of a TSQNet.
+
+    Plain values, because bundle.json stores `dataclasses.asdict` of it.
+    """
 
     num_classes: int
     """C."""
@@ -38,21 +41,24 @@ class TSQShape:
     dropout: float = 0.1
     """Dropout in training."""
     swap_values: Literal["input", "projected"] = "input"
-    """What swap attention gathers: X after the conv, as equation 3 prints it, or X W_v."""
+    """What swap attention gathers: X after the convolution, as printed in equation 3, or X W_v."""
     modules: Literal["both", "visual"] = "both"
-    """VQM and TQM, or the paper's VQM-only."""
+    """VQM and TQM, or the paper's VQM-only variant."""
     attention: Literal["class-specific", "class-agnostic"] = "class-specific"
-    """A query a category, or one query for all of them (table 7)."""
+    """One query per category, or one query for all (table 7)."""
     classifier: Literal["class-specific", "shared"] = "class-specific"
-    """A weight row a category, or one row for the responses of all of them (table 7)."""
+    """One weight row per category, or one row for all responses (table 7)."""
     num_layers: int = 1
-    """Decoder blocks one after the other (table A.5)."""
+    """Number of consecutive decoder blocks (table A.5)."""
     num_heads: int = 1
-    """H, attention heads; divides d' of both modules (table A.5)."""
+    """H, attention heads; must divide d' of both modules (table A.5)."""
     self_attention: bool = False
-    """Whether the queries attend to each other before they ask the frames (table A.4)."""
+    """Whether the queries attend to each other before they attend to the frames (table A.4)."""
     top_objects: int = 10
-    """Objects of each frame whose embeddings make up its textual feature (table 9); the network itself does not see them."""
+    """Objects per frame whose embeddings form its textual feature (table 9).
+
+    The network itself does not use it.
+    """
 
     @property
     def num_queries(self) -> int:
@@ -62,10 +68,10 @@ class TSQShape:
 
 @dataclass
 class TSQOutput:
-    """Coarse predictions z and saliencies A of one batch; what was not computed is None.
+    """Coarse predictions z and saliencies A of one batch; None for what was not computed.
 
-    The swap logits exist in training mode only; everything textual is None without a TQM or without text features. A is that of the last
-    layer, averaged over its heads.
+    The swap logits exist in training mode only; everything textual is None without a TQM or without
+    text features. A is that of the last layer, averaged over its heads.
     """
 
     logits_visual: Tensor
@@ -77,9 +83,12 @@ class TSQOutput:
     attention_textual: Tensor | None = None
     """A^t, [B, Q, T]."""
     logits_t2v: Tensor | None = None
-    """Of the visual frames gathered with A^t, [B, C]; A^t is not detached (equation 3)."""
+    """From the visual frames gathered with A^t, [B, C]; A^t is not detached (equation 3)."""
     logits_v2t: Tensor | None = None
-    """Of the textual frames gathered with A^v, [B, C]; A^v is detached (table A.2: VQM does not feel beta)."""
+    """From the textual frames gathered with A^v, [B, C].
+
+    A^v is detached (table A.2: beta does not affect the VQM).
+    """
 
 
 class _Look(NamedTuple):
@@ -92,14 +101,17 @@ class _Look(NamedTuple):
 
 
 class TSQBranch(TSQLayer):
-    """One query module: reduction d -> d', TSQ layer, classifier (equations 1 and 2).
+    """One query module: reduction D -> d', TSQ layer, classifier (equations 1 and 2).
 
-    The module is its own first layer (the only one in the paper, whose parameters are then `query`, `key`, ... of the module);
-    `further` holds the others. Queries and frames are conv(embeddings) and conv(features). The projections Q, W_o and the two of the FFN
-    are the 4 C d'^2 multiply-adds that the paper's 0.36 G (VQM) and 0.10 G (TQM) need. A 1D convolution of kernel 1 is one linear map
-    at each position; E and X share it: section 3.2 adds *a* convolution "to E and X" (the cost is the same either way).
+    The module is its own first layer, so the parameters of the paper's only layer are the module's
+    own `query`, `key`, ...; `further` holds any other layers. Queries and frames are
+    conv(embeddings) and conv(features). The projections W_q and W_o and the two of the FFN are the
+    4 C d'^2 multiply-adds implied by the paper's 0.36 G (VQM) and 0.10 G (TQM). A 1D convolution of
+    kernel 1 is one linear map at each position. E and X share it, because section 3.2 adds *a*
+    convolution "to E and X" (the cost is the same either way).
 
-    The classifier is z_c = W_c . R^_c + b_c; with shared rows W . R^_c + b_c; of the one response of class-agnostic attention W_c . R^ + b_c.
+    The classifier is z_c = W_c . R^_c + b_c; with a shared row, W . R^_c + b_c; with the single
+    response of class-agnostic attention, W_c . R^ + b_c.
     """
 
     folded_queries: Tensor | None
@@ -125,11 +137,14 @@ class TSQBranch(TSQLayer):
 
     @property
     def layers(self) -> list[TSQLayer]:
-        """All decoder blocks, first to last."""
+        """All decoder blocks, in order."""
         return [self, *(layer for layer in self.further if isinstance(layer, TSQLayer))]
 
     def reset_parameters(self) -> None:
-        """Xavier for the projections; embeddings N(0, 1); classifier rows as a linear layer's. `balance` follows before training."""
+        """Initialise: Xavier projections, N(0, 1) embeddings, classifier rows like nn.Linear's.
+
+        Training calls `TSQNet.balance` afterwards.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -137,15 +152,15 @@ class TSQBranch(TSQLayer):
         nn.init.normal_(self.embeddings)
         bound = 1 / math.sqrt(self.dim)
         nn.init.uniform_(self.class_weight, -bound, bound)
-        # a shift of all logits is nothing to softmax, and sigmoid starts at the share 1 / C instead of 1 / 2
+        # softmax ignores a shift of all logits; sigmoid starts at about 1 / C instead of 1 / 2
         nn.init.constant_(self.class_bias, -math.log(len(self.class_bias)))
 
     def project(self, frames: Tensor) -> Tensor:
-        """The convolution: [B, T, D] -> [B, T, d']."""
+        """Apply the convolution: [B, T, D] -> [B, T, d']."""
         return self.conv(frames.to(self.conv.weight.dtype))
 
     def look(self, frames: Tensor) -> _Look:
-        """What the module makes of projected frames [B, T, d']."""
+        """Run all layers and the classifier on projected frames [B, T, d']."""
         response: Tensor | None = None
         attentions, values = [], []
         queries, embeddings = self._queries()
@@ -159,7 +174,12 @@ class TSQBranch(TSQLayer):
         return _Look(self.classify(response), attentions, values)
 
     def look_with(self, attentions: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        """Logits [B, C] of values [B, T, d'] gathered with another module's attention, layer by layer (equation 3)."""
+        """Return the logits [B, C] with another module's attention (equation 3).
+
+        Args:
+            attentions: [B * H, Q, T] of each layer of the other module.
+            values: [B, T, d'] for each layer, gathered with that attention.
+        """
         response: Tensor | None = None
         for layer, attention, gathered in zip(self.layers, attentions, values, strict=True):
             response = layer.respond(attention, gathered, response)
@@ -167,7 +187,7 @@ class TSQBranch(TSQLayer):
         return self.classify(response)
 
     def classify(self, response: Tensor) -> Tensor:
-        """Logits [B, C] of the last layer's response [B, Q, d'] (equation 2)."""
+        """Return the logits [B, C] of the last layer's response [B, Q, d'] (equation 2)."""
         if self.shape.attention == "class-agnostic":
             return F.linear(response[:, 0], self.class_weight, self.class_bias)
         if self.shape.classifier == "shared":
@@ -175,12 +195,12 @@ class TSQBranch(TSQLayer):
         return torch.einsum("bcd,cd->bc", response, self.class_weight) + self.class_bias
 
     def saliency_map(self, attentions: Sequence[Tensor]) -> Tensor:
-        """A [B, Q, T]: of the last layer, averaged over the heads."""
+        """Return A [B, Q, T] of the last layer, averaged over the heads."""
         last = attentions[-1]
         return last if self.num_heads == 1 else last.unflatten(0, (-1, self.num_heads)).mean(1)
 
     def _queries(self) -> tuple[Tensor, Tensor]:
-        """The first layer's projected queries and, for the further ones, conv(E)."""
+        """Return the projected queries of the first layer, and conv(E) for the further layers."""
         if self.folded_queries is not None and self.folded_embeddings is not None:
             return self.folded_queries, self.folded_embeddings
         embeddings = self.conv(self.embeddings)
@@ -188,22 +208,22 @@ class TSQBranch(TSQLayer):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Keep what does not hang on the video."""
+        """Compute once what does not depend on the video."""
         self.folded_queries, self.folded_embeddings = self._queries()
 
     def unfold(self) -> None:
-        """Compute the queries from E at each call again."""
+        """Compute the queries from E on every call again."""
         self.folded_queries = self.folded_embeddings = None
 
     def train(self, mode: bool = True) -> TSQBranch:
-        """Training drops the folded queries: E is about to change."""
+        """Set the mode; training drops the folded queries, because E is about to change."""
         if mode:
             self.unfold()
         return super().train(mode)
 
 
 class TSQNet(nn.Module):
-    """VQM and TQM with swap attention in training (paper, section 3.2)."""
+    """VQM and TQM, with swap attention in training (paper, section 3.2)."""
 
     def __init__(self, shape: TSQShape) -> None:
         super().__init__()
@@ -215,10 +235,11 @@ class TSQNet(nn.Module):
 
     @torch.no_grad()
     def set_embeddings(self, visual: Tensor | None, textual: Tensor | None) -> None:
-        """Start E^v from prototypes [C, Dv] and E^t from the class names' text embeddings [C, Dt]; None leaves the random start.
+        """Initialise E^v with prototypes [C, Dv] and E^t with class name embeddings [C, Dt].
 
-        Both are in the space of the input features: the convolution projects them as it does the frames. The one query of class-agnostic
-        attention starts at their mean.
+        None keeps the random start. Both are in the space of the input features, since the
+        convolution projects them like the frames. The single query of class-agnostic attention
+        starts at their mean.
         """
         for branch, embeddings in ((self.visual, visual), (self.textual, textual)):
             if embeddings is None:
@@ -237,13 +258,17 @@ class TSQNet(nn.Module):
 
     @torch.no_grad()
     def balance(self, visual: Tensor, text: Tensor | None) -> None:
-        """Start each module so that it attends by similarity, from frames such as these, [N, T, Dv] and [N, T, Dt].
+        """Initialise each module from sample frames, so that attention starts as similarity.
 
-        - The convolution centres the frames and makes them as large as the positional embedding. Features of different encoders
-          differ in size by an order of magnitude and have a large mean in common. Where they come out larger, attention is sharp from the
-          first step and stays where it happened to look; where smaller, it sees positions instead of frames.
-        - W_k starts equal to W_q, in every layer. With two independent random matrices a prototype is no more like its own frames than
-          like others, whatever it was initialised with; so Q K^T starts as the similarity of query and frame.
+        `visual` is [N, T, Dv], `text` [N, T, Dt].
+
+        - The convolution centres the frames and scales them to the size of the positional
+          embedding. Features of different encoders differ in scale by an order of magnitude and
+          share a large mean. Larger projections make attention sharp from the first step and keep
+          it where it started; smaller ones let it see positions instead of frames.
+        - W_k starts equal to W_q in every layer, so Q K^T starts as the similarity of query and
+          frame. With two independent random matrices a prototype would be no more similar to its
+          own frames than to others, whatever its initial value.
         """
         for branch, frames in ((self.visual, visual), (self.textual, text)):
             if branch is None or frames is None:
@@ -259,9 +284,11 @@ class TSQNet(nn.Module):
             branch.unfold()
 
     def forward(self, visual: Tensor, text: Tensor | None) -> TSQOutput:
-        """Frames `visual` [B, T, Dv] and object embeddings `text` [B, T, Dt] -> logits and attention of both modules.
+        """Return logits and attention of both modules.
 
-        In evaluation mode `text` may be None: then only the VQM runs.
+        Args:
+            visual: frame features [B, T, Dv].
+            text: object embeddings [B, T, Dt]; in evaluation mode None runs the VQM alone.
         """
         frames_v = self.visual.project(visual)
         visual_look = self.visual.look(frames_v)
@@ -289,9 +316,10 @@ class TSQNet(nn.Module):
         return output
 
     def fold(self) -> None:
-        """Compute what hangs on no video once, for inference (halves the cost of one layer); `train()` and new weights drop it.
+        """Compute once, for inference, what does not depend on the video.
 
-        The state dict stays the same.
+        This halves the cost of one layer. `train()` and loading weights drop the result. The state
+        dict does not change.
         """
         assert not self.training, "fold() is for inference: call eval() first"
         for branch in (self.visual, self.textual):
@@ -299,7 +327,7 @@ class TSQNet(nn.Module):
                 branch.fold()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As nn.Module's; folded queries of the old weights are dropped."""
+        """Load a state dict and drop the queries folded with the old weights."""
         for branch in (self.visual, self.textual):
             if branch is not None:
                 branch.unfold()
@@ -307,13 +335,19 @@ class TSQNet(nn.Module):
 
 
 def object_embeddings(object_ids: Tensor, object_probs: Tensor, vocabulary: Tensor) -> Tensor:
-    """X^t = O W with all but the kept objects zero: ids and probabilities [B, T, n], vocabulary [1000, D] -> [B, T, D] (section 3.2)."""
+    """Return X^t = O W [B, T, D], with all but the kept objects zero in O (section 3.2).
+
+    Args:
+        object_ids: [B, T, n], the kept objects.
+        object_probs: [B, T, n].
+        vocabulary: W [1000, D].
+    """
     kept = object_ids.shape[-1]
     ids, weights = (
         object_ids.reshape(-1, kept).long(),
         object_probs.reshape(-1, kept).to(vocabulary.dtype),
     )
-    if kept * 8 > len(vocabulary):  # picking rows one by one is slower than the whole product
+    if kept * 8 > len(vocabulary):  # gathering this many rows is slower than the whole product
         frames = weights.new_zeros(len(ids), len(vocabulary)).scatter_(1, ids, weights) @ vocabulary
     else:
         frames = F.embedding_bag(ids, vocabulary, per_sample_weights=weights, mode="sum")

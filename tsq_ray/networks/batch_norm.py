@@ -1,9 +1,9 @@
-"""Batch norms folded into convolutions, for inference, and unfolded from them, for training.
+"""Folding batch norms into convolutions for inference, and unfolding them for training.
 
-Weights made for inference have each batch norm folded into the convolution before it: running mean
-0, running variance 1 and a bias. In training such a layer would normalise what was never normalised,
-and destroy the network at the first step. So its statistics are estimated first, without a change of
-what the network computes.
+Weights made for inference have each batch norm folded into the preceding convolution: running mean
+0, running variance 1 and a bias. In training such a layer would normalise activations that were not
+normalised before, and destroy the network at the first step. So its statistics are estimated first,
+without changing what the network computes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from tsq_ray.networks.encoder import FrameEncoder
 
 @torch.no_grad()
 def fold_batch_norms(network: nn.Module, size: int) -> int:
-    """Fold each batch norm that follows a convolution into it, in place; how many. A network in eval mode computes what it did before.
+    """Fold each batch norm that follows a convolution into it, in place; return how many.
 
-    Which one follows which is seen on one picture of `size` x `size`: a batch norm whose input is the very tensor that a convolution gave, both
-    called once. Nothing is folded where the network then computes something else (a convolution's output that is used elsewhere too).
+    In eval mode the network computes the same as before. One picture of `size` x `size` reveals the
+    pairs: the input of the batch norm is the very tensor that the convolution returned, and both
+    run once. If the folded network computes something else (because the output of a convolution
+    is used elsewhere too), nothing is folded.
     """
     pairs = _conv_norm_pairs(network, size)
     if not pairs:
@@ -53,7 +55,7 @@ def fold_batch_norms(network: nn.Module, size: int) -> int:
             nn.Parameter(weight, requires_grad=False),
             nn.Parameter(bias, requires_grad=False),
         )
-        # timm's batch norms carry the activation
+        # timm's batch norms include the activation
         _put(network, norm_name, getattr(norm, "act", None) or nn.Identity())
     if torch.allclose(network(probe), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         return len(pairs)
@@ -66,10 +68,9 @@ def fold_batch_norms(network: nn.Module, size: int) -> int:
 
 
 def _conv_norm_pairs(network: nn.Module, size: int) -> list[tuple[str, str]]:
-    """Names of (convolution, batch norm), in the order in which they run."""
-    made_by: dict[
-        int, tuple[str, Tensor]
-    ] = {}  # the tensors are held, so that no two have the same id
+    """Return the names of each (convolution, batch norm) pair, in execution order."""
+    # holds the tensors, so that no two share an id
+    made_by: dict[int, tuple[str, Tensor]] = {}
     pairs: list[tuple[str, str]] = []
     calls: Counter[str] = Counter()
 
@@ -110,7 +111,10 @@ def _put(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def folded_norms(network: nn.Module) -> dict[str, _BatchNorm]:
-    """Name -> the batch norms that are identity + bias. A fresh layer (no bias either) is none: it learns its statistics in training."""
+    """Return the batch norms, by name, that are the identity plus a bias.
+
+    A fresh layer has no bias either and does not count: it learns its statistics in training.
+    """
     return {
         name: module
         for name, module in network.named_modules()
@@ -128,15 +132,17 @@ def _is_folded(norm: _BatchNorm) -> bool:
 
 @torch.no_grad()
 def unfold_norms(network: FrameEncoder, batches: Iterable[Tensor]) -> int:
-    """Give the folded batch norms the mean m and the variance v of what reaches them, weight * sqrt(v) and bias + weight * m.
+    """Give each folded batch norm the statistics of its input: mean m and variance v.
 
-    In eval mode the network computes what it did before; in training mode, where batches look like `batches`, about the same.
+    Its weight becomes weight * sqrt(v), its bias bias + weight * m. So the network computes the
+    same as before in eval mode, and about the same in training mode on batches like `batches`.
 
     Args:
         network: in eval mode; changed in place.
         batches: uint8 [N, H, W, 3] each, on the network's device.
 
-    Returns the number of layers changed; 0 where none is folded or `batches` is empty.
+    Returns:
+        The number of layers changed; 0 if none is folded or `batches` is empty.
     """
     folded = folded_norms(network)
     sums: dict[str, list[Tensor]] = {}
@@ -164,7 +170,7 @@ def unfold_norms(network: FrameEncoder, batches: Iterable[Tensor]) -> int:
         assert norm.running_var is not None
         mean = total / count
         var = (squares / count - mean.square()).clamp_min(0)
-        # a folded layer divides by sqrt(1 + eps) too
+        # a folded layer still divides by sqrt(1 + eps)
         weight = norm.weight.double() / (1 + norm.eps) ** 0.5
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)

@@ -1,8 +1,8 @@
-"""Frame encoders: timm networks with their preprocessing, as backbone and head.
+"""Frame encoders: timm networks with their preprocessing, split into backbone and head.
 
-Legend: N frames, D dimensions, C classes. Pictures come as uint8 [N, H, W, 3] RGB and are normalised
-here, on the device. timm is imported where a network is made: most workers of a cluster make none,
-and the import costs a process seconds.
+Shapes: N frames, D dims, C classes. Pictures arrive as uint8 [N, H, W, 3] RGB and are normalised
+here, on the device. timm is imported on first use: most workers of a cluster create no network, and
+the import takes seconds per process.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from tsq_ray.networks.weights import hash_state, load_weights, read_weights
 from tsq_ray.schema import TOP_OBJECTS
 
 NUM_OBJECTS = 1000
-"""ImageNet-1K."""
+"""Classes of ImageNet-1K."""
 
 
 def best_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """Return the GPU if one is available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class FrameEncoder(nn.Module):
     """A timm network as backbone (pooled feature, D) and head (C logits), with its preprocessing.
 
-    `head` is None where only features are wanted; the paper's video encoder is MobileNetV2, its object recogniser
-    EfficientNet-B0 (section 4.1).
+    `head` is None if only features are needed. The paper's video encoder is MobileNetV2, its object
+    recogniser EfficientNet-B0 (section 4.1).
     """
 
     mean: Tensor
     std: Tensor
     dtype = torch.float32
-    """What the backbone computes in."""
+    """Precision of the backbone."""
     fixed_sizes = False
-    """Whether it is compiled for few numbers of frames."""
+    """Whether it is compiled for a few batch sizes only."""
 
     def __init__(self, config: ModelConfig, backbone: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
@@ -49,40 +49,44 @@ class FrameEncoder(nn.Module):
         self.register_buffer(
             "std", torch.tensor(config.std).view(1, 3, 1, 1) * 255, persistent=False
         )
-        self.dim: int = int(getattr(backbone, "head_hidden_size", 0) or backbone.num_features)  # type: ignore[arg-type]
+        hidden = getattr(backbone, "head_hidden_size", 0)
+        self.dim: int = int(hidden or backbone.num_features)  # type: ignore[arg-type]
 
     def normalize(self, pictures: Tensor) -> Tensor:
-        """uint8 [N, H, W, 3] -> `dtype` [N, 3, H, W], channels last in memory."""
+        """Turn uint8 [N, H, W, 3] into `dtype` [N, 3, H, W], channels last in memory."""
         return ((pictures.permute(0, 3, 1, 2).float() - self.mean) / self.std).to(self.dtype)
 
     def features(self, pictures: Tensor) -> Tensor:
-        """uint8 [N, H, W, 3] -> pooled features [N, D], before the classifier."""
+        """Return the pooled features [N, D], before the classifier, of uint8 [N, H, W, 3]."""
         return self.backbone(self.normalize(pictures))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [N, H, W, 3] -> features [N, D] and logits [N, C]."""
+        """Return the features [N, D] and logits [N, C] of uint8 [N, H, W, 3]."""
         assert self.head is not None, "this encoder has no head"
         features = self.features(pictures)
         return features, self.head(features)
 
     def backbone_hash(self) -> str:
-        """Identity of the weights that make the features (the head left out)."""
+        """Hash of the weights that produce the features, without the head."""
         return hash_state(self.backbone.state_dict())
 
     def state_hash(self) -> str:
-        """Identity of all weights, the head's too."""
+        """Hash of all weights, including the head."""
         return hash_state(self.state_dict())
 
 
 def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
-    """A timm network with random weights; `num_classes` 0 leaves the classifier out. ModelError for an unknown name or argument."""
+    """Create a timm network with random weights; without a classifier if `num_classes` is 0.
+
+    Raises ModelError for an unknown name or argument.
+    """
     import timm
 
     if not timm.is_model(config.model):
         near = timm.list_models(f"*{config.model.split('_')[0]}*")[:5]
         raise ModelError(
             f"model {config.model!r}: timm has no model of this name"
-            + (f"; near: {', '.join(near)}" if near else "")
+            + (f"; similar names: {', '.join(near)}" if near else "")
         )
     try:
         return timm.create_model(
@@ -97,9 +101,10 @@ def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
 def load_encoder(
     config: ModelConfig, with_head: bool, num_classes: int = NUM_OBJECTS
 ) -> FrameEncoder:
-    """A pretrained network by its settings, in eval mode: `with_head` keeps the pretrained classifier of `num_classes`.
+    """Load the pretrained network that the settings name, in eval mode.
 
-    Raises ModelError where the weights are missing or do not fit the network.
+    `with_head` keeps the pretrained classifier of `num_classes`. Raises ModelError if the weights
+    are missing or do not fit the network.
     """
     if config.weights == "hub":
         network = _from_hub(config)
@@ -116,7 +121,7 @@ def load_encoder(
 
 
 def split_network(config: ModelConfig, network: nn.Module, with_head: bool) -> FrameEncoder:
-    """A whole timm network as FrameEncoder; the classifier becomes `head`, or is dropped."""
+    """Turn a timm network into a FrameEncoder; its classifier becomes `head` or is dropped."""
     head = network.get_classifier()  # type: ignore[operator]
     network.reset_classifier(0)  # type: ignore[operator]
     return FrameEncoder(config, network, head if with_head else None).eval().requires_grad_(False)
@@ -129,28 +134,34 @@ def _from_hub(config: ModelConfig) -> nn.Module:
         return timm.create_model(config.model, pretrained=True, **config.model_args)
     except Exception as error:
         raise ModelError(
-            f"model {config.model!r}: its weights cannot be had from the hub ({type(error).__name__}); "
-            "check the name and the network, or set `weights` to a path, a URI or package:NAME"
+            f"model {config.model!r}: its weights cannot be loaded from the hub "
+            f"({type(error).__name__}); check the name and the network connection, "
+            "or set `weights` to a path, a URI or package:NAME"
         ) from error
 
 
 def _random(config: ModelConfig) -> nn.Module:
     seed = config.weights.removeprefix("random:")
     if not seed.isdigit():
-        raise ModelError(f"weights {config.weights!r}: expected random:SEED with a whole number")
+        raise ModelError(
+            f"weights {config.weights!r}: expected random:SEED, with a whole number as SEED"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seed))
         return create_network(config, NUM_OBJECTS)
 
 
 def top_objects(logits: Tensor, count: int = TOP_OBJECTS) -> tuple[Tensor, Tensor]:
-    """Object scores of frames: logits [N, 1000] -> ids [N, count] and softmax probabilities [N, count], best first, not renormalised."""
+    """Return the best objects of frames: ids [N, count] and softmax probabilities [N, count].
+
+    Best first; the probabilities, taken over all logits [N, 1000], are not renormalised.
+    """
     probs, ids = logits.float().softmax(-1).topk(count, dim=-1)
     return ids, probs
 
 
 def object_names() -> list[str]:
-    """The 1000 ImageNet-1K class names in index order, the first synonym of each."""
+    """Return the first synonym of each of the 1000 ImageNet-1K class names, in index order."""
     import timm
 
     info = timm.data.ImageNetInfo("imagenet-1k")

@@ -1,6 +1,7 @@
-"""A frame encoder made ready to run: batch norms folded into their convolutions, channels last, bf16 where that is wanted; and pictures sent through it.
+"""Inference with frame encoders: batch norms folded, channels last, optionally bf16 or compiled.
 
-The copies made here are for inference alone: their weights are no longer those that `FrameEncoder.state_hash` names.
+The copies made here are for inference only: their weights no longer match the hash that
+`FrameEncoder.state_hash` returns for the original.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from tsq_ray.rows import frame_spec
 DEFAULT_RESOURCES = ResourcesConfig()
 """bf16 on GPUs, fp32 on CPUs, not compiled."""
 _CHUNK = {"cpu": 8, "cuda": 256}
-"""Frames that go through a network at a time: on a CPU the activations of 8 stay in its cache, 1.5 times faster than 50 at once."""
+"""Frames per forward pass. The activations of 8 stay in a CPU's cache: 1.5 times faster than 50."""
 
 
 def takes_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether a network computes in bf16: `auto` is yes on a GPU with instructions for it; others emulate it, slowly."""
+    """Whether a network computes in bf16.
+
+    `auto` chooses it only on GPUs with native instructions; others emulate it, slowly.
+    """
     if precision != "auto":
         return precision == "bf16"
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -37,9 +41,11 @@ def takes_bf16(precision: Precision, device: torch.device) -> bool:
 def prepare_for_inference(
     encoder: FrameEncoder, device: torch.device, resources: ResourcesConfig = DEFAULT_RESOURCES
 ) -> FrameEncoder:
-    """A copy of an encoder on `device` that computes the same, faster; in bf16 nearly the same. The encoder stays as it is.
+    """Return a faster copy of an encoder on `device`; the original does not change.
 
-    `resources`: its `precision` and `compile`; compiled, the first frames of each size of a chunk (`encode_pictures`) take a minute.
+    The copy computes the same, in bf16 nearly the same. Of `resources` it uses `precision` and
+    `compile`; a compiled copy takes a minute for the first frames of each chunk size
+    (`encode_pictures`).
     """
     made = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
     fold_batch_norms(made.backbone, made.config.size)
@@ -58,19 +64,22 @@ def prepare_for_inference(
 
 
 class Pictures(NamedTuple):
-    """What a network is to look at of one video."""
+    """The frames of one video for a network."""
 
     frames: np.ndarray
     """uint8 [n, H, W, 3], RGB."""
     native_size: bool = False
-    """Whether these are frames as they are, of any size, still to be resized for the network."""
+    """Whether the frames still have the size of the video and must be resized for the network."""
 
 
 @torch.inference_mode()
 def encode_pictures(
     encoder: FrameEncoder, pictures: Sequence[Pictures]
 ) -> tuple[Tensor, Tensor | None]:
-    """N pictures in all -> features [N, D] and logits [N, C] or None, on the CPU in float32, a chunk of frames at a time."""
+    """Return the features [N, D] and logits [N, C] of N pictures in total, float32 on the CPU.
+
+    The logits are None if the encoder has no head. Runs one chunk of frames at a time.
+    """
     device = next(encoder.parameters()).device
     chunk = _CHUNK[device.type]
     features, logits = [], []
@@ -78,7 +87,7 @@ def encode_pictures(
         count = len(part)
         if encoder.fixed_sizes:
             part = _padded(part, chunk)
-        # a CUDA graph writes its next result over this one
+        # the next run of a CUDA graph overwrites this result
         feature = (
             encoder.features(part)[:count].clone()
             if encoder.fixed_sizes
@@ -87,20 +96,20 @@ def encode_pictures(
         features.append(feature.float())
         if encoder.head is not None:
             logits.append(encoder.head(feature).float())
-    # one copy back at the end: the device goes on while the next chunk is on its way
+    # a single copy back, so that the device keeps computing while the next chunk is on its way
     return torch.cat(features).cpu(), torch.cat(logits).cpu() if logits else None
 
 
 def _chunks(
     pictures: Sequence[Pictures], chunk: int, device: torch.device, spec: FrameSpec
 ) -> Iterator[Tensor]:
-    """uint8 [n, size, size, 3] on `device`, `chunk` of them at a time and the rest last, whichever videos they are of."""
+    """Yield uint8 [chunk, size, size, 3] on `device`, across videos; the last may be smaller."""
     waiting: list[Tensor] = []
     room = chunk
     for frames, native_size in pictures:
         start = 0
         while start < len(frames):
-            # what came through Ray's object store is read-only
+            # arrays from Ray's object store are read-only
             part = torch.from_numpy(
                 np.require(frames[start : start + room], requirements=("C", "W"))
             )
@@ -116,7 +125,10 @@ def _chunks(
 
 
 def resize_frames(frames: Tensor, spec: FrameSpec) -> Tensor:
-    """uint8 [N, H, W, 3] -> uint8 [N, size, size, 3] on the same device; as the decoder does it with Pillow (`decode.frames.fit`), but for rounding."""
+    """Resize uint8 [N, H, W, 3] to uint8 [N, size, size, 3] on the same device.
+
+    Equals the decoder's resize with Pillow (`decode.frames.resize_picture`) except for rounding.
+    """
     width, height = target_size(frames.shape[2], frames.shape[1], spec)
     resized = frames.permute(0, 3, 1, 2).float()
     if (height, width) != frames.shape[1:3]:
@@ -127,7 +139,7 @@ def resize_frames(frames: Tensor, spec: FrameSpec) -> Tensor:
 
 
 def _padded(part: Tensor, chunk: int) -> Tensor:
-    """[n, ...] with n made up to the next power of two of at least 8, by empty frames: few sizes to compile."""
+    """Pad [n, ...] with empty frames to the next power of two, at least 8: few sizes to compile."""
     size = min(chunk, max(8, 1 << (len(part) - 1).bit_length()))
     return (
         torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])

@@ -1,7 +1,7 @@
 """Text embeddings of class and object names: a language model or static word vectors.
 
-transformers is imported where a model is loaded: most workers of a cluster load none, and the import
-costs a process seconds.
+transformers is imported on first use: most workers of a cluster load no model, and the import takes
+seconds per process.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from tsq_ray.errors import ModelError, StorageError
 from tsq_ray.networks.weights import hash_state, package_folder
 
 _BLOCK = 1 << 22
-"""Bytes of a word vector file read at a time; no line is as long."""
+"""Bytes read at a time from a word vector file; longer than any line."""
 
 
 class TextEncoder:
-    """A BERT-family encoder: the mean of the last layer's tokens without the special ones (PAPER: text pooling)."""
+    """A BERT-family encoder that averages the last layer's tokens (PAPER: text pooling).
+
+    The special tokens do not count.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        import transformers  # two seconds: only where text is embedded
+        import transformers
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -44,14 +47,15 @@ class TextEncoder:
                 ).eval()
             except Exception as error:
                 raise ModelError(
-                    f"text model {config.model!r} with weights {config.weights!r}: cannot be loaded ({type(error).__name__}); "
-                    "check the name and the network, or set encoders.text.weights to a folder or package:NAME"
+                    f"text model {config.model!r} with weights {config.weights!r}: "
+                    f"cannot be loaded ({type(error).__name__}); check the name and the network "
+                    "connection, or set encoders.text.weights to a folder or package:NAME"
                 ) from error
         self.dim = int(self.model.config.hidden_size)
 
     @torch.inference_mode()
     def embed(self, names: Sequence[str], batch_size: int = 64) -> Tensor:
-        """Names -> float32 [len(names), dim]."""
+        """Embed names as float32 [len(names), dim]."""
         parts = []
         for start in range(0, len(names), batch_size):
             words = [name.replace("_", " ").strip() for name in names[start : start + batch_size]]
@@ -63,7 +67,7 @@ class TextEncoder:
                 truncation=True,
             )
             keep = (tokens["attention_mask"] * (1 - tokens.pop("special_tokens_mask"))).float()
-            # a name made of nothing but unknown signs still gets its attended tokens' mean
+            # a name of unknown characters only still gets the mean of its attended tokens
             keep = torch.where(
                 keep.sum(1, keepdim=True) > 0, keep, tokens["attention_mask"].float()
             )
@@ -72,15 +76,17 @@ class TextEncoder:
         return torch.cat(parts) if parts else torch.zeros(0, self.dim)
 
     def state_hash(self) -> str:
-        """Identity of the weights."""
+        """Hash of the weights."""
         return hash_state(self.model.state_dict())
 
 
 class WordVectors:
-    """Static word vectors (paper, table 9): a name is the mean of its words' vectors; a name with no known word is zero.
+    """Static word vectors (paper, table 9).
 
-    The file is text, a word and its numbers a line: GloVe's format, or word2vec's with "count dims" as its first line. A name is
-    lower-cased and split at what is no letter. A word of the file that differs from it in case alone counts where the lower-case one is missing.
+    A name becomes the mean of the vectors of its words, or zero if it has no known word. The file
+    is text with a word and its numbers per line: GloVe's format, or word2vec's with "count dims" as
+    the first line. A name is lower-cased and split at non-letters. If the file lacks the lower-case
+    word, one that differs only in case is used.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -92,7 +98,10 @@ class WordVectors:
             raise ModelError(f"{self.what}: {error}") from None
 
     def embed(self, names: Sequence[str]) -> Tensor:
-        """Names -> float32 [len(names), dim]; reads the file once, keeping no more than the vectors of these words."""
+        """Embed names as float32 [len(names), dim].
+
+        Reads the file once and keeps only the vectors of these words.
+        """
         words = [re.findall(r"[^\W\d_]+", name.lower()) for name in names]
         known = self._find({word for name in words for word in name})
         result = torch.zeros(len(names), self.dim)
@@ -103,7 +112,7 @@ class WordVectors:
         return result
 
     def state_hash(self) -> str:
-        """sha256 of the file."""
+        """Return the sha256 of the file."""
         if not self.digest:
             self._find(set())
         return self.digest
@@ -115,7 +124,8 @@ class WordVectors:
         dim = int(first[1]) if header else len(first) - 1
         if dim < 1 or self._numbers(second if header else first, dim) is None:
             raise ModelError(
-                f"{self.what}: its first lines are not a word and its numbers; give a text file as of GloVe or word2vec"
+                f"{self.what}: its first lines are not a word and its numbers; "
+                "give a text file in the format of GloVe or word2vec"
             )
         return dim
 
@@ -130,11 +140,12 @@ class WordVectors:
                 continue
             fields = line.split()
             if len(fields) > self.dim + 1 or (number == 1 and len(fields) == 2):
-                continue  # a "word" with a space in it; word2vec's counts
+                continue  # a "word" with a space in it, or the first line of word2vec
             vector = self._numbers(fields, self.dim)
             if vector is None:
                 raise ModelError(
-                    f"{self.what}: line {number} is not a word and {self.dim} numbers; the file is damaged"
+                    f"{self.what}: line {number} is not a word and {self.dim} numbers; "
+                    "the file is damaged"
                 )
             found[key] = vector
         return cased | exact
@@ -159,7 +170,10 @@ class WordVectors:
 
 
 def text_encoder(config: TextConfig) -> TextEncoder | WordVectors:
-    """What embeds names: static vectors where `weights` is a file, else a language model. ModelError where it cannot be loaded."""
+    """Load the encoder of names: static vectors if `weights` is a file, else a language model.
+
+    Raises ModelError if it cannot be loaded.
+    """
     if (
         config.weights != "hub"
         and not config.weights.startswith("package:")
@@ -179,7 +193,8 @@ def _text_place(config: TextConfig, folder: str) -> str:
         )
         if not configs:
             raise ModelError(
-                f"encoders.text.weights {config.weights!r}: the package holds no model (no config.json)"
+                f"encoders.text.weights {config.weights!r}: "
+                "the package holds no model (no config.json)"
             )
         return str(configs[0].parent)
     uri = storage.normalize(config.weights)

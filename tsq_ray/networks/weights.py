@@ -1,4 +1,4 @@
-"""Weights of networks: read from a path, a URI or a package; put into a network; their identity."""
+"""Network weights: reading from a path, a URI or a package, loading into a network, hashing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _WEIGHT_FILES = (".safetensors", ".pth", ".pt")
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and values of a state dict: the identity of weights, whatever file they came in."""
+    """Return a sha256 over the names, dtypes, shapes and values of a state dict.
+
+    It identifies weights independently of their file format.
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -31,7 +34,10 @@ def hash_state(state: Mapping[str, Tensor]) -> str:
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """A state dict from a path, a URI or `package:NAME`; .safetensors, or a .pth with weights only."""
+    """Read a state dict from a path, URI or `package:NAME`.
+
+    Reads .safetensors, and .pth with weights only.
+    """
     uri = (
         _package_file(source.removeprefix("package:"))
         if source.startswith("package:")
@@ -49,14 +55,15 @@ def read_weights(source: str) -> dict[str, Tensor]:
             file.flush()
             state = torch.load(file.name, map_location="cpu", weights_only=True)
         return dict(state.get("state_dict", state))
-    except Exception as error:  # noqa: BLE001  three formats, each with errors of its own
+    except Exception as error:  # noqa: BLE001  each format raises its own errors
         raise ModelError(
-            f"weights {storage.redact(source)!r}: not readable as safetensors or a plain state dict ({type(error).__name__}); name such a file"
+            f"weights {storage.redact(source)!r}: not readable as safetensors or a plain state "
+            f"dict ({type(error).__name__}); give a file in one of these formats"
         ) from None
 
 
 def package_folder(name: str) -> Path:
-    """Where an installed Python package lies; ModelError if it is not installed."""
+    """Return the folder of a Python package; raises ModelError if it is not installed."""
     spec = importlib.util.find_spec(name.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
@@ -69,13 +76,17 @@ def _package_file(name: str) -> str:
     files = sorted(path for path in package_folder(name).rglob("*") if path.suffix in _WEIGHT_FILES)
     if len(files) != 1:
         raise ModelError(
-            f"weights 'package:{name}': expected one weights file in the package, found {len(files)}; name the file instead"
+            f"weights 'package:{name}': expected one weights file in the package, "
+            f"found {len(files)}; give the path of the file instead"
         )
     return str(files[0])
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load by name; where the names differ but the shapes agree one by one, by position. ModelError where neither fits."""
+    """Load by name, or by position if the names differ but the shapes agree in order.
+
+    Raises ModelError if neither fits.
+    """
     own = network.state_dict()
     if set(own) != set(state):
         skip = [key for key in state if key.endswith("num_batches_tracked")]
@@ -84,7 +95,8 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         if [tuple(value.shape) for value in values] != [tuple(own[name].shape) for name in names]:
             missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
             raise ModelError(
-                f"{what}: {len(missing)} tensors missing (first: {missing[:1]}), {len(extra)} unknown (first: {extra[:1]})"
+                f"{what}: {len(missing)} tensors missing (first: {missing[:1]}), "
+                f"{len(extra)} unknown (first: {extra[:1]})"
             )
         state = {
             **{key: own[key] for key in own if key not in names},
@@ -93,6 +105,7 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     wrong = [key for key in own if own[key].shape != state[key].shape]
     if wrong:
         raise ModelError(
-            f"{what}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)}, the network wants {tuple(own[wrong[0]].shape)}"
+            f"{what}: {wrong[0]} has shape {tuple(state[wrong[0]].shape)}, "
+            f"the network expects {tuple(own[wrong[0]].shape)}"
         )
     network.load_state_dict(dict(state))

@@ -1,4 +1,4 @@
-"""Predictions -> one self-contained HTML page (`build_report`); labels and chosen frames as files (`export_predictions`)."""
+"""Predictions as an HTML page (`build_report`), or as labels and frames (`export_predictions`)."""
 
 from __future__ import annotations
 

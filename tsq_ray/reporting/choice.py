@@ -1,7 +1,7 @@
-"""Which videos get a card, chosen from rows that come in blocks.
+"""Choose the videos that get a card, from rows that arrive in blocks.
 
-A candidate has `part` and `row` (its place), `video_id`, `verdict` (quality.py), `key` (its best class
-or, of a failed one, the reason) and `top_score`.
+A candidate has `part` and `row` (its place), `video_id`, `verdict` (quality.py), `key` (its best
+class or, if it failed, the reason) and `top_score`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from tsq_ray.quality import FAILED, RIGHT, UNLABELLED, WRONG
 
 
 def choose_shown(found: pa.Table, max_videos: int) -> pa.Table:
-    """The candidates with a card, in the page's order; the same whatever order the rows come in.
+    """Return the candidates that get a card, in page order; independent of the order of the rows.
 
-    All where they fit. Else the wrong ones (the most confident first) take up to half of the room
-    and the failed ones up to a sixth (one of each reason, then another of each); the others take
-    the rest, one of each predicted class, then another of each, and so on. Room that a group leaves
-    goes to the next of them in the order others, wrong, failed.
+    If not all fit, the wrong ones (most confident first) take up to half of the places and the
+    failed ones up to a sixth, cycling through the reasons. The others take the rest, cycling
+    through the predicted classes. Places that remain free go to others, wrong and failed, in that
+    order.
     """
     found, wrong, others, failed = _groups(found, max_videos)
     num_wrong, num_failed = min(len(wrong), max_videos // 2), min(len(failed), max_videos // 6)
@@ -30,9 +30,9 @@ def choose_shown(found: pa.Table, max_videos: int) -> pa.Table:
 
 
 def best_candidates(found: pa.Table, max_videos: int) -> pa.Table:
-    """At most 3 x `max_videos` candidates, those that `choose_shown` may take, whatever rows follow.
+    """Return up to 3 x `max_videos` candidates that `choose_shown` may take, whatever rows follow.
 
-    A row's turn only moves back as rows are added, so one that is left out now never comes in again.
+    More rows can only move a candidate back in its group, so one dropped here would never be taken.
     """
     return _take(*_groups(found, max_videos))
 
@@ -42,7 +42,7 @@ def _take(found: pa.Table, *groups: np.ndarray) -> pa.Table:
 
 
 def _groups(found: pa.Table, limit: int) -> tuple[pa.Table, np.ndarray, np.ndarray, np.ndarray]:
-    """The candidates by video_id; the first of those that are wrong, of the others and of the failed."""
+    """Return the candidates by video_id, and the first `limit` wrong, other and failed rows."""
     found = found.sort_by("video_id").combine_chunks()
     verdict, score = found["verdict"].to_numpy(), found["top_score"].to_numpy()
     wrong = np.flatnonzero(verdict == WRONG)
@@ -53,7 +53,10 @@ def _groups(found: pa.Table, limit: int) -> tuple[pa.Table, np.ndarray, np.ndarr
 
 
 def _by_turns(keys: pa.ChunkedArray, rows: np.ndarray) -> np.ndarray:
-    """By turns one of each key; within a key by video_id, which is a hash and so prefers no folder and no date."""
+    """Order rows round-robin over their keys.
+
+    Within a key they go by video_id, a hash, so that no folder or date is preferred.
+    """
     encoded = pc.rank(keys.take(pa.array(rows)), tiebreaker="dense").to_numpy().astype(np.int64)
     by_key = np.argsort(encoded, kind="stable")
     start_of_key = np.searchsorted(encoded[by_key], encoded[by_key])

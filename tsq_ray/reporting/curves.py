@@ -1,4 +1,7 @@
-"""Saliency over time as inline SVG. Widths are percentages and heights pixels, so that text keeps its size on a phone."""
+"""Saliency over time as inline SVG.
+
+Widths are percentages and heights pixels, so that text keeps its size on a phone.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,19 @@ PANEL_PX = 44
 HEAD_PX = 20
 AXIS_PX = 34
 FEW_POINTS = 24
-"""Up to so many frames each is drawn as a point on its curve."""
+"""Up to this many frames, each is drawn as a point on its curve."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A chosen frame: its time in seconds and who chose it."""
+    """A chosen frame: its time in seconds and the module or baseline that chose it."""
 
     pts_s: float
     by: str
 
 
 def time_text(seconds: float) -> str:
-    """12.4 s below two minutes, then m:ss or h:mm:ss."""
+    """Format a time: 12.4 s below two minutes, then m:ss or h:mm:ss."""
     if abs(seconds) < 120:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -44,10 +47,11 @@ def saliency_svg(
     chosen: Sequence[Mark],
     uniform_pts_s: Sequence[float],
 ) -> Markup:
-    """One panel a module with its saliency [T] against `pts_s` [T], and below them the axis in seconds.
+    """Draw one panel per module, its saliency [T] against `pts_s` [T], above an axis in seconds.
 
-    A module's own choices are dots on its curve, the uniform positions are ticks below the axis. Without any curve (the
-    baselines have none) the chosen frames are dots on the axis. Each panel runs from 0 to the module's own maximum.
+    A module's own choices are dots on its curve; the uniform positions are ticks below the axis.
+    Without any curve (the baselines have none) the chosen frames are dots on the axis. Each panel
+    runs from 0 to the module's own maximum.
     """
     axis = _Axis.over([*pts_s, *uniform_pts_s, *(mark.pts_s for mark in chosen)], duration_s)
     parts: list[str] = []
@@ -67,7 +71,8 @@ def saliency_svg(
         else "Chosen frames over time, in seconds"
     )
     return Markup(
-        f'<svg class="curve" role="img" aria-label="{label}" width="100%" height="{top + AXIS_PX}">{"".join(parts)}</svg>'
+        f'<svg class="curve" role="img" aria-label="{label}" width="100%" '
+        f'height="{top + AXIS_PX}">{"".join(parts)}</svg>'
     )
 
 
@@ -83,14 +88,14 @@ class _Axis:
         return cls(start, end if end > start else start + 1.0)
 
     def at(self, time: float) -> float:
-        """Percent of the width."""
+        """Return the position in percent of the width."""
         return 100 * (time - self.start) / (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Four to eight round times."""
+        """Return four to eight round times."""
         rough = (self.end - self.start) / 5
         step: float = 10 ** floor(log10(rough))
-        if rough >= 12:  # minutes and hours are round in sixties
+        if rough >= 12:  # round steps of minutes and hours are base 60
             step = next(
                 (s for s in (15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600) if s >= rough),
                 3600 * ceil(rough / 3600),
@@ -128,8 +133,9 @@ def _panel(
         f'<text x="100%" y="{top + 14}" text-anchor="end" class="quiet">highest {peak:.3g}</text>',
         f'<line class="base" x1="0" x2="100%" y1="{base + PANEL_PX}" y2="{base + PANEL_PX}"/>',
         *(_guide(axis, mark, base, own=mark.by == name) for mark in chosen),
-        # stretched to the width: only the curve itself, never text or dots
-        f'<svg x="0" y="{base}" width="100%" height="{PANEL_PX}" viewBox="0 0 1000 {PANEL_PX}" preserveAspectRatio="none" overflow="visible">',
+        # stretch only the curve to the width; text and dots would be distorted
+        f'<svg x="0" y="{base}" width="100%" height="{PANEL_PX}" viewBox="0 0 1000 {PANEL_PX}" '
+        'preserveAspectRatio="none" overflow="visible">',
         f'<polygon class="area" points="{first:.2f},{PANEL_PX} {line} {last:.2f},{PANEL_PX}"/>'
         if points
         else "",
@@ -149,7 +155,7 @@ def _panel(
 
 
 def _points(pts_s: Sequence[float], values: np.ndarray) -> list[tuple[float, float]]:
-    """Each source frame once (a short video repeats its frames to fill T), in time order."""
+    """Return each source frame once, in time order; a short video repeats frames to fill T."""
     found: dict[float, float] = {}
     for time, value in zip(pts_s, values, strict=True):
         if isfinite(time) and isfinite(value):
@@ -159,12 +165,18 @@ def _points(pts_s: Sequence[float], values: np.ndarray) -> list[tuple[float, flo
 
 def _guide(axis: _Axis, mark: Mark, base: int, own: bool) -> str:
     at = f"{axis.at(mark.pts_s):.2f}%"
-    return f'<line class="guide{" own" if own else ""}" x1="{at}" x2="{at}" y1="{base}" y2="{base + PANEL_PX}"/>'
+    return (
+        f'<line class="guide{" own" if own else ""}" x1="{at}" x2="{at}" '
+        f'y1="{base}" y2="{base + PANEL_PX}"/>'
+    )
 
 
 def _dot(axis: _Axis, mark: Mark, y: float) -> str:
     title = escape(f"{time_text(mark.pts_s)}, chosen by {mark.by}")
-    return f'<circle class="chosen {escape(mark.by)}" cx="{axis.at(mark.pts_s):.2f}%" cy="{y:.1f}" r="4.5"><title>{title}</title></circle>'
+    return (
+        f'<circle class="chosen {escape(mark.by)}" cx="{axis.at(mark.pts_s):.2f}%" cy="{y:.1f}" '
+        f'r="4.5"><title>{title}</title></circle>'
+    )
 
 
 def _axis(
@@ -182,7 +194,8 @@ def _axis(
     for time in uniform_pts_s:
         title = escape(f"{time_text(time)}, uniform")
         parts.append(
-            f'<rect class="uniform" x="{axis.at(time):.2f}%" y="{top + 2}" width="5" height="8" transform="translate(-2.5 0)"><title>{title}</title></rect>'
+            f'<rect class="uniform" x="{axis.at(time):.2f}%" y="{top + 2}" width="5" height="8" '
+            f'transform="translate(-2.5 0)"><title>{title}</title></rect>'
         )
     parts += [_dot(axis, mark, top) for mark in loose]
     return [*parts, "</g>"]

@@ -1,4 +1,4 @@
-"""Predictions -> files for other tools: labels as CSV and JSON lines, the chosen frames as JPEG."""
+"""Export predictions for other tools: labels as CSV and JSON Lines, chosen frames as JPEG."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _READ = (
     *("top_labels", "top_scores", "selected_slot", "selected_pts_s", "selected_by"),
 )
 _ROWS = 1000
-"""Rows that are Python objects at a time."""
+"""Rows converted to Python objects at a time."""
 
 
 def export_predictions(
@@ -50,24 +50,26 @@ def export_predictions(
 ) -> dict[str, Any]:
     """Write a predictions folder's labels and chosen frames below `out` (a folder or prefix).
 
-    - `labels.csv` and `labels.jsonl`: one row a video, the failed ones with their reason. UTF-8; in the CSV several values of a
-      cell are joined by `|`, and a cell that a spreadsheet would take for a formula (it begins with = + - @ or white
-      space that hides one) has an apostrophe in front.
-    - `frames/<video_id>/<slot>_<seconds>.jpg`: the chosen frames in the video's aspect, shorter side `size` pixels, or the video's own
-      where that is smaller. A video
-      that is gone or fails now is in `frames_missing.csv` with its reason.
+    - `labels.csv` and `labels.jsonl`: one row per video, failed ones with their reason. UTF-8. In
+      the CSV several values of a cell are joined by `|`, and a cell that a spreadsheet would take
+      for a formula (starting with = + - @ or white space that hides one) gets a leading apostrophe.
+    - `frames/<video_id>/<slot>_<seconds>.jpg`: the chosen frames in the video's aspect ratio,
+      shorter side `size` pixels, or the video's own if smaller. A video that is missing or fails to
+      decode is listed in `frames_missing.csv` with its reason.
 
-    Returns {"out", "videos", "failed" (videos without a label), "frames", "frames_missing" {error type: videos}, "files"}.
-    Raises UserError for an unknown `what`, RunError or StorageError where the predictions cannot be read or `out` not written.
+    Returns {"out", "videos", "failed" (videos without a label), "frames", "frames_missing"
+    {error type: videos}, "files"}. Raises UserError for an unknown `what`, RunError or StorageError
+    if the predictions cannot be read or `out` cannot be written.
     """
     unknown = [item for item in what if item not in WHAT]
     if unknown or not what:
         raise UserError(
-            f"export: {', '.join(unknown) or 'nothing'} cannot be exported; there is: {', '.join(WHAT)}"
+            f"export: {', '.join(unknown) or 'nothing'} cannot be exported; "
+            f"allowed: {', '.join(WHAT)}"
         )
     if size < 16:
         raise UserError(
-            f"export: size {size} is too small; the shorter side has at least 16 pixels"
+            f"export: size {size} is too small; the shorter side must have at least 16 pixels"
         )
     predictions = read_predictions(predictions_uri)
     out = storage.normalize(out)
@@ -96,11 +98,11 @@ def export_predictions(
 
 
 def csv_writer(file: BinaryIO, fields: Sequence[str]) -> Callable[[Mapping[str, Any]], None]:
-    """Write the header of a UTF-8 CSV; returns what writes a row.
+    """Write the header of a UTF-8 CSV and return a function that writes a row.
 
-    Text that a spreadsheet would run as a formula has an apostrophe in front.
+    Text that a spreadsheet would run as a formula gets a leading apostrophe.
     """
-    # CRLF, as RFC 4180 has it; a lone CR in a cell is then quoted
+    # CRLF line ends (RFC 4180), so that a lone CR in a cell is quoted
     writer = csv.DictWriter(codecs.getwriter("utf-8")(file), fields)
     writer.writeheader()
     return lambda row: writer.writerow({name: _harmless(value) for name, value in row.items()})
@@ -111,13 +113,14 @@ def _harmless(value: Any) -> Any:
 
 
 def _sides(predictions: Predictions, table: pa.Table, size: int) -> np.ndarray:
-    """int32 [N]: the shorter side of each video's frames, `size` or its own where that is smaller; 0 where it failed."""
+    """Return int32 [N], the shorter side of each video's frames: at most `size`; 0 if it failed."""
     for strange in table["video_id"].filter(
         pc.invert(pc.match_substring_regex(table["video_id"], _VIDEO_ID))
     ):
-        # it becomes a folder's name
+        # the id becomes a folder name
         raise RunError(
-            f"{storage.redact(predictions.uri)}: video_id {strange.as_py()!r}; allowed are 16 hex digits, score again"
+            f"{storage.redact(predictions.uri)}: video_id {strange.as_py()!r}; "
+            "allowed: 16 hex digits; score again"
         )
     found = np.full(len(table), size, np.int32)
     for name in ("width", "height"):
@@ -166,7 +169,7 @@ def _csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _json_line(row: Mapping[str, Any]) -> bytes:
-    """Floats as short as float32 allows: 0.9, not 0.8999999761581421."""
+    """Return a JSON line; floats are rounded to float32 precision: 0.9, not 0.8999999761581421."""
     rounded = {
         name: [round(value, 6) for value in row[name]] if row[name] is not None else None
         for name in ("top_scores", "selected_pts_s")
@@ -175,7 +178,7 @@ def _json_line(row: Mapping[str, Any]) -> bytes:
 
 
 def _export_frames(pictures: Iterable[Taken], out: str) -> tuple[int, Counter[str]]:
-    """How many frames were written, and the videos without any by their reason."""
+    """Write the frames; return their number and the count of videos without any, by reason."""
     frames, missing = 0, Counter[str]()
     with contextlib.ExitStack() as stack:
         for taken in pictures:
@@ -202,7 +205,7 @@ def _take(
     num_processes: int,
     progress: Progress | None,
 ) -> Iterator[Taken]:
-    """The frames of every video; those smaller than `size` by groups of their own size, so that nothing is blown up."""
+    """Yield the frames of every video, grouped by their shorter side so that none is upscaled."""
     firsts = (
         of_part[np.sort(np.unique(of_part, return_index=True)[1])].tolist() for of_part in sides
     )

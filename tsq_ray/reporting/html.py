@@ -1,4 +1,4 @@
-"""Predictions -> one self-contained HTML page: totals, failures, quality, and a card for each of up to `max_videos` videos."""
+"""Build one self-contained HTML page: totals, failures, quality and cards of some videos."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tsq_ray.reporting.predictions import Place, Predictions, read_predictions
 from tsq_ray.reporting.summary import Summary, summarize
 
 THUMBNAIL_PX = 120
-"""Shorter side of a picture: 160 x 120 for 4:3."""
+"""Shorter side of a thumbnail: 160 x 120 for 4:3."""
 JPEG_QUALITY = 78
 MAX_CLASSES_SHOWN = 12
 _LONG_KEYS = ("parts", "classes", "bundle_classes", "counts", "training_curve")
@@ -35,14 +35,16 @@ def build_report(
     num_processes: int = 2,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the page of a predictions folder to `out` (a path or URI) and return the figures it shows.
+    """Write the report of a predictions folder to `out` (a path or URI) and return its totals.
 
-    The page opens offline: pictures are data URIs, and its content security policy allows no request at all. Pictures are
-    decoded anew from the videos, with `num_processes` children; a video that is gone has a note instead. Which videos get
-    a card: `choice.choose_shown`. Raises RunError or StorageError where the predictions cannot be read.
+    The page opens offline: images are data URIs, and the content security policy forbids all
+    requests. Frames are decoded again from the videos by `num_processes` child processes; a missing
+    video has a note instead. `choice.choose_shown` picks up to `max_videos` videos for cards.
+    Raises RunError or StorageError if the predictions cannot be read.
 
-    Returns {"out", "inputs", "ok", "failed", "skipped", "adds_up", "failures" {type: n}, "warned", "judged", "top1", "map",
-    "map_interpolated", "unknown_labels" {name: n}, "shown", "without_pictures"}; metrics are None where they are not known.
+    Returns {"out", "inputs", "ok", "failed", "skipped", "adds_up", "failures" {type: n}, "warned",
+    "judged", "top1", "map", "map_interpolated", "unknown_labels" {name: n}, "shown",
+    "without_pictures"}; unknown metrics are None.
     """
     predictions = read_predictions(predictions_uri)
     summary = summarize(predictions, max_videos)
@@ -97,7 +99,7 @@ def _render(**context: Any) -> str:
     template = environment.from_string((files / "report.html.j2").read_text("utf-8"))
     return template.render(
         script=Markup(script), style=Markup(style), script_hash=digest, **context
-    )  # both are files of this package
+    )  # trusted: both are files of this package
 
 
 def _cards(
@@ -107,7 +109,7 @@ def _cards(
     num_processes: int,
     progress: Progress | None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """The cards in the order of `shown`, and how many of the ok ones have no pictures."""
+    """Return the cards in the order of `shown`, and the number of ok videos without pictures."""
 
     def wanted(row: Mapping[str, Any]) -> list[int]:
         uniform = uniform_slots(predictions.num_frames, budget)
@@ -161,7 +163,7 @@ def _reason(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _body(predictions: Predictions, taken: Taken, budget: int) -> dict[str, Any]:
-    """What the card of an ok video shows beyond its head: answer, strips and curves."""
+    """Return the rest of an ok video's card: predictions, film strips and curves."""
     row = taken.row
     labels = set(row["label_names"] or ())
     pts = [float(time) for time in row["frame_pts_s"]]
@@ -216,7 +218,7 @@ def _sampler(predictions: Predictions) -> Mapping[str, Any]:
 
 
 def _budget(predictions: Predictions, max_chosen: int) -> int:
-    """K by the settings, else the most frames that any video was given."""
+    """Return K from the settings, else the most frames chosen for any video."""
     sampler = _sampler(predictions)
     budget = sampler.get("max_budget" if sampler.get("budget") == "adaptive" else "budget")
     return (
@@ -232,7 +234,7 @@ def _sampler_name(predictions: Predictions) -> str:
 
 
 def _facts(predictions: Predictions, budget: int) -> list[tuple[str, str]]:
-    """What run this is, in a few words; what `_run.json` does not say is left out."""
+    """Return the key facts of the run; those missing from `_run.json` are left out."""
     run, config = predictions.run, predictions.config
     flat = flatten(config)
     versions = run.get("versions")
@@ -240,7 +242,7 @@ def _facts(predictions: Predictions, budget: int) -> list[tuple[str, str]]:
         ("Model", _uri_of(run.get("model") or run.get("bundle") or config.get("model"))),
         ("Manifest", _uri_of(run.get("manifest"))),
         ("Finished", str(run.get("ended") or "").replace("T", " ").replace("+00:00", " UTC")),
-        ("Frames looked at (T)", predictions.num_frames),
+        ("Candidate frames (T)", predictions.num_frames),
         (
             "Frames recognised (K)",
             f"adaptive, up to {budget}"
@@ -274,14 +276,17 @@ def _uri_of(value: Any) -> str | None:
 
 
 def _settings(run: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """All that `_run.json` records, but for the long lists that the page shows in another form."""
+    """Return everything in `_run.json` except long lists, which the page shows elsewhere."""
     flat = flatten({key: value for key, value in run.items() if key not in _LONG_KEYS})
     texts = ((key, storage.redact(str(value))) for key, value in sorted(flat.items()))
     return [(key, text if len(text) <= 300 else text[:300] + " …") for key, text in texts]
 
 
 def _training(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the model learned: the drawing, and each part of the loss in the first and the last epoch; None where the run does not say."""
+    """Return the plot of the training losses and each loss in the first and the last epoch.
+
+    None if the run has no `training_curve`.
+    """
     curve = run.get("training_curve")
     if not curve:
         return None
@@ -292,11 +297,11 @@ def _training(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _cost(summary: Summary) -> list[tuple[str, str]]:
-    """Mean time of a video in each step, and how much video there is."""
+    """Return the mean time per video of each step, and the total duration."""
     names = {
-        "decode_ms": "Mean decode",
-        "sample_ms": "Mean choice",
-        "recognize_ms": "Mean recognition",
+        "decode_ms": "Mean decoding time",
+        "sample_ms": "Mean sampling time",
+        "recognize_ms": "Mean recognition time",
     }
     found = [
         (names[name], f"{mean:,.0f} ms" if mean >= 10 else f"{mean:.1f} ms")
@@ -305,7 +310,7 @@ def _cost(summary: Summary) -> list[tuple[str, str]]:
     if seconds := summary.duration_s:
         found.append(
             (
-                "Video in all",
+                "Total duration",
                 f"{seconds / 3600:,.1f} h" if seconds >= 7200 else f"{seconds / 60:,.1f} min",
             )
         )

@@ -1,4 +1,4 @@
-"""The frames of scored videos taken anew, at another size, on the same slots."""
+"""Decode the frames of scored videos again, on the same slots, at another size."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ SPEC = "picture"
 _TOLERANCE_S = 0.05
 
 Progress = Callable[[int, int], None]
-"""Called with (videos done, videos in all)."""
+"""Called with (videos done, total videos)."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """The frames of one row: `slots` maps a slot to uint8 [H, W, 3] RGB. Without frames `error_type` and `note` say why."""
+    """The frames of one row: `slots` maps a slot to uint8 [H, W, 3] RGB.
+
+    Without frames, `error_type` and `note` give the reason.
+    """
 
     row: dict[str, Any]
     slots: dict[int, np.ndarray]
@@ -41,10 +44,11 @@ def take_pictures(
     size: int,
     num_processes: int,
 ) -> Iterator[Taken]:
-    """Decode the videos of `rows` again with the run's settings and yield them in that order with the slots that `wanted(row)` names.
+    """Decode the videos of `rows` again with the run's settings and yield them in order.
 
-    `size` is the shorter side in pixels. A video that is gone, has changed or fails now has a note in place of frames.
-    Few videos' frames are in memory at a time.
+    Each comes with the slots that `wanted(row)` names; `size` is the shorter side in pixels. A
+    video that is missing, changed or fails to decode has a note in place of frames. About
+    2 x `num_processes` videos are in memory at a time.
     """
     specs = {SPEC: FrameSpec(size=size, resize="keep", interpolation="bilinear")}
     waiting = iter(rows)
@@ -70,7 +74,7 @@ def _taken(
         return Taken(
             row,
             {},
-            "its frames do not lie where they lay when it was scored; score the video again",
+            "its frame times differ from those when it was scored; score the video again",
             "source_changed",
         )
     frames = decoded.frames[SPEC]
@@ -78,17 +82,17 @@ def _taken(
 
 
 def uniform_slots(num_frames: int, budget: int) -> list[int]:
-    """The K slots of the uniform baseline: floor((i + 0.5) T / K)."""
+    """Return the K slots of the uniform baseline: floor((i + 0.5) T / K)."""
     return [int((i + 0.5) * num_frames / budget) for i in range(budget)]
 
 
 def jpeg(frame: np.ndarray, quality: int) -> bytes:
-    """A frame [H, W, 3] as JPEG."""
+    """Encode a frame [H, W, 3] as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=quality, optimize=True)
     return buffer.getvalue()
 
 
 def data_uri(frame: np.ndarray, quality: int) -> str:
-    """A frame as a data: URI for <img src>."""
+    """Return a frame as a data: URI for <img src>."""
     return "data:image/jpeg;base64," + base64.b64encode(jpeg(frame, quality)).decode("ascii")

@@ -1,4 +1,4 @@
-"""Reads a predictions folder part by part, and what `_run.json` says about the run."""
+"""Read a predictions folder: its parts one at a time, and `_run.json`."""
 
 from __future__ import annotations
 
@@ -18,67 +18,67 @@ from tsq_ray.quality import ReadColumns
 from tsq_ray.schema import PREDICTIONS
 
 _ROW = [column.name for column in PREDICTIONS if column.name != "scores"]
-"""All columns but the score of every class, which no page and no export shows."""
+"""All columns but `scores`, the score of every class, which no page and no export shows."""
 
 Place = tuple[int, int]
-"""Where a row lies: the number of its part, and of the row in it."""
+"""Where a row lies: the number of its part, and its number in that part."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """A finished predictions folder. Rows stay in their parts, of which one is in memory at a time.
+    """A finished predictions folder; at most one part is in memory at a time.
 
-    `run` is `_run.json`, of which only `format` and `kind` are relied on.
+    `run` is `_run.json`; only its `format` and `kind` are required.
     """
 
     uri: str
     run: dict[str, Any]
     parts: list[str]
     schema: pa.Schema
-    """Of the first part; the others must agree in the columns that are read."""
+    """Schema of the first part; the others must agree in the columns that are read."""
     bundle_classes: list[str]
-    """The order of `scores`; empty where `_run.json` does not say."""
+    """The classes in the order of `scores`; empty if missing from `_run.json`."""
 
     @property
     def num_frames(self) -> int:
-        """T"""
+        """T, the number of frames (slots) per video."""
         return int(self.schema.field("frame_pts_s").type.shape[0])
 
     @property
     def config(self) -> dict[str, Any]:
-        """The run's settings, nested by section; empty where unknown."""
+        """The run's settings, nested by section; empty if unknown."""
         config = self.run.get("config") or self.run.get("identity")
         return config if isinstance(config, dict) else {}
 
     @property
     def has_scores(self) -> bool:
-        """Whether the rows carry the probability of every class (not with `--scores top`)."""
+        """Whether rows hold the probability of every class (not with `--scores top`)."""
         return "scores" in self.schema.names
 
     @property
     def readers(self) -> list[ReadColumns]:
-        """What reads some columns of each part."""
+        """For each part, a function that reads some of its columns."""
         return [partial(self.read, number) for number in range(len(self.parts))]
 
     def read(self, part: int, columns: list[str]) -> pa.Table:
-        """Some columns of one part. RunError where it does not fit the first one."""
+        """Read some columns of one part. Raises RunError if it does not match the first part."""
         uri = self.parts[part]
         table = runs.read_part(uri, columns)
         _check_columns(uri, table.column_names, columns)
         for field in table.schema:
             if field.type != self.schema.field(field.name).type:
                 raise RunError(
-                    f"{storage.redact(uri)}: {field.name} is {field.type}, but {self.schema.field(field.name).type} "
-                    "in the first part; were two runs mixed?"
+                    f"{storage.redact(uri)}: {field.name} is {field.type}, but "
+                    f"{self.schema.field(field.name).type} in the first part; were two runs mixed?"
                 )
         return table
 
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
-        """Some columns of one part after the other."""
+        """Read some columns, part by part."""
         return (self.read(number, columns) for number in range(len(self.parts)))
 
     def rows(self, places: Sequence[Place]) -> list[dict[str, Any]]:
-        """These rows as plain values without `scores`, tensors as flat numpy arrays or None."""
+        """Return these rows without `scores`: plain values, and tensors as flat arrays or None."""
         found: dict[Place, dict[str, Any]] = {}
         for part in sorted({part for part, _ in places}):
             numbers = [number for of, number in places if of == part]
@@ -87,12 +87,15 @@ class Predictions:
         return [found[place] for place in places]
 
     def part_rows(self, part: int, numbers: np.ndarray) -> Iterator[dict[str, Any]]:
-        """These rows of one part, as `rows`, made one by one."""
+        """Yield these rows of one part in the form of `rows`, one at a time."""
         table = self.read(part, _ROW).take(pa.array(numbers))
         return ({name: _cell(table[name], row) for name in _ROW} for row in range(len(table)))
 
     def decode_settings(self) -> DecodeConfig:
-        """The run's decode settings, so that frames taken anew fall on the same slots. ConfigError for a value that is not allowed."""
+        """Return the run's decode settings, so that frames decoded again fall on the same slots.
+
+        Raises ConfigError if a recorded value is not allowed.
+        """
         recorded = self.config.get("decode")
         known = {
             key: value
@@ -103,16 +106,18 @@ class Predictions:
 
 
 def read_predictions(uri: str) -> Predictions:
-    """Open a finished run, in a local folder or below an s3:// prefix: `_run.json` and the first part's columns.
+    """Open a finished run in a local folder or below an s3:// prefix.
 
-    Raises RunError where it is not finished, holds no predictions or does not fit together; StorageError where storage fails.
+    Reads `_run.json` and the first part's schema. Raises RunError if the run is not finished, holds
+    no predictions or is inconsistent; StorageError if storage fails.
     """
     uri = storage.normalize(uri)
     run = runs.read_run(uri, "predictions")
     parts = [part.uri for part in runs.list_parts(uri)]
     if not parts:
         raise RunError(
-            f"{storage.redact(uri)}: no part-*.parquet here, the run has no videos; name a folder that `tsq score` filled"
+            f"{storage.redact(uri)}: no part-*.parquet here, the run has no videos; "
+            "name a folder with the predictions of `tsq score`"
         )
     schema = runs.read_part(parts[0]).schema
     _check_columns(parts[0], schema.names, _ROW)
@@ -122,7 +127,8 @@ def read_predictions(uri: str) -> Predictions:
         width = int(schema.field("scores").type.shape[0])
         if width != len(bundle_classes):
             raise RunError(
-                f"{storage.redact(uri)}: scores of {width} classes, but {runs.RUN_FILE} names {len(bundle_classes)}; score again"
+                f"{storage.redact(uri)}: scores of {width} classes, but {runs.RUN_FILE} names "
+                f"{len(bundle_classes)}; score again"
             )
     return Predictions(uri, run, parts, schema, bundle_classes)
 
@@ -131,12 +137,13 @@ def _check_columns(uri: str, names: Sequence[str], wanted: Sequence[str]) -> Non
     missing = [name for name in wanted if name not in names]
     if missing:
         raise RunError(
-            f"{storage.redact(uri)}: these are not predictions, {missing[0]} is missing; name a folder that `tsq score` wrote"
+            f"{storage.redact(uri)}: these are not predictions, {missing[0]} is missing; "
+            "name a folder that `tsq score` wrote"
         )
 
 
 def video_source(row: dict[str, Any]) -> VideoSource:
-    """The video of a row, as the manifest saw it: a file that changed since is not taken for the one that was scored."""
+    """Return a row's video as recorded in the manifest, so that a changed file is detected."""
     return VideoSource(
         uri=row["uri"], size_bytes=row["size_bytes"], etag=row["etag"], modified=row["modified"]
     )

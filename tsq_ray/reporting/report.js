@@ -26,7 +26,7 @@
       visible === cards.length ? `${visible} videos` : `${visible} of ${cards.length} videos`;
     document.getElementById("none").hidden = visible > 0;
     for (const button of buttons) button.setAttribute("aria-pressed", String(button.dataset.show === show));
-    // the address carries the view, so that it survives a reload and can be passed on
+    // the URL holds the view, so that it survives a reload and can be shared
     const state = new URLSearchParams();
     if (show !== "all") state.set("show", show);
     if (sort.value !== "order") state.set("sort", sort.value);

@@ -1,4 +1,4 @@
-"""The figures of a report, counted part by part: accounting, quality where labels exist, who gets a card."""
+"""The contents of a report, counted part by part: totals, quality on labelled videos, cards."""
 
 from __future__ import annotations
 
@@ -39,40 +39,40 @@ _READ = [
     *("top_labels", "top_scores", "selected_slot", "duration_s", *_MILLISECONDS),
 ]
 _PENDING = 20_000
-"""Candidates that are gathered before the best of them are chosen."""
+"""Candidates collected before the best of them are chosen."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a report says of all rows."""
+    """What a report states about all rows."""
 
     totals: dict[str, Any]
-    """inputs = ok + failed + skipped, failures by error type and warnings, each most frequent first.
+    """inputs = ok + failed + skipped; failures by error type and warnings, most frequent first.
 
-    `skipped` and the expected number of inputs come from `_run.json`; `adds_up` is False where the
-    rows say something else."""
+    `skipped` and the expected counts come from `_run.json`; `adds_up` is False if the rows
+    contradict them."""
     quality: dict[str, Any]
-    """Top-1, mAP by both conventions, AP by class and the wrong top-1 pairs, over the ok videos with
-    a label that the bundle has.
+    """Top-1, mAP by both conventions, AP by class and the pairs confused at top-1, over the ok
+    videos with a label among the bundle's classes.
 
-    Labels are mapped by name to the bundle's classes; names it lacks are counted in `unknown_labels`
-    and left out. The mAP figures are None without `scores` or without the bundle's class order."""
+    Labels are mapped by name to those classes; other names are counted in `unknown_labels` and left
+    out. Both mAP values are None without `scores` or without the bundle's class order."""
     classes: list[tuple[str, int]]
     """How often each class is the best one, most frequent first."""
     failed: list[dict[str, Any]]
     """`uri`, `error_type` and `error_message` of the first failed rows."""
     means_ms: dict[str, float]
-    """Mean time of a video in each step, in milliseconds; a step that no row times is left out."""
+    """Mean time per video of each step, in milliseconds; steps that no row times are left out."""
     duration_s: float
-    """Of all videos together."""
+    """Total duration of all videos."""
     max_chosen: int
-    """The most frames that any video was given."""
+    """The most frames chosen for any video."""
     shown: list[tuple[Place, str]]
-    """Where each video with a card lies, and its verdict, in the page's order."""
+    """Place and verdict of each video with a card, in page order."""
 
 
 def summarize(predictions: Predictions, max_videos: int) -> Summary:
-    """Read the parts one after the other, the labelled ones with `scores` twice more, and count."""
+    """Summarise the parts, read one at a time; with labels and `scores`, read twice more."""
     tally = _Tally(predictions.bundle_classes, max_videos)
     for part, table in enumerate(predictions.tables(_READ)):
         tally.add(part, table)
@@ -95,7 +95,7 @@ def summarize(predictions: Predictions, max_videos: int) -> Summary:
 
 
 class _Tally:
-    """Counts of the rows so far; counters keep the order in which their keys were first met."""
+    """Counts of the rows so far; counters keep the order in which their keys first appeared."""
 
     def __init__(self, classes: Sequence[str], max_videos: int) -> None:
         self.classes, self.max_videos = classes, max_videos
@@ -112,7 +112,7 @@ class _Tally:
 
     @property
     def judged(self) -> int:
-        """Ok videos with a label that the bundle has."""
+        """Number of ok videos with a label among the bundle's classes."""
         return int(self.verdicts[RIGHT] + self.verdicts[WRONG])
 
     def add(self, part: int, table: pa.Table) -> None:
@@ -177,7 +177,7 @@ class _Tally:
         )
 
     def totals(self, run: dict[str, Any]) -> dict[str, Any]:
-        """`Summary.totals`."""
+        """Return `Summary.totals`."""
         recorded = run.get("counts")
         counts = recorded if isinstance(recorded, dict) else {}
         skipped = _whole(counts.get("skipped"), 0)
@@ -197,7 +197,7 @@ class _Tally:
         }
 
     def quality(self, figures: ClassFigures | None) -> dict[str, Any]:
-        """`Summary.quality`."""
+        """Return `Summary.quality`."""
         confusions = sorted(self.confusions.items(), key=lambda item: (-item[1], item[0]))
         right = int(self.verdicts[RIGHT])
         return {
@@ -215,7 +215,7 @@ class _Tally:
         }
 
     def shown(self) -> list[tuple[Place, str]]:
-        """`Summary.shown`."""
+        """Return `Summary.shown`."""
         chosen = choose_shown(pa.concat_tables(self._candidates), self.max_videos).to_pylist()
         return [((row["part"], row["row"]), VERDICTS[row["verdict"]]) for row in chosen]
 
@@ -236,7 +236,7 @@ def _candidates(part: int, table: pa.Table, verdict: np.ndarray, top: pa.Array) 
 
 
 def _reasons(table: pa.Table) -> pa.Array:
-    """The error types; `internal` where a row does not say."""
+    """Return the error types, `internal` if a row has none."""
     reasons = pc.fill_null(table["error_type"].combine_chunks(), "")
     return pc.if_else(pc.equal(reasons, ""), "internal", reasons)
 
@@ -262,7 +262,7 @@ def _per_class(classes: Sequence[str], figures: ClassFigures) -> list[dict[str, 
 
 
 def _general(warning: str) -> str:
-    """A warning without its numbers, so that the same kind is counted together."""
+    """Replace the numbers of a warning, so that warnings of one kind are counted together."""
     return " ".join("…" if _is_number(word) else word for word in warning.split())
 
 

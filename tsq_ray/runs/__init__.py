@@ -1,8 +1,8 @@
-"""Output folders, above all the run folder of extract and score: what is done, what is left, who writes, whether it adds up.
+"""Output folders, chiefly the run folder of `tsq extract` and `tsq score`.
 
-The names below are what the stages need. `done` reads the parts, `folder` writes them, `identity`
-tells whether it is the same work, `lease` who may write, `bulk` is one run from its first row to
-`_run.json`, `verify` checks it.
+`done` reads the parts of a run folder and `folder` writes them; `identity` decides whether two runs
+do the same work; `lease` keeps a second writer out; `bulk` is one run from its first row to
+`_run.json`; `verify` checks a finished run.
 """
 
 from tsq_ray.runs.bulk import BulkRun, Selection, todo_without_entering

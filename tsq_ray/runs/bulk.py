@@ -1,4 +1,4 @@
-"""One run over a manifest into a run folder, from what is to do to the accounting at the end."""
+"""One run over a manifest into a run folder, from selecting the videos to the final accounting."""
 
 from __future__ import annotations
 
@@ -37,10 +37,9 @@ from tsq_ray.runs.lease import Lease
 
 @dataclass(frozen=True)
 class Selection:
-    """The videos of a manifest that a run is asked for.
+    """The videos of a manifest that a run should process.
 
-    `split`: the one they were chosen by. `retry`: videos that failed for one of these reasons are
-    done again.
+    `split`: the split they were chosen by. `retry`: error types whose videos are processed again.
     """
 
     manifest: Manifest
@@ -56,19 +55,19 @@ class Selection:
         limit: int | None = None,
         retry_failed: str | None = None,
     ) -> Selection:
-        """Choose by `--split`, `--limit` and `--retry-failed` (UserError for an unknown name)."""
+        """Select by `--split`, `--limit` and `--retry-failed`; UserError for an unknown name."""
         wanted = choose_split(manifest, split)[:limit]
         return cls(manifest, wanted, split, retry_reasons(retry_failed))
 
     def todo(self, done: Done) -> VideoRows:
-        """The wanted videos that are still to do in a run folder, of which `done` is known."""
+        """Return the wanted videos that `done`, the rows of a run folder, does not settle."""
         return still_to_do(self.wanted, done, self.retry)
 
 
 def retry_reasons(retry: str | None) -> tuple[str, ...]:
-    """`--retry-failed [REASON]` as error types: none, all, or the one named.
+    """Return the error types that `--retry-failed [REASON]` selects: none, all, or the one named.
 
-    RunError for an unknown one.
+    Raises RunError for an unknown reason.
     """
     if retry is None:
         return ()
@@ -81,16 +80,17 @@ def retry_reasons(retry: str | None) -> tuple[str, ...]:
 
 
 def todo_without_entering(out: str, kind: Kind, selection: Selection) -> VideoRows:
-    """The videos that a run into `out` would do; writes nothing and heeds no lease.
+    """Return the videos that a run into `out` would process; write nothing and ignore the lease.
 
-    RunError if the folder belongs to something else, to another kind of run or manifest.
+    Raises RunError if the folder holds something else, another kind of run or the run of another
+    manifest.
     """
     check_folder(out, kind, selection.manifest)
     return selection.todo(read_done(out, selection.manifest))
 
 
 class BulkRun:
-    """One run over a manifest into the folder `out`, which it holds the lease of inside its `with`:
+    """One run over a manifest into the folder `out`, holding the folder's lease inside its `with`:
 
         with BulkRun(out, "features", identity, selection, config) as run:
             seconds = ...  # publish parts with the rows of run.todo
@@ -98,7 +98,7 @@ class BulkRun:
 
     `todo`: the wanted videos that have no row yet. Entering raises RunError if the folder belongs
     to other work, or if another run writes to it; `take_over` takes it from that run. `started`:
-    when the run began, in seconds since 1970; by default now.
+    start of the run in seconds since 1970; by default the current time.
     """
 
     todo: VideoRows
@@ -122,7 +122,7 @@ class BulkRun:
         self._done: Done | None = None
 
     def __enter__(self) -> BulkRun:
-        # before the lease: a folder of something else gets no file, and nobody waits for a refusal
+        # before taking the lease, which writes a file and may wait for another run
         check_folder(self.out, self.kind, self.selection.manifest, self.identity)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.lease)
@@ -137,22 +137,22 @@ class BulkRun:
         self._held.close()
 
     def find_todo(self) -> VideoRows:
-        """The wanted videos that have no row now."""
+        """Read the folder and return the wanted videos that have no row."""
         self._done = read_done(self.out, self.selection.manifest, self._done)
         todo = self.selection.todo(self._done)
         _free_memory()
         return todo
 
     def check(self) -> None:
-        """RunFailed if another run took the folder over: then nothing may be written any more."""
+        """Raise RunFailed if another run took over the folder, so that nothing more is written."""
         self.lease.check()
 
     def stop_if_lost(self) -> None:
-        """RunFailed if the last renewal found that another run took the folder over; asks no storage."""
+        """Raise RunFailed if the last renewal found the lease lost; does not access storage."""
         self.lease.stop_if_lost()
 
     def publish(self, table: pa.Table) -> str:
-        """Publish rows as one part of the folder; its name."""
+        """Publish rows as one part of the folder and return its name."""
         self.check()
         return write_part(self.out, table, self.config.output.compression)
 
@@ -161,10 +161,10 @@ class BulkRun:
         seconds: Mapping[str, float],
         more: Callable[[], Mapping[str, Any]],
     ) -> dict[str, Any]:
-        """Take out rows that do not count, do the accounting and write `_run.json`; its content.
+        """Remove rows that do not count, write `_run.json` and return its content.
 
-        `seconds`: by stage. `more`: further keys, asked for when the parts are final. RunFailed if
-        a wanted video has no row, another run took over, or storage fails.
+        `seconds`: time by stage. `more`: returns further keys; called once the parts are final.
+        Raises RunFailed if a wanted video has no row, another run took over, or storage fails.
         """
         with _storage_fails_the_run():
             return self._close(seconds, more)
@@ -192,7 +192,7 @@ class BulkRun:
         if lost:
             raise RunFailed(
                 f"{storage.redact(self.out)}: {len(lost)} of {len(wanted)} videos have no row "
-                f"(first: {storage.redact(lost[0].as_py())}); give the same command again"
+                f"(first: {storage.redact(lost[0].as_py())}); run the same command again"
             )
         return run
 
@@ -206,14 +206,14 @@ class BulkRun:
         counts: Mapping[str, Any],
         done: Done,
     ) -> bool:
-        """Whether `_run.json` says already what this run would write."""
+        """Whether `_run.json` already says what this run would write."""
         same_manifest = finished.get("manifest", {}).get("sha256") == self.selection.manifest.sha256
         if self.todo or not same_manifest or finished["counts"] != counts:
             return False
         return bool(done.counts().all()) and not outdated_labels(done)
 
     def _tidy(self, done: Done) -> Done:
-        """Take out rows that do not count and renew labels that changed; the rows that are left."""
+        """Remove rows that do not count, update changed labels and return the remaining rows."""
         compression = self.config.output.compression
         if not done.counts().all():
             prune(self.out, done, compression)
@@ -235,9 +235,9 @@ class BulkRun:
 
 
 def accounting(done: Done, split: str | None) -> dict[str, Any]:
-    """inputs = ok + failed + skipped, failures by reason.
+    """Count the rows such that inputs = ok + failed + skipped, with failures by reason.
 
-    What has no row was skipped by the split or by the limit.
+    Videos without a row were skipped by the split or by the limit.
     """
     manifest, rows = done.manifest, done.counting
     flags = rows["flags"]
@@ -261,9 +261,9 @@ def accounting(done: Done, split: str | None) -> dict[str, Any]:
 
 
 def _free_memory() -> None:
-    """Give back what Arrow keeps and what Ray Data leaves in reference cycles.
+    """Free Arrow's unused memory and the reference cycles that Ray Data leaves.
 
-    Of a large run some hundred megabytes.
+    A large run frees several hundred megabytes.
     """
     gc.collect()
     pa.default_memory_pool().release_unused()
@@ -274,5 +274,5 @@ def _storage_fails_the_run() -> Iterator[None]:
     try:
         yield
     except StorageError as error:
-        advice = "the rows are there, the run is not closed: give the same command again"
+        advice = "the rows are saved but the run is not closed: run the same command again"
         raise RunFailed(f"{error}; {advice}") from error

@@ -1,4 +1,7 @@
-"""Some columns of Parquet files, by two requests a remote file: the tensors of a part are a thousand times what is read here."""
+"""Read some columns of Parquet files, with two requests per remote file.
+
+The tensors of a part are a thousand times larger than the columns read here.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,22 @@ from tsq_ray import storage
 from tsq_ray.errors import RunError
 
 _TAIL_BYTES = 32 * 1024
-"""Fetched of the end of a file at first: most footers are shorter. A class name takes some 60 bytes of one."""
+"""First read from the end of a file; most footers fit, at about 60 bytes per class name."""
 _LENGTH_BYTES = 8
-"""Of what Parquet writes behind the footer: its length and a magic number."""
+"""Parquet's trailer after the footer: the footer's length and a magic number, 4 bytes each."""
 _COLUMN_READS = {"cache_type": "bytes", "block_size": 16 * 1024}
-"""Of some columns of a remote file: their own bytes, and not the tensors behind them."""
+"""Small blocks, so that reading some columns does not fetch the tensors behind them."""
 
 
 def read_part(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """One file, or some of its columns. RunError where it is not readable as Parquet."""
+    """Read one file or some of its columns. Raises RunError if it is not readable as Parquet."""
     options = {} if columns is None else _COLUMN_READS
     with storage.open_read(uri, **options) as file:
         return _read(uri, file, None, columns)
 
 
 def read_columns(files: Sequence[storage.StoredFile], columns: Sequence[str]) -> list[pa.Table]:
-    """The same columns of each of these files. RunError where one is not readable as Parquet."""
+    """Read the same columns of several files. Raises RunError if one is not readable as Parquet."""
     if not files or storage.is_local(files[0].uri):
         return [read_part(file.uri, columns) for file in files]
     pieces = _fetch(files, columns)
@@ -42,7 +45,10 @@ def read_columns(files: Sequence[storage.StoredFile], columns: Sequence[str]) ->
 def _fetch(
     files: Sequence[storage.StoredFile], columns: Sequence[str]
 ) -> dict[storage.StoredFile, tuple[io.RawIOBase, pq.FileMetaData]]:
-    """The bytes of these columns and the footer, of each file that is Parquet in one row group, as parts are."""
+    """Fetch the bytes of these columns and the footer of each file.
+
+    Leaves out files that are not Parquet with one row group, which all parts have.
+    """
     footers = {}
     for file, tail in zip(files, _tails(files), strict=True):
         with contextlib.suppress(pa.ArrowInvalid, OSError):
@@ -66,7 +72,8 @@ def _read(
     columns: Sequence[str] | None,
 ) -> pa.Table:
     with _named(uri), pq.ParquetFile(file, metadata=footer, pre_buffer=False) as parquet:
-        # both off: one of Arrow's threads may drop the file as the interpreter ends, which aborts the process
+        # no pre-buffering, no threads: an Arrow thread that releases the Python file object while
+        # the interpreter shuts down aborts the process
         return parquet.read(columns=columns, use_threads=False)
 
 
@@ -75,9 +82,8 @@ def _named(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # the disk's, and not Arrow's word for a broken page
+        # Arrow reports a corrupt page as an OSError without errno; one with errno is the disk's
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         said = " ".join(str(error).split())
         raise RunError(
@@ -86,7 +92,7 @@ def _named(uri: str) -> Iterator[None]:
 
 
 def _tails(files: Sequence[storage.StoredFile]) -> list[bytes]:
-    """The end of each file, with its whole footer."""
+    """Read the end of each file, including its whole footer."""
     tails = _ends(files, [min(_TAIL_BYTES, file.size_bytes) for file in files])
     needed = [int.from_bytes(tail[-_LENGTH_BYTES:-4], "little") + _LENGTH_BYTES for tail in tails]
     short = [
@@ -104,7 +110,7 @@ def _tails(files: Sequence[storage.StoredFile]) -> list[bytes]:
 
 
 def _ends(files: Sequence[storage.StoredFile], lengths: Sequence[int]) -> list[bytes]:
-    """The last `lengths` bytes of each file; none of an empty one."""
+    """Read the last `lengths` bytes of each file; a length of 0 reads nothing."""
     some = [(file, length) for file, length in zip(files, lengths, strict=True) if length]
     ranges = [(file.size_bytes - length, file.size_bytes) for file, length in some]
     found = iter(storage.read_ranges([file.uri for file, _ in some], ranges))
@@ -112,7 +118,10 @@ def _ends(files: Sequence[storage.StoredFile], lengths: Sequence[int]) -> list[b
 
 
 def _range_of(footer: pq.FileMetaData, columns: Sequence[str]) -> tuple[int, int]:
-    """From the first byte of these columns to the last; they lie side by side at the beginning of the row group."""
+    """Return the byte range [start, end) that spans these columns.
+
+    They are adjacent at the beginning of the row group, so the range holds little else.
+    """
     group = footer.row_group(0)
     chunks = [group.column(place) for place in range(group.num_columns)]
     chunks = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
@@ -127,7 +136,7 @@ def _range_of(footer: pq.FileMetaData, columns: Sequence[str]) -> tuple[int, int
 
 
 class _Piece(io.RawIOBase):
-    """A file of which only the bytes from `start` on are here, as many as `content` has."""
+    """A file of which only `content`, the bytes from `start` onwards, is available."""
 
     def __init__(self, content: bytes, start: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What the parts of a run folder hold, row by row in 18 bytes, and the one row of each video that counts.
+"""The rows of a run folder's parts, at 18 bytes each, and which row of each video counts.
 
-The same for ten videos and ten million: no step here makes an object a row.
+Scales to ten million videos because no step creates a Python object per row.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _BRIEF = [
     "warnings",
 ]
 _AT_A_TIME = 100
-"""Parts that are read and compared with the manifest together."""
+"""Parts read and compared with the manifest in one batch."""
 OK, FAILED, WARNED, OTHER_VERSION, RELABELLED = (1 << bit for bit in range(5))
-"""What `flags` says of a row: its status, whether it has warnings, whether the manifest names another version of the file, other labels or another split."""
+"""Bits of a row's `flags`: its status, whether it has warnings, and whether the manifest names
+another version of the file (OTHER_VERSION) or other labels or another split (RELABELLED)."""
 _UNKNOWN = ERROR_TYPES.index("internal")
 ROW = np.dtype(
     [
@@ -39,12 +40,13 @@ ROW = np.dtype(
         ("error", np.uint8),
     ]
 )
-"""A row of a part: `manifest.videos.keys_of` its id, its row in the manifest (-1: none), the number of its part, flags, and with which of ERROR_TYPES it failed, if it did."""
+"""A row of a part: the key of its id (`manifest.videos.keys_of`), its row in the manifest (-1:
+none), the number of its part, its flags, and the index in ERROR_TYPES of a failed row's error."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part that was read: `start` and `num_rows` say which rows are its own."""
+    """A part that was read; its rows are `num_rows` of `Done.rows` from `start`."""
 
     file: storage.StoredFile
     classes: list[str]
@@ -53,26 +55,27 @@ class Part:
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """Name of the part's file."""
         return storage.name_of(self.file.uri)
 
     @property
     def age_s(self) -> float:
-        """Orders rows of the same video: larger is newer."""
+        """Modification time as seconds since 1970, to order rows of a video; 0 if unknown."""
         return self.file.modified.timestamp() if self.file.modified else 0.0
 
 
 class Done:
-    """Every row of every part, part after part, and which of them count for a manifest."""
+    """Every row of every part, in the order of the parts, and which rows count for a manifest."""
 
     def __init__(self, manifest: Manifest, parts: list[Part], rows: np.ndarray) -> None:
         self.manifest, self.parts, self.rows = manifest, parts, rows
 
     @cached_property
     def row(self) -> np.ndarray:
-        """int32: for each manifest row the number of the row that counts, -1 where it has none.
+        """int32: for each manifest row, the number of the row that counts; -1 if none does.
 
-        Of the rows of a video: of the file as the manifest has it, ok before failed, newest first.
+        Of a video's rows for the manifest's version of the file, ok rows win over failed ones,
+        then the newest wins.
         """
         place = self.rows["place"]
         known = np.flatnonzero((place >= 0) & ~self.has(OTHER_VERSION))
@@ -86,7 +89,7 @@ class Done:
         return row
 
     def has(self, flag: int) -> np.ndarray:
-        """bool: whether each row has this flag."""
+        """Return whether each row has this flag (bool)."""
         return self.rows["flags"] & flag > 0
 
     @property
@@ -95,20 +98,23 @@ class Done:
         return self.rows[self.row[self.row >= 0]]
 
     def counts(self) -> np.ndarray:
-        """bool: whether each row counts."""
+        """Return whether each row counts (bool)."""
         mask = np.zeros(len(self.rows), bool)
         mask[self.row[self.row >= 0]] = True
         return mask
 
     def row_of(self, videos: VideoRows) -> np.ndarray:
-        """int32: as `row`, for these videos of the manifest."""
+        """Return `row` for these videos of the manifest."""
         if videos is self.manifest.rows:
             return self.row
         place = self.manifest.rows.places(videos.ids)
         return np.where(place >= 0, self.row[place], -1)
 
     def by_file(self) -> dict[storage.StoredFile, tuple[list[str], np.ndarray]]:
-        """Class names and rows of each part that can be told from one that was written again: not where storage gives neither an etag nor a time."""
+        """Return the class names and rows of each part that can be recognised when unchanged.
+
+        Leaves out parts for which storage gives neither an etag nor a modification time.
+        """
         parts = [part for part in self.parts if part.file.etag or part.file.modified]
         return {
             part.file: (part.classes, self.rows[part.start : part.start + part.num_rows])
@@ -118,12 +124,12 @@ class Done:
     def _best_first(self, numbers: np.ndarray) -> np.ndarray:
         part = self.rows["part"][numbers]
         age = np.array([part.age_s for part in self.parts])[part]
-        # parts are listed by name, so their numbers order as their names
+        # ties go to the last part by name: parts are listed, and so numbered, by name
         return numbers[np.lexsort((numbers, -part, -age, ~self.has(OK)[numbers]))]
 
 
 def list_parts(uri: str) -> list[storage.StoredFile]:
-    """The visible parts of a run folder."""
+    """List the published parts of a run folder."""
     files = storage.list_folder(storage.normalize(uri))
     return [
         file
@@ -133,7 +139,7 @@ def list_parts(uri: str) -> list[storage.StoredFile]:
 
 
 def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
-    """Every row of every part of a run folder; a part that is as it was in `known` is not read again."""
+    """Read every row of every part of a run folder, reusing parts unchanged since `known`."""
     files, before = list_parts(uri), known.by_file() if known is not None else {}
     parts: list[Part] = []
     found: list[np.ndarray] = [np.zeros(0, ROW)]
@@ -143,7 +149,7 @@ def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
         read = _read([file for file in some if file not in before], manifest)
         for file in some:
             classes, rows = before[file] if file in before else read[file]
-            # nearly all parts have the manifest's names: they share its list
+            # nearly all parts have the manifest's class names: sharing its list saves memory
             parts.append(
                 Part(
                     file,
@@ -162,7 +168,7 @@ def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
 def _read(
     files: Sequence[storage.StoredFile], manifest: Manifest
 ) -> dict[storage.StoredFile, tuple[list[str], np.ndarray]]:
-    """Class names and rows of each of these parts."""
+    """Read the class names and rows of each of these parts."""
     if not files:
         return {}
     tables = read_columns(files, _BRIEF)
@@ -175,7 +181,7 @@ def _read(
 
 
 def _compare(tables: Sequence[pa.Table], manifest: Manifest) -> np.ndarray:
-    """The tables' rows as `ROW`, without their parts."""
+    """Convert the tables' rows to `ROW` and set their flags; `part` is left at 0."""
     table = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
     rows = np.zeros(len(table), ROW)
     rows["key"] = keys_of(table["video_id"])
@@ -208,7 +214,11 @@ def _equals(column: pa.ChunkedArray, value: str) -> np.ndarray:
 
 
 def still_to_do(wanted: Sequence[VideoRef], done: Done, retry: Collection[str] = ()) -> VideoRows:
-    """The wanted videos without a row that counts; failed ones again where their reason is in `retry` or storage was unavailable."""
+    """Return the wanted videos without a row that counts, and failed ones that are retried.
+
+    A failure is retried if its reason is in `retry` or in RETRIED_ERROR_TYPES (storage was
+    unavailable).
+    """
     wanted = VideoRows.of(wanted)
     row = done.row_of(wanted)
     reasons = [
@@ -223,7 +233,7 @@ def still_to_do(wanted: Sequence[VideoRef], done: Done, retry: Collection[str] =
 
 
 def outdated_labels(done: Done) -> list[Part]:
-    """Parts whose rows have other labels, class names or splits than the manifest has now."""
+    """Return the parts whose labels, class names or splits differ from the manifest's."""
     rows = done.counting
     found = set(np.unique(rows["part"][rows["flags"] & RELABELLED > 0]).tolist())
     found |= {
@@ -235,7 +245,7 @@ def outdated_labels(done: Done) -> list[Part]:
 
 
 def _lists_differ(left: pa.ChunkedArray, right: pa.ChunkedArray) -> np.ndarray:
-    """bool: where two columns of lists of numbers differ; null is the same as empty."""
+    """Return where two columns of lists of numbers differ (bool); null equals empty."""
     sizes = [pc.fill_null(pc.list_value_length(column), 0).to_numpy() for column in (left, right)]
     differ = sizes[0] != sizes[1]
     alike = pa.array(~differ)

@@ -1,9 +1,9 @@
 """The run folder of extract and score: its configuration, its parts, `_run.json`.
 
-A part is published whole and named after the videos in it, so that a task that is run twice writes
-the same file twice. `_config.json` is written before the first part, `_run.json` after the last.
-What is done is read from the parts alone: a killed run leaves nothing else behind. Duplicate and
-outdated rows, which only kills and changed videos can leave, are taken out before `_run.json` is
+A part is published atomically and named after the videos in it, so that a task that runs twice
+writes the same file twice. `_config.json` is written before the first part, `_run.json` after the
+last. Progress is read from the parts alone: a killed run leaves nothing else behind. Duplicate and
+outdated rows, which only kills and changed videos can cause, are removed before `_run.json` is
 written.
 """
 
@@ -32,7 +32,7 @@ Kind = Literal["features", "predictions"]
 
 
 def read_json(uri: str) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
+    """Read a JSON object; None if the file does not exist."""
     try:
         data = storage.read_bytes(uri)
     except StorageError as error:
@@ -48,21 +48,26 @@ def read_json(uri: str) -> dict[str, Any] | None:
 
 
 def write_json(uri: str, content: Mapping[str, Any]) -> None:
-    """Publish a JSON object, readable by people."""
+    """Publish a JSON object, indented for reading."""
     storage.write_bytes(uri, (json.dumps(content, indent=1, default=str) + "\n").encode())
 
 
 def read_run(uri: str, kind: Kind | None = None) -> dict[str, Any]:
-    """`_run.json` of a finished run. RunError where `uri` is no run folder, is not finished, or is of another kind."""
+    """Read `_run.json` of a finished run.
+
+    Raises RunError if `uri` is not a run folder, its run is unfinished, or it is of another kind.
+    """
     uri = storage.normalize(uri)
     run = read_json(storage.join(uri, RUN_FILE))
     if run is None:
         if read_json(storage.join(uri, CONFIG_FILE)) is not None:
             raise RunError(
-                f"{storage.redact(uri)}: this run is not finished; give its command again, it resumes where it stopped"
+                f"{storage.redact(uri)}: this run is not finished; "
+                "run its command again, it resumes where it stopped"
             )
         raise RunError(
-            f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); name what extract or score wrote with --out"
+            f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); "
+            "name what extract or score wrote with --out"
         )
     check_format(uri, run)
     if kind is not None and run["kind"] != kind:
@@ -71,7 +76,7 @@ def read_run(uri: str, kind: Kind | None = None) -> dict[str, Any]:
 
 
 def check_format(uri: str, record: Mapping[str, Any]) -> None:
-    """Raise RunError if a run folder's `_run.json` or `_config.json` is not of this format."""
+    """Raise RunError if a run folder's `_run.json` or `_config.json` has another format."""
     found = record.get("format")
     if isinstance(found, int) and found > FORMAT:
         formats = f"format {found}; this version reads {FORMAT}"
@@ -82,7 +87,7 @@ def check_format(uri: str, record: Mapping[str, Any]) -> None:
 
 
 def begin(uri: str, kind: Kind, identity: Identity, manifest: Manifest) -> None:
-    """Make or enter a run folder. RunError as `check_folder`."""
+    """Create a run folder or check an existing one. Raises RunError as `check_folder` does."""
     if not check_folder(uri, kind, manifest, identity):
         content = {"format": FORMAT, "kind": kind, "manifest_id": manifest.id}
         write_json(storage.join(uri, CONFIG_FILE), {**content, "config": identity.parts})
@@ -94,10 +99,10 @@ def check_folder(
     manifest: Manifest,
     identity: Identity | None = None,
 ) -> bool:
-    """Check that a run may write to this folder; whether one has begun there already.
+    """Check that a run may write to this folder; return whether one has already begun there.
 
-    RunError if it is a file, holds something else, or belongs to another kind of run, a manifest of
-    other sources, another format or, with `identity`, another configuration.
+    Raises RunError if it is a file, holds something else, or belongs to another kind of run, a
+    manifest of other sources, another format or, with `identity`, another configuration.
     """
     shown = storage.redact(uri)
     if storage.is_file(uri):
@@ -108,7 +113,7 @@ def check_folder(
         return False
     check_format(uri, begun)
     if begun.get("kind") != kind:
-        raise RunError(f"{shown}: holds {begun.get('kind')}, not {kind}; take another --out")
+        raise RunError(f"{shown}: holds {begun.get('kind')}, not {kind}; use another --out")
     if begun.get("manifest_id") != manifest.id:
         what = "made from a manifest of other sources"
         raise RunError(f"{shown}: {what}; use that manifest or another --out")
@@ -122,17 +127,17 @@ def _refuse_foreign_files(uri: str) -> None:
     lease = storage.join(uri, LEASE_FILE)
     foreign = next((file.uri for file in files if file.uri != lease), None)
     if foreign is not None:
-        what = f"holds files of something else ({storage.redact(foreign)})"
-        raise RunError(f"{storage.redact(uri)}: {what}; take an empty folder")
+        what = f"holds files that are not a run's ({storage.redact(foreign)})"
+        raise RunError(f"{storage.redact(uri)}: {what}; use an empty folder")
 
 
 def part_name(video_ids: Iterable[str]) -> str:
-    """The name of the part that holds exactly these videos."""
+    """Return the name of the part that holds exactly these videos."""
     return f"part-{hashlib.sha256(','.join(sorted(video_ids)).encode()).hexdigest()[:20]}.parquet"
 
 
 def write_part(uri: str, table: pa.Table, compression: str) -> str:
-    """Publish a table as one part of the run folder; its name."""
+    """Publish a table as one part of the run folder and return its name."""
     name = part_name(table["video_id"].to_pylist())
     sink = pa.BufferOutputStream()
     pq.write_table(
@@ -146,12 +151,12 @@ def write_part(uri: str, table: pa.Table, compression: str) -> str:
 
 
 def reopen(uri: str) -> None:
-    """Take `_run.json` away before rows change: from here until `finish` the folder is not finished."""
+    """Remove `_run.json` before rows change: the run is unfinished until `finish`."""
     storage.remove(storage.join(uri, RUN_FILE))
 
 
 def prune(uri: str, done: Done, compression: str) -> int:
-    """Take out rows that do not count: duplicates, rows of changed and of deleted videos; how many went."""
+    """Remove duplicates and rows of changed or deleted videos; return how many were removed."""
     counts, written, stale = done.counts(), set(), []
     for part in done.parts:
         mask = counts[part.start : part.start + part.num_rows]
@@ -164,16 +169,16 @@ def prune(uri: str, done: Done, compression: str) -> int:
                     uri, read_part(storage.join(uri, part.name)).filter(pa.array(mask)), compression
                 )
             )
-    # what is left of one part may have taken the name of another one that has nothing left
+    # the remaining rows of one part may reuse the name of another stale part: keep that file
     for name in set(stale) - written:
         storage.remove(storage.join(uri, name))
     return int((~counts).sum())
 
 
 def relabel(uri: str, parts: Iterable[Part], done: Done, compression: str) -> None:
-    """Take labels, their names and splits of these parts from the manifest again; nothing else of a row changes.
+    """Update labels, label names and splits of these parts from the manifest.
 
-    Every row of the parts must count: prune first.
+    Nothing else in a row changes. Every row of the parts must count: prune first.
     """
     manifest = done.manifest
     for part in parts:

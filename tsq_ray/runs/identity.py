@@ -1,4 +1,4 @@
-"""Is it the same work? Everything that a result depends on, compared key by key with a record."""
+"""Everything that a result depends on, compared key by key with the record of an earlier run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that a result depends on, nested, as JSON gives it back."""
+    """Everything that a result depends on, nested, as JSON returns it."""
 
     parts: Mapping[str, Any]
 
     @classmethod
     def of(cls, **parts: Any) -> Identity:
-        """Make the identity of these parts; what JSON does not know becomes text."""
+        """Build an identity; values that JSON cannot represent become text."""
         return cls(json.loads(json.dumps(parts, default=str)))
 
     def differences(
@@ -33,10 +33,10 @@ class Identity:
         words: tuple[str, str] = ("there", "now"),
         free: Callable[[str], bool] = lambda key: False,
     ) -> str:
-        """Name at most five of the keys that an earlier record has otherwise; empty if none does.
+        """Name at most five keys whose values differ in an earlier record; empty if none do.
 
-        The record may be older than a setting: a key that one side lacks counts with its default.
-        `words` say whose value is whose; `free` keys may differ.
+        The record may predate a setting, so a key missing on one side has its default. `words`
+        label the record's value and this one's; keys for which `free` is true may differ.
         """
         was, now = flatten(before), flatten(self.parts)
         differ = [key for key in differing(was, now) if not free(key)]
@@ -46,9 +46,9 @@ class Identity:
         return "; ".join(islice(named, _SHOWN)) + more
 
     def refuse_other(self, before: Mapping[str, Any], uri: str, holds: str) -> None:
-        """Raise RunError if the folder `uri` has the record of other work.
+        """Raise RunError if `before`, the record in folder `uri`, is of other work.
 
-        `holds`: what it then holds, for the message, such as "holds another training".
+        `holds` describes the folder in the message, such as "holds another training".
         """
         differences = self.differences(before)
         if differences:

@@ -1,9 +1,9 @@
-"""Who writes to a run folder: one run at a time, which holds the folder's lease.
+"""The lease of a run folder, which only one run holds at a time and which permits writing.
 
-The lease is the file `_lease.json`, made by an exclusive create and rewritten while its run lives.
-A run that was killed leaves its lease behind. Another one takes it over: at once where the kernel
-says that its process is gone, otherwise once it has watched the lease for a while and nobody
-rewrote it, so that no two clocks are compared.
+The lease is the file `_lease.json`, created exclusively and rewritten while its run is alive. A
+killed run leaves its lease behind. Another run takes it over: immediately if the kernel reports
+that the process is gone, otherwise after watching the lease stay unchanged for a while. Watching
+avoids comparing the clocks of two machines; only a lease many minutes old is judged by its age.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from tsq_ray.errors import RunError, RunFailed, StorageError
 LEASE_FILE = "_lease.json"
 _TRIES = 10
 _held: set[str] = set()
-"""Ids of the leases that this process holds now."""
+"""Ids of the leases that this process holds."""
 
 
 @dataclass(frozen=True)
 class LeaseTimes:
-    """How often a lease is renewed and when it is taken for abandoned."""
+    """How often a lease is renewed, and when it counts as abandoned."""
 
     renew_s: float = 15.0
-    """Between two renewals."""
+    """Interval between renewals."""
     expire_s: float = 90.0
-    """Unchanged for so long while another run watches: abandoned."""
+    """A lease that stays unchanged this long while another run watches is abandoned."""
     stale_s: float = 600.0
-    """Not renewed for so long by the clock: abandoned without watching."""
+    """A lease last modified longer ago than this is abandoned, without watching."""
     poll_s: float = 3.0
-    """Between two looks of a run that watches."""
+    """Interval between reads while watching."""
 
 
 TIMES = LeaseTimes()
@@ -48,28 +48,28 @@ TIMES = LeaseTimes()
 
 @dataclass(frozen=True)
 class Holder:
-    """The run that a lease names, and the process it is."""
+    """The run that holds a lease, and its process."""
 
     id: str
     host: str
     boot_id: str | None
-    """Of the running kernel; None if the system does not tell."""
+    """Boot id of the running kernel; None if the system does not provide one."""
     pid_namespace: str | None
-    """What `pid` is counted in: containers of one machine may have the same host name."""
+    """Namespace of `pid`: containers on one machine may share a host name."""
     pid: int
     process_started: int | None
-    """Clock ticks from boot to the start of the process: a number may be used again."""
+    """Clock ticks from boot to the start of the process, because a pid can be reused."""
     started: str
 
     @classmethod
     def of_this_process(cls) -> Holder:
-        """A new run, of this process."""
+        """Create the holder for a new run in this process."""
         pid = os.getpid()
         return cls(uuid.uuid4().hex, *_machine(), pid, _start_of(pid), provenance.now())
 
     @classmethod
     def read(cls, data: bytes) -> Holder | None:
-        """The holder that a lease names, None if it is not readable."""
+        """Parse the holder from a lease; None if the content is not valid."""
         try:
             content = json.loads(data)
             found = cls(**{field.name: content[field.name] for field in fields(cls)})
@@ -78,15 +78,16 @@ class Holder:
         return found if isinstance(found.pid, int) else None
 
     def lease(self, renewals: int) -> bytes:
-        """The content of its lease after this number of renewals."""
+        """Return the content of the lease after this number of renewals."""
         return (json.dumps(asdict(self) | {"renewals": renewals}, indent=1) + "\n").encode()
 
     def is_alive(self) -> bool | None:
-        """Whether its process runs; None if that cannot be known from this machine."""
+        """Whether the holder's process runs; None if this machine cannot tell."""
         machine = self.host, self.boot_id, self.pid_namespace
         if machine != _machine() or None in (*machine, self.process_started):
             return None
-        if self.pid == os.getpid():  # it may have had a lease that it could not give back
+        # this process may have left behind a lease that it could not remove
+        if self.pid == os.getpid():
             return self.id in _held
         start = _start_of(self.pid)
         return None if start is None and _is_hidden(self.pid) else start == self.process_started
@@ -98,7 +99,7 @@ class Holder:
 class Lease:
     """The right to write to a run folder, held inside a `with` and renewed by a thread.
 
-    Entering raises RunError if another run holds it; `take_over` takes it from that run at once.
+    Entering raises RunError if another run holds it, unless `take_over` is set.
     """
 
     def __init__(self, folder: str, *, take_over: bool = False, times: LeaseTimes = TIMES) -> None:
@@ -122,19 +123,19 @@ class Lease:
         _held.discard(self.holder.id)
         self._ended.set()
         self._thread.join(self.times.poll_s)
-        if self._thread.is_alive():  # storage does not answer; the lease expires
+        if self._thread.is_alive():  # storage does not answer: let the lease expire
             return
         with contextlib.suppress(StorageError):
             if self._is_ours(self._read()):
                 storage.remove(self.uri)
 
     def check(self) -> None:
-        """Renew the lease now. RunFailed if another run has it: then nothing may be written."""
+        """Renew the lease. Raises RunFailed if another run has it: writing is then forbidden."""
         self._renew()
         self.stop_if_lost()
 
     def stop_if_lost(self) -> None:
-        """RunFailed if the last renewal found that another run has the lease."""
+        """Raise RunFailed if the last renewal found that another run has the lease."""
         if self._lost is not None:
             raise RunFailed(self._lost)
 
@@ -143,18 +144,18 @@ class Lease:
             if storage.create_bytes(self.uri, self._content):
                 return
             found = self._read()
-            if self._is_ours(found):  # the store's first answer was lost
+            if self._is_ours(found):  # created, but the response was lost and the retry failed
                 return
             if found is None or not self._is_abandoned(found):
                 continue
             if storage.replace_bytes(self.uri, found, self._content):
                 return
-        raise RunError(f"{storage.redact(self.uri)}: cannot be taken; look at it, then delete it")
+        raise RunError(f"{storage.redact(self.uri)}: cannot be taken; inspect it, then delete it")
 
     def _is_abandoned(self, found: bytes) -> bool:
-        """Whether the lease may be taken from its holder; False once it was given back.
+        """Whether the lease may be taken from its holder; False if it was released meanwhile.
 
-        RunError if its holder lives.
+        Raises RunError if the holder is alive.
         """
         holder = Holder.read(found)
         alive = holder.is_alive() if holder else None
@@ -168,7 +169,7 @@ class Lease:
         limit_s = self.times.expire_s
         print(  # noqa: T201
             f"waiting up to {limit_s:g} s for {holder or 'another run'}: it holds "
-            f"{storage.redact(self.folder)}; this run takes over unless that one shows life",
+            f"{storage.redact(self.folder)}; this run takes over unless that one renews its lease",
             file=sys.stderr,
             flush=True,
         )
@@ -185,7 +186,7 @@ class Lease:
     def _refusal(self, holder: Holder | None) -> RunError:
         return RunError(
             f"{storage.redact(self.folder)}: {holder or 'another run'} writes to this folder; "
-            "wait for it, stop it, or take the folder from it with --take-over",
+            "wait for it, stop it, or take over the folder with --take-over",
         )
 
     def _age_s(self) -> float:
@@ -211,7 +212,7 @@ class Lease:
 
     def _keep(self) -> None:
         while self._lost is None and not self._ended.wait(self.times.renew_s):
-            with contextlib.suppress(StorageError):  # storage may be away for a moment
+            with contextlib.suppress(StorageError):  # storage may be unavailable for a moment
                 self._renew()
 
     def _renew(self) -> None:
@@ -223,7 +224,8 @@ class Lease:
                 self._renewals, self._content = self._renewals + 1, content
                 return
             found = self._read()
-            if found is not None and self._is_ours(found):  # the store's first answer was lost
+            # replaced, but the response was lost and the retry failed
+            if found is not None and self._is_ours(found):
                 self._renewals, self._content = self._renewals + 1, found
             else:
                 self._lost = self._loss(found)
@@ -233,12 +235,12 @@ class Lease:
         now = f"{holder} has it" if holder else f"its {LEASE_FILE} is gone"
         return (
             f"{storage.redact(self.folder)}: another run took over this folder, {now}; "
-            "this run stops here: the parts that it finished stay, nothing else is written"
+            "this run stops: its finished parts are kept, nothing else is written"
         )
 
 
 def _machine() -> tuple[str, str | None, str | None]:
-    """Host name, boot id and the namespace of process numbers."""
+    """Return the host name, the boot id and the pid namespace."""
     boot_id = _read_or_none(Path("/proc/sys/kernel/random/boot_id"))
     try:
         namespace = os.readlink("/proc/self/ns/pid")
@@ -248,7 +250,7 @@ def _machine() -> tuple[str, str | None, str | None]:
 
 
 def _start_of(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process; None if it has ended."""
+    """Return the clock ticks from boot to the start of a process; None if it has ended."""
     stat = _read_or_none(Path(f"/proc/{pid}/stat"))
     if stat is None:
         return None
@@ -257,7 +259,7 @@ def _start_of(pid: int) -> int | None:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether a process runs that /proc does not show, since it is another user's."""
+    """Whether a process runs that /proc hides because it belongs to another user."""
     try:
         os.kill(pid, 0)
     except PermissionError:

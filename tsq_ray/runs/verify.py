@@ -1,4 +1,4 @@
-"""`tsq verify`: a run folder against its own accounting and against its manifest."""
+"""`tsq verify`: check a run folder against its own accounting and its manifest."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from tsq_ray.runs.done import FAILED, OK, OTHER_VERSION, Done, list_parts, read_
 from tsq_ray.runs.folder import RUN_FILE, part_name, read_run
 
 _SHOWN = 20
-"""Videos that are named of each kind of problem."""
+"""Videos named per kind of problem."""
 
 
 def verify(uri: str) -> dict[str, Any]:
-    """Check a run folder against its own accounting and, where it can be read, against its manifest.
+    """Check a run folder against its own accounting and, if it can be read, its manifest.
 
-    Returns {"uri", "kind", "counts", "checks", "problems"}; a run adds up when "problems" is empty.
-    Raises RunError where there is no finished run to verify.
+    Returns {"uri", "kind", "counts", "checks", "problems"}; a run adds up if "problems" is empty.
+    Raises RunError if `uri` holds no finished run.
     """
     uri = storage.normalize(uri)
     run = read_run(uri)
     problems = _check_parts(uri, run)
     if problems:
-        checks = ["parts", "counts", "rows and manifest not checked (the parts come first)"]
+        checks = ["parts", "counts", "rows and manifest not checked (repair the parts first)"]
     else:
         manifest, why_not = _manifest_of(run)
         done = read_done(uri, manifest or Manifest(VideoRows.of([]), []))
@@ -64,7 +64,8 @@ def _check_counts(run: Mapping[str, Any]) -> list[str]:
     counts, problems = run["counts"], []
     if counts["inputs"] != counts["ok"] + counts["failed"] + counts["skipped"]:
         problems.append(
-            f"inputs {counts['inputs']} != ok {counts['ok']} + failed {counts['failed']} + skipped {counts['skipped']}"
+            f"inputs {counts['inputs']} != ok {counts['ok']} + failed {counts['failed']} "
+            f"+ skipped {counts['skipped']}"
         )
     if run["status"] != "complete":
         problems.append(f"the run's status is {run['status']!r}")
@@ -95,7 +96,7 @@ def _check_part(uri: str, kind: str) -> list[str]:
     if missing:
         return [f"{name}: lacks the columns {missing}"]
     if name != part_name(table["video_id"].to_pylist()):
-        problems.append(f"{name}: its name does not fit the videos in it")
+        problems.append(f"{name}: its name does not match the videos in it")
     statuses = set(table["status"].to_pylist())
     if not statuses <= {"ok", "failed"}:
         problems.append(f"{name}: statuses {sorted(statuses)}")
@@ -115,7 +116,7 @@ def _check_part(uri: str, kind: str) -> list[str]:
 
 
 def _manifest_of(run: Mapping[str, Any]) -> tuple[Manifest | None, str]:
-    """The manifest that the run was made from, or why it is not compared with it."""
+    """Return the manifest that the run was made from, or None and why it cannot be compared."""
     try:
         manifest = read_manifest(run["manifest"]["uri"])
     except (ValueError, StorageError) as error:
@@ -133,15 +134,18 @@ def _check_manifest(run: Mapping[str, Any], done: Done) -> list[str]:
         )
     for ref in manifest.rows.take(place[done.has(OTHER_VERSION)][:_SHOWN]):
         problems.append(
-            f"video {ref.video_id} ({storage.redact(ref.uri)}): the row is of another version of the file"
+            f"video {ref.video_id} ({storage.redact(ref.uri)}): "
+            "the row is from another version of the file"
         )
     if run["counts"]["inputs"] != len(manifest.rows):
         problems.append(
-            f"the manifest has {len(manifest.rows)} videos, {RUN_FILE} says {run['counts']['inputs']}"
+            f"the manifest has {len(manifest.rows)} videos, "
+            f"{RUN_FILE} says {run['counts']['inputs']}"
         )
     lost = len(manifest.rows) - len(np.unique(place[place >= 0]))
     if lost != run["counts"]["skipped"]:
         problems.append(
-            f"{lost} videos of the manifest have no row, {RUN_FILE} says {run['counts']['skipped']} were skipped"
+            f"{lost} videos of the manifest have no row, "
+            f"{RUN_FILE} says {run['counts']['skipped']} were skipped"
         )
     return problems

@@ -1,1 +1,1 @@
-"""Ray for the stages that use it. Its modules import ray only when called."""
+"""What the stages need to run on Ray. The modules import ray only inside functions."""

@@ -1,4 +1,4 @@
-"""A bulk run on the cluster: its videos through Ray Data stages, its rows into parts."""
+"""A bulk run on the cluster: videos pass through Ray Data stages, rows are written as parts."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _PASSES = 3
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does with its videos, and who does it."""
+    """What a run does with its videos, and the pools that do it."""
 
     workers: Pool
-    """The pool that takes the videos."""
+    """The pool that the videos are sent to."""
     writers: Pool
     stage: Callable[[Any], Any]
     """Dataset of manifest rows -> dataset of transport tables."""
     schema: pa.Schema
-    """Of the rows."""
+    """Schema of the rows."""
     counts: Any
-    """The Counts actor that the workers count in."""
+    """The Counts actor that the workers report to."""
 
 
 def run_bulk(
@@ -42,11 +42,12 @@ def run_bulk(
     ticks: Sequence[Callable[[], None]] = (),
     app: str = "",
 ) -> dict[str, float]:
-    """Do the videos of `run.todo` and publish their rows; seconds by stage, summed over the rows.
+    """Process the videos of `run.todo`, publish their rows and return the seconds by stage.
 
-    Rows that were lost on their way, with a node for example, are made again. `ticks` are called
-    twice a second. `app`: the run's application in Serve, if it has one. Raises RunFailed where the cluster or storage fails, where there was no room on
-    the cluster for `session.wait_s`, or where another run took the folder over.
+    The seconds are summed over the rows. Rows lost in transit, with a node for example, are
+    computed again. `ticks` are called twice a second; `app` names the run's Serve application, if
+    it has one. Raises RunFailed if the cluster or storage fails, if the run has waited for room on
+    the cluster for longer than `session.wait_s`, or if another run has taken over the folder.
     """
     import ray
 

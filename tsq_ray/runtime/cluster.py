@@ -1,4 +1,4 @@
-"""Start or join a Ray cluster: its settings, its nodes, where its files go, its error messages."""
+"""Start or join a Ray cluster: settings, nodes, temporary files and error messages."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
 
 @contextlib.contextmanager
 def connect(session: Session = DEFAULT_SESSION) -> Iterator[Any]:
-    """Connect to the session's Ray cluster, or start one here, for the time of the `with`.
+    """Connect to the session's Ray cluster, or start one here, for the duration of the `with`.
 
-    A cluster that is already connected is used and left as it is. RunFailed if none can be started
-    or joined.
+    A cluster that is already connected is used and stays connected. Raises RunFailed if no cluster
+    can be started or joined.
     """
     address, debug = session.address, session.debug
     _set_environment(debug)
@@ -45,7 +45,7 @@ def connect(session: Session = DEFAULT_SESSION) -> Iterator[Any]:
         with _stdout_to_stderr(debug):
             yield ray
         return
-    # without an address Ray would join whatever head node runs on this machine
+    # without an address Ray would join any head node that runs on this machine
     place = address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if debug else logging.ERROR
     options: dict[str, Any] = {"address": place, "log_to_driver": debug, "logging_level": level}
@@ -55,7 +55,7 @@ def connect(session: Session = DEFAULT_SESSION) -> Iterator[Any]:
         _check_reachable(place)
         with contextlib.nullcontext() if debug else _silent_stderr():
             ray.init(**options)
-    except Exception as error:  # Ray raises the bare class, too
+    except Exception as error:  # Ray also raises plain Exception
         if place == "local":
             raise RunFailed(_why_start_failed(error)) from error
         raise RunFailed(_why_joining_failed(error, place, bool(address))) from error
@@ -67,7 +67,10 @@ def connect(session: Session = DEFAULT_SESSION) -> Iterator[Any]:
 
 
 def read_cluster(ray: Any, config: Config) -> Cluster:
-    """The alive nodes of the connected cluster, and what `resources.node_types` says can be started."""
+    """Return the connected cluster: its live nodes and the nodes it can still start.
+
+    The latter come from `resources.node_types`.
+    """
     nodes, groups = [], []
     for node in ray.nodes():
         if not node["Alive"]:
@@ -87,10 +90,10 @@ def read_cluster(ray: Any, config: Config) -> Cluster:
 
 @contextlib.contextmanager
 def asking_for_nodes(ray: Any, placed: Layout, config: Config) -> Iterator[None]:
-    """Ask the autoscaler for the nodes that the layout can use, for the time of the `with`.
+    """Ask the autoscaler for the nodes that the layout can use, for the duration of the `with`.
 
-    For actors that are started only when their nodes are there. The autoscaler knows one request,
-    the last, and Ray Data sends its own: so this one is repeated.
+    Needed for actors that are started only once their nodes exist. The autoscaler remembers only
+    the last request, and Ray Data sends its own, so this one is repeated.
     """
     found = read_cluster(ray, config)
     if not (found.grows or found.launchable):
@@ -117,38 +120,41 @@ def asking_for_nodes(ray: Any, placed: Layout, config: Config) -> Iterator[None]
 
 
 def quiet_data(debug: bool = False) -> Any:
-    """Ray Data's context with its own bars and chatter off: our progress is shown instead."""
+    """Turn off Ray Data's progress bars and log output, which ours replace; return its context."""
     import ray
 
-    # RETRIES have no named parameters; Ray Data's source names these very arguments as the way
+    # map_batches has no named parameters for RETRIES; Ray Data's source says to pass them this way
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = debug
     context.execution_options.preserve_order = False
-    # the run itself says what it waits for, and --wait-s ends it
+    # the run itself reports what it waits for, and --wait-s ends the wait
     context.execution_no_progress_timeout_s = 365 * 24 * 3600
     context.max_consecutive_actor_init_deaths = _MAX_INIT_DEATHS
     if not debug:
         for name in ("ray.data", "ray.train", "ray.serve", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        # a failed run ends with one line of ours, not with Ray Data's traceback before it
+        # a failed run ends with our one line, without Ray Data's traceback before it
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     return context
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What a Ray error is about: the exception the user's code raised, under Ray's wrappers."""
+    """Return the exception that the user's code raised, without Ray's wrappers."""
     seen = error
     while True:
         inner = getattr(seen, "cause", None) or seen.__cause__
-        # Ray Data names an empty exception as the cause of one that is not the user's
+        # Ray Data sets an empty exception as the cause of errors that are not the user's
         if inner is None or inner is seen or not (str(inner) or inner.__cause__):
             return seen
         seen = inner
 
 
 def run_failed(error: BaseException, doing: str) -> TsqError:
-    """A one-line error for what came out of Ray; an error of this package keeps its kind, but storage that fails in mid-run is a failed run."""
+    """Turn an error raised by Ray into a one-line error of this package.
+
+    An error of this package keeps its class, except that a storage error in mid-run is RunFailed.
+    """
     cause = root_cause(error)
     if isinstance(cause, StorageError):
         return RunFailed(str(cause))
@@ -156,31 +162,35 @@ def run_failed(error: BaseException, doing: str) -> TsqError:
         return cause
     last = str(cause).strip().splitlines()
     return RunFailed(
-        f"{doing} failed: {type(cause).__name__}: {last[-1] if last else ''}; give the same command again to go on (--debug shows more)"
+        f"{doing} failed: {type(cause).__name__}: {last[-1] if last else ''}; "
+        "run the same command again to resume (--debug shows more)"
     )
 
 
 def _set_environment(debug: bool) -> None:
-    """What Ray and the processes that it starts read from the environment."""
+    """Set the environment variables that Ray and its processes read."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    # a worker's report waits until it is fetched: with Ray's 2 s a checkpoint would cost more than
-    # a short epoch
+    # a worker's report blocks until it is fetched: at Ray's default of 2 s a checkpoint would take
+    # longer than a short epoch
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    # usage statistics would be a request to the outside that nobody asked for
+    # usage statistics would be sent over the network without the user's consent
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # after an interrupt a thread that still runs must not start another Ray
+    # after an interrupt, a thread that is still running must not start Ray again
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if not debug:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
 
 
 def _temp_dir() -> str:
-    """The folder for Ray's files: below RAY_TMPDIR or TMPDIR, as Ray would choose it, where its
-    sockets fit there; else a short folder of this user's own.
+    """Return the folder for Ray's files.
+
+    It is below RAY_TMPDIR or TMPDIR, as Ray itself would choose, if the paths of Ray's sockets fit
+    there, else a private folder with a short path. Raises RunFailed if RAY_TMPDIR is too long or no
+    private folder can be made.
     """
     asked = os.environ.get("RAY_TMPDIR")
-    # Ray itself starts nothing, and says so after 30 s, where the path is relative
+    # given a relative path, Ray fails to start and reports it only after 30 s
     folder = os.path.abspath(asked or os.environ.get("TMPDIR") or "/tmp")
     allowed = _MAX_SOCKET_PATH - len(_LONGEST_SOCKET.format(pid=os.getpid()))
     length = len(os.fsencode(folder))
@@ -193,7 +203,7 @@ def _temp_dir() -> str:
     for base in _SHORT_FOLDERS:
         own = os.path.join(base, f"tsq-ray-{os.getuid()}")
         if _is_private_folder(own):
-            note = f"{what}: Ray's files go to {own}; RAY_TMPDIR names another folder"
+            note = f"{what}: Ray's files go to {own}; set RAY_TMPDIR to choose another folder"
             print(note, file=sys.stderr)  # noqa: T201
             return os.path.join(own, "ray")
     places = ", ".join(_SHORT_FOLDERS)
@@ -201,7 +211,7 @@ def _temp_dir() -> str:
 
 
 def _is_private_folder(path: str) -> bool:
-    """Make the folder where it is missing; False where others could put something there."""
+    """Create the folder if it is missing; return whether this user alone can write to it."""
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
         found = os.lstat(path)
@@ -212,7 +222,7 @@ def _is_private_folder(path: str) -> bool:
 
 
 def _check_reachable(address: str) -> None:
-    """OSError where nobody listens at `[ray://]host:port`; Ray itself would try for five minutes."""
+    """Raise OSError if nothing listens at `[ray://]host:port`; Ray would retry for five minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
@@ -220,14 +230,14 @@ def _check_reachable(address: str) -> None:
 
 
 def _why_joining_failed(error: Exception, place: str, is_argument: bool) -> str:
-    """What is wrong with the address, and what to do about it."""
+    """Say what is wrong with the address and what to do about it."""
     named = f"--address {place}" if is_argument else f"RAY_ADDRESS={place}"
     otherwise = "leave --address out" if is_argument else "unset RAY_ADDRESS"
     if isinstance(error, OSError):
         what, remedy = "no Ray cluster answers there", "start one with: ray start --head"
     else:
         what = "that Ray cluster cannot be joined"
-        remedy = "check the address, and that the cluster has this Python and this Ray"
+        remedy = "check the address, and that the cluster has the same Python and Ray versions"
     return f"{named}: {what} ({one_line(error)}); {remedy}, or {otherwise} to start Ray here"
 
 
@@ -235,33 +245,30 @@ def _why_start_failed(error: Exception) -> str:
     said = one_line(error)
     if "timed out" in said:
         advice = (
-            "the machine is too busy: give the same command again when less runs here, or let Ray "
-            "wait longer than its 30 s with RAY_raylet_start_wait_time_s=120"
+            "the machine is too busy: run the same command again when it is less loaded, "
+            "or let Ray wait longer than its 30 s with RAY_raylet_start_wait_time_s=120"
         )
     elif isinstance(error, OSError) and error.filename is not None:
-        advice = "set RAY_TMPDIR to a folder of yours that has some room"
+        advice = "set RAY_TMPDIR to a folder that you can write to and that has free space"
     else:
-        advice = "--debug shows what Ray says"
+        advice = "--debug shows Ray's own output"
     return f"Ray could not be started here ({said}); {advice}"
 
 
 def one_line(error: BaseException) -> str:
-    """The beginning of an error's text."""
+    """Return the first 200 characters of an error's text, on one line."""
     return " ".join(str(error).split())[:200]
 
 
 @contextlib.contextmanager
 def _stdout_to_stderr(debug: bool) -> Iterator[None]:
-    """Move what Ray prints about its nodes and workers from stdout to stderr.
-
-    stdout is for the summary alone.
-    """
+    """Send what Ray prints about its nodes and workers to stderr: stdout is for the summary."""
     with contextlib.redirect_stdout(sys.stderr if debug else _FirstLines(sys.stderr)):
         yield
 
 
 class _FirstLines(io.TextIOBase):
-    """The first line of each text: the news of a lost node comes with twenty more of its log."""
+    """Pass on the first line of each text: Ray adds 20 log lines to a report of a lost node."""
 
     def __init__(self, sink: TextIO) -> None:
         self._sink = sink
@@ -278,7 +285,10 @@ class _FirstLines(io.TextIOBase):
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Ray's C++ core announces its log level on stderr; errors of ray.init come as exceptions."""
+    """Silence stderr during ray.init, where Ray's C++ core announces its log level.
+
+    No error is lost: ray.init raises exceptions.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

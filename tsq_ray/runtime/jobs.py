@@ -1,4 +1,4 @@
-"""Ray jobs: send a command line to a cluster, follow it."""
+"""Ray jobs: submit a command line to a cluster and follow it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from tsq_ray.runtime.cluster import one_line
 def submit_job(
     argv: Sequence[str], address: str | None, env: Mapping[str, str] | None = None
 ) -> str:
-    """Submit `tsq ARGV` as a Ray job; its id. The package travels with it. RunFailed where the cluster does not answer."""
+    """Submit `tsq ARGV` as a Ray job, together with this package, and return the job's id.
+
+    Raises RunFailed if the cluster does not answer.
+    """
     from ray.job_submission import JobSubmissionClient
 
     where = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
@@ -32,18 +35,23 @@ def submit_job(
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RunFailed(
-            f"--submit to {where}: {one_line(error)}; check {named_by} and that the cluster's dashboard is up"
+            f"--submit to {where}: {one_line(error)}; "
+            f"check {named_by} and that the cluster's dashboard is up"
         ) from error
 
 
 def follow_job(job_id: str, address: str | None) -> str:
-    """Print a job's log until it ends; its final status. RunFailed where the user will not wait."""
+    """Print a job's log until it ends and return its final status.
+
+    Raises RunFailed if the user interrupts; the job keeps running.
+    """
     try:
         return _follow(job_id, address)
     except KeyboardInterrupt:
         see, end = f"ray job logs --follow {job_id}", f"ray job stop {job_id}"
         raise RunFailed(
-            f"no longer followed; the job runs on: see `{see}`, end it with `{end}`"
+            "stopped following the job, which keeps running: "
+            f"follow it with `{see}`, stop it with `{end}`"
         ) from None
 
 

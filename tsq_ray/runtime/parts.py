@@ -1,4 +1,4 @@
-"""Blocks of videos for Ray Data, and the parts of the run folder that its last stage writes."""
+"""Blocks of videos that Ray Data reads, and parts of the run folder that its last stage writes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from tsq_ray.manifest import VideoRef, VideoRows
 from tsq_ray.runtime.nodes import Pool
 
 RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
-"""Of a stage's workers. Ray Data's own are endless: a batch that kills its worker each time would never end the run.
+"""Retry limits of a stage's workers.
 
-A lost node takes many: until Ray believes that it is gone, 10 to 30 s, every task sent to it is tried again about once a second.
+By default Ray Data retries without limit, and a batch that always kills its worker would keep the
+run from ever ending. A lost node uses up many retries: for the 10 to 30 s until Ray declares it
+dead, every task sent to it is retried about once a second.
 """
 STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = (
     "_decode_s",
@@ -28,27 +30,27 @@ STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = (
     "_sample_s",
     "_recognize_s",
 )
-"""Columns that carry a row's seconds in each stage up to `write_parts`; they are not written."""
+"""Columns that carry a row's seconds in each stage as far as `write_parts`, which drops them."""
 MAX_BLOCK_ROWS = 128
-"""What a lost worker does again at most."""
+"""Most rows that are computed again when a worker is lost."""
 _BLOCKS_PER_WORKER = 16
 _MAX_BLOCKS = 20_000
-"""Of one execution: each costs the driver 9 kB, and some milliseconds before the first one runs."""
+"""Blocks per execution: each costs the driver 9 kB, and delays the first by some milliseconds."""
 _HAND_ON_BATCHES = 4
 _MIN_PART_ROWS = 128
 _PARTS_OF_LARGE_RUN = 1000
 _OTHER_BYTES = 300
-"""Of a row without its tensors: URI, codec, numbers, warnings."""
+"""Size of a row without its tensors: URI, codec, numbers, warnings."""
 _MIB = 2**20
 T = TypeVar("T")
 ROWS = "rows"
-"""Among what `write_parts` sums up: the rows that were written."""
+"""Key of the number of written rows, among the sums that `write_parts` returns."""
 _ERROR, _WRITE = "error", "write"
 _WRITE_WAITS_S = (5, 10, 20, 40)
 
 
 def pool_options(pool: Pool) -> dict[str, Any]:
-    """Arguments of `map_batches` that run a stage as this pool."""
+    """Return the `map_batches` arguments that run a stage on this pool."""
     import ray
 
     compute = ray.data.ActorPoolStrategy(
@@ -64,7 +66,10 @@ def pool_options(pool: Pool) -> dict[str, Any]:
 
 
 def executions(todo: Sequence[VideoRef], workers: int) -> Iterator[Any]:
-    """The videos to do as Ray datasets of manifest rows, the largest files first; mostly one."""
+    """Yield the videos to process as Ray datasets of manifest rows, the largest files first.
+
+    A run of up to _MAX_BLOCKS blocks is a single dataset.
+    """
     import ray
 
     rows = VideoRows.of(todo)
@@ -76,18 +81,20 @@ def executions(todo: Sequence[VideoRef], workers: int) -> Iterator[Any]:
             table.slice(start - ends[0], end - start)
             for start, end in itertools.pairwise(ends.tolist())
         ]
-        # Not read from a file: reading asks for a whole free CPU, which a small cluster full of workers never has. And not by
-        # `from_arrow`: that sends each block to a task of its own to count its rows, three times the time and 50 kB a block.
+        # from_blocks, because reading a file asks for a whole free CPU, which a small cluster full
+        # of workers never has, and from_arrow sends each block to a task of its own to count its
+        # rows, which takes three times as long and 50 kB per block
         data = ray.data.from_blocks(blocks)
-        del table, blocks  # they are in Ray's object store now
+        del table, blocks  # Ray's object store holds them
         yield data
 
 
 def cut_blocks(sizes: np.ndarray, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order in which videos of these sizes are done, the largest first, and the bounds of the blocks in it.
+    """Order videos of these sizes, the largest first, and cut the order into blocks.
 
-    A block is what a worker takes at a time. It has at most MAX_BLOCK_ROWS videos and, so that
-    nobody is left alone with all the large files, at most its share of the bytes.
+    Returns the order and the bounds of the blocks in it. A block is what a worker takes at a time:
+    at most MAX_BLOCK_ROWS videos and at most its share of the bytes, so that no worker ends up with
+    all the large files.
     """
     order = np.argsort(-sizes, kind="stable")
     blocks = _BLOCKS_PER_WORKER * max(1, workers)
@@ -103,7 +110,7 @@ def cut_blocks(sizes: np.ndarray, workers: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def row_bytes(arrow: pa.Schema) -> int:
-    """Bytes of a row of this schema before compression, nearly."""
+    """Return the approximate size of a row of this schema in bytes, before compression."""
     total = _OTHER_BYTES
     for column in arrow:
         if isinstance(column.type, pa.FixedShapeTensorType):
@@ -112,7 +119,7 @@ def row_bytes(arrow: pa.Schema) -> int:
 
 
 def part_rows(arrow: pa.Schema, output: OutputConfig, videos: int) -> int:
-    """Rows of a part: what `output` asks for, and of a large run no more than a thousandth."""
+    """Return the rows per part: as `output` says, but at most a thousandth of a large run."""
     if output.rows_per_file:
         return output.rows_per_file
     fill = max(1, int(output.part_mb * _MIB / row_bytes(arrow)))
@@ -120,24 +127,27 @@ def part_rows(arrow: pa.Schema, output: OutputConfig, videos: int) -> int:
 
 
 def hand_on_after(context: Any, arrow: pa.Schema, batch_size: int) -> None:
-    """Let workers hand rows on after a few batches, whatever they have to do yet."""
+    """Make workers pass rows on every few batches, even in the middle of a block."""
     context.target_max_block_size = max(
         1, _HAND_ON_BATCHES * batch_size * row_bytes(arrow) * 9 // 10
     )
 
 
 def refs_of(table: pa.Table) -> list[VideoRef]:
-    """Manifest rows of a batch."""
+    """Return the manifest rows of a batch."""
     return list(VideoRows(table))
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """The items, `size` at a time."""
+    """Yield the items, `size` at a time."""
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema, counts: Any) -> pa.Table:
-    """Rows of a run as a table that Ray Data leaves alone: tensors as plain lists, and the seconds that each row took. `counts` counts them."""
+    """Return rows of a run as a table that Ray Data does not alter, and report them to `counts`.
+
+    Tensors become plain lists, and STAGE_SECONDS hold the seconds that each row took.
+    """
     counts.add.remote([row.get("error_type") for row in rows])
     table = schema.to_storage(schema.table_from_rows(rows, arrow))
     for name in STAGE_SECONDS:
@@ -151,15 +161,19 @@ def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema, counts:
 def write_parts(
     data: Any, writers: Pool, out: str, arrow: pa.Schema, output: OutputConfig, rows: int
 ) -> dict[str, float]:
-    """Run a dataset of transport tables and publish its rows as parts of about `rows` rows; sums of what WritePart returns."""
-    # a batch is all that a writer is given, so that what is above `rows` makes no part of its own
+    """Run a dataset of transport tables and publish its rows as parts of about `rows` rows.
+
+    Returns the sums of what WritePart returns. Raises RunFailed if a part cannot be written.
+    """
+    # the batch size exceeds `rows` by what a bundle of blocks may exceed it, so that the excess
+    # does not become a part of its own
     data = data.map_batches(
         WritePart,
         batch_size=rows + _HAND_ON_BATCHES * MAX_BLOCK_ROWS,
         fn_constructor_args=(out, arrow, output.compression),
         **pool_options(writers),
     )
-    # no argument of map_batches says from how many rows on blocks are given to a writer
+    # map_batches has no argument for the number of rows at which blocks are sent to a writer
     object.__setattr__(data._logical_plan.dag, "min_rows_per_bundled_input", rows)
     totals: dict[str, float] = {}
     for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
@@ -171,13 +185,16 @@ def write_parts(
 
 
 class WritePart:
-    """Rows -> one part of the run folder, whole or not at all."""
+    """Write rows as one part of the run folder, atomically."""
 
     def __init__(self, out: str, arrow: pa.Schema, compression: str) -> None:
         self.out, self.arrow, self.compression = out, arrow, compression
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Transport table -> one row of seconds by stage, with what storage said where it failed: an exception would lose its cause on the way."""
+        """Write a transport table; return one row: seconds by stage and a storage error, if any.
+
+        The error is a column because Ray Data would strip an exception of its cause.
+        """
         started = time.perf_counter()
         error = None
         try:
@@ -195,7 +212,7 @@ class WritePart:
         )
 
     def _publish(self, rows: pa.Table) -> None:
-        """A bucket that is away for a moment must not cost the rows that are made, and with them the run."""
+        """Write the part. Retries, so that a short outage of the bucket does not end the run."""
         for wait_s in () if storage.is_local(self.out) else _WRITE_WAITS_S:
             try:
                 runs.write_part(self.out, rows, self.compression)

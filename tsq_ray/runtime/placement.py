@@ -1,8 +1,8 @@
-"""Where the actors of a stage go: one pure function, without Ray, for every stage.
+"""Placement of a stage's actors: one pure function for all stages, without Ray.
 
-A pool grows and shrinks between a minimum and a limit while its run goes on. What one actor asks
-for depends on the nodes alone, never on the size of the cluster: an actor that asks for more than
-the largest node has would wait forever.
+A pool grows and shrinks between a minimum and a limit during its run. What one actor asks for
+depends only on the nodes, never on the size of the cluster: an actor that asked for more than the
+largest node has would wait forever.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tsq_ray.runtime.nodes import (
 )
 
 _VIDEOS_PER_ACTOR = 8
-"""With fewer to do an actor is not worth a node that has to be started for it."""
+"""Minimum number of videos per actor: for fewer, starting a node does not pay."""
 _MAX_ASKED = 1000
-"""Actors of a pool that wait for nodes to come, at most."""
+"""Most actors of a pool that wait for nodes to start."""
 _MIN_AHEAD = 8
 _WAITING_CPUS = 0.01
-"""Of an actor that mostly waits. Not 0, so that a head node without CPUs takes none of them."""
+"""CPUs of an actor that mostly waits. Above 0, to keep it off a head node without CPUs."""
 _NETWORK_CPUS = 0.2
-"""Of a replica of the sampler or the recogniser: it uses the cores that decoding leaves."""
+"""CPUs of a sampler or recogniser replica, which uses the cores that decoding leaves."""
 _INGRESS_CPUS = 0.1
 _STEP = 0.05
 _GIB = 2**30
@@ -41,15 +41,15 @@ _BUSY_BYTES = 2 * _GIB
 _WAITING_BYTES = _GIB // 4
 _WRITING_BYTES = _GIB // 2
 _WAITING_ACTORS = 5
-"""Of a run on a small cluster: an ingress, and two senders and two writers."""
+"""Waiting actors of a run on a small cluster: an ingress, two senders and two writers."""
 _MIN_WRITERS, _MAX_WRITERS = 2, 64
 _MIN_SENDERS, _MAX_SENDERS = 2, 128
 
 
 def layout(stage: Stage, config: Config, cluster: Cluster, videos: int) -> Layout:
-    """Lay out a stage over `videos` on the cluster.
+    """Lay out a stage that processes `videos` videos on the cluster.
 
-    Raises ConfigError where no node, alive or launchable, can ever hold one of its actors.
+    Raises ConfigError if one of its actors fits on no node, live or launchable.
     """
     placed = _STAGES[stage](config, cluster, max(1, videos))
     _check_fits(placed, cluster)
@@ -57,26 +57,28 @@ def layout(stage: Stage, config: Config, cluster: Cluster, videos: int) -> Layou
 
 
 def gpu_count(config: Config, cluster: Cluster) -> int:
-    """GPUs that a stage asks for: `resources.gpus`, or all there are or can be.
+    """Return the number of GPUs that a stage asks for.
 
-    Raises ConfigError where `resources.gpus` asks for some and no node can ever have one.
+    This is `resources.gpus`, or if negative all GPUs of the live and launchable nodes. Raises
+    ConfigError if `resources.gpus` is positive and no node can ever have a GPU.
     """
     wanted = config.resources.gpus
     if wanted < 0:
         return cluster.max_gpus
     if wanted and not cluster.max_gpus and not cluster.grows:
         raise ConfigError(
-            f"resources.gpus = {wanted}: no node of the cluster has a GPU, nor can one be started; "
-            "set it to 0 to run on CPUs, or add GPU nodes"
+            f"resources.gpus = {wanted}: no node of the cluster has a GPU, "
+            "and none that has one can be started; set it to 0 to run on CPUs, or add GPU nodes"
         )
     return wanted
 
 
 def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
-    """Resources of each node that the layout can use: the alive ones, then launchable ones.
+    """Return the resources of each node that the layout can use: live nodes, then launchable ones.
 
-    As many of these as bring the cores and the GPUs of the pools at their limits. Where the
-    cluster grows by nodes of unknown kinds: what each missing actor asks for.
+    Launchable nodes are added until the cores and GPUs suffice for the pools at their limits. If
+    the cluster grows by nodes of unknown types, the resources of each missing actor are added
+    instead.
     """
     pools = placed.pools.values()
     gpus = max(pool.limit * pool.gpus for pool in pools) - cluster.gpus
@@ -109,9 +111,9 @@ def _check_fits(placed: Layout, cluster: Cluster) -> None:
         if nodes and not cluster.grows and not any(num_fitting(pool, node) for node in nodes):
             asked = [f"{pool.cpus:g} CPU", *([f"{pool.gpus:g} GPU"] if pool.gpus else [])]
             raise ConfigError(
-                f"{placed.stage}: a {pool.name} asks for {' and '.join(asked)}, which no node of the "
-                f"cluster can ever hold (largest: {describe_largest(cluster)}); "
-                "ask for less, or add such a node"
+                f"{placed.stage}: a {pool.name} asks for {' and '.join(asked)}, "
+                "which no node of the cluster can ever hold "
+                f"(largest: {describe_largest(cluster)}); ask for less, or add a node that can"
             )
 
 
@@ -120,7 +122,7 @@ def _resources(node: Node) -> dict[str, float]:
 
 
 def _share(cluster: Cluster, actors: int) -> float:
-    """CPUs of one of `actors` alike: as many as let the alive nodes hold all of them."""
+    """Return the largest CPU share per actor at which the live nodes hold all `actors`."""
     cpus = [node.cpus for node in cluster.nodes if node.cpus] or [cluster.largest_cpus]
     free = [count - ROOM * min(1.0, count) for count in cpus]
     for steps in range(int(max(free) / _STEP + 1e-9), 1, -1):
@@ -131,7 +133,11 @@ def _share(cluster: Cluster, actors: int) -> float:
 
 
 def _memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
-    """Bytes to declare of an actor with these CPUs: `wanted`, or its share of a node full of such actors, of which one share is left over."""
+    """Return the bytes to request for an actor with these CPUs.
+
+    This is `wanted`, but at most the actor's share of a node that is full of such actors and has
+    one share left over.
+    """
     shares = [
         node.memory / (math.ceil(node.cpus / min(1.0, cpus)) + 1)
         for node in cluster.every_node()
@@ -141,12 +147,15 @@ def _memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
 
 
 def _waiting_memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
-    """Bytes to declare of an actor that mostly waits: `wanted`, or a part of the share that `_memory` leaves over."""
+    """Return the bytes to request for an actor that mostly waits.
+
+    This is `wanted`, but at most its part of the share that `_memory` leaves over.
+    """
     return int(min(wanted, _memory(cluster, wanted * _WAITING_ACTORS, cpus) / _WAITING_ACTORS))
 
 
 def _busy(cluster: Cluster, name: str, asked: int, most: int, cpus: float = 0.0) -> Pool:
-    """Actors that keep a core busy each: `asked` of them, or as many as the nodes hold."""
+    """Return a pool of actors that each keep a core busy, sized as in `_sized`."""
     cpus = cpus or cluster.busy_cpus
     memory = _memory(cluster, _BUSY_BYTES, cpus)
     pool = Pool(name, 1, 1, 1, cpus, memory=memory, cores=_cores(cpus))
@@ -154,10 +163,10 @@ def _busy(cluster: Cluster, name: str, asked: int, most: int, cpus: float = 0.0)
 
 
 def _sized(cluster: Cluster, pool: Pool, asked: int, most: int) -> Pool:
-    """The pool with `asked` actors, or (0) with as many as there is room for, at most `most`.
+    """Return the pool with `asked` actors, or (0) as many as the nodes hold, at most `most`.
 
-    More than that, up to the limit, are there before their nodes: it is they that ask the
-    autoscaler for nodes, and on one that joins they start at once.
+    Further actors, up to the limit, are created before their nodes: waiting actors make the
+    autoscaler start nodes, and start at once on a node that joins.
     """
     if asked:
         return replace(pool, start=min(asked, most), limit=min(asked, most))
@@ -173,12 +182,12 @@ def _sized(cluster: Cluster, pool: Pool, asked: int, most: int) -> Pool:
 
 
 def _growth(start: int, videos: int) -> int:
-    """The limit of a pool that grows with the cluster."""
+    """Return the limit of a pool that grows with the cluster."""
     return max(start, min(GROWTH_LIMIT, -(-videos // _VIDEOS_PER_ACTOR)))
 
 
 def _cores(cpus: float) -> float:
-    """Cores that an actor with these logical CPUs keeps busy."""
+    """Return the number of cores that an actor with these logical CPUs keeps busy."""
     return float(max(1, round(cpus)))
 
 
@@ -192,13 +201,20 @@ def _writers(cluster: Cluster, cpus: float = 1.0) -> Pool:
 
 
 def _on_gpus(cluster: Cluster, name: str, asked: int, most: int, share: float, cpus: float) -> Pool:
-    """Actors with `share` of a GPU each. `asked` GPUs are waited for; -1: what there is."""
+    """Return a pool of actors with `share` of a GPU each, sized by whole GPUs.
+
+    The pool waits for `asked` GPUs; -1 takes those of the cluster.
+    """
     pool = Pool(name, 1, 1, 1, cpus, 1.0, _memory(cluster, _BUSY_BYTES))
     return replace(_sized(cluster, pool, max(0, asked), most), gpus=share)
 
 
 def _extract(config: Config, cluster: Cluster, videos: int) -> Layout:
-    """CPUs: workers that decode and encode. GPUs: one encoder each, decoders beside them."""
+    """Lay out extraction.
+
+    On CPUs, workers decode and encode. With GPUs, each GPU has one encoder, and decoders run on the
+    CPUs.
+    """
     resources = config.resources
     gpus = gpu_count(config, cluster)
     writers = {"writer": _writers(cluster)}
@@ -219,13 +235,16 @@ def _extract(config: Config, cluster: Cluster, videos: int) -> Layout:
 
 
 def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
-    """A frozen backbone: as an extraction. A trained one: workers, and decoders for each."""
+    """Lay out fine-tuning.
+
+    A frozen backbone is laid out like extraction. A trained one has workers, each with decoders.
+    """
     if config.finetune.backbone == "frozen":
         return replace(_extract(config, cluster, videos), stage="finetune")
     workers = config.finetune.num_workers
     gpus = _training_gpus("finetune.num_workers", workers, config, cluster)
     cores = max(1, int(cluster.cpus or cluster.largest_cpus))
-    # a CPU trains much slower than it decodes; a GPU needs all decoders there is room for
+    # a CPU trains much slower than it decodes; a GPU needs as many decoders as fit
     wanted = config.resources.decoders or (cores - workers if gpus else cores // 4)
     decoders = max(1, wanted // workers)
     cpus = _share(cluster, workers * (1 + decoders))
@@ -235,7 +254,8 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
     if cluster.nodes and cluster.cpus and workers * (1 + decoders) * cpus > cluster.cpus:
         raise ConfigError(
             f"finetune.num_workers = {workers} with {decoders} decoders each: too many for the "
-            f"{cluster.cpus:g} CPUs of the cluster; lower it or resources.decoders"
+            f"{cluster.cpus:g} CPUs of the cluster; "
+            "lower finetune.num_workers or resources.decoders"
         )
     pools = {
         "worker": pool,
@@ -246,13 +266,15 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
 
 
 def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
-    """Workers of Ray Train: `train.num_workers`, or between the two numbers that it gives."""
+    """Lay out training: `train.num_workers` workers of Ray Train, a number or a range."""
     workers = config.train.num_workers
     fewest, most = (workers, workers) if isinstance(workers, int) else workers
     gpus = _training_gpus("train.num_workers", fewest, config, cluster)
     cpus = _share(cluster.with_gpus if gpus else cluster, most)
     if most > fewest and config.resources.threads and not gpus:
-        cpus = float(config.resources.threads)  # a cluster that grows holds more of them
+        cpus = float(
+            config.resources.threads
+        )  # not a share: the cluster may grow to hold more workers
     threads = config.resources.threads or int(_cores(cpus))
     pool = Pool(
         "worker",
@@ -267,7 +289,10 @@ def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
 
 
 def _training_gpus(setting: str, workers: int, config: Config, cluster: Cluster) -> int:
-    """GPUs for a training: one a worker, or none where fewer are to be had unasked."""
+    """Return the GPUs of a training: one per worker, or 0 if the cluster has fewer.
+
+    Raises ConfigError if `resources.gpus` asks for GPUs, but fewer than one per worker.
+    """
     gpus = gpu_count(config, cluster)
     if config.resources.gpus > 0 and gpus < workers:
         raise ConfigError(
@@ -278,21 +303,22 @@ def _training_gpus(setting: str, workers: int, config: Config, cluster: Cluster)
 
 
 def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
-    """Replicas of the Serve graph on the alive nodes, and the actors that send videos to it.
+    """Lay out scoring: replicas of the Serve graph, and the actors that send videos to them.
 
-    Networks: half a GPU each; without GPUs one of each a node, which uses all of its cores.
+    The replicas fill the live nodes. Each network has half a GPU; without GPUs each node has one
+    replica of each network, which uses all of its cores.
     """
     resources = config.resources
     gpus = gpu_count(config, cluster)
     nodes = [node for node in cluster.nodes if node.cpus] or [Node(cluster.largest_cpus)]
     cores, smallest = sum(node.cpus for node in nodes), min(node.cpus for node in nodes)
     unit = min(1.0, smallest)
-    # a node has a decoder for two cores, a sampler and a recogniser
+    # a node holds one decoder per two cores, a sampler and a recogniser
     each_cpus = smallest / (max(1, int(smallest / 2)) + 2)
     memory = _memory(cluster, _BUSY_BYTES, each_cpus)
     waiting = _waiting_memory(cluster, _WAITING_BYTES, each_cpus)
     if gpus:
-        # replicas follow the nodes: `score` lays itself out again when these change
+        # no more than the live nodes hold: `score` computes a new layout whenever they change
         each = _on_gpus(cluster, "", resources.gpus, videos, 0.5, _NETWORK_CPUS * unit)
         networks = {
             name: replace(each, name=name, minimum=1, start=each.now)
@@ -308,7 +334,7 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
     children = max(1, int(min(config.serve.decoder_processes, cores)))
     count = min(resources.decoders or max(1, int((cores - unit) / 2)), videos)
     limit = count if resources.decoders else _growth(count, videos)
-    # room beside it for a sampler and a recogniser
+    # leaves room for a sampler and a recogniser on the same node
     cpus = round(min(1.0, 0.35 * smallest), 2)
     decoder = Pool("decoder", 1, count, limit, cpus, memory=memory, cores=float(children))
     count = min(_MIN_SENDERS * max(1, len(nodes)), _MAX_SENDERS, videos)
@@ -322,14 +348,17 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
 
 
 def _serve(config: Config, cluster: Cluster, videos: int) -> Layout:
-    """The endpoint's replicas, as `serve.*` says; the networks take a GPU where there is one."""
+    """Lay out the endpoint's replicas as `serve.*` says.
+
+    If no share of a GPU is set and the cluster has GPUs, the networks take half a GPU each.
+    """
     settings = config.serve
     gpus = gpu_count(config, cluster)
     asked = settings.sampler.num_gpus + settings.recognizer.num_gpus
     scales = {
         name: getattr(settings, name) for name in ("ingress", "decoder", "sampler", "recognizer")
     }
-    # whoever runs the endpoint sizes its replicas by CPUs: memory must not keep out the fewest of them
+    # replicas are sized by CPUs: memory must not prevent the minimum number from starting
     room = sum(node.memory for node in cluster.nodes) / (
         sum(scale.min_replicas for scale in scales.values()) + 1
     )

@@ -1,4 +1,4 @@
-"""Progress of a run: what its workers count, and how it is shown."""
+"""Progress of a run: what its workers count and how it is displayed."""
 
 from __future__ import annotations
 
@@ -27,22 +27,25 @@ class Counts:
     failed: Counter[str] = field(default_factory=Counter)
 
     def add(self, statuses: Sequence[str | None]) -> None:
-        """One entry a video: None for ok, else the error type."""
+        """Count finished videos. One entry per video: None if ok, else the error type."""
         self.ok += sum(status is None for status in statuses)
         self.failed.update(status for status in statuses if status is not None)
 
     def get(self) -> tuple[int, dict[str, int]]:
-        """Videos ok, failed ones by type."""
+        """Return the number of videos that are ok, and of failed ones by error type."""
         return self.ok, dict(self.failed)
 
 
 def start_counts(kind: type[Counts] = Counts) -> Any:
-    """A Counts actor for `run_with_progress` and the workers, on the driver's own node: another one may be lost."""
+    """Start a Counts actor for `run_with_progress` and the workers.
+
+    It runs on the driver's node, because any other node may be lost during the run.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # one that dies counts from 0 again: the run needs it only to show how far it is
+    # a restarted actor counts from 0, which is harmless: the counts are only displayed
     return ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1)(kind).remote()
 
 
@@ -57,9 +60,10 @@ def run_with_progress(
 ) -> T:
     """Run `work` in a thread and show videos done / failed / left, videos/s and ETA.
 
-    A bar on a terminal, plain lines elsewhere; a line also where the cluster has no room. `ticks`
-    are called twice a second. `app`: the run's application in Serve, if it has one. Raises what `work` and the ticks raise, and RunFailed where the run
-    has waited for longer than `session.wait_s`.
+    Shows a bar on a terminal and plain lines elsewhere, and reports when the cluster has no room.
+    `ticks` are called twice a second; `app` names the run's Serve application, if it has one.
+    Raises what `work` and the ticks raise, and RunFailed if the run has waited for longer than
+    `session.wait_s`.
     """
     import ray
 
@@ -82,7 +86,7 @@ def run_with_progress(
 def run_watched(
     work: Callable[[], T], what: str, session: Session = DEFAULT_SESSION, app: str = ""
 ) -> T:
-    """Run `work`, which waits for room on the cluster, in a thread; say what it waits for."""
+    """Run `work`, which may wait for room on the cluster, in a thread; report what it waits for."""
     import ray
 
     watch = Watch(ray, what, session.wait_s, app)
@@ -94,7 +98,11 @@ def run_watched(
 
 @contextlib.contextmanager
 def _thread(work: Callable[[], T]) -> Iterator[tuple[Callable[[float], bool], Callable[[], T]]]:
-    """`work` in a thread; yields (wait some seconds, whether it runs still) and its result."""
+    """Run `work` in a thread.
+
+    Yields two functions: one waits some seconds and returns whether the thread is still running,
+    the other returns the result of `work` or raises its error.
+    """
     found: list[T] = []
     raised: list[BaseException] = []
 
@@ -122,10 +130,9 @@ def _thread(work: Callable[[], T]) -> Iterator[tuple[Callable[[float], bool], Ca
 def progress_display(
     total: int, what: str, show: bool = True, unit: str = "videos"
 ) -> Iterator[Callable[[int, int], None]]:
-    """Yields update(ok, failed). Output goes to stderr, so that --json keeps stdout to itself."""
-    began: list[
-        tuple[float, int]
-    ] = []  # when the first ones were done, and how many: before that is start-up, which says nothing of the rate
+    """Yield update(ok, failed). Output goes to stderr, because --json needs stdout for itself."""
+    # when the first videos were done, and how many: the rate must not include the start-up
+    began: list[tuple[float, int]] = []
 
     def line(ok: int, failed: int) -> str:
         now, done = time.monotonic(), ok + failed

@@ -1,4 +1,4 @@
-"""What a run waits for, and who has it: a line every 15 seconds instead of silence."""
+"""Report every 15 seconds what a stalled run waits for and which jobs hold it."""
 
 from __future__ import annotations
 
@@ -28,16 +28,20 @@ class Watch:
     """Reports when a run makes no progress because the cluster has no room for it."""
 
     def __init__(self, ray: Any, what: str, wait_s: float = 0.0, app: str = "") -> None:
-        """`wait_s`: the longest wait; 0 for no limit. `app`: the run's application in Serve, if it has one."""
+        """Start watching the run `what`.
+
+        `wait_s` is the longest wait, 0 for no limit; `app` names the run's Serve application, if it
+        has one.
+        """
         self._ray, self._what, self._wait_s, self._app = ray, what, wait_s, app
         self._done = -1
         self._since = self._looked = time.monotonic()
         self._waits_since: float | None = None
 
     def tick(self, done: int) -> None:
-        """Called every second or so with the number of videos done.
+        """Report a stall, given the number of videos done; to be called about every second.
 
-        Raises RunFailed where the run has waited for longer than `wait_s`.
+        Raises RunFailed if the run has waited for longer than `wait_s`.
         """
         now = time.monotonic()
         if done != self._done:
@@ -52,14 +56,17 @@ class Watch:
             self._waits_since = None
             if kinds:
                 _print_status(
-                    f"{self._what}: starting for {now - self._since:.0f} s: {', '.join(kinds)}: loading what they need"
+                    f"{self._what}: still starting after {now - self._since:.0f} s: "
+                    f"{', '.join(kinds)} (loading what they need)"
                 )
             return
         self._waits_since = self._waits_since or self._since
-        line = f"{self._what}: waiting for {now - self._waits_since:.0f} s: {'; '.join(_facts(self._ray, status))}"
+        waited, facts = now - self._waits_since, "; ".join(_facts(self._ray, status))
+        line = f"{self._what}: waiting for {waited:.0f} s: {facts}"
         if now >= self._ends():
             raise RunFailed(
-                f"{line}; gave up after --wait-s {self._wait_s:g}; give the same command again to resume"
+                f"{line}; gave up after --wait-s {self._wait_s:g}; "
+                "run the same command again to resume"
             )
         _print_status(line)
 
@@ -70,7 +77,7 @@ class Watch:
         return Counter()
 
     def _ends(self) -> float:
-        """When the wait is over; before anything is known to wait, not at all."""
+        """Return when the wait limit is reached: never, as long as nothing is known to wait."""
         if not self._wait_s or (self._waits_since is None and self._looked > self._since):
             return math.inf
         return (self._waits_since or self._since) + self._wait_s
@@ -86,11 +93,11 @@ def lacking(
     job: str,
     app: str = "",
 ) -> Counter[str]:
-    """The kinds of a run's actors of which none runs yet, and how many are to come.
+    """Return the classes of a run's actors of which none runs yet, each with the number pending.
 
-    A placement group that has no place counts as a kind. The run's are those of its job, and the
-    replicas of its application in Serve, which Serve's own job starts. A placement group's id ends
-    with its job's.
+    Placement groups that have no place yet count as one more class. A run's actors are those of its
+    job and the replicas of its Serve application, which Serve's own job starts. A placement group's
+    id ends with the id of its job.
     """
     mine = [
         actor
@@ -111,7 +118,7 @@ def lacking(
 
 
 def _facts(ray: Any, status: Any) -> Iterator[str]:
-    """What is asked for, what is free, the largest node, who holds the rest, the autoscaler."""
+    """Yield demands, free resources, the largest node, the holders of the rest, and launches."""
     if status is not None:
         yield f"asked for {_demands(status)}"
     total, free = ray.cluster_resources(), ray.available_resources()
@@ -141,7 +148,7 @@ def _actors() -> list[dict[str, Any]]:
 def _cluster_status(ray: Any) -> Any:
     from ray.autoscaler.v2.sdk import get_cluster_status
 
-    # where the driver is a client (ray://) the address is another network's
+    # a client driver (ray://) may get an address that is not reachable from its network
     with contextlib.suppress(Exception):
         return get_cluster_status(ray.get_runtime_context().gcs_address, timeout=5)
     return None
@@ -155,7 +162,10 @@ def _demands(status: Any) -> str:
 
 
 def _num_demanded(status: Any) -> int:
-    """Actors and placement groups that have no place; those that have one and start are not among them."""
+    """Return the number of actors and placement groups that have no place yet.
+
+    Those that have a place and are starting do not count.
+    """
     summary = status.resource_demands
     actors = sum(
         item.count for demand in summary.ray_task_actor_demand for item in demand.bundles_by_count
@@ -164,14 +174,14 @@ def _num_demanded(status: Any) -> int:
 
 
 def _bundle(resources: Mapping[str, float]) -> str:
-    """In one order: Ray's map of resources has none."""
+    """Format resources in a fixed order, because Ray's mapping has none."""
     parts = [f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if name in resources]
     parts += [f"{resources['memory'] / _GIB:.2g} GiB"] if "memory" in resources else []
     return "(" + ", ".join(parts) + ")"
 
 
 def _holders(ray: Any) -> str:
-    """Jobs with actors that run, and the names of these."""
+    """Describe the jobs that have running actors, with the names of the actors."""
     jobs: dict[str, Counter[str]] = {}
     for actor in _actors():
         name = actor["ActorClassName"]
@@ -183,7 +193,7 @@ def _holders(ray: Any) -> str:
         who = "this job" if job == mine else f"job {job}"
         shown = ", ".join(f"{count} x {name}" for name, count in names.most_common(2))
         named.append(f"{who} ({shown}{', ...' if len(names) > 2 else ''})")
-    return ", ".join(named[:3]) + (f" and {len(named) - 3} jobs more" if len(named) > 3 else "")
+    return ", ".join(named[:3]) + (f" and {len(named) - 3} more jobs" if len(named) > 3 else "")
 
 
 def _autoscaler(status: Any) -> str:

@@ -1,4 +1,7 @@
-"""Who may reach the endpoint: its address and its token. Imports neither torch nor ray, so that a wrong address is told at once."""
+"""Access to the endpoint: its address and its token.
+
+Imports neither torch nor ray, so that a wrong address is reported immediately.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ TOKEN_VARIABLE = "TSQ_TOKEN"
 
 
 def read_token() -> str | None:
-    """The bearer token of the environment, if there is one."""
+    """Return the bearer token from the environment, if it is set."""
     return os.environ.get(TOKEN_VARIABLE, "").strip() or None
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is reachable from this machine alone."""
+    """Return whether `host` is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -27,24 +30,25 @@ def is_loopback(host: str) -> bool:
 
 
 def check_token_rule(host: str, token: str | None) -> None:
-    """ConfigError for a binding beyond loopback without a token."""
+    """Raise ConfigError for a host beyond loopback without a token."""
     if token is None and not is_loopback(host):
         raise ConfigError(
-            f"--host {host}: beyond loopback a bearer token is needed; set the environment variable {TOKEN_VARIABLE}"
+            f"--host {host}: a host beyond loopback needs a bearer token; "
+            f"set the environment variable {TOKEN_VARIABLE}"
         )
 
 
 def check_binding(host: str, port: int) -> None:
-    """ConfigError for a host that is not this machine's, or a port that is taken."""
+    """Raise ConfigError if the host is not this machine's or the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # a port whose last connections are closing is free
+            # a port whose last connections are closing counts as free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             probe.listen()
     except OSError as error:
         raise ConfigError(
-            f"--host {host} --port {port}: cannot be bound ({error.strerror}); choose another --port or --host"
+            f"--host {host} --port {port}: cannot be bound ({error.strerror}); "
+            "choose another --port or --host"
         ) from None

@@ -1,11 +1,13 @@
 """The endpoint: POST /v1/score with an upload or a `uri`, GET /v1/model, GET /healthz.
 
-Every answer is JSON. What is not a prediction row has `status` ("refused" | "failed"), `error_message` and, where a video is the reason,
-`error_type`. `build` is also the import path of a Serve config file: `tsq_ray.serving.app:build` with args {model, settings, anonymous}.
+Every answer is JSON: a prediction row, or `status` ("refused" | "failed") with `error_message` and,
+if a video is the reason, `error_type`. A Serve config file imports the application as
+`tsq_ray.serving.app:build`, with args {model, settings, anonymous}.
 """
 
-# `serve.ingress` pickles the routes by value while this module is still being imported. So what they use stands above them, and there is
-# no `from __future__ import annotations`: FastAPI could not look the name `Request` up, and would take it for a query parameter.
+# `serve.ingress` pickles the routes by value while this module is still being imported, so
+# everything they use must be defined above them. `from __future__ import annotations` is left out:
+# FastAPI could not resolve the name `Request` and would treat it as a query parameter.
 
 import asyncio
 import logging
@@ -41,7 +43,7 @@ _STATUS_OF = {
     "timeout": 504,
     "internal": 500,
 }
-"""HTTP status of a failed video by its error type; 422 for what is wrong with the video itself."""
+"""HTTP status of a failed video by error type; 422 for faults of the video itself."""
 _log = logging.getLogger("ray.serve")
 
 api = FastAPI(title="tsq_ray", docs_url=None, redoc_url=None, openapi_url=None)
@@ -71,27 +73,27 @@ async def _refuse(_: Request, error: RequestError) -> JSONResponse:
 
 @api.exception_handler(HTTPException)
 async def _refuse_http(request: Request, error: HTTPException) -> JSONResponse:
-    there_is = (
-        "; there is POST /v1/score, GET /v1/model, GET /healthz"
+    allowed = (
+        "; allowed: POST /v1/score, GET /v1/model, GET /healthz"
         if error.status_code in (404, 405)
         else ""
     )
     return _refusal(
         error.status_code,
-        f"{request.method} {request.url.path}: {error.detail}{there_is}",
+        f"{request.method} {request.url.path}: {error.detail}{allowed}",
         headers=error.headers,
     )
 
 
 @api.exception_handler(Exception)
 async def _fail(_: Request, error: Exception) -> JSONResponse:
-    return _refusal(500, f"{type(error).__name__} in the endpoint; its log says more", "internal")
+    return _refusal(500, f"{type(error).__name__} in the endpoint; see its log", "internal")
 
 
 @serve.deployment
 @serve.ingress(api)
 class Ingress:
-    """Checks requests and runs the graph."""
+    """Check requests and run the graph on their videos."""
 
     def __init__(
         self,
@@ -117,12 +119,12 @@ class Ingress:
 
     @api.get("/healthz")
     async def healthz(self) -> dict[str, str]:
-        """Answers while this replica lives; needs no token."""
+        """Report that this replica is up; needs no token."""
         return {"status": "ok"}
 
     @api.get("/v1/model")
     async def describe(self, request: Request) -> dict[str, Any]:
-        """Classes and settings of the model that is served."""
+        """Return the classes and settings of the served model."""
         check_token(request.headers.get("authorization"), self.token)
         return self.model
 
@@ -132,7 +134,7 @@ class Ingress:
         check_token(request.headers.get("authorization"), self.token)
         if self.in_hand >= self.settings.max_queued_requests:
             raise RequestError(
-                429, f"{self.in_hand} requests are in hand, as many as are taken; try again later"
+                429, f"{self.in_hand} requests are in progress, which is the limit; try again later"
             )
         self.in_hand += 1
         try:
@@ -152,12 +154,11 @@ class Ingress:
     async def _score(self, asked: Asked) -> dict[str, Any]:
         try:
             answer = await self.graph.score(asked.source, asked.video_id, asked.upload)
-        except (
-            Exception
-        ) as error:  # the boundary: whatever a stage raises, the client gets an answer
+        except Exception as error:
+            # the client must get an answer whatever a stage raises
             _log.error("the graph failed: %s", storage.redact(str(error)))
             raise RequestError(
-                500, "the graph failed; the endpoint's log says more", "internal"
+                500, "the graph failed; see the endpoint's log", "internal"
             ) from error
         return asked.identity | (
             failure_columns(answer.error) if answer.error is not None else answer.columns
@@ -166,28 +167,29 @@ class Ingress:
 
 @serve.deployment
 class BulkEntry:
-    """The root that Serve wants of an application; bulk scoring calls the stages themselves."""
+    """The root that Serve requires of an application; bulk scoring calls the stages directly."""
 
     def __init__(self, *stages: DeploymentHandle) -> None:
         self.stages = stages
 
     async def __call__(self) -> None:
-        """Nobody calls it."""
+        """Do nothing: Serve requires a callable root, which no request reaches."""
 
 
 def bulk_application(model: str, config: Config, placed: Layout, ongoing: Mapping[str, int]) -> Any:
-    """The stages alone, bound, in the numbers that the layout starts with."""
+    """Bind the stages without the ingress, with as many replicas as the layout starts with."""
     pools = {
         name: replace(pool, minimum=pool.start, limit=pool.start)
         for name, pool in placed.pools.items()
     }
     stages = bind_graph(model, config, replace(placed, pools=pools), ongoing)
-    return BulkEntry.options(**deployment_options(pools["ingress"], 1)).bind(*stages)  # type: ignore[attr-defined]
+    options = deployment_options(pools["ingress"], 1)
+    return BulkEntry.options(**options).bind(*stages)  # type: ignore[attr-defined]
 
 
 def application(model: str, config: Config, placed: Layout, token: str | None) -> Any:
-    """The whole application, bound; `token` None lets everybody in."""
-    # a relative prefix means the folder of whoever deploys, not of a replica
+    """Bind the whole application; with `token` None no token is needed."""
+    # a relative prefix is relative to the folder of the deploying process, not of a replica
     prefixes = tuple(storage.normalize(prefix) for prefix in config.serve.allowed_uri_prefixes)
     config = config.model_copy(
         update={"serve": config.serve.model_copy(update={"allowed_uri_prefixes": prefixes})}
@@ -198,28 +200,32 @@ def application(model: str, config: Config, placed: Layout, token: str | None) -
         for name in ("decoder", "sampler", "recognizer")
     }
     decoder, sampler, recognizer = bind_graph(model, config, placed, ongoing)
-    # the ingress counts for itself and answers 429 in its own words; Serve's own limits lie above, for a flood and for a dead replica
+    # the ingress keeps its own count and answers 429 with a message; Serve's limits are higher and
+    # cover floods and dead replicas
     most = settings.max_queued_requests
     options = deployment_options(placed["ingress"], 2 * most, 4 * most)
-    return Ingress.options(**options).bind(model, config, decoder, sampler, recognizer, token)  # type: ignore[attr-defined]
+    ingress = Ingress.options(**options)  # type: ignore[attr-defined]
+    return ingress.bind(model, config, decoder, sampler, recognizer, token)
 
 
 def build(args: Mapping[str, Any]) -> Any:
-    """Builder for Serve config files. args: model (bundle URI), settings (nested, optional), anonymous (default false).
+    """Build the application for a Serve config file.
 
-    Raises ConfigError where no token is set (environment variable TSQ_TOKEN) and anonymous is not true.
+    `args`: model (bundle URI), settings (nested, optional), anonymous (default false). Raises
+    ConfigError if no token is set (environment variable TSQ_TOKEN) and anonymous is not true.
     """
     unknown = sorted(set(args) - {"model", "settings", "anonymous"})
     if unknown:
-        raise ConfigError(f"args has {unknown[0]!r}; there is: model, settings, anonymous")
+        raise ConfigError(f"unknown args key {unknown[0]!r}; allowed: model, settings, anonymous")
     model = args.get("model")
     if not model:
-        raise ConfigError("args.model is missing: name the bundle's URI")
+        raise ConfigError("args.model is missing: set it to the bundle's URI")
     anonymous = str(args.get("anonymous", False)).lower() in ("1", "true", "yes")
     token = read_token()
     if token is None and not anonymous:
         raise ConfigError(
-            f"no token: set the environment variable {TOKEN_VARIABLE}, or args.anonymous = true behind a gateway that checks requests"
+            f"no token: set the environment variable {TOKEN_VARIABLE}, "
+            "or args.anonymous = true behind a gateway that checks requests"
         )
     try:
         config = scoring_config(model, settings=args.get("settings"))

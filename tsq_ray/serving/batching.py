@@ -1,7 +1,7 @@
-"""Requests to a network, gathered: what waits while the network is busy goes through it together.
+"""Batching of requests to a network: requests that wait while it is busy form the next batch.
 
-Not by `serve.batch`: that closes a batch after its wait although the batch before still runs, so where a batch takes longer than the wait, which it
-does here, most hold one video.
+`serve.batch` does not fit: it closes a batch after its wait even if the previous batch is still
+running, and since a batch takes longer than the wait here, most batches would hold one video.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ Answer = TypeVar("Answer")
 
 
 class Batches(Generic[Item, Answer]):
-    """`work` on items that come one by one.
+    """Run `work` on items that arrive one by one.
 
-    On a GPU one batch after the other, of at most `size` items, for which the first waits at most `wait_s` seconds. On a CPU, which gains nothing
-    by batches, up to `threads` items side by side, each in a lane with a thread of its own: `threads` are shared out among the items in hand, since all
-    of them on one item after the other would do a third less. `compiled` work has one lane everywhere, for it is compiled anew for each number of threads.
+    On a GPU, batches of at most `size` items run one after the other; the first item of a batch
+    waits at most `wait_s` seconds. On a CPU, where batching gains nothing, up to `threads` items
+    run in parallel, each in a lane with its own thread. The lanes share `threads`: giving all of
+    them to one item at a time would reduce throughput by a third. `compiled` work always has one
+    lane, because it is recompiled for each thread count.
     """
 
     def __init__(
@@ -38,7 +40,8 @@ class Batches(Generic[Item, Answer]):
         self.lanes = 1 if on_gpu or compiled else threads
         self.pools = [ThreadPoolExecutor(1, initializer=_settle_threads) for _ in range(self.lanes)]
         self.waiting: asyncio.Queue[tuple[Item, asyncio.Future[Answer]]] = asyncio.Queue()
-        # the lowest idle lane works: a thread keeps as many helpers as it ever had, and only the first lanes are ever given many
+        # the lowest idle lane is used first, because a lane's thread never gives up helper threads:
+        # this way only the first lanes ever get many
         self.idle = list(range(self.lanes))
         self.free = asyncio.Semaphore(self.lanes)
         self.dispatcher: asyncio.Task[None] | None = None
@@ -46,7 +49,7 @@ class Batches(Generic[Item, Answer]):
         self.in_hand = 0
 
     async def __call__(self, item: Item) -> Answer:
-        """The answer to one item. Raises what `work` raised for it."""
+        """Return the answer to one item. Raises what `work` raised for it."""
         if self.dispatcher is None:
             self.dispatcher = asyncio.create_task(self._dispatch())
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -62,12 +65,12 @@ class Batches(Generic[Item, Answer]):
             await self.free.acquire()
             batch = await self._next()
             task = asyncio.create_task(self._round(heapq.heappop(self.idle), batch))
-            del batch  # the items go with the round
+            del batch  # the round owns the items, so that they are freed when it ends
             self.rounds.add(task)
             task.add_done_callback(self.rounds.discard)
 
     async def _round(self, lane: int, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
-        # done already: the request was given up
+        # an answer that is already done belongs to an abandoned request
         batch = [(item, waiting) for item, waiting in batch if not waiting.done()]
         try:
             if batch:
@@ -82,7 +85,7 @@ class Batches(Generic[Item, Answer]):
                         waiting.set_exception(answer)
                     else:
                         waiting.set_result(answer)
-        except Exception as error:  # noqa: BLE001  handed to those who wait
+        except Exception as error:  # noqa: BLE001  passed on to the waiting requests
             for _, waiting in batch:
                 if not waiting.done():
                     waiting.set_exception(error)
@@ -96,9 +99,8 @@ class Batches(Generic[Item, Answer]):
         while len(batch) < self.size:
             try:
                 async with asyncio.timeout_at(deadline):
-                    batch.append(
-                        await self.waiting.get()
-                    )  # of what waits already, also past the deadline
+                    # takes items that already wait, even after the deadline
+                    batch.append(await self.waiting.get())
             except TimeoutError:
                 break
         return batch
@@ -106,18 +108,18 @@ class Batches(Generic[Item, Answer]):
     def _run(self, items: list[Item], threads: int) -> list[Answer | Exception]:
         import torch
 
-        torch.set_num_threads(threads)  # a setting of the thread that calls
+        torch.set_num_threads(threads)  # applies to the calling thread only
         try:
             return [*self.work(items)]
-        except Exception as error:  # noqa: BLE001  handed to who waits for it
+        except Exception as error:  # noqa: BLE001  passed on to the waiting request
             if len(items) == 1:
                 return [error]
-            return [
-                answer for item in items for answer in self._run([item], threads)
-            ]  # one must not cost the others their answers
+            # one failing item must not cost the others their answers
+            return [answer for item in items for answer in self._run([item], threads)]
 
 
 def _settle_threads() -> None:
     import torch
 
-    torch.get_num_threads()  # the first time a thread takes over what any other one set last
+    # the first call makes a thread adopt the count that any other thread set last
+    torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""`tsq serve`: the endpoint on this machine or a cluster, until it is interrupted."""
+"""`tsq serve`: run the endpoint on this machine or a cluster until interrupted."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from tsq_ray.serving.access import check_binding, check_token_rule, read_token
 
 APP = "tsq"
 _SLACK_S = 10.0
-"""Time that the proxy leaves the ingress to answer by itself that a request took too long."""
+"""Extra time before the proxy's timeout, so that the ingress reports a slow request itself."""
 
 
 def check_room(placed: Layout, found: Cluster) -> None:
-    """ConfigError where the fewest replicas ask for more than the cluster has: Serve would wait for ever."""
+    """Raise ConfigError if the minimum replicas need more than the cluster has.
+
+    Serve would wait forever.
+    """
     pools = placed.pools.values()
     for resource, field, there in (
         ("CPU", "num_cpus", found.cpus),
@@ -33,15 +36,19 @@ def check_room(placed: Layout, found: Cluster) -> None:
         )
         if wanted > there:
             raise ConfigError(
-                f"the replicas want {wanted:g} {resource}s, there are {there:g}; lower serve.*.min_replicas or serve.*.{field}"
+                f"the replicas need {wanted:g} {resource}s, the cluster has {there:g}; "
+                f"lower serve.*.min_replicas or serve.*.{field}"
             )
 
 
 def check_address(host: str, port: int, address: str | None) -> str | None:
-    """The token to ask for; ConfigError where host, port and token do not go together, or the port is taken."""
+    """Check host, port and token, and return the token that requests must carry.
+
+    Raises ConfigError if the host needs a token and none is set, or cannot be bound.
+    """
     token = read_token()
     check_token_rule(host, token)
-    if address is None:  # on a cluster the port is another machine's
+    if address is None:  # on a cluster the port belongs to other machines
         check_binding(host, port)
     return token
 
@@ -49,22 +56,23 @@ def check_address(host: str, port: int, address: str | None) -> str | None:
 def run_endpoint(
     model: str, config: Config, host: str, port: int, session: Session = DEFAULT_SESSION
 ) -> None:
-    """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM. UserError for wrong input, RunFailed else."""
+    """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM.
+
+    Raises UserError for wrong input and RunFailed for other failures.
+    """
     from tsq_ray.bundle.weights import load_bundle
     from tsq_ray.stages import check_sampler
 
     token = check_address(host, port, session.address)
     model = storage.normalize(model)
-    check_sampler(
-        load_bundle(model), config.sampler
-    )  # what is wrong with the bundle is told now, not by a replica
-    _print_status("starting: some 20 s until it serves")
+    # report a faulty bundle here rather than from a replica
+    check_sampler(load_bundle(model), config.sampler)
+    _print_status("starting: ready in about 20 s")
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with cluster.connect(session) as ray:
-            signal.signal(
-                signal.SIGTERM, signal.default_int_handler
-            )  # Ray put its own in the place
+            # ray.init has installed its own handler
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             if session.address is None:
                 found = cluster.read_cluster(ray, config)
                 check_room(layout("serve", config, found, 1), found)
@@ -72,7 +80,8 @@ def run_endpoint(
             try:
                 shown = f"[{host}]" if ":" in host else host
                 _print_status(
-                    f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score (stop with Ctrl-C)"
+                    f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score "
+                    "(stop with Ctrl-C)"
                 )
                 threading.Event().wait()
             finally:
@@ -88,7 +97,10 @@ def _print_status(line: str) -> None:
 def deploy(
     ray: Any, model: str, config: Config, host: str, port: int, token: str | None, session: Session
 ) -> None:
-    """Start Serve's HTTP server and the application on the connected cluster; returns when it is ready."""
+    """Start Serve's HTTP server and the application on the connected cluster.
+
+    Returns when the application is ready. Raises ConfigError if Serve already runs there.
+    """
     from ray import serve
     from ray.serve.config import HTTPOptions
 
@@ -99,7 +111,8 @@ def deploy(
         actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)
     ):
         raise ConfigError(
-            "--address: Serve runs on this cluster already, with a host and port of its own; end it with: serve shutdown, "
+            "--address: Serve already runs on this cluster, with its own host and port; "
+            "stop it with: serve shutdown, "
             "or deploy tsq_ray.serving.app:build with: serve deploy"
         )
     logs = {"log_level": "INFO" if session.debug else "ERROR", "enable_access_log": session.debug}
@@ -119,7 +132,7 @@ def deploy(
 
 
 def end() -> None:
-    """Take the application down, and Serve with it unless somebody else uses it by now."""
+    """Take the application down, and Serve too unless other applications run on it."""
     from ray import serve
 
     if set(serve.status().applications) - {APP}:

@@ -1,9 +1,9 @@
-"""The Serve graph: decoder -> sampler -> recogniser. Bulk scoring and the endpoint run the same one.
+"""The Serve graph: decoder -> sampler -> recogniser, shared by bulk scoring and the endpoint.
 
-Frames go from replica to replica through the object store, not through the caller: each stage
-returns a reference, and the next stage fetches what it names. A stage that is lost is then an
-error of the fetch, which the caller sees; given a response as an argument, Serve's router would
-take the lost stage for the next one and retry without end.
+Frames pass from replica to replica through the object store, not through the caller: each stage
+returns a reference, which the next stage fetches. If a replica is lost, the fetch fails and the
+caller sees the error. With a response passed as an argument instead, Serve's router would mistake
+the lost replica for one of the next stage and retry forever.
 """
 
 from __future__ import annotations
@@ -38,16 +38,19 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0
 
 
 class WrongVersion(TsqError):
-    """A stage was asked for another version than its own: stages of two versions never answer together."""
+    """A stage was called for another version than its own.
+
+    Stages of different versions never contribute to one answer.
+    """
 
 
 class Lost(TsqError):
-    """What a stage was to work on is gone, with the replica or the node that held it."""
+    """The input of a stage is gone, with the replica or node that held it."""
 
 
 @dataclass(frozen=True)
 class Handed:
-    """What a stage hands on: a reference of its result, or why there is none."""
+    """What a stage hands on: a reference to its result, or the failure."""
 
     result: Any
     version: str
@@ -55,7 +58,7 @@ class Handed:
 
 @dataclass(frozen=True)
 class TimeLimits:
-    """Seconds that one hop may take, waiting included, and that all tries of a video may take."""
+    """Limits in seconds: per hop, including waiting, and for all attempts at a video."""
 
     decode: float
     network: float
@@ -63,13 +66,13 @@ class TimeLimits:
 
     @classmethod
     def of(cls, config: Config, total: float | None = None) -> TimeLimits:
-        """Of these settings; a video of a request has `serve.request_timeout_s`."""
+        """Return the limits of these settings; `total` defaults to `serve.request_timeout_s`."""
         network = config.serve.request_timeout_s
         return cls(config.decode.timeout_s + network, network, total or network)
 
 
 def graph_version(digest: str, config: Config) -> str:
-    """What an answer depends on: the bundle's sha256 and a hash of the settings."""
+    """Return what identifies an answer: the bundle's sha256 and a hash of the settings."""
     parts: Any = {
         "decode": True,
         "encoders": True,
@@ -81,7 +84,7 @@ def graph_version(digest: str, config: Config) -> str:
 
 
 class Graph:
-    """The three deployments in a row, as whoever calls them sees them."""
+    """The caller's view of the three deployments in sequence."""
 
     def __init__(
         self,
@@ -98,11 +101,11 @@ class Graph:
         )
 
     async def score(self, source: VideoSource, name: str, upload: bytes | None = None) -> Answer:
-        """What the stages say of one video; a video that cannot be used is an answer too.
+        """Score one video; a video that cannot be used is an answer too.
 
-        `name` seeds the random baseline. A dead or unavailable replica (one that does not answer
-        within a hop's limit is one), and it alone, is tried again until `limits.total` is over: then the answer is a failure `unavailable`. Raises
-        what a stage raises for another reason.
+        `name` seeds the random baseline. Only a dead or unavailable replica is retried, which
+        includes one that does not answer within a hop's limit. After `limits.total` the answer is a
+        failure `unavailable`. Raises what a stage raises for any other reason.
         """
         ends, wait_s = time.monotonic() + self.limits.total, _FIRST_WAIT_S
         while True:
@@ -112,7 +115,10 @@ class Graph:
                 if not is_lost(error):
                     raise
                 if time.monotonic() + wait_s >= ends:
-                    why = f"no replica answered for {self.limits.total:g} s ({type(error).__name__}); run again"
+                    why = (
+                        f"no replica answered for {self.limits.total:g} s "
+                        f"({type(error).__name__}); run again"
+                    )
                     return Answer(error=VideoError("unavailable", why))
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
@@ -124,7 +130,7 @@ class Graph:
 
 
 async def _hop(response: Any, limit_s: float) -> Any:
-    """The answer of a stage, cancelled when its time is over or the caller gives up."""
+    """Wait for the answer of a stage; cancel it at the time limit or if the caller gives up."""
     try:
         async with asyncio.timeout(limit_s):
             return await response
@@ -134,7 +140,7 @@ async def _hop(response: Any, limit_s: float) -> Any:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error means that a replica, its node or what it held is gone or not there yet."""
+    """Return whether a replica, its node or what it held is gone or not available yet."""
     from ray import exceptions
     from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
@@ -161,7 +167,10 @@ def is_lost(error: BaseException) -> bool:
 
 
 def deployment_options(pool: Pool, max_ongoing: int, max_queued: int = -1) -> dict[str, Any]:
-    """Options of a deployment: resources, autoscaling between minimum and limit; `max_queued` -1: nothing is turned away."""
+    """Return a deployment's options: resources, and autoscaling between minimum and limit.
+
+    With `max_queued` -1 no request is rejected.
+    """
     actor: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
     options: dict[str, Any] = {
         "ray_actor_options": actor | ({"memory": pool.memory} if pool.memory else {}),
@@ -196,7 +205,7 @@ def _batches(
 
 
 def _node_cpus() -> int:
-    # a container may have fewer than the machine: Ray knows
+    # in a container os.cpu_count() may be too high; Ray knows the actual number
     here, there = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
     cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here]
     return max(1, min([there, *(count for count in cpus if count)]))
@@ -208,21 +217,21 @@ async def _hand_on(result: Any, version: str) -> Handed:
 
 
 async def _take(handed: Handed, version: str) -> Any:
-    """What the stage before handed on. Raises WrongVersion, or Lost where it is gone."""
+    """Fetch what the previous stage handed on. Raises WrongVersion, or Lost if it is gone."""
     if handed.version != version:
-        raise WrongVersion(f"{handed.version} was asked for, this replica has {version}")
+        raise WrongVersion(f"version {handed.version} was asked for, this replica has {version}")
     if isinstance(handed.result, Failure):
         return handed.result
     try:
         return await handed.result
     except ray.exceptions.RayError as error:
-        # by another class than Ray's: the router acts on those itself
+        # not one of Ray's own classes, which Serve's router would handle itself
         raise Lost(type(error).__name__) from None
 
 
 @serve.deployment
 class Decoder:
-    """Fetches and decodes in killable children."""
+    """Fetch and decode videos in killable child processes."""
 
     def __init__(self, model: str, config: Config, placed: Layout) -> None:
         content, digest = read_bundle_settings(model)
@@ -238,10 +247,10 @@ class Decoder:
         self.pool = DecodePool(config.decode, specs, placed.decoder_processes)
 
     async def __call__(self, source: VideoSource, upload: bytes | None = None) -> Handed:
-        """A video, or an upload under the name `source.uri`, -> its frames or its failure."""
+        """Decode a video, or an upload named `source.uri`, to its frames or its failure."""
         if upload is None:
             outcome = await asyncio.wrap_future(self.pool.submit(source))
-        else:  # to its end also where the request is given up: a child may be reading the upload
+        else:  # shielded from cancellation, because a child may still be reading the upload
             outcome = await asyncio.shield(
                 asyncio.ensure_future(self._decode_upload(source.uri, upload))
             )
@@ -250,7 +259,8 @@ class Decoder:
     async def _decode_upload(
         self, name: str, upload: bytes
     ) -> DecodedVideo | VideoError | StorageError:
-        # a file without a name: it goes with this process, whatever ends it; the children read it through /proc
+        # an unnamed file disappears with this process, however that ends; the children read it
+        # through /proc
         with tempfile.TemporaryFile(prefix="tsq-upload-") as file:
             await asyncio.to_thread(_write, file, upload)
             path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
@@ -261,7 +271,7 @@ class Decoder:
 
 
 def _all_on_gpus(config: Config, placed: Layout) -> bool:
-    """Whether every network that takes pictures runs on a GPU."""
+    """Return whether every network that takes pictures runs on a GPU."""
     names = ["recognizer"] + (
         ["sampler"] if config.sampler.mode in (*TSQ_MODES, "maxconf-l") else []
     )
@@ -275,7 +285,7 @@ def _write(file: IO[bytes], data: bytes) -> None:
 
 @serve.deployment
 class Sampler:
-    """Encodes the T frames and chooses K."""
+    """Encode the T frames and choose K."""
 
     def __init__(self, model: str, config: Config, placed: Layout) -> None:
         import torch
@@ -289,7 +299,10 @@ class Sampler:
         self.batches: Batches[tuple[str, Any], Sampled] = _batches(sample, config, placed)
 
     async def __call__(self, name: str, handed: Handed) -> Handed:
-        """One video's frames, or its failure, -> its columns so far and the pictures to recognise."""
+        """Choose from one video's frames, and hand on its columns so far and the chosen pictures.
+
+        A failure is handed on unchanged.
+        """
         video = await _take(handed, self.version)
         if isinstance(video, Failure):
             return handed
@@ -298,7 +311,7 @@ class Sampler:
 
 @serve.deployment
 class Recognizer:
-    """Recognises the chosen frames."""
+    """Recognise the chosen frames."""
 
     def __init__(self, model: str, config: Config, placed: Layout) -> None:
         import torch
@@ -312,7 +325,7 @@ class Recognizer:
         self.batches: Batches[Sampled, Answer] = _batches(recognize, config, placed)
 
     async def __call__(self, handed: Handed) -> Answer:
-        """One video's chosen frames, or its failure, -> its answer."""
+        """Return the answer for one video's chosen frames, or for its failure."""
         sampled = await _take(handed, self.version)
         if isinstance(sampled, Failure):
             return Answer(error=sampled, version=self.version)
@@ -323,9 +336,13 @@ class Recognizer:
 def bind_graph(
     model: str, config: Config, placed: Layout, ongoing: Mapping[str, int]
 ) -> tuple[Any, ...]:
-    """The three deployments as laid out, `ongoing`: the most requests that a replica takes at a time."""
+    """Bind the three deployments as laid out.
+
+    `ongoing` is the most requests that a replica of each processes at a time.
+    """
     parts: dict[str, Any] = {"decoder": Decoder, "sampler": Sampler, "recognizer": Recognizer}
-    # no bound on the queues: the entry limits what comes in, and between the stages nothing may be turned away
+    # the queues are unbounded: the entry limits the number of requests, and the stages must not
+    # reject any from one another
     return tuple(
         part.options(**deployment_options(placed[name], ongoing[name])).bind(model, config, placed)
         for name, part in parts.items()

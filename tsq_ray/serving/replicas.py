@@ -1,4 +1,7 @@
-"""The Serve graph of a bulk scoring: deployed without HTTP, in numbers that follow the nodes, and never given more than it has room for."""
+"""The Serve graph of a bulk scoring run, deployed without HTTP.
+
+The number of replicas follows the number of nodes, and senders never exceed the replicas' capacity.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,16 @@ from tsq_ray.runtime.session import Session
 
 STAGES = ("decoder", "sampler", "recognizer")
 LOOK_EVERY_S = 2.0
-"""At the nodes, and at what has room."""
+"""Interval between checks of the nodes and of the replicas' capacity."""
 
 
 class Replicas:
-    """The graph of a run, deployed without HTTP; it follows the nodes that come and go."""
+    """The graph of a run, rescaled as nodes join and leave."""
 
     def __init__(
         self, ray: Any, app: str, config: Config, model: str, counts: Any, videos: int
     ) -> None:
-        """`app`: the name of the application in Serve; `counts`: an actor of FlowCounts."""
+        """Lay the graph out. `app` names the Serve application; `counts` is a FlowCounts actor."""
         self._ray, self._app, self._config, self._model, self._counts, self._videos = (
             ray,
             app,
@@ -41,11 +44,11 @@ class Replicas:
 
     @contextlib.contextmanager
     def deployed(self, session: Session) -> Iterator[None]:
-        """The graph, for the time of the `with`. RunFailed where it cannot be started."""
+        """Deploy the graph for the duration of the `with`. Raises RunFailed if it cannot start."""
         from ray import serve
 
         cluster.quiet_data(session.debug)
-        # a Serve instance that runs already, an endpoint's for example, keeps its own HTTP options
+        # a Serve instance that already runs, for example for an endpoint, keeps its HTTP options
         serve.start(
             proxy_location="Disabled",
             logging_config={
@@ -59,7 +62,7 @@ class Replicas:
             except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
                 raise cluster.run_failed(error, "score: the graph") from error
             yield
-        finally:  # on a cluster that others use it would go on asking for room
+        finally:  # on a shared cluster the application would keep asking for resources
             serve.delete(self._app)
 
     def _start(self) -> None:
@@ -71,13 +74,13 @@ class Replicas:
         serve.run(app, name=self._app, route_prefix=None, external_scaler_enabled=True)
 
     def ongoing(self) -> dict[str, int]:
-        """Requests of a replica at a time: a batch is on its way while another is worked on."""
+        """Return the concurrent requests per replica, so that one batch waits while one runs."""
         batch, placed = self._config.serve.batch_size, self.placed
         ahead = 2 * batch if placed.on_gpu else max(2 * batch, 2 * placed.threads)
         return {"decoder": 2 * placed.decoder_processes, "sampler": ahead, "recognizer": ahead}
 
     def tick(self) -> None:
-        """Fit the number of replicas to the alive nodes, and what is on its way to the replicas."""
+        """Adapt the number of replicas to the live nodes, and the senders' room to the replicas."""
         if time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
@@ -93,19 +96,19 @@ class Replicas:
 
         try:
             placed = layout("score", self._config, nodes, self._videos)
-        except ConfigError:  # the nodes that it takes are lost; others may come
+        except ConfigError:  # the nodes it needs are lost; others may join
             return
         for name in STAGES:
             count = placed[name].start
             if count != self._wanted[name]:
                 self._wanted[name] = count
                 target = DeploymentID(name.capitalize(), self._app)
-                # what Serve's REST API for external scalers calls
+                # the call behind Serve's REST API for external scalers
                 controller: Any = getattr(_get_global_client(), "_controller")  # noqa: B009
                 self._ray.get(controller.update_deployment_replicas.remote(target, count))
 
     def _room(self) -> int:
-        """Requests that the running replicas take at a time."""
+        """Return how many requests the running replicas process at a time."""
         from ray import serve
         from ray.serve._private.common import ReplicaState
 
@@ -122,7 +125,7 @@ class Replicas:
 
 
 class FlowCounts(progress.Counts):
-    """Counts that also share out among the senders what may be on its way to the graph."""
+    """Counts that also divide the graph's room for requests among the senders."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,11 +133,11 @@ class FlowCounts(progress.Counts):
         self.senders: dict[str, float] = {}
 
     def set_room(self, room: int) -> None:
-        """Videos that may be on their way at a time."""
+        """Set the number of videos that may be in flight."""
         self.room = room
 
     def share(self, sender: str) -> int:
-        """One sender's part of it; who has not asked for a while gets none."""
+        """Return one sender's share of the room; senders that stopped asking have none."""
         now = time.monotonic()
         self.senders[sender] = now
         alive = sum(now - asked < 5 * LOOK_EVERY_S for asked in self.senders.values())

@@ -1,4 +1,4 @@
-"""What a request asks for, and what is refused of it: the token, the size, the `uri`."""
+"""Parsing of requests, and their checks: the token, the size, the `uri`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from tsq_ray.errors import UserError
 from tsq_ray.manifest import video_id
 
 _MAX_JSON_BYTES = 16 * 1024
-_FORM_BYTES = 64 * 1024  # what a form may hold beside its file
+_FORM_BYTES = 64 * 1024  # what a form may hold in addition to its file
 
 
 class RequestError(UserError):
-    """A request without a prediction; `status` is the HTTP status, `error_type` says why a video failed."""
+    """A request that gets no prediction.
+
+    `status` is the HTTP status, `error_type` says why a video failed.
+    """
 
     def __init__(self, status: int, message: str, error_type: str | None = None) -> None:
         super().__init__(message)
@@ -32,7 +35,7 @@ class RequestError(UserError):
 
 
 def check_token(header: str | None, token: str | None) -> None:
-    """RequestError 401 unless `header` carries the bearer token; no token configured means no check."""
+    """Raise RequestError 401 unless `header` carries the bearer token. None disables the check."""
     if token is None:
         return
     scheme, _, given = (header or "").partition(" ")
@@ -40,22 +43,22 @@ def check_token(header: str | None, token: str | None) -> None:
         given.strip().encode(), token.encode()
     ):
         raise RequestError(
-            401, "a valid token is needed: send the header Authorization: Bearer TOKEN"
+            401, "a valid token is required: send the header Authorization: Bearer TOKEN"
         )
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The video of a request: where it is, or how its upload is called, and the upload."""
+    """The video of a request: its location, or the name and content of its upload."""
 
     source: VideoSource
     video_id: str
-    """Of the URI; of an upload the beginning of its sha256."""
+    """Derived from the URI; for an upload the first 16 hex digits of its sha256."""
     upload: bytes | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The manifest's columns of the answer."""
+        """The answer's columns that a manifest would supply."""
         size = len(self.upload) if self.upload is not None else None
         return {
             "video_id": self.video_id,
@@ -67,7 +70,7 @@ class Asked:
 
 
 async def read_request(request: Request, settings: ServeConfig) -> Asked:
-    """The video that is asked for. RequestError for what is refused."""
+    """Return the video that a request asks for. Raises RequestError if the request is refused."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     most = int(settings.max_upload_mb * 2**20)
     if kind == "application/json":
@@ -78,7 +81,7 @@ async def read_request(request: Request, settings: ServeConfig) -> Asked:
     else:
         data, name = await limited(request, most).body(), ""
     if len(data) > most:
-        raise RequestError(413, f"the file has {len(data)} bytes; at most {most} are taken")
+        raise RequestError(413, f"the file has {len(data)} bytes; the limit is {most}")
     digest = hashlib.sha256(data).hexdigest()[:16]
     return Asked(
         VideoSource(f"upload:{os.path.basename(name)}" if name else "upload"), digest, data
@@ -86,8 +89,11 @@ async def read_request(request: Request, settings: ServeConfig) -> Asked:
 
 
 def limited(request: Request, limit: int) -> Request:
-    """The same request with its body under a limit: RequestError 413 as soon as more than `limit` bytes are announced or have come."""
-    refusal = RequestError(413, f"the body is larger than {limit} bytes, the most that is taken")
+    """Return the request with a limit on its body.
+
+    Raises RequestError 413 as soon as more than `limit` bytes are announced or received.
+    """
+    refusal = RequestError(413, f"the body is larger than the limit of {limit} bytes")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > limit:
         raise refusal
@@ -105,7 +111,7 @@ def limited(request: Request, limit: int) -> Request:
 
 
 def read_uri(body: bytes) -> str:
-    """The `uri` of a JSON body; RequestError 400 where there is none."""
+    """Return the `uri` of a JSON body. Raises RequestError 400 if it has none."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
@@ -113,13 +119,13 @@ def read_uri(body: bytes) -> str:
     uri = content.get("uri") if isinstance(content, dict) else None
     if not isinstance(uri, str) or not uri or not uri.isprintable():
         raise RequestError(
-            400, 'the JSON body must be {"uri": "s3://..."}, with a string that is not empty'
+            400, 'the JSON body must be {"uri": "s3://..."}, with a non-empty, printable string'
         )
     return uri
 
 
 async def read_form(request: Request) -> tuple[bytes, str]:
-    """(content, file name) of the form's `file`; RequestError 400 where there is none."""
+    """Return content and name of the form's `file`. Raises RequestError 400 if it has none."""
     async with request.form(max_files=1) as form:
         file = form.get("file")
         if file is None or isinstance(file, str):
@@ -128,10 +134,10 @@ async def read_form(request: Request) -> tuple[bytes, str]:
 
 
 def check_prefix(uri: str, settings: ServeConfig) -> str:
-    """The normalised `uri`, if it lies below an allowed prefix; RequestError 403 otherwise."""
+    """Return `uri` normalised. Raises RequestError 403 if it is not below an allowed prefix."""
     try:
         place = "" if uri.startswith("~") else storage.real_path(uri)
-    except (OSError, ValueError):  # a name that is too long, one that holds a NUL
+    except (OSError, ValueError):  # the name is too long or contains a NUL
         place = ""
     if ".." not in unquote(place).replace("\\", "/").split("/"):
         for prefix in settings.allowed_uri_prefixes:
@@ -140,5 +146,6 @@ def check_prefix(uri: str, settings: ServeConfig) -> str:
     allowed = ", ".join(settings.allowed_uri_prefixes) or "none (set serve.allowed_uri_prefixes)"
     raise RequestError(
         403,
-        f"uri {storage.redact(uri)!r} is not below an allowed prefix; allowed: {storage.redact(allowed)}",
+        f"uri {storage.redact(uri)!r} is not below an allowed prefix; "
+        f"allowed: {storage.redact(allowed)}",
     )

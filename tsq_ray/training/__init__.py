@@ -1,4 +1,4 @@
-"""Ray Train: TSQNet and the classifiers it needs."""
+"""Training on Ray Train: TSQNet and the classifiers it needs."""
 
 from tsq_ray.training.classifier.finetune import finetune
 from tsq_ray.training.sampler.tsqnet import train, training_settings

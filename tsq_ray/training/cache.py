@@ -1,7 +1,9 @@
-"""Arrays in files of this machine, shared by the processes that train on it: made once, mapped by all, removed by the last one.
+"""Arrays in local files, shared by the training processes of a machine.
 
-Mapped files are as fast as memory where they fit into it, and do not run out of memory where they do not. The folder's lock tells who uses it:
-it is exclusive while somebody writes, shared while somebody reads, and the kernel gives it back however a process ends.
+The first process writes them, all map them, the last one removes them. Mapped files are as fast as
+memory if they fit into it, and cannot run out of memory if they do not. The lock on the folder
+shows who uses it: exclusive during writing, shared during reading. The kernel releases it however a
+process ends.
 """
 
 from __future__ import annotations
@@ -20,17 +22,18 @@ import numpy as np
 from tsq_ray.errors import StorageError
 
 Create = Callable[[str, np.dtype, Sequence[int]], np.ndarray]
-"""(name, type, shape) -> a writable array of that name."""
+"""Creates a writable array from (name, type, shape)."""
 _LAYOUT = "layout.json"
-"""Name -> [type, shape]; written last, so that a folder with it is complete."""
+"""Maps name to [type, shape]; written last, so a folder that has it is complete."""
 
 
 @contextlib.contextmanager
 def node_arrays(key: str, write: Callable[[Create], None]) -> Iterator[dict[str, np.ndarray]]:
-    """The arrays of `key` on this machine for the time of the `with`; `write` makes them where nobody has yet.
+    """Provide the arrays of `key` on this machine for the duration of the `with`.
 
-    They lie in the temporary folder (TMPDIR). What others of this user left there, whom nobody can be reading for any more, goes first.
-    Changes to the arrays are the process's own. Raises StorageError where there is no room.
+    If no process has written them yet, `write` does. They are in the temporary folder (TMPDIR);
+    unused arrays that other runs of this user left there are removed first. Changes to the arrays
+    stay private to the process. Raises StorageError if the disk has no room.
     """
     prefix = Path(tempfile.gettempdir()) / f"tsq-features-{os.getuid()}-"
     folder = Path(f"{prefix}{key}")
@@ -48,31 +51,29 @@ def node_arrays(key: str, write: Callable[[Create], None]) -> Iterator[dict[str,
 
 
 def _enter(folder: Path, write: Callable[[Create], None]) -> int:
-    """The descriptor that holds a shared lock on the complete folder."""
+    """Return a descriptor that holds a shared lock on the complete folder."""
     while True:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         try:
             lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # the last one of those before has just removed it
+        except FileNotFoundError:  # its last user has just removed it
             continue
         try:
             if os.fstat(lock).st_uid != os.getuid():
                 raise StorageError(
                     "access_denied",
-                    f"{folder}: belongs to another user; set TMPDIR to a folder of yours",
+                    f"{folder}: belongs to another user; set TMPDIR to a folder of your own",
                 )
             fcntl.flock(lock, fcntl.LOCK_SH)
             if not (folder / _LAYOUT).exists():
-                fcntl.flock(
-                    lock, fcntl.LOCK_EX
-                )  # the shared lock is given up first: two who want to write do not block each other
+                # releases the shared lock first, so two writers do not block each other
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 if _is_at(lock, folder) and not (folder / _LAYOUT).exists():
                     _fill(folder, write)
                 fcntl.flock(lock, fcntl.LOCK_SH)
-            if (
-                _is_at(lock, folder) and (folder / _LAYOUT).exists()
-            ):  # else somebody took it away before it was locked
+            # otherwise another process removed it before it was locked
+            if _is_at(lock, folder) and (folder / _LAYOUT).exists():
                 return lock
         except BaseException:
             _remove_unused(folder, lock)
@@ -81,7 +82,7 @@ def _enter(folder: Path, write: Callable[[Create], None]) -> int:
 
 
 def _is_at(lock: int, folder: Path) -> bool:
-    """Whether the folder that is locked is still the one of that name."""
+    """Whether `folder` is still the folder that is locked."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(folder))
     except FileNotFoundError:
@@ -96,14 +97,14 @@ def _fill(folder: Path, write: Callable[[Create], None]) -> None:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         with open(folder / name, "wb") as file:
             try:
-                os.posix_fallocate(
-                    file.fileno(), 0, size
-                )  # a mapped file that finds no room later ends the process
+                # a mapped file that runs out of disk later would kill the process
+                os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 free = shutil.disk_usage(folder).free
                 raise StorageError(
                     "unavailable",
-                    f"{folder}: no room for the {size / 1e9:.2f} GB of {name} ({free / 1e9:.2f} GB are free); set TMPDIR to a larger disk",
+                    f"{folder}: no room for the {size / 1e9:.2f} GB of {name} "
+                    f"({free / 1e9:.2f} GB free); set TMPDIR to a larger disk",
                 ) from error
         return np.asarray(np.memmap(folder / name, dtype, mode="r+", shape=tuple(shape)))
 
@@ -116,12 +117,12 @@ def _layout(folder: Path) -> dict[str, tuple[str, list[int]]]:
 
 
 def _mapped(path: Path, dtype: str, shape: Sequence[int]) -> np.ndarray:
-    # copy on write: torch wants arrays that may be written to
+    # copy on write, because torch expects writable arrays
     return np.asarray(np.memmap(path, np.dtype(dtype), mode="c", shape=tuple(shape)))
 
 
 def _remove_unused(folder: Path, lock: int | None = None) -> None:
-    """Remove the folder unless a process uses it; `lock`, ours, is closed."""
+    """Remove the folder unless a process uses it; closes `lock`, this process's own lock."""
     with contextlib.suppress(OSError):
         lock = os.open(folder, os.O_RDONLY) if lock is None else lock
     if lock is None:

@@ -1,6 +1,6 @@
-"""Features Parquet -> arrays for training: which rows are taken, and which are left out and why.
+"""Features in Parquet -> training arrays; which rows are used, which are left out and why.
 
-Legend: V videos, T frames, D dims, C classes.
+Shapes: V videos, T frames, D dims, C classes.
 """
 
 from __future__ import annotations
@@ -25,23 +25,22 @@ from tsq_ray.training.cache import Create, node_arrays
 
 DEFAULT_SPLIT = "train"
 
-
 VISUAL_COLUMN, OBJECT_IDS, OBJECT_PROBS, TARGETS = "visual", "object_ids", "object_probs", "targets"
 OBJECT_COLUMNS = (OBJECT_IDS, OBJECT_PROBS)
 _BRIEF = ["video_id", "uri", "split", "status", "labels"]
 _READERS = 4
-"""Parts that are read at a time."""
+"""Parts read at a time."""
 
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """The features to train on, as every worker can read them."""
+    """The features to train on, as every worker reads them."""
 
     uri: str
     split: str | None
     task: str
     columns: tuple[str, ...]
-    """The tensor columns to take."""
+    """The tensor columns to read."""
     key: str
     """Changes with the content."""
 
@@ -49,7 +48,7 @@ class FeatureSource:
     def of(
         cls, features_uri: str, split: str | None, task: str, with_objects: bool = True
     ) -> FeatureSource:
-        """RunError where `features_uri` is no finished extraction."""
+        """Describe the features at a URI; raises RunError if it is not a finished extraction."""
         uri, columns = (
             storage.normalize(features_uri),
             (VISUAL_COLUMN, *OBJECT_COLUMNS) if with_objects else (VISUAL_COLUMN,),
@@ -60,34 +59,34 @@ class FeatureSource:
 
 @dataclass
 class Selection:
-    """The videos that a training takes, by video id, and the account of the others."""
+    """The videos a training uses, sorted by video id, and why the others are left out."""
 
     labels: pa.ChunkedArray
-    """Of the V videos taken."""
+    """Labels of the V videos used."""
     classes: list[str]
     parts: list[tuple[str, np.ndarray]]
-    """Part and, for each row in it, its place among the V videos, or -1."""
+    """Each part with the index of each of its rows among the V videos, or -1."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Reason -> count."""
     named: list[str] = field(default_factory=list)
-    """The first unlabelled videos, by URI."""
+    """URIs of the first unlabelled videos."""
     warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
 class TrainingSet:
-    """The features and labels of the videos of a selection, by video id."""
+    """The features and labels of the videos of a selection, sorted by video id."""
 
     selection: Selection
     arrays: dict[str, np.ndarray]
-    """`visual` float16 [V, T, D], `object_ids` int16 and `object_probs` float16 [V, T, n], `targets` bool [V, C]."""
+    """`visual` float16 [V, T, D], `object_ids` int16 [V, T, n], `object_probs` float16 [V, T, n],
+    `targets` bool [V, C]."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @property
     def classes(self) -> list[str]:
-        """The class names."""
         return self.selection.classes
 
     @property
@@ -102,12 +101,12 @@ class TrainingSet:
 
     @property
     def labels(self) -> Iterator[list[int]]:
-        """Of one video after the other, ascending."""
+        """The class ids of each video, ascending."""
         return (np.flatnonzero(row).tolist() for row in self.targets)
 
 
 def multi_hot(labels: pa.ChunkedArray, num_classes: int) -> np.ndarray:
-    """Lists of labels -> bool [V, C]."""
+    """Turn lists of labels into bool [V, C]."""
     lists = labels.combine_chunks()
     targets = np.zeros((len(lists), num_classes), bool)
     targets[pc.list_parent_indices(lists), pc.list_flatten(lists)] = True
@@ -117,25 +116,27 @@ def multi_hot(labels: pa.ChunkedArray, num_classes: int) -> np.ndarray:
 def training_split(
     splits: pa.ChunkedArray, split: str | None, what: str
 ) -> tuple[str | None, list[str]]:
-    """Which split to take: the one asked for, else `train`, else all rows with a warning where no row has a split.
+    """Choose the split: the one asked for, else `train`; all rows if no row has a split.
 
-    Returns the split (None: all) and warnings. RunError where splits exist but none has the name.
+    Returns the split (None: all rows) and warnings. Raises RunError if splits exist but none has
+    the name.
     """
     names = {name for name in pc.unique(splits).to_pylist() if name}
     if split is None and not names:
         return None, [
-            f"{what} has no splits: training takes all rows, so nothing is held out to measure on"
+            f"{what} has no splits: training uses all rows, so nothing is held out for evaluation"
         ]
     wanted = split or DEFAULT_SPLIT
     if wanted not in names:
         raise RunError(
-            f"{what}: no row of split {wanted!r}; {describe_splits(splits)}; choose one with --split"
+            f"{what}: no row of split {wanted!r}; {describe_splits(splits)}; "
+            "choose one with --split"
         )
     return wanted, []
 
 
 def check_classes(classes: list[str], labelled: int, what: str) -> None:
-    """RunError where there is nothing to learn: no labels, or fewer than two classes."""
+    """Raise RunError if no video is labelled or the classes are fewer than two."""
     if labelled == 0:
         raise RunError(
             f"{what}: no labelled video; index it with labels (class folders, --labels FILE)"
@@ -147,16 +148,17 @@ def check_classes(classes: list[str], labelled: int, what: str) -> None:
 
 
 def single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
-    """RunError where the task is single and a video has several labels."""
+    """Raise RunError if the task is "single" and a video has several labels."""
     several = pc.sum(pc.greater(pc.list_value_length(labels), 1)).as_py() or 0
     if task == "single" and several:
         raise RunError(
-            f"{what}: {several} of {len(labels)} videos have several labels; set train.task=multi (--set train.task=multi)"
+            f"{what}: {several} of {len(labels)} videos have several labels; set train.task=multi "
+            "(--set train.task=multi)"
         )
 
 
 def select_videos(source: FeatureSource) -> Selection:
-    """The rows of a finished extraction that training takes: ok, of the split, labelled. Reads no tensors."""
+    """Select the ok, labelled rows of the split in a finished extraction; reads no tensors."""
     what = f"features {storage.redact(source.uri)}"
     parts = [part.uri for part in runs.list_parts(source.uri)]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -187,7 +189,7 @@ def select_videos(source: FeatureSource) -> Selection:
 
 
 def copy_features(source: FeatureSource, selection: Selection, create: Create) -> None:
-    """Write the selected rows into arrays that `create` makes, a few parts at a time."""
+    """Copy the selected rows into arrays made by `create`, a few parts at a time."""
     taken = [(part, places) for part, places in selection.parts if (places >= 0).any()]
     with storage.open_read(taken[0][0]) as file:
         types = {name: pq.read_schema(file).field(name).type for name in source.columns}
@@ -215,7 +217,7 @@ def copy_features(source: FeatureSource, selection: Selection, create: Create) -
 def source_arrays(
     source: FeatureSource, selection: Selection | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """`TrainingSet.arrays` in mapped files of this machine, shared by its processes (see cache.py)."""
+    """Provide `TrainingSet.arrays` in mapped files shared on this machine (see cache.py)."""
 
     def write(create: Create) -> None:
         if (
@@ -223,7 +225,8 @@ def source_arrays(
             != source
         ):
             raise RunFailed(
-                f"{storage.redact(source.uri)}: the features have changed since the training began; start it again"
+                f"{storage.redact(source.uri)}: the features have changed since the training "
+                "began; start it again"
             )
         copy_features(source, selection or select_videos(source), create)
 
@@ -233,7 +236,7 @@ def source_arrays(
 
 @contextlib.contextmanager
 def open_training_set(source: FeatureSource) -> Iterator[TrainingSet]:
-    """What training takes of a finished extraction, in mapped files, for the time of the `with`."""
+    """Provide the training set of a finished extraction, in mapped files."""
     selection = select_videos(source)
     with source_arrays(source, selection) as arrays:
         yield TrainingSet(selection, arrays)
@@ -241,20 +244,23 @@ def open_training_set(source: FeatureSource) -> Iterator[TrainingSet]:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The manifest rows that a training takes, and the account of the others."""
+    """The manifest rows a training uses, and why the others are left out."""
 
     rows: VideoRows
     split: str | None
-    """That of all of them; None where the manifest has no splits."""
+    """The split of all of them; None if the manifest has no splits."""
     left_out: dict[str, int]
     """Reason -> count."""
     named: list[str]
-    """The first unlabelled videos, by URI."""
+    """URIs of the first unlabelled videos."""
     warnings: list[str]
 
     @classmethod
     def of(cls, rows: VideoRows, split: str | None, limit: int | None, what: str) -> TrainingRows:
-        """The labelled rows of `split` (default: train), at most `limit`. RunError where no row has the split."""
+        """Select the labelled rows of `split` (default: train), at most `limit`.
+
+        Raises RunError if no row has the split.
+        """
         table = rows.table
         chosen, warnings = training_split(table["split"], split, what)
         inside = (
@@ -275,10 +281,10 @@ class TrainingRows:
 
 
 def is_labelled(rows: VideoRows) -> np.ndarray:
-    """bool [V]: which rows have a label."""
+    """Return bool [V]: whether each row has a label."""
     return pc.fill_null(pc.greater(pc.list_value_length(rows.table["labels"]), 0), False).to_numpy()
 
 
 def describe_left_out(left_out: dict[str, int]) -> dict[str, Any]:
-    """Only the reasons that occurred."""
+    """Keep only the reasons that occurred."""
     return {reason: count for reason, count in left_out.items() if count}

@@ -1,6 +1,6 @@
-"""A linear head over frozen features with TSN's segment consensus: frame head, recogniser's head.
+"""Linear heads on frozen features, with TSN's segment consensus: frame head and recogniser head.
 
-Legend: V videos, T frames, D dims, C classes, S segments.
+Shapes: V videos, T frames, D dims, C classes, S segments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tsq_ray.config import FinetuneConfig, Task
 from tsq_ray.model.task import classification_loss
 
 _CHUNK = 64
-"""Videos that are widened at a time."""
+"""Videos converted to float64 at a time."""
 
 
 def fit_head(
@@ -24,15 +24,17 @@ def fit_head(
     config: FinetuneConfig,
     task: Task,
 ) -> nn.Linear:
-    """Fit logits = W x + b so that the mean over a video's segments predicts its labels (TSN's average consensus).
+    """Fit logits = W x + b whose mean over a video's segments predicts its labels.
+
+    This is TSN's average consensus. Features are standardised for the fit; the scale is then folded
+    into the weights, so the returned head takes raw features.
 
     Args:
-        features: float [V, T, D], the frozen backbone's.
+        features: float [V, T, D], from the frozen backbone.
         targets: multi-hot [V, C].
-        config: its `head` counts; each step takes one random frame of each of `segments` equal parts of the T frames.
-        task: as in `model.losses.classification_loss`.
-
-    Features are standardised for the fit; the returned head takes them as they are: the scale is folded into its weights.
+        config: only its `head` is used; each step takes one random frame from each of `segments`
+            equal parts of the T frames.
+        task: see `model.task.classification_loss`.
     """
     settings = config.head
     x, y = torch.from_numpy(features), torch.from_numpy(targets)
@@ -65,7 +67,10 @@ def fit_head(
 
 
 def standard_scale(features: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Mean [D] and standard deviation [D] over all frames; dead dimensions get scale 1. Reads [V, T, D] a few videos at a time."""
+    """Return the mean [D] and standard deviation [D] over all frames.
+
+    Constant dimensions get scale 1. Reads [V, T, D] a few videos at a time.
+    """
     count = features.size // features.shape[-1]
     chunks = range(0, len(features), _CHUNK)
 
@@ -86,7 +91,7 @@ def standard_scale(features: np.ndarray) -> tuple[Tensor, Tensor]:
 def segment_slots(
     num_videos: int, num_frames: int, segments: int, generator: torch.Generator
 ) -> Tensor:
-    """One random slot of each of S equal segments: int64 [num_videos, S]."""
+    """Draw one random slot from each of S equal segments: int64 [num_videos, S]."""
     edges = torch.arange(segments + 1) * num_frames // segments
     width = (edges[1:] - edges[:-1]).float()
     return edges[:-1] + (torch.rand(num_videos, segments, generator=generator) * width).long()
@@ -94,6 +99,6 @@ def segment_slots(
 
 @torch.inference_mode()
 def head_logits(head: nn.Module, features: np.ndarray) -> Iterator[np.ndarray]:
-    """float [V, T, D] -> float32 [T, C] of one video after the other."""
+    """Yield the logits, float32 [T, C], of each video of `features`, float [V, T, D]."""
     for video in features:
         yield head(torch.from_numpy(video.astype(np.float32))).numpy()

@@ -1,4 +1,4 @@
-"""A Ray Train run that goes on from its last checkpoint, whatever was killed: a worker, a node or the driver."""
+"""Ray Train runs that resume from the last checkpoint after a worker, node or driver is killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tsq_ray.runtime.nodes import Layout
 from tsq_ray.runtime.session import Session
 
 STATE_FILE = "state.pt"
-"""The one file of a checkpoint."""
+"""The only file of a checkpoint."""
 _MAX_FAILURES = 3
 
 
@@ -33,10 +33,20 @@ def run_workers(
     total: int,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> dict[str, Any]:
-    """Run `loop(job)` on Ray Train workers and return what the last checkpoint holds, on the CPU.
+    """Run `loop(job)` on Ray Train workers; return the content of the last checkpoint, on the CPU.
 
-    `scaling`: a ScalingConfig. `work`: the folder of the checkpoints; where it has some, `loop` finds the last one. `counts` and `total`
-    are for the progress; `ticks` are called twice a second. Raises RunFailed where the workers fail more than three times.
+    Raises RunFailed if the workers fail more than three times.
+
+    Args:
+        loop: runs on each worker; resumes from the last checkpoint in `work`, if any.
+        job: argument of `loop`.
+        scaling: a ScalingConfig.
+        work: folder of the checkpoints.
+        what: name of the run in messages.
+        session: the command's cluster and output options.
+        counts: source of the progress.
+        total: value of the progress at the end.
+        ticks: called twice a second.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
@@ -61,14 +71,15 @@ def run_workers(
         raise cluster.run_failed(error, what) from error
     if result.checkpoint is None:
         raise RunFailed(
-            f"{what}: Ray Train returned no checkpoint; give the same command again (--debug shows its log)"
+            f"{what}: Ray Train returned no checkpoint; run the same command again "
+            "(--debug shows its log)"
         )
     with result.checkpoint.as_directory() as folder:
         return torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
 
 
 def scaling(placed: Layout) -> Any:
-    """Ray Train's ScalingConfig for the workers of a layout; elastic where their number is."""
+    """Return Ray Train's ScalingConfig for a layout; elastic if its number of workers is."""
     from ray.train import ScalingConfig
 
     pool = placed["worker"]
@@ -78,14 +89,14 @@ def scaling(placed: Layout) -> Any:
 
 
 def worker_device(name: str) -> torch.device:
-    """The layout's device in a Ray Train worker: Ray would take any GPU that it sees."""
+    """Return the layout's device in a Ray Train worker; Ray alone would take any GPU it sees."""
     from ray.train.torch import get_device
 
     return get_device() if name == "cuda" else torch.device("cpu")
 
 
 def distribute(network: torch.nn.Module, device: torch.device, workers: int) -> torch.nn.Module:
-    """`network`, which is on `device`, with gradients averaged over the workers."""
+    """Wrap `network`, which is on `device`, so that gradients are averaged over the workers."""
     if workers == 1:
         return network
     ids = [device] if device.type == "cuda" else None

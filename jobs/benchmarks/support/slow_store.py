@@ -1,8 +1,9 @@
-"""A store that is far away: passes connections on to a server on this machine, and lets every answer wait.
+"""A distant object store: forwards connections to a local server and delays every response.
 
 python jobs/benchmarks/support/slow_store.py http://127.0.0.1:8333 [--wait-ms 30] [--mb-s 40]
 
-Prints its own endpoint and serves until it is killed. It reads nothing of what it passes on, so that it costs little beside what is measured.
+Prints its endpoint and serves until killed. It does not parse what it forwards, so it adds little
+load to what is measured.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PIECE = 256 * 1024
 
 @contextlib.contextmanager
 def slow_store(endpoint: str, wait_ms: float, mb_s: float = 0.0) -> Iterator[str]:
-    """The endpoint of such a store, in a process of its own, for the time of the `with`."""
+    """Run such a store in its own process for the duration of the `with`; yields its endpoint."""
     command = [sys.executable, __file__, endpoint, "--wait-ms", str(wait_ms), "--mb-s", str(mb_s)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -31,15 +32,15 @@ def slow_store(endpoint: str, wait_ms: float, mb_s: float = 0.0) -> Iterator[str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serve."""
+    """Serve until killed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("endpoint", help="of the server behind it")
-    parser.add_argument("--wait-ms", type=float, default=30.0, help="that each answer takes longer")
+    parser.add_argument("endpoint", help="endpoint of the server behind it")
+    parser.add_argument("--wait-ms", type=float, default=30.0, help="delay of each response")
     parser.add_argument(
         "--mb-s",
         type=float,
         default=0.0,
-        help="megabytes a second of each connection and direction; 0: as fast as it can",
+        help="megabytes per second per connection and direction; 0: unlimited",
     )
     options = parser.parse_args(argv)
     asyncio.run(_serve(options))

@@ -1,1 +1,1 @@
-"""Frame classifiers, for the encoder and the recogniser: a whole network on Ray Train, or a head on a frozen one."""
+"""Frame classifiers for the encoder and the recogniser: whole networks, or heads on frozen ones."""

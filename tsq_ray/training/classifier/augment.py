@@ -1,7 +1,9 @@
-"""Random views of a video's frames for training: the same crop, flip and colours for all frames of one video (TSN).
+"""Random views of a video for training, the same crop, flip and colours for all its frames (TSN).
 
-What a video shows in an epoch hangs on (seed, epoch, video id) alone, so a resumed run sees what an undisturbed one does.
-Legend: S frames (segments), h w as decoded, size as the network takes them.
+The view of a video in an epoch depends only on (seed, epoch, video id), so a resumed run sees what
+an uninterrupted one does.
+
+Shapes: S frames (segments), h x w pixels as decoded, size x size pixels as input of the network.
 """
 
 from __future__ import annotations
@@ -17,22 +19,22 @@ from tsq_ray.decode import FrameSpec
 
 @dataclass(frozen=True)
 class View:
-    """What is random about one video in one epoch."""
+    """The random choices for one video in one epoch."""
 
     places: tuple[float, ...]
-    """S numbers of 0..1: where in each segment its frame is taken."""
+    """Position of the frame in each of the S segments, 0..1."""
     seed: int
-    """Of crop, flip and colours."""
+    """Seed of crop, flip and colours."""
 
 
 def view_of(seed: int, epoch: int, video_id: str, segments: int) -> View:
-    """The view of a video (id of 16 hex digits) in an epoch (from 0)."""
+    """Return the view of a video (id of 16 hex digits) in an epoch (from 0)."""
     rng = np.random.default_rng([seed, epoch, int(video_id, 16)])
     return View(tuple(rng.random(segments).tolist()), int(rng.integers(2**62)))
 
 
 def training_spec(model: ModelConfig) -> FrameSpec:
-    """The picture that random crops are taken from: larger than the network's by 8/7, squashed or not as the network's."""
+    """Return the frame format for random crops: 8/7 of the network's size, squashed like it."""
     return FrameSpec(
         round(model.size * 8 / 7),
         "squash" if model.resize == "squash" else "keep",
@@ -44,7 +46,7 @@ class Augment:
     """uint8 [S, h, w, 3] -> uint8 [S, size, size, 3]: random resized crop, flip, colour jitter."""
 
     def __init__(self, config: FinetuneConfig, model: ModelConfig) -> None:
-        # slow to import, and only the decoders of a fine-tuning come here
+        # slow to import, and only the decoders of a fine-tuning need it
         from torchvision.transforms import InterpolationMode, v2
 
         mode = InterpolationMode(model.interpolation)
@@ -68,7 +70,7 @@ class Augment:
         self.transform = v2.Compose(steps)
 
     def __call__(self, frames: np.ndarray, seed: int) -> np.ndarray:
-        """The same result for the same seed, whatever the state of torch's generator, which stays as it is."""
+        """Augment the frames; depends only on `seed`, and leaves torch's generator unchanged."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             view = self.transform(torch.from_numpy(frames).permute(0, 3, 1, 2))

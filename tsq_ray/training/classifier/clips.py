@@ -1,7 +1,9 @@
-"""Ray Data beside the training: decoded and augmented clips in the order that the training wants them.
+"""Decoded and augmented clips from Ray Data, in the order in which the training needs them.
 
-One dataset serves all epochs of a training worker, so that decoders start once and work ahead, over the border of an epoch too. The order
-hangs on (seed, epoch) alone. Legend: S segments (frames of a clip), V videos.
+One dataset serves all epochs of a training worker, so that decoders start once and work ahead, even
+across the boundary of an epoch. The order depends only on (seed, epoch).
+
+Shapes: S segments (frames of a clip), V videos.
 """
 
 from __future__ import annotations
@@ -23,34 +25,35 @@ from tsq_ray.runtime.nodes import Pool
 from tsq_ray.training.classifier.augment import Augment, training_spec, view_of
 
 _BATCH = 4
-"""Clips a decoder takes at a time."""
+"""Clips per call of a decoder."""
 _MOST_BLOCKS = 20_000
 _PLAIN = -1
-"""In place of an epoch: the middles of the segments, not augmented."""
+"""Replaces the epoch for clips of the middle frames of the segments, without augmentation."""
 
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """What decoders need to know; travels to them whole."""
+    """The settings and references that every decoder receives."""
 
     config: FinetuneConfig
     model: ModelConfig
     decode: DecodeConfig
     videos: Any
-    """Reference of the manifest table of all videos, training ones first."""
+    """Ray reference to the manifest table of all videos, training videos first."""
     counts: Any
+    """The actor that counts progress."""
     decoders: Pool
-    """Of each training worker."""
+    """The decoders of one training worker."""
     memory: int
-    """Bytes of the object store that the clips of one training worker may take."""
+    """Bytes of the object store for the clips of one training worker."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """S frames of a video, or why there are none."""
+    """The S frames of a video, or the reason why they are missing."""
 
     row: int
-    """In the table of videos."""
+    """Row in the table of videos."""
     pictures: np.ndarray | None
     """uint8 [S, size, size, 3]."""
     video_id: str
@@ -59,20 +62,23 @@ class Clip:
 
 @dataclass(frozen=True)
 class Work:
-    """Videos to decode, by their rows, for training in an epoch or plain."""
+    """Rows of videos to decode, augmented for an epoch or plain."""
 
     rows: np.ndarray
     epoch: int = _PLAIN
 
 
 def epoch_batches(seed: int, epoch: int, num_videos: int, batch_size: int) -> list[np.ndarray]:
-    """The global batches of an epoch (from 0): rows, in batches as equal as can be, so that the last is no leftover."""
+    """Return the rows of each global batch of an epoch (from 0).
+
+    Batches differ by at most one row, so that the last one is not a small remainder.
+    """
     order = np.random.default_rng([seed, epoch]).permutation(num_videos)
     return np.array_split(order, -(-num_videos // batch_size))
 
 
 class ClipStream:
-    """Clips of all `work`, in that order; decoding starts with the first `take`."""
+    """The clips of all `work`, in order; decoding starts at the first `take`."""
 
     def __init__(self, plan: ClipPlan, work: Iterable[Work]) -> None:
         rows, epochs = [], []
@@ -82,7 +88,7 @@ class ClipStream:
         self._clips = _clips(plan, np.concatenate(rows), np.concatenate(epochs))
 
     def take(self, rows: Sequence[int] | np.ndarray) -> list[Clip]:
-        """The next clips, which have to be those of `rows`."""
+        """Return the next clips, which must be those of `rows`."""
         clips = [next(self._clips) for _ in range(len(rows))]
         assert [clip.row for clip in clips] == list(rows), (
             "clips came in another order than planned"
@@ -121,7 +127,7 @@ def _clips(plan: ClipPlan, rows: np.ndarray, epochs: np.ndarray) -> Iterator[Cli
 
 
 class ClipWorker:
-    """Decode in a child, augment here meanwhile."""
+    """Decodes in a child process and augments in this one meanwhile."""
 
     def __init__(self, plan: ClipPlan) -> None:
         import ray
@@ -136,7 +142,7 @@ class ClipWorker:
         }
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """(row, epoch) -> (row, video_id, pictures, error_type)."""
+        """Turn (row, epoch) into (row, video_id, pictures, error_type)."""
         rows = batch["row"].to_pylist()
         views = []
         futures: list[Future[Any]] = []

@@ -1,5 +1,7 @@
-"""A classifier for the frames of a manifest, for the encoder or the recogniser: the whole network trained, or a linear head on a frozen
-backbone, both with TSN's segment consensus.
+"""Frame classifiers trained on a manifest, for the encoder or the recogniser.
+
+Either the whole network is trained, or a linear head on a frozen backbone, both with TSN's segment
+consensus.
 """
 
 from __future__ import annotations
@@ -43,11 +45,17 @@ def finetune(
     take_over: bool = False,
     session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
-    """Train the `role` network as `finetune.backbone` says and write the classifier to `out`; resumes an equal run that was stopped.
+    """Train the `role` network as `finetune.backbone` says and write the classifier to `out`.
 
-    Takes the labelled videos of `split` (default: train); failed and unlabelled ones are counted and named in the summary, which
-    is returned. `take_over` takes the folder from another run that writes to it. Raises UserError for wrong input, RunFailed where no video
-    is left or the work fails.
+    Uses the labelled videos of `split` (default: train), at most `limit`. A stopped run with the
+    same settings is resumed. `take_over` takes the folder from another run that writes to it.
+
+    Returns:
+        A summary that counts and names the failed and unlabelled videos.
+
+    Raises:
+        UserError: wrong input.
+        RunFailed: no video is usable, or the training fails.
     """
     started = time.time()
     out = storage.normalize(out)
@@ -73,9 +81,8 @@ def finetune(
     if whole:
         full.check_input(network)
     with runs.Lease(out, take_over=take_over) as lease:
-        if (
-            done := _finished(out, identity)
-        ) is not None:  # by the run that had the folder until now
+        # the run that held the lease before may have finished it
+        if (done := _finished(out, identity)) is not None:
             return done
         runs.write_json(storage.join(work, _IDENTITY_FILE), identity.parts)
         ticks = (lease.stop_if_lost,)
@@ -98,9 +105,9 @@ def finetune(
             "seconds": round(time.time() - started, 2)
         }
         if not summary["videos"]:
-            storage.remove_folder(work)  # nothing to resume, and other settings may do better
+            storage.remove_folder(work)  # nothing to resume, and other settings may work
             raise RunFailed(
-                f"finetune: none of the {len(rows)} videos could be used ({summary['failed']})"
+                f"finetune: none of the {len(rows)} videos is usable ({summary['failed']})"
             )
         record = {
             "identity": identity.parts,
@@ -149,7 +156,7 @@ def _summary(
 
 
 def _validation_rows(manifest: Manifest, rows: VideoRows, config: Config) -> VideoRows:
-    """The labelled videos of `finetune.val_split`, where they are others than those trained on."""
+    """Return the labelled videos of `finetune.val_split` that are not trained on."""
     every = manifest.rows
     if config.finetune.backbone == "frozen" or not config.finetune.val_split:
         return every[:0]
@@ -169,7 +176,7 @@ def _identity(
     limit: int | None,
 ) -> runs.Identity:
     whole = config.finetune.backbone == "trained"
-    # T frames a video for a head; a whole network's training takes its own, by finetune.segments
+    # a head is fitted on T frames per video; a whole network takes finetune.segments frames instead
     decode = {"strategy", "backend"} if whole else {"strategy", "backend", "num_frames"}
     tuning = config.finetune.model_dump(
         mode="json", exclude={"head", "num_workers", "checkpoint_every"}
@@ -188,7 +195,10 @@ def _identity(
 
 
 def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
-    """The summary of an equal finetune that is done already; RunError where `out` holds another one, done or begun."""
+    """Return the summary if `out` holds this finetune, finished; None if it does not.
+
+    Raises RunError if `out` holds another finetune, finished or not.
+    """
     done = storage.exists(storage.join(out, CLASSIFIER_FILE))
     if done:
         record = read_classifier_settings(out)[0]["provenance"]

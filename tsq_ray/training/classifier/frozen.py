@@ -1,4 +1,4 @@
-"""A linear head on a frozen backbone: an extraction of its features, then a fit to them."""
+"""A linear head on a frozen backbone: extracts its features, then fits the head to them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def fit_frozen(
     session: Session,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> Tuned:
-    """Fit a head for `network` (that of `settings`) to the selected videos, all of them labelled.
+    """Fit a head for `network` (built from `settings`) to the selected videos, all labelled.
 
-    Their features lie in the folder `work` meanwhile, so that a run that was stopped resumes.
-    Raises what `extract_features` raises.
+    Their features are kept in the folder `work`, so that a stopped run resumes. Raises what
+    `extract_features` raises.
     """
     features = storage.join(work, "features")
     encoders = config.encoders.model_copy(update={"visual": settings})
@@ -57,7 +57,7 @@ def fit_frozen(
 
 
 def _failed(features: str) -> dict[str, str]:
-    """Video id -> error type."""
+    """Return the error type of each failed video, by video id."""
     found: dict[str, str] = {}
     for part in runs.list_parts(features):
         table = runs.read_part(part.uri, ["video_id", "status", "error_type"])
@@ -69,7 +69,7 @@ def _failed(features: str) -> dict[str, str]:
 
 
 def _accuracy(head: torch.nn.Module, features: np.ndarray, targets: np.ndarray) -> float:
-    """Share of the videos whose best class, logits averaged over all frames, is one of their labels."""
+    """Share of videos whose best class, by mean logits over all frames, is one of their labels."""
     right = [
         bool(row[int(head(torch.from_numpy(video.astype(np.float32))).mean(0).argmax())])
         for video, row in zip(features, targets, strict=True)

@@ -1,4 +1,7 @@
-"""Full fine-tuning: backbone and head on Ray Train, clips from Ray Data. What a worker does is in worker.py."""
+"""Full fine-tuning: backbone and head on Ray Train, clips from Ray Data.
+
+The workers run worker.py.
+"""
 
 from __future__ import annotations
 
@@ -27,32 +30,33 @@ from tsq_ray.training.resumable import run_workers, scaling
 
 WORK_FOLDER = "_finetune"
 _STORE_SHARE = 0.3
-"""Of the object store, for clips that wait for the training."""
+"""Share of the object store for clips that wait for the training."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came out of a fine-tuning."""
+    """The result of a fine-tuning."""
 
     network: FrameEncoder
     failed: dict[str, str]
-    """Video id -> error type, of training and validation videos."""
+    """Error type by video id, of training and validation videos."""
     figures: dict[str, Any]
-    """For the summary."""
+    """Figures for the summary."""
     curve: list[dict[str, float]]
-    """One row an epoch, nan where nothing was measured; none for a frozen backbone."""
+    """One row per epoch, nan for what was not measured; empty for a frozen backbone."""
 
 
 def check_input(network: FrameEncoder) -> None:
-    """ModelError where the network does not take pictures of its settings' size."""
+    """Raise ModelError if the network does not take pictures of the size in its settings."""
     size = network.config.size
     try:
         with torch.inference_mode():
             network.features(torch.zeros(1, size, size, 3, dtype=torch.uint8))
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ModelError(
-            f"model {network.config.model!r}: does not take pictures of size {size} ({' '.join(str(error).split())[:120]}); "
-            "set the size it is made for, or model_args = {img_size = ...} where it has that argument"
+            f"model {network.config.model!r}: does not take pictures of size {size} "
+            f"({' '.join(str(error).split())[:120]}); set the size it is made for, "
+            "or model_args = {img_size = ...} if it has that argument"
         ) from None
 
 
@@ -66,10 +70,10 @@ def tune(
     session: Session,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> Tuned:
-    """Train `network` (its backbone as it is, a new head) on the labelled videos `train`, measure it on `val`.
+    """Train `network` with a new head on the labelled videos `train` and measure it on `val`.
 
-    Checkpoints go to the folder `work`, and a run that finds some there goes on from the last. `ticks` are called twice a second.
-    Raises RunFailed where the training fails.
+    Checkpoints go to the folder `work`; a run that finds some there resumes from the last. `ticks`
+    are called twice a second. Raises RunFailed if the training fails.
     """
     backbone = network.backbone.state_dict()
     with cluster.connect(session) as ray:
@@ -81,13 +85,15 @@ def tune(
         )
         last = content["curve"][-1]
         if not math.isfinite(last["loss"]):
-            storage.remove_folder(work)  # nothing to go on from
+            storage.remove_folder(work)  # a diverged checkpoint is no use for resuming
             if len(content["failed"]) < len(train):
                 raise RunFailed(
-                    f"finetune: the loss is {last['loss']} in epoch {last['epoch']}; lower finetune.lr ({config.finetune.lr})"
+                    f"finetune: the loss is {last['loss']} in epoch {last['epoch']}; "
+                    f"lower finetune.lr ({config.finetune.lr})"
                 )
             raise RunFailed(
-                f"finetune: none of the {len(train)} videos could be used ({dict(Counter(content['failed'].values()))})"
+                f"finetune: none of the {len(train)} videos is usable "
+                f"({dict(Counter(content['failed'].values()))})"
             )
         tuned = start_network(job, backbone)
     tuned.load_state_dict(content["model"])
@@ -134,7 +140,7 @@ def _plan(
 
 
 def _figures(content: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """For the summary, and the curve with the same columns in every row."""
+    """Return the figures for the summary, and the curve with the same columns in every row."""
     curve = content["curve"]
     last = curve[-1]
     figures = {

@@ -1,4 +1,4 @@
-"""Optimiser, learning rate and precision of a whole network's training."""
+"""Optimiser, learning rate and precision of full fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from tsq_ray.networks.inference import takes_bf16
 
 
 def make_optimizer(network: FrameEncoder, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 or AdamW over four groups: backbone and head, with weight decay and (biases, norms) without."""
+    """Create SGD with momentum 0.9, or AdamW, over four parameter groups.
+
+    Backbone and head each have a group with weight decay and one without (biases, norms).
+    """
     groups = []
     assert network.head is not None
     for module, scale in ((network.backbone, 1.0), (network.head, config.head_lr_factor)):
@@ -33,7 +36,7 @@ def make_optimizer(network: FrameEncoder, config: FinetuneConfig) -> torch.optim
 
 
 def lr_factor(step: int, num_steps: int, warmup_steps: int) -> float:
-    """Share of the highest learning rate at a step (from 0): a linear rise over the warm-up, then a cosine to zero."""
+    """Share of the peak learning rate at a step (from 0): linear warm-up, then a cosine to zero."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
@@ -46,7 +49,7 @@ def set_lr(
     step: int,
     steps_per_epoch: int,
 ) -> float:
-    """Set the learning rate of one step of an epoch in every group; that of the backbone is returned."""
+    """Set the learning rate of a step in every group and return that of the backbone."""
     total = config.epochs * steps_per_epoch
     lr = config.lr * lr_factor(
         epoch * steps_per_epoch + step, total, round(config.warmup_epochs * steps_per_epoch)
@@ -57,13 +60,13 @@ def set_lr(
 
 
 def use_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16: `takes_bf16`, and with `auto` on CPUs that have instructions for it too."""
+    """Whether to autocast to bfloat16: `takes_bf16`, with `auto` also on CPUs that support it."""
     if precision == "auto" and device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return takes_bf16(precision, device)
 
 
 def clip_gradients(network: nn.Module, limit: float) -> None:
-    """Scale gradients whose norm is above `limit` down to it; 0: leave them."""
+    """Scale gradients down to norm `limit` if it is exceeded; 0 disables clipping."""
     if limit:
         nn.utils.clip_grad_norm_(network.parameters(), limit)

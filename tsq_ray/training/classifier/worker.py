@@ -1,7 +1,9 @@
-"""What a worker of a full fine-tuning does: its share of every batch, validation, checkpoints.
+"""The loop of a full fine-tuning worker: its share of every batch, validation, checkpoints.
 
-Order of videos, frames, augmentation and dropout hang on (seed, epoch, step) alone, so a run that was killed and resumed from a checkpoint
-goes on as if it had not been. Legend: B clips of this worker's share, S segments, C classes.
+The order of videos, the frames, the augmentation and the dropout depend only on (seed, epoch,
+step), so a run that was killed and resumed from a checkpoint continues as if it had never stopped.
+
+Shapes: B clips of this worker's share, S segments, C classes, V videos.
 """
 
 from __future__ import annotations
@@ -30,23 +32,23 @@ from tsq_ray.training.resumable import STATE_FILE, distribute, worker_device
 
 _HEAD_STD = 0.01
 _SAMPLE = 64
-"""Videos that the statistics of folded batch norms are taken from."""
+"""Videos for estimating the statistics of folded batch norms."""
 
 
 @dataclass(frozen=True)
 class TunePlan:
-    """What a training worker needs to know; travels to it whole."""
+    """The settings and references that every training worker receives."""
 
     clips: ClipPlan
     task: Task
     num_classes: int
     num_train: int
-    """The first videos of the table; the `num_val` after them are the validation's."""
+    """Training videos, the first in the table; the `num_val` after them are for validation."""
     num_val: int
     labels: Any
-    """Reference of bool [V, C]."""
+    """Ray reference to bool [V, C]."""
     backbone: Any
-    """Reference of the backbone's state dict."""
+    """Ray reference to the state dict of the backbone."""
     threads: int
     device: str = "cpu"
 
@@ -56,14 +58,17 @@ class TunePlan:
         return epoch + 1 == config.epochs or (epoch + 1) % config.checkpoint_every == 0
 
     def num_clips(self, epochs: int) -> int:
-        """Clips of the first `epochs` epochs and their validations."""
+        """Return the number of clips of the first `epochs` epochs and their validations."""
         return (
             epochs * self.num_train + sum(self.due(epoch) for epoch in range(epochs)) * self.num_val
         )
 
 
 def start_network(job: TunePlan, backbone: dict[str, Tensor]) -> FrameEncoder:
-    """The pretrained backbone with a new head, small random weights: the same on every worker."""
+    """Create the pretrained backbone with a new head.
+
+    The head has small random weights, the same on every worker.
+    """
     config = job.clips.config
     network = split_network(
         job.clips.model, create_network(job.clips.model, job.num_classes), with_head=False
@@ -78,9 +83,12 @@ def start_network(job: TunePlan, backbone: dict[str, Tensor]) -> FrameEncoder:
 
 
 def clip_logits(network: torch.nn.Module, pictures: Tensor, bf16: bool) -> Tensor:
-    """uint8 [B, S, H, W, 3] -> float32 [B, C]: the mean of the frames' logits (TSN's consensus)."""
+    """Return the mean of the frames' logits (TSN's consensus), float32 [B, C].
+
+    `pictures` is uint8 [B, S, H, W, 3].
+    """
     frames = pictures.flatten(0, 1)
-    if len(frames) == 1 and network.training:  # a batch norm refuses a single value a channel
+    if len(frames) == 1 and network.training:  # batch norm rejects a single value per channel
         frames = frames.repeat(2, 1, 1, 1)
     with torch.autocast(frames.device.type, torch.bfloat16, enabled=bf16):
         _, logits = network(frames)
@@ -89,7 +97,7 @@ def clip_logits(network: torch.nn.Module, pictures: Tensor, bf16: bool) -> Tenso
 
 
 def smoothed(targets: Tensor, config: FinetuneConfig, task: str) -> Tensor:
-    """Multi-hot bool [B, C] -> what the loss wants: distributions (single) or probabilities (multi), smoothed."""
+    """Smooth multi-hot bool [B, C] into distributions ("single") or probabilities ("multi")."""
     values = targets.float()
     share = config.label_smoothing
     if task == "single":
@@ -98,7 +106,7 @@ def smoothed(targets: Tensor, config: FinetuneConfig, task: str) -> Tensor:
 
 
 def tune_loop(worker: dict[str, Any]) -> None:
-    """One Ray Train worker."""
+    """Run one Ray Train worker."""
     import ray.train
 
     job: TunePlan = worker["job"]
@@ -115,12 +123,12 @@ def tune_loop(worker: dict[str, Any]) -> None:
         tuner.curve.append(row)
         if job.due(epoch) or lost:
             tuner.report()
-        if lost:  # the same would come of it again: no failure that Ray Train should retry
+        if lost:  # a retry by Ray Train would diverge again, so this is not raised as a failure
             return
 
 
 class _Tuner:
-    """The state of a worker."""
+    """The state of a training worker."""
 
     def __init__(self, job: TunePlan, rank: int, world: int, device: torch.device) -> None:
         import ray
@@ -130,12 +138,12 @@ class _Tuner:
         self.bf16 = use_bf16(self.config.precision, device)
         self.labels = torch.from_numpy(np.array(ray.get(job.labels)))
         self.failed: dict[str, str] = {}
-        """URI -> error type."""
+        """Error type by video id."""
         self.bare = start_network(job, ray.get(job.backbone)).to(device)
         self.optimizer = make_optimizer(self.bare, self.config)
         self.first, self.curve = self._resume()
         rows = np.arange(job.num_train)
-        # the others get rank 0's weights with the first step
+        # only rank 0 estimates statistics: the others receive its weights at the first step
         sample = (
             rows[:: -(-len(rows) // _SAMPLE)]
             if rank == 0 and not self.first and folded_norms(self.bare)
@@ -157,7 +165,7 @@ class _Tuner:
         return epoch_batches(self.config.seed, epoch, self.job.num_train, self.config.batch_size)
 
     def _val_rows(self) -> np.ndarray:
-        """This worker's share of the validation videos."""
+        """Return this worker's share of the validation videos."""
         return np.arange(self.job.num_train, len(self.labels))[self.rank :: self.world]
 
     def _resume(self) -> tuple[int, list[dict[str, float]]]:
@@ -173,12 +181,15 @@ class _Tuner:
         self.optimizer.load_state_dict(content["optimizer"])
         self.failed = content["failed"]
         if self.rank == 0:
-            # so that progress counts what was done before
+            # progress includes the clips of earlier epochs
             self.job.clips.counts.add.remote([None] * self.job.num_clips(len(content["curve"])))
         return len(content["curve"]), content["curve"]
 
     def _take(self, rows: np.ndarray) -> tuple[Tensor | None, Tensor]:
-        """The clips of `rows` that are ok: uint8 [B, S, H, W, 3] (None for none) and their rows int64 [B]; the failed ones are noted."""
+        """Return the ok clips of `rows`, uint8 [B, S, H, W, 3] or None, and their rows, int64 [B].
+
+        Failed clips are recorded in `failed`.
+        """
         clips = self.clips.take(rows)
         for clip in clips:
             if clip.error_type is not None:
@@ -204,14 +215,17 @@ class _Tuner:
         )
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
-        """One pass over the training videos: mean loss and accuracy over those that could be decoded (nan for none), as seen in training."""
+        """Train one epoch; return the learning rate, and the mean training loss and accuracy.
+
+        The means cover the videos that could be decoded; nan if none could.
+        """
         self.network.train()
-        sums = torch.zeros(3, dtype=torch.float64)  # loss, right answers, videos
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, correct predictions, videos
         batches = self._batches(epoch)
         lr = 0.0
         for step, batch in enumerate(batches):
             lr = set_lr(self.optimizer, self.config, epoch, step, len(batches))
-            # dropout is the same in an undisturbed and in a resumed run
+            # dropout is the same in a resumed run
             torch.manual_seed(
                 ((self.config.seed * 1_000_003 + epoch) * 10_007 + step) * 101 + self.rank
             )
@@ -221,14 +235,17 @@ class _Tuner:
         return {"loss": loss, "accuracy": right, "lr": lr}
 
     def _step(self, batch: np.ndarray) -> Tensor:
-        """One step over a global batch; float64 [3]: this worker's sum of losses, right answers, number of clips."""
+        """Take one step on a global batch.
+
+        Returns float64 [3]: this worker's sum of losses, correct predictions and number of clips.
+        """
         pictures, rows = self._take(batch[self.rank :: self.world])
         counted = self._add_up(torch.tensor([float(len(rows))]))
         if not counted:
             return torch.zeros(3, dtype=torch.float64)
         self.optimizer.zero_grad()
         if pictures is None:
-            # nothing to learn here, but the others wait for this worker's gradients; statistics stay as they are
+            # the other workers wait for this one's gradients; eval mode keeps its statistics
             self.network.eval()
             size = self.job.clips.model.size
             blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=self.device)
@@ -241,7 +258,7 @@ class _Tuner:
             loss = classification_loss(
                 logits, smoothed(targets, self.config, self.job.task), self.job.task
             )
-            # gradients are averaged over the workers: this makes it the mean over the batch
+            # gradients are averaged over the workers; the factor gives the mean over the batch
             (loss * (len(rows) * self.world / counted)).backward()
             right = targets[torch.arange(len(rows)), logits.argmax(1)].sum()
             result = torch.tensor(
@@ -253,7 +270,7 @@ class _Tuner:
         return result
 
     def _add_up(self, values: Tensor) -> float:
-        """Sum over the workers, in place; the last value."""
+        """Sum `values` over the workers, in place, and return the last value."""
         if self.world > 1:
             moved = values.to(self.device)
             dist.all_reduce(moved)
@@ -261,12 +278,15 @@ class _Tuner:
         return float(values[-1])
 
     def validate(self) -> dict[str, float]:
-        """Loss, top-1 and mAP on the validation videos, each by the middle frames of its segments; nothing where there are none."""
+        """Return loss, top-1 and mAP on the validation videos; empty without such videos.
+
+        Each video is seen through the middle frames of its segments.
+        """
         if not self.job.num_val:
             return {}
         self.network.eval()
         for buffer in self.bare.buffers() if self.world > 1 else ():
-            dist.broadcast(buffer, 0)  # each worker has statistics of its own; rank 0's are kept
+            dist.broadcast(buffer, 0)  # each worker has its own statistics; rank 0's are kept
         logits, rows = [torch.zeros(0, self.job.num_classes)], [torch.zeros(0, dtype=torch.int64)]
         mine = self._val_rows()
         for start in range(0, len(mine), self.config.batch_size):
@@ -291,7 +311,7 @@ class _Tuner:
         }
 
     def _gather(self, value: Any) -> list[Any]:
-        """The value of every worker, on every worker."""
+        """Return the value of every worker, on every worker."""
         if self.world == 1:
             return [value]
         parts: list[Any] = [None] * self.world
@@ -299,7 +319,7 @@ class _Tuner:
         return parts
 
     def report(self) -> None:
-        """Rank 0 writes the checkpoint, the others agree."""
+        """Report to Ray Train, with a checkpoint from rank 0."""
         import ray.train
 
         self.failed = {

@@ -1,1 +1,1 @@
-"""TSQNet on Ray Train: features to a bundle."""
+"""TSQNet on Ray Train: from features to a bundle."""

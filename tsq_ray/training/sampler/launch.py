@@ -1,4 +1,4 @@
-"""The training's workers on a Ray cluster: how many, what each takes, where their checkpoints go."""
+"""Running the training workers on a Ray cluster: their number, resources and checkpoints."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tsq_ray.training.sampler.loop import train_loop
 
 @dataclass
 class Fitted:
-    """What a training left in its last checkpoint."""
+    """The result of a training, from its last checkpoint."""
 
     state: dict[str, Tensor]
     curve: list[dict[str, float]]
     """The losses of each epoch."""
     epoch_seconds: list[float]
-    """How long each of them took."""
+    """Duration of each epoch."""
     workers: int
-    """At the end."""
+    """Number of workers at the end."""
     resumed_at: int
-    """Epochs that were done already when the workers started for the last time; 0 for an undisturbed run."""
+    """Epochs already done when the workers last started; 0 for an uninterrupted run."""
     seconds: float
-    """From the start of the workers to the end."""
+    """Time from the start of the workers to the end."""
 
 
 def fit_on_cluster(
@@ -43,10 +43,11 @@ def fit_on_cluster(
     session: Session,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> Fitted:
-    """Run `loop.train_loop` on Ray Train workers, or go on from the last checkpoint in the folder `work`.
+    """Run `loop.train_loop` on Ray Train workers, from the last checkpoint in `work` if it has one.
 
-    `job`: "config" (of TrainConfig), "shape", "start", "vocabulary" (see `loop.fit_tsqnet`) and "source". `ticks` are called twice a second.
-    Raises RunFailed where the training fails.
+    `job` holds "config" (a TrainConfig as JSON), "shape", "start" and "vocabulary" (see
+    `loop.fit_tsqnet`) and "source". `ticks` are called twice a second. Raises RunFailed if the
+    training fails.
     """
     counts = ray.remote(num_cpus=0)(_Videos).remote()
     placed = layout("train", config, cluster.read_cluster(ray, config), num_videos)
@@ -67,7 +68,7 @@ def fit_on_cluster(
 
 
 class _Videos:
-    """Progress of a training: videos, each once an epoch; lives in a Ray actor."""
+    """Progress of a training in videos, each counted once per epoch; runs as a Ray actor."""
 
     def __init__(self) -> None:
         self.done = 0

@@ -1,7 +1,10 @@
-"""What a training worker does: its share of every batch, the schedule, checkpoints.
+"""The training loop of a worker: its share of every batch, the schedule, checkpoints.
 
-The order of samples and the dropout hang on (seed, epoch, step) alone, so a run that was killed and resumed from a checkpoint goes on as
-if it had not been. Legend: B batch, b this worker's share of it, T frames, C classes, D dims.
+The order of samples and the dropout depend only on (seed, epoch, step), so a run that was killed
+and resumed from a checkpoint continues as if it had never stopped.
+
+Shapes: V videos, B videos of a batch, b of them this worker's, T frames, C classes, D dims, n
+objects per frame.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from tsq_ray.training.features import source_arrays
 from tsq_ray.training.resumable import STATE_FILE, distribute, worker_device
 
 _SAMPLE = 64
-"""Videos that set the scale of the convolutions."""
+"""Videos that set the initial scale of the convolutions."""
 _GPU_SHARE = 0.25
-"""Of a GPU's free memory, that the features may take; larger ones stay in the machine's memory."""
+"""Share of a GPU's free memory that the features may take; larger ones stay in host memory."""
 _CPU = torch.device("cpu")
 
 
@@ -41,19 +44,23 @@ def fit_tsqnet(
     device: torch.device | None = None,
     threads: int | None = None,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """Train in this process, without Ray: what one Ray Train worker does, with the same result.
+    """Train in this process, without Ray, with the same result as a single Ray Train worker.
 
     Args:
-        arrays: "visual" float16 [V, T, D], "object_ids" int16 and "object_probs" float16 [V, T, n], "targets" bool [V, C].
-        vocabulary: float [1000, Dt], the object names' embeddings; None for a VQM-only network.
-        start: "visual" [C, D] and "textual" [C, Dt], where the queries start; None for a random start.
-        shape: of the network.
-        config: the settings; `num_workers` and `checkpoint_every` do not count here.
-        device: default the CPU.
-        threads: of torch; default as they are.
+        arrays: "visual" float16 [V, T, D], "object_ids" int16 [V, T, n], "object_probs" float16
+            [V, T, n], "targets" bool [V, C].
+        vocabulary: float [1000, Dt], embeddings of the object names; None for a VQM-only network.
+        start: initial queries, "visual" [C, D] and "textual" [C, Dt]; None for a random start.
+        shape: shape of the network.
+        config: the settings; `num_workers` and `checkpoint_every` have no effect here.
+        device: default: the CPU.
+        threads: threads of torch; default: unchanged.
 
     Returns:
-        The state dict, on the CPU, and the losses of each epoch with its number, "epoch". Raises RunFailed where the loss is not finite.
+        The state dict, on the CPU, and per epoch its losses and its number, "epoch".
+
+    Raises:
+        RunFailed: the loss is not finite.
     """
     before, device = torch.get_num_threads(), device or _CPU
     torch.set_num_threads(threads or before)
@@ -68,7 +75,7 @@ def fit_tsqnet(
 
 
 def train_loop(job: dict[str, Any]) -> None:
-    """One Ray Train worker: its share of every batch, gradients averaged over the workers."""
+    """Run one Ray Train worker on its share of every batch, gradients averaged over the workers."""
     import ray.train
 
     config, shape = TrainConfig.model_validate(job["config"]), TSQShape(**job["shape"])
@@ -89,7 +96,7 @@ def train_loop(job: dict[str, Any]) -> None:
 
 @dataclass
 class Training:
-    """A training in progress, as one worker holds it."""
+    """The state of a training in one worker."""
 
     network: TSQNet
     optimizer: torch.optim.Optimizer
@@ -98,9 +105,9 @@ class Training:
     curve: list[dict[str, float]] = field(default_factory=list)
     """The losses of each epoch so far."""
     seconds: list[float] = field(default_factory=list)
-    """How long each of them took, with the checkpoint before it."""
+    """Duration of each epoch, including the checkpoint before it."""
     resumed_at: int = 0
-    """Epochs that were done when this worker began."""
+    """Epochs already done when this worker started."""
 
     @classmethod
     def begin(
@@ -114,7 +121,10 @@ class Training:
         world: int = 1,
         device: torch.device = _CPU,
     ) -> Training:
-        """The same start on every worker; `vocabulary` and `start` hold tensors or arrays."""
+        """Create the same initial state on every worker.
+
+        `vocabulary` and `start` hold tensors or arrays.
+        """
         torch.manual_seed(config.seed)
         network = TSQNet(shape)
         network.set_embeddings(
@@ -137,9 +147,10 @@ class Training:
     def epochs(
         self, network: torch.nn.Module, progress: Callable[[int], None] | None = None
     ) -> Iterator[int]:
-        """Train the epochs that are left and yield the number of each after it.
+        """Train the remaining epochs and yield the number of each when it ends.
 
-        `network`: `self.network`, or what wraps it. `progress` is told the videos done after each step, earlier epochs' too.
+        `network` is `self.network` or a wrapper of it. `progress` is called after each step with
+        the number of videos done, including those of earlier epochs.
         """
         before = time.perf_counter()
         for epoch in range(len(self.curve), self.config.epochs):
@@ -155,7 +166,7 @@ class Training:
             yield epoch + 1
 
     def state(self) -> dict[str, Tensor]:
-        """The network's state dict on the CPU, independent of what follows."""
+        """Return a copy of the network's state dict on the CPU, which later steps do not change."""
         return {
             name: value.detach().to("cpu", copy=True)
             for name, value in self.network.state_dict().items()
@@ -163,17 +174,17 @@ class Training:
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """x0.1 at 1/4, 1/2 and 3/4 of the epochs (appendix A: 25, 50 and 75 of 100)."""
+    """Learning rate, x0.1 at 1/4, 1/2 and 3/4 of the epochs (appendix A: 25, 50 and 75 of 100)."""
     return config.lr * 0.1 ** sum(epoch >= config.epochs * quarter // 4 for quarter in (1, 2, 3))
 
 
 def _tensor(value: Any) -> Tensor:
-    """A copy of an array, maybe a read-only one, or of a tensor."""
+    """Copy an array, which may be read-only, or a tensor."""
     return torch.from_numpy(np.array(value))
 
 
 class BatchShares:
-    """This worker's share of each global batch, in an order that hangs on (seed, epoch) alone."""
+    """This worker's share of each global batch; the order depends only on (seed, epoch)."""
 
     def __init__(
         self,
@@ -195,26 +206,31 @@ class BatchShares:
         self.config, self.rank, self.world, self.device = config, rank, world, device
 
     def __len__(self) -> int:
-        """Videos."""
+        """Return the number of videos."""
         return len(self.tensors["targets"])
 
     def order(self, epoch: int) -> list[Tensor]:
-        """The global batches of an epoch: int64 [<= B] each."""
+        """Return the global batches of an epoch, int64 [<= B] each."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         return list(torch.randperm(len(self), generator=generator).split(self.config.batch_size))
 
     def share(self, batch: Tensor) -> tuple[Tensor, Tensor | None, Tensor, float]:
-        """(visual [b, T, D], text [b, T, Dt], targets [b, C], weight): weight makes the mean over workers the mean over the batch."""
+        """Return visual [b, T, D], text [b, T, Dt], targets [b, C] and the weight of this share.
+
+        The weight turns the mean over workers into the mean over the batch.
+        """
         mine = batch[self.rank :: self.world]
         weight = len(mine) * self.world / len(batch)
-        if not len(
-            mine
-        ):  # fewer videos than workers: compute one for the sake of the collective, count none
+        if not len(mine):
+            # fewer videos than workers: the all-reduce still needs gradients, with weight 0
             mine = batch[:1]
         return *self._frames(mine), self._rows("targets", mine).float(), weight
 
     def sample(self) -> tuple[Tensor, Tensor | None]:
-        """The same few videos on every worker, on the CPU: (visual [n, T, D], text [n, T, Dt])."""
+        """Return visual [N, T, D] and text [N, T, Dt] of a few videos, on the CPU.
+
+        Every worker returns the same videos.
+        """
         visual, text = self._frames(
             torch.arange(min(_SAMPLE, len(self))) * len(self) // min(_SAMPLE, len(self))
         )
@@ -224,10 +240,11 @@ class BatchShares:
         visual = self._rows("visual", videos).float()
         if self.vocabulary is None:
             return visual, None
+        # stored best first
         ids, probs = (
             self._rows(name, videos)[..., : self.config.top_objects]
             for name in ("object_ids", "object_probs")
-        )  # best first
+        )
         return visual, object_embeddings(ids.long(), probs.float(), self.vocabulary)
 
     def _rows(self, name: str, videos: Tensor) -> Tensor:
@@ -243,13 +260,13 @@ def train_epoch(
     epoch: int,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """One pass: mean of each loss over the steps, over all workers."""
+    """Train one epoch; return the mean of each loss over its steps and all workers."""
     network.train()
     order = batches.order(epoch)
     bf16 = takes_bf16(config.precision, batches.device)
     totals: dict[str, Tensor] = {}
     for step, batch in enumerate(order):
-        # dropout is the same in an undisturbed and in a resumed run; with another number of workers it is another draw
+        # dropout is the same in a resumed run, but differs with the number of workers
         torch.manual_seed(((config.seed * 1_000_003 + epoch) * 10_007 + step) * 101 + batches.rank)
         visual, text, targets, weight = batches.share(batch)
         with torch.autocast(batches.device.type, torch.bfloat16, enabled=bf16):
@@ -258,7 +275,7 @@ def train_epoch(
         (parts["loss"] * weight).backward()
         optimizer.step()
         for name, value in parts.items():
-            # stays on the device: reading a loss at each step would wait for the GPU
+            # kept on the device: reading a loss at every step would wait for the GPU
             totals[name] = totals.get(name, 0.0) + value.detach().double() * (
                 weight / batches.world / len(order)
             )
@@ -270,13 +287,14 @@ def train_epoch(
     losses = dict(zip(totals, means.tolist(), strict=True))
     if not np.isfinite(losses["loss"]):
         raise RunFailed(
-            f"train: the loss is {losses['loss']} in epoch {epoch + 1}; lower train.lr ({config.lr})"
+            f"train: the loss is {losses['loss']} in epoch {epoch + 1}; "
+            f"lower train.lr ({config.lr})"
         )
     return losses
 
 
 class _Progress:
-    """Tells the driver's counter the videos done, about once a second."""
+    """Reports the number of videos done to the driver's counter, about once a second."""
 
     def __init__(self, counts: Any) -> None:
         self.counts, self.told = counts, 0.0

@@ -1,4 +1,7 @@
-"""Ray Train: features -> TSQNet -> bundle (paper, section 3 and appendix A). What a worker does is in loop.py."""
+"""Training TSQNet, from features to a bundle (paper, section 3 and appendix A).
+
+The workers run loop.py.
+"""
 
 from __future__ import annotations
 
@@ -45,9 +48,9 @@ _IDENTITY_FILE = "identity.json"
 def training_settings(
     features_uri: str, path: str | Path | None = None, sets: Iterable[str] = ()
 ) -> Config:
-    """Settings of a training: the features' own as the base, then the TOML file and the sets.
+    """Load the settings of a training: those of the features, then the TOML file, then the sets.
 
-    RunError where they ask for another decode or encoder than the features have.
+    Raises RunError if their decode or encoder settings differ from those of the features.
     """
     made = runs.read_run(features_uri, "features")["config"]
     base = {"decode": made["decode"], "encoders": made["encoders"]}
@@ -56,17 +59,18 @@ def training_settings(
         decode=config.decode.model_dump(mode="json"),
         encoders=config.encoders.model_dump(mode="json"),
     )
-    differ = wanted.differences(base, words=("there", "asked for"), free=_may_change)
+    differ = wanted.differences(base, words=("in the features", "asked for"), free=_may_change)
     if differ:
         raise RunError(
-            f"{storage.redact(features_uri)}: the features were made with other settings ({differ}); leave them out or extract again"
+            f"{storage.redact(features_uri)}: the features were made with other settings "
+            f"({differ}); leave these settings out or extract again"
         )
     return config
 
 
 def _may_change(key: str) -> bool:
-    """Whether training may change a setting of its features."""
-    # where weights lie may differ: their hashes are compared; the text model is only used from here on
+    """Whether a training may change this setting of its features."""
+    # paths of weights may differ, because hashes are compared; only training uses the text model
     free = ("encoders.text.", "encoders.visual.", "decode.timeout_s", "decode.max_")
     return key.startswith(free) or key.endswith(".weights")
 
@@ -82,11 +86,20 @@ def train(
     take_over: bool = False,
     session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
-    """Train TSQNet on the features of a finished extraction and write the bundle to `out`.
+    """Train TSQNet on a finished extraction, write the bundle to `out` and return a summary.
 
-    `encoder`: finetune's output whose backbone made the features; without it the features' own encoder is taken and a linear frame head
-    is fitted on the features. `recognizer`: finetune's output; without it the bundle cannot score.
-    `take_over` takes the folder from another run that writes to it. Returns a summary. Raises UserError for wrong input, RunFailed where the training fails.
+    Raises UserError for wrong input and RunFailed if the training fails.
+
+    Args:
+        features_uri: folder of the extraction.
+        out: folder of the bundle.
+        config: the settings; see `training_settings`.
+        encoder: finetune's output whose backbone made the features; without it, a linear frame head
+            is fitted on the features for the encoder that made them.
+        recognizer: finetune's output; without it, the bundle cannot score.
+        split: split to train on; see `training_split`.
+        take_over: take the folder from another run that writes to it.
+        session: the command's cluster and output options.
     """
     started = time.time()
     out, features_uri = storage.normalize(out), storage.normalize(features_uri)
@@ -110,9 +123,8 @@ def train(
         features_uri, split, config.train.task, with_objects=config.train.modules == "both"
     )
     with runs.Lease(out, take_over=take_over) as lease, open_training_set(source) as data:
-        if (
-            done := _finished(out, identity)
-        ) is not None:  # by the run that had the folder until now
+        # the run that held the lease before may have finished it
+        if (done := _finished(out, identity)) is not None:
             return done
         parts = _Parts.load(config, run, data, encoder, recognizer)
         work = storage.join(out, WORK_FOLDER)
@@ -139,13 +151,13 @@ def train(
         lease.check()
         write_curves(out, fitted.curve)
         save_bundle(_bundle(config, data, parts, fitted, record), out)
-        storage.remove_folder(work)  # the checkpoints are of no use beside the finished bundle
+        storage.remove_folder(work)  # a finished bundle needs no checkpoints
     return summary | {"seconds": round(time.time() - started, 2)}
 
 
 @dataclasses.dataclass
 class _Parts:
-    """What a bundle has beside TSQNet."""
+    """The parts of a bundle other than TSQNet."""
 
     encoder: FrameEncoder
     objects: FrameEncoder | None
@@ -162,7 +174,7 @@ class _Parts:
         encoder: str | None,
         recognizer: str | None,
     ) -> _Parts:
-        """ModelError where one of them does not fit the features."""
+        """Load the parts; raises ModelError if one does not fit the features."""
         frame_encoder = _frame_encoder(config, run, data, encoder)
         answers = _recognizer(recognizer, data.classes, config.train.task)
         text = objects = None
@@ -255,7 +267,10 @@ def _classifier_digest(uri: str | None) -> str | None:
 
 
 def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
-    """The summary of an equal training that is done already; RunError where `out` holds another one."""
+    """Return the summary if `out` holds this training, finished; None if it does not.
+
+    Raises RunError if `out` holds another training.
+    """
     if is_bundle(out):
         provenance = read_bundle_settings(out)[0]["provenance"]
         identity.refuse_other(provenance["identity"], out, "holds another training")
@@ -269,7 +284,7 @@ def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
 def _frame_encoder(
     config: Config, run: Mapping[str, Any], data: TrainingSet, encoder: str | None
 ) -> FrameEncoder:
-    """The features' encoder with a frame head over the classes: finetune's, or one fitted here."""
+    """Load the encoder of the features, with the frame head of finetune or one fitted here."""
     network = load_network(config.encoders.visual, with_head=encoder is not None)
     _same_weights(
         network.backbone_hash(),
@@ -287,7 +302,8 @@ def _frame_encoder(
 def _same_weights(have: str, want: str, what: str) -> None:
     if have != want:
         raise ModelError(
-            f"{what}: its weights (sha256 {have[:12]}) are not those that made the features ({want[:12]}); name the same ones or extract again"
+            f"{what}: its weights (sha256 {have[:12]}) are not those that made the features "
+            f"({want[:12]}); give the same weights or extract again"
         )
 
 
@@ -298,7 +314,8 @@ def _recognizer(uri: str | None, classes: list[str], task: str) -> FrameEncoder 
     class_order(classifier.classes, classes, f"--recognizer {storage.redact(uri)}")
     if classifier.task != task:
         raise ModelError(
-            f"--recognizer {storage.redact(uri)}: was finetuned for task {classifier.task!r}, train.task is {task!r}"
+            f"--recognizer {storage.redact(uri)}: was finetuned for task {classifier.task!r}, "
+            f"train.task is {task!r}"
         )
     return classifier.encoder
 
@@ -306,15 +323,18 @@ def _recognizer(uri: str | None, classes: list[str], task: str) -> FrameEncoder 
 @dataclasses.dataclass
 class _TextSide:
     vocabulary: Tensor
-    """[1000, Dt], the object names."""
+    """[1000, Dt], embeddings of the object names."""
     classes: Tensor | None
-    """[C, Dt], the class names; None with a random start."""
+    """[C, Dt], embeddings of the class names; None for a random start."""
     sha256: str
     warnings: list[str]
 
     @classmethod
     def make(cls, config: Config, classes: list[str]) -> _TextSide:
-        """ModelError where the word vectors know no object, or a class that a query is to start from."""
+        """Embed the object and class names.
+
+        Raises ModelError if the word vectors know no object, or lack a class that starts a query.
+        """
         encoder, place = (
             text_encoder(config.encoders.text),
             storage.redact(config.encoders.text.weights),
@@ -324,18 +344,21 @@ class _TextSide:
         unknown = _unknown(objects, vocabulary)
         if len(unknown) == len(objects):
             raise ModelError(
-                f"encoders.text.weights {place!r}: has no word of any of the {len(objects)} object names; take English vectors"
+                f"encoders.text.weights {place!r}: has no word of any of the {len(objects)} object "
+                "names; use English vectors"
             )
         start = encoder.embed(classes) if config.train.init_textual == "text" else None
         strange = _unknown(classes, start) if start is not None else []
         if strange:
             raise ModelError(
-                f"encoders.text.weights {place!r}: has no word of {len(strange)} of the {len(classes)} class names (first: {strange[0]!r}); "
-                "rename them, take other vectors, or set train.init_textual=random"
+                f"encoders.text.weights {place!r}: has no word of {len(strange)} of the "
+                f"{len(classes)} class names (first: {strange[0]!r}); rename them, use other "
+                "vectors, or set train.init_textual=random"
             )
         warnings = (
             [
-                f"{len(unknown)} object names have no word in {place} and count for nothing (first: {unknown[0]!r})"
+                f"{len(unknown)} object names have no word in {place} and are ignored "
+                f"(first: {unknown[0]!r})"
             ]
             if unknown
             else []
@@ -344,7 +367,7 @@ class _TextSide:
 
 
 def _unknown(names: list[str], vectors: Tensor) -> list[str]:
-    """Names without a vector."""
+    """Return the names without a vector."""
     return [name for name, known in zip(names, vectors.any(1).tolist(), strict=True) if not known]
 
 

@@ -1,0 +1,1 @@
+"""The commands of `tsq`, each a function of its options."""

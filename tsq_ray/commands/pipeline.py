@@ -1,0 +1,287 @@
+"""From an archive to labelled rows: index, extract, finetune, train, score."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tsq_ray.commands.submit import submit_command
+from tsq_ray.console import (
+    end_run,
+    estimate_text,
+    index_text,
+    show,
+    training_text,
+)
+from tsq_ray.options import (
+    Address,
+    AsJson,
+    ConfigFile,
+    Debug,
+    DryRun,
+    Encoder,
+    Limit,
+    MaxFailed,
+    Model,
+    Out,
+    Recognizer,
+    Retry,
+    Role,
+    Scores,
+    Sets,
+    Split,
+    Submit,
+    TakeOver,
+    WaitS,
+)
+from tsq_ray.runtime.session import Session
+
+
+def index(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            metavar="MANIFEST",
+            help="Manifest to write: a Parquet file, or a folder of shards "
+            "(if it ends in /, or for over a million videos).",
+        ),
+    ],
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--labels",
+            metavar="FILE",
+            help="Label file in any known format (repeatable), or: folders, none.",
+        ),
+    ] = None,
+    labels_format: Annotated[
+        str | None,
+        typer.Option(
+            "--labels-format",
+            metavar="NAME",
+            help="Format of the label files, if it cannot be recognised from their content.",
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes", metavar="FILE", help="Class names, one per line; fixes their order."
+        ),
+    ] = None,
+    split_name: Annotated[
+        str | None,
+        typer.Option("--split-name", metavar="NAME", help="Assign all rows to this split."),
+    ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Update an existing manifest: new, changed and deleted videos."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List videos, join their labels and write the manifest."""
+    from tsq_ray import manifest as manifests
+    from tsq_ray import storage
+
+    old = manifests.find_old(out, update)
+    made, summary = manifests.build_manifest(
+        sources, labels or (), classes, split_name, old, labels_format
+    )
+    manifests.write_manifest(made, out)
+    show(
+        vars(summary) | {"out": storage.redact(out)},
+        as_json,
+        index_text(vars(summary), storage.redact(out)),
+    )
+
+
+def extract(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    out: Out,
+    encoder: Encoder = None,
+    recognizer: Recognizer = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    limit: Limit = None,
+    retry_failed: Retry = None,
+    take_over: TakeOver = False,
+    address: Address = None,
+    wait_s: WaitS = 0.0,
+    submit: Submit = False,
+    dry_run: DryRun = False,
+    max_failed: MaxFailed = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Extract the features of every video, one row per video (Ray Data)."""
+    from tsq_ray.config import load_config
+
+    settings = load_config(config, sets or ())
+    if dry_run:
+        from tsq_ray.estimate import estimate_extract
+
+        estimate = estimate_extract(
+            manifest,
+            settings,
+            encoder,
+            recognizer,
+            split=split,
+            limit=limit,
+            out=out,
+            retry_failed=retry_failed,
+        )
+        return show(estimate, as_json, estimate_text(estimate))
+    if submit:
+        return submit_command(address)
+    from tsq_ray.extraction import extract as run
+
+    done = run(
+        manifest,
+        out,
+        settings,
+        encoder=encoder,
+        recognizer=recognizer,
+        split=split,
+        limit=limit,
+        retry_failed=retry_failed,
+        take_over=take_over,
+        session=Session(address, wait_s, show_progress=not as_json, debug=debug),
+    )
+    return end_run(done, out, as_json, max_failed)
+
+
+def finetune(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    role: Annotated[Role, typer.Option("--role", help="What the classifier is for.")],
+    out: Out,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    limit: Limit = None,
+    take_over: TakeOver = False,
+    address: Address = None,
+    wait_s: WaitS = 0.0,
+    submit: Submit = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train a frame classifier: the sampler's encoder or the recogniser.
+
+    Trains the whole network (Ray Train), or only a head on a frozen backbone.
+    """
+    from tsq_ray.config import load_config
+
+    settings = load_config(config, sets or ())
+    if submit:
+        return submit_command(address)
+    from tsq_ray.training import finetune as run
+
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    summary = run(
+        manifest,
+        role.value,
+        out,
+        settings,
+        split=split,
+        limit=limit,
+        take_over=take_over,
+        session=session,
+    )
+    return show(summary, as_json, training_text(summary))
+
+
+def train(
+    features: Annotated[str, typer.Argument(metavar="FEATURES")],
+    out: Annotated[
+        str, typer.Option("--out", metavar="BUNDLE", help="Folder of the bundle to write.")
+    ],
+    encoder: Encoder = None,
+    recognizer: Recognizer = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    take_over: TakeOver = False,
+    address: Address = None,
+    wait_s: WaitS = 0.0,
+    submit: Submit = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train TSQNet on features (Ray Train) and write the bundle."""
+    if submit:
+        return submit_command(address)
+    from tsq_ray.training import train as run
+    from tsq_ray.training import training_settings
+
+    settings = training_settings(features, config, sets or ())
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    summary = run(
+        features,
+        out,
+        settings,
+        encoder=encoder,
+        recognizer=recognizer,
+        split=split,
+        take_over=take_over,
+        session=session,
+    )
+    return show(summary, as_json, training_text(summary))
+
+
+def score(
+    manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
+    model: Model,
+    out: Out,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    limit: Limit = None,
+    retry_failed: Retry = None,
+    take_over: TakeOver = False,
+    scores: Annotated[
+        Scores, typer.Option("--scores", help="all: keep every score; top: only the best labels.")
+    ] = Scores.all,
+    address: Address = None,
+    wait_s: WaitS = 0.0,
+    submit: Submit = False,
+    dry_run: DryRun = False,
+    max_failed: MaxFailed = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Label every video, one row of predictions per video (Ray Data drives the Serve graph)."""
+    from tsq_ray.bundle.overrides import scoring_config
+
+    settings = scoring_config(model, config, sets or ())
+    if dry_run:
+        from tsq_ray.estimate import estimate_score
+
+        estimate = estimate_score(
+            manifest, model, settings, split=split, limit=limit, out=out, retry_failed=retry_failed
+        )
+        return show(estimate, as_json, estimate_text(estimate))
+    if submit:
+        return submit_command(address)
+    from tsq_ray.scoring import score as run
+
+    done = run(
+        manifest,
+        model,
+        out,
+        settings,
+        split=split,
+        limit=limit,
+        retry_failed=retry_failed,
+        take_over=take_over,
+        with_scores=scores is Scores.all,
+        session=Session(address, wait_s, show_progress=not as_json, debug=debug),
+    )
+    return end_run(done, out, as_json, max_failed)

@@ -1,0 +1,227 @@
+"""What a bundle and a run are for: predict, serve, evaluate, report, export, verify, info."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tsq_ray.commands.submit import submit_command
+from tsq_ray.console import (
+    counts_text,
+    evaluation_text,
+    prediction_text,
+    show,
+    tree_text,
+)
+from tsq_ray.errors import RunError
+from tsq_ray.options import (
+    Address,
+    AsJson,
+    ConfigFile,
+    Debug,
+    Model,
+    Out,
+    Sets,
+    Split,
+    Submit,
+    WaitS,
+)
+from tsq_ray.runtime.session import Session
+
+
+def predict(
+    videos: Annotated[list[str], typer.Argument(metavar="VIDEO...", help="Paths or URIs.")],
+    model: Model,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Label one or a few videos on this machine, without Ray."""
+    from tsq_ray.bundle.overrides import scoring_config
+    from tsq_ray.prediction import predict as run
+    from tsq_ray.rows import plain_row
+
+    rows = [plain_row(row) for row in run(videos, model, scoring_config(model, config, sets or ()))]
+    show({"videos": rows}, as_json, "\n".join(prediction_text(row) for row in rows))
+    if all(row["status"] == "failed" for row in rows):
+        raise typer.Exit(1)
+
+
+def serve(
+    model: Model,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to bind; a token is required beyond loopback.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    address: Address = None,
+    wait_s: WaitS = 0.0,
+    debug: Debug = False,
+) -> None:
+    """Serve the endpoint POST /v1/score.
+
+    The bearer token comes from the environment variable TSQ_TOKEN.
+    """
+    from tsq_ray.serving.endpoint import check_address, run_endpoint
+
+    check_address(host, port, address)  # before importing torch, to report errors immediately
+    from tsq_ray.bundle.overrides import scoring_config
+
+    settings = scoring_config(model, config, sets or ())
+    run_endpoint(model, settings, host, port, Session(address, wait_s, debug=debug))
+
+
+def evaluate(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FEATURES|PREDICTIONS...",
+            help="One features folder with recognizer_logits, or finished score runs.",
+        ),
+    ],
+    model: Model,
+    out: Out,
+    annotations: Annotated[
+        str | None,
+        typer.Option(
+            "--annotations",
+            metavar="FILE",
+            help="Annotated salient segments (docs/evaluation.md).",
+        ),
+    ] = None,
+    tables: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--table",
+            metavar="NAME",
+            help="Only this table or figure, e.g. table2 or figure3; repeatable; default: all.",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    split: Split = None,
+    address: Address = None,
+    submit: Submit = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compute the paper's tables, or compare finished predictions.
+
+    The tables cover samplers x budgets, ablations and GFLOPs; predictions are compared as they are.
+    """
+    if submit:
+        return submit_command(address)
+    from tsq_ray.evaluation import evaluate as run
+    from tsq_ray.evaluation import evaluation_settings
+
+    settings = evaluation_settings(model, config, sets or ())
+    session = Session(address, show_progress=not as_json, debug=debug)
+    summary = run(
+        sources,
+        model,
+        out,
+        settings,
+        annotations=annotations,
+        tables=tables or (),
+        split=split,
+        session=session,
+    )
+    return show(summary, as_json, evaluation_text(summary))
+
+
+def report(
+    predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
+    out: Annotated[str, typer.Option("--out", metavar="FILE.html", help="HTML page to write.")],
+    max_videos: Annotated[
+        int, typer.Option("--max-videos", min=0, help="Number of videos shown with their frames.")
+    ] = 60,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a self-contained HTML page about a run.
+
+    Shows totals, failures, mAP and the chosen frames of each video.
+    """
+    from tsq_ray import storage
+    from tsq_ray.reporting import build_report
+
+    summary = build_report(
+        storage.normalize(predictions), storage.normalize(out), max_videos=max_videos
+    )
+    show(summary, as_json, f"report: {storage.redact(storage.normalize(out))}")
+
+
+def export(
+    predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
+    out: Out,
+    frames: Annotated[
+        bool, typer.Option("--frames/--no-frames", help="Write the chosen frames as JPEG.")
+    ] = True,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Export labels as CSV and JSONL, and the chosen frames as JPEG."""
+    from tsq_ray import storage
+    from tsq_ray.reporting import export_predictions
+
+    summary = export_predictions(
+        storage.normalize(predictions),
+        storage.normalize(out),
+        what=("labels", "frames") if frames else ("labels",),
+    )
+    show(summary, as_json, "\n".join(f"{key}: {value}" for key, value in summary.items()))
+
+
+def verify(
+    uri: Annotated[str, typer.Argument(metavar="URI", help="Run folder of extract or score.")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Check the row accounting of a run; exit code 1 if it does not add up."""
+    from tsq_ray.runs.verify import verify as run
+
+    result = run(uri)
+    counts = result["counts"]
+    verdict = (
+        "adds up"
+        if not result["problems"]
+        else f"does not add up: {len(result['problems'])} problems"
+    )
+    lines = [
+        f"{result['uri']}: {result['kind']}: {counts_text(counts)}",
+        f"checked {', '.join(result['checks'])}: {verdict}",
+    ]
+    show(result, as_json, "\n".join([*lines, *(f"  {problem}" for problem in result["problems"])]))
+    if result["problems"]:
+        raise typer.Exit(1)
+
+
+def info(
+    uri: Annotated[str | None, typer.Argument(metavar="BUNDLE|MANIFEST|URI")] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Show the Ray cluster and the layout of a run on it.")
+    ] = False,
+    address: Address = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Describe a bundle, manifest, run folder or cluster.
+
+    Shows counts, classes, settings, provenance and GFLOPs.
+    """
+    from tsq_ray.config import load_config
+    from tsq_ray.describe import describe, describe_cluster
+
+    if cluster == (uri is not None):
+        raise RunError("info takes one bundle, manifest or run folder, or else --cluster")
+    found = (
+        describe_cluster(Session(address, debug=debug), load_config(config, sets or ()))
+        if cluster
+        else describe(uri or "")
+    )
+    show(found, as_json, tree_text(found))

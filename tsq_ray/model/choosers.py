@@ -1,0 +1,212 @@
+"""Which frames of a video the recogniser sees: one Chooser per sampler (paper, sections 3.3, 4.2).
+
+Scoring and evaluation use the same classes. Scoring shows the recogniser the candidates step by
+step; evaluation looks their logits up. Shapes: T slots, C classes, K budget.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from tsq_ray.config import SamplerConfig, TSQMode
+from tsq_ray.model import baselines
+from tsq_ray.model.selection import (
+    Selection,
+    by_importance,
+    distinct_slots,
+    frames_until_sure,
+    in_time_order,
+    ranked,
+    select_frames,
+)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a chooser may know of a video before the recogniser sees it."""
+
+    frame_index: np.ndarray
+    """int [T], each slot's frame in the source."""
+    video_id: str = ""
+    visual: np.ndarray | None = None
+    """float [T], saliency of the visual query module."""
+    textual: np.ndarray | None = None
+    """float [T], saliency of the textual query module."""
+    scores: np.ndarray | None = None
+    """float [T], what `Ranked` ranks by."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Slots of distinct source frames, in the order in which the recogniser sees them."""
+
+    slots: np.ndarray
+    """int [n]."""
+    selected_by: list[str]
+    """For each slot "visual", "textual" or the name of a baseline."""
+    first: int
+    """How many of them the recogniser sees at once, to begin with."""
+
+    @classmethod
+    def all_at_once(cls, selection: Selection) -> Candidates:
+        """Every frame of a selection, in time order."""
+        return cls(selection.slots, selection.selected_by, len(selection.slots))
+
+    def selection(self, places: np.ndarray) -> Selection:
+        """The candidates at these places, in time order."""
+        chosen = zip(self.slots[places].tolist(), places.tolist(), strict=True)
+        return in_time_order({slot: self.selected_by[place] for slot, place in chosen})
+
+
+class Chooser(Protocol):
+    """Chooses at most K of the T frames of a video."""
+
+    def candidates(self, view: View) -> Candidates:
+        """The frames that the recogniser may see."""
+        ...
+
+    def enough(self, candidates: Candidates, probabilities: np.ndarray) -> np.ndarray | None:
+        """Places of the chosen frames among the candidates: int [<= K].
+
+        None if the recogniser has to see one more. `probabilities` [m, C] are its answers on the
+        first m candidates.
+        """
+        ...
+
+
+class _Fixed:
+    """The base of choosers that need no answer of the recogniser: all candidates are chosen."""
+
+    def enough(self, candidates: Candidates, probabilities: np.ndarray) -> np.ndarray | None:
+        return np.arange(len(candidates.slots))
+
+
+@dataclass(frozen=True)
+class Uniform(_Fixed):
+    """The uniform baseline."""
+
+    budget: int
+
+    def candidates(self, view: View) -> Candidates:
+        return Candidates.all_at_once(baselines.uniform(view.frame_index, self.budget))
+
+
+@dataclass(frozen=True)
+class Random(_Fixed):
+    """The random baseline; a video's frames depend only on (seed, video_id)."""
+
+    budget: int
+    seed: int
+
+    def candidates(self, view: View) -> Candidates:
+        chosen = baselines.random(view.frame_index, self.budget, self.seed, view.video_id)
+        return Candidates.all_at_once(chosen)
+
+
+@dataclass(frozen=True)
+class Dense(_Fixed):
+    """Every source frame among the T."""
+
+    def candidates(self, view: View) -> Candidates:
+        slots = distinct_slots(view.frame_index)
+        return Candidates(slots, ["dense"] * len(slots), len(slots))
+
+
+@dataclass(frozen=True)
+class Ranked(_Fixed):
+    """The K source frames with the highest score; ties by slot."""
+
+    budget: int
+    name: str
+
+    def candidates(self, view: View) -> Candidates:
+        assert view.scores is not None
+        chosen = baselines.highest(view.scores, view.frame_index, self.budget, self.name)
+        return Candidates.all_at_once(chosen)
+
+
+@dataclass(frozen=True)
+class Salient(_Fixed):
+    """TSQNet's K most salient frames (section 3.3)."""
+
+    budget: int
+    lambda_visual: float
+    mode: TSQMode = "both"
+
+    def candidates(self, view: View) -> Candidates:
+        return Candidates.all_at_once(self.select(view, self.budget))
+
+    def select(self, view: View, budget: int) -> Selection:
+        """The choice with another budget."""
+        assert view.visual is not None
+        index = view.frame_index
+        return select_frames(
+            view.visual, view.textual, index, budget, self.lambda_visual, self.mode
+        )
+
+
+@dataclass(frozen=True)
+class UntilConfident:
+    """TSQNet's frames by importance, until one class leads by `margin` (`sampler.margin`)."""
+
+    salient: Salient
+    margin: float
+
+    def candidates(self, view: View) -> Candidates:
+        chosen = self.salient.select(view, self.salient.budget)
+        slots = by_importance(
+            lambda budget: self.salient.select(view, budget).slots, self.salient.budget
+        )
+        by = dict(zip(chosen.slots.tolist(), chosen.selected_by, strict=True))
+        # a lead of `margin` takes at least that number of frames
+        first = min(len(slots), math.ceil(self.margin))
+        return Candidates(slots, [by[slot] for slot in slots.tolist()], first)
+
+    def enough(self, candidates: Candidates, probabilities: np.ndarray) -> np.ndarray | None:
+        count = frames_until_sure(probabilities, self.margin)
+        if count is None and len(probabilities) < len(candidates.slots):
+            return None
+        return np.arange(count or len(candidates.slots))
+
+
+@dataclass(frozen=True)
+class MostConfident:
+    """MaxConf: the K frames on which the recogniser, having seen all, is most confident."""
+
+    budget: int
+
+    def candidates(self, view: View) -> Candidates:
+        slots = distinct_slots(view.frame_index)
+        return Candidates(slots, ["maxconf"] * len(slots), len(slots))
+
+    def enough(self, candidates: Candidates, probabilities: np.ndarray) -> np.ndarray | None:
+        places = np.arange(len(candidates.slots))
+        return np.sort(ranked(probabilities.max(axis=1), places)[: self.budget])
+
+
+def chooser_for(config: SamplerConfig) -> Chooser:
+    """The chooser that `sampler.*` describes."""
+    budget = config.most_frames
+    if config.mode == "uniform":
+        return Uniform(budget)
+    if config.mode == "random":
+        return Random(budget, config.seed)
+    if config.mode == "maxconf":
+        return MostConfident(budget)
+    if config.mode == "maxconf-l":
+        return Ranked(budget, config.mode)
+    salient = Salient(budget, config.lambda_visual, config.mode)
+    return UntilConfident(salient, config.margin) if config.budget == "adaptive" else salient
+
+
+def choose(chooser: Chooser, view: View, probabilities: np.ndarray) -> np.ndarray:
+    """Slots int [<= K], ascending, given the recogniser's probabilities [T, C] on every frame."""
+    candidates = chooser.candidates(view)
+    seen = candidates.first
+    while (places := chooser.enough(candidates, probabilities[candidates.slots[:seen]])) is None:
+        seen += 1
+    return np.sort(candidates.slots[places])
