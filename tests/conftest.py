@@ -21,7 +21,7 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip `gpu` tests where there is no GPU, unless TSQ_REQUIRE_GPU=1 wants them to fail there."""
+    """Skip `gpu` tests without a GPU, unless TSQ_REQUIRE_GPU=1 makes them fail instead."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items or os.environ.get("TSQ_REQUIRE_GPU") == "1":
         return
@@ -42,7 +42,7 @@ def repo_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of development data; the test is skipped where it is absent."""
+    """The folder of development data; skips the test if it is absent."""
     folder = Path(os.environ.get("TSQ_DATA", REPO.parent / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no development data at {folder} (TSQ_DATA names the folder)")
@@ -51,7 +51,7 @@ def data_dir() -> Path:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Path]:
-    """make("a/1.mp4", ...) -> the folder `videos` with these files; a listing does not look into them."""
+    """make("a/1.mp4", ...) -> the folder `videos` with these files, not opened by a listing."""
 
     def files(*names: str) -> Path:
         for name in names:
@@ -65,7 +65,10 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server with the buckets of support.s3.BUCKETS; its address and keys are in the environment from here on."""
+    """A real S3 server with the buckets of support.s3.BUCKETS.
+
+    Sets its address and keys in the environment.
+    """
     import fsspec
 
     with running_s3(tmp_path_factory.mktemp("s3")) as server, pytest.MonkeyPatch.context() as patch:
@@ -78,7 +81,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def s3_proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]:
-    """Between this process and the S3 server: counts, and makes trouble."""
+    """A proxy between this process and the S3 server that counts requests and makes them fail."""
     import fsspec
 
     clear = fsspec.get_filesystem_class("s3").clear_instance_cache
@@ -91,7 +94,10 @@ def s3_proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Proxy]
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3: S3Server) -> Iterator[Any]:
-    """The Ray that every command of this process then uses; started after `s3`, so that its workers know the keys."""
+    """The Ray instance for every command of this process.
+
+    Started after `s3`, so that its workers have the keys.
+    """
     with running_ray() as ray:
         yield ray
 

@@ -2,7 +2,7 @@
 # Sets up .venv and runs every check and test: bash tests/run.sh [--all] [pytest arguments]
 #   --all        also the tests marked slow
 #   PYTHON=...   the Python (3.11 to 3.13) to make .venv with
-#   TSQ_DATA=... the development data (default ../shared/data; tests that need it are skipped without)
+#   TSQ_DATA=... the development data (default ../shared/data; without it, its tests are skipped)
 # All checks run even when one fails; the exit code is the first failure's.
 set -euo pipefail
 exec </dev/null
@@ -28,7 +28,11 @@ setup_venv dev,weights
 if ! command -v chromium >/dev/null; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "installing chromium (the report's screenshot test needs a browser)"
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        {
+            apt-get update -qq &&
+                DEBIAN_FRONTEND=noninteractive \
+                    apt-get install -y -qq --no-install-recommends chromium
+        } >/dev/null 2>&1 ||
             echo "chromium could not be installed: the screenshot tests are skipped"
     else
         echo "no chromium, and no right to install it: the screenshot tests are skipped"
@@ -55,7 +59,7 @@ check mypy
 if [ "$names_tests" = true ]; then
     tests
 else
-    # what starts a cluster has the machine to itself
+    # tests that start a cluster need the machine to themselves
     tests tests/unit -n auto
     tests tests/integration
 fi

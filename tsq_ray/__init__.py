@@ -1,4 +1,7 @@
-"""tsq_ray: label very large video archives cheaply (TSQNet on Ray). Importing it does no work and loads neither torch nor ray."""
+"""Label very large video archives cheaply (TSQNet on Ray).
+
+Importing the package does no work and loads neither torch nor ray.
+"""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Ray Data: manifest -> feature Parquet, one row a video. How it is done is in feature_pipeline.py."""
+"""Bulk extraction of features, one row per video; feature_pipeline.py has the Ray Data pipeline."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def extract(
     take_over: bool = False,
     session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
-    """Extract features of every video of a manifest into the run folder `out`; resumes an earlier run.
+    """Extract the features of every video of a manifest into the run folder `out`.
 
-    `encoder` and `recognizer` are outputs of `finetune`. `take_over` takes the folder from another
-    run that writes to it. Returns the content of `_run.json`. Raises UserError for wrong input, RunFailed if the run failed or
-    does not add up.
+    Resumes an earlier run. `encoder` and `recognizer` are outputs of `finetune`. `take_over` takes
+    the folder from another run that is writing to it. Returns the content of `_run.json`. Raises
+    UserError for wrong input, RunFailed if the run failed or does not add up.
     """
     started = time.time()
     out = storage.normalize(out)
@@ -46,7 +46,10 @@ def extract(
 def choose_networks(
     config: Config, encoder: str | None, recognizer: str | None
 ) -> tuple[Config, Networks]:
-    """The networks of an extraction, and its settings with them; `encoder` and `recognizer` are outputs of `finetune`."""
+    """Return the settings and networks of an extraction.
+
+    `encoder` and `recognizer` are outputs of `finetune`; an encoder replaces `encoders.visual`.
+    """
     if encoder is not None:
         config = config.model_copy(
             update={

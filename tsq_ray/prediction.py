@@ -1,4 +1,4 @@
-"""One or a few videos, here and now, without Ray: the stages in a row."""
+"""Score one or a few videos in this process, without Ray."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
 
 
 def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str, Any]]:
-    """Prediction rows in the order of `videos` (paths or URIs); a video that cannot be used is a row with its reason.
+    """Return prediction rows in the order of `videos` (paths or URIs).
 
-    `config` comes from `bundle.overrides.scoring_config`. Raises ModelError for a bundle that cannot score.
+    A video that cannot be used becomes a failed row with the reason. `config` comes from
+    `bundle.overrides.scoring_config`. Raises ModelError if the bundle cannot score.
     """
     bundle = load_bundle(model)
     device = best_device() if config.resources.gpus else torch.device("cpu")
@@ -39,8 +40,11 @@ def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str,
 def _decode(
     decode: Decode, video: str
 ) -> tuple[VideoRef, DecodedVideo | VideoError | StorageError]:
-    """A video by name, decoded, or why it is not: never an exception, that would take the others' answers along."""
-    # a row is text that JSON and a terminal can take, whatever bytes the name is made of
+    """Decode a video, or return its failure.
+
+    Never raises, so that one video cannot cost the others their answers.
+    """
+    # JSON and terminals need valid text in the row, but a file name may be any bytes
     shown = video if storage.is_utf8(video) else storage.redact(video)
     try:
         uri = storage.normalize(video)

@@ -1,4 +1,4 @@
-"""Bulk scoring: Ray Data drives the Serve graph, predictions go to Parquet, one row a video."""
+"""Bulk scoring: Ray Data drives the Serve graph, predictions go to Parquet, one row per video."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.serving.replicas import LOOK_EVERY_S, STAGES, FlowCounts, Replicas
 
 _PATIENCE_S = 600.0
-"""For a video whose replicas are lost, until others take their place."""
+"""How long a video whose replicas are lost waits for their replacements."""
 _BLOCKS_AT_A_TIME = 4
-"""Of a sender: while the last videos of one block are on their way the next keep the graph busy."""
+"""Per sender: while one block's last videos are in flight, the next blocks keep the graph busy."""
 _BATCH_ROWS = 32
 
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """What a sender needs to know; travels to it whole."""
+    """Everything a sender needs; serialised to it."""
 
     app: str
     schema: pa.Schema
@@ -57,11 +57,12 @@ def score(
     with_scores: bool = True,
     session: Session = DEFAULT_SESSION,
 ) -> dict[str, Any]:
-    """Write predictions of every video of a manifest to the run folder `out`; resumes an earlier run.
+    """Score every video of a manifest into the run folder `out`, resuming an earlier run.
 
     `config` comes from `bundle.overrides.scoring_config`. `take_over` takes the folder from another
-    run that writes to it. Returns the content of `_run.json`, with mAP and top-1 under "metrics" if there are labels. Raises
-    UserError for wrong input, RunFailed if the run failed or does not add up.
+    run that is writing to it. Returns the content of `_run.json`, with mAP and top-1 under
+    "metrics" if the videos have labels. Raises UserError for wrong input, RunFailed if the run
+    failed or does not add up.
     """
     started = time.time()
     out, model = storage.normalize(out), storage.normalize(model)
@@ -112,7 +113,7 @@ def _identity(
     if config.sampler.budget != "adaptive":  # keeps runs made before these settings valid
         sampler.pop("max_budget")
         sampler.pop("margin")
-    # likewise: only another backend than the bundle's own
+    # for the same reason the backend counts only if it differs from the bundle's own
     own = bundle["config"]["decode"].get("backend", config.decode.backend)
     backend = config.decode.backend
     decode = {"decode": {"backend": backend}} if backend != own else {}
@@ -139,7 +140,7 @@ def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
             max_concurrent_calls_per_actor=_BLOCKS_AT_A_TIME,
             enable_true_multi_threading=True,
         )
-        # a block as it is: Ray Data would wait until blocks make up a batch
+        # no batch size, because Ray Data would wait for blocks to fill a batch
         return data.map_batches(
             ScoreWorker, batch_size=None, fn_constructor_args=(plan,), **options
         )
@@ -149,7 +150,7 @@ def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
 
 
 class ScoreWorker:
-    """Sends videos through the graph, as many at a time as there is room for, and gathers their rows."""
+    """Send videos through the graph, at most `share` at a time, and collect their rows."""
 
     def __init__(self, plan: ScorePlan) -> None:
         from ray import serve
@@ -169,7 +170,7 @@ class ScoreWorker:
         asyncio.run_coroutine_threadsafe(self._ask_for_share(), self.loop)
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        """Manifest rows -> transport tables of prediction rows."""
+        """Yield transport tables with the prediction rows of a block of manifest rows."""
         rows = [
             asyncio.run_coroutine_threadsafe(self._row(ref), self.loop)
             for ref in parts.refs_of(block)
@@ -183,7 +184,7 @@ class ScoreWorker:
         import ray
 
         while True:
-            with contextlib.suppress(ray.exceptions.RayError):  # it is asked again
+            with contextlib.suppress(ray.exceptions.RayError):  # the loop asks again
                 self.share = await self.plan.counts.share.remote(self.name)
             async with self.changed:
                 self.changed.notify_all()
@@ -210,7 +211,7 @@ class ScoreWorker:
     async def _answer(self, ref: VideoRef) -> Answer:
         try:
             return await self.graph.score(source_of(ref), ref.video_id)
-        except Exception as error:  # noqa: BLE001  the boundary: whatever a stage raises, the video keeps its row
+        except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row
             cause = cluster.root_cause(error)
             return Answer(
                 error=VideoError("internal", f"the graph failed: {type(cause).__name__}: {cause}")
@@ -218,6 +219,9 @@ class ScoreWorker:
 
 
 def measure_predictions(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:
-    """mAP (both conventions) and top-1 over the labelled videos that are ok; names that the bundle lacks are counted and left out."""
+    """Return mAP (both conventions) and top-1 over the labelled videos that are ok.
+
+    Label names that the bundle lacks are counted and left out.
+    """
     readers = [partial(runs.read_part, part.uri) for part in runs.list_parts(predictions_uri)]
     return quality.measure_parts(readers, classes)

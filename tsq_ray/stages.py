@@ -1,6 +1,8 @@
-"""Decode, encode, sample, recognize as plain callables on batches: no Ray here. Ray Data and Ray Serve wrap these.
+"""Decode, encode, sample and recognise as plain callables on batches, without Ray.
 
-Legend: T frames (slots) a video, N distinct source frames, K chosen, C classes, D dims.
+Ray Data and Ray Serve wrap them.
+
+Shapes: T frames (slots) per video, N distinct source frames, K chosen frames, C classes, D dims.
 """
 
 from __future__ import annotations
@@ -48,13 +50,19 @@ from tsq_ray.schema import TOP_LABELS, TOP_OBJECTS
 
 
 def bundle_specs(bundle: Bundle, mode: str, native_size: bool = False) -> dict[str, FrameSpec]:
-    """The pictures that scoring with `mode` needs, and no others; `native_size` as in `picture_specs`."""
+    """Return exactly the pictures that scoring with `mode` needs.
+
+    `native_size`: as in `picture_specs`.
+    """
     recognizer = bundle.recognizer.config if bundle.recognizer is not None else None
     return picture_specs(bundle.encoders, bundle.objects is not None, recognizer, mode, native_size)
 
 
 def pictures_of(video: DecodedVideo, name: str) -> Pictures:
-    """The pictures `name` of a video's N distinct frames, or the whole frames to make them of."""
+    """Return a video's pictures for network `name`, one per distinct source frame.
+
+    If the video has whole frames, return those; the network's device resizes them.
+    """
     return (
         Pictures(video.frames[WHOLE], True)
         if WHOLE in video.frames
@@ -63,7 +71,7 @@ def pictures_of(video: DecodedVideo, name: str) -> Pictures:
 
 
 def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
-    """A network by its settings; `weights` may also name what `tsq finetune` wrote."""
+    """Load the network of these settings; `weights` may also name an output of `tsq finetune`."""
     if (
         config.weights != "hub"
         and not config.weights.startswith(("package:", "random:"))
@@ -74,14 +82,14 @@ def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
 
 
 def classifier_settings(uri: str) -> ModelConfig:
-    """Settings that load the classifier at `uri` as a network: its own model and preprocessing, its weights."""
+    """Return settings that load the classifier at `uri`, with its own model and preprocessing."""
     return load_classifier(uri).encoder.config.model_copy(
         update={"weights": storage.normalize(uri)}
     )
 
 
 class Decode:
-    """Videos -> frames, each in a killable child; a video's failure is a value, not an exception."""
+    """Decode videos in killable child processes; return failures instead of raising them."""
 
     def __init__(
         self, config: DecodeConfig, specs: Mapping[str, FrameSpec], num_processes: int = 1
@@ -91,11 +99,11 @@ class Decode:
     def __call__(
         self, sources: Sequence[VideoSource]
     ) -> list[DecodedVideo | VideoError | StorageError]:
-        """In the order of `sources`."""
+        """Return frames or failures in the order of `sources`."""
         return self.pool.decode(sources)
 
     def close(self) -> None:
-        """End the children."""
+        """End the child processes."""
         self.pool.close()
 
     def __enter__(self) -> Self:
@@ -107,7 +115,10 @@ class Decode:
 
 @dataclass
 class FrameFeatures:
-    """What the cheap encoders say of a video's T frames; `object_*` are None without a textual module."""
+    """Outputs of the light encoders for a video's T frames.
+
+    `object_*` are None without a textual module.
+    """
 
     visual: np.ndarray
     """float32 [T, D]."""
@@ -116,13 +127,16 @@ class FrameFeatures:
     object_probs: np.ndarray | None
     """float32 [T, n]."""
     visual_logits: np.ndarray | None = None
-    """float32 [T, C] of the frame head, where the visual encoder has one."""
+    """float32 [T, C] of the frame head, if the visual encoder has one."""
     recognizer_logits: np.ndarray | None = None
-    """float32 [T, C], where a recogniser was given."""
+    """float32 [T, C], if a recogniser was given."""
 
 
 class Encode:
-    """Frames -> FrameFeatures, with the `num_objects` most probable objects. Each distinct source frame is encoded once."""
+    """Encode frames, keeping the `num_objects` most probable objects per frame.
+
+    Each distinct source frame is encoded once.
+    """
 
     def __init__(
         self,
@@ -145,7 +159,7 @@ class Encode:
         )
 
     def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
-        """In the order of `videos`; frames of all of them go through each network together."""
+        """Return features in the order of `videos`; each network encodes all frames together."""
         if not videos:
             return []
         visual, visual_logits = self._run(self.visual, videos, VISUAL)
@@ -188,20 +202,20 @@ class Encode:
 
 @dataclass
 class Sampled:
-    """A video on its way to the recogniser: the prediction's columns so far, and the candidates."""
+    """A video ready for the recogniser: its candidates and the prediction columns known by then."""
 
     row: dict[str, Any]
     pictures: Pictures
-    """Of the n candidates, in their order; none for a failed video."""
+    """One per candidate, in the same order; empty for a failed video."""
     frame_index: np.ndarray
     """int32 [T]."""
     candidates: Candidates | None = None
     """None for a failed video."""
     error: VideoError | StorageError | None = None
-    """Why there are no pictures."""
+    """Why the video failed."""
 
     def take(self, start: int, stop: int) -> Pictures:
-        """The pictures of some candidates."""
+        """Return the pictures of candidates start..stop-1."""
         return self.pictures._replace(frames=self.pictures.frames[start:stop])
 
 
@@ -209,12 +223,12 @@ _NOTHING = Pictures(np.zeros((0, 1, 1, 3), np.uint8))
 
 
 def _stacked(arrays: Sequence[np.ndarray | None]) -> Tensor:
-    """Arrays of one shape as a tensor with one more dimension."""
+    """Stack arrays of equal shape into a tensor with a new first dimension."""
     return torch.from_numpy(np.stack([array for array in arrays if array is not None]))
 
 
 class Sample:
-    """Decoded videos -> the K frames of each (paper, section 3.3), or those of a baseline."""
+    """Choose the K frames of each decoded video by TSQNet (paper, section 3.3) or a baseline."""
 
     def __init__(
         self,
@@ -249,7 +263,10 @@ class Sample:
     def __call__(
         self, items: Sequence[tuple[str, DecodedVideo | VideoError | StorageError]]
     ) -> list[Sampled]:
-        """(video id, its frames or its failure) -> in the order of `items`; the id seeds the random baseline."""
+        """Return one `Sampled` per item, in order.
+
+        `items`: (video id, its frames or its failure); the id seeds the random baseline.
+        """
         started = time.perf_counter()
         live = [(name, video) for name, video in items if isinstance(video, DecodedVideo)]
         found = [(view, self.chooser.candidates(view)) for view in self._views(live)]
@@ -272,7 +289,7 @@ class Sample:
         return sampled
 
     def _views(self, items: Sequence[tuple[str, DecodedVideo]]) -> list[View]:
-        """What the chooser may know of each video; the light networks run if it wants them."""
+        """Return the chooser's view of each video, running the light networks if it needs them."""
         videos = [video for _, video in items]
         if self.encode is None or not videos:
             return [View(video.frame_index, name) for name, video in items]
@@ -295,7 +312,10 @@ class Sample:
     def _saliencies(
         self, features: Sequence[FrameFeatures]
     ) -> tuple[np.ndarray, Sequence[np.ndarray | None]]:
-        """Of both modules [V, T]; None for each video without a textual module (equation 5)."""
+        """Return the saliencies of both modules, [V, T] each (equation 5).
+
+        Without a textual module, its saliency is None for every video.
+        """
         visual = _stacked([feature.visual for feature in features]).to(self.device)
         text = None
         if self.vocabulary is not None:
@@ -312,20 +332,25 @@ class Sample:
 
 
 def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
-    """Refuse K > T (ConfigError), a bundle without a recogniser and a mode that it cannot serve (ModelError)."""
+    """Check that the bundle can score with these settings.
+
+    Raises ConfigError if K > T, ModelError if the bundle has no recogniser or does not support the
+    mode.
+    """
     check_budget(config, bundle.decode.num_frames, bundle.task)
     if bundle.recognizer is None:
         raise ModelError(NO_RECOGNIZER)
     if config.mode == "textual" and bundle.objects is None:
         raise ModelError(
-            "sampler.mode 'textual': the bundle was trained with train.modules = 'visual'; use 'visual' or a baseline"
+            "sampler.mode 'textual': the bundle was trained with train.modules = 'visual'; "
+            "use 'visual' or a baseline"
         )
 
 
 def selection_columns(
     selection: Selection, frame_index: np.ndarray, frame_pts_s: np.ndarray
 ) -> dict[str, Any]:
-    """The prediction columns of a choice."""
+    """Return the prediction columns that describe a selection."""
     return {
         "selected_slot": selection.slots,
         "selected_index": frame_index[selection.slots],
@@ -340,7 +365,10 @@ def _probabilities(logits: np.ndarray | Tensor | None, task: Task) -> np.ndarray
 
 
 class Recognize:
-    """The chosen frames -> one answer a video: their logits averaged, then softmax (sigmoid for multi-label)."""
+    """Label each video from its chosen frames.
+
+    The frames' logits are averaged, then pass through softmax (sigmoid for multi-label).
+    """
 
     def __init__(
         self,
@@ -357,7 +385,7 @@ class Recognize:
         self.classes, self.task, self.chooser = model.classes, model.task, chooser_for(config)
 
     def __call__(self, items: Sequence[Sampled]) -> list[Answer]:
-        """In the order of `items`; failures pass through."""
+        """Return answers in the order of `items`; failures pass through."""
         started = time.perf_counter()
         live = [item for item in items if item.candidates is not None]
         if live:
@@ -369,15 +397,15 @@ class Recognize:
         return [Answer(item.row, item.error) for item in items]
 
     def _logits(self, pictures: Sequence[Pictures]) -> list[Tensor]:
-        """n pictures of each of several videos -> [n, C] of each; all in one pass of the network."""
+        """Return the logits [n, C] of each video's n pictures, all in one pass of the network."""
         _, logits = encode_pictures(self.recognizer, pictures)
         assert logits is not None
         return list(logits.split([len(each.frames) for each in pictures]))
 
     def _recognize(self, items: Sequence[Sampled]) -> list[tuple[np.ndarray, Tensor]]:
-        """Places of the chosen candidates of each video, and the logits of those that it saw.
+        """Return each video's chosen candidates, as places, and the logits of the candidates shown.
 
-        One more candidate of each video that is still open goes through the network at a time.
+        Each pass of the network adds one candidate of every video that is still undecided.
         """
         found = self._logits([item.take(0, _candidates(item).first) for item in items])
         places: list[np.ndarray | None] = [None] * len(items)

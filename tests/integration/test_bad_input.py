@@ -21,9 +21,9 @@ from tsq_ray import runs
 pytestmark = pytest.mark.ray
 
 BAD_FILES = {
-    # an AAC track and nothing to see
+    # an AAC track without video
     "bad_audio_only.mp4": "not_video",
-    # damaged pictures in a whole container: what decodes is used, with a warning
+    # damaged pictures in an intact container: what decodes is used, with a warning
     "bad_bitflips_mdat.mp4": "ok",
     "bad_random.mp4": "not_video",
     "bad_text.mp4": "not_video",
@@ -32,7 +32,7 @@ BAD_FILES = {
     # the index was at the end, and is gone
     "bad_truncated_no_moov.mp4": "truncated",
     "bad_zero_bytes.mp4": "not_video",
-    # the header claims 143,165 s; the frames that exist count
+    # the header claims 143,165 s; only the frames that exist count
     "sample_fragmented_sei.mp4": "ok",
 }
 
@@ -46,7 +46,10 @@ def chain(chains: Chains) -> Chain:
 def labels(
     chain: Chain, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, Path]]:
-    """labels(kind) -> manifest and features of a few clips without labels ("none"), or all of one class ("one")."""
+    """labels(kind) -> manifest and features of a few clips.
+
+    `kind`: "none" for no labels, "one" for a single class.
+    """
     made: dict[str, tuple[Path, Path]] = {}
 
     def make(kind: str) -> tuple[Path, Path]:
@@ -151,7 +154,7 @@ def test_a_source_that_matches_nothing(chain: Chain, kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("command", ["index", "extract", "finetune", "report"])
-def test_a_bucket_that_is_not_there_as_output(chain: Chain, command: str) -> None:
+def test_a_missing_output_bucket(chain: Chain, command: str) -> None:
     out = "s3://tsq-no-such-bucket/out"
     argv = {
         "index": ["index", chain.at("videos"), "--out", out],
@@ -197,7 +200,7 @@ def test_wrong_keys(chains: Chains, command: str, wrong: str, tmp_path: Path) ->
 
 
 def alone(argv: list[str], environment: dict[str, str] | None = None) -> Ended:
-    """`tsq` as a process of its own: what it really writes to its outputs."""
+    """Run `tsq` as a separate process, to see what it really writes to its outputs."""
     env = {**os.environ, **(environment or {})}
     done = subprocess.run(
         [sys.executable, "-m", "tsq_ray", *argv],
@@ -377,7 +380,8 @@ def test_a_bundle_without_a_recognizer(
         ),
         (
             ["extract", "FOLDER", "--out", "OUT"],
-            "manifest FOLDER: is a folder without *.parquet; name the file or the folder that tsq index wrote",
+            "manifest FOLDER: is a folder without *.parquet; name the file or the folder that "
+            "tsq index wrote",
         ),
         (
             ["extract", "VIDEO", "--out", "OUT"],
@@ -511,7 +515,7 @@ def test_wrong_input_is_one_line(chain: Chain, argv: list[str], said: str, tmp_p
 
 
 def test_on_a_terminal_too_it_is_one_line(chain: Chain, tmp_path: Path) -> None:
-    """A whole process, so that nothing below Python adds to it."""
+    """A separate process, to check that nothing below Python adds output."""
     ended = alone(["score", chain.manifest, "--model", str(tmp_path), "--out", str(tmp_path / "p")])
     assert "has no bundle.json" in refused(ended)
 

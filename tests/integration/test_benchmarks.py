@@ -1,4 +1,4 @@
-"""Each benchmark at a size at which it says nothing, but runs and prints its whole table."""
+"""Each benchmark at a size too small to measure anything: it runs and prints its whole table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NETWORKS = [
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Eight of 2.5 s, a keyframe every half second."""
+    """Eight videos of 2.5 s with a keyframe every half second."""
     folder = tmp_path_factory.mktemp("videos")
     return [write_video(folder / f"{number}.mp4", num_frames=60) for number in range(8)]
 
@@ -47,7 +47,10 @@ def cells(text: str, first: str) -> list[str]:
 
 
 def printed(name: str, *argv: str) -> str:
-    """What a benchmark prints in a process of its own, as the ones that start an S3 server must be: clients keep their server."""
+    """The output of a benchmark run as a separate process.
+
+    Benchmarks that start an S3 server need one, because clients keep the server they first used.
+    """
     command = [sys.executable, str(REPO / "jobs" / "benchmarks" / f"{name}.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -94,9 +97,7 @@ def test_ffmpeg_is_asked_for_the_frames_that_were_chosen(videos: list[Path]) -> 
     assert seeks.count("-ss") == 4
 
 
-def test_a_peer_that_is_missing_says_how_to_install_it(
-    videos: list[Path], monkeypatch: Any
-) -> None:
+def test_a_missing_peer_says_how_to_install_it(videos: list[Path], monkeypatch: Any) -> None:
     from jobs.benchmarks import decode as benchmark
 
     monkeypatch.setenv("PYTHONPATH", "")

@@ -1,4 +1,7 @@
-"""What a run takes does not hang on its videos: memory stays under the bound of docs/operations.md, the object store does not spill."""
+"""Resources do not depend on the videos of a run.
+
+Memory stays under the bound of docs/operations.md, and the object store does not spill.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 MIB = 2**20
 WORKERS, MAX_MEMORY_MB = 2, 1024
 FIXED_MB, WORKER_MB = 2560, 1024
-"""docs/operations.md: Ray with its idle processes, the driver and the writer; a worker with its networks."""
+"""From docs/operations.md: Ray with idle processes, driver and writer; a worker with networks."""
 
 
 def repeat(
     path: Path, codec: str, size: tuple[int, int], rate: int, num_frames: int, distinct: int = 1
 ) -> Path:
-    """A video whose packets repeat the same few keyframes: hours, or 8K, for the price of a few pictures."""
+    """A video that repeats the same few keyframe packets: hours long or 8K, yet cheap to make."""
     rng = np.random.default_rng(0)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(
@@ -75,7 +78,10 @@ def heavy_archive(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def peak_of(mark: str) -> Iterator[dict[str, Any]]:
-    """Peak of the resident memory, in MiB, summed over the marked processes, shared pages counted in each; and who held it."""
+    """Peak resident memory of the marked processes in MiB, and which of them held it.
+
+    The sum counts shared pages in each process.
+    """
     found: dict[str, Any] = {"mb": 0.0, "by": {}}
     stop = threading.Event()
     page = os.sysconf("SC_PAGESIZE")

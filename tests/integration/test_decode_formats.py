@@ -1,4 +1,4 @@
-"""Every real file of the development data, held against an independent decode of the whole file by PyAV."""
+"""Every real file of the development data, compared with an independent full decode by PyAV."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ LARGE = (
 )
 DAMAGED = "decord_corrupted.mp4"  # decodes with warnings
 LONGER = ["long/charades.mp4", "long/car-detection.mp4", "untrimmed/untrimmed_64s_0.mp4"]
-# H.264 with and without frames that no other refers to, HEVC, VP9, AV1, 10 bits, rotations
+# H.264 with and without non-reference frames, HEVC, VP9, AV1, 10 bits, rotations
 BY_THE_TABLE = [
     "formats/androidx_bbb_800x640_768kbps_30fps_avc_non_reference_3b.mp4",
     "formats/androidx_bbb_800x640_768kbps_30fps_avc_pyramid_3b.mp4",
@@ -91,7 +91,7 @@ BY_THE_TABLE = [
     "formats/torchcodec_nasa_13013.mp4",
     *LONGER,
 ]
-# the display matrix of these files, written out from their headers: turns of the stored picture, then a reflection
+# display matrices from these files' headers: turns of the stored picture, then a reflection
 TURNS = {"decord_video_90.mov": 3, "decord_video_180.mov": 2, "decord_video_270.mov": 1}
 
 
@@ -106,7 +106,7 @@ class Reference:
 
 
 def every_frame(container: Any, stream: Any) -> Iterator[Any]:
-    """All that decodes, in order; a packet that does not is passed over."""
+    """Every frame that decodes, in order; skips packets that do not."""
     for packet in container.demux(stream):
         with suppress(av.error.InvalidDataError):
             yield from packet.decode()
@@ -166,7 +166,7 @@ def check(path: Path, decoded: DecodedVideo, num_frames: int) -> None:
 
 
 def check_choice(path: Path, decoded: DecodedVideo, num_frames: int) -> None:
-    """Each interval's keyframe nearest to its middle; the frame on show in the middle where there is none."""
+    """Each interval's keyframe nearest its middle, else the frame shown in the middle."""
     known = reference(path)
     intervals = np.minimum(
         known.times_s / decoded.duration_s * num_frames + 1e-6, num_frames - 0.001
@@ -213,7 +213,7 @@ def test_frames_between_keyframes_by_the_sample_table_alone(
 ) -> None:
     monkeypatch.setattr(
         video, "_RARE", 1.0
-    )  # also where a file with few keyframes would be decoded whole
+    )  # even if a file with few keyframes would otherwise be decoded whole
     monkeypatch.delattr(video._Job, "exact")
     for num_frames in (7, 16):
         decoded = decode(data_dir / name, "keyframe", num_frames)

@@ -1,4 +1,7 @@
-"""`tsq evaluate` on a finished main path: what it says of the bundle is what `tsq score` does, and a second run goes on from the first."""
+"""`tsq evaluate` on a finished main path.
+
+It reports for the bundle what `tsq score` does, and a second run resumes from the first.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def test_the_files_of_each_table(evaluated: tuple[Path, dict[str, Any]]) -> None
     assert len(list(csv.DictReader((out / "figure4.csv").open()))) == 4 * len(CLASSES)
 
 
-def test_a_training_here_is_that_of_tsq_train(evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_a_training_here_equals_that_of_tsq_train(evaluated: tuple[Path, dict[str, Any]]) -> None:
     """The bundle was trained on these features with seed 0."""
     rows = {row["sampler"]: row for row in csv.DictReader((evaluated[0] / "table2.csv").open())}
     for column in ("mAP", "mAP interpolated", "top-1"):
@@ -101,7 +104,7 @@ def test_the_bundle_offline_is_what_score_does(chain: Chain) -> None:
         np.testing.assert_allclose(found[number], scored[video]["scores"], atol=5e-3)
 
 
-def test_it_goes_on_where_it_stopped(chain: Chain, evaluated: tuple[Path, dict[str, Any]]) -> None:
+def test_it_resumes_where_it_stopped(chain: Chain, evaluated: tuple[Path, dict[str, Any]]) -> None:
     out, summary = evaluated
     assert summary["trained_now"] == len(list((out / "trainings").glob("*.json"))) == 10
     before = (out / "table2.csv").read_bytes()

@@ -1,4 +1,7 @@
-"""What befalls a run on one machine, each row of the fault table in docs/operations.md: the same command ends with every video accounted for."""
+"""Faults of a run on one machine, one per row of the fault table in docs/operations.md.
+
+The same command ends with every video accounted for.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ WORKER, WRITER, SENDER = (
 
 
 def kill_the_decode_of(path: Path, started: Started, times: int = 1) -> None:
-    """SIGKILL a decode child that is in the middle of this video, then the next one."""
-    killed: set[int] = set()  # one that is dying still has the file open
+    """SIGKILL a decode child in the middle of this video, then the next child."""
+    killed: set[int] = set()  # a dying child still has the file open
 
     def caught() -> bool:
         for pid in set(readers_of(path)) - killed:
@@ -49,7 +52,7 @@ def test_a_decode_child_and_a_worker_are_killed(ray_cluster: Any, tmp_path: Path
     site = make_site(tmp_path)
     big = write_video(
         tmp_path / "videos/unlabelled.mp4", 400, size=(640, 384), gop=400
-    )  # takes long enough to be caught in
+    )  # takes long enough to be caught
     index(site, str(tmp_path), "--update")
     started = Started(site.argv)
     kill_the_decode_of(big, started)
@@ -70,7 +73,7 @@ def test_the_counter_of_a_run_is_killed(ray_cluster: Any) -> None:
         ray_cluster.kill(counts, no_restart=False)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            with contextlib.suppress(ray_cluster.exceptions.RayError):  # it starts again
+            with contextlib.suppress(ray_cluster.exceptions.RayError):  # it restarts
                 ray_cluster.get(counts.add.remote([None]))
                 return ray_cluster.get(counts.get.remote())
         raise AssertionError("never came back")
@@ -97,9 +100,7 @@ def test_a_decode_child_is_killed_twice(ray_cluster: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_videos_that_took_too_long_are_done_again_on_request(
-    ray_cluster: Any, tmp_path: Path
-) -> None:
+def test_videos_that_timed_out_are_retried_on_request(ray_cluster: Any, tmp_path: Path) -> None:
     site = make_site(tmp_path)
     write_video(
         tmp_path / "videos/unlabelled.mp4", 600, size=(1280, 768), gop=600
@@ -176,7 +177,7 @@ def test_a_video_is_replaced_during_the_run(ray_cluster: Any, tmp_path: Path) ->
 
 
 def fill(ballast: Path) -> None:
-    """Take all the room that its disk has left."""
+    """Fill the remaining space of its disk."""
     with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))

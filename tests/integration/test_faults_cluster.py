@@ -1,4 +1,7 @@
-"""What befalls a run on a cluster of two nodes with S3 behind a proxy: rows of the fault table in docs/operations.md."""
+"""Faults of a run on a cluster of two nodes with S3 behind a proxy.
+
+Rows of the fault table in docs/operations.md.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ class Cloud:
     proxy: S3Proxy
 
     def driver(self, site: Site, log: Path, *more: str) -> Driver:
-        """The site's command as a process of its own, on this cluster."""
+        """The site's command as a separate process on this cluster."""
         return Driver(
             [*site.argv, "--address", self.cluster.address, *more],
             log,
@@ -47,7 +50,7 @@ class Cloud:
             return driver.ended(END_S)
 
     def run_into(self, trouble: Trouble, site: Site, log: Path) -> Ended:
-        """From the first part on every request is answered so, until the run has ended."""
+        """Answer every request this way, from the first part until the run has ended."""
         try:
             with self.driver(site, log) as driver:
                 driver.wait_until(lambda: site.parts, END_S)
@@ -81,7 +84,7 @@ def cloud(s3: S3Server) -> Iterator[Cloud]:
             cluster.shutdown()
 
 
-def test_storage_stumbles(cloud: Cloud, tmp_path: Path) -> None:
+def test_storage_fails_for_a_while(cloud: Cloud, tmp_path: Path) -> None:
     site = make_site(tmp_path, "s3://tsq-other/stumbles")
     with cloud.driver(site, tmp_path / "run") as driver:
         seen = 0
@@ -99,7 +102,7 @@ def test_storage_stumbles(cloud: Cloud, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "trouble", [INTERNAL_ERROR, EXPIRED_TOKEN], ids=lambda trouble: trouble.code
 )
-def test_storage_stays_away(cloud: Cloud, trouble: Trouble, tmp_path: Path) -> None:
+def test_storage_stays_unavailable(cloud: Cloud, trouble: Trouble, tmp_path: Path) -> None:
     site = make_site(tmp_path, f"s3://tsq-other/{trouble.code}")
     ended = cloud.run_into(trouble, site, tmp_path / "run")
     said = (
@@ -116,8 +119,8 @@ def test_storage_stays_away(cloud: Cloud, trouble: Trouble, tmp_path: Path) -> N
     adds_up(site)
 
 
-def test_keys_are_refused_in_mid_run(cloud: Cloud, tmp_path: Path) -> None:
-    """The output lies elsewhere, so that the run goes on to its end."""
+def test_keys_are_refused_during_a_run(cloud: Cloud, tmp_path: Path) -> None:
+    """The output is stored elsewhere, so the run continues to its end."""
     site = make_site(tmp_path, "s3://tsq-other/refused", out=str(tmp_path / "features"))
     ended = cloud.run_into(EXPIRED_TOKEN_403, site, tmp_path / "run")
     assert ended.code in (0, 1), ended.err

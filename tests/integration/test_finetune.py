@@ -1,4 +1,7 @@
-"""Full fine-tuning on the sample archive: two workers that learn, what takes the result, and a run killed twice."""
+"""Full fine-tuning on the sample archive.
+
+Two workers learn, later commands use the result, and a run is killed twice.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def command(chain: Chain, out: str | Path, *more: str) -> list[str]:
 
 @dataclass
 class Undisturbed:
-    """An encoder trained by two workers, nobody killed."""
+    """An encoder trained by two workers without interruption."""
 
     chain: Chain
     out: str
@@ -72,7 +75,7 @@ def undisturbed(chains: Chains, tmp_path_factory: pytest.TempPathFactory) -> Und
 
 
 def checkpoints(out: str | Path) -> set[str]:
-    """Names of the checkpoints that are there now; they begin with the time."""
+    """Names of the current checkpoints; they begin with the time."""
     return {
         path.parent.name for path in Path(out, "_finetune", "run").glob("checkpoint_20*/state.pt")
     }
@@ -118,9 +121,7 @@ def test_backbone_and_head_have_changed(undisturbed: Undisturbed) -> None:
 
 
 @pytest.mark.slow
-def test_the_encoder_is_taken_by_extract_and_train(
-    undisturbed: Undisturbed, tmp_path: Path
-) -> None:
+def test_extract_and_train_take_the_encoder(undisturbed: Undisturbed, tmp_path: Path) -> None:
     chain, encoder = undisturbed.chain, ["--encoder", undisturbed.out]
     features, bundle = str(tmp_path / "features"), str(tmp_path / "bundle")
     config = ["--config", str(chain.settings)]

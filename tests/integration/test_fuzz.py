@@ -1,4 +1,4 @@
-"""Damaged files through the real sandbox: each gets its row, in time, and nothing else suffers."""
+"""Damaged files through the real sandbox: each gets its row in time and affects no other."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SENSIBLE = {
     "decoder_crash",
     "out_of_memory",
 }
-"""What damage to a file may become; the other types speak of storage or of a defect of ours."""
+"""Error types that a damaged file may get; the others mean storage or a defect of ours."""
 
 
 def write_damaged(files: list[Path], seed: int, folder: Path) -> VideoRef:
@@ -62,7 +62,7 @@ def row_of(ref: VideoRef, outcome: object) -> dict[str, object]:
 
 
 def check_whole(video: DecodedVideo) -> None:
-    """A row that is ok has all its frames, in their places."""
+    """An ok row has all its frames in their places."""
     assert video.slots("visual").shape == (NUM_FRAMES, 48, 48, 3)
     assert 0 <= video.frame_index.min() <= video.frame_index.max() < video.source_num_frames
     assert np.isfinite(video.frame_pts_s).all()
@@ -76,7 +76,7 @@ def check_whole(video: DecodedVideo) -> None:
 
 
 def decode_all(refs: list[VideoRef], strategy: str) -> list[dict[str, object]]:
-    """One row a file; `seconds` is what it cost, one file at a time."""
+    """One row per file; `seconds` is its cost, one file at a time."""
     rows = []
     with DecodePool(
         DecodeConfig.model_validate(
@@ -92,7 +92,7 @@ def decode_all(refs: list[VideoRef], strategy: str) -> list[dict[str, object]]:
 
 
 def check_rows(rows: list[dict[str, object]], refs: list[VideoRef], folder: Path) -> None:
-    """Every file has its row, every failure a type that fits, and the rows make a part."""
+    """Every file has its row, every failure a fitting type, and the rows make a part."""
     assert [row["video_id"] for row in rows] == [ref.video_id for ref in refs]
     wrong = {
         row["uri"]: row["error_message"]
@@ -100,7 +100,11 @@ def check_rows(rows: list[dict[str, object]], refs: list[VideoRef], folder: Path
         if row["status"] == "failed" and row["error_type"] not in SENSIBLE
     }
     assert wrong == {}
-    late = {row["uri"]: row["seconds"] for row in rows if row["seconds"] > LIMIT_S + MARGIN_S}  # type: ignore[operator]
+    late = {
+        row["uri"]: row["seconds"]
+        for row in rows
+        if row["seconds"] > LIMIT_S + MARGIN_S  # type: ignore[operator]
+    }
     assert late == {}, "a file may cost its time limit and two seconds"
     arrow = schema.features_schema(NUM_FRAMES, 2, None, None)
     table = schema.table_from_rows(
@@ -127,7 +131,7 @@ def test_a_sample_of_damaged_files(data_dir: Path, tmp_path: Path, strategy: str
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 def test_damaged_files(data_dir: Path, tmp_path: Path, strategy: str) -> None:
-    """250 of each strategy: 500 in all."""
+    """250 per strategy: 500 in all."""
     start = 0 if strategy == "uniform" else 250
     refs = [write_damaged(files_of(data_dir), seed, tmp_path) for seed in range(start, start + 250)]
     rows = decode_all(refs, strategy)
@@ -145,7 +149,7 @@ def test_damage_is_the_same_every_time(data_dir: Path) -> None:
 
 
 def test_undamaged_files_are_never_failures(data_dir: Path) -> None:
-    """The other side of `internal` and its likes: what is whole is ok."""
+    """The counterpart for `internal` and similar errors: an intact file is ok."""
     with DecodePool(DecodeConfig(num_frames=NUM_FRAMES, timeout_s=60), SPECS) as pool:
         for path in files_of(data_dir):
             (outcome,) = pool.decode(

@@ -1,4 +1,4 @@
-"""jobs/benchmarks/gpu.py at its small size, on whatever device there is."""
+"""jobs/benchmarks/gpu.py at its small size, on whatever device is available."""
 
 from __future__ import annotations
 

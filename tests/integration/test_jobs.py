@@ -35,7 +35,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """`ray start --head` in the foreground, on ports and in a folder of its own."""
+    """`ray start --head` in the foreground, with its own ports and folder."""
     names = (
         "port",
         "dashboard-port",
@@ -50,7 +50,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         secrets.token_hex(32),
         tmp_path_factory.mktemp("head") / "log",
     )
-    # a Ray that this process started has left its own token's mode in the environment
+    # a Ray instance that this process started has left its token's mode in the environment
     own = {MARK: mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | own
     with short_folder() as folder, log.open("wb") as sink:
@@ -108,7 +108,7 @@ def wait_for(request: urllib.request.Request, process: subprocess.Popen[bytes], 
 
 
 def run(head: Head, command: list[str], repo: Path) -> str:
-    """A client of the head node, in the repository's root; its output."""
+    """The output of a client of the head node, run in the repository's root."""
     done = subprocess.run(
         command,
         cwd=repo,
@@ -221,7 +221,7 @@ def test_submit(head: Head, chain: Chain, tmp_path: Path) -> None:
     assert read_rows(out).num_rows == 3
 
 
-def test_an_interrupted_follower_says_that_the_job_runs_on(
+def test_an_interrupted_follower_says_that_the_job_continues(
     head: Head, chain: Chain, repo_dir: Path, tmp_path: Path
 ) -> None:
     argv = [
@@ -249,7 +249,7 @@ def test_an_interrupted_follower_says_that_the_job_runs_on(
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
-def test_an_address_where_nobody_answers(chain: Chain, address: str, tmp_path: Path) -> None:
+def test_an_address_that_does_not_answer(chain: Chain, address: str, tmp_path: Path) -> None:
     place = address.format(port=free_ports(1)[0])
     submit = ["--submit"] if address.startswith("http") else []
     command = [

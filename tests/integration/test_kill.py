@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL, once or twice, and started again ends with the rows of an undisturbed one."""
+"""A run killed once or twice by SIGKILL, then restarted, gives the rows of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ def chain(chains: Chains) -> Chain:
 
 
 def kill_and_finish(argv: list[str], out: str, folder: Path, kills: int) -> list[set[str]]:
-    """The parts seen after each kill; no process is left of any run."""
+    """The parts seen after each kill; no process of any run remains."""
     seen: list[set[str]] = []
     for attempt in range(kills):
         before = len(seen[-1]) if seen else 0
         with Driver(argv, folder / f"run{attempt}") as driver:
-            driver.kill_when(lambda before=before: len(visible_parts(out)) > before)  # type: ignore[misc]
+            driver.kill_when(
+                lambda before=before: len(visible_parts(out)) > before,  # type: ignore[misc]
+            )
             assert marked(driver.mark) == []
         seen.append(visible_parts(out))
         assert tsq("verify", out).code == 2, "a run that was killed is not finished"
@@ -54,7 +56,7 @@ def kill_and_finish(argv: list[str], out: str, folder: Path, kills: int) -> list
 
 
 def check_folder(out: str) -> None:
-    """It adds up, and nothing of the killed runs is to be seen."""
+    """The run adds up and shows no trace of the killed runs."""
     found = tsq("verify", out, "--json").json
     assert (found["problems"], found["counts"]["inputs"]) == ([], 18)
     names = visible_parts(out)
@@ -67,7 +69,7 @@ def check_folder(out: str) -> None:
 
 
 def check_done(seen: list[set[str]], out: str) -> None:
-    """Each run did some of it, and what was done is not done again."""
+    """Each run did part of the work, and none of it is done twice."""
     sizes = [0, *map(len, seen)]
     assert all(before < after for before, after in pairwise(sizes)), sizes
     assert sizes[-1] <= PARTS
@@ -103,14 +105,14 @@ def test_a_killed_score(chain: Chain, tmp_path: Path, kills: int) -> None:
     killed, undisturbed = read_rows(out), read_rows(whole)
     assert columns(killed, (*TIMES, *NEAR)) == columns(undisturbed, (*TIMES, *NEAR))
     for one, other in zip(killed.to_pylist(), undisturbed.to_pylist(), strict=True):
-        for name in NEAR:  # the sampler's batches are others
+        for name in NEAR:  # the sampler's batches differ
             assert (one[name] is None) == (other[name] is None)
             assert one[name] is None or one[name] == pytest.approx(other[name], abs=1e-4)
         assert len(one["selected_slot"] or ()) <= BUDGET
 
 
-def test_interrupted_it_says_how_to_go_on(chain: Chain, tmp_path: Path) -> None:
-    """What the same command does then is as after a kill."""
+def test_an_interrupt_says_how_to_resume(chain: Chain, tmp_path: Path) -> None:
+    """The same command then continues as after a kill."""
     out = str(tmp_path / "interrupted")
     argv = ["extract", chain.manifest, "--out", out, *chain.extract_options, *ONE_AT_A_TIME]
     with Driver(argv, tmp_path / "run0") as driver:
@@ -125,9 +127,7 @@ def test_interrupted_it_says_how_to_go_on(chain: Chain, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_fit_of_a_head_keeps_the_features_that_it_has(
-    chain: Chain, tmp_path: Path
-) -> None:
+def test_a_killed_fit_of_a_head_keeps_its_features(chain: Chain, tmp_path: Path) -> None:
     out, whole = tmp_path / "encoder", chain.encoder
     features = out / "_finetune" / "features"
     argv = [

@@ -1,4 +1,7 @@
-"""The main path, command by command, on local folders and on a real S3 server: index, extract, finetune, train, score, report."""
+"""The main path, command by command, on local folders and on a real S3 server.
+
+index, extract, finetune, train, score, report.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def relative(chain: Chain, uri: str) -> str:
 
 
 def state_of(uri: str) -> dict[str, Any]:
-    """What tells that a folder's files were not written again."""
+    """What shows that a folder's files were not written again."""
     return {file.uri: (file.size_bytes, file.modified) for file in storage.walk(uri)} | {
         file.uri: (file.size_bytes, file.modified) for file in storage.list_folder(uri)
     }
@@ -177,7 +180,10 @@ def test_read_without_this_package(chain: Chain, kind: str, tmp_path: Path) -> N
     )
     assert frame["video_id"].tolist() == table["video_id"].to_pylist()
     assert frame[tensor].isna().sum() == FAILED
-    query = f"select video_id, status, error_type, size_bytes, warnings, {tensor} from read_parquet('{tmp_path}/part-*.parquet') order by 1"
+    query = (
+        f"select video_id, status, error_type, size_bytes, warnings, {tensor} from "
+        f"read_parquet('{tmp_path}/part-*.parquet') order by 1"
+    )
     rows = duckdb.sql(query).fetchall()
     wanted = table.select(
         ["video_id", "status", "error_type", "size_bytes", "warnings", tensor]
@@ -256,7 +262,7 @@ def test_score(chain: Chain) -> None:
 
 
 def check_prediction(row: dict[str, Any]) -> None:
-    """What holds for every row of the sampler that is ok."""
+    """What holds for every ok row of the sampler."""
     scores = np.array(row["scores"])
     assert scores.sum() == pytest.approx(1, abs=1e-5)
     assert row["top_labels"] == [CLASSES[number] for number in np.argsort(-scores, kind="stable")]
@@ -282,7 +288,7 @@ def test_verify(chain: Chain, kind: str) -> None:
     assert "manifest" in found["checks"]
 
 
-def test_verify_sees_a_lost_and_a_double_part(local: Chain, tmp_path: Path) -> None:
+def test_verify_finds_a_lost_and_a_duplicate_part(local: Chain, tmp_path: Path) -> None:
     names = sorted(visible_parts(local.features))
     for name in [*names, "_run.json", "_config.json"]:
         (tmp_path / name).write_bytes(Path(local.features, name).read_bytes())
@@ -394,7 +400,7 @@ def test_info(chain: Chain, name: str, kind: str) -> None:
         )
 
 
-def test_again_does_nothing(chain: Chain) -> None:
+def test_running_again_does_nothing(chain: Chain) -> None:
     folders = [chain.encoder, chain.features, chain.bundle, chain.predictions]
     before = [state_of(folder) for folder in folders]
     train = [
@@ -506,7 +512,7 @@ def test_another_model_over_the_same_archive_takes_another_folder(
     assert state_of(local.predictions) == before
 
 
-# no sampler, and a choice by the recogniser: the other two ways through the graph
+# no sampler, and a choice by the recogniser: the other two paths through the graph
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["uniform", "maxconf"])
 def test_baselines_score(local: Chain, mode: str) -> None:
@@ -546,7 +552,8 @@ def test_baselines_score(local: Chain, mode: str) -> None:
             )
     if mode == "maxconf":  # the middle third shows the class: a sure recogniser looks there
         assert np.mean([2 < slot < 6 for row in ok for slot in row["selected_slot"]]) > 0.5
-        # the colours are easy: below that labels or frames are mixed up. What a sampler finds that learned from ten videos hangs on their order
+        # the colours are easy: a lower score means that labels or frames are mixed up. What a
+        # sampler finds after learning from ten videos depends on their order
         assert run["metrics"]["top1"] >= 0.75
         assert run["metrics"]["mAP"] >= 0.75
 
@@ -685,14 +692,14 @@ def test_update_replaces_removes_and_adds_rows(chains: Chains, where: str, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resize", ["decoder", "device"])
-def test_decoding_apart_gives_the_same_features(local: Chain, resize: str) -> None:
+def test_separate_decoding_gives_the_same_features(local: Chain, resize: str) -> None:
     out = local.at(f"features-apart-{resize}")
     sets = ("--set", "resources.decoders=1", "--set", f"resources.resize={resize}")
     run = tsq("extract", local.manifest, "--out", out, *local.extract_options, *sets, "--json").json
     assert run["counts"] == local.outputs["extract"]["counts"]
     fused, apart = read_rows(local.features), read_rows(out)
     assert fused.schema.equals(apart.schema)
-    close = ["visual", "object_probs", "recognizer_logits"]  # other batches, other rounding
+    close = ["visual", "object_probs", "recognizer_logits"]  # other batches round differently
     tolerance = 2e-3 if resize == "decoder" else 2e-2
     exact = [name for name in fused.column_names if name not in (*close, "object_ids")]
     assert fused.select(exact).to_pylist() == apart.select(exact).to_pylist()

@@ -1,4 +1,4 @@
-"""Several labels a video, from the CSV to the report: sigmoid scores, metrics over all labels."""
+"""Several labels per video, from the CSV to the report: sigmoid scores, metrics over all labels."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ NAMES = [*CLASSES, "outdoors"]
 
 
 class MultiChain(Chain):
-    """The main path with `train.task=multi`; the recogniser comes first, so that the features carry its logits."""
+    """The main path with `train.task=multi`.
+
+    The recogniser comes first, so that the features carry its logits.
+    """
 
     @property
     def options(self) -> list[str]:
-        """The settings of every step."""
+        """The settings of each step."""
         return ["--config", str(self.settings), "--set", "train.task=multi"]
 
     @cached_property
@@ -86,7 +89,7 @@ def chain(chains: Chains, tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 
 def wanted(chain: Chain, row: dict[str, Any]) -> list[str]:
-    """A video's labels, by the archive."""
+    """A video's labels according to the archive."""
     return LABELS[chain.archive.labels[row["uri"].removeprefix(f"{chain.base}/videos/")]]
 
 

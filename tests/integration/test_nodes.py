@@ -1,4 +1,7 @@
-"""Runs on clusters of several nodes: few videos, a node that joins, nodes from nothing, a cluster that is taken, a node lost in mid-score."""
+"""Runs on clusters of several nodes.
+
+Few videos, a node that joins, nodes from nothing, a cluster in use, a node lost during scoring.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from tsq_ray.runs import Lease
 pytestmark = pytest.mark.ray
 END_S = 400.0
 SECONDS = 0.7
-"""That the store thinks before it gives a video."""
+"""The store's delay before it returns a video."""
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ time.sleep(600)
 def test_one_video_on_two_nodes(
     two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path
 ) -> None:
-    """It used to wait for ever for an actor of more CPUs than a node has."""
+    """No actor may need more CPUs than a node has, or the run waits forever."""
     argv = [
         "extract",
         slow_manifest(store, tmp_path, 1),
@@ -116,7 +119,7 @@ def test_a_cluster_that_another_job_holds(
     assert "gave up after --wait-s 12; run the same command again to resume" in lines[-1]
 
 
-def test_what_a_cluster_has_and_how_runs_are_laid_out_on_it(two_nodes: Any, tmp_path: Path) -> None:
+def test_cluster_resources_and_the_layout_of_runs(two_nodes: Any, tmp_path: Path) -> None:
     argv = [
         "info",
         "--cluster",
@@ -142,7 +145,7 @@ def test_what_a_cluster_has_and_how_runs_are_laid_out_on_it(two_nodes: Any, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_whose_folder_is_taken_over_ends_in_mid_run(
+def test_a_run_stops_when_its_folder_is_taken_over(
     two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")
@@ -203,7 +206,7 @@ NODE_TYPES = "resources.node_types=[{cpus = 1, count = 3}, {cpus = 1, gpus = 1, 
 def extract_from_nothing(
     store: SlowStore, settings: Path, folder: Path, count: int, gpus: int
 ) -> Ended:
-    """Head without CPUs, both groups at 0, as the files in cluster/ have them."""
+    """A head without CPUs and both groups at 0, as in the files in cluster/."""
     with autoscaling(TYPES) as address:
         argv = [
             "extract",
@@ -234,8 +237,10 @@ def test_a_cluster_grows_from_nothing_to_its_limits(
 
 
 @pytest.mark.slow
-def test_gpus_are_asked_of_the_autoscaler(store: SlowStore, settings: Path, tmp_path: Path) -> None:
-    """The GPU of the node that is started is a name alone: the encoder that is placed there finds none, and says so."""
+def test_gpus_are_requested_from_the_autoscaler(
+    store: SlowStore, settings: Path, tmp_path: Path
+) -> None:
+    """The new node's GPU exists in name only: the encoder placed there finds none and says so."""
     ended = extract_from_nothing(store, settings, tmp_path, 4, gpus=1)
     assert ended.code == 1
     assert "NVIDIA" in ended.err.splitlines()[-1]
@@ -243,7 +248,7 @@ def test_gpus_are_asked_of_the_autoscaler(store: SlowStore, settings: Path, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
-def test_a_node_is_lost_in_mid_score(store: SlowStore, attempt: int, tmp_path: Path) -> None:
+def test_a_node_is_lost_during_scoring(store: SlowStore, attempt: int, tmp_path: Path) -> None:
     count = 60
     with nodes(1, 1) as cluster:
         bundle = make_bundle(tmp_path / "bundle")

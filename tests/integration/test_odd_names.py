@@ -1,4 +1,7 @@
-"""Odd names and odd buckets, against a real S3 server; odd names given to tsq predict, which answers one by one."""
+"""Odd names and odd buckets against a real S3 server.
+
+Also odd names given to tsq predict, which answers one by one.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ SLASHES = (
     "x.mp4//in.mp4",
     "x?versionId=1/?versionId=2.mp4",
 )
-"""Seaweed takes keys for paths of files, and so makes others of them."""
+"""SeaweedFS treats keys as file paths and thereby changes them."""
 MARKS = ("folder.mp4/", "x.mp4/")
 HIDDEN = "hidden (name begins with .)"
 LEFT_OUT = {HIDDEN: (".h.mp4", ".d/1.mp4", "dir/.d/2.mp4"), ".txt": ("t.txt",)}
@@ -74,7 +77,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bucket(s3: S3Server, clip: Path) -> str:
-    """A prefix with keys of every odd kind, written without this package."""
+    """A prefix with every kind of odd key, written without this package."""
     fs, data = fsspec.filesystem("s3", use_listings_cache=False), clip.read_bytes()
     contents = {
         name: data for name in (*NAMES, *(key for keys in LEFT_OUT.values() for key in keys))
@@ -98,7 +101,7 @@ def clear() -> None:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-# ------------------------------------------------------------------------------------------------------------------ keys
+# --------------------------------------------------------------------------------------------- keys
 
 
 def test_every_key_is_a_row_or_is_counted(
@@ -128,7 +131,7 @@ def test_a_prefix_has_one_spelling(listed: tuple[Manifest, IndexSummary], source
 
 
 class _FlatStore(BaseHTTPRequestHandler):
-    """As much of S3 as reading takes; any text is a key."""
+    """The part of S3 that reading needs; any text is a key."""
 
     protocol_version = "HTTP/1.1"
     contents: ClassVar[dict[str, bytes]] = {}
@@ -145,12 +148,16 @@ class _FlatStore(BaseHTTPRequestHandler):
         if "list-type" in asked:
             found = [name for name in sorted(self.contents) if name.startswith(asked["prefix"][0])]
             items = (
-                f"<Contents><Key>{quote(name)}</Key><Size>{len(self.contents[name])}</Size><ETag>x</ETag>"
+                f"<Contents><Key>{quote(name)}</Key><Size>{len(self.contents[name])}</Size>"
+                "<ETag>x</ETag>"
                 "<LastModified>2024-01-01T00:00:00.000Z</LastModified></Contents>"
                 for name in found
             )
             self._answer(
-                f"<ListBucketResult><EncodingType>url</EncodingType><KeyCount>{len(found)}</KeyCount>{''.join(items)}</ListBucketResult>".encode()
+                (
+                    "<ListBucketResult><EncodingType>url</EncodingType>"
+                    f"<KeyCount>{len(found)}</KeyCount>{''.join(items)}</ListBucketResult>"
+                ).encode()
             )
         elif key not in self.contents and path.rstrip("/") != "/flat":
             self._answer(b"<Error><Code>NoSuchKey</Code></Error>", 404)
@@ -169,9 +176,7 @@ class _FlatStore(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
-def test_keys_are_no_paths_of_files(
-    s3: S3Server, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keys_are_not_file_paths(s3: S3Server, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = (*SLASHES, "n" * 600 + ".mp4")
     _FlatStore.contents = {f"v/{name}": clip.read_bytes() for name in (*names, "full.mp4/")} | {
         f"v/{name}": b"" for name in MARKS
@@ -207,7 +212,7 @@ def test_a_key_is_never_a_pattern_or_a_version(s3: S3Server) -> None:
     assert [file.uri for file in storage.list_folder(f"{work}/a1")] == [f"{work}/a1/x"]
 
 
-def test_the_file_system_is_made_once_and_travels(bucket: str) -> None:
+def test_the_file_system_is_made_once_and_can_be_pickled(bucket: str) -> None:
     fs, path = storage.filesystem(f"{ROOT}/q?versionId=abc.mp4")
     assert storage.filesystem(ROOT)[0] is fs
     again = pickle.loads(pickle.dumps(fs))
@@ -216,18 +221,18 @@ def test_the_file_system_is_made_once_and_travels(bucket: str) -> None:
     assert storage.filesystem(ROOT)[0] is not fs, "whoever clears fsspec's instances clears these"
 
 
-# --------------------------------------------------------------------------------------------------------------- rights
+# ------------------------------------------------------------------------------------------- rights
 
 
 @pytest.fixture
 def proxy(bucket: str, s3_proxy: S3Proxy) -> S3Proxy:
-    """Between this process and the server, with the odd keys."""
+    """A proxy between this process and the server with the odd keys."""
     return s3_proxy
 
 
 @pytest.fixture
 def no_keys(proxy: S3Proxy, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3Proxy:
-    """A public bucket with one video, and nobody to sign."""
+    """A public bucket with one video, and no credentials."""
     storage.write_bytes(f"s3://{PUBLIC_BUCKET}/videos/v.mp4", clip.read_bytes())
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -257,7 +262,7 @@ def test_a_public_bucket_is_read_without_keys(
     assert caught.value.error_type == "access_denied"
 
 
-def test_no_keys_and_no_word_of_it_is_told_with_the_setting(no_keys: S3Proxy) -> None:
+def test_missing_keys_are_reported_with_the_setting(no_keys: S3Proxy) -> None:
     with pytest.raises(
         StorageError,
         match=r"access denied; check the keys .* without keys, set AWS_NO_SIGN_REQUEST=true",
@@ -283,22 +288,22 @@ def test_every_request_says_who_pays(
 
 
 @pytest.mark.parametrize("healthy", [0, 1], ids=["at once", "after its head"])
-def test_an_archived_object_is_told(proxy: S3Proxy, healthy: int) -> None:
+def test_an_archived_object_is_reported(proxy: S3Proxy, healthy: int) -> None:
     proxy.trouble(ARCHIVED, after=healthy)
     with pytest.raises(StorageError) as caught:
         decode(f"{ROOT}/a b.mp4")
     assert caught.value.error_type == "access_denied"
-    if healthy:  # the answer to a HEAD has no code
-        assert (
-            str(caught.value)
-            == f"cannot fetch {ROOT}/a b.mp4: the object is archived (InvalidObjectState); restore it first, then run again"
+    if healthy:  # the answer to a HEAD carries no error code
+        assert str(caught.value) == (
+            f"cannot fetch {ROOT}/a b.mp4: the object is archived (InvalidObjectState); "
+            "restore it first, then run again"
         )
         proxy.trouble(ARCHIVED, after=1)
         with pytest.raises(StorageError, match=r"is archived \(InvalidObjectState\)"):
             storage.read_bytes(f"{ROOT}/a b.mp4")
 
 
-# -------------------------------------------------------------------------------------------------------------- predict
+# ------------------------------------------------------------------------------------------ predict
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +311,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_bundle(tmp_path_factory.mktemp("model") / "bundle")
 
 
-def test_one_bad_uri_costs_its_own_answer_only(
+def test_one_bad_uri_affects_only_its_own_answer(
     bucket: str, model: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -373,7 +378,9 @@ def test_a_defect_in_a_lookup_is_a_row_too(
 
 
 @pytest.mark.ray
-def test_a_run_over_links_and_odd_names_ends(ray_cluster: Any, clip: Path, tmp_path: Path) -> None:
+def test_a_run_over_links_and_odd_names_finishes(
+    ray_cluster: Any, clip: Path, tmp_path: Path
+) -> None:
     """Each entry has its row, in a folder with every odd character in its name."""
     videos, elsewhere = tmp_path / "videos", tmp_path / "elsewhere"
     videos.mkdir()
@@ -403,10 +410,10 @@ def test_a_run_over_links_and_odd_names_ends(ray_cluster: Any, clip: Path, tmp_p
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_proxy_of_the_network_is_not_asked_for_what_is_local(
+def test_a_network_proxy_is_not_used_for_local_requests(
     clip: Path, model: str, tmp_path: Path
 ) -> None:
-    """Scoring through Serve on this machine where HTTP_PROXY leads nowhere."""
+    """Score through Serve on this machine while HTTP_PROXY leads nowhere."""
     manifest, out = str(tmp_path / "m.parquet"), str(tmp_path / "predictions")
     assert tsq("index", clip, "--out", manifest).code == 0
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

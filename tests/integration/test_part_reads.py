@@ -13,7 +13,7 @@ FOLDER = "s3://tsq-other/part-reads"
 ROWS, NUM_FRAMES, DIM = 128, 50, 1280
 
 
-def test_what_is_done_is_known_without_reading_the_features(s3_proxy: S3Proxy) -> None:
+def test_finished_videos_are_known_without_reading_the_features(s3_proxy: S3Proxy) -> None:
     rng = np.random.default_rng(0)
     refs = [
         VideoRef(

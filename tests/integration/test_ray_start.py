@@ -1,4 +1,4 @@
-"""Starting or joining Ray where something is wrong: long folders, dead clusters, busy machines."""
+"""Starting or joining Ray when something is wrong: long folders, dead clusters, busy machines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ray
 
 
 def tsq_process(*argv: str | Path, environment: Mapping[str, str]) -> Ended:
-    """`tsq ARGV` as a process of its own, without the Ray settings of this one."""
+    """Run `tsq ARGV` as a separate process without the Ray settings of this one."""
     mark = uuid.uuid4().hex
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-m", "tsq_ray", *map(str, argv)]
@@ -49,7 +49,7 @@ def long_folder(base: Path, length: int) -> Path:
 
 @pytest.mark.parametrize("length", [90, pytest.param(150, marks=pytest.mark.slow)])
 def test_an_extraction_below_a_long_tmpdir(tmp_path: Path, length: int) -> None:
-    """Batch systems make such folders: too long for Ray's sockets and the decoder's."""
+    """Batch systems create folders too long for Ray's sockets and the decoder's."""
     settings = tmp_path / "settings.toml"
     settings.write_text(SETTINGS)
     (tmp_path / "v").mkdir()
@@ -73,7 +73,7 @@ def test_an_extraction_below_a_long_tmpdir(tmp_path: Path, length: int) -> None:
 
 @pytest.mark.slow
 def test_a_relative_tmpdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of Ray's processes not all run in this folder."""
+    """Not all of Ray's processes run in this folder."""
     monkeypatch.chdir("/tmp")
     name = f"tsq-{uuid.uuid4().hex[:6]}"
     ended = tsq_process("info", "--cluster", environment={"TMPDIR": name})
@@ -154,7 +154,7 @@ def test_a_machine_too_busy_to_start_ray() -> None:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """As if this process had no Ray yet."""
+    """Make this process look as if it had no Ray yet."""
     import ray
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -192,7 +192,7 @@ def test_whatever_ray_raises_is_a_failed_run(
     assert re.fullmatch(message, str(caught.value))
 
 
-def test_an_interrupt_while_ray_starts_stays_one(no_ray: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_ray_starts_stays_an_interrupt(no_ray: pytest.MonkeyPatch) -> None:
     import ray
 
     def init(**_: Any) -> None:
@@ -203,7 +203,7 @@ def test_an_interrupt_while_ray_starts_stays_one(no_ray: pytest.MonkeyPatch) -> 
         pass
 
 
-def test_a_folder_that_others_may_write_to_is_not_used(
+def test_a_folder_that_other_users_may_write_to_is_not_used(
     no_ray: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first, second = tmp_path / "a", tmp_path / "b"
@@ -239,7 +239,7 @@ print(ray.get(Look.remote(progress.Counts()).get.remote()))
 
 
 def test_a_worker_of_a_cluster_sets_its_threads_policy(tmp_path: Path) -> None:
-    """The cluster's processes were started by somebody else, without the variable."""
+    """The cluster's processes were started elsewhere, without the variable."""
     mark = uuid.uuid4().hex
     gone = ("RAY_", "OMP_", "TMPDIR")
     own = {name: value for name, value in os.environ.items() if not name.startswith(gone)}

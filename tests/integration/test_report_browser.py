@@ -1,4 +1,7 @@
-"""The report in a real browser, headless: what its script makes of it, that every picture loads, and that it is drawn."""
+"""The report in a real, headless browser.
+
+Its script runs, every picture loads, and the page is drawn.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Case, Path]:
 
 
 def browse(chromium: str, profile: Path, url: str, *flags: str) -> str:
-    """What the browser prints; `profile` is an empty folder of its own."""
+    """The browser's output; `profile` is an empty folder of its own."""
     command = [chromium, *FLAGS, f"--user-data-dir={profile}", *flags, url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -60,7 +63,7 @@ def browse(chromium: str, profile: Path, url: str, *flags: str) -> str:
 
 
 def shown_cards(dom: str) -> list[str]:
-    """The ids of the cards that are not hidden, in the page's order."""
+    """The ids of the visible cards, in the page's order."""
     return [
         match["id"]
         for match in re.finditer(
@@ -133,7 +136,7 @@ def test_screenshot_is_drawn(
 
 
 def test_page_fits_a_phone(chromium: str, report: tuple[Case, Path], tmp_path: Path) -> None:
-    """Nothing is cut off at the right: the page's background runs down the whole edge."""
+    """Nothing is cut off at the right: the page's background covers the whole edge."""
     picture = tmp_path / "shot.png"
     browse(
         chromium,

@@ -31,7 +31,7 @@ def test_of_many_writers_one_succeeds(s3: S3Server, folder: str, kind: Kind) -> 
         check_one_writer_wins(kind, f"{folder}/{attempt}", WRITERS)
 
 
-def test_a_store_that_knows_no_conditions_still_writes(s3_proxy: S3Proxy, folder: str) -> None:
+def test_a_store_without_conditional_writes_still_writes(s3_proxy: S3Proxy, folder: str) -> None:
     unknown = Trouble(501, "NotImplemented")
     s3_proxy.trouble(unknown, 1, only="PUT")
     assert storage.create_bytes(f"{folder}/file", b"first")
@@ -42,7 +42,7 @@ def test_a_store_that_knows_no_conditions_still_writes(s3_proxy: S3Proxy, folder
     assert len(s3_proxy.given) == 1
 
 
-def test_a_lease_is_held_renewed_and_given_back(s3: S3Server, folder: str) -> None:
+def test_a_lease_is_held_renewed_and_released(s3: S3Server, folder: str) -> None:
     uri = f"{folder}/{LEASE_FILE}"
     with Lease(folder, times=FAST) as lease:
         before = storage.read_bytes(uri)

@@ -1,4 +1,7 @@
-"""The endpoint for real: `tsq serve` and a Serve config file as processes of their own, asked over HTTP."""
+"""The endpoint for real, asked over HTTP.
+
+`tsq serve` and a Serve config file run as separate processes.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ CLOSE = 1e-4
 
 @dataclass
 class Endpoint:
-    """A running server and a client that knows its token."""
+    """A running server and a client that has its token."""
 
     driver: Driver
     url: str
@@ -73,7 +76,7 @@ def running(
     token: str | None,
     **how: Any,
 ) -> Iterator[Endpoint]:
-    """The server for the time of the `with`, from its first healthy answer on."""
+    """Run the server for the `with` block, from its first healthy answer on."""
     (folder / "tmp").mkdir(parents=True)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = f"http://127.0.0.1:{port}"
@@ -104,7 +107,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def rows(archive: Archive, bundle: str) -> dict[str, dict[str, Any]]:
-    """What `predict` says of each file of the archive."""
+    """What `predict` answers for each file of the archive."""
     found = predict(
         [str(archive.root / path) for path in archive.paths], bundle, scoring_config(bundle)
     )
@@ -115,7 +118,7 @@ def rows(archive: Archive, bundle: str) -> dict[str, dict[str, Any]]:
 def endpoint(
     archive: Archive, bundle: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Endpoint]:
-    """`tsq serve` with a token, two open folders, small uploads, and a sampler that may scale."""
+    """`tsq serve` with a token, two open folders, small uploads and a sampler that may scale."""
     (port,) = free_ports(1, below=10000)
     prefixes = json.dumps([str(archive.root / "train"), "s3://tsq-other/open"])
     argv = [
@@ -147,7 +150,7 @@ def endpoint(
 
 
 def same_answer(answer: Mapping[str, Any], row: Mapping[str, Any]) -> None:
-    """Every column but times and where the bytes came from."""
+    """Every column except times and the source of the bytes."""
     assert answer.keys() - TIMES == row.keys() - TIMES - {"labels", "split"}
     for name in row.keys() - TIMES - SOURCE - {"labels", "split"}:
         value = row[name].tolist() if hasattr(row[name], "tolist") else row[name]
@@ -191,7 +194,7 @@ def test_same_answer_as_predict(
     assert all(answer[name] > 0 for name in TIMES)
 
 
-def test_a_body_in_chunks_is_an_upload_too(
+def test_a_chunked_body_is_an_upload_too(
     endpoint: Endpoint, archive: Archive, rows: dict[str, dict[str, Any]]
 ) -> None:
     data = (archive.root / GOOD[0]).read_bytes()
@@ -202,7 +205,7 @@ def test_a_body_in_chunks_is_an_upload_too(
 
 @pytest.mark.parametrize("form", ["body", "form"])
 @pytest.mark.parametrize("name", ["train/cut.mp4", "train/empty.mp4", "val/text.mp4"])
-def test_a_bad_upload_is_told_apart(
+def test_bad_uploads_are_distinguished(
     endpoint: Endpoint, archive: Archive, name: str, form: str
 ) -> None:
     response = endpoint.score(**request_for(archive.root / name, form))
@@ -276,7 +279,7 @@ def test_an_upload_above_the_limit_gets_413(endpoint: Endpoint, form: str) -> No
     assert "larger than" in response.json()["error_message"]
 
 
-def test_an_upload_of_just_the_limit_is_taken(endpoint: Endpoint) -> None:
+def test_an_upload_of_exactly_the_limit_is_accepted(endpoint: Endpoint) -> None:
     assert endpoint.score(content=bytes(MAX_UPLOAD_BYTES)).json()["error_type"] == "not_video"
     assert endpoint.score(content=bytes(MAX_UPLOAD_BYTES + 1)).status_code == 413
     form = endpoint.score(files={"file": ("a.mp4", bytes(MAX_UPLOAD_BYTES + 1))})
@@ -285,7 +288,7 @@ def test_an_upload_of_just_the_limit_is_taken(endpoint: Endpoint) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/score", "/v1/model"])
 @pytest.mark.parametrize("header", [None, "Bearer wrong", f"Basic {TOKEN}", TOKEN, "Bearer"])
-def test_without_the_token_nothing_is_told(
+def test_without_the_token_nothing_is_revealed(
     endpoint: Endpoint, path: str, header: str | None
 ) -> None:
     headers = {"Authorization": header} if header else {}
@@ -337,7 +340,7 @@ def test_sixteen_requests_at_once_each_get_their_own_answer(
             assert answer["error_type"] == archive.bad[name]
     assert (
         len({answer["top_scores"][0] for answer in answers if answer["status"] == "ok"}) > 8
-    )  # a mix-up would be seen
+    )  # distinct, so that a mix-up shows
 
 
 def process_of(mark: str, title: str) -> int:
@@ -415,7 +418,7 @@ def until_answered(endpoint: Endpoint, status: int, **request_: Any) -> httpx.Re
 
 
 class SlowBody:
-    """An upload that stops in its middle until it is told to go on, for `most_s` at the longest."""
+    """An upload that pauses in the middle until it is released, for at most `most_s`."""
 
     def __init__(self, data: bytes, most_s: float) -> None:
         self.data, self.most_s, self.go_on = data, most_s, threading.Event()
@@ -427,7 +430,7 @@ class SlowBody:
 
 
 @pytest.mark.slow
-def test_limits_a_crash_and_the_end(
+def test_limits_a_crash_and_the_shutdown(
     archive: Archive, bundle: str, rows: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     (port,) = free_ports(1, below=10000)
@@ -444,7 +447,7 @@ def test_limits_a_crash_and_the_end(
         waiting = []
         while (
             full := endpoint.score(json={})
-        ).status_code != 429:  # a probe of no length: 400 while there is room
+        ).status_code != 429:  # a probe without a length: 400 while there is room
             assert full.status_code == 400
             assert len(bodies) < 8
             bodies.append(SlowBody(data, ANSWER_S))
@@ -469,7 +472,7 @@ def test_limits_a_crash_and_the_end(
         assert ended.code == 0, ended
         shown = [
             line for line in ended.err.strip().splitlines() if "(raylet)" not in line
-        ]  # Ray tells of the killed replica
+        ]  # Ray reports the killed replica
         serving = f"serving {bundle} on http://127.0.0.1:{port}/v1/score (stop with Ctrl-C)"
         assert shown == ["starting: ready in about 20 s", serving, "stopped"]
         assert "Traceback" not in ended.out
@@ -483,7 +486,10 @@ def test_limits_a_crash_and_the_end(
 def test_the_kubernetes_config_serves(
     archive: Archive, bundle: str, rows: dict[str, dict[str, Any]], repo_dir: Path, tmp_path: Path
 ) -> None:
-    """cluster/kuberay/rayservice.yaml's own Serve config, with this bundle and no more CPUs and GPUs than here are."""
+    """The Serve config of cluster/kuberay/rayservice.yaml with this bundle.
+
+    It asks for no more CPUs and GPUs than this machine has.
+    """
     manifest = yaml.safe_load((repo_dir / "cluster" / "kuberay" / "rayservice.yaml").read_text())
     config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     (port,) = free_ports(1, below=10000)
@@ -514,7 +520,8 @@ def test_the_kubernetes_config_serves(
     [
         (
             ["--host", "0.0.0.0"],
-            r"--host 0\.0\.0\.0: a host beyond loopback needs a bearer token; set the environment variable TSQ_TOKEN",
+            r"--host 0\.0\.0\.0: a host beyond loopback needs a bearer token; set the "
+            r"environment variable TSQ_TOKEN",
         ),
         (["--host", "::"], "--host ::: a host beyond loopback needs a bearer token"),
         (["--set", "serve.sampler.min_replicas=3"], "min_replicas 3 is above max_replicas 1"),
@@ -536,12 +543,12 @@ def test_serve_refuses(
     assert re.search(message, refused(tsq("serve", "--model", bundle, "--port", port, *argv)))
 
 
-def test_serve_refuses_a_port_that_is_taken(bundle: str, s3: S3Server) -> None:
+def test_serve_refuses_a_port_in_use(bundle: str, s3: S3Server) -> None:
     port = s3.endpoint.rpartition(":")[2]
     message = refused(tsq("serve", "--model", bundle, "--port", port))
-    assert (
-        message
-        == f"--host 127.0.0.1 --port {port}: cannot be bound (Address already in use); choose another --port or --host"
+    assert message == (
+        f"--host 127.0.0.1 --port {port}: cannot be bound (Address already in use); choose "
+        "another --port or --host"
     )
 
 

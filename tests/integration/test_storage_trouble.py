@@ -1,4 +1,4 @@
-"""One video through an S3 that stumbles: its frames, or `unavailable`, and never a verdict on the file."""
+"""One video through a failing S3: its frames or `unavailable`, never a verdict on the file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ URI = "s3://tsq-other/trouble/v.mp4"
 
 @pytest.fixture
 def proxy(s3_proxy: S3Proxy, tmp_path: Path) -> S3Proxy:
-    """Between this process and a bucket with one video, large enough for byte ranges."""
+    """A proxy between this process and a bucket with one video, large enough for byte ranges."""
     if not storage.exists(URI):
         storage.write_bytes(
             URI,
@@ -51,7 +51,7 @@ def decode(strategy: str) -> int:
 @pytest.mark.parametrize(
     "trouble", [SLOW_DOWN, INTERNAL_ERROR, CUT], ids=lambda trouble: trouble.code
 )
-def test_a_moment_of_trouble_passes(proxy: S3Proxy, trouble: Trouble, strategy: str) -> None:
+def test_brief_trouble_passes(proxy: S3Proxy, trouble: Trouble, strategy: str) -> None:
     proxy.trouble(trouble, 2)
     assert decode(strategy) == 48
     assert len(proxy.given) == 2
@@ -70,7 +70,7 @@ def test_a_moment_of_trouble_passes(proxy: S3Proxy, trouble: Trouble, strategy: 
     ids=lambda value: value.code + str(value.status) if isinstance(value, Trouble) else value,
 )
 @pytest.mark.parametrize("healthy", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_trouble_that_stays_is_no_fault_of_the_video(
+def test_lasting_trouble_is_not_blamed_on_the_video(
     proxy: S3Proxy, trouble: Trouble, kind: str, strategy: str, healthy: int
 ) -> None:
     proxy.trouble(trouble, after=healthy)
@@ -87,7 +87,7 @@ def test_trouble_that_stays_is_no_fault_of_the_video(
     ],
     ids=lambda trouble: trouble.code,
 )
-def test_trouble_between_byte_ranges_is_no_fault_of_the_video(
+def test_trouble_between_byte_ranges_is_not_blamed_on_the_video(
     proxy: S3Proxy, trouble: Trouble
 ) -> None:
     proxy.trouble(trouble, after=3)

@@ -1,4 +1,7 @@
-"""Training on Ray Train workers: as many as wanted, killed or not, it gives what one undisturbed process gives."""
+"""Training on Ray Train workers.
+
+Any number of workers, killed or not, gives the result of one undisturbed process.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +48,14 @@ PATIENCE_S = 900.0
 
 @dataclass
 class Case:
-    """The same features on both storages, and what training on them gives."""
+    """The same features on both storages, and the results of training on them."""
 
     local: str
     s3: str
     base: dict[str, Any]
 
     def undisturbed(self, *sets: str) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-        """The parameters and the losses that this process comes to, without Ray."""
+        """The parameters and losses that this process reaches without Ray."""
         config = load_config(None, _sets(*sets), self.base)
         vocabulary = text_encoder(config.encoders.text).embed(object_names())
         train = config.train
@@ -83,7 +86,7 @@ def case(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 def _sets(*sets: str) -> list[str]:
-    """Settings of the section train; those that name another one as they are."""
+    """Settings of the section train; those that name another section stay as they are."""
     return [item if "." in item.partition("=")[0] else f"train.{item}" for item in (*SMALL, *sets)]
 
 
@@ -99,7 +102,7 @@ def _command(features: str, out: str, *sets: str) -> list[str]:
 
 
 def check(out: str, wanted: tuple[dict[str, Tensor], list[dict[str, float]]], near: float) -> None:
-    """The bundle's sampler and its curve are those."""
+    """The bundle's sampler and its curve equal these."""
     state, curve = wanted
     found = read_curves(out)
     assert [losses.keys() for losses in found] == [losses.keys() for losses in curve]
@@ -112,7 +115,7 @@ def check(out: str, wanted: tuple[dict[str, Tensor], list[dict[str, float]]], ne
 
 
 def has_checkpoint(out: str) -> bool:
-    """Whether there is a checkpoint to go on from: one that Ray Train has taken note of."""
+    """Whether a checkpoint to resume from exists: one that Ray Train has registered."""
     try:
         return "checkpoint_20" in storage.read_text(
             f"{out}/_train/run/checkpoint_manager_snapshot.json"
@@ -128,7 +131,8 @@ def wait_for(ready: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-# 22 videos in batches of 4: six steps an epoch, the last one of two videos; five epochs pass the paper's falls of the learning rate
+# 22 videos in batches of 4: six steps per epoch, the last of two videos; five epochs pass the drops
+# of the learning rate in the paper
 @pytest.mark.parametrize(
     ("workers", "more", "expected"),
     [
@@ -174,7 +178,9 @@ def test_a_killed_worker_is_replaced(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_driver_is_gone_on_from(case: Case, ray_cluster: Any, tmp_path: Path) -> None:
+def test_training_resumes_after_its_driver_is_killed(
+    case: Case, ray_cluster: Any, tmp_path: Path
+) -> None:
     sets, out = ("epochs=16",), str(tmp_path / "bundle")
     command = _command(case.local, out, *sets)
     address = ray_cluster.get_runtime_context().gcs_address

@@ -1,1 +1,1 @@
-"""What tests share: archives, bundles, clusters, troubles."""
+"""What tests share: archives, bundles, clusters, faults."""

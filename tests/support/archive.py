@@ -1,4 +1,4 @@
-"""A tiny labelled archive: clips whose middle shows the colour of their class, and files that are no good."""
+"""A tiny labelled archive: clips whose middle shows the colour of their class, and bad files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ def write_clip(
     num_frames: int = NUM_FRAMES,
     size: tuple[int, int] = (96, 64),
 ) -> Path:
-    """Grey noise, and in its middle third (all of a clip of one frame) the colour of `label`; the index lies at the file's end."""
+    """Grey noise with the colour of `label` in its middle third.
+
+    A clip of one frame is all colour. The index lies at the end of the file.
+    """
     rng = np.random.default_rng([seed, CLASSES.index(label)])
     path.parent.mkdir(parents=True, exist_ok=True)
     width, height = size
@@ -49,7 +52,7 @@ class Archive:
     labels: dict[str, str] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
-    """Path -> error type of the files that cannot be used."""
+    """Path -> error type of the unusable files."""
 
     @property
     def paths(self) -> list[str]:
@@ -73,7 +76,10 @@ class Archive:
 
 
 def make_archive(root: Path, train: int = 3, val: int = 1, odd: bool = True) -> Archive:
-    """`train` and `val` clips of each class; `odd` adds one frame, another aspect, an unlabelled clip and three broken files."""
+    """`train` and `val` clips of each class.
+
+    `odd` adds a clip of one frame, another aspect, an unlabelled clip and three broken files.
+    """
     archive = Archive(root)
     for number, label in enumerate(CLASSES):
         for index in range(train + val):

@@ -1,4 +1,7 @@
-"""A tiny bundle of random networks whose answers differ from clip to clip: for tests of serving, no training needed."""
+"""A tiny bundle of random networks whose answers differ between clips.
+
+For tests of serving; it needs no training.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ def _network(config: ModelConfig, num_classes: int) -> FrameEncoder:
 
 
 def make_bundle(uri: str | Path, with_recognizer: bool = True) -> str:
-    """Write the bundle and give its URI back; the same one each time."""
+    """Write the bundle and return its URI; the content is the same each time."""
     settings = EncodersConfig(
         visual=ModelConfig(model="test_efficientnet", weights="random:0", size=32),
         objects=ModelConfig(model="test_efficientnet", weights="random:1", size=32),

@@ -1,4 +1,4 @@
-"""Videos of numbered frames whose containers tell other times than the frames were made for, and what is really in them."""
+"""Videos of numbered frames in containers that report false times, and their true content."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import av
 from support.video import number_of, write_video
 
 TICKS = 90_000
-"""Ticks a second of the clocks here, those of MPEG."""
+"""Ticks per second of the clocks here, as in MPEG."""
 STEP = TICKS // 24
 _PES_VIDEO = range(0xE0, 0xF0)
 _PACKET = 188
@@ -21,7 +21,7 @@ _LEAST_STEP = (
 )
 
 Clock = Callable[[int], int | None]
-"""Number of a frame in presentation order -> its time in ticks, None for none at all."""
+"""Number of a frame in presentation order -> its time in ticks; None if it has none."""
 
 
 def right(number: int) -> int:
@@ -30,7 +30,7 @@ def right(number: int) -> int:
 
 
 def sequential(path: Path) -> list[tuple[int, int | None]]:
-    """(number shown, time) of every frame that a sequential decode gives, in the decoder's order."""
+    """(shown number, time) of every frame of a sequential decode, in the decoder's order."""
     found = []
     with av.open(str(path)) as container:
         for packet in container.demux(container.streams.video[0]):
@@ -45,12 +45,15 @@ def sequential(path: Path) -> list[tuple[int, int | None]]:
 
 
 def write_clock(source: Path, path: Path, clock: Clock, by_decoding: bool = False) -> Path:
-    """Remux `source` (frame i at i/24 s) so that frame i has the time `clock(i)`; decoding times ascend as muxers want it.
+    """Remux `source` (frame i at i/24 s) so that frame i has the time `clock(i)`.
 
-    `by_decoding`: i is the place in decoding order instead, as where presentation times were made up from decoding times.
+    Decoding times ascend, as muxers require.
 
-    In an AVI only decoding times are stored, so the clock's steps are those of decoding there. FFmpeg's errors where the
-    container cannot hold such times.
+    `by_decoding`: i is the place in decoding order instead, as if presentation times were made up
+    from decoding times.
+
+    An AVI stores only decoding times, so there the clock's steps are those of decoding. Raises
+    FFmpeg's errors if the container cannot hold such times.
     """
     if path.suffix == ".ts":
         return _write_ts(source, path, clock)
@@ -69,7 +72,8 @@ def write_clock(source: Path, path: Path, clock: Clock, by_decoding: bool = Fals
             packets = [made for packet in packets for made in start_codes.filter(packet)]
         times = [clock(rank) for rank in ranks]
         assert None not in times, "only a transport stream can leave times out"
-        for packet, (pts, dts) in zip(packets, _with_decoding_times(times, ranks), strict=True):  # type: ignore[arg-type]
+        clock_times = _with_decoding_times(times, ranks)  # type: ignore[arg-type]
+        for packet, (pts, dts) in zip(packets, clock_times, strict=True):
             packet.stream, packet.time_base = stream, Fraction(1, TICKS)
             packet.pts, packet.dts, packet.duration = pts, dts, STEP
             made.mux(packet)
@@ -82,7 +86,7 @@ def _ranks(pts: Sequence[int | None]) -> list[int]:
 
 
 def _with_decoding_times(times: Sequence[int], ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """(pts, dts): decoding times are the sorted times, so far back that none is after its frame's own."""
+    """(pts, dts): decoding times are the sorted times, shifted so that none is after its frame."""
     dts = sorted(times)
     for i in range(1, len(dts)):
         dts[i] = max(dts[i], dts[i - 1] + _LEAST_STEP)
@@ -110,13 +114,13 @@ def _write_ts(source: Path, path: Path, clock: Clock) -> Path:
 
 
 def joined(path: Path, *parts: Path) -> Path:
-    """Files one after the other, as a recorder's segments are."""
+    """Files joined one after the other, like a recorder's segments."""
     path.write_bytes(b"".join(part.read_bytes() for part in parts))
     return path
 
 
 def _pes_headers(data: bytearray) -> list[int]:
-    """Where the header of each frame of the video begins."""
+    """Where each frame header of the video begins."""
     found = []
     for start in range(0, len(data), _PACKET):
         begins, extended = data[start + 1] & 0x40, data[start + 3] & 0x20
@@ -145,7 +149,10 @@ def _write_time(data: bytearray, at: int, time: int) -> None:
 
 
 def _set_time(data: bytearray, at: int, time: int | None) -> None:
-    """Set a frame's time; its decoding time keeps its distance. None: the header says that there is no time."""
+    """Set a frame's time and shift its decoding time with it.
+
+    None: the header says that the frame has no time.
+    """
     flags = data[at + 7]
     if time is None:
         data[at + 7] = flags & 0x3F
@@ -170,7 +177,7 @@ SOURCES = {
 }
 CONTAINERS = {
     "ts": set(SOURCES)
-    - {"mpeg4", "mpeg4_b"},  # whose headers the transport stream would have to repeat
+    - {"mpeg4", "mpeg4_b"},  # the transport stream would have to repeat their headers
     "mkv": set(SOURCES),
     "mp4": set(SOURCES),
     "avi": {"h264", "h264_b", "h264_flat_b", "mpeg4", "mpeg4_b"},
@@ -180,15 +187,24 @@ NUM_FRAMES = 60
 
 
 def write_sources(folder: Path) -> dict[str, Path]:
-    """Each codec once, its frames at their right times."""
+    """One video per codec, its frames at their right times."""
     return {
-        name: write_video(folder / f"{name}.mkv", NUM_FRAMES, gop=12, size=(96, 64), **options)  # type: ignore[arg-type]
+        name: write_video(
+            folder / f"{name}.mkv",
+            NUM_FRAMES,
+            gop=12,
+            size=(96, 64),
+            **options,  # type: ignore[arg-type]
+        )
         for name, options in SOURCES.items()
     }
 
 
 def write_packed_b_frames(path: Path) -> Path:
-    """An AVI as DivX 5 wrote them: a B frame lies in the packet of the frame it refers to, an empty picture takes its place."""
+    """An AVI as DivX 5 wrote them.
+
+    A B-frame lies in the packet of the frame it refers to; an empty picture takes its place.
+    """
     plain = write_video(
         path.with_suffix(".plain.mkv"), NUM_FRAMES, "mpeg4", size=(96, 64), options={"bf": "1"}
     )

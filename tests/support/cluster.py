@@ -1,4 +1,4 @@
-"""Runs `tsq` for tests: in this process on the session's Ray, or as a process of its own that can be killed."""
+"""Run `tsq` for tests: in this process on the session's Ray, or as a killable process."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ workers = 1
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command left: its exit code and what it printed."""
+    """The result of a command: its exit code and its output."""
 
     code: int
     out: str
@@ -76,13 +76,13 @@ class Ended:
 
     @property
     def json(self) -> Any:
-        """The summary of --json."""
+        """The summary that --json prints."""
         assert self.code == 0, self.err
         return json.loads(self.out)
 
 
 def tsq(*argv: str | Path) -> Ended:
-    """`tsq ARGV` in this process."""
+    """Run `tsq ARGV` in this process."""
     from tsq_ray.cli import main
 
     with (
@@ -94,7 +94,10 @@ def tsq(*argv: str | Path) -> Ended:
 
 
 def refused(ended: Ended, code: int = 2) -> str:
-    """The error of a command that was refused: one line on stderr, nothing on stdout, no traceback."""
+    """The error of a refused command.
+
+    One line on stderr, nothing on stdout, no traceback.
+    """
     lines = ended.err.strip().splitlines()
     assert ended.code == code, (ended.code, ended.out, ended.err)
     assert len(lines) == 1, ended.err
@@ -104,7 +107,7 @@ def refused(ended: Ended, code: int = 2) -> str:
 
 
 def read_rows(uri: str) -> pa.Table:
-    """All parts of a run folder by plain pyarrow, sorted by video."""
+    """All parts of a run folder, read by plain pyarrow and sorted by video."""
     parts = [
         file for file in storage.list_folder(uri) if storage.name_of(file.uri).startswith("part-")
     ]
@@ -113,7 +116,7 @@ def read_rows(uri: str) -> pa.Table:
 
 
 def upload(folder: Path, uri: str) -> None:
-    """Every file below a local folder to the same names below `uri`."""
+    """Copy every file below a local folder to the same name below `uri`."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             storage.write_bytes(f"{uri}/{path.relative_to(folder)}", path.read_bytes())
@@ -121,7 +124,10 @@ def upload(folder: Path, uri: str) -> None:
 
 @dataclass
 class Chain:
-    """The main path on one storage, each step run when it is first asked for; `outputs` holds what --json gave."""
+    """The main path on one storage, each step run when it is first needed.
+
+    `outputs` holds the --json summaries.
+    """
 
     archive: Archive
     base: str
@@ -133,7 +139,7 @@ class Chain:
         return f"{self.base}/{name}"
 
     def run(self, name: str, *argv: str) -> Any:
-        """Run a command with --json, keep its summary under `name`."""
+        """Run a command with --json and keep its summary under `name`."""
         self.outputs[name] = tsq(*argv, "--json").json
         return self.outputs[name]
 
@@ -212,7 +218,7 @@ class Chain:
 
 
 class Chains:
-    """One chain a storage, all over the same archive."""
+    """One chain per storage, all over the same archive."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -235,7 +241,7 @@ class Chains:
 
 
 _CPUS = 4
-"""Logical ones, so that a command's workers and the next command's find room whatever the machine has."""
+"""Logical CPUs, so that consecutive commands' workers find room on any machine."""
 MARK = "TSQ_TEST_RUN"
 _END_S = 20.0
 _AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
@@ -250,7 +256,7 @@ def short_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running_ray() -> Iterator[Any]:
-    """A Ray of this process; its workers inherit the environment as it is now."""
+    """A Ray instance of this process; its workers inherit the current environment."""
     import ray
 
     with short_folder() as folder:
@@ -269,18 +275,18 @@ def running_ray() -> Iterator[Any]:
 
 
 def marked(mark: str) -> list[int]:
-    """The processes that have `mark` in their environment: a driver and all that came from it."""
+    """The processes with `mark` in their environment: a driver and its descendants."""
     wanted = f"{MARK}={mark}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+        with contextlib.suppress(OSError):  # it ended in the meantime, or belongs to another user
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
     return found
 
 
 def descendants(title: str) -> list[int]:
-    """The processes that come from this one and whose title (the command line) begins as this pattern says, the oldest first."""
+    """Descendants of this process whose title (command line) matches at its start, oldest first."""
     parents: dict[int, int] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -300,14 +306,17 @@ def descendants(title: str) -> list[int]:
 
 
 def _is_agent(pid: int) -> bool:
-    """Whether this is one of the agents of a Ray node: they notice within a minute that their node is gone."""
+    """Whether this is an agent of a Ray node; agents notice the loss of it within a minute."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().startswith(_AGENTS)
     return True
 
 
 def end_marked(mark: str, patience_s: float = _END_S) -> None:
-    """Wait for the marked processes to end on their own, as Ray's do when their driver is gone; kill those that do not, and Ray's agents when only they are left."""
+    """Wait for the marked processes to end, as Ray's do when their driver is gone.
+
+    Kills those that do not end, and Ray's agents when only they are left.
+    """
     deadline = time.monotonic() + patience_s
     while left := marked(mark):
         late = time.monotonic() - deadline
@@ -319,7 +328,10 @@ def end_marked(mark: str, patience_s: float = _END_S) -> None:
 
 
 class Driver:
-    """`tsq ARGV`, or another module's command line, as a process with a Ray of its own; a context manager that leaves none behind."""
+    """`tsq ARGV`, or another module's command line, as a process with its own Ray.
+
+    A context manager that leaves no process behind.
+    """
 
     def __init__(
         self,
@@ -339,7 +351,8 @@ class Driver:
             stderr=self._stack.enter_context(log.with_suffix(".err").open("wb")),
             env=self.environment,
             start_new_session=True,
-            # where a script started these tests in the background, Ctrl-C is ignored, and so it would be here
+            # Ctrl-C is ignored if a script started these tests in the background, and would be here
+            # too
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
@@ -351,14 +364,14 @@ class Driver:
         self._stack.close()
 
     def kill(self) -> None:
-        """SIGKILL the driver, and only the driver; then wait for what it left."""
+        """SIGKILL the driver and nothing else; then wait for what it left behind."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         end_marked(self.mark)
 
     def interrupt(self) -> None:
-        """As Ctrl-C does."""
+        """Interrupt the command as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
 
     def ended(self, timeout_s: float = 240.0) -> Ended:
@@ -369,7 +382,7 @@ class Driver:
         )
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float = 240.0) -> None:
-        """Wait for `ready`; fails where the command ends before."""
+        """Wait for `ready`; fails if the command ends first."""
         deadline = time.monotonic() + timeout_s
         while not ready():
             assert self.process.poll() is None, f"ended too early: {self.ended()}"
@@ -377,7 +390,7 @@ class Driver:
             time.sleep(0.005)
 
     def kill_when(self, ready: Callable[[], bool], timeout_s: float = 240.0) -> None:
-        """Kill as soon as `ready` says so; fails where the command ends before."""
+        """Kill as soon as `ready` holds; fails if the command ends first."""
         self.wait_until(ready, timeout_s)
         self.kill()
 

@@ -1,4 +1,7 @@
-"""Made-up features with the recogniser's logits, for tests of evaluation: a bundle of random networks, and videos of which two frames show the class."""
+"""Made-up features with the recogniser's logits, for tests of evaluation.
+
+A bundle of random networks, and videos in which two frames show the class.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ class Case:
 
 
 def make_case(folder: Path, with_logits: bool = True, **changes: Any) -> Case:
-    """Frame i of T is at i / 10 s. Frames 2 and 5 of a video show its class: in the visual feature and in the recogniser's logits."""
+    """Features of a video whose frames 2 and 5 show its class.
+
+    It shows in the visual feature and in the recogniser's logits. Frame i of T is at i / 10 s.
+    """
     model = make_bundle(folder / "bundle")
     bundle = load_bundle(model)
     features = write_features(folder / "features", bundle, with_logits, **changes)
@@ -40,7 +46,7 @@ def make_case(folder: Path, with_logits: bool = True, **changes: Any) -> Case:
 
 
 def rows_of() -> list[tuple[str, str, int]]:
-    """(name, split, label) of each video that is ok and labelled."""
+    """(name, split, label) of each ok and labelled video."""
     numbered = [("train", n) for n in range(TRAIN)] + [("val", n) for n in range(VAL)]
     return [(f"{split}_{n}", split, n % len(CLASSES)) for split, n in numbered]
 
@@ -48,7 +54,10 @@ def rows_of() -> list[tuple[str, str, int]]:
 def feature_row(
     name: str, split: str | None, label: int | None, dim: int, seed: int
 ) -> dict[str, Any]:
-    """One video; of `frame_index` slots 6 and 7 repeat the frames of 0 and 1 in every third video."""
+    """One video.
+
+    In every third video, slots 6 and 7 of `frame_index` repeat the frames of 0 and 1.
+    """
     rng = np.random.default_rng(seed)
     visual = rng.normal(size=(NUM_FRAMES, dim))
     logits = rng.normal(scale=0.3, size=(NUM_FRAMES, len(CLASSES)))
@@ -79,7 +88,10 @@ def feature_row(
 def write_features(
     folder: Path, bundle: Bundle, with_logits: bool = True, splits: bool = True, **changes: Any
 ) -> str:
-    """A finished run folder of 21 good videos, an unlabelled one and a failed one; `changes` replaces keys of `_run.json`."""
+    """A finished run folder of 21 good videos, an unlabelled one and a failed one.
+
+    `changes` replaces keys of `_run.json`.
+    """
     dim = bundle.encoder.dim
     rows = [
         feature_row(name, split if splits else None, label, dim, seed)

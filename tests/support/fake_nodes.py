@@ -1,4 +1,4 @@
-"""Nodes for Ray's autoscaler that are processes on this machine; Ray's monitor loads this by its name."""
+"""Nodes for Ray's autoscaler as processes on this machine; Ray's monitor loads this by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeP
 
 
 class NodesWithMemory(FakeMultiNodeProvider):
-    """Ray's own such nodes cannot be said to have memory, and then no actor that asks for some fits: each finds out by itself how much it has."""
+    """Nodes that each detect their own memory.
+
+    Ray's own fake nodes cannot declare memory, so no actor that asks for some fits on them.
+    """
 
     def create_node_with_resources_and_labels(
         self,

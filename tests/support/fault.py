@@ -1,4 +1,4 @@
-"""An archive and a run over it that something befalls; what must hold afterwards."""
+"""An archive, a run over it that suffers a fault, and what must hold afterwards."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ONE_AT_A_TIME = [
 ]
 INPUTS = 18
 BAD = {"not_video": 2, "truncated": 1}
-"""The files of the archive that are no good whatever happens."""
+"""The files of the archive that are bad in any case."""
 PATIENCE_S = 600.0
 
 
 @dataclass
 class Site:
-    """18 videos, 3 of them no good, their manifest, and where the features go."""
+    """18 videos, 3 of them bad, their manifest, and the output of the features."""
 
     archive: Archive
     manifest: str
@@ -41,7 +41,7 @@ class Site:
 
     @property
     def argv(self) -> list[str]:
-        """The command: the same one before and after."""
+        """The command, the same before and after the fault."""
         return [
             "extract",
             self.manifest,
@@ -58,7 +58,7 @@ class Site:
         return visible_parts(self.out)
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Video's name in the archive -> its row; fails where a video has two."""
+        """Video's name in the archive -> its row; fails if a video has two."""
         rows = read_rows(self.out).to_pylist()
         found = {row["uri"].partition("/videos/")[2]: row for row in rows}
         assert len(found) == len(rows), "a video has two rows"
@@ -66,7 +66,10 @@ class Site:
 
 
 def make_site(folder: Path, base: str | None = None, out: str | None = None) -> Site:
-    """`base`: where the archive and the manifest are put, e.g. an s3:// prefix (default: `folder`)."""
+    """Make the site.
+
+    `base`: the place of the archive and the manifest, e.g. an s3:// prefix (default: `folder`).
+    """
     archive = make_archive(folder / "videos")
     settings = folder / "settings.toml"
     settings.write_text(SETTINGS)
@@ -79,12 +82,15 @@ def make_site(folder: Path, base: str | None = None, out: str | None = None) -> 
 
 
 def index(site: Site, base: str, *options: str) -> Any:
-    """`tsq index` over the site's videos."""
+    """Run `tsq index` over the site's videos."""
     return tsq("index", f"{base}/videos", "--out", site.manifest, "--json", *options).json
 
 
 def adds_up(site: Site, failed: Mapping[str, int] = BAD) -> None:
-    """inputs = ok + failed + skipped with these failures, one row a video, no partial file to be seen."""
+    """Check that inputs = ok + failed + skipped with these failures.
+
+    One row per video, and no partial file is visible.
+    """
     found = tsq("verify", site.out, "--json").json
     counts = found["counts"]
     assert found["problems"] == []
@@ -107,7 +113,7 @@ def adds_up(site: Site, failed: Mapping[str, int] = BAD) -> None:
 
 
 def one_line(ended: Ended) -> str:
-    """The error of a run that failed: one line, without a traceback."""
+    """The error of a failed run: one line without a traceback."""
     assert ended.code == 1, (ended.code, ended.err)
     assert ended.out == ""
     errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
@@ -117,7 +123,7 @@ def one_line(ended: Ended) -> str:
 
 
 class Started:
-    """`tsq ARGV` in a thread of this process, on the session's Ray."""
+    """Run `tsq ARGV` in a thread of this process, on the session's Ray."""
 
     def __init__(self, argv: list[str]) -> None:
         self._ended: list[Ended] = []
@@ -125,7 +131,7 @@ class Started:
         self._thread.start()
 
     def wait_until(self, ready: Callable[[], Any]) -> None:
-        """Wait for `ready`; fails where the command ends before."""
+        """Wait for `ready`; fails if the command ends first."""
         deadline = time.monotonic() + PATIENCE_S
         while not ready():
             assert self._thread.is_alive(), f"ended too early: {self._ended}"
@@ -149,7 +155,7 @@ def readers_of(path: Path) -> list[int]:
 
 
 def mounted(folder: Path, size: str) -> str | None:
-    """Mount a small file system of its own; why that cannot be done here, or None."""
+    """Mount a small file system; return why that is impossible here, or None."""
     folder.mkdir()
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)],

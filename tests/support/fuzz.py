@@ -1,4 +1,4 @@
-"""Seeded damage to video files: bits flipped, ends cut off, boxes spliced in from other files, headers swapped."""
+"""Seeded damage to video files: flipped bits, cut ends, spliced boxes, swapped headers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Box:
 
 
 def boxes_of(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Box]:
-    """Every box with a sound length, those inside others too; nothing for a file of another kind."""
+    """Every box of valid length, nested ones included; nothing for a file of another kind."""
     end = len(data) if end is None else end
     while start + 8 <= end:
         size, kind = struct.unpack(">I4s", data[start : start + 8])
@@ -34,7 +34,7 @@ def boxes_of(data: bytes, start: int = 0, end: int | None = None) -> Iterator[Bo
 
 
 def flip_bits(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """1 to 256 bits, anywhere or near the beginning or the end, where indices lie."""
+    """Flip 1 to 256 bits, anywhere or near the beginning or the end, where indices lie."""
     damaged = bytearray(data)
     low, high = rng.choice(
         [(0, len(data)), (0, min(4096, len(data))), (max(0, len(data) - 4096), len(data))]
@@ -45,13 +45,16 @@ def flip_bits(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def truncate(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """The beginning of the file, from nothing to all but a byte; or the file without its beginning."""
+    """Keep the beginning of the file, from nothing to all but a byte; or drop its beginning."""
     cut = rng.randrange(len(data))
     return data[cut:] if rng.random() < 0.15 else data[:cut]
 
 
 def splice(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """A box of one file in the place of a box of another (of the same kind where there is one), left out, or twice; else bytes."""
+    """Replace a box by one of another file, leave it out or repeat it; without boxes, use bytes.
+
+    The other box is of the same kind if possible.
+    """
     mine, theirs = list(boxes_of(data)), list(boxes_of(other))
     if not mine or not theirs:
         start, length = rng.randrange(len(data)), rng.randrange(1, 1 << rng.randrange(1, 16))
@@ -71,13 +74,13 @@ def splice(rng: random.Random, data: bytes, other: bytes) -> bytes:
 
 
 def swap_header(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """Another file's beginning before this file's rest."""
+    """Join another file's beginning to this file's rest."""
     length = rng.choice([4, 8, 32, 256, 1024, 4096])
     return other[:length] + data[rng.choice([0, length]) :]
 
 
 def blank(rng: random.Random, data: bytes, other: bytes) -> bytes:
-    """A hole of zeros, as a disk or a download leaves them."""
+    """Zero a range, as a faulty disk or download does."""
     start, length = rng.randrange(len(data)), 1 << rng.randrange(4, 15)
     return data[:start] + bytes(min(length, len(data) - start)) + data[start + length :]
 
@@ -92,7 +95,7 @@ MUTATIONS: tuple[Callable[[random.Random, bytes, bytes], bytes], ...] = (
 
 
 def mutated(files: list[Path], seed: int) -> tuple[str, bytes]:
-    """What was done to which file, and what came out; the same for the same seed and files."""
+    """The damage to each file and its result; the same for the same seed and files."""
     rng = random.Random(seed)
     mutate = MUTATIONS[seed % len(MUTATIONS)]
     path, other = rng.choice(files), rng.choice(files)

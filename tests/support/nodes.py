@@ -1,4 +1,4 @@
-"""Clusters of several nodes on this machine, and an archive whose every video takes its time, whatever the machine does."""
+"""Clusters of several nodes on this machine, and an archive with a fixed time per video."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ SLOW_SETTINGS = f"{SETTINGS}\n".replace("workers = 1\n", "")
 
 @dataclass
 class SlowStore:
-    """An HTTP server that thinks for `seconds` before it gives a video for the first time."""
+    """An HTTP server that waits `seconds` before it first returns a video."""
 
     seconds: float
     content: bytes
     begun: dict[str, float] = field(default_factory=dict)
-    """Path -> when it was first asked for."""
+    """Path -> time of its first request."""
     endpoint: str = ""
 
     def rate(self, first: float, last: float) -> float:
-        """Videos a second that were begun in this time."""
+        """Videos per second that were begun in this time."""
         return sum(first <= moment < last for moment in self.begun.values()) / (last - first)
 
 
@@ -44,7 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
     store: SlowStore
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def do_HEAD(self) -> None:
         self._head(200, len(self.store.content), ())
@@ -77,7 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def running_store(folder: Path, seconds: float) -> Iterator[SlowStore]:
-    """The server for the time of the `with`."""
+    """Run the server for the `with` block."""
     path = folder / "slow.mp4"
     write_video(path, num_frames=12)
     store = SlowStore(seconds, path.read_bytes())
@@ -133,12 +133,15 @@ _EMPTY_LISTS = (
         "worker_start_ray_commands",
     ),
 )
-"""That Ray's autoscaler wants to find in its configuration."""
+"""What Ray's autoscaler expects in its configuration."""
 
 
 @contextlib.contextmanager
 def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]:
-    """A head without CPUs and Ray's fake autoscaler, which starts nodes as processes: name -> (resources, most of them); yields the address."""
+    """A head without CPUs and Ray's fake autoscaler, which starts nodes as processes.
+
+    Node types: name -> (resources, maximum count). Yields the address.
+    """
     (port,) = free_ports(1, below=10000)
     address = f"127.0.0.1:{port}"
     with short_folder() as folder:
@@ -184,7 +187,7 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
             "AUTOSCALER_UPDATE_INTERVAL_S": "1",
             "RAY_FAKE_CLUSTER": "1",
             "PYTHONPATH": str(Path(__file__).parents[1]),
-            # the other version wants a file that Ray's wheels leave out
+            # the other version needs a file that Ray's wheels leave out
             "RAY_enable_autoscaler_v2": "0",
             "RAY_AUTH_MODE": "disabled",
             MARK: mark,

@@ -1,4 +1,4 @@
-"""An S3 server that misbehaves: a proxy between the clients and the real one, which answers some requests with an error."""
+"""A misbehaving S3 server: a proxy in front of the real one that fails some requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HOP_BY_HOP = ("connection", "keep-alive", "transfer-encoding", "content-length"
 
 @dataclass(frozen=True)
 class Trouble:
-    """The status and the code of S3's error answer; status 0 cuts the connection in the middle of the answer."""
+    """Status and code of S3's error answer; status 0 cuts the connection in the middle of it."""
 
     status: int
     code: str
@@ -26,24 +26,25 @@ class Trouble:
 SLOW_DOWN = Trouble(503, "SlowDown")
 INTERNAL_ERROR = Trouble(500, "InternalError")
 CUT = Trouble(0, "cut")
-EXPIRED_TOKEN = Trouble(400, "ExpiredToken")  # 400 is what S3 says
-ARCHIVED = Trouble(403, "InvalidObjectState")  # what reading an object in Glacier gives
-EXPIRED_TOKEN_403 = Trouble(403, "ExpiredToken")  # as some of its likes do
+EXPIRED_TOKEN = Trouble(400, "ExpiredToken")  # S3 answers 400
+ARCHIVED = Trouble(403, "InvalidObjectState")  # the answer to reading an object in Glacier
+EXPIRED_TOKEN_403 = Trouble(403, "ExpiredToken")  # as some S3-compatible servers do
 
 
 class S3Proxy:
-    """Passes requests on to `backend`, or gives them trouble.
+    """Passes requests on to `backend`, or fails them.
 
-    `decide` is asked for every request: (method, path with the query) -> a Trouble, or None to pass it on.
+    `decide` is called for every request: (method, path with the query) -> a Trouble, or None to
+    pass it on.
     """
 
     def __init__(self, backend: str) -> None:
         self.backend = urlsplit(backend)
         self.given: list[tuple[Trouble, str, str]] = []
         self.headers: list[dict[str, str]] = []
-        """Of every request, names in lower case."""
+        """Headers of every request, names in lower case."""
         self.sent = 0
-        """Bytes of content that clients were given."""
+        """Bytes of content sent to clients."""
         self._lock = threading.Lock()
         self._decide: Callable[[str, str], Trouble | None] = lambda method, path: None
         handler = type("Handler", (_Handler,), {"proxy": self})
@@ -59,7 +60,7 @@ class S3Proxy:
         self._server.server_close()
 
     def heal(self) -> None:
-        """No trouble from here on; forget what was given."""
+        """Stop all trouble and forget what was sent."""
         with self._lock:
             self._decide = lambda method, path: None
             self.given.clear()
@@ -68,7 +69,7 @@ class S3Proxy:
     def trouble(
         self, trouble: Trouble, count: int | None = None, after: int = 0, only: str | None = None
     ) -> None:
-        """Give `trouble` to every request from here on, or to `count` of them; pass on the first `after`.
+        """Give `trouble` to all further requests, or to `count` of them; pass on the first `after`.
 
         `only`: requests with this method.
         """
@@ -110,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:  # no server behind it: the client sees a dead connection
             self.close_connection = True
             return
-        if trouble is not None and not content:  # done, but the client does not know
+        if trouble is not None and not content:  # carried out, but the client does not know
             self.close_connection = True
             return
         self.send_response_only(status)
@@ -164,7 +165,10 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _refuse(self, trouble: Trouble) -> None:
-        content = f'<?xml version="1.0"?><Error><Code>{trouble.code}</Code><Message>the proxy says {trouble.code}</Message></Error>'.encode()
+        content = (
+            f'<?xml version="1.0"?><Error><Code>{trouble.code}</Code><Message>the proxy says '
+            f"{trouble.code}</Message></Error>"
+        ).encode()
         self.send_response_only(trouble.status)
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(content)))
@@ -175,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def running_proxy(backend: str) -> Iterator[S3Proxy]:
-    """The proxy for the time of the `with`."""
+    """Run the proxy for the `with` block."""
     proxy = S3Proxy(backend)
     proxy.start()
     try:

@@ -1,4 +1,4 @@
-"""A race of many writers for one file: conditional writes let one of them win."""
+"""A race of many writers for one file, which conditional writes let exactly one win."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ Kind = Literal["create", "replace"]
 
 
 def check_one_writer_wins(kind: Kind, uri: str, writers: int) -> None:
-    """Of `writers` threads that create the file, or replace what it holds, one succeeds and the file is its."""
+    """Check that one of `writers` threads that create or replace the file succeeds.
+
+    The file then holds what that thread wrote.
+    """
     if kind == "replace":
         storage.write_bytes(uri, b"old")
 

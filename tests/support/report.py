@@ -1,4 +1,4 @@
-"""A small predictions folder for the tests of report and export: tiny videos made here, rows written by hand."""
+"""A small predictions folder for tests of report and export: tiny videos, handwritten rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SALIENCY_TEXTUAL = [0.05, 0.05, 0.1, 0.1, 0.1, 0.1, 0.45, 0.05]
 
 
 def make_video(path: Path, num_frames: int, width: int = 96, height: int = 72) -> Path:
-    """A video whose colour and bar move on with time."""
+    """A video whose colour and bar move with time."""
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=FPS)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -69,7 +69,7 @@ def failed_row(number: int, uri: str, error_type: str, message: str) -> dict[str
 def ok_row(
     number: int, path: Path, scores: list[float], labels: list[str] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """The row that scoring `path` would write, with these scores (in the order of CLASSES) and labels."""
+    """The row of scoring `path`, with these scores (in the order of CLASSES) and labels."""
     source = VideoSource(uri=str(path))
     specs = {"any": FrameSpec(size=16, resize="squash", interpolation="bilinear")}
     video = decode_video(source, settings().decode, specs)
@@ -114,7 +114,10 @@ def ok_row(
 def write_run(
     folder: Path, rows: list[dict[str, Any]], with_scores: bool = True, **run: Any
 ) -> Path:
-    """Publish rows in two parts and `_run.json`; `run` replaces its keys, None leaves one out."""
+    """Publish rows in two parts and `_run.json`.
+
+    `run` replaces its keys; None leaves one out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = schema.predictions_schema(NUM_FRAMES, len(CLASSES), CLASSES, with_scores)
     half = (len(rows) + 1) // 2
@@ -151,7 +154,11 @@ class Case:
 
 
 def make_case(folder: Path, with_scores: bool = True, **run: Any) -> Case:
-    """Nine videos, numbered as their ids: 1, 4, 5 right (4 has two frames, 5 is gone), 2 and 3 wrong, 6 and 7 without a label of the bundle, 8 and 9 failed."""
+    """Nine videos, numbered by their ids.
+
+    1, 4, 5 are right (4 has two frames, 5 is gone), 2 and 3 wrong, 6 and 7 lack a label of the
+    bundle, 8 and 9 failed.
+    """
     videos = folder / "videos"
     videos.mkdir(parents=True)
     made = {
@@ -179,7 +186,11 @@ def make_case(folder: Path, with_scores: bool = True, **run: Any) -> Case:
 
 
 def write_large_run(folder: Path, num_parts: int, rows_per_part: int, num_classes: int) -> Path:
-    """A predictions folder of made-up rows: 1 in 10 failed, 2 in 3 of the others labelled, a few with a warning or a label that the bundle lacks."""
+    """A predictions folder of made-up rows.
+
+    1 in 10 failed, 2 in 3 of the others are labelled, a few have a warning or a label that the
+    bundle lacks.
+    """
     folder.mkdir(parents=True)
     classes = [f"class {number}" for number in range(num_classes)]
     for number in range(num_parts):

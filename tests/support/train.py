@@ -1,4 +1,4 @@
-"""Made-up features that can be learned, for tests of the training: arrays, and the run folder that holds the same."""
+"""Made-up features that can be learned, for tests of training: arrays, and their run folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPE = TSQShape(
 
 
 def config_with(**settings: Any) -> TrainConfig:
-    """Six steps an epoch, the last one of two videos."""
+    """Six steps per epoch, the last of two videos."""
     return TrainConfig(
         **(
             {"epochs": 4, "batch_size": 4, "dim_visual": 8, "dim_textual": 8, "checkpoint_every": 1}
@@ -38,7 +38,7 @@ def config_with(**settings: Any) -> TrainConfig:
 
 
 def make_arrays(dim: int = DIM) -> dict[str, np.ndarray]:
-    """What `fit` takes; one frame of a video carries its class."""
+    """The input of a training; one frame of each video carries its class."""
     random = np.random.default_rng(5)
     labels = np.arange(VIDEOS) % CLASSES
     visual = random.normal(size=(VIDEOS, FRAMES, dim))
@@ -57,14 +57,15 @@ def make_vocabulary() -> torch.Tensor:
 
 
 def make_start() -> dict[str, torch.Tensor | None]:
-    """Where the queries start."""
+    """Initial queries."""
     return {"visual": torch.eye(CLASSES, DIM), "textual": None}
 
 
 def write_features(uri: str, arrays: dict[str, np.ndarray], words: Path) -> Config:
-    """A finished extraction that holds these videos as its split `train`, in three parts and no order, among rows that do not count.
+    """A finished extraction that holds these videos as its split `train`; returns its settings.
 
-    Its encoders are tiny random networks, its language model the word vectors written to `words`. The settings come back.
+    In three parts, out of order, among rows that do not count. Its encoders are tiny random
+    networks, its language model the word vectors written to `words`.
     """
     words.write_text(
         "".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in _WORDS.items())
@@ -103,7 +104,7 @@ def write_features(uri: str, arrays: dict[str, np.ndarray], words: Path) -> Conf
 
 
 def video_id(name: str) -> str:
-    """Of the video that `write_features` writes for the row `name` of its arrays."""
+    """Id of the video that `write_features` writes for the row `name` of its arrays."""
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 

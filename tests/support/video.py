@@ -1,4 +1,4 @@
-"""Small videos that tests make themselves: every frame shows its own number, so a wrong frame is seen."""
+"""Small videos that tests make: every frame shows its own number, so a wrong frame shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ RATE = 24
 
 
 def picture(number: int, width: int = 160, height: int = 96) -> np.ndarray:
-    """uint8 [height, width, 3]: the number as 8 black or white blocks along the upper half, a grey level below."""
+    """uint8 [height, width, 3]: the number as 8 black or white blocks, a grey level below them.
+
+    The blocks fill the upper half.
+    """
     rgb = np.full((height, width, 3), 40 + number % 160, np.uint8)
     block = width // BITS
     for bit in range(BITS):
@@ -24,7 +27,7 @@ def picture(number: int, width: int = 160, height: int = 96) -> np.ndarray:
 
 
 def number_of(rgb: np.ndarray) -> int:
-    """The number that a decoded picture of any size shows."""
+    """The number shown by a decoded picture of any size."""
     height, width = rgb.shape[:2]
     block = width / BITS
     return sum(
@@ -46,7 +49,10 @@ def write_video(
     options: dict[str, str] | None = None,
     container_options: dict[str, str] | None = None,
 ) -> Path:
-    """A video of numbered frames; `times` are their presentation times in 1/24 s (default: 0, 1, 2, ...)."""
+    """A video of numbered frames.
+
+    `times` are their presentation times in 1/24 s (default: 0, 1, 2, ...).
+    """
     chosen = (
         {"g": str(gop), "bf": str(b_frames), "crf": "18"}
         if codec in ("libx264", "libx265")
@@ -56,7 +62,8 @@ def write_video(
         chosen["x264-params"] = f"scenecut=0:keyint={gop}:min-keyint={gop}:open-gop={int(open_gop)}"
     if codec == "libx265":
         chosen["x265-params"] = (
-            f"log-level=none:scenecut=0:keyint={gop}:min-keyint={gop}:bframes={b_frames}:open-gop={int(open_gop)}"
+            f"log-level=none:scenecut=0:keyint={gop}:min-keyint={gop}"
+            f":bframes={b_frames}:open-gop={int(open_gop)}"
         )
     with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=RATE, options=chosen | (options or {}))
@@ -73,7 +80,7 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     if codec == "libsvtav1":
-        # as root this encoder makes the thread that opened it a real-time one: nothing else would run beside it
+        # as root, this encoder makes the thread that opened it real-time: nothing else would run
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 

@@ -20,9 +20,10 @@ SIXTEEN = np.arange(16) * 30 + 7
         (np.arange(16) % 10, 5, [1, 3, 5, 7, 9]),  # ten frames repeated: over the first ten slots
         (np.arange(16) % 4, 5, [0, 1, 2, 3]),
         (np.zeros(16, int), 5, [0]),
-        # not cyclic (a keyframe fills two slots): slots 1, 4, 7, 10 over all; 4 and 7 are both frame 2, so the next, 8, is taken
+        # not cyclic (a keyframe fills two slots): slots 1, 4, 7, 10 overall; 4 and 7 are both frame
+        # 2, so the next slot, 8, is taken
         (np.array([0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 5, 6]), 4, [1, 4, 8, 10]),
-        # the next one after the last slot is looked for from the start again
+        # after the last slot, the search continues from the first
         (np.array([0, 1, 2, 3, 4, 5, 5, 5]), 4, [1, 3, 5, 0]),
     ],
 )
@@ -32,12 +33,12 @@ def test_uniform(frame_index: np.ndarray, budget: int, expected: list[int]) -> N
     assert chosen.selected_by == ["uniform"] * len(expected)
 
 
-def test_random_is_the_same_for_ever() -> None:
+def test_random_never_changes() -> None:
     # a fixed answer: it must not change with the platform or a library's version
     assert baselines.random(SIXTEEN, 5, 0, "0123456789abcdef").slots.tolist() == [0, 5, 10, 13, 15]
 
 
-def test_random_hangs_on_seed_and_video() -> None:
+def test_random_depends_on_seed_and_video() -> None:
     choices = {
         tuple(baselines.random(SIXTEEN, 5, seed, video).slots)
         for seed in range(4)

@@ -1,4 +1,8 @@
-"""Requests to a network, gathered: what runs together, with how many threads, and who gets what when work fails or a request is given up."""
+"""Batches of requests to a network.
+
+What runs together, with how many threads, and who gets which result when work fails or a request is
+given up.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,10 @@ def same_threads_after() -> Iterator[None]:
 
 
 class Network:
-    """Doubles numbers, when it is let; notes the batches it sees and the threads it has. Negative numbers fail the batch that they are in."""
+    """Doubles numbers once released; records its batches and its threads.
+
+    Negative numbers fail the batch that they are in.
+    """
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -80,14 +87,14 @@ def test_the_first_of_a_batch_waits_for_others() -> None:
         first = asyncio.create_task(batches(1))
         await asyncio.sleep(0.05)
         assert network.seen == []
-        async with asyncio.timeout(10):  # a full batch waits for nothing
+        async with asyncio.timeout(10):  # a full batch does not wait
             return await asyncio.gather(first, batches(2))
 
     assert asyncio.run(run()) == [2, 4]
     assert network.seen == [[1, 2]]
 
 
-def test_a_cpu_does_one_item_a_thread_side_by_side() -> None:
+def test_a_cpu_runs_one_item_per_thread_in_parallel() -> None:
     network = Network()
 
     async def run() -> list[int]:
@@ -117,7 +124,7 @@ def test_the_items_in_hand_share_the_threads_of_a_cpu(others: int, threads: int)
     assert network.threads[0] == threads
 
 
-def test_an_item_that_fails_costs_its_batch_nothing() -> None:
+def test_a_failing_item_does_not_affect_its_batch() -> None:
     network = Network()
     network.open.set()
 
@@ -132,7 +139,7 @@ def test_an_item_that_fails_costs_its_batch_nothing() -> None:
     assert [str(answer) for answer in answers] == ["2", "negative: [-1]", "4", "6", "8"]
 
 
-def test_a_request_that_is_given_up_is_not_worked_on() -> None:
+def test_an_abandoned_request_is_not_worked_on() -> None:
     network = Network()
 
     async def run() -> int:
@@ -154,7 +161,10 @@ def test_a_request_that_is_given_up_is_not_worked_on() -> None:
     reason="counts the threads of a process as Linux shows them",
 )
 def test_threads_do_not_multiply() -> None:
-    """A thread keeps as many helpers as it ever had: were single items given to any thread, each would end with all of them."""
+    """A thread keeps all the helper threads it ever had.
+
+    If any thread could run single items, each would end up with all the helpers.
+    """
     threads, picture = 16, torch.rand(64, 3, 32, 32)
     weights = torch.rand(8, 3, 3, 3)
 
@@ -174,7 +184,7 @@ def test_threads_do_not_multiply() -> None:
     assert len(os.listdir("/proc/self/task")) - before < threads * threads / 2
 
 
-def test_compiled_work_keeps_to_one_lane_and_one_number_of_threads() -> None:
+def test_compiled_work_keeps_to_one_lane_and_one_thread_count() -> None:
     network = Network()
     network.open.set()
 

@@ -1,4 +1,4 @@
-"""The trained artifacts: what is written comes back, and what is damaged or of another kind is refused in one line."""
+"""The trained artifacts: written ones load unchanged, damaged or foreign ones are refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CLASSES = ["cats", "dogs"]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle folder that tests read."""
+    """A bundle folder that tests only read."""
     return Path(make_bundle(tmp_path_factory.mktemp("bundle") / "bundle"))
 
 
@@ -304,7 +304,8 @@ def test_the_same_classes_in_the_same_order_pass() -> None:
     [
         (
             ["dogs", "cats"],
-            r"--encoder x: its class list differs from the features' \(the same names in another order\)",
+            r"--encoder x: its class list differs from the features' \(the same names in "
+            r"another order\)",
         ),
         (["cats", "birds"], r"2 classes against 2; unknown 'birds'; missing 'dogs'"),
         (["cats"], r"1 classes against 2; missing 'dogs'"),
@@ -315,7 +316,7 @@ def test_other_classes_are_refused(have: list[str], message: str) -> None:
         class_order(have, CLASSES, "--encoder x")
 
 
-def test_curves_come_back_and_are_none_where_there_are_none(tmp_path: Path) -> None:
+def test_curves_come_back_or_are_none(tmp_path: Path) -> None:
     curve = [{"epoch": 1.0, "loss": 1 / 3}, {"epoch": 2.0, "loss": 0.25, "val_top1": 0.5}]
     write_curves(str(tmp_path), curve)
     assert read_curves(str(tmp_path)) == curve

@@ -1,4 +1,4 @@
-"""The command line in this process: exit codes, one line for an error, JSON for machines. Nothing here starts Ray."""
+"""The command line in this process: exit codes, one-line errors, JSON. No test here starts Ray."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def tsq(
 
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
-    """Two classes of two files each; nobody looks into them."""
+    """Two classes of two files each, which no test opens."""
     for name in ("cats/1.mp4", "cats/2.mp4", "big_dogs/3.mp4", "big_dogs/4.mp4"):
         path = tmp_path / "videos" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def one_error(answer: Answer, code: int, message: str) -> None:
     assert re.fullmatch(f"error: .*{message}.*\n", answer[2]), answer[2]
 
 
-# -------------------------------------------------------------------------------------------------- the command line itself
+# -------------------------------------------------------------------------- the command line itself
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_help_is_no_error(tsq: Callable[..., Answer], arguments: list[str]) -> N
     [["extract", "m", "--out", "o"], ["finetune", "m", "--role", "encoder", "--out", "o"]],
     ids=lambda c: c[0],
 )
-def test_a_wrong_setting_is_told_before_anything_else(
+def test_a_wrong_setting_is_reported_before_anything_else(
     tsq: Callable[..., Answer], command: list[str], setting: str, message: str
 ) -> None:
     one_error(tsq(*command, "--set", setting), 2, message)
@@ -175,16 +175,16 @@ def test_debug_adds_the_traceback(tsq: Callable[..., Answer]) -> None:
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
-def test_input_that_is_not_there_is_one_line_and_exit_code_2(
+def test_missing_input_is_one_line_and_exit_code_2(
     tsq: Callable[..., Answer], videos: Path, command: list[str], message: str
 ) -> None:
     one_error(tsq(*command), 2, message)
 
 
-# --------------------------------------------------------------------------------------------------------------- index
+# -------------------------------------------------------------------------------------------- index
 
 
-def test_index_writes_the_manifest_and_tells_what_it_found(
+def test_index_writes_the_manifest_and_reports_what_it_found(
     tsq: Callable[..., Answer], videos: Path
 ) -> None:
     (videos / "notes.txt").write_text("x")
@@ -213,7 +213,7 @@ def test_index_as_json(tsq: Callable[..., Answer], videos: Path) -> None:
     )
 
 
-def test_index_does_not_write_over_a_manifest_unasked(
+def test_index_does_not_overwrite_a_manifest_unasked(
     tsq: Callable[..., Answer], videos: Path, manifest: Path
 ) -> None:
     before = manifest.read_bytes()
@@ -234,7 +234,7 @@ def test_index_update_lists_again(tsq: Callable[..., Answer], videos: Path, mani
     assert "new 1, changed 1, deleted 1, unchanged 2" in out
 
 
-def test_index_update_does_not_write_over_something_else(
+def test_index_update_does_not_overwrite_something_else(
     tsq: Callable[..., Answer], videos: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "precious.parquet").write_bytes(b"not a manifest")
@@ -259,12 +259,10 @@ def test_index_names_labelled_videos_that_are_missing(
     assert out.count("gone") == 5, "the first five are named"
 
 
-# -------------------------------------------------------------------------------------------- manifests, bundles, folders
+# ---------------------------------------------------------------------- manifests, bundles, folders
 
 
-def test_extract_refuses_a_split_that_nobody_has(
-    tsq: Callable[..., Answer], manifest: Path
-) -> None:
+def test_extract_refuses_a_split_without_videos(tsq: Callable[..., Answer], manifest: Path) -> None:
     one_error(
         tsq("extract", manifest, "--out", "o", "--split", "val"),
         2,
@@ -308,7 +306,8 @@ def test_score_refuses_to_change_what_was_trained(
     one_error(
         answer,
         2,
-        r"scoring cannot change what the bundle was trained with \(decode.num_frames: 8 in the bundle, 16 asked for\)",
+        r"scoring cannot change what the bundle was trained with \(decode.num_frames: 8 in the "
+        r"bundle, 16 asked for\)",
     )
 
 
@@ -421,7 +420,7 @@ def test_predict_answers_for_a_file_that_is_not_there(
 ) -> None:
     code, out, _ = tsq("predict", tmp_path / "none.mp4", "--model", bundle, "--json")
     (row,) = json.loads(out)["videos"]
-    assert code == 1  # there is no other row
+    assert code == 1  # the only row
     assert (row["status"], row["error_type"]) == ("failed", "not_found")
 
 
@@ -435,13 +434,13 @@ def test_no_secret_is_shown(tsq: Callable[..., Answer], bundle: str) -> None:
         assert "s3cret" not in out + err
 
 
-# --------------------------------------------------------------------------------- standard output of all kinds
+# --------------------------------------------------------------------- standard output of all kinds
 
 
 def tsq_process(
     folder: Path, *argv: str | bytes, environment: dict[str, str] | None = None, **streams: Any
 ) -> subprocess.CompletedProcess[bytes]:
-    """`tsq ARGV` as a process of its own: only there is stdout what a shell gives it."""
+    """Run `tsq ARGV` as a separate process, where stdout is what a shell provides."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
     command = [sys.executable, "-m", "tsq_ray", *argv]
     own = {**os.environ, **(environment or {})}
@@ -456,9 +455,7 @@ def tsq_process(
         ("utf-8", "videos/ünï 猫.mp4".encode()),
     ],
 )
-def test_text_that_the_output_has_no_letters_for(
-    videos: Path, encoding: str, missing: bytes
-) -> None:
+def test_text_that_the_output_cannot_encode(videos: Path, encoding: str, missing: bytes) -> None:
     lines = "path,label\nvideos/cats/1.mp4,cats\nvideos/ünï 猫.mp4,x\n"
     (videos.parent / "labels.csv").write_text(lines)
     argv = ["index", "videos", "--labels", "labels.csv", "--out", "m.parquet"]
@@ -479,7 +476,7 @@ def test_a_name_that_is_not_utf_8_is_shown(videos: Path) -> None:
 
 
 def closed_pipe() -> int:
-    """The end to write into of a pipe that nobody reads, as after `| head -1`."""
+    """The write end of a pipe without a reader, as after `| head -1`."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
@@ -497,7 +494,7 @@ def closed_pipe() -> int:
     ],
     ids=str,
 )
-def test_an_output_that_nobody_reads(
+def test_an_output_without_a_reader(
     manifest: Path, argv: list[str], code: int, closed: str, unbuffered: str
 ) -> None:
     """The command ends with its own exit code, without a word about the pipe."""
@@ -512,8 +509,8 @@ def test_an_output_that_nobody_reads(
     assert (folder.parent / "m.parquet").exists() == ("--out" in argv)
 
 
-def test_the_readers_first_line_is_all_that_a_reader_needs(tmp_path: Path) -> None:
-    """More text than a pipe holds, of which somebody reads one line."""
+def test_a_reader_may_stop_after_the_first_line(tmp_path: Path) -> None:
+    """More text than a pipe holds, of which the reader takes one line."""
     (tmp_path / "v").mkdir()
     (tmp_path / "v/1.mp4").touch()
     names = "\n".join(f"v/gone{number:0200}.mp4,x" for number in range(4000))
@@ -531,7 +528,7 @@ def test_the_readers_first_line_is_all_that_a_reader_needs(tmp_path: Path) -> No
 
 
 def test_threads_wait_without_spinning() -> None:
-    """libgomp reads the variable while torch is loaded, so it has to be there before."""
+    """libgomp reads the variable while torch is loaded, so it must be set before."""
     code = "import os, sys, tsq_ray; print(os.getenv('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
     for given, expected in ((None, "PASSIVE False"), ("ACTIVE", "ACTIVE False")):
         own = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
@@ -546,7 +543,7 @@ def test_threads_wait_without_spinning() -> None:
         assert done.stdout.strip() == expected
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+# ------------------------------------------------------------------------------------------ helpers
 
 
 @pytest.mark.parametrize(
@@ -613,12 +610,12 @@ def run_summary(**counts: Any) -> dict[str, Any]:
     ],
     ids=["nothing", "labels only", "some", "all"],
 )
-def test_the_summary_tells_what_was_there_before(how: dict[str, Any], said: str | None) -> None:
+def test_the_summary_reports_what_was_there_before(how: dict[str, Any], said: str | None) -> None:
     text = run_text(run_summary(ok=9, failed=1) | how, "out")
     assert (said in text) if said else ("done" not in text)
 
 
-def test_a_dry_run_is_told_in_words() -> None:
+def test_a_dry_run_is_described_in_words() -> None:
     estimate = {
         **{
             "videos": 30,
@@ -649,7 +646,7 @@ def test_a_dry_run_is_told_in_words() -> None:
     ("failed", "allowed", "code"),
     [(1, 0.1, 0), (2, 0.1, 1), (0, 0.0, 0), (1, 0.0, 1), (5, None, 0)],
 )
-def test_max_failed_makes_too_many_an_error(
+def test_more_failures_than_max_failed_are_an_error(
     capfd: pytest.CaptureFixture[str], failed: int, allowed: float | None, code: int
 ) -> None:
     from tsq_ray.console import end_run, guarded

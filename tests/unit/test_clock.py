@@ -1,4 +1,4 @@
-"""Which times are believed, and what is made of those that are not."""
+"""Which times are trusted, and how the others are rebuilt."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_jump_is_long_and_unusual() -> None:
             [0, 4],
             False,
         ),  # a keyframe is never shown before a frame decoded earlier
-        ([100, *range(99)], [100], False),  # nobody reorders a hundred frames
+        ([100, *range(99)], [100], False),  # no codec reorders a hundred frames
         ([], [], False),
     ],
 )

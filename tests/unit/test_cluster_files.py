@@ -1,4 +1,7 @@
-"""cluster/: the KubeRay manifests against KubeRay's own CRDs, the launcher file by Ray's own validator, the Dockerfile's paths."""
+"""cluster/: the KubeRay manifests, the launcher file, the Dockerfile's paths.
+
+KubeRay's own CRDs check the manifests, Ray's own validator the launcher file.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def strict_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """A Kubernetes structural schema as plain JSON schema in which a field that Kubernetes would prune is an error."""
+    """A Kubernetes structural schema as plain JSON schema.
+
+    A field that Kubernetes would prune is an error.
+    """
     if schema.get("x-kubernetes-int-or-string"):
         return {"type": ["integer", "string"]}
     strict = {
@@ -88,7 +94,7 @@ def pod_specs(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield group["template"]["spec"]
 
 
-def test_there_are_the_three_kinds() -> None:
+def test_the_three_kinds_exist() -> None:
     assert sorted(load(path)["kind"] for path in KUBERAY) == ["RayCluster", "RayJob", "RayService"]
 
 
@@ -201,7 +207,10 @@ def test_serve_config_parses() -> None:
 
 
 def launcher_configs() -> dict[str, dict[str, Any]]:
-    """The launcher file's two variants: the document itself, and the AWS one in the comments at its end."""
+    """The launcher file's two variants.
+
+    The document itself, and the AWS one in the comments at its end.
+    """
     lines = (CLUSTER / "ray-cluster.yaml").read_text().splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("# --- AWS"))
     variant = list(

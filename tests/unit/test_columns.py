@@ -1,4 +1,4 @@
-"""Some columns of many parts, on a store that is not local: what is read, and what is wrong with a part."""
+"""Some columns of many parts on a store that is not local: what is read, and damaged parts."""
 
 from __future__ import annotations
 
@@ -82,8 +82,8 @@ def test_a_part_whose_pages_are_broken_is_named(folder: str) -> None:
         read_columns(runs.list_parts(folder), COLUMNS)
 
 
-def test_a_part_that_was_written_again_is_read_again(folder: str) -> None:
-    """The same videos, so the same name; the same size; and a store in memory tells no time."""
+def test_a_rewritten_part_is_read_again(folder: str) -> None:
+    """Same videos, hence the same name; same size; and a store in memory reports no time."""
     manifest = Manifest(
         VideoRows.of([VideoRef("0" * 15 + "1", "/v/1.mp4", 11, labels=(0,))]),
         ["class number 0", "class number 1"],
@@ -95,7 +95,7 @@ def test_a_part_that_was_written_again_is_read_again(folder: str) -> None:
     assert read_done(folder, manifest, before).row.tolist() == [0]
 
 
-def test_many_rows_that_are_chosen_lie_on_the_disk() -> None:
+def test_many_chosen_rows_are_kept_on_disk() -> None:
     count = MAPPED_ROWS + 2
     ids = [f"{number:016x}" for number in range(count)]
     table = pa.table(

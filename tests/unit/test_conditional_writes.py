@@ -20,7 +20,7 @@ WRITERS = 16
 
 @pytest.fixture(params=["local", "memory"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A place where nothing is."""
+    """A path where no file exists."""
     return str(tmp_path / "new" / "file") if request.param == "local" else f"memory://{tmp_path}/f"
 
 
@@ -47,7 +47,7 @@ def test_of_many_local_writers_one_succeeds(tmp_path: Path, kind: Kind) -> None:
     assert len(list(tmp_path.iterdir())) == 20, "a temporary file is left"
 
 
-def test_a_file_system_without_hard_links_will_do(
+def test_a_file_system_without_hard_links_works(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -61,7 +61,7 @@ def test_a_file_system_without_hard_links_will_do(
     assert (path.read_bytes(), list(tmp_path.iterdir())) == (b"first", [path])
 
 
-def test_other_failures_are_no_refusal(tmp_path: Path) -> None:
+def test_other_failures_are_not_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match=r"the file system reports an error.*File exists"):
         storage.create_bytes(str(tmp_path / "file" / "below"), b"")

@@ -1,4 +1,4 @@
-"""Settings: what wins over what, what is refused and how it is told."""
+"""Settings: precedence, what is refused and how it is reported."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from tsq_ray.errors import ConfigError
 def toml(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
     path.write_text(
-        '[decode]\nnum_frames = 50\ntimeout_s = 9\n[encoders.visual]\nmodel = "resnet18"\nmodel_args = {a = 1}\n'
+        '[decode]\nnum_frames = 50\ntimeout_s = 9\n[encoders.visual]\nmodel = "resnet18"\n'
+        "model_args = {a = 1}\n"
     )
     return path
 
 
-def test_a_set_wins_over_the_file_the_file_over_the_base_the_base_over_the_default(
+def test_set_beats_file_beats_base_beats_default(
     toml: Path,
 ) -> None:
     base = {
@@ -109,7 +110,8 @@ def test_values_of_set_are_toml_or_plain_text(item: str, key: str, value: object
         ("decode=5", "setting decode = 5: "),
         (
             "train.num_workers=[3, 1]",
-            r"train.num_workers.*\[3, 1\]; expected a number from 1, or \[fewest, most\] with 1 <= fewest <= most",
+            r"train.num_workers.*\[3, 1\]; expected a number from 1, or \[fewest, most\] with "
+            r"1 <= fewest <= most",
         ),
         ("train.num_workers=0", "train.num_workers.* 0; expected a number from 1"),
     ],
@@ -242,7 +244,8 @@ def test_the_defaults_are_the_papers() -> None:
         ),
         (
             ["train.classifier=class-agnostic"],
-            "setting train.classifier = 'class-agnostic': input should be 'class-specific' or 'shared'",
+            "setting train.classifier = 'class-agnostic': input should be 'class-specific' or "
+            "'shared'",
         ),
         (
             ["encoders.num_objects=1001"],
@@ -256,7 +259,7 @@ def test_impossible_variants_are_refused_in_one_line(sets: list[str], message: s
     assert "\n" not in str(caught.value)
 
 
-def test_heads_need_not_divide_the_dims_of_a_module_that_is_not_there() -> None:
+def test_heads_need_not_divide_the_dims_of_an_absent_module() -> None:
     assert (
         load_config(
             sets=["train.num_heads=8", "train.dim_textual=20", "train.modules=visual"]
@@ -269,7 +272,10 @@ def test_more_objects_than_the_features_hold_are_refused() -> None:
     check_top_objects(10, 10)
     with pytest.raises(
         ConfigError,
-        match=r"train.top_objects is 20, above encoders.num_objects = 10, the number per frame that the features hold",
+        match=(
+            r"train.top_objects is 20, above encoders.num_objects = 10, the number per frame "
+            r"that the features hold"
+        ),
     ):
         check_top_objects(20, 10)
 

@@ -1,4 +1,4 @@
-"""decode_video on videos whose frames carry their number: the right frames, sizes, errors and warnings."""
+"""decode_video on videos whose frames carry their number: frames, sizes, errors, warnings."""
 
 from __future__ import annotations
 
@@ -70,13 +70,16 @@ KINDS = {
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("videos")
-    return {name: write_video(folder / name, 61, **kind) for name, kind in KINDS.items()}  # type: ignore[arg-type]
+    return {
+        name: write_video(folder / name, 61, **kind)  # type: ignore[arg-type]
+        for name, kind in KINDS.items()
+    }
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
 @pytest.mark.parametrize("num_frames", [1, 3, 8, 25, 61])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_picture_is_the_frame_it_is_said_to_be(
+def test_every_picture_is_the_frame_it_claims_to_be(
     videos: dict[str, Path], name: str, num_frames: int, strategy: str
 ) -> None:
     decoded = decode(videos[name], strategy, num_frames)
@@ -287,7 +290,7 @@ def test_a_file_cut_short_runs_over_what_is_left(tmp_path: Path, strategy: str) 
     assert decoded.duration_s == pytest.approx(left / RATE, abs=0.15)
 
 
-def test_damage_in_the_middle_is_told(tmp_path: Path) -> None:
+def test_damage_in_the_middle_is_reported(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mp4", 60)
     data = bytearray(path.read_bytes())
     start = data.index(b"mdat")
@@ -539,7 +542,7 @@ def test_nvdec_on_a_gpu_that_fails_decodes_on_the_cpu(
     ],
 )
 def test_nvdec_gives_the_frames_of_the_cpu(name: str, tmp_path: Path) -> None:
-    # the smallest that every NVDEC takes is 144 pixels a side
+    # 144 pixels per side is the smallest that every NVDEC takes
     path = write_video(tmp_path / name, size=(320, 192), **KINDS.get(name, {"rotation": 90}))
     exact, decoded = decode(path), decode(path, backend="nvdec")
     assert decoded.frame_index.tolist() == exact.frame_index.tolist()

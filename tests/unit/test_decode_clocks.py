@@ -1,4 +1,4 @@
-"""Containers x codecs x clocks that lie: no picture is another frame's than its row says, and lies are told."""
+"""Containers x codecs x false clocks: each picture is the frame of its row, lies are reported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ CLOCKS: dict[str, Clock] = {
     "stands still for a second": lambda i: right(i) + (TICKS if i >= 30 else 0),
 }
 NOT_IN_AVI = ("starts at one hour", "wraps at 33 bits", "jumps", "one far ahead", "one behind")
-"""An AVI counts frames: a clock may stand still in it for a while and no more."""
+"""An AVI counts frames: its clock can stand still only for a while."""
 MAIN_WAYS = (("uniform", "pyav", 16), ("keyframe", "pyav", 16), ("keyframe", "pyav", 4))
 WAYS = (
     *MAIN_WAYS,
@@ -83,9 +83,10 @@ def decode(
 def check(
     path: Path, healthy: bool = False, told: bool = True, ways: Sequence[Any] = WAYS
 ) -> list[DecodedVideo]:
-    """Every picture is the one that a sequential decode gives in that place; slots of few distinct frames are a warning.
+    """Every picture is that of a sequential decode; slots of few distinct frames are a warning.
 
-    `told`: so are wrong times, which need not be seen where no chosen frame is near them.
+    `told`: wrong times are a warning too. They need not be detected if no chosen frame is near
+    them.
     """
     found = sequential(path)
     truth, times = [number for number, _ in found], [time for _, time in found]
@@ -115,14 +116,14 @@ def check(
     ("container", "codec"),
     [(container, codec) for container in CONTAINERS for codec in sorted(CONTAINERS[container])],
 )
-def test_every_picture_is_the_one_said(
+def test_every_picture_is_the_one_named(
     sources: dict[str, Path], tmp_path: Path, container: str, codec: str
 ) -> None:
     for name, clock in CLOCKS.items():
         if container == "avi" and name in NOT_IN_AVI:
             continue
         path = write_clock(sources[codec], tmp_path / f"{codec} {name}.{container}", clock)
-        # an AVI has decoding times only: what is reordered comes at times that FFmpeg invents
+        # an AVI has only decoding times: FFmpeg invents the times of reordered frames
         invented = container == "avi" and codec in ("h264_b", "h264_flat_b")
         decoded = check(
             path,
@@ -137,7 +138,7 @@ def test_every_picture_is_the_one_said(
         ):
             assert all(len(set(video.frame_index.tolist())) == 16 for video in decoded[:1]), name
         if name in HEALTHY or name in ("jumps", "one far ahead", "neighbours swapped"):
-            # where an edit list hides a frame whose time lies before all others, it is gone
+            # if an edit list hides a frame whose time lies before all others, it is gone
             assert decoded[0].duration_s == pytest.approx(NUM_FRAMES / 24, abs=0.1), name
 
 
@@ -146,7 +147,7 @@ def test_every_picture_is_the_one_said(
     "codec", [codec for codec in sorted(CONTAINERS["mkv"]) if codec not in ("h264", "mpeg4")]
 )
 @pytest.mark.parametrize("late", [0, 1])
-def test_times_of_decoding_in_the_place_of_times_of_presentation(
+def test_decoding_times_in_place_of_presentation_times(
     sources: dict[str, Path], tmp_path: Path, codec: str, container: str, late: int
 ) -> None:
     path = write_clock(
@@ -188,7 +189,7 @@ def test_frames_without_a_time(
         assert video.source_num_frames == NUM_FRAMES
 
 
-def test_more_frames_a_second_than_the_clock_has_ticks(tmp_path: Path) -> None:
+def test_more_frames_per_second_than_clock_ticks(tmp_path: Path) -> None:
     path = write_clock(
         write_video(tmp_path / "source.mkv", 240, size=(96, 64)),
         tmp_path / "fast.mkv",

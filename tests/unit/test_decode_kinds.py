@@ -1,4 +1,7 @@
-"""Odd but sound files, each made here: containers, codecs, pixel formats, sizes, rates, tracks; and files that are no video."""
+"""Odd but valid files, each made here, and files that are no video.
+
+Containers, codecs, pixel formats, sizes, rates, tracks.
+"""
 
 from __future__ import annotations
 
@@ -292,7 +295,7 @@ def test_a_film_longer_than_allowed_names_the_setting(tmp_path: Path) -> None:
     assert failure.value.error_type == "too_large"
 
 
-def test_nothing_is_written_beside_a_video(tmp_path: Path) -> None:
+def test_nothing_is_written_next_to_a_video(tmp_path: Path) -> None:
     write_audio(tmp_path / "sound.mp4")
     with pytest.raises(VideoError, match="no video stream"):
         decode(tmp_path / "sound.mp4")

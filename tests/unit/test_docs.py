@@ -1,4 +1,4 @@
-"""README and docs/: generated pages are fresh, links lead somewhere, commands and settings that are named exist."""
+"""README and docs/: generated pages are current; links, commands and settings exist."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def generator() -> ModuleType:
     return module
 
 
-# ------------------------------------------------------------------------------------------------------ generated pages
+# ---------------------------------------------------------------------------------- generated pages
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -79,7 +79,7 @@ def test_the_operations_page_has_every_error_type() -> None:
     assert [name for name in ERROR_TYPES if f"\n| `{name}` |" not in text] == []
 
 
-# --------------------------------------------------------------------------------------------------------------- links
+# -------------------------------------------------------------------------------------------- links
 
 
 def slug(heading: str) -> str:
@@ -121,7 +121,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert [page_name(page) for page in PAGES[1:] if page.resolve() not in linked] == []
 
 
-# -------------------------------------------------------------------------------------------------- commands and options
+# ----------------------------------------------------------------------------- commands and options
 
 
 @cache
@@ -151,12 +151,15 @@ def code_of(text: str) -> Iterator[str]:
 
 
 def invocations(text: str) -> Iterator[list[str]]:
-    """["score", "m", "--model", ...] of each `tsq score m --model ...` in the code: at a line's start or behind ; & | (."""
+    """["score", "m", "--model", ...] of each `tsq score m --model ...` in the code.
+
+    At the start of a line or after ; & | (.
+    """
     for line in code_of(text):
         for match in re.finditer(r"(?:^|[;&|(])\s*(?:\$ )?tsq (?=[a-z])([^;&|#]*)", line):
             try:
                 yield shlex.split(match.group(1))
-            except ValueError:  # a quote that opens in what was cut off
+            except ValueError:  # a quote that opens in the part that was cut off
                 yield match.group(1).split()
 
 
@@ -177,7 +180,10 @@ def test_commands_and_options_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_options_named_alone_exist(page: Path) -> None:
-    """`--limit` in the text is an option of some command, unless the piece of code is another program's."""
+    """`--limit` in the text is an option of some command.
+
+    Unless the piece of code is another program's.
+    """
     known = set().union(*options().values())
     alone = [
         piece
@@ -216,7 +222,7 @@ def test_settings_that_are_named_exist(page: Path) -> None:
     assert wrong == []
 
 
-# ----------------------------------------------------------------------------------------------------- what is not said
+# --------------------------------------------------------------------------------- what is not said
 
 
 def texts() -> list[Path]:
@@ -235,7 +241,10 @@ def texts() -> list[Path]:
 
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.])/(?:work|root|home|tmp/dev|Users)/\w",
-    "talk about who wrote it": r"(?i)\b(?:sub-?agents?|this session|another session|previous session|session \d|as an ai|language model assistant)\b",
+    "talk about who wrote it": (
+        r"(?i)\b(?:sub-?agents?|this session|another session|previous session|session \d|as an ai"
+        r"|language model assistant)\b"
+    ),
     "a package index's host": r"(?i)\b(?:pypi\.org|files\.pythonhosted\.org|index-url)\b",
     "something unfinished": r"\b(?:TODO|FIXME|XXX|TBD)\b",
 }

@@ -1,4 +1,4 @@
-"""Evaluation on made-up features: samplers, measures, tables, the store of trainings, what is refused."""
+"""Evaluation on made-up features: samplers, measures, tables, stored trainings, refusals."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_without_the_extra_one_line_says_what_to_install(
         evaluate([case.features], case.model, str(tmp_path), evaluation_settings(case.model))
 
 
-# ------------------------------------------------------------------------------------------------------------ features
+# ----------------------------------------------------------------------------------------- features
 
 
 def test_features_by_split_with_labels_in_the_bundles_order(case: Case) -> None:
@@ -170,7 +170,7 @@ def test_other_weights_or_missing_logits_are_refused(case: Case, tmp_path: Path)
         load_features(case.features, case.bundle, "test")
 
 
-# ------------------------------------------------------------------------------------------------------------ samplers
+# ----------------------------------------------------------------------------------------- samplers
 
 
 @pytest.mark.parametrize("name", [method.name for method in METHODS if not method.trained])
@@ -197,7 +197,7 @@ def test_the_oracle_finds_the_evidence_by_annotation_or_by_the_recogniser(bench:
         assert all(
             set(videos.frame_index[v][oracle.choose(v, 2)]) == SALIENT for v in range(len(videos))
         )
-    # an annotated frame comes before any other, however sure the recogniser is of that one
+    # an annotated frame comes before any other, however sure the recogniser is of the other
     one = oracle_scores(videos, "single", [[(0.0, 0.04)]] * len(videos))
     assert all(one[v].argmax() == 0 for v in range(len(videos)))
 
@@ -235,7 +235,7 @@ def test_the_ranker_learns_what_the_recogniser_sees(bench: Bench) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ measures
+# ----------------------------------------------------------------------------------------- measures
 
 
 def test_the_mean_of_the_logits_is_what_counts(bench: Bench) -> None:
@@ -318,7 +318,10 @@ def test_costs_and_seconds(bench: Bench) -> None:
 
 
 def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
-    """Random pictures through the stages of score, and through features with logits: the same slots, the same scores to half precision."""
+    """Random pictures through the stages of score, and through features with logits.
+
+    The same slots, and the same scores to half precision.
+    """
     bundle = load_bundle(make_bundle(tmp_path / "bundle"))
     rng = np.random.default_rng(3)
     frames = {
@@ -397,7 +400,7 @@ def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
     assert {VISUAL, RECOGNIZER} <= frames.keys()
 
 
-# ----------------------------------------------------------------------------------------------------------- trainings
+# ---------------------------------------------------------------------------------------- trainings
 
 
 def test_a_training_scores_the_measured_videos(bench: Bench) -> None:
@@ -478,7 +481,7 @@ def test_the_store_gives_back_what_was_finished_and_nothing_else(
         store.read(job)
 
 
-def test_settings_that_do_not_count_do_not_make_another_training() -> None:
+def test_settings_that_do_not_count_make_no_new_training() -> None:
     jobs = [TrainingSpec("tsq", TrainConfig(num_workers=n), TextConfig()) for n in (1, 2)]
     assert jobs[0].identity() == jobs[1].identity()
     visual = [
@@ -488,7 +491,7 @@ def test_settings_that_do_not_count_do_not_make_another_training() -> None:
     assert visual[0].identity() == visual[1].identity()
 
 
-# ------------------------------------------------------------------------------------------------------------ ablations
+# ---------------------------------------------------------------------------------------- ablations
 
 
 def test_the_ablations_share_their_trainings(bench: Bench) -> None:
@@ -555,7 +558,7 @@ def test_an_ablation_table_measures_each_seed(bench: Bench) -> None:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def test_markdown_and_csv(tmp_path: Path) -> None:
@@ -601,7 +604,7 @@ def test_dense_is_measured_once(bench: Bench) -> None:
     assert jobs_of(bench, dense) == []
 
 
-# ---------------------------------------------------------------------------------------------------------- annotations
+# -------------------------------------------------------------------------------------- annotations
 
 
 @pytest.mark.parametrize(
@@ -670,7 +673,7 @@ def test_the_surrogates_annotations(data_dir: Path) -> None:
     ]
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python code in an interpreter of its own."""
+    """Run Python code in a new interpreter."""
     command = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
@@ -55,7 +55,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads by /proc")
 @pytest.mark.parametrize("name", ["info", "verify"])
 def test_reading_leaves_no_thread_of_arrows(commands: dict[str, list[str]], name: str) -> None:
-    """One that drops Python's bytes as the interpreter ends aborts the process."""
+    """A thread that drops Python's bytes as the interpreter ends aborts the process."""
     ended = run(THREADS, *commands[name])
     assert (ended.returncode, ended.stderr) == (0, "")
 
@@ -77,10 +77,10 @@ BUSY_END = """
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["info", "verify"])
-def test_beside_busy_processes_the_exit_code_is_that_of_the_command(
+def test_the_exit_code_is_right_next_to_busy_processes(
     commands: dict[str, list[str]], name: str
 ) -> None:
-    """It was 134 now and then, after the right output."""
+    """Guards against exit code 134 after the right output."""
     busy = [
         subprocess.Popen([sys.executable, "-c", "while True: pass"])
         for _ in range(2 * (os.cpu_count() or 1))

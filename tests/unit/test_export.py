@@ -51,7 +51,7 @@ def test_summary(exported: tuple[dict, Path]) -> None:
     assert len(files) == 17 + 3
 
 
-def test_csv_has_one_row_a_video(exported: tuple[dict, Path], case: Case) -> None:
+def test_csv_has_one_row_per_video(exported: tuple[dict, Path], case: Case) -> None:
     rows = list(csv.DictReader(io.StringIO((exported[1] / "labels.csv").read_text("utf-8"))))
     assert [row["video_id"] for row in rows] == [video_id(number) for number in range(1, 10)]
     first, few, failed = rows[0], rows[3], rows[7]
@@ -82,7 +82,7 @@ def test_csv_cells_are_no_formulas(exported: tuple[dict, Path]) -> None:
 
 
 def cells_of(fields: list[str], row: dict[str, object]) -> list[list[str]]:
-    """What a CSV reader finds in a file of one row."""
+    """What a CSV reader finds in a file with one row."""
     file = io.BytesIO()
     csv_writer(file, fields)(row)
     return list(csv.reader(io.StringIO(file.getvalue().decode("utf-8"), newline="")))
@@ -141,7 +141,7 @@ def test_a_video_that_is_gone_is_listed(exported: tuple[dict, Path]) -> None:
     assert not (exported[1] / "frames" / video_id(5)).exists()
 
 
-def test_small_videos_are_not_blown_up(tmp_path: Path) -> None:
+def test_small_videos_are_not_enlarged(tmp_path: Path) -> None:
     rows = [
         ok_row(1, make_video(tmp_path / "small.mp4", 10, 96, 72), [0.7, 0.1, 0.1, 0.1]),
         ok_row(2, make_video(tmp_path / "large.mp4", 10, 256, 192), [0.7, 0.1, 0.1, 0.1]),
@@ -181,7 +181,9 @@ def test_labels_alone_open_no_video(tmp_path: Path) -> None:
         (["frames"], 2, "size 2 is too small"),
     ],
 )
-def test_wrong_wishes_are_refused(tmp_path: Path, what: list[str], size: int, message: str) -> None:
+def test_wrong_requests_are_refused(
+    tmp_path: Path, what: list[str], size: int, message: str
+) -> None:
     folder = write_run(tmp_path / "run", [failed_row(1, "/a/b.mp4", "truncated", "too short")])
     with pytest.raises(UserError, match=message):
         export_predictions(str(folder), str(tmp_path / "out"), what, size)

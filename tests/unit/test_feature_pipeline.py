@@ -1,4 +1,4 @@
-"""What extraction hands from its decoders to its encoders; the whole of it is in tests/integration."""
+"""What extraction hands from its decoders to its encoders; tests/integration runs the whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Full fine-tuning piece by piece: views, schedule, folded batch norms, and any network learning a few clips. No Ray."""
+"""Full fine-tuning piece by piece, without Ray.
+
+Views, schedule, folded batch norms, and any network learning a few clips.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +55,10 @@ def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-# --------------------------------------------------------------------------------------------------------------- views
+# -------------------------------------------------------------------------------------------- views
 
 
-def test_a_view_hangs_on_seed_epoch_and_video_alone() -> None:
+def test_a_view_depends_only_on_seed_epoch_and_video() -> None:
     keys = [
         (0, 0, "00000000000000aa"),
         (1, 0, "00000000000000aa"),
@@ -71,7 +74,7 @@ def test_a_view_hangs_on_seed_epoch_and_video_alone() -> None:
 
 
 @pytest.mark.parametrize("color_jitter", [0.0, 0.4])
-def test_augmentation_hangs_on_its_seed_alone(color_jitter: float) -> None:
+def test_augmentation_depends_only_on_its_seed(color_jitter: float) -> None:
     augment = Augment(FinetuneConfig(color_jitter=color_jitter), RESNET)
     frames = noise(3, 40, 60, 3)
     torch.manual_seed(1)
@@ -126,7 +129,7 @@ def test_a_wrong_crop_scale_is_refused(scale: str) -> None:
         load_config(sets=[f"finetune.crop_scale={scale}"])
 
 
-# ------------------------------------------------------------------------------------------------------ order, schedule
+# ---------------------------------------------------------------------------------- order, schedule
 
 
 def test_an_epoch_has_every_video_once_in_an_order_of_its_own() -> None:
@@ -178,7 +181,7 @@ def test_gradients_are_clipped() -> None:
         assert float(layer.weight.grad.norm()) == pytest.approx(expected)
 
 
-def test_precision_as_asked_for() -> None:
+def test_precision_as_requested() -> None:
     device = torch.device("cpu")
     assert use_bf16("bf16", device)
     assert not use_bf16("fp32", device)
@@ -197,7 +200,7 @@ def test_label_smoothing(task: str, expected: list[list[float]]) -> None:
     torch.testing.assert_close(smoothed(targets, FinetuneConfig(), task), targets.float())
 
 
-# --------------------------------------------------------------------------------------------------- folded batch norms
+# ------------------------------------------------------------------------------- folded batch norms
 
 
 def folded_network() -> FrameEncoder:
@@ -247,7 +250,7 @@ def test_other_networks_are_left_alone(kind: str) -> None:
     assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 def trainable(model: ModelConfig, config: FinetuneConfig | None = None) -> FrameEncoder:
@@ -294,7 +297,8 @@ def test_the_head_starts_equal_on_every_worker_and_small() -> None:
     assert one.head is not None
     assert other.head is not None
     assert torch.equal(one.head.weight, other.head.weight)  # type: ignore[arg-type]
-    assert float(one.head.weight.detach().std()) == pytest.approx(0.01, rel=0.2)  # type: ignore[operator]
+    deviation = one.head.weight.detach().std()  # type: ignore[operator]
+    assert float(deviation) == pytest.approx(0.01, rel=0.2)
 
 
 def test_one_frame_alone_passes_a_batch_norm() -> None:
@@ -310,7 +314,7 @@ def test_a_clip_is_answered_by_the_mean_of_its_frames() -> None:
         torch.testing.assert_close(clip_logits(network, pictures, False), expected)
 
 
-def test_a_size_that_the_network_does_not_take_is_told() -> None:
+def test_a_size_that_the_network_does_not_take_is_reported() -> None:
     fixed = NETWORKS["fixed input size"].model_copy(update={"size": 48})
     with pytest.raises(
         ModelError,

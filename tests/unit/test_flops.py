@@ -1,4 +1,4 @@
-"""The multiply-add counter against the paper's table 1 and totals; every number is counted from the modules."""
+"""The multiply-add counter against the paper's table 1 and totals, counted from the modules."""
 
 from __future__ import annotations
 
@@ -125,14 +125,14 @@ def test_true_table_is_folded() -> None:
     assert rows["Vis.Enc."] == pytest.approx(16 * 0.227, abs=1e-3)
 
 
-def test_a_network_of_a_fixed_size_is_built_for_the_size_asked() -> None:
+def test_a_network_of_a_fixed_size_is_built_for_the_requested_size() -> None:
     small, large = (
         network_multiply_adds(Network("vit_tiny_patch16_224", size), "true") for size in (112, 224)
     )
     assert large > 3 * small
 
 
-def test_model_args_are_heeded() -> None:
+def test_model_args_are_used() -> None:
     halved = network_multiply_adds(Network("resnet18", 64, {"layers": [1, 1, 1, 1]}))
     assert halved < 0.6 * network_multiply_adds(Network("resnet18", 64))
 

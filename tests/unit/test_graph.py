@@ -1,4 +1,7 @@
-"""The graph as its callers see it, over stages that answer, are slow, die or are of another version; without Ray's cluster."""
+"""The graph as its callers see it, without Ray's cluster.
+
+Its stages answer, are slow, die or are of another version.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ ANSWER = Answer(columns={"status": "ok"}, version="one")
 
 
 class Response:
-    """What a handle returns: awaited once, or cancelled."""
+    """The return value of a handle: awaited once, or cancelled."""
 
     def __init__(self, work: Callable[[], Any], seconds: float) -> None:
         self.work, self.seconds, self.cancelled = work, seconds, False
@@ -34,7 +37,7 @@ class Response:
 
 
 class Stage:
-    """A deployment's handle: each call has the next of these results, the last one again and again."""
+    """A deployment's handle: each call gets the next of these results; the last one repeats."""
 
     def __init__(self, *results: Any, seconds: float = 0.0) -> None:
         self.results, self.seconds = list(results), seconds
@@ -72,7 +75,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FIRST_WAIT_S", 0.001)
 
 
-def test_each_stage_gets_what_the_one_before_handed_on() -> None:
+def test_each_stage_gets_what_the_one_before_returned() -> None:
     parts = stages()
     assert score(parts) is ANSWER
     assert parts["decoder"].calls == [(VIDEO, None)]
@@ -86,20 +89,20 @@ def test_each_stage_gets_what_the_one_before_handed_on() -> None:
     ids=["dead", "lost", "version"],
 )
 @pytest.mark.parametrize("name", ["decoder", "sampler", "recognizer"])
-def test_what_is_lost_is_done_again_from_the_start(name: str, lost: Exception) -> None:
+def test_lost_work_is_repeated_from_the_start(name: str, lost: Exception) -> None:
     parts = stages()
     parts[name].results.insert(0, lost)
     assert score(parts) is ANSWER
     assert len(parts["decoder"].calls) == 2
 
 
-def test_a_stage_that_stays_away_makes_the_video_unavailable() -> None:
+def test_a_stage_that_stays_down_makes_the_video_unavailable() -> None:
     answer = score(stages(sampler=Stage(ActorDiedError())), TimeLimits(5, 5, 0.2))
     assert answer.error is not None
     assert answer.error.error_type == "unavailable"
 
 
-def test_another_error_is_raised_at_once() -> None:
+def test_another_error_is_raised_immediately() -> None:
     parts = stages(sampler=Stage(ValueError("a defect")))
     with pytest.raises(ValueError, match="a defect"):
         score(parts)

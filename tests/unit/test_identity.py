@@ -1,4 +1,4 @@
-"""Whether two runs do the same work, and what is said of those that do not."""
+"""Whether two runs do the same work, and how differences are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks made ready to run compute what they did before."""
+"""Networks prepared for inference compute what they did before."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NORMS = (nn.BatchNorm2d,)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Any:
-    """Networks this small are slower on many."""
+    """Networks this small are slower on many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -84,7 +84,7 @@ def test_a_network_without_batch_norms_stays_as_it_is() -> None:
 
 
 class Twice(nn.Module):
-    """Uses the convolution's output before and after the batch norm: folding would change the sum."""
+    """The convolution's output before and after the batch norm; folding would change the sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def encoder_of(name: str, size: int) -> FrameEncoder:
     )
 
 
-def test_a_ready_encoder_is_a_copy_that_says_the_same() -> None:
+def test_a_prepared_encoder_is_a_copy_with_the_same_output() -> None:
     encoder = encoder_of("test_efficientnet", 64)
     own, frames = encoder.state_hash(), pictures(19, 64)
     features, logits = encode_pictures(
@@ -146,7 +146,7 @@ def test_a_ready_encoder_is_a_copy_that_says_the_same() -> None:
     assert encoder.state_hash() == own
 
 
-def test_bf16_says_nearly_the_same_in_float32() -> None:
+def test_bf16_gives_nearly_the_same_in_float32() -> None:
     encoder, frames = encoder_of("test_resnet", 64), pictures(9, 64)
     exact, _ = encode_pictures(
         prepare_for_inference(encoder, CPU, ResourcesConfig(precision="fp32")), [Pictures(frames)]
@@ -161,7 +161,7 @@ def test_bf16_says_nearly_the_same_in_float32() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_says_the_same_whatever_the_number_of_frames() -> None:
+def test_compiled_gives_the_same_for_any_number_of_frames() -> None:
     encoder = encoder_of("test_resnet", 64)
     compiled = prepare_for_inference(encoder, CPU, ResourcesConfig(compile=True))
     for count in (1, 8, 11):
@@ -182,7 +182,7 @@ def test_precision_on_a_cpu(precision: Any, expected: bool) -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_says_nearly_the_same() -> None:
+def test_a_gpu_gives_nearly_the_same() -> None:
     encoder, frames = encoder_of("test_resnet", 64), pictures(300, 64)
     exact, _ = encode_pictures(prepare_for_inference(encoder, CPU), [Pictures(frames)])
     features, _ = encode_pictures(
@@ -209,7 +209,8 @@ def assert_resized_as_by_the_decoder(
     assert resized.dtype == torch.uint8
     difference = np.abs(resized.cpu().numpy() - expected)
     assert difference.mean() < 0.6, "a rounding"
-    # Pillow also rounds and clips between its two directions: where bicubic overshoots, as at the edges of noise, that is more
+    # Pillow also rounds and clips between its two directions: if bicubic overshoots, as at the
+    # edges of noise, the difference is larger
     assert difference.max() <= (2 if spec.interpolation == "bilinear" else 20)
 
 
@@ -232,7 +233,7 @@ def test_whole_frames_of_several_sizes_go_through_a_network_together() -> None:
         np.random.default_rng(number).integers(0, 256, (*size, 3)).astype(np.uint8)
         for number, size in enumerate(sizes)
     ]
-    videos[2].flags.writeable = False  # as it comes from Ray
+    videos[2].flags.writeable = False  # as Ray delivers it
     expected, _ = encode_pictures(
         encoder,
         [

@@ -19,7 +19,7 @@ Found = dict[str, tuple[list[str], str | None]]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, str], str]:
-    """write("labels.csv", text) -> the path of a file beside the folder `videos`."""
+    """write("labels.csv", text) -> the path of a file next to the folder `videos`."""
 
     def text(name: str, content: str) -> str:
         (tmp_path / name).write_text(content)
@@ -44,7 +44,7 @@ def labels_of(manifest: Manifest) -> Found:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------- csv
+# ---------------------------------------------------------------------------------------------- csv
 
 
 def test_a_csv_gives_labels_and_splits_by_relative_and_absolute_paths(make: Make) -> None:
@@ -123,7 +123,7 @@ def test_odd_paths_of_a_csv_are_plain_names(
     assert (summary.labelled, len(summary.missing)) == (len(names), 3)
 
 
-def test_labels_in_another_encoding_are_told(make: Make, tmp_path: Path) -> None:
+def test_labels_in_another_encoding_are_reported(make: Make, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes("path,label\na.mp4,Äpfel\n".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8 text; save it as UTF-8"):
         index(make("a.mp4"), str(tmp_path / "labels.csv"))
@@ -153,7 +153,10 @@ def test_quotes_and_line_ends_of_a_csv(make: Make, line: str, label: str, end: s
 def test_quotes_that_would_become_part_of_a_name_are_refused(
     make: Make, write: Callable[[str, str], str], line: str
 ) -> None:
-    message = r"""labels\.csv line 3: '\\t"(dog|a\.mp4)"' keeps its quotes; expected them right after a comma"""
+    message = (
+        r"""labels\.csv line 3: '\\t"(dog|a\.mp4)"' keeps its quotes; """
+        r"expected them right after a comma"
+    )
     with pytest.raises(ManifestError, match=message):
         index(make("a.mp4", "b.mp4"), write("labels.csv", f"path,label\nvideos/b.mp4,x\n{line}\n"))
 
@@ -169,7 +172,7 @@ def test_quotes_that_would_become_part_of_a_name_are_refused(
         ("holdout B", "holdout B"),
     ],
 )
-def test_a_word_for_a_split_means_the_same_in_every_format(
+def test_a_split_word_means_the_same_in_every_format(
     make: Make, write: Callable[[str, str], str], word: str, split: str
 ) -> None:
     files = {
@@ -194,7 +197,7 @@ def test_folders_for_splits_are_named_as_in_files(make: Make) -> None:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- unicode
+# ------------------------------------------------------------------------------------------ unicode
 
 NFC, NFD = "Caf\u00e9 Z\u00fcrich", "Cafe\u0301 Zu\u0308rich"
 
@@ -254,7 +257,7 @@ def test_only_line_ends_end_a_line(make: Make, write: Callable[[str, str], str],
     assert [row.labels for row in manifest.rows] == [(2,), (1,)]
 
 
-# --------------------------------------------------------------------------------------------------------- data sets
+# ---------------------------------------------------------------------------------------- data sets
 
 
 def test_activitynet_json_matches_by_name_with_or_without_v(
@@ -325,7 +328,7 @@ def test_kinetics_without_labels_gives_the_split(
 FCVID_LIST = "sport/a.mp4 train\nsport/b.mp4\ttest\n./news/c d.mp4 test\nnews/gone.mp4 train\n"
 
 
-def test_fcvid_joins_its_list_with_the_matrix_beside_it(
+def test_fcvid_joins_its_list_with_the_matrix_next_to_it(
     make: Make, write: Callable[[str, str], str]
 ) -> None:
     write("FCVID_Label.txt", "1\t0\t0\n0\t1\t1\n0\t0\t0\n1\t0\t0\n\n")
@@ -350,7 +353,8 @@ def test_fcvid_joins_its_list_with_the_matrix_beside_it(
     [
         (
             None,
-            r"list\.txt: a list of FCVID's videos needs FCVID_Label\.txt in the same folder: cannot read .*no such file",
+            r"list\.txt: a list of FCVID's videos needs FCVID_Label\.txt in the same folder: "
+            r"cannot read .*no such file",
         ),
         ("1 0\n", r"FCVID_Label\.txt: 1 lines; expected 4, one per video of .*list\.txt"),
         (
@@ -377,7 +381,7 @@ def test_fcvids_matrix_must_fit(
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- lists
+# -------------------------------------------------------------------------------------------- lists
 
 
 @pytest.mark.parametrize(
@@ -451,11 +455,14 @@ def test_a_lists_split_is_a_word_of_its_name(
     assert manifest.rows[0].split == split
 
 
-def test_a_path_of_a_list_is_found_beside_it_below_a_source_or_by_its_end(
+def test_a_path_of_a_list_is_found_next_to_it_below_a_source_or_by_its_end(
     make: Make, write: Callable[[str, str], str]
 ) -> None:
     folder = make("a.mp4", "deep/a.mp4", "deep/er/b.mp4", "c.mp4", "c.webm", "v_d.mp4", "d.mp4")
-    content = "a.mp4 0\nvideos/deep/a.mp4 1\ner/b.mp4 1\nc.webm 1\nc.mp4 0\nd 1,1\nv_d 0,0\nother/a.mp4 0\n"
+    content = (
+        "a.mp4 0\nvideos/deep/a.mp4 1\ner/b.mp4 1\nc.webm 1\nc.mp4 0\nd 1,1\nv_d 0,0\n"
+        "other/a.mp4 0\n"
+    )
     manifest, summary = index(
         folder, write("list.txt", content), classes_file=write("classes.txt", "x\ny\n")
     )
@@ -503,7 +510,7 @@ def test_a_class_file_may_number_its_lines(
 
 
 @pytest.mark.parametrize(("classes", "allowed"), [("x\ny\n", "0 to 1"), ("1 x\n2 y\n", "1 to 2")])
-def test_a_class_id_out_of_range_is_told(
+def test_a_class_id_out_of_range_is_reported(
     make: Make, write: Callable[[str, str], str], classes: str, allowed: str
 ) -> None:
     message = (
@@ -531,7 +538,7 @@ def test_class_ids_need_a_class_file(
         index(make("a.mp4"), write("list.txt", content))
 
 
-# -------------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 
 
 @pytest.mark.parametrize(
@@ -563,7 +570,8 @@ def test_class_ids_need_a_class_file(
         ('{"videos": {}}', "not ActivityNet JSON: no usable 'database'"),
         (
             '{"database": {"x": 3}}',
-            "not ActivityNet JSON: 'x' is '3'; expected 'subset' and 'annotations', each with a 'label'",
+            "not ActivityNet JSON: 'x' is '3'; expected 'subset' and 'annotations', each with "
+            "a 'label'",
         ),
         (
             '{"database": {"x": {"annotations": [{}]}}}',
@@ -571,7 +579,8 @@ def test_class_ids_need_a_class_file(
         ),
         (
             "label,youtube_id\nx,a\n",
-            r"columns are \['label', 'youtube_id'\]; expected youtube_id,time_start,time_end\[,label\]\[,split\]",
+            r"columns are \['label', 'youtube_id'\]; expected "
+            r"youtube_id,time_start,time_end\[,label\]\[,split\]",
         ),
         (
             "label,youtube_id,time_start,time_end\nx,a,soon,2\n",
@@ -594,12 +603,13 @@ def test_class_ids_need_a_class_file(
         ),
         (
             "a 3\n",
-            "unknown label format; it begins with 'a 3'; known: .*video-list .*frame-list .*; --labels-format NAME",
+            "unknown label format; it begins with 'a 3'; known: .*video-list .*frame-list .*; "
+            "--labels-format NAME",
         ),
         ("", "unknown label format; it begins with ''"),
     ],
 )
-def test_labels_that_cannot_be_used_are_told(
+def test_unusable_labels_are_reported(
     make: Make, write: Callable[[str, str], str], content: str, message: str
 ) -> None:
     with pytest.raises(ManifestError, match=message) as caught:
@@ -609,7 +619,9 @@ def test_labels_that_cannot_be_used_are_told(
     assert "\n" not in str(caught.value)
 
 
-def test_a_broken_line_of_fcvids_list_is_told(make: Make, write: Callable[[str, str], str]) -> None:
+def test_a_broken_line_of_fcvids_list_is_reported(
+    make: Make, write: Callable[[str, str], str]
+) -> None:
     write("FCVID_Label.txt", "1\n1\n")
     with pytest.raises(
         ManifestError,
@@ -648,17 +660,23 @@ def test_several_label_files_may_not_contradict_each_other(
     assert labels_of(index(make("a.mp4"), one, same)[0]) == {"a.mp4": (["x"], None)}
     with pytest.raises(
         ManifestError,
-        match=r"3\.csv line 2: videos/a\.mp4 has other labels or another split than in .*1\.csv line 2",
+        match=(
+            r"3\.csv line 2: videos/a\.mp4 has other labels or another split than in .*1\.csv "
+            r"line 2"
+        ),
     ):
         index(make("a.mp4"), one, other)
 
 
-# ------------------------------------------------------------------------------------------------------------ real files
+# --------------------------------------------------------------------------------------- real files
 
 
 @pytest.mark.data
 def test_mmactions_list_of_activitynet(make: Make, data_dir: Path) -> None:
-    """Names carried with the ids: v_JDg--pjY5gg has class 7 of mmaction2's order, and one video has two labels."""
+    """Names listed with the ids.
+
+    v_JDg--pjY5gg has class 7 of mmaction2's order, and one video has two labels.
+    """
     place, classes = (
         data_dir / "labels" / "anet_val_video_multi_label.txt",
         data_dir / "labels" / "activitynet_label_map.txt",

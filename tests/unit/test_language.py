@@ -1,4 +1,4 @@
-"""Phrases that a reader of English stumbles over stay out of code and pages (see also codespell)."""
+"""Phrases that make a reader of English stumble stay out of code and pages (see also codespell)."""
 
 from __future__ import annotations
 

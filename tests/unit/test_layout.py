@@ -1,4 +1,7 @@
-"""The shape of the repository: which way imports go, what importing loads, sizes, docstrings, the top level."""
+"""The shape of the repository.
+
+Direction of imports, what importing loads, sizes, docstrings, the top level.
+"""
 
 from __future__ import annotations
 
@@ -90,10 +93,13 @@ INSIDE = {
 }
 """The same inside each folder."""
 STAGES = ("extraction", "training", "serving", "scoring")
-"""They meet through Parquet, the bundle and what comes before them, never through one another; only scoring drives serving's graph."""
+"""They meet through Parquet, the bundle and the modules before them, never through one another.
+
+Only scoring drives serving's graph.
+"""
 ALLOWED_STAGES = {("scoring", "serving")}
 RAY_AT_IMPORT = {"serving/app.py", "serving/graph.py"}
-"""Serve's decorators need ray when the module is imported; everybody else imports it when called."""
+"""Serve's decorators need ray when the module is imported; all others import it when called."""
 MAX_LINES = 450
 TOP = {"pyproject.toml", "README.md", "LICENSE", "tsq_ray", "jobs", "cluster", "tests", "docs"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -110,7 +116,7 @@ def unit_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module, and whether it is imported only when something is called."""
+    """One imported module, and whether its import waits until something is called."""
 
     module: str
     line: int
@@ -118,7 +124,7 @@ class Import:
 
 
 def imports_of(path: Path) -> Iterator[Import]:
-    """Every import of a file, lazy ones too."""
+    """Every import of a file, including lazy ones."""
     for node, lazy in walk(ast.parse(path.read_text()), False):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -138,7 +144,7 @@ def walk(node: ast.AST, lazy: bool) -> Iterator[tuple[ast.AST, bool]]:
 
 
 def imported_units(path: Path) -> list[tuple[str, int]]:
-    """(entry of ORDER, line) of what a file imports from the package; the package itself counts for nothing."""
+    """(entry of ORDER, line) of each import from the package; ignores the package itself."""
     found = []
     for item in imports_of(path):
         parts = item.module.split(".")
@@ -199,7 +205,7 @@ def test_stages_do_not_import_each_other(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_ray_is_imported_when_called_but_in_serve(path: Path) -> None:
+def test_ray_is_imported_only_when_called_except_in_serve(path: Path) -> None:
     at_import = any(
         item.module.split(".")[0] == "ray" and not item.lazy for item in imports_of(path)
     )
@@ -207,7 +213,7 @@ def test_ray_is_imported_when_called_but_in_serve(path: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", ORDER[: ORDER.index("runtime")])
-def test_below_runtime_nothing_imports_ray_at_all(unit: str) -> None:
+def test_nothing_below_runtime_imports_ray(unit: str) -> None:
     files = [path for path in SOURCES if unit_of(path) == unit]
     assert [
         name_of(path)
@@ -219,7 +225,10 @@ def test_below_runtime_nothing_imports_ray_at_all(unit: str) -> None:
 def loaded(code: str) -> set[str]:
     """Which of the heavy packages a new interpreter has loaded after `code`."""
     heavy = ("torch", "ray", "pyarrow", "fsspec", "timm", "transformers", "av", "pydantic")
-    script = f"{code}\nimport sys\nprint('loaded:', *(name for name in {heavy!r} if name in sys.modules))"
+    script = (
+        f"{code}\nimport sys\nprint('loaded:', *(name for name in {heavy!r} if name in "
+        "sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=False
     )
@@ -236,7 +245,8 @@ def loaded(code: str) -> set[str]:
         ("from tsq_ray.cli import main\nassert main(['--help']) == 0", set()),
         ("from tsq_ray.cli import main\nassert main(['score', '--help']) == 0", {"pydantic"}),
         (
-            "from tsq_ray.cli import main\nassert main(['extract', 'm', '--out', 'o', '--config', 'nowhere.toml']) == 2",
+            "from tsq_ray.cli import main\nassert main(['extract', 'm', '--out', 'o', "
+            "'--config', 'nowhere.toml']) == 2",
             {"pydantic", "fsspec"},
         ),
         ("import tsq_ray.runs, tsq_ray.manifest", {"pydantic", "pyarrow", "fsspec"}),
@@ -268,7 +278,10 @@ def test_what_importing_loads(code: str, allowed: set[str]) -> None:
     ids=["default", "asked for"],
 )
 def test_the_command_line_chooses_arrows_allocator(wanted: dict[str, str], found: str) -> None:
-    code = "from tsq_ray.cli import main\nmain(['--help'])\nimport pyarrow\nprint('pool:', pyarrow.default_memory_pool().backend_name)"
+    code = (
+        "from tsq_ray.cli import main\nmain(['--help'])\nimport pyarrow\nprint('pool:', "
+        "pyarrow.default_memory_pool().backend_name)"
+    )
     environment = {
         name: value for name, value in os.environ.items() if name != "ARROW_DEFAULT_MEMORY_POOL"
     } | wanted

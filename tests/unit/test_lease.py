@@ -27,7 +27,7 @@ SLOW = dataclasses.replace(FAST, renew_s=60)
 
 
 def write_lease(folder: Path, renewals: int = 0, **changes: Any) -> Holder:
-    """Leave the lease of another run in a folder, by default one of another machine."""
+    """Leave another run's lease in a folder, by default one from another machine."""
     foreign = {"host": "elsewhere", "boot_id": "another", "pid": 4321} | changes
     holder = dataclasses.replace(Holder.of_this_process(), **foreign)
     storage.write_bytes(str(folder / LEASE_FILE), holder.lease(renewals))
@@ -41,7 +41,7 @@ def holder_in(folder: Path) -> Holder:
 
 
 def ended_process() -> int:
-    """The number of a process that has ended."""
+    """The process id of a process that has ended."""
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
         return process.pid
 
@@ -68,7 +68,7 @@ RACER = """
 
 @pytest.fixture
 def race(tmp_path: Path) -> Iterator[Callable[[int], list[str]]]:
-    """race(2): what becomes of two processes that take the lease of `tmp_path/out` at once."""
+    """race(2): the outcomes of two processes that take the lease of `tmp_path/out` at once."""
     racers: list[subprocess.Popen[str]] = []
 
     def run(count: int) -> list[str]:
@@ -109,7 +109,7 @@ def test_a_lease_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_living_holder_on_this_machine_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_living_holder_on_this_machine_is_refused_immediately(tmp_path: Path) -> None:
     with Lease(str(tmp_path)) as first:
         message = (
             f"^{re.escape(str(tmp_path))}: a run on {re.escape(first.holder.host)} "
@@ -124,17 +124,19 @@ def test_a_living_holder_on_this_machine_is_refused_at_once(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("process", ["ended", "another with its number", "zombie", "this one"])
-def test_a_dead_holder_on_this_machine_is_replaced_at_once(tmp_path: Path, process: str) -> None:
+def test_a_dead_holder_on_this_machine_is_replaced_immediately(
+    tmp_path: Path, process: str
+) -> None:
     here = Holder.of_this_process()
     same = {"host": here.host, "boot_id": here.boot_id}
     with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
-        child.stdout.read()  # it has ended, and nobody has asked how
+        child.stdout.read()  # it has ended, and no parent has reaped it
         if process == "ended":
             write_lease(tmp_path, **same, pid=ended_process())
         elif process == "zombie":
             write_lease(tmp_path, **same, pid=child.pid)
-        elif process == "this one":  # it could not give the lease back
+        elif process == "this one":  # it could not release the lease
             write_lease(tmp_path, **same, pid=os.getpid())
         else:
             write_lease(tmp_path, **same, pid=os.getppid(), process_started=1)
@@ -181,7 +183,7 @@ def test_a_foreign_lease_that_is_renewed_is_refused(tmp_path: Path) -> None:
     assert holder_in(tmp_path).host == "elsewhere"
 
 
-def test_a_lease_that_is_given_back_while_it_is_watched_is_free(tmp_path: Path) -> None:
+def test_a_lease_released_while_it_is_watched_is_free(tmp_path: Path) -> None:
     write_lease(tmp_path)
     threading.Timer(0.1, (tmp_path / LEASE_FILE).unlink).start()
     started = time.monotonic()

@@ -39,16 +39,16 @@ def index(*sources: Path | str, **options: object) -> tuple[Manifest, IndexSumma
 
 
 def found(folder: Path, *sources: Path | str) -> tuple[list[str], dict[str, int]]:
-    """(videos, paths below `folder`; what was left out) of these sources, `folder` by default."""
+    """(videos, paths below `folder`; what was left out) of these sources; default `folder`."""
     manifest, summary = index(*(sources or (folder,)))
     assert len({row.video_id for row in manifest.rows}) == len(manifest.rows)
     return [os.path.relpath(row.uri, folder) for row in manifest.rows], summary.left_out
 
 
-# --------------------------------------------------------------------------------------------------------------- names
+# -------------------------------------------------------------------------------------------- names
 
 
-def test_hidden_is_what_begins_with_a_dot_alone(make: Make) -> None:
+def test_only_a_leading_dot_makes_a_name_hidden(make: Make) -> None:
     folder = make(
         "_1W44j2lpIA_000000_000010.mp4",
         "_other/a.mp4",
@@ -134,7 +134,7 @@ def test_folders_may_lie_deeper_than_python_recurses(make: Make) -> None:
     try:
         videos, left_out = found(folder)
     finally:
-        subprocess.run(["rm", "-rf", folder / "d"], check=True)  # pytest's own clearing up recurses
+        subprocess.run(["rm", "-rf", folder / "d"], check=True)  # pytest's own cleanup recurses
     assert videos == ["z.mp4", "d/" * depth + "v.mp4"]
     assert left_out == {}
 
@@ -151,7 +151,7 @@ def test_a_path_too_long_to_open_is_counted(make: Make) -> None:
     assert found(folder) == (["z.mp4"], {"path is too long": 1})
 
 
-def test_names_that_are_not_utf8_are_counted_and_told(make: Make) -> None:
+def test_names_that_are_not_utf8_are_counted_and_reported(make: Make) -> None:
     folder = make("a.mp4")
     odd = os.fsdecode(bytes(folder) + b"/caf\xe9")
     os.mkdir(odd)
@@ -174,7 +174,7 @@ def test_names_that_are_not_utf8_are_counted_and_told(make: Make) -> None:
     assert len(video_id(f"{odd}.mp4")) == 16, "a failed row has an id, too"
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_only_regular_files_are_videos(make: Make) -> None:
@@ -201,7 +201,7 @@ def test_only_regular_files_are_videos(make: Make) -> None:
     }
 
 
-def test_a_fifo_named_outright_is_told_at_once(make: Make, tmp_path: Path) -> None:
+def test_a_fifo_named_outright_is_reported_immediately(make: Make, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "v.mp4")
     message = f"cannot .* {tmp_path}/v.mp4: a FIFO, not a regular file; name a file"
     with pytest.raises(StorageError, match=message):
@@ -214,7 +214,7 @@ def test_a_fifo_named_outright_is_told_at_once(make: Make, tmp_path: Path) -> No
         read_manifest(str(tmp_path / "v.mp4"))
 
 
-def test_one_impossible_time_does_not_end_the_listing() -> None:
+def test_an_impossible_time_does_not_end_the_listing() -> None:
     with tempfile.TemporaryDirectory(
         dir="/dev/shm" if os.path.isdir("/dev/shm") else None
     ) as folder:
@@ -251,7 +251,7 @@ def test_what_vanishes_while_it_is_listed_is_counted(
     ] * 2
 
 
-# ----------------------------------------------------------------------------------------------------------------- ids
+# ---------------------------------------------------------------------------------------------- ids
 
 
 def test_a_video_and_a_link_to_it_are_two_rows(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_equal_ids_are_refused_by_name() -> None:
         _check_ids(rows)
 
 
-# --------------------------------------------------------------------------------------------------------------- links
+# -------------------------------------------------------------------------------------------- links
 
 
 def test_class_folders_that_are_links_give_labels(make: Make, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_labels_find_a_video_through_a_linked_folder_in_either_spelling(
     assert summary.missing == []
 
 
-# ------------------------------------------------------------------------------------------------------------- summary
+# ------------------------------------------------------------------------------------------ summary
 
 
 def test_the_summary_names_the_first_of_each_reason(make: Make) -> None:
@@ -381,17 +381,23 @@ def test_a_folder_with_nothing_but_odd_entries_says_so(make: Make) -> None:
     os.mkfifo(folder / "v.mp4")
     with pytest.raises(
         ManifestError,
-        match=r"it holds 2 other files: hidden \(.*\) 1, not a regular file \(FIFO\) 1; name a folder",
+        match=(
+            r"it holds 2 other files: hidden \(.*\) 1, not a regular file \(FIFO\) 1; name a "
+            r"folder"
+        ),
     ):
         index(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------ suffixes
+# ----------------------------------------------------------------------------------------- suffixes
 
 LISTED_BEFORE = (
     "3gp asf avi divx f4v flv gif m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv qt ts vob webm wmv y4m"
 )
-LACKED = "3g2 m2v m1v mpe m2t ogm rm rmvb dv ivf nut trp tod mod mk3d h264 264 h265 265 hevc obu mjpg mjpeg apng swf wtv mpv"
+LACKED = (
+    "3g2 m2v m1v mpe m2t ogm rm rmvb dv ivf nut trp tod mod mk3d h264 264 h265 265 hevc obu "
+    "mjpg mjpeg apng swf wtv mpv"
+)
 
 
 def test_the_suffixes_are_those_of_the_decoders_own_containers(make: Make) -> None:
@@ -418,7 +424,7 @@ def test_readers_know_no_suffixes_of_their_own() -> None:
     assert READERS["video-list"].recognise("clip.rmvb 3")
 
 
-def test_dots_after_a_link_lead_on_from_where_it_leads(
+def test_dots_after_a_link_start_from_its_target(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "far/sub").mkdir(parents=True)

@@ -23,7 +23,8 @@ LOG3, LOG9 = math.log(3), math.log(9)
 
 
 def test_weighted_sum_of_the_four_parts() -> None:
-    # softmax of (0, 0), (ln 3, 0), (0, ln 3), (ln 9, 0): probability of class 0 is 1/2, 3/4, 1/4, 9/10
+    # softmax of (0, 0), (ln 3, 0), (0, ln 3), (ln 9, 0):
+    # the probability of class 0 is 1/2, 3/4, 1/4, 9/10
     parts = tsq_loss(
         output_of([0.0, 0.0], [LOG3, 0.0], [0.0, LOG3], [LOG9, 0.0]),
         torch.tensor([[1.0, 0.0]]),
@@ -90,7 +91,7 @@ def test_mean_over_the_videos(task: str, expected: float) -> None:
 
 
 def test_a_multi_label_network_of_many_classes_learns_in_a_few_steps_of_sgd() -> None:
-    """Averaged over the classes instead of summed, the gradient would be 50 times smaller and nothing would be learnt."""
+    """Averaged over the classes, the gradient would be 50 times smaller and nothing learnt."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.stack([torch.randperm(50, generator=generator)[:2] for _ in range(200)])
     targets = torch.zeros(200, 50).scatter_(1, labels, 1.0)

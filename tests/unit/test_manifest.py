@@ -42,7 +42,7 @@ def labels_of(manifest: Manifest) -> dict[str, tuple[list[str], str | None]]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- listing
+# ------------------------------------------------------------------------------------------ listing
 
 
 def test_videos_are_taken_by_their_names_and_the_rest_is_counted(make: Make) -> None:
@@ -65,7 +65,7 @@ def test_a_file_named_outright_is_taken_whatever_its_name_and_each_file_once(mak
     assert [os.path.basename(row.uri) for row in manifest.rows] == ["a.mp4", "odd.bin"]
 
 
-def test_ids_hang_on_the_place_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_depend_only_on_the_place(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make("a.mp4")
     before = index(folder)[0].rows[0]
     (folder / "a.mp4").write_bytes(b"other content")
@@ -84,12 +84,14 @@ def test_ids_hang_on_the_place_alone(make: Make, monkeypatch: pytest.MonkeyPatch
         (
             ("notes.txt", "data.csv"),
             "",
-            r"no video found; it holds 2 other files: \.csv 1, \.txt 1; name a folder, an s3:// prefix",
+            r"no video found; it holds 2 other files: \.csv 1, \.txt 1; name a folder, an "
+            r"s3:// prefix",
         ),
         (
             ("empty/.keep",),
             "empty",
-            r"empty: no video found; it holds 1 other files: hidden \(name begins with \.\) 1; name a folder",
+            r"empty: no video found; it holds 1 other files: hidden \(name begins with \.\) 1; "
+            r"name a folder",
         ),
         (("bare/",), "bare", "bare: no video found; name a folder"),
     ],
@@ -119,7 +121,7 @@ def test_no_source_is_an_error() -> None:
         build_manifest([])
 
 
-# -------------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,7 @@ def test_a_split_name_is_every_rows(make: Make) -> None:
     assert summary.splits == {"all of it": 2}
 
 
-# -------------------------------------------------------------------------------------------------------------- update
+# ------------------------------------------------------------------------------------------- update
 
 
 def test_an_update_counts_new_changed_deleted_and_unchanged(make: Make) -> None:
@@ -229,11 +231,12 @@ def test_an_update_counts_new_changed_deleted_and_unchanged(make: Make) -> None:
 )
 def test_an_etag_outweighs_the_time(change: dict[str, object], same: bool) -> None:
     row = VideoRef("i", "s3://b/k", 1, "a")
-    now, was = (VideoRows.of([ref]).table for ref in (VideoRef(**(vars(row) | change)), row))  # type: ignore[arg-type]
+    changed = VideoRef(**(vars(row) | change))  # type: ignore[arg-type]
+    now, was = (VideoRows.of([ref]).table for ref in (changed, row))
     assert same_contents(now, was).tolist() == [same]
 
 
-# ------------------------------------------------------------------------------------------------------------ the file
+# ----------------------------------------------------------------------------------------- the file
 
 
 def test_a_manifest_comes_back_as_it_was(make: Make, tmp_path: Path) -> None:
@@ -259,11 +262,13 @@ def test_the_identity_of_a_manifest_is_its_sources(make: Make) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "text", "other columns", "no metadata"])
-def test_something_else_than_a_manifest_is_told(make: Make, tmp_path: Path, kind: str) -> None:
+def test_something_other_than_a_manifest_is_reported(make: Make, tmp_path: Path, kind: str) -> None:
     place = tmp_path / "manifest.parquet"
     messages = {
         "missing": "no such file; make one with tsq index SOURCE --out",
-        "folder": r"is a folder without \*\.parquet; name the file or the folder that tsq index wrote",
+        "folder": (
+            r"is a folder without \*\.parquet; name the file or the folder that tsq index wrote"
+        ),
         "text": "not a Parquet file; make one with tsq index",
         "other columns": r"lacks the columns \['video_id', ",
         "no metadata": "lacks the manifest's metadata",

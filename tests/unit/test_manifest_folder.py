@@ -23,7 +23,7 @@ CLASSES = ["cats", "dogs"]
 
 
 def refs(names: str, **more: Any) -> list[VideoRef]:
-    """A row for each letter."""
+    """A row per letter."""
     return [
         VideoRef(video_id(f"/v/{name}.mp4"), f"/v/{name}.mp4", 10, labels=(0,), **more)
         for name in names
@@ -44,7 +44,7 @@ def shards(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix == ".parquet")
 
 
-# ------------------------------------------------------------------------------------------------------------ tsq index
+# ---------------------------------------------------------------------------------------- tsq index
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,10 @@ def test_a_killed_index_leaves_no_half_manifest(
         assert len(shards(folder)) == 1
         with pytest.raises(
             ManifestError,
-            match=r"m: not finished, it has no _manifest\.json yet; run the same tsq index command again",
+            match=(
+                r"m: not finished, it has no _manifest\.json yet; run the same tsq index "
+                r"command again"
+            ),
         ):
             read_manifest(str(folder))
         assert find_old(f"{folder}/", update=False) is None
@@ -180,7 +183,7 @@ def test_a_reader_that_an_update_overtakes_starts_again(
     assert read_manifest(folder).rows == refs("wxyz")
 
 
-def test_a_listed_shard_that_is_gone_or_another_is_told(tmp_path: Path) -> None:
+def test_a_listed_shard_that_is_gone_or_changed_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "m"
     write_manifest(manifest_of("abcd"), f"{folder}/")
     first, second = (folder / name for name in shards(folder))
@@ -203,7 +206,7 @@ def test_a_listed_shard_that_is_gone_or_another_is_told(tmp_path: Path) -> None:
         ('{"format": 2}', "_manifest.json: format 2; this version reads 1"),
     ],
 )
-def test_a_listing_that_cannot_be_read_is_told(tmp_path: Path, content: str, message: str) -> None:
+def test_an_unreadable_listing_is_reported(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "_manifest.json").write_text(content)
     with pytest.raises(ManifestError, match=message):
         read_manifest(str(tmp_path))
@@ -242,13 +245,13 @@ def test_what_out_may_name(
         find_old(f"{tmp_path}/{out}", update=False)
 
 
-# ------------------------------------------------------------------------------------------------------- other programs
+# ----------------------------------------------------------------------------------- other programs
 
 
 def write_plain(
     folder: Path, files: dict[str, list[VideoRef]], classes: list[str] | None = None
 ) -> str:
-    """A folder of Parquet files without anything of tsq but the class names."""
+    """A folder of Parquet files with nothing from tsq except the class names."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         table = Manifest(rows, []).rows.table
@@ -278,9 +281,12 @@ def test_a_folder_written_by_duckdb(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     for part in (1, 2):
         duckdb.sql(
-            f"""copy (select substr(sha256('/v/{part}.mp4'), 1, 16) as video_id, '/v/{part}.mp4' as uri, 10 as size_bytes,
+            f"""copy (select substr(sha256('/v/{part}.mp4'), 1, 16) as video_id,
+            '/v/{part}.mp4' as uri,
+            10 as size_bytes,
             timestamp '2026-01-02 03:04:05' as modified, [1] as labels, 'train' as split)
-            to '{tmp_path}/m/{part}.parquet' (format parquet, kv_metadata {{'tsq.classes': '["cats", "dogs"]'}})"""
+            to '{tmp_path}/m/{part}.parquet'
+            (format parquet, kv_metadata {{'tsq.classes': '["cats", "dogs"]'}})"""
         )
     rows = list(read_manifest(str(tmp_path / "m")).rows)
     assert [(row.video_id, row.labels, row.split, row.etag) for row in rows] == [
@@ -291,7 +297,7 @@ def test_a_folder_written_by_duckdb(tmp_path: Path) -> None:
 
 
 def with_column(folder: Path, name: str, values: pa.Array | None) -> None:
-    """Replace a column of a.parquet, or take it away."""
+    """Replace or remove a column of a.parquet."""
     table = pq.read_table(folder / "a.parquet")
     place = (
         table.column_names.index(name) if name in table.column_names else len(table.column_names)
@@ -333,11 +339,13 @@ def with_column(folder: Path, name: str, values: pa.Array | None) -> None:
         (lambda folder: (folder / "a.parquet").write_text("x"), "a.parquet: not a Parquet file"),
         (
             lambda folder: write_plain(folder, {"b.parquet": refs("b")}, ["dogs", "cats"]),
-            r"b\.parquet and a\.parquet have different class names \(2 and 2\); write the same ones",
+            r"b\.parquet and a\.parquet have different class names \(2 and 2\); write the same "
+            r"ones",
         ),
         (
             lambda folder: write_plain(folder, {"b.parquet": refs("bca")}, CLASSES),
-            rf"/v/a\.mp4 in a\.parquet and /v/a\.mp4 in b\.parquet have the same video_id {video_id('/v/a.mp4')}; leave one",
+            r"/v/a\.mp4 in a\.parquet and /v/a\.mp4 in b\.parquet have the same video_id "
+            rf"{video_id('/v/a.mp4')}; leave one",
         ),
     ],
     ids=[
@@ -352,7 +360,7 @@ def with_column(folder: Path, name: str, values: pa.Array | None) -> None:
         "twice",
     ],
 )
-def test_a_folder_that_is_no_manifest_is_told(
+def test_a_folder_that_is_no_manifest_is_reported(
     tmp_path: Path, change: Callable[[Path], Any], message: str
 ) -> None:
     write_plain(tmp_path, {"a.parquet": refs("a")}, CLASSES)

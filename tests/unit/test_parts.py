@@ -43,7 +43,7 @@ def test_a_huge_video_is_a_block_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("videos", "output", "rows"),
     [
-        (300, {}, 128),  # the least
+        (300, {}, 128),  # the minimum
         (10_000_000, {}, 1026),  # 128 MiB of 50 x 1280 float16
         (200_000, {}, 200),  # a thousandth of a large run
         (10_000_000, {"part_mb": 64}, 513),

@@ -23,7 +23,7 @@ def place(stage: Stage, cluster: Cluster, videos: int, *sets: str) -> Layout:
 
 
 def sizes(placed: Layout) -> dict[str, tuple[int, int, float]]:
-    """Of the pools that keep cores or GPUs busy: how many the nodes hold, limit, CPUs of one."""
+    """For the pools that keep cores or GPUs busy: how many the nodes hold, limit, CPUs of one."""
     pools = placed.pools.items()
     return {
         name: (pool.now, pool.limit, pool.cpus)
@@ -208,10 +208,10 @@ def test_nodes_to_ask_for(
     ],
     ids=["known kinds", "CPU only", "one node", "many nodes", "unknown kinds", "asked for"],
 )
-def test_actors_are_there_before_their_nodes(
+def test_actors_exist_before_their_nodes(
     cluster: Cluster, sets: list[str], expected: dict[str, int]
 ) -> None:
-    """It is they that ask the autoscaler, and a node that joins takes one at once."""
+    """They are what asks the autoscaler, and a node that joins takes one immediately."""
     placed = place("extract", cluster, 10_000, *sets)
     assert {name: placed[name].start for name in expected} == expected
 
@@ -260,7 +260,7 @@ def test_score(
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 4])
-def test_a_node_that_is_left_alone_holds_the_whole_graph_and_more(cpus: int) -> None:
+def test_a_node_on_its_own_holds_the_whole_graph_and_more(cpus: int) -> None:
     """One of each stage, and still room for two senders and two writers."""
     placed = place("score", Cluster(many(1, cpus)), 1000)
     graph = sum(placed[name].cpus for name in ("decoder", "sampler", "recognizer", "ingress"))
@@ -269,7 +269,7 @@ def test_a_node_that_is_left_alone_holds_the_whole_graph_and_more(cpus: int) -> 
 
 @pytest.mark.parametrize("stage", ["train", "finetune", "extract"])
 @pytest.mark.parametrize("alive", [True, False])
-def test_what_wants_a_gpu_fits_on_a_node_that_has_one(stage: Stage, alive: bool) -> None:
+def test_what_needs_a_gpu_fits_on_a_node_that_has_one(stage: Stage, alive: bool) -> None:
     """The GPU node has fewer CPUs than the largest node."""
     kinds = (Node(16, memory=64 * GIB), Node(8, 1, memory=64 * GIB))
     cluster = Cluster(kinds) if alive else Cluster((EMPTY_HEAD,), kinds)
@@ -325,7 +325,7 @@ def test_train(
         ("score", []),
     ],
 )
-def test_whoever_has_cpus_has_memory(stage: Stage, sets: list[str], node: Node) -> None:
+def test_every_holder_of_cpus_has_memory(stage: Stage, sets: list[str], node: Node) -> None:
     placed = place(stage, Cluster((node,)), 1000, *sets)
     for name in ("memory", "cpus"):
         assert (
@@ -365,7 +365,7 @@ def test_a_training_that_is_too_large_for_the_cluster_is_an_error() -> None:
         ),
     ],
 )
-def test_serve_takes_a_gpu_where_there_is_one(
+def test_serve_takes_a_gpu_if_one_exists(
     cluster: Cluster, sets: list[str], num_gpus: float
 ) -> None:
     placed = place("serve", cluster, 1, *sets)

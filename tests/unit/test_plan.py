@@ -82,7 +82,7 @@ def test_keyframe_nearest_the_centre_of_each_interval() -> None:
     assert keyframe_choice([0, 10, 20, 26, 40, 49, 75, 99], 0, 100, 4) == [1, 4, None, 7]
 
 
-def test_a_keyframe_on_a_border_belongs_to_the_later_interval() -> None:
+def test_a_keyframe_on_a_boundary_belongs_to_the_later_interval() -> None:
     assert keyframe_choice([50], 0, 100, 2) == [None, 0]
 
 

@@ -1,4 +1,4 @@
-"""The progress lines of a run that nobody watches on a terminal."""
+"""The progress lines of a run without a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_rate_counts_from_the_first_video_on(
     ]
 
 
-def test_no_progress_where_none_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_progress_if_none_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.progress_display(100, "extract", show=False) as update:
         update(50, 0)
     assert capsys.readouterr().err == ""

@@ -12,7 +12,10 @@ from tsq_ray.prototypes import prototypes
 
 
 def video(logits_of_frames: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """A video whose t-th frame has the one-hot feature t, so that a prototype shows which frames it is the mean of."""
+    """A video whose t-th frame has the one-hot feature t.
+
+    A prototype then shows which frames it is the mean of.
+    """
     logits = np.array(logits_of_frames, np.float16)
     return np.eye(len(logits), 20, dtype=np.float16), logits
 
@@ -77,7 +80,8 @@ def test_a_class_without_videos_starts_at_random() -> None:
 
 @pytest.mark.parametrize("task", ["single", "multi"])
 def test_a_video_with_two_labels_counts_for_both(task: str) -> None:
-    # frame 0 shows class 0, frame 1 class 1 (above the wrong class 2, though below class 0), frame 2 the wrong class
+    # frame 0 shows class 0, frame 1 class 1 (above the wrong class 2, though below class 0), frame
+    # 2 the wrong class
     frames = video([[5, 0, 1], [3, 2, 1], [0, 0, 5]])
     result = build([frames], [[0, 1]], num_classes=3, task=task)
     torch.testing.assert_close(result[0], mean_of(0))

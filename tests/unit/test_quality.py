@@ -117,7 +117,10 @@ def part_of(rows: list[dict[str, object]], with_scores: bool = True) -> pa.Table
 
 
 def judged_parts(seed: int, num_parts: int, with_scores: bool = True) -> list[pa.Table]:
-    """Parts of 30 rows: no label, one, two, one that the bundle lacks, failed; scores with many ties."""
+    """Parts of 30 rows with many tied scores.
+
+    No label, one, two, one that the bundle lacks, failed.
+    """
     generator = np.random.default_rng(seed)
     parts = []
     for _ in range(num_parts):

@@ -1,4 +1,4 @@
-"""The quickstart's parts that need no run: its settings, its scripts' syntax and usage, the closing table."""
+"""The quickstart's parts that need no run: settings, syntax and usage of scripts, final table."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def test_a_wrong_python_is_named(python: str, message: str) -> None:
 
 @pytest.fixture
 def predictions(tmp_path: Path) -> Path:
-    """Three videos of two classes: one right with 1 of 2 frames on the evidence, one wrong with 2 of 2, one failed."""
+    """Three videos of two classes.
+
+    One right with 1 of 2 frames on the evidence, one wrong with 2 of 2, one failed.
+    """
     classes = ["cats", "dogs"]
     videos = [
         {"name": "a.mp4", "label": 0, "scores": [0.9, 0.1], "top": "cats", "pts": [1.0, 5.0]},

@@ -1,4 +1,7 @@
-"""The report's figures, its choice of videos, its curves and its page (the page in a browser: integration/test_report_browser.py)."""
+"""The report's figures, its choice of videos, its curves and its page.
+
+integration/test_report_browser.py tests the page in a browser.
+"""
 
 from __future__ import annotations
 
@@ -162,8 +165,9 @@ def test_warnings_are_counted_by_kind(case: Case) -> None:
     }
 
 
-def test_a_card_a_video_well_formed(page: Page) -> None:
-    # wrong by certainty, the others by turns of their class, failed by turns of their reason
+def test_every_video_has_a_well_formed_card(page: Page) -> None:
+    # wrong ones by certainty, the others by turns of their class, failed ones by turns of their
+    # reason
     assert list(page.cards) == [video_id(number) for number in (2, 3, 4, 1, 6, 5, 7, 9, 8)]
     assert page.open == []
     assert {attributes["data-verdict"] for attributes in page.attributes("article")} == {
@@ -310,7 +314,7 @@ def test_a_baseline_has_no_curves(tmp_path: Path) -> None:
     assert text.count('class="chosen random"') == BUDGET
 
 
-def test_an_accounting_that_does_not_add_up_is_told(tmp_path: Path) -> None:
+def test_an_accounting_that_does_not_add_up_is_reported(tmp_path: Path) -> None:
     rows = [failed_row(1, "/a/b.mp4", "truncated", "too short")]
     folder = write_run(
         tmp_path / "run", rows, counts={"inputs": 5, "ok": 1, "failed": 1, "skipped": 2}
@@ -377,7 +381,8 @@ def test_a_damaged_part_is_refused(tmp_path: Path) -> None:
             lambda part: part.set_column(
                 part.column_names.index("error_type"), "error_type", pa.nulls(len(part), pa.int32())
             ),
-            r"part-0001\.parquet: error_type is int32, but string in the first part; were two runs mixed\?",
+            r"part-0001\.parquet: error_type is int32, but string in the first part; were two "
+            r"runs mixed\?",
         ),
     ],
     ids=["a column missing", "another type"],

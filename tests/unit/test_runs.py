@@ -1,4 +1,4 @@
-"""The run folder: what is done, what is left, what is taken out, what verify finds. Parts are made here, without Ray."""
+"""The run folder: what is done, left or removed, what verify finds. No Ray; parts are made here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def features_of(*rows: dict[str, Any]) -> pa.Table:
 
 
 class Folder:
-    """A features run folder, its manifest beside it."""
+    """A features run folder with its manifest next to it."""
 
     def __init__(self, root: Path, videos: list[VideoRef]) -> None:
         self.uri = str(root / "features")
@@ -70,7 +70,7 @@ class Folder:
         begin(self.uri, "features", runs.Identity.of(**(identity or IDENTITY)), self.manifest)
 
     def run(self, selection: Selection | None = None, **options: Any) -> BulkRun:
-        """A run over all videos, or a selection of them; not entered yet."""
+        """A run over all videos or a selection of them, not entered yet."""
         selection = selection or Selection.of(self.manifest)
         identity = runs.Identity.of(**IDENTITY)
         return BulkRun(self.uri, "features", identity, selection, Config(), **options)
@@ -91,7 +91,7 @@ class Folder:
         return [video.uri for video in still_to_do(self.manifest.rows, self.current(), retry)]
 
     def close(self, selection: Selection | None = None) -> dict[str, Any]:
-        """Enter a run that finds its rows done, and close it."""
+        """Enter a run that finds its rows done, then close it."""
         with self.run(selection) as run:
             return run.close({"decode": 2.0, "encode": 3.0}, lambda: {"weights": {}})
 
@@ -106,7 +106,7 @@ class Folder:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    """Begun, three videos, no part yet."""
+    """A run that has begun: three videos, no part yet."""
     made = Folder(tmp_path, [ref(1), ref(2), ref(3)])
     made.begin()
     return made
@@ -114,14 +114,14 @@ def folder(tmp_path: Path) -> Folder:
 
 @pytest.fixture
 def done(folder: Folder) -> Folder:
-    """Finished: two ok, one failed, in two parts."""
+    """A finished run: two ok, one failed, in two parts."""
     folder.write(row(ref(1)), row(ref(2), "corrupt"))
     folder.write(row(ref(3), warnings=["odd"]))
     folder.close()
     return folder
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def test_a_part_is_named_after_the_videos_in_it(folder: Folder) -> None:
@@ -153,10 +153,10 @@ def test_a_damaged_part_is_named(folder: Folder) -> None:
         read_done(folder.uri, folder.manifest)
 
 
-# --------------------------------------------------------------------------------------------------------------- begin
+# -------------------------------------------------------------------------------------------- begin
 
 
-def test_the_same_configuration_may_go_on(folder: Folder) -> None:
+def test_the_same_configuration_may_resume(folder: Folder) -> None:
     folder.begin()
     assert (folder.path / CONFIG_FILE).exists()
     assert not (folder.path / RUN_FILE).exists()
@@ -171,7 +171,7 @@ def test_another_configuration_is_refused_with_the_keys(folder: Folder) -> None:
         folder.begin(other)
 
 
-def test_a_folder_from_before_a_setting_goes_on_with_its_default(tmp_path: Path) -> None:
+def test_a_folder_from_before_a_setting_resumes_with_its_default(tmp_path: Path) -> None:
     folder = Folder(tmp_path, [ref(1)])
     encoders = {"visual": {"size": 188}}
     folder.begin({"encoders": encoders})
@@ -223,13 +223,13 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
         folder.begin()
 
 
-def test_a_damaged_configuration_is_told(folder: Folder) -> None:
+def test_a_damaged_configuration_is_reported(folder: Folder) -> None:
     (folder.path / CONFIG_FILE).write_text("{")
     with pytest.raises(RunError, match="not JSON; the file is damaged"):
         folder.begin()
 
 
-# --------------------------------------------------------------------------------------------------- what is left to do
+# ------------------------------------------------------------------------------- what is left to do
 
 
 def test_videos_without_a_row_are_left(folder: Folder) -> None:
@@ -249,7 +249,7 @@ def test_videos_without_a_row_are_left(folder: Folder) -> None:
         ("", ["1", "2", "3"]),
     ],
 )
-def test_failed_videos_are_done_again_when_asked_or_when_storage_was_unavailable(
+def test_failed_videos_are_retried_when_asked_or_when_storage_was_unavailable(
     folder: Folder, retry: str | None, left: list[str]
 ) -> None:
     folder.write(row(ref(1), "corrupt"), row(ref(2), "unavailable"), row(ref(3), "timeout"))
@@ -264,7 +264,7 @@ def test_retry_reasons_are_a_closed_list() -> None:
         retry_reasons("bored")
 
 
-def test_a_changed_video_is_done_again(folder: Folder) -> None:
+def test_a_changed_video_is_processed_again(folder: Folder) -> None:
     folder.write(row(ref(1, size_bytes=9)), row(ref(2)))
     assert folder.left() == ["/videos/1.mp4", "/videos/3.mp4"]
 
@@ -287,10 +287,10 @@ def test_rows_of_deleted_videos_do_not_count(folder: Folder) -> None:
     assert folder.current().row.tolist() == [1, -1, -1]
 
 
-# ------------------------------------------------------------------------------------------------------ prune and close
+# ---------------------------------------------------------------------------------- prune and close
 
 
-def test_pruning_leaves_one_row_a_video(folder: Folder) -> None:
+def test_pruning_leaves_one_row_per_video(folder: Folder) -> None:
     folder.write(row(ref(1), "timeout"), row(ref(2)), age=60)
     folder.write(row(ref(1)), row(ref(9)), age=40)
     folder.write(row(ref(2, size_bytes=9)), row(ref(3)), age=20)
@@ -395,13 +395,13 @@ def test_closing_takes_out_changed_and_deleted_videos(done: Folder) -> None:
     assert done.problems() == []
 
 
-def test_a_manifest_that_lost_videos_is_enough_to_close_anew(done: Folder) -> None:
+def test_a_manifest_that_lost_videos_is_enough_to_close_again(done: Folder) -> None:
     done.set_manifest([ref(1), ref(3)])
     assert done.close()["counts"]["inputs"] == 2
     assert done.problems() == []
 
 
-# ---------------------------------------------------------------------------------------------------------- a whole run
+# -------------------------------------------------------------------------------------- a whole run
 
 
 def test_a_run_does_what_is_left_and_closes(folder: Folder) -> None:
@@ -420,13 +420,13 @@ def test_a_run_does_what_is_left_and_closes(folder: Folder) -> None:
     assert folder.problems() == []
 
 
-def test_a_run_that_has_something_to_do_opens_the_folder_again(done: Folder) -> None:
+def test_a_run_with_work_to_do_reopens_the_folder(done: Folder) -> None:
     with done.run(Selection.of(done.manifest, retry_failed="corrupt")) as run:
         assert [video.uri for video in run.todo] == ["/videos/2.mp4"]
         assert not (done.path / RUN_FILE).exists()
 
 
-def test_what_is_to_do_is_known_without_entering(folder: Folder, tmp_path: Path) -> None:
+def test_remaining_work_is_known_without_entering(folder: Folder, tmp_path: Path) -> None:
     selection = Selection.of(folder.manifest, limit=2)
     folder.write(row(ref(1)))
     with folder.run():  # another run holds the lease
@@ -485,10 +485,10 @@ def test_the_lease_of_a_killed_start_is_no_foreign_file(tmp_path: Path) -> None:
     folder.begin()
 
 
-# -------------------------------------------------------------------------------------------------------------- verify
+# ------------------------------------------------------------------------------------------- verify
 
 
-def test_an_unfinished_run_is_told_from_no_run(folder: Folder, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_distinguished_from_no_run(folder: Folder, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="this run is not finished; run its command again"):
         verify(folder.uri)
     with pytest.raises(RunError, match=r"no run folder \(no _run.json\)"):
@@ -589,7 +589,7 @@ def test_verify_finds_what_is_wrong(done: Folder, damage: Any, problem: str) -> 
     assert problem in " / ".join(done.problems())
 
 
-def test_verify_finds_two_rows_of_a_video(done: Folder) -> None:
+def test_verify_finds_two_rows_of_one_video(done: Folder) -> None:
     add_part(done)
     parts = [
         {"name": part.uri.rpartition("/")[2], "bytes": part.size_bytes}

@@ -1,4 +1,4 @@
-"""The quickstart's archive: the same seed gives the same files, and the evidence is where the annotations say."""
+"""The quickstart's archive: equal seeds give equal files, the evidence is where annotated."""
 
 from __future__ import annotations
 

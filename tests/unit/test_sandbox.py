@@ -1,4 +1,4 @@
-"""The decoder's children are real processes here: they hang, crash and run out of memory, and the pool goes on."""
+"""The decoder's children as real processes: they hang, crash, run out of memory; the pool lives."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> str:
 def act(
     source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
 ) -> DecodedVideo:
-    """In the child: what the name says, or an ordinary decode."""
+    """In the child: do what the name says, or an ordinary decode."""
     what = source.uri.rpartition("/")[2]
     if what == "hang":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGUSR1})
@@ -61,7 +61,7 @@ def act(
 def heavy_modules(
     source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
 ) -> DecodedVideo:
-    """In the child: tell which heavy modules it holds."""
+    """In the child: report which heavy modules are loaded."""
     raise VideoError(
         "internal",
         ",".join(name for name in ("torch", "ray", "transformers") if name in sys.modules)
@@ -80,7 +80,7 @@ def heavy_modules(
         ("bug", "internal", "KeyError"),
     ],
 )
-def test_what_happens_to_one_video_costs_that_video_only(
+def test_an_incident_with_one_video_affects_only_that_video(
     video: str, what: str, error_type: str, message: str
 ) -> None:
     settings = DecodeConfig(num_frames=4, timeout_s=2 if what == "hang" else 20, max_memory_mb=512)
@@ -112,7 +112,10 @@ def test_a_real_picture_too_large_for_the_memory_limit(tmp_path: Path, video: st
 
 
 def test_large_pictures_one_after_another(tmp_path: Path) -> None:
-    """What one video took is given back before the next: each of them alone fits the limit, two do not."""
+    """The memory of one video is returned before the next.
+
+    Each of them alone fits the limit, two do not.
+    """
     path = write_video(
         tmp_path / "large.mp4",
         2,
@@ -152,7 +155,7 @@ def test_an_idle_child_that_is_killed_is_replaced(video: str) -> None:
             )
 
 
-def test_closing_answers_videos_that_wait() -> None:
+def test_closing_answers_waiting_videos() -> None:
     pool = DecodePool(SETTINGS, SPECS, task=act)
     futures = [pool.submit(VideoSource(uri)) for uri in ("/hang", "/hang")]
     pool.close()
@@ -163,15 +166,15 @@ def test_closing_answers_videos_that_wait() -> None:
         pool.submit(VideoSource("/pid"))
 
 
-# ------------------------------------------------------------------------ children that are killed from outside
+# ------------------------------------------------------------ children that are killed from outside
 
 
 def planned(
     source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
 ) -> DecodedVideo:
-    """In the child: what line n of VIDEO.plan says for call n, then an ordinary decode.
+    """In the child: do what line n of VIDEO.plan says for call n, then an ordinary decode.
 
-    VIDEO.calls has a line a call: process, start, and the end where there is one.
+    VIDEO.calls has a line per call: process, start, and the end if it ended.
     """
     calls = Path(f"{source.uri}.calls")
     before = calls.read_text().splitlines() if calls.exists() else []
@@ -193,7 +196,7 @@ def planned(
 
 @pytest.fixture
 def plan(tmp_path: Path, video: str) -> Callable[..., str]:
-    """plan("name", "step step", ...) -> a video whose call n does the steps of line n."""
+    """plan("name", "step step", ...) -> a video whose call n performs the steps of line n."""
 
     def make(name: str, *lines: str) -> str:
         path = tmp_path / f"{name}.mp4"
@@ -212,7 +215,7 @@ def calls_of(uri: str) -> list[list[float]]:
 
 
 def wait_for_call(uri: str, number: int) -> int:
-    """The process of this call, once it is there."""
+    """The process of this call, once it exists."""
     deadline = time.monotonic() + 30
     while len(calls_of(uri)) < number:
         assert time.monotonic() < deadline, f"no call {number} of {uri}"
@@ -253,7 +256,7 @@ def test_a_child_killed_from_outside_is_not_the_videos_fault(
     ],
     ids=["killed", "terminated", "killed-segfault", "segfault", "abort", "exit"],
 )
-def test_how_often_a_video_is_tried_whose_child_dies(
+def test_how_often_a_video_is_retried_when_its_child_dies(
     plan: Callable[..., str], lines: list[str], message: str, num_calls: int
 ) -> None:
     uris = [plan("a"), plan("b", *lines), plan("c")]
@@ -276,7 +279,7 @@ def test_a_child_is_killed_while_it_decodes(plan: Callable[..., str]) -> None:
 
 
 def test_a_second_try_is_alone(plan: Callable[..., str]) -> None:
-    """No other video decodes meanwhile, neither one that was running nor one that came later."""
+    """No other video decodes meanwhile, neither a running one nor a later one."""
     killed = [plan("k1", "SIGKILL", "0.5"), plan("k2", "0.2 SIGKILL", "0.5")]
     others = [plan("a", "1"), *(plan(f"o{number}", "0.1") for number in range(8))]
     with DecodePool(SETTINGS, SPECS, 3, planned) as pool:
@@ -312,14 +315,14 @@ def test_closing_answers_a_second_try(plan: Callable[..., str], second_runs: boo
     futures = [pool.submit(VideoSource(uri)) for uri in uris]
     wait_for_call(killed, 2 if second_runs else 1)
     if not second_runs:
-        time.sleep(1)  # the other one runs on, so the second try and perhaps the late one wait
+        time.sleep(1)  # the other one continues, so the second try and perhaps the late one wait
     pool.close()
     outcomes = [future.result(timeout=30) for future in futures]
     assert "closed before this video was done" in str(outcomes[0])
     assert all(isinstance(outcome, (DecodedVideo, VideoError)) for outcome in outcomes)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_children_are_light() -> None:
@@ -348,7 +351,7 @@ with DecodePool(DecodeConfig(num_frames=4), {"a": FrameSpec(64)}) as pool:
 
 
 @pytest.mark.parametrize("as_file", [True, False])
-def test_a_script_without_a_main_guard_runs_once_and_in_silence(
+def test_a_script_without_a_main_guard_runs_once_and_silently(
     tmp_path: Path, video: str, as_file: bool
 ) -> None:
     damaged = tmp_path / "damaged.mp4"
@@ -368,7 +371,7 @@ def test_a_script_without_a_main_guard_runs_once_and_in_silence(
 def test_a_long_temporary_folder(
     tmp_path: Path, video: str, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Longer than a Unix socket's path may be: batch systems make such ones."""
+    """Batch systems create folders longer than a Unix socket's path may be."""
     folder = Path(f"{tmp_path}/".ljust(length, "x"))
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -417,10 +420,13 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_pool_that_cannot_be_started_in_the_middle_loses_no_video(
+def test_a_pool_that_cannot_be_started_midway_loses_no_video(
     plan: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a process may open no more files: no real limit could be set without the tests' own files."""
+    """As if a process may open no more files.
+
+    A real limit would also affect the tests' own files.
+    """
     uris = [plan("a"), plan("b", "SIGKILL"), plan("c"), plan("d")]
     with DecodePool(SETTINGS, SPECS, 1, planned) as pool:
         first = pool._new_pool

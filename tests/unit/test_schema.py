@@ -1,4 +1,4 @@
-"""The Arrow schemas: rows to tables and back, null tensors, what pandas and DuckDB make of them."""
+"""The Arrow schemas: rows to tables and back, null tensors, reading by pandas and DuckDB."""
 
 from __future__ import annotations
 
@@ -121,7 +121,10 @@ def test_pandas_reads_it(part: Path) -> None:
 
 
 def test_duckdb_reads_it(part: Path) -> None:
-    query = f"select video_id, status, frame_pts_s[2], labels[1], object_ids[11] from '{part}' order by video_id"
+    query = (
+        f"select video_id, status, frame_pts_s[2], labels[1], object_ids[11] from '{part}' "
+        "order by video_id"
+    )
     assert duckdb.sql(query).fetchall() == [
         (f"{1:016x}", "ok", 0.5, 0, 10),
         (f"{2:016x}", "failed", None, None, None),

@@ -67,7 +67,7 @@ def test_saliency_of_equal_probabilities_takes_the_first_classes() -> None:
             0.6,
             {2: "visual", 3: "visual", 5: "visual", 7: "visual", 9: "visual"},
         ),
-        # the make-up passes over a frame that the TQM has chosen: 5 is the TQM's, so 2 makes up for 9
+        # the make-up skips a frame that the TQM has chosen: 5 is the TQM's, so 2 makes up for 9
         (
             [9, 3, 7, 5, 2],
             [9, 5],
@@ -164,7 +164,8 @@ def test_always_k_distinct_source_frames(seed: int) -> None:
 def test_by_importance_is_the_choice_for_k_with_the_first_choices_first() -> None:
     visual, textual = scores([9, 3, 7, 5, 2], 16), scores([3, 12, 9, 1], 16)
     order = by_importance(lambda k: select_frames(visual, textual, ALL, k, 0.6).slots, 5)
-    # K = 1: 9 (a share of 0.6 is one frame); K = 2: 9 and 3; K = 3: 9, 3 and, for the 3 that both want, the VQM's next, 7; K = 4: 12
+    # K = 1: 9 (a share of 0.6 is one frame); K = 2: 9 and 3;
+    # K = 3: 9, 3 and, for the 3 that both want, the VQM's next, 7; K = 4: 12
     assert order.tolist() == [9, 3, 7, 12, 5]
     assert sorted(order) == select_frames(visual, textual, ALL, 5, 0.6).slots.tolist()
     for mode in ("both", "visual", "textual"):

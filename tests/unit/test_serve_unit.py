@@ -1,4 +1,7 @@
-"""The endpoint's rules without a server: token, address, prefixes, sizes, replicas, and what scoring may override."""
+"""The endpoint's rules without a server.
+
+Token, address, prefixes, sizes, replicas, and what scoring may override.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def refusal(run: Callable[[], Any]) -> tuple[int, str]:
     return caught.value.status, str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------- token and address
+# -------------------------------------------------------------------------------- token and address
 
 
 @pytest.mark.parametrize(
@@ -129,12 +132,12 @@ def test_check_binding() -> None:
             check_binding("127.0.0.1", port)
     check_binding("127.0.0.1", port)
     with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.77 .*cannot be bound"):
-        check_binding("192.0.2.77", port)  # an address for documentation: nobody's
+        check_binding("192.0.2.77", port)  # an address reserved for documentation
     with pytest.raises(ConfigError, match=r"--host no\.such\.host\.invalid .*cannot be bound"):
         check_binding("no.such.host.invalid", port)
 
 
-# ------------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
 @pytest.mark.ray
@@ -188,7 +191,7 @@ def test_build(
     assert isinstance(build({"model": bundle, "anonymous": anonymous}), Application)
 
 
-# ------------------------------------------------------------------------------------------------------------------ prefixes
+# ----------------------------------------------------------------------------------------- prefixes
 
 S3 = ("s3://bucket/open",)
 HTTP = ("https://host.example/videos/",)
@@ -281,11 +284,11 @@ def test_no_prefix_is_no_prefix() -> None:
         load_config(None, ['serve.allowed_uri_prefixes=[""]'])
 
 
-# ------------------------------------------------------------------------------------------------------------------ requests
+# ----------------------------------------------------------------------------------------- requests
 
 
 def request_of(parts: Sequence[bytes], **headers: str) -> tuple[Request, list[int]]:
-    """A request whose body comes in `parts`, and a list that counts those taken."""
+    """A request whose body comes in `parts`, and a list that counts the parts taken."""
     taken: list[int] = []
 
     async def receive() -> dict[str, Any]:
@@ -314,7 +317,7 @@ def test_a_body_is_cut_off_at_the_limit() -> None:
     status, message = refusal(lambda: ended(limited(request, 100).body()))
     assert status == 413
     assert "larger than the limit of 100 bytes" in message
-    assert len(taken) == 3  # the other seven were never asked for
+    assert len(taken) == 3  # the other seven were never requested
 
 
 def test_a_body_announced_as_too_large_is_not_read() -> None:
@@ -377,7 +380,7 @@ def test_read_uri() -> None:
     assert read_uri(b'{"uri": "s3://b/a b.mp4"}') == "s3://b/a b.mp4"
 
 
-# ------------------------------------------------------------------------------------------------------- replicas, settings
+# ------------------------------------------------------------------------------- replicas, settings
 
 
 @pytest.mark.ray
@@ -488,7 +491,9 @@ def test_scoring_may_not_override(setting: str, was: str, bundle: str) -> None:
     name = setting.partition("=")[0]
     with pytest.raises(
         ConfigError,
-        match=f"scoring cannot change what the bundle was trained with .{name}: {was} in the bundle",
+        match=(
+            f"scoring cannot change what the bundle was trained with .{name}: {was} in the bundle"
+        ),
     ):
         scoring_config(bundle, sets=[setting])
 

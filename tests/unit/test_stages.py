@@ -42,7 +42,7 @@ FAILURES = (
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Networks this small are slower on many."""
+    """Networks this small are slower on many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,7 +64,7 @@ def ref(number: int) -> VideoRef:
 
 
 def video(bundle: Bundle, seed: int, num_distinct: int = NUM_FRAMES) -> DecodedVideo:
-    """A video of `num_distinct` source frames, every third of its file, as random pictures in all sizes."""
+    """`num_distinct` source frames, every third of its file, as random pictures in all sizes."""
     rng = np.random.default_rng(seed)
     slot_frame = np.arange(NUM_FRAMES, dtype=np.int32) % num_distinct
     frame_index = slot_frame * 3
@@ -96,7 +96,7 @@ def score(bundle: Bundle, items: list[Any], **settings: Any) -> list[dict[str, A
     return [prediction_row(one, answer) for (one, _), answer in zip(items, answers, strict=True)]
 
 
-# -------------------------------------------------------------------------------------------------------------- encode
+# ------------------------------------------------------------------------------------------- encode
 
 
 def test_encode_gives_each_slot_its_features(bundle: Bundle) -> None:
@@ -121,7 +121,7 @@ def test_encode_gives_each_slot_its_features(bundle: Bundle) -> None:
     assert not np.array_equal(short[0], short[1])
 
 
-def test_encode_gives_as_many_objects_as_it_is_asked_for(bundle: Bundle) -> None:
+def test_encode_gives_as_many_objects_as_requested(bundle: Bundle) -> None:
     few, every = (
         Encode(bundle.encoder, bundle.objects, device=CPU, num_objects=count)([video(bundle, 0)])[0]
         for count in (3, 1000)
@@ -177,7 +177,7 @@ def test_encode_without_the_textual_side_and_without_videos(bundle: Bundle) -> N
     assert feature.recognizer_logits is None
 
 
-# ------------------------------------------------------------------------------------------------- sample and recognize
+# ----------------------------------------------------------------------------- sample and recognize
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -257,7 +257,7 @@ def test_maxconf_l_takes_the_surest_frames_of_the_light_encoder(bundle: Bundle) 
     assert set(row["selected_slot"].tolist()) == set(surest.topk(BUDGET).indices.tolist())
 
 
-def test_uniform_takes_the_middles_and_random_hangs_on_seed_and_video(bundle: Bundle) -> None:
+def test_uniform_takes_the_middles_and_random_depends_on_seed_and_video(bundle: Bundle) -> None:
     items = [(ref(number), video(bundle, 0)) for number in range(6)]
     assert {
         tuple(row["selected_slot"].tolist()) for row in score(bundle, items, mode="uniform")
@@ -273,8 +273,11 @@ def test_uniform_takes_the_middles_and_random_hangs_on_seed_and_video(bundle: Bu
     assert len(set(first)) > 1
 
 
-def test_an_adaptive_budget_stops_where_the_recogniser_is_sure(bundle: Bundle) -> None:
-    """Fixed K is an adaptive budget that is never sure; each video stops for itself, in company as alone."""
+def test_an_adaptive_budget_stops_when_the_recogniser_is_sure(bundle: Bundle) -> None:
+    """Fixed K is an adaptive budget that is never sure.
+
+    Each video stops for itself, in a batch as alone.
+    """
     items: list[Any] = [(ref(number), video(bundle, number)) for number in range(6)] + [
         (ref(9), FAILURES[0])
     ]
@@ -348,7 +351,7 @@ def test_only_the_pictures_that_a_mode_needs_are_made(
 
 
 @pytest.mark.parametrize("mode", ["visual", "uniform"])
-def test_a_mode_works_on_the_pictures_it_asked_for(bundle: Bundle, mode: str) -> None:
+def test_a_mode_works_on_the_pictures_it_requested(bundle: Bundle, mode: str) -> None:
     item = video(bundle, 0)
     item.frames = {name: item.frames[name] for name in bundle_specs(bundle, mode)}
     assert score(bundle, [(ref(0), item)], mode=mode)[0]["status"] == "ok"
@@ -359,7 +362,7 @@ def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) ->
     config, specs = SamplerConfig(budget=BUDGET, mode=mode), bundle_specs(bundle, mode)
     made, whole = video(bundle, 3), video(bundle, 3)
     rng = np.random.default_rng(4)
-    # smooth pictures, as of a camera: those of noise change wholly with a rounding
+    # smooth pictures, as from a camera: a rounding changes those of noise completely
     frames = np.stack(
         [
             resize_picture(rng.integers(0, 256, (4, 6, 3), np.uint8), FrameSpec(64), (96, 64))
@@ -382,7 +385,7 @@ def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) ->
     assert len(row["selected_slot"]) == BUDGET
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:
@@ -398,7 +401,8 @@ def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:
         (
             {"mode": "uniform"},
             "single",
-            r"'adaptive' needs frames ranked by saliency, which sampler\.mode 'uniform' does not give",
+            r"'adaptive' needs frames ranked by saliency, which sampler\.mode 'uniform' does "
+            r"not give",
         ),
         (
             {"max_budget": 9},
@@ -408,11 +412,12 @@ def test_a_budget_above_t_is_refused(bundle: Bundle) -> None:
         (
             {},
             "multi",
-            "waits for one class to lead, but with train.task 'multi' several may be true; use a number",
+            "waits for one class to lead, but with train.task 'multi' several may be true; use "
+            "a number",
         ),
     ],
 )
-def test_an_adaptive_budget_that_cannot_be(
+def test_an_impossible_adaptive_budget(
     bundle: Bundle, settings: dict[str, Any], task: Any, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -445,7 +450,7 @@ def test_textual_of_a_visual_bundle_is_refused(bundle: Bundle) -> None:
     assert row["saliency_textual"] is None
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 def test_a_plain_row_is_json_without_the_manifests_labels(bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""Storage on local disks: names, atomic writes, listings, what an exception means, what is never shown."""
+"""Storage on local disks: names, atomic writes, listings, error classes, hidden secrets."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_queries_are_never_shown(text: str, shown: str) -> None:
 
 
 class RemoteFailure(Exception):
-    """As botocore's: the code is in `response`."""
+    """Like botocore's: the code is in `response`."""
 
     def __init__(self, code: str = "", status: int | None = None) -> None:
         super().__init__(code)
@@ -138,7 +138,7 @@ def test_the_cause_of_an_exception_counts() -> None:
 
 
 def test_keys_that_expired_are_renewed_sooner_or_later() -> None:
-    error = PermissionError("the provided token has expired")  # what s3fs makes of it
+    error = PermissionError("the provided token has expired")  # what s3fs turns it into
     error.__cause__ = RemoteFailure("ExpiredToken")
     assert storage.classify(error) == "unavailable"
     with (
@@ -189,7 +189,7 @@ def test_defects_are_not_taken_for_storage_failures() -> None:
     "uri", ["gopher://x", "ftp://127.0.0.1/v.mp4", "zip://a.mp4", "simplecache://s3://b/k"]
 )
 @pytest.mark.parametrize("call", [storage.stat, storage.read_bytes, storage.is_folder])
-def test_an_unknown_kind_of_storage_is_told(uri: str, call: Callable[[str], object]) -> None:
+def test_an_unknown_kind_of_storage_is_reported(uri: str, call: Callable[[str], object]) -> None:
     message = f"{uri}: this kind of storage cannot be opened .* use a local path or an s3:// URI"
     with pytest.raises(StorageError, match=message) as caught:
         call(uri)
@@ -229,7 +229,7 @@ def test_readers_never_see_a_part_of_a_file(tmp_path: Path) -> None:
     assert storage.read_bytes(str(place)) == b"new"
 
 
-def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="cannot write"):
         storage.write_bytes(str(tmp_path / "file" / "below"), b"x")
@@ -238,7 +238,7 @@ def test_a_file_in_the_place_of_a_folder_is_told(tmp_path: Path) -> None:
     assert caught.value.error_type == "not_found"
 
 
-def test_stat_tells_size_and_time_in_utc(tmp_path: Path) -> None:
+def test_stat_gives_size_and_time_in_utc(tmp_path: Path) -> None:
     place = tmp_path / "v.mp4"
     place.write_bytes(b"12345")
     os.utime(place, (1_700_000_000, 1_700_000_000))
@@ -271,7 +271,7 @@ def test_what_is_there(tmp_path: Path) -> None:
     ]
 
 
-def test_walk_tells_of_a_folder_that_it_may_not_read() -> None:
+def test_walk_reports_a_folder_that_it_may_not_read() -> None:
     code = """
 import os, sys
 from tsq_ray import storage
@@ -287,7 +287,7 @@ except storage.StorageError as error:
 """
     with (
         tempfile.TemporaryDirectory() as folder
-    ):  # pytest's own folders are closed to other users as a whole
+    ):  # pytest's own folders are closed to other users altogether
         os.chmod(folder, 0o755)
         for name in ("a/1.mp4", "b/closed/2.mp4"):
             (Path(folder) / name).parent.mkdir(parents=True)
@@ -314,7 +314,7 @@ def test_list_folder_shows_hidden_files_but_no_folders(tmp_path: Path) -> None:
     assert storage.list_folder(str(tmp_path / "none")) == []
 
 
-def test_remove_and_remove_folder_do_not_mind_what_is_gone(tmp_path: Path) -> None:
+def test_remove_and_remove_folder_ignore_what_is_gone(tmp_path: Path) -> None:
     place = tmp_path / "folder" / "file"
     storage.write_bytes(str(place), b"")
     for _ in range(2):
@@ -350,7 +350,7 @@ def test_a_local_download_is_the_file_itself(tmp_path: Path) -> None:
     assert storage.download(str(tmp_path / "v"), tmp_path) == str(tmp_path / "v")
 
 
-# ------------------------------------------------------------------------------------------------------------ odd names
+# ---------------------------------------------------------------------------------------- odd names
 
 
 def test_a_name_is_never_read_as_a_chain_or_a_pattern(
@@ -473,7 +473,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     assert caught.value.error_type == "not_video"
 
 
-def test_a_name_that_is_not_utf8_is_told_in_text_that_can_be_printed(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_reported_in_printable_text(tmp_path: Path) -> None:
     name = os.fsdecode(bytes(tmp_path) + b"/caf\xe9.mp4")
     storage.write_bytes(name, b"x")
     with pytest.raises(
@@ -506,7 +506,7 @@ def odd_time(seconds: int) -> Iterator[str]:
         yield place
 
 
-# --------------------------------------------------------------------------------------------------------------- advice
+# ------------------------------------------------------------------------------------------- advice
 
 
 def test_advice_on_a_local_path_speaks_of_the_path() -> None:

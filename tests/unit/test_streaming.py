@@ -1,4 +1,4 @@
-"""Memory of what reads whole predictions folders: it depends on the size of a part, not on how many rows there are."""
+"""Memory of readers of whole predictions folders: it depends on the part size, not the rows."""
 
 from __future__ import annotations
 
@@ -32,8 +32,12 @@ def watch():
 work = {
     "report": lambda run: build_report(run, f"{run}.html", max_videos=0),
     "export": lambda run: export_predictions(run, f"{run}-labels", ["labels"]),
-    "measure": lambda run: measure_predictions(run, json.loads(Path(run, "_run.json").read_text())["bundle_classes"]),
-    "compare": lambda run: compare([run], SimpleNamespace(sha256="0" * 64, recognizer=None), Annotations({}, "")),
+    "measure": lambda run: measure_predictions(
+        run, json.loads(Path(run, "_run.json").read_text())["bundle_classes"]
+    ),
+    "compare": lambda run: compare(
+        [run], SimpleNamespace(sha256="0" * 64, recognizer=None), Annotations({}, "")
+    ),
 }[sys.argv[1]]
 peak, (small, large) = [0.0], sys.argv[2:]
 work(small)  # imports, and what allocators keep
@@ -46,7 +50,7 @@ print("MiB:", max(peak[0], anonymous_mib()) - before)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two predictions folders with parts alike: of 4,000 rows and of 40,000."""
+    """Two predictions folders with parts of equal size: 4,000 rows and 40,000 rows."""
     folder = tmp_path_factory.mktemp("large")
     return [str(write_large_run(folder / str(parts), parts, 1000, 100)) for parts in (4, 40)]
 
@@ -60,7 +64,7 @@ def test_memory_does_not_grow_with_the_rows(folders: list[str], work: str) -> No
     assert float(done.stdout.rpartition("MiB:")[2]) < 20, done.stdout
 
 
-def test_runs_over_other_videos_are_told_apart(folders: list[str]) -> None:
+def test_runs_over_other_videos_are_distinguished(folders: list[str]) -> None:
     model: Any = SimpleNamespace(sha256="0" * 64, recognizer=None)
     warning = "warning: the runs hold different videos, so their results are not comparable"
     assert warning in compare(folders, model, None).notes

@@ -1,4 +1,7 @@
-"""Features of a run folder as arrays: which rows, in which order, in files that the processes of a machine share."""
+"""Features of a run folder as arrays.
+
+Which rows, in which order, in files that the processes of a machine share.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ from tsq_ray.training.head import fit_head, head_logits, standard_scale
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the copies go."""
+    """The folder of the copies."""
     place = tmp_path / "tmp"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
@@ -127,7 +130,7 @@ def _counted(
     return node_arrays(key, write)
 
 
-def test_made_once_and_gone_with_the_last(temporary: Path) -> None:
+def test_copies_are_made_once_and_removed_with_the_last_user(temporary: Path) -> None:
     made: list[str] = []
     with _counted("one", made) as first:
         with _counted("one", made) as second:
@@ -141,7 +144,7 @@ def test_made_once_and_gone_with_the_last(temporary: Path) -> None:
     assert (first["numbers"] == 7).all(), "what is mapped stays"
 
 
-def test_a_failed_write_is_made_anew(temporary: Path) -> None:
+def test_a_failed_write_is_repeated(temporary: Path) -> None:
     def fail(create: Create) -> None:
         create("numbers", np.dtype(np.int16), (1,))
         raise OSError("storage went away")
@@ -156,7 +159,7 @@ def test_a_failed_write_is_made_anew(temporary: Path) -> None:
 
 @pytest.fixture
 def killed(temporary: Path) -> Path:
-    """What a process left that was killed while it used its files."""
+    """The remains of a process that was killed while it used its files."""
 
     def use() -> None:
         with _counted("one", [], 9):
@@ -171,7 +174,7 @@ def killed(temporary: Path) -> Path:
 
 
 @pytest.mark.parametrize(("key", "expected"), [("one", 9), ("other", 7)])
-def test_what_a_killed_process_left_is_used_or_removed(
+def test_remains_of_a_killed_process_are_used_or_removed(
     killed: Path, temporary: Path, key: str, expected: int
 ) -> None:
     with _counted(key, []) as arrays:
@@ -197,14 +200,15 @@ def test_no_room(temporary: Path) -> None:
     assert list(temporary.glob("tsq-*")) == []
 
 
-def test_two_videos_whose_urls_differ_in_the_query_alone(tmp_path: Path) -> None:
-    """One fails, the other one is used; neither query is shown."""
+def test_two_videos_whose_urls_differ_only_in_the_query(tmp_path: Path) -> None:
+    """One fails, the other is used; neither query is shown."""
     rows = VideoRows.of(
         VideoRef(video_id(uri), uri, 1, labels=(number,), split="train")
         for number, uri in enumerate(f"https://host/v.mp4?X-Amz-Signature={key}" for key in "ab")
     )
     chosen = TrainingRows.of(rows, None, None, "manifest")
-    tuned = Tuned(torch.nn.Identity(), {rows[1].video_id: "not_video"}, {}, [])  # type: ignore[arg-type]
+    failures = {rows[1].video_id: "not_video"}
+    tuned = Tuned(torch.nn.Identity(), failures, {}, [])  # type: ignore[arg-type]
     found = _summary(
         str(tmp_path), "encoder", Manifest(rows, NAMES), chosen, rows[:0], tuned, load_config(None)
     )

@@ -1,4 +1,4 @@
-"""The training loop in this process: what it gives, and on what alone that hangs."""
+"""The training loop in this process: its result, and what that alone depends on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tsq_ray.errors import RunFailed
 from tsq_ray.training.sampler.loop import BatchShares, fit_tsqnet
 
 
-def test_it_learns_and_the_same_again() -> None:
+def test_it_learns_and_repeats_exactly() -> None:
     torch.manual_seed(1)
     random, threads = torch.get_rng_state(), torch.get_num_threads()
     state, curve = fit_tsqnet(
@@ -65,7 +65,10 @@ def test_precision() -> None:
 
 
 def test_shares_make_up_the_batch() -> None:
-    """Whatever the number of workers: each video once, and weights under which the mean over the workers is the mean over the batch."""
+    """Each video once, for any number of workers.
+
+    The weights make the mean over the workers the mean over the batch.
+    """
     config = config_with()
     workers = [
         BatchShares(make_arrays(), make_vocabulary(), config, rank, 3, torch.device("cpu"))

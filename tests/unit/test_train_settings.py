@@ -1,4 +1,7 @@
-"""From settings to a training: what features carry on, what old ones leave out, how the ablations' settings reach the network."""
+"""From settings to a training.
+
+What features pass on, what old ones leave out, how the ablations' settings reach the network.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ from tsq_ray.training.sampler.tsqnet import _shape
 
 
 def features(folder: Path, *sets: str, leave_out: str = "") -> str:
-    """The `_run.json` of features made with these settings; by a version that did not know `encoders.<leave_out>`."""
+    """The `_run.json` of features made with these settings.
+
+    By a version that did not know `encoders.<leave_out>`.
+    """
     config = load_config(None, sets).model_dump(mode="json")
     config["encoders"].pop(leave_out, None)
     runs.write_json(
@@ -68,7 +74,8 @@ def test_every_setting_of_a_variant_reaches_the_network() -> None:
     }
     config = load_config(None, base={"train": variant})
     data = SimpleNamespace(classes=["a", "b"], visual=np.zeros((1, 2, 24), np.float16), dim=24)
-    shape = _shape(config, data, SimpleNamespace(vocabulary=np.zeros((1000, 12))))  # type: ignore[arg-type]
+    words = SimpleNamespace(vocabulary=np.zeros((1000, 12)))
+    shape = _shape(config, data, words)  # type: ignore[arg-type]
     assert (
         dataclasses.asdict(shape).items()
         >= {
@@ -83,5 +90,6 @@ def test_every_setting_of_a_variant_reaches_the_network() -> None:
 
 def test_the_default_settings_are_the_default_network() -> None:
     data = SimpleNamespace(classes=["a", "b"], visual=np.zeros((1, 2, 1280), np.float16), dim=1280)
-    shape = _shape(Config(), data, SimpleNamespace(vocabulary=np.zeros((1000, 768))))  # type: ignore[arg-type]
+    words = SimpleNamespace(vocabulary=np.zeros((1000, 768)))
+    shape = _shape(Config(), data, words)  # type: ignore[arg-type]
     assert shape == TSQShape(2)

@@ -240,7 +240,7 @@ def test_object_embeddings_are_the_kept_objects_weighted(count: int) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tensors this small only lose by a second thread: on a busy machine they wait for each other."""
+    """A second thread only slows tensors this small: on a busy machine the threads wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,7 @@
-"""The variants of the paper's ablations: each against a reference written with PyTorch's own attention, and what all of them keep."""
+"""The variants of the paper's ablations.
+
+Each against a reference written with PyTorch's own attention, and what all of them keep.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 def torchs_attention(
     layer: TSQLayer | SelfAttention, queries: Tensor, keys: Tensor, values: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """nn.MultiheadAttention with the layer's weights: its output and the weights averaged over the heads."""
+    """The output of nn.MultiheadAttention with the layer's weights, and its mean head weights."""
     reference = nn.MultiheadAttention(queries.shape[-1], layer.num_heads, batch_first=True).eval()
     projections = layer.query, layer.key, layer.value
     with torch.no_grad():
@@ -127,7 +130,7 @@ def test_training_gives_four_logits_and_reaches_every_parameter(
 
 
 @each_variant
-def test_the_visual_module_does_not_feel_the_swap_into_the_textual_one(
+def test_the_swap_into_the_textual_module_does_not_affect_the_visual_one(
     variant: dict[str, object], inputs: tuple[Tensor, Tensor]
 ) -> None:
     net = make_net(**variant).train()
@@ -158,7 +161,10 @@ def test_folding_changes_neither_the_output_nor_the_state(
 
 
 def test_the_default_network_is_the_one_of_old_bundles() -> None:
-    """Names and random stream: a bundle from before the variants loads, and a training gives what it gave."""
+    """Names and random stream are unchanged.
+
+    A bundle from before the variants loads, and a training gives the same result.
+    """
     torch.manual_seed(0)
     net = TSQNet(SHAPE)
     linear = [
@@ -253,11 +259,11 @@ def test_impossible_shapes(shape: dict[str, object], match: str) -> None:
         make_net(**shape)
 
 
-# ---------------------------------------------------------------------------------------------------------- what they cost
+# ----------------------------------------------------------------------------------- what they cost
 
 
 def costs(**changes: object) -> tuple[int, int]:
-    """Multiply-adds of the VQM with C = 200 and T = 16: of the field's convention, and folded."""
+    """Multiply-adds of the VQM with C = 200 and T = 16: by the field's convention, and folded."""
     shape = TSQShape(200, modules="visual", **changes)
     return tsq_multiply_adds(shape, 16, False)["visual"], tsq_multiply_adds(shape, 16, True)[
         "visual"

@@ -1,4 +1,4 @@
-"""Which of a cluster's actors a run waits for, and which are another's."""
+"""Which of a cluster's actors a run waits for, and which belong to other jobs."""
 
 from __future__ import annotations
 

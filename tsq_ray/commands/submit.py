@@ -1,4 +1,4 @@
-"""`--submit`: a command as a Ray job."""
+"""`--submit`: run a command as a Ray job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of a video: checked against the manifest, copied to this machine or read by ranges."""
+"""Check a video's file against the manifest; copy it to this machine or read byte ranges of it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ from tsq_ray.decode.types import VideoSource
 from tsq_ray.errors import StorageError, VideoError
 
 RANGE_BYTES = 128 * 1024
-"""Minimum read of a remote object: about one keyframe."""
+"""Minimum read from a remote object: about one keyframe."""
 _HEAD_BYTES = 1024
 _COPIES = "tsq-decode-"
 _LOCK = ".lock"
 
 
 def check_source(source: VideoSource, settings: DecodeConfig, name: str) -> int:
-    """The file size in bytes. Raises VideoError: source_changed, too_large, not_video (folder)."""
+    """Return the file size in bytes.
+
+    Raises VideoError: source_changed, too_large or, for a folder, not_video.
+    """
     if storage.is_local(source.uri) and os.path.isdir(source.uri):
-        raise VideoError("not_video", f"{name}: a folder; a video file is needed")
+        raise VideoError("not_video", f"{name}: is a folder; a video file is needed")
     now = storage.stat(source.uri)
     changes = []
     if source.size_bytes is not None and source.size_bytes != now.size_bytes:
@@ -59,7 +62,7 @@ def _differ(before: datetime | None, now: datetime | None) -> bool:
 
 @contextlib.contextmanager
 def local_copy(uri: str) -> Iterator[str]:
-    """A local path to the object's bytes, valid within the `with`."""
+    """Yield a local path to the object's bytes, valid inside the `with` block."""
     if storage.is_local(uri):
         yield uri
         return
@@ -82,7 +85,7 @@ def sweep_copies() -> None:
 
 
 def read_head(path: str) -> bytes:
-    """The first bytes of a local file, which tell its container."""
+    """Return the first bytes of a local file, which identify its container."""
     with storage.open_read(path) as file:
         return file.read(_HEAD_BYTES)
 

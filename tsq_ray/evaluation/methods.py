@@ -1,4 +1,4 @@
-"""The samplers of table 2 and figure 3: what each is, what it needs, what it costs."""
+"""The samplers of table 2 and figure 3, with their training and their cost."""
 
 from __future__ import annotations
 
@@ -36,28 +36,28 @@ from tsq_ray.model.flops import Counting
 
 @dataclass(frozen=True)
 class Method:
-    """A sampler of the catalogue."""
+    """A sampler of the catalogue `METHODS`."""
 
     name: str
     what: str
     """One line for the table's notes."""
     cost: Cost | None
-    """None: it cannot be had at any cost (the oracle)."""
+    """None: no computation achieves it (the oracle)."""
     train: Mapping[str, Any] | None = None
-    """What it changes of `train.*`, where it is a network trained here."""
+    """Changes to `train.*`, if the sampler is a network trained by the evaluation."""
     mode: TSQMode = "both"
-    """How such a network chooses."""
+    """`sampler.mode` of a network."""
     adaptive: bool = False
-    """Whether K is the most, and the recogniser stops where it is sure."""
+    """Whether the recogniser stops as soon as it is sure, after at most K frames."""
 
     @property
     def trained(self) -> bool:
-        """Whether it has to be fitted first."""
+        """Whether it has to be fitted before it is measured."""
         return self.train is not None or self.name == "scsampler"
 
     @property
     def seeded(self) -> bool:
-        """Whether its choice hangs on a seed."""
+        """Whether its choice depends on a seed."""
         return self.trained or self.name == "random"
 
 
@@ -67,31 +67,37 @@ _JOINT = {"modules": "both"}
 METHODS = (
     Method("uniform", "slots floor((i + 0.5) T / K)", "uniform"),
     Method("random", "K frames at random", "uniform"),
-    Method("dense", "the recogniser on all T frames, whatever K", "maxconf"),
+    Method("dense", "the recogniser on all T frames, independent of K", "maxconf"),
     Method(
-        "maxconf", "the K frames on which the recogniser is surest, having seen all T", "maxconf"
+        "maxconf",
+        "the K frames on which the recogniser is most confident, after seeing all T",
+        "maxconf",
     ),
     Method(
-        "maxconf-l", "the K frames on which the light encoder's frame head is surest", "maxconf-l"
-    ),
-    Method(
-        "stillness",
-        "the K frames whose visual feature changes least to their neighbours (mean of 1 - cosine)",
+        "maxconf-l",
+        "the K frames on which the light encoder's frame head is most confident",
         "maxconf-l",
     ),
     Method(
-        "motion", "the K frames whose visual feature changes most to their neighbours", "maxconf-l"
+        "stillness",
+        "the K frames whose visual features differ least from their neighbours' (mean 1 - cosine)",
+        "maxconf-l",
+    ),
+    Method(
+        "motion",
+        "the K frames whose visual features differ most from their neighbours'",
+        "maxconf-l",
     ),
     Method(
         "attention",
-        "class-agnostic attention: one query for all classes, its attention is the saliency",
+        "class-agnostic attention: one query for all classes, whose attention is the saliency",
         "visual",
         _AGNOSTIC,
     ),
     Method(
         "scsampler",
-        "after Korbar et al. 2019: a multilayer perceptron on the light encoder's feature, fitted to rank frames as the recogniser's "
-        "probability of the true class does",
+        "after Korbar et al. 2019: a multilayer perceptron on the light encoder's features, fitted "
+        "to rank frames like the recogniser's probability of the true class",
         "scsampler",
     ),
     Method(
@@ -111,16 +117,17 @@ METHODS = (
         _JOINT,
         "textual",
     ),
-    Method("tsqnet", "both modules, trained here with each seed", "both", _JOINT, "both"),
+    Method("tsqnet", "both modules, trained with each seed", "both", _JOINT, "both"),
     Method(
         "adaptive",
-        "tsqnet's frames one by one, K at most, until the recogniser's summed probabilities put one class sampler.margin frames ahead",
+        "tsqnet's frames one by one, at most K, until the recogniser's summed probabilities put "
+        "one class sampler.margin frames ahead",
         "both",
         _JOINT,
         "both",
         adaptive=True,
     ),
-    Method("bundle", "the network of --model as it is", "both"),
+    Method("bundle", "the network of --model, unchanged", "both"),
     Method("oracle", "an oracle restricted to the T frames", None),
 )
 
@@ -137,11 +144,11 @@ class Measured:
     recall: MeanOverSeeds
     frames: MeanOverSeeds
     diverged: int = 0
-    """Seeds whose training diverged; they are not in the figures."""
+    """Number of seeds whose training diverged; the other fields leave them out."""
 
     @classmethod
     def of(cls, method: Method, budget: int, found: list[Measures], diverged: int = 0) -> Measured:
-        """Gather the seeds."""
+        """Combine the measures of each seed."""
 
         def figure(name: str) -> MeanOverSeeds:
             return MeanOverSeeds(tuple(getattr(item, name) for item in found))
@@ -159,22 +166,20 @@ class Measured:
 
 
 def possible(bench: Bench) -> tuple[list[Method], list[str]]:
-    """The samplers that can be measured here, and one line for each group that cannot."""
+    """Return the samplers that can be measured, and one note per group that cannot."""
     methods, notes = list(METHODS), []
     if bench.features.training is None:
         gone = [method.name for method in methods if method.trained]
         methods = [method for method in methods if not method.trained]
-        notes.append(
-            f"not measured, the features have no split 'train' to fit them on: {', '.join(gone)}"
-        )
+        notes.append(f"not measured, because the features have no split 'train': {', '.join(gone)}")
     if bench.task == "multi":
         methods = [method for method in methods if not method.adaptive]
-        notes.append("not measured with several labels a video: adaptive")
+        notes.append("not measured for several labels per video: adaptive")
     return methods, notes
 
 
 def jobs_of(bench: Bench, method: Method) -> list[TrainingSpec]:
-    """The trainings that a sampler needs, one a seed."""
+    """Return the trainings that a sampler needs, one per seed."""
     if method.name == "scsampler":
         return [bench.scsampler(seed) for seed in bench.seeds]
     if method.train is not None:
@@ -183,7 +188,7 @@ def jobs_of(bench: Bench, method: Method) -> list[TrainingSpec]:
 
 
 def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
-    """The sampler with each of its seeds, and how many seeds diverged."""
+    """Return one sampler per seed, and the number of seeds that diverged."""
     videos, task = bench.videos, bench.task
     if method.trained:
         found = [bench.learned[job] for job in jobs_of(bench, method)]
@@ -214,14 +219,14 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
 
 
 def ranked_sampler(bench: Bench, scores: np.ndarray, name: str) -> Sampler:
-    """The frames with the highest scores [V, T]."""
+    """Return a sampler of the frames with the highest scores, [V, T]."""
     return Sampler(bench.videos, bench.task, partial(Ranked, name=name), scores=scores)
 
 
 def salient_chooser(
     bench: Bench, mode: TSQMode, *, adaptive: bool = False
 ) -> Callable[[int], Chooser]:
-    """TSQNet's choice for a budget, with the evaluation's settings."""
+    """Return a function from budget to TSQNet's chooser, with the evaluation's settings."""
     settings = bench.config.sampler
 
     def chooser(budget: int) -> Chooser:
@@ -234,14 +239,14 @@ def salient_chooser(
 def learned_sampler(
     bench: Bench, arrays: Mapping[str, np.ndarray], mode: TSQMode, *, adaptive: bool = False
 ) -> Sampler:
-    """A sampler from the saliencies that a training made."""
+    """Return a sampler that uses the saliencies of a training."""
     visual, textual = arrays["saliency_visual"], arrays.get("saliency_textual")
     chooser = salient_chooser(bench, mode, adaptive=adaptive)
     return Sampler(bench.videos, bench.task, chooser, visual, textual)
 
 
 def bundle_arrays(bench: Bench) -> dict[str, np.ndarray]:
-    """What the bundle's own network looks at."""
+    """Return the inputs of the bundle's own network."""
     videos = bench.videos
     return {
         "visual": videos.visual,
@@ -265,7 +270,10 @@ def _scores(bench: Bench, name: str) -> np.ndarray:
 
 
 def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[Measured]:
-    """A sampler at each budget; only the first one, T, for `dense`. Empty where every seed diverged."""
+    """Measure a sampler at each budget, or `dense` once, at T.
+
+    Empty if every seed diverged.
+    """
     samplers, diverged = samplers_of(bench, method)
     if not samplers:
         return []
@@ -286,7 +294,7 @@ def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[
 
 
 def cost_of(bench: Bench, method: Method, budget: float, counting: Counting) -> float | None:
-    """GFLOPs a video, `budget` frames recognised on average; None for the oracle."""
+    """Return GFLOPs per video if `budget` frames are recognised on average; None for the oracle."""
     if method.cost is None:
         return None
     cost: Cost = method.cost
@@ -298,7 +306,7 @@ def cost_of(bench: Bench, method: Method, budget: float, counting: Counting) -> 
 
 
 def shape_of(bench: Bench, method: Method) -> TSQShape:
-    """Of the network whose cost counts; the bundle's own where nothing is trained."""
+    """Return the shape of the network whose cost counts: the bundle's own if nothing is trained."""
     own = bench.bundle.sampler.shape
     if method.train is None:
         return own
@@ -306,7 +314,7 @@ def shape_of(bench: Bench, method: Method) -> TSQShape:
 
 
 def text_dim_of(bench: Bench) -> int:
-    """Dt; of a VQM-only bundle, which has no text, that of the trainings made here."""
+    """Return Dt; for a VQM-only bundle, which has no text, the Dt of the evaluation's trainings."""
     own = bench.bundle.sampler.shape
     if own.modules == "both":
         return own.text_dim

@@ -1,6 +1,6 @@
-"""Samplers behind one interface, on arrays instead of videos: which slots does each take for a budget?
+"""Samplers that choose slots from arrays instead of videos.
 
-Legend: V videos, T frames (slots), D dims, C classes, K budget.
+Shapes: V videos, T frames (slots), D dims, C classes, K budget.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ class Sampler:
     visual: np.ndarray | None = None
     """Saliency of the visual query module, float [V, T]."""
     textual: np.ndarray | None = None
-    """That of the textual one."""
+    """Saliency of the textual query module, float [V, T]."""
     scores: np.ndarray | None = None
-    """What `model.choosers.Ranked` ranks by, float [V, T]."""
+    """Scores that `model.choosers.Ranked` ranks by, float [V, T]."""
 
     def choose(self, video: int, budget: int) -> np.ndarray:
-        """Slots of at most `budget` distinct source frames of this video: int [<= K], ascending."""
+        """Return the slots chosen from a video, ascending: int [<= K].
+
+        They show at most `budget` distinct source frames.
+        """
 
         def of_video(values: np.ndarray | None) -> np.ndarray | None:
             return values[video] if values is not None else None
@@ -53,25 +56,34 @@ class Sampler:
 
 
 def frame_probabilities(logits: np.ndarray, task: Task) -> np.ndarray:
-    """float [..., C] logits -> float32 probabilities, softmax or (multi-label) sigmoid."""
+    """Return the float32 softmax (sigmoid for multi-label) of logits, float [..., C]."""
     return probabilities(torch.from_numpy(np.asarray(logits, np.float32)), task).numpy()
 
 
 def confidence(logits: np.ndarray, task: Task) -> np.ndarray:
-    """Probability of the best class of each frame: [V, T, C] -> [V, T]. MaxConf with the recogniser's logits."""
+    """Return the probability of each frame's best class: [V, T, C] -> [V, T].
+
+    With the recogniser's logits, this is the score of MaxConf.
+    """
     return frame_probabilities(logits, task).max(axis=-1)
 
 
 @torch.inference_mode()
 def frame_head_logits(head: nn.Module, videos: VideoSet) -> np.ndarray:
-    """Logits of the light encoder's frame head, float32 [V, T, C]: `confidence` of them is MaxConf-L."""
+    """Return the logits of the light encoder's frame head, float32 [V, T, C].
+
+    Their `confidence` is the score of MaxConf-L.
+    """
     return np.stack(
         [head(torch.from_numpy(video.astype(np.float32))).numpy() for video in videos.visual]
     )
 
 
 def true_class_probability(videos: VideoSet, task: Task) -> np.ndarray:
-    """The recogniser's probability of the video's labels (their mean where there are several) on each frame: [V, T]."""
+    """Return the recogniser's probability of the video's label on each frame: [V, T].
+
+    The mean over the labels if a video has several.
+    """
     found = frame_probabilities(videos.logits, task)
     weights = videos.targets / videos.targets.sum(axis=1, keepdims=True)
     return np.einsum("vtc,vc->vt", found, weights.astype(np.float32))
@@ -80,10 +92,10 @@ def true_class_probability(videos: VideoSet, task: Task) -> np.ndarray:
 def oracle_scores(
     videos: VideoSet, task: Task, segments: Sequence[Sequence[Segment]] | None
 ) -> np.ndarray:
-    """What an oracle restricted to the T candidates ranks by, [V, T].
+    """Return the scores of an oracle restricted to the T candidates, [V, T].
 
-    Frames in a known salient segment come before all others; among them, and where no segments are given, the recogniser's probability of
-    the true class decides.
+    Frames in an annotated salient segment rank before all others. Among them, or if no segments are
+    given, frames rank by the recogniser's probability of the true class.
     """
     scores = true_class_probability(videos, task)
     if segments is None:
@@ -96,13 +108,14 @@ def oracle_scores(
             for pts, known in zip(videos.frame_pts_s, segments, strict=True)
         ]
     )
-    return scores + inside  # a probability is at most 1
+    return scores + inside  # scores are at most 1, so frames inside rank first
 
 
 def change_scores(videos: VideoSet) -> np.ndarray:
-    """How much the picture moves at each frame, [V, T]: the mean over its neighbours of 1 - cosine of the visual features.
+    """Return how much each frame differs from its neighbours, [V, T].
 
-    The frames that change least rank first by its negative ("stillness"), those that change most by itself ("motion").
+    The mean over the neighbours of 1 - cosine of the visual features. "motion" ranks by this score,
+    "stillness" by its negative.
     """
     changes = np.zeros(videos.frame_index.shape, np.float32)
     for row, video in enumerate(videos.visual):

@@ -1,4 +1,7 @@
-"""The simple samplers that TSQNet is compared with (paper, section 4.2). Shapes: T frames (slots), C classes, K budget."""
+"""The simple samplers that TSQNet is compared with (paper, section 4.2).
+
+Shapes: T frames (slots), C classes, K budget.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from tsq_ray.model.selection import Selection, distinct_slots, in_time_order, ra
 
 
 def uniform(frame_index: np.ndarray, budget: int) -> Selection:
-    """Slots floor((i + 0.5) T / K), i = 0..K-1; of a video that repeats its n < T frames cyclically, over its first n slots.
+    """Choose the slots floor((i + 0.5) T / K), i = 0..K-1.
 
-    Where two of them show the same source frame, the second gives way to the next slot (from the start again after the last) with a
-    frame not yet used. `frame_index` is int [T]; a video with fewer than K source frames gives all of them.
+    If a video repeats its n < T frames cyclically, n replaces T. If two slots show the same source
+    frame, the second is replaced by the next slot, wrapping around at the end, that shows an
+    unused frame. If a video has fewer than K source frames, all are chosen. `frame_index`: int [T].
     """
     candidates = distinct_slots(frame_index)
     count = min(budget, len(candidates))
@@ -33,10 +37,13 @@ def uniform(frame_index: np.ndarray, budget: int) -> Selection:
 
 
 def random(frame_index: np.ndarray, budget: int, seed: int, video_id: str) -> Selection:
-    """K source frames at random, for ever the same for (seed, video_id); the choice for K is part of that for K + 1."""
+    """Choose K source frames at random, depending only on (seed, video_id).
+
+    The choice for K is part of the choice for K + 1.
+    """
 
     def key(slot: int) -> bytes:
-        # a hash, not a random generator: the streams of those may change with the library's version
+        # a hash, because the stream of a random generator may change with the library's version
         return hashlib.sha256(f"{seed}:{video_id}:{slot}".encode()).digest()
 
     order = sorted((int(slot) for slot in distinct_slots(frame_index)), key=key)
@@ -44,10 +51,10 @@ def random(frame_index: np.ndarray, budget: int, seed: int, video_id: str) -> Se
 
 
 def highest(scores: np.ndarray, frame_index: np.ndarray, budget: int, name: str) -> Selection:
-    """The K source frames with the highest scores; ties by slot.
+    """Choose the K source frames with the highest scores; ties go to the earlier slot.
 
-    MaxConf and MaxConf-L are this with the probability of each frame's best class, by the recogniser
-    or by the light encoder's frame head.
+    MaxConf and MaxConf-L score each frame by the probability of its best class, according to the
+    recogniser or the light encoder's frame head.
 
     Args:
         scores: [T].
@@ -60,7 +67,7 @@ def highest(scores: np.ndarray, frame_index: np.ndarray, budget: int, name: str)
 
 
 def _period(frame_index: np.ndarray) -> int:
-    """n of a video whose n distinct frames repeat cyclically over the T slots, else T."""
+    """Return n if the n distinct frames repeat cyclically over the T slots, else T."""
     num_slots = len(frame_index)
     distinct = len(np.unique(frame_index))
     repeats = bool(np.array_equal(frame_index, np.resize(frame_index[:distinct], num_slots)))

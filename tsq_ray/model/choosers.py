@@ -1,7 +1,7 @@
-"""Which frames of a video the recogniser sees: one Chooser per sampler (paper, sections 3.3, 4.2).
+"""Choosers, one per sampler, decide which frames the recogniser sees (paper, sections 3.3, 4.2).
 
 Scoring and evaluation use the same classes. Scoring shows the recogniser the candidates step by
-step; evaluation looks their logits up. Shapes: T slots, C classes, K budget.
+step; evaluation looks up their logits. Shapes: T slots, C classes, K budget.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from tsq_ray.model.selection import (
 
 @dataclass(frozen=True)
 class View:
-    """What a chooser may know of a video before the recogniser sees it."""
+    """What a chooser knows about a video before the recogniser sees it."""
 
     frame_index: np.ndarray
-    """int [T], each slot's frame in the source."""
+    """int [T], the source frame of each slot."""
     video_id: str = ""
     visual: np.ndarray | None = None
     """float [T], saliency of the visual query module."""
     textual: np.ndarray | None = None
     """float [T], saliency of the textual query module."""
     scores: np.ndarray | None = None
-    """float [T], what `Ranked` ranks by."""
+    """float [T], the scores that `Ranked` ranks by."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Candidates:
     slots: np.ndarray
     """int [n]."""
     selected_by: list[str]
-    """For each slot "visual", "textual" or the name of a baseline."""
+    """Per slot: "visual", "textual" or the name of a baseline."""
     first: int
-    """How many of them the recogniser sees at once, to begin with."""
+    """How many candidates the recogniser sees in its first pass."""
 
     @classmethod
     def all_at_once(cls, selection: Selection) -> Candidates:
-        """Every frame of a selection, in time order."""
+        """Return all frames of a selection, in time order, for a single pass."""
         return cls(selection.slots, selection.selected_by, len(selection.slots))
 
     def selection(self, places: np.ndarray) -> Selection:
-        """The candidates at these places, in time order."""
+        """Return the candidates at these places, in time order."""
         chosen = zip(self.slots[places].tolist(), places.tolist(), strict=True)
         return in_time_order({slot: self.selected_by[place] for slot, place in chosen})
 
@@ -66,20 +66,20 @@ class Chooser(Protocol):
     """Chooses at most K of the T frames of a video."""
 
     def candidates(self, view: View) -> Candidates:
-        """The frames that the recogniser may see."""
+        """Return the frames that the recogniser may see."""
         ...
 
     def enough(self, candidates: Candidates, probabilities: np.ndarray) -> np.ndarray | None:
-        """Places of the chosen frames among the candidates: int [<= K].
+        """Return the places of the chosen frames among the candidates: int [<= K].
 
-        None if the recogniser has to see one more. `probabilities` [m, C] are its answers on the
-        first m candidates.
+        Return None if the recogniser has to see one more. `probabilities`, [m, C], are its answers
+        for the first m candidates.
         """
         ...
 
 
 class _Fixed:
-    """The base of choosers that need no answer of the recogniser: all candidates are chosen."""
+    """Base of choosers that ignore the recogniser's answers and choose all candidates."""
 
     def enough(self, candidates: Candidates, probabilities: np.ndarray) -> np.ndarray | None:
         return np.arange(len(candidates.slots))
@@ -118,7 +118,7 @@ class Dense(_Fixed):
 
 @dataclass(frozen=True)
 class Ranked(_Fixed):
-    """The K source frames with the highest score; ties by slot."""
+    """The K source frames with the highest scores; ties go to the earlier slot."""
 
     budget: int
     name: str
@@ -141,7 +141,7 @@ class Salient(_Fixed):
         return Candidates.all_at_once(self.select(view, self.budget))
 
     def select(self, view: View, budget: int) -> Selection:
-        """The choice with another budget."""
+        """Return the choice for another budget."""
         assert view.visual is not None
         index = view.frame_index
         return select_frames(
@@ -151,7 +151,7 @@ class Salient(_Fixed):
 
 @dataclass(frozen=True)
 class UntilConfident:
-    """TSQNet's frames by importance, until one class leads by `margin` (`sampler.margin`)."""
+    """TSQNet's frames in order of importance, until one class leads by `sampler.margin`."""
 
     salient: Salient
     margin: float
@@ -162,7 +162,7 @@ class UntilConfident:
             lambda budget: self.salient.select(view, budget).slots, self.salient.budget
         )
         by = dict(zip(chosen.slots.tolist(), chosen.selected_by, strict=True))
-        # a lead of `margin` takes at least that number of frames
+        # each frame adds at most 1 to the lead
         first = min(len(slots), math.ceil(self.margin))
         return Candidates(slots, [by[slot] for slot in slots.tolist()], first)
 
@@ -175,7 +175,7 @@ class UntilConfident:
 
 @dataclass(frozen=True)
 class MostConfident:
-    """MaxConf: the K frames on which the recogniser, having seen all, is most confident."""
+    """MaxConf: the K frames on which the recogniser is most confident, after seeing all of them."""
 
     budget: int
 
@@ -189,7 +189,7 @@ class MostConfident:
 
 
 def chooser_for(config: SamplerConfig) -> Chooser:
-    """The chooser that `sampler.*` describes."""
+    """Return the chooser that `sampler.*` describes."""
     budget = config.most_frames
     if config.mode == "uniform":
         return Uniform(budget)
@@ -204,7 +204,10 @@ def chooser_for(config: SamplerConfig) -> Chooser:
 
 
 def choose(chooser: Chooser, view: View, probabilities: np.ndarray) -> np.ndarray:
-    """Slots int [<= K], ascending, given the recogniser's probabilities [T, C] on every frame."""
+    """Return the chosen slots, int [<= K], ascending.
+
+    `probabilities`: the recogniser's for every slot, [T, C].
+    """
     candidates = chooser.candidates(view)
     seen = candidates.first
     while (places := chooser.enough(candidates, probabilities[candidates.slots[:seen]])) is None:

@@ -24,15 +24,21 @@ class Selection:
     slots: np.ndarray
     """int32 [<= K], slots 0..T-1, ascending."""
     selected_by: list[str]
-    """For each slot "visual", "textual" or the name of a baseline."""
+    """Per slot: "visual", "textual" or the name of a baseline."""
 
 
 def saliency(attention: Tensor, logits: Tensor, task: Task, top_classes: int = 5) -> Tensor:
-    """s_i = sum over the most probable classes of p_c A_c,i (equation 5): attention [B, C, T], logits [B, C] -> [B, T].
+    """Return s_i = sum of p_c A_c,i over the most probable classes (equation 5): [B, T].
 
-    Class-agnostic attention, [B, 1, T], is the saliency itself (section 4.4).
-    p is softmax(z), or sigmoid(z) for the multi-label task, and is not renormalised over the `top_classes`; of classes with the
-    same p the first ones are taken.
+    p is softmax(z), or sigmoid(z) for the multi-label task, and is not renormalised over the
+    `top_classes`. Among classes with equal p the first ones count.
+
+    Args:
+        attention: [B, C, T]. Class-agnostic attention, [B, 1, T], is returned as the saliency
+            itself (section 4.4).
+        logits: z, [B, C].
+        task: single- or multi-label.
+        top_classes: number of classes that count.
     """
     if attention.shape[1] == 1:
         return attention[:, 0]
@@ -50,26 +56,28 @@ def select_frames(
     lambda_visual: float,
     mode: TSQMode = "both",
 ) -> Selection:
-    """The top lambda_v K frames of the VQM joined with the top of the TQM (appendix A, "Saliency score fusion").
+    """Join the top lambda_v K frames of the VQM with the top frames of the TQM.
 
-    A slot that repeats an earlier slot's source frame is no candidate; a video with fewer than K source frames gives all of them. Ties
-    go by (score descending, slot ascending). lambda_v K is rounded half up. Frames that both modules choose count as the VQM's; they
-    are made up in the VQM's order.
+    This is "Saliency score fusion" of appendix A. A slot that repeats an earlier slot's source
+    frame is not a candidate. If a video has fewer than K source frames, all are chosen. Slots are
+    ranked by (score descending, slot ascending). lambda_v K is rounded half up. Frames chosen by
+    both modules count as the VQM's; the VQM's next frames then fill the places left.
 
     Args:
         saliency_visual: [T].
-        saliency_textual: [T], or None for a VQM-only network: mode "both" is then "visual".
+        saliency_textual: [T], or None for a VQM-only network; mode "both" then means "visual".
         frame_index: int [T], each slot's frame in the source.
         budget: K.
-        lambda_visual: share of the VQM, 0..1.
-        mode: "visual" is lambda_v = 1, "textual" is lambda_v = 0.
+        lambda_visual: the VQM's share lambda_v, 0..1.
+        mode: "visual" means lambda_v = 1, "textual" lambda_v = 0.
 
     Raises:
-        ModelError: mode "textual" of a network without a TQM.
+        ModelError: mode "textual", but the network has no TQM.
     """
     if saliency_textual is None and mode == "textual":
         raise ModelError(
-            "sampler.mode 'textual' needs a model with a textual module; this one has only the visual one: use 'visual'"
+            "sampler.mode 'textual' needs a model with a textual module; "
+            "this one has only the visual one: use 'visual'"
         )
     candidates = distinct_slots(frame_index)
     count = min(budget, len(candidates))
@@ -90,9 +98,9 @@ def select_frames(
 
 
 def by_importance(choose: Callable[[int], np.ndarray], budget: int) -> np.ndarray:
-    """The slots of choose(`budget`), those first that are chosen for the smallest budgets: int32 [<= K].
+    """Return the slots of choose(`budget`), ordered by the smallest budget that includes them.
 
-    `choose`: K -> slots; the choice for K need not be part of that for K + 1.
+    int32 [<= K]. `choose` maps K to slots; its choice for K need not be part of the one for K + 1.
     """
     chosen = choose(budget).tolist()
     order: dict[int, None] = {}
@@ -102,10 +110,11 @@ def by_importance(choose: Callable[[int], np.ndarray], budget: int) -> np.ndarra
 
 
 def frames_until_sure(probabilities: np.ndarray, margin: float) -> int | None:
-    """How many of the frames, in the order given, it takes until one class leads the next one by `margin`; None where they do not suffice.
+    """Return how many frames it takes, in the order given, until one class leads by `margin`.
 
-    A frame adds its probabilities, float [K, C], to the classes' sums: what counts is that several frames agree, since a single frame of
-    something else is often answered with great confidence.
+    Return None if no class ever leads by that much. Each frame's row of `probabilities`, float
+    [K, C], is added to the classes' sums, so that several frames have to agree: the recogniser is
+    often very confident on a single frame that shows something else.
     """
     two = np.sort(np.cumsum(probabilities, axis=0), axis=1)[:, -2:]
     reached = np.flatnonzero(two[:, 1] - two[:, 0] >= margin)
@@ -113,17 +122,20 @@ def frames_until_sure(probabilities: np.ndarray, margin: float) -> int | None:
 
 
 def distinct_slots(frame_index: np.ndarray) -> np.ndarray:
-    """The first slot of each distinct source frame, ascending: int [T] -> int64 [n]."""
+    """Return the first slot of each distinct source frame, ascending: int [T] -> int64 [n]."""
     return np.sort(np.unique(frame_index, return_index=True)[1])
 
 
 def ranked(scores: np.ndarray, candidates: np.ndarray) -> list[int]:
-    """The candidate slots by (score descending, slot ascending); scores [T], candidates ascending."""
+    """Sort candidate slots by (score descending, slot ascending).
+
+    `scores`: [T]. `candidates`: slots in ascending order.
+    """
     return [int(slot) for slot in candidates[np.argsort(-scores[candidates], kind="stable")]]
 
 
 def in_time_order(chosen: dict[int, str]) -> Selection:
-    """A Selection of {slot: selected by}, ascending."""
+    """Return {slot: selected by} as a Selection in time order."""
     slots = sorted(chosen)
     return Selection(np.array(slots, dtype=np.int32), [chosen[slot] for slot in slots])
 
