@@ -9,6 +9,7 @@ import pytest
 
 from tsq_ray.decode.clock import (
     anchor_groups,
+    has_displaced,
     in_order,
     jumps,
     max_step,
@@ -156,3 +157,18 @@ def test_keyframes_that_only_the_next_frame_proves() -> None:
     assert unproven_keys([0, 1, 2, 3], [0, 2]) == {0, 2}
     assert unproven_keys([0, 4, 2, 8, 5, 6, 12, 10], [0, 8]) == {8}, "5 and 6 are shown before it"
     assert unproven_keys([0, 1, 2], [2]) == {2}, "nothing follows"
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (list(range(0, 600, 10)), False),
+        ([*range(0, 300, 10), 304, *range(310, 600, 10)], True),
+        ([*range(0, 600, 10), 1000], False),
+        ([number * number for number in range(60)], False),
+        ([5], False),
+    ],
+    ids=["even", "one between two others", "one gap", "uneven", "one frame"],
+)
+def test_a_few_displaced_times(times: list[int], expected: bool) -> None:
+    assert has_displaced(times) is expected

@@ -21,6 +21,9 @@ Up to this length the picture is taken to be static, as in a screen recording it
 """
 _MAX_GROUP = 64
 """Maximum number of frames between two anchors; codecs reorder 16 to 32."""
+_UNEVEN, _MOSTLY, _SPLIT = 0.1, 0.9, 0.6
+"""A step is even within this share of the usual one; a stream is if this share of its steps are; a
+time that lies between two others splits a step in two, the smaller part at most this share."""
 _NEAR = 16
 """Usual steps that a time may run back in swapped frames; further back, the clock restarted."""
 _FINER = 1000
@@ -42,6 +45,20 @@ def jumps(pts: Sequence[int] | np.ndarray, limit: int) -> bool:
     """Whether any step between ascending times exceeds `limit` and is many times the usual one."""
     steps = np.diff(np.asarray(pts, np.int64))
     return bool(len(steps)) and bool(steps.max() > max(limit, _JUMP * np.median(steps)))
+
+
+def has_displaced(pts: Sequence[int]) -> bool:
+    """Whether a few of otherwise evenly spaced times, ascending, lie between the places of others.
+
+    Such a frame may be displayed elsewhere. In a stream that reorders, its packets can look like
+    those of a healthy one, so only a decode in order tells.
+    """
+    steps = np.diff(np.asarray(pts, np.int64))
+    if not len(steps):
+        return False
+    shares = steps / np.median(steps)
+    even = np.abs(shares - 1) <= _UNEVEN
+    return bool(even.mean() >= _MOSTLY and shares.min() <= _SPLIT)
 
 
 def anchor_groups(pts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

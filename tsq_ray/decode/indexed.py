@@ -24,6 +24,7 @@ from tsq_ray.decode.pyav_backend import (
     to_rgb,
 )
 
+_OFF_GRID = 0.3  # share of the usual step
 _MAX_LEADING = 64  # packets inspected after a keyframe for frames displayed before it
 
 
@@ -79,6 +80,8 @@ class IndexedReader:
             early = [other for other in after if other.pts is not None and other.pts < packet.pts]
             if early and (not self._reorders or early != after[: len(early)]):
                 raise DecodeTrouble("frames have times before a keyframe that they cannot precede")
+            if self._reorders and self._is_suspicious(packet.pts, early, after):
+                raise DecodeTrouble("a frame next to a keyframe may have a wrong time")
             leading = sum(not other.is_discard for other in early)
             if self._reorders and (early or not self._shows_reordering(after)):
                 frames = self._proven(itertools.chain([packet], after, packets), packet.pts)
@@ -89,6 +92,22 @@ class IndexedReader:
         return Placed(
             to_rgb(frames[0], self.max_pixels), packet.pts, self.index.key_before[key] + leading
         )
+
+    def _is_suspicious(
+        self, key_time: int, early: Sequence[av.Packet], after: Sequence[av.Packet]
+    ) -> bool:
+        """Whether one time near a keyframe is off the grid of steps that the others are on.
+
+        A decoder that starts at the keyframe cannot decode the frames displayed before it, so only
+        the whole file tells a wrong time there from a right one.
+        """
+        step = (self.index.end_dts - self.index.start_dts) / self.index.num_frames
+        before = sorted(key_time - other.pts for other in early if other.pts is not None)
+        places = np.arange(1, len(before) + 1)
+        if (np.abs(np.array(before) / step - places) > _OFF_GRID).any():
+            return True
+        steps = [(other.pts - key_time) / step for other in after if other.pts is not None]
+        return sum(abs(value - round(value)) > _OFF_GRID for value in steps) == 1
 
     def _proven(self, packets: Iterator[av.Packet], start: int) -> list[av.VideoFrame]:
         """The first frame, once the next one has proven its place."""

@@ -21,7 +21,7 @@ from av.codec.hwaccel import HWAccel
 from av.stream import Discard
 
 from tsq_ray.containers import FORMATS
-from tsq_ray.decode.clock import in_order, jumps, max_step
+from tsq_ray.decode.clock import has_displaced, in_order, jumps, max_step
 from tsq_ray.decode.plan import end_of
 from tsq_ray.errors import VideoError
 
@@ -207,6 +207,8 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     table.reliable &= len(set(table.pts)) == len(table.pts) and in_order(table.order, table.key_pts)
     # reordered times are wrong if the codec does not reorder
     table.reliable &= stream.codec_context.has_b_frames or not table.reordered
+    if table.reliable and table.reordered and has_displaced(table.pts):
+        table.reliable = False
     if table.reliable:
         assert stream.time_base is not None
         limit = believed_step(container, stream.time_base)
