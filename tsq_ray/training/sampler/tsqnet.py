@@ -5,6 +5,7 @@ The workers run loop.py.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
@@ -122,11 +123,14 @@ def train(
     source = FeatureSource.of(
         features_uri, split, config.train.task, with_objects=config.train.modules == "both"
     )
-    with runs.Lease(out, take_over=take_over) as lease, open_training_set(source) as data:
+    with contextlib.ExitStack() as stack:
+        data = stack.enter_context(open_training_set(source))
+        parts = _Parts.load(config, run, data, encoder, recognizer)
+        # only now, so that wrong input leaves no folder behind
+        lease = stack.enter_context(runs.Lease(out, take_over=take_over))
         # the run that held the lease before may have finished it
         if (done := _finished(out, identity)) is not None:
             return done
-        parts = _Parts.load(config, run, data, encoder, recognizer)
         work = storage.join(out, WORK_FOLDER)
         runs.write_json(storage.join(work, _IDENTITY_FILE), identity.parts)
         with cluster.connect(session) as ray:
