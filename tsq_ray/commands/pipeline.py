@@ -7,13 +7,7 @@ from typing import Annotated
 import typer
 
 from tsq_ray.commands.submit import submit_command
-from tsq_ray.console import (
-    end_run,
-    estimate_text,
-    index_text,
-    show,
-    training_text,
-)
+from tsq_ray.console import end_run, estimate_text, index_text, show, training_text
 from tsq_ray.options import (
     Address,
     AsJson,

@@ -6,9 +6,7 @@ import sys
 
 import typer
 
-from tsq_ray.console import (
-    without_options,
-)
+from tsq_ray.console import without_options
 
 
 def submit_command(address: str | None) -> None:

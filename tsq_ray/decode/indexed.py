@@ -102,6 +102,8 @@ class IndexedReader:
         the whole file tells a wrong time there from a right one.
         """
         step = (self.index.end_dts - self.index.start_dts) / self.index.num_frames
+        if step <= 0:
+            return True
         before = sorted(key_time - other.pts for other in early if other.pts is not None)
         places = np.arange(1, len(before) + 1)
         if (np.abs(np.array(before) / step - places) > _OFF_GRID).any():
