@@ -7,6 +7,7 @@ The copies made here are for inference only: their weights no longer match the h
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,23 @@ _CHUNK = {"cpu": 8, "cuda": 256}
 """Frames per forward pass. The activations of 8 stay in a CPU's cache: 1.5 times faster than 50."""
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_KEPT_BYTES = 1 << 30
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that a layer frees for the next layer.
+
+    glibc returns large blocks to the system, which then hands them out again page by page: a fifth
+    to a third of the time of a network on a CPU. The process's largest size stays the same. Does
+    nothing with another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
 def takes_bf16(precision: Precision, device: torch.device) -> bool:
     """Whether a network computes in bf16.
 
@@ -47,6 +65,8 @@ def prepare_for_inference(
     `compile`; a compiled copy takes a minute for the first frames of each chunk size
     (`encode_pictures`).
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     made = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
     fold_batch_norms(made.backbone, made.config.size)
     made.to(device=device)

@@ -26,6 +26,7 @@ from tsq_ray.config import FinetuneConfig, Task
 from tsq_ray.model.task import classification_loss, probabilities
 from tsq_ray.networks.batch_norm import folded_norms, unfold_norms
 from tsq_ray.networks.encoder import FrameEncoder, create_network, split_network
+from tsq_ray.networks.inference import keep_freed_memory
 from tsq_ray.training.classifier.clips import Clip, ClipPlan, ClipStream, Work, epoch_batches
 from tsq_ray.training.classifier.optim import clip_gradients, make_optimizer, set_lr, use_bf16
 from tsq_ray.training.resumable import STATE_FILE, distribute, worker_device
@@ -111,6 +112,8 @@ def tune_loop(worker: dict[str, Any]) -> None:
 
     job: TunePlan = worker["job"]
     torch.set_num_threads(job.threads)
+    if job.device == "cpu":
+        keep_freed_memory()
     context = ray.train.get_context()
     tuner = _Tuner(
         job, context.get_world_rank(), context.get_world_size(), worker_device(job.device)
