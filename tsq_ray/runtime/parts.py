@@ -33,7 +33,7 @@ STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = (
 """Columns that carry a row's seconds in each stage as far as `write_parts`, which drops them."""
 MAX_BLOCK_ROWS = 128
 """Most rows that are computed again when a worker is lost."""
-_BLOCKS_PER_WORKER = 16
+_BLOCKS_PER_WORKER = 8
 _MAX_BLOCKS = 20_000
 """Blocks per execution: each costs the driver 9 kB, and delays the first by some milliseconds."""
 _HAND_ON_BATCHES = 4
