@@ -324,6 +324,8 @@ def _end_to_end(
         started = time.perf_counter()
         kept = [WHOLE in video.frames for video in _decoded(pool, uris, options.decoders)]
         decoded = len(kept)
+        if not decoded:
+            raise SystemExit(f"{options.videos}: none of {len(uris)} videos could be decoded")
         alone = decoded / (time.perf_counter() - started)
         started, waiting, done = time.perf_counter(), list[DecodedVideo](), 0
         for video in _decoded(pool, uris, max(batch, options.decoders)):

@@ -13,7 +13,7 @@ import pytest
 from support.video import write_video
 
 from tsq_ray import runs
-from tsq_ray.manifest import build_manifest, read_manifest, write_manifest
+from tsq_ray.manifest import assemble_manifest, read_manifest, write_manifest
 from tsq_ray.runs.folder import begin
 
 REPO = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ def test_a_side_does_rounds(videos: list[Path]) -> None:
 
 @pytest.mark.slow
 def test_extract_prints_its_tables(videos: list[Path], tmp_path: Path) -> None:
-    manifest, _ = build_manifest([str(videos[0].parent)], labels="none")
+    manifest, _ = assemble_manifest([str(videos[0].parent)], labels="none")
     write_manifest(manifest, str(tmp_path / "manifest.parquet"))
     sets = [word for value in ("decode.num_frames=4", *NETWORKS) for word in ("--set", value)]
     text = printed(
@@ -168,7 +168,7 @@ def test_write_prints_its_table() -> None:
     )
     assert float(cells(text, "1")[-1]) == 1
     assert float(cells(text, "2")[0]) > 0
-    assert "300 rows of 130700 bytes in parts of 300" in text
+    assert "300 rows of 130700 bytes in parts of 256" in text
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ for it, does not support the GPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import os
@@ -21,14 +22,16 @@ NO_GPU = 'decode.backend is "nvdec", but this node has no NVIDIA decoder: decode
 @functools.cache
 def accelerator() -> HWAccel | None:
     """The object that makes `av.open` decode on the GPU, one per process; None without a GPU."""
-    found = HWAccel("cuda", device=str(_ordinal()), options={"primary_ctx": "1"})
-    try:
-        # kept for the life of the process: setting up a GPU takes about 0.2 s, which every video
-        # would otherwise pay again
-        _held.append(found.create(av.Codec("h264", "r")))
-    except (av.error.FFmpegError, NotImplementedError):
-        return None
-    return found
+    # FFmpeg refuses to share the context of a process in which torch has set it up
+    choices: tuple[dict[str, object], ...] = ({"primary_ctx": "1"}, {})
+    for options in choices:
+        found = HWAccel("cuda", device=str(_ordinal()), options=options)
+        with contextlib.suppress(av.error.FFmpegError, NotImplementedError):
+            # kept for the life of the process: setting up a GPU takes about 0.2 s, which every
+            # video would otherwise pay again
+            _held.append(found.create(av.Codec("h264", "r")))
+            return found
+    return None
 
 
 _held: list[HWAccel] = []

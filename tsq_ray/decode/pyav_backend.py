@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from tsq_ray.decode.clock import skippable, unproven_keys
 from tsq_ray.decode.frames import FrameStore, orient
@@ -44,7 +46,15 @@ class DecodeTrouble(Exception):
 def to_rgb(frame: av.VideoFrame, max_pixels: int) -> np.ndarray:
     """Convert to uint8 [H, W, 3] as displayed. Raises VideoError (too_large) above `max_pixels`."""
     check_pixels(frame.width, frame.height, max_pixels)
-    return orient(frame.to_ndarray(format="rgb24"), display_matrix(frame))
+    # frame.to_ndarray(format=...) would make a converter for each frame, kept alive by it, with a
+    # thread per core: 50 frames on 16 cores are 800 threads and 6 GB of stacks
+    if not hasattr(_own, "converter"):
+        _own.converter = VideoReformatter()
+    converted = _own.converter.reformat(frame, format="rgb24", threads=1)
+    return orient(converted.to_ndarray(), display_matrix(frame))
+
+
+_own = threading.local()
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
