@@ -1,9 +1,39 @@
-"""Label very large video archives cheaply (TSQNet on Ray).
+"""Label very large video archives cheaply (TSQNet on Ray): the public API.
 
-Importing the package does no work and loads neither torch nor ray.
+Importing the package does no work and loads neither torch nor ray; a name is loaded at first use.
+docs/api.md describes each.
 """
 
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tsq_ray.bundle.overrides import scoring_config
+    from tsq_ray.config import Config, load_config
+    from tsq_ray.evaluation.run import evaluate, evaluation_config
+    from tsq_ray.extraction import extract
+    from tsq_ray.manifest.build import build_manifest
+    from tsq_ray.prediction import predict
+    from tsq_ray.results import (
+        Counts,
+        EvaluatedTable,
+        EvaluationSummary,
+        FinetuneSummary,
+        IndexSummary,
+        Prediction,
+        RunSummary,
+        TrainingSummary,
+        Verification,
+    )
+    from tsq_ray.runs.tables import read_features, read_predictions
+    from tsq_ray.runs.verify import verify
+    from tsq_ray.runtime.session import Session
+    from tsq_ray.scoring import score
+    from tsq_ray.training.classifier.finetune import finetune
+    from tsq_ray.training.sampler.tsqnet import train, training_config
 
 # Threads of a network that wait for each other would otherwise spin for some milliseconds in each
 # layer, on cores that other processes want (jobs/benchmarks/busy.py has figures). The
@@ -12,3 +42,65 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "Counts",
+    "EvaluatedTable",
+    "EvaluationSummary",
+    "FinetuneSummary",
+    "IndexSummary",
+    "Prediction",
+    "RunSummary",
+    "Session",
+    "TrainingSummary",
+    "Verification",
+    "build_manifest",
+    "evaluate",
+    "evaluation_config",
+    "extract",
+    "finetune",
+    "load_config",
+    "predict",
+    "read_features",
+    "read_predictions",
+    "score",
+    "scoring_config",
+    "train",
+    "training_config",
+    "verify",
+]
+
+_HOMES = {
+    "Config": "config",
+    "Session": "runtime.session",
+    "build_manifest": "manifest.build",
+    "evaluate": "evaluation.run",
+    "evaluation_config": "evaluation.run",
+    "extract": "extraction",
+    "finetune": "training.classifier.finetune",
+    "load_config": "config",
+    "predict": "prediction",
+    "read_features": "runs.tables",
+    "read_predictions": "runs.tables",
+    "score": "scoring",
+    "scoring_config": "bundle.overrides",
+    "train": "training.sampler.tsqnet",
+    "training_config": "training.sampler.tsqnet",
+    "verify": "runs.verify",
+}
+"""The module of each public name; the others are in `results`."""
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name at first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'results')}")
+    value = getattr(home, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

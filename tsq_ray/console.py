@@ -5,17 +5,28 @@ Formats summaries as text, turns errors into one line and an exit code, and edit
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import typer
 
 from tsq_ray.errors import StorageError, TsqError, UserError
+from tsq_ray.results import (
+    Counts,
+    EvaluatedTable,
+    EvaluationSummary,
+    FinetuneSummary,
+    IndexSummary,
+    RunSummary,
+    TrainingSummary,
+    Verification,
+)
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's UsageError, taken from typer because newer versions of typer bundle their own click."""
@@ -66,53 +77,50 @@ def prepare_output() -> None:
         setattr(sys, name, wrapped)
 
 
-def show(summary: dict[str, Any], as_json: bool, text: str) -> None:
-    """Print the summary on stdout, as JSON or as text."""
+def show(summary: Any, as_json: bool, text: str) -> None:
+    """Print the summary, a dataclass or a dictionary, on stdout as JSON or as text."""
+    if as_json and not isinstance(summary, dict):
+        summary = dataclasses.asdict(summary)
     print(json.dumps(summary, default=str, indent=1) if as_json else text)  # noqa: T201
 
 
-def end_run(run: dict[str, Any], out: str, as_json: bool, max_failed: float | None) -> None:
+def end_run(run: RunSummary, as_json: bool, max_failed: float | None) -> None:
     """Print the final summary of extract or score.
 
     Exits with code 1 if the fraction of failed videos is above --max-failed.
     """
-    from tsq_ray.storage import redact
-
-    counts = run["counts"]
-    show(run, as_json, run_text(run, redact(out)))
-    done = counts["ok"] + counts["failed"]
-    if max_failed is not None and done and counts["failed"] / done > max_failed:
-        line = f"{counts['failed']} of {done} videos failed, above --max-failed {max_failed}"
+    counts = run.counts
+    show(dict(run.record), as_json, run_text(run))
+    if max_failed is not None and counts.done and counts.failed / counts.done > max_failed:
+        line = f"{counts.failed} of {counts.done} videos failed, above --max-failed {max_failed}"
         print(f"error: {line}", file=sys.stderr)  # noqa: T201
         raise typer.Exit(1)
 
 
-def run_text(run: dict[str, Any], out: str) -> str:
+def run_text(run: RunSummary) -> str:
     """Format the final summary of extract or score."""
-    counts = run["counts"]
+    counts = run.counts
     lines = [counts_text(counts)]
-    if counts["failed_by_type"]:
-        lines.append(
-            "failed: "
-            + ", ".join(f"{name} {count}" for name, count in counts["failed_by_type"].items())
-        )
-    if counts["with_warnings"]:
-        lines.append(f"ok with warnings: {counts['with_warnings']}")
-    now = run["videos_done_now"]
-    if run.get("already_done"):
+    if counts.failed_by_type:
+        lines.append(f"failed: {pairs(counts.failed_by_type)}")
+    if counts.with_warnings:
+        lines.append(f"ok with warnings: {counts.with_warnings}")
+    if run.already_done:
         lines.append("already done: nothing to do")
-    elif now < counts["ok"] + counts["failed"]:
-        earlier = counts["ok"] + counts["failed"] - now
-        lines.append(f"done in this run: {now}, in earlier runs: {earlier}")
-    if now and run["stage_seconds"]:
-        stages = ", ".join(
-            f"{name} {seconds:.1f} s" for name, seconds in run["stage_seconds"].items()
-        )
+    elif run.done_now < counts.done:
+        earlier = counts.done - run.done_now
+        lines.append(f"done in this run: {run.done_now}, in earlier runs: {earlier}")
+    if run.done_now and run.stage_seconds:
+        stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in run.stage_seconds.items())
         lines.append(
             f"seconds by stage, summed over workers: {stages}; "
-            f"slowest: {run['slowest_stage']}; {run['wall_seconds']:.1f} s in total"
+            f"slowest: {run.slowest_stage}; {run.wall_seconds:.1f} s in total"
         )
-    measured = run.get("metrics") or {}
+    return "\n".join([*lines, *_metric_lines(run.metrics), f"out: {run.out}"])
+
+
+def _metric_lines(measured: Mapping[str, Any]) -> list[str]:
+    lines = []
     if measured.get("labelled"):
         figures = [
             f"{name} {measured[name]:.4f}"
@@ -124,17 +132,15 @@ def run_text(run: dict[str, Any], out: str) -> str:
         lines.append(
             f"labels unknown to the model, left out: {', '.join(measured['unknown_labels'])}"
         )
-    lines.append(f"out: {out}")
-    return "\n".join(lines)
+    return lines
 
 
-def counts_text(counts: dict[str, Any]) -> str:
+def counts_text(counts: Counts) -> str:
     """Format the accounting: inputs = ok + failed + skipped."""
-    skipped = counts["skipped_by"]
-    why = ", ".join(f"{count} by --{name}" for name, count in skipped.items() if count)
+    why = ", ".join(f"{count} by --{name}" for name, count in counts.skipped_by.items() if count)
     text = (
-        f"{counts['inputs']} inputs = {counts['ok']} ok + {counts['failed']} failed "
-        f"+ {counts['skipped']} skipped"
+        f"{counts.inputs} inputs = {counts.ok} ok + {counts.failed} failed "
+        f"+ {counts.skipped} skipped"
     )
     return text + (f" ({why})" if why else "")
 
@@ -164,22 +170,17 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def index_text(summary: dict[str, Any], out: str) -> str:
+def index_text(summary: IndexSummary) -> str:
     """Format the summary of index."""
     lines = [
-        f"{summary['videos']} videos, {summary['classes']} classes, "
-        f"labels from {summary['labels_from']}"
+        f"{summary.videos} videos, {summary.classes} classes, labels from {summary.labels_from}",
+        f"labelled {summary.labelled}, unlabelled {summary.unlabelled}; "
+        f"splits: {pairs(summary.splits)}",
+        f"new {summary.new}, changed {summary.changed}, deleted {summary.deleted}, "
+        f"unchanged {summary.unchanged}",
     ]
-    lines.append(
-        f"labelled {summary['labelled']}, unlabelled {summary['unlabelled']}; "
-        f"splits: {pairs(summary['splits'])}"
-    )
-    lines.append(
-        f"new {summary['new']}, changed {summary['changed']}, deleted {summary['deleted']}, "
-        f"unchanged {summary['unchanged']}"
-    )
     # keys of `left_out` are a suffix for files that are not videos, a reason for everything else
-    left, examples = summary["left_out"], summary["left_out_examples"]
+    left, examples = summary.left_out, summary.left_out_examples
     other = {name: left[name] for name in left if name.startswith(".") or name == "(no suffix)"}
     if other:
         lines.append(f"left out, no video suffix: {pairs(other)}")
@@ -187,86 +188,80 @@ def index_text(summary: dict[str, Any], out: str) -> str:
         if reason not in other:
             more = ", ..." if count > len(examples[reason]) else ""
             lines.append(f"left out, {reason}: {count}: {', '.join(examples[reason])}{more}")
-    if summary["missing"]:
-        shown = ", ".join(summary["missing"][:5]) + (", ..." if len(summary["missing"]) > 5 else "")
+    if summary.missing:
+        shown = ", ".join(summary.missing[:5]) + (", ..." if len(summary.missing) > 5 else "")
+        lines.append(f"missing, named by the labels but not found: {len(summary.missing)}: {shown}")
+    return "\n".join([*lines, f"out: {summary.out}"])
+
+
+def training_text(summary: TrainingSummary) -> str:
+    """Format the summary of train."""
+    resumed = summary.went_on_after_epoch
+    again = f", resumed after epoch {resumed}" if resumed else ""
+    return "\n".join(
+        [
+            *_trained_on(summary),
+            f"losses: {_figures(summary.losses)}",
+            f"speed: {summary.videos_per_s} videos/s, workers: {summary.workers}{again}",
+            f"out: {summary.out}",
+        ]
+    )
+
+
+def finetune_text(summary: FinetuneSummary) -> str:
+    """Format the summary of finetune."""
+    lines = _trained_on(summary)
+    if summary.failed:
+        lines.append(f"failed: {pairs(summary.failed)} (first: {', '.join(summary.failed_videos)})")
+    if summary.losses:
+        lines.append(f"losses: {_figures(summary.losses)}")
+    lines.append(f"accuracy on the training videos: {summary.train_accuracy}")
+    if summary.val_top1 is not None:
         lines.append(
-            f"missing, named by the labels but not found: {len(summary['missing'])}: {shown}"
+            f"on the validation videos: top1 {summary.val_top1:.4f}, "
+            f"mAP {summary.val_mAP:.4f} (weights of the last epoch)"
         )
-    return "\n".join([*lines, f"out: {out}"])
+    return "\n".join([*lines, f"out: {summary.out}"])
 
 
-def training_text(summary: dict[str, Any]) -> str:
-    """Format the summary of finetune or train."""
-    lines = [f"warning: {warning}" for warning in summary["warnings"]]
-    if summary.get("already_done"):
+def _trained_on(summary: TrainingSummary | FinetuneSummary) -> list[str]:
+    """Return the lines about the videos of a training."""
+    lines = [f"warning: {warning}" for warning in summary.warnings]
+    if summary.already_done:
         lines.append("already done: nothing to do")
-    lines.append(f"{summary['videos']} videos, {summary['classes']} classes")
-    if summary["left_out"]:
-        named = (
-            f" (unlabelled: {', '.join(summary['unlabelled'])})" if summary["unlabelled"] else ""
-        )
-        lines.append(f"left out: {pairs(summary['left_out'])}{named}")
-    if summary.get("failed"):
-        lines.append(
-            f"failed: {pairs(summary['failed'])} (first: {', '.join(summary['failed_videos'])})"
-        )
-    if "losses" in summary:
-        lines.append(
-            "losses: "
-            + ", ".join(f"{name} {value:.4f}" for name, value in summary["losses"].items())
-        )
-    if "videos_per_s" in summary:
-        again = (
-            f", resumed after epoch {summary['went_on_after_epoch']}"
-            if summary["went_on_after_epoch"]
-            else ""
-        )
-        lines.append(
-            f"speed: {summary['videos_per_s']} videos/s, workers: {summary['workers']}{again}"
-        )
-    if "train_accuracy" in summary:
-        lines.append(f"accuracy on the training videos: {summary['train_accuracy']}")
-    if "val_top1" in summary:
-        lines.append(
-            f"on the validation videos: top1 {summary['val_top1']:.4f}, "
-            f"mAP {summary['val_mAP']:.4f} (weights of the last epoch)"
-        )
-    return "\n".join([*lines, f"out: {summary['out']}"])
+    lines.append(f"{summary.videos} videos, {summary.classes} classes")
+    if summary.left_out:
+        first = summary.unlabelled
+        named = f" (unlabelled: {', '.join(first)})" if first else ""
+        lines.append(f"left out: {pairs(summary.left_out)}{named}")
+    return lines
 
 
-def evaluation_text(summary: dict[str, Any]) -> str:
+def _figures(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def evaluation_text(summary: EvaluationSummary) -> str:
     """Format the results of evaluate: each table's rows, notes and files."""
-    lines = []
-    for table in summary["tables"].values():
-        rows = (
-            [list(table["rows"][0]), *(list(row.values()) for row in table["rows"])]
-            if table["rows"]
-            else []
-        )
-        widths = (
-            [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-            if rows
-            else []
-        )
-        lines += [
-            table["title"],
-            *(
-                "  ".join(
-                    cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-                ).rstrip()
-                for row in rows
-            ),
-        ]
-        lines += [
-            f"  {note}"
-            for note in table["notes"]
-            if note.startswith(("sign in the paper", "warning", "not measured"))
-        ]
-        lines += [f"  files: {', '.join(table['files'])}", ""]
-    return "\n".join([*lines, f"trained now: {summary['trained_now']}", f"out: {summary['out']}"])
+    lines = [line for table in summary.tables.values() for line in (*_table_lines(table), "")]
+    return "\n".join([*lines, f"trained now: {summary.trained_now}", f"out: {summary.out}"])
 
 
-def prediction_text(row: dict[str, Any]) -> str:
+def _table_lines(table: EvaluatedTable) -> list[str]:
+    rows = [list(row.values()) for row in table.rows]
+    if rows:
+        rows.insert(0, list(table.rows[0]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    shown = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    marks = ("sign in the paper", "warning", "not measured")
+    notes = [f"  {note}" for note in table.notes if note.startswith(marks)]
+    return [table.title, *shown, *notes, f"  files: {', '.join(table.files)}"]
+
+
+def prediction_text(row: Mapping[str, Any]) -> str:
     """Format one video's labels and chosen frames, or its error."""
     if row["status"] != "ok":
         return f"{row['uri']}: failed: {row['error_type']}: {row['error_message']}"
@@ -279,7 +274,18 @@ def prediction_text(row: dict[str, Any]) -> str:
     return f"{row['uri']}: {best}\n  frames at {frames}{warned}"
 
 
-def pairs(counts: dict[str, Any]) -> str:
+def verification_text(found: Verification) -> str:
+    """Format what verify found."""
+    number = len(found.problems)
+    verdict = f"does not add up: {number} problems" if number else "adds up"
+    lines = [
+        f"{found.uri}: {found.kind}: {counts_text(found.counts)}",
+        f"checked {', '.join(found.checks)}: {verdict}",
+    ]
+    return "\n".join([*lines, *(f"  {problem}" for problem in found.problems)])
+
+
+def pairs(counts: Mapping[str, Any]) -> str:
     """Format counts on one line."""
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 

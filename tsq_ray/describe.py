@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pyarrow.compute as pc
 
@@ -129,7 +129,7 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
     """
     from tsq_ray.config import EncodersConfig, ModelConfig, SamplerConfig, SamplerMode
     from tsq_ray.model import TSQShape
-    from tsq_ray.model.flops import cost_table
+    from tsq_ray.model.flops import Counting, cost_table
 
     config = content["config"]
     if config["recognizer"] is None:
@@ -138,8 +138,7 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
     shape = TSQShape(**content["sampler_shape"])
     mode: SamplerMode = "both" if shape.modules == "both" else "visual"
     found: dict[str, Any] = {}
-    countings: tuple[Literal["field", "true"], ...] = ("field", "true")
-    for counting in countings:
+    for counting in get_args(Counting):
         table = cost_table(
             mode,
             num_frames=config["decode"]["num_frames"],
@@ -150,9 +149,8 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
             shape=shape,
             counting=counting,
         )
-        found[counting] = {row.module: round(row.gflops, 4) for row in table.rows} | {
-            "total": round(table.gflops, 4)
-        }
+        modules = {row.module: round(row.gflops, 4) for row in table.rows}
+        found[counting] = modules | {"total": round(table.gflops, 4)}
     return found
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from tsq_ray import runs, storage
-from tsq_ray.config import Config
+from tsq_ray.bundle.weights import classifier_settings
+from tsq_ray.config import Config, load_config
 from tsq_ray.feature_pipeline import Networks, extract_features
 from tsq_ray.manifest import read_manifest
+from tsq_ray.results import RunSummary
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
-from tsq_ray.stages import classifier_settings
 
 
 def extract(
     manifest_uri: str,
     out: str,
-    config: Config,
+    config: Config | None = None,
     *,
     encoder: str | None = None,
     recognizer: str | None = None,
@@ -25,22 +25,23 @@ def extract(
     retry_failed: str | None = None,
     take_over: bool = False,
     session: Session = DEFAULT_SESSION,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Extract the features of every video of a manifest into the run folder `out`.
 
     Resumes an earlier run. `encoder` and `recognizer` are outputs of `finetune`. `take_over` takes
-    the folder from another run that is writing to it. Returns the content of `_run.json`. Raises
-    UserError for wrong input, RunFailed if the run failed or does not add up.
+    the folder from another run that is writing to it. Raises UserError for wrong input, RunFailed
+    if the run failed or does not add up.
     """
     started = time.time()
     out = storage.normalize(out)
     manifest = read_manifest(manifest_uri)
     selection = runs.Selection.of(manifest, split, limit, retry_failed)
-    config, networks = choose_networks(config, encoder, recognizer)
+    config, networks = choose_networks(config or load_config(), encoder, recognizer)
     loaded = networks.load()
-    return extract_features(
+    record = extract_features(
         out, selection, config, networks, loaded, session, started=started, take_over=take_over
     )
+    return RunSummary.of(storage.redact(out), record)
 
 
 def choose_networks(
@@ -51,12 +52,6 @@ def choose_networks(
     `encoder` and `recognizer` are outputs of `finetune`; an encoder replaces `encoders.visual`.
     """
     if encoder is not None:
-        config = config.model_copy(
-            update={
-                "encoders": config.encoders.model_copy(
-                    update={"visual": classifier_settings(encoder)}
-                )
-            }
-        )
+        config = config.with_visual_encoder(classifier_settings(encoder))
     answers = classifier_settings(recognizer) if recognizer is not None else None
     return config, Networks(config.encoders.visual, config.encoders.objects, answers)

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from tsq_ray import runs, schema
+from tsq_ray.bundle.weights import load_network
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, with_whole_frames
 from tsq_ray.errors import ModelError, StorageError, VideoError
@@ -37,7 +38,7 @@ from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
-from tsq_ray.stages import Encode, FrameFeatures, load_network
+from tsq_ray.stages import Encode, FrameFeatures
 
 
 @dataclass(frozen=True)

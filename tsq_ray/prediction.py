@@ -8,22 +8,31 @@ from typing import Any
 import torch
 
 from tsq_ray import storage
+from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef, video_id
 from tsq_ray.networks.encoder import best_device
-from tsq_ray.rows import prediction_row, source_of
+from tsq_ray.results import Prediction, from_record
+from tsq_ray.rows import plain_row, prediction_row, source_of
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
 
 
-def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str, Any]]:
-    """Return prediction rows in the order of `videos` (paths or URIs).
+def predict(videos: Sequence[str], model: str, config: Config | None = None) -> list[Prediction]:
+    """Label one or a few videos (paths or URIs) in this process, without Ray, in their order.
 
-    A video that cannot be used becomes a failed row with the reason. `config` comes from
-    `bundle.overrides.scoring_config`. Raises ModelError if the bundle cannot score.
+    A video that cannot be used gets a failed prediction with the reason. `config` comes from
+    `scoring_config`, whose defaults are used without it. Raises ModelError if the bundle cannot
+    score.
     """
+    rows = predict_rows(videos, model, config or scoring_config(model))
+    return [from_record(Prediction, row) for row in rows]
+
+
+def predict_rows(videos: Sequence[str], model: str, config: Config) -> list[dict[str, Any]]:
+    """Return the predictions as the endpoint answers them, as JSON values."""
     bundle = load_bundle(model)
     device = best_device() if config.resources.gpus else torch.device("cpu")
     sample = Sample(bundle, config.sampler, device, config.resources)
@@ -33,7 +42,8 @@ def predict(videos: Sequence[str], model: str, config: Config) -> list[dict[str,
     with Decode(config.decode, bundle_specs(bundle, config.sampler.mode, native_size)) as decode:
         for video in videos:
             ref, decoded = _decode(decode, video)
-            rows.append(prediction_row(ref, recognize(sample([(ref.video_id, decoded)]))[0]))
+            (answer,) = recognize(sample([(ref.video_id, decoded)]))
+            rows.append(plain_row(prediction_row(ref, answer)))
     return rows
 
 

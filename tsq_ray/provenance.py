@@ -6,6 +6,12 @@ import importlib.metadata
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
+
+
+def of_this_run() -> dict[str, Any]:
+    """Return the versions, the git revision and the time for a record that is about to be written."""
+    return {"versions": versions(), "git_revision": git_revision(), "ended": now()}
 
 
 def now() -> str:

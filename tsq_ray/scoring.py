@@ -15,10 +15,12 @@ from typing import Any
 import pyarrow as pa
 
 from tsq_ray import quality, runs, schema, storage
+from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.settings import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
 from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef, read_manifest
+from tsq_ray.results import RunSummary
 from tsq_ray.rows import Answer, prediction_row, source_of
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
@@ -48,7 +50,7 @@ def score(
     manifest_uri: str,
     model: str,
     out: str,
-    config: Config,
+    config: Config | None = None,
     *,
     split: str | None = None,
     limit: int | None = None,
@@ -56,16 +58,16 @@ def score(
     take_over: bool = False,
     with_scores: bool = True,
     session: Session = DEFAULT_SESSION,
-) -> dict[str, Any]:
+) -> RunSummary:
     """Score every video of a manifest into the run folder `out`, resuming an earlier run.
 
-    `config` comes from `bundle.overrides.scoring_config`. `take_over` takes the folder from another
-    run that is writing to it. Returns the content of `_run.json`, with mAP and top-1 under
-    "metrics" if the videos have labels. Raises UserError for wrong input, RunFailed if the run
-    failed or does not add up.
+    `config` comes from `scoring_config`, whose defaults are used without it. `take_over` takes the
+    folder from another run that is writing to it. The summary has mAP and top-1 if the videos have
+    labels. Raises UserError for wrong input, RunFailed if the run failed or does not add up.
     """
     started = time.time()
     out, model = storage.normalize(out), storage.normalize(model)
+    config = config or scoring_config(model)
     content, digest = read_bundle_settings(model)
     if "recognizer" not in content["files"]:
         raise ModelError(f"{storage.redact(model)}: {NO_RECOGNIZER}")
@@ -101,7 +103,8 @@ def score(
                     seconds = run_bulk(
                         "score", run, work, session, ticks=(replicas.tick,), app=plan.app
                     )
-        return run.close(seconds, lambda: more | {"metrics": measure_predictions(out, classes)})
+        record = run.close(seconds, lambda: more | {"metrics": measure_predictions(out, classes)})
+    return RunSummary.of(storage.redact(out), record)
 
 
 def _identity(

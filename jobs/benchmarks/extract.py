@@ -127,9 +127,9 @@ def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str,
         progress.start_counts = start_counts
     times = ray.get(counts.done_at.remote())
     measured = {
-        "wall": run["wall_seconds"],
-        "stages": run["stage_seconds"],
-        "failed": run["counts"]["failed"],
+        "wall": run.wall_seconds,
+        "stages": run.stage_seconds,
+        "failed": run.counts.failed,
     }
     return measured | {"rate": _steady(times, config.resources.workers)}
 

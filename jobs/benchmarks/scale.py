@@ -48,10 +48,10 @@ from tsq_ray import extraction, feature_pipeline, runs, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
 from tsq_ray.manifest import (
-    IndexSummary,
+    Findings,
     Manifest,
     VideoRows,
-    build_manifest,
+    assemble_manifest,
     list_sources,
     read_manifest,
     write_manifest,
@@ -339,13 +339,13 @@ def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[
         feature_pipeline.ExtractWorker = worker  # type: ignore[misc]
         progress.start_counts = start_counts
     sizes = []
-    for part in run["parts"]:
+    for part in run.record["parts"]:
         with storage.open_read(storage.join(out, part["name"])) as file:
             sizes.append(pq.read_metadata(file).num_rows)
     seconds = ray.get(counts.seconds.remote())
     return {
         "seconds": seconds,
-        "rest": run["wall_seconds"] - seconds,
+        "rest": run.wall_seconds - seconds,
         "parts": len(sizes),
         "rows_a_part": float(np.median(sizes)),
     }
@@ -374,7 +374,7 @@ def _growth_table(measured: Sequence[dict[str, Any]], wait_ms: float) -> str:
                 f"{1000 * run['seconds'] / one['rows']:.2f}",
                 f"{run['rest']:.1f}",
             ]
-            cells += [str(run["parts"]), f"{run['rows_a_part']:.0f}"]
+            cells += [str(run.record["parts"]), f"{run['rows_a_part']:.0f}"]
         else:
             cells += ["-"] * 5
         peaks = [f"{one[step]['peak_mib']:.0f}" if step in one else "-" for step in _STEPS]
@@ -430,10 +430,10 @@ def _listings(options: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
 def _list(options: argparse.Namespace) -> dict[str, Any]:
     """Run `tsq index` on the bucket, after measuring time and memory until the first video."""
     memory, source, started = Memory(), f"s3://{_BUCKET}/videos", time.perf_counter()
-    next(iter(list_sources([source], IndexSummary())))
+    next(iter(list_sources([source], Findings())))
     first, before = time.perf_counter() - started, memory.now()
     started = time.perf_counter()
-    manifest, _ = build_manifest([source], labels="none")
+    manifest, _ = assemble_manifest([source], labels="none")
     write_manifest(manifest, f"{options.folder}/listed.parquet")
     seconds = time.perf_counter() - started
     return {

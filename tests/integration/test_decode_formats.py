@@ -18,8 +18,8 @@ from PIL import Image
 from jobs.benchmarks.support.s3 import BUCKETS, S3Server
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video, video
-from tsq_ray.errors import VideoError
+from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video, job
+from tsq_ray.errors import StorageError, VideoError
 
 pytestmark = pytest.mark.data
 
@@ -212,9 +212,9 @@ def test_frames_between_keyframes_by_the_sample_table_alone(
     data_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        video, "_RARE", 1.0
+        job, "_RARE", 1.0
     )  # even if a file with few keyframes would otherwise be decoded whole
-    monkeypatch.delattr(video._Job, "exact")
+    monkeypatch.delattr(job.Job, "exact")
     for num_frames in (7, 16):
         decoded = decode(data_dir / name, "keyframe", num_frames)
         check(data_dir / name, decoded, num_frames)
@@ -348,5 +348,5 @@ def test_keyframes_of_an_s3_object_take_byte_ranges_only(
     with DecodePool(settings, SPECS) as pool:
         outcomes = pool.decode([VideoSource(uri), VideoSource(missing)])
     assert isinstance(outcomes[0], DecodedVideo)
-    assert isinstance(outcomes[1], storage.StorageError)
+    assert isinstance(outcomes[1], StorageError)
     assert outcomes[1].error_type == "not_found"

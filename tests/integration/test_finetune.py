@@ -22,8 +22,7 @@ from support.cluster import Chain, Chains, Driver, Ended, descendants, read_rows
 
 from tsq_ray import storage
 from tsq_ray.bundle.settings import read_curves
-from tsq_ray.bundle.weights import load_bundle, load_classifier
-from tsq_ray.stages import load_network
+from tsq_ray.bundle.weights import load_bundle, load_classifier, load_network
 
 pytestmark = pytest.mark.ray
 

@@ -30,9 +30,8 @@ from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import FrameSpec, VideoSource, decode_video
 from tsq_ray.errors import StorageError
-from tsq_ray.manifest import IndexSummary, Manifest, build_manifest
-from tsq_ray.prediction import predict
-from tsq_ray.rows import plain_row
+from tsq_ray.manifest import Findings, Manifest, assemble_manifest
+from tsq_ray.prediction import predict_rows
 
 ROOT = "s3://tsq-other/odd"
 NAMES = (
@@ -88,8 +87,8 @@ def bucket(s3: S3Server, clip: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def listed(bucket: str) -> tuple[Manifest, IndexSummary]:
-    return build_manifest([bucket])
+def listed(bucket: str) -> tuple[Manifest, Findings]:
+    return assemble_manifest([bucket])
 
 
 def decode(uri: str, strategy: str = "uniform") -> int:
@@ -104,9 +103,7 @@ def clear() -> None:
 # --------------------------------------------------------------------------------------------- keys
 
 
-def test_every_key_is_a_row_or_is_counted(
-    listed: tuple[Manifest, IndexSummary], clip: Path
-) -> None:
+def test_every_key_is_a_row_or_is_counted(listed: tuple[Manifest, Findings], clip: Path) -> None:
     manifest, summary = listed
     assert {row.uri.removeprefix(f"{ROOT}/") for row in manifest.rows} == set(NAMES)
     assert {row.size_bytes for row in manifest.rows} == {clip.stat().st_size}
@@ -115,19 +112,19 @@ def test_every_key_is_a_row_or_is_counted(
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-def test_every_key_decodes_and_is_itself(listed: tuple[Manifest, IndexSummary], name: str) -> None:
+def test_every_key_decodes_and_is_itself(listed: tuple[Manifest, Findings], name: str) -> None:
     row = next(row for row in listed[0].rows if row.uri == f"{ROOT}/{name}")
     assert decode(row.uri) == 12
     assert storage.stat(row.uri) == storage.StoredFile(
         row.uri, row.size_bytes, row.etag, row.modified
     )
-    assert [one.video_id for one in build_manifest([row.uri])[0].rows] == [row.video_id]
+    assert [one.video_id for one in assemble_manifest([row.uri])[0].rows] == [row.video_id]
 
 
 @pytest.mark.parametrize("source", ["s3a://tsq-other/odd/", "S3://tsq-other/odd", f"{ROOT}//"])
-def test_a_prefix_has_one_spelling(listed: tuple[Manifest, IndexSummary], source: str) -> None:
-    assert build_manifest([source])[0].rows == listed[0].rows
-    assert build_manifest([source, ROOT, f"{ROOT}/Why? Because"])[0].rows == listed[0].rows
+def test_a_prefix_has_one_spelling(listed: tuple[Manifest, Findings], source: str) -> None:
+    assert assemble_manifest([source])[0].rows == listed[0].rows
+    assert assemble_manifest([source, ROOT, f"{ROOT}/Why? Because"])[0].rows == listed[0].rows
 
 
 class _FlatStore(BaseHTTPRequestHandler):
@@ -185,11 +182,11 @@ def test_keys_are_not_file_paths(s3: S3Server, clip: Path, monkeypatch: pytest.M
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
         clear()
-        manifest, summary = build_manifest(["s3://flat/v"])
+        manifest, summary = assemble_manifest(["s3://flat/v"])
         assert {row.uri for row in manifest.rows} == {f"s3://flat/v/{name}" for name in names}
         assert summary.left_out == {"name ends in /": 1}
         assert [decode(row.uri) for row in manifest.rows] == [12] * len(names)
-        assert [row.uri for row in build_manifest(["s3://flat/v//"])[0].rows] == [
+        assert [row.uri for row in assemble_manifest(["s3://flat/v//"])[0].rows] == [
             row.uri for row in manifest.rows
         ]
         server.shutdown()
@@ -244,7 +241,7 @@ def no_keys(proxy: S3Proxy, clip: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def use_public(uri: str) -> int:
-    assert [row.uri for row in build_manifest([f"s3://{PUBLIC_BUCKET}/videos"])[0].rows] == [uri]
+    assert [row.uri for row in assemble_manifest([f"s3://{PUBLIC_BUCKET}/videos"])[0].rows] == [uri]
     assert storage.exists(uri)
     return decode(uri) + decode(uri, "keyframe")
 
@@ -258,7 +255,7 @@ def test_a_public_bucket_is_read_without_keys(
     assert no_keys.headers
     assert not any("authorization" in headers for headers in no_keys.headers)
     with pytest.raises(StorageError, match="access denied") as caught:
-        build_manifest([ROOT])
+        assemble_manifest([ROOT])
     assert caught.value.error_type == "access_denied"
 
 
@@ -267,7 +264,7 @@ def test_missing_keys_are_reported_with_the_setting(no_keys: S3Proxy) -> None:
         StorageError,
         match=r"access denied; check the keys .* without keys, set AWS_NO_SIGN_REQUEST=true",
     ):
-        build_manifest([f"s3://{PUBLIC_BUCKET}/videos"])
+        assemble_manifest([f"s3://{PUBLIC_BUCKET}/videos"])
 
 
 @pytest.mark.parametrize("payer", ["requester", None])
@@ -279,7 +276,7 @@ def test_every_request_says_who_pays(
     uri = "s3://tsq-other/paid/v.mp4"
     storage.write_bytes(uri, clip.read_bytes())
     proxy.heal()
-    assert len(build_manifest(["s3://tsq-other/paid"])[0].rows) == 1
+    assert len(assemble_manifest(["s3://tsq-other/paid"])[0].rows) == 1
     assert storage.read_bytes(uri) == clip.read_bytes()
     assert decode(uri) + decode(uri, "keyframe") == 24
     asked = [headers.get("x-amz-request-payer") for headers in proxy.headers]
@@ -345,7 +342,7 @@ def test_one_bad_uri_affects_only_its_own_answer(
         f"{ROOT}/std::vec.mp4": "ok",
     }
     rows: list[dict[str, Any]] = [
-        plain_row(row) for row in predict(list(expected), model, scoring_config(model))
+        row for row in predict_rows(list(expected), model, scoring_config(model))
     ]
     found = [row["error_type"] if row["status"] == "failed" else "ok" for row in rows]
     for name, row, kind, wanted in zip(expected, rows, found, expected.values(), strict=True):
@@ -367,7 +364,7 @@ def test_a_defect_in_a_lookup_is_a_row_too(
         return plain(uri)
 
     monkeypatch.setattr(storage, "stat", stat)
-    bad, good = predict(["/x/bad.mp4", str(clip)], model, scoring_config(model))
+    bad, good = predict_rows(["/x/bad.mp4", str(clip)], model, scoring_config(model))
     assert (bad["uri"], bad["status"], bad["error_type"], good["status"]) == (
         "/x/bad.mp4",
         "failed",

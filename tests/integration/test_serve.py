@@ -10,6 +10,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +30,9 @@ from support.cluster import Driver, marked, refused, tsq
 from jobs.benchmarks.support.s3 import S3Server, free_ports
 from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
-from tsq_ray.prediction import predict
+from tsq_ray.prediction import predict_rows
+
+REPO = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.ray
 
@@ -108,7 +112,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def rows(archive: Archive, bundle: str) -> dict[str, dict[str, Any]]:
     """What `predict` answers for each file of the archive."""
-    found = predict(
+    found = predict_rows(
         [str(archive.root / path) for path in archive.paths], bundle, scoring_config(bundle)
     )
     return dict(zip(archive.paths, found, strict=True))
@@ -201,6 +205,22 @@ def test_a_chunked_body_is_an_upload_too(
     response = endpoint.score(content=iter([data[:1000], data[1000:]]))
     assert response.status_code == 200
     same_answer(response.json(), rows[GOOD[0]])
+
+
+def test_the_example_that_calls_the_endpoint(endpoint: Endpoint, archive: Archive) -> None:
+    example = REPO / "docs" / "examples" / "call_endpoint.py"
+    good, bad = (str(archive.root / name) for name in (GOOD[0], "train/cut.mp4"))
+    done = subprocess.run(
+        [sys.executable, str(example), endpoint.url, good, bad],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TSQ_TOKEN": TOKEN},
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith(f"{good}: ")
+    assert "chosen frames at" in first
+    assert second.startswith(f"{bad}: truncated: ")
 
 
 @pytest.mark.parametrize("form", ["body", "form"])

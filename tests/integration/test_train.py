@@ -22,13 +22,12 @@ from torch import Tensor
 
 from tsq_ray import storage
 from tsq_ray.bundle.settings import read_curves
-from tsq_ray.bundle.weights import load_bundle
+from tsq_ray.bundle.weights import load_bundle, load_network
 from tsq_ray.config import ModelConfig, load_config
 from tsq_ray.errors import StorageError
 from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import object_names
 from tsq_ray.networks.text import text_encoder
-from tsq_ray.stages import load_network
 from tsq_ray.training.features import FeatureSource, open_training_set
 from tsq_ray.training.sampler.loop import fit_tsqnet
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from tsq_ray import runs, schema
+from tsq_ray.bundle.weights import load_network
 from tsq_ray.config import Config, TrainConfig, validate_config
 from tsq_ray.model import TSQShape
 from tsq_ray.rows import OBJECTS, VISUAL
-from tsq_ray.stages import load_network
 
 VIDEOS, FRAMES, DIM, CLASSES, TEXT_DIM = 22, 4, 6, 3, 5
 ENCODER: dict[str, Any] = {"model": "test_efficientnet", "size": 32}

@@ -20,6 +20,7 @@ from tsq_ray.cli import main
 from tsq_ray.console import bare_retry, estimate_text, run_text, without_options
 from tsq_ray.errors import ERROR_TYPES
 from tsq_ray.manifest import read_manifest
+from tsq_ray.results import RunSummary
 from tsq_ray.runs.bulk import accounting
 from tsq_ray.runs.done import read_done
 from tsq_ray.runs.folder import begin, finish
@@ -592,6 +593,7 @@ def run_summary(**counts: Any) -> dict[str, Any]:
         "with_warnings": 0,
     }
     return {
+        "kind": "features",
         "counts": zero | counts,
         "stage_seconds": {},
         "slowest_stage": None,
@@ -611,7 +613,7 @@ def run_summary(**counts: Any) -> dict[str, Any]:
     ids=["nothing", "labels only", "some", "all"],
 )
 def test_the_summary_reports_what_was_there_before(how: dict[str, Any], said: str | None) -> None:
-    text = run_text(run_summary(ok=9, failed=1) | how, "out")
+    text = run_text(RunSummary.of("out", run_summary(ok=9, failed=1) | how))
     assert (said in text) if said else ("done" not in text)
 
 
@@ -654,7 +656,7 @@ def test_more_failures_than_max_failed_are_an_error(
     run = run_summary(
         ok=10 - failed, failed=failed, failed_by_type={"timeout": failed} if failed else {}
     )
-    assert guarded(lambda: end_run(run, "out", False, allowed), debug=False) == code
+    assert guarded(lambda: end_run(RunSummary.of("out", run), False, allowed), debug=False) == code
     out, err = capfd.readouterr()
     assert f"10 inputs = {10 - failed} ok + {failed} failed + 0 skipped" in out
     assert (f"{failed} of 10 videos failed, above --max-failed {allowed}" in err) == bool(code)

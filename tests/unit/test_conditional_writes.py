@@ -12,8 +12,8 @@ from botocore.exceptions import ClientError
 from support.race import Kind, check_one_writer_wins
 
 from tsq_ray import storage
-from tsq_ray.advice import is_refused_condition
 from tsq_ray.errors import StorageError
+from tsq_ray.storage.advice import is_refused_condition
 
 WRITERS = 16
 

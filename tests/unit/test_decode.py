@@ -24,6 +24,7 @@ from tsq_ray.decode import (
     VideoSource,
     decode_video,
     fetch,
+    job,
     nvdec,
     video,
     with_whole_frames,
@@ -135,7 +136,7 @@ def test_few_packets_are_held_on_the_way_to_a_frame_far_from_its_keyframe(
         return outcome
 
     monkeypatch.setattr(IndexedReader, "_read", watched)
-    monkeypatch.setattr(video, "_RARE", 1.0)
+    monkeypatch.setattr(job, "_RARE", 1.0)
     assert numbers(decode(path, "keyframe", 4)) == [0, 74, 124, 174]
     assert len(held) > 150
     assert max(held) < 16
@@ -526,6 +527,23 @@ def test_nvdec_on_a_gpu_that_fails_decodes_on_the_cpu(
     with pytest.raises(VideoError, match=r"max_duration_s allows 0\.1") as caught:
         decode(videos["h264_b.mp4"], backend="nvdec", max_duration_s=0.1)
     assert caught.value.error_type == "too_large"
+
+
+def test_converting_frames_starts_no_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A converter per frame would start one thread per core for each of the T frames."""
+    path = write_video(tmp_path / "a.mp4", size=(320, 192))
+    before, seen = len(os.listdir("/proc/self/task")), []
+    put = FrameStore.put
+
+    def counted(store: FrameStore, slot: int, frame: np.ndarray) -> None:
+        seen.append(len(os.listdir("/proc/self/task")))
+        put(store, slot, frame)
+
+    monkeypatch.setattr(FrameStore, "put", counted)
+    decode(path, num_frames=50)
+    assert max(seen) <= before + 1
 
 
 @pytest.mark.gpu

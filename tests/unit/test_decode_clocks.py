@@ -30,8 +30,7 @@ from support.clock import (
 from support.video import number_of, picture, write_video
 
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video
-from tsq_ray.decode import video as decoding
+from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video, job
 
 HOUR = 3600 * TICKS
 HEALTHY = ("right", "starts at one hour", "wraps at 33 bits")
@@ -331,7 +330,7 @@ def test_a_stream_that_may_reorder_and_does_not_is_read_by_its_sample_table(
         assert container.streams.video[0].codec_context.has_b_frames
         assert all(packet.pts == packet.dts for packet in packets)
     expected = decode(path, "keyframe").frame_index.tolist()
-    monkeypatch.setattr(decoding, "scan", None)  # nothing is read but what the table names
+    monkeypatch.setattr(job, "scan", None)  # nothing is read but what the table names
     decoded = decode(path, "keyframe")
     assert (
         [number_of(rgb) for rgb in decoded.slots("all")] == decoded.frame_index.tolist() == expected

@@ -21,7 +21,7 @@ from tsq_ray.errors import ERROR_TYPES
 REPO = Path(__file__).resolve().parents[2]
 DOCS = REPO / "docs"
 PAGES = [REPO / "README.md", *sorted(DOCS.glob("*.md"))]
-GENERATED = ("cli.md", "configuration.md", "data-format.md")
+GENERATED = ("cli.md", "api.md", "configuration.md", "data-format.md")
 SUFFIXES = {
     ".py",
     ".sh",

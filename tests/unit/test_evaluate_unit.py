@@ -23,7 +23,7 @@ from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import SamplerConfig, TextConfig, TrainConfig
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import ConfigError, ManifestError, ModelError, RunError
-from tsq_ray.evaluation import evaluate, evaluation_settings, on_evidence, paper, read_annotations
+from tsq_ray.evaluation import evaluate, evaluation_config, on_evidence, paper, read_annotations
 from tsq_ray.evaluation.ablations import TABLES, ablation
 from tsq_ray.evaluation.bench import Bench
 from tsq_ray.evaluation.measures import Clock, MeanOverSeeds, answers, gflops, measure_sampler
@@ -77,7 +77,7 @@ def bench_of(case: Case, out: Path, *sets: str, split: str | None = None) -> Ben
         "evaluate.seeds=[0, 1]",
         "evaluate.budgets=[1, 2]",
     )
-    config = evaluation_settings(case.model, None, (*small, *sets))
+    config = evaluation_config(case.model, None, (*small, *sets))
     return Bench(
         case.bundle,
         features,
@@ -101,7 +101,7 @@ def test_without_the_extra_one_line_says_what_to_install(
         lambda name: None if name == "matplotlib" else found(name),
     )
     with pytest.raises(RunError, match=r"^evaluate needs matplotlib: pip install 'tsq-ray\[eval"):
-        evaluate([case.features], case.model, str(tmp_path), evaluation_settings(case.model))
+        evaluate([case.features], case.model, str(tmp_path), evaluation_config(case.model))
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -144,7 +144,7 @@ def test_without_splits_all_rows_are_measured_and_nothing_is_fitted(
     )
     assert (features.split, len(features.measured), features.training) == (None, TRAIN + VAL, None)
     bench = Bench(
-        case.bundle, features, evaluation_settings(case.model), None, Store(str(tmp_path), {})
+        case.bundle, features, evaluation_config(case.model), None, Store(str(tmp_path), {})
     )
     methods, notes = possible(bench)
     assert [method.name for method in methods if method.trained] == []
@@ -677,7 +677,7 @@ def test_the_surrogates_annotations(data_dir: Path) -> None:
 
 
 def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:
-    config = evaluation_settings(case.model, None, ["evaluate.budgets=[1, 2]"])
+    config = evaluation_config(case.model, None, ["evaluate.budgets=[1, 2]"])
 
     def attempt(*sources: str, **more: Any) -> None:
         evaluate(
@@ -692,10 +692,10 @@ def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:
         attempt(case.features, case.features)
     with pytest.raises(ConfigError, match="K = 9 is above T = 8"):
         attempt(
-            case.features, config=evaluation_settings(case.model, None, ["evaluate.budgets=[1, 9]"])
+            case.features, config=evaluation_config(case.model, None, ["evaluate.budgets=[1, 9]"])
         )
     with pytest.raises(ConfigError, match="has a duplicate"):
-        evaluation_settings(case.model, None, ["evaluate.seeds=[1, 1]"])
+        evaluation_config(case.model, None, ["evaluate.seeds=[1, 1]"])
     bare = make_bundle(tmp_path / "bare", with_recognizer=False)
     with pytest.raises(ModelError, match="the bundle has no recogniser"):
         evaluate([case.features], bare, str(tmp_path / "out"), config)
@@ -703,16 +703,15 @@ def test_what_evaluate_refuses(case: Case, tmp_path: Path) -> None:
 
 
 def test_another_evaluation_in_the_same_folder_is_refused(case: Case, tmp_path: Path) -> None:
-    config = evaluation_settings(case.model, None, ["evaluate.budgets=[1, 2]"])
+    config = evaluation_config(case.model, None, ["evaluate.budgets=[1, 2]"])
     out = str(tmp_path / "out")
     done = evaluate([case.features], case.model, out, config, tables=["table1"])
-    assert done["tables"]["table1"]["files"] == ["table1.md", "table1.csv"]
-    more_seeds = evaluation_settings(
+    assert done.tables["table1"].files == ("table1.md", "table1.csv")
+    more_seeds = evaluation_config(
         case.model, None, ["evaluate.budgets=[1, 2]", "evaluate.seeds=[5]"]
     )
     assert (
-        evaluate([case.features], case.model, out, more_seeds, tables=["table1"])["trained_now"]
-        == 0
+        evaluate([case.features], case.model, out, more_seeds, tables=["table1"]).trained_now == 0
     )
     with pytest.raises(
         RunError, match=r"holds another evaluation \(train.epochs: 100 there, 3 now\)"
@@ -721,7 +720,7 @@ def test_another_evaluation_in_the_same_folder_is_refused(case: Case, tmp_path: 
             [case.features],
             case.model,
             out,
-            evaluation_settings(case.model, None, ["evaluate.budgets=[1]", "train.epochs=3"]),
+            evaluation_config(case.model, None, ["evaluate.budgets=[1]", "train.epochs=3"]),
             tables=["table1"],
         )
     header = (tmp_path / "out" / "table1.md").read_text()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -245,3 +247,29 @@ def test_whole_frames_of_several_sizes_go_through_a_network_together() -> None:
     features, _ = encode_pictures(encoder, [Pictures(video, native_size=True) for video in videos])
     assert len(features) == 18
     torch.testing.assert_close(features, expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+
+
+def test_freed_memory_is_kept_for_the_next_layer() -> None:
+    """A new process, because the C library's setting lasts as long as the process."""
+    script = """
+import resource, sys, torch
+from tsq_ray.networks.inference import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(40 << 20, dtype=torch.uint8)
+before = faults()
+for _ in range(20):
+    torch.ones(40 << 20, dtype=torch.uint8)
+print(faults() - before)
+"""
+    kept, returned = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", script, how], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for how in ("kept", "returned")
+    )
+    assert kept < returned / 10

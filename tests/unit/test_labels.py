@@ -11,7 +11,7 @@ import pytest
 
 from tsq_ray.errors import ManifestError, UserError
 from tsq_ray.labels import READERS
-from tsq_ray.manifest import IndexSummary, Manifest, build_manifest
+from tsq_ray.manifest import Findings, Manifest, assemble_manifest
 
 Make = Callable[..., Path]
 Found = dict[str, tuple[list[str], str | None]]
@@ -28,8 +28,8 @@ def write(tmp_path: Path) -> Callable[[str, str], str]:
     return text
 
 
-def index(folder: Path, *labels: str, **options: str) -> tuple[Manifest, IndexSummary]:
-    return build_manifest([str(folder)], labels, **options)  # type: ignore[arg-type]
+def index(folder: Path, *labels: str, **options: str) -> tuple[Manifest, Findings]:
+    return assemble_manifest([str(folder)], labels, **options)  # type: ignore[arg-type]
 
 
 def labels_of(manifest: Manifest) -> Found:

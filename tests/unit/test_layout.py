@@ -21,11 +21,9 @@ ORDER = (
     *(
         "errors",
         "schema",
+        "results",
         "containers",
         "config",
-        "local_files",
-        "advice",
-        "s3",
         "storage",
         "labels",
         "manifest",
@@ -66,30 +64,32 @@ INSIDE = {
     "config": ("base", "method", "resources", "settings", "load"),
     "decode": (
         *("types", "fetch", "plan", "clock", "nvdec", "frames", "probe", "pyav_backend"),
-        *("decord_backend", "indexed", "survivors", "video", "sandbox"),
+        *("decord_backend", "indexed", "survivors", "job", "video", "child", "sandbox"),
     ),
     "evaluation": (
         *("annotations", "videos", "samplers", "trainings", "measures", "store", "tables"),
         *("plots", "bench", "methods", "ablations", "compare", "paper", "run"),
     ),
-    "labels": ("formats", "match"),
-    "manifest": ("videos", "files", "listing"),
+    "labels": ("classes", "formats", "match"),
+    "manifest": ("videos", "files", "listing", "build"),
     "model": ("layers", "tsq", "task", "losses", "selection", "baselines", "choosers", "flops"),
     "networks": ("weights", "encoder", "text", "batch_norm", "inference"),
     "reporting": (
         *("choice", "curves", "losses", "predictions", "pictures", "summary", "html", "export"),
     ),
-    "runs": ("identity", "lease", "columns", "done", "folder", "bulk", "verify"),
+    "runs": ("identity", "lease", "columns", "done", "folder", "tables", "bulk", "verify"),
     "runtime": (
         *("nodes", "placement", "session", "cluster", "waiting", "progress", "parts", "bulk"),
         "jobs",
     ),
     "serving": (*("access", "requests", "batching", "graph", "app", "replicas", "endpoint"),),
+    "stages": ("encode", "sample", "recognize"),
+    "storage": ("local_files", "advice", "s3", "paths", "listing", "files"),
     "training": ("cache", "head", "features", "resumable", "classifier", "sampler"),
     "training/classifier": (
         *("augment", "optim", "clips", "worker", "full", "frozen", "finetune"),
     ),
-    "training/sampler": ("loop", "launch", "tsqnet"),
+    "training/sampler": ("loop", "launch", "parts", "tsqnet"),
 }
 """The same inside each folder."""
 STAGES = ("extraction", "training", "serving", "scoring")
@@ -100,7 +100,7 @@ Only scoring drives serving's graph.
 ALLOWED_STAGES = {("scoring", "serving")}
 RAY_AT_IMPORT = {"serving/app.py", "serving/graph.py"}
 """Serve's decorators need ray when the module is imported; all others import it when called."""
-MAX_LINES = 450
+MAX_LINES = 400
 TOP = {"pyproject.toml", "README.md", "LICENSE", "tsq_ray", "jobs", "cluster", "tests", "docs"}
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -161,8 +161,7 @@ def test_every_module_has_its_place_in_the_order() -> None:
 def test_imports_go_one_way(path: Path) -> None:
     own = unit_of(path)
     if own == "__init__":
-        assert imported_units(path) == []
-        return
+        return  # names for type checkers; test_what_importing_loads sees that nothing is imported
     wrong = [
         f"line {line}: {unit}"
         for unit, line in imported_units(path)

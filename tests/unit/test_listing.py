@@ -13,29 +13,31 @@ from pathlib import Path
 import av
 import pytest
 
-from tsq_ray import containers, local_files, storage
+from tsq_ray import containers, storage
 from tsq_ray.console import index_text
 from tsq_ray.errors import ManifestError, StorageError
 from tsq_ray.labels import READERS
 from tsq_ray.manifest import (
-    IndexSummary,
+    Findings,
     Manifest,
     VideoRef,
     VideoRows,
+    assemble_manifest,
     build_manifest,
     read_manifest,
     video_id,
     write_manifest,
 )
 from tsq_ray.manifest.listing import _check_ids
+from tsq_ray.storage.local_files import VANISHED
 
 Make = Callable[..., Path]
 HIDDEN = "hidden (name begins with .)"
 OWN_NAME = "linked folder, listed under its own name"
 
 
-def index(*sources: Path | str, **options: object) -> tuple[Manifest, IndexSummary]:
-    return build_manifest([str(source) for source in sources], **options)  # type: ignore[arg-type]
+def index(*sources: Path | str, **options: object) -> tuple[Manifest, Findings]:
+    return assemble_manifest([str(source) for source in sources], **options)  # type: ignore[arg-type]
 
 
 def found(folder: Path, *sources: Path | str) -> tuple[list[str], dict[str, int]]:
@@ -246,9 +248,7 @@ def test_what_vanishes_while_it_is_listed_is_counted(
         "c/d.mp4",
         "z",
     ]
-    assert [entry.reason for entry in rest if isinstance(entry, storage.LeftOut)] == [
-        local_files.VANISHED
-    ] * 2
+    assert [entry.reason for entry in rest if isinstance(entry, storage.LeftOut)] == [VANISHED] * 2
 
 
 # ---------------------------------------------------------------------------------------------- ids
@@ -366,13 +366,13 @@ def test_labels_find_a_video_through_a_linked_folder_in_either_spelling(
 def test_the_summary_names_the_first_of_each_reason(make: Make) -> None:
     folder = make("a.mp4", "b.txt", *(f".{number}.mp4" for number in range(5)))
     (folder / "gone.mp4").symlink_to("nowhere")
-    text = index_text(vars(index(folder)[1]), "m.parquet").splitlines()
+    text = index_text(build_manifest([str(folder)], str(folder / "m.parquet"))).splitlines()
     names = ", ".join(f"{folder}/.{number}.mp4" for number in range(3))
     assert text[3:] == [
         "left out, no video suffix: .txt 1",
         f"left out, {HIDDEN}: 5: {names}, ...",
         f"left out, broken link: 1: {folder}/gone.mp4",
-        "out: m.parquet",
+        f"out: {folder}/m.parquet",
     ]
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from tsq_ray.errors import ManifestError
 from tsq_ray.manifest import (
-    IndexSummary,
+    Findings,
     Manifest,
     VideoRef,
     VideoRows,
-    build_manifest,
+    assemble_manifest,
     choose_split,
     read_manifest,
     same_contents,
@@ -27,8 +27,8 @@ from tsq_ray.manifest import (
 Make = Callable[..., Path]
 
 
-def index(folder: Path, **options: object) -> tuple[Manifest, IndexSummary]:
-    return build_manifest([str(folder)], **options)  # type: ignore[arg-type]
+def index(folder: Path, **options: object) -> tuple[Manifest, Findings]:
+    return assemble_manifest([str(folder)], **options)  # type: ignore[arg-type]
 
 
 def labels_of(manifest: Manifest) -> dict[str, tuple[list[str], str | None]]:
@@ -61,7 +61,7 @@ def test_videos_are_taken_by_their_names_and_the_rest_is_counted(make: Make) -> 
 
 def test_a_file_named_outright_is_taken_whatever_its_name_and_each_file_once(make: Make) -> None:
     folder = make("a.mp4", "odd.bin")
-    manifest, _ = build_manifest([str(folder), str(folder / "a.mp4"), str(folder / "odd.bin")])
+    manifest, _ = assemble_manifest([str(folder), str(folder / "a.mp4"), str(folder / "odd.bin")])
     assert [os.path.basename(row.uri) for row in manifest.rows] == ["a.mp4", "odd.bin"]
 
 
@@ -70,7 +70,7 @@ def test_ids_depend_only_on_the_place(make: Make, monkeypatch: pytest.MonkeyPatc
     before = index(folder)[0].rows[0]
     (folder / "a.mp4").write_bytes(b"other content")
     monkeypatch.chdir(folder.parent)
-    after = build_manifest(["videos"])[0].rows[0]
+    after = assemble_manifest(["videos"])[0].rows[0]
     assert before.video_id == after.video_id == video_id("videos/a.mp4")
     assert before.size_bytes != after.size_bytes
     assert len(before.video_id) == 16
@@ -107,18 +107,18 @@ def test_a_source_that_matches_nothing_is_an_error(
     if source == "":
         (folder / "x.mp4").unlink()
     with pytest.raises(ManifestError, match=message):
-        build_manifest([str(folder / source)])
+        assemble_manifest([str(folder / source)])
 
 
 def test_one_of_several_sources_that_matches_nothing_is_an_error(make: Make) -> None:
     folder = make("a/1.mp4", "b/notes.txt")
     with pytest.raises(ManifestError, match="b: no video found"):
-        build_manifest([str(folder / "a"), str(folder / "b")])
+        assemble_manifest([str(folder / "a"), str(folder / "b")])
 
 
 def test_no_source_is_an_error() -> None:
     with pytest.raises(ManifestError, match="no source given"):
-        build_manifest([])
+        assemble_manifest([])
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -257,8 +257,8 @@ def test_a_manifest_comes_back_as_it_was(make: Make, tmp_path: Path) -> None:
 def test_the_identity_of_a_manifest_is_its_sources(make: Make) -> None:
     folder = make("a/1.mp4", "b/2.mp4")
     first, second = ([str(folder / "a"), str(folder / "b")], [str(folder / "b"), str(folder / "a")])
-    assert build_manifest(first)[0].id == build_manifest(second)[0].id
-    assert build_manifest(first)[0].id != index(folder)[0].id
+    assert assemble_manifest(first)[0].id == assemble_manifest(second)[0].id
+    assert assemble_manifest(first)[0].id != index(folder)[0].id
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "text", "other columns", "no metadata"])

@@ -101,7 +101,7 @@ class Folder:
         return sorted((row["uri"], row["status"]) for table in tables for row in table.to_pylist())
 
     def problems(self) -> list[str]:
-        return verify(self.uri)["problems"]
+        return list(verify(self.uri).problems)
 
 
 @pytest.fixture
@@ -635,9 +635,9 @@ def test_verify_says_when_the_manifest_cannot_be_compared(
     else:
         done.set_manifest([ref(1)])
     result = verify(done.uri)
-    assert result["problems"] == []
-    assert "manifest not checked" in result["checks"][-1]
-    assert told in result["checks"][-1]
+    assert result.problems == ()
+    assert "manifest not checked" in result.checks[-1]
+    assert told in result.checks[-1]
 
 
 def test_labels_and_splits_that_changed_reach_the_rows(done: Folder) -> None:

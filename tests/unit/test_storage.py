@@ -275,6 +275,7 @@ def test_walk_reports_a_folder_that_it_may_not_read() -> None:
     code = """
 import os, sys
 from tsq_ray import storage
+from tsq_ray.errors import StorageError
 folder = sys.argv[1]
 assert len(list(storage.walk(folder))) == 2
 os.chmod(f"{folder}/b/closed", 0)
@@ -282,7 +283,7 @@ if os.getuid() == 0:
     os.setuid(65534)
 try:
     list(storage.walk(folder))
-except storage.StorageError as error:
+except StorageError as error:
     print(error.error_type, error)
 """
     with (

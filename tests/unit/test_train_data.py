@@ -24,8 +24,9 @@ from tsq_ray.config import FinetuneConfig, load_config
 from tsq_ray.errors import RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows
 from tsq_ray.prototypes import prototypes
+from tsq_ray.runs import Identity
 from tsq_ray.training.cache import Create, node_arrays
-from tsq_ray.training.classifier.finetune import _summary
+from tsq_ray.training.classifier.finetune import _Plan, _summary
 from tsq_ray.training.classifier.full import Tuned
 from tsq_ray.training.features import (
     FeatureSource,
@@ -209,13 +210,15 @@ def test_two_videos_whose_urls_differ_only_in_the_query(tmp_path: Path) -> None:
     chosen = TrainingRows.of(rows, None, None, "manifest")
     failures = {rows[1].video_id: "not_video"}
     tuned = Tuned(torch.nn.Identity(), failures, {}, [])  # type: ignore[arg-type]
-    found = _summary(
-        str(tmp_path), "encoder", Manifest(rows, NAMES), chosen, rows[:0], tuned, load_config(None)
-    )
-    assert (found["videos"], found["failed"], found["failed_videos"]) == (
+    tuned.figures["train_accuracy"] = 1.0
+    config, manifest = load_config(None), Manifest(rows, NAMES)
+    settings, identity = config.encoders.visual, Identity.of()
+    input_ = (chosen, rows[:0], settings, tuned.network)
+    found = _summary(_Plan(str(tmp_path), "encoder", config, manifest, *input_, identity), tuned, 0)
+    assert (found.videos, found.failed, found.failed_videos) == (
         1,
         {"not_video": 1},
-        ["https://host/v.mp4?..."],
+        ("https://host/v.mp4?...",),
     )
 
 

@@ -17,8 +17,8 @@ from tsq_ray import runs
 from tsq_ray.config import Config, load_config
 from tsq_ray.errors import ConfigError, RunError
 from tsq_ray.model import TSQShape
-from tsq_ray.training import train, training_settings
-from tsq_ray.training.sampler.tsqnet import _shape
+from tsq_ray.training import train, training_config
+from tsq_ray.training.sampler.parts import _shape
 
 
 def features(folder: Path, *sets: str, leave_out: str = "") -> str:
@@ -36,17 +36,17 @@ def features(folder: Path, *sets: str, leave_out: str = "") -> str:
 
 def test_features_carry_their_number_of_objects(tmp_path: Path) -> None:
     uri = features(tmp_path, "encoders.num_objects=50")
-    assert training_settings(uri).encoders.num_objects == 50
+    assert training_config(uri).encoders.num_objects == 50
     with pytest.raises(RunError, match=r"encoders.num_objects: 50 in the features, 10 asked for"):
-        training_settings(uri, None, ("encoders.num_objects=10",))
+        training_config(uri, None, ("encoders.num_objects=10",))
 
 
 def test_features_from_before_the_setting_hold_ten_objects(tmp_path: Path) -> None:
     uri = features(tmp_path, leave_out="num_objects")
-    assert training_settings(uri).encoders.num_objects == 10
-    assert training_settings(uri, None, ("encoders.num_objects=10",)) == training_settings(uri)
+    assert training_config(uri).encoders.num_objects == 10
+    assert training_config(uri, None, ("encoders.num_objects=10",)) == training_config(uri)
     with pytest.raises(RunError, match=r"encoders.num_objects: None in the features, 50 asked for"):
-        training_settings(uri, None, ("encoders.num_objects=50",))
+        training_config(uri, None, ("encoders.num_objects=50",))
 
 
 def test_more_objects_than_the_features_hold_are_refused_before_anything_is_read(

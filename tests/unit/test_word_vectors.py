@@ -11,7 +11,7 @@ import torch
 from tsq_ray.config import Config, TextConfig, load_config
 from tsq_ray.errors import ModelError
 from tsq_ray.networks.text import TextEncoder, WordVectors, text_encoder
-from tsq_ray.training.sampler.tsqnet import _TextSide
+from tsq_ray.training.sampler.parts import Embeddings
 
 GLOVE = (
     "the 0.5 0.5\nhigh 1 0\njump 0 2\nchihuahua@dog.com 9 9\nChihuahua 3 -3\n. . 8 8\nhigh way "
@@ -134,7 +134,7 @@ def config_with(folder: Path, content: str, *sets: str) -> Config:
 
 
 def test_objects_without_a_word_count_for_nothing_and_are_reported(tmp_path: Path) -> None:
-    side = _TextSide.make(config_with(tmp_path, GLOVE), ["high jump", "chihuahua"])
+    side = Embeddings.make(config_with(tmp_path, GLOVE), ["high jump", "chihuahua"])
     assert side.vocabulary.shape == (1000, 2)
     assert side.vocabulary[0].tolist() == pytest.approx([4.0, 0.1])  # tench
     assert not side.vocabulary[1].any()
@@ -153,9 +153,9 @@ def test_a_class_without_a_word_is_refused_if_its_query_starts_there(tmp_path: P
             r"vectors, or set"
         ),
     ):
-        _TextSide.make(config_with(tmp_path, GLOVE), ["high jump", "capoeira"])
+        Embeddings.make(config_with(tmp_path, GLOVE), ["high jump", "capoeira"])
     assert (
-        _TextSide.make(
+        Embeddings.make(
             config_with(tmp_path, GLOVE, "train.init_textual=random"), ["high jump", "capoeira"]
         ).classes
         is None
@@ -166,4 +166,4 @@ def test_vectors_that_know_no_object_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ModelError, match="no word of any of the 1000 object names; use English vectors"
     ):
-        _TextSide.make(config_with(tmp_path, "springen 1 2\n"), ["springen"])
+        Embeddings.make(config_with(tmp_path, "springen 1 2\n"), ["springen"])

@@ -29,7 +29,13 @@ from tsq_ray.bundle.settings import (
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig, Task
 from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQNet, TSQShape
-from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder, create_network, split_network
+from tsq_ray.networks.encoder import (
+    NUM_OBJECTS,
+    FrameEncoder,
+    create_network,
+    load_encoder,
+    split_network,
+)
 from tsq_ray.networks.weights import load_weights
 
 
@@ -92,6 +98,24 @@ def load_classifier(uri: str) -> Classifier:
         uri, content, "model", ModelConfig.model_validate(content["model"]), len(classes)
     )
     return Classifier(encoder, classes, content["task"], content["role"], content["provenance"])
+
+
+def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
+    """Load the network of these settings; `weights` may also name an output of `tsq finetune`."""
+    if (
+        config.weights != "hub"
+        and not config.weights.startswith(("package:", "random:"))
+        and storage.is_folder(storage.normalize(config.weights))
+    ):
+        return load_classifier(config.weights).encoder
+    return load_encoder(config, with_head)
+
+
+def classifier_settings(uri: str) -> ModelConfig:
+    """Return settings that load the classifier at `uri`, with its own model and preprocessing."""
+    return load_classifier(uri).encoder.config.model_copy(
+        update={"weights": storage.normalize(uri)}
+    )
 
 
 def save_bundle(bundle: Bundle, uri: str) -> None:

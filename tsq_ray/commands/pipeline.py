@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from tsq_ray.commands.submit import submit_command
-from tsq_ray.console import end_run, estimate_text, index_text, show, training_text
+from tsq_ray.console import (
+    end_run,
+    estimate_text,
+    finetune_text,
+    index_text,
+    show,
+    training_text,
+)
 from tsq_ray.options import (
     Address,
     AsJson,
@@ -81,19 +88,18 @@ def index(
     debug: Debug = False,
 ) -> None:
     """List videos, join their labels and write the manifest."""
-    from tsq_ray import manifest as manifests
-    from tsq_ray import storage
+    from tsq_ray.manifest import build_manifest
 
-    old = manifests.find_old(out, update)
-    made, summary = manifests.build_manifest(
-        sources, labels or (), classes, split_name, old, labels_format
+    summary = build_manifest(
+        sources,
+        out,
+        labels=labels or (),
+        labels_format=labels_format,
+        classes=classes,
+        split_name=split_name,
+        update=update,
     )
-    manifests.write_manifest(made, out)
-    show(
-        vars(summary) | {"out": storage.redact(out)},
-        as_json,
-        index_text(vars(summary), storage.redact(out)),
-    )
+    show(summary, as_json, index_text(summary))
 
 
 def extract(
@@ -149,7 +155,7 @@ def extract(
         take_over=take_over,
         session=Session(address, wait_s, show_progress=not as_json, debug=debug),
     )
-    return end_run(done, out, as_json, max_failed)
+    return end_run(done, as_json, max_failed)
 
 
 def finetune(
@@ -189,7 +195,7 @@ def finetune(
         take_over=take_over,
         session=session,
     )
-    return show(summary, as_json, training_text(summary))
+    return show(summary, as_json, finetune_text(summary))
 
 
 def train(
@@ -213,9 +219,9 @@ def train(
     if submit:
         return submit_command(address)
     from tsq_ray.training import train as run
-    from tsq_ray.training import training_settings
+    from tsq_ray.training import training_config
 
-    settings = training_settings(features, config, sets or ())
+    settings = training_config(features, config, sets or ())
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
     summary = run(
         features,
@@ -278,4 +284,4 @@ def score(
         with_scores=scores is Scores.all,
         session=Session(address, wait_s, show_progress=not as_json, debug=debug),
     )
-    return end_run(done, out, as_json, max_failed)
+    return end_run(done, as_json, max_failed)

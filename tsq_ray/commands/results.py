@@ -7,13 +7,7 @@ from typing import Annotated
 import typer
 
 from tsq_ray.commands.submit import submit_command
-from tsq_ray.console import (
-    counts_text,
-    evaluation_text,
-    prediction_text,
-    show,
-    tree_text,
-)
+from tsq_ray.console import evaluation_text, prediction_text, show, tree_text, verification_text
 from tsq_ray.errors import RunError
 from tsq_ray.options import (
     Address,
@@ -40,11 +34,10 @@ def predict(
 ) -> None:
     """Label one or a few videos on this machine, without Ray."""
     from tsq_ray.bundle.overrides import scoring_config
-    from tsq_ray.prediction import predict as run
-    from tsq_ray.rows import plain_row
+    from tsq_ray.prediction import predict_rows
 
-    rows = [plain_row(row) for row in run(videos, model, scoring_config(model, config, sets or ()))]
-    show({"videos": rows}, as_json, "\n".join(prediction_text(row) for row in rows))
+    rows = predict_rows(videos, model, scoring_config(model, config, sets or ()))
+    show({"videos": rows}, as_json, "\n".join(map(prediction_text, rows)))
     if all(row["status"] == "failed" for row in rows):
         raise typer.Exit(1)
 
@@ -115,9 +108,9 @@ def evaluate(
     if submit:
         return submit_command(address)
     from tsq_ray.evaluation import evaluate as run
-    from tsq_ray.evaluation import evaluation_settings
+    from tsq_ray.evaluation import evaluation_config
 
-    settings = evaluation_settings(model, config, sets or ())
+    settings = evaluation_config(model, config, sets or ())
     session = Session(address, show_progress=not as_json, debug=debug)
     summary = run(
         sources,
@@ -183,19 +176,9 @@ def verify(
     """Check the row accounting of a run; exit code 1 if it does not add up."""
     from tsq_ray.runs.verify import verify as run
 
-    result = run(uri)
-    counts = result["counts"]
-    verdict = (
-        "adds up"
-        if not result["problems"]
-        else f"does not add up: {len(result['problems'])} problems"
-    )
-    lines = [
-        f"{result['uri']}: {result['kind']}: {counts_text(counts)}",
-        f"checked {', '.join(result['checks'])}: {verdict}",
-    ]
-    show(result, as_json, "\n".join([*lines, *(f"  {problem}" for problem in result["problems"])]))
-    if result["problems"]:
+    found = run(uri)
+    show(found, as_json, verification_text(found))
+    if found.problems:
         raise typer.Exit(1)
 
 

@@ -31,6 +31,11 @@ class Config(Section):
     serve: ServeConfig = ServeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    def with_visual_encoder(self, model: ModelConfig) -> Config:
+        """Return these settings with another `encoders.visual`."""
+        encoders = self.encoders.model_copy(update={"visual": model})
+        return self.model_copy(update={"encoders": encoders})
+
 
 def check_budget(sampler: SamplerConfig, num_frames: int, task: str = "single") -> None:
     """Check the budget K.

@@ -1,60 +1,23 @@
-"""Decode the T frames of one video, in this process.
-
-A file with all its packets is planned from its packet table and decoded only where the positions
-need it. At the first sign of damage (a truncated packet, fewer packets than the header's table
-promises, an error or a damaged frame while decoding) the whole file is decoded, and the positions
-run over the frames that decode. One frame is enough: fewer than T are repeated cyclically. Anything
-missing becomes a warning. No frame at all is an error: `truncated` if the file is shorter than its
-index says, `unsupported` if the codec is unknown, `not_video` for a raw stream (random bytes look
-like one), else `corrupt`.
-"""
+"""Decode the T frames of one video, in this process."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from fractions import Fraction
-from typing import cast
+from collections.abc import Mapping
 
 import av
-import numpy as np
-from av.codec.hwaccel import HWAccel
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import decord_backend, fetch, nvdec, pyav_backend
-from tsq_ray.decode.frames import FrameStore
-from tsq_ray.decode.indexed import IndexedReader
-from tsq_ray.decode.plan import (
-    Places,
-    distinct,
-    frame_at,
-    interval_of,
-    keyframe_choice,
-    position,
-    uniform_indices,
-)
+from tsq_ray.decode import fetch
+from tsq_ray.decode.job import Job
 from tsq_ray.decode.probe import (
-    Container,
-    PacketTable,
-    Stream,
-    claimed_packets,
-    is_raw,
     open_container,
-    pick_stream,
-    read_index,
-    read_packets,
-    scan,
 )
-from tsq_ray.decode.pyav_backend import DecodeTrouble
-from tsq_ray.decode.survivors import Survivors, decode_survivors, find_survivors
 from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
 from tsq_ray.errors import VideoError
-
-_RARE = 0.25  # byte ranges do not pay if more than this share of intervals has no keyframe
 
 
 def decode_video(
@@ -62,7 +25,7 @@ def decode_video(
 ) -> DecodedVideo:
     """Decode the T frames of one video in every size of `specs`, in this process on one thread.
 
-    Raises StorageError, and VideoError: see the module docstring, and too_large if a limit of
+    Raises StorageError, and VideoError: see job.py, and too_large if a limit of
     `settings` is exceeded, source_changed if the file differs from the manifest, out_of_memory.
     The time limit is DecodePool's.
     """
@@ -83,9 +46,8 @@ def decode_video(
         ) from None
     except VideoError as error:
         text = str(error)
-        raise VideoError(
-            error.error_type, text if text.startswith(name) else f"{name}: {text}"
-        ) from None
+        shown = text if text.startswith(name) else f"{name}: {text}"
+        raise VideoError(error.error_type, shown) from None
     decoded.decode_ms = (time.perf_counter() - started) * 1000
     return decoded
 
@@ -103,7 +65,7 @@ def _decode(
     name: str,
 ) -> DecodedVideo:
     uri = source.uri
-    job = _Job(name, size, settings, specs, source.places)
+    job = Job(name, size, settings, specs, source.places)
     by_index = settings.strategy == "keyframe"
     # for a small object one request for the whole is cheaper than T requests for parts
     if by_index and not storage.is_local(uri) and size > settings.num_frames * fetch.RANGE_BYTES:
@@ -125,324 +87,3 @@ def _decode(
             if decoded is not None:
                 return decoded
         return job.exact(path)
-
-
-class _Job:
-    """The decoding of one video."""
-
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        settings: DecodeConfig,
-        specs: Mapping[str, FrameSpec],
-        places: Places = None,
-    ) -> None:
-        self.name, self.size, self.settings, self.specs, self.places = (
-            name,
-            size,
-            settings,
-            specs,
-            places,
-        )
-        self.warnings: list[str] = []
-
-    def by_index(self, container: Container) -> DecodedVideo | None:
-        """Decode by strategy `keyframe` and the sample table; None if it is incomplete or wrong."""
-        try:
-            return self._by_index(container)
-        except DecodeTrouble:
-            return None
-
-    def _by_index(self, container: Container) -> DecodedVideo | None:
-        stream = self._stream(container)
-        index = read_index(container, stream, self.size)
-        count = self.settings.num_frames
-        if index is None or index.num_frames < count:
-            return None
-        self._check_duration((index.end_dts - index.start_dts) * _time_base(stream))
-        reader = IndexedReader(container, stream, index, self.settings.max_pixels)
-        choice = keyframe_choice(reader.key_pts, reader.start, reader.end, count, self.places)
-        # with rare keyframes nearly the whole file is needed: better to read it in one go and
-        # decode it with all timestamps known
-        if choice.count(None) > count * _RARE:
-            return None
-        store = FrameStore(self.specs, count)
-        times, indices = [0] * count, [0] * count
-        without = []
-        for i, key in enumerate(choice):
-            placed = reader.keyframe(key) if key is not None else None
-            if placed is None or interval_of(placed.pts, reader.start, reader.end, count) != i:
-                without.append(i)
-                continue
-            store.put(i, placed.rgb)
-            times[i], indices[i] = placed.pts, placed.index
-        for i in without:
-            placed = reader.frame_at(position(reader.start, reader.end, count, i, self.places))
-            store.put(i, placed.rgb)
-            times[i], indices[i] = placed.pts, placed.index
-        if sorted(times) != times or sorted(indices) != indices or indices[-1] >= index.num_frames:
-            raise DecodeTrouble("keyframes are not where the sample table says")
-        _, first, slot_frame = np.unique(indices, return_index=True, return_inverse=True)
-        store.frames = {name: frames[first] for name, frames in store.frames.items()}
-        return self._result(
-            stream,
-            store,
-            slot_frame,
-            indices,
-            times,
-            reader.start,
-            reader.end,
-            index.num_frames,
-            _time_base(stream),
-        )
-
-    def exact(self, path: str) -> DecodedVideo:
-        """Decode a local file, identifying every frame by its timestamp."""
-        with self._open(path) as (container, stream):
-            claimed = claimed_packets(stream)
-            table = scan(container, stream)
-        if (
-            table.reliable
-            and not table.damaged
-            and (claimed is None or table.num_packets >= claimed)
-        ):
-            for accelerator in self._accelerators():
-                # a GPU may lack memory or surfaces for a file that was scanned without trouble, or
-                # output frames that cannot be converted
-                trouble = (
-                    (DecodeTrouble,)
-                    if accelerator is None
-                    else (DecodeTrouble, VideoError, MemoryError, av.error.FFmpegError)
-                )
-                with (
-                    contextlib.suppress(*trouble),
-                    self._open(path, accelerator) as (container, stream),
-                ):
-                    self._check_duration((table.end - table.pts[0]) * _time_base(stream))
-                    return self._by_table(path, container, stream, table)
-        return self._from_survivors(path)
-
-    def _accelerators(self) -> list[HWAccel | None]:
-        """The decoders to try, in order; None is the CPU."""
-        if self.settings.backend != "nvdec":
-            return [None]
-        accelerator = nvdec.accelerator()
-        if accelerator is None:
-            self.warnings.append(nvdec.NO_GPU)
-            return [None]
-        return [accelerator, None]
-
-    @contextlib.contextmanager
-    def _open(
-        self, path: str, accelerator: HWAccel | None = None
-    ) -> Iterator[tuple[Container, Stream]]:
-        with open_container(path, self.name, fetch.read_head(path), accelerator) as container:
-            yield container, self._stream(container)
-
-    def _stream(self, container: Container) -> Stream:
-        stream = pick_stream(container, self.name)
-        pyav_backend.check_pixels(
-            stream.codec_context.width or 0,
-            stream.codec_context.height or 0,
-            self.settings.max_pixels,
-        )
-        return stream
-
-    def _plan(self, table: PacketTable) -> list[int]:
-        """Return an index into `table.pts` for each slot."""
-        count = self.settings.num_frames
-        indices = uniform_indices(table.pts, table.end, count, self.places)
-        if self.settings.strategy == "keyframe" and len(table.pts) >= count:
-            for i, key in enumerate(
-                keyframe_choice(table.key_pts, table.pts[0], table.end, count, self.places)
-            ):
-                if key is not None:
-                    indices[i] = frame_at(table.pts, table.key_pts[key])
-        return indices
-
-    def _by_table(
-        self, path: str, container: Container, stream: Stream, table: PacketTable
-    ) -> DecodedVideo:
-        indices = self._plan(table)
-        wanted, slot_frame = distinct(indices)
-        store = FrameStore(self.specs, len(wanted))
-        if not (
-            self.settings.backend == "decord"
-            and self._by_decord(path, container, stream, table, wanted, store)
-        ):
-            pyav_backend.decode_exact(
-                container, stream, table, wanted, store, self.settings.max_pixels
-            )
-        times = [table.pts[i] for i in indices]
-        return self._result(
-            stream,
-            store,
-            slot_frame,
-            indices,
-            times,
-            table.pts[0],
-            table.end,
-            len(table.pts),
-            _time_base(stream),
-        )
-
-    def _by_decord(
-        self,
-        path: str,
-        container: Container,
-        stream: Stream,
-        table: PacketTable,
-        wanted: Sequence[int],
-        store: FrameStore,
-    ) -> bool:
-        """Decode with decord; return False if it cannot be trusted with this file."""
-        first = next(
-            pyav_backend.strict_frames(read_packets(container, stream), stream, table.pts[0]), None
-        )
-        if first is None or decord_backend.refusal(stream, table, first) is not None:
-            return False
-        pyav_backend.check_pixels(first.width, first.height, self.settings.max_pixels)
-        try:
-            decord_backend.decode_exact(
-                path, _time_base(stream), table, wanted, (first.width, first.height), store
-            )
-        except DecodeTrouble:
-            return False
-        return True
-
-    def _from_survivors(self, path: str) -> DecodedVideo:
-        with self._open(path) as (container, stream):
-            claimed = claimed_packets(stream)
-            found = find_survivors(container, stream)
-            if not found.pts:
-                raise self._nothing_decodes(container, found, claimed)
-        self._warn_of_damage(found, claimed)
-        self._check_duration((found.end - found.pts[0]) * found.time_base)
-        indices = uniform_indices(found.pts, found.end, self.settings.num_frames, self.places)
-        wanted, slot_frame = distinct(indices)
-        store = FrameStore(self.specs, len(wanted))
-        with self._open(path) as (container, stream):
-            decode_survivors(container, stream, wanted, store, self.settings.max_pixels)
-            assert store.complete
-            times = [found.pts[i] for i in indices]
-            return self._result(
-                stream,
-                store,
-                slot_frame,
-                indices,
-                times,
-                found.pts[0],
-                found.end,
-                len(found.pts),
-                found.time_base,
-            )
-
-    def _nothing_decodes(
-        self, container: Container, found: Survivors, claimed: int | None
-    ) -> VideoError:
-        if is_raw(container):
-            return VideoError(
-                "not_video", f"{self.name}: not recognised as video; a video file is needed"
-            )
-        if found.walk.unsupported:
-            return VideoError(
-                "unsupported",
-                f"{self.name}: the decoder does not support this kind of video; "
-                "convert the file, for example to H.264",
-            )
-        if (
-            found.walk.demux_failed
-            or found.walk.num_packets == 0
-            or (claimed is not None and found.walk.num_packets < claimed)
-        ):
-            return VideoError(
-                "truncated", f"{self.name}: the file is cut off: none of its frames can be decoded"
-            )
-        return VideoError(
-            "corrupt", f"{self.name}: none of its {found.walk.num_packets} packets can be decoded"
-        )
-
-    def _warn_of_damage(self, found: Survivors, claimed: int | None) -> None:
-        count, walk = len(found.pts), found.walk
-        stored = walk.num_packets - walk.num_discarded
-        if claimed is not None and claimed > walk.num_packets:
-            self.warnings.append(
-                f"header says {claimed - walk.num_discarded} frames, {count} can be decoded"
-            )
-        elif (walk.num_errors or walk.num_before_key) and count < stored:
-            self.warnings.append(f"{stored} frames are stored, {count} can be decoded")
-        elif walk.demux_failed:
-            self.warnings.append(
-                f"the file cannot be read to its end; {count} frames can be decoded"
-            )
-        if found.num_damaged:
-            self.warnings.append(
-                f"damaged: {found.num_damaged} of the {count} frames that can be decoded"
-            )
-        if found.clock_fault is not None:
-            self.warnings.append(found.clock_fault)
-
-    def _check_duration(self, duration: Fraction) -> None:
-        if duration > self.settings.max_duration_s:
-            raise VideoError(
-                "too_large",
-                f"{self.name}: lasts {float(duration):.0f} s; "
-                f"decode.max_duration_s allows {self.settings.max_duration_s:g}",
-            )
-
-    def _warn_of_duration(self, stream: Stream, duration: float, start_s: float) -> None:
-        header = _header_duration(stream)
-        # some containers count the duration from zero, whenever the first frame comes
-        if (
-            header is not None
-            and min(abs(header - duration), abs(header - start_s - duration)) > 1 + 0.1 * duration
-        ):
-            self.warnings.append(f"header says {header:.1f} s, the frames last {duration:.1f} s")
-
-    def _result(
-        self,
-        stream: Stream,
-        store: FrameStore,
-        slot_frame: np.ndarray,
-        indices: list[int],
-        times: list[int],
-        start: int,
-        end: int,
-        count: int,
-        time_base: Fraction,
-    ) -> DecodedVideo:
-        duration = float((end - start) * time_base)
-        self._warn_of_duration(stream, duration, float(start * time_base))
-        shown = len(set(indices))
-        if count >= len(indices) and shown <= len(indices) / 2:
-            self.warnings.append(
-                f"{len(indices)} slots hold {shown} distinct frames of {count}: "
-                "the picture is static"
-            )
-        return DecodedVideo(
-            frames=store.frames,
-            slot_frame=slot_frame.astype(np.int32),
-            frame_index=np.asarray(indices, np.int32),
-            frame_pts_s=np.asarray([float((pts - start) * time_base) for pts in times], np.float32),
-            duration_s=duration,
-            fps=count / duration if duration > 0 else 0.0,
-            width=store.width,
-            height=store.height,
-            codec=stream.codec_context.codec.canonical_name,
-            source_num_frames=count,
-            warnings=self.warnings,
-            decode_ms=0.0,
-        )
-
-
-def _time_base(stream: Stream) -> Fraction:
-    assert stream.time_base is not None
-    return stream.time_base
-
-
-def _header_duration(stream: Stream) -> float | None:
-    if stream.duration is not None:
-        return float(stream.duration * _time_base(stream))
-    microseconds = cast(Container, stream.container).duration
-    return microseconds / 1_000_000 if microseconds else None

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tsq_ray.evaluation.annotations import Annotations, on_evidence, read_annotations
-from tsq_ray.evaluation.run import evaluate, evaluation_settings
+from tsq_ray.evaluation.run import evaluate, evaluation_config
 
-__all__ = ["Annotations", "evaluate", "evaluation_settings", "on_evidence", "read_annotations"]
+__all__ = ["Annotations", "evaluate", "evaluation_config", "on_evidence", "read_annotations"]

@@ -113,14 +113,9 @@ def _table8(alpha: float, beta: float) -> Ablation:
 
 def _table9(config: Config, num_objects: int) -> Ablation:
     rows, notes, trends = [], [], []
+    ten = _APART | {"top_objects": min(10, num_objects)}
     for place in config.evaluate.word_vectors:
-        rows.append(
-            Row(
-                (PurePosixPath(place).stem, "top 10"),
-                _APART | {"top_objects": min(10, num_objects)},
-                {"weights": place},
-            )
-        )
+        rows.append(Row((PurePosixPath(place).stem, "top 10"), ten, {"weights": place}))
     if not rows:
         notes.append(
             "static word vectors (GloVe, word2vec): not measured, no file in evaluate.word_vectors"
@@ -134,7 +129,7 @@ def _table9(config: Config, num_objects: int) -> Ablation:
             f"all objects: not measured, the features hold {num_objects} per frame; "
             "extract with --set encoders.num_objects=1000 into another folder"
         )
-    rows.append(Row((model, "top 10"), _APART | {"top_objects": min(10, num_objects)}))
+    rows.append(Row((model, "top 10"), ten))
     trends += [_above(len(rows) - 1, number) for number in range(len(config.evaluate.word_vectors))]
     return Ablation(
         "Table 9: textual features, TQM alone (joint network without swap losses)",

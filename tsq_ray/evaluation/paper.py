@@ -169,14 +169,9 @@ def figure3(bench: Bench, out: str) -> Table:
             rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
         notes += _diverged(found[0]) if found else []
         costs = [cost_of(bench, method, _frames(measured), "field") for measured in found]
-        if found and None not in costs:
-            lines.append(
-                plots.Line(
-                    method.name,
-                    [cost for cost in costs if cost is not None],
-                    [measured.map for measured in found],
-                )
-            )
+        known = [cost for cost in costs if cost is not None]
+        if found and len(known) == len(costs):
+            lines.append(plots.Line(method.name, known, [measured.map for measured in found]))
         elif found:
             level[f"{method.name}, K = {found[-1].budget}"] = found[-1].map
     title = f"Accuracy and cost by budget, T = {bench.videos.num_frames}"

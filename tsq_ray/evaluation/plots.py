@@ -42,17 +42,8 @@ def accuracy_cost(
         colour, marker = palette[number % len(palette)], "os^vDPX*"[number % 8]
         means = [value.mean * 100 for value in line.map]
         halves = [(value.half or 0.0) * 100 for value in line.map]
-        axes.errorbar(
-            line.gflops,
-            means,
-            yerr=halves,
-            label=line.name,
-            color=colour,
-            marker=marker,
-            markersize=4,
-            capsize=2,
-            linewidth=1.2,
-        )
+        style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "linewidth": 1.2}
+        axes.errorbar(line.gflops, means, yerr=halves, label=line.name, **style)
     for value_name, value in level.items():
         axes.axhline(value.mean * 100, linestyle="--", linewidth=1, color="0.5", label=value_name)
     axes.set_xlabel("GFLOPs per video (the field's convention)")

@@ -21,13 +21,14 @@ from tsq_ray.evaluation.compare import compare
 from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.tables import Table
 from tsq_ray.evaluation.videos import Features, load_features
+from tsq_ray.results import EvaluatedTable, EvaluationSummary
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 SUMMARY_FILE = "evaluation.json"
 """The evaluation's identity, written first; a folder of another evaluation is refused."""
 
 
-def evaluation_settings(
+def evaluation_config(
     model: str, path: str | Path | None = None, sets: Sequence[str] = ()
 ) -> Config:
     """Load the settings: those the bundle was trained with, then the TOML file, then the sets."""
@@ -49,26 +50,27 @@ def evaluate(
     sources: Sequence[str],
     model: str,
     out: str,
-    config: Config,
+    config: Config | None = None,
     *,
     annotations: str | None = None,
     tables: Sequence[str] = (),
     split: str | None = None,
     session: Session = DEFAULT_SESSION,
-) -> dict[str, Any]:
+) -> EvaluationSummary:
     """Make the paper's tables from one features folder, or compare finished predictions.
+
+    Raises UserError for wrong input, RunFailed if a training fails.
 
     Args:
         sources: one run folder of `tsq extract --recognizer`, or one or more of `tsq score`.
         model: the bundle whose networks' costs, recogniser, frame head and training settings count.
         out: folder for a Markdown and a CSV file per table, the plots and the finished trainings,
             from which a killed evaluation resumes.
-        config: from `evaluation_settings`.
+        config: from `evaluation_config`, whose defaults are used without it.
         annotations: a file of known salient segments (`read_annotations`).
         tables: names from `paper.names()`; all of them by default.
         split: split to measure, `val` by default.
-
-    Returns a summary. Raises UserError for wrong input, RunFailed if a training fails.
+        session: the command's cluster and output options.
     """
     check_installed()
     started = time.time()
@@ -76,6 +78,41 @@ def evaluate(
     unknown = [name for name in tables if name not in paper.names()]
     if unknown:
         raise RunError(f"--table {unknown[0]}: no such table; allowed: {', '.join(paper.names())}")
+    kind = _kind_of(sources)
+    bundle = load_bundle(model)
+    if bundle.recognizer is None:
+        raise ModelError(
+            f"--model {storage.redact(model)}: the bundle has no recogniser, whose predictions are "
+            "measured; train it again with --recognizer URI"
+        )
+    known = read_annotations(annotations) if annotations else None
+    if kind == "predictions":
+        if tables or split:
+            raise RunError(
+                "--table and --split are for features; leave them out to compare predictions"
+            )
+        table = compare(sources, bundle, known)
+        made = [(table, table.write(out, [_model_line(model, bundle), _version()]))]
+        return _summary(out, made, started, 0, {"runs": len(sources)})
+    features = load_features(sources[0], bundle, split)
+    config = config or evaluation_config(model)
+    _check_budgets(config, features, bundle)
+    data = _data(features, bundle)
+    sampler = config.sampler.model_dump(mode="json", exclude={"seed"})
+    _enter(out, runs.Identity.of(data=data, sampler=sampler, train=_trainings(config)))
+    bench = Bench(bundle, features, config, known, Store(out, data))
+    names, header = list(tables) or paper.names(), _header(bench, model, annotations)
+    trained = train_all(
+        bench, [job for name in names for job in paper.jobs_for(bench, name)], session
+    )
+    made = [_make(bench, name, out, header) for name in names]
+    return _summary(out, made, started, trained, _counts(features))
+
+
+def _kind_of(sources: Sequence[str]) -> str:
+    """Return the kind of all sources; raises RunError if they do not go together."""
+    if not sources:
+        raise RunError("evaluate: no source given; name a features folder or finished score runs")
     kinds = {runs.read_run(uri)["kind"] for uri in sources}
     if kinds == {"features"} and len(sources) > 1:
         raise RunError(
@@ -86,52 +123,32 @@ def evaluate(
         raise RunError(
             "evaluate takes features or predictions, not both at once; run it once for each"
         )
-    bundle = load_bundle(model)
-    if bundle.recognizer is None:
-        raise ModelError(
-            f"--model {storage.redact(model)}: the bundle has no recogniser, whose predictions are "
-            "measured; train it again with --recognizer URI"
-        )
-    known = read_annotations(annotations) if annotations else None
-    if kinds == {"predictions"}:
-        if tables or split:
-            raise RunError(
-                "--table and --split are for features; leave them out to compare predictions"
-            )
-        table = compare(sources, bundle, known)
-        header = [
-            f"model: {storage.redact(storage.normalize(model))} (sha256 {bundle.sha256[:12]})",
-            _version(),
-        ]
-        files = table.write(out, header)
-        return _summary(out, [(table, files)], started, 0, {"runs": len(sources)})
-    features = load_features(sources[0], bundle, split)
-    check_budget(config.sampler, features.measured.num_frames, bundle.task)
-    too_large = [
-        budget for budget in config.evaluate.budgets if budget > features.measured.num_frames
-    ]
+    return kinds.pop()
+
+
+def _check_budgets(config: Config, features: Features, bundle: Bundle) -> None:
+    """Raise ConfigError if a K is above the T of the features."""
+    num_frames = features.measured.num_frames
+    check_budget(config.sampler, num_frames, bundle.task)
+    too_large = [budget for budget in config.evaluate.budgets if budget > num_frames]
     if too_large:
         raise ConfigError(
-            f"evaluate.budgets: K = {too_large[0]} is above T = {features.measured.num_frames} "
+            f"evaluate.budgets: K = {too_large[0]} is above T = {num_frames} "
             "of the features; leave it out, for example --set evaluate.budgets=[1,2,3]"
         )
-    data = _data(features, bundle)
-    sampler = config.sampler.model_dump(mode="json", exclude={"seed"})
-    _enter(out, runs.Identity.of(data=data, sampler=sampler, train=_trainings(config)))
-    bench = Bench(bundle, features, config, known, Store(out, data))
-    wanted = list(tables) or paper.names()
-    jobs = [job for name in wanted for job in paper.jobs_for(bench, name)]
-    trained = train_all(bench, jobs, session)
-    made, header = [], _header(bench, model, annotations)
-    for name in wanted:
-        table = paper.make(bench, name, out)
-        made.append((table, table.write(out, header)))
-    counts = {
+
+
+def _make(bench: Bench, name: str, out: str, header: list[str]) -> tuple[Table, list[str]]:
+    table = paper.make(bench, name, out)
+    return table, table.write(out, header)
+
+
+def _counts(features: Features) -> dict[str, Any]:
+    return {
         "videos": len(features.measured),
         "left_out": features.measured.left_out,
         "split": features.split or "(all rows)",
     }
-    return _summary(out, made, started, trained, counts)
 
 
 def _data(features: Features, bundle: Bundle) -> dict[str, Any]:
@@ -190,7 +207,7 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
         f"label order: the bundle's, {len(features.classes)} classes "
         f"(sha256 {storage.sha256_of(json.dumps(features.classes).encode())[:12]}): "
         f"{', '.join(features.classes[:3])}, ...",
-        f"model: {storage.redact(storage.normalize(model))} (sha256 {bench.bundle.sha256[:12]}); "
+        f"{_model_line(model, bench.bundle)}; "
         f"recogniser {bench.bundle.recognizer.config.model if bench.bundle.recognizer else '-'}",
         _version(),
     ]
@@ -199,6 +216,10 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
             f"labels that the bundle lacks, left out: {', '.join(features.unknown_labels)}"
         )
     return lines
+
+
+def _model_line(model: str, bundle: Bundle) -> str:
+    return f"model: {storage.redact(storage.normalize(model))} (sha256 {bundle.sha256[:12]})"
 
 
 def _version() -> str:
@@ -216,27 +237,20 @@ def _summary(
     made: list[tuple[Table, list[str]]],
     started: float,
     trained: int,
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    return {
-        "out": storage.redact(out),
-        **more,
-        "trained_now": trained,
-        "tables": {
-            table.name: {
-                "title": table.title,
-                "files": [*files, *table.pictures],
-                "rows": [
-                    {
-                        column.title: column.shown(cell)
-                        for column, cell in zip(table.columns, row, strict=True)
-                    }
-                    for row in table.rows
-                    if table.name != "figure4"
-                ],
-                "notes": table.notes,
-            }
+    measured: dict[str, Any],
+) -> EvaluationSummary:
+    return EvaluationSummary(
+        out=storage.redact(out),
+        measured=measured,
+        trained_now=trained,
+        tables={
+            table.name: EvaluatedTable(
+                title=table.title,
+                files=(*files, *table.pictures),
+                rows=table.shown_rows() if table.name != "figure4" else (),
+                notes=tuple(table.notes),
+            )
             for table, files in made
         },
-        "seconds": round(time.time() - started, 2),
-    }
+        seconds=round(time.time() - started, 2),
+    )

@@ -54,6 +54,16 @@ class Table:
     pictures: list[str] = field(default_factory=list)
     """Names of image files in the same folder."""
 
+    def shown_rows(self) -> tuple[dict[str, str], ...]:
+        """Return the cells as displayed, by column title."""
+        return tuple(
+            {
+                column.title: column.shown(cell)
+                for column, cell in zip(self.columns, row, strict=True)
+            }
+            for row in self.rows
+        )
+
     def markdown(self, header: Sequence[str]) -> str:
         """Return the Markdown page; `header` lines say what was measured and how."""
         lines = [[column.title for column in self.columns], ["---"] * len(self.columns)]
@@ -83,22 +93,17 @@ class Table:
         ]
         head: list[str] = []
         for column, figures in zip(self.columns, measured, strict=True):
-            head += (
-                [column.title, f"{column.title} ±", f"{column.title} values"]
-                if figures
-                else [column.title]
-            )
+            head += [
+                column.title,
+                *(f"{column.title} {what}" for what in ("±", "values") * figures),
+            ]
         writer.writerow(head)
         for row in self.rows:
             line: list[str] = []
             for cell, figures in zip(row, measured, strict=True):
                 if isinstance(cell, MeanOverSeeds):
-                    half = cell.half
-                    line += [
-                        repr(cell.mean),
-                        "" if half is None else repr(half),
-                        ";".join(repr(value) for value in cell.values),
-                    ]
+                    half = "" if cell.half is None else repr(cell.half)
+                    line += [repr(cell.mean), half, ";".join(map(repr, cell.values))]
                 else:
                     line += ["" if cell is None else str(cell)] + [""] * (2 * figures)
             writer.writerow(line)

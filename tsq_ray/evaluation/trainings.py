@@ -169,15 +169,13 @@ def saliencies(
         text = None
         if network.textual is not None:
             assert vocabulary is not None
-            text = object_embeddings(
-                part["object_ids"].long(), part["object_probs"].float(), vocabulary
-            )
+            ids, probs = part["object_ids"].long(), part["object_probs"].float()
+            text = object_embeddings(ids, probs, vocabulary)
         output = network(part["visual"].float(), text)
         by_visual.append(saliency(output.attention_visual, output.logits_visual, task, top_classes))
-        if output.attention_textual is not None and output.logits_textual is not None:
-            by_text.append(
-                saliency(output.attention_textual, output.logits_textual, task, top_classes)
-            )
+        attention, logits = output.attention_textual, output.logits_textual
+        if attention is not None and logits is not None:
+            by_text.append(saliency(attention, logits, task, top_classes))
     return torch.cat(by_visual).numpy(), torch.cat(by_text).numpy() if by_text else None
 
 

@@ -18,8 +18,6 @@ import io
 import json
 import posixpath
 import re
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +25,7 @@ from typing import Any
 from tsq_ray import storage
 from tsq_ray.containers import VIDEO_SUFFIXES
 from tsq_ray.errors import ManifestError, StorageError
+from tsq_ray.labels.classes import Classes, lines_of
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -34,14 +33,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """Word for a split (in label files, list names, folders above class folders) -> manifest name."""
-_LINE_END = re.compile(r"\r\n|\n|\r")
 FCVID_MATRIX = "FCVID_Label.txt"
 """Row i holds 0 or 1 per class for line i of FCVID's list of videos."""
-
-
-def composed(name: str) -> str:
-    """Return `name` in Unicode's composed form (NFC); macOS writes names decomposed."""
-    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def split_named(word: str | None) -> str | None:
@@ -50,30 +43,6 @@ def split_named(word: str | None) -> str | None:
     None for no word or an empty one.
     """
     return SPLITS.get(word.lower(), word) if word else None
-
-
-def _lines_of(text: str) -> list[str]:
-    """Split into lines as editors do; str.splitlines would also split names at U+2028."""
-    return _LINE_END.split(text)
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Class names from a class file; `first` is the class id of the first name."""
-
-    uri: str
-    names: list[str]
-    first: int = 0
-
-    def name_of(self, number: int, place: str) -> str:
-        """Return the name of a class id. An unknown id raises ManifestError naming `place`."""
-        if not 0 <= number - self.first < len(self.names):
-            last = self.first + len(self.names) - 1
-            raise ManifestError(
-                f"{place}: class id {number} is out of range; {storage.redact(self.uri)} "
-                f"has {len(self.names)} classes, {self.first} to {last}"
-            )
-        return self.names[number - self.first]
 
 
 @dataclass(frozen=True)
@@ -110,7 +79,7 @@ class LabelFile:
         """Iterate over (number, line), skipping blank lines."""
         return (
             (number, line.strip())
-            for number, line in enumerate(_lines_of(self.text), 1)
+            for number, line in enumerate(lines_of(self.text), 1)
             if line.strip()
         )
 
@@ -137,30 +106,6 @@ def stem_of(name: str) -> str:
     """Return a file name without its suffix, if that is a video suffix."""
     stem, dot, suffix = name.rpartition(".")
     return stem if stem and dot + suffix.lower() in VIDEO_SUFFIXES else name
-
-
-def read_classes(uri: str) -> Classes:
-    """Read class names, one per line, in the order of their ids.
-
-    Ids count from 0; if the file numbers its lines from 0 or 1, those numbers are the ids.
-    """
-    lines = _lines_of(storage.read_text(storage.normalize(uri)))
-    names = [composed(line.strip()) for line in lines if line.strip()]
-    numbered = [re.match(r"(\d+)[\s,:;]+(\S.*)$", name) for name in names]
-    first = 0
-    if numbered and numbered[0] and numbered[0][1] in ("0", "1"):
-        start = int(numbered[0][1])
-        if all(match and int(match[1]) == number for number, match in enumerate(numbered, start)):
-            names, first = [match[2] for match in numbered if match], start
-    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
-    if count != 1:
-        problem = (
-            f"class name {name!r} appears {count} times"
-            if names
-            else "no class names; expected one per line"
-        )
-        raise ManifestError(f"{storage.redact(uri)}: {problem}")
-    return Classes(uri, names, first)
 
 
 def _rows(
@@ -266,7 +211,7 @@ def _read_activitynet(file: LabelFile) -> list[Entry]:
 def _read_fcvid(file: LabelFile) -> list[Entry]:
     place = storage.join(file.folder, FCVID_MATRIX)
     try:
-        rows = _lines_of(storage.read_text(place))
+        rows = lines_of(storage.read_text(place))
     except StorageError as error:
         raise ManifestError(
             f"{file.shown}: a list of FCVID's videos needs {FCVID_MATRIX} "

@@ -10,13 +10,12 @@ from functools import cached_property, lru_cache
 
 from tsq_ray import storage
 from tsq_ray.errors import ManifestError
+from tsq_ray.labels.classes import Classes, composed
 from tsq_ray.labels.formats import (
     READERS,
     SPLITS,
-    Classes,
     LabelFile,
     Reader,
-    composed,
     recognise,
     split_named,
     stem_of,

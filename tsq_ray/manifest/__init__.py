@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tsq_ray.manifest.build import build_manifest
 from tsq_ray.manifest.files import MANIFEST_FILE, find_old, read_manifest, write_manifest
-from tsq_ray.manifest.listing import IndexSummary, build_manifest, list_sources, video_id
+from tsq_ray.manifest.listing import Findings, assemble_manifest, list_sources, video_id
 from tsq_ray.manifest.videos import (
     Manifest,
     VideoRef,
@@ -15,10 +16,11 @@ from tsq_ray.manifest.videos import (
 
 __all__ = [
     "MANIFEST_FILE",
-    "IndexSummary",
+    "Findings",
     "Manifest",
     "VideoRef",
     "VideoRows",
+    "assemble_manifest",
     "build_manifest",
     "choose_split",
     "describe_splits",

@@ -28,8 +28,8 @@ _EXAMPLES = 3
 
 
 @dataclass
-class IndexSummary:
-    """Counts and examples of what `build_manifest` found."""
+class Findings:
+    """Counts and examples of what a listing and its labels hold, collected on the way."""
 
     videos: int = 0
     classes: int = 0
@@ -63,7 +63,7 @@ def video_id(uri: str) -> str:
 
 
 def list_sources(
-    sources: Sequence[str], summary: IndexSummary
+    sources: Sequence[str], summary: Findings
 ) -> Iterator[tuple[str, storage.StoredFile]]:
     """Yield (source, file) once for every video below the sources; count the rest in `summary`.
 
@@ -118,20 +118,17 @@ def _suffix(uri: str) -> str:
     return "." + name.rpartition(".")[2].lower() if "." in name else ""
 
 
-def build_manifest(
+def assemble_manifest(
     sources: Sequence[str],
     labels: str | Sequence[str] = (),
     classes_file: str | None = None,
     split_name: str | None = None,
     old: Manifest | None = None,
     labels_format: str | None = None,
-) -> tuple[Manifest, IndexSummary]:
+) -> tuple[Manifest, Findings]:
     """List `sources` and join the labels.
 
-    `labels`: label files, "folders" or "none"; by default class folders, if every video lies in
-    one. `labels_format`: format of the label files; by default recognised from their content (see
-    `labels.formats`). `classes_file`: class names, one per line, which fix the label order;
-    otherwise it is alphabetical. `old`: the manifest to compare with (--update). Raises
+    The arguments are those of `build_manifest`; `old` is the manifest to compare with. Raises
     ManifestError.
     """
     sources = list(dict.fromkeys(map(storage.normalize, sources)))
@@ -143,7 +140,7 @@ def build_manifest(
                 f"{storage.redact(source)}: the name is not UTF-8, which a manifest requires; "
                 "rename it"
             )
-    summary = IndexSummary()
+    summary = Findings()
     files = _Listed.of(list_sources(sources, summary))
     _check_ids(files.rows)
     fixed = read_classes(classes_file) if classes_file is not None else None
@@ -224,7 +221,7 @@ def _join(
     labels: Labels,
     fixed: Classes | None,
     split_name: str | None,
-    summary: IndexSummary,
+    summary: Findings,
 ) -> tuple[VideoRows, list[str]]:
     found = sorted({name for names, _ in labels.by_uri.values() for name in names})
     classes = fixed.names if fixed else found
@@ -256,7 +253,7 @@ def _join(
     return VideoRows(table), classes
 
 
-def _compare(rows: VideoRows, old: Manifest | None, summary: IndexSummary) -> None:
+def _compare(rows: VideoRows, old: Manifest | None, summary: Findings) -> None:
     if old is None:
         summary.new = len(rows)
         return

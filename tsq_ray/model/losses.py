@@ -31,13 +31,9 @@ def tsq_loss(
         ("t2v", output.logits_t2v, alpha),
         ("v2t", output.logits_v2t, beta),
     )
-    parts = {
-        name: classification_loss(logits, targets, task)
-        for name, logits, _ in weighted
-        if logits is not None
-    }
-    total = sum(
-        (weight * parts[name] for name, _, weight in weighted if name in parts),
-        start=targets.new_zeros(()),
-    )
+    total, parts = targets.new_zeros(()), {}
+    for name, logits, weight in weighted:
+        if logits is not None:
+            parts[name] = classification_loss(logits, targets, task)
+            total = total + weight * parts[name]
     return {"loss": total, **parts}

@@ -300,10 +300,8 @@ class TSQNet(nn.Module):
             return output
         frames_t = self.textual.project(text)
         text_look = self.textual.look(frames_t)
-        output.logits_textual, output.attention_textual = (
-            text_look.logits,
-            self.textual.saliency_map(text_look.attentions),
-        )
+        output.logits_textual = text_look.logits
+        output.attention_textual = self.textual.saliency_map(text_look.attentions)
         if self.training:
             as_printed, layers = self.shape.swap_values == "input", self.shape.num_layers
             output.logits_t2v = self.visual.look_with(

@@ -54,8 +54,7 @@ def saliency_svg(
     runs from 0 to the module's own maximum.
     """
     axis = _Axis.over([*pts_s, *uniform_pts_s, *(mark.pts_s for mark in chosen)], duration_s)
-    parts: list[str] = []
-    top = 0
+    parts, top = list[str](), 0
     drawn = [
         (name, np.asarray(values, np.float64)) for name, values in curves if values is not None
     ]
@@ -65,13 +64,9 @@ def saliency_svg(
     loose = [mark for mark in chosen if mark.by not in {name for name, _ in drawn}]
     top += 10 if loose else 4
     parts += _axis(axis, top, loose, uniform_pts_s)
-    label = (
-        "Saliency of each frame over time, in seconds"
-        if drawn
-        else "Chosen frames over time, in seconds"
-    )
+    what = "Saliency of each frame" if drawn else "Chosen frames"
     return Markup(
-        f'<svg class="curve" role="img" aria-label="{label}" width="100%" '
+        f'<svg class="curve" role="img" aria-label="{what} over time, in seconds" width="100%" '
         f'height="{top + AXIS_PX}">{"".join(parts)}</svg>'
     )
 

@@ -172,12 +172,8 @@ def _body(predictions: Predictions, taken: Taken, budget: int) -> dict[str, Any]
         for time, by in zip(row["selected_pts_s"] or (), row["selected_by"] or (), strict=True)
     ]
     pictures = {slot: data_uri(frame, JPEG_QUALITY) for slot, frame in taken.slots.items()}
-    uniform = [
-        slot
-        for _, slot in sorted(
-            {pts[slot]: slot for slot in uniform_slots(predictions.num_frames, budget)}.items()
-        )
-    ]
+    by_time = {pts[slot]: slot for slot in uniform_slots(predictions.num_frames, budget)}
+    uniform = [by_time[time] for time in sorted(by_time)]
     curves = (
         ("visual", _floats(row["saliency_visual"])),
         ("textual", _floats(row["saliency_textual"])),
@@ -238,6 +234,9 @@ def _facts(predictions: Predictions, budget: int) -> list[tuple[str, str]]:
     run, config = predictions.run, predictions.config
     flat = flatten(config)
     versions = run.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    adaptive = flat.get("sampler.budget") == "adaptive"
+    with_lambda = flat.get("sampler.mode", "both") == "both"
     wanted = [
         ("Model", _uri_of(run.get("model") or run.get("bundle") or config.get("model"))),
         ("Manifest", _uri_of(run.get("manifest"))),
@@ -245,26 +244,14 @@ def _facts(predictions: Predictions, budget: int) -> list[tuple[str, str]]:
         ("Candidate frames (T)", predictions.num_frames),
         (
             "Frames recognised (K)",
-            f"adaptive, up to {budget}"
-            if flat.get("sampler.budget") == "adaptive"
-            else flat.get("sampler.budget"),
+            f"adaptive, up to {budget}" if adaptive else flat.get("sampler.budget"),
         ),
         ("Sampler", flat.get("sampler.mode")),
-        (
-            "Lambda (visual share)",
-            flat.get("sampler.lambda_visual")
-            if flat.get("sampler.mode", "both") == "both"
-            else None,
-        ),
+        ("Lambda (visual share)", flat.get("sampler.lambda_visual") if with_lambda else None),
         ("Decoding", flat.get("decode.strategy")),
         ("Task", run.get("task")),
         ("Seed", flat.get("sampler.seed")),
-        (
-            "Versions",
-            ", ".join(f"{name} {version}" for name, version in versions.items())
-            if isinstance(versions, dict)
-            else None,
-        ),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return [(name, storage.redact(str(value))) for name, value in wanted if value not in (None, "")]
 

@@ -232,9 +232,7 @@ def finish(
         },
         "classes": manifest.classes,
         "identity": config.get("config", {}),
-        "versions": provenance.versions(),
-        "git_revision": provenance.git_revision(),
-        "ended": provenance.now(),
+        **provenance.of_this_run(),
         "parts": parts,
         **more,
     }

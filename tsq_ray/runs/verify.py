@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from tsq_ray import schema, storage
 from tsq_ray.errors import ERROR_TYPES, RunError, StorageError
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
+from tsq_ray.results import Counts, Verification
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import FAILED, OK, OTHER_VERSION, Done, list_parts, read_done
 from tsq_ray.runs.folder import RUN_FILE, part_name, read_run
@@ -19,10 +20,9 @@ _SHOWN = 20
 """Videos named per kind of problem."""
 
 
-def verify(uri: str) -> dict[str, Any]:
+def verify(uri: str) -> Verification:
     """Check a run folder against its own accounting and, if it can be read, its manifest.
 
-    Returns {"uri", "kind", "counts", "checks", "problems"}; a run adds up if "problems" is empty.
     Raises RunError if `uri` holds no finished run.
     """
     uri = storage.normalize(uri)
@@ -38,13 +38,8 @@ def verify(uri: str) -> dict[str, Any]:
             problems += _check_manifest(run, done)
         checks = ["parts", "rows", "counts", why_not or "manifest"]
     problems += _check_counts(run)
-    return {
-        "uri": storage.redact(uri),
-        "kind": run["kind"],
-        "counts": run["counts"],
-        "checks": checks,
-        "problems": problems,
-    }
+    counts = Counts(**run["counts"])
+    return Verification(storage.redact(uri), run["kind"], counts, tuple(checks), tuple(problems))
 
 
 def _check_parts(uri: str, run: Mapping[str, Any]) -> list[str]:

@@ -367,15 +367,8 @@ def _serve(config: Config, cluster: Cluster, videos: int) -> Layout:
         share = 0.5 if name in ("sampler", "recognizer") and not asked and gpus else scale.num_gpus
         memory = _memory(cluster, _WAITING_BYTES if name == "ingress" else _BUSY_BYTES)
         memory = int(min(memory, room)) if cluster.nodes else memory
-        pools[name] = Pool(
-            name,
-            scale.min_replicas,
-            scale.min_replicas,
-            scale.max_replicas,
-            scale.num_cpus,
-            share,
-            memory,
-        )
+        least, most = scale.min_replicas, scale.max_replicas
+        pools[name] = Pool(name, least, least, most, scale.num_cpus, share, memory)
     on_gpu = any(pools[name].gpus for name in ("sampler", "recognizer"))
     threads = config.resources.threads or max(1, int(cluster.largest_cpus))
     return Layout("serve", pools, "cuda" if on_gpu else "cpu", threads, settings.decoder_processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+from functools import partial
 from typing import Any
 
 from tsq_ray import storage
@@ -78,12 +79,7 @@ def run_endpoint(
                 check_room(layout("serve", config, found, 1), found)
             deploy(ray, model, config, host, port, token, session)
             try:
-                shown = f"[{host}]" if ":" in host else host
-                _print_status(
-                    f"serving {storage.redact(model)} on http://{shown}:{port}/v1/score "
-                    "(stop with Ctrl-C)"
-                )
-                threading.Event().wait()
+                _wait_for_the_end(model, host, port)
             finally:
                 end()
     except KeyboardInterrupt:
@@ -92,6 +88,14 @@ def run_endpoint(
 
 def _print_status(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _wait_for_the_end(model: str, host: str, port: int) -> None:
+    """Say where the endpoint is, and wait for a KeyboardInterrupt."""
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{port}/v1/score"
+    _print_status(f"serving {storage.redact(model)} on {url} (stop with Ctrl-C)")
+    threading.Event().wait()
 
 
 def deploy(
@@ -107,25 +111,21 @@ def deploy(
     from tsq_ray.serving.app import application
 
     cluster.quiet_data(session.debug)
-    if any(
-        actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)
-    ):
+    named = ray.util.list_named_actors(all_namespaces=True)
+    if any(actor["namespace"] == "serve" for actor in named):
         raise ConfigError(
-            "--address: Serve already runs on this cluster, with its own host and port; "
-            "stop it with: serve shutdown, "
-            "or deploy tsq_ray.serving.app:build with: serve deploy"
+            "--address: Serve already runs on this cluster, with its own host and port; stop it "
+            "with: serve shutdown, or deploy tsq_ray.serving.app:build with: serve deploy"
         )
     logs = {"log_level": "INFO" if session.debug else "ERROR", "enable_access_log": session.debug}
-    http = HTTPOptions(
-        host=host, port=port, request_timeout_s=config.serve.request_timeout_s + _SLACK_S
-    )
+    limit_s = config.serve.request_timeout_s + _SLACK_S
+    http = HTTPOptions(host=host, port=port, request_timeout_s=limit_s)
     try:
         serve.start(http_options=http, logging_config=logs)
         placed = layout("serve", config, cluster.read_cluster(ray, config), 1)
         app = application(model, config, placed, token)
-        progress.run_watched(
-            lambda: serve.run(app, name=APP, route_prefix="/"), "serve", session, APP
-        )
+        start = partial(serve.run, app, name=APP, route_prefix="/")
+        progress.run_watched(start, "serve", session, APP)
     except Exception as error:
         serve.shutdown()
         raise cluster.run_failed(error, "serve") from error

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tsq_ray import provenance, runs, storage
 from tsq_ray.bundle.settings import CLASSIFIER_FILE, read_classifier_settings, write_curves
-from tsq_ray.bundle.weights import Classifier, save_classifier
-from tsq_ray.config import Config, ModelConfig
+from tsq_ray.bundle.weights import Classifier, load_network, save_classifier
+from tsq_ray.config import Config, ModelConfig, load_config
 from tsq_ray.errors import RunFailed
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
+from tsq_ray.networks.encoder import FrameEncoder
+from tsq_ray.results import FinetuneSummary, from_record
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
-from tsq_ray.stages import load_network
 from tsq_ray.training.classifier import frozen, full
 from tsq_ray.training.features import (
     TrainingRows,
@@ -38,13 +40,13 @@ def finetune(
     manifest_uri: str,
     role: Role,
     out: str,
-    config: Config,
+    config: Config | None = None,
     *,
     split: str | None = None,
     limit: int | None = None,
     take_over: bool = False,
     session: Session = DEFAULT_SESSION,
-) -> dict[str, Any]:
+) -> FinetuneSummary:
     """Train the `role` network as `finetune.backbone` says and write the classifier to `out`.
 
     Uses the labelled videos of `split` (default: train), at most `limit`. A stopped run with the
@@ -58,101 +60,156 @@ def finetune(
         RunFailed: no video is usable, or the training fails.
     """
     started = time.time()
-    out = storage.normalize(out)
-    manifest = read_manifest(manifest_uri)
-    what = f"manifest {storage.redact(manifest.uri)}"
-    check_classes(manifest.classes, int(is_labelled(manifest.rows).sum()), what)
-    chosen = TrainingRows.of(manifest.rows, split, limit, what)
-    rows, val = chosen.rows, _validation_rows(manifest, chosen.rows, config)
-    check_classes(manifest.classes, len(rows), what)
-    single_labels(rows.table["labels"], config.train.task, what)
-    single_labels(val.table["labels"], config.train.task, what)
-    settings = config.encoders.visual if role == "encoder" else config.recognizer
-    network = load_network(settings, with_head=False)
-    identity = _identity(
-        manifest.sha256, role, config, settings, network.backbone_hash(), split, limit
+    plan = _Plan.make(
+        manifest_uri, role, storage.normalize(out), config or load_config(), split, limit
     )
-    done = _finished(out, identity)
-    if done is not None:
+    if (done := plan.finished()) is not None:
         return done
-    storage.check_writable(out)
-    work = storage.join(out, full.WORK_FOLDER)
-    whole = config.finetune.backbone == "trained"
-    if whole:
-        full.check_input(network)
-    with runs.Lease(out, take_over=take_over) as lease:
+    storage.check_writable(plan.out)
+    if plan.trains_backbone:
+        full.check_input(plan.network)
+    with runs.Lease(plan.out, take_over=take_over) as lease:
         # the run that held the lease before may have finished it
-        if (done := _finished(out, identity)) is not None:
+        if (done := plan.finished()) is not None:
             return done
-        runs.write_json(storage.join(work, _IDENTITY_FILE), identity.parts)
-        ticks = (lease.stop_if_lost,)
-        if whole:
-            tuned = full.tune(
-                network, rows, val, len(manifest.classes), work, config, session, ticks
-            )
-        else:
-            tuned = frozen.fit_frozen(
-                network,
-                settings,
-                runs.Selection(manifest, rows, chosen.split),
-                work,
-                config,
-                session,
-                ticks,
-            )
-        lease.check()
-        summary = _summary(out, role, manifest, chosen, val, tuned, config) | {
-            "seconds": round(time.time() - started, 2)
-        }
-        if not summary["videos"]:
-            storage.remove_folder(work)  # nothing to resume, and other settings may work
-            raise RunFailed(
-                f"finetune: none of the {len(rows)} videos is usable ({summary['failed']})"
-            )
-        record = {
-            "identity": identity.parts,
-            "summary": summary,
-            "manifest": {"uri": storage.redact(manifest.uri), "sha256": manifest.sha256},
-            "finetune": config.finetune.model_dump(mode="json"),
-            "decode": config.decode.model_dump(mode="json"),
-            "versions": provenance.versions(),
-            "git_revision": provenance.git_revision(),
-            "ended": provenance.now(),
-        }
-        tuned.network.config = settings
-        if whole:
-            write_curves(out, tuned.curve)
-        save_classifier(
-            Classifier(tuned.network, manifest.classes, config.train.task, role, record), out
+        tuned = _fit(plan, session, lease)
+        return _publish(plan, tuned, started)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A finetune whose input has been checked."""
+
+    out: str
+    role: Role
+    config: Config
+    manifest: Manifest
+    chosen: TrainingRows
+    val: VideoRows
+    settings: ModelConfig
+    network: FrameEncoder
+    """Its backbone, without a head."""
+    identity: runs.Identity
+
+    @classmethod
+    def make(
+        cls,
+        manifest_uri: str,
+        role: Role,
+        out: str,
+        config: Config,
+        split: str | None,
+        limit: int | None,
+    ) -> _Plan:
+        """Read and check the input; raises UserError for wrong input."""
+        manifest = read_manifest(manifest_uri)
+        what = f"manifest {storage.redact(manifest.uri)}"
+        check_classes(manifest.classes, int(is_labelled(manifest.rows).sum()), what)
+        chosen = TrainingRows.of(manifest.rows, split, limit, what)
+        val = _validation_rows(manifest, chosen.rows, config)
+        check_classes(manifest.classes, len(chosen.rows), what)
+        for rows in (chosen.rows, val):
+            single_labels(rows.table["labels"], config.train.task, what)
+        settings = config.encoders.visual if role == "encoder" else config.recognizer
+        network = load_network(settings, with_head=False)
+        identity = _identity(
+            manifest.sha256, role, config, settings, network.backbone_hash(), split, limit
         )
-        storage.remove_folder(work)
+        return cls(out, role, config, manifest, chosen, val, settings, network, identity)
+
+    @property
+    def trains_backbone(self) -> bool:
+        return self.config.finetune.backbone == "trained"
+
+    @property
+    def work(self) -> str:
+        return storage.join(self.out, full.WORK_FOLDER)
+
+    def finished(self) -> FinetuneSummary | None:
+        """Return the summary if `out` holds this finetune, finished; None if it does not.
+
+        Raises RunError if `out` holds another finetune, finished or not.
+        """
+        done = storage.exists(storage.join(self.out, CLASSIFIER_FILE))
+        if done:
+            record = read_classifier_settings(self.out)[0]["provenance"]
+            before = record["identity"]
+        else:
+            before = runs.read_json(storage.join(self.work, _IDENTITY_FILE))
+        if before is not None:
+            self.identity.refuse_other(before, self.out, "holds another finetune")
+        return from_record(FinetuneSummary, record["summary"], already_done=True) if done else None
+
+
+def _fit(plan: _Plan, session: Session, lease: runs.Lease) -> full.Tuned:
+    """Train in the work folder, resuming what is there."""
+    runs.write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
+    rows, ticks = plan.chosen.rows, (lease.stop_if_lost,)
+    if plan.trains_backbone:
+        num_classes = len(plan.manifest.classes)
+        tuned = full.tune(
+            plan.network, rows, plan.val, num_classes, plan.work, plan.config, session, ticks
+        )
+    else:
+        selection = runs.Selection(plan.manifest, rows, plan.chosen.split)
+        tuned = frozen.fit_frozen(
+            plan.network, plan.settings, selection, plan.work, plan.config, session, ticks
+        )
+    lease.check()
+    if not _usable(rows, tuned):
+        storage.remove_folder(plan.work)  # nothing to resume, and other settings may work
+        failed = dict(Counter(tuned.failed.values()))
+        raise RunFailed(f"finetune: none of the {len(rows)} videos is usable ({failed})")
+    return tuned
+
+
+def _publish(plan: _Plan, tuned: full.Tuned, started: float) -> FinetuneSummary:
+    """Write the classifier, then remove the work folder."""
+    config, manifest = plan.config, plan.manifest
+    summary = _summary(plan, tuned, round(time.time() - started, 2))
+    record = {
+        "identity": plan.identity.parts,
+        "summary": asdict(summary),
+        "manifest": {"uri": storage.redact(manifest.uri), "sha256": manifest.sha256},
+        "finetune": config.finetune.model_dump(mode="json"),
+        "decode": config.decode.model_dump(mode="json"),
+        **provenance.of_this_run(),
+    }
+    tuned.network.config = plan.settings
+    if plan.trains_backbone:
+        write_curves(plan.out, tuned.curve)
+    classifier = Classifier(tuned.network, manifest.classes, config.train.task, plan.role, record)
+    save_classifier(classifier, plan.out)
+    storage.remove_folder(plan.work)
     return summary
 
 
-def _summary(
-    out: str,
-    role: Role,
-    manifest: Manifest,
-    chosen: TrainingRows,
-    val: VideoRows,
-    tuned: full.Tuned,
-    config: Config,
-) -> dict[str, Any]:
+def _usable(rows: VideoRows, tuned: full.Tuned) -> int:
+    return len(rows) - len(_failed_uris(rows, tuned))
+
+
+def _failed_uris(rows: VideoRows, tuned: full.Tuned) -> list[str]:
     failed = pa.array(list(tuned.failed), pa.string())
-    uris = [rows.table["uri"].filter(pc.is_in(rows.ids, failed)) for rows in (chosen.rows, val)]
-    return {
-        "out": storage.redact(out),
-        "role": role,
-        "backbone": config.finetune.backbone,
-        "videos": len(chosen.rows) - len(uris[0]),
-        "classes": len(manifest.classes),
-        "failed": dict(Counter(tuned.failed.values())),
-        "failed_videos": [storage.redact(uri) for part in uris for uri in part[:5].to_pylist()][:5],
-        "left_out": describe_left_out(chosen.left_out),
-        "unlabelled": chosen.named,
-        "warnings": chosen.warnings,
+    return rows.table["uri"].filter(pc.is_in(rows.ids, failed)).to_pylist()
+
+
+def _summary(plan: _Plan, tuned: full.Tuned, seconds: float) -> FinetuneSummary:
+    rows, chosen = plan.chosen.rows, plan.chosen
+    failed = [*_failed_uris(rows, tuned)[:5], *_failed_uris(plan.val, tuned)[:5]]
+    return FinetuneSummary(
+        out=storage.redact(plan.out),
+        role=plan.role,
+        backbone=plan.config.finetune.backbone,
+        videos=_usable(rows, tuned),
+        classes=len(plan.manifest.classes),
+        failed=dict(Counter(tuned.failed.values())),
+        failed_videos=tuple(map(storage.redact, failed[:5])),
+        left_out=describe_left_out(chosen.left_out),
+        unlabelled=tuple(chosen.named),
+        warnings=tuple(chosen.warnings),
+        seconds=seconds,
         **tuned.figures,
-    }
+    )
 
 
 def _validation_rows(manifest: Manifest, rows: VideoRows, config: Config) -> VideoRows:
@@ -192,19 +249,3 @@ def _identity(
         split=split,
         limit=limit,
     )
-
-
-def _finished(out: str, identity: runs.Identity) -> dict[str, Any] | None:
-    """Return the summary if `out` holds this finetune, finished; None if it does not.
-
-    Raises RunError if `out` holds another finetune, finished or not.
-    """
-    done = storage.exists(storage.join(out, CLASSIFIER_FILE))
-    if done:
-        record = read_classifier_settings(out)[0]["provenance"]
-        before = record["identity"]
-    else:
-        before = runs.read_json(storage.join(out, full.WORK_FOLDER, _IDENTITY_FILE))
-    if before is not None:
-        identity.refuse_other(before, out, "holds another finetune")
-    return record["summary"] | {"already_done": True} if done else None

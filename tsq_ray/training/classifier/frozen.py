@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -33,19 +34,10 @@ def fit_frozen(
     `extract_features` raises.
     """
     features = storage.join(work, "features")
-    encoders = config.encoders.model_copy(update={"visual": settings})
-    config = config.model_copy(update={"encoders": encoders})
-    loaded = LoadedNetworks(network, None, None)
-    run = extract_features(
-        features,
-        selection,
-        config,
-        Networks(settings),
-        loaded,
-        session,
-        stage="finetune",
-        ticks=ticks,
-    )
+    config = config.with_visual_encoder(settings)
+    networks, loaded = Networks(settings), LoadedNetworks(network, None, None)
+    options: dict[str, Any] = {"stage": "finetune", "ticks": ticks}
+    run = extract_features(features, selection, config, networks, loaded, session, **options)
     failed = _failed(features)
     if not run["counts"]["ok"]:
         return Tuned(network, failed, {}, [])

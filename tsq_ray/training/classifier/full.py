@@ -112,6 +112,7 @@ def _plan(
     settings = config.finetune
     placed = layout("finetune", config, cluster.read_cluster(ray, config), len(train))
     table = pa.concat_tables([train.table, val.table])
+    store = ray.cluster_resources().get("object_store_memory", 1e9)
     plan = ClipPlan(
         config=settings,
         model=network.config,
@@ -119,11 +120,7 @@ def _plan(
         videos=ray.put(table),
         counts=progress.start_counts(),
         decoders=placed["decoder"],
-        memory=int(
-            ray.cluster_resources().get("object_store_memory", 1e9)
-            * _STORE_SHARE
-            / settings.num_workers
-        ),
+        memory=int(store * _STORE_SHARE / settings.num_workers),
     )
     job = TunePlan(
         clips=plan,
@@ -145,7 +142,6 @@ def _figures(content: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, fl
     last = curve[-1]
     figures = {
         "epochs": len(curve),
-        "epoch_kept": "last",
         "went_on_after_epoch": content["resumed_at"],
         "losses": {"loss": last["loss"]},
         "train_accuracy": last["accuracy"],

@@ -258,16 +258,13 @@ class _Tuner:
         else:
             targets = self.labels[rows].to(self.device)
             logits = clip_logits(self.network, pictures, self.bf16)
-            loss = classification_loss(
-                logits, smoothed(targets, self.config, self.job.task), self.job.task
-            )
+            wanted = smoothed(targets, self.config, self.job.task)
+            loss = classification_loss(logits, wanted, self.job.task)
             # gradients are averaged over the workers; the factor gives the mean over the batch
             (loss * (len(rows) * self.world / counted)).backward()
             right = targets[torch.arange(len(rows)), logits.argmax(1)].sum()
-            result = torch.tensor(
-                [float(loss.detach()) * len(rows), float(right), float(len(rows))],
-                dtype=torch.float64,
-            )
+            sums = [float(loss.detach()) * len(rows), float(right), float(len(rows))]
+            result = torch.tensor(sums, dtype=torch.float64)
         clip_gradients(self.bare, self.config.clip_grad_norm)
         self.optimizer.step()
         return result
@@ -303,9 +300,8 @@ class _Tuner:
         targets = self.labels[np.concatenate([part[1] for part in parts])]
         if not len(targets):
             return {}
-        wanted = smoothed(
-            targets, self.config.model_copy(update={"label_smoothing": 0.0}), self.job.task
-        )
+        as_labelled = self.config.model_copy(update={"label_smoothing": 0.0})
+        wanted = smoothed(targets, as_labelled, self.job.task)
         scores = probabilities(found_logits, self.job.task).numpy()
         return {
             "val_loss": float(classification_loss(found_logits, wanted, self.job.task)),

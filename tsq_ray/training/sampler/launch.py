@@ -57,14 +57,8 @@ def fit_on_cluster(
     options: dict[str, Any] = {"counts": counts, "total": total, "ticks": ticks}
     content = run_workers(train_loop, job, scaling(placed), work, "train", session, **options)
     seconds = time.monotonic() - started
-    return Fitted(
-        content["model"],
-        content["curve"],
-        content["seconds"],
-        content["workers"],
-        content["resumed_at"],
-        seconds,
-    )
+    model, curve, of_epochs = (content[name] for name in ("model", "curve", "seconds"))
+    return Fitted(model, curve, of_epochs, content["workers"], content["resumed_at"], seconds)
 
 
 class _Videos:

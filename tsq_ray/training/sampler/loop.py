@@ -127,21 +127,13 @@ class Training:
         """
         torch.manual_seed(config.seed)
         network = TSQNet(shape)
-        network.set_embeddings(
-            *(
-                None if start[name] is None else _tensor(start[name])
-                for name in ("visual", "textual")
-            )
-        )
+        starts = (start[name] for name in ("visual", "textual"))
+        network.set_embeddings(*(None if one is None else _tensor(one) for one in starts))
         batches = BatchShares(arrays, vocabulary, config, rank, world, device)
         network.balance(*batches.sample())
         network.to(device)
-        optimizer = torch.optim.SGD(
-            network.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-        )
+        options = {name: getattr(config, name) for name in ("lr", "momentum", "weight_decay")}
+        optimizer = torch.optim.SGD(network.parameters(), **options)
         return cls(network, optimizer, batches, config)
 
     def epochs(

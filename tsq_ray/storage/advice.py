@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 
 from tsq_ray.errors import ErrorType, StorageError, UserError
-from tsq_ray.local_files import SpecialFile, is_utf8
+from tsq_ray.storage.local_files import SpecialFile, is_utf8
 
 SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _QUERY = re.compile(r"(https?://[^?\n]*?)\?[^\s'\"]+(?:['\"][^\s'\"=]*=[^\s'\"]*)*", re.IGNORECASE)

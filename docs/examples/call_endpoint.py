@@ -1,0 +1,39 @@
+"""Ask a running endpoint (`tsq serve`): call_endpoint.py URL VIDEO...
+
+Uses httpx; the bearer token, if the endpoint wants one, comes from TSQ_TOKEN.
+"""
+
+import os
+import sys
+import time
+
+import httpx
+
+
+def main(url: str, *videos: str) -> None:
+    """Upload each video and print its labels; wait and try again while the endpoint is full."""
+    token = os.environ.get("TSQ_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    with httpx.Client(base_url=url, headers=headers, timeout=300) as client:
+        for video in videos:
+            answer = ask(client, video)
+            if answer["status"] == "ok":
+                best, score = answer["top_labels"][0], answer["top_scores"][0]
+                seconds = ", ".join(f"{pts:.2f}" for pts in answer["selected_pts_s"])
+                print(f"{video}: {best} {score:.3f}, chosen frames at {seconds} s")
+            else:
+                print(f"{video}: {answer['error_type']}: {answer['error_message']}")
+
+
+def ask(client: httpx.Client, video: str) -> dict:
+    """Return the endpoint's answer for one video."""
+    while True:
+        with open(video, "rb") as file:
+            response = client.post("/v1/score", files={"file": (os.path.basename(video), file)})
+        if response.status_code not in (429, 503):
+            return response.json()
+        time.sleep(float(response.headers.get("Retry-After", 1)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,173 @@
+"""The child processes of the sandbox: how they start, and what one does with a video.
+
+They come from a fork server private to this module, for two reasons. It imports the decoders once,
+so that a killed child is replaced immediately. And it never runs the parent's main module, as
+multiprocessing would in the server and in every child: a script without an `if __name__` guard
+would start again, and a Ray worker would import ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing.connection
+import multiprocessing.context
+import multiprocessing.forkserver
+import multiprocessing.popen_forkserver
+import multiprocessing.process
+import multiprocessing.spawn
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+from tsq_ray import storage
+from tsq_ray.config import DecodeConfig
+from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
+from tsq_ray.errors import StorageError, VideoError
+
+Outcome = DecodedVideo | VideoError | StorageError
+DecodeTask = Callable[[VideoSource, DecodeConfig, Mapping[str, FrameSpec]], DecodedVideo]
+
+SPENT = 75
+"""Exit code of a child whose earlier videos left too much memory behind."""
+_PR_SET_PDEATHSIG = 1
+_MAX_SOCKET_PATH = 107
+
+
+def _listener_address(family: str) -> str:
+    """Path of the fork server's Unix socket, short enough whatever TMPDIR is."""
+    choose: Any = multiprocessing.connection.arbitrary_address  # type: ignore[attr-defined]
+    address: str = choose(family)
+    if len(os.fsencode(address)) <= _MAX_SOCKET_PATH:
+        return address
+    folder, name = os.path.split(address)
+    # a short path to the same folder; only this process connects, and it keeps the folder open
+    return f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}/{name}"
+
+
+def _ensure_running() -> FunctionType:
+    # the standard library's ensure_running, but with a different socket path
+    module = multiprocessing.forkserver
+    standard: Any = module.ForkServer.ensure_running
+    over = {"connection": SimpleNamespace(arbitrary_address=_listener_address)}
+    return FunctionType(standard.__code__, {**vars(module), **over})
+
+
+class _Server(multiprocessing.forkserver.ForkServer):
+    ensure_running = _ensure_running()
+
+
+_SERVER = _Server()
+_SERVER.set_forkserver_preload(["tsq_ray.decode.sandbox"])
+_SERVER_LOCK = threading.Lock()
+
+
+def _preparation_data(name: str) -> dict[str, Any]:
+    data = multiprocessing.spawn.get_preparation_data(name)
+    return {key: value for key, value in data.items() if not key.startswith("init_main")}
+
+
+def _connect_to_new_process(fds: Sequence[int]) -> tuple[int, int]:
+    with _SERVER_LOCK:
+        return _SERVER.connect_to_new_process(fds)
+
+
+def _launch() -> FunctionType:
+    # the standard library's _launch, but with our fork server and without the main module's path
+    inherited = multiprocessing.popen_forkserver
+    over = {
+        "spawn": SimpleNamespace(get_preparation_data=_preparation_data),
+        "forkserver": SimpleNamespace(
+            connect_to_new_process=_connect_to_new_process,
+            read_signed=multiprocessing.forkserver.read_signed,
+        ),
+    }
+    standard: Any = inherited.Popen._launch  # type: ignore[attr-defined]
+    return FunctionType(standard.__code__, {**vars(inherited), **over})
+
+
+class _Popen(multiprocessing.popen_forkserver.Popen):
+    _launch = _launch()
+
+
+class _Process(multiprocessing.context.ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: multiprocessing.process.BaseProcess) -> Any:  # noqa: N802
+        return _Popen(process_obj)
+
+
+class ChildContext(multiprocessing.context.ForkServerContext):
+    """Starts children from the fork server of this module."""
+
+    Process = _Process
+
+
+def start_child(max_memory_mb: int) -> None:
+    """Initialise this child process, whose data may take `max_memory_mb`."""
+    # The fork server exits once all copies of its parent's end of a pipe are closed. The child
+    # closes the copy it inherits and has the kernel kill it when the server exits, so nothing
+    # outlives a killed parent.
+    server: Any = multiprocessing.forkserver._forkserver
+    with contextlib.suppress(OSError):
+        os.close(server._forkserver_alive_fd)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # a decoder that hangs in C never returns to a Python signal handler
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    limit = max_memory_mb * 1024 * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    gc.freeze()  # keeps start-up objects out of the collection after every video
+    global _at_start
+    _at_start = _data_bytes()
+
+
+_at_start = 0
+
+
+def _data_bytes() -> int:
+    """The size that RLIMIT_DATA limits in this process."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
+
+
+def run_task(
+    task: DecodeTask, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+) -> Outcome:
+    """Run `task` on a video in this child; return its failure instead of raising it."""
+    left = settings.max_memory_mb * 1024 * 1024 - _at_start
+    if _data_bytes() - _at_start > left / 2:
+        # earlier videos left so much behind that this one could fail: use a fresh child
+        os._exit(SPENT)
+    try:
+        return _outcome_of(task, source, settings, specs)
+    finally:
+        # PyAV's containers and codecs form reference cycles, and eleven objects can keep 200 MB of
+        # an 8K video's pictures alive: too few for Python to start a collection by itself
+        gc.collect()
+
+
+def _outcome_of(
+    task: DecodeTask, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
+) -> Outcome:
+    name = storage.redact(source.uri)
+    try:
+        return task(source, settings, specs)
+    except (VideoError, StorageError) as error:
+        # their tracebacks would keep the decoder alive
+        error.__context__ = error.__cause__ = None
+        return error.with_traceback(None)
+    # FFmpeg reports "temporarily unavailable" if it gets no memory for a picture
+    except (MemoryError, BlockingIOError):
+        return VideoError(
+            "out_of_memory",
+            f"{name}: decoding needs more than decode.max_memory_mb = {settings.max_memory_mb}",
+        )
+    except Exception as error:  # noqa: BLE001 the boundary where a failure becomes a row
+        return VideoError(
+            "internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        )

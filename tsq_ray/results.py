@@ -1,0 +1,255 @@
+"""What the public functions return: frozen dataclasses, each shown by `--json` as it is.
+
+Paths in them are redacted: no secret and no query of a presigned URL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+_Result = TypeVar("_Result")
+
+
+def from_record(kind: type[_Result], record: Mapping[str, Any], **more: Any) -> _Result:
+    """Build the dataclass `kind` from a stored record; keys that it does not have are ignored."""
+    assert dataclasses.is_dataclass(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in record.items() if name in names} | more)
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexSummary:
+    """What `build_manifest` found and wrote."""
+
+    out: str
+    """URI of the manifest."""
+    videos: int
+    classes: int
+    labels_from: str
+    """Where the labels came from: label files, class folders or nowhere."""
+    labelled: int
+    unlabelled: int
+    splits: Mapping[str, int]
+    """Videos by split; `(none)` for those without."""
+    left_out: Mapping[str, int]
+    """Listed entries that are not videos: other files by suffix, the rest by reason."""
+    left_out_examples: Mapping[str, tuple[str, ...]]
+    """The first few entries for each reason."""
+    missing: tuple[str, ...]
+    """Names in the labels for which no video was found."""
+    new: int
+    """Videos that the manifest did not have before, as all of them without an update."""
+    changed: int
+    deleted: int
+    unchanged: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """The rows of a run, one per video of the manifest: inputs = ok + failed + skipped."""
+
+    inputs: int
+    ok: int
+    failed: int
+    skipped: int
+    skipped_by: Mapping[str, int]
+    """Videos left out by `split` and by `limit`."""
+    failed_by_type: Mapping[str, int]
+    """Failures by error type, the most frequent first."""
+    with_warnings: int
+    """Videos that are ok with warnings."""
+
+    @property
+    def done(self) -> int:
+        """Videos that have a row."""
+        return self.ok + self.failed
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """A finished run folder, made by `extract` or `score`."""
+
+    out: str
+    """URI of the run folder."""
+    kind: Literal["features", "predictions"]
+    counts: Counts
+    done_now: int
+    """Videos done by this call; an earlier call did the others."""
+    already_done: bool
+    """Whether this call found nothing to do."""
+    wall_seconds: float
+    stage_seconds: Mapping[str, float]
+    """Seconds by stage, summed over all workers."""
+    slowest_stage: str | None
+    """The stage that took the most time; None if nothing was done."""
+    metrics: Mapping[str, Any]
+    """mAP and top-1 over the labelled videos that are ok; empty for features and without labels."""
+    record: Mapping[str, Any]
+    """The whole content of `_run.json` (docs/data-format.md)."""
+
+    @classmethod
+    def of(cls, out: str, record: Mapping[str, Any]) -> RunSummary:
+        """Return the summary of a run from the content of its `_run.json`."""
+        return cls(
+            out=out,
+            kind=record["kind"],
+            counts=Counts(**record["counts"]),
+            done_now=record["videos_done_now"],
+            already_done=record.get("already_done", False),
+            wall_seconds=record["wall_seconds"],
+            stage_seconds=record["stage_seconds"],
+            slowest_stage=record["slowest_stage"],
+            metrics=record.get("metrics") or {},
+            record=record,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneSummary:
+    """A finished classifier, made by `finetune`."""
+
+    out: str
+    """URI of the classifier's folder."""
+    role: Literal["encoder", "recognizer"]
+    backbone: Literal["trained", "frozen"]
+    videos: int
+    """Videos trained on."""
+    classes: int
+    failed: Mapping[str, int]
+    """Videos that could not be used, by error type."""
+    failed_videos: tuple[str, ...]
+    """The first of them."""
+    left_out: Mapping[str, int]
+    """Videos that were not to be trained on, by reason."""
+    unlabelled: tuple[str, ...]
+    """The first videos without a label."""
+    warnings: tuple[str, ...]
+    train_accuracy: float
+    """Share of the training videos, or of their last epoch's clips, that are labelled correctly."""
+    epochs: int | None = None
+    """None for a frozen backbone, as are the following."""
+    losses: Mapping[str, float] | None = None
+    """Of the last epoch, whose weights are kept."""
+    val_loss: float | None = None
+    """On `finetune.val_split`, as are the following; None without it."""
+    val_top1: float | None = None
+    val_mAP: float | None = None  # noqa: N815  the field's spelling
+    went_on_after_epoch: int = 0
+    """Epoch from which a stopped training was resumed; 0 for none."""
+    seconds: float = 0.0
+    already_done: bool = False
+    """Whether an earlier call had finished this classifier."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSummary:
+    """A finished bundle, made by `train`."""
+
+    out: str
+    """URI of the bundle."""
+    videos: int
+    """Videos trained on."""
+    classes: int
+    epochs: int
+    losses: Mapping[str, float]
+    """Losses of the last epoch (paper, equation 4)."""
+    left_out: Mapping[str, int]
+    """Videos that were not trained on, by reason."""
+    unlabelled: tuple[str, ...]
+    """The first videos without a label."""
+    warnings: tuple[str, ...]
+    workers: int
+    went_on_after_epoch: int
+    """Epoch from which a stopped training was resumed; 0 for none."""
+    train_seconds: float
+    videos_per_s: float
+    seconds: float = 0.0
+    already_done: bool = False
+    """Whether an earlier call had finished this bundle."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluatedTable:
+    """One table or figure of the paper, measured by `evaluate`."""
+
+    title: str
+    files: tuple[str, ...]
+    """URIs of its Markdown and CSV files and its pictures."""
+    rows: tuple[Mapping[str, str], ...]
+    """The cells by column title, as the Markdown file shows them."""
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSummary:
+    """What `evaluate` measured."""
+
+    out: str
+    """URI of the folder with the tables."""
+    measured: Mapping[str, Any]
+    """`runs` compared; or `videos`, `left_out` by reason and `split`."""
+    trained_now: int
+    """Samplers trained by this call; an earlier call trained the others."""
+    tables: Mapping[str, EvaluatedTable]
+    """By name, for example `table2`."""
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` found in a run folder."""
+
+    uri: str
+    kind: Literal["features", "predictions"]
+    counts: Counts
+    checks: tuple[str, ...]
+    """What was compared, and what could not be."""
+    problems: tuple[str, ...]
+    """What does not add up, one line each; empty if everything does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """The labels and the chosen frames of one video, named as in docs/data-format.md.
+
+    In a failed prediction everything after `warnings` is None.
+    """
+
+    video_id: str
+    uri: str
+    status: Literal["ok", "failed"]
+    size_bytes: int
+    etag: str | None = None
+    modified: str | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+    warnings: Sequence[str] = ()
+    duration_s: float | None = None
+    fps: float | None = None
+    width: int | None = None
+    height: int | None = None
+    codec: str | None = None
+    source_num_frames: int | None = None
+    frame_pts_s: Sequence[float] | None = None
+    """[T], seconds; the frames that the sampler saw."""
+    top_labels: Sequence[str] | None = None
+    """[min(5, C)], the best classes."""
+    top_scores: Sequence[float] | None = None
+    scores: Sequence[float] | None = None
+    """[C], in the order of the bundle's classes."""
+    selected_slot: Sequence[int] | None = None
+    """[<= K], positions among the T frames, ascending."""
+    selected_index: Sequence[int] | None = None
+    """[<= K], numbers of the chosen frames in the video."""
+    selected_pts_s: Sequence[float] | None = None
+    """[<= K], seconds."""
+    selected_by: Sequence[str] | None = None
+    """[<= K]: visual, textual or the name of a baseline."""
+    saliency_visual: Sequence[float] | None = None
+    """[T] (paper, equation 5); None for baselines."""
+    saliency_textual: Sequence[float] | None = None
+    decode_ms: float | None = None
+    sample_ms: float | None = None
+    recognize_ms: float | None = None

@@ -1,0 +1,123 @@
+"""Label videos from their chosen frames.
+
+Shapes: n frames shown to the recogniser, C classes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tsq_ray.bundle.weights import Bundle, Classifier
+from tsq_ray.config import ResourcesConfig, SamplerConfig
+from tsq_ray.model.choosers import Candidates, chooser_for
+from tsq_ray.model.selection import Selection
+from tsq_ray.networks.encoder import best_device
+from tsq_ray.networks.inference import (
+    DEFAULT_RESOURCES,
+    Pictures,
+    encode_pictures,
+    prepare_for_inference,
+)
+from tsq_ray.rows import Answer
+from tsq_ray.schema import TOP_LABELS
+from tsq_ray.stages.sample import Sampled, array_probabilities
+
+
+class Recognize:
+    """Label each video from its chosen frames.
+
+    The frames' logits are averaged, then pass through softmax (sigmoid for multi-label).
+    """
+
+    def __init__(
+        self,
+        model: Bundle | Classifier,
+        config: SamplerConfig,
+        device: torch.device | None = None,
+        resources: ResourcesConfig = DEFAULT_RESOURCES,
+    ) -> None:
+        """`model`: a bundle, or its recogniser alone (`load_recognizer`)."""
+        encoder = model.recognizer if isinstance(model, Bundle) else model.encoder
+        assert encoder is not None
+        self.device = device or best_device()
+        self.recognizer = prepare_for_inference(encoder, self.device, resources)
+        self.classes, self.task, self.chooser = model.classes, model.task, chooser_for(config)
+
+    def __call__(self, items: Sequence[Sampled]) -> list[Answer]:
+        """Return answers in the order of `items`; failures pass through."""
+        started = time.perf_counter()
+        live = [item for item in items if item.candidates is not None]
+        if live:
+            for item, (places, logits) in zip(live, self._recognize(live), strict=True):
+                self._answer(item, places, logits)
+            share_ms = (time.perf_counter() - started) * 1000 / len(live)
+            for item in live:
+                item.row["recognize_ms"] = share_ms
+        return [Answer(item.row, item.error) for item in items]
+
+    def _logits(self, pictures: Sequence[Pictures]) -> list[Tensor]:
+        """Return the logits [n, C] of each video's n pictures, all in one pass of the network."""
+        _, logits = encode_pictures(self.recognizer, pictures)
+        assert logits is not None
+        return list(logits.split([len(each.frames) for each in pictures]))
+
+    def _recognize(self, items: Sequence[Sampled]) -> list[tuple[np.ndarray, Tensor]]:
+        """Return each video's chosen candidates, as places, and the logits of the candidates shown.
+
+        Each pass of the network adds one candidate of every video that is still undecided.
+        """
+        found = self._logits([item.take(0, _candidates(item).first) for item in items])
+        places: list[np.ndarray | None] = [None] * len(items)
+        waiting = list(range(len(items)))
+        while True:
+            for number in waiting:
+                answers = array_probabilities(found[number], self.task)
+                places[number] = self.chooser.enough(_candidates(items[number]), answers)
+            waiting = [number for number in waiting if places[number] is None]
+            if not waiting:
+                break
+            ends = [len(found[number]) for number in waiting]
+            more = self._logits(
+                [items[n].take(end, end + 1) for n, end in zip(waiting, ends, strict=True)]
+            )
+            for number, logits in zip(waiting, more, strict=True):
+                found[number] = torch.cat([found[number], logits])
+        return [
+            (place, logits)
+            for place, logits in zip(places, found, strict=True)
+            if place is not None
+        ]
+
+    def _answer(self, item: Sampled, places: np.ndarray, logits: Tensor) -> None:
+        selection = _candidates(item).selection(places)
+        item.row |= selection_columns(selection, item.frame_index, item.row["frame_pts_s"])
+        scores = array_probabilities(logits[torch.from_numpy(places)].mean(0), self.task)
+        best = np.argsort(-scores, kind="stable")[:TOP_LABELS]
+        item.row |= {
+            "scores": scores,
+            "top_labels": [self.classes[number] for number in best],
+            "top_scores": scores[best],
+        }
+
+
+def _candidates(item: Sampled) -> Candidates:
+    assert item.candidates is not None
+    return item.candidates
+
+
+def selection_columns(
+    selection: Selection, frame_index: np.ndarray, frame_pts_s: np.ndarray
+) -> dict[str, Any]:
+    """Return the prediction columns that describe a selection."""
+    return {
+        "selected_slot": selection.slots,
+        "selected_index": frame_index[selection.slots],
+        "selected_pts_s": frame_pts_s[selection.slots],
+        "selected_by": selection.selected_by,
+    }

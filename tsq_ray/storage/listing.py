@@ -1,0 +1,149 @@
+"""Look up and list files and folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Any, cast
+
+import fsspec
+
+from tsq_ray.errors import StorageError
+from tsq_ray.storage import local_files
+from tsq_ray.storage.advice import classify, redact, storage_errors
+from tsq_ray.storage.local_files import LeftOut, StoredFile, is_utf8
+from tsq_ray.storage.paths import filesystem, local_path, name_of
+
+
+def stat(uri: str) -> StoredFile:
+    """Look up the current size, etag and modification time. Raises StorageError if it is missing.
+
+    The error type is `not_video` for a FIFO, a socket or a device, and `unsupported` for a name
+    that no manifest can hold.
+    """
+    with storage_errors(uri, "look up"):
+        if not is_utf8(uri):
+            raise StorageError("unsupported", f"{redact(uri)}: its name is not UTF-8; rename it")
+        local = local_path(uri)
+        if local is not None:
+            return local_files.look_up(local)
+        fs, path = filesystem(uri)
+        return _stored(fs, fs.info(path))
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder exists. Access and network failures are raised, not returned."""
+    return kind_of(uri) is not None
+
+
+def is_file(uri: str) -> bool:
+    """Whether `uri` is a file or an object, not a folder."""
+    return kind_of(uri) == "file"
+
+
+def is_folder(uri: str) -> bool:
+    """Whether `uri` is a folder or a non-empty prefix."""
+    return kind_of(uri) == "directory"
+
+
+def kind_of(uri: str) -> str | None:
+    with storage_errors(uri, "look up"):
+        local = local_path(uri)
+        if local is not None:
+            return local_files.kind_of(local)
+        fs, path = filesystem(uri)
+        try:
+            return cast(str, fs.info(path)["type"])
+        except FileNotFoundError as error:
+            if classify(error) != "not_found":
+                raise
+            return None
+
+
+def entries(uri: str) -> Iterator[StoredFile | LeftOut]:
+    """Yield every entry below a folder or prefix: a file, or an entry left out and why.
+
+    Sorted by folder and name on disks, by key on S3, which is listed page by page, a thousand keys
+    each. Raises StorageError if any of the folders cannot be listed.
+    """
+    local = local_path(uri)
+    if local is not None:
+        try:
+            yield from local_files.walk(local)
+        except OSError as error:
+            with storage_errors(str(error.filename or uri), "list"):
+                raise
+        return
+    with storage_errors(uri, "list"):
+        fs, path = filesystem(uri)
+        yield from _pages(fs, path) if uri.startswith("s3://") else _below(fs, path)
+
+
+def walk(uri: str) -> Iterator[StoredFile]:
+    """Yield the files among `entries`."""
+    return (entry for entry in entries(uri) if isinstance(entry, StoredFile))
+
+
+def _below(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
+    # not fs.walk, which silently skips subfolders that it cannot read
+    with storage_errors(fs.unstrip_protocol(path), "list"):
+        found = [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path]
+    folders = []
+    for entry in sorted(found, key=lambda entry: (name_of(entry["name"]), entry["type"])):
+        name = name_of(entry["name"])
+        if name.startswith("."):
+            yield LeftOut(fs.unstrip_protocol(entry["name"]), local_files.HIDDEN)
+        elif entry["type"] == "directory":
+            folders.append(entry["name"].rstrip("/"))
+        else:
+            yield _stored(fs, entry)
+    for folder in folders:
+        yield from _below(fs, folder)
+
+
+def _pages(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
+    bucket, _, folder = path.partition("/")
+    prefix = f"{folder}/" if folder else ""
+    wanted: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = fs.call_s3("list_objects_v2", **wanted)
+        for item in page.get("Contents", ()):
+            key, size = item["Key"], int(item["Size"])
+            uri = f"s3://{bucket}/{key}"
+            if any(part.startswith(".") for part in key.removeprefix(prefix).split("/")):
+                yield LeftOut(uri, local_files.HIDDEN)
+            elif not key.endswith("/"):
+                yield StoredFile(uri, size, item["ETag"].strip('"'), item["LastModified"])
+            elif size:  # an empty one is a folder marker
+                yield LeftOut(uri, "name ends in /")
+        if not page.get("IsTruncated"):
+            return
+        wanted["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def list_folder(uri: str) -> list[StoredFile]:
+    """List the files directly in a folder, hidden ones too, sorted; empty if it is missing."""
+    with storage_errors(uri, "list"):
+        local = local_path(uri)
+        if local is not None:
+            return local_files.list_folder(local)
+        fs, path = filesystem(uri)
+        try:
+            found = fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return []
+        files = (entry for entry in found if entry["type"] == "file")
+        return sorted(
+            (_stored(fs, entry) for entry in files if entry["name"].rstrip("/") != path),
+            key=lambda file: file.uri,
+        )
+
+
+def _stored(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> StoredFile:
+    modified, etag = info.get("LastModified"), info.get("ETag")
+    return StoredFile(
+        uri=fs.unstrip_protocol(info["name"]),
+        size_bytes=int(info.get("size") or 0),
+        etag=str(etag).strip('"') if etag else None,
+        modified=modified if isinstance(modified, datetime) else None,
+    )

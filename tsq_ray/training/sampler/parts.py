@@ -1,0 +1,171 @@
+"""The parts of a bundle besides TSQNet: the frozen networks, the embeddings of names, the start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from tsq_ray import storage
+from tsq_ray.bundle.settings import class_order
+from tsq_ray.bundle.weights import load_classifier, load_network
+from tsq_ray.config import Config
+from tsq_ray.errors import ModelError
+from tsq_ray.model import TSQShape
+from tsq_ray.networks.encoder import FrameEncoder, object_names
+from tsq_ray.networks.text import text_encoder
+from tsq_ray.prototypes import prototypes
+from tsq_ray.rows import OBJECTS, VISUAL
+from tsq_ray.training.features import TrainingSet
+from tsq_ray.training.head import fit_head, head_logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of object and class names, of dimension Dt (paper, section 3.2)."""
+
+    vocabulary: Tensor
+    """[1000, Dt], embeddings of the object names."""
+    classes: Tensor | None
+    """[C, Dt], embeddings of the class names; None for a random start."""
+    sha256: str
+    warnings: list[str]
+
+    @classmethod
+    def make(cls, config: Config, classes: list[str]) -> Embeddings:
+        """Embed the object and class names.
+
+        Raises ModelError if the word vectors know no object, or lack a class that starts a query.
+        """
+        encoder = text_encoder(config.encoders.text)
+        place = storage.redact(config.encoders.text.weights)
+        objects = object_names()
+        vocabulary = encoder.embed(objects)
+        unknown = _unknown(objects, vocabulary)
+        if len(unknown) == len(objects):
+            raise ModelError(
+                f"encoders.text.weights {place!r}: has no word of any of the {len(objects)} object "
+                "names; use English vectors"
+            )
+        start = encoder.embed(classes) if config.train.init_textual == "text" else None
+        strange = _unknown(classes, start) if start is not None else []
+        if strange:
+            raise ModelError(
+                f"encoders.text.weights {place!r}: has no word of {len(strange)} of the "
+                f"{len(classes)} class names (first: {strange[0]!r}); rename them, use other "
+                "vectors, or set train.init_textual=random"
+            )
+        warnings = []
+        if unknown:
+            warnings.append(
+                f"{len(unknown)} object names have no word in {place} and are ignored "
+                f"(first: {unknown[0]!r})"
+            )
+        return cls(vocabulary, start, encoder.state_hash(), warnings)
+
+
+def _unknown(names: list[str], vectors: Tensor) -> list[str]:
+    """Return the names without a vector."""
+    return [name for name, known in zip(names, vectors.any(1).tolist(), strict=True) if not known]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """The parts of a bundle other than TSQNet."""
+
+    encoder: FrameEncoder
+    objects: FrameEncoder | None
+    text: Embeddings | None
+    recognizer: FrameEncoder | None
+    shape: TSQShape
+
+    @classmethod
+    def load(
+        cls,
+        config: Config,
+        run: Mapping[str, Any],
+        data: TrainingSet,
+        encoder: str | None,
+        recognizer: str | None,
+    ) -> Parts:
+        """Load the parts; raises ModelError if one does not fit the features."""
+        frame_encoder = _frame_encoder(config, run, data, encoder)
+        answers = _recognizer(recognizer, data.classes, config.train.task)
+        text = objects = None
+        if config.train.modules == "both":
+            text = Embeddings.make(config, data.classes)
+            objects = load_network(config.encoders.objects, with_head=True)
+            _same_weights(objects.state_hash(), run["weights"][OBJECTS], "encoders.objects")
+        return cls(frame_encoder, objects, text, answers, _shape(config, data, text))
+
+
+def _frame_encoder(
+    config: Config, run: Mapping[str, Any], data: TrainingSet, encoder: str | None
+) -> FrameEncoder:
+    """Load the encoder of the features, with the frame head of finetune or one fitted here."""
+    network = load_network(config.encoders.visual, with_head=encoder is not None)
+    _same_weights(
+        network.backbone_hash(),
+        run["weights"][VISUAL],
+        "--encoder" if encoder else "encoders.visual",
+    )
+    if encoder is None:
+        network.head = fit_head(data.visual, data.targets, config.finetune, config.train.task)
+    else:
+        classifier = load_classifier(encoder)
+        class_order(classifier.classes, data.classes, f"--encoder {storage.redact(encoder)}")
+    return network
+
+
+def _same_weights(have: str, want: str, what: str) -> None:
+    if have != want:
+        raise ModelError(
+            f"{what}: its weights (sha256 {have[:12]}) are not those that made the features "
+            f"({want[:12]}); give the same weights or extract again"
+        )
+
+
+def _recognizer(uri: str | None, classes: list[str], task: str) -> FrameEncoder | None:
+    if uri is None:
+        return None
+    classifier = load_classifier(uri)
+    class_order(classifier.classes, classes, f"--recognizer {storage.redact(uri)}")
+    if classifier.task != task:
+        raise ModelError(
+            f"--recognizer {storage.redact(uri)}: was finetuned for task {classifier.task!r}, "
+            f"train.task is {task!r}"
+        )
+    return classifier.encoder
+
+
+def _shape(config: Config, data: TrainingSet, text: Embeddings | None) -> TSQShape:
+    settings = config.train
+    return TSQShape(
+        num_classes=len(data.classes),
+        visual_dim=data.visual.shape[-1],
+        text_dim=text.vocabulary.shape[1] if text else 1,
+        dim_visual=settings.dim_visual,
+        dim_textual=settings.dim_textual,
+        dropout=settings.dropout,
+        swap_values=settings.swap_values,
+        modules=settings.modules,
+        attention=settings.attention,
+        classifier=settings.classifier,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        self_attention=settings.self_attention,
+        top_objects=settings.top_objects,
+    )
+
+
+def visual_start(config: Config, data: TrainingSet, encoder: FrameEncoder) -> Tensor | None:
+    """Return the initial visual queries [C, d], one prototype per class; None: random ones."""
+    if config.train.init_visual == "random":
+        return None
+    assert encoder.head is not None
+    logits = head_logits(encoder.head, data.visual)
+    return prototypes(
+        data.visual, logits, data.labels, len(data.classes), config.train.seed, config.train.task
+    )
