@@ -230,8 +230,8 @@ Nothing is unpickled. A file whose sha256 differs from the one in `bundle.json` 
 
 def data_format() -> str:
     """Return docs/data-format.md."""
-    from tsq_ray import runs
     from tsq_ray.bundle import settings as bundle
+    from tsq_ray.runs.folder import FORMAT
 
     types = _wrapped(f"`{name}`" for name in ERROR_TYPES)
     retried = ", ".join(f"`{name}`" for name in RETRIED_ERROR_TYPES)
@@ -245,7 +245,7 @@ def data_format() -> str:
             columns_table(schema.MANIFEST),
             "",
             "## The run folder",
-            RUN_TEXT.replace("{format}", str(runs.FORMAT)),
+            RUN_TEXT.replace("{format}", str(FORMAT)),
             FAILED_TEXT.format(types=types, retried=retried),
             "## Features",
             "What `tsq extract` writes, one row per video. Only runs with `--recognizer` have\n"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import pyarrow.compute as pc
 
 from tsq_ray import manifest as manifests
-from tsq_ray import runs, storage
+from tsq_ray import storage
 from tsq_ray.bundle.settings import (
     BUNDLE_FILE,
     CLASSIFIER_FILE,
@@ -18,6 +18,7 @@ from tsq_ray.bundle.settings import (
 )
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError, ManifestError, RunError, StorageError
+from tsq_ray.runs.folder import CONFIG_FILE, RUN_FILE, read_run
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.nodes import GROWTH_LIMIT, Cluster, Stage, describe_largest
 from tsq_ray.runtime.parts import MAX_BLOCK_ROWS
@@ -33,10 +34,8 @@ def describe(uri: str) -> dict[str, Any]:
     """
     uri = storage.normalize(uri)
     if storage.is_folder(uri):
-        known = {BUNDLE_FILE: _bundle, CLASSIFIER_FILE: _classifier, runs.RUN_FILE: _run}
-        for name, what in (
-            known | {runs.CONFIG_FILE: _run, manifests.MANIFEST_FILE: _manifest}
-        ).items():
+        known = {BUNDLE_FILE: _bundle, CLASSIFIER_FILE: _classifier, RUN_FILE: _run}
+        for name, what in (known | {CONFIG_FILE: _run, manifests.MANIFEST_FILE: _manifest}).items():
             if storage.exists(storage.join(uri, name)):
                 return what(uri)
     try:
@@ -73,7 +72,7 @@ def _manifest(uri: str) -> dict[str, Any]:
 
 
 def _run(uri: str) -> dict[str, Any]:
-    run = runs.read_run(uri)
+    run = read_run(uri)
     kept = (
         "kind",
         "status",

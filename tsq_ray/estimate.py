@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from tsq_ray import runs, schema, storage
+from tsq_ray import schema, storage
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec
@@ -28,6 +28,8 @@ from tsq_ray.extraction import choose_networks
 from tsq_ray.feature_pipeline import feature_row
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest
 from tsq_ray.rows import prediction_row, source_of
+from tsq_ray.runs.bulk import Selection, todo_without_entering
+from tsq_ray.runs.folder import Kind
 from tsq_ray.runtime.nodes import Cluster, Layout, Node
 from tsq_ray.runtime.placement import layout
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
@@ -67,9 +69,8 @@ def estimate_extract(
     specs = networks.specs(config.resources.resizes_on_device(placed.on_gpu))
 
     def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
-        return feature_row(
-            ref, video, encode([video])[0] if isinstance(video, DecodedVideo) else None
-        )
+        features = encode([video])[0] if isinstance(video, DecodedVideo) else None
+        return feature_row(ref, video, features)
 
     return _estimate(todo, len(manifest.rows), config, placed, specs, finish, arrow, loading)
 
@@ -110,7 +111,7 @@ def estimate_score(
 
 
 def _to_do(
-    kind: runs.Kind,
+    kind: Kind,
     manifest_uri: str,
     split: str | None,
     limit: int | None,
@@ -118,10 +119,10 @@ def _to_do(
     retry_failed: str | None,
 ) -> tuple[Manifest, VideoRows]:
     manifest = read_manifest(manifest_uri)
-    selection = runs.Selection.of(manifest, split, limit, retry_failed)
+    selection = Selection.of(manifest, split, limit, retry_failed)
     if out is None:
         return manifest, selection.wanted
-    return manifest, runs.todo_without_entering(storage.normalize(out), kind, selection)
+    return manifest, todo_without_entering(storage.normalize(out), kind, selection)
 
 
 def this_machine() -> Cluster:

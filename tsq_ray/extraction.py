@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 
-from tsq_ray import runs, storage
+from tsq_ray import storage
 from tsq_ray.bundle.weights import classifier_settings
 from tsq_ray.config import Config, load_config
 from tsq_ray.feature_pipeline import Networks, extract_features
 from tsq_ray.manifest import read_manifest
 from tsq_ray.results import RunSummary
+from tsq_ray.runs.bulk import Selection
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 
@@ -35,7 +36,7 @@ def extract(
     started = time.time()
     out = storage.normalize(out)
     manifest = read_manifest(manifest_uri)
-    selection = runs.Selection.of(manifest, split, limit, retry_failed)
+    selection = Selection.of(manifest, split, limit, retry_failed)
     config, networks = choose_networks(config or load_config(), encoder, recognizer)
     loaded = networks.load()
     record = extract_features(

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from tsq_ray import runs, schema
+from tsq_ray import schema
 from tsq_ray.bundle.weights import load_network
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, with_whole_frames
@@ -33,6 +33,8 @@ from tsq_ray.rows import (
     source_columns,
     source_of,
 )
+from tsq_ray.runs.bulk import BulkRun, Selection
+from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout, Pool
@@ -135,7 +137,7 @@ class FeaturePlan:
 
 def extract_features(
     out: str,
-    selection: runs.Selection,
+    selection: Selection,
     config: Config,
     networks: Networks,
     loaded: LoadedNetworks,
@@ -154,7 +156,7 @@ def extract_features(
     """
     identity = _identity(config, networks, loaded)
     options: dict[str, Any] = {"started": started, "take_over": take_over}
-    with runs.BulkRun(out, "features", identity, selection, config, **options) as run:
+    with BulkRun(out, "features", identity, selection, config, **options) as run:
         seconds: dict[str, float] = {}
         if run.todo:
             arrow = loaded.features_schema(config, selection.manifest.classes)
@@ -167,7 +169,7 @@ def extract_features(
         return run.close(seconds, lambda: {"weights": loaded.hashes()})
 
 
-def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> runs.Identity:
+def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> Identity:
     models = {
         "visual": networks.visual,
         "objects": networks.objects,
@@ -179,7 +181,7 @@ def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> run
         for name, model in models.items()
     }
     decode = {"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
-    return runs.Identity.of(
+    return Identity.of(
         decode=config.decode.model_dump(mode="json", include=decode),
         encoders={
             "visual": shown["visual"],

@@ -14,7 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from tsq_ray import quality, runs, schema, storage
+from tsq_ray import quality, schema, storage
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.settings import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
@@ -22,6 +22,10 @@ from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef, read_manifest
 from tsq_ray.results import RunSummary
 from tsq_ray.rows import Answer, prediction_row, source_of
+from tsq_ray.runs.bulk import BulkRun, Selection
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import list_parts
+from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout
@@ -72,7 +76,7 @@ def score(
     if "recognizer" not in content["files"]:
         raise ModelError(f"{storage.redact(model)}: {NO_RECOGNIZER}")
     manifest = read_manifest(manifest_uri)
-    selection = runs.Selection.of(manifest, split, limit, retry_failed)
+    selection = Selection.of(manifest, split, limit, retry_failed)
     classes = list(content["classes"])
     arrow = schema.predictions_schema(
         config.decode.num_frames, len(classes), manifest.classes, with_scores
@@ -86,7 +90,7 @@ def score(
     }
     identity = _identity(content, digest, config, with_scores)
     options: dict[str, Any] = {"started": started, "take_over": take_over}
-    with runs.BulkRun(out, "predictions", identity, selection, config, **options) as run:
+    with BulkRun(out, "predictions", identity, selection, config, **options) as run:
         seconds: dict[str, float] = {}
         if run.todo:
             with cluster.connect(session) as ray:
@@ -107,9 +111,7 @@ def score(
     return RunSummary.of(storage.redact(out), record)
 
 
-def _identity(
-    bundle: dict[str, Any], digest: str, config: Config, with_scores: bool
-) -> runs.Identity:
+def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> Identity:
     sampler = config.sampler.model_dump(mode="json")
     if config.sampler.mode != "random":
         sampler.pop("seed")
@@ -121,7 +123,7 @@ def _identity(
     backend = config.decode.backend
     decode = {"decode": {"backend": backend}} if backend != own else {}
     scores = "all" if with_scores else "top"
-    return runs.Identity.of(model_sha256=digest, sampler=sampler, scores=scores, **decode)
+    return Identity.of(model_sha256=digest, sampler=sampler, scores=scores, **decode)
 
 
 def _unique(name: str) -> str:
@@ -226,5 +228,5 @@ def measure_predictions(predictions_uri: str, classes: Sequence[str]) -> dict[st
 
     Label names that the bundle lacks are counted and left out.
     """
-    readers = [partial(runs.read_part, part.uri) for part in runs.list_parts(predictions_uri)]
+    readers = [partial(read_part, part.uri) for part in list_parts(predictions_uri)]
     return quality.measure_parts(readers, classes)

@@ -44,7 +44,7 @@ import pyarrow.parquet as pq
 
 from jobs.benchmarks.support.s3 import S3Server, make_buckets, running_s3
 from jobs.benchmarks.support.slow_store import slow_store
-from tsq_ray import extraction, feature_pipeline, runs, schema, storage
+from tsq_ray import extraction, feature_pipeline, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.decode import DecodedVideo, VideoSource
 from tsq_ray.manifest import (
@@ -56,7 +56,9 @@ from tsq_ray.manifest import (
     read_manifest,
     write_manifest,
 )
-from tsq_ray.runs.folder import begin
+from tsq_ray.runs.bulk import BulkRun, Selection
+from tsq_ray.runs.folder import begin, write_part
+from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.session import Session
 from tsq_ray.stages import FrameFeatures
@@ -212,7 +214,7 @@ def _config() -> Config:
 def _make(options: argparse.Namespace) -> dict[str, Any]:
     """Write the manifest, and 99 % of its rows as a killed run would leave them."""
     count, planned, tables = options.rows[0], f"{options.folder}/planned", []
-    begin(planned, "features", runs.Identity.of(), _manifest(made_up_rows(0, 0)))
+    begin(planned, "features", Identity.of(), _manifest(made_up_rows(0, 0)))
     for first in range(0, count, _MADE_ROWS):
         rows = made_up_rows(first, min(first + _MADE_ROWS, count))
         write_parts(planned, rows[: max(0, count - count // 100 - first)], count)
@@ -252,9 +254,9 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
             return measured | {"close": time.perf_counter() - started, "peak_mib": memory.peak}
 
 
-def enter(out: str, manifest: Manifest, config: Config) -> runs.BulkRun:
+def enter(out: str, manifest: Manifest, config: Config) -> BulkRun:
     """Return the run over all videos, as `tsq extract` creates it."""
-    return runs.BulkRun(out, "features", runs.Identity.of(), runs.Selection.of(manifest), config)
+    return BulkRun(out, "features", Identity.of(), Selection.of(manifest), config)
 
 
 def write_parts(out: str, rows: VideoRows, of: int) -> None:
@@ -270,7 +272,7 @@ def write_parts(out: str, rows: VideoRows, of: int) -> None:
         columns = {name: table[name] for name in table.column_names}
         columns["status"] = pa.array(["ok"] * len(table))
         columns["warnings"] = pa.array([[]] * len(table), pa.list_(pa.string()))
-        runs.write_part(
+        write_part(
             out,
             pa.table(
                 [columns.get(field.name, pa.nulls(len(table), field.type)) for field in small],

@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tsq_ray import runs, schema
+from tsq_ray import schema
 from tsq_ray.config import Config, validate_config
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.networks.inference import takes_bf16
+from tsq_ray.runs.folder import FORMAT, RUN_FILE, write_json, write_part
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.features import FeatureSource, source_arrays
@@ -135,10 +136,10 @@ def _write_features(uri: str, options: argparse.Namespace) -> None:
                 "object_probs": random.dirichlet(np.ones(schema.TOP_OBJECTS), options.frames),
             }
             rows.append(row)
-        runs.write_part(uri, schema.table_from_rows(rows, arrow), "zstd")
-    runs.write_json(
-        f"{uri}/{runs.RUN_FILE}",
-        {"format": runs.FORMAT, "kind": "features", "classes": schema.classes_of(arrow)},
+        write_part(uri, schema.table_from_rows(rows, arrow), "zstd")
+    write_json(
+        f"{uri}/{RUN_FILE}",
+        {"format": FORMAT, "kind": "features", "classes": schema.classes_of(arrow)},
     )
 
 

@@ -16,7 +16,7 @@ import pytest
 from support.archive import CLASSES, make_archive, write_clip
 from support.cluster import BUDGET, Chain, Chains, Ended, read_rows, refused, tsq
 
-from tsq_ray import runs
+from tsq_ray.runs.lease import Lease
 
 pytestmark = pytest.mark.ray
 
@@ -85,7 +85,7 @@ def test_a_folder_that_another_run_writes_to(chain: Chain, command: str, tmp_pat
         "train": ["train", chain.features, "--encoder", chain.encoder, *config],
         "score": ["score", chain.manifest, "--model", chain.bundle],
     }[command]
-    with runs.Lease(out) as lease:
+    with Lease(out) as lease:
         said = refused(tsq(*argv, "--out", out))
     assert said.startswith(f"{out}: {lease.holder} writes to this folder; ")
     assert said.endswith("take over the folder with --take-over")

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from support.video import write_video
 
-from tsq_ray import runs
 from tsq_ray.manifest import assemble_manifest, read_manifest, write_manifest
-from tsq_ray.runs.folder import begin
+from tsq_ray.runs.folder import begin, read_run
+from tsq_ray.runs.identity import Identity
 
 REPO = Path(__file__).resolve().parents[2]
 NETWORKS = [
@@ -202,10 +202,10 @@ def test_scale_makes_up_runs_that_add_up(tmp_path: Path) -> None:
     uri, out = str(tmp_path / "manifest.parquet"), str(tmp_path / "features")
     write_manifest(benchmark._manifest(benchmark.made_up_rows(0, 300)), uri)
     manifest = read_manifest(uri)
-    begin(out, "features", runs.Identity.of(), manifest)
+    begin(out, "features", Identity.of(), manifest)
     benchmark.write_parts(out, manifest.rows[:290], 300)
     with benchmark.enter(out, manifest, benchmark._config()) as run:
         assert run.todo == manifest.rows[290:]
         benchmark.write_parts(out, run.todo, 300)
         run.close({}, dict)
-    assert runs.read_run(out)["counts"]["ok"] == 300
+    assert read_run(out)["counts"]["ok"] == 300

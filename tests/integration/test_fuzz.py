@@ -13,11 +13,13 @@ import pyarrow as pa
 import pytest
 from support.fuzz import MUTATIONS, mutated
 
-from tsq_ray import runs, schema
+from tsq_ray import schema
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
 from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import failed_row, identity_row, source_columns, source_of
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.folder import write_part
 
 pytestmark = pytest.mark.data
 
@@ -110,8 +112,8 @@ def check_rows(rows: list[dict[str, object]], refs: list[VideoRef], folder: Path
     table = schema.table_from_rows(
         [{key: value for key, value in row.items() if key != "seconds"} for row in rows], arrow
     )
-    name = runs.write_part(str(folder), table, "zstd")
-    done = runs.read_part(str(folder / name))
+    name = write_part(str(folder), table, "zstd")
+    done = read_part(str(folder / name))
     assert Counter(done["status"].to_pylist()) == Counter(str(row["status"]) for row in rows)
     assert pa.compute.count_distinct(table["video_id"]).as_py() == len(refs)
 

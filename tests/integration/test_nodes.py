@@ -17,7 +17,7 @@ from support.bundle import make_bundle
 from support.cluster import Driver, Ended, read_rows, visible_parts
 from support.nodes import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
 
-from tsq_ray.runs import Lease
+from tsq_ray.runs.lease import Lease
 
 pytestmark = pytest.mark.ray
 END_S = 400.0

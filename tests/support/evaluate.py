@@ -14,9 +14,10 @@ import numpy as np
 
 from support.archive import CLASSES
 from support.bundle import NUM_FRAMES, make_bundle
-from tsq_ray import runs, schema
+from tsq_ray import schema
 from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import Config
+from tsq_ray.runs.folder import FORMAT, RUN_FILE, write_json, write_part
 
 TRAIN, VAL = 12, 9
 FPS = 10.0
@@ -110,7 +111,7 @@ def write_features(
     )
     made = schema.features_schema(NUM_FRAMES, dim, CLASSES, len(CLASSES) if with_logits else None)
     for part in (rows[:10], rows[10:]):
-        runs.write_part(str(folder), schema.table_from_rows(part, made), "zstd")
+        write_part(str(folder), schema.table_from_rows(part, made), "zstd")
     assert bundle.recognizer is not None
     weights = {
         "visual": bundle.encoder.backbone_hash(),
@@ -118,7 +119,7 @@ def write_features(
     }
     config = Config(decode=bundle.decode, encoders=bundle.encoders, sampler=bundle.sampler_defaults)
     run = {
-        "format": runs.FORMAT,
+        "format": FORMAT,
         "kind": "features",
         "status": "complete",
         "counts": {"inputs": len(rows), "ok": len(rows) - 1, "failed": 1, "skipped": 0},
@@ -131,5 +132,5 @@ def write_features(
         "stage_seconds": {"decode": 23.0, "encode": 46.0},
         "videos_done_now": len(rows),
     } | changes
-    runs.write_json(str(folder / runs.RUN_FILE), run)
+    write_json(str(folder / RUN_FILE), run)
     return str(folder)

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tsq_ray import runs, schema
+from tsq_ray import schema
 from tsq_ray.bundle.weights import load_network
 from tsq_ray.config import Config, TrainConfig, validate_config
 from tsq_ray.model import TSQShape
 from tsq_ray.rows import OBJECTS, VISUAL
+from tsq_ray.runs.folder import FORMAT, RUN_FILE, write_json, write_part
 
 VIDEOS, FRAMES, DIM, CLASSES, TEXT_DIM = 22, 4, 6, 3, 5
 ENCODER: dict[str, Any] = {"model": "test_efficientnet", "size": 32}
@@ -87,19 +88,19 @@ def write_features(uri: str, arrays: dict[str, np.ndarray], words: Path) -> Conf
     np.random.default_rng(2).shuffle(rows)  # type: ignore[arg-type]
     arrow = schema.features_schema(FRAMES, arrays["visual"].shape[2], NAMES)
     for start in range(3):
-        runs.write_part(uri, schema.table_from_rows(rows[start::3], arrow), "none")
+        write_part(uri, schema.table_from_rows(rows[start::3], arrow), "none")
     weights = {
         VISUAL: load_network(config.encoders.visual, with_head=False).backbone_hash(),
         OBJECTS: load_network(config.encoders.objects, with_head=True).state_hash(),
     }
     run = {
-        "format": runs.FORMAT,
+        "format": FORMAT,
         "kind": "features",
         "classes": NAMES,
         "config": config.model_dump(mode="json"),
         "weights": weights,
     }
-    runs.write_json(f"{uri}/{runs.RUN_FILE}", run | {"identity": {}, "manifest": {"sha256": "0"}})
+    write_json(f"{uri}/{RUN_FILE}", run | {"identity": {}, "manifest": {"sha256": "0"}})
     return config
 
 

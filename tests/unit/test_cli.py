@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from support.bundle import make_bundle
 
-from tsq_ray import runs, schema
+from tsq_ray import schema
 from tsq_ray.cli import main
 from tsq_ray.console import bare_retry, estimate_text, run_text, without_options
 from tsq_ray.errors import ERROR_TYPES
@@ -23,7 +23,8 @@ from tsq_ray.manifest import read_manifest
 from tsq_ray.results import RunSummary
 from tsq_ray.runs.bulk import accounting
 from tsq_ray.runs.done import read_done
-from tsq_ray.runs.folder import begin, finish
+from tsq_ray.runs.folder import begin, finish, read_run, write_json, write_part
+from tsq_ray.runs.identity import Identity
 
 Answer = tuple[int, str, str]
 
@@ -349,7 +350,7 @@ def test_info_describes_a_manifest_and_a_bundle(
 def finished_run(folder: Path, manifest_uri: str, status: str = "failed") -> Path:
     """A features folder whose four videos all failed, or have another `status`."""
     manifest = read_manifest(manifest_uri)
-    begin(str(folder), "features", runs.Identity.of(decode={}), manifest)
+    begin(str(folder), "features", Identity.of(decode={}), manifest)
     rows = [
         {
             **vars(ref),
@@ -361,7 +362,7 @@ def finished_run(folder: Path, manifest_uri: str, status: str = "failed") -> Pat
         }
         for ref in manifest.rows
     ]
-    runs.write_part(
+    write_part(
         str(folder),
         schema.table_from_rows(rows, schema.features_schema(2, 4, manifest.classes)),
         "zstd",
@@ -402,10 +403,10 @@ def test_train_refuses_features_without_an_ok_video(
     tsq: Callable[..., Answer], manifest: Path, tmp_path: Path
 ) -> None:
     folder = finished_run(tmp_path / "features", str(manifest))
-    run = runs.read_run(str(folder))
+    run = read_run(str(folder))
     from tsq_ray.config import Config
 
-    runs.write_json(str(folder / "_run.json"), run | {"config": Config().model_dump(mode="json")})
+    write_json(str(folder / "_run.json"), run | {"config": Config().model_dump(mode="json")})
     one_error(tsq("train", folder, "--out", "o"), 2, "no labelled video")
 
 

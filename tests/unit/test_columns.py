@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsq_ray import runs, schema, storage
+from tsq_ray import schema, storage
 from tsq_ray.errors import RunError
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows
 from tsq_ray.manifest.videos import MAPPED_ROWS
 from tsq_ray.runs.columns import read_columns
-from tsq_ray.runs.done import OTHER_VERSION, read_done
+from tsq_ray.runs.done import OTHER_VERSION, list_parts, read_done
 
 COLUMNS = ["video_id", "labels", "status"]
 
@@ -50,7 +50,7 @@ def test_parts_of_every_shape(folder: str) -> None:
     }
     for name, table in tables.items():
         put(f"{folder}/{name}", table, **({"row_group_size": 50} if len(table) == 500 else {}))
-    found = read_columns(runs.list_parts(folder), COLUMNS)
+    found = read_columns(list_parts(folder), COLUMNS)
     for table, wanted in zip(found, tables.values(), strict=True):
         assert table.select(COLUMNS).equals(wanted.select(COLUMNS))
 
@@ -71,7 +71,7 @@ def test_a_damaged_part_is_named(folder: str, kind: str) -> None:
     with pytest.raises(
         RunError, match=r"part-2\.parquet: not readable as Parquet .*; delete it and run again"
     ):
-        read_columns(runs.list_parts(folder), COLUMNS)
+        read_columns(list_parts(folder), COLUMNS)
 
 
 def test_a_part_whose_pages_are_broken_is_named(folder: str) -> None:
@@ -79,7 +79,7 @@ def test_a_part_whose_pages_are_broken_is_named(folder: str) -> None:
     data = storage.read_bytes(f"{folder}/part-1.parquet")
     storage.write_bytes(f"{folder}/part-1.parquet", data[:4] + b"\xff" * 200 + data[204:])
     with pytest.raises(RunError, match=r"part-1\.parquet: not readable as Parquet"):
-        read_columns(runs.list_parts(folder), COLUMNS)
+        read_columns(list_parts(folder), COLUMNS)
 
 
 def test_a_rewritten_part_is_read_again(folder: str) -> None:

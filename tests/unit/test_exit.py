@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsq_ray import runs, schema
+from tsq_ray import schema
 from tsq_ray.config import Config
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest, write_manifest
+from tsq_ray.runs.bulk import BulkRun, Selection
+from tsq_ray.runs.identity import Identity
 
 THREADS = """
     import os, sys
@@ -39,8 +41,8 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
     row |= {"frame_index": np.arange(2), "frame_pts_s": np.arange(2), "visual": np.ones((2, 4))}
     row |= {"object_ids": np.ones((2, 10)), "object_probs": np.ones((2, 10))}
     table = schema.table_from_rows([row], schema.features_schema(2, 4, ["cats"]))
-    selection = runs.Selection.of(read)
-    with runs.BulkRun(features, "features", runs.Identity.of(), selection, Config()) as run:
+    selection = Selection.of(read)
+    with BulkRun(features, "features", Identity.of(), selection, Config()) as run:
         run.publish(table)
         run.close({}, lambda: {"weights": {}})
     return {"info": ["info", manifest], "verify": ["verify", features]}

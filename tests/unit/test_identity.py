@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tsq_ray.errors import RunError
-from tsq_ray.runs import Identity
+from tsq_ray.runs.identity import Identity
 
 IDENTITY = Identity.of(decode={"num_frames": 16}, weights={"visual": "abc"}, split=None)
 

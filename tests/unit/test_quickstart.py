@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tsq_ray import runs, schema, storage
+from tsq_ray import schema, storage
 from tsq_ray.config import check_budget, load_config
+from tsq_ray.runs.folder import FORMAT, RUN_FILE, write_json, write_part
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPTS = ("jobs/quickstart.sh", "jobs/setup_venv.sh", "tests/run.sh")
@@ -114,16 +115,16 @@ def predictions(tmp_path: Path) -> Path:
         rows.append(row)
     folder = tmp_path / "predictions"
     table = schema.table_from_rows(rows, schema.predictions_schema(2, 2, classes))
-    runs.write_part(str(folder), table, "zstd")
+    write_part(str(folder), table, "zstd")
     counts = {"inputs": 3, "ok": 2, "failed": 1, "skipped": 0}
     run = {
-        "format": runs.FORMAT,
+        "format": FORMAT,
         "kind": "predictions",
         "status": "complete",
         "counts": counts,
         "bundle_classes": classes,
     }
-    runs.write_json(storage.join(str(folder), runs.RUN_FILE), run)
+    write_json(storage.join(str(folder), RUN_FILE), run)
     return folder
 
 

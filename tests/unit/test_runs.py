@@ -14,13 +14,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tsq_ray import runs, schema, storage
+from tsq_ray import schema, storage
 from tsq_ray.config import Config
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest, write_manifest
 from tsq_ray.runs.bulk import BulkRun, Selection, retry_reasons, todo_without_entering
-from tsq_ray.runs.done import FAILED, Done, read_done, still_to_do
-from tsq_ray.runs.folder import CONFIG_FILE, RUN_FILE, begin, part_name, prune, reopen
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import FAILED, Done, list_parts, read_done, still_to_do
+from tsq_ray.runs.folder import (
+    CONFIG_FILE,
+    RUN_FILE,
+    begin,
+    part_name,
+    prune,
+    read_json,
+    read_run,
+    reopen,
+    write_json,
+    write_part,
+)
+from tsq_ray.runs.identity import Identity
 from tsq_ray.runs.lease import LEASE_FILE
 from tsq_ray.runs.verify import verify
 
@@ -67,17 +80,17 @@ class Folder:
         self.manifest = read_manifest(self.manifest_uri)
 
     def begin(self, identity: dict[str, Any] | None = None) -> None:
-        begin(self.uri, "features", runs.Identity.of(**(identity or IDENTITY)), self.manifest)
+        begin(self.uri, "features", Identity.of(**(identity or IDENTITY)), self.manifest)
 
     def run(self, selection: Selection | None = None, **options: Any) -> BulkRun:
         """A run over all videos or a selection of them, not entered yet."""
         selection = selection or Selection.of(self.manifest)
-        identity = runs.Identity.of(**IDENTITY)
+        identity = Identity.of(**IDENTITY)
         return BulkRun(self.uri, "features", identity, selection, Config(), **options)
 
     def write(self, *rows: dict[str, Any], age: float | None = None) -> str:
         """One part; `age` seconds old."""
-        name = runs.write_part(self.uri, features_of(*rows), "zstd")
+        name = write_part(self.uri, features_of(*rows), "zstd")
         if age is not None:
             time = os.path.getmtime(self.path / name) - age
             os.utime(self.path / name, (time, time))
@@ -97,7 +110,7 @@ class Folder:
 
     def rows(self) -> list[tuple[str, str]]:
         """(uri, status) of every row of every part, sorted."""
-        tables = [runs.read_part(part.uri, ["uri", "status"]) for part in runs.list_parts(self.uri)]
+        tables = [read_part(part.uri, ["uri", "status"]) for part in list_parts(self.uri)]
         return sorted((row["uri"], row["status"]) for table in tables for row in table.to_pylist())
 
     def problems(self) -> list[str]:
@@ -132,7 +145,7 @@ def test_a_part_is_named_after_the_videos_in_it(folder: Folder) -> None:
         == part_name([ref(2).video_id, ref(1).video_id])
     )
     assert folder.write(row(ref(1))) != first
-    assert sorted(storage.name_of(part.uri) for part in runs.list_parts(folder.uri)) == sorted(
+    assert sorted(storage.name_of(part.uri) for part in list_parts(folder.uri)) == sorted(
         {first, part_name([ref(1).video_id])}
     )
 
@@ -141,7 +154,7 @@ def test_only_parts_are_parts(folder: Folder) -> None:
     (folder.path / ".part-1.parquet.tmp").write_bytes(b"half")
     (folder.path / "other.parquet").write_bytes(b"x")
     (folder.path / "part-1.txt").write_bytes(b"x")
-    assert runs.list_parts(folder.uri) == []
+    assert list_parts(folder.uri) == []
 
 
 def test_a_damaged_part_is_named(folder: Folder) -> None:
@@ -338,7 +351,7 @@ def test_a_video_twice_in_one_part_keeps_a_row(folder: Folder) -> None:
 
 
 def test_closing_accounts_for_every_video(done: Folder) -> None:
-    run = runs.read_run(done.uri, "features")
+    run = read_run(done.uri, "features")
     assert run["status"] == "complete"
     assert run["counts"] == {
         "inputs": 3,
@@ -375,7 +388,7 @@ def test_a_wanted_video_without_a_row_fails_the_run(folder: Folder) -> None:
         match=r"1 of 3 videos have no row \(first: /videos/2.mp4\); run the same command again",
     ):
         folder.close()
-    assert runs.read_run(folder.uri)["status"] == "failed"
+    assert read_run(folder.uri)["status"] == "failed"
     assert "the run's status is 'failed'" in folder.problems()
 
 
@@ -412,7 +425,7 @@ def test_a_run_does_what_is_left_and_closes(folder: Folder) -> None:
         for video in run.todo:
             run.publish(features_of(row(video)))
         content = run.close({"decode": 1.25}, lambda: {"weights": {"visual": "abc"}})
-    assert content == runs.read_run(folder.uri)
+    assert content == read_run(folder.uri)
     assert (content["videos_done_now"], content["counts"]["ok"]) == (2, 3)
     assert content["started"] == "1970-01-01T00:00:00+00:00"
     assert (content["stage_seconds"], content["weights"]) == ({"decode": 1.25}, {"visual": "abc"})
@@ -472,7 +485,7 @@ def test_a_run_that_is_taken_over_while_it_closes_writes_no_run_file(folder: Fol
 
 
 def test_a_folder_of_other_work_gets_no_lease(folder: Folder, tmp_path: Path) -> None:
-    other = runs.Identity.of(decode={"num_frames": 50})
+    other = Identity.of(decode={"num_frames": 50})
     with pytest.raises(RunError, match="made with another configuration"):
         BulkRun(folder.uri, "features", other, Selection.of(folder.manifest), Config()).__enter__()
     assert sorted(path.name for path in folder.path.iterdir()) == [CONFIG_FILE]
@@ -498,33 +511,33 @@ def test_an_unfinished_run_is_distinguished_from_no_run(folder: Folder, tmp_path
 def test_reopening_makes_a_run_unfinished(done: Folder) -> None:
     reopen(done.uri)
     with pytest.raises(RunError, match="this run is not finished"):
-        runs.read_run(done.uri)
+        read_run(done.uri)
 
 
 def test_another_kind_and_another_format_are_refused(done: Folder) -> None:
     with pytest.raises(RunError, match="holds features, expected predictions"):
-        runs.read_run(done.uri, "predictions")
+        read_run(done.uri, "predictions")
     change_run(done, format="one")
     with pytest.raises(RunError, match="run format 'one'; this version reads 1"):
-        runs.read_run(done.uri)
+        read_run(done.uri)
 
 
 def test_a_folder_of_a_newer_version_asks_for_an_upgrade(done: Folder) -> None:
     newer = r"made by a newer version of tsq_ray \(format 2; this version reads 1\); upgrade"
     change_run(done, format=2)
     with pytest.raises(RunError, match=newer):
-        runs.read_run(done.uri)
-    config = runs.read_json(str(done.path / CONFIG_FILE))
+        read_run(done.uri)
+    config = read_json(str(done.path / CONFIG_FILE))
     assert config is not None
-    runs.write_json(str(done.path / CONFIG_FILE), config | {"format": 2})
+    write_json(str(done.path / CONFIG_FILE), config | {"format": 2})
     with pytest.raises(RunError, match=newer):
         done.begin()
 
 
 def change_run(folder: Folder, **changes: Any) -> None:
-    run = runs.read_json(str(folder.path / RUN_FILE))
+    run = read_json(str(folder.path / RUN_FILE))
     assert run is not None
-    runs.write_json(str(folder.path / RUN_FILE), run | changes)
+    write_json(str(folder.path / RUN_FILE), run | changes)
 
 
 def remove_part(folder: Folder) -> None:
@@ -546,7 +559,7 @@ def rename_part(folder: Folder) -> None:
 
 
 def wrong_counts(folder: Folder) -> None:
-    counts = runs.read_run(folder.uri)["counts"]
+    counts = read_run(folder.uri)["counts"]
     change_run(folder, counts=counts | {"ok": 3, "failed": 1})
 
 
@@ -593,7 +606,7 @@ def test_verify_finds_two_rows_of_one_video(done: Folder) -> None:
     add_part(done)
     parts = [
         {"name": part.uri.rpartition("/")[2], "bytes": part.size_bytes}
-        for part in runs.list_parts(done.uri)
+        for part in list_parts(done.uri)
     ]
     change_run(done, parts=parts)
     assert f"video {ref(1).video_id}: 2 rows" in done.problems()
@@ -618,9 +631,7 @@ def test_verify_compares_with_the_manifest(
     done: Folder, videos: list[VideoRef], problem: str
 ) -> None:
     done.set_manifest(videos)
-    change_run(
-        done, manifest=runs.read_run(done.uri)["manifest"] | {"sha256": done.manifest.sha256}
-    )
+    change_run(done, manifest=read_run(done.uri)["manifest"] | {"sha256": done.manifest.sha256})
     assert any(problem in found for found in done.problems())
 
 
@@ -649,7 +660,7 @@ def test_labels_and_splits_that_changed_reach_the_rows(done: Folder) -> None:
     done.begin()
     assert done.left() == []
     run = done.close()
-    table = pa.concat_tables([runs.read_part(part.uri) for part in runs.list_parts(done.uri)])
+    table = pa.concat_tables([read_part(part.uri) for part in list_parts(done.uri)])
     assert table["labels"].to_pylist() == [[2]] * table.num_rows
     assert set(table["split"].to_pylist()) == {"val"}
     assert schema.classes_of(table.schema) == classes == run["classes"]

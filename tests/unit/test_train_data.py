@@ -24,7 +24,7 @@ from tsq_ray.config import FinetuneConfig, load_config
 from tsq_ray.errors import RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows
 from tsq_ray.prototypes import prototypes
-from tsq_ray.runs import Identity
+from tsq_ray.runs.identity import Identity
 from tsq_ray.training.cache import Create, node_arrays
 from tsq_ray.training.classifier.finetune import _Plan, _summary
 from tsq_ray.training.classifier.full import Tuned

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsq_ray import runs
 from tsq_ray.config import Config, load_config
 from tsq_ray.errors import ConfigError, RunError
 from tsq_ray.model import TSQShape
+from tsq_ray.runs.folder import RUN_FILE, write_json
 from tsq_ray.training import train, training_config
 from tsq_ray.training.sampler.parts import _shape
 
@@ -28,9 +28,7 @@ def features(folder: Path, *sets: str, leave_out: str = "") -> str:
     """
     config = load_config(None, sets).model_dump(mode="json")
     config["encoders"].pop(leave_out, None)
-    runs.write_json(
-        str(folder / runs.RUN_FILE), {"format": 1, "kind": "features", "config": config}
-    )
+    write_json(str(folder / RUN_FILE), {"format": 1, "kind": "features", "config": config})
     return str(folder)
 
 

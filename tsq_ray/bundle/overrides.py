@@ -10,7 +10,7 @@ from tsq_ray import storage
 from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.config import Config, check_budget, load_config
 from tsq_ray.errors import ConfigError
-from tsq_ray.runs import Identity
+from tsq_ray.runs.identity import Identity
 
 FREE = (
     "sampler.budget",

@@ -11,13 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import runs, storage
+from tsq_ray import storage
 from tsq_ray.bundle.settings import is_bundle, read_bundle_settings
 from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.errors import RunError
 from tsq_ray.evaluation.annotations import Annotations, on_evidence
 from tsq_ray.evaluation.measures import Cost, MeanOverSeeds, gflops
 from tsq_ray.evaluation.tables import Table, TableColumn
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import list_parts
+from tsq_ray.runs.folder import read_run
 from tsq_ray.scoring import measure_predictions
 
 _MILLISECONDS = ("decode_ms", "sample_ms", "recognize_ms")
@@ -80,8 +83,8 @@ class _Run:
 
     def __init__(self, uri: str, model: Bundle, annotations: Annotations | None) -> None:
         self.uri = storage.normalize(uri)
-        run = runs.read_run(self.uri, "predictions")
-        parts = [part.uri for part in runs.list_parts(self.uri)]
+        run = read_run(self.uri, "predictions")
+        parts = [part.uri for part in list_parts(self.uri)]
         if not parts:
             raise RunError(
                 f"{storage.redact(self.uri)}: no part-*.parquet here, the run has no videos; "
@@ -137,7 +140,7 @@ class _Counts:
 def _count(parts: Sequence[str]) -> _Counts:
     ids, rows, ok, chosen, seconds = [], 0, 0, 0, 0.0
     for uri in parts:
-        table = runs.read_part(uri, _COUNTED)
+        table = read_part(uri, _COUNTED)
         rows += len(table)
         ids.append(table["video_id"].to_numpy().astype(np.bytes_))
         table = table.filter(pc.equal(table["status"], "ok"))
@@ -154,7 +157,7 @@ def _count(parts: Sequence[str]) -> _Counts:
 def _chosen(parts: Sequence[str]) -> Iterator[tuple[str, Sequence[float]]]:
     """Yield the URI and the times of the chosen frames of each ok video."""
     for uri in parts:
-        table = runs.read_part(uri, ["uri", "status", "selected_pts_s"])
+        table = read_part(uri, ["uri", "status", "selected_pts_s"])
         rows = table.filter(pc.equal(table["status"], "ok")).select(["uri", "selected_pts_s"])
         yield from ((row["uri"], row["selected_pts_s"]) for row in rows.to_pylist())
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tsq_ray import provenance, runs, storage
+from tsq_ray import provenance, storage
 from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import Config, check_budget, load_config
@@ -22,6 +22,8 @@ from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.tables import Table
 from tsq_ray.evaluation.videos import Features, load_features
 from tsq_ray.results import EvaluatedTable, EvaluationSummary
+from tsq_ray.runs.folder import read_json, read_run, write_json
+from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 SUMMARY_FILE = "evaluation.json"
@@ -99,7 +101,7 @@ def evaluate(
     _check_budgets(config, features, bundle)
     data = _data(features, bundle)
     sampler = config.sampler.model_dump(mode="json", exclude={"seed"})
-    _enter(out, runs.Identity.of(data=data, sampler=sampler, train=_trainings(config)))
+    _enter(out, Identity.of(data=data, sampler=sampler, train=_trainings(config)))
     bench = Bench(bundle, features, config, known, Store(out, data))
     names, header = list(tables) or paper.names(), _header(bench, model, annotations)
     trained = train_all(
@@ -113,7 +115,7 @@ def _kind_of(sources: Sequence[str]) -> str:
     """Return the kind of all sources; raises RunError if they do not go together."""
     if not sources:
         raise RunError("evaluate: no source given; name a features folder or finished score runs")
-    kinds = {runs.read_run(uri)["kind"] for uri in sources}
+    kinds = {read_run(uri)["kind"] for uri in sources}
     if kinds == {"features"} and len(sources) > 1:
         raise RunError(
             f"evaluate takes one features folder at a time, got {len(sources)}; run it once per "
@@ -168,12 +170,12 @@ def _trainings(config: Config) -> dict[str, Any]:
     return config.train.model_dump(mode="json", exclude={"seed", "num_workers", "checkpoint_every"})
 
 
-def _enter(out: str, identity: runs.Identity) -> None:
+def _enter(out: str, identity: Identity) -> None:
     """Create or reopen the folder; raises RunError if it holds another evaluation."""
     place = storage.join(out, SUMMARY_FILE)
-    before = runs.read_json(place)
+    before = read_json(place)
     if before is None:
-        runs.write_json(place, identity.parts)
+        write_json(place, identity.parts)
     else:
         identity.refuse_other(before, out, "holds another evaluation")
 

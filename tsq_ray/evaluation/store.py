@@ -14,9 +14,10 @@ from typing import Any
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from tsq_ray import provenance, runs, storage
+from tsq_ray import provenance, storage
 from tsq_ray.errors import RunError
 from tsq_ray.evaluation.trainings import Learned, TrainingSpec
+from tsq_ray.runs.folder import read_json, write_json
 
 FOLDER = "trainings"
 FORMAT = 1
@@ -38,7 +39,7 @@ class Store:
     def read(self, job: TrainingSpec) -> Learned | None:
         """Return a finished training, or None. Raises RunError if its arrays are damaged."""
         place = storage.join(self.folder, self.key(job))
-        record = runs.read_json(f"{place}.json")
+        record = read_json(f"{place}.json")
         if record is None:
             return None
         data = storage.read_bytes(f"{place}.safetensors")
@@ -60,7 +61,7 @@ class Store:
             "diverged": learned.diverged,
             "sha256": storage.sha256_of(data),
         }
-        runs.write_json(
+        write_json(
             f"{place}.json",
             {
                 **job.identity(),

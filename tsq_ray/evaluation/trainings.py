@@ -162,10 +162,8 @@ def saliencies(
     network.fold()
     seen, by_visual, by_text = _seen(arrays, _FIT[:3], network.shape), [], []
     for first in range(0, len(arrays["visual"]), _CHUNK):
-        part = {
-            name: torch.from_numpy(np.array(value[first : first + _CHUNK]))
-            for name, value in seen.items()
-        }
+        chunk = slice(first, first + _CHUNK)
+        part = {name: torch.from_numpy(np.array(value[chunk])) for name, value in seen.items()}
         text = None
         if network.textual is not None:
             assert vocabulary is not None

@@ -14,11 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tsq_ray import runs, schema, storage
+from tsq_ray import schema, storage
 from tsq_ray.bundle.weights import Bundle
 from tsq_ray.errors import ModelError, RunError
 from tsq_ray.manifest import describe_splits
 from tsq_ray.rows import RECOGNIZER, VISUAL
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import list_parts
+from tsq_ray.runs.folder import read_run
 
 LOGITS = schema.RECOGNIZER_LOGITS.name
 TRAIN_SPLIT, VAL_SPLIT = "train", "val"
@@ -87,9 +90,9 @@ def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
     with other weights.
     """
     uri = storage.normalize(uri)
-    run = runs.read_run(uri, "features")
+    run = read_run(uri, "features")
     shown = storage.redact(uri)
-    parts = [part.uri for part in runs.list_parts(uri)]
+    parts = [part.uri for part in list_parts(uri)]
     if not parts:
         raise RunError(
             f"{shown}: no part-*.parquet here, the run has no videos; name a features folder with "
@@ -156,7 +159,7 @@ def _brief_rows(parts: Sequence[str]) -> pa.Table:
     """Return every row without its tensors, by video_id; `part` and `row` locate them."""
     tables = []
     for number, uri in enumerate(parts):
-        table = runs.read_part(uri, _BRIEF)
+        table = read_part(uri, _BRIEF)
         table = table.append_column("part", pa.array(np.full(len(table), number, np.int32)))
         tables.append(table.append_column("row", pa.array(np.arange(len(table), dtype=np.int32))))
     return pa.concat_tables(tables).sort_by("video_id").combine_chunks()
@@ -230,9 +233,7 @@ def _tensors(parts: Sequence[str], kept: pa.Table, arrow: pa.Schema) -> dict[str
     by_part = np.argsort(part, kind="stable")
     for places in np.split(by_part, np.flatnonzero(np.diff(part[by_part])) + 1):
         if len(places):
-            table = runs.read_part(parts[part[places[0]]], list(_TENSORS)).take(
-                pa.array(row[places])
-            )
+            table = read_part(parts[part[places[0]]], list(_TENSORS)).take(pa.array(row[places]))
             for name, array in arrays.items():
                 array[places] = schema.tensor_to_numpy(table[name])
     return arrays

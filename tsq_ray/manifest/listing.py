@@ -87,12 +87,16 @@ def list_sources(
                 others[str(reason)] += 1
                 summary.leave_out(entry.uri, str(reason))
         if not found:
-            counts = ", ".join(f"{reason} {count}" for reason, count in others.items())
-            held = f"; it holds {others.total()} other files: {counts}" if others else ""
-            raise ManifestError(
-                f"{storage.redact(source)}: no video found{held}; name a folder, an s3:// prefix "
-                "or a file with mp4, mkv, webm, mov, avi or another video suffix"
-            )
+            raise _no_video(source, others)
+
+
+def _no_video(source: str, others: Counter[str]) -> ManifestError:
+    counts = ", ".join(f"{reason} {count}" for reason, count in others.items())
+    held = f"; it holds {others.total()} other files: {counts}" if others else ""
+    return ManifestError(
+        f"{storage.redact(source)}: no video found{held}; name a folder, an s3:// prefix "
+        "or a file with mp4, mkv, webm, mov, avi or another video suffix"
+    )
 
 
 def _why_left_out(entry: storage.StoredFile | storage.LeftOut) -> str | None:

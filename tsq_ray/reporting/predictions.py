@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tsq_ray import runs, storage
+from tsq_ray import storage
 from tsq_ray.config import DecodeConfig, validate_config
 from tsq_ray.decode import VideoSource
 from tsq_ray.errors import RunError
 from tsq_ray.quality import ReadColumns
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import list_parts
+from tsq_ray.runs.folder import RUN_FILE, read_run
 from tsq_ray.schema import PREDICTIONS
 
 _ROW = [column.name for column in PREDICTIONS if column.name != "scores"]
@@ -63,7 +66,7 @@ class Predictions:
     def read(self, part: int, columns: list[str]) -> pa.Table:
         """Read some columns of one part. Raises RunError if it does not match the first part."""
         uri = self.parts[part]
-        table = runs.read_part(uri, columns)
+        table = read_part(uri, columns)
         _check_columns(uri, table.column_names, columns)
         for field in table.schema:
             if field.type != self.schema.field(field.name).type:
@@ -112,14 +115,14 @@ def read_predictions(uri: str) -> Predictions:
     no predictions or is inconsistent; StorageError if storage fails.
     """
     uri = storage.normalize(uri)
-    run = runs.read_run(uri, "predictions")
-    parts = [part.uri for part in runs.list_parts(uri)]
+    run = read_run(uri, "predictions")
+    parts = [part.uri for part in list_parts(uri)]
     if not parts:
         raise RunError(
             f"{storage.redact(uri)}: no part-*.parquet here, the run has no videos; "
             "name a folder with the predictions of `tsq score`"
         )
-    schema = runs.read_part(parts[0]).schema
+    schema = read_part(parts[0]).schema
     _check_columns(parts[0], schema.names, _ROW)
     names = run.get("bundle_classes")
     bundle_classes = [str(name) for name in names] if isinstance(names, list) else []
@@ -127,7 +130,7 @@ def read_predictions(uri: str) -> Predictions:
         width = int(schema.field("scores").type.shape[0])
         if width != len(bundle_classes):
             raise RunError(
-                f"{storage.redact(uri)}: scores of {width} classes, but {runs.RUN_FILE} names "
+                f"{storage.redact(uri)}: scores of {width} classes, but {RUN_FILE} names "
                 f"{len(bundle_classes)}; score again"
             )
     return Predictions(uri, run, parts, schema, bundle_classes)

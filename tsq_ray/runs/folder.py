@@ -216,7 +216,6 @@ def finish(
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write `_run.json`, the last file of a run, and return it."""
-    config = read_json(storage.join(uri, CONFIG_FILE)) or {}
     parts = [
         {"name": storage.name_of(part.uri), "bytes": part.size_bytes} for part in list_parts(uri)
     ]
@@ -231,7 +230,7 @@ def finish(
             "sha256": manifest.sha256,
         },
         "classes": manifest.classes,
-        "identity": config.get("config", {}),
+        "identity": (read_json(storage.join(uri, CONFIG_FILE)) or {}).get("config", {}),
         **provenance.of_this_run(),
         "parts": parts,
         **more,

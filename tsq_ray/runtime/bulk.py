@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from tsq_ray.manifest import VideoRows
-from tsq_ray.runs import BulkRun
+from tsq_ray.runs.bulk import BulkRun
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.nodes import Pool
 from tsq_ray.runtime.session import Session

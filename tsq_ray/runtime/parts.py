@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import runs, schema, storage
+from tsq_ray import schema, storage
 from tsq_ray.config import OutputConfig
 from tsq_ray.errors import RunFailed, StorageError
 from tsq_ray.manifest import VideoRef, VideoRows
+from tsq_ray.runs.folder import write_part
 from tsq_ray.runtime.nodes import Pool
 
 RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
@@ -215,10 +216,10 @@ class WritePart:
         """Write the part. Retries, so that a short outage of the bucket does not end the run."""
         for wait_s in () if storage.is_local(self.out) else _WRITE_WAITS_S:
             try:
-                runs.write_part(self.out, rows, self.compression)
+                write_part(self.out, rows, self.compression)
                 return
             except StorageError as error:
                 if error.error_type != "unavailable":
                     raise
             time.sleep(wait_s)
-        runs.write_part(self.out, rows, self.compression)
+        write_part(self.out, rows, self.compression)

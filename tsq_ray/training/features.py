@@ -18,9 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tsq_ray import runs, schema, storage
+from tsq_ray import schema, storage
 from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.manifest import VideoRows, describe_splits
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import list_parts
+from tsq_ray.runs.folder import read_run
 from tsq_ray.training.cache import Create, node_arrays
 
 DEFAULT_SPLIT = "train"
@@ -53,7 +56,7 @@ class FeatureSource:
             storage.normalize(features_uri),
             (VISUAL_COLUMN, *OBJECT_COLUMNS) if with_objects else (VISUAL_COLUMN,),
         )
-        content = json.dumps([runs.read_run(uri, "features"), uri, split, columns], sort_keys=True)
+        content = json.dumps([read_run(uri, "features"), uri, split, columns], sort_keys=True)
         return cls(uri, split, task, columns, hashlib.sha256(content.encode()).hexdigest()[:20])
 
 
@@ -160,9 +163,9 @@ def single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
 def select_videos(source: FeatureSource) -> Selection:
     """Select the ok, labelled rows of the split in a finished extraction; reads no tensors."""
     what = f"features {storage.redact(source.uri)}"
-    parts = [part.uri for part in runs.list_parts(source.uri)]
+    parts = [part.uri for part in list_parts(source.uri)]
     with ThreadPoolExecutor(_READERS) as pool:
-        tables = list(pool.map(lambda part: runs.read_part(part, _BRIEF), parts))
+        tables = list(pool.map(lambda part: read_part(part, _BRIEF), parts))
     table = pa.concat_tables(tables)
     table = table.append_column("row", pa.array(np.arange(table.num_rows))).sort_by("video_id")
     chosen, warnings = training_split(table["split"], source.split, what)
@@ -176,7 +179,7 @@ def select_videos(source: FeatureSource) -> Selection:
     unlabelled = ok.filter(pc.is_null(ok["labels"]))
     left_out["unlabelled"] = unlabelled.num_rows
     ok = ok.filter(pc.is_valid(ok["labels"]))
-    classes = list(runs.read_run(source.uri, "features")["classes"])
+    classes = list(read_run(source.uri, "features")["classes"])
     check_classes(classes, ok.num_rows, what)
     single_labels(ok["labels"], source.task, what)
     places = np.full(sum(part.num_rows for part in tables), -1)
@@ -202,7 +205,7 @@ def copy_features(source: FeatureSource, selection: Selection, create: Create) -
     }
 
     def copy(part: str, places: np.ndarray) -> None:
-        table = runs.read_part(part, list(source.columns)).filter(pa.array(places >= 0))
+        table = read_part(part, list(source.columns)).filter(pa.array(places >= 0))
         for name, array in arrays.items():
             array[places[places >= 0]] = schema.tensor_to_numpy(table[name])
 

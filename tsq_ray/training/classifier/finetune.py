@@ -14,7 +14,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import provenance, runs, storage
+from tsq_ray import provenance, storage
 from tsq_ray.bundle.settings import CLASSIFIER_FILE, read_classifier_settings, write_curves
 from tsq_ray.bundle.weights import Classifier, load_network, save_classifier
 from tsq_ray.config import Config, ModelConfig, load_config
@@ -22,6 +22,10 @@ from tsq_ray.errors import RunFailed
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
 from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.results import FinetuneSummary, from_record
+from tsq_ray.runs.bulk import Selection
+from tsq_ray.runs.folder import read_json, write_json
+from tsq_ray.runs.identity import Identity
+from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.training.classifier import frozen, full
 from tsq_ray.training.features import (
@@ -68,7 +72,7 @@ def finetune(
     storage.check_writable(plan.out)
     if plan.trains_backbone:
         full.check_input(plan.network)
-    with runs.Lease(plan.out, take_over=take_over) as lease:
+    with Lease(plan.out, take_over=take_over) as lease:
         # the run that held the lease before may have finished it
         if (done := plan.finished()) is not None:
             return done
@@ -89,7 +93,7 @@ class _Plan:
     settings: ModelConfig
     network: FrameEncoder
     """Its backbone, without a head."""
-    identity: runs.Identity
+    identity: Identity
 
     @classmethod
     def make(
@@ -135,15 +139,15 @@ class _Plan:
             record = read_classifier_settings(self.out)[0]["provenance"]
             before = record["identity"]
         else:
-            before = runs.read_json(storage.join(self.work, _IDENTITY_FILE))
+            before = read_json(storage.join(self.work, _IDENTITY_FILE))
         if before is not None:
             self.identity.refuse_other(before, self.out, "holds another finetune")
         return from_record(FinetuneSummary, record["summary"], already_done=True) if done else None
 
 
-def _fit(plan: _Plan, session: Session, lease: runs.Lease) -> full.Tuned:
+def _fit(plan: _Plan, session: Session, lease: Lease) -> full.Tuned:
     """Train in the work folder, resuming what is there."""
-    runs.write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
+    write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
     rows, ticks = plan.chosen.rows, (lease.stop_if_lost,)
     if plan.trains_backbone:
         num_classes = len(plan.manifest.classes)
@@ -151,7 +155,7 @@ def _fit(plan: _Plan, session: Session, lease: runs.Lease) -> full.Tuned:
             plan.network, rows, plan.val, num_classes, plan.work, plan.config, session, ticks
         )
     else:
-        selection = runs.Selection(plan.manifest, rows, plan.chosen.split)
+        selection = Selection(plan.manifest, rows, plan.chosen.split)
         tuned = frozen.fit_frozen(
             plan.network, plan.settings, selection, plan.work, plan.config, session, ticks
         )
@@ -231,14 +235,14 @@ def _identity(
     backbone: str,
     split: str | None,
     limit: int | None,
-) -> runs.Identity:
+) -> Identity:
     whole = config.finetune.backbone == "trained"
     # a head is fitted on T frames per video; a whole network takes finetune.segments frames instead
     decode = {"strategy", "backend"} if whole else {"strategy", "backend", "num_frames"}
     tuning = config.finetune.model_dump(
         mode="json", exclude={"head", "num_workers", "checkpoint_every"}
     )
-    return runs.Identity.of(
+    return Identity.of(
         manifest=manifest,
         role=role,
         model=settings.model_dump(mode="json", exclude={"weights"}),

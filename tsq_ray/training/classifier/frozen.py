@@ -9,10 +9,13 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from tsq_ray import runs, storage
+from tsq_ray import storage
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.feature_pipeline import LoadedNetworks, Networks, extract_features
 from tsq_ray.networks.encoder import FrameEncoder
+from tsq_ray.runs.bulk import Selection
+from tsq_ray.runs.columns import read_part
+from tsq_ray.runs.done import list_parts
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.classifier.full import Tuned
 from tsq_ray.training.features import FeatureSource, open_training_set
@@ -22,7 +25,7 @@ from tsq_ray.training.head import fit_head
 def fit_frozen(
     network: FrameEncoder,
     settings: ModelConfig,
-    selection: runs.Selection,
+    selection: Selection,
     work: str,
     config: Config,
     session: Session,
@@ -51,8 +54,8 @@ def fit_frozen(
 def _failed(features: str) -> dict[str, str]:
     """Return the error type of each failed video, by video id."""
     found: dict[str, str] = {}
-    for part in runs.list_parts(features):
-        table = runs.read_part(part.uri, ["video_id", "status", "error_type"])
+    for part in list_parts(features):
+        table = read_part(part.uri, ["video_id", "status", "error_type"])
         table = table.filter(pc.equal(table["status"], "failed"))
         found |= dict(
             zip(table["video_id"].to_pylist(), table["error_type"].to_pylist(), strict=True)

@@ -238,10 +238,7 @@ class _Tuner:
         return {"loss": loss, "accuracy": right, "lr": lr}
 
     def _step(self, batch: np.ndarray) -> Tensor:
-        """Take one step on a global batch.
-
-        Returns float64 [3]: this worker's sum of losses, correct predictions and number of clips.
-        """
+        """Take one step on a global batch: float64 [3], this worker's losses, hits and clips."""
         pictures, rows = self._take(batch[self.rank :: self.world])
         counted = self._add_up(torch.tensor([float(len(rows))]))
         if not counted:
@@ -278,10 +275,7 @@ class _Tuner:
         return float(values[-1])
 
     def validate(self) -> dict[str, float]:
-        """Return loss, top-1 and mAP on the validation videos; empty without such videos.
-
-        Each video is seen through the middle frames of its segments.
-        """
+        """Return loss, top-1 and mAP on the validation videos, seen by their segments' middles."""
         if not self.job.num_val:
             return {}
         self.network.eval()

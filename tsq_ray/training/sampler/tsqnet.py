@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tsq_ray import provenance, runs, storage
+from tsq_ray import provenance, storage
 from tsq_ray.bundle.settings import (
     is_bundle,
     read_bundle_settings,
@@ -24,6 +24,9 @@ from tsq_ray.config import Config, check_budget, check_top_objects, load_config
 from tsq_ray.errors import RunError
 from tsq_ray.model import TSQNet
 from tsq_ray.results import TrainingSummary, from_record
+from tsq_ray.runs.folder import read_json, read_run, write_json
+from tsq_ray.runs.identity import Identity
+from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.training.features import (
@@ -46,10 +49,10 @@ def training_config(
 
     Raises RunError if their decode or encoder settings differ from those of the features.
     """
-    made = runs.read_run(features_uri, "features")["config"]
+    made = read_run(features_uri, "features")["config"]
     base = {"decode": made["decode"], "encoders": made["encoders"]}
     config = load_config(path, sets, base)
-    wanted = runs.Identity.of(
+    wanted = Identity.of(
         decode=config.decode.model_dump(mode="json"),
         encoders=config.encoders.model_dump(mode="json"),
     )
@@ -109,7 +112,7 @@ def train(
         data = stack.enter_context(open_training_set(plan.source))
         parts = Parts.load(plan.config, plan.run, data, encoder, recognizer)
         # only now, so that wrong input leaves no folder behind
-        lease = stack.enter_context(runs.Lease(plan.out, take_over=take_over))
+        lease = stack.enter_context(Lease(plan.out, take_over=take_over))
         # the run that held the lease before may have finished it
         if (done := plan.finished()) is not None:
             return done
@@ -128,7 +131,7 @@ class _Plan:
     run: Mapping[str, Any]
     """`_run.json` of the features."""
     source: FeatureSource
-    identity: runs.Identity
+    identity: Identity
 
     @classmethod
     def make(
@@ -144,7 +147,7 @@ class _Plan:
         with_objects = config.train.modules == "both"
         if with_objects:
             check_top_objects(config.train.top_objects, config.encoders.num_objects)
-        run = runs.read_run(features, "features")
+        run = read_run(features, "features")
         if classifiers[0] is not None:
             config = config.with_visual_encoder(classifier_settings(classifiers[0]))
         identity = _identity(run, config, classifiers, split)
@@ -164,17 +167,15 @@ class _Plan:
             record = read_bundle_settings(self.out)[0]["provenance"]
             self.identity.refuse_other(record["identity"], self.out, "holds another training")
             return from_record(TrainingSummary, record["summary"], already_done=True)
-        begun = runs.read_json(storage.join(self.work, _IDENTITY_FILE))
+        begun = read_json(storage.join(self.work, _IDENTITY_FILE))
         if begun is not None:
             self.identity.refuse_other(begun, self.out, "holds another training")
         return None
 
 
-def _fit(
-    plan: _Plan, data: TrainingSet, parts: Parts, session: Session, lease: runs.Lease
-) -> Fitted:
+def _fit(plan: _Plan, data: TrainingSet, parts: Parts, session: Session, lease: Lease) -> Fitted:
     """Train in the work folder, resuming what is there."""
-    runs.write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
+    write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
     job = _job(plan.config, plan.source, data, parts)
     ticks = (lease.stop_if_lost,)
     with cluster.connect(session) as ray:
@@ -267,9 +268,9 @@ def _identity(
     config: Config,
     classifiers: tuple[str | None, str | None],
     split: str | None,
-) -> runs.Identity:
+) -> Identity:
     encoder, recognizer = map(_classifier_digest, classifiers)
-    return runs.Identity.of(
+    return Identity.of(
         features={"manifest": run["manifest"]["sha256"], "config": run["identity"]},
         train=config.train.model_dump(mode="json", exclude={"num_workers", "checkpoint_every"}),
         finetune=config.finetune.model_dump(mode="json"),
