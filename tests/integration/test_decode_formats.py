@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from support.video import write_video
 
 from jobs.benchmarks.support.s3 import BUCKETS, S3Server
 from tsq_ray import storage
@@ -321,10 +322,12 @@ def test_damaged_files_run_over_what_decodes(
 
 
 def test_keyframes_of_an_s3_object_take_byte_ranges_only(
-    data_dir: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = data_dir / "untrimmed" / "untrimmed_117s_1.mp4"
-    uri = f"s3://{BUCKETS[0]}/decode/video.mp4"
+    pictures = {"codec": "mjpeg", "pix_fmt": "yuvj420p", "size": (640, 352)}
+    quality = {"qmin": "1", "qmax": "1", "flags": "+qscale", "global_quality": "118"}
+    path = write_video(tmp_path / "a.mov", num_frames=600, options=quality, **pictures)
+    uri = f"s3://{BUCKETS[0]}/decode/video.mov"
     storage.write_bytes(uri, path.read_bytes())
     opened: list[Any] = []
     plain_open = storage.open_read

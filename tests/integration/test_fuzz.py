@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from support.fuzz import MUTATIONS, mutated
+from support.video import write_video
 
 from tsq_ray import schema
 from tsq_ray.config import DecodeConfig
@@ -20,8 +21,6 @@ from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import failed_row, identity_row, source_columns, source_of
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.folder import write_part
-
-pytestmark = pytest.mark.data
 
 NUM_FRAMES, LIMIT_S, MARGIN_S = 8, 20.0, 2.0
 SPECS = {"visual": FrameSpec(48)}
@@ -118,24 +117,44 @@ def check_rows(rows: list[dict[str, object]], refs: list[VideoRef], folder: Path
     assert pa.compute.count_distinct(table["video_id"]).as_py() == len(refs)
 
 
-def files_of(data_dir: Path) -> list[Path]:
+MADE = {
+    "h264_b.mp4": {"b_frames": 3},
+    "h264_open.mkv": {"open_gop": True},
+    "h264.ts": {"b_frames": 2},
+    "hevc.mp4": {"codec": "libx265"},
+    "vp9.webm": {"codec": "libvpx-vp9"},
+    "mpeg4.avi": {"codec": "mpeg4"},
+    "mpeg2.mpg": {"codec": "mpeg2video"},
+    "mjpeg.mov": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
+}
+"""Files that the tests make, so that they run without the development data."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("made")
+    return [write_video(folder / name, num_frames=30, **how) for name, how in MADE.items()]
+
+
+@pytest.fixture(scope="module")
+def real_files(data_dir: Path) -> list[Path]:
     return sorted((data_dir / "formats").iterdir())
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
-def test_a_sample_of_damaged_files(data_dir: Path, tmp_path: Path, strategy: str) -> None:
+def test_a_sample_of_damaged_files(files: list[Path], tmp_path: Path, strategy: str) -> None:
     start = 1000 if strategy == "uniform" else 2000
-    small = [path for path in files_of(data_dir) if path.stat().st_size < 150_000]
-    refs = [write_damaged(small, seed, tmp_path) for seed in range(start, start + 20)]
+    refs = [write_damaged(files, seed, tmp_path) for seed in range(start, start + 20)]
     check_rows(decode_all(refs, strategy), refs, tmp_path / "features")
 
 
 @pytest.mark.slow
+@pytest.mark.data
 @pytest.mark.parametrize("strategy", ["uniform", "keyframe"])
-def test_damaged_files(data_dir: Path, tmp_path: Path, strategy: str) -> None:
+def test_damaged_files(real_files: list[Path], tmp_path: Path, strategy: str) -> None:
     """250 per strategy: 500 in all."""
     start = 0 if strategy == "uniform" else 250
-    refs = [write_damaged(files_of(data_dir), seed, tmp_path) for seed in range(start, start + 250)]
+    refs = [write_damaged(real_files, seed, tmp_path) for seed in range(start, start + 250)]
     rows = decode_all(refs, strategy)
     check_rows(rows, refs, tmp_path / "features")
     by_type = Counter(row.get("error_type") or "ok" for row in rows)
@@ -143,17 +162,17 @@ def test_damaged_files(data_dir: Path, tmp_path: Path, strategy: str) -> None:
     assert by_type["ok"] > 50, f"the damage is too wild: {by_type}"
 
 
-def test_damage_is_the_same_every_time(data_dir: Path) -> None:
-    files = files_of(data_dir)
+def test_damage_is_the_same_every_time(files: list[Path]) -> None:
     for seed in range(len(MUTATIONS)):
         assert mutated(files, seed) == mutated(files, seed)
         assert mutated(files, seed)[1] != mutated(files, seed + len(MUTATIONS))[1]
 
 
-def test_undamaged_files_are_never_failures(data_dir: Path) -> None:
+@pytest.mark.parametrize("kind", ["files", pytest.param("real_files", marks=pytest.mark.data)])
+def test_undamaged_files_are_never_failures(request: pytest.FixtureRequest, kind: str) -> None:
     """The counterpart for `internal` and similar errors: an intact file is ok."""
     with DecodePool(DecodeConfig(num_frames=NUM_FRAMES, timeout_s=60), SPECS) as pool:
-        for path in files_of(data_dir):
+        for path in request.getfixturevalue(kind):
             (outcome,) = pool.decode(
                 [
                     source_of(

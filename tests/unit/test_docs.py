@@ -52,6 +52,32 @@ def generator() -> ModuleType:
     return module
 
 
+# ----------------------------------------------------------------------------- the life of one video
+
+
+def walks() -> list[list[tuple[str, list[str]]]]:
+    """The walks of architecture.md: each a list of (file, names in it)."""
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    found: list[list[tuple[str, list[str]]]] = []
+    for number, names in re.findall(r"^(\d+)\. ((?:`[^`]+`,? ?)+):", text, re.MULTILINE):
+        if number == "1":
+            found.append([])
+        file, *inside = re.findall(r"`([^`]+)`", names)
+        found[-1].append((file, inside))
+    return found
+
+
+def test_the_walks_name_what_exists_and_visit_no_file_twice() -> None:
+    assert len(walks()) == 3
+    for walk in walks():
+        assert len(walk) == len({file for file, _ in walk})
+        for file, names in walk:
+            text = (REPO / "tsq_ray" / file).read_text(encoding="utf-8")
+            for name in names:
+                last = name.rpartition(".")[2]
+                assert re.search(rf"(?:def|class) {last}\b", text), f"{file} has no {name}"
+
+
 # ---------------------------------------------------------------------------------- generated pages
 
 
