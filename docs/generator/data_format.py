@@ -1,0 +1,238 @@
+"""docs/data-format.md, from tsq_ray/schema.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from generator.markdown import NOTE, table, wrapped
+from tsq_ray import schema
+from tsq_ray.containers import VIDEO_SUFFIXES
+from tsq_ray.errors import ERROR_TYPES, RETRIED_ERROR_TYPES
+
+DATA_INTRO = """\
+Everything between two stages is Parquet and JSON, readable with plain pyarrow, pandas and DuckDB,
+without Ray and without this package:
+
+```python
+import pandas as pd
+
+pd.read_parquet("runs/predictions")[["uri", "status", "top_labels", "selected_pts_s"]]
+```
+```sql
+select uri, top_labels[1] as label, top_scores[1] as score from 'runs/predictions/*.parquet' where status = 'ok';
+```
+
+T is the number of frames per video (`decode.num_frames`), K of chosen frames (`sampler.budget`), C
+of classes, d of dimensions of a frame's feature, n of objects stored per frame
+(`encoders.num_objects`). A type followed by a shape, `float16 [T, d]`, is an
+`arrow.fixed_shape_tensor`, row-major; a reader that does not know the type sees a fixed-size list
+of its T x d values. In a failed row it is null. The file's metadata also has the shapes, as JSON,
+under `tsq.shapes`, and the class names, as a JSON list in the order of the labels, under
+`tsq.classes`:
+
+```python
+import json
+import pyarrow.parquet as pq
+
+classes = json.loads(pq.read_schema("runs/manifest.parquet").metadata[b"tsq.classes"])
+```
+"""
+
+MANIFEST_TEXT = """\
+One Parquet file, or a folder of Parquet shards; every command accepts either. `tsq index --out`
+writes a folder if the name ends in `/` or if there are more than a million videos, otherwise one
+file. `--update` keeps the existing kind. The metadata key `tsq.manifest` names the sources.
+
+| file of a manifest folder | what it is |
+| --- | --- |
+| `part-00000-0123456789ab.parquet`, ... | 500,000 rows each, in the order of the listing; the name has the first digits of the content's sha256 |
+| `_manifest.json` | the shards with their sizes and sha256, the sources and the number of rows; published last. Shards that it does not list are not part of the manifest |
+
+A folder without `_manifest.json` is treated as one made by another program (DuckDB, Spark): every
+`*.parquet` directly in it, in the order of the names, except names that begin with `.` or `_`. The
+columns `video_id`, `uri` and `size_bytes` are required; the others may be missing. If there are
+labels, each file has the same class names in its metadata, `tsq.classes`. Such a folder is its own
+source.
+
+The `sha256` of a manifest file is that of the file. For a folder it is that of its shards' sha256s
+in their order, one per line without a line break at the end. `video_id` depends only on the URI,
+spelled as in the listing, so it stays the same when the file is listed again or changes; no two
+rows share one. A video counts as unchanged while its size and its etag are the same, or its
+modification time if storage has no etag. A time outside the years 1 to 9999 is null.
+
+A listing includes the files below a folder or prefix whose names end in one of these:
+{suffixes}.
+A file that is named explicitly is included whatever its suffix. Everything else is left out and
+counted by reason, and the first three of each reason are named:
+
+| reason | what it is |
+| --- | --- |
+| a suffix, or `(no suffix)` | other files |
+| `hidden (name begins with .)` | hidden files and folders; a hidden folder counts once. Names that begin with `_` are not hidden |
+| `name is not UTF-8` | a file or folder that Parquet cannot name: rename it |
+| `not a regular file (...)` | a FIFO, a socket, a device |
+| `broken link`, `link loop` | links that lead nowhere, or to a folder that contains the link |
+| `linked folder, listed under its own name` or `... under another link` | a link to a folder that is listed anyway. Other links to folders are entered, under the link's name |
+| `name ends in /` | an S3 object with content whose key marks a folder |
+| `vanished while it was listed`, `path is too long`, `cannot be looked up (...)`, `lost+found (...)` | entries of a disk that cannot be read, or that belong to the file system |
+
+A folder that cannot be listed is an error. A video and a link to it are two rows, each with its own
+id. Names are taken literally, on disks and on S3: `::`, `?`, `#`, `%`, `*` and blanks have no
+special meaning; only http(s) URLs have a query.
+
+Labels come from class folders, `SOURCE/class/video` or `SOURCE/split/class/video`, if every video
+is in one (`_` in a folder's name becomes a space), or from label files: `--labels FILE`, repeatable
+for one list per split. The first line identifies the format; if it does not, use
+`--labels-format NAME`.
+
+| format | its first line | which video, which labels |
+| --- | --- | --- |
+| `csv` | `path,label[,split]` | the path is absolute, a URI, or relative to the CSV's folder; several labels are joined by `\\|` |
+| `activitynet` | `{` (JSON of v1.3) | a key of `database` is `ID.*` or `v_ID.*`; the labels of all its `annotations`; the subsets become `train`, `val`, `test`; segments and taxonomy are ignored |
+| `kinetics` | `[label,]youtube_id,time_start,time_end[,split]`, in any order | `ID_000010_000020.*`, else `ID.*`, in class folders or flat |
+| `video-list` | `path class_id [class_id ...]` | mmaction2's lists of videos; ids may also be joined by commas (`path 3,17`) |
+| `frame-list` | `name num_frames class_id [class_id ...]` | mmaction2's lists of frame folders (without offsets): `name` is the video's name without its suffix; the number of frames is ignored. With commas between all values: the ActivityNet and FCVID lists of AR-Net and AdaFocus (`fcvid_train_split.txt`) |
+| `fcvid` | `path train` or `path test` | FCVID's own `FCVID_VideoName_TrainTestSplit.txt`; `FCVID_Label.txt` next to it has one line of 0s and 1s per video and one column per class |
+
+- **Class ids need names.** The last three formats have ids: `--classes FILE` names them, one per
+  line, the first being 0 (or the number it begins with, if all lines are numbered from 0 or 1).
+  ActivityNet has two orders in use, alphabetical and mmaction2's: use the file that came with the
+  list. From then on the names stay with the ids.
+- **Paths of the last three formats** are relative to the list, to a source, or the end of a video's
+  path (`ID.mp4` for `SOURCE/any/folder/ID.mp4`); the suffix may differ, and `v_` may be missing. A
+  path that matches several videos is an error.
+- **Words for a split** mean the same in every format and as folder names, in any case: `training`
+  is `train`; `valid`, `validate` and `validation` are `val`; `testing` is `test`. Other words are
+  kept.
+- **Unicode.** Label files are UTF-8. Names match in composed (NFC) and decomposed form (NFD, as
+  macOS writes it), the exact spelling first; class names are stored as NFC. A line ends with LF,
+  CRLF or CR.
+- **Links.** A path may lead through a link to a folder or through the folder itself.
+- **A list's split** is the word train, val or test in its file name (`anet_val_video.txt`), if it
+  has exactly one such word; `--split-name` overrides everything.
+- **Nothing is dropped silently.** Every entry of the listing is a row or counted, as above.
+  Labelled videos that were not found are counted and the first ones named (all of them with
+  `--json`); videos without a label are counted. A line that cannot be read, a class id out of range
+  and a video with two contradictory entries are errors, with file and line.
+
+Classes are ordered by name unless `--classes FILE` gives an order. Features, bundle and predictions
+keep that order.
+"""
+
+RUN_TEXT = """\
+`tsq extract` and `tsq score` write a folder (or a prefix on S3):
+
+| file | when | what |
+| --- | --- | --- |
+| `_config.json` | before the first part | what the rows depend on: the manifest's sources, the settings and the hashes of the weights. The same folder with a different configuration is refused |
+| `_lease.json` | while a run writes | which run is writing: `id`, `host`, `boot_id`, `pid_namespace`, `pid`, `process_started`, `started`, `renewals`. Removed when the run ends, unless it is killed ([operations](operations.md#stopping-and-resuming)) |
+| `part-*.parquet` | during the run | the rows; a part appears only once it is complete. Its name is a hash of the ids in it |
+| `_run.json` | last | status, counts, parts, manifest and its hash, resolved settings, versions, hashes of the weights, start, end, seconds by stage |
+
+Each video of the manifest has one row, `ok` or `failed`, or was skipped by `--split` or `--limit`:
+inputs = ok + failed + skipped. A folder without `_run.json` is not finished: `tsq verify`,
+`tsq train` and `tsq report` refuse it, and the command that made it resumes it. Readers of Parquet
+folders ignore names that begin with `_` or `.`.
+
+The keys of `_run.json`: `format` ({format}), `kind` (`features` or `predictions`), `status`
+(`complete` or `failed`), `counts` (`inputs`, `ok`, `failed`, `skipped`, `skipped_by`,
+`failed_by_type`, `with_warnings`), `manifest` (`uri`, `id`, `sha256`), `classes` (the manifest's),
+`identity` (as in `_config.json`), `config` (all settings), `split`, `versions`, `git_revision`,
+`started`, `ended`, `wall_seconds`, `stage_seconds` (summed over the workers), `slowest_stage`,
+`videos_done_now` (by the last call), `parts` (`name`, `bytes`). Features add `weights`; predictions
+add `model` (`uri`, `sha256` of `bundle.json`), `bundle_classes` (the order of `scores`), `task`,
+`with_scores`, `metrics` and `training_curve` (the bundle's losses, epoch by epoch).
+"""
+
+FAILED_TEXT = """\
+`error_type` is one of
+{types}.
+The next call of the same command tries {retried} again.
+What to do about each: [operations](operations.md#error-types).
+"""
+
+ARTIFACTS_TEXT = """\
+## What `tsq finetune` writes
+A folder: `model.safetensors` (`backbone.*` and `head.*`), `curves.csv` (one row per epoch; only for
+a trained backbone) and, written last, `finetune.json` with `format`, `role` (`encoder` or
+`recognizer`), `classes`, `task`, `model` (the network and its preprocessing), `backbone_sha256`,
+`provenance` and `files` (sha256 of each file).
+
+## The bundle
+What `tsq train` writes, and all that scoring needs: no hub, no language model. A folder:
+
+| file | what |
+| --- | --- |
+| `bundle.json` | written last: `format`, `classes`, `task`, `config` (`decode`, `encoders`, `recognizer`, `sampler`), `sampler_shape`, `provenance`, `files` (sha256 of each) |
+| `sampler.safetensors` | TSQNet |
+| `encoder.safetensors` | the frame encoder with its frame head |
+| `objects.safetensors` | the object recogniser; absent with `train.modules = "visual"` |
+| `text.safetensors` | `vocabulary` [1000, text dimensions], the embeddings of the object names; absent with `train.modules = "visual"` |
+| `recognizer.safetensors` | the recogniser; absent without `--recognizer`, in which case `tsq score` refuses the bundle |
+| `curves.csv` | the losses of each epoch |
+
+Nothing is unpickled. A file whose sha256 differs from the one in `bundle.json` is refused, as is a
+`format` other than {format}. The sha256 of `bundle.json` identifies the whole bundle.
+"""
+
+
+def data_format() -> str:
+    """Return docs/data-format.md."""
+    from tsq_ray.bundle import settings as bundle
+    from tsq_ray.runs.folder import FORMAT
+
+    types = wrapped(f"`{name}`" for name in ERROR_TYPES)
+    retried = ", ".join(f"`{name}`" for name in RETRIED_ERROR_TYPES)
+    return "\n".join(
+        [
+            NOTE.format("tsq_ray/schema.py"),
+            "# Data format",
+            DATA_INTRO,
+            "## Manifest",
+            MANIFEST_TEXT.replace("{suffixes}", wrapped(sorted(VIDEO_SUFFIXES))),
+            columns_table(schema.MANIFEST),
+            "",
+            "## The run folder",
+            RUN_TEXT.replace("{format}", str(FORMAT)),
+            FAILED_TEXT.format(types=types, retried=retried),
+            "## Features",
+            "What `tsq extract` writes, one row per video. Only runs with `--recognizer` have\n"
+            "`recognizer_logits`.\n",
+            columns_table((*schema.FEATURES, schema.RECOGNIZER_LOGITS)),
+            "",
+            "## Predictions",
+            "What `tsq score` writes, one row per video. `scores` is absent with `--scores top`.\n",
+            columns_table(schema.PREDICTIONS),
+            "",
+            ARTIFACTS_TEXT.replace("{format}", str(bundle.FORMAT)),
+        ]
+    )
+
+
+def columns_table(columns: Sequence[schema.Column]) -> str:
+    """Return a table of name, type, unit, nullability and meaning of each column."""
+    rows = []
+    for column in columns:
+        nullable = "yes" if column.nullable or column.dims else ""
+        rows.append(
+            [f"`{column.name}`", f"`{type_text(column)}`", column.unit, nullable, column.doc]
+        )
+    return table(["column", "type", "unit", "may be null", "what"], rows)
+
+
+def type_text(column: schema.Column) -> str:
+    """Return the Arrow type as the page shows it: `list<int32>`, `float16 [T, d]`."""
+    if column.dims:
+        return f"{_short(column.type)} [{', '.join(map(str, column.dims))}]"
+    return _short(column.type)
+
+
+def _short(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return f"list<{_short(kind.value_type)}>"
+    if pa.types.is_timestamp(kind):
+        return f"timestamp[{kind.unit}, {kind.tz}]"
+    names = {"float": "float32", "double": "float64", "halffloat": "float16"}
+    return names.get(str(kind), str(kind))

@@ -1,0 +1,98 @@
+"""docs/api.md, from tsq_ray/__init__.py."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import tsq_ray
+from generator.markdown import NOTE, table
+from tsq_ray.runtime.session import DEFAULT_SESSION
+
+API_INTRO = """\
+Every command is also a function:
+
+```python
+import tsq_ray
+
+tsq_ray.build_manifest(["videos"], "manifest.parquet", labels="videos/labels.csv")
+run = tsq_ray.extract("manifest.parquet", "features", tsq_ray.load_config("my.toml"))
+print(run.counts.ok, run.counts.failed_by_type)
+```
+
+`import tsq_ray` is instant; torch and Ray are loaded by the functions that need them. Paths may be
+`s3://` URIs everywhere. Wrong input raises `tsq_ray.errors.UserError` with one line that says what
+to do, a failed run `tsq_ray.errors.RunFailed`; a video that cannot be used is a row, not an error.
+Complete programs: [examples](examples/). The [command line](cli.md) describes the arguments that
+have the same name there.
+"""
+
+
+def python_api() -> str:
+    """Return docs/api.md."""
+    objects = {name: getattr(tsq_ray, name) for name in tsq_ray.__all__}
+    functions = [name for name, value in objects.items() if inspect.isfunction(value)]
+    results = [name for name, value in objects.items() if dataclasses.is_dataclass(value)]
+    rest = [name for name in objects if name not in (*functions, *results)]
+    assert rest == ["Config"], rest
+    settings = (
+        "## Config\nAll settings; fields as in [configuration](configuration.md), all frozen.\n"
+    )
+    return "\n".join(
+        [
+            NOTE.format("tsq_ray/__init__.py"),
+            "# Python API",
+            API_INTRO,
+            *(function_text(name, objects[name]) for name in functions),
+            settings,
+            *(dataclass_text(name, objects[name]) for name in results),
+        ]
+    )
+
+
+def function_text(name: str, function: Callable[..., Any]) -> str:
+    """Return the signature and the docstring of a function."""
+    lines = [f"def {name}("]
+    keyword_only = False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+            keyword_only = True
+            lines.append("    *,")
+        lines.append(f"    {str(parameter).replace(repr(DEFAULT_SESSION), 'Session()')},")
+    lines.append(f") -> {inspect.signature(function).return_annotation}")
+    return f"## {name}\n```python\n" + "\n".join(lines) + f"\n```\n{docstring_text(function)}\n"
+
+
+def docstring_text(documented: Any) -> str:
+    """Return a docstring as Markdown; its argument lists become bullets."""
+    lines = inspect.cleandoc(documented.__doc__ or "").splitlines()
+    text, item = [], False
+    for line in lines:
+        if line in ("Args:", "Returns:", "Raises:"):
+            text += [line.removesuffix(":") + ":"] + [""] * (line != "Returns:")
+            item = line != "Returns:"
+        elif item and line.startswith("    ") and not line.startswith("     "):
+            name, _, what = line.strip().partition(": ")
+            text.append(f"- `{name}`: {what}")
+        elif item and line.startswith("     "):
+            text.append("  " + line.strip())
+        else:
+            text.append(line.strip() if not item else line)
+    return "\n".join(text).rstrip() + "\n"
+
+
+def dataclass_text(name: str, kind: type) -> str:
+    """Return the meaning and the fields of a dataclass, with the docstrings below them."""
+    (node,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(node, ast.ClassDef)
+    rows = []
+    for place, line in enumerate(node.body):
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+            after = node.body[place + 1] if place + 1 < len(node.body) else None
+            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            what = " ".join(str(after.value.value).split()) if documented else ""
+            rows.append([f"`{line.target.id}`", f"`{ast.unparse(line.annotation)}`", what])
+    return f"## {name}\n{docstring_text(kind)}\n{table(['field', 'type', 'what'], rows)}\n"
