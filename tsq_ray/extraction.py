@@ -29,9 +29,20 @@ def extract(
 ) -> RunSummary:
     """Extract the features of every video of a manifest into the run folder `out`.
 
-    Resumes an earlier run. `encoder` and `recognizer` are outputs of `finetune`. `take_over` takes
-    the folder from another run that is writing to it. Raises UserError for wrong input, RunFailed
-    if the run failed or does not add up.
+    Resumes an earlier run. Raises UserError for wrong input, RunFailed if the run failed or does
+    not add up.
+
+    Args:
+        manifest_uri: what `build_manifest` wrote.
+        out: the run folder.
+        config: the settings; `load_config()` by default.
+        encoder: output of `finetune` that replaces `encoders.visual`.
+        recognizer: output of `finetune` whose logits of each frame are stored too.
+        split: only the videos of this split.
+        limit: at most this many videos, in the order of the manifest.
+        retry_failed: also do the videos that failed for this reason again; "all" for any.
+        take_over: take the folder from another run that is writing to it.
+        session: the cluster and the output of the run.
     """
     started = time.time()
     out = storage.normalize(out)

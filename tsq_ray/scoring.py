@@ -65,9 +65,20 @@ def score(
 ) -> RunSummary:
     """Score every video of a manifest into the run folder `out`, resuming an earlier run.
 
-    `config` comes from `scoring_config`, whose defaults are used without it. `take_over` takes the
-    folder from another run that is writing to it. The summary has mAP and top-1 if the videos have
-    labels. Raises UserError for wrong input, RunFailed if the run failed or does not add up.
+    The summary has mAP and top-1 if the videos have labels. Raises UserError for wrong input,
+    RunFailed if the run failed or does not add up.
+
+    Args:
+        manifest_uri: what `build_manifest` wrote.
+        model: the bundle.
+        out: the run folder.
+        config: from `scoring_config`, whose defaults are used without it.
+        split: only the videos of this split.
+        limit: at most this many videos, in the order of the manifest.
+        retry_failed: also do the videos that failed for this reason again; "all" for any.
+        take_over: take the folder from another run that is writing to it.
+        with_scores: keep the scores of all classes, which the metrics need.
+        session: the cluster and the output of the run.
     """
     started = time.time()
     out, model = storage.normalize(out), storage.normalize(model)
@@ -91,24 +102,28 @@ def score(
     identity = _identity(content, digest, config, with_scores)
     options: dict[str, Any] = {"started": started, "take_over": take_over}
     with BulkRun(out, "predictions", identity, selection, config, **options) as run:
-        seconds: dict[str, float] = {}
-        if run.todo:
-            with cluster.connect(session) as ray:
-                counts = progress.start_counts(FlowCounts)
-                plan = ScorePlan(
-                    f"tsq-score-{_unique(model)}", arrow, manifest.classes, counts, config
-                )
-                replicas = Replicas(ray, plan.app, config, model, counts, len(run.todo))
-                work = _work(plan, replicas.placed, session.debug)
-                with (
-                    replicas.deployed(session),
-                    cluster.asking_for_nodes(ray, replicas.placed, config),
-                ):
-                    seconds = run_bulk(
-                        "score", run, work, session, ticks=(replicas.tick,), app=plan.app
-                    )
+        seconds = _score_todo(run, model, arrow, manifest.classes, session) if run.todo else {}
         record = run.close(seconds, lambda: more | {"metrics": measure_predictions(out, classes)})
     return RunSummary.of(storage.redact(out), record)
+
+
+def _score_todo(
+    run: BulkRun, model: str, arrow: pa.Schema, labels: list[str], session: Session
+) -> dict[str, float]:
+    """Send the videos that have no row through the graph; return the seconds by stage.
+
+    `labels`: the manifest's class names.
+    """
+    with cluster.connect(session) as ray:
+        counts = progress.start_counts(FlowCounts)
+        plan = ScorePlan(f"tsq-score-{_unique(model)}", arrow, labels, counts, run.config)
+        replicas = Replicas(ray, plan.app, run.config, model, counts, len(run.todo))
+        work = _work(plan, replicas.placed, session.debug)
+        with (
+            replicas.deployed(session),
+            cluster.asking_for_nodes(ray, replicas.placed, run.config),
+        ):
+            return run_bulk("score", run, work, session, ticks=(replicas.tick,), app=plan.app)
 
 
 def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> Identity:

@@ -31,10 +31,18 @@ have the same name there.
 """
 
 
+ORDER = [
+    *("build_manifest", "extract", "finetune", "train", "score", "predict", "evaluate"),
+    *("verify", "read_features", "read_predictions"),
+    *("load_config", "training_config", "scoring_config", "evaluation_config"),
+]
+
+
 def python_api() -> str:
     """Return docs/api.md."""
     objects = {name: getattr(tsq_ray, name) for name in tsq_ray.__all__}
     functions = [name for name, value in objects.items() if inspect.isfunction(value)]
+    functions.sort(key=ORDER.index)
     results = [name for name, value in objects.items() if dataclasses.is_dataclass(value)]
     rest = [name for name in objects if name not in (*functions, *results)]
     assert rest == ["Config"], rest
@@ -61,7 +69,9 @@ def function_text(name: str, function: Callable[..., Any]) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
             keyword_only = True
             lines.append("    *,")
-        lines.append(f"    {str(parameter).replace(repr(DEFAULT_SESSION), 'Session()')},")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        shown = f"{parameter.name}: {parameter.annotation}{default}"
+        lines.append(f"    {shown.replace(repr(DEFAULT_SESSION), 'Session()')},")
     lines.append(f") -> {inspect.signature(function).return_annotation}")
     return f"## {name}\n```python\n" + "\n".join(lines) + f"\n```\n{docstring_text(function)}\n"
 
@@ -81,7 +91,7 @@ def docstring_text(documented: Any) -> str:
             text.append("  " + line.strip())
         else:
             text.append(line.strip() if not item else line)
-    return "\n".join(text).rstrip() + "\n"
+    return "\n".join(text).rstrip()
 
 
 def dataclass_text(name: str, kind: type) -> str:
