@@ -1,7 +1,7 @@
 """Label very large video archives cheaply (TSQNet on Ray): the public API.
 
-Importing the package does no work and loads neither torch nor ray; a name is loaded at first use.
-docs/api.md describes each.
+Importing the package sets OMP_WAIT_POLICY and loads neither torch nor ray; a name is loaded at
+first use. docs/api.md describes each.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import os
 from typing import TYPE_CHECKING, Any
+
+from tsq_ray import errors as errors
 
 if TYPE_CHECKING:
     from tsq_ray.bundle.overrides import scoring_config
@@ -37,8 +39,8 @@ if TYPE_CHECKING:
 
 # Threads of a network that wait for each other would otherwise spin for some milliseconds in each
 # layer, on cores that other processes want (jobs/benchmarks/busy.py has figures). The
-# OpenMP library reads this once, when torch is loaded, so it is set where every process of this
-# package comes by first: commands, Ray's workers, replicas. A user's own value stays.
+# OpenMP library reads this once, when torch is loaded, so it is set here, in the module that
+# commands, Ray's workers and replicas all import first. A value set by the user is kept.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"

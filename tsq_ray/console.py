@@ -196,7 +196,7 @@ def index_text(summary: IndexSummary) -> str:
 
 def training_text(summary: TrainingSummary) -> str:
     """Format the summary of train."""
-    resumed = summary.went_on_after_epoch
+    resumed = summary.resumed_after_epoch
     again = f", resumed after epoch {resumed}" if resumed else ""
     return "\n".join(
         [

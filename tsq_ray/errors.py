@@ -89,3 +89,7 @@ class VideoError(_TypedError):
 
 class RunFailed(TsqError):
     """The run failed, was interrupted, or its rows do not add up."""
+
+
+Failure = VideoError | StorageError
+"""Why a video has a failed row."""

@@ -42,7 +42,7 @@ def extract(
         limit: at most this many videos, in the order of the manifest.
         retry_failed: also do the videos that failed for this reason again; "all" for any.
         take_over: take the folder from another run that is writing to it.
-        session: the cluster and the output of the run.
+        session: the cluster to use and the output to show.
     """
     started = time.time()
     out = storage.normalize(out)

@@ -19,8 +19,8 @@ import torch
 from tsq_ray import schema
 from tsq_ray.bundle.weights import load_network
 from tsq_ray.config import Config, ModelConfig
-from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, with_whole_frames
-from tsq_ray.errors import ModelError, StorageError, VideoError
+from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, Outcome, with_whole_frames
+from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder
 from tsq_ray.rows import (
@@ -213,9 +213,7 @@ def feature_stage(data: Any, plan: FeaturePlan, debug: bool) -> Any:
     )
 
 
-def feature_row(
-    ref: VideoRef, video: DecodedVideo | VideoError | StorageError, features: FrameFeatures | None
-) -> dict[str, Any]:
+def feature_row(ref: VideoRef, video: Outcome, features: FrameFeatures | None) -> dict[str, Any]:
     """Return the row of a video; `features` is None if it could not be decoded."""
     if not isinstance(video, DecodedVideo) or features is None:
         assert not isinstance(video, DecodedVideo)
@@ -246,9 +244,7 @@ class ExtractWorker:
             rows = [self._row(ref, next(videos)) for ref in batch]
             yield parts.transport_table(rows, self.plan.schema, self.plan.counts)
 
-    def _row(
-        self, ref: VideoRef, video: DecodedVideo | VideoError | StorageError
-    ) -> dict[str, Any]:
+    def _row(self, ref: VideoRef, video: Outcome) -> dict[str, Any]:
         started = time.perf_counter()
         features = self.encode([video])[0] if isinstance(video, DecodedVideo) else None
         seconds = {parts.ENCODE_S: time.perf_counter() - started} if features is not None else {}
@@ -324,9 +320,7 @@ def packed_fields(names: Sequence[str]) -> dict[str, pa.DataType]:
     return _PACKED | {f"{_FRAMES}{name}": pa.large_binary() for name in names}
 
 
-def pack_video(
-    video: DecodedVideo | VideoError | StorageError, names: Sequence[str]
-) -> dict[str, Any]:
+def pack_video(video: Outcome, names: Sequence[str]) -> dict[str, Any]:
     """Return a decoded video, or its failure, as Arrow values.
 
     Of the pictures `names`, those that the video has are packed.

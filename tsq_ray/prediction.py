@@ -11,7 +11,7 @@ from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import Config
-from tsq_ray.decode import DecodedVideo
+from tsq_ray.decode import Outcome
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef, video_id
 from tsq_ray.networks.encoder import best_device
@@ -20,13 +20,16 @@ from tsq_ray.rows import plain_row, prediction_row, source_of
 from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
 
 
-def predict(videos: Sequence[str], model: str, config: Config | None = None) -> list[Prediction]:
+def predict(
+    videos: str | Sequence[str], model: str, config: Config | None = None
+) -> list[Prediction]:
     """Label one or a few videos (paths or URIs) in this process, without Ray, in their order.
 
     A video that cannot be used gets a failed prediction with the reason. `config` comes from
     `scoring_config`, whose defaults are used without it. Raises ModelError if the bundle cannot
     score.
     """
+    videos = [videos] if isinstance(videos, str) else videos
     rows = predict_rows(videos, model, config or scoring_config(model))
     return [from_record(Prediction, row) for row in rows]
 
@@ -47,9 +50,7 @@ def predict_rows(videos: Sequence[str], model: str, config: Config) -> list[dict
     return rows
 
 
-def _decode(
-    decode: Decode, video: str
-) -> tuple[VideoRef, DecodedVideo | VideoError | StorageError]:
+def _decode(decode: Decode, video: str) -> tuple[VideoRef, Outcome]:
     """Decode a video, or return its failure.
 
     Never raises, so that one video cannot cost the others their answers.

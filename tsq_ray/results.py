@@ -1,4 +1,4 @@
-"""What the public functions return: frozen dataclasses, each shown by `--json` as it is.
+"""What the public functions return: frozen dataclasses, most of which `--json` prints as they are.
 
 Paths in them are redacted: no secret and no query of a presigned URL.
 """
@@ -40,7 +40,7 @@ class IndexSummary:
     missing: tuple[str, ...]
     """Names in the labels for which no video was found."""
     new: int
-    """Videos that the manifest did not have before, as all of them without an update."""
+    """Videos that the earlier manifest did not have; all of them if there was none."""
     changed: int
     deleted: int
     unchanged: int
@@ -80,10 +80,11 @@ class RunSummary:
     already_done: bool
     """Whether this call found nothing to do."""
     wall_seconds: float
+    """Of the call that finished the run, as are the following two."""
     stage_seconds: Mapping[str, float]
     """Seconds by stage, summed over all workers."""
     slowest_stage: str | None
-    """The stage that took the most time; None if nothing was done."""
+    """The stage that took the most time; None if that call processed no video."""
     metrics: Mapping[str, Any]
     """mAP and top-1 over the labelled videos that are ok; empty for features and without labels."""
     record: Mapping[str, Any]
@@ -129,14 +130,14 @@ class FinetuneSummary:
     train_accuracy: float
     """Share of the training videos, or of their last epoch's clips, that are labelled correctly."""
     epochs: int | None = None
-    """None for a frozen backbone, as are the following."""
+    """None for a frozen backbone, as are `losses` and the `val_` fields."""
     losses: Mapping[str, float] | None = None
     """Of the last epoch, whose weights are kept."""
     val_loss: float | None = None
-    """On `finetune.val_split`, as are the following; None without it."""
+    """On `finetune.val_split`, as are the other `val_` fields; None if no such video was measured."""
     val_top1: float | None = None
     val_mAP: float | None = None  # noqa: N815  the field's spelling
-    went_on_after_epoch: int = 0
+    resumed_after_epoch: int = 0
     """Epoch from which a stopped training was resumed; 0 for none."""
     seconds: float = 0.0
     already_done: bool = False
@@ -161,10 +162,10 @@ class TrainingSummary:
     """The first videos without a label."""
     warnings: tuple[str, ...]
     workers: int
-    went_on_after_epoch: int
-    """Epoch from which a stopped training was resumed; 0 for none."""
     train_seconds: float
     videos_per_s: float
+    resumed_after_epoch: int = 0
+    """Epoch from which a stopped training was resumed; 0 for none."""
     seconds: float = 0.0
     already_done: bool = False
     """Whether an earlier call had finished this bundle."""
@@ -176,7 +177,7 @@ class EvaluatedTable:
 
     title: str
     files: tuple[str, ...]
-    """URIs of its Markdown and CSV files and its pictures."""
+    """Names, in the folder `out`, of its Markdown and CSV files and its PNG."""
     rows: tuple[Mapping[str, str], ...]
     """The cells by column title, as the Markdown file shows them."""
     notes: tuple[str, ...]

@@ -12,7 +12,7 @@ import numpy as np
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, EncodersConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, with_whole_frames
-from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.errors import Failure
 from tsq_ray.manifest import VideoRef
 
 VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
@@ -52,12 +52,12 @@ def identity_row(ref: VideoRef) -> dict[str, Any]:
     return {**asdict(ref), "labels": list(ref.labels) if ref.labels is not None else None}
 
 
-def failed_row(ref: VideoRef, error: VideoError | StorageError) -> dict[str, Any]:
+def failed_row(ref: VideoRef, error: Failure) -> dict[str, Any]:
     """Return the output row of a video that cannot be used."""
     return {**identity_row(ref), **failure_columns(error)}
 
 
-def failure_columns(error: VideoError | StorageError) -> dict[str, Any]:
+def failure_columns(error: Failure) -> dict[str, Any]:
     """Return the status and error columns of a video that cannot be used."""
     message = storage.redact(" ".join(str(error).split()))[:500]
     return {
@@ -91,7 +91,7 @@ class Answer:
     """The result of scoring one video: prediction columns without the manifest's, or an error."""
 
     columns: dict[str, Any] = field(default_factory=dict)
-    error: VideoError | StorageError | None = None
+    error: Failure | None = None
     version: str = ""
     """Version of the stages that made it: bundle and settings, as in `serving.graph`."""
 

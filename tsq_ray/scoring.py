@@ -78,7 +78,7 @@ def score(
         retry_failed: also do the videos that failed for this reason again; "all" for any.
         take_over: take the folder from another run that is writing to it.
         with_scores: keep the scores of all classes, which the metrics need.
-        session: the cluster and the output of the run.
+        session: the cluster to use and the output to show.
     """
     started = time.time()
     out, model = storage.normalize(out), storage.normalize(model)

@@ -22,17 +22,19 @@ def main(url: str, *videos: str) -> None:
                 seconds = ", ".join(f"{pts:.2f}" for pts in answer["selected_pts_s"])
                 print(f"{video}: {best} {score:.3f}, chosen frames at {seconds} s")
             else:
-                print(f"{video}: {answer['error_type']}: {answer['error_message']}")
+                reason = answer.get("error_type") or answer["status"]
+                print(f"{video}: {reason}: {answer['error_message']}")
 
 
 def ask(client: httpx.Client, video: str) -> dict:
-    """Return the endpoint's answer for one video."""
-    while True:
+    """Return the endpoint's answer for one video, after at most ten attempts."""
+    for _ in range(10):
         with open(video, "rb") as file:
             response = client.post("/v1/score", files={"file": (os.path.basename(video), file)})
         if response.status_code not in (429, 503):
-            return response.json()
+            break
         time.sleep(float(response.headers.get("Retry-After", 1)))
+    return response.json()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from generator.markdown import NOTE, table
 from tsq_ray.runtime.session import DEFAULT_SESSION
 
 API_INTRO = """\
-Every command is also a function:
+These commands are also functions; `serve`, `report`, `export` and `info` exist only on the
+command line:
 
 ```python
 import tsq_ray
@@ -24,8 +25,10 @@ print(run.counts.ok, run.counts.failed_by_type)
 ```
 
 `import tsq_ray` is instant; torch and Ray are loaded by the functions that need them. Paths may be
-`s3://` URIs everywhere. Wrong input raises `tsq_ray.errors.UserError` with one line that says what
-to do, a failed run `tsq_ray.errors.RunFailed`; a video that cannot be used is a row, not an error.
+`s3://` URIs, except that of a TOML file. Wrong input raises `UserError`, storage that cannot be
+read or written `StorageError`, a failed run `RunFailed`: all are subclasses of `TsqError` in
+`tsq_ray.errors`, and each has one line that says what to do. A video that cannot be used is a row,
+not an error.
 Complete programs: [examples](examples/). The [command line](cli.md) describes the arguments that
 have the same name there.
 """

@@ -91,7 +91,7 @@ def test_two_workers_learn(undisturbed: Undisturbed) -> None:
     found, curve = undisturbed.summary, read_curves(undisturbed.out)
     assert (found["backbone"], found["videos"], found["classes"]) == ("trained", 10, 3)
     assert found["failed"] == {"truncated": 1, "not_video": 2}  # one of them is a validation video
-    assert (found["left_out"], found["went_on_after_epoch"]) == ({"other_split": 6}, 0)
+    assert (found["left_out"], found["resumed_after_epoch"]) == ({"other_split": 6}, 0)
     assert [row["epoch"] for row in curve] == list(range(1, EPOCHS + 1))
     assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
     assert found["train_accuracy"] == pytest.approx(curve[-1]["accuracy"], abs=1e-4)
@@ -160,7 +160,7 @@ def test_a_run_whose_driver_and_worker_were_killed(
         assert len(workers) == 2, running.result() if running.done() else workers
         os.kill(workers[0], signal.SIGKILL)
         ended: Ended = running.result(PATIENCE_S)
-    assert 1 <= ended.json["went_on_after_epoch"] < EPOCHS
+    assert 1 <= ended.json["resumed_after_epoch"] < EPOCHS
     whole, killed = read_curves(undisturbed.out), read_curves(str(out))
     assert [row.keys() for row in killed] == [row.keys() for row in whole]
     for one, other_row in zip(killed, whole, strict=True):

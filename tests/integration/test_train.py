@@ -151,7 +151,7 @@ def test_any_number_of_workers_gives_the_same(
     sets = ("epochs=5", "dropout=0.0", *more)
     out = str(tmp_path / "bundle")
     summary = tsq(*_command(case.local, out, f"num_workers={workers}", *sets)).json
-    assert (summary["workers"], summary["videos"], summary["went_on_after_epoch"]) == (
+    assert (summary["workers"], summary["videos"], summary["resumed_after_epoch"]) == (
         expected,
         VIDEOS,
         0,
@@ -172,7 +172,7 @@ def test_a_killed_worker_is_replaced(case: Case, tmp_path: Path) -> None:
         ended: Ended = running.result(PATIENCE_S)
     summary = ended.json
     assert (summary["workers"], summary["epochs"]) == (2, 16)
-    assert 1 <= summary["went_on_after_epoch"] < 16
+    assert 1 <= summary["resumed_after_epoch"] < 16
     check(out, case.undisturbed(*sets), 1e-4)
 
 
@@ -188,7 +188,7 @@ def test_training_resumes_after_its_driver_is_killed(
     wait_for(lambda: not descendants("ray::RayTrainWorker"))
     assert not Path(out, "bundle.json").exists()
     summary = tsq(*command).json
-    assert 1 <= summary["went_on_after_epoch"] < 16
+    assert 1 <= summary["resumed_after_epoch"] < 16
     check(out, case.undisturbed(*sets), 1e-4)
     assert tsq(*command).json["already_done"] is True
     assert not Path(out, "_train").exists()

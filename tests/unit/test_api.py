@@ -62,6 +62,13 @@ def test_a_prediction_has_the_columns_of_the_rows() -> None:
     assert fields == set(columns) - {"labels", "label_names", "split"}
 
 
+def test_one_source_may_be_a_plain_string(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"a")
+    found = tsq_ray.build_manifest(str(tmp_path / "videos"), str(tmp_path / "m.parquet"))
+    assert found.videos == 1
+
+
 def test_a_stored_summary_of_another_version_is_read() -> None:
     stored = {"out": "b", "videos": 3, "of_a_later_version": 1}
     rest = {

@@ -89,7 +89,7 @@ INSIDE = {
     "training/classifier": (
         *("augment", "optim", "clips", "worker", "full", "frozen", "finetune"),
     ),
-    "training/sampler": ("loop", "launch", "parts", "tsqnet"),
+    "training/sampler": ("loop", "launch", "components", "tsqnet"),
 }
 """The same inside each folder."""
 STAGES = ("extraction", "training", "serving", "scoring")

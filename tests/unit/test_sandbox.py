@@ -17,6 +17,7 @@ from support.video import number_of, write_video
 
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video
+from tsq_ray.decode.sandbox import _how
 from tsq_ray.errors import StorageError, VideoError
 
 SPECS = {"wide": FrameSpec(64)}
@@ -234,6 +235,20 @@ def test_a_child_killed_from_outside_is_not_the_videos_fault(
     assert [str(outcome) for outcome in outcomes if not isinstance(outcome, DecodedVideo)] == []
     assert [len(calls_of(uri)) for uri in uris] == [1, 2, 1]
     assert len({call[0] for call in calls_of(uris[1])}) == 2, "the second try has a fresh child"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (None, "cause unknown"),
+        (3, "exit code 3"),
+        (-11, "SIGSEGV"),
+        (-9, "SIGKILL, perhaps the system's out-of-memory killer"),
+        (-40, "signal 40"),
+    ],
+)
+def test_how_a_child_died_is_said(code: int | None, said: str) -> None:
+    assert _how(code) == said
 
 
 @pytest.mark.parametrize(

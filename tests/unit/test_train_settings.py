@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tsq_ray.config import Config, load_config
-from tsq_ray.errors import ConfigError, RunError
+from tsq_ray.bundle.weights import Classifier, save_classifier
+from tsq_ray.config import Config, ModelConfig, load_config
+from tsq_ray.errors import ConfigError, ModelError, RunError
 from tsq_ray.model import TSQShape
+from tsq_ray.networks.encoder import load_encoder
 from tsq_ray.runs.folder import RUN_FILE, write_json
-from tsq_ray.training import train, training_config
-from tsq_ray.training.sampler.parts import _shape
+from tsq_ray.training import finetune, train, training_config
+from tsq_ray.training.sampler.components import _classifier, _shape
 
 
 def features(folder: Path, *sets: str, leave_out: str = "") -> str:
@@ -57,6 +60,22 @@ def test_more_objects_than_the_features_hold_are_refused_before_anything_is_read
         train(str(tmp_path / "nowhere"), str(tmp_path / "out"), config)
 
 
+def test_another_picture_than_that_of_the_features_is_refused(tmp_path: Path) -> None:
+    """The bundle would score pictures of a size that its sampler never saw."""
+    uri = features(tmp_path)
+    config = training_config(uri, None, ("encoders.visual.size=112", "encoders.visual.weights=x"))
+    with pytest.raises(
+        RunError, match=r"\(encoders.visual.size: 188 in the features, 112 asked for\); leave"
+    ):
+        train(uri, str(tmp_path / "out"), config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_role_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="role 'recogniser': allowed are encoder, recognizer"):
+        finetune(str(tmp_path / "m.parquet"), "recogniser", str(tmp_path / "out"))  # type: ignore[arg-type]
+
+
 def test_every_setting_of_a_variant_reaches_the_network() -> None:
     variant: dict[str, Any] = {
         "attention": "class-agnostic",
@@ -91,3 +110,18 @@ def test_the_default_settings_are_the_default_network() -> None:
     words = SimpleNamespace(vocabulary=np.zeros((1000, 768)))
     shape = _shape(Config(), data, words)  # type: ignore[arg-type]
     assert shape == TSQShape(2)
+
+
+@pytest.mark.parametrize("option", ["--encoder", "--recognizer"])
+def test_a_classifier_of_another_task_is_refused(tmp_path: Path, option: str) -> None:
+    encoder = load_encoder(
+        ModelConfig(model="test_resnet", weights="random:0", size=32), with_head=False
+    )
+    encoder.head = torch.nn.Linear(encoder.dim, 2)
+    uri = str(tmp_path / "classifier")
+    save_classifier(Classifier(encoder, ["a", "b"], "multi", "encoder", {}), uri)
+    assert _classifier(uri, option, ["a", "b"], "multi").task == "multi"
+    with pytest.raises(
+        ModelError, match=rf"{option} .*: was finetuned for task 'multi', train.task is 'single'"
+    ):
+        _classifier(uri, option, ["a", "b"], "single")

@@ -11,7 +11,7 @@ import torch
 from tsq_ray.config import Config, TextConfig, load_config
 from tsq_ray.errors import ModelError
 from tsq_ray.networks.text import TextEncoder, WordVectors, text_encoder
-from tsq_ray.training.sampler.parts import Embeddings
+from tsq_ray.training.sampler.components import Embeddings
 
 GLOVE = (
     "the 0.5 0.5\nhigh 1 0\njump 0 2\nchihuahua@dog.com 9 9\nChihuahua 3 -3\n. . 8 8\nhigh way "

@@ -4,7 +4,14 @@ The sandbox limits the damage of a crash or a hang to one video.
 """
 
 from tsq_ray.decode.sandbox import DecodePool
-from tsq_ray.decode.types import WHOLE, DecodedVideo, FrameSpec, VideoSource, with_whole_frames
+from tsq_ray.decode.types import (
+    WHOLE,
+    DecodedVideo,
+    FrameSpec,
+    Outcome,
+    VideoSource,
+    with_whole_frames,
+)
 from tsq_ray.decode.video import decode_video
 
 __all__ = [
@@ -12,6 +19,7 @@ __all__ = [
     "DecodePool",
     "DecodedVideo",
     "FrameSpec",
+    "Outcome",
     "VideoSource",
     "decode_video",
     "with_whole_frames",

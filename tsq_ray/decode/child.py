@@ -27,10 +27,9 @@ from typing import Any
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode.types import DecodedVideo, FrameSpec, VideoSource
+from tsq_ray.decode.types import DecodedVideo, FrameSpec, Outcome, VideoSource
 from tsq_ray.errors import StorageError, VideoError
 
-Outcome = DecodedVideo | VideoError | StorageError
 DecodeTask = Callable[[VideoSource, DecodeConfig, Mapping[str, FrameSpec]], DecodedVideo]
 
 SPENT = 75

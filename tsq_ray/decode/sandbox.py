@@ -18,8 +18,8 @@ import pebble
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode.child import SPENT, ChildContext, DecodeTask, Outcome, run_task, start_child
-from tsq_ray.decode.types import FrameSpec, VideoSource
+from tsq_ray.decode.child import SPENT, ChildContext, DecodeTask, run_task, start_child
+from tsq_ray.decode.types import FrameSpec, Outcome, VideoSource
 from tsq_ray.decode.video import decode_video
 from tsq_ray.errors import VideoError
 
@@ -256,5 +256,6 @@ def _how(code: int | None) -> str:
         return "cause unknown"
     if code >= 0:
         return f"exit code {code}"
-    name = signal.Signals(-code).name
+    known = {number.value: number.name for number in signal.Signals}
+    name = known.get(-code, f"signal {-code}")
     return f"{name}, perhaps the system's out-of-memory killer" if code == -signal.SIGKILL else name

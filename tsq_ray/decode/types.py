@@ -10,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 
+from tsq_ray.errors import Failure
+
 
 @dataclass(frozen=True)
 class FrameSpec:
@@ -93,3 +95,7 @@ class DecodedVideo:
     def slots(self, name: str) -> np.ndarray:
         """Return a copy, uint8 [T, h, w, 3]: each slot's picture in the size `name`."""
         return self.frames[name][self.slot_frame]
+
+
+Outcome = DecodedVideo | Failure
+"""What decoding a video gives."""

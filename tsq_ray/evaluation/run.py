@@ -26,7 +26,7 @@ from tsq_ray.runs.folder import read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
-SUMMARY_FILE = "evaluation.json"
+_IDENTITY_FILE = "evaluation.json"
 """The evaluation's identity, written first; a folder of another evaluation is refused."""
 
 
@@ -49,7 +49,7 @@ def check_installed() -> None:
 
 
 def evaluate(
-    sources: Sequence[str],
+    sources: str | Sequence[str],
     model: str,
     out: str,
     config: Config | None = None,
@@ -65,21 +65,20 @@ def evaluate(
 
     Args:
         sources: one run folder of `tsq extract --recognizer`, or one or more of `tsq score`.
-        model: the bundle whose networks' costs, recogniser, frame head and training settings count.
+        model: the bundle that provides the networks, the frame head and the training settings.
         out: folder for a Markdown and a CSV file per table, the plots and the finished trainings,
             from which a killed evaluation resumes.
         config: from `evaluation_config`, whose defaults are used without it.
-        annotations: a file of known salient segments (`read_annotations`).
-        tables: names from `paper.names()`; all of them by default.
-        split: split to measure, `val` by default.
-        session: the command's cluster and output options.
+        annotations: a file of known salient segments (docs/evaluation.md has the formats).
+        tables: names of tables, such as "table2" or "figure3"; all of them by default.
+        split: split to measure; by default `val`, or every row if the features have no splits.
+        session: the cluster to use and the output to show.
     """
     check_installed()
+    sources = [sources] if isinstance(sources, str) else sources
     started = time.time()
     out = storage.normalize(out)
-    unknown = [name for name in tables if name not in paper.names()]
-    if unknown:
-        raise RunError(f"--table {unknown[0]}: no such table; allowed: {', '.join(paper.names())}")
+    _check_tables(tables)
     kind = _kind_of(sources)
     bundle = load_bundle(model)
     if bundle.recognizer is None:
@@ -109,6 +108,12 @@ def evaluate(
     )
     made = [_make(bench, name, out, header) for name in names]
     return _summary(out, made, started, trained, _counts(features))
+
+
+def _check_tables(tables: Sequence[str]) -> None:
+    unknown = [name for name in tables if name not in paper.names()]
+    if unknown:
+        raise RunError(f"--table {unknown[0]}: no such table; allowed: {', '.join(paper.names())}")
 
 
 def _kind_of(sources: Sequence[str]) -> str:
@@ -172,7 +177,7 @@ def _trainings(config: Config) -> dict[str, Any]:
 
 def _enter(out: str, identity: Identity) -> None:
     """Create or reopen the folder; raises RunError if it holds another evaluation."""
-    place = storage.join(out, SUMMARY_FILE)
+    place = storage.join(out, _IDENTITY_FILE)
     before = read_json(place)
     if before is None:
         write_json(place, identity.parts)

@@ -12,7 +12,7 @@ from tsq_ray.results import IndexSummary
 
 
 def build_manifest(
-    sources: Sequence[str],
+    sources: str | Sequence[str],
     out: str,
     *,
     labels: str | Sequence[str] = (),
@@ -27,8 +27,8 @@ def build_manifest(
 
     Args:
         sources: folders, `s3://` prefixes or video files.
-        out: a Parquet file, or a folder of shards if it ends in `/`; a manifest of over a million
-            videos becomes a folder in any case.
+        out: a Parquet file, or a folder of shards if it ends in `/`. A new manifest of over a
+            million videos is always a folder; an update keeps the existing kind.
         labels: label files, "folders" or "none"; by default class folders, if every video lies in
             one.
         labels_format: format of the label files, by default recognised from their content
@@ -38,6 +38,7 @@ def build_manifest(
         split_name: split of all videos, instead of that of the labels.
         update: replace an existing manifest and compare with it.
     """
+    sources = [sources] if isinstance(sources, str) else sources
     old = find_old(out, update)
     manifest, found = assemble_manifest(sources, labels, classes, split_name, old, labels_format)
     write_manifest(manifest, out)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from tsq_ray import storage
-from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
+from tsq_ray.decode import DecodePool, FrameSpec, Outcome
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.reporting.predictions import Predictions, video_source
 
@@ -64,9 +64,7 @@ def take_pictures(
             group = list(islice(waiting, 2 * num_processes))
 
 
-def _taken(
-    row: dict[str, Any], decoded: DecodedVideo | VideoError | StorageError, wanted: Sequence[int]
-) -> Taken:
+def _taken(row: dict[str, Any], decoded: Outcome, wanted: Sequence[int]) -> Taken:
     if isinstance(decoded, (VideoError, StorageError)):
         return Taken(row, {}, storage.redact(str(decoded)), decoded.error_type)
     scored = row["frame_pts_s"]

@@ -15,7 +15,7 @@ from tsq_ray.runs.folder import Kind, read_run
 def read_features(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read the rows that `extract` wrote, one per video, all columns or the named ones.
 
-    The rows must fit in memory; docs/data-format.md shows how to read a larger run in pieces.
+    The rows must fit in memory; query a larger run with DuckDB, or read its parts one by one.
     A run without rows gives a table without columns. Raises RunError if `uri` holds no finished
     extraction or no such column.
     """
@@ -25,7 +25,7 @@ def read_features(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
 def read_predictions(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read the rows that `score` wrote, one per video, all columns or the named ones.
 
-    The rows must fit in memory; docs/data-format.md shows how to read a larger run in pieces.
+    The rows must fit in memory; query a larger run with DuckDB, or read its parts one by one.
     A run without rows gives a table without columns. Raises RunError if `uri` holds no finished
     scoring or no such column.
     """

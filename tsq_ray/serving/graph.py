@@ -23,8 +23,8 @@ from ray.serve.handle import DeploymentHandle
 
 from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.config import TSQ_MODES, Config, EncodersConfig, ModelConfig
-from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
-from tsq_ray.errors import StorageError, TsqError, VideoError
+from tsq_ray.decode import DecodedVideo, DecodePool, Outcome, VideoSource
+from tsq_ray.errors import Failure, TsqError, VideoError
 from tsq_ray.rows import Answer, picture_specs
 from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.serving.batching import Batches
@@ -33,7 +33,6 @@ from tsq_ray.storage import sha256_of
 if TYPE_CHECKING:  # torch: only in the replicas that need it
     from tsq_ray.stages import Sampled
 
-Failure = VideoError | StorageError
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0
 
 
@@ -256,9 +255,7 @@ class Decoder:
             )
         return await _hand_on(outcome, self.version)
 
-    async def _decode_upload(
-        self, name: str, upload: bytes
-    ) -> DecodedVideo | VideoError | StorageError:
+    async def _decode_upload(self, name: str, upload: bytes) -> Outcome:
         # an unnamed file disappears with this process, however that ends; the children read it
         # through /proc
         with tempfile.TemporaryFile(prefix="tsq-upload-") as file:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import DecodeConfig, ResourcesConfig
-from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, VideoSource
-from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, Outcome, VideoSource
 from tsq_ray.networks.encoder import FrameEncoder, best_device, top_objects
 from tsq_ray.networks.inference import (
     DEFAULT_RESOURCES,
@@ -57,9 +56,7 @@ class Decode:
     ) -> None:
         self.pool = DecodePool(config, specs, num_processes)
 
-    def __call__(
-        self, sources: Sequence[VideoSource]
-    ) -> list[DecodedVideo | VideoError | StorageError]:
+    def __call__(self, sources: Sequence[VideoSource]) -> list[Outcome]:
         """Return frames or failures in the order of `sources`."""
         return self.pool.decode(sources)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from tsq_ray.bundle.settings import NO_RECOGNIZER
 from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import TSQ_MODES, ResourcesConfig, SamplerConfig, Task, check_budget
-from tsq_ray.decode import DecodedVideo
-from tsq_ray.errors import ModelError, StorageError, VideoError
+from tsq_ray.decode import DecodedVideo, Outcome
+from tsq_ray.errors import Failure, ModelError
 from tsq_ray.model import TSQNet, object_embeddings, saliency
 from tsq_ray.model.choosers import Candidates, View, chooser_for
 from tsq_ray.model.task import probabilities
@@ -39,7 +39,7 @@ class Sampled:
     """int32 [T]."""
     candidates: Candidates | None = None
     """None for a failed video."""
-    error: VideoError | StorageError | None = None
+    error: Failure | None = None
     """Why the video failed."""
 
     def take(self, start: int, stop: int) -> Pictures:
@@ -88,9 +88,7 @@ class Sample:
                 else None
             )
 
-    def __call__(
-        self, items: Sequence[tuple[str, DecodedVideo | VideoError | StorageError]]
-    ) -> list[Sampled]:
+    def __call__(self, items: Sequence[tuple[str, Outcome]]) -> list[Sampled]:
         """Return one `Sampled` per item, in order.
 
         `items`: (video id, its frames or its failure); the id seeds the random baseline.

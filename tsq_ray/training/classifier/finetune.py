@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +18,7 @@ from tsq_ray import provenance, storage
 from tsq_ray.bundle.settings import CLASSIFIER_FILE, read_classifier_settings, write_curves
 from tsq_ray.bundle.weights import Classifier, load_network, save_classifier
 from tsq_ray.config import Config, ModelConfig, load_config
-from tsq_ray.errors import RunFailed
+from tsq_ray.errors import ConfigError, RunFailed
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
 from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.results import FinetuneSummary, from_record
@@ -53,15 +53,17 @@ def finetune(
 ) -> FinetuneSummary:
     """Train the `role` network as `finetune.backbone` says and write the classifier to `out`.
 
-    Uses the labelled videos of `split` (default: train), at most `limit`. A stopped run with the
-    same settings is resumed. `take_over` takes the folder from another run that writes to it.
+    Raises UserError for wrong input, RunFailed if no video is usable or the training fails.
 
-    Returns:
-        A summary that counts and names the failed and unlabelled videos.
-
-    Raises:
-        UserError: wrong input.
-        RunFailed: no video is usable, or the training fails.
+    Args:
+        manifest_uri: what `build_manifest` wrote.
+        role: "encoder" trains `encoders.visual`, "recognizer" trains `recognizer`.
+        out: folder of the classifier; a stopped run with the same settings is resumed.
+        config: the settings; `load_config()` by default.
+        split: split to train on; by default `train`, or every row if the manifest has no splits.
+        limit: at most this many labelled videos.
+        take_over: take the folder from another run that writes to it.
+        session: the cluster to use and the output to show.
     """
     started = time.time()
     plan = _Plan.make(
@@ -69,9 +71,9 @@ def finetune(
     )
     if (done := plan.finished()) is not None:
         return done
-    storage.check_writable(plan.out)
     if plan.trains_backbone:
         full.check_input(plan.network)
+    storage.check_writable(plan.out)
     with Lease(plan.out, take_over=take_over) as lease:
         # the run that held the lease before may have finished it
         if (done := plan.finished()) is not None:
@@ -106,6 +108,8 @@ class _Plan:
         limit: int | None,
     ) -> _Plan:
         """Read and check the input; raises UserError for wrong input."""
+        if role not in get_args(Role):
+            raise ConfigError(f"role {role!r}: allowed are {', '.join(get_args(Role))}")
         manifest = read_manifest(manifest_uri)
         what = f"manifest {storage.redact(manifest.uri)}"
         check_classes(manifest.classes, int(is_labelled(manifest.rows).sum()), what)

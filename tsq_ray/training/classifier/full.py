@@ -142,7 +142,7 @@ def _figures(content: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, fl
     last = curve[-1]
     figures = {
         "epochs": len(curve),
-        "went_on_after_epoch": content["resumed_at"],
+        "resumed_after_epoch": content["resumed_at"],
         "losses": {"loss": last["loss"]},
         "train_accuracy": last["accuracy"],
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from tsq_ray.training.features import (
     describe_left_out,
     open_training_set,
 )
+from tsq_ray.training.sampler.components import Components, visual_start
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
-from tsq_ray.training.sampler.parts import Parts, visual_start
 
 WORK_FOLDER = "_train"
 _IDENTITY_FILE = "identity.json"
@@ -47,7 +47,8 @@ def training_config(
 ) -> Config:
     """Load the settings of a training: those of the features, then the TOML file, then the sets.
 
-    Raises RunError if their decode or encoder settings differ from those of the features.
+    Raises RunError if the decode or object encoder settings differ from those of the features, apart
+    from limits and the paths of weights; `train` checks the visual encoder's.
     """
     made = read_run(features_uri, "features")["config"]
     base = {"decode": made["decode"], "encoders": made["encoders"]}
@@ -56,13 +57,19 @@ def training_config(
         decode=config.decode.model_dump(mode="json"),
         encoders=config.encoders.model_dump(mode="json"),
     )
-    differ = wanted.differences(base, words=("in the features", "asked for"), free=_may_change)
+    _refuse_others(wanted, base, features_uri, _may_change)
+    return config
+
+
+def _refuse_others(
+    wanted: Identity, made: Mapping[str, Any], features: str, free: Callable[[str], bool]
+) -> None:
+    differ = wanted.differences(made, words=("in the features", "asked for"), free=free)
     if differ:
         raise RunError(
-            f"{storage.redact(features_uri)}: the features were made with other settings "
+            f"{storage.redact(features)}: the features were made with other settings "
             f"({differ}); leave these settings out or extract again"
         )
-    return config
 
 
 def _may_change(key: str) -> bool:
@@ -96,7 +103,7 @@ def train(
         recognizer: finetune's output; without it, the bundle cannot score.
         split: split to train on; by default `train`, or every row if the features have no splits.
         take_over: take the folder from another run that writes to it.
-        session: the command's cluster and output options.
+        session: the cluster to use and the output to show.
     """
     started = time.time()
     plan = _Plan.make(
@@ -110,7 +117,7 @@ def train(
         return done
     with contextlib.ExitStack() as stack:
         data = stack.enter_context(open_training_set(plan.source))
-        parts = Parts.load(plan.config, plan.run, data, encoder, recognizer)
+        parts = Components.load(plan.config, plan.run, data, encoder, recognizer)
         # only now, so that wrong input leaves no folder behind
         lease = stack.enter_context(Lease(plan.out, take_over=take_over))
         # the run that held the lease before may have finished it
@@ -150,6 +157,9 @@ class _Plan:
         run = read_run(features, "features")
         if classifiers[0] is not None:
             config = config.with_visual_encoder(classifier_settings(classifiers[0]))
+        asked = Identity.of(encoders={"visual": config.encoders.visual.model_dump(mode="json")})
+        made = {"encoders": {"visual": run["config"]["encoders"]["visual"]}}
+        _refuse_others(asked, made, features, lambda key: key.endswith(".weights"))
         identity = _identity(run, config, classifiers, split)
         source = FeatureSource.of(features, split, config.train.task, with_objects)
         return cls(features, out, config, run, source, identity)
@@ -173,7 +183,9 @@ class _Plan:
         return None
 
 
-def _fit(plan: _Plan, data: TrainingSet, parts: Parts, session: Session, lease: Lease) -> Fitted:
+def _fit(
+    plan: _Plan, data: TrainingSet, parts: Components, session: Session, lease: Lease
+) -> Fitted:
     """Train in the work folder, resuming what is there."""
     write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
     job = _job(plan.config, plan.source, data, parts)
@@ -183,7 +195,7 @@ def _fit(plan: _Plan, data: TrainingSet, parts: Parts, session: Session, lease: 
 
 
 def _publish(
-    plan: _Plan, data: TrainingSet, parts: Parts, fitted: Fitted, started: float
+    plan: _Plan, data: TrainingSet, parts: Components, fitted: Fitted, started: float
 ) -> TrainingSummary:
     """Write the bundle, then remove the work folder."""
     config = plan.config
@@ -205,7 +217,9 @@ def _publish(
     return summary
 
 
-def _job(config: Config, source: FeatureSource, data: TrainingSet, parts: Parts) -> dict[str, Any]:
+def _job(
+    config: Config, source: FeatureSource, data: TrainingSet, parts: Components
+) -> dict[str, Any]:
     text = parts.text
     start = {
         "visual": visual_start(config, data, parts.encoder),
@@ -223,7 +237,7 @@ def _job(config: Config, source: FeatureSource, data: TrainingSet, parts: Parts)
 
 
 def _summary(
-    plan: _Plan, data: TrainingSet, parts: Parts, fitted: Fitted, seconds: float
+    plan: _Plan, data: TrainingSet, parts: Components, fitted: Fitted, seconds: float
 ) -> TrainingSummary:
     epochs, warned = plan.config.train.epochs, parts.text.warnings if parts.text else ()
     return TrainingSummary(
@@ -236,7 +250,7 @@ def _summary(
         unlabelled=tuple(data.selection.named),
         warnings=(*data.selection.warnings, *warned),
         workers=fitted.workers,
-        went_on_after_epoch=fitted.resumed_at,
+        resumed_after_epoch=fitted.resumed_at,
         train_seconds=round(fitted.seconds, 2),
         videos_per_s=round(len(data) * epochs / sum(fitted.epoch_seconds), 1),
         seconds=seconds,
@@ -244,7 +258,7 @@ def _summary(
 
 
 def _bundle(
-    config: Config, data: TrainingSet, parts: Parts, fitted: Fitted, record: dict[str, Any]
+    config: Config, data: TrainingSet, parts: Components, fitted: Fitted, record: dict[str, Any]
 ) -> Bundle:
     network = TSQNet(parts.shape)
     network.load_state_dict(fitted.state)
@@ -273,7 +287,9 @@ def _identity(
     return Identity.of(
         features={"manifest": run["manifest"]["sha256"], "config": run["identity"]},
         train=config.train.model_dump(mode="json", exclude={"num_workers", "checkpoint_every"}),
-        finetune=config.finetune.model_dump(mode="json"),
+        finetune=config.finetune.model_dump(
+            mode="json", exclude={"num_workers", "checkpoint_every"}
+        ),
         sampler=config.sampler.model_dump(mode="json"),
         text=config.encoders.text.model_dump(mode="json"),
         encoder=encoder,

@@ -1,4 +1,4 @@
-"""The parts of a bundle besides TSQNet: the frozen networks, the embeddings of names, the start."""
+"""The components of a bundle besides TSQNet: networks, name embeddings, initial queries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsq_ray import storage
 from tsq_ray.bundle.settings import class_order
-from tsq_ray.bundle.weights import load_classifier, load_network
+from tsq_ray.bundle.weights import Classifier, load_classifier, load_network
 from tsq_ray.config import Config
 from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQShape
@@ -72,8 +72,8 @@ def _unknown(names: list[str], vectors: Tensor) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
-    """The parts of a bundle other than TSQNet."""
+class Components:
+    """The components of a bundle other than TSQNet."""
 
     encoder: FrameEncoder
     objects: FrameEncoder | None
@@ -89,16 +89,21 @@ class Parts:
         data: TrainingSet,
         encoder: str | None,
         recognizer: str | None,
-    ) -> Parts:
-        """Load the parts; raises ModelError if one does not fit the features."""
+    ) -> Components:
+        """Load them; raises ModelError if one does not fit the features."""
         frame_encoder = _frame_encoder(config, run, data, encoder)
-        answers = _recognizer(recognizer, data.classes, config.train.task)
+        task = config.train.task
+        answering = (
+            _classifier(recognizer, "--recognizer", data.classes, task).encoder
+            if recognizer is not None
+            else None
+        )
         text = objects = None
         if config.train.modules == "both":
             text = Embeddings.make(config, data.classes)
             objects = load_network(config.encoders.objects, with_head=True)
             _same_weights(objects.state_hash(), run["weights"][OBJECTS], "encoders.objects")
-        return cls(frame_encoder, objects, text, answers, _shape(config, data, text))
+        return cls(frame_encoder, objects, text, answering, _shape(config, data, text))
 
 
 def _frame_encoder(
@@ -114,8 +119,7 @@ def _frame_encoder(
     if encoder is None:
         network.head = fit_head(data.visual, data.targets, config.finetune, config.train.task)
     else:
-        classifier = load_classifier(encoder)
-        class_order(classifier.classes, data.classes, f"--encoder {storage.redact(encoder)}")
+        _classifier(encoder, "--encoder", data.classes, config.train.task)
     return network
 
 
@@ -127,17 +131,15 @@ def _same_weights(have: str, want: str, what: str) -> None:
         )
 
 
-def _recognizer(uri: str | None, classes: list[str], task: str) -> FrameEncoder | None:
-    if uri is None:
-        return None
-    classifier = load_classifier(uri)
-    class_order(classifier.classes, classes, f"--recognizer {storage.redact(uri)}")
+def _classifier(uri: str, option: str, classes: list[str], task: str) -> Classifier:
+    """Load finetune's output; raises ModelError if its classes or its task are others."""
+    classifier, what = load_classifier(uri), f"{option} {storage.redact(uri)}"
+    class_order(classifier.classes, classes, what)
     if classifier.task != task:
         raise ModelError(
-            f"--recognizer {storage.redact(uri)}: was finetuned for task {classifier.task!r}, "
-            f"train.task is {task!r}"
+            f"{what}: was finetuned for task {classifier.task!r}, train.task is {task!r}"
         )
-    return classifier.encoder
+    return classifier
 
 
 def _shape(config: Config, data: TrainingSet, text: Embeddings | None) -> TSQShape:
