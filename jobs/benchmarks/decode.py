@@ -55,7 +55,15 @@ import av
 from jobs.benchmarks.support.s3 import make_buckets, running_s3
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig, validate_config
-from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, indexed, pyav_backend, survivors
+from tsq_ray.decode import (
+    DecodedVideo,
+    FrameSpec,
+    VideoSource,
+    indexed,
+    job,
+    pyav_backend,
+    survivors,
+)
 from tsq_ray.decode import video as decoding
 from tsq_ray.decode.frames import FrameStore
 
@@ -380,8 +388,8 @@ def _keyframe(options: argparse.Namespace) -> list[str]:
 
 
 _PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "open": ((decoding, "open_container"),),
-    "index or packets": ((decoding, "read_index"), (decoding, "scan")),
+    "open": ((decoding, "open_container"), (job, "open_container")),
+    "index or packets": ((job, "read_index"), (job, "scan")),
     "seek": ((pyav_backend, "seek"), (indexed, "seek")),
     "to RGB": ((pyav_backend, "to_rgb"), (indexed, "to_rgb"), (survivors, "to_rgb")),
     "resize": ((FrameStore, "put"),),

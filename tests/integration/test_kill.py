@@ -96,7 +96,8 @@ def test_a_killed_extract(chain: Chain, tmp_path: Path, kills: int) -> None:
     assert columns(read_rows(out)) == columns(read_rows(whole))
 
 
-@KILLS
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 2])
 def test_a_killed_score(chain: Chain, tmp_path: Path, kills: int) -> None:
     whole, out = chain.predictions, str(tmp_path / "killed")
     argv = ["score", chain.manifest, "--model", chain.bundle, "--out", out, *ONE_AT_A_TIME]
