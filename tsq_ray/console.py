@@ -19,6 +19,7 @@ import typer
 from tsq_ray.errors import StorageError, TsqError, UserError
 from tsq_ray.results import (
     Counts,
+    Estimate,
     EvaluatedTable,
     EvaluationSummary,
     FinetuneSummary,
@@ -145,23 +146,23 @@ def counts_text(counts: Counts) -> str:
     return text + (f" ({why})" if why else "")
 
 
-def estimate_text(estimate: dict[str, Any]) -> str:
+def estimate_text(estimate: Estimate) -> str:
     """Format the estimate of --dry-run."""
     lines = [
-        f"to do: {estimate['videos']} of {estimate['inputs']} videos, "
-        f"{_megabytes(estimate['bytes_in'])} to read"
+        f"to do: {estimate.videos} of {estimate.inputs} videos, "
+        f"{_megabytes(estimate.bytes_in)} to read"
     ]
-    if estimate["videos"]:
+    if estimate.videos:
         lines.append(
-            f"would take {estimate['wall_seconds']:.0f} s on a machine like this one, "
-            f"including start-up: {estimate['seconds_a_video']} s per video "
-            f"with {estimate['workers']} workers "
-            f"({estimate['cpu_hours']} CPU hours, {estimate['gpu_hours']} GPU hours)"
+            f"would take {estimate.wall_seconds:.0f} s on a machine like this one, "
+            f"including start-up: {estimate.seconds_a_video} s per video "
+            f"with {estimate.workers} workers "
+            f"({estimate.cpu_hours} CPU hours, {estimate.gpu_hours} GPU hours)"
         )
-        lines.append(f"would write {_megabytes(estimate['bytes_out'])}")
+        lines.append(f"would write {_megabytes(estimate.bytes_out)}")
         lines.append(
-            f"based on a probe of {len(estimate['probed'])} videos, "
-            f"{estimate['probed_failed']} of which failed (--json names them)"
+            f"based on a probe of {len(estimate.probed)} videos, "
+            f"{estimate.probed_failed} of which failed (--json names them)"
         )
     return "\n".join(lines)
 

@@ -27,6 +27,7 @@ from tsq_ray.decode import DecodedVideo, FrameSpec
 from tsq_ray.extraction import choose_networks
 from tsq_ray.feature_pipeline import feature_row
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest
+from tsq_ray.results import Estimate
 from tsq_ray.rows import prediction_row, source_of
 from tsq_ray.runs.bulk import Selection, todo_without_entering
 from tsq_ray.runs.folder import Kind
@@ -53,7 +54,7 @@ def estimate_extract(
     limit: int | None = None,
     out: str | None = None,
     retry_failed: str | None = None,
-) -> dict[str, Any]:
+) -> Estimate:
     """Estimate the time, GPU hours and output size of the rest of an extraction into `out`.
 
     Extrapolates from PROBES videos.
@@ -84,7 +85,7 @@ def estimate_score(
     limit: int | None = None,
     out: str | None = None,
     retry_failed: str | None = None,
-) -> dict[str, Any]:
+) -> Estimate:
     """Estimate the time, GPU hours and output size of the rest of a scoring run into `out`.
 
     Extrapolates from PROBES videos.
@@ -139,7 +140,7 @@ def _estimate(
     finish: Finish,
     arrow: pa.Schema,
     loading: float,
-) -> dict[str, Any]:
+) -> Estimate:
     cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if placed.on_gpu else 0
     networks = next(
         placed[name] for name in ("worker", "encoder", "sampler") if name in placed.pools
@@ -158,19 +159,19 @@ def _estimate(
             rows, seconds = _probe(chosen, decode, finish, workers, threads)
         seconds /= max(1, gpus)  # the probe ran on one GPU
         wall = seconds * len(wanted) + STARTUP_S + loading * max(1.0, workers / cpus)
-    return {
-        "videos": len(wanted),
-        "inputs": inputs,
-        "bytes_in": pc.sum(wanted.table["size_bytes"]).as_py() or 0,
-        "probed": [storage.redact(ref.uri) for ref in chosen],
-        "probed_failed": sum(row["status"] == "failed" for row in rows),
-        "workers": networks.now,
-        "seconds_a_video": round(seconds, 3),
-        "wall_seconds": round(wall, 1),
-        "gpu_hours": round(seconds * len(wanted) * gpus / 3600, 3),
-        "cpu_hours": round(seconds * len(wanted) * cpus / 3600, 3),
-        "bytes_out": int(_encoded_size(rows, arrow) / len(rows) * len(wanted)) if rows else 0,
-    }
+    return Estimate(
+        videos=len(wanted),
+        inputs=inputs,
+        bytes_in=pc.sum(wanted.table["size_bytes"]).as_py() or 0,
+        probed=tuple(storage.redact(ref.uri) for ref in chosen),
+        probed_failed=sum(row["status"] == "failed" for row in rows),
+        workers=networks.now,
+        seconds_a_video=round(seconds, 3),
+        wall_seconds=round(wall, 1),
+        gpu_hours=round(seconds * len(wanted) * gpus / 3600, 3),
+        cpu_hours=round(seconds * len(wanted) * cpus / 3600, 3),
+        bytes_out=int(_encoded_size(rows, arrow) / len(rows) * len(wanted)) if rows else 0,
+    )
 
 
 def _of_every_size(wanted: VideoRows) -> np.ndarray:

@@ -212,6 +212,73 @@ class Verification:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportSummary:
+    """What `build_report` put into the page."""
+
+    out: str
+    """URI of the page."""
+    inputs: int
+    ok: int
+    failed: int
+    skipped: int
+    adds_up: bool
+    """Whether the rows are those that the run counted."""
+    failures: Mapping[str, int]
+    """Failed videos by error type."""
+    warned: int
+    """Videos that are ok with warnings."""
+    judged: int
+    """Labelled videos that are ok, over which the following three are measured."""
+    top1: float | None
+    """None without labels, as are the following two; these also without all scores."""
+    map: float | None
+    map_interpolated: float | None
+    unknown_labels: Mapping[str, int]
+    """Videos by label that the bundle lacks."""
+    shown: int
+    """Videos shown with their frames."""
+    without_pictures: int
+    """Of these, videos whose frames cannot be decoded again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSummary:
+    """What `export_predictions` wrote."""
+
+    out: str
+    """URI of the folder."""
+    videos: int
+    failed: int
+    """Videos without a prediction."""
+    frames: int
+    """Chosen frames written as JPEG."""
+    frames_missing: Mapping[str, int]
+    """Videos whose frames cannot be decoded again, by error type."""
+    files: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What `--dry-run` expects of a run, from a probe of a few videos on this machine."""
+
+    videos: int
+    """Videos to do."""
+    inputs: int
+    """Videos of the manifest."""
+    bytes_in: int
+    probed: tuple[str, ...]
+    """URIs of the probe."""
+    probed_failed: int
+    workers: int
+    seconds_a_video: float
+    wall_seconds: float
+    """Including start-up."""
+    gpu_hours: float
+    cpu_hours: float
+    bytes_out: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Prediction:
     """The labels and the chosen frames of one video, named as in docs/data-format.md.
 

@@ -1,6 +1,6 @@
 """Ask a running endpoint (`tsq serve`): call_endpoint.py URL VIDEO...
 
-Uses httpx; the bearer token, if the endpoint wants one, comes from TSQ_TOKEN.
+Needs httpx (`pip install httpx`). If the endpoint wants a bearer token, it comes from TSQ_TOKEN.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Read predictions with DuckDB and with pandas: read_predictions.py PREDICTIONS.
 
-Neither needs this package, Ray or torch: the rows are plain Parquet.
+The rows are plain Parquet: this needs only `pip install duckdb pandas pyarrow`.
 """
 
 import sys

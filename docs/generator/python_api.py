@@ -13,8 +13,7 @@ from generator.markdown import NOTE, table
 from tsq_ray.runtime.session import DEFAULT_SESSION
 
 API_INTRO = """\
-These commands are also functions; `serve`, `report`, `export` and `info` exist only on the
-command line:
+The commands are also functions; `serve` and `info` exist only on the command line:
 
 ```python
 import tsq_ray
@@ -36,7 +35,7 @@ have the same name there.
 
 ORDER = [
     *("build_manifest", "extract", "finetune", "train", "score", "predict", "evaluate"),
-    *("verify", "read_features", "read_predictions"),
+    *("build_report", "export_predictions", "verify", "read_features", "read_predictions"),
     *("load_config", "training_config", "scoring_config", "evaluation_config"),
 ]
 

@@ -37,6 +37,7 @@ from tsq_ray.estimate import estimate_extract
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest, write_manifest
 from tsq_ray.model.flops import network_multiply_adds
 from tsq_ray.networks import inference
+from tsq_ray.results import Estimate
 from tsq_ray.rows import OBJECTS, VISUAL, frame_spec, source_of
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.session import Session
@@ -353,7 +354,7 @@ def _tables(
     ours: Sequence[dict[str, Any]],
     loops: dict[bool, list[dict[str, float]]],
     limit: dict[str, float],
-    predicted: dict[str, Any],
+    predicted: Estimate,
     options: argparse.Namespace,
 ) -> str:
     turns = range(1, len(ours) + 1)
@@ -406,7 +407,7 @@ def _tables(
         "start-up and shutdown in addition: "
         f"{real - options.videos / best['tsq extract']:.1f} s, with Ray already running"
     )
-    guess, right = predicted["seconds_a_video"], 1 / best["tsq extract"]
+    guess, right = predicted.seconds_a_video, 1 / best["tsq extract"]
     lines.append(
         f"--dry-run: {guess:.3f} s per video predicted, {right:.3f} measured: "
         f"{guess / right:.2f} (aim 0.7 to 1.3)"

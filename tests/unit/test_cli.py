@@ -20,7 +20,7 @@ from tsq_ray.cli import main
 from tsq_ray.console import bare_retry, estimate_text, run_text, without_options
 from tsq_ray.errors import ERROR_TYPES
 from tsq_ray.manifest import read_manifest
-from tsq_ray.results import RunSummary
+from tsq_ray.results import Estimate, RunSummary
 from tsq_ray.runs.bulk import accounting
 from tsq_ray.runs.done import read_done
 from tsq_ray.runs.folder import begin, finish, read_run, write_json, write_part
@@ -619,12 +619,12 @@ def test_the_summary_reports_what_was_there_before(how: dict[str, Any], said: st
 
 
 def test_a_dry_run_is_described_in_words() -> None:
-    estimate = {
+    estimate = Estimate(
         **{
             "videos": 30,
             "inputs": 40,
             "bytes_in": 12_345_678,
-            "probed": ["a", "b"],
+            "probed": ("a", "b"),
             "probed_failed": 1,
             "workers": 2,
         },
@@ -635,7 +635,7 @@ def test_a_dry_run_is_described_in_words() -> None:
             "cpu_hours": 0.008,
             "bytes_out": 250_000,
         },
-    }
+    )
     assert estimate_text(estimate).splitlines() == [
         "to do: 30 of 40 videos, 12.3 MB to read",
         "would take 35 s on a machine like this one, including start-up: "

@@ -24,6 +24,7 @@ from support.report import (
 from tsq_ray.errors import RunError, UserError
 from tsq_ray.reporting import export_predictions
 from tsq_ray.reporting.export import csv_writer
+from tsq_ray.results import ExportSummary
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +33,15 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="module")
-def exported(case: Case) -> tuple[dict, Path]:
+def exported(case: Case) -> tuple[ExportSummary, Path]:
     out = case.folder.parent / "export"
     return export_predictions(str(case.folder), str(out), size=48), out
 
 
-def test_summary(exported: tuple[dict, Path]) -> None:
+def test_summary(exported: tuple[ExportSummary, Path]) -> None:
     summary, out = exported
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert summary == {
+    assert vars(summary) == {
         "out": str(out),
         "videos": 9,
         "failed": 2,
@@ -51,7 +52,7 @@ def test_summary(exported: tuple[dict, Path]) -> None:
     assert len(files) == 17 + 3
 
 
-def test_csv_has_one_row_per_video(exported: tuple[dict, Path], case: Case) -> None:
+def test_csv_has_one_row_per_video(exported: tuple[ExportSummary, Path], case: Case) -> None:
     rows = list(csv.DictReader(io.StringIO((exported[1] / "labels.csv").read_text("utf-8"))))
     assert [row["video_id"] for row in rows] == [video_id(number) for number in range(1, 10)]
     first, few, failed = rows[0], rows[3], rows[7]
@@ -76,7 +77,7 @@ def test_csv_has_one_row_per_video(exported: tuple[dict, Path], case: Case) -> N
     assert rows[2]["label_names"] == "cook|swim"
 
 
-def test_csv_cells_are_no_formulas(exported: tuple[dict, Path]) -> None:
+def test_csv_cells_are_no_formulas(exported: tuple[ExportSummary, Path]) -> None:
     rows = list(csv.DictReader(io.StringIO((exported[1] / "labels.csv").read_text("utf-8"))))
     assert rows[2]["label_1"] == "'=1+1"
 
@@ -100,7 +101,9 @@ def test_other_text_stays(value: str) -> None:
     assert cells_of(["a", "b"], {"a": value, "b": -0.5})[1] == [value, "-0.5"]
 
 
-def test_json_lines_hold_the_values_as_they_are(exported: tuple[dict, Path], case: Case) -> None:
+def test_json_lines_hold_the_values_as_they_are(
+    exported: tuple[ExportSummary, Path], case: Case
+) -> None:
     rows = [
         json.loads(line) for line in (exported[1] / "labels.jsonl").read_text("utf-8").splitlines()
     ]
@@ -112,13 +115,13 @@ def test_json_lines_hold_the_values_as_they_are(exported: tuple[dict, Path], cas
     assert rows[7]["error_message"] == "no video stream in notes.txt"
 
 
-def test_no_secret_of_a_presigned_url(exported: tuple[dict, Path]) -> None:
+def test_no_secret_of_a_presigned_url(exported: tuple[ExportSummary, Path]) -> None:
     for path in exported[1].glob("*.*"):
         assert "X-Amz-Signature" not in path.read_text("utf-8")
 
 
 def test_frames_are_those_chosen_in_the_aspect_of_the_video(
-    exported: tuple[dict, Path], case: Case
+    exported: tuple[ExportSummary, Path], case: Case
 ) -> None:
     row = case.rows[0]
     files = sorted((exported[1] / "frames" / video_id(1)).iterdir())
@@ -133,7 +136,7 @@ def test_frames_are_those_chosen_in_the_aspect_of_the_video(
         assert image.size == (48, 72)
 
 
-def test_a_video_that_is_gone_is_listed(exported: tuple[dict, Path]) -> None:
+def test_a_video_that_is_gone_is_listed(exported: tuple[ExportSummary, Path]) -> None:
     rows = list(
         csv.DictReader(io.StringIO((exported[1] / "frames_missing.csv").read_text("utf-8")))
     )
@@ -166,7 +169,7 @@ def test_labels_alone_open_no_video(tmp_path: Path) -> None:
     summary = export_predictions(
         str(write_run(tmp_path / "run", rows)), str(tmp_path / "out"), ["labels"]
     )
-    assert summary["files"] == 2
+    assert summary.files == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "labels.csv",
         "labels.jsonl",

@@ -41,6 +41,7 @@ from tsq_ray.reporting.losses import losses_svg
 from tsq_ray.reporting.pictures import uniform_slots
 from tsq_ray.reporting.predictions import read_predictions
 from tsq_ray.reporting.summary import summarize
+from tsq_ray.results import ReportSummary
 
 VOID = {"meta", "link", "img", "input", "br"}
 
@@ -83,43 +84,45 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(scope="module")
-def built(case: Case) -> tuple[dict, str]:
+def built(case: Case) -> tuple[ReportSummary, str]:
     out = case.folder.parent / "report.html"
     summary = build_report(str(case.folder), str(out))
     return summary, out.read_text("utf-8")
 
 
 @pytest.fixture(scope="module")
-def page(built: tuple[dict, str]) -> Page:
+def page(built: tuple[ReportSummary, str]) -> Page:
     return Page(built[1])
 
 
-def test_summary_has_the_figures(built: tuple[dict, str], case: Case) -> None:
+def test_summary_has_the_figures(built: tuple[ReportSummary, str], case: Case) -> None:
     summary = built[0]
-    assert summary["out"] == str(case.folder.parent / "report.html")
-    assert {key: summary[key] for key in ("inputs", "ok", "failed", "skipped", "shown")} == {
+    assert summary.out == str(case.folder.parent / "report.html")
+    assert {
+        key: getattr(summary, key) for key in ("inputs", "ok", "failed", "skipped", "shown")
+    } == {
         "inputs": 9,
         "ok": 7,
         "failed": 2,
         "skipped": 0,
         "shown": 9,
     }
-    assert summary["failures"] == {"not_video": 1, "access_denied": 1}
-    assert summary["adds_up"] is True
-    assert summary["warned"] == 2
-    assert summary["without_pictures"] == 1
+    assert summary.failures == {"not_video": 1, "access_denied": 1}
+    assert summary.adds_up is True
+    assert summary.warned == 2
+    assert summary.without_pictures == 1
 
 
 def test_quality_over_the_labelled_videos_that_the_bundle_can_judge(
-    built: tuple[dict, str],
+    built: tuple[ReportSummary, str],
 ) -> None:
     summary = built[0]
-    assert summary["judged"] == 5
-    assert summary["top1"] == pytest.approx(3 / 5)
+    assert summary.judged == 5
+    assert summary.top1 == pytest.approx(3 / 5)
     # by hand, equal scores entering together; cook: 1, 1, 3/5; swim: 1, 1, 3/4
-    assert summary["map"] == pytest.approx(((1 + 1 + 3 / 5) / 3 + (1 + 1 + 3 / 4) / 3) / 2)
-    assert summary["map_interpolated"] == pytest.approx(summary["map"])
-    assert summary["unknown_labels"] == {"juggle": 1}
+    assert summary.map == pytest.approx(((1 + 1 + 3 / 5) / 3 + (1 + 1 + 3 / 4) / 3) / 2)
+    assert summary.map_interpolated == pytest.approx(summary.map)
+    assert summary.unknown_labels == {"juggle": 1}
 
 
 def test_details_of_the_quality(case: Case) -> None:
@@ -178,7 +181,9 @@ def test_every_video_has_a_well_formed_card(page: Page) -> None:
     }
 
 
-def test_nothing_is_requested_or_run_from_outside(built: tuple[dict, str], page: Page) -> None:
+def test_nothing_is_requested_or_run_from_outside(
+    built: tuple[ReportSummary, str], page: Page
+) -> None:
     for _, attributes in page.elements:
         for name, value in attributes.items():
             assert not name.startswith("on"), f"an event handler: {name}"
@@ -196,19 +201,19 @@ def test_nothing_is_requested_or_run_from_outside(built: tuple[dict, str], page:
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_hostile_names_are_text(built: tuple[dict, str], page: Page) -> None:
+def test_hostile_names_are_text(built: tuple[ReportSummary, str], page: Page) -> None:
     assert HOSTILE_NAME in page.cards[video_id(2)]
     assert CLASSES[2] in page.cards[video_id(2)]
     assert HOSTILE_NAME not in built[1]
     assert CLASSES[2] not in built[1]
 
 
-def test_no_secret_of_a_presigned_url(built: tuple[dict, str], page: Page) -> None:
+def test_no_secret_of_a_presigned_url(built: tuple[ReportSummary, str], page: Page) -> None:
     assert "X-Amz-Signature" not in built[1]
     assert "https://store.example/v.mp4?..." in page.cards[video_id(9)]
 
 
-def test_the_run_is_described(built: tuple[dict, str]) -> None:
+def test_the_run_is_described(built: tuple[ReportSummary, str]) -> None:
     for text in (
         "/models/kitchen",
         "torch 2.9",
@@ -236,7 +241,7 @@ def test_a_short_video_shows_each_frame_once(page: Page) -> None:
     assert "Uniform 2 frames " in card
 
 
-def test_pictures_are_those_of_their_slots(built: tuple[dict, str], case: Case) -> None:
+def test_pictures_are_those_of_their_slots(built: tuple[ReportSummary, str], case: Case) -> None:
     text = built[1][built[1].index(f'id="v-{video_id(1)}"') :]
     pictures = re.findall(r'src="data:image/jpeg;base64,([^"]+)" alt="Frame at ([0-9.]+) s"', text)[
         : 2 * BUDGET
@@ -257,7 +262,7 @@ def test_a_changed_video_is_not_shown_for_the_scored_one(tmp_path: Path) -> None
     video = make_video(tmp_path / "a.mp4", 20)
     folder = write_run(tmp_path / "run", [ok_row(1, video, [0.7, 0.1, 0.1, 0.1])])
     make_video(video, 30)
-    assert build_report(str(folder), str(tmp_path / "r.html"))["without_pictures"] == 1
+    assert build_report(str(folder), str(tmp_path / "r.html")).without_pictures == 1
     assert (
         "No pictures: source_changed"
         in Page((tmp_path / "r.html").read_text("utf-8")).cards[video_id(1)]
@@ -267,9 +272,9 @@ def test_a_changed_video_is_not_shown_for_the_scored_one(tmp_path: Path) -> None
 def test_without_scores_there_is_top1_but_no_map(tmp_path: Path) -> None:
     case = make_case(tmp_path, with_scores=False)
     summary = build_report(str(case.folder), str(tmp_path / "r.html"), max_videos=0)
-    assert summary["top1"] == pytest.approx(3 / 5)
-    assert summary["map"] is None
-    assert summary["shown"] == 0
+    assert summary.top1 == pytest.approx(3 / 5)
+    assert summary.map is None
+    assert summary.shown == 0
     assert "No mAP: these predictions do not hold the score of every class." in (
         tmp_path / "r.html"
     ).read_text("utf-8")
@@ -282,14 +287,14 @@ def test_what_run_json_does_not_say_is_left_out(tmp_path: Path) -> None:
         tmp_path / "run", [ok_row(1, video, [0.7, 0.1, 0.1, 0.1], ["cook"])], **left_out
     )
     summary = build_report(str(folder), str(tmp_path / "r.html"))
-    assert (summary["top1"], summary["map"], summary["adds_up"]) == (1.0, None, True)
+    assert (summary.top1, summary.map, summary.adds_up) == (1.0, None, True)
     assert "Lambda" not in (tmp_path / "r.html").read_text("utf-8")
 
 
 def test_a_run_of_failures_only(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", [failed_row(1, "/a/b.mp4", "truncated", "too short")])
     summary = build_report(str(folder), str(tmp_path / "r.html"))
-    assert (summary["ok"], summary["failed"], summary["top1"]) == (0, 1, None)
+    assert (summary.ok, summary.failed, summary.top1) == (0, 1, None)
     assert "No video was labelled." in (tmp_path / "r.html").read_text("utf-8")
 
 
@@ -319,7 +324,7 @@ def test_an_accounting_that_does_not_add_up_is_reported(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "run", rows, counts={"inputs": 5, "ok": 1, "failed": 1, "skipped": 2}
     )
-    assert build_report(str(folder), str(tmp_path / "r.html"))["adds_up"] is False
+    assert build_report(str(folder), str(tmp_path / "r.html")).adds_up is False
     assert "The rows do not add up" in (tmp_path / "r.html").read_text("utf-8")
 
 

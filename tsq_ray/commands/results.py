@@ -138,13 +138,10 @@ def report(
 
     Shows totals, failures, mAP and the chosen frames of each video.
     """
-    from tsq_ray import storage
     from tsq_ray.reporting import build_report
 
-    summary = build_report(
-        storage.normalize(predictions), storage.normalize(out), max_videos=max_videos
-    )
-    show(summary, as_json, f"report: {storage.redact(storage.normalize(out))}")
+    summary = build_report(predictions, out, max_videos=max_videos)
+    show(summary, as_json, f"report: {summary.out}")
 
 
 def export(
@@ -157,15 +154,11 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Export labels as CSV and JSONL, and the chosen frames as JPEG."""
-    from tsq_ray import storage
     from tsq_ray.reporting import export_predictions
 
-    summary = export_predictions(
-        storage.normalize(predictions),
-        storage.normalize(out),
-        what=("labels", "frames") if frames else ("labels",),
-    )
-    show(summary, as_json, "\n".join(f"{key}: {value}" for key, value in summary.items()))
+    what = ("labels", "frames") if frames else ("labels",)
+    summary = export_predictions(predictions, out, what=what)
+    show(summary, as_json, "\n".join(f"{key}: {value}" for key, value in vars(summary).items()))
 
 
 def verify(

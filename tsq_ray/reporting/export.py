@@ -19,6 +19,7 @@ from tsq_ray import storage
 from tsq_ray.errors import RunError, UserError
 from tsq_ray.reporting.pictures import Progress, Taken, jpeg, take_pictures
 from tsq_ray.reporting.predictions import Predictions, read_predictions
+from tsq_ray.results import ExportSummary
 from tsq_ray.schema import TOP_LABELS
 
 WHAT = ("labels", "frames")
@@ -47,7 +48,7 @@ def export_predictions(
     size: int = 480,
     num_processes: int = 2,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> ExportSummary:
     """Write a predictions folder's labels and chosen frames below `out` (a folder or prefix).
 
     - `labels.csv` and `labels.jsonl`: one row per video, failed ones with their reason. UTF-8. In
@@ -57,8 +58,7 @@ def export_predictions(
       shorter side `size` pixels, or the video's own if smaller. A video that is missing or fails to
       decode is listed in `frames_missing.csv` with its reason.
 
-    Returns {"out", "videos", "failed" (videos without a label), "frames", "frames_missing"
-    {error type: videos}, "files"}. Raises UserError for an unknown `what`, RunError or StorageError
+    Raises UserError for an unknown `what`, RunError or StorageError
     if the predictions cannot be read or `out` cannot be written.
     """
     unknown = [item for item in what if item not in WHAT]
@@ -77,24 +77,19 @@ def export_predictions(
         _sides(predictions, table, size)
         for table in predictions.tables(["video_id", "status", "width", "height"])
     ]
-    summary: dict[str, Any] = {
-        "out": storage.redact(out),
-        "videos": sum(map(len, sides)),
-        "failed": sum(int((of_part == 0).sum()) for of_part in sides),
-        "frames": 0,
-        "frames_missing": {},
-        "files": 0,
-    }
+    frames, missing = 0, Counter[str]()
     if "labels" in what:
         _export_labels(predictions, out)
-        summary["files"] += 2
     if "frames" in what:
-        taken = _take(predictions, sides, num_processes, progress)
-        frames, missing = _export_frames(taken, out)
-        summary["frames"] = frames
-        summary["files"] += frames + bool(missing)
-        summary["frames_missing"] = dict(missing.most_common())
-    return summary
+        frames, missing = _export_frames(_take(predictions, sides, num_processes, progress), out)
+    return ExportSummary(
+        out=storage.redact(out),
+        videos=sum(map(len, sides)),
+        failed=sum(int((of_part == 0).sum()) for of_part in sides),
+        frames=frames,
+        frames_missing=dict(missing.most_common()),
+        files=2 * ("labels" in what) + frames + bool(missing),
+    )
 
 
 def csv_writer(file: BinaryIO, fields: Sequence[str]) -> Callable[[Mapping[str, Any]], None]:

@@ -19,6 +19,7 @@ from tsq_ray.reporting.losses import PARTS, losses_svg
 from tsq_ray.reporting.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
 from tsq_ray.reporting.predictions import Place, Predictions, read_predictions
 from tsq_ray.reporting.summary import Summary, summarize
+from tsq_ray.results import ReportSummary
 
 THUMBNAIL_PX = 120
 """Shorter side of a thumbnail: 160 x 120 for 4:3."""
@@ -34,18 +35,15 @@ def build_report(
     max_videos: int = 60,
     num_processes: int = 2,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> ReportSummary:
     """Write the report of a predictions folder to `out` (a path or URI) and return its totals.
 
     The page opens offline: images are data URIs, and the content security policy forbids all
     requests. Frames are decoded again from the videos by `num_processes` child processes; a missing
     video has a note instead. `choice.choose_shown` picks up to `max_videos` videos for cards.
     Raises RunError or StorageError if the predictions cannot be read.
-
-    Returns {"out", "inputs", "ok", "failed", "skipped", "adds_up", "failures" {type: n}, "warned",
-    "judged", "top1", "map", "map_interpolated", "unknown_labels" {name: n}, "shown",
-    "without_pictures"}; unknown metrics are None.
     """
+    out = storage.normalize(out)
     predictions = read_predictions(predictions_uri)
     summary = summarize(predictions, max_videos)
     totals, figures, budget = (
@@ -76,11 +74,12 @@ def build_report(
     storage.write_bytes(out, page.encode("utf-8"))
     kept = ("inputs", "ok", "failed", "skipped", "adds_up", "failures", "warned")
     measured = ("judged", "top1", "map", "map_interpolated", "unknown_labels")
-    return (
-        {"out": storage.redact(out)}
-        | {key: totals[key] for key in kept}
-        | {key: figures[key] for key in measured}
-        | {"shown": len(cards), "without_pictures": without_pictures}
+    return ReportSummary(
+        out=storage.redact(out),
+        **{key: totals[key] for key in kept},
+        **{key: figures[key] for key in measured},
+        shown=len(cards),
+        without_pictures=without_pictures,
     )
 
 
