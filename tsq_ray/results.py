@@ -107,26 +107,37 @@ class RunSummary:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class FinetuneSummary:
-    """A finished classifier, made by `finetune`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """What the summaries of `finetune` and `train` share."""
 
     out: str
-    """URI of the classifier's folder."""
-    role: Literal["encoder", "recognizer"]
-    backbone: Literal["trained", "frozen"]
+    """URI of the folder that was written."""
     videos: int
     """Videos trained on."""
     classes: int
-    failed: Mapping[str, int]
-    """Videos that could not be used, by error type."""
-    failed_videos: tuple[str, ...]
-    """The first of them."""
     left_out: Mapping[str, int]
     """Videos that were not to be trained on, by reason."""
     unlabelled: tuple[str, ...]
     """The first videos without a label."""
     warnings: tuple[str, ...]
+    resumed_after_epoch: int = 0
+    """Epoch from which a stopped training was resumed; 0 for none."""
+    seconds: float = 0.0
+    already_done: bool = False
+    """Whether an earlier call had finished this work."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneSummary(_Trained):
+    """A finished classifier, made by `finetune`."""
+
+    role: Literal["encoder", "recognizer"]
+    backbone: Literal["trained", "frozen"]
+    failed: Mapping[str, int]
+    """Videos that could not be used, by error type."""
+    failed_videos: tuple[str, ...]
+    """The first of them."""
     train_accuracy: float
     """Share of the training videos, or of their last epoch's clips, that are labelled correctly."""
     epochs: int | None = None
@@ -137,38 +148,18 @@ class FinetuneSummary:
     """On `finetune.val_split`, as are the other `val_` fields; None if no such video was measured."""
     val_top1: float | None = None
     val_mAP: float | None = None  # noqa: N815  the field's spelling
-    resumed_after_epoch: int = 0
-    """Epoch from which a stopped training was resumed; 0 for none."""
-    seconds: float = 0.0
-    already_done: bool = False
-    """Whether an earlier call had finished this classifier."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingSummary:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSummary(_Trained):
     """A finished bundle, made by `train`."""
 
-    out: str
-    """URI of the bundle."""
-    videos: int
-    """Videos trained on."""
-    classes: int
     epochs: int
     losses: Mapping[str, float]
     """Losses of the last epoch (paper, equation 4)."""
-    left_out: Mapping[str, int]
-    """Videos that were not trained on, by reason."""
-    unlabelled: tuple[str, ...]
-    """The first videos without a label."""
-    warnings: tuple[str, ...]
     workers: int
     train_seconds: float
     videos_per_s: float
-    resumed_after_epoch: int = 0
-    """Epoch from which a stopped training was resumed; 0 for none."""
-    seconds: float = 0.0
-    already_done: bool = False
-    """Whether an earlier call had finished this bundle."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tsq_ray
@@ -98,13 +98,18 @@ def docstring_text(documented: Any) -> str:
 
 def dataclass_text(name: str, kind: type) -> str:
     """Return the meaning and the fields of a dataclass, with the docstrings below them."""
+    bases = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
+    rows = [row for base in bases for row in field_rows(base)]
+    return f"## {name}\n{docstring_text(kind)}\n{table(['field', 'type', 'what'], rows)}\n"
+
+
+def field_rows(kind: type) -> Iterator[list[str]]:
+    """Yield [name, type, meaning] of each field that a dataclass itself defines."""
     (node,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(node, ast.ClassDef)
-    rows = []
     for place, line in enumerate(node.body):
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             after = node.body[place + 1] if place + 1 < len(node.body) else None
             documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             what = " ".join(str(after.value.value).split()) if documented else ""
-            rows.append([f"`{line.target.id}`", f"`{ast.unparse(line.annotation)}`", what])
-    return f"## {name}\n{docstring_text(kind)}\n{table(['field', 'type', 'what'], rows)}\n"
+            yield [f"`{line.target.id}`", f"`{ast.unparse(line.annotation)}`", what]

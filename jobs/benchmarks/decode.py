@@ -29,18 +29,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import resource
-import select
 import shutil
-import socket
-import socketserver
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +46,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import av
 
+from jobs.benchmarks.support.counting_proxy import CountingProxy
+from jobs.benchmarks.support.ffmpeg import cpu_of_program, ffmpeg_commands
 from jobs.benchmarks.support.s3 import make_buckets, running_s3
+from jobs.benchmarks.support.warm import CpuSide, Side
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig, validate_config
 from tsq_ray.decode import (
@@ -67,15 +64,7 @@ from tsq_ray.decode import (
 from tsq_ray.decode import video as decoding
 from tsq_ray.decode.frames import FrameStore
 
-_SIDES = Path(__file__).with_name("sides.py")
 _BUCKET = "tsq-bench"
-_INSTALL = {
-    "daft": (
-        "not installed: python -m venv DIR && DIR/bin/pip install daft av pillow numpy, "
-        "then --daft-python DIR/bin/python"
-    ),
-    "read_videos": "not installed: pip install 'ray[data]' decord2",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,66 +143,6 @@ def _settings(options: argparse.Namespace, strategy: str) -> DecodeConfig:
 # -------------------------------------------------------------------------------------------- peers
 
 
-class Side:
-    """A warm process that runs rounds (sides.py)."""
-
-    def __init__(
-        self, name: str, options: argparse.Namespace, paths: Sequence[Path], workers: int
-    ) -> None:
-        python = options.daft_python if name == "daft" else sys.executable
-        job = {
-            "paths": [str(path) for path in paths],
-            "frames": options.frames,
-            "size": options.size,
-            "workers": workers,
-        }
-        self.name, self.patience, self.trouble = name, options.patience, ""
-        self.rounds: list[float] = []
-        self.frames = 0
-        self.process = subprocess.Popen(
-            [python, str(_SIDES), name, json.dumps(job)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        first = self._answer()
-        self.start = first.get("seconds", 0.0)
-        if "missing" in first:
-            self.trouble = f"{_INSTALL.get(name, '')} ({first['missing']})"
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], self.patience)
-        line = self.process.stdout.readline() if ready else ""
-        if not line:
-            self.trouble = (
-                f"hung: no answer in {self.patience:g} s" if not ready else "ended with an error"
-            )
-        return json.loads(line) if line else {}
-
-    def round(self) -> None:
-        """Decode all videos once."""
-        if self.trouble:
-            return
-        assert self.process.stdin is not None
-        self.process.stdin.write("again\n")
-        self.process.stdin.flush()
-        if answer := self._answer():
-            self.rounds.append(answer["seconds"])
-            self.frames = answer["frames"]
-
-    def close(self) -> None:
-        """End the process by closing its input, or kill it if it hangs."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
 def _peers(options: argparse.Namespace) -> list[str]:
     lines = [
         "| decode + resize | this s | peer s | ratio | aim | frames | start-up s |",
@@ -256,47 +185,6 @@ def _cpu_of_decode(path: Path, settings: DecodeConfig, size: int) -> tuple[float
     return time.process_time() - started, video
 
 
-def _cpu_of_program(command: Sequence[str]) -> float:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def ffmpeg_commands(program: str, path: Path, video: DecodedVideo, size: int) -> list[list[str]]:
-    """Return two commands that decode the frames of `video`: one pass, and a seek per frame."""
-    picture = f"scale={size}:{size}:flags=bilinear,format=rgb24"
-    start = [program, "-v", "error", "-nostdin", "-filter_threads", "1"]
-    wanted = "+".join(f"eq(n,{index})" for index in sorted(set(video.frame_index.tolist())))
-    count = str(len(set(video.frame_index.tolist())))
-    one_pass = [
-        *start,
-        "-threads",
-        "1",
-        "-i",
-        str(path),
-        "-an",
-        "-vf",
-        f"select='{wanted}',{picture}",
-        "-vsync",
-        "passthrough",
-    ]
-    seeks = list(start)
-    times = sorted(set(video.frame_pts_s.tolist()))
-    for pts in times:
-        seeks += [
-            "-threads",
-            "1",
-            "-ss",
-            f"{max(0.0, pts - 0.5 / max(video.fps, 1)):.4f}",
-            "-i",
-            str(path),
-        ]
-    for number in range(len(times)):
-        seeks += ["-map", f"{number}:v:0", "-vf", picture, "-frames:v", "1", "-f", "null", "-"]
-    return [[*one_pass, "-frames:v", count, "-f", "null", "-"], seeks]
-
-
 def _ffmpeg(options: argparse.Namespace) -> list[str]:
     program = shutil.which("ffmpeg")
     if program is None:
@@ -308,7 +196,7 @@ def _ffmpeg(options: argparse.Namespace) -> list[str]:
     version = subprocess.run(
         [program, "-version"], capture_output=True, text=True, check=True
     ).stdout.split()[2]
-    start = min(_cpu_of_program([program, "-version"]) for _ in range(5))
+    start = min(cpu_of_program([program, "-version"]) for _ in range(5))
     lines = [
         f"| exact against ffmpeg {version} | this CPU s | ffmpeg CPU s | its way | ratio | aim |",
         "| --- | ---: | ---: | --- | ---: | ---: |",
@@ -320,7 +208,7 @@ def _ffmpeg(options: argparse.Namespace) -> list[str]:
         turns = [
             (
                 _cpu_of_decode(path, settings, options.size)[0],
-                *(_cpu_of_program(command) - start for command in commands),
+                *(cpu_of_program(command) - start for command in commands),
             )
             for _ in range(options.rounds)
         ]
@@ -447,13 +335,12 @@ def _before(options: argparse.Namespace) -> list[str]:
     for strategy in ("uniform", "keyframe"):
         for folder in ("untrimmed", "long", "surrogate", "fight"):
             paths = [str(path) for path in _files(options, folder)]
-            job = {
-                "paths": paths,
-                "frames": options.frames,
-                "size": options.size,
-                "strategy": strategy,
-            }
-            sides = [_Cpu(job | {"checkout": str(checkout)}) for checkout in checkouts]
+            work = {"paths": paths, "frames": options.frames, "size": options.size}
+            work["strategy"] = strategy
+            sides = [
+                CpuSide(work | {"checkout": str(checkout)}, options.patience)
+                for checkout in checkouts
+            ]
             with contextlib.ExitStack() as stack:
                 for side in sides:
                     stack.callback(side.close)
@@ -469,66 +356,7 @@ def _before(options: argparse.Namespace) -> list[str]:
     return lines
 
 
-class _Cpu:
-    """A warm process that decodes with one checkout (sides.py)."""
-
-    def __init__(self, job: dict[str, Any]) -> None:
-        command = [sys.executable, str(_SIDES), "cpu", json.dumps(job)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        return json.loads(self.process.stdout.readline())
-
-    def round(self) -> list[float]:
-        """Return the CPU seconds of each video."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("again\n")
-        self.process.stdin.flush()
-        return self._answer()["frames"]
-
-    def close(self) -> None:
-        """End the process by closing its input."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 # ----------------------------------------------------------------------------------------------- S3
-
-
-class CountingProxy:
-    """Forwards connections to a server and counts the bytes that come back."""
-
-    def __init__(self, port: int) -> None:
-        self.sent = 0
-        proxy = self
-
-        class Handler(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                with socket.create_connection(("127.0.0.1", port)) as upstream:
-                    ends = {self.request: upstream, upstream: self.request}
-                    while True:
-                        for end in select.select(list(ends), [], [])[0]:
-                            data = end.recv(65536)
-                            if not data:
-                                return
-                            proxy.sent += len(data) if end is upstream else 0
-                            ends[end].sendall(data)
-
-        self.server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def __enter__(self) -> CountingProxy:
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
 
 
 @contextlib.contextmanager
@@ -556,11 +384,8 @@ def _s3(options: argparse.Namespace) -> list[str]:
             fetched = []
             for strategy in ("uniform", "keyframe"):
                 before = proxy.sent
-                decoding.decode_video(
-                    VideoSource(uri),
-                    _settings(options, strategy),
-                    {"picture": FrameSpec(options.size)},
-                )
+                specs = {"picture": FrameSpec(options.size)}
+                decoding.decode_video(VideoSource(uri), _settings(options, strategy), specs)
                 fetched.append(proxy.sent - before)
             size = path.stat().st_size
             lines.append(

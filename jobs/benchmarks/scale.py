@@ -23,18 +23,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -42,11 +38,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.benchmarks.support.made_up_bucket import PAGE, serve_bucket
+from jobs.benchmarks.support.memory import Memory
 from jobs.benchmarks.support.s3 import S3Server, make_buckets, running_s3
 from jobs.benchmarks.support.slow_store import slow_store
+from jobs.benchmarks.support.stubs import StubWorker, TimedCounts
 from tsq_ray import extraction, feature_pipeline, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
-from tsq_ray.decode import DecodedVideo, VideoSource
 from tsq_ray.manifest import (
     Findings,
     Manifest,
@@ -61,12 +59,10 @@ from tsq_ray.runs.folder import begin, write_part
 from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.session import Session
-from tsq_ray.stages import FrameFeatures
 
 _CLASSES = [f"class {number}" for number in range(200)]
 _NETWORK = {"model": "test_efficientnet", "size": 32}
 _BUCKET = "tsq-scale"
-_PAGE = 1000
 _STEPS = ("plan", "resume", "run")
 _REAL_FRAMES, _REAL_DIM = 50, 1280
 _MADE_ROWS = 500_000
@@ -155,30 +151,6 @@ def _child(work: str, environment: dict[str, str] | None = None, **options: Any)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-class Memory:
-    """Peak of this process's anonymous memory in MiB, sampled twenty times a second.
-
-    Excludes mapped library files and Ray's shared object store.
-    """
-
-    def __init__(self) -> None:
-        self.peak = 0.0
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while True:
-            self.now()
-            time.sleep(0.05)
-
-    def now(self) -> float:
-        """Return the current value."""
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found is not None
-        size = int(found.group(1)) / 1024
-        self.peak = max(self.peak, size)
-        return size
-
-
 # --------------------------------------------------------------------------------------- extraction
 
 
@@ -237,11 +209,8 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
                 | {"peak_mib": memory.peak}
             )
         started = time.perf_counter()
-        with enter(
-            f"{folder}/{'empty' if options.child == 'plan' else 'planned'}",
-            read_manifest(manifest_uri),
-            config,
-        ) as run:
+        out = f"{folder}/{'empty' if options.child == 'plan' else 'planned'}"
+        with enter(out, read_manifest(manifest_uri), config) as run:
             next(parts.executions(run.todo, 2))
             measured["seconds"] = time.perf_counter() - started
             if options.child == "plan":
@@ -283,51 +252,6 @@ def write_parts(out: str, rows: VideoRows, of: int) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(0, len(rows), size)))
-
-
-class Stub:
-    """Stub of the decoder's children and the networks: the same frames and features everywhere."""
-
-    def __init__(self, config: Config, dim: int) -> None:
-        count, objects = config.decode.num_frames, config.encoders.num_objects
-        index = np.arange(count, dtype=np.int32)
-        self.video = DecodedVideo(
-            {}, index, index, index.astype(np.float32), 4.0, 1.0, 320, 240, "none", count, [], 0.0
-        )
-        ids = np.zeros((count, objects), np.int16)
-        self.features = FrameFeatures(
-            np.zeros((count, dim), np.float32), ids, ids.astype(np.float32)
-        )
-
-    def outcomes(self, sources: Sequence[VideoSource], ahead: int) -> Iterator[DecodedVideo]:
-        return (self.video for _ in sources)
-
-    def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
-        return [self.features for _ in videos]
-
-
-class StubWorker(feature_pipeline.ExtractWorker):
-    """The worker of `tsq extract`, with stubs."""
-
-    def __init__(self, plan: feature_pipeline.FeaturePlan) -> None:
-        self.plan = plan
-        stub: Any = Stub(plan.config, plan.schema.field("visual").type.shape[1])
-        self.pool = self.encode = stub
-
-
-class TimedCounts(progress.Counts):
-    """Counts that record when the first and the last row were finished."""
-
-    first = last = 0.0
-
-    def add(self, statuses: Sequence[str | None]) -> None:
-        self.last = time.time()
-        self.first = self.first or self.last
-        super().add(statuses)
-
-    def seconds(self) -> float:
-        """Return the seconds from the first row to the last."""
-        return self.last - self.first
 
 
 def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str, Any]:
@@ -376,7 +300,7 @@ def _growth_table(measured: Sequence[dict[str, Any]], wait_ms: float) -> str:
                 f"{1000 * run['seconds'] / one['rows']:.2f}",
                 f"{run['rest']:.1f}",
             ]
-            cells += [str(run.record["parts"]), f"{run['rows_a_part']:.0f}"]
+            cells += [str(run["parts"]), f"{run['rows_a_part']:.0f}"]
         else:
             cells += ["-"] * 5
         peaks = [f"{one[step]['peak_mib']:.0f}" if step in one else "-" for step in _STEPS]
@@ -402,8 +326,8 @@ def _listings(options: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
     found = []
     if options.objects:
         fs, _ = storage.filesystem(f"s3://{_BUCKET}")
-        for start in range(0, options.objects, _PAGE):
-            numbers = range(start, min(start + _PAGE, options.objects))
+        for start in range(0, options.objects, PAGE):
+            numbers = range(start, min(start + PAGE, options.objects))
             fs.pipe(
                 {
                     f"{_BUCKET}/videos/{number % 100:02d}/{number:07d}.mp4": b"not a video"
@@ -448,53 +372,7 @@ def _list(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(options: argparse.Namespace) -> None:
-    """Serve generated listings page by page. Prints the endpoint and serves until killed."""
-
-    class Pages(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            query = parse_qs(urlparse(self.path).query)
-            start = int(query.get("continuation-token", ["0"])[0])
-            body = _page(start, min(start + _PAGE, options.entries), options.entries).encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "application/xml")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_HEAD(self) -> None:
-            self.send_response(404)  # the prefix is not an object
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Pages)
-    sys.stdout.write(f"http://127.0.0.1:{server.server_port}\n")
-    sys.stdout.flush()
-    server.serve_forever()
-
-
-def _page(start: int, end: int, total: int) -> str:
-    entries = "".join(
-        f"<Contents><Key>videos/{number // 1000:04d}/{number:010d}.mp4</Key>"
-        "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-        f"<ETag>&quot;{number:032x}&quot;</ETag><Size>{1_000_000 + number}</Size>"
-        "<StorageClass>STANDARD</StorageClass></Contents>"
-        for number in range(start, end)
-    )
-    more = (
-        f"<IsTruncated>true</IsTruncated><NextContinuationToken>{end}</NextContinuationToken>"
-        if end < total
-        else ""
-    )
-    space = "http://s3.amazonaws.com/doc/2006-03-01/"
-    return (
-        f'<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="{space}">'
-        f"{entries}{more}</ListBucketResult>"
-    )
+    serve_bucket(options.entries)
 
 
 def _listing_table(found: Sequence[dict[str, Any]]) -> str:

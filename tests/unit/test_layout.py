@@ -317,7 +317,11 @@ def test_help_names_every_command(capfd: pytest.CaptureFixture[str]) -> None:
     assert [name for name in commands if f"\n  {name} " not in text] == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [*SOURCES, *(REPO / "jobs").rglob("*.py"), *(REPO / "docs").rglob("*.py")],
+    ids=lambda path: str(path.relative_to(REPO)),
+)
 def test_files_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES, "split it"
 

@@ -113,9 +113,9 @@ def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
 
 def classifier_settings(uri: str) -> ModelConfig:
     """Return settings that load the classifier at `uri`, with its own model and preprocessing."""
-    return load_classifier(uri).encoder.config.model_copy(
-        update={"weights": storage.normalize(uri)}
-    )
+    place = storage.normalize(uri)
+    config = ModelConfig.model_validate(read_classifier_settings(place)[0]["model"])
+    return config.model_copy(update={"weights": place})
 
 
 def save_bundle(bundle: Bundle, uri: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import cast
 
@@ -51,6 +52,16 @@ from tsq_ray.decode.types import DecodedVideo, FrameSpec
 from tsq_ray.errors import VideoError
 
 _RARE = 0.25  # byte ranges do not pay if more than this share of intervals has no keyframe
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The frames of a video in time: from `start` until `end`, in units of `time_base`."""
+
+    start: int
+    end: int
+    num_frames: int
+    time_base: Fraction
 
 
 class Job:
@@ -111,17 +122,8 @@ class Job:
             raise DecodeTrouble("keyframes are not where the sample table says")
         _, first, slot_frame = np.unique(indices, return_index=True, return_inverse=True)
         store.frames = {name: frames[first] for name, frames in store.frames.items()}
-        return self._result(
-            stream,
-            store,
-            slot_frame,
-            indices,
-            times,
-            reader.start,
-            reader.end,
-            index.num_frames,
-            _time_base(stream),
-        )
+        extent = Extent(reader.start, reader.end, index.num_frames, _time_base(stream))
+        return self._result(stream, store, slot_frame, indices, times, extent)
 
     def exact(self, path: str) -> DecodedVideo:
         """Decode a local file, identifying every frame by its timestamp."""
@@ -201,17 +203,8 @@ class Job:
                 container, stream, table, wanted, store, self.settings.max_pixels
             )
         times = [table.pts[i] for i in indices]
-        return self._result(
-            stream,
-            store,
-            slot_frame,
-            indices,
-            times,
-            table.pts[0],
-            table.end,
-            len(table.pts),
-            _time_base(stream),
-        )
+        extent = Extent(table.pts[0], table.end, len(table.pts), _time_base(stream))
+        return self._result(stream, store, slot_frame, indices, times, extent)
 
     def _by_decord(
         self,
@@ -252,17 +245,8 @@ class Job:
             decode_survivors(container, stream, wanted, store, self.settings.max_pixels)
             assert store.complete
             times = [found.pts[i] for i in indices]
-            return self._result(
-                stream,
-                store,
-                slot_frame,
-                indices,
-                times,
-                found.pts[0],
-                found.end,
-                len(found.pts),
-                found.time_base,
-            )
+            extent = Extent(found.pts[0], found.end, len(found.pts), found.time_base)
+            return self._result(stream, store, slot_frame, indices, times, extent)
 
     def _nothing_decodes(
         self, container: Container, found: Survivors, claimed: int | None
@@ -333,12 +317,10 @@ class Job:
         slot_frame: np.ndarray,
         indices: list[int],
         times: list[int],
-        start: int,
-        end: int,
-        count: int,
-        time_base: Fraction,
+        extent: Extent,
     ) -> DecodedVideo:
-        duration = float((end - start) * time_base)
+        start, count, time_base = extent.start, extent.num_frames, extent.time_base
+        duration = float((extent.end - start) * time_base)
         self._warn_of_duration(stream, duration, float(start * time_base))
         shown = len(set(indices))
         if count >= len(indices) and shown <= len(indices) / 2:

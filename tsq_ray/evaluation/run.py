@@ -254,7 +254,11 @@ def _summary(
             table.name: EvaluatedTable(
                 title=table.title,
                 files=(*files, *table.pictures),
-                rows=table.shown_rows() if table.name != "figure4" else (),
+                rows=tuple(
+                    dict(zip(table.titles, row, strict=True))
+                    for row in table.shown()
+                    if table.name != "figure4"
+                ),
                 notes=tuple(table.notes),
             )
             for table, files in made

@@ -67,7 +67,6 @@ class Store:
                 **job.identity(),
                 "data": self.data,
                 **record,
-                "versions": provenance.versions(),
-                "ended": provenance.now(),
+                **provenance.of_this_run(),
             },
         )

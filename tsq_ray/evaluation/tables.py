@@ -54,23 +54,21 @@ class Table:
     pictures: list[str] = field(default_factory=list)
     """Names of image files in the same folder."""
 
-    def shown_rows(self) -> tuple[dict[str, str], ...]:
-        """Return the cells as displayed, by column title."""
-        return tuple(
-            {
-                column.title: column.shown(cell)
-                for column, cell in zip(self.columns, row, strict=True)
-            }
-            for row in self.rows
-        )
+    @property
+    def titles(self) -> list[str]:
+        """The titles of the columns."""
+        return [column.title for column in self.columns]
 
-    def markdown(self, header: Sequence[str]) -> str:
-        """Return the Markdown page; `header` lines say what was measured and how."""
-        lines = [[column.title for column in self.columns], ["---"] * len(self.columns)]
-        lines += [
+    def shown(self) -> list[list[str]]:
+        """Return the cells as displayed, row by row."""
+        return [
             [column.shown(cell) for column, cell in zip(self.columns, row, strict=True)]
             for row in self.rows
         ]
+
+    def markdown(self, header: Sequence[str]) -> str:
+        """Return the Markdown page; `header` lines say what was measured and how."""
+        lines = [self.titles, ["---"] * len(self.columns), *self.shown()]
         table = [
             "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
         ]

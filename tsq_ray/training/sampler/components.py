@@ -110,16 +110,14 @@ def _frame_encoder(
     config: Config, run: Mapping[str, Any], data: TrainingSet, encoder: str | None
 ) -> FrameEncoder:
     """Load the encoder of the features, with the frame head of finetune or one fitted here."""
-    network = load_network(config.encoders.visual, with_head=encoder is not None)
-    _same_weights(
-        network.backbone_hash(),
-        run["weights"][VISUAL],
-        "--encoder" if encoder else "encoders.visual",
-    )
-    if encoder is None:
-        network.head = fit_head(data.visual, data.targets, config.finetune, config.train.task)
-    else:
-        _classifier(encoder, "--encoder", data.classes, config.train.task)
+    task = config.train.task
+    if encoder is not None:
+        network = _classifier(encoder, "--encoder", data.classes, task).encoder
+        _same_weights(network.backbone_hash(), run["weights"][VISUAL], "--encoder")
+        return network
+    network = load_network(config.encoders.visual, with_head=False)
+    _same_weights(network.backbone_hash(), run["weights"][VISUAL], "encoders.visual")
+    network.head = fit_head(data.visual, data.targets, config.finetune, task)
     return network
 
 
