@@ -372,6 +372,10 @@ def test_a_bundle_without_a_recognizer(
         ),
         (
             ["train", "FEATURES", "--out", "OUT", "--encoder", "RECOGNIZER"],
+            "FEATURES: the features were made with other settings (encoders.visual.",
+        ),
+        (
+            ["train", "FEATURES", "--out", "OUT", "--set", "encoders.visual.weights=random:5"],
             "are not those that made the features",
         ),
         (

@@ -68,7 +68,7 @@ def _refuse_others(
     if differ:
         raise RunError(
             f"{storage.redact(features)}: the features were made with other settings "
-            f"({differ}); leave these settings out or extract again"
+            f"({differ}); give the settings and the encoder of the features, or extract again"
         )
 
 
