@@ -65,7 +65,7 @@ def test_another_picture_than_that_of_the_features_is_refused(tmp_path: Path) ->
     uri = features(tmp_path)
     config = training_config(uri, None, ("encoders.visual.size=112", "encoders.visual.weights=x"))
     with pytest.raises(
-        RunError, match=r"\(encoders.visual.size: 188 in the features, 112 asked for\); leave"
+        RunError, match=r"\(encoders.visual.size: 188 in the features, 112 asked for\); give the"
     ):
         train(uri, str(tmp_path / "out"), config)
     assert not (tmp_path / "out").exists()
