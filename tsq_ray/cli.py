@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from tsq_ray.commands import pipeline, results
+from tsq_ray.commands import endpoint, pipeline, results
 from tsq_ray.console import (
     bare_retry,
     guarded,
@@ -61,7 +61,8 @@ for command in (
     pipeline.train,
     pipeline.score,
     results.predict,
-    results.serve,
+    endpoint.serve,
+    endpoint.bench,
     results.evaluate,
     results.report,
     results.export,
@@ -69,6 +70,7 @@ for command in (
     results.info,
 ):
     app.command()(command)
+app.add_typer(endpoint.token, name="token")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

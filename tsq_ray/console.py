@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -28,6 +28,9 @@ from tsq_ray.results import (
     TrainingSummary,
     Verification,
 )
+
+if TYPE_CHECKING:
+    from tsq_ray.serving.bench import BenchSummary
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's UsageError, taken from typer because newer versions of typer bundle their own click."""
@@ -169,6 +172,22 @@ def estimate_text(estimate: Estimate) -> str:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
+
+
+def bench_text(found: BenchSummary) -> str:
+    """Format the measurements of an endpoint."""
+    lines = [f"{found.by:>8} {'ok/s':>7} {'p50 s':>7} {'p95 s':>7} {'p99 s':>7}  answers; CPU ms"]
+    for point in found.points:
+        latencies = [point.p50_s, point.p95_s, point.p99_s]
+        shown = " ".join("      -" if value is None else f"{value:7.3f}" for value in latencies)
+        answers = ", ".join(f"{count} x {status}" for status, count in point.statuses.items())
+        cpu = sorted(point.cpu_ms.items(), key=lambda item: -item[1])
+        total = sum(point.cpu_ms.values())
+        spent = f"; {total:.0f} = " + ", ".join(f"{n} {ms:.0f}" for n, ms in cpu) if cpu else ""
+        lines.append(f"{point.load:8g} {point.ok_per_s:7.2f} {shown}  {answers}{spent}")
+    unit = "clients" if found.by == "clients" else "requests/s"
+    lines.append(f"best {found.best_ok_per_s:.2f}/s; saturated at {found.saturated_at:g} {unit}")
+    return "\n".join(lines)
 
 
 def index_text(summary: IndexSummary) -> str:

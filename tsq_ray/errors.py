@@ -7,8 +7,10 @@
     │   ├── ModelError              weights, a bundle, a finetune output
     │   └── RunError                a run folder or features that do not fit the request
     ├── StorageError                storage reports a failure; `.error_type` says which
-    │   (for a video: a failed row; for the run's own input or output: exit code 2)
+    │   │   (for a video: a failed row; for the run's own input or output: exit code 2)
+    │   └── DiskFull                this machine's disk is full
     ├── VideoError                  one video cannot be used: a failed row with `.error_type`
+    │   └── DecoderKilled           its decoder was killed from outside, twice
     └── RunFailed                   the run failed or its rows do not add up: exit code 1
 
 A message is one line: what is wrong, the value given, what is allowed, what to do next.
@@ -83,8 +85,16 @@ class StorageError(_TypedError):
     """
 
 
+class DiskFull(StorageError):
+    """The disk of this machine has no room left."""
+
+
 class VideoError(_TypedError):
     """One video cannot be used; it becomes a failed row with this `error_type`."""
+
+
+class DecoderKilled(VideoError):
+    """The decoder was killed from outside each time it was given this video."""
 
 
 class RunFailed(TsqError):

@@ -96,7 +96,7 @@ def estimate_score(
     started = time.perf_counter()
     bundle = load_bundle(model)
     sample = Sample(bundle, config.sampler, device, config.resources)
-    recognize = Recognize(bundle, config.sampler, device, config.resources)
+    recognize = Recognize(bundle, device, config.resources)
     loading = time.perf_counter() - started
     arrow = schema.predictions_schema(
         config.decode.num_frames, len(bundle.classes), manifest.classes

@@ -39,7 +39,7 @@ def predict_rows(videos: Sequence[str], model: str, config: Config) -> list[dict
     bundle = load_bundle(model)
     device = best_device() if config.resources.gpus else torch.device("cpu")
     sample = Sample(bundle, config.sampler, device, config.resources)
-    recognize = Recognize(bundle, config.sampler, device, config.resources)
+    recognize = Recognize(bundle, device, config.resources)
     native_size = config.resources.resizes_on_device(device.type == "cuda")
     rows: list[dict[str, Any]] = []
     with Decode(config.decode, bundle_specs(bundle, config.sampler.mode, native_size)) as decode:

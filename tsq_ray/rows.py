@@ -14,6 +14,7 @@ from tsq_ray.config import TSQ_MODES, EncodersConfig, ModelConfig
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, with_whole_frames
 from tsq_ray.errors import Failure
 from tsq_ray.manifest import VideoRef
+from tsq_ray.storage import StoredFile
 
 VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
 """The pictures that a single decode can make of each frame, one per network."""
@@ -94,6 +95,8 @@ class Answer:
     error: Failure | None = None
     version: str = ""
     """Version of the stages that made it: bundle and settings, as in `serving.graph`."""
+    file: StoredFile | None = None
+    """What storage said about a video that the endpoint fetched."""
 
 
 def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:

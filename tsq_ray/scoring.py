@@ -7,30 +7,27 @@ import contextlib
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from tsq_ray import quality, schema, storage
+from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
-from tsq_ray.bundle.settings import NO_RECOGNIZER, read_bundle_settings, read_curves
 from tsq_ray.config import Config
-from tsq_ray.errors import ModelError, VideoError
+from tsq_ray.errors import VideoError
 from tsq_ray.manifest import VideoRef, read_manifest
 from tsq_ray.results import RunSummary
-from tsq_ray.rows import Answer, prediction_row, source_of
-from tsq_ray.runs.bulk import BulkRun, Selection
-from tsq_ray.runs.columns import read_part
-from tsq_ray.runs.done import list_parts
-from tsq_ray.runs.identity import Identity
+from tsq_ray.rows import Answer, source_of
+from tsq_ray.runs.bulk import Selection
 from tsq_ray.runtime import cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
-from tsq_ray.serving.replicas import LOOK_EVERY_S, STAGES, FlowCounts, Replicas
+from tsq_ray.score_run import ScoreRun, prediction_of
+from tsq_ray.serving.graph import Video
+from tsq_ray.serving.replicas import LOOK_EVERY_S, FlowCounts, Replicas
 
 _PATIENCE_S = 600.0
 """How long a video whose replicas are lost waits for their replacements."""
@@ -83,40 +80,22 @@ def score(
     started = time.time()
     out, model = storage.normalize(out), storage.normalize(model)
     config = config or scoring_config(model)
-    content, digest = read_bundle_settings(model)
-    if "recognizer" not in content["files"]:
-        raise ModelError(f"{storage.redact(model)}: {NO_RECOGNIZER}")
-    manifest = read_manifest(manifest_uri)
-    selection = Selection.of(manifest, split, limit, retry_failed)
-    classes = list(content["classes"])
-    arrow = schema.predictions_schema(
-        config.decode.num_frames, len(classes), manifest.classes, with_scores
-    )
-    more = {
-        "model": {"uri": storage.redact(model), "sha256": digest},
-        "bundle_classes": classes,
-        "task": content["task"],
-        "with_scores": with_scores,
-        "training_curve": read_curves(model),
-    }
-    identity = _identity(content, digest, config, with_scores)
+    selection = Selection.of(read_manifest(manifest_uri), split, limit, retry_failed)
     options: dict[str, Any] = {"started": started, "take_over": take_over}
-    with BulkRun(out, "predictions", identity, selection, config, **options) as run:
-        seconds = _score_todo(run, model, arrow, manifest.classes, session) if run.todo else {}
-        record = run.close(seconds, lambda: more | {"metrics": measure_predictions(out, classes)})
+    scored = ScoreRun.of(selection, model, out, config, with_scores=with_scores, **options)
+    with scored.run as run:
+        seconds = _score_todo(scored, model, session) if run.todo else {}
+        record = scored.close(seconds)
     return RunSummary.of(storage.redact(out), record)
 
 
-def _score_todo(
-    run: BulkRun, model: str, arrow: pa.Schema, labels: list[str], session: Session
-) -> dict[str, float]:
-    """Send the videos that have no row through the graph; return the seconds by stage.
-
-    `labels`: the manifest's class names.
-    """
+def _score_todo(scored: ScoreRun, model: str, session: Session) -> dict[str, float]:
+    """Send the videos that have no row through the graph; return the seconds by stage."""
+    run = scored.run
     with cluster.connect(session) as ray:
         counts = progress.start_counts(FlowCounts)
-        plan = ScorePlan(f"tsq-score-{_unique(model)}", arrow, labels, counts, run.config)
+        app = f"tsq-score-{_unique(model)}"
+        plan = ScorePlan(app, scored.schema, scored.labels, counts, run.config)
         replicas = Replicas(ray, plan.app, run.config, model, counts, len(run.todo))
         work = _work(plan, replicas.placed, session.debug)
         with (
@@ -124,21 +103,6 @@ def _score_todo(
             cluster.asking_for_nodes(ray, replicas.placed, run.config),
         ):
             return run_bulk("score", run, work, session, ticks=(replicas.tick,), app=plan.app)
-
-
-def _identity(bundle: dict[str, Any], digest: str, config: Config, with_scores: bool) -> Identity:
-    sampler = config.sampler.model_dump(mode="json")
-    if config.sampler.mode != "random":
-        sampler.pop("seed")
-    if config.sampler.budget != "adaptive":  # keeps runs made before these settings valid
-        sampler.pop("max_budget")
-        sampler.pop("margin")
-    # for the same reason the backend counts only if it differs from the bundle's own
-    own = bundle["config"]["decode"].get("backend", config.decode.backend)
-    backend = config.decode.backend
-    decode = {"decode": {"backend": backend}} if backend != own else {}
-    scores = "all" if with_scores else "top"
-    return Identity.of(model_sha256=digest, sampler=sampler, scores=scores, **decode)
 
 
 def _unique(name: str) -> str:
@@ -173,15 +137,11 @@ class ScoreWorker:
     """Send videos through the graph, at most `share` at a time, and collect their rows."""
 
     def __init__(self, plan: ScorePlan) -> None:
-        from ray import serve
-
-        from tsq_ray.serving.graph import Graph, TimeLimits
+        from tsq_ray.serving.graph import Graph, TimeLimits, handles
 
         self.plan, self.name = plan, _unique("sender")
-        decoder, sampler, recognizer = (
-            serve.get_deployment_handle(name.capitalize(), plan.app) for name in STAGES
-        )
-        self.graph = Graph(decoder, sampler, recognizer, TimeLimits.of(plan.config, _PATIENCE_S))
+        limits = TimeLimits.of(plan.config, _PATIENCE_S)
+        self.graph = Graph(**handles(plan.app), limits=limits)
         self.loop = asyncio.new_event_loop()
         self.on_its_way = 0
         self.share = 1
@@ -215,13 +175,11 @@ class ScoreWorker:
             await self.changed.wait_for(lambda: self.on_its_way < self.share)
             self.on_its_way += 1
         try:
-            row = prediction_row(ref, await self._answer(ref))
+            row = prediction_of(ref, await self._answer(ref), self.plan.classes)
         finally:
             self.on_its_way -= 1
             async with self.changed:
                 self.changed.notify_all()
-        if ref.labels is not None:
-            row["label_names"] = [self.plan.classes[number] for number in ref.labels]
         seconds = {
             f"_{stage}_s": (row.get(f"{stage}_ms") or 0.0) / 1000
             for stage in ("decode", "sample", "recognize")
@@ -230,18 +188,9 @@ class ScoreWorker:
 
     async def _answer(self, ref: VideoRef) -> Answer:
         try:
-            return await self.graph.score(source_of(ref), ref.video_id)
+            return await self.graph.score(Video(source_of(ref), ref.video_id))
         except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row
             cause = cluster.root_cause(error)
             return Answer(
                 error=VideoError("internal", f"the graph failed: {type(cause).__name__}: {cause}")
             )
-
-
-def measure_predictions(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:
-    """Return mAP (both conventions) and top-1 over the labelled videos that are ok.
-
-    Label names that the bundle lacks are counted and left out.
-    """
-    readers = [partial(read_part, part.uri) for part in list_parts(predictions_uri)]
-    return quality.measure_parts(readers, classes)

@@ -16,17 +16,17 @@ def main(url: str, *videos: str) -> None:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     with httpx.Client(base_url=url, headers=headers, timeout=300) as client:
         for video in videos:
-            answer = ask(client, video)
-            if answer["status"] == "ok":
+            response = ask(client, video)
+            answer = response.json()
+            if response.status_code == 200:
                 best, score = answer["top_labels"][0], answer["top_scores"][0]
                 seconds = ", ".join(f"{pts:.2f}" for pts in answer["selected_pts_s"])
                 print(f"{video}: {best} {score:.3f}, chosen frames at {seconds} s")
             else:
-                reason = answer.get("error_type") or answer["status"]
-                print(f"{video}: {reason}: {answer['error_message']}")
+                print(f"{video}: {answer.get('error_type') or answer['title']}: {answer['detail']}")
 
 
-def ask(client: httpx.Client, video: str) -> dict:
+def ask(client: httpx.Client, video: str) -> httpx.Response:
     """Return the endpoint's answer for one video, after at most ten attempts."""
     for _ in range(10):
         with open(video, "rb") as file:
@@ -34,7 +34,7 @@ def ask(client: httpx.Client, video: str) -> dict:
         if response.status_code not in (429, 503):
             break
         time.sleep(float(response.headers.get("Retry-After", 1)))
-    return response.json()
+    return response
 
 
 if __name__ == "__main__":

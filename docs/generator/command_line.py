@@ -27,12 +27,10 @@ Every path may be an `s3://` URI. Settings (`--config`, `--set`): [configuration
 
 def command_line() -> str:
     """Return docs/cli.md."""
-    commands = [
-        command.callback for command in cli.app.registered_commands if command.callback is not None
-    ]
+    commands = all_commands()
     listed = [
-        f"- [`tsq {command.__name__}`](#tsq-{command.__name__}): {_first(command)}"
-        for command in commands
+        f"- [`tsq {name}`](#tsq-{name.replace(' ', '-')}): {_first(command)}"
+        for name, command in commands.items()
     ]
     return "\n".join(
         [
@@ -41,19 +39,34 @@ def command_line() -> str:
             CLI_INTRO,
             *listed,
             "",
-            *map(command_text, commands),
+            *(command_text(name, command) for name, command in commands.items()),
         ]
     )
+
+
+def all_commands() -> dict[str, Callable[..., Any]]:
+    """Return every command by its name; a group's commands come after its name."""
+    found = {
+        command.callback.__name__: command.callback
+        for command in cli.app.registered_commands
+        if command.callback is not None
+    }
+    for group in cli.app.registered_groups:
+        assert group.typer_instance is not None
+        for command in group.typer_instance.registered_commands:
+            assert command.callback is not None
+            found[f"{group.name} {command.name}"] = command.callback
+    return found
 
 
 def _first(command: Callable[..., Any]) -> str:
     return " ".join(inspect.cleandoc(command.__doc__ or "").split())
 
 
-def command_text(command: Callable[..., Any]) -> str:
+def command_text(title: str, command: Callable[..., Any]) -> str:
     """Return usage, meaning, arguments and options of one command."""
     hints = get_type_hints(command, include_extras=True)
-    usage, rows = [f"tsq {command.__name__}"], []
+    usage, rows = [f"tsq {title}"], []
     for name, parameter in inspect.signature(command).parameters.items():
         assert get_origin(hints[name]) is Annotated, (
             f"{command.__name__}: {name} has no typer annotation"
@@ -71,7 +84,7 @@ def command_text(command: Callable[..., Any]) -> str:
         rows.append([f"`{spelled}`", "required" if required else "", what])
     line = " ".join(usage) + (" [OPTIONS]" if len(rows) + 1 > len(usage) else "")
     options = table(["argument or option", "", "what"], rows)
-    return f"## tsq {command.__name__}\n{_first(command)}\n```\n{line}\n```\n{options}\n"
+    return f"## tsq {title}\n{_first(command)}\n```\n{line}\n```\n{options}\n"
 
 
 def option_text(info: OptionInfo, kind: Any) -> str:

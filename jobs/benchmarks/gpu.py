@@ -229,7 +229,7 @@ def _network(
 ) -> Callable[[list[DecodedVideo]], Any]:
     sample, recognize = (
         Sample(bundle, budget, device, resources),
-        Recognize(bundle, budget, device, resources),
+        Recognize(bundle, device, resources),
     )
     return lambda videos: recognize(sample([(NAME, video) for video in videos]))
 

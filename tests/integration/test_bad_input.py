@@ -76,7 +76,9 @@ def write_csv(path: Path, lines: list[list[str]]) -> None:
         csv.writer(file).writerows(lines)
 
 
-@pytest.mark.parametrize("command", ["finetune", "extract", "train", "score"])
+@pytest.mark.parametrize(
+    "command", [pytest.param("finetune", marks=pytest.mark.slow), "extract", "train", "score"]
+)
 def test_a_folder_that_another_run_writes_to(chain: Chain, command: str, tmp_path: Path) -> None:
     out, config = str(tmp_path / "out"), ["--config", str(chain.settings)]
     argv = {

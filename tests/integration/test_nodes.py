@@ -80,6 +80,7 @@ def test_one_video_on_two_nodes(
     assert read_rows(str(tmp_path / "out")).num_rows == 1
 
 
+@pytest.mark.slow
 def test_a_cluster_that_another_job_holds(
     two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path
 ) -> None:

@@ -47,7 +47,8 @@ def long_folder(base: Path, length: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("length", [90, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [90, 150])
 def test_an_extraction_below_a_long_tmpdir(tmp_path: Path, length: int) -> None:
     """Batch systems create folders too long for Ray's sockets and the decoder's."""
     settings = tmp_path / "settings.toml"

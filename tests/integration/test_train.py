@@ -161,6 +161,7 @@ def test_any_number_of_workers_gives_the_same(
     check(out, case.undisturbed(*sets), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced(case: Case, tmp_path: Path) -> None:
     sets, out = ("epochs=16", "dropout=0.0"), "s3://tsq-other/train/bundle"
     with ThreadPoolExecutor(1) as pool:

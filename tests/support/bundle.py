@@ -5,6 +5,7 @@ For tests of serving; it needs no training.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ def _network(config: ModelConfig, num_classes: int) -> FrameEncoder:
     return encoder.eval()
 
 
-def make_bundle(uri: str | Path, with_recognizer: bool = True) -> str:
+def make_bundle(
+    uri: str | Path, with_recognizer: bool = True, classes: Sequence[str] = CLASSES
+) -> str:
     """Write the bundle and return its URI; the content is the same each time."""
     settings = EncodersConfig(
         visual=ModelConfig(model="test_efficientnet", weights="random:0", size=32),
@@ -41,7 +44,7 @@ def make_bundle(uri: str | Path, with_recognizer: bool = True) -> str:
             len(CLASSES), visual_dim=encoder.dim, text_dim=TEXT_DIM, dim_visual=16, dim_textual=8
         )
         bundle = Bundle(
-            classes=list(CLASSES),
+            classes=list(classes),
             task="single",
             decode=DecodeConfig(num_frames=NUM_FRAMES, timeout_s=40.0),
             encoders=settings,

@@ -393,7 +393,7 @@ def test_the_offline_answer_is_that_of_the_stages(tmp_path: Path) -> None:
             if mode != "adaptive"
             else SamplerConfig(budget="adaptive", max_budget=3, margin=margin)
         )
-        row = Recognize(bundle, config)(Sample(bundle, config)([(ref.video_id, video)]))[0].columns
+        row = Recognize(bundle)(Sample(bundle, config)([(ref.video_id, video)]))[0].columns
         slots = sampler.choose(0, 3)
         assert slots.tolist() == row["selected_slot"].tolist(), mode
         np.testing.assert_allclose(answers(videos, [slots], "single")[0], row["scores"], atol=2e-3)

@@ -16,9 +16,18 @@ from tsq_ray.config import load_config
 from tsq_ray.decode import VideoSource
 from tsq_ray.rows import Answer
 from tsq_ray.serving import graph as module
-from tsq_ray.serving.graph import Graph, Handed, Lost, TimeLimits, WrongVersion, graph_version
+from tsq_ray.serving.graph import (
+    Graph,
+    Handed,
+    Lost,
+    TimeLimits,
+    Video,
+    WrongVersion,
+    graph_version,
+    model_of,
+)
 
-VIDEO = VideoSource("/v/1.mp4")
+VIDEO = Video(VideoSource("/v/1.mp4"), "name")
 ANSWER = Answer(columns={"status": "ok"}, version="one")
 
 
@@ -37,12 +46,13 @@ class Response:
 
 
 class Stage:
-    """A deployment's handle: each call gets the next of these results; the last one repeats."""
+    """A deployment's handle, which is also that of `version`: each call gets the next of these results; the last one repeats."""
 
     def __init__(self, *results: Any, seconds: float = 0.0) -> None:
         self.results, self.seconds = list(results), seconds
         self.calls: list[tuple[Any, ...]] = []
         self.responses: list[Response] = []
+        self.version = self
 
     def remote(self, *arguments: Any) -> Any:
         self.calls.append(arguments)
@@ -67,7 +77,7 @@ def stages(**more: Stage) -> dict[str, Any]:
 
 
 def score(parts: dict[str, Any], limits: TimeLimits | None = None) -> Answer:
-    return asyncio.run(Graph(**parts, limits=limits or TimeLimits(5, 5, 20)).score(VIDEO, "name"))
+    return asyncio.run(Graph(**parts, limits=limits or TimeLimits(5, 5, 20)).score(VIDEO))
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +88,9 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_stage_gets_what_the_one_before_returned() -> None:
     parts = stages()
     assert score(parts) is ANSWER
-    assert parts["decoder"].calls == [(VIDEO, None)]
-    assert parts["sampler"].calls == [("name", Handed("frames", "one"))]
-    assert parts["recognizer"].calls == [(Handed("chosen", "one"),)]
+    assert parts["decoder"].calls == [(VIDEO,)]
+    assert parts["sampler"].calls == [(VIDEO, Handed("frames", "one"))]
+    assert parts["recognizer"].calls == [(VIDEO, Handed("chosen", "one"))]
 
 
 @pytest.mark.parametrize(
@@ -123,12 +133,24 @@ def test_a_caller_that_gives_up_cancels_the_hop() -> None:
 
     async def run() -> None:
         async with asyncio.timeout(0.1):
-            await Graph(**parts, limits=TimeLimits(5, 5, 20)).score(VIDEO, "name")
+            await Graph(**parts, limits=TimeLimits(5, 5, 20)).score(VIDEO)
 
     with pytest.raises(TimeoutError):
         asyncio.run(run())
     assert [response.cancelled for response in parts["sampler"].responses] == [True]
     assert parts["recognizer"].calls == []
+
+
+def test_a_stage_that_does_not_answer_a_ping_is_silent() -> None:
+    parts = stages(sampler=Stage("one", seconds=10), recognizer=Stage(ActorDiedError()))
+    graph = Graph(**parts, limits=TimeLimits(5, 5, 20))
+    asyncio.run(graph.ping(0.1))
+    assert {name: graph.silent_s(name) < 5 for name in parts} == {
+        "decoder": True,
+        "sampler": False,
+        "recognizer": False,
+    }
+    assert parts["sampler"].responses[0].cancelled
 
 
 @pytest.mark.parametrize(
@@ -146,3 +168,4 @@ def test_a_version_is_the_bundle_and_what_changes_answers(setting: str, same: bo
     plain = graph_version("a" * 64, load_config(None, []))
     assert (graph_version("a" * 64, load_config(None, [setting])) == plain) == same
     assert graph_version("b" * 64, load_config(None, [])) != plain
+    assert model_of(plain) == "a" * 64

@@ -35,6 +35,7 @@ ORDER = (
         "model",
         "bundle",
         "quality",
+        "score_run",
         "stages",
     ),
     *(
@@ -60,7 +61,7 @@ ORDER = (
 """A module imports only from those before its own."""
 INSIDE = {
     "bundle": ("settings", "overrides", "weights"),
-    "commands": ("submit", "pipeline", "results"),
+    "commands": ("submit", "pipeline", "results", "endpoint"),
     "config": ("base", "method", "resources", "settings", "load"),
     "decode": (
         *("types", "fetch", "plan", "clock", "nvdec", "frames", "probe", "pyav_backend"),
@@ -82,7 +83,33 @@ INSIDE = {
         *("nodes", "placement", "session", "cluster", "waiting", "progress", "parts", "bulk"),
         "jobs",
     ),
-    "serving": (*("access", "requests", "batching", "graph", "app", "replicas", "endpoint"),),
+    "serving": (
+        *("access", "loopback", "facts", "microbatching", "warmup", "metrics", "requests", "graph"),
+        *(
+            "deployments",
+            "batches",
+            "openapi",
+            "ingress",
+            "app",
+            "replicas",
+            "front",
+            "endpoint",
+            "bench",
+        ),
+    ),
+    "serving/requests": (
+        *(
+            "problems",
+            "models",
+            "uris",
+            "tokens",
+            "admission",
+            "uploads",
+            "fetching",
+            "webhooks",
+            "parse",
+        ),
+    ),
     "stages": ("encode", "sample", "recognize"),
     "storage": ("local_files", "advice", "s3", "paths", "listing", "files"),
     "training": ("cache", "head", "features", "resumable", "classifier", "sampler"),
@@ -98,7 +125,14 @@ STAGES = ("extraction", "training", "serving", "scoring")
 Only scoring drives serving's graph.
 """
 ALLOWED_STAGES = {("scoring", "serving")}
-RAY_AT_IMPORT = {"serving/app.py", "serving/graph.py"}
+RAY_AT_IMPORT = {
+    "serving/app.py",
+    "serving/batches.py",
+    "serving/deployments.py",
+    "serving/ingress.py",
+    "serving/metrics.py",
+    "serving/requests/uploads.py",
+}
 """Serve's decorators need ray when the module is imported; all others import it when called."""
 MAX_LINES = 400
 TOP = {"pyproject.toml", "README.md", "LICENSE", "tsq_ray", "jobs", "cluster", "tests", "docs"}

@@ -18,7 +18,7 @@ from support.video import number_of, write_video
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video
 from tsq_ray.decode.sandbox import _how
-from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.errors import DecoderKilled, StorageError, VideoError
 
 SPECS = {"wide": FrameSpec(64)}
 SETTINGS = DecodeConfig(num_frames=4, timeout_s=20)
@@ -167,6 +167,17 @@ def test_closing_answers_waiting_videos() -> None:
         pool.submit(VideoSource("/pid"))
 
 
+def test_a_video_that_is_given_up_frees_its_child(video: str) -> None:
+    with DecodePool(SETTINGS, SPECS, 1, act) as pool:
+        running, queued, waiting = (pool.submit(VideoSource("/x/hang")) for _ in range(3))
+        for given_up in (waiting, queued, running):
+            pool.cancel(given_up)
+        outcomes = [given_up.result(10) for given_up in (running, queued, waiting)]
+        assert [str(outcome) for outcome in outcomes] == ["/x/hang: decoding was cancelled"] * 3
+        assert isinstance(pool.submit(VideoSource(video)).result(20), DecodedVideo)
+        pool.cancel(running)  # a video that is done is left alone
+
+
 # ------------------------------------------------------------ children that are killed from outside
 
 
@@ -279,6 +290,7 @@ def test_how_often_a_video_is_retried_when_its_child_dies(
         before, failed, after = pool.decode([VideoSource(uri) for uri in uris])
     assert isinstance(failed, VideoError)
     assert failed.error_type == "decoder_crash"
+    assert isinstance(failed, DecoderKilled) == (lines[-1] in ("SIGKILL", "SIGTERM"))
     assert re.search(message, str(failed))
     assert len(calls_of(uris[1])) == num_calls
     assert isinstance(before, DecodedVideo)

@@ -90,7 +90,7 @@ def video(bundle: Bundle, seed: int, num_distinct: int = NUM_FRAMES) -> DecodedV
 
 def score(bundle: Bundle, items: list[Any], **settings: Any) -> list[dict[str, Any]]:
     config = SamplerConfig(**({"budget": BUDGET} | settings))
-    answers = Recognize(bundle, config, CPU)(
+    answers = Recognize(bundle, CPU)(
         Sample(bundle, config, CPU)([(one.video_id, seen) for one, seen in items])
     )
     return [prediction_row(one, answer) for (one, _), answer in zip(items, answers, strict=True)]
@@ -375,9 +375,7 @@ def test_whole_frames_are_resized_for_each_network(bundle: Bundle, mode: str) ->
     }
     whole.frames = {WHOLE: frames}
     expected, row = (
-        Recognize(bundle, config, CPU)(Sample(bundle, config, CPU)([(ref(0).video_id, one)]))[
-            0
-        ].columns
+        Recognize(bundle, CPU)(Sample(bundle, config, CPU)([(ref(0).video_id, one)]))[0].columns
         for one in (made, whole)
     )
     assert row["scores"] == pytest.approx(expected["scores"], abs=0.02)

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from tsq_ray.evaluation import Annotations
 from tsq_ray.evaluation.compare import compare
 from tsq_ray.reporting import build_report, export_predictions
-from tsq_ray.scoring import measure_predictions
+from tsq_ray.score_run import measure_predictions
 
 def anonymous_mib():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024

@@ -25,6 +25,11 @@ NO_RECOGNIZER = (
     "(from tsq finetune --role recognizer)"
 )
 
+NO_TEXTUAL_MODULE = (
+    "sampler.mode 'textual': the bundle was trained with train.modules = 'visual'; "
+    "use 'visual' or a baseline"
+)
+
 
 def read_bundle_settings(uri: str) -> tuple[dict[str, Any], str]:
     """Read bundle.json; return its content and its sha256.
@@ -43,6 +48,20 @@ def read_classifier_settings(uri: str) -> tuple[dict[str, Any], str]:
     return _read_settings(
         storage.normalize(uri), CLASSIFIER_FILE, "what tsq finetune wrote with --out"
     )
+
+
+def check_bundle(uri: str, mode: str) -> None:
+    """Read every file of a bundle that is to score with sampler `mode`, without torch.
+
+    Raises ModelError if one is damaged or missing, or if the bundle cannot score.
+    """
+    content, _ = read_bundle_settings(uri)
+    if "recognizer" not in content["files"]:
+        raise ModelError(NO_RECOGNIZER)
+    if mode == "textual" and "objects" not in content["files"]:
+        raise ModelError(NO_TEXTUAL_MODULE)
+    for name in content["files"]:
+        read_checked(storage.normalize(uri), content, name)
 
 
 def is_bundle(uri: str) -> bool:

@@ -1,4 +1,4 @@
-"""Commands that use bundles and runs: predict, serve, evaluate, report, export, verify, info."""
+"""Commands that use bundles and runs: predict, evaluate, report, export, verify, info."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tsq_ray.options import (
     Sets,
     Split,
     Submit,
-    WaitS,
 )
 from tsq_ray.runtime.session import Session
 
@@ -40,31 +39,6 @@ def predict(
     show({"videos": rows}, as_json, "\n".join(map(prediction_text, rows)))
     if all(row["status"] == "failed" for row in rows):
         raise typer.Exit(1)
-
-
-def serve(
-    model: Model,
-    host: Annotated[
-        str, typer.Option("--host", help="Address to bind; a token is required beyond loopback.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535)] = 8000,
-    config: ConfigFile = None,
-    sets: Sets = None,
-    address: Address = None,
-    wait_s: WaitS = 0.0,
-    debug: Debug = False,
-) -> None:
-    """Serve the endpoint POST /v1/score.
-
-    The bearer token comes from the environment variable TSQ_TOKEN.
-    """
-    from tsq_ray.serving.endpoint import check_address, run_endpoint
-
-    check_address(host, port, address)  # before importing torch, to report errors immediately
-    from tsq_ray.bundle.overrides import scoring_config
-
-    settings = scoring_config(model, config, sets or ())
-    run_endpoint(model, settings, host, port, Session(address, wait_s, debug=debug))
 
 
 def evaluate(

@@ -113,6 +113,14 @@ class SamplerConfig(Section):
         """K, or the maximum of an adaptive budget."""
         return self.max_budget if self.budget == "adaptive" else self.budget
 
+    def with_budget(self, budget: int | None) -> Self:
+        """Return these settings with another K, or another maximum of an adaptive budget."""
+        if budget is None:
+            return self
+        return self.model_copy(
+            update={"max_budget" if self.budget == "adaptive" else "budget": budget}
+        )
+
 
 def _worker_count(value: Any) -> int | tuple[int, int]:
     ends = tuple(value) if isinstance(value, (list, tuple)) else (value, value)

@@ -79,6 +79,13 @@ class ScaleConfig(Section):
     """Logical CPUs per replica; may be fractional."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs per replica; may be fractional."""
+    target_ongoing_requests: float = Field(default=0, ge=0)
+    """Requests per replica that autoscaling aims at (0: half of what a replica handles at a time; for
+    a decoder, two per decoding process)."""
+    upscale_delay_s: float = Field(default=10, ge=0)
+    """How long there must be too few replicas before one is added, in seconds."""
+    downscale_delay_s: float = Field(default=300, ge=0)
+    """How long there must be too many replicas before one is removed, in seconds."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -93,15 +100,14 @@ class ReplicaConfig(ScaleConfig):
     """Scaling of one deployment of the Serve graph."""
 
     max_ongoing_requests: int = Field(default=32, ge=1)
-    """Requests that a replica handles at a time; should exceed its batch size. Replicas are added
-    when more than half of these slots are in use."""
+    """Requests that a replica handles at a time; should exceed its batch size."""
 
 
 class ServeConfig(Section):
     """The endpoint and its deployments."""
 
-    ingress: ScaleConfig = ScaleConfig(num_cpus=0.1)
-    """Receives and validates requests."""
+    ingress: ScaleConfig = ScaleConfig(min_replicas=2, max_replicas=2, num_cpus=0.1)
+    """Receives and validates requests; two, so that one can be replaced."""
     decoder: ReplicaConfig = ReplicaConfig(max_replicas=2)
     """Fetches and decodes videos."""
     decoder_processes: int = Field(default=2, ge=1)
@@ -116,11 +122,37 @@ class ServeConfig(Section):
     batch_wait_s: float = Field(default=0.01, ge=0)
     """Longest wait for a full batch on a GPU, in seconds."""
     max_queued_requests: int = Field(default=256, ge=1)
-    """Requests per ingress replica, including waiting ones; further requests return 429."""
+    """Most requests in hand per ingress replica; further ones return 429, as do requests that could
+    not be answered within their time limit."""
     request_timeout_s: float = Field(default=120.0, gt=0)
     """Time limit of one request, including its upload, in seconds; then it returns 504."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long `tsq serve`, told to end, waits for the requests in hand, in seconds."""
     max_upload_mb: float = Field(default=256, gt=0)
     """Largest upload, in MiB; a larger one returns 413."""
+    max_upload_total_mb: float = Field(default=1024, gt=0)
+    """Most bytes of uploads in hand per ingress replica, in MiB; further ones return 503."""
+    fetch_timeout_s: float = Field(default=30.0, gt=0)
+    """Time limit for fetching the video of a `uri`, in seconds; then it returns 504."""
+    max_fetches: int = Field(default=32, ge=1)
+    """Videos that a decoder replica fetches at a time; more wait."""
+    batches_uri: str = ""
+    """Folder of the batches' run folders, local or in object storage. Empty: no batches."""
+    batch_videos: int = Field(default=2, ge=1)
+    """Videos of batches in progress at a time; the rest of the endpoint is for single requests."""
+    max_batch_lines: int = Field(default=50_000, ge=1)
+    """Most lines of a batch that is sent as JSON lines; a manifest may be of any size."""
+    webhook_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = ("https://",)
+    """Prefixes of URLs that may be called when a batch has ended; `https://` allows public hosts."""
+    tokens_file: str = ""
+    """File of named tokens, each with a rate and a share (`tsq token new`); read again on change.
+    Empty: none."""
+    metrics_port: int = Field(default=8001, ge=1, le=65535)
+    """Port of the metrics, on loopback (`tsq serve`)."""
+    header_timeout_s: int = Field(default=10, ge=1)
+    """How long a client may take to send a request's headers, in seconds (`tsq serve`)."""
+    max_connections: int = Field(default=1024, ge=1)
+    """Connections at a time; more wait (`tsq serve`)."""
     allowed_uri_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Folders, as paths or URIs, that a request's `uri` may point into; none by default, so that
-    the endpoint exposes no files."""
+    """Folders, as absolute paths or URIs, that a request's `uri` may point into; none by default, so
+    that the endpoint exposes no files. `https://` allows every public host."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.forkserver
 import multiprocessing.popen_forkserver
@@ -20,6 +19,7 @@ import multiprocessing.spawn
 import os
 import resource
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, SimpleNamespace
@@ -35,30 +35,39 @@ DecodeTask = Callable[[VideoSource, DecodeConfig, Mapping[str, FrameSpec]], Deco
 SPENT = 75
 """Exit code of a child whose earlier videos left too much memory behind."""
 _PR_SET_PDEATHSIG = 1
-_MAX_SOCKET_PATH = 107
-
-
-def _listener_address(family: str) -> str:
-    """Path of the fork server's Unix socket, short enough whatever TMPDIR is."""
-    choose: Any = multiprocessing.connection.arbitrary_address  # type: ignore[attr-defined]
-    address: str = choose(family)
-    if len(os.fsencode(address)) <= _MAX_SOCKET_PATH:
-        return address
-    folder, name = os.path.split(address)
-    # a short path to the same folder; only this process connects, and it keeps the folder open
-    return f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}/{name}"
 
 
 def _ensure_running() -> FunctionType:
-    # the standard library's ensure_running, but with a different socket path
+    # the standard library's ensure_running, but with `_bind_address` as the socket's path
     module = multiprocessing.forkserver
     standard: Any = module.ForkServer.ensure_running
-    over = {"connection": SimpleNamespace(arbitrary_address=_listener_address)}
+    over = {"connection": SimpleNamespace(arbitrary_address=_bind_address)}
     return FunctionType(standard.__code__, {**vars(module), **over})
 
 
+def _bind_address(family: str) -> str:
+    """A path for the fork server's Unix socket, short enough whatever TMPDIR is."""
+    folder = os.open(tempfile.mkdtemp(prefix="tsq-fork-"), os.O_PATH | os.O_DIRECTORY)
+    return f"/proc/self/fd/{folder}/socket"
+
+
 class _Server(multiprocessing.forkserver.ForkServer):
-    ensure_running = _ensure_running()
+    """A fork server whose socket has no name, so that nothing is left when this process is killed."""
+
+    _ensure = _ensure_running()
+
+    def ensure_running(self) -> None:
+        self._ensure()
+        bound = str(vars(self)["_forkserver_address"])
+        folder, _, name = bound.rpartition("/")
+        if name != "socket":  # it was running already
+            return
+        socket = os.open(bound, os.O_PATH)  # reaches the socket when its name is gone
+        place = os.readlink(folder)
+        os.unlink(bound)
+        os.close(int(folder.rpartition("/")[2]))
+        os.rmdir(place)
+        self._forkserver_address = f"/proc/self/fd/{socket}"
 
 
 _SERVER = _Server()

@@ -32,6 +32,17 @@ def check_source(source: VideoSource, settings: DecodeConfig, name: str) -> int:
     if storage.is_local(source.uri) and os.path.isdir(source.uri):
         raise VideoError("not_video", f"{name}: is a folder; a video file is needed")
     now = storage.stat(source.uri)
+    check_unchanged(source, now, name)
+    if now.size_bytes > settings.max_bytes:
+        raise VideoError(
+            "too_large",
+            f"{name}: {now.size_bytes} bytes; decode.max_bytes allows {settings.max_bytes}",
+        )
+    return now.size_bytes
+
+
+def check_unchanged(source: VideoSource, now: storage.StoredFile, name: str) -> None:
+    """Raise VideoError source_changed if the file is not the one that `source` describes."""
     changes = []
     if source.size_bytes is not None and source.size_bytes != now.size_bytes:
         changes.append(f"size {source.size_bytes} -> {now.size_bytes}")
@@ -46,12 +57,6 @@ def check_source(source: VideoSource, settings: DecodeConfig, name: str) -> int:
             f"{name}: changed since the manifest was made ({', '.join(changes)}); "
             "run tsq index --update",
         )
-    if now.size_bytes > settings.max_bytes:
-        raise VideoError(
-            "too_large",
-            f"{name}: {now.size_bytes} bytes; decode.max_bytes allows {settings.max_bytes}",
-        )
-    return now.size_bytes
 
 
 def _differ(before: datetime | None, now: datetime | None) -> bool:

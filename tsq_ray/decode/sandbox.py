@@ -21,7 +21,7 @@ from tsq_ray.config import DecodeConfig
 from tsq_ray.decode.child import SPENT, ChildContext, DecodeTask, run_task, start_child
 from tsq_ray.decode.types import FrameSpec, Outcome, VideoSource
 from tsq_ray.decode.video import decode_video
-from tsq_ray.errors import VideoError
+from tsq_ray.errors import DecoderKilled, VideoError
 
 _ATTEMPTS = 3
 _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
@@ -36,6 +36,8 @@ class _Video:
     outcome: Future[Outcome]
     attempts: int = _ATTEMPTS
     was_killed: bool = False
+    running: Future[Outcome] | None = None
+    """The decode in a child; None while the video waits for one."""
 
 
 class DecodePool:
@@ -58,11 +60,13 @@ class DecodePool:
         self._lock = threading.RLock()
         self._pool: pebble.ProcessPool | None = None
         self._running = 0
-        self._waiting: set[Future[Outcome]] = set()
+        self._waiting: dict[Future[Outcome], _Video] = {}
         self._second_tries: deque[_Video] = deque()
         self._second_pool: pebble.ProcessPool | None = None
         self._held: deque[_Video] = deque()
         self._closed = False
+        self.children_lost = 0
+        """Children that died or were killed while they decoded."""
 
     def __enter__(self) -> Self:
         return self
@@ -100,16 +104,32 @@ class DecodePool:
             if self._closed:
                 raise ValueError("this DecodePool is closed; create a new one")
             video = _Video(source, outcome)
-            self._waiting.add(outcome)
+            self._waiting[outcome] = video
             self._held.append(video)
             try:
                 self._start_next()
             except BaseException:
-                self._waiting.discard(outcome)
+                self._waiting.pop(outcome, None)
                 if video in self._held:
                     self._held.remove(video)
                 raise
         return outcome
+
+    def cancel(self, outcome: Future[Outcome]) -> None:
+        """Give up a submitted video, killing the child that decodes it; its outcome is a failure."""
+        with self._lock:
+            video = self._waiting.get(outcome)
+            if video is None:
+                return
+            for queue in (self._held, self._second_tries):
+                if video in queue:
+                    queue.remove(video)
+                    del self._waiting[outcome]
+                    outcome.set_result(_cancelled(video))
+                    return
+            running = video.running
+        if running is not None:
+            running.cancel()
 
     def _start_next(self) -> None:
         """Start every video that may start: second tries first, each of them alone.
@@ -152,6 +172,7 @@ class DecodePool:
         except RuntimeError as error:  # the pool has just broken
             running = Future()
             running.set_exception(BrokenProcessPool(str(error)))
+        video.running = running
         running.add_done_callback(lambda finished: self._done(video, finished))
 
     def _done(self, video: _Video, finished: Future[Outcome]) -> None:
@@ -159,6 +180,7 @@ class DecodePool:
         with self._lock:
             if self._closed:
                 return
+            self.children_lost += finished.cancelled() or finished.exception() is not None
             if self._second_pool is None:
                 self._running -= 1
             else:
@@ -174,7 +196,8 @@ class DecodePool:
                 answers += [(other, VideoError("internal", message)) for other in queued]
                 self._held.clear()
                 self._second_tries.clear()
-            self._waiting.difference_update(answered.outcome for answered, _ in answers)
+            for answered, _ in answers:
+                self._waiting.pop(answered.outcome, None)
         for answered, outcome in answers:
             answered.outcome.set_result(outcome)
 
@@ -196,7 +219,7 @@ class DecodePool:
     def _outcome(self, video: _Video, finished: Future[Outcome]) -> Outcome:
         name = storage.redact(video.source.uri)
         if finished.cancelled():
-            return VideoError("internal", f"{name}: decoding was cancelled")
+            return _cancelled(video)
         error = finished.exception()
         if error is None:
             return finished.result()
@@ -209,7 +232,8 @@ class DecodePool:
             how = _how(getattr(error, "exitcode", None))
             alone = " twice, the second time as the only video in this worker"
             twice = alone if video.was_killed else ""
-            return VideoError("decoder_crash", f"{name}: the decoder process died{twice} ({how})")
+            kind = DecoderKilled if _was_killed(error) else VideoError
+            return kind("decoder_crash", f"{name}: the decoder process died{twice} ({how})")
         return VideoError(
             "internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         )
@@ -220,7 +244,7 @@ class DecodePool:
             self._closed = True
             pools = [pool for pool in (self._pool, self._second_pool) if pool is not None]
             self._pool = self._second_pool = None
-            waiting, self._waiting = self._waiting, set()
+            waiting, self._waiting = self._waiting, {}
             self._second_tries.clear()
             self._held.clear()
         for outcome in waiting:
@@ -229,6 +253,10 @@ class DecodePool:
             )
         for pool in pools:
             _stop(pool)
+
+
+def _cancelled(video: _Video) -> VideoError:
+    return VideoError("internal", f"{storage.redact(video.source.uri)}: decoding was cancelled")
 
 
 def _was_killed(error: BaseException | None) -> bool:

@@ -21,7 +21,7 @@ from tsq_ray.evaluation.tables import Table, TableColumn
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
 from tsq_ray.runs.folder import read_run
-from tsq_ray.scoring import measure_predictions
+from tsq_ray.score_run import measure_predictions
 
 _MILLISECONDS = ("decode_ms", "sample_ms", "recognize_ms")
 _COUNTED = ["video_id", "status", "selected_pts_s", *_MILLISECONDS]

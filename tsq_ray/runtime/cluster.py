@@ -31,26 +31,28 @@ _SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
 
 
 @contextlib.contextmanager
-def connect(session: Session = DEFAULT_SESSION) -> Iterator[Any]:
+def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None) -> Iterator[Any]:
     """Connect to the session's Ray cluster, or start one here, for the duration of the `with`.
 
+    One that is started listens on loopback only, with its metrics on `metrics_port` or a free port.
     A cluster that is already connected is used and stays connected. Raises RunFailed if no cluster
     can be started or joined.
     """
     address, debug = session.address, session.debug
-    _set_environment(debug)
+    # without an address Ray would join any head node that runs on this machine
+    place = address or os.environ.get("RAY_ADDRESS") or "local"
+    _set_environment(debug, place == "local")
     import ray
 
     if ray.is_initialized():
         with _stdout_to_stderr(debug):
             yield ray
         return
-    # without an address Ray would join any head node that runs on this machine
-    place = address or os.environ.get("RAY_ADDRESS") or "local"
     level = logging.INFO if debug else logging.ERROR
     options: dict[str, Any] = {"address": place, "log_to_driver": debug, "logging_level": level}
     if place == "local":
         options |= {"include_dashboard": False, "_temp_dir": _temp_dir()}
+        options |= {"_metrics_export_port": metrics_port}
     try:
         _check_reachable(place)
         with contextlib.nullcontext() if debug else _silent_stderr():
@@ -167,8 +169,14 @@ def run_failed(error: BaseException, doing: str) -> TsqError:
     )
 
 
-def _set_environment(debug: bool) -> None:
-    """Set the environment variables that Ray and its processes read."""
+def _set_environment(debug: bool, on_loopback: bool) -> None:
+    """Set the environment variables that Ray and its processes read.
+
+    `on_loopback`: whether a Ray that is started here listens on loopback only.
+    """
+    if on_loopback:
+        # Ray's own switch for machines that form no cluster: this node's address is then 127.0.0.1
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # a worker's report blocks until it is fetched: at Ray's default of 2 s a checkpoint would take

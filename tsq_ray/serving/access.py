@@ -29,17 +29,20 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_token_rule(host: str, token: str | None) -> None:
+def check_token_rule(host: str, has_token: bool) -> None:
     """Raise ConfigError for a host beyond loopback without a token."""
-    if token is None and not is_loopback(host):
+    if not has_token and not is_loopback(host):
         raise ConfigError(
             f"--host {host}: a host beyond loopback needs a bearer token; "
-            f"set the environment variable {TOKEN_VARIABLE}"
+            f"set the environment variable {TOKEN_VARIABLE}, or serve.tokens_file"
         )
 
 
-def check_binding(host: str, port: int) -> None:
-    """Raise ConfigError if the host is not this machine's or the port is taken."""
+def check_binding(host: str, port: int, what: str = "") -> None:
+    """Raise ConfigError if the host is not this machine's or the port is taken.
+
+    `what` names the setting of the port; without it, host and port are options.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
@@ -48,7 +51,6 @@ def check_binding(host: str, port: int) -> None:
             probe.bind((host, port))
             probe.listen()
     except OSError as error:
-        raise ConfigError(
-            f"--host {host} --port {port}: cannot be bound ({error.strerror}); "
-            "choose another --port or --host"
-        ) from None
+        named = f"{what} {port}" if what else f"--host {host} --port {port}"
+        other = f"another {what}" if what else "another --port or --host"
+        raise ConfigError(f"{named}: cannot be bound ({error.strerror}); choose {other}") from None

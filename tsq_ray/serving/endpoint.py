@@ -1,21 +1,27 @@
-"""`tsq serve`: run the endpoint on this machine or a cluster until interrupted."""
+"""`tsq serve`: run the endpoint on this machine or a cluster until it has to end."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
 import sys
 import threading
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from tsq_ray import storage
+from tsq_ray.bundle.settings import check_bundle
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Cluster, Layout
 from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
+from tsq_ray.serving import facts
 from tsq_ray.serving.access import check_binding, check_token_rule, read_token
+from tsq_ray.serving.loopback import LOOPBACK
 
 APP = "tsq"
 _SLACK_S = 10.0
@@ -42,15 +48,19 @@ def check_room(placed: Layout, found: Cluster) -> None:
             )
 
 
-def check_address(host: str, port: int, address: str | None) -> str | None:
-    """Check host, port and token, and return the token that requests must carry.
+def check_address(config: Config, host: str, port: int, address: str | None) -> str | None:
+    """Check host, port and tokens, and return the token of the environment.
 
     Raises ConfigError if the host needs a token and none is set, or cannot be bound.
     """
-    token = read_token()
-    check_token_rule(host, token)
+    from tsq_ray.serving.requests.tokens import read_tokens
+
+    token, path = read_token(), config.serve.tokens_file
+    tokens = read_tokens(path) if path else []
+    check_token_rule(host, token is not None or bool(tokens))
     if address is None:  # on a cluster the port belongs to other machines
         check_binding(host, port)
+        check_binding(LOOPBACK, config.serve.metrics_port, "serve.metrics_port")
     return token
 
 
@@ -59,51 +69,111 @@ def run_endpoint(
 ) -> None:
     """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM.
 
-    Raises UserError for wrong input and RunFailed for other failures.
+    Then new requests are refused, those in hand are answered, for at most `serve.drain_s`, and the
+    endpoint ends; a second signal ends it at once. Raises UserError for wrong input and RunFailed
+    for other failures.
     """
-    from tsq_ray.bundle.weights import load_bundle
-    from tsq_ray.stages import check_sampler
-
-    token = check_address(host, port, session.address)
+    token = check_address(config, host, port, session.address)
     model = storage.normalize(model)
-    # report a faulty bundle here rather than from a replica
-    check_sampler(load_bundle(model), config.sampler)
-    _print_status("starting: ready in about 20 s")
-    try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with cluster.connect(session) as ray:
-            # ray.init has installed its own handler
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
-            if session.address is None:
-                found = cluster.read_cluster(ray, config)
-                check_room(layout("serve", config, found, 1), found)
-            deploy(ray, model, config, host, port, token, session)
-            try:
-                _wait_for_the_end(model, host, port)
-            finally:
-                end()
-    except KeyboardInterrupt:
-        _print_status("stopped")
+    check_bundle(model, config.sampler.mode)
+    _print_status("starting: Ray")
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        _Signals() as signals,
+        cluster.connect(session, metrics_port=config.serve.metrics_port) as ray,
+    ):
+        signals.install()  # ray.init has installed its own handlers
+        found = cluster.read_cluster(ray, config)
+        if session.address is None:
+            check_room(layout("serve", config, found, 1), found)
+        _print_status("starting: loading the model in each replica")
+        inner = (host, port) if session.address is not None else (LOOPBACK, _free_port())
+        with _deployed(ray, model, config, inner, token, session):
+            signals.serving = True
+            with _entrance(config, host, port, inner, session):
+                _print_serving(model, config, host, port, session)
+                signals.wait()
+                _drain(config.serve.drain_s)
+    _print_status("stopped")
+
+
+class _Signals:
+    """SIGINT and SIGTERM: while the endpoint serves, the first asks it to end; else they end it."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self.serving = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        self._before = {number: signal.getsignal(number) for number in _NUMBERS}
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Install the handlers."""
+        for number in _NUMBERS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self.serving or self._asked.is_set():
+            raise KeyboardInterrupt
+        self._asked.set()
+
+    def wait(self) -> None:
+        """Wait for the first signal."""
+        while not self._asked.wait(0.2):  # a wait without a limit would not see the signal
+            pass
+
+
+_NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _print_status(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _wait_for_the_end(model: str, host: str, port: int) -> None:
-    """Say where the endpoint is, and wait for a KeyboardInterrupt."""
+def _print_serving(model: str, config: Config, host: str, port: int, session: Session) -> None:
     shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{port}/v1/score"
+    url = f"http://{shown}:{port}"
+    if session.address is None:
+        _print_status(f"metrics on http://{LOOPBACK}:{config.serve.metrics_port}/metrics")
     _print_status(f"serving {storage.redact(model)} on {url} (stop with Ctrl-C)")
-    threading.Event().wait()
 
 
-def deploy(
-    ray: Any, model: str, config: Config, host: str, port: int, token: str | None, session: Session
-) -> None:
-    """Start Serve's HTTP server and the application on the connected cluster.
+def _drain(limit_s: float) -> None:
+    """Refuse new requests and wait until those in hand are answered."""
+    _print_status(f"ending: answering the requests in hand, for at most {limit_s:g} s")
+    facts.ask_to_end(APP)
+    if not facts.wait_until_done(APP, _num_ingresses, limit_s):
+        _print_status(f"ending: requests still in hand after {limit_s:g} s are dropped")
 
-    Returns when the application is ready. Raises ConfigError if Serve already runs there.
+
+def _num_ingresses() -> int:
+    from ray import serve
+    from ray.serve._private.common import ReplicaState
+
+    found = serve.status().applications.get(APP)
+    ingress = found.deployments.get("Ingress") if found is not None else None
+    return ingress.replica_states.get(ReplicaState.RUNNING, 0) if ingress is not None else 0
+
+
+@contextlib.contextmanager
+def _deployed(
+    ray: Any,
+    model: str,
+    config: Config,
+    inner: tuple[str, int],
+    token: str | None,
+    session: Session,
+) -> Iterator[None]:
+    """Run Serve and the application on the connected cluster for the duration of the `with`.
+
+    `inner`: host and port of Serve's HTTP server. Raises ConfigError if Serve already runs there.
     """
     from ray import serve
     from ray.serve.config import HTTPOptions
@@ -117,24 +187,52 @@ def deploy(
             "--address: Serve already runs on this cluster, with its own host and port; stop it "
             "with: serve shutdown, or deploy tsq_ray.serving.app:build with: serve deploy"
         )
-    logs = {"log_level": "INFO" if session.debug else "ERROR", "enable_access_log": session.debug}
+    # one JSON line a request, in the log files of the ingress replicas
+    logs = {"encoding": "JSON", "log_level": "INFO", "enable_access_log": session.debug}
     limit_s = config.serve.request_timeout_s + _SLACK_S
-    http = HTTPOptions(host=host, port=port, request_timeout_s=limit_s)
+    http = HTTPOptions(host=inner[0], port=inner[1], request_timeout_s=limit_s)
+    facts.forget(APP)
     try:
-        serve.start(http_options=http, logging_config=logs)
-        placed = layout("serve", config, cluster.read_cluster(ray, config), 1)
-        app = application(model, config, placed, token)
-        start = partial(serve.run, app, name=APP, route_prefix="/")
-        progress.run_watched(start, "serve", session, APP)
-    except Exception as error:
-        serve.shutdown()
-        raise cluster.run_failed(error, "serve") from error
+        try:
+            serve.start(http_options=http, logging_config=logs)
+            placed = layout("serve", config, cluster.read_cluster(ray, config), 1)
+            app = application(model, config, placed, token)
+            start = partial(serve.run, app, name=APP, route_prefix="/", logging_config=logs)
+            progress.run_watched(start, "serve", session, APP)
+        except Exception as error:
+            raise cluster.run_failed(error, "serve") from error
+        yield
+    finally:
+        if session.address is not None:
+            _take_down()
+        # a Ray of our own ends with this command, and with it whatever a second signal interrupts
 
 
-def end() -> None:
+@contextlib.contextmanager
+def _entrance(
+    config: Config, host: str, port: int, inner: tuple[str, int], session: Session
+) -> Iterator[None]:
+    """Put HAProxy before Serve's HTTP server, if that is on this machine's loopback."""
+    from tsq_ray.serving.front import front
+
+    if session.address is not None:
+        yield
+        return
+    with front(host, port, inner[1], config.serve):
+        yield
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+def _take_down() -> None:
     """Take the application down, and Serve too unless other applications run on it."""
     from ray import serve
 
+    facts.forget(APP)
     if set(serve.status().applications) - {APP}:
         serve.delete(APP)
     else:

@@ -16,8 +16,8 @@ from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Cluster
 from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
+from tsq_ray.serving.graph import STAGES
 
-STAGES = ("decoder", "sampler", "recognizer")
 LOOK_EVERY_S = 2.0
 """Interval between checks of the nodes and of the replicas' capacity."""
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from tsq_ray.bundle.weights import Bundle, Classifier
-from tsq_ray.config import ResourcesConfig, SamplerConfig
-from tsq_ray.model.choosers import Candidates, chooser_for
+from tsq_ray.config import ResourcesConfig
+from tsq_ray.model.choosers import Candidates
 from tsq_ray.model.selection import Selection
 from tsq_ray.networks.encoder import best_device
 from tsq_ray.networks.inference import (
@@ -38,7 +38,6 @@ class Recognize:
     def __init__(
         self,
         model: Bundle | Classifier,
-        config: SamplerConfig,
         device: torch.device | None = None,
         resources: ResourcesConfig = DEFAULT_RESOURCES,
     ) -> None:
@@ -47,7 +46,7 @@ class Recognize:
         assert encoder is not None
         self.device = device or best_device()
         self.recognizer = prepare_for_inference(encoder, self.device, resources)
-        self.classes, self.task, self.chooser = model.classes, model.task, chooser_for(config)
+        self.classes, self.task = model.classes, model.task
 
     def __call__(self, items: Sequence[Sampled]) -> list[Answer]:
         """Return answers in the order of `items`; failures pass through."""
@@ -78,7 +77,7 @@ class Recognize:
         while True:
             for number in waiting:
                 answers = array_probabilities(found[number], self.task)
-                places[number] = self.chooser.enough(_candidates(items[number]), answers)
+                places[number] = items[number].enough(answers)
             waiting = [number for number in waiting if places[number] is None]
             if not waiting:
                 break
@@ -98,17 +97,20 @@ class Recognize:
         selection = _candidates(item).selection(places)
         item.row |= selection_columns(selection, item.frame_index, item.row["frame_pts_s"])
         scores = array_probabilities(logits[torch.from_numpy(places)].mean(0), self.task)
-        best = np.argsort(-scores, kind="stable")[:TOP_LABELS]
-        item.row |= {
-            "scores": scores,
-            "top_labels": [self.classes[number] for number in best],
-            "top_scores": scores[best],
-        }
+        item.row |= {"scores": scores} | best_labels(scores, self.classes)
 
 
 def _candidates(item: Sampled) -> Candidates:
     assert item.candidates is not None
     return item.candidates
+
+
+def best_labels(
+    scores: np.ndarray, classes: Sequence[str], count: int = TOP_LABELS
+) -> dict[str, Any]:
+    """Return the prediction columns of the `count` best classes; `scores` is [C]."""
+    best = np.argsort(-scores, kind="stable")[:count]
+    return {"top_labels": [classes[number] for number in best], "top_scores": scores[best]}
 
 
 def selection_columns(

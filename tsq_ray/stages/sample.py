@@ -5,6 +5,7 @@ Shapes: T frames (slots) per video, V videos, K chosen frames, C classes.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsq_ray.bundle.settings import NO_RECOGNIZER
+from tsq_ray.bundle.settings import NO_RECOGNIZER, NO_TEXTUAL_MODULE
 from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import TSQ_MODES, ResourcesConfig, SamplerConfig, Task, check_budget
 from tsq_ray.decode import DecodedVideo, Outcome
 from tsq_ray.errors import Failure, ModelError
 from tsq_ray.model import TSQNet, object_embeddings, saliency
-from tsq_ray.model.choosers import Candidates, View, chooser_for
+from tsq_ray.model.choosers import Candidates, Chooser, View, chooser_for
 from tsq_ray.model.task import probabilities
 from tsq_ray.networks.encoder import best_device
 from tsq_ray.networks.inference import DEFAULT_RESOURCES, Pictures
@@ -39,12 +40,20 @@ class Sampled:
     """int32 [T]."""
     candidates: Candidates | None = None
     """None for a failed video."""
+    chooser: Chooser | None = None
+    """What chose the candidates; None for a failed video."""
     error: Failure | None = None
     """Why the video failed."""
 
     def take(self, start: int, stop: int) -> Pictures:
         """Return the pictures of candidates start..stop-1."""
         return self.pictures._replace(frames=self.pictures.frames[start:stop])
+
+    def enough(self, probabilities: np.ndarray) -> np.ndarray | None:
+        """Return the places of the chosen candidates, as `Chooser.enough`."""
+        assert self.chooser is not None
+        assert self.candidates is not None
+        return self.chooser.enough(self.candidates, probabilities)
 
 
 _NOTHING = Pictures(np.zeros((0, 1, 1, 3), np.uint8))
@@ -66,7 +75,7 @@ class Sample:
         resources: ResourcesConfig = DEFAULT_RESOURCES,
     ) -> None:
         check_sampler(bundle, config)
-        self.config, self.task, self.chooser = config, bundle.task, chooser_for(config)
+        self.config, self.task = config, bundle.task
         self.textual = (
             bundle.objects is not None and config.mode in TSQ_MODES and config.mode != "visual"
         )
@@ -88,22 +97,25 @@ class Sample:
                 else None
             )
 
-    def __call__(self, items: Sequence[tuple[str, Outcome]]) -> list[Sampled]:
+    def __call__(
+        self, items: Sequence[tuple[str, Outcome]], budgets: Sequence[int | None] = ()
+    ) -> list[Sampled]:
         """Return one `Sampled` per item, in order.
 
-        `items`: (video id, its frames or its failure); the id seeds the random baseline.
+        `items`: (video id, its frames or its failure); the id seeds the random baseline. `budgets`:
+        K of each item; None for that of the settings.
         """
         started = time.perf_counter()
         live = [(name, video) for name, video in items if isinstance(video, DecodedVideo)]
-        found = [(view, self.chooser.candidates(view)) for view in self._views(live)]
+        views = iter(self._views(live))
         share_ms = (time.perf_counter() - started) * 1000 / max(1, len(live))
-        chosen = iter(found)
         sampled = []
-        for _, video in items:
+        for (_, video), budget in itertools.zip_longest(items, budgets):
             if not isinstance(video, DecodedVideo):
                 sampled.append(Sampled({}, _NOTHING, np.zeros(0, np.int32), error=video))
                 continue
-            view, candidates = next(chosen)
+            view, chooser = next(views), chooser_for(self.config.with_budget(budget))
+            candidates = chooser.candidates(view)
             row = source_columns(video)
             if view.visual is not None:
                 row |= {"saliency_visual": view.visual, "saliency_textual": view.textual}
@@ -111,7 +123,7 @@ class Sample:
             pictures = pictures_of(video, RECOGNIZER)
             frames = pictures.frames[video.slot_frame[candidates.slots]]
             pictures = pictures._replace(frames=frames)
-            sampled.append(Sampled(row, pictures, video.frame_index, candidates))
+            sampled.append(Sampled(row, pictures, video.frame_index, candidates, chooser))
         return sampled
 
     def _views(self, items: Sequence[tuple[str, DecodedVideo]]) -> list[View]:
@@ -168,10 +180,7 @@ def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
     if bundle.recognizer is None:
         raise ModelError(NO_RECOGNIZER)
     if config.mode == "textual" and bundle.objects is None:
-        raise ModelError(
-            "sampler.mode 'textual': the bundle was trained with train.modules = 'visual'; "
-            "use 'visual' or a baseline"
-        )
+        raise ModelError(NO_TEXTUAL_MODULE)
 
 
 def array_probabilities(logits: np.ndarray | Tensor | None, task: Task) -> np.ndarray:

@@ -8,7 +8,7 @@ import re
 import socket
 from collections.abc import Iterator
 
-from tsq_ray.errors import ErrorType, StorageError, UserError
+from tsq_ray.errors import DiskFull, ErrorType, StorageError, UserError
 from tsq_ray.storage.local_files import SpecialFile, is_utf8
 
 SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
@@ -127,7 +127,7 @@ def storage_errors(uri: str, doing: str = "open") -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(
+            raise DiskFull(
                 "unavailable", f"{redact(uri)}: the disk is full; free some space and run again"
             ) from error
         raise StorageError(classify(error), _message(uri, doing, error)) from error

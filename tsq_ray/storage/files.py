@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 import contextlib
 import errno
@@ -9,13 +10,14 @@ import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, BinaryIO, cast
 
 from tsq_ray.errors import UserError
 from tsq_ray.storage import local_files
 from tsq_ray.storage.advice import is_local, is_refused_condition, redact, storage_errors
-from tsq_ray.storage.listing import kind_of
+from tsq_ray.storage.listing import kind_of, stored_file
+from tsq_ray.storage.local_files import StoredFile
 from tsq_ray.storage.paths import filesystem, join, local_path, name_of, object_at
 
 _MAX_NAME_BYTES = 255
@@ -189,6 +191,31 @@ def download(uri: str, folder: str | os.PathLike[str]) -> str:
         fs, path = object_at(uri)
         fs.get_file(path, target)
     return target
+
+
+async def fetch(uri: str, target: str, check: Callable[[StoredFile], None]) -> StoredFile:
+    """Copy a remote file to the path `target` and return what its storage says about it.
+
+    `check` may raise before the copy. Cancelling the call ends the transfer.
+    """
+    with storage_errors(uri, "fetch"):
+        fs, path = object_at(uri)
+        if not fs.async_impl:
+            found = stored_file(fs, await asyncio.to_thread(fs.info, path))
+            check(found)
+            await asyncio.to_thread(fs.get_file, path, target)
+            return found
+        found = stored_file(fs, await _on_its_loop(fs, fs._info(path)))
+        check(found)
+        # in one stream: parts side by side would be held in memory
+        options = {"max_concurrency": 1} if uri.startswith("s3://") else {}
+        await _on_its_loop(fs, fs._get_file(path, target, **options))
+        return found
+
+
+async def _on_its_loop(fs: Any, work: Coroutine[Any, Any, Any]) -> Any:
+    """Await `work` on the event loop of an fsspec file system, which has a thread of its own."""
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, fs.loop))
 
 
 def sha256_of(data: bytes) -> str:

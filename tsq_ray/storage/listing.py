@@ -28,7 +28,7 @@ def stat(uri: str) -> StoredFile:
         if local is not None:
             return local_files.look_up(local)
         fs, path = filesystem(uri)
-        return _stored(fs, fs.info(path))
+        return stored_file(fs, fs.info(path))
 
 
 def exists(uri: str) -> bool:
@@ -96,7 +96,7 @@ def _below(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
         elif entry["type"] == "directory":
             folders.append(entry["name"].rstrip("/"))
         else:
-            yield _stored(fs, entry)
+            yield stored_file(fs, entry)
     for folder in folders:
         yield from _below(fs, folder)
 
@@ -134,12 +134,12 @@ def list_folder(uri: str) -> list[StoredFile]:
             return []
         files = (entry for entry in found if entry["type"] == "file")
         return sorted(
-            (_stored(fs, entry) for entry in files if entry["name"].rstrip("/") != path),
+            (stored_file(fs, entry) for entry in files if entry["name"].rstrip("/") != path),
             key=lambda file: file.uri,
         )
 
 
-def _stored(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> StoredFile:
+def stored_file(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> StoredFile:
     modified, etag = info.get("LastModified"), info.get("ETag")
     return StoredFile(
         uri=fs.unstrip_protocol(info["name"]),

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tsq_ray.serving.batching import Batches
+from tsq_ray.serving.microbatching import Microbatches
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_what_waits_for_a_gpu_goes_through_together() -> None:
     network = Network()
 
     async def run() -> list[int]:
-        batches = Batches(network, size=4, wait_s=0.0, threads=3, on_gpu=True)
+        batches = Microbatches(network, size=4, wait_s=0.0, threads=3, on_gpu=True)
         first = asyncio.create_task(batches(0))
         await until_seen(network, 1)
         rest = [asyncio.create_task(batches(number)) for number in range(1, 8)]
@@ -83,7 +83,7 @@ def test_the_first_of_a_batch_waits_for_others() -> None:
     network.open.set()
 
     async def run() -> list[int]:
-        batches = Batches(network, size=2, wait_s=20.0, threads=1, on_gpu=True)
+        batches = Microbatches(network, size=2, wait_s=20.0, threads=1, on_gpu=True)
         first = asyncio.create_task(batches(1))
         await asyncio.sleep(0.05)
         assert network.seen == []
@@ -98,7 +98,7 @@ def test_a_cpu_runs_one_item_per_thread_in_parallel() -> None:
     network = Network()
 
     async def run() -> list[int]:
-        batches = Batches(network, size=8, wait_s=20.0, threads=3, on_gpu=False)
+        batches = Microbatches(network, size=8, wait_s=20.0, threads=3, on_gpu=False)
         tasks = [asyncio.create_task(batches(number)) for number in range(5)]
         await until_seen(network, 3)
         await asyncio.sleep(0.05)
@@ -117,7 +117,7 @@ def test_the_items_in_hand_share_the_threads_of_a_cpu(others: int, threads: int)
     network.open.set()
 
     async def run() -> None:
-        batches = Batches(network, size=8, wait_s=0.0, threads=4, on_gpu=False)
+        batches = Microbatches(network, size=8, wait_s=0.0, threads=4, on_gpu=False)
         await asyncio.gather(*(batches(number) for number in range(others + 1)))
 
     asyncio.run(run())
@@ -129,7 +129,7 @@ def test_a_failing_item_does_not_affect_its_batch() -> None:
     network.open.set()
 
     async def run() -> list[int | BaseException]:
-        batches = Batches(network, size=2, wait_s=0.05, threads=1, on_gpu=True)
+        batches = Microbatches(network, size=2, wait_s=0.05, threads=1, on_gpu=True)
         numbers = [1, -1, 2, 3, 4]
         return await asyncio.gather(
             *(batches(number) for number in numbers), return_exceptions=True
@@ -143,7 +143,7 @@ def test_an_abandoned_request_is_not_worked_on() -> None:
     network = Network()
 
     async def run() -> int:
-        batches = Batches(network, size=1, wait_s=0.0, threads=1, on_gpu=True)
+        batches = Microbatches(network, size=1, wait_s=0.0, threads=1, on_gpu=True)
         running, given_up, kept = (asyncio.create_task(batches(number)) for number in (1, 2, 3))
         await until_seen(network, 1)
         running.cancel()
@@ -173,7 +173,7 @@ def test_threads_do_not_multiply() -> None:
         return items
 
     async def run() -> None:
-        batches = Batches(network, size=1, wait_s=0.0, threads=threads, on_gpu=False)
+        batches = Microbatches(network, size=1, wait_s=0.0, threads=threads, on_gpu=False)
         for _ in range(2):
             await asyncio.gather(*(batches(number) for number in range(threads)))
             for number in range(3 * threads):
@@ -189,7 +189,7 @@ def test_compiled_work_keeps_to_one_lane_and_one_thread_count() -> None:
     network.open.set()
 
     async def run() -> list[int]:
-        batches = Batches(network, size=8, wait_s=0.0, threads=4, on_gpu=False, compiled=True)
+        batches = Microbatches(network, size=8, wait_s=0.0, threads=4, on_gpu=False, compiled=True)
         return await asyncio.gather(*(batches(number) for number in range(5)))
 
     assert asyncio.run(run()) == [0, 2, 4, 6, 8]
@@ -207,7 +207,7 @@ def test_an_idle_network_keeps_no_item() -> None:
     kept: list[weakref.ref[Frames]] = []
 
     async def run() -> None:
-        batches: Batches[Frames, int] = Batches(
+        batches: Microbatches[Frames, int] = Microbatches(
             lambda items: [0] * len(items), size=1, wait_s=0.0, threads=2, on_gpu=False
         )
         for _ in range(3):

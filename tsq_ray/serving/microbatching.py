@@ -1,4 +1,4 @@
-"""Batching of requests to a network: requests that wait while it is busy form the next batch.
+"""Batches of requests to a network: requests that wait while it is busy form the next batch.
 
 `serve.batch` does not fit: it closes a batch after its wait even if the previous batch is still
 running, and since a batch takes longer than the wait here, most batches would hold one video.
@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-class Batches(Generic[Item, Answer]):
+class Microbatches(Generic[Item, Answer]):
     """Run `work` on items that arrive one by one.
 
     On a GPU, batches of at most `size` items run one after the other; the first item of a batch

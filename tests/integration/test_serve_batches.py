@@ -1,0 +1,230 @@
+"""Batches at the endpoint: run folders that are filled beside single requests."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from support.archive import Archive, make_archive
+from support.bundle import make_bundle
+from support.endpoint import CLOSE, END_S, Endpoint, serving
+
+from tsq_ray.bundle.overrides import scoring_config
+from tsq_ray.manifest import build_manifest
+from tsq_ray.prediction import predict_rows
+from tsq_ray.runs.tables import read_predictions
+from tsq_ray.runs.verify import verify
+from tsq_ray.serving.requests.webhooks import signature
+
+pytestmark = pytest.mark.ray
+
+SECRET = "webhook-secret"
+LINES = {"Content-Type": "application/jsonl"}
+DONE_S = 240.0
+
+
+class Listener(http.server.BaseHTTPRequestHandler):
+    """Records the calls; refuses the first one."""
+
+    calls: ClassVar[list[tuple[dict[str, str], bytes]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.calls.append((dict(self.headers), body))
+        self.send_response(204 if len(self.calls) > 1 else 500)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def listener() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/hook"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    return make_archive(tmp_path_factory.mktemp("batched") / "videos")
+
+
+@pytest.fixture(scope="module")
+def endpoint(
+    archive: Archive, listener: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
+    folder = tmp_path_factory.mktemp("batches")
+    bundle = make_bundle(folder / "bundle")
+    settings = (
+        f"serve.batches_uri={folder}/batches",
+        f'serve.allowed_uri_prefixes=["{archive.root}", "{folder}/manifests"]',
+        f'serve.webhook_prefixes=["{listener.rpartition("/")[0]}"]',
+        "output.rows_per_file=4",
+    )
+    with serving(bundle, folder / "run", *settings, TSQ_WEBHOOK_SECRET=SECRET) as found:
+        yield found
+
+
+def ended(endpoint: Endpoint, batch: dict[str, Any], **params: Any) -> dict[str, Any]:
+    """The batch once it has ended."""
+    deadline = time.monotonic() + DONE_S
+    while True:
+        answer = endpoint.client.get(f"/v1/batches/{batch['id']}", params=params)
+        if answer.status_code == 200:
+            found: dict[str, Any] = answer.json()
+            if found["status"] in ("completed", "failed", "cancelled"):
+                return found
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.3)
+
+
+def lines_of(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_batch_of_lines(endpoint: Endpoint, archive: Archive) -> None:
+    uris = {f"id {number}": str(archive.root / path) for number, path in enumerate(archive.paths)}
+    uris["twice"] = uris["id 0"]
+    uris["missing"] = str(archive.root / "nothing.mp4")
+    body = "\n".join(json.dumps({"custom_id": key, "uri": uri}) for key, uri in uris.items())
+    headers = LINES | {"Idempotency-Key": "once"}
+    created = endpoint.client.post("/v1/batches", content=body, headers=headers)
+    assert created.status_code == 200, created.text
+    again = endpoint.client.post("/v1/batches", content=body, headers=headers).json()
+    assert again["id"] == created.json()["id"]
+
+    batch = ended(endpoint, created.json(), verify=True)
+    assert (batch["status"], batch["problems"]) == ("completed", [])
+    good, bad = lines_of(batch["output_uri"]), lines_of(batch["error_uri"])
+    assert {line["custom_id"] for line in good + bad} == set(uris)
+    assert len(good) + len(bad) == len(uris)
+    counts = batch["request_counts"]
+    assert counts["total"] == counts["completed"] + counts["failed"] == len(set(uris.values()))
+    assert counts["failed"] == len(bad) == len(archive.bad) + 1
+    errors = {line["uri"]: line["error_type"] for line in bad}
+    assert errors[uris["missing"]] == "not_found"
+    assert {str(archive.root / path): why for path, why in archive.bad.items()}.items() <= (
+        errors.items()
+    )
+    (row,) = predict_rows([uris["id 0"]], endpoint.model, scoring_config(endpoint.model))
+    line = next(line for line in good if line["custom_id"] == "twice")
+    assert line["top_labels"] == row["top_labels"]
+    assert line["scores"] == pytest.approx(row["scores"], abs=CLOSE)
+    assert (line["size_bytes"], line["selected_slot"]) == (row["size_bytes"], row["selected_slot"])
+
+
+def test_a_batch_over_a_manifest_survives_the_replica_that_runs_it(
+    endpoint: Endpoint, archive: Archive, listener: str
+) -> None:
+    folder = endpoint.folder.parents[1] / "manifests"
+    manifest = str(folder / "all.parquet")
+    folder.mkdir(exist_ok=True)
+    build_manifest([str(archive.root)], manifest)
+    asked = {"manifest": manifest, "metadata": {"team": "a"}, "webhook": listener}
+    batch = endpoint.client.post("/v1/batches", json=asked).json()
+    deadline = time.monotonic() + DONE_S
+    while not list(Path(batch["predictions_uri"]).glob("part-*")):
+        assert time.monotonic() < deadline, "no part was written"
+        time.sleep(0.1)
+    for pid in endpoint.processes("ServeReplica:tsq:Batches"):
+        os.kill(pid, signal.SIGKILL)
+
+    batch = ended(endpoint, batch)
+    assert (batch["status"], batch["metadata"]) == ("completed", {"team": "a"})
+    assert verify(batch["predictions_uri"]).problems == ()
+    assert read_predictions(batch["predictions_uri"]).num_rows == len(archive.paths)
+    deadline = time.monotonic() + END_S
+    while len(Listener.calls) < 2:
+        assert time.monotonic() < deadline, "the webhook was not called again"
+        time.sleep(0.2)
+    headers, body = Listener.calls[-1]
+    assert json.loads(body)["type"] == "batch.completed"
+    assert json.loads(body)["data"]["id"] == headers["webhook-id"] == batch["id"]
+    signed = signature(SECRET, batch["id"], int(headers["webhook-timestamp"]), body)
+    assert headers["webhook-signature"] == signed
+
+
+def test_a_batch_is_cancelled(endpoint: Endpoint, archive: Archive) -> None:
+    lines = [
+        json.dumps({"custom_id": str(number), "uri": str(archive.root / f"no-{number}.mp4")})
+        for number in range(2000)
+    ]
+    batch = endpoint.client.post("/v1/batches", content="\n".join(lines), headers=LINES).json()
+    cancelled = endpoint.client.post(f"/v1/batches/{batch['id']}/cancel").json()
+    assert cancelled["status"] in ("cancelling", "cancelled")
+    batch = ended(endpoint, batch)
+    assert (batch["status"], batch["output_uri"]) == ("cancelled", None)
+    assert endpoint.client.post(f"/v1/batches/{batch['id']}/cancel").json() == batch
+
+
+def test_a_single_video_for_later(endpoint: Endpoint, archive: Archive) -> None:
+    later = {"Prefer": "respond-async"}
+    uri = {"uri": str(archive.root / archive.paths[0])}
+    answer = endpoint.score(json=uri, headers=later)
+    assert answer.status_code == 202
+    assert answer.headers["Location"] == f"/v1/batches/{answer.json()['id']}"
+    batch = ended(endpoint, answer.json())
+    assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+    assert endpoint.score(json=uri | {"k": 2}, headers=later).status_code == 400
+    assert endpoint.score(files={"file": b"x"}, headers=later).status_code == 400
+
+
+def test_batches_are_listed_the_newest_first(endpoint: Endpoint) -> None:
+    whole = endpoint.client.get("/v1/batches").json()
+    ids = [batch["id"] for batch in whole["data"]]
+    assert ids == sorted(ids, reverse=True)
+    assert not whole["has_more"]
+    first = endpoint.client.get("/v1/batches", params={"limit": 1}).json()
+    assert (len(first["data"]), first["has_more"]) == (1, True)
+    rest = endpoint.client.get("/v1/batches", params={"after": first["data"][0]["id"]}).json()
+    assert [batch["id"] for batch in first["data"] + rest["data"]] == ids
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "message"),
+    [
+        ({"content": "", "headers": LINES}, 400, "no line"),
+        ({"content": "{", "headers": LINES}, 400, "line 1: "),
+        ({"content": '{"custom_id": "a"}', "headers": LINES}, 400, "uri: Field required"),
+        (
+            {"content": '{"custom_id": "a", "uri": "/etc/passwd"}', "headers": LINES},
+            403,
+            "is not below a prefix",
+        ),
+        ({"json": {"manifest": "/etc/manifest.parquet"}}, 403, "is not below a prefix"),
+        ({"json": {}}, 400, "manifest: Field required"),
+        ({"content": "x", "headers": {"Content-Type": "text/csv"}}, 415, "application/jsonl"),
+    ],
+)
+def test_a_batch_that_is_refused(
+    endpoint: Endpoint, request_: dict[str, Any], status: int, message: str
+) -> None:
+    answer = endpoint.client.post("/v1/batches", **request_)
+    assert answer.status_code == status
+    assert message in answer.json()["detail"]
+
+
+def test_a_webhook_must_be_allowed(endpoint: Endpoint, archive: Archive) -> None:
+    asked = {"manifest": str(archive.root / "m.parquet"), "webhook": "http://127.0.0.1:9/hook"}
+    assert endpoint.client.post("/v1/batches", json=asked).status_code == 403
+
+
+def test_a_manifest_that_cannot_be_read_fails_the_batch(
+    endpoint: Endpoint, archive: Archive
+) -> None:
+    asked = {"manifest": str(archive.root / "nothing.parquet")}
+    batch = ended(endpoint, endpoint.client.post("/v1/batches", json=asked).json())
+    assert batch["status"] == "failed"
+    assert "no such file" in batch["errors"][0]
+    for unknown in ("batch_none", "..", "batch_%2e%2e"):
+        assert endpoint.client.get(f"/v1/batches/{unknown}").status_code == 404

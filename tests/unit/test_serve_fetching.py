@@ -1,0 +1,122 @@
+"""Fetching the video of a `uri`: limits, odd web servers, addresses that may not be asked."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.serving.requests.fetching import Fetcher
+
+pytestmark = pytest.mark.ray
+
+DATA = bytes(range(256)) * 40
+
+
+class Web(http.server.BaseHTTPRequestHandler):
+    """/data, /endless (no length, never ends), /stalls, /move, /NUMBER for a status."""
+
+    released = threading.Event()
+
+    def do_GET(self) -> None:
+        what = self.path.partition("?")[0].rpartition("/")[2]
+        if what.isdecimal():
+            self.send_response(int(what))
+            self.end_headers()
+            return
+        self.send_response(302 if what == "move" else 200)
+        if what == "move":
+            self.send_header("Location", "/data")
+        elif what != "endless":
+            self.send_header("Content-Length", str(len(DATA)))
+        self.send_header("ETag", '"v1"')
+        self.send_header("Last-Modified", "Thu, 26 Nov 2026 10:00:00 GMT")
+        self.end_headers()
+        try:
+            if what == "endless":
+                while not self.released.is_set():
+                    self.wfile.write(DATA)
+            if what == "stalls":
+                self.wfile.write(DATA[:10])
+                self.released.wait(60)
+            if what == "data":
+                self.wfile.write(DATA)
+        except OSError:  # the client has gone away
+            self.close_connection = True
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        Web.released.set()
+        server.shutdown()
+
+
+async def fetch(uri: str, prefixes: tuple[str, ...], max_bytes: int = 2**20) -> tuple[bytes, str]:
+    fetcher = Fetcher(prefixes, 1.5, max_bytes, 4)
+    async with fetcher.fetched(uri) as found:
+        return Path(found.path).read_bytes(), str(found.file.etag)
+
+
+def test_a_file_with_what_its_server_says(port: int) -> None:
+    prefix = f"http://127.0.0.1:{port}/open"
+    assert asyncio.run(fetch(f"{prefix}/data?signature=x", (prefix,))) == (DATA, "v1")
+
+
+def test_a_local_file_is_read_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(DATA)
+    assert asyncio.run(fetch(str(path), (str(tmp_path),))) == (DATA, "None")
+
+
+@pytest.mark.parametrize(
+    ("name", "error_type", "message"),
+    [
+        ("move", "unsupported", "the server redirects (HTTP 302)"),
+        ("404", "not_found", "HTTP 404"),
+        ("401", "access_denied", "HTTP 401"),
+        ("500", "unavailable", "HTTP 500"),
+        ("206", "unavailable", "HTTP 206"),
+        ("stalls", "timeout", "serve.fetch_timeout_s = 1.5 s"),
+        ("endless", "too_large", "decode.max_bytes allows 1048576"),
+    ],
+)
+def test_a_server_that_gives_no_video(port: int, name: str, error_type: str, message: str) -> None:
+    prefix = f"http://127.0.0.1:{port}/open"
+    with pytest.raises((VideoError, StorageError)) as caught:
+        asyncio.run(fetch(f"{prefix}/{name}?signature=SECRET", (prefix,)))
+    assert caught.value.error_type == error_type
+    assert message in str(caught.value)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_name_of_a_private_address_is_not_asked(port: int) -> None:
+    with pytest.raises(StorageError, match="its address is not public"):
+        asyncio.run(fetch(f"http://localhost:{port}/data", ("http://",)))
+    named = f"http://localhost:{port}/"
+    assert asyncio.run(fetch(f"{named}data", (named,)))[0] == DATA
+
+
+def test_a_host_that_does_not_answer() -> None:
+    with pytest.raises(StorageError, match="no connection") as caught:
+        asyncio.run(fetch("http://127.0.0.1:9/data", ("http://127.0.0.1:9/",)))
+    assert caught.value.error_type == "unavailable"
+
+
+def test_special_files_are_no_videos(tmp_path: Path) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(StorageError, match="FIFO") as caught:
+        asyncio.run(fetch(str(tmp_path / "fifo"), (str(tmp_path),)))
+    assert caught.value.error_type == "not_video"

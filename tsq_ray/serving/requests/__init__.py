@@ -1,0 +1,1 @@
+"""What clients ask of the endpoint, and whether it may be answered."""

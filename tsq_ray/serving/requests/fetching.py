@@ -1,0 +1,152 @@
+"""Fetch the video of a `uri` into an unnamed file of this machine, within limits of time and size."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import IO, Any
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from tsq_ray import storage
+from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.serving.requests.uris import WEB, may_ask, named_hosts
+from tsq_ray.storage import StoredFile
+
+_CHUNK = 1 << 20
+_CONNECT_S = 10.0
+_TYPE_OF = {401: "access_denied", 403: "access_denied", 404: "not_found", 410: "not_found"}
+_ADVICE = {
+    "access_denied": "the server refuses access; a presigned URL may have expired",
+    "not_found": "no such file; check the URL",
+}
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A video on this machine, and what its storage says about it."""
+
+    path: str
+    file: StoredFile
+
+
+class Fetcher:
+    """Fetches videos, a limited number at a time, outside of the decoding processes."""
+
+    def __init__(
+        self, prefixes: Iterable[str], timeout_s: float, max_bytes: int, places: int
+    ) -> None:
+        self._named = named_hosts(prefixes)
+        self._timeout_s, self._max_bytes = timeout_s, max_bytes
+        self._places = asyncio.Semaphore(places)
+        self._web: aiohttp.ClientSession | None = None
+
+    @contextlib.asynccontextmanager
+    async def fetched(self, uri: str) -> AsyncIterator[Fetched]:
+        """Yield the video as a local file, valid inside the `with`; a local one is read in place.
+
+        Raises StorageError, and VideoError: too_large, or timeout after the limit.
+        """
+        name = storage.redact(uri)
+        with tempfile.TemporaryFile(prefix="tsq-fetch-") as file:
+            async with self._places:
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        found = await self._fetch(uri, file)
+                except TimeoutError:
+                    why = f"not fetched within serve.fetch_timeout_s = {self._timeout_s:g} s"
+                    raise VideoError("timeout", f"{name}: {why}") from None
+            yield found
+
+    async def _fetch(self, uri: str, file: IO[bytes]) -> Fetched:
+        if storage.is_local(uri):
+            found = await asyncio.to_thread(storage.stat, uri)
+            self._check_size(uri, found.size_bytes)
+            return Fetched(uri, found)
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        with storage.storage_errors(uri, "fetch"):
+            get = self._get_web if uri.startswith(WEB) else self._get_object
+            found = await get(uri, file, path)
+        return Fetched(path, found)
+
+    def _check_size(self, uri: str, size: int) -> None:
+        if size > self._max_bytes:
+            shown = storage.redact(uri)
+            allowed = f"decode.max_bytes allows {self._max_bytes}"
+            raise VideoError("too_large", f"{shown}: at least {size} bytes; {allowed}")
+
+    async def _get_web(self, uri: str, file: IO[bytes], path: str) -> StoredFile:
+        async with self._session().get(uri, allow_redirects=False) as response:
+            if response.status != 200:
+                raise _refused(uri, response.status)
+            self._check_size(uri, response.content_length or 0)
+            size = 0
+            async for chunk in response.content.iter_chunked(_CHUNK):
+                size += len(chunk)
+                self._check_size(uri, size)
+                await asyncio.to_thread(file.write, chunk)
+            file.flush()
+            headers = response.headers
+            etag = (headers.get("ETag") or "").strip('"') or None
+            return StoredFile(uri, size, etag, _date(headers.get("Last-Modified")))
+
+    def _session(self) -> aiohttp.ClientSession:
+        if self._web is None:
+            self._web = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(resolver=PublicResolver(self._named), limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
+                auto_decompress=False,
+                trust_env=False,
+            )
+        return self._web
+
+    async def _get_object(self, uri: str, file: IO[bytes], path: str) -> StoredFile:
+        return await storage.fetch(uri, path, lambda found: self._check_size(uri, found.size_bytes))
+
+
+class PublicResolver(AbstractResolver):
+    """Resolves names to addresses that may be asked; the connection goes to those it returns."""
+
+    def __init__(self, named: Iterable[str]) -> None:
+        self._named = frozenset(named)
+        self._system = aiohttp.ThreadedResolver()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        found = await self._system.resolve(host, port, family)
+        allowed = [each for each in found if may_ask(host, each["host"], self._named)]
+        if not allowed:
+            why = (
+                "its address is not public; name the host in serve.allowed_uri_prefixes to allow it"
+            )
+            raise StorageError("unsupported", f"host {host}: {why}")
+        return allowed
+
+    async def close(self) -> None:
+        await self._system.close()
+
+
+def _refused(uri: str, status: int) -> StorageError:
+    name = storage.redact(uri)
+    if 300 <= status < 400:
+        why = f"the server redirects (HTTP {status}), which the endpoint does not follow"
+        return StorageError("unsupported", f"cannot fetch {name}: {why}; name the final URL")
+    kind: Any = _TYPE_OF.get(status, "unavailable")
+    why = _ADVICE.get(kind, "the server does not answer as expected; try again later")
+    return StorageError(kind, f"cannot fetch {name}: HTTP {status}: {why}")
+
+
+def _date(header: str | None) -> datetime | None:
+    try:
+        return parsedate_to_datetime(header) if header else None
+    except ValueError:
+        return None

@@ -1,0 +1,143 @@
+"""Parse a request: the token, the media type, the options and the video."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from tsq_ray.config import ServeConfig
+from tsq_ray.decode import VideoSource
+from tsq_ray.manifest import video_id
+from tsq_ray.serving.requests.models import BatchLine, BatchRequest, Options, UriRequest
+from tsq_ray.serving.requests.problems import RequestError
+from tsq_ray.serving.requests.uploads import ByteBudget, LimitedBody, Upload, received
+from tsq_ray.serving.requests.uris import check_uri
+from tsq_ray.serving.requests.webhooks import check_webhook
+
+_MAX_JSON_BYTES = 16 * 1024
+_MAX_LINES_BYTES = 64 * 2**20
+_LINES = ("application/jsonl", "application/x-ndjson")
+_BINARY = ("", "application/octet-stream", "multipart/form-data")
+_Parsed = TypeVar("_Parsed", bound=BaseModel)
+
+
+def check_token(header: str | None, token: str | None) -> None:
+    """Raise RequestError 401 unless `header` carries the bearer token. None disables the check."""
+    if token is None:
+        return
+    scheme, _, given = (header or "").partition(" ")
+    if scheme.lower() != "bearer" or not hmac.compare_digest(
+        given.strip().encode(), token.encode()
+    ):
+        raise RequestError(
+            401, "a valid token is required: send the header Authorization: Bearer TOKEN"
+        )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The video of a request, and what is to be returned."""
+
+    source: VideoSource
+    video_id: str
+    """Derived from the URI; for an upload the first 16 hex digits of its sha256."""
+    options: Options
+    upload: Upload | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The answer's columns that a manifest would supply."""
+        return {
+            "video_id": self.video_id,
+            "uri": self.source.uri,
+            "size_bytes": self.upload.size_bytes if self.upload is not None else None,
+            "etag": None,
+            "modified": None,
+        }
+
+
+@contextlib.asynccontextmanager
+async def asked(
+    request: Request, settings: ServeConfig, budget: ByteBudget
+) -> AsyncIterator[Asked]:
+    """Yield the video that a request asks for; an upload is kept for the duration of the `with`.
+
+    Raises RequestError if the request is refused.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        body = await LimitedBody(request, _MAX_JSON_BYTES).request.body()
+        wanted = parsed(UriRequest, body)
+        uri = check_uri(wanted.uri, settings.allowed_uri_prefixes)
+        yield Asked(VideoSource(uri), video_id(uri), wanted)
+        return
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise RequestError(415, "Content-Encoding is not supported; send the file as it is")
+    if kind not in _BINARY and not kind.startswith("video/"):
+        raise RequestError(
+            415,
+            f"Content-Type {kind[:100]!r} is not supported; send application/json, "
+            "multipart/form-data, application/octet-stream or video/*",
+        )
+    options = parsed(Options, dict(request.query_params))
+    most = int(settings.max_upload_mb * 2**20)
+    async with received(request, kind, most, budget) as upload:
+        name = f"upload:{upload.name}" if upload.name else "upload"
+        yield Asked(VideoSource(name), upload.sha256[:16], options, upload)
+
+
+def parsed(model: type[_Parsed], content: bytes | dict[str, Any], place: str = "") -> _Parsed:
+    """Validate JSON or query parameters. Raises RequestError 400 that names the field."""
+    try:
+        if isinstance(content, bytes):
+            return model.model_validate_json(content)
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the body"
+        allowed = ", ".join(model.model_fields)
+        message = f"{place}{where}: {first['msg']}; allowed: {allowed}"
+        raise RequestError(400, message) from None
+
+
+async def asked_batch(
+    request: Request, settings: ServeConfig
+) -> tuple[BatchRequest | None, list[BatchLine]]:
+    """Return what a batch is to score: a manifest, or lines.
+
+    Raises RequestError if the request is refused.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    prefixes = settings.allowed_uri_prefixes
+    if kind == "application/json":
+        wanted = parsed(BatchRequest, await LimitedBody(request, _MAX_JSON_BYTES).request.body())
+        webhook = wanted.webhook
+        if webhook is not None:
+            webhook = check_webhook(webhook, settings.webhook_prefixes)
+        manifest = check_uri(wanted.manifest, prefixes)
+        return wanted.model_copy(update={"manifest": manifest, "webhook": webhook}), []
+    if kind not in _LINES:
+        allowed = "send application/json or application/jsonl"
+        raise RequestError(415, f"Content-Type {kind[:100]!r} is not supported; {allowed}")
+    body = await LimitedBody(request, _MAX_LINES_BYTES).request.body()
+    lines = await asyncio.to_thread(_parsed_lines, body, settings.max_batch_lines)
+    ids = {line.custom_id for line in lines}
+    if not lines or len(ids) < len(lines):
+        what = "the same custom_id occurs twice" if lines else "no line"
+        raise RequestError(400, f"{what}; send one line of JSON per video")
+    checked = [line.model_copy(update={"uri": check_uri(line.uri, prefixes)}) for line in lines]
+    return None, checked
+
+
+def _parsed_lines(body: bytes, most: int) -> list[BatchLine]:
+    lines = [line for line in body.splitlines() if line.strip()]
+    if len(lines) > most:
+        raise RequestError(413, f"{len(lines)} lines; the limit is {most}; send a manifest")
+    return [parsed(BatchLine, line, f"line {number}: ") for number, line in enumerate(lines, 1)]

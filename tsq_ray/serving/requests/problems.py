@@ -1,0 +1,90 @@
+"""Answers to requests that get no prediction: problem details (RFC 9457)."""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.responses import JSONResponse
+
+from tsq_ray import storage
+from tsq_ray.errors import DecoderKilled, DiskFull, Failure, UserError
+
+MEDIA_TYPE = "application/problem+json"
+_STATUS_OF = {
+    "not_found": 404,
+    "access_denied": 502,  # storage refuses the endpoint's keys, not the client's
+    "unavailable": 503,
+    "too_large": 413,
+    "timeout": 504,
+    "internal": 500,
+}
+"""HTTP status of a failed video by error type; 422 for faults of the video itself."""
+_RETRY_AFTER_S = 5.0
+"""When to ask again where nothing better is known."""
+
+
+class RequestError(UserError):
+    """A request that gets no prediction.
+
+    `status` is the HTTP status, `error_type` says why a video failed, and `retry_after_s` when to
+    ask again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        error_type: str | None = None,
+        retry_after_s: float | None = None,
+        video: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.error_type, self.video = status, error_type, video
+        self.retry_after_s = (
+            _RETRY_AFTER_S if status == 503 and not retry_after_s else retry_after_s
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        # replicas raise it to one another
+        return type(self), (
+            self.status,
+            str(self),
+            self.error_type,
+            self.retry_after_s,
+            self.video,
+        )
+
+    @classmethod
+    def of(cls, failure: Failure, video: dict[str, Any]) -> RequestError:
+        """Return the answer for a video that cannot be used."""
+        status = _STATUS_OF.get(failure.error_type, 422)
+        if isinstance(failure, DiskFull):
+            status = 507
+        elif isinstance(failure, DecoderKilled):
+            status = 503
+        return cls(status, str(failure), failure.error_type, video=video)
+
+
+def problem(
+    error: RequestError, request_id: str, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """Return the answer for `error`: type, title, status, detail, request_id and what it concerns."""
+    content: dict[str, Any] = {
+        "type": f"urn:tsq-ray:{error.error_type}" if error.error_type else "about:blank",
+        "title": HTTPStatus(error.status).phrase,
+        "status": error.status,
+        "detail": storage.redact(" ".join(str(error).split()))[:500],
+        "request_id": request_id,
+    }
+    if error.error_type:
+        content["error_type"] = error.error_type
+    if error.video:
+        content["video"] = error.video
+    headers = dict(headers or {})
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return JSONResponse(content, error.status, headers, MEDIA_TYPE)

@@ -1,0 +1,210 @@
+"""Uploads: streamed to an unnamed file as they arrive, and read there by the decoder.
+
+An unnamed file disappears with the process that holds it, however that ends. Other processes of the
+node read it through /proc; a decoder on another node has it sent in chunks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+from starlette.types import Message
+
+from tsq_ray.serving.requests.problems import RequestError
+
+_CHUNK = 1 << 20
+_CHUNKS_AHEAD = 4
+_FORM_BYTES = 64 * 1024
+"""What a form may hold in addition to its file."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that a process of `node` holds open."""
+
+    node: str
+    path: str
+    size_bytes: int
+    sha256: str
+    name: str
+    """Its file name as the client gave it; may be empty."""
+
+
+class ByteBudget:
+    """The bytes of uploads in hand, which are limited."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used = limit, 0
+
+    def take(self, count: int) -> None:
+        """Add to the bytes in hand. Raises RequestError 503 if that would be too many."""
+        if self.used + count > self.limit:
+            raise RequestError(
+                503,
+                f"uploads of {self.used} bytes are in hand and the limit is {self.limit}; "
+                "try again later, or send a uri",
+            )
+        self.used += count
+
+    def give_back(self, count: int) -> None:
+        self.used -= count
+
+
+class LimitedBody:
+    """A request's body with a limit on its size, whose bytes count against the budget."""
+
+    def __init__(self, request: Request, limit: int, budget: ByteBudget | None = None) -> None:
+        """Raise RequestError 413 or 503 at once if the announced size exceeds a limit."""
+        self._receive, self._limit, self._budget = request.receive, limit, budget
+        self.request = Request(request.scope, self._next)
+        self.size = self.taken = 0
+        announced = request.headers.get("content-length", "")
+        if announced.isdecimal():
+            self._check(int(announced))
+            self._take(int(announced))
+
+    async def _next(self) -> Message:
+        message = await self._receive()
+        self.size += len(message.get("body", b""))
+        self._check(self.size)
+        self._take(self.size)
+        return message
+
+    def _check(self, size: int) -> None:
+        if size > self._limit:
+            raise RequestError(413, f"the body is larger than the limit of {self._limit} bytes")
+
+    def _take(self, size: int) -> None:
+        if self._budget is not None and size > self.taken:
+            self._budget.take(size - self.taken)
+            self.taken = size
+
+    def give_back(self) -> None:
+        """Return the bytes to the budget."""
+        if self._budget is not None:
+            self._budget.give_back(self.taken)
+            self.taken = 0
+
+
+@contextlib.asynccontextmanager
+async def received(
+    request: Request, kind: str, max_bytes: int, budget: ByteBudget
+) -> AsyncIterator[Upload]:
+    """Yield the upload of a request, valid inside the `with`.
+
+    Raises RequestError: 400 for a malformed form or an empty file, 413 above `max_bytes`, 503 above
+    the budget, 507 if the disk is full. `kind` is the body's media type.
+    """
+    is_form = kind == "multipart/form-data"
+    body = LimitedBody(request, max_bytes + (_FORM_BYTES if is_form else 0), budget)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(body.give_back)
+        try:
+            store = _store_form if is_form else _store_body
+            upload = await store(body.request, stack)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            what = "the endpoint's disk is full; try again later"
+            raise RequestError(507, what, "unavailable", retry_after_s=30) from error
+        if not upload.size_bytes:
+            raise RequestError(400, "the file is empty; send a video")
+        if upload.size_bytes > max_bytes:
+            over = f"the file has {upload.size_bytes} bytes; the limit is {max_bytes}"
+            raise RequestError(413, over)
+        yield upload
+
+
+async def _store_body(request: Request, stack: contextlib.AsyncExitStack) -> Upload:
+    file = stack.enter_context(_unnamed())
+    digest, waiting = hashlib.sha256(), bytearray()
+    async for chunk in request.stream():
+        waiting += chunk
+        if len(waiting) >= _CHUNK:
+            await asyncio.to_thread(_write, file, bytes(waiting))
+            digest.update(waiting)
+            waiting.clear()
+    await asyncio.to_thread(_write, file, bytes(waiting))
+    digest.update(waiting)
+    return _upload(file, digest.hexdigest(), "")
+
+
+def _node_id() -> str:
+    return ray.get_runtime_context().get_node_id()
+
+
+def _unnamed() -> IO[bytes]:
+    return tempfile.TemporaryFile(prefix="tsq-upload-", buffering=0)
+
+
+def _write(file: IO[bytes], data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
+
+
+async def _store_form(request: Request, stack: contextlib.AsyncExitStack) -> Upload:
+    try:
+        form = await stack.enter_async_context(request.form(max_files=1))
+    except (HTTPException, MultiPartException) as error:
+        what = getattr(error, "detail", None) or str(error)
+        raise RequestError(400, f"the form cannot be read: {what}") from None
+    file = form.get("file")
+    if file is None or isinstance(file, str):
+        raise RequestError(400, "the form has no `file`; send it as: curl -F file=@video.mp4")
+    spooled = file.file
+    if hasattr(spooled, "rollover"):  # a small one is still in memory
+        spooled.rollover()
+    digest = await asyncio.to_thread(_digest, spooled)
+    return _upload(spooled, digest, os.path.basename(file.filename or ""))
+
+
+def _digest(file: IO[bytes]) -> str:
+    file.flush()
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def _upload(file: IO[bytes], digest: str, name: str) -> Upload:
+    path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+    return Upload(_node_id(), path, os.fstat(file.fileno()).st_size, digest, name)
+
+
+@contextlib.asynccontextmanager
+async def local_path(upload: Upload) -> AsyncIterator[str]:
+    """Yield a path to the upload on this node, valid inside the `with`.
+
+    Raises RayError if the upload's node is lost, OSError if the disk is full.
+    """
+    if upload.node == _node_id():
+        yield upload.path
+        return
+    with _unnamed() as file:
+        chunks: Any = _read_chunks.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(upload.node, soft=False),
+            _generator_backpressure_num_objects=_CHUNKS_AHEAD,
+        ).remote(upload.path)
+        async for chunk in chunks:
+            await asyncio.to_thread(_write, file, await chunk)
+        yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+@ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")
+def _read_chunks(path: str) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNKS_AHEAD * _CHUNK):
+            yield chunk

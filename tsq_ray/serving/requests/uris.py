@@ -1,0 +1,115 @@
+"""Which URIs the endpoint reads: those below an allowed prefix, on hosts that may be asked."""
+
+from __future__ import annotations
+
+import ipaddress
+import posixpath
+from collections.abc import Iterable
+from urllib.parse import unquote, urlsplit
+
+from tsq_ray import storage
+from tsq_ray.serving.requests.problems import RequestError
+
+WEB = ("http://", "https://")
+
+
+def check_uri(uri: str, prefixes: Iterable[str]) -> str:
+    """Return `uri` normalised. Raises RequestError 403 if it is not below an allowed prefix."""
+    place = _place(uri)
+    if place is None or not any(_is_below(place, prefix) for prefix in prefixes):
+        raise RequestError(
+            403,
+            f"uri {shown(uri)!r} is not below a prefix that this endpoint may read "
+            "(serve.allowed_uri_prefixes), or is not absolute",
+        )
+    host = urlsplit(place).hostname if place.startswith(WEB) else None
+    if host is not None and is_address(host) and not may_ask(host, host, named_hosts(prefixes)):
+        raise RequestError(403, f"uri {shown(uri)!r}: its host's address is not public")
+    return place
+
+
+def shown(uri: str) -> str:
+    """Return what an answer may show of a URI: no user, no query, at most 200 characters."""
+    scheme, separator, rest = uri.partition("://")
+    if separator:
+        authority, slash, path = rest.partition("/")
+        uri = f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}".partition("?")[0]
+    return storage.redact(uri)[:200]
+
+
+def named_hosts(prefixes: Iterable[str]) -> frozenset[str]:
+    """Return the hosts that http(s) prefixes name."""
+    found = (urlsplit(prefix).hostname for prefix in prefixes if prefix.lower().startswith(WEB))
+    return frozenset(host for host in found if host)
+
+
+def is_address(host: str) -> bool:
+    """Return whether `host` is an IP address rather than a name."""
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    return True
+
+
+def may_ask(host: str, address: str, named: Iterable[str]) -> bool:
+    """Return whether the endpoint may connect to `address`, which is what `host` resolves to.
+
+    A public address, or any of a host that a prefix names; a link-local one, where clouds answer
+    with the machine's own keys, only if a prefix names the address itself.
+    """
+    found = ipaddress.ip_address(address.partition("%")[0])
+    mapped = getattr(found, "ipv4_mapped", None)
+    found = mapped or found
+    if found.is_link_local:
+        return address in named
+    return (found.is_global and not found.is_multicast) or host in named
+
+
+def _place(uri: str) -> str | None:
+    """Return the normalised absolute URI or path; None for anything else."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        try:
+            return storage.real_path(uri) if uri.startswith("/") else None
+        except (OSError, ValueError):  # the name is too long or contains a NUL
+            return None
+    if scheme.lower() in ("file", "local"):
+        return None
+    authority, _, path = rest.partition("/")
+    if "@" in authority or _is_odd(path):
+        return None
+    if f"{scheme.lower()}://" in WEB:
+        place = f"{scheme.lower()}://{authority.lower()}/{path}"
+        try:
+            host = urlsplit(place).hostname
+        except ValueError:  # an IPv6 address without its end
+            return None
+        return None if host is None or _is_odd_number(host) else place
+    return storage.normalize(uri)
+
+
+def _is_odd(path: str) -> bool:
+    """Return whether a path has `..` or control characters, however often they are encoded."""
+    while (plain := unquote(path)) != path:
+        path = plain
+    segments = (segment.partition(";")[0] for segment in path.replace("\\", "/").split("/"))
+    return ".." in segments or not path.isprintable()
+
+
+def _is_odd_number(host: str) -> bool:
+    """Return whether a host is an IPv4 address in one of the spellings that hide it."""
+    last = host.rstrip(".").rpartition(".")[2]
+    return not is_address(host) and (last.isdecimal() or last.startswith("0x"))
+
+
+def _is_below(place: str, prefix: str) -> bool:
+    if storage.is_local(prefix):
+        return place.startswith(storage.real_path(prefix).rstrip("/") + "/")
+    scheme, _, rest = prefix.partition("://")
+    authority, _, path = rest.partition("/")
+    scheme = "s3" if scheme.lower() == "s3a" else scheme.lower()
+    if f"{scheme}://" in WEB:
+        authority = authority.lower()
+    folder = posixpath.join(authority, path).strip("/")
+    return place.startswith(f"{scheme}://{folder}/" if folder else f"{scheme}://")

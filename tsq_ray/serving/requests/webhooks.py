@@ -1,0 +1,66 @@
+"""Tell a web server that a batch has ended, signed as the Standard Webhooks specification says."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import aiohttp
+
+from tsq_ray.errors import StorageError
+from tsq_ray.serving.requests.fetching import PublicResolver
+from tsq_ray.serving.requests.uris import WEB, check_uri, named_hosts
+
+SECRET_VARIABLE = "TSQ_WEBHOOK_SECRET"
+_WAITS_S = (0, 5, 30, 120)
+_TIMEOUT_S = 20.0
+_log = logging.getLogger("ray.serve")
+
+
+def check_webhook(url: str, prefixes: Iterable[str]) -> str:
+    """Return the URL. Raises RequestError 403 if it is not below a prefix that may be called."""
+    return check_uri(url, [prefix for prefix in prefixes if prefix.lower().startswith(WEB)])
+
+
+def signature(secret: str, message_id: str, timestamp: int, body: bytes) -> str:
+    """Return the header `webhook-signature`."""
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    digest = hmac.new(secret.encode(), signed, hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode()}"
+
+
+async def call(url: str, message_id: str, content: Mapping[str, Any], named: Iterable[str]) -> bool:
+    """Post `content` as JSON until it is accepted, a few times; return whether it was.
+
+    `named`: prefixes whose hosts may have private addresses.
+    """
+    body = json.dumps(content).encode()
+    connector = aiohttp.TCPConnector(resolver=PublicResolver(named_hosts(named)))
+    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+        for wait_s in _WAITS_S:
+            await asyncio.sleep(wait_s)
+            stamp = int(time.time())
+            headers = {"Content-Type": "application/json", "webhook-id": message_id}
+            headers["webhook-timestamp"] = str(stamp)
+            if secret := os.environ.get(SECRET_VARIABLE, ""):
+                headers["webhook-signature"] = signature(secret, message_id, stamp, body)
+            try:
+                async with session.post(
+                    url, data=body, headers=headers, allow_redirects=False
+                ) as response:
+                    if response.status < 300:
+                        return True
+                    why = f"HTTP {response.status}"
+            except (aiohttp.ClientError, TimeoutError, StorageError) as error:
+                why = type(error).__name__
+            _log.warning("webhook of %s: %s", message_id, why)
+    return False
