@@ -120,6 +120,56 @@ def test_a_cluster_that_another_job_holds(
     assert "gave up after --wait-s 12; run the same command again to resume" in lines[-1]
 
 
+UPLOAD = """
+import asyncio, hashlib, os, sys, tempfile
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+
+def on(node):
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, False)}
+
+@ray.remote
+class Ingress:
+    def hold(self, size):
+        from tsq_ray.serving.requests.uploads import Upload
+        data = os.urandom(size)
+        self.file = tempfile.TemporaryFile()
+        self.file.write(data)
+        self.file.flush()
+        path = f"/proc/{os.getpid()}/fd/{self.file.fileno()}"
+        node = ray.get_runtime_context().get_node_id()
+        return Upload(node, path, size, hashlib.sha256(data).hexdigest(), "a.mp4")
+
+@ray.remote
+class Decoder:
+    async def read(self, upload):
+        from tsq_ray.serving.requests.uploads import local_path
+        async with local_path(upload) as path:
+            with open(path, "rb") as file:
+                return path, hashlib.file_digest(file, "sha256").hexdigest()
+
+first, second = (node["NodeID"] for node in ray.nodes() if node["Alive"])
+ingress = Ingress.options(**on(first)).remote()
+upload = ray.get(ingress.hold.remote(20_000_000))
+for node in (first, second):
+    path, digest = ray.get(Decoder.options(**on(node)).remote().read.remote(upload))
+    print(path == upload.path, digest == upload.sha256)
+"""
+
+
+def test_an_upload_reaches_a_decoder_on_another_node(two_nodes: Any) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UPLOAD, two_nodes.address],
+        capture_output=True,
+        text=True,
+        timeout=END_S,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["True True", "False True"]
+
+
 def test_cluster_resources_and_the_layout_of_runs(two_nodes: Any, tmp_path: Path) -> None:
     argv = [
         "info",

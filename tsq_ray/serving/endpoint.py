@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -77,6 +78,8 @@ def run_endpoint(
     model = storage.normalize(model)
     check_bundle(model, config.sampler.mode)
     _print_status("starting: Ray")
+    # ten looks a second, Serve's default, cost as much CPU as a request
+    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
     with (
         contextlib.suppress(KeyboardInterrupt),
         _Signals() as signals,

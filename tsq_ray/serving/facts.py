@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 _NAMESPACE = "tsq-serving"
-_POLL_S = 0.2
+_POLL_S, _WATCH_S = 0.2, 1.0
 _STALE_S = 5.0
 STAGES = ("Decoder", "Sampler", "Recognizer")
 
@@ -102,7 +102,7 @@ def wait_until_done(app: str, replicas: Callable[[], int], patience_s: float) ->
 async def watch(app: str, replica: str, admission: Any) -> None:
     """Follow the endpoint's end in an ingress replica: refuse new requests, report those in hand."""
     while True:
-        await asyncio.sleep(_POLL_S if admission.draining else 2 * _POLL_S)
+        await asyncio.sleep(_POLL_S if admission.draining else _WATCH_S)
         if not admission.draining:
             admission.draining = await asyncio.to_thread(is_asked_to_end, app)
         if admission.draining:
