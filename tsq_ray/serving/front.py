@@ -22,6 +22,8 @@ from tsq_ray.serving.requests.problems import MEDIA_TYPE
 
 _SLACK_S = 10.0
 _RETRY_AFTER_S = 5
+_UPLOAD_BYTES_PER_S = 16 * 2**20
+"""Of one upload: Serve's proxy holds in memory what the ingress has not taken yet."""
 _ENDS_S = 5.0
 _REASONS = {
     400: "the request is not valid HTTP",
@@ -79,6 +81,8 @@ defaults
 {errors}
 frontend endpoint
     bind {shown}:{port}
+    filter bwlim-in uploads default-limit {_UPLOAD_BYTES_PER_S} default-period 1s
+    http-request set-bandwidth-limit uploads
     default_backend serve
 backend serve
 {lost}
