@@ -5,15 +5,14 @@ Its script runs, every picture loads, and the page is drawn.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.browser import chromium_path
 from support.report import BUDGET, Case, make_case, video_id
 
 from tsq_ray.reporting import build_report
@@ -38,12 +37,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    path = shutil.which("chromium")
-    if path is None and os.environ.get("CI"):
-        pytest.fail("no chromium: CI is to have one")
-    if path is None:
-        pytest.skip("no chromium")
-    return path
+    return chromium_path()
 
 
 @pytest.fixture(scope="module")

@@ -87,7 +87,6 @@ class BatchRunner:
         wanted: BatchRequest | None,
         lines: Sequence[BatchLine],
         key: str | None,
-        **more: Any,
     ) -> Batch:
         """Start a batch over a manifest or over lines, or return the one that has this key."""
         now = time.time()
@@ -102,7 +101,6 @@ class BatchRunner:
             predictions_uri=self._at(batch, "predictions"),
             metadata=wanted.metadata if wanted is not None else {},
             created_at=int(now),
-            **more,
         )
         running = _Running(
             card, wanted.webhook if wanted is not None else None, list(lines) or None

@@ -98,7 +98,8 @@ class _Stage(abc.ABC):
 
     def __init__(self, model: str, config: Config) -> None:
         bind_to_loopback()
-        self._version = graph_version(read_bundle_settings(model)[1], config)
+        self._content, digest = read_bundle_settings(model)
+        self._version = graph_version(digest, config)
         self._answered = 0.0
 
     def _is_loaded(self, bulk: bool) -> None:
@@ -148,7 +149,7 @@ class Decoder(_Stage):
 
     def __init__(self, model: str, config: Config, placed: Layout, bulk: bool) -> None:
         super().__init__(model, config)
-        content, _ = read_bundle_settings(model)
+        content = self._content
         made_with, recognizer = content["config"], content["config"]["recognizer"]
         specs = picture_specs(
             EncodersConfig.model_validate(made_with["encoders"]),

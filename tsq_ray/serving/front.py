@@ -74,7 +74,7 @@ defaults
     timeout client {limit_s:.0f}s
     timeout server {limit_s:.0f}s
     timeout queue {limit_s:.0f}s
-    option http-keep-alive
+    option http-server-close
     option redispatch
     retries 3
     retry-on conn-failure empty-response

@@ -216,8 +216,7 @@ class Ingress:
 
     async def _create_batch(self, request: Request, token: Token, _: dict[str, Any]) -> Response:
         batches = self._batches()
-        if self.admission.draining:
-            raise RequestError(503, "the endpoint is ending; try again at another replica")
+        self.admission.check_open()
         wanted, lines = await asked_batch(request, self.settings)
         key = request.headers.get("idempotency-key")
         owned = f"{token.name}/{key}" if key else None
@@ -329,10 +328,12 @@ class Ingress:
     async def _score_later(self, request: Request) -> Response:
         """Make a batch of one and return it, with status 202."""
         batches = self._batches()
+        self.admission.check_open()
         async with asked(request, self.settings, self.budget) as wanted:
             if wanted.upload is not None:
                 raise RequestError(400, "respond-async needs a uri: an upload is not kept")
             if wanted.options.model_fields_set - {"uri"}:
+                self.admission.check_in_time()  # without a preference: too late, which is no fault
                 raise RequestError(400, "respond-async takes no options besides the uri")
             line = BatchLine(custom_id=wanted.video_id, uri=wanted.source.uri)
         batch = await batches.create.remote(None, [line], None)

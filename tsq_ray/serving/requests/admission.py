@@ -54,9 +54,9 @@ class Admission:
         `share`: the part of the places that `client` may hold. Raises RequestError: 503 if the
         endpoint is ending, 429 if too many requests are in hand or it would be answered too late.
         """
-        if self.draining:
-            raise RequestError(503, "the endpoint is ending; try again at another replica")
-        self._check(client, share)
+        self.check_open()
+        self.check_in_time()
+        self._check_places(client, share)
         self.in_hand += 1
         self._by_client[client] += 1
         try:
@@ -67,7 +67,13 @@ class Admission:
             if not self._by_client[client]:
                 del self._by_client[client]
 
-    def _check(self, client: str, share: float) -> None:
+    def check_open(self) -> None:
+        """Raise RequestError 503 if the endpoint is ending."""
+        if self.draining:
+            raise RequestError(503, "the endpoint is ending; try again at another replica")
+
+    def check_in_time(self) -> None:
+        """Raise RequestError 429 if one more request would be answered too late."""
         if self.late_s > 0:
             raise RequestError(
                 429,
@@ -75,6 +81,8 @@ class Admission:
                 f"too long for the limit of {self._timeout_s:g} s; try again later",
                 retry_after_s=self.late_s,
             )
+
+    def _check_places(self, client: str, share: float) -> None:
         if self.in_hand >= self._limit or self._by_client[client] >= max(1, self._limit * share):
             mine = self._by_client[client] if share < 1 else self.in_hand
             raise RequestError(

@@ -25,11 +25,13 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     k: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="most frames to choose; default: the endpoint's budget"
+        default=None, description="most frames to choose; default: the endpoint's budget"
     )
-    top: Annotated[int, Field(ge=1)] = Field(TOP_LABELS, description="number of best classes")
-    scores: bool = Field(True, description="whether to return the score of every class")
-    frames: bool = Field(False, description="whether to return the chosen frames as JPEG")
+    top: Annotated[int, Field(ge=1)] = Field(
+        default=TOP_LABELS, description="number of best classes"
+    )
+    scores: bool = Field(default=True, description="whether to return the score of every class")
+    frames: bool = Field(default=False, description="whether to return the chosen frames as JPEG")
 
 
 class UriRequest(Options):
@@ -91,7 +93,10 @@ Prediction = cast(
         "Prediction",
         __doc__="The prediction of one video: its row, with the model and the frames asked for.",
         model=(str, Field(description="SHA-256 of the bundle that made the prediction")),
-        frames=(list[Frame] | None, Field(None, description="the chosen frames, in time order")),
+        frames=(
+            list[Frame] | None,
+            Field(default=None, description="the chosen frames, in time order"),
+        ),
         **_FIELDS,
     ),
 )
@@ -105,8 +110,8 @@ class Problem(BaseModel):
     status: int = Field(description="the HTTP status")
     detail: str
     request_id: str = Field(description="the id in the endpoint's log and in x-request-id")
-    error_type: ErrorType | None = Field(None, description="why the video cannot be used")
-    video: dict[str, Any] | None = Field(None, description="the video that failed")
+    error_type: ErrorType | None = Field(default=None, description="why the video cannot be used")
+    video: dict[str, Any] | None = Field(default=None, description="the video that failed")
 
 
 class ModelCard(BaseModel):
@@ -127,9 +132,9 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the endpoint is alive or ready."""
+    """That the endpoint is alive, or ready."""
 
-    status: Literal["ok", "starting", "draining"]
+    status: Literal["ok"]
 
 
 class BatchRequest(BaseModel):
@@ -141,8 +146,10 @@ class BatchRequest(BaseModel):
     )
 
     manifest: str = Field(min_length=1, max_length=4096, description="below an allowed prefix")
-    metadata: dict[str, str] = Field({}, max_length=16, description="returned with the batch")
-    webhook: str | None = Field(None, description="a URL to call when the batch has ended")
+    metadata: dict[str, str] = Field(
+        default={}, max_length=16, description="returned with the batch"
+    )
+    webhook: str | None = Field(default=None, description="a URL to call when the batch has ended")
 
 
 class BatchLine(BaseModel):
@@ -182,13 +189,15 @@ class Batch(BaseModel):
     model: str = Field(description="SHA-256 of the bundle")
     input_uri: str = Field(description="the manifest, given or made from the lines")
     predictions_uri: str = Field(description="the run folder, as `tsq score` writes it")
-    output_uri: str | None = Field(None, description="JSON lines of the answers, once completed")
-    error_uri: str | None = Field(None, description="JSON lines of the failed videos")
+    output_uri: str | None = Field(
+        default=None, description="JSON lines of the answers, once completed"
+    )
+    error_uri: str | None = Field(default=None, description="JSON lines of the failed videos")
     request_counts: RequestCounts = RequestCounts()
     metadata: dict[str, str] = {}
-    errors: list[str] = Field([], description="why the batch failed")
+    errors: list[str] = Field(default=[], description="why the batch failed")
     problems: list[str] | None = Field(
-        None, description="what `tsq verify` finds, if asked for; empty if the rows add up"
+        default=None, description="what `tsq verify` finds, if asked for; empty if the rows add up"
     )
     created_at: int
     in_progress_at: int | None = None

@@ -1,10 +1,9 @@
-"""Parse a request: the token, the media type, the options and the video."""
+"""Parse a request: the media type, the options and the video, or the batch."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -26,19 +25,6 @@ _MAX_LINES_BYTES = 64 * 2**20
 _LINES = ("application/jsonl", "application/x-ndjson")
 _BINARY = ("", "application/octet-stream", "multipart/form-data")
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
-
-
-def check_token(header: str | None, token: str | None) -> None:
-    """Raise RequestError 401 unless `header` carries the bearer token. None disables the check."""
-    if token is None:
-        return
-    scheme, _, given = (header or "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(
-        given.strip().encode(), token.encode()
-    ):
-        raise RequestError(
-            401, "a valid token is required: send the header Authorization: Bearer TOKEN"
-        )
 
 
 @dataclass(frozen=True)
