@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from jobs.benchmarks.support.by_hand import by_hand
+from jobs.benchmarks.support.timed import TimedCounts, counted_by, steady
 from tsq_ray import extraction
 from tsq_ray.config import Config, load_config
 from tsq_ray.decode.video import decode_video
@@ -40,10 +41,8 @@ from tsq_ray.model.flops import network_multiply_adds
 from tsq_ray.networks import inference
 from tsq_ray.results import Estimate
 from tsq_ray.rows import OBJECTS, VISUAL, frame_spec, source_of
-from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import Session
-
-_WARM_UP = 2  # uncounted videos per process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,45 +103,17 @@ def _some_videos(manifest_uri: str, count: int, out: str) -> list[str]:
 # -------------------------------------------------------------------------------------- tsq extract
 
 
-class TimedCounts(progress.Counts):
-    """Counts that record when each row was finished."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.times: list[float] = []
-
-    def add(self, statuses: Sequence[str | None]) -> None:
-        self.times += [time.time()] * len(statuses)
-        super().add(statuses)
-
-    def done_at(self) -> list[float]:
-        """Return the times in seconds since the epoch, ascending."""
-        return sorted(self.times)
-
-
 def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str, Any]:
     counts = ray.remote(num_cpus=0)(TimedCounts).remote()
-    start_counts, progress.start_counts = progress.start_counts, lambda *_: counts
-    try:
+    with counted_by(counts):
         run = extraction.extract(manifest_uri, out, config, session=Session(show_progress=False))
-    finally:
-        progress.start_counts = start_counts
     times = ray.get(counts.done_at.remote())
     measured = {
         "wall": run.wall_seconds,
         "stages": run.stage_seconds,
         "failed": run.counts.failed,
     }
-    return measured | {"rate": _steady(times, config.resources.workers)}
-
-
-def _steady(times: Sequence[float], workers: int) -> float:
-    """Return videos per second in steady state.
-
-    From the end of the warm-up until `workers` videos remain, since the last ones may run alone.
-    """
-    first, last = _WARM_UP * workers, len(times) - workers
-    return (last - first) / (times[last - 1] - times[first - 1])
+    return measured | {"rate": steady(times, config.resources.workers)}
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -169,7 +140,7 @@ def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) ->
         name: float(np.mean([one[name] for one in found]))
         for name in ("decode", "resize", "encode", "peak")
     }
-    return {"rate": _steady(times, processes)} | mean
+    return {"rate": steady(times, processes)} | mean
 
 
 # ---------------------------------------------------------------------------------------- the limit

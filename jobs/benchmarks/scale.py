@@ -42,7 +42,8 @@ from jobs.benchmarks.support.made_up_bucket import PAGE, serve_bucket
 from jobs.benchmarks.support.memory import Memory
 from jobs.benchmarks.support.s3 import S3Server, make_buckets, running_s3
 from jobs.benchmarks.support.slow_store import slow_store
-from jobs.benchmarks.support.stubs import StubWorker, TimedCounts
+from jobs.benchmarks.support.stubs import SpanCounts, StubWorker
+from jobs.benchmarks.support.timed import counted_by
 from tsq_ray import extraction, feature_pipeline, schema, storage
 from tsq_ray.config import Config, OutputConfig, validate_config
 from tsq_ray.manifest import (
@@ -57,7 +58,7 @@ from tsq_ray.manifest import (
 from tsq_ray.runs.bulk import BulkRun, Selection
 from tsq_ray.runs.folder import begin, write_part
 from tsq_ray.runs.identity import Identity
-from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime import cluster, parts
 from tsq_ray.runtime.session import Session
 
 _CLASSES = [f"class {number}" for number in range(200)]
@@ -255,15 +256,16 @@ def write_parts(out: str, rows: VideoRows, of: int) -> None:
 
 
 def _through_ray(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str, Any]:
-    counts = ray.remote(num_cpus=0)(TimedCounts).remote()
-    worker, start_counts = feature_pipeline.ExtractWorker, progress.start_counts
+    counts = ray.remote(num_cpus=0)(SpanCounts).remote()
+    worker = feature_pipeline.ExtractWorker
     feature_pipeline.ExtractWorker = StubWorker  # type: ignore[misc]
-    progress.start_counts = lambda *_: counts
     try:
-        run = extraction.extract(manifest_uri, out, config, session=Session(show_progress=False))
+        with counted_by(counts):
+            run = extraction.extract(
+                manifest_uri, out, config, session=Session(show_progress=False)
+            )
     finally:
         feature_pipeline.ExtractWorker = worker  # type: ignore[misc]
-        progress.start_counts = start_counts
     sizes = []
     for part in run.record["parts"]:
         with storage.open_read(storage.join(out, part["name"])) as file:

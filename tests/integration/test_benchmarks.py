@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.bundle import make_bundle
 from support.video import write_video
 
 from tsq_ray.manifest import assemble_manifest, read_manifest, write_manifest
@@ -194,6 +195,22 @@ def test_scale_prints_its_tables() -> None:
         "20",
         "2500",
     ]
+
+
+@pytest.mark.slow
+def test_serve_prints_its_table(videos: list[Path], tmp_path: Path) -> None:
+    options = {"seconds": "2", "rounds": "1", "clients": "2", "bulk-videos": "40"}
+    sized = [word for name, value in options.items() for word in (f"--{name}", value)]
+    model = make_bundle(tmp_path / "bundle")
+    text = printed("serve", "--model", model, *sized, *map(str, videos))
+    http, bulk = float(cells(text, "2 clients")[0]), float(cells(text, "bulk")[0])
+    assert float(text.partition("HTTP / bulk: ")[2].partition(";")[0]) == pytest.approx(
+        http / bulk, abs=0.02
+    )
+    assert "right after: {'200': " in text
+    total, around = map(float, cells(text, "1 client")[-2:])
+    assert 0 < around < total
+    assert "ms CPU per second" in text
 
 
 def test_scale_makes_up_runs_that_add_up(tmp_path: Path) -> None:

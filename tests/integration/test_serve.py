@@ -29,11 +29,13 @@ from support.browser import Page, page
 from support.bundle import make_bundle
 from support.cluster import marked, refused, tsq
 from support.endpoint import (
+    ANSWER_S,
     CLOSE,
     END_S,
     TIMES,
     TOKEN,
     Endpoint,
+    Load,
     running,
     same_answer,
     serving,
@@ -199,12 +201,15 @@ def test_a_uri_that_gives_no_prediction(
 ) -> None:
     if uri.endswith("fifo.mp4"):
         os.mkfifo(archive.root / uri)
-    response = endpoint.score(json={"uri": uri if "://" in uri else str(archive.root / uri)})
+    asked = uri if "://" in uri else str(archive.root / uri)
+    response = endpoint.score(json={"uri": asked})
     (archive.root / "train/fifo.mp4").unlink(missing_ok=True)
     answer = is_problem(response, status)
     assert answer.get("error_type") == error_type
     assert ("video" in answer) == (error_type is not None)
     assert "SECRET" not in response.text
+    for prefix in (str(archive.root / "train"), "s3://tsq-other/open"):
+        assert prefix not in response.text or prefix in asked.replace("key:SECRET@", "")
 
 
 @pytest.mark.parametrize(
@@ -299,6 +304,9 @@ def test_models_health_and_unknown_paths(endpoint: Endpoint, archive: Archive) -
         assert httpx.get(endpoint.url + path, trust_env=False).json() == {"status": "ok"}
     for path, status in (("/v1/nothing", 404), ("/v1/score/", 404), ("/v1/score", 405)):
         assert "/openapi.json" in is_problem(endpoint.client.get(path), status)["detail"]
+    for path in ("/-/routes", "/-/healthz"):  # Serve's own
+        answer = endpoint.client.get(path)
+        assert (answer.status_code, answer.json()["status"]) == (404, 404)
 
 
 def test_the_documentation_needs_no_other_server(endpoint: Endpoint) -> None:
@@ -361,7 +369,8 @@ def test_metrics_count_the_requests(endpoint: Endpoint, archive: Archive) -> Non
 def test_dashboard_and_alerts_use_metrics_that_exist(endpoint: Endpoint, archive: Archive) -> None:
     endpoint.score(content=(archive.root / GOOD[0]).read_bytes())
     files = sorted((REPO / "cluster" / "monitoring").iterdir())
-    used = {name for file in files for name in re.findall(r"ray_tsq_[a-z_]+", file.read_text())} - {
+    named = {name for file in files for name in re.findall(r"ray_tsq_[a-z_]+", file.read_text())}
+    used = {name for name in named if not name.startswith("ray_tsq_run_")} - {
         "ray_tsq_decoders_restarted_total"
     }  # exported from the first loss on
     assert len(used) >= 8
@@ -416,37 +425,29 @@ def test_sixteen_requests_at_once_each_get_their_own_answer(
 
 
 @pytest.mark.slow
-def test_replicas_scale_as_the_settings_say(ray_cluster: Any, bundle: str) -> None:
-    from ray import serve
-    from ray.serve.context import _get_global_client
+def test_decoders_scale_up_and_down(archive: Archive, bundle: str, tmp_path: Path) -> None:
+    settings = (
+        "serve.decoder.max_replicas=2",
+        "serve.decoder.target_ongoing_requests=1",
+        "serve.decoder.upscale_delay_s=1",
+        "serve.decoder.downscale_delay_s=5",
+    )
+    data = (archive.root / GOOD[0]).read_bytes()
+    with serving(bundle, tmp_path, *settings) as endpoint:
 
-    from tsq_ray.runtime.nodes import Cluster
-    from tsq_ray.runtime.placement import layout
-    from tsq_ray.serving.app import application
+        def until(replicas: int) -> None:
+            deadline = time.monotonic() + ANSWER_S
+            while len(endpoint.processes("ServeReplica:tsq:Decoder")) != replicas:
+                assert time.monotonic() < deadline, f"no {replicas} decoders"
+                time.sleep(0.5)
 
-    sets = [
-        "serve.ingress.max_replicas=3",
-        "serve.sampler.max_replicas=2",
-        "serve.recognizer.max_replicas=3",
-        "serve.decoder.max_replicas=1",
-    ]
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
-    try:
-        config = scoring_config(bundle, sets=sets)
-        app = application(bundle, config, layout("serve", config, Cluster(()), 1), None)
-        serve.run(app, name="scaled", route_prefix=None)
-        details = _get_global_client().get_serve_details()["applications"]["scaled"]["deployments"]
-        limits = {}
-        for name, found in details.items():
-            scaling = found["deployment_config"].get("autoscaling_config")
-            limits[name] = (
-                (scaling["min_replicas"], scaling["max_replicas"])
-                if scaling
-                else found["deployment_config"]["num_replicas"]
-            )
-        assert limits == {"Ingress": (2, 3), "Decoder": 1, "Sampler": (1, 2), "Recognizer": (1, 3)}
-    finally:
-        serve.delete("scaled")
+        until(1)
+        load = Load(lambda: endpoint.score(content=data), 8)
+        until(2)
+        answers = load.ended()
+        until(1)
+        assert {answer.status_code for answer in answers if answer is not None} == {200}
+        assert None not in answers
 
 
 def test_no_upload_and_no_secret_is_left_behind(endpoint: Endpoint, archive: Archive) -> None:
@@ -474,11 +475,12 @@ def test_no_upload_and_no_secret_is_left_behind(endpoint: Endpoint, archive: Arc
 def test_the_kubernetes_config_serves(
     archive: Archive, bundle: str, rows: dict[str, dict[str, Any]], repo_dir: Path, tmp_path: Path
 ) -> None:
-    """The Serve config of cluster/kuberay/rayservice.yaml with this bundle.
+    """The Serve config of cluster/kuberay/endpoint/service.yaml with this bundle.
 
     It asks for no more CPUs and GPUs than this machine has.
     """
-    manifest = yaml.safe_load((repo_dir / "cluster" / "kuberay" / "rayservice.yaml").read_text())
+    file = repo_dir / "cluster" / "kuberay" / "endpoint" / "service.yaml"
+    manifest = yaml.safe_load(file.read_text())
     config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
     (port,) = free_ports(1, below=10000)
     config["http_options"] |= {"host": "127.0.0.1", "port": port}

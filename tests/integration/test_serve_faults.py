@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import json
 import os
 import signal
+import socket
+import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -127,7 +131,8 @@ def test_an_endpoint_that_is_told_to_end_answers_what_it_has_in_hand(
         assert "Traceback" not in ended.out + ended.err
         assert "\x1b[" not in ended.err, "no colours in a file"
         is_ended(endpoint)
-        assert list(endpoint.folder.glob("tsq-*")) == []
+        left = [path.name for path in endpoint.folder.iterdir()]
+        assert [name for name in left if name.startswith(("tsq-", "pymp-"))] == []
 
 
 @pytest.mark.slow
@@ -254,17 +259,45 @@ def web(data: bytes) -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.fixture
+def silent_s3() -> Iterator[dict[str, str]]:
+    """The environment of an S3 server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        }
+
+
 def test_slow_and_odd_sources(
-    bundle: str, data: bytes, row: dict[str, Any], web: str, tmp_path: Path
+    bundle: str,
+    data: bytes,
+    row: dict[str, Any],
+    web: str,
+    silent_s3: dict[str, str],
+    tmp_path: Path,
 ) -> None:
     """Eight sources that stall hold up no upload; redirects and statuses are told as they are."""
-    settings = (f'serve.allowed_uri_prefixes=["{web}/open"]', "serve.fetch_timeout_s=6")
-    with serving(bundle, tmp_path, *settings) as endpoint, ThreadPoolExecutor(8) as pool:
+    fifo = tmp_path / "open" / "fifo.mp4"
+    fifo.parent.mkdir()
+    os.mkfifo(fifo)
+    prefixes = json.dumps([f"{web}/open", "s3://silent/open", str(fifo.parent)])
+    settings = (f"serve.allowed_uri_prefixes={prefixes}", "serve.fetch_timeout_s=6")
+    with (
+        serving(bundle, tmp_path / "run", *settings, **silent_s3) as endpoint,
+        ThreadPoolExecutor(8) as pool,
+    ):
 
         def ask(name: str) -> httpx.Response:
-            return endpoint.score(json={"uri": f"{web}/open/{name}"})
+            return ask_uri(f"{web}/open/{name}")
 
-        slow = [pool.submit(ask, "slow") for _ in range(8)]
+        def ask_uri(uri: str) -> httpx.Response:
+            return endpoint.score(json={"uri": uri})
+
+        assert ask_uri(str(fifo)).json()["error_type"] == "not_video"
+        stalling = (f"{web}/open/slow", "s3://silent/open/a.mp4")
+        slow = [pool.submit(ask_uri, stalling[number % 2]) for number in range(8)]
         time.sleep(1)
         same_answer(endpoint.score(content=data).json(), row)
         found = ask("video.mp4").json()
@@ -306,6 +339,8 @@ def test_limits(bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path) -
         assert full.status_code == 429
         assert int(full.headers["Retry-After"]) >= 1
         assert "2 requests are in hand" in full.json()["detail"]
+        assert endpoint.client.get("/healthz").status_code == 200
+        assert endpoint.is_ready()
         assert [answer.status_code for answer in go_on()] == [200, 200]
 
         late = endpoint.score(content=SlowBody(data, 20))
@@ -315,10 +350,58 @@ def test_limits(bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path) -
         assert headers_that_never_end(endpoint) == 408
 
 
+@pytest.mark.slow
+def test_a_flood_leaves_no_work_behind(
+    bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path
+) -> None:
+    """Far above saturation predictions go on, the rest is refused, and no late work is left."""
+    with serving(bundle, tmp_path, "serve.request_timeout_s=4") as endpoint:
+        alone = Load(lambda: endpoint.score(content=data), 4)
+        alone.wait_for(20)
+        alone.ended()
+        load = Load(lambda: endpoint.score(content=data), 64)
+        load.wait_for(400)
+        answers = load.ended()
+        statuses = Counter(answer.status_code for answer in answers if answer is not None)
+        assert statuses.total() == len(answers)
+        assert statuses.keys() <= {200, 429, 504}
+        assert statuses[200] > statuses[504]
+        for answer in answers:
+            assert answer is not None
+            if answer.status_code == 429:
+                assert int(answer.headers["Retry-After"]) >= 1
+                assert answer.json()["status"] == 429
+        lone = endpoint.score(content=data)
+        assert lone.status_code == 200, lone.text
+        same_answer(lone.json(), row)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for 8 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("this process may not mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told(
+    bundle: str, data: bytes, row: dict[str, Any], small_disk: Path, tmp_path: Path
+) -> None:
+    with serving(bundle, tmp_path / "run", TMPDIR=str(small_disk)) as endpoint:
+        full = endpoint.score(content=bytes(20 * 2**20))
+        assert (full.status_code, full.json()["error_type"]) == (507, "unavailable")
+        assert "disk is full" in full.json()["detail"]
+        assert int(full.headers["Retry-After"]) >= 1
+        same_answer(endpoint.score(content=data).json(), row)
+
+
 def headers_that_never_end(endpoint: Endpoint) -> int:
     """The status for a client that does not send its headers to the end."""
-    import socket
-
     port = int(endpoint.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=ANSWER_S) as client:
         client.sendall(b"POST /v1/score HTTP/1.1\r\nHost: a\r\n")
@@ -350,3 +433,20 @@ def test_large_uploads_cost_no_memory(bundle: str, data: bytes, tmp_path: Path) 
         assert [one.result() for one in waiting] == [422] * 4
         grown = sum(size - before.get(pid, 0) for pid, size in most.items())
         assert grown < 400 * 2**20, f"{grown / 2**20:.0f} MiB"
+
+
+@pytest.mark.slow
+def test_memory_stays_flat(bundle: str, data: bytes, tmp_path: Path) -> None:
+    """2,000 requests: the second thousand takes at most a tenth more memory than the first."""
+    with serving(bundle, tmp_path) as endpoint, ThreadPoolExecutor(4) as pool:
+
+        def ask(_: int) -> int:
+            return endpoint.score(content=data).status_code
+
+        totals = []
+        for _ in range(2):
+            assert set(pool.map(ask, range(1000))) <= {200}
+            totals.append(sum(memory_of(endpoint.processes("")).values()))
+        first, second = (total / 2**20 for total in totals)
+        print(f"after 1,000 requests {first:.0f} MiB, after 2,000 {second:.0f} MiB")
+        assert second < 1.1 * first

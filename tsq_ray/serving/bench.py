@@ -134,7 +134,7 @@ class _Run:
 
     async def closed(self, clients: int) -> BenchPoint:
         """Let each client ask again when it has its answer."""
-        started, before = time.monotonic(), _cpu_seconds(self.url)
+        started, before = time.monotonic(), cpu_seconds(self.url)
         await asyncio.gather(*(self._client(started + self.seconds) for _ in range(clients)))
         return self._point(float(clients), started, before)
 
@@ -144,7 +144,7 @@ class _Run:
 
     async def open(self, rate: float) -> BenchPoint:
         """Send `rate` requests per second."""
-        started, before = time.monotonic(), _cpu_seconds(self.url)
+        started, before = time.monotonic(), cpu_seconds(self.url)
         sent = []
         for number in range(max(1, round(rate * self.seconds))):
             await asyncio.sleep(max(0.0, started + number / rate - time.monotonic()))
@@ -166,7 +166,7 @@ class _Run:
 
     def _point(self, load: float, started: float, before: dict[str, float]) -> BenchPoint:
         took = time.monotonic() - started
-        after, answered = _cpu_seconds(self.url), max(1, len(self.latencies))
+        after, answered = cpu_seconds(self.url), max(1, len(self.latencies))
         spent = {name: after[name] - before.get(name, 0.0) for name in after}
         p50, p95, p99 = (
             np.percentile(self.latencies, [50, 95, 99]).tolist() if self.latencies else [None] * 3
@@ -182,7 +182,7 @@ class _Run:
         )
 
 
-def _cpu_seconds(url: str) -> dict[str, float]:
+def cpu_seconds(url: str) -> dict[str, float]:
     """Return the CPU seconds of the endpoint's processes by name; empty if it is elsewhere."""
     host = url.partition("://")[2].partition("/")[0].rpartition(":")[0].strip("[]")
     if not is_loopback(host):

@@ -27,6 +27,7 @@ _UPLOAD_BYTES_PER_S = 16 * 2**20
 _ENDS_S = 5.0
 _REASONS = {
     400: "the request is not valid HTTP",
+    404: "no such path; see /openapi.json",
     408: "the request's headers did not arrive in time",
     500: "the request was lost with the process that handled it; try again",
     502: "the request was lost with the process that handled it; try again",
@@ -63,6 +64,11 @@ def _config(folder: Path, host: str, port: int, inner_port: int, settings: Serve
         f"if {{ status {status} }} {plain}"
         for status, shown_as in ((500, 502), (503, 503))
     )
+    # Serve's own paths answer without a token
+    hidden = (
+        f"http-request return status 404 content-type {MEDIA_TYPE} file {folder / '404.json'} "
+        "if { path_beg /-/ }"
+    )
     return f"""\
 global
     maxconn {settings.max_connections}
@@ -83,6 +89,7 @@ frontend endpoint
     bind {shown}:{port}
     filter bwlim-in uploads default-limit {_UPLOAD_BYTES_PER_S} default-period 1s
     http-request set-bandwidth-limit uploads
+    {hidden}
     default_backend serve
 backend serve
 {lost}

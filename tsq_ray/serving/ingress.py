@@ -173,7 +173,9 @@ class Ingress:
     @api.get("/openapi.json", include_in_schema=False)
     async def openapi(self, request: Request) -> JSONResponse:
         """Describe the interface."""
-        return JSONResponse(document(request.app.routes))
+        app = request.app
+        app.openapi_schema = app.openapi_schema or document(app.routes)
+        return JSONResponse(app.openapi_schema)
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> Response:
