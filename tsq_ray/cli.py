@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from tsq_ray.commands import endpoint, pipeline, results
+from tsq_ray.commands import endpoint, jobs, pipeline, results
 from tsq_ray.console import (
     bare_retry,
     guarded,
@@ -70,6 +70,7 @@ for command in (
     results.info,
 ):
     app.command()(command)
+app.add_typer(jobs.jobs, name="jobs")
 app.add_typer(endpoint.token, name="token")
 
 

@@ -1,6 +1,6 @@
 """Console input and output of the commands.
 
-Formats summaries as text, turns errors into one line and an exit code, and edits command lines.
+Formats summaries as text, and turns errors into one line and an exit code.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from tsq_ray import log
 from tsq_ray.errors import StorageError, TsqError, UserError
 from tsq_ray.results import (
     Counts,
@@ -97,7 +98,7 @@ def end_run(run: RunSummary, as_json: bool, max_failed: float | None) -> None:
     show(dict(run.record), as_json, run_text(run))
     if max_failed is not None and counts.done and counts.failed / counts.done > max_failed:
         line = f"{counts.failed} of {counts.done} videos failed, above --max-failed {max_failed}"
-        print(f"error: {line}", file=sys.stderr)  # noqa: T201
+        log.say(f"error: {line}")
         raise typer.Exit(1)
 
 
@@ -120,7 +121,20 @@ def run_text(run: RunSummary) -> str:
             f"seconds by stage, summed over workers: {stages}; "
             f"slowest: {run.slowest_stage}; {run.wall_seconds:.1f} s in total"
         )
+    if happened := run.record.get("happened"):
+        lines.append(f"in this run: {_happened_text(happened)}")
     return "\n".join([*lines, *_metric_lines(run.metrics), f"out: {run.out}"])
+
+
+def _happened_text(happened: Mapping[str, float]) -> str:
+    texts = {
+        "nodes_lost": "nodes lost: {}",
+        "videos_done_again": "videos done again: {}",
+        "waited_s": "waited for room on the cluster: {} s",
+    }
+    return "; ".join(
+        text.format(happened[name]) for name, text in texts.items() if name in happened
+    )
 
 
 def _metric_lines(measured: Mapping[str, Any]) -> list[str]:
@@ -326,19 +340,6 @@ def tree_text(tree: dict[str, Any], indent: str = "") -> str:
     return "\n".join(lines)
 
 
-def without_options(argv: Sequence[str], flags: Sequence[str], options: Sequence[str]) -> list[str]:
-    """Remove `flags`, and `options` with their values, from a command line."""
-    kept, skip = [], False
-    for item in argv:
-        if skip:
-            skip = False
-        elif item in options:
-            skip = True
-        elif item not in flags and not item.startswith(tuple(f"{option}=" for option in options)):
-            kept.append(item)
-    return kept
-
-
 def bare_retry(argv: list[str]) -> list[str]:
     """Insert `all` after a `--retry-failed` that has no reason."""
     from tsq_ray.errors import ERROR_TYPES
@@ -386,5 +387,5 @@ def fail(message: str, code: int, debug: bool) -> int:
 
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(redact(message).split())}", file=sys.stderr)  # noqa: T201
+    log.say(f"error: {' '.join(redact(message).split())}", exit_code=code)
     return code

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from tsq_ray.log import LogFormat, use_format
+
 
 class Role(StrEnum):
     """Purpose of the classifier that `tsq finetune` trains."""
@@ -58,6 +60,20 @@ Submit = Annotated[
         "--submit", help="Run as a Ray job on the cluster at --address (its dashboard's URL)."
     ),
 ]
+SharedFs = Annotated[
+    bool,
+    typer.Option(
+        "--shared-fs", help="With --submit: every node of the cluster has this machine's paths."
+    ),
+]
+LogFormats = Annotated[
+    LogFormat,
+    typer.Option(
+        "--log-format",
+        callback=use_format,
+        help="Lines on stderr: text, or json with time and run.",
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -87,6 +103,31 @@ Retry = Annotated[
 ]
 TakeOver = Annotated[
     bool, typer.Option("--take-over", help="Take over the folder from another run that holds it.")
+]
+ManifestOut = Annotated[
+    str,
+    typer.Option(
+        "--out",
+        metavar="MANIFEST",
+        help="Manifest to write: a Parquet file, or a folder of shards "
+        "(if it ends in /, or for over a million videos).",
+    ),
+]
+LabelFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--labels",
+        metavar="FILE",
+        help="Label file in any known format (repeatable), or: folders, none.",
+    ),
+]
+LabelsFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--labels-format",
+        metavar="NAME",
+        help="Format of the label files, if it cannot be recognised from their content.",
+    ),
 ]
 Out = Annotated[str, typer.Option("--out", metavar="URI", help="Path or s3:// URI of the result.")]
 Encoder = Annotated[

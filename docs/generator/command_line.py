@@ -8,6 +8,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from generator.markdown import NOTE, table
@@ -68,6 +69,8 @@ def command_text(title: str, command: Callable[..., Any]) -> str:
     hints = get_type_hints(command, include_extras=True)
     usage, rows = [f"tsq {title}"], []
     for name, parameter in inspect.signature(command).parameters.items():
+        if hints[name] is typer.Context:
+            continue
         assert get_origin(hints[name]) is Annotated, (
             f"{command.__name__}: {name} has no typer annotation"
         )

@@ -141,7 +141,8 @@ The keys of `_run.json`: `format` ({format}), `kind` (`features` or `predictions
 `failed_by_type`, `with_warnings`), `manifest` (`uri`, `id`, `sha256`), `classes` (the manifest's),
 `identity` (as in `_config.json`), `config` (all settings), `split`, `versions`, `git_revision`,
 `started`, `ended`, `wall_seconds`, `stage_seconds` (summed over the workers), `slowest_stage`,
-`videos_done_now` (by the last call), `parts` (`name`, `bytes`). Features add `weights`; predictions
+`videos_done_now` (by the last call), `run_id` (of the last call, as in its log lines and metrics),
+`happened` to the last call (`nodes_lost`, `videos_done_again`, `waited_s`), `parts` (`name`, `bytes`). Features add `weights`; predictions
 add `model` (`uri`, `sha256` of `bundle.json`), `bundle_classes` (the order of `scores`), `task`,
 `with_scores`, `metrics` and `training_curve` (the bundle's losses, epoch by epoch).
 """

@@ -1,16 +1,20 @@
-"""jobs/*.py through `ray job submit`, and `tsq --submit`, on a head node of this machine."""
+"""jobs/run.py through `ray job submit`, and `tsq --submit`, on a head node of this machine."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import secrets
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,9 +142,10 @@ def test_extract_train_and_score_as_ray_jobs(
     submit = [RAY, "job", "submit", "--address", head.url, "--working-dir", ".", "--", "python"]
     tuned = ["--recognizer", chain.recognizer]
     jobs = {
-        "extract": ["jobs/extract.py", chain.manifest, "--out", features, *settings],
+        "extract": ["jobs/run.py", "extract", chain.manifest, "--out", features, *settings],
         "train": [
-            "jobs/train.py",
+            "jobs/run.py",
+            "train",
             features,
             "--out",
             bundle,
@@ -150,7 +155,8 @@ def test_extract_train_and_score_as_ray_jobs(
             "train.modules=visual",
         ],
         "score": [
-            "jobs/score.py",
+            "jobs/run.py",
+            "score",
             chain.manifest,
             "--model",
             bundle,
@@ -182,7 +188,8 @@ def test_a_job_that_fails_says_why(
         ".",
         "--",
         "python",
-        "jobs/score.py",
+        "jobs/run.py",
+        "score",
     ]
     command += [chain.manifest, "--model", str(tmp_path / "nowhere"), "--out", str(tmp_path / "p")]
     done = subprocess.run(
@@ -199,42 +206,51 @@ def test_a_job_that_fails_says_why(
     assert "has no bundle.json" in done.stdout + done.stderr
 
 
-def test_submit(head: Head, chain: Chain, tmp_path: Path) -> None:
+def submitted(*argv: object) -> list[str]:
+    return [sys.executable, "-m", "tsq_ray", *map(str, argv), "--submit", "--shared-fs"]
+
+
+def client(
+    command: list[str], environment: Mapping[str, str], folder: Path
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def test_submit_ships_what_the_command_names_and_returns_its_exit_code(
+    head: Head, chain: Chain, tmp_path: Path
+) -> None:
     out = str(tmp_path / "features")
-    command = [
-        sys.executable,
-        "-m",
-        "tsq_ray",
-        "extract",
-        chain.manifest,
-        "--out",
-        out,
-        "--config",
-        str(chain.settings),
-        "--limit",
-        "3",
-    ]
-    text = run(head, [*command, "--submit", "--address", head.url], tmp_path)
-    assert ": SUCCEEDED" in text
-    assert "18 inputs = " in text, "the job's own output is shown"
+    (tmp_path / "own.toml").write_bytes(chain.settings.read_bytes())
+    extract = ["extract", chain.manifest, "--out", out, "--config", "own.toml", "--limit", "3"]
+    command = [*submitted(*extract), "--address", head.url, "--json"]
+    done = client(command, head.environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"]["ok"] == 3, "stdout has the summary alone"
+    assert re.search(r"^job tsq-extract-\w+-1: SUCCEEDED$", done.stderr, re.MULTILINE)
     assert tsq("verify", out, "--json").json["counts"]["skipped_by"] == {"split": 0, "limit": 15}
     assert read_rows(out).num_rows == 3
+    again = client(command, head.environment, tmp_path)
+    assert "-2: SUCCEEDED" in again.stderr, "it has ended, so the same command runs again"
+
+    wrong = submitted("extract", "/nowhere/m.parquet", "--out", out, "--address", head.url)
+    refused = client(wrong, head.environment, tmp_path)
+    assert refused.returncode == 2
+    assert "error: manifest /nowhere/m.parquet" in refused.stdout
 
 
-def test_an_interrupted_follower_says_that_the_job_continues(
+def test_the_same_command_attaches_and_jobs_can_be_stopped(
     head: Head, chain: Chain, repo_dir: Path, tmp_path: Path
 ) -> None:
-    argv = [
-        "extract",
-        chain.manifest,
-        "--out",
-        tmp_path / "out",
-        "--config",
-        chain.settings,
-        "--submit",
-        "--address",
-        head.url,
-    ]
+    argv = ["extract", chain.manifest, "--out", tmp_path / "out", "--config", chain.settings]
+    argv += ["--submit", "--shared-fs", "--address", head.url]
     with Driver(argv, tmp_path / "run", head.environment) as driver:
         driver.wait_until(lambda: "job: " in (tmp_path / "run.err").read_text())
         driver.interrupt()
@@ -242,16 +258,120 @@ def test_an_interrupted_follower_says_that_the_job_continues(
     assert ended.code == 1
     job = re.findall(r"^job: (\S+)$", ended.err, re.MULTILINE)[0]
     assert (
-        f"keeps running: follow it with `ray job logs --follow {job}`, "
-        f"stop it with `ray job stop {job}`" in ended.err.splitlines()[-1]
+        f"keeps running: follow it with `tsq jobs attach {job} --address {head.url}`, "
+        f"stop it with `tsq jobs stop {job} --address {head.url}`" in ended.err.splitlines()[-1]
     )
-    run(head, [RAY, "job", "stop", job, "--address", head.url], repo_dir)
+    with Driver(argv, tmp_path / "again", head.environment) as driver:
+        driver.wait_until(lambda: "job: " in (tmp_path / "again.err").read_text())
+        assert (
+            f"job: {job}, which runs already; following it" in (tmp_path / "again.err").read_text()
+        )
+        jobs = [sys.executable, "-m", "tsq_ray", "jobs"]
+        listed = client(
+            [*jobs, "list", "--address", head.url, "--json"], head.environment, tmp_path
+        )
+        (found,) = [one for one in json.loads(listed.stdout)["jobs"] if one["id"] == job]
+        assert (found["status"], found["exit_code"]) in (("PENDING", None), ("RUNNING", None))
+        run(head, [*jobs, "stop", job, "--address", head.url], repo_dir)
+        stopped = driver.ended()
+    assert (stopped.code, stopped.err.splitlines()[-1]) == (1, f"job {job}: STOPPED")
+    printed = client([*jobs, "logs", job, "--address", head.url], head.environment, tmp_path)
+    assert printed.stdout == stopped.out
+    unknown = client([*jobs, "attach", "x", "--address", head.url], head.environment, tmp_path)
+    assert unknown.returncode == 2
+    assert "has no job 'x'; list them with: tsq jobs list" in unknown.stderr
+
+
+def test_a_lost_connection_is_made_again(head: Head, chain: Chain, tmp_path: Path) -> None:
+    """The follower's connection breaks in mid-run, as a port-forward does; nothing is lost of it."""
+    port = int(head.url.rpartition(":")[2])
+    with Forward(port) as forward:
+        argv = ["extract", chain.manifest, "--out", tmp_path / "out", "--config", chain.settings]
+        argv += ["--submit", "--shared-fs", "--address", forward.url]
+        with Driver(argv, tmp_path / "run", head.environment) as driver:
+            driver.wait_until(lambda: "job: " in (tmp_path / "run.err").read_text())
+            forward.cut()
+            driver.wait_until(lambda: "lost; trying again" in (tmp_path / "run.err").read_text())
+            forward.mend()
+            ended = driver.ended()
+    assert ended.code == 0, ended
+    assert "connected again" in ended.err
+    assert ended.out.count("inputs = ") == 1, "each line of the job's output is shown once"
+
+
+class Forward:
+    """A TCP forward on loopback that can be cut and mended."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self.own = port, free_ports(1, below=10000)[0]
+        self.url = f"http://127.0.0.1:{self.own}"
+        self.connections: list[socket.socket] = []
+        self.server: socket.socket | None = None
+
+    def __enter__(self) -> Forward:
+        self.mend()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cut()
+
+    def mend(self) -> None:
+        self.server = socket.create_server(("127.0.0.1", self.own), reuse_port=True)
+        threading.Thread(target=self._accept, args=(self.server,), daemon=True).start()
+
+    def cut(self) -> None:
+        ends = [*self.connections, *([self.server] if self.server else [])]
+        self.connections.clear()
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def _accept(self, server: socket.socket) -> None:
+        while True:
+            try:
+                here = server.accept()[0]
+            except OSError:
+                return
+            there = socket.create_connection(("127.0.0.1", self.port))
+            self.connections += [here, there]
+            for source, sink in ((here, there), (there, here)):
+                threading.Thread(target=self._copy, args=(source, sink), daemon=True).start()
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+
+def test_tokens(head: Head, tmp_path: Path) -> None:
+    """The token is found in its variable and in its file, without a mode; else one line is said."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    bare = {name: value for name, value in head.environment.items() if name not in names}
+    command = [sys.executable, "-m", "tsq_ray", "jobs", "list", "--address", head.url]
+    token = head.environment["RAY_AUTH_TOKEN"]
+    for name, content in (("right", token), ("wrong", "0" * 64), ("none", None)):
+        home = tmp_path / name
+        (home / ".ray").mkdir(parents=True)
+        if content is not None:
+            (home / ".ray" / "auth_token").write_text(content)
+        done = client(command, bare | {"HOME": str(home)}, tmp_path)
+        if name == "right":
+            assert done.returncode == 0, done.stderr
+            continue
+        assert done.returncode == 1
+        what = "does not accept the token" if content else "wants a token, and there is none"
+        assert done.stderr.startswith(f"error: {head.url}: this cluster {what}; set RAY_AUTH_TOKEN")
+        assert len(done.stderr.strip().splitlines()) == 1
+    by_variable = bare | {"HOME": str(tmp_path / "none"), "RAY_AUTH_TOKEN": token}
+    assert client(command, by_variable, tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
 def test_an_address_that_does_not_answer(chain: Chain, address: str, tmp_path: Path) -> None:
     place = address.format(port=free_ports(1)[0])
-    submit = ["--submit"] if address.startswith("http") else []
+    submit = ["--submit", "--shared-fs"] if address.startswith("http") else []
     command = [
         sys.executable,
         "-m",

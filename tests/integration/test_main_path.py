@@ -10,11 +10,14 @@ import hashlib
 import io
 import json
 import re
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import httpx
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -38,6 +41,7 @@ from support.cluster import (
 
 from tsq_ray import schema, storage
 from tsq_ray.model.baselines import uniform
+from tsq_ray.runtime.metrics import Part, RunMetrics
 
 pytestmark = pytest.mark.ray
 
@@ -714,3 +718,43 @@ def test_separate_decoding_gives_the_same_features(local: Chain, resize: str) ->
         apart.filter(ok)["object_ids"]
     )
     assert same.mean() > 1 - 10 * tolerance
+
+
+def scraped(ray: Any, run: str) -> list[str]:
+    """The lines about a run that Prometheus would read from the node."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    text = httpx.get(url, trust_env=False).text
+    return [line for line in text.splitlines() if f'run="{run}"' in line]
+
+
+@pytest.mark.parametrize("run", ["features", "predictions"])
+def test_the_counters_of_a_run_equal_its_rows(ray_cluster: Any, local: Chain, run: str) -> None:
+    rows = read_rows(getattr(local, run))
+    record = json.loads(storage.read_bytes(f"{getattr(local, run)}/_run.json"))
+    expected = Counter(error_type or "" for error_type in rows["error_type"].to_pylist())
+    deadline = time.monotonic() + 60  # metrics are exported every few seconds
+    while True:
+        found: Counter[str] = Counter()
+        for line in scraped(ray_cluster, record["run_id"]):
+            if line.startswith("ray_tsq_run_videos_total{"):
+                (error_type,) = re.findall(r'error_type="([a-z_]*)"', line) or [""]
+                found[error_type] += int(float(line.rpartition(" ")[2]))
+        if found == expected:
+            break
+        assert time.monotonic() < deadline, (found, expected)
+        time.sleep(1)
+
+
+def test_dashboard_and_alerts_use_metrics_of_runs_that_exist(ray_cluster: Any) -> None:
+    monitoring = Path(__file__).parents[2] / "cluster" / "monitoring"
+    texts = [file.read_text() for file in monitoring.iterdir()]
+    used = {name for text in texts for name in re.findall(r"ray_tsq_run_[a-z_]+", text)}
+    assert len(used) >= 9
+    metrics = RunMetrics("a-run", "extract", "a process")
+    metrics.published(Part({"": 3, "corrupt": 1}, 1000, {"decode": 2.0}))
+    deadline = time.monotonic() + 60
+    while missing := used - {line.partition("{")[0] for line in scraped(ray_cluster, "a-run")}:
+        assert time.monotonic() < deadline, missing
+        metrics.update(5, 0.0, {"nodes_lost": 1})
+        time.sleep(1)

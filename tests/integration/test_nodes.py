@@ -5,6 +5,7 @@ Few videos, a node that joins, nodes from nothing, a cluster in use, a node lost
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -193,6 +194,41 @@ def test_cluster_resources_and_the_layout_of_runs(two_nodes: Any, tmp_path: Path
     assert found["serve"].startswith(
         "serve: a decoder asks for 4 CPU, which no node of the cluster can ever hold"
     )
+
+
+ACTORS = """
+import json, sys
+import ray
+
+ray.init(address=sys.argv[1], log_to_driver=False)
+from ray._private.state import actors
+
+names = {node["NodeID"]: node["Labels"].get("part", "head") for node in ray.nodes()}
+print(json.dumps(sorted({
+    (actor["ActorClassName"], names[actor["Address"]["NodeID"]]) for actor in actors().values()
+})))
+"""
+
+
+@pytest.mark.slow
+def test_labels_place_each_part(store: SlowStore, settings: Path, tmp_path: Path) -> None:
+    """Decoders and writers on the nodes with their labels, encoders on the others."""
+    labels = [{"part": "decode"}, {"part": "networks"}]
+    with nodes(0, 1, 1, labels=labels) as cluster:
+        argv = ["extract", slow_manifest(store, tmp_path, 12), "--out", tmp_path / "out"]
+        argv += ["--config", settings, "--set", "resources.decoders=1"]
+        for part, label in (("decode", "decode"), ("networks", "networks"), ("write", "decode")):
+            argv += ["--set", f"resources.labels.{part}=part={label}"]
+        with Driver([*argv, "--address", cluster.address], tmp_path / "run") as driver:
+            ended = driver.ended(END_S)
+        assert ended.code == 0, ended.err
+        asked = [sys.executable, "-c", ACTORS, cluster.address]
+        done = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert read_rows(str(tmp_path / "out")).num_rows == 12
+    placed = json.loads(done.stdout.splitlines()[-1])
+    for kind, node in (("DecodeWorker", "decode"), ("EncodeWorker", "networks")):
+        assert {where for name, where in placed if kind in name} == {node}
+    assert {where for name, where in placed if "WritePart" in name} == {"decode"}
 
 
 @pytest.mark.slow

@@ -255,3 +255,30 @@ def test_a_worker_of_a_cluster_sets_its_threads_policy(tmp_path: Path) -> None:
     finally:
         end_marked(mark)
     assert done.stdout == "('PASSIVE', False)\n", done.stderr
+
+
+LOOPBACK = """
+import os
+from tsq_ray.runtime import cluster
+
+with cluster.connect() as ray:
+    address = ray.util.get_node_ip_address()
+print(address, [name for name in os.environ if "OSX_CLUSTER" in name])
+"""
+
+
+def test_a_ray_of_our_own_is_on_loopback_and_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+    """A cluster of several nodes, started later from the same environment, has real addresses."""
+    mark = uuid.uuid4().hex
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", LOOPBACK],
+            env={**own, MARK: mark},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        end_marked(mark)
+    assert done.stdout == "127.0.0.1 []\n", done.stderr

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -99,8 +99,8 @@ def slow_manifest(store: SlowStore, folder: Path, count: int, name: str = "slow"
 
 
 @contextlib.contextmanager
-def nodes(*cpus: float) -> Iterator[Any]:
-    """A Ray cluster whose head and further nodes have these CPUs."""
+def nodes(*cpus: float, labels: Sequence[Mapping[str, str]] = ()) -> Iterator[Any]:
+    """A Ray cluster whose head and further nodes have these CPUs, and the latter these labels."""
     from ray.cluster_utils import Cluster
 
     with short_folder() as folder:
@@ -111,8 +111,9 @@ def nodes(*cpus: float) -> Iterator[Any]:
             head_node_args={**options, "num_cpus": cpus[0], "temp_dir": str(folder)},
         )
         try:
-            for count in cpus[1:]:
-                cluster.add_node(num_cpus=count, object_store_memory=100 * 2**20)
+            for number, count in enumerate(cpus[1:]):
+                more = {"labels": dict(labels[number])} if labels else {}
+                cluster.add_node(num_cpus=count, object_store_memory=100 * 2**20, **more)
             yield cluster
         finally:
             cluster.shutdown()

@@ -17,7 +17,7 @@ from support.bundle import make_bundle
 
 from tsq_ray import schema
 from tsq_ray.cli import main
-from tsq_ray.console import bare_retry, estimate_text, run_text, without_options
+from tsq_ray.console import bare_retry, estimate_text, run_text
 from tsq_ray.errors import ERROR_TYPES
 from tsq_ray.manifest import read_manifest
 from tsq_ray.results import Estimate, RunSummary
@@ -566,21 +566,6 @@ def test_a_bare_retry_means_all(given: list[str], expected: list[str]) -> None:
 def test_retry_reasons_are_the_error_types() -> None:
     for name in ERROR_TYPES:
         assert bare_retry(["--retry-failed", name]) == ["--retry-failed", name]
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        (
-            ["score", "m", "--submit", "--address", "http://h:8265", "--limit", "3"],
-            ["score", "m", "--limit", "3"],
-        ),
-        (["--submit", "score", "--address=auto", "--json"], ["score", "--json"]),
-        (["score", "--addressee", "x"], ["score", "--addressee", "x"]),
-    ],
-)
-def test_a_submitted_command_loses_its_submission(given: list[str], expected: list[str]) -> None:
-    assert without_options(given, flags=("--submit",), options=("--address",)) == expected
 
 
 def run_summary(**counts: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ PACKAGE = REPO / "tsq_ray"
 ORDER = (
     *(
         "errors",
+        "log",
         "schema",
         "results",
         "containers",
@@ -61,7 +62,7 @@ ORDER = (
 """A module imports only from those before its own."""
 INSIDE = {
     "bundle": ("settings", "overrides", "weights"),
-    "commands": ("submit", "pipeline", "results", "endpoint"),
+    "commands": ("jobs", "pipeline", "results", "endpoint"),
     "config": ("base", "method", "resources", "settings", "load"),
     "decode": (
         *("types", "fetch", "plan", "clock", "nvdec", "frames", "probe", "pyav_backend"),
@@ -80,8 +81,8 @@ INSIDE = {
     ),
     "runs": ("identity", "lease", "columns", "done", "folder", "tables", "bulk", "verify"),
     "runtime": (
-        *("nodes", "placement", "session", "cluster", "waiting", "progress", "parts", "bulk"),
-        "jobs",
+        *("nodes", "placement", "session", "cluster", "waiting", "progress", "metrics", "parts"),
+        *("bulk", "jobs"),
     ),
     "serving": (
         *("access", "loopback", "facts", "microbatching", "warmup", "metrics", "requests", "graph"),

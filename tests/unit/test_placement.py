@@ -371,3 +371,36 @@ def test_serve_takes_a_gpu_if_one_exists(
     placed = place("serve", cluster, 1, *sets)
     assert {placed[name].gpus for name in ("sampler", "recognizer")} == {num_gpus}
     assert placed.on_gpu == bool(num_gpus)
+
+
+LABELS = (
+    "resources.labels.decode=kind=cheap",
+    "resources.labels.networks=kind=gpu",
+    "resources.labels.write=kind=cheap",
+)
+
+
+def test_labels_keep_each_part_on_its_nodes() -> None:
+    cheap, dear = {"kind": "cheap"}, {"kind": "gpu"}
+    cluster = Cluster((Node(8, labels=cheap), Node(4), Node(8, gpus=2, labels=dear)))
+    placed = place("extract", cluster, 1000, *LABELS)
+    assert (placed["decoder"].labels, placed["encoder"].labels) == (cheap, dear)
+    assert placed["writer"].labels == cheap
+    assert placed["decoder"].now == 8, "only the node with the label counts"
+    assert placed["encoder"].now == 2
+    scored = place("score", cluster, 1000, *LABELS)
+    assert (scored["sampler"].labels, scored["sender"].labels) == (dear, cheap)
+    assert place("train", cluster, 1000, *LABELS)["worker"].labels == dear
+    assert "kind=gpu" in scored["sampler"].describe()
+    assert place("extract", cluster, 1000)["decoder"].labels == {}
+
+
+def test_a_label_that_no_node_has_is_refused() -> None:
+    asked = "resources.labels.decode=kind=other,zone=a"
+    with pytest.raises(ConfigError, match="the label kind = other and the label zone = a, which"):
+        place("extract", TWO_CORES, 10, asked)
+    launchable = Node(4, count=2, labels={"kind": "other", "zone": "a"})
+    placed = place("extract", Cluster((EMPTY_HEAD,), (launchable,)), 9, asked)
+    assert placed["worker"].labels == {"kind": "other", "zone": "a"}
+    with pytest.raises(ConfigError, match=r"resources\.labels\.decode"):
+        load_config(None, ["resources.labels.decode=no label"])

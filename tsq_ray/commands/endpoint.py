@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from tsq_ray.console import bench_text, show
-from tsq_ray.options import Address, AsJson, ConfigFile, Debug, Model, Sets, WaitS
+from tsq_ray.log import LogFormat
+from tsq_ray.options import Address, AsJson, ConfigFile, Debug, LogFormats, Model, Sets, WaitS
 from tsq_ray.runtime.session import Session
 
 token = typer.Typer(help="Make tokens for the endpoint.", no_args_is_help=True)
@@ -54,6 +55,7 @@ def serve(
     sets: Sets = None,
     address: Address = None,
     wait_s: WaitS = 0.0,
+    log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
 ) -> None:
     """Serve the endpoint POST /v1/score.

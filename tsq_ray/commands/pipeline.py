@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tsq_ray.commands.submit import submit_command
+from tsq_ray.commands.jobs import Dashboard, submit_command
 from tsq_ray.console import (
     end_run,
     estimate_text,
@@ -15,6 +15,7 @@ from tsq_ray.console import (
     show,
     training_text,
 )
+from tsq_ray.log import LogFormat
 from tsq_ray.options import (
     Address,
     AsJson,
@@ -22,7 +23,11 @@ from tsq_ray.options import (
     Debug,
     DryRun,
     Encoder,
+    LabelFiles,
+    LabelsFormat,
     Limit,
+    LogFormats,
+    ManifestOut,
     MaxFailed,
     Model,
     Out,
@@ -31,6 +36,7 @@ from tsq_ray.options import (
     Role,
     Scores,
     Sets,
+    SharedFs,
     Split,
     Submit,
     TakeOver,
@@ -40,34 +46,13 @@ from tsq_ray.runtime.session import Session
 
 
 def index(
+    context: typer.Context,
     sources: Annotated[
         list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")
     ],
-    out: Annotated[
-        str,
-        typer.Option(
-            "--out",
-            metavar="MANIFEST",
-            help="Manifest to write: a Parquet file, or a folder of shards "
-            "(if it ends in /, or for over a million videos).",
-        ),
-    ],
-    labels: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--labels",
-            metavar="FILE",
-            help="Label file in any known format (repeatable), or: folders, none.",
-        ),
-    ] = None,
-    labels_format: Annotated[
-        str | None,
-        typer.Option(
-            "--labels-format",
-            metavar="NAME",
-            help="Format of the label files, if it cannot be recognised from their content.",
-        ),
-    ] = None,
+    out: ManifestOut,
+    labels: LabelFiles = None,
+    labels_format: LabelsFormat = None,
     classes: Annotated[
         str | None,
         typer.Option(
@@ -84,10 +69,15 @@ def index(
             "--update", help="Update an existing manifest: new, changed and deleted videos."
         ),
     ] = False,
+    address: Dashboard = None,
+    submit: Submit = False,
+    shared_fs: SharedFs = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """List videos, join their labels and write the manifest."""
+    if submit:
+        return submit_command(context)
     from tsq_ray.manifest import build_manifest
 
     summary = build_manifest(
@@ -99,10 +89,11 @@ def index(
         split_name=split_name,
         update=update,
     )
-    show(summary, as_json, index_text(summary))
+    return show(summary, as_json, index_text(summary))
 
 
 def extract(
+    context: typer.Context,
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
     out: Out,
     encoder: Encoder = None,
@@ -116,9 +107,11 @@ def extract(
     address: Address = None,
     wait_s: WaitS = 0.0,
     submit: Submit = False,
+    shared_fs: SharedFs = False,
     dry_run: DryRun = False,
     max_failed: MaxFailed = None,
     as_json: AsJson = False,
+    log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
 ) -> None:
     """Extract the features of every video, one row per video (Ray Data)."""
@@ -140,7 +133,7 @@ def extract(
         )
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
-        return submit_command(address)
+        return submit_command(context, settings)
     from tsq_ray.extraction import extract as run
 
     done = run(
@@ -159,6 +152,7 @@ def extract(
 
 
 def finetune(
+    context: typer.Context,
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
     role: Annotated[Role, typer.Option("--role", help="What the classifier is for.")],
     out: Out,
@@ -170,7 +164,9 @@ def finetune(
     address: Address = None,
     wait_s: WaitS = 0.0,
     submit: Submit = False,
+    shared_fs: SharedFs = False,
     as_json: AsJson = False,
+    log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
 ) -> None:
     """Train a frame classifier: the sampler's encoder or the recogniser.
@@ -181,7 +177,7 @@ def finetune(
 
     settings = load_config(config, sets or ())
     if submit:
-        return submit_command(address)
+        return submit_command(context, settings)
     from tsq_ray.training import finetune as run
 
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
@@ -199,6 +195,7 @@ def finetune(
 
 
 def train(
+    context: typer.Context,
     features: Annotated[str, typer.Argument(metavar="FEATURES")],
     out: Annotated[
         str, typer.Option("--out", metavar="BUNDLE", help="Folder of the bundle to write.")
@@ -212,12 +209,14 @@ def train(
     address: Address = None,
     wait_s: WaitS = 0.0,
     submit: Submit = False,
+    shared_fs: SharedFs = False,
     as_json: AsJson = False,
+    log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
 ) -> None:
     """Train TSQNet on features (Ray Train) and write the bundle."""
     if submit:
-        return submit_command(address)
+        return submit_command(context)
     from tsq_ray.training import train as run
     from tsq_ray.training import training_config
 
@@ -237,6 +236,7 @@ def train(
 
 
 def score(
+    context: typer.Context,
     manifest: Annotated[str, typer.Argument(metavar="MANIFEST")],
     model: Model,
     out: Out,
@@ -252,9 +252,11 @@ def score(
     address: Address = None,
     wait_s: WaitS = 0.0,
     submit: Submit = False,
+    shared_fs: SharedFs = False,
     dry_run: DryRun = False,
     max_failed: MaxFailed = None,
     as_json: AsJson = False,
+    log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
 ) -> None:
     """Label every video, one row of predictions per video (Ray Data drives the Serve graph)."""
@@ -269,7 +271,7 @@ def score(
         )
         return show(estimate, as_json, estimate_text(estimate))
     if submit:
-        return submit_command(address)
+        return submit_command(context, settings)
     from tsq_ray.scoring import score as run
 
     done = run(

@@ -6,17 +6,20 @@ from typing import Annotated
 
 import typer
 
-from tsq_ray.commands.submit import submit_command
+from tsq_ray.commands.jobs import submit_command
 from tsq_ray.console import evaluation_text, prediction_text, show, tree_text, verification_text
 from tsq_ray.errors import RunError
+from tsq_ray.log import LogFormat
 from tsq_ray.options import (
     Address,
     AsJson,
     ConfigFile,
     Debug,
+    LogFormats,
     Model,
     Out,
     Sets,
+    SharedFs,
     Split,
     Submit,
 )
@@ -42,6 +45,7 @@ def predict(
 
 
 def evaluate(
+    context: typer.Context,
     sources: Annotated[
         list[str],
         typer.Argument(
@@ -72,7 +76,9 @@ def evaluate(
     split: Split = None,
     address: Address = None,
     submit: Submit = False,
+    shared_fs: SharedFs = False,
     as_json: AsJson = False,
+    log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
 ) -> None:
     """Compute the paper's tables, or compare finished predictions.
@@ -80,7 +86,7 @@ def evaluate(
     The tables cover samplers x budgets, ablations and GFLOPs; predictions are compared as they are.
     """
     if submit:
-        return submit_command(address)
+        return submit_command(context)
     from tsq_ray.evaluation import evaluate as run
     from tsq_ray.evaluation import evaluation_config
 

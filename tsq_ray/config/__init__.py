@@ -28,6 +28,7 @@ from tsq_ray.config.resources import (
     ResourcesConfig,
     ScaleConfig,
     ServeConfig,
+    label_map,
 )
 from tsq_ray.config.settings import Config, check_budget, check_top_objects
 
@@ -58,6 +59,7 @@ __all__ = [
     "check_top_objects",
     "differing",
     "flatten",
+    "label_map",
     "load_config",
     "validate_config",
 ]

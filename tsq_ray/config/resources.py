@@ -21,6 +21,14 @@ class OutputConfig(Section):
     """Compression of the Parquet parts."""
 
 
+Labels = Annotated[str, Field(pattern=r"^([\w./-]+=[\w.-]+(,[\w./-]+=[\w.-]+)*)?$")]
+
+
+def label_map(text: str) -> dict[str, str]:
+    """Return labels given as name=value,..."""
+    return dict(item.split("=") for item in text.split(",") if item)
+
+
 class NodeType(Section):
     """A kind of node that the cluster's autoscaler can start."""
 
@@ -30,6 +38,19 @@ class NodeType(Section):
     """GPUs of the node."""
     count: int = Field(ge=1)
     """Maximum number of such nodes in the cluster at a time."""
+    labels: Labels = ""
+    """Ray labels of such a node, as name=value,..."""
+
+
+class LabelsConfig(Section):
+    """Ray labels of the nodes on which each part of a run may be placed; empty: on any node."""
+
+    decode: Labels = ""
+    """For decoders, and the workers of a CPU-only extraction, for example tsq/part=decode."""
+    networks: Labels = ""
+    """For encoders, samplers, recognisers and the workers of trainings."""
+    write: Labels = ""
+    """For writers, senders and the ingress."""
 
 
 class ResourcesConfig(Section):
@@ -46,6 +67,8 @@ class ResourcesConfig(Section):
     """Nodes that the autoscaler can start, for example [{cpus = 16, count = 200}, {cpus = 8, gpus =
     1, count = 64}]; a driver cannot learn this from Ray. A run on a cluster that starts small then
     requests as many nodes as it can use, including GPU nodes."""
+    labels: LabelsConfig = LabelsConfig()
+    """Where each part may be placed."""
     batch_size: int = Field(default=8, ge=1)
     """Videos that a worker processes at a time."""
     threads: int = Field(default=0, ge=0)

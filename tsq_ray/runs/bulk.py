@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import storage
+from tsq_ray import log, storage
 from tsq_ray.config import Config
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRows, choose_split
@@ -118,10 +118,18 @@ class BulkRun:
         self.selection, self.config = selection, config
         self.started = time.time() if started is None else started
         self.lease = Lease(out, take_over=take_over)
+        self.happened: dict[str, float] = {}
+        """What went on besides the work: nodes_lost, videos_done_again, waited_s."""
         self._held = contextlib.ExitStack()
         self._done: Done | None = None
 
+    @property
+    def id(self) -> str:
+        """The id of this run, as in its log lines, its metrics and `_run.json`."""
+        return self.lease.holder.id[:12]
+
     def __enter__(self) -> BulkRun:
+        log.use_run(self.id)
         # before taking the lease, which writes a file and may wait for another run
         check_folder(self.out, self.kind, self.selection.manifest, self.identity)
         with contextlib.ExitStack() as stack:
@@ -226,6 +234,8 @@ class BulkRun:
         return {
             "config": self.config.model_dump(mode="json"),
             "split": self.selection.split,
+            "run_id": self.id,
+            "happened": {name: value for name, value in self.happened.items() if value},
             "started": started,
             "wall_seconds": round(time.time() - self.started, 2),
             "videos_done_now": len(self.todo),

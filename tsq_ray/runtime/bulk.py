@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,13 +12,17 @@ from typing import Any
 
 import pyarrow as pa
 
+from tsq_ray import log
 from tsq_ray.manifest import VideoRows
 from tsq_ray.runs.bulk import BulkRun
 from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime.metrics import RunMetrics
 from tsq_ray.runtime.nodes import Pool
 from tsq_ray.runtime.session import Session
+from tsq_ray.runtime.waiting import Watch
 
 _PASSES = 3
+_LOOK_EVERY_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -53,22 +60,67 @@ def run_bulk(
 
     seconds: Counter[str] = Counter()
     todo = run.todo
+    seen = _Observer(ray, run, what)
     options: dict[str, Any] = {"session": session, "ticks": (run.stop_if_lost, *ticks), "app": app}
     for _ in range(_PASSES):
         try:
             written, spent = progress.run_with_progress(
-                _publishing(run, work, todo), work.counts, len(run.todo), what, **options
+                _publishing(run, work, todo, seen),
+                work.counts,
+                len(run.todo),
+                what,
+                observe=seen.observe,
+                **options,
             )
         except ray.exceptions.RayError as error:
             raise cluster.run_failed(error, what) from error
+        finally:
+            seen.look()
         seconds.update(spent)
         if written >= len(todo) or not (todo := run.find_todo()):
             break
     return dict(seconds)
 
 
+class _Observer:
+    """Follows what happens to a run, for its metrics, its summary and `_run.json`."""
+
+    def __init__(self, ray: Any, run: BulkRun, what: str) -> None:
+        self.metrics = RunMetrics(run.id, what, str(run.lease.holder))
+        self._ray, self._run, self._total = ray, run, len(run.todo)
+        self._nodes: set[str] = set()
+        self._looked = -math.inf
+        self._done, self._waiting_s = 0, 0.0
+        self._waited = [0.0, 0.0]
+        """In earlier passes, and in this one."""
+
+    def observe(self, done: int, watch: Watch) -> None:
+        """Note the videos done and the waits; look at the nodes every few seconds."""
+        if watch.waited_s < self._waited[1]:  # another pass, with a watch of its own
+            self._waited = [sum(self._waited), 0.0]
+        self._waited[1], self._waiting_s, self._done = watch.waited_s, watch.waiting_s, done
+        if time.monotonic() - self._looked >= _LOOK_EVERY_S:
+            self.look()
+
+    def look(self) -> None:
+        """Compare the nodes with those of before, and export what is known."""
+        self._looked = time.monotonic()
+        happened = self._run.happened
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            nodes = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+            if lost := len(self._nodes - nodes):
+                happened["nodes_lost"] = happened.get("nodes_lost", 0) + lost
+                log.say(
+                    f"{self.metrics.stage}: {lost} node{'s' * (lost > 1)} lost", nodes_lost=lost
+                )
+            self._nodes = nodes
+        happened["videos_done_again"] = max(0, self._done - self._total)
+        happened["waited_s"] = round(sum(self._waited) + self._waiting_s, 1)
+        self.metrics.update(max(0, self._total - self._done), self._waiting_s, happened)
+
+
 def _publishing(
-    run: BulkRun, work: Work, todo: VideoRows
+    run: BulkRun, work: Work, todo: VideoRows, seen: _Observer
 ) -> Callable[[], tuple[int, dict[str, float]]]:
     def publish() -> tuple[int, dict[str, float]]:
         totals: Counter[str] = Counter()
@@ -76,7 +128,13 @@ def _publishing(
         for data in parts.executions(todo, work.workers.start):
             totals.update(
                 parts.write_parts(
-                    work.stage(data), work.writers, run.out, work.schema, run.config.output, rows
+                    work.stage(data),
+                    work.writers,
+                    run.out,
+                    work.schema,
+                    run.config.output,
+                    rows,
+                    seen.metrics.published,
                 )
             )
         written = int(totals.pop(parts.ROWS, 0))

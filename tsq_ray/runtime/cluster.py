@@ -13,15 +13,17 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
-from tsq_ray.config import Config
+from tsq_ray.config import Config, label_map
 from tsq_ray.errors import RunFailed, StorageError, TsqError
 from tsq_ray.runtime.nodes import Cluster, Layout, Node
 from tsq_ray.runtime.placement import wanted_nodes
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _MAX_CHATTER = 200
+_TOKEN_ERRORS = ("AuthenticationError", "Unauthenticated", "InvalidAuthToken", "Unauthorized")
 _ASK_EVERY_S = 3.0
 _MAX_INIT_DEATHS = 3
 _MAX_SOCKET_PATH = 107
@@ -41,8 +43,9 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
     address, debug = session.address, session.debug
     # without an address Ray would join any head node that runs on this machine
     place = address or os.environ.get("RAY_ADDRESS") or "local"
-    _set_environment(debug, place == "local")
-    import ray
+    _set_environment(debug)
+    with _for_loopback(place):
+        import ray
 
     if ray.is_initialized():
         with _stdout_to_stderr(debug):
@@ -55,7 +58,7 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
         options |= {"_metrics_export_port": metrics_port}
     try:
         _check_reachable(place)
-        with contextlib.nullcontext() if debug else _silent_stderr():
+        with _for_loopback(place), contextlib.nullcontext() if debug else _silent_stderr():
             ray.init(**options)
     except Exception as error:  # Ray also raises plain Exception
         if place == "local":
@@ -68,6 +71,16 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
             ray.shutdown()
 
 
+def ray_token() -> str | None:
+    """Return the token of Ray's clusters that this user has, in the places where Ray looks."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().strip() or None
+    return None
+
+
 def read_cluster(ray: Any, config: Config) -> Cluster:
     """Return the connected cluster: its live nodes and the nodes it can still start.
 
@@ -78,15 +91,15 @@ def read_cluster(ray: Any, config: Config) -> Cluster:
         if not node["Alive"]:
             continue
         found = node["Resources"]
-        memory = found.get("memory", math.inf)
-        groups.append((node.get("Labels") or {}).get(_GROUP_LABEL, ""))
-        nodes.append(
-            Node(found.get("CPU", 0.0), found.get("GPU", 0.0), memory, name=node["NodeName"])
-        )
+        memory, labels = found.get("memory", math.inf), node.get("Labels") or {}
+        groups.append(labels.get(_GROUP_LABEL, ""))
+        cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
+        nodes.append(Node(cpus, gpus, memory, name=node["NodeName"], labels=labels))
     types = []
     for kind in config.resources.node_types:
         alive = sum(1 for node in nodes if (node.cpus, node.gpus) == (kind.cpus, kind.gpus))
-        types.append(Node(kind.cpus, kind.gpus, count=max(0, kind.count - alive)))
+        left = max(0, kind.count - alive)
+        types.append(Node(kind.cpus, kind.gpus, count=left, labels=label_map(kind.labels)))
     return Cluster(tuple(nodes), tuple(types), any(groups))
 
 
@@ -169,14 +182,27 @@ def run_failed(error: BaseException, doing: str) -> TsqError:
     )
 
 
-def _set_environment(debug: bool, on_loopback: bool) -> None:
-    """Set the environment variables that Ray and its processes read.
+@contextlib.contextmanager
+def _for_loopback(place: str) -> Iterator[None]:
+    """Have a Ray that is imported and started inside the `with` listen on loopback only.
 
-    `on_loopback`: whether a Ray that is started here listens on loopback only.
+    Unless it is one to join. The variable does not stay, because a Ray of several nodes that is
+    started later from this environment would fail.
     """
-    if on_loopback:
-        # Ray's own switch for machines that form no cluster: this node's address is then 127.0.0.1
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    if place != "local" or name in os.environ:
+        yield
+        return
+    # Ray's own switch for machines that form no cluster: this node's address is then 127.0.0.1
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _set_environment(debug: bool) -> None:
+    """Set the environment variables that Ray and its processes read."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # a worker's report blocks until it is fetched: at Ray's default of 2 s a checkpoint would take
@@ -243,6 +269,9 @@ def _why_joining_failed(error: Exception, place: str, is_argument: bool) -> str:
     otherwise = "leave --address out" if is_argument else "unset RAY_ADDRESS"
     if isinstance(error, OSError):
         what, remedy = "no Ray cluster answers there", "start one with: ray start --head"
+    elif any(word in f"{type(error).__name__} {error}" for word in _TOKEN_ERRORS):
+        what = "that Ray cluster wants its token"
+        remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to its token"
     else:
         what = "that Ray cluster cannot be joined"
         remedy = "check the address, and that the cluster has the same Python and Ray versions"

@@ -1,73 +1,231 @@
-"""Ray jobs: submit a command line to a cluster and follow it."""
+"""Ray jobs: submit a command line to a cluster, follow it, list and stop jobs."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tsq_ray.errors import RunFailed
-from tsq_ray.runtime.cluster import one_line
+from tsq_ray import log
+from tsq_ray.errors import RunError, RunFailed
+from tsq_ray.runtime.cluster import one_line, ray_token
+
+_DEFAULT = "http://127.0.0.1:8265"
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_RETRY_S, _LOST_S = 2.0, 600.0
+"""Between attempts to reach a cluster again, and how long in all."""
+_STOPS_S = 60.0
 
 
-def submit_job(
-    argv: Sequence[str], address: str | None, env: Mapping[str, str] | None = None
-) -> str:
-    """Submit `tsq ARGV` as a Ray job, together with this package, and return the job's id.
+@dataclass(frozen=True)
+class Job:
+    """A job and how it ended."""
 
-    Raises RunFailed if the cluster does not answer.
-    """
+    id: str
+    status: str
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    command: str
+    started: float | None
+    """Seconds since the epoch; None before the start."""
+    ended: float | None
+    exit_code: int | None
+    """0, 1 or 2 as the command's own; None while it runs."""
+    message: str
+    """What Ray says about the status."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self.status in _ENDED
+
+    @property
+    def says_more(self) -> bool:
+        """Whether the message tells what the job's own output does not."""
+        return self.status == "FAILED" and "exit code" not in self.message
+
+
+class Jobs:
+    """The jobs of a cluster."""
+
+    def __init__(self, address: str | None = None) -> None:
+        """Connect to a dashboard; `address` defaults to RAY_ADDRESS, then to this machine.
+
+        Raises RunFailed if it does not answer or wants another token.
+        """
+        variable = os.environ.get("RAY_ADDRESS")
+        self.address = address or variable or _DEFAULT
+        self._shown = f" --address {address}" if address else ""
+        named_by = "RAY_ADDRESS" if variable and not address else "--address"
+        self._client: Any = _client(self.address, named_by)
+
+    def submit(self, name: str, argv: Sequence[str], folder: str) -> tuple[str, bool]:
+        """Start `tsq ARGV` in a copy of `folder`, together with this package.
+
+        Return the job's id, which is `name` and the number of the attempt, and whether it is new: a
+        job of this name that has not ended is not started again.
+        """
+        before = [job for job in self.all() if job.id.rpartition("-")[0] == name]
+        for job in before:
+            if not job.is_over:
+                return job.id, False
+        attempts = [int(job.id.rpartition("-")[2]) for job in before]
+        job_id = f"{name}-{max(attempts, default=0) + 1}"
+        environment = {"working_dir": folder, "py_modules": [str(Path(__file__).parents[1])]}
+        try:
+            self._client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "tsq_ray", *argv]),
+                submission_id=job_id,
+                runtime_env=environment,
+            )
+        except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+            if "already exists" in str(error):  # the same command, a moment ago
+                return job_id, False
+            raise RunFailed(f"--submit to {self.address}: {one_line(error)}") from error
+        return job_id, True
+
+    def follow(self, job_id: str, write: Callable[[str], object]) -> Job:
+        """Pass a job's output on until it ends. A lost connection is made again.
+
+        Raises RunError for an unknown job; RunFailed if the user interrupts, after which the job
+        goes on, or if the cluster stays out of reach.
+        """
+        attach, stop = (f"tsq jobs {what} {job_id}{self._shown}" for what in ("attach", "stop"))
+        try:
+            return _Follower(self, job_id, write).follow()
+        except KeyboardInterrupt:
+            raise RunFailed(
+                "stopped following the job, which keeps running: "
+                f"follow it with `{attach}`, stop it with `{stop}`"
+            ) from None
+        except ConnectionError as error:
+            raise RunFailed(
+                f"{self.address} has not answered for {_LOST_S:g} s ({one_line(error)}); the job "
+                f"may still be running: follow it with `{attach}`"
+            ) from error
+
+    def all(self) -> list[Job]:
+        """Return the jobs, the newest first."""
+        found = [_job(job) for job in self._client.list_jobs() if job.submission_id]
+        return sorted(found, key=lambda job: job.started or time.time(), reverse=True)
+
+    def get(self, job_id: str) -> Job:
+        """Return a job. Raises RunError if there is none."""
+        try:
+            return _job(self._client.get_job_info(job_id))
+        except RuntimeError as error:
+            raise self._unknown(job_id, error) from error
+
+    def logs(self, job_id: str) -> str:
+        """Return what a job has printed. Raises RunError if there is no such job."""
+        try:
+            return str(self._client.get_job_logs(job_id))
+        except RuntimeError as error:
+            raise self._unknown(job_id, error) from error
+
+    def stop(self, job_id: str) -> Job:
+        """Stop a job and wait for its end. Raises RunError if there is none."""
+        try:
+            self._client.stop_job(job_id)
+        except RuntimeError as error:
+            raise self._unknown(job_id, error) from error
+        deadline = time.monotonic() + _STOPS_S
+        while not (found := self.get(job_id)).is_over and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return found
+
+    def _unknown(self, job_id: str, error: Exception) -> Exception:
+        if "404" in str(error):
+            return RunError(f"{self.address} has no job {job_id!r}; list them with: tsq jobs list")
+        return RunFailed(f"{self.address}: {one_line(error)}")
+
+
+class _Follower:
+    """Follows one job's output over connections that may be lost."""
+
+    def __init__(self, jobs: Jobs, job_id: str, write: Callable[[str], object]) -> None:
+        self.jobs, self.job_id, self.write = jobs, job_id, write
+        self.shown = 0
+        """Characters that were passed on."""
+
+    def follow(self) -> Job:
+        """Raises ConnectionError if the cluster stays out of reach."""
+        lost_at: float | None = None
+        while True:
+            try:
+                found = self.jobs.get(self.job_id)
+                if lost_at is not None:
+                    log.say("connected again")
+                    lost_at = None
+                if found.is_over:
+                    self._pass_on(self.jobs.logs(self.job_id), 0)
+                    return found
+                asyncio.run(self._tail())
+            except (RunFailed, OSError, RuntimeError, _client_error()) as error:
+                now = time.monotonic()
+                if lost_at is None:
+                    log.say(f"connection to {self.jobs.address} lost; trying again")
+                    lost_at = now
+                if now - lost_at > _LOST_S:
+                    raise ConnectionError(one_line(error)) from error
+            time.sleep(_RETRY_S)
+
+    async def _tail(self) -> None:
+        place = 0  # each connection starts at the beginning of the output
+        async for text in self.jobs._client.tail_job_logs(self.job_id):
+            place = self._pass_on(text, place)
+
+    def _pass_on(self, text: str, place: int) -> int:
+        """Write the part of a text at `place` that was not written yet; return where it ends."""
+        end = place + len(text)
+        if end > self.shown:
+            self.write(text[max(0, self.shown - place) :])
+            self.shown = end
+        return end
+
+
+def _client(address: str, named_by: str) -> Any:
+    """Connect to a dashboard, with a token if it wants one."""
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    where = address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-    named_by = (
-        "RAY_ADDRESS" if where == os.environ.get("RAY_ADDRESS") and not address else "--address"
-    )
-    package = str(Path(__file__).parents[1])
+    token = ray_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        client = JobSubmissionClient(where)
-        return client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "tsq_ray", *argv, "--address", "auto"]),
-            runtime_env={"py_modules": [package], "env_vars": dict(env or {})},
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        try:
+            return JobSubmissionClient(address)
+        except AuthenticationError:
+            if not headers:
+                raise
+            return JobSubmissionClient(address, headers=headers)
+    except AuthenticationError as error:
+        what = "does not accept the token" if token else "wants a token, and there is none"
         raise RunFailed(
-            f"--submit to {where}: {one_line(error)}; "
-            f"check {named_by} and that the cluster's dashboard is up"
+            f"{address}: this cluster {what}; set RAY_AUTH_TOKEN to the cluster's token, or write "
+            "it to ~/.ray/auth_token"
+        ) from error
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise RunFailed(
+            f"{address}: {one_line(error)}; check {named_by} and that the cluster's dashboard is up"
         ) from error
 
 
-def follow_job(job_id: str, address: str | None) -> str:
-    """Print a job's log until it ends and return its final status.
+def _client_error() -> type[Exception]:
+    import aiohttp
 
-    Raises RunFailed if the user interrupts; the job keeps running.
-    """
-    try:
-        return _follow(job_id, address)
-    except KeyboardInterrupt:
-        see, end = f"ray job logs --follow {job_id}", f"ray job stop {job_id}"
-        raise RunFailed(
-            "stopped following the job, which keeps running: "
-            f"follow it with `{see}`, stop it with `{end}`"
-        ) from None
+    return aiohttp.ClientError
 
 
-def _follow(job_id: str, address: str | None) -> str:
-    from ray.job_submission import JobSubmissionClient
-
-    client = JobSubmissionClient(
-        address or os.environ.get("RAY_ADDRESS") or "http://127.0.0.1:8265"
-    )
-    shown = 0
-    while True:
-        status = client.get_job_status(job_id)
-        logs = client.get_job_logs(job_id)
-        sys.stdout.write(logs[shown:])
-        sys.stdout.flush()
-        shown = len(logs)
-        if status.is_terminal():
-            return str(status.value)
-        time.sleep(1)
+def _job(found: Any) -> Job:
+    status = str(getattr(found.status, "value", found.status))
+    started, ended = (at / 1000 if at else None for at in (found.start_time, found.end_time))
+    code = None
+    if status in _ENDED:
+        own = found.driver_exit_code
+        code = 0 if status == "SUCCEEDED" else own if own in (1, 2) else 1
+    message = " ".join(str(found.message or "").split())
+    return Job(found.submission_id, status, found.entrypoint, started, ended, code, message)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Stage = Literal["extract", "finetune", "train", "score", "serve"]
 Device = Literal["cpu", "cuda"]
 
+_WRITE = {"writer": "write", "sender": "write", "ingress": "write"}
+_GRAPH = {"decoder": "decode", "sampler": "networks", "recognizer": "networks"}
+PARTS: dict[Stage, dict[str, str]] = {
+    "extract": {"worker": "decode", "decoder": "decode", "encoder": "networks"} | _WRITE,
+    "finetune": {"worker": "networks", "decoder": "decode", "encoder": "networks"} | _WRITE,
+    "train": {"worker": "networks"},
+    "score": _GRAPH | _WRITE,
+    "serve": _GRAPH | _WRITE,
+}
+"""Which of `resources.labels` applies to each pool of a stage."""
 GROWTH_LIMIT = 10_000
 """Limit of a pool whose size is bounded only by the cluster."""
 ROOM = 0.1
@@ -27,6 +37,7 @@ class Node:
     """Bytes."""
     count: int = 1
     name: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -37,6 +48,12 @@ class Cluster:
     launchable: tuple[Node, ...] = ()
     grows: bool = False
     """Whether a node manager may add nodes, of types unknown here."""
+    required: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Labels of the nodes on which a pool may be placed, by the pool's name."""
+
+    def labelled(self, pool: Pool) -> Pool:
+        """Return the pool with the labels that its nodes must have."""
+        return replace(pool, labels=self.required.get(pool.name, {}))
 
     def every_node(self) -> Iterator[Node]:
         """Yield the live nodes, then the launchable node types."""
@@ -121,6 +138,8 @@ class Pool:
     """Physical cores that one actor keeps busy; 0 if it mostly waits."""
     fit: int = 0
     """How many actors the live nodes hold, if the others wait for new nodes; 0: all."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels that the actors' nodes must have."""
 
     @property
     def now(self) -> int:
@@ -133,6 +152,7 @@ class Pool:
         parts = [f"{self.cpus:g} CPU"]
         parts += [f"{self.gpus:g} GPU"] if self.gpus else []
         parts += [f"{self.memory / _GIB:.2g} GiB"] if self.memory else []
+        parts += [f"{name}={value}" for name, value in self.labels.items()]
         return f"{self.now}{f' ({limit})' if self.limit > self.now else ''} of {', '.join(parts)}"
 
 
@@ -164,6 +184,8 @@ class Layout:
 
 def num_fitting(pool: Pool, node: Node) -> int:
     """Return how many of the pool's actors the node holds at once."""
+    if not pool.labels.items() <= node.labels.items():
+        return 0
     asked = ((node.cpus, pool.cpus), (node.gpus, pool.gpus), (node.memory, pool.memory))
     fits = (available / wanted for available, wanted in asked if wanted)
     return int(min(fits, default=float(GROWTH_LIMIT)) + 1e-9)

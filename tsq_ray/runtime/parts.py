@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +18,7 @@ from tsq_ray.config import OutputConfig
 from tsq_ray.errors import RunFailed, StorageError
 from tsq_ray.manifest import VideoRef, VideoRows
 from tsq_ray.runs.folder import write_part
+from tsq_ray.runtime.metrics import Part
 from tsq_ray.runtime.nodes import Pool
 
 RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
@@ -46,7 +49,7 @@ _MIB = 2**20
 T = TypeVar("T")
 ROWS = "rows"
 """Key of the number of written rows, among the sums that `write_parts` returns."""
-_ERROR, _WRITE = "error", "write"
+_ERROR, _WRITE, _VIDEOS, _BYTES = "error", "write", "videos", "bytes"
 _WRITE_WAITS_S = (5, 10, 20, 40)
 
 
@@ -63,7 +66,9 @@ def pool_options(pool: Pool) -> dict[str, Any]:
         "memory": pool.memory,
         "batch_format": "pyarrow",
     }
-    return options | ({"num_gpus": pool.gpus} if pool.gpus else {}) | RETRIES
+    options |= {"num_gpus": pool.gpus} if pool.gpus else {}
+    options |= {"label_selector": dict(pool.labels)} if pool.labels else {}
+    return options | RETRIES
 
 
 def executions(todo: Sequence[VideoRef], workers: int) -> Iterator[Any]:
@@ -160,11 +165,18 @@ def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema, counts:
 
 
 def write_parts(
-    data: Any, writers: Pool, out: str, arrow: pa.Schema, output: OutputConfig, rows: int
+    data: Any,
+    writers: Pool,
+    out: str,
+    arrow: pa.Schema,
+    output: OutputConfig,
+    rows: int,
+    published: Callable[[Part], None] = lambda part: None,
 ) -> dict[str, float]:
     """Run a dataset of transport tables and publish its rows as parts of about `rows` rows.
 
-    Returns the sums of what WritePart returns. Raises RunFailed if a part cannot be written.
+    `published` is called for each part. Returns the sums of what WritePart returns. Raises
+    RunFailed if a part cannot be written.
     """
     # the batch size exceeds `rows` by what a bundle of blocks may exceed it, so that the excess
     # does not become a part of its own
@@ -178,10 +190,14 @@ def write_parts(
     object.__setattr__(data._logical_plan.dag, "min_rows_per_bundled_input", rows)
     totals: dict[str, float] = {}
     for table in data.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for message in table[_ERROR].drop_null().to_pylist():
-            raise RunFailed(message)
-        for name in table.drop_columns(_ERROR).column_names:
-            totals[name] = totals.get(name, 0.0) + pc.sum(table[name]).as_py()
+        for row in table.to_pylist():
+            error, videos = row.pop(_ERROR), json.loads(row.pop(_VIDEOS))
+            if error is not None:
+                raise RunFailed(error)
+            size = int(row.pop(_BYTES))
+            for name, value in row.items():
+                totals[name] = totals.get(name, 0.0) + value
+            published(Part(videos, size, {name: row[name] for name in row.keys() - {ROWS}}))
     return totals
 
 
@@ -192,7 +208,10 @@ class WritePart:
         self.out, self.arrow, self.compression = out, arrow, compression
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write a transport table; return one row: seconds by stage and a storage error, if any.
+        """Write a transport table.
+
+        Returns one row: seconds by stage, the number of videos by error type as JSON, their size in
+        bytes, and a storage error, if any.
 
         The error is a column because Ray Data would strip an exception of its cause.
         """
@@ -207,9 +226,11 @@ class WritePart:
             for name in STAGE_SECONDS
         }
         sums |= {_WRITE: time.perf_counter() - started, ROWS: float(len(batch))}
+        sums[_BYTES] = float(pc.sum(batch["size_bytes"]).as_py() or 0)
+        videos = Counter(error_type or "" for error_type in batch["error_type"].to_pylist())
         return pa.table(
             {name: pa.array([value]) for name, value in sums.items()}
-            | {_ERROR: pa.array([error], pa.string())}
+            | {_VIDEOS: [json.dumps(videos)], _ERROR: pa.array([error], pa.string())}
         )
 
     def _publish(self, rows: pa.Table) -> None:

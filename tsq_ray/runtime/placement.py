@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from tsq_ray.config import Config
+from tsq_ray.config import Config, label_map
 from tsq_ray.errors import ConfigError
 from tsq_ray.runtime.nodes import (
     GROWTH_LIMIT,
+    PARTS,
     ROOM,
     Cluster,
     Layout,
@@ -51,7 +52,12 @@ def layout(stage: Stage, config: Config, cluster: Cluster, videos: int) -> Layou
 
     Raises ConfigError if one of its actors fits on no node, live or launchable.
     """
+    labels = config.resources.labels
+    required = {name: label_map(getattr(labels, part)) for name, part in PARTS[stage].items()}
+    cluster = replace(cluster, required=required)
     placed = _STAGES[stage](config, cluster, max(1, videos))
+    pools = {name: cluster.labelled(pool) for name, pool in placed.pools.items()}
+    placed = replace(placed, pools=pools)
     _check_fits(placed, cluster)
     return placed
 
@@ -110,6 +116,7 @@ def _check_fits(placed: Layout, cluster: Cluster) -> None:
     for pool in placed.pools.values():
         if nodes and not cluster.grows and not any(num_fitting(pool, node) for node in nodes):
             asked = [f"{pool.cpus:g} CPU", *([f"{pool.gpus:g} GPU"] if pool.gpus else [])]
+            asked += [f"the label {name} = {value}" for name, value in pool.labels.items()]
             raise ConfigError(
                 f"{placed.stage}: a {pool.name} asks for {' and '.join(asked)}, "
                 "which no node of the cluster can ever hold "
@@ -168,6 +175,7 @@ def _sized(cluster: Cluster, pool: Pool, asked: int, most: int) -> Pool:
     Further actors, up to the limit, are created before their nodes: waiting actors make the
     autoscaler start nodes, and start at once on a node that joins.
     """
+    pool = cluster.labelled(pool)
     if asked:
         return replace(pool, start=min(asked, most), limit=min(asked, most))
     alive = min(most, max(1, cluster.capacity(pool)))
@@ -319,7 +327,7 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
     waiting = _waiting_memory(cluster, _WAITING_BYTES, each_cpus)
     if gpus:
         # no more than the live nodes hold: `score` computes a new layout whenever they change
-        each = _on_gpus(cluster, "", resources.gpus, videos, 0.5, _NETWORK_CPUS * unit)
+        each = _on_gpus(cluster, "sampler", resources.gpus, videos, 0.5, _NETWORK_CPUS * unit)
         networks = {
             name: replace(each, name=name, minimum=1, start=each.now)
             for name in ("sampler", "recognizer")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from tsq_ray import log
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.runtime.waiting import Watch
 
@@ -57,13 +58,14 @@ def run_with_progress(
     session: Session = DEFAULT_SESSION,
     ticks: Sequence[Callable[[], None]] = (),
     app: str = "",
+    observe: Callable[[int, Watch], None] = lambda done, watch: None,
 ) -> T:
     """Run `work` in a thread and show videos done / failed / left, videos/s and ETA.
 
     Shows a bar on a terminal and plain lines elsewhere, and reports when the cluster has no room.
-    `ticks` are called twice a second; `app` names the run's Serve application, if it has one.
-    Raises what `work` and the ticks raise, and RunFailed if the run has waited for longer than
-    `session.wait_s`.
+    `ticks` are called twice a second, as is `observe`, with the videos done and the watch over
+    waits; `app` names the run's Serve application, if it has one. Raises what `work` and the ticks
+    raise, and RunFailed if the run has waited for longer than `session.wait_s`.
     """
     import ray
 
@@ -80,6 +82,7 @@ def run_with_progress(
                 done = ok + sum(failed.values())
                 update(ok, done - ok)
             watch.tick(done)
+            observe(done, watch)
     return result()
 
 
@@ -134,21 +137,27 @@ def progress_display(
     # when the first videos were done, and how many: the rate must not include the start-up
     began: list[tuple[float, int]] = []
 
-    def line(ok: int, failed: int) -> str:
+    def facts(ok: int, failed: int) -> dict[str, Any]:
         now, done = time.monotonic(), ok + failed
         left = max(0, total - done)
-        text = f"{what}: {done}/{total} done, {failed} failed, {left} left"
+        found = {"done": done, "total": total, "failed": failed, "left": left}
         if done and not began:
             began.append((now, done))
         if not began or done <= began[0][1]:
-            return text
+            return found
         rate = (done - began[0][1]) / (now - began[0][0])
-        return f"{text}, {rate:.2f} {unit}/s, ETA {left / rate:.0f} s"
+        return found | {"per_s": round(rate, 3), "eta_s": round(left / rate)}
+
+    def line(found: dict[str, Any]) -> str:
+        text = "{done}/{total} done, {failed} failed, {left} left".format_map(found)
+        if "per_s" in found:
+            text += f", {found['per_s']:.2f} {unit}/s, ETA {found['eta_s']} s"
+        return f"{what}: {text}"
 
     if not show:
         yield lambda ok, failed: None
         return
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not log.is_json():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
@@ -159,9 +168,9 @@ def progress_display(
             transient=True,
         )
         with bar:
-            task = bar.add_task(line(0, 0), total=total)
+            task = bar.add_task(line(facts(0, 0)), total=total)
             yield lambda ok, failed: bar.update(
-                task, completed=ok + failed, description=line(ok, failed)
+                task, completed=ok + failed, description=line(facts(ok, failed))
             )
         return
     last = [0.0]
@@ -169,6 +178,7 @@ def progress_display(
     def plain(ok: int, failed: int) -> None:
         if time.monotonic() - last[0] >= _PLAIN_EVERY_S and (ok or failed):
             last[0] = time.monotonic()
-            print(line(ok, failed), file=sys.stderr, flush=True)  # noqa: T201
+            found = facts(ok, failed)
+            log.say(line(found), **found)
 
     yield plain

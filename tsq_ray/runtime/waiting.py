@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from tsq_ray import log
 from tsq_ray.errors import RunFailed
 
 FIRST_LINE_S, EVERY_S = 10.0, 15.0
@@ -37,6 +37,8 @@ class Watch:
         self._done = -1
         self._since = self._looked = time.monotonic()
         self._waits_since: float | None = None
+        self.waited_s = 0.0
+        """Seconds that the run has waited for room, in all."""
 
     def tick(self, done: int) -> None:
         """Report a stall, given the number of videos done; to be called about every second.
@@ -45,7 +47,8 @@ class Watch:
         """
         now = time.monotonic()
         if done != self._done:
-            self._done, self._since, self._looked, self._waits_since = done, now, now, None
+            self._end_wait(now)
+            self._done, self._since, self._looked = done, now, now
             return
         first = self._looked == self._since
         if now < min(self._looked + (FIRST_LINE_S if first else EVERY_S), self._ends()):
@@ -53,9 +56,9 @@ class Watch:
         self._looked = now
         kinds, status = self._lacking(), _cluster_status(self._ray)
         if not kinds or (status is not None and _num_demanded(status) < kinds.total()):
-            self._waits_since = None
+            self._end_wait(now)
             if kinds:
-                _print_status(
+                log.say(
                     f"{self._what}: still starting after {now - self._since:.0f} s: "
                     f"{', '.join(kinds)} (loading what they need)"
                 )
@@ -68,7 +71,17 @@ class Watch:
                 f"{line}; gave up after --wait-s {self._wait_s:g}; "
                 "run the same command again to resume"
             )
-        _print_status(line)
+        log.say(line, waiting_s=round(waited))
+
+    @property
+    def waiting_s(self) -> float:
+        """Seconds that the run waits for room by now; 0 if it does not."""
+        return time.monotonic() - self._waits_since if self._waits_since is not None else 0.0
+
+    def _end_wait(self, now: float) -> None:
+        if self._waits_since is not None:
+            self.waited_s += now - self._waits_since
+        self._waits_since = None
 
     def _lacking(self) -> Counter[str]:
         with contextlib.suppress(self._ray.exceptions.RayError):
@@ -81,10 +94,6 @@ class Watch:
         if not self._wait_s or (self._waits_since is None and self._looked > self._since):
             return math.inf
         return (self._waits_since or self._since) + self._wait_s
-
-
-def _print_status(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def lacking(

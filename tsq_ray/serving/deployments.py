@@ -50,8 +50,10 @@ def deployment_options(
     replaced finishes its requests, unless it belongs to a scoring run (`bulk`), which repeats them.
     """
     actor: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
+    actor |= {"memory": pool.memory} if pool.memory else {}
+    actor |= {"label_selector": dict(pool.labels)} if pool.labels else {}
     options: dict[str, Any] = {
-        "ray_actor_options": actor | ({"memory": pool.memory} if pool.memory else {}),
+        "ray_actor_options": actor,
         "max_ongoing_requests": max_ongoing,
         "max_queued_requests": -1,
         # an update starts the new replicas before it stops the old ones, which finish their work

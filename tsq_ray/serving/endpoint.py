@@ -6,13 +6,12 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from tsq_ray import storage
+from tsq_ray import log, storage
 from tsq_ray.bundle.settings import check_bundle
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError
@@ -25,6 +24,15 @@ from tsq_ray.serving.access import check_binding, check_token_rule, read_token
 from tsq_ray.serving.loopback import LOOPBACK
 
 APP = "tsq"
+_SERVE_ENVIRONMENT = {
+    # ten looks and ten exports a second in every process, Serve's default, cost as much CPU as the
+    # requests
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
+    # without a hop to another thread for each call
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""For the processes of a Ray that is started here."""
 _SLACK_S = 10.0
 """Extra time before the proxy's timeout, so that the ingress reports a slow request itself."""
 
@@ -77,9 +85,9 @@ def run_endpoint(
     token = check_address(config, host, port, session.address)
     model = storage.normalize(model)
     check_bundle(model, config.sampler.mode)
-    _print_status("starting: Ray")
-    # ten looks a second, Serve's default, cost as much CPU as a request
-    os.environ.setdefault("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "0.5")
+    log.say("starting: Ray")
+    for name, value in _SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     with (
         contextlib.suppress(KeyboardInterrupt),
         _Signals() as signals,
@@ -89,7 +97,7 @@ def run_endpoint(
         found = cluster.read_cluster(ray, config)
         if session.address is None:
             check_room(layout("serve", config, found, 1), found)
-        _print_status("starting: loading the model in each replica")
+        log.say("starting: loading the model in each replica")
         inner = (host, port) if session.address is not None else (LOOPBACK, _free_port())
         with _deployed(ray, model, config, inner, token, session):
             signals.serving = True
@@ -97,7 +105,7 @@ def run_endpoint(
                 _print_serving(model, config, host, port, session)
                 signals.wait()
                 _drain(config.serve.drain_s)
-    _print_status("stopped")
+    log.say("stopped")
 
 
 class _Signals:
@@ -136,24 +144,20 @@ class _Signals:
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
-def _print_status(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
-
-
 def _print_serving(model: str, config: Config, host: str, port: int, session: Session) -> None:
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
     if session.address is None:
-        _print_status(f"metrics on http://{LOOPBACK}:{config.serve.metrics_port}/metrics")
-    _print_status(f"serving {storage.redact(model)} on {url} (stop with Ctrl-C)")
+        log.say(f"metrics on http://{LOOPBACK}:{config.serve.metrics_port}/metrics")
+    log.say(f"serving {storage.redact(model)} on {url} (stop with Ctrl-C)")
 
 
 def _drain(limit_s: float) -> None:
     """Refuse new requests and wait until those in hand are answered."""
-    _print_status(f"ending: answering the requests in hand, for at most {limit_s:g} s")
+    log.say(f"ending: answering the requests in hand, for at most {limit_s:g} s")
     facts.ask_to_end(APP)
     if not facts.wait_until_done(APP, _num_ingresses, limit_s):
-        _print_status(f"ending: requests still in hand after {limit_s:g} s are dropped")
+        log.say(f"ending: requests still in hand after {limit_s:g} s are dropped")
 
 
 def _num_ingresses() -> int:

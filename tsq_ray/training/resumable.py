@@ -85,7 +85,13 @@ def scaling(placed: Layout) -> Any:
     pool = placed["worker"]
     workers: Any = pool.limit if pool.minimum == pool.limit else (pool.minimum, pool.limit)
     each = {"CPU": pool.cpus, "memory": pool.memory} | ({"GPU": pool.gpus} if pool.gpus else {})
-    return ScalingConfig(num_workers=workers, use_gpu=placed.on_gpu, resources_per_worker=each)
+    labels: Any = {"label_selector": dict(pool.labels)} if pool.labels else {}
+    return ScalingConfig(
+        num_workers=workers,
+        use_gpu=placed.on_gpu,
+        resources_per_worker=each,
+        **labels,
+    )
 
 
 def worker_device(name: str) -> torch.device:

@@ -1,0 +1,108 @@
+"""What `--submit` makes of a command line: files that travel, paths, refusals, the job's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from tsq_ray.cli import app, main
+from tsq_ray.commands.jobs import _Output, _Rewrite
+
+
+def context(command: str, *argv: str) -> Any:
+    group: Any = typer.main.get_command(app)
+    return group.commands[command].make_context(command, list(argv))
+
+
+def rewritten(folder: Path, shared_fs: bool, command: str, *argv: str) -> tuple[list[str], str]:
+    (folder / "job").mkdir(exist_ok=True)
+    rewrite = _Rewrite(folder / "job", shared_fs)
+    found = list(rewrite.arguments(context(command, *argv)))
+    return found, rewrite.digest(found)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with small files in it."""
+    for name in ("m.parquet", "own.toml", "labels.csv"):
+        (tmp_path / name).write_text(f"content of {name}")
+    (tmp_path / "features").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_small_files_travel_with_the_job(here: Path) -> None:
+    argv = ["m.parquet", "--model", "s3://b/model", "--out", "s3://b/out", "--config", "own.toml"]
+    options = ["--set", "sampler.budget=3", "--set", "serve.batch_size=2", "--scores", "top"]
+    found, _ = rewritten(here, False, "score", *argv, *options, "--limit", "5", "--json")
+    assert found == [
+        *("inputs/0-m.parquet", "--model", "s3://b/model", "--out", "s3://b/out"),
+        *("--config", "inputs/1-own.toml", *options[:4], "--limit", "5", "--scores", "top"),
+        "--json",
+    ]
+    assert (here / "job/inputs/1-own.toml").read_text() == "content of own.toml"
+
+
+def test_labels_travel_unless_they_are_folders(here: Path) -> None:
+    argv = ["s3://b/videos", "--out", "s3://b/m.parquet", "--labels"]
+    assert "inputs/0-labels.csv" in rewritten(here, False, "index", *argv, "labels.csv")[0]
+    assert "folders" in rewritten(here, False, "index", *argv, "folders")[0]
+
+
+def test_with_a_shared_file_system_paths_are_absolute(here: Path) -> None:
+    found, _ = rewritten(here, True, "train", "features", "--out", "bundle", "--config", "own.toml")
+    assert found[:3] == [str(here / "features"), "--out", str(here / "bundle")]
+    assert "inputs/0-own.toml" in found
+
+
+def test_the_name_follows_from_the_command_and_the_files(here: Path) -> None:
+    argv = ["m.parquet", "--out", "s3://b/out"]
+
+    def digest(*more: str) -> str:
+        return rewritten(here, False, "extract", *argv, *more)[1]
+
+    first = digest("--config", "own.toml", "--limit", "3")
+    assert first == digest("--limit", "3", "--config", "own.toml", "--address", "http://a:1")
+    assert first != digest("--limit", "4", "--config", "own.toml")
+    (here / "own.toml").write_text("something else")
+    assert first != digest("--config", "own.toml", "--limit", "3")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["extract", "m.parquet", "--out", "feat"], "out 'feat' is on this machine"),
+        (
+            ["extract", "/nowhere/m.parquet", "--out", "s3://b/o"],
+            "manifest '/nowhere/m.parquet' is",
+        ),
+        (["train", "features", "--out", "s3://b/o"], "features 'features' is on this machine"),
+        (
+            ["extract", "m.parquet", "--out", "s3://b/o", "--set", "encoders.text.weights=/w"],
+            "encoders.text.weights = '/w' is on this machine",
+        ),
+        (["index", "s3://b/v", "--out", "s3://b/m", "--labels", "no.csv"], "--labels: no file"),
+        (
+            ["evaluate", "s3://b/p", "--model", "s3://b/m", "--out", "s3://b", "--annotations=no"],
+            "--annotations: no file",
+        ),
+    ],
+)
+def test_what_the_cluster_cannot_see_is_refused(
+    here: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*argv, "--submit", "--address", "http://127.0.0.1:1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_summary_is_found_in_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    output = _Output(as_json=True)
+    for text in ("a line of Ray\n{\n", ' "ok": 3\n}\n', "another\n"):
+        output.write(text)
+    output.end()
+    shown = capsys.readouterr()
+    assert shown.out == '{\n "ok": 3\n}\n'
+    assert shown.err.startswith("a line of Ray")

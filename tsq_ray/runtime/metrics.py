@@ -1,0 +1,79 @@
+"""What a run exports to Prometheus through Ray (docs/operations.md lists it).
+
+Ray puts `ray_` before each name. Everything is counted by the driver, which hears of each part once,
+whatever was killed. Each series has the labels `run`, the id of the run as in its JSON log lines and
+`_run.json`, and `stage`, the command.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a published part holds."""
+
+    videos: Mapping[str, int]
+    """Rows by error type; "" for those that are ok."""
+    video_bytes: int
+    """Size of their videos."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds of work on them by step."""
+
+
+class RunMetrics:
+    """The metrics of one run."""
+
+    def __init__(self, run: str, stage: str, holder: str) -> None:
+        """`run`: its id. `stage`: extract or score. `holder`: who holds the folder's lease."""
+        from ray.util import metrics
+
+        def made(kind: Any, name: str, text: str, *more: str) -> Any:
+            return kind(f"tsq_run_{name}", text, ("run", "stage", *more))
+
+        counter, gauge = metrics.Counter, metrics.Gauge
+        self.stage, self._holder = stage, holder
+        self._tags = {"run": run, "stage": stage}
+        self._videos = made(
+            counter, "videos", "Rows published, by status and error type.", "status", "error_type"
+        )
+        self._parts = made(counter, "parts", "Parts published.")
+        self._bytes = made(counter, "video_bytes", "Size of the videos whose rows were published.")
+        self._seconds = made(counter, "seconds", "Seconds of work on those videos.", "step")
+        self._left = made(gauge, "videos_left", "Videos that have no row yet.")
+        self._last = made(gauge, "last_part_timestamp_seconds", "When the last part was published.")
+        self._waiting = made(
+            gauge, "waiting_seconds", "Seconds that it has waited for room by now."
+        )
+        self._nodes = made(gauge, "nodes_lost", "Nodes lost during the run.")
+        self._again = made(
+            gauge, "videos_done_again", "Videos done again because their rows were lost."
+        )
+        self._info = made(gauge, "info", "1 while the run lasts.", "holder")
+        self._published = time.time()
+
+    def published(self, part: Part) -> None:
+        """Count a part."""
+        self._published = time.time()
+        for error_type, count in part.videos.items():
+            status = "failed" if error_type else "ok"
+            self._videos.inc(count, self._tags | {"status": status, "error_type": error_type})
+        self._parts.inc(1, self._tags)
+        if part.video_bytes > 0:
+            self._bytes.inc(part.video_bytes, self._tags)
+        for step, value in part.seconds.items():
+            if value > 0:
+                self._seconds.inc(value, self._tags | {"step": step})
+
+    def update(self, left: int, waiting_s: float, happened: Mapping[str, float]) -> None:
+        """Set the gauges; to be called every few seconds, as they expire."""
+        self._left.set(left, self._tags)
+        self._last.set(self._published, self._tags)
+        self._waiting.set(waiting_s, self._tags)
+        self._nodes.set(happened.get("nodes_lost", 0), self._tags)
+        self._again.set(happened.get("videos_done_again", 0), self._tags)
+        self._info.set(1, self._tags | {"holder": self._holder})
