@@ -282,6 +282,7 @@ def test_the_same_command_attaches_and_jobs_can_be_stopped(
     assert "has no job 'x'; list them with: tsq jobs list" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_made_again(head: Head, chain: Chain, tmp_path: Path) -> None:
     """The follower's connection breaks in mid-run, as a port-forward does; nothing is lost of it."""
     port = int(head.url.rpartition(":")[2])

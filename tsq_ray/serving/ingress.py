@@ -287,7 +287,8 @@ class Ingress:
         return response
 
     async def _error(self, raised: Exception) -> RequestError:
-        cause = cluster.root_cause(raised)
+        # one that was raised here may have a cause; one of a replica is a cause
+        cause = raised if isinstance(raised, RequestError) else cluster.root_cause(raised)
         if isinstance(cause, RequestError):
             return cause
         if isinstance(cause, StorageError):
