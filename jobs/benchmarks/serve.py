@@ -34,9 +34,14 @@ from tsq_ray.manifest import assemble_manifest, write_manifest
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import Session
 from tsq_ray.serving.bench import BenchPoint, cpu_seconds, measure
+from tsq_ray.serving.replicas import FlowCounts
 
 _WORK = ("Sampler", "Recognizer", "decoding processes")
 _START_S = 600.0
+
+
+class TimedFlow(TimedCounts, FlowCounts):
+    """The counts of a scoring run, with the times of its rows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +131,7 @@ def _bulk(options: argparse.Namespace, folder: Path) -> float:
     write_manifest(assemble_manifest([str(copies)])[0], manifest_uri)
     session = Session(show_progress=False)
     with cluster.connect(session) as ray:
-        counts = ray.remote(num_cpus=0)(TimedCounts).remote()
+        counts = ray.remote(num_cpus=0)(TimedFlow).remote()
         with counted_by(counts):
             scoring.score(manifest_uri, options.model, str(folder / "out"), session=session)
         return steady(ray.get(counts.done_at.remote()), os.cpu_count() or 1)

@@ -271,7 +271,7 @@ def test_pods_are_restricted_with_limits_and_the_pinned_ray(folder: str, overlay
             is_head = pod["containers"][0]["name"] == "ray-head"
             assert pod.get("automountServiceAccountToken", True) is is_head
             written = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
-            assert {"/tmp", "/home/ray"} <= written
+            assert {"/tmp", "/ray"} <= written
             mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
             assert mounted == {volume["name"] for volume in pod["volumes"]}
             for container in pod["containers"]:
