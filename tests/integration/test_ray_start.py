@@ -239,14 +239,13 @@ print(ray.get(Look.remote(progress.Counts()).get.remote()))
 """
 
 
-def test_a_worker_of_a_cluster_sets_its_threads_policy(tmp_path: Path) -> None:
-    """The cluster's processes were started elsewhere, without the variable."""
+def output_of(code: str, *gone: str) -> subprocess.CompletedProcess[str]:
+    """What a Python program prints, without the environment's variables that begin so."""
     mark = uuid.uuid4().hex
-    gone = ("RAY_", "OMP_", "TMPDIR")
     own = {name: value for name, value in os.environ.items() if not name.startswith(gone)}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", OMP],
+        return subprocess.run(
+            [sys.executable, "-c", code],
             env={**own, MARK: mark},
             capture_output=True,
             text=True,
@@ -254,6 +253,11 @@ def test_a_worker_of_a_cluster_sets_its_threads_policy(tmp_path: Path) -> None:
         )
     finally:
         end_marked(mark)
+
+
+def test_a_worker_of_a_cluster_sets_its_threads_policy() -> None:
+    """The cluster's processes were started elsewhere, without the variable."""
+    done = output_of(OMP, "RAY_", "OMP_", "TMPDIR")
     assert done.stdout == "('PASSIVE', False)\n", done.stderr
 
 
@@ -267,18 +271,7 @@ print(address, [name for name in os.environ if "OSX_CLUSTER" in name])
 """
 
 
-def test_a_ray_of_our_own_is_on_loopback_and_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+def test_a_ray_of_our_own_is_on_loopback_and_leaves_nothing_for_the_next() -> None:
     """A cluster of several nodes, started later from the same environment, has real addresses."""
-    mark = uuid.uuid4().hex
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", LOOPBACK],
-            env={**own, MARK: mark},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    finally:
-        end_marked(mark)
+    done = output_of(LOOPBACK, "RAY_")
     assert done.stdout == "127.0.0.1 []\n", done.stderr

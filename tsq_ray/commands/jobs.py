@@ -155,18 +155,19 @@ def _follow(client: Jobs, job: str, as_json: bool) -> None:
 
 class _Output:
     def __init__(self, as_json: bool) -> None:
-        self.as_json, self.text = as_json, ""
+        self.as_json, self.texts = as_json, list[str]()
 
     def write(self, text: str) -> None:
         stream = sys.stderr if self.as_json else sys.stdout
         stream.write(text)
         stream.flush()
-        self.text = self.text + text if self.as_json else ""
+        if self.as_json:
+            self.texts.append(text)
 
     def end(self) -> None:
         """Print the summary, the last JSON object of the output."""
-        lines = self.text.splitlines()
-        if self.as_json and "{" in lines and "}" in lines:
+        lines = "".join(self.texts).splitlines()
+        if "{" in lines and "}" in lines:
             last = len(lines) - 1 - lines[::-1].index("{")
             document = "\n".join(lines[last : lines.index("}", last) + 1])
             print(document)  # noqa: T201
