@@ -90,6 +90,8 @@ frontend endpoint
     filter bwlim-in uploads default-limit {_UPLOAD_BYTES_PER_S} default-period 1s
     http-request set-bandwidth-limit uploads
     {hidden}
+    # a refused upload may not have been read to its end: the next request needs a new connection
+    http-response set-header Connection close if METH_POST {{ status ge 400 }}
     default_backend serve
 backend serve
 {lost}
