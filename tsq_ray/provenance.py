@@ -1,12 +1,26 @@
-"""Provenance of a result: package versions, git revision, time."""
+"""Provenance of a result: package versions, git revision, time, and the format of its record."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from tsq_ray.errors import TsqError
+
+
+def check_format(record: Mapping[str, Any], known: int, place: str, error: type[TsqError]) -> None:
+    """Raise `error` if the format of a record, read from `place`, is not the known one."""
+    found = record.get("format")
+    if found == known:
+        return
+    formats = f"format {found!r}; this version reads {known}"
+    if isinstance(found, int) and found > known:
+        raise error(f"{place}: made by a newer version of tsq_ray ({formats}); upgrade")
+    raise error(f"{place}: {formats}")
 
 
 def of_this_run() -> dict[str, Any]:

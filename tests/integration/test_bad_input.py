@@ -427,7 +427,7 @@ def test_a_bundle_without_a_recognizer(
         (["report", "NOWHERE", "--out", "OUT"], "NOWHERE: no run folder (no _run.json)"),
         (["verify", "NOWHERE"], "NOWHERE: no run folder (no _run.json)"),
         (["info", "NOWHERE"], "info NOWHERE: not a bundle, manifest or run folder"),
-        (["info"], "info takes one bundle, manifest or run folder, or else --cluster"),
+        (["info"], "info takes a bundle, manifest or run folder, or --cluster, or both"),
         (
             ["score", "MANIFEST", "--model", "BUNDLE", "--out", "OUT", "--set", "sampler.budget=9"],
             "(K) is 9, above decode.num_frames (T) = 8",
@@ -539,7 +539,10 @@ def test_a_damaged_bundle(chain: Chain, tmp_path: Path) -> None:
     argv = ["predict", chain.at("videos/train/0_0.mp4"), "--model", str(tmp_path)]
     settings = json.loads((tmp_path / "bundle.json").read_text())
     (tmp_path / "bundle.json").write_text(json.dumps(settings | {"format": 99}))
-    assert "bundle.json has format 99; this version reads 1" in refused(tsq(*argv))
+    assert (
+        "bundle.json: made by a newer version of tsq_ray (format 99; this version reads 1)"
+        in refused(tsq(*argv))
+    )
     (tmp_path / "bundle.json").write_text("{")
     assert "bundle.json: not JSON; the file is damaged" in refused(tsq(*argv))
     (tmp_path / "bundle.json").write_text(json.dumps(settings))

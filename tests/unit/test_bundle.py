@@ -203,7 +203,7 @@ def flip_a_byte(folder: Path) -> None:
         ),
         (
             lambda folder: change_settings(folder, BUNDLE_FILE, format=2),
-            "bundle.json has format 2; this version reads 1",
+            r"bundle.json: made by a newer version of tsq_ray \(format 2; this version reads 1\); upgrade",
         ),
         (
             lambda folder: change_settings(folder, BUNDLE_FILE, classes=["one"]),
@@ -281,7 +281,7 @@ def test_a_classifier_comes_back_as_it_was(classifier: Path) -> None:
         ),
         (
             lambda folder: change_settings(folder, CLASSIFIER_FILE, format="x"),
-            "finetune.json has format 'x'; this version reads 1",
+            "finetune.json: format 'x'; this version reads 1",
         ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "sha256 differs"),
     ],

@@ -203,7 +203,10 @@ def test_a_listed_shard_that_is_gone_or_changed_is_reported(tmp_path: Path) -> N
     ("content", "message"),
     [
         ("{", "_manifest.json: not JSON; the file is damaged"),
-        ('{"format": 2}', "_manifest.json: format 2; this version reads 1"),
+        (
+            '{"format": 2}',
+            r"_manifest.json: made by a newer version of tsq_ray \(format 2; this version reads 1\)",
+        ),
     ],
 )
 def test_an_unreadable_listing_is_reported(tmp_path: Path, content: str, message: str) -> None:

@@ -518,7 +518,7 @@ def test_another_kind_and_another_format_are_refused(done: Folder) -> None:
     with pytest.raises(RunError, match="holds features, expected predictions"):
         read_run(done.uri, "predictions")
     change_run(done, format="one")
-    with pytest.raises(RunError, match="run format 'one'; this version reads 1"):
+    with pytest.raises(RunError, match="format 'one'; this version reads 1"):
         read_run(done.uri)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tsq_ray import storage
 from tsq_ray.errors import ModelError, StorageError
+from tsq_ray.provenance import check_format
 
 BUNDLE_FILE = "bundle.json"
 CLASSIFIER_FILE = "finetune.json"
@@ -127,11 +128,7 @@ def _read_settings(uri: str, name: str, what: str) -> tuple[dict[str, Any], str]
         content = json.loads(data)
     except ValueError:
         raise ModelError(f"{storage.redact(uri)}/{name}: not JSON; the file is damaged") from None
-    if content.get("format") != FORMAT:
-        raise ModelError(
-            f"{storage.redact(uri)}: {name} has format {content.get('format')!r}; "
-            f"this version reads {FORMAT}"
-        )
+    check_format(content, FORMAT, f"{storage.redact(uri)}: {name}", ModelError)
     return content, storage.sha256_of(data)
 
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from tsq_ray import schema, storage
 from tsq_ray.errors import ManifestError, StorageError
 from tsq_ray.manifest.videos import MAPPED_ROWS, Manifest, VideoRows, mapped
+from tsq_ray.provenance import check_format
 
 MANIFEST_FILE = "_manifest.json"
 FORMAT = 1
@@ -193,11 +194,7 @@ def _read_listing(folder: str) -> dict[str, Any] | None:
             f"{storage.redact(place)}: not JSON; the file is damaged, "
             "rebuild the manifest with tsq index"
         ) from None
-    if listing.get("format") != FORMAT:
-        raise ManifestError(
-            f"{storage.redact(place)}: format {listing.get('format')!r}; "
-            f"this version reads {FORMAT}"
-        )
+    check_format(listing, FORMAT, storage.redact(place), ManifestError)
     return listing
 
 

@@ -69,21 +69,10 @@ def read_run(uri: str, kind: Kind | None = None) -> dict[str, Any]:
             f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); "
             "name what extract or score wrote with --out"
         )
-    check_format(uri, run)
+    provenance.check_format(run, FORMAT, storage.redact(uri), RunError)
     if kind is not None and run["kind"] != kind:
         raise RunError(f"{storage.redact(uri)}: holds {run['kind']}, expected {kind}")
     return run
-
-
-def check_format(uri: str, record: Mapping[str, Any]) -> None:
-    """Raise RunError if a run folder's `_run.json` or `_config.json` has another format."""
-    found = record.get("format")
-    if isinstance(found, int) and found > FORMAT:
-        formats = f"format {found}; this version reads {FORMAT}"
-        shown = storage.redact(uri)
-        raise RunError(f"{shown}: made by a newer version of tsq_ray ({formats}); upgrade")
-    if found != FORMAT:
-        raise RunError(f"{storage.redact(uri)}: run format {found!r}; this version reads {FORMAT}")
 
 
 def begin(uri: str, kind: Kind, identity: Identity, manifest: Manifest) -> None:
@@ -111,7 +100,7 @@ def check_folder(
     if begun is None:
         _refuse_foreign_files(uri)
         return False
-    check_format(uri, begun)
+    provenance.check_format(begun, FORMAT, shown, RunError)
     if begun.get("kind") != kind:
         raise RunError(f"{shown}: holds {begun.get('kind')}, not {kind}; use another --out")
     if begun.get("manifest_id") != manifest.id:
