@@ -76,6 +76,18 @@ def test_only_what_the_visual_module_needs(features: str) -> None:
         assert arrays["visual"].shape[0] == 1
 
 
+def test_a_sample_of_many_videos(features: str) -> None:
+    arrays, done = make_arrays(), list[int]()
+    order = sorted(range(VIDEOS), key=lambda number: video_id(str(number)))
+    source = FeatureSource.of(features, None, "single", max_videos=5)
+    with open_training_set(source, done.append) as data:
+        assert np.array_equal(data.visual, arrays["visual"][order[:5]])
+        assert list(data.labels) == [[number % CLASSES] for number in order[:5]]
+        assert data.selection.left_out["max_videos"] == VIDEOS - 5
+        assert source.key != FeatureSource.of(features, None, "single").key
+    assert done[-1] == 5
+
+
 @pytest.mark.parametrize(
     ("split", "message"),
     [("test", "no row of split 'test'"), (None, "3 of 22 videos have several labels")],
@@ -190,7 +202,9 @@ def test_no_room(temporary: Path) -> None:
 
     with (
         pytest.raises(
-            StorageError, match=r"no room for the .* GB of numbers .*; set TMPDIR to a larger disk"
+            StorageError,
+            match=r"no room for the .* GB of numbers .*; set TMPDIR to a larger disk or "
+            "lower train.max_videos",
         ),
         node_arrays("one", write),
     ):

@@ -90,9 +90,8 @@ def test_every_setting_of_a_variant_reaches_the_network() -> None:
         "swap_values": "projected",
     }
     config = load_config(None, base={"train": variant})
-    data = SimpleNamespace(classes=["a", "b"], visual=np.zeros((1, 2, 24), np.float16), dim=24)
     words = SimpleNamespace(vocabulary=np.zeros((1000, 12)))
-    shape = _shape(config, data, words)  # type: ignore[arg-type]
+    shape = _shape(config, 2, 24, words)  # type: ignore[arg-type]
     assert (
         dataclasses.asdict(shape).items()
         >= {
@@ -106,9 +105,8 @@ def test_every_setting_of_a_variant_reaches_the_network() -> None:
 
 
 def test_the_default_settings_are_the_default_network() -> None:
-    data = SimpleNamespace(classes=["a", "b"], visual=np.zeros((1, 2, 1280), np.float16), dim=1280)
     words = SimpleNamespace(vocabulary=np.zeros((1000, 768)))
-    shape = _shape(Config(), data, words)  # type: ignore[arg-type]
+    shape = _shape(Config(), 2, 1280, words)  # type: ignore[arg-type]
     assert shape == TSQShape(2)
 
 

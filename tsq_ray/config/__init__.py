@@ -22,6 +22,7 @@ from tsq_ray.config.method import (
     TSQMode,
 )
 from tsq_ray.config.resources import (
+    LabelsConfig,
     NodeType,
     OutputConfig,
     ReplicaConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "EvaluateConfig",
     "FinetuneConfig",
     "HeadConfig",
+    "LabelsConfig",
     "ModelConfig",
     "NodeType",
     "OutputConfig",

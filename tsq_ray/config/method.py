@@ -154,6 +154,9 @@ class TrainConfig(Section):
     """Weight decay of SGD."""
     batch_size: int = Field(default=64, ge=1)
     """Videos per step, over all workers."""
+    max_videos: int = Field(default=200_000, ge=0)
+    """Most videos to train on; of more, a random sample is used (0: all). Each node with a worker
+    keeps the features of these videos on its disk, at 16 frames about 40 kB per video."""
     alpha: float = Field(default=0.6, ge=0)
     """Weight of the loss L_t->v (equation 4)."""
     beta: float = Field(default=0.6, ge=0)

@@ -104,7 +104,8 @@ def _fill(folder: Path, write: Callable[[Create], None]) -> None:
                 raise StorageError(
                     "unavailable",
                     f"{folder}: no room for the {size / 1e9:.2f} GB of {name} "
-                    f"({free / 1e9:.2f} GB free); set TMPDIR to a larger disk",
+                    f"({free / 1e9:.2f} GB free); set TMPDIR to a larger disk "
+                    "or lower train.max_videos",
                 ) from error
         return np.asarray(np.memmap(folder / name, dtype, mode="r+", shape=tuple(shape)))
 

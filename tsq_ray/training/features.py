@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,20 +44,30 @@ class FeatureSource:
     task: str
     columns: tuple[str, ...]
     """The tensor columns to read."""
+    max_videos: int
+    """A sample of at most this many videos; 0: all."""
     key: str
     """Changes with the content."""
 
     @classmethod
     def of(
-        cls, features_uri: str, split: str | None, task: str, with_objects: bool = True
+        cls,
+        features_uri: str,
+        split: str | None,
+        task: str,
+        with_objects: bool = True,
+        max_videos: int = 0,
     ) -> FeatureSource:
         """Describe the features at a URI; raises RunError if it is not a finished extraction."""
         uri, columns = (
             storage.normalize(features_uri),
             (VISUAL_COLUMN, *OBJECT_COLUMNS) if with_objects else (VISUAL_COLUMN,),
         )
-        content = json.dumps([read_run(uri, "features"), uri, split, columns], sort_keys=True)
-        return cls(uri, split, task, columns, hashlib.sha256(content.encode()).hexdigest()[:20])
+        content = json.dumps(
+            [read_run(uri, "features"), uri, split, columns, max_videos], sort_keys=True
+        )
+        key = hashlib.sha256(content.encode()).hexdigest()[:20]
+        return cls(uri, split, task, columns, max_videos, key)
 
 
 @dataclass
@@ -179,6 +189,10 @@ def select_videos(source: FeatureSource) -> Selection:
     unlabelled = ok.filter(pc.is_null(ok["labels"]))
     left_out["unlabelled"] = unlabelled.num_rows
     ok = ok.filter(pc.is_valid(ok["labels"]))
+    if source.max_videos:
+        # ids are hashes, so the first ones in their order are a random sample
+        left_out["max_videos"] = max(0, ok.num_rows - source.max_videos)
+        ok = ok.slice(0, source.max_videos)
     classes = list(read_run(source.uri, "features")["classes"])
     check_classes(classes, ok.num_rows, what)
     single_labels(ok["labels"], source.task, what)
@@ -191,8 +205,16 @@ def select_videos(source: FeatureSource) -> Selection:
     )
 
 
-def copy_features(source: FeatureSource, selection: Selection, create: Create) -> None:
-    """Copy the selected rows into arrays made by `create`, a few parts at a time."""
+def copy_features(
+    source: FeatureSource,
+    selection: Selection,
+    create: Create,
+    progress: Callable[[int], object] = lambda done: None,
+) -> None:
+    """Copy the selected rows into arrays made by `create`, a few parts at a time.
+
+    `progress` is called with the number of videos copied so far.
+    """
     taken = [(part, places) for part, places in selection.parts if (places >= 0).any()]
     with storage.open_read(taken[0][0]) as file:
         types = {name: pq.read_schema(file).field(name).type for name in source.columns}
@@ -204,44 +226,57 @@ def copy_features(source: FeatureSource, selection: Selection, create: Create) -
         for name, column in types.items()
     }
 
-    def copy(part: str, places: np.ndarray) -> None:
+    def copy(part: str, places: np.ndarray) -> int:
         table = read_part(part, list(source.columns)).filter(pa.array(places >= 0))
         for name, array in arrays.items():
             array[places[places >= 0]] = schema.tensor_to_numpy(table[name])
+        return len(table)
 
+    done = 0
     with ThreadPoolExecutor(_READERS) as pool:
-        for _ in pool.map(copy, *zip(*taken, strict=True)):
-            pass
+        for count in pool.map(copy, *zip(*taken, strict=True)):
+            progress(done := done + count)
     targets = create(TARGETS, np.dtype(bool), (num_videos, len(selection.classes)))
     targets[:] = multi_hot(selection.labels, len(selection.classes))
 
 
 @contextlib.contextmanager
 def source_arrays(
-    source: FeatureSource, selection: Selection | None = None
+    source: FeatureSource,
+    selection: Selection | None = None,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Provide `TrainingSet.arrays` in mapped files shared on this machine (see cache.py)."""
+    """Provide `TrainingSet.arrays` in mapped files shared on this machine (see cache.py).
+
+    `progress` is called with the number of videos copied so far.
+    """
 
     def write(create: Create) -> None:
-        if (
-            FeatureSource.of(source.uri, source.split, source.task, OBJECT_IDS in source.columns)
-            != source
-        ):
+        with_objects = OBJECT_IDS in source.columns
+        now = FeatureSource.of(
+            source.uri, source.split, source.task, with_objects, source.max_videos
+        )
+        if now != source:
             raise RunFailed(
                 f"{storage.redact(source.uri)}: the features have changed since the training "
                 "began; start it again"
             )
-        copy_features(source, selection or select_videos(source), create)
+        copy_features(source, selection or select_videos(source), create, progress)
 
     with node_arrays(source.key, write) as arrays:
         yield arrays
 
 
 @contextlib.contextmanager
-def open_training_set(source: FeatureSource) -> Iterator[TrainingSet]:
-    """Provide the training set of a finished extraction, in mapped files."""
+def open_training_set(
+    source: FeatureSource, progress: Callable[[int], object] = lambda done: None
+) -> Iterator[TrainingSet]:
+    """Provide the training set of a finished extraction, in mapped files.
+
+    `progress` is called with the number of videos copied so far.
+    """
     selection = select_videos(source)
-    with source_arrays(source, selection) as arrays:
+    with source_arrays(source, selection, progress) as arrays:
         yield TrainingSet(selection, arrays)
 
 

@@ -5,6 +5,7 @@ Shapes: V videos, T frames, D dims, C classes, S segments.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,6 +24,7 @@ def fit_head(
     targets: np.ndarray,
     config: FinetuneConfig,
     task: Task,
+    progress: Callable[[int], object] = lambda done: None,
 ) -> nn.Linear:
     """Fit logits = W x + b whose mean over a video's segments predicts its labels.
 
@@ -35,6 +37,7 @@ def fit_head(
         config: only its `head` is used; each step takes one random frame from each of `segments`
             equal parts of the T frames.
         task: see `model.task.classification_loss`.
+        progress: called about once a second with the number of videos done, once per epoch each.
     """
     settings = config.head
     x, y = torch.from_numpy(features), torch.from_numpy(targets)
@@ -51,7 +54,11 @@ def fit_head(
     steps = settings.epochs * -(-num_videos // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     segments = min(settings.segments, num_frames)
-    for _ in range(settings.epochs):
+    told = time.monotonic()
+    for epoch in range(settings.epochs):
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            progress(epoch * num_videos)
         for batch in torch.randperm(num_videos, generator=generator).split(settings.batch_size):
             slots = segment_slots(len(batch), num_frames, segments, generator)
             frames = (x[batch[:, None], slots].float() - mean) / scale
@@ -102,3 +109,16 @@ def head_logits(head: nn.Module, features: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the logits, float32 [T, C], of each video of `features`, float [V, T, D]."""
     for video in features:
         yield head(torch.from_numpy(video.astype(np.float32))).numpy()
+
+
+def accuracy(head: nn.Module, features: np.ndarray, targets: np.ndarray) -> float:
+    """Share of videos whose best class, by mean logits over all frames, is one of their labels.
+
+    Args:
+        head: the classifier of a frame.
+        features: float [V, T, D].
+        targets: multi-hot [V, C].
+    """
+    best = (int(logits.mean(0).argmax()) for logits in head_logits(head, features))
+    right = [bool(row[label]) for row, label in zip(targets, best, strict=True)]
+    return round(float(np.mean(right)), 4)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
-import torch
 
 from tsq_ray import storage
 from tsq_ray.config import Config, ModelConfig
@@ -16,10 +14,11 @@ from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.runs.bulk import Selection
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
+from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.classifier.full import Tuned
-from tsq_ray.training.features import FeatureSource, open_training_set
-from tsq_ray.training.head import fit_head
+from tsq_ray.training.features import FeatureSource
+from tsq_ray.training.on_worker import features_on_worker
 
 
 def fit_frozen(
@@ -40,14 +39,14 @@ def fit_frozen(
     config = config.with_visual_encoder(settings)
     networks, loaded = Networks(settings), LoadedNetworks(network, None, None)
     options: dict[str, Any] = {"stage": "finetune", "ticks": ticks}
-    run = extract_features(features, selection, config, networks, loaded, session, **options)
-    failed = _failed(features)
-    if not run["counts"]["ok"]:
-        return Tuned(network, failed, {}, [])
-    source = FeatureSource.of(features, selection.split, config.train.task, with_objects=False)
-    with open_training_set(source) as data:
-        network.head = fit_head(data.visual, data.targets, config.finetune, config.train.task)
-        accuracy = _accuracy(network.head, data.visual, data.targets)
+    with cluster.connect(session):  # for both steps
+        run = extract_features(features, selection, config, networks, loaded, session, **options)
+        failed, count, task = _failed(features), run["counts"]["ok"], config.train.task
+        if not count:
+            return Tuned(network, failed, {}, [])
+        source = FeatureSource.of(features, selection.split, task, with_objects=False)
+        with features_on_worker(source, count, "finetune", config, session, ticks) as data:
+            network.head, accuracy = data.fit_head(config.finetune, task)
     return Tuned(network, failed, {"train_accuracy": accuracy}, [])
 
 
@@ -61,12 +60,3 @@ def _failed(features: str) -> dict[str, str]:
             zip(table["video_id"].to_pylist(), table["error_type"].to_pylist(), strict=True)
         )
     return found
-
-
-def _accuracy(head: torch.nn.Module, features: np.ndarray, targets: np.ndarray) -> float:
-    """Share of videos whose best class, by mean logits over all frames, is one of their labels."""
-    right = [
-        bool(row[int(head(torch.from_numpy(video.astype(np.float32))).mean(0).argmax())])
-        for video, row in zip(features, targets, strict=True)
-    ]
-    return round(float(np.mean(right)), 4)

@@ -16,10 +16,7 @@ from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import FrameEncoder, object_names
 from tsq_ray.networks.text import text_encoder
-from tsq_ray.prototypes import prototypes
 from tsq_ray.rows import OBJECTS, VISUAL
-from tsq_ray.training.features import TrainingSet
-from tsq_ray.training.head import fit_head, head_logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +73,7 @@ class Components:
     """The components of a bundle other than TSQNet."""
 
     encoder: FrameEncoder
+    """Without a head if one has to be fitted on the features."""
     objects: FrameEncoder | None
     text: Embeddings | None
     recognizer: FrameEncoder | None
@@ -86,38 +84,46 @@ class Components:
         cls,
         config: Config,
         run: Mapping[str, Any],
-        data: TrainingSet,
+        classes: list[str],
         encoder: str | None,
         recognizer: str | None,
     ) -> Components:
-        """Load them; raises ModelError if one does not fit the features."""
-        frame_encoder = _frame_encoder(config, run, data, encoder)
+        """Load them; raises ModelError if one does not fit the features.
+
+        Args:
+            config: the settings.
+            run: `_run.json` of the features.
+            classes: the class names of the features.
+            encoder: finetune's output, whose head is taken too.
+            recognizer: finetune's output.
+        """
+        frame_encoder = _frame_encoder(config, run, classes, encoder)
         task = config.train.task
         answering = (
-            _classifier(recognizer, "--recognizer", data.classes, task).encoder
+            _classifier(recognizer, "--recognizer", classes, task).encoder
             if recognizer is not None
             else None
         )
         text = objects = None
         if config.train.modules == "both":
-            text = Embeddings.make(config, data.classes)
+            text = Embeddings.make(config, classes)
             objects = load_network(config.encoders.objects, with_head=True)
             _same_weights(objects.state_hash(), run["weights"][OBJECTS], "encoders.objects")
-        return cls(frame_encoder, objects, text, answering, _shape(config, data, text))
+        shape = _shape(config, len(classes), frame_encoder.dim, text)
+        return cls(frame_encoder, objects, text, answering, shape)
 
 
 def _frame_encoder(
-    config: Config, run: Mapping[str, Any], data: TrainingSet, encoder: str | None
+    config: Config, run: Mapping[str, Any], classes: list[str], encoder: str | None
 ) -> FrameEncoder:
-    """Load the encoder of the features, with the frame head of finetune or one fitted here."""
-    task = config.train.task
+    """Load the encoder of the features, with the frame head of finetune or without a head."""
     if encoder is not None:
-        network = _classifier(encoder, "--encoder", data.classes, task).encoder
+        network = _classifier(encoder, "--encoder", classes, config.train.task).encoder
         _same_weights(network.backbone_hash(), run["weights"][VISUAL], "--encoder")
         return network
     network = load_network(config.encoders.visual, with_head=False)
     _same_weights(network.backbone_hash(), run["weights"][VISUAL], "encoders.visual")
-    network.head = fit_head(data.visual, data.targets, config.finetune, task)
+    network.head = None
     return network
 
 
@@ -140,11 +146,11 @@ def _classifier(uri: str, option: str, classes: list[str], task: str) -> Classif
     return classifier
 
 
-def _shape(config: Config, data: TrainingSet, text: Embeddings | None) -> TSQShape:
+def _shape(config: Config, num_classes: int, visual_dim: int, text: Embeddings | None) -> TSQShape:
     settings = config.train
     return TSQShape(
-        num_classes=len(data.classes),
-        visual_dim=data.visual.shape[-1],
+        num_classes=num_classes,
+        visual_dim=visual_dim,
         text_dim=text.vocabulary.shape[1] if text else 1,
         dim_visual=settings.dim_visual,
         dim_textual=settings.dim_textual,
@@ -157,15 +163,4 @@ def _shape(config: Config, data: TrainingSet, text: Embeddings | None) -> TSQSha
         num_heads=settings.num_heads,
         self_attention=settings.self_attention,
         top_objects=settings.top_objects,
-    )
-
-
-def visual_start(config: Config, data: TrainingSet, encoder: FrameEncoder) -> Tensor | None:
-    """Return the initial visual queries [C, d], one prototype per class; None: random ones."""
-    if config.train.init_visual == "random":
-        return None
-    assert encoder.head is not None
-    logits = head_logits(encoder.head, data.visual)
-    return prototypes(
-        data.visual, logits, data.labels, len(data.classes), config.train.seed, config.train.task
     )

@@ -13,6 +13,7 @@ from tsq_ray.config import Config
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
+from tsq_ray.training.on_worker import start_videos
 from tsq_ray.training.resumable import run_workers, scaling
 from tsq_ray.training.sampler.loop import train_loop
 
@@ -49,7 +50,7 @@ def fit_on_cluster(
     `loop.fit_tsqnet`) and "source". `ticks` are called twice a second. Raises RunFailed if the
     training fails.
     """
-    counts = ray.remote(num_cpus=0)(_Videos).remote()
+    counts = start_videos()
     placed = layout("train", config, cluster.read_cluster(ray, config), num_videos)
     job = job | {"counts": counts, "threads": placed.threads, "device": placed.device}
     total = config.train.epochs * num_videos
@@ -59,16 +60,3 @@ def fit_on_cluster(
     seconds = time.monotonic() - started
     model, curve, of_epochs = (content[name] for name in ("model", "curve", "seconds"))
     return Fitted(model, curve, of_epochs, content["workers"], content["resumed_at"], seconds)
-
-
-class _Videos:
-    """Progress of a training in videos, each counted once per epoch; runs as a Ray actor."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def set(self, done: int) -> None:
-        self.done = done
-
-    def get(self) -> tuple[int, dict[str, int]]:
-        return self.done, {}

@@ -5,7 +5,6 @@ The workers run loop.py.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -29,13 +28,9 @@ from tsq_ray.runs.identity import Identity
 from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
-from tsq_ray.training.features import (
-    FeatureSource,
-    TrainingSet,
-    describe_left_out,
-    open_training_set,
-)
-from tsq_ray.training.sampler.components import Components, visual_start
+from tsq_ray.training.features import FeatureSource, Selection, describe_left_out, select_videos
+from tsq_ray.training.on_worker import Features, features_on_worker
+from tsq_ray.training.sampler.components import Components
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
 
 WORK_FOLDER = "_train"
@@ -115,17 +110,16 @@ def train(
     )
     if (done := plan.finished()) is not None:
         return done
-    with contextlib.ExitStack() as stack:
-        data = stack.enter_context(open_training_set(plan.source))
-        parts = Components.load(plan.config, plan.run, data, encoder, recognizer)
-        # only now, so that wrong input leaves no folder behind
-        lease = stack.enter_context(Lease(plan.out, take_over=take_over))
+    videos = select_videos(plan.source)
+    parts = Components.load(plan.config, plan.run, videos.classes, encoder, recognizer)
+    # only now, so that wrong input leaves no folder behind
+    with Lease(plan.out, take_over=take_over) as lease:
         # the run that held the lease before may have finished it
         if (done := plan.finished()) is not None:
             return done
-        fitted = _fit(plan, data, parts, session, lease)
+        fitted = _fit(plan, videos, parts, session, lease)
         lease.check()
-        return _publish(plan, data, parts, fitted, started)
+        return _publish(plan, videos, parts, fitted, started)
 
 
 @dataclass(frozen=True)
@@ -161,7 +155,8 @@ class _Plan:
         made = {"encoders": {"visual": run["config"]["encoders"]["visual"]}}
         _refuse_others(asked, made, features, lambda key: key.endswith(".weights"))
         identity = _identity(run, config, classifiers, split)
-        source = FeatureSource.of(features, split, config.train.task, with_objects)
+        settings = config.train
+        source = FeatureSource.of(features, split, settings.task, with_objects, settings.max_videos)
         return cls(features, out, config, run, source, identity)
 
     @property
@@ -184,22 +179,25 @@ class _Plan:
 
 
 def _fit(
-    plan: _Plan, data: TrainingSet, parts: Components, session: Session, lease: Lease
+    plan: _Plan, videos: Selection, parts: Components, session: Session, lease: Lease
 ) -> Fitted:
     """Train in the work folder, resuming what is there."""
     write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
-    job = _job(plan.config, plan.source, data, parts)
-    ticks = (lease.stop_if_lost,)
-    with cluster.connect(session) as ray:
-        return fit_on_cluster(ray, job, plan.config, len(data), plan.work, session, ticks)
+    ticks, count = (lease.stop_if_lost,), len(videos.labels)
+    with (
+        cluster.connect(session) as ray,
+        features_on_worker(plan.source, count, "train", plan.config, session, ticks) as features,
+    ):
+        job = _job(plan.config, plan.source, features, parts)
+        return fit_on_cluster(ray, job, plan.config, count, plan.work, session, ticks)
 
 
 def _publish(
-    plan: _Plan, data: TrainingSet, parts: Components, fitted: Fitted, started: float
+    plan: _Plan, videos: Selection, parts: Components, fitted: Fitted, started: float
 ) -> TrainingSummary:
     """Write the bundle, then remove the work folder."""
     config = plan.config
-    summary = _summary(plan, data, parts, fitted, round(time.time() - started, 2))
+    summary = _summary(plan, videos, parts, fitted, round(time.time() - started, 2))
     record = {
         "identity": plan.identity.parts,
         "features": storage.redact(plan.features),
@@ -212,19 +210,22 @@ def _publish(
         **provenance.of_this_run(),
     }
     write_curves(plan.out, fitted.curve)
-    save_bundle(_bundle(config, data, parts, fitted, record), plan.out)
+    save_bundle(_bundle(config, videos.classes, parts, fitted, record), plan.out)
     storage.remove_folder(plan.work)  # a finished bundle needs no checkpoints
     return summary
 
 
 def _job(
-    config: Config, source: FeatureSource, data: TrainingSet, parts: Components
+    config: Config, source: FeatureSource, features: Features, parts: Components
 ) -> dict[str, Any]:
-    text = parts.text
-    start = {
-        "visual": visual_start(config, data, parts.encoder),
-        "textual": text.classes if text else None,
-    }
+    """Return the workers' job; fits the frame head if there is none."""
+    text, task, encoder = parts.text, config.train.task, parts.encoder
+    if encoder.head is None:
+        encoder.head, _ = features.fit_head(config.finetune, task)
+    visual = None
+    if config.train.init_visual != "random":
+        visual = features.prototypes(encoder.head, config.train.seed, task)
+    start = {"visual": visual, "textual": text.classes if text else None}
     return {
         "config": config.train.model_dump(mode="json"),
         "shape": asdict(parts.shape),
@@ -237,33 +238,33 @@ def _job(
 
 
 def _summary(
-    plan: _Plan, data: TrainingSet, parts: Components, fitted: Fitted, seconds: float
+    plan: _Plan, videos: Selection, parts: Components, fitted: Fitted, seconds: float
 ) -> TrainingSummary:
     epochs, warned = plan.config.train.epochs, parts.text.warnings if parts.text else ()
     return TrainingSummary(
         out=storage.redact(plan.out),
-        videos=len(data),
-        classes=len(data.classes),
+        videos=len(videos.labels),
+        classes=len(videos.classes),
         epochs=epochs,
         losses={key: value for key, value in fitted.curve[-1].items() if key != "epoch"},
-        left_out=describe_left_out(data.selection.left_out),
-        unlabelled=tuple(data.selection.named),
-        warnings=(*data.selection.warnings, *warned),
+        left_out=describe_left_out(videos.left_out),
+        unlabelled=tuple(videos.named),
+        warnings=(*videos.warnings, *warned),
         workers=fitted.workers,
         resumed_after_epoch=fitted.resumed_at,
         train_seconds=round(fitted.seconds, 2),
-        videos_per_s=round(len(data) * epochs / sum(fitted.epoch_seconds), 1),
+        videos_per_s=round(len(videos.labels) * epochs / sum(fitted.epoch_seconds), 1),
         seconds=seconds,
     )
 
 
 def _bundle(
-    config: Config, data: TrainingSet, parts: Components, fitted: Fitted, record: dict[str, Any]
+    config: Config, classes: list[str], parts: Components, fitted: Fitted, record: dict[str, Any]
 ) -> Bundle:
     network = TSQNet(parts.shape)
     network.load_state_dict(fitted.state)
     return Bundle(
-        data.classes,
+        classes,
         config.train.task,
         config.decode,
         config.encoders,

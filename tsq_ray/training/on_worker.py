@@ -1,0 +1,175 @@
+"""What training does with the features before its workers start, on a node of the cluster.
+
+The driver, which may run on a small head node, never reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tsq_ray.config import Config, FinetuneConfig, Task, label_map
+from tsq_ray.prototypes import prototypes
+from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.session import Session
+from tsq_ray.training.features import FeatureSource, TrainingSet, open_training_set
+from tsq_ray.training.head import accuracy, fit_head, head_logits
+
+_CPUS = 0.01
+"""Above 0, to keep it off a head node without CPUs: it is busy only before the workers are."""
+_RETRIES = 3
+T = TypeVar("T")
+
+
+class _Videos:
+    """Progress in videos; runs as a Ray actor."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def set(self, done: int) -> None:
+        self.done = done
+
+    def get(self) -> tuple[int, dict[str, int]]:
+        return self.done, {}
+
+
+def start_videos() -> Any:
+    """Start the actor that counts the videos of a training, for `run_with_progress`."""
+    import ray
+
+    return ray.remote(num_cpus=0, max_restarts=-1)(_Videos).remote()
+
+
+class FeatureWorker:
+    """Runs as a Ray actor and keeps the features on its node's disk for as long as it lives.
+
+    Training workers on that node share them.
+    """
+
+    def __init__(self, source: FeatureSource, threads: int, counts: Any) -> None:
+        torch.set_num_threads(threads)
+        self.source, self.counts = source, counts
+        self._stack = contextlib.ExitStack()
+        self._data: TrainingSet | None = None
+
+    def read(self) -> None:
+        """Copy the features to this node, unless they are there."""
+        if self._data is None:
+            opened = open_training_set(self.source, self.counts.set.remote)
+            self._data = self._stack.enter_context(opened)
+
+    @property
+    def data(self) -> TrainingSet:
+        """The features, also after this actor was lost and restarted."""
+        self.read()
+        assert self._data is not None
+        return self._data
+
+    def fit_head(self, config: FinetuneConfig, task: Task) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return the weight and bias of a head, and its accuracy on the training videos."""
+        data = self.data
+        head = fit_head(data.visual, data.targets, config, task, self.counts.set.remote)
+        return head.weight.numpy(), head.bias.numpy(), accuracy(head, data.visual, data.targets)
+
+    def prototypes(self, weight: np.ndarray, bias: np.ndarray, seed: int, task: Task) -> np.ndarray:
+        """Return one prototype per class, by the logits of this head."""
+        data = self.data
+        logits = head_logits(_linear(weight, bias), data.visual)
+        found = prototypes(data.visual, logits, data.labels, len(data.classes), seed, task)
+        return found.numpy()
+
+
+def _linear(weight: np.ndarray, bias: np.ndarray) -> nn.Linear:
+    head = nn.Linear(weight.shape[1], weight.shape[0])
+    head.weight.data, head.bias.data = (
+        torch.from_numpy(weight.copy()),
+        torch.from_numpy(bias.copy()),
+    )
+    return head.eval().requires_grad_(False)
+
+
+class Features:
+    """The features of a training, on a node of the cluster."""
+
+    def __init__(
+        self,
+        actor: Any,
+        counts: Any,
+        num_videos: int,
+        what: str,
+        session: Session,
+        ticks: Sequence[Callable[[], None]],
+    ) -> None:
+        self._actor, self._counts, self._num_videos = actor, counts, num_videos
+        self._what, self._session, self._ticks = what, session, ticks
+
+    def fit_head(self, config: FinetuneConfig, task: Task) -> tuple[nn.Linear, float]:
+        """Fit a linear head there; return it and its accuracy on the training videos."""
+        total = config.head.epochs * self._num_videos
+        weight, bias, share = self._call("frame head", total, self._actor.fit_head, config, task)
+        return _linear(weight, bias), share
+
+    def prototypes(self, head: nn.Module, seed: int, task: Task) -> Tensor:
+        """Return one prototype per class, float32 [C, D]."""
+        state = {name: value.numpy() for name, value in head.state_dict().items()}
+        asked = (state["weight"], state["bias"], seed, task)
+        return torch.from_numpy(self._call("prototypes", 0, self._actor.prototypes, *asked).copy())
+
+    def read(self) -> None:
+        """Copy the features there."""
+        self._call("reading features", self._num_videos, self._actor.read)
+
+    def _call(self, doing: str, total: int, method: Any, *arguments: Any) -> Any:
+        import ray
+
+        ray.get(self._counts.set.remote(0))
+        what = f"{self._what}: {doing}"
+        try:
+            return progress.run_with_progress(
+                lambda: ray.get(method.remote(*arguments)),
+                self._counts,
+                total,
+                what,
+                self._session,
+                self._ticks,
+            )
+        except ray.exceptions.RayError as error:
+            raise cluster.run_failed(error, what) from error
+
+
+@contextlib.contextmanager
+def features_on_worker(
+    source: FeatureSource,
+    num_videos: int,
+    what: str,
+    config: Config,
+    session: Session,
+    ticks: Sequence[Callable[[], None]] = (),
+) -> Iterator[Features]:
+    """Read the features on a node of the connected cluster and keep them for the `with` block.
+
+    `what` names the run in messages; `ticks` are called twice a second while the driver waits.
+    Raises RunFailed if the node's disk has no room or the features cannot be read.
+    """
+    import ray
+
+    resources, counts = config.resources, start_videos()
+    # nothing else of the run is busy before the training workers are
+    threads = resources.threads or int(max(1, cluster.read_cluster(ray, config).largest_cpus))
+    options: dict[str, Any] = {"num_cpus": _CPUS, "max_restarts": _RETRIES}
+    options["max_task_retries"] = _RETRIES
+    if labels := label_map(resources.labels.networks):
+        options["label_selector"] = labels
+    actor: Any = ray.remote(**options)(FeatureWorker).remote(source, threads, counts)
+    try:
+        features = Features(actor, counts, num_videos, what, session, ticks)
+        features.read()
+        yield features
+    finally:
+        ray.kill(actor)
