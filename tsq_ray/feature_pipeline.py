@@ -224,6 +224,7 @@ def feature_row(ref: VideoRef, video: Outcome, features: FrameFeatures | None) -
         identity_row(ref)
         | source_columns(video)
         | {"frame_index": video.frame_index, parts.DECODE_S: video.decode_ms / 1000}
+        | {parts.FETCHED: video.fetched_bytes}
     )
     return row | {name: value for name, value in found.items() if value is not None}
 
@@ -312,6 +313,7 @@ _PACKED = {
     "codec": pa.string(),
     "source_num_frames": pa.int64(),
     "decode_ms": pa.float64(),
+    "fetched_bytes": pa.int64(),
 }
 
 

@@ -97,6 +97,8 @@ class Answer:
     """Version of the stages that made it: bundle and settings, as in `serving.graph`."""
     file: StoredFile | None = None
     """What storage said about a video that the endpoint fetched."""
+    fetched_bytes: int = 0
+    """As in DecodedVideo; 0 if the endpoint fetched it."""
 
 
 def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:

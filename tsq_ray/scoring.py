@@ -175,16 +175,17 @@ class ScoreWorker:
             await self.changed.wait_for(lambda: self.on_its_way < self.share)
             self.on_its_way += 1
         try:
-            row = prediction_of(ref, await self._answer(ref), self.plan.classes)
+            answer = await self._answer(ref)
         finally:
             self.on_its_way -= 1
             async with self.changed:
                 self.changed.notify_all()
+        row = prediction_of(ref, answer, self.plan.classes)
         seconds = {
             f"_{stage}_s": (row.get(f"{stage}_ms") or 0.0) / 1000
             for stage in ("decode", "sample", "recognize")
         }
-        return row | seconds
+        return row | seconds | {parts.FETCHED: answer.fetched_bytes}
 
     async def _answer(self, ref: VideoRef) -> Answer:
         try:

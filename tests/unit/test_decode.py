@@ -498,6 +498,9 @@ def test_a_remote_object_gives_what_the_local_file_gives(
     local = decode(videos[name], strategy, 7)
     assert (remote.slots("wide") == local.slots("wide")).all()
     assert remote.frame_index.tolist() == local.frame_index.tolist()
+    assert local.fetched_bytes == 0 < remote.fetched_bytes
+    if strategy == "uniform":
+        assert remote.fetched_bytes == videos[name].stat().st_size
     assert (remote.duration_s, remote.source_num_frames, remote.warnings) == (
         local.duration_s,
         local.source_num_frames,

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from datetime import datetime
-from typing import BinaryIO, cast
+from typing import Any
 
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
@@ -96,36 +96,45 @@ def read_head(path: str) -> bytes:
 
 
 @contextlib.contextmanager
-def open_ranges(uri: str) -> Iterator[tuple[BinaryIO, bytes]]:
+def open_ranges(uri: str) -> Iterator[tuple[RangedFile, bytes]]:
     """Open a remote object as a file whose reads are byte ranges; yield it and its first bytes."""
     with storage.open_read(uri, block_size=RANGE_BYTES, cache_type="readahead") as file:
-        ranges = _Ranges(file, uri)
+        ranges = RangedFile(file, uri)
         head = ranges.read(_HEAD_BYTES)
         ranges.seek(0)
         try:
-            yield cast(BinaryIO, ranges), head
+            yield ranges, head
         finally:
             if ranges.failure is not None:
                 raise ranges.failure  # FFmpeg may have taken it for end of file
 
 
-class _Ranges:
+class RangedFile:
     """A remote file that records its StorageError, because FFmpeg may swallow it."""
 
-    def __init__(self, file: BinaryIO, uri: str) -> None:
+    def __init__(self, file: Any, uri: str) -> None:
         self._file, self._uri = file, uri
         self.failure: StorageError | None = None
+        self._read = 0
 
     def read(self, count: int = -1) -> bytes:
         try:
             with storage.storage_errors(self._uri, "read"):
-                return self._file.read(count)
+                data = bytes(self._file.read(count))
         except StorageError as error:
             self.failure = error
             raise
+        self._read += len(data)
+        return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        return self._file.seek(offset, whence)
+        return int(self._file.seek(offset, whence))
 
     def tell(self) -> int:
-        return self._file.tell()
+        return int(self._file.tell())
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes read from storage so far, read-ahead included where the file system counts it."""
+        cache = getattr(self._file, "cache", None)
+        return self._read if cache is None else int(cache.total_requested_bytes)

@@ -91,6 +91,8 @@ class DecodedVideo:
     """Anything missing or wrong in the file, one line each."""
     decode_ms: float
     """Wall-clock time to fetch, decode and resize, in milliseconds."""
+    fetched_bytes: int = 0
+    """Bytes read from storage other than this machine's."""
 
     def slots(self, name: str) -> np.ndarray:
         """Return a copy, uint8 [T, h, w, 3]: each slot's picture in the size `name`."""

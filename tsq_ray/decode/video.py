@@ -6,6 +6,8 @@ import functools
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import BinaryIO, cast
 
 import av
 
@@ -66,24 +68,29 @@ def _decode(
 ) -> DecodedVideo:
     uri = source.uri
     job = Job(name, size, settings, specs, source.places)
-    by_index = settings.strategy == "keyframe"
+    by_index, fetched = settings.strategy == "keyframe", 0
     # for a small object one request for the whole is cheaper than T requests for parts
     if by_index and not storage.is_local(uri) and size > settings.num_frames * fetch.RANGE_BYTES:
         by_index = False
-        with fetch.open_ranges(uri) as (file, head), open_container(file, name, head) as container:
+        with (
+            fetch.open_ranges(uri) as (file, head),
+            open_container(cast(BinaryIO, file), name, head) as container,
+        ):
             decoded = job.by_index(container)
+            fetched = file.fetched_bytes
         if decoded is not None:
-            return decoded
+            return replace(decoded, fetched_bytes=fetched)
     with fetch.local_copy(uri) as path:
-        if not storage.is_local(uri) and (fetched := os.path.getsize(path)) != size:
-            raise VideoError(
-                "source_changed",
-                f"{name}: expected {size} bytes, got {fetched}: replaced while it was fetched; "
-                "run tsq index --update",
-            )
+        if not storage.is_local(uri):
+            if (copied := os.path.getsize(path)) != size:
+                raise VideoError(
+                    "source_changed",
+                    f"{name}: expected {size} bytes, got {copied}: replaced while it was fetched; "
+                    "run tsq index --update",
+                )
+            fetched += copied
+        decoded = None
         if by_index:
             with open_container(path, name, fetch.read_head(path)) as container:
                 decoded = job.by_index(container)
-            if decoded is not None:
-                return decoded
-        return job.exact(path)
+        return replace(decoded or job.exact(path), fetched_bytes=fetched)

@@ -21,6 +21,8 @@ class Part:
     """Rows by error type; "" for those that are ok."""
     video_bytes: int
     """Size of their videos."""
+    fetched_bytes: int
+    """Bytes of them read from storage."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds of work on them by step."""
 
@@ -43,6 +45,9 @@ class RunMetrics:
         )
         self._parts = made(counter, "parts", "Parts published.")
         self._bytes = made(counter, "video_bytes", "Size of the videos whose rows were published.")
+        self._fetched = made(
+            counter, "fetched_bytes", "Bytes of those videos that were read from storage."
+        )
         self._seconds = made(counter, "seconds", "Seconds of work on those videos.", "step")
         self._left = made(gauge, "videos_left", "Videos that have no row yet.")
         self._last = made(gauge, "last_part_timestamp_seconds", "When the last part was published.")
@@ -65,6 +70,8 @@ class RunMetrics:
         self._parts.inc(1, self._tags)
         if part.video_bytes > 0:
             self._bytes.inc(part.video_bytes, self._tags)
+        if part.fetched_bytes > 0:
+            self._fetched.inc(part.fetched_bytes, self._tags)
         for step, value in part.seconds.items():
             if value > 0:
                 self._seconds.inc(value, self._tags | {"step": step})

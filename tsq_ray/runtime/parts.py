@@ -35,6 +35,8 @@ STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = (
     "_recognize_s",
 )
 """Columns that carry a row's seconds in each stage as far as `write_parts`, which drops them."""
+FETCHED = "_fetched_bytes"
+"""The same for the bytes read from storage."""
 MAX_BLOCK_ROWS = 128
 """Most rows that are computed again when a worker is lost."""
 _BLOCKS_PER_WORKER = 8
@@ -47,9 +49,10 @@ _OTHER_BYTES = 300
 """Size of a row without its tensors: URI, codec, numbers, warnings."""
 _MIB = 2**20
 T = TypeVar("T")
-ROWS = "rows"
-"""Key of the number of written rows, among the sums that `write_parts` returns."""
-_ERROR, _WRITE, _VIDEOS, _BYTES = "error", "write", "videos", "bytes"
+AMOUNTS = (ROWS, VIDEO_S, SAMPLED, RECOGNIZED) = ("rows", "video_s", "sampled", "recognized")
+"""Keys of the sums that `write_parts` returns that are no stage's seconds: written rows, seconds of
+footage in them, and of those that a recogniser saw, the frames sampled and the frames recognised."""
+_ERROR, _WRITE, _VIDEOS, _BYTES, _READ = "error", "write", "videos", "bytes", "fetched"
 _WRITE_WAITS_S = (5, 10, 20, 40)
 
 
@@ -152,11 +155,11 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema, counts: Any) -> pa.Table:
     """Return rows of a run as a table that Ray Data does not alter, and report them to `counts`.
 
-    Tensors become plain lists, and STAGE_SECONDS hold the seconds that each row took.
+    Tensors become plain lists; STAGE_SECONDS hold the seconds that each row took, FETCHED the bytes.
     """
     counts.add.remote([row.get("error_type") for row in rows])
     table = schema.to_storage(schema.table_from_rows(rows, arrow))
-    for name in STAGE_SECONDS:
+    for name in (*STAGE_SECONDS, FETCHED):
         table = table.append_column(
             pa.field(name, pa.float64()),
             pa.array([row.get(name) or 0.0 for row in rows], pa.float64()),
@@ -194,11 +197,25 @@ def write_parts(
             error, videos = row.pop(_ERROR), json.loads(row.pop(_VIDEOS))
             if error is not None:
                 raise RunFailed(error)
-            size = int(row.pop(_BYTES))
+            size, fetched = int(row.pop(_BYTES)), int(row.pop(_READ))
             for name, value in row.items():
                 totals[name] = totals.get(name, 0.0) + value
-            published(Part(videos, size, {name: row[name] for name in row.keys() - {ROWS}}))
+            published(
+                Part(videos, size, fetched, {name: row[name] for name in row.keys() - {*AMOUNTS}})
+            )
     return totals
+
+
+def _amounts(rows: pa.Table) -> dict[str, float]:
+    """Return the AMOUNTS of some rows."""
+    sampled = recognized = 0
+    if "selected_slot" in rows.column_names:
+        live = rows.filter(pc.is_valid(rows["selected_slot"]))
+        sampled = pc.sum(pc.list_value_length(live["frame_pts_s"])).as_py() or 0
+        recognized = pc.sum(pc.list_value_length(live["selected_slot"])).as_py() or 0
+    seconds = pc.sum(rows["duration_s"]).as_py() or 0.0
+    values = (len(rows), seconds, sampled, recognized)
+    return dict(zip(AMOUNTS, map(float, values), strict=True))
 
 
 class WritePart:
@@ -210,8 +227,8 @@ class WritePart:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Write a transport table.
 
-        Returns one row: seconds by stage, the number of videos by error type as JSON, their size in
-        bytes, and a storage error, if any.
+        Returns one row: seconds by stage, AMOUNTS, the number of videos by error type as JSON,
+        their size in bytes, and a storage error, if any.
 
         The error is a column because Ray Data would strip an exception of its cause.
         """
@@ -225,8 +242,9 @@ class WritePart:
             name.strip("_").removesuffix("_s"): pc.sum(batch[name]).as_py()
             for name in STAGE_SECONDS
         }
-        sums |= {_WRITE: time.perf_counter() - started, ROWS: float(len(batch))}
+        sums |= {_WRITE: time.perf_counter() - started} | _amounts(batch)
         sums[_BYTES] = float(pc.sum(batch["size_bytes"]).as_py() or 0)
+        sums[_READ] = float(pc.sum(batch[FETCHED]).as_py() or 0)
         videos = Counter(error_type or "" for error_type in batch["error_type"].to_pylist())
         return pa.table(
             {name: pa.array([value]) for name, value in sums.items()}

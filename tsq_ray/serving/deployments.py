@@ -322,7 +322,7 @@ class Recognizer(_Stage):
         columns = answer.columns | self._best(answer.columns["scores"], video.top)
         if video.with_frames:
             columns["frames"] = await asyncio.to_thread(self._frames, sampled, columns)
-        return Answer(columns, answer.error, self._version, file)
+        return Answer(columns, answer.error, self._version, file, answer.fetched_bytes)
 
     def _best(self, scores: np.ndarray, count: int) -> dict[str, Any]:
         from tsq_ray.stages import best_labels

@@ -58,7 +58,7 @@ class Recognize:
             share_ms = (time.perf_counter() - started) * 1000 / len(live)
             for item in live:
                 item.row["recognize_ms"] = share_ms
-        return [Answer(item.row, item.error) for item in items]
+        return [Answer(item.row, item.error, fetched_bytes=item.fetched_bytes) for item in items]
 
     def _logits(self, pictures: Sequence[Pictures]) -> list[Tensor]:
         """Return the logits [n, C] of each video's n pictures, all in one pass of the network."""

@@ -44,6 +44,8 @@ class Sampled:
     """What chose the candidates; None for a failed video."""
     error: Failure | None = None
     """Why the video failed."""
+    fetched_bytes: int = 0
+    """As in DecodedVideo."""
 
     def take(self, start: int, stop: int) -> Pictures:
         """Return the pictures of candidates start..stop-1."""
@@ -123,7 +125,12 @@ class Sample:
             pictures = pictures_of(video, RECOGNIZER)
             frames = pictures.frames[video.slot_frame[candidates.slots]]
             pictures = pictures._replace(frames=frames)
-            sampled.append(Sampled(row, pictures, video.frame_index, candidates, chooser))
+            fetched = video.fetched_bytes
+            sampled.append(
+                Sampled(
+                    row, pictures, video.frame_index, candidates, chooser, fetched_bytes=fetched
+                )
+            )
         return sampled
 
     def _views(self, items: Sequence[tuple[str, DecodedVideo]]) -> list[View]:
