@@ -1,8 +1,7 @@
-"""`tsq info`: describe a bundle, a manifest, a run folder or a cluster."""
+"""`tsq info`: describe a bundle, a manifest or a run folder."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -16,14 +15,8 @@ from tsq_ray.bundle.settings import (
     read_bundle_settings,
     read_classifier_settings,
 )
-from tsq_ray.config import Config
-from tsq_ray.errors import ConfigError, ManifestError, RunError, StorageError
+from tsq_ray.errors import ManifestError, RunError, StorageError
 from tsq_ray.runs.folder import CONFIG_FILE, RUN_FILE, read_run
-from tsq_ray.runtime import cluster
-from tsq_ray.runtime.nodes import GROWTH_LIMIT, Cluster, Stage, describe_largest
-from tsq_ray.runtime.parts import MAX_BLOCK_ROWS
-from tsq_ray.runtime.placement import layout
-from tsq_ray.runtime.session import Session
 
 
 def describe(uri: str) -> dict[str, Any]:
@@ -151,31 +144,3 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
         modules = {row.module: round(row.gflops, 4) for row in table.rows}
         found[counting] = modules | {"total": round(table.gflops, 4)}
     return found
-
-
-def describe_cluster(session: Session, config: Config) -> dict[str, Any]:
-    """Describe the nodes of a Ray cluster, and each stage's layout on it for very many videos."""
-    with cluster.connect(session) as ray:
-        found = cluster.read_cluster(ray, config)
-        states = Counter("alive" if node["Alive"] else "dead" for node in ray.nodes())
-        free = ray.available_resources()
-    return {
-        "kind": "cluster",
-        "nodes": dict(states),
-        "largest_node": describe_largest(found),
-        "free": {
-            kind: f"{free.get(kind, 0.0):g} of {total:g}"
-            for kind, total in (("CPU", found.cpus), ("GPU", found.gpus))
-        },
-        "can_start": [
-            f"{node.count} x {node.cpus:g} CPU, {node.gpus:g} GPU" for node in found.launchable
-        ],
-        **{stage: _describe_layout(stage, config, found) for stage in get_args(Stage)},
-    }
-
-
-def _describe_layout(stage: Stage, config: Config, found: Cluster) -> dict[str, Any] | str:
-    try:
-        return layout(stage, config, found, GROWTH_LIMIT * MAX_BLOCK_ROWS).describe()
-    except ConfigError as error:
-        return str(error)

@@ -1,47 +1,51 @@
-"""`--dry-run`: estimate a run from a probe of a few videos on this machine. No Ray, no output.
+"""`--dry-run`: estimate a run from a probe of a few videos. No output.
 
-The probe processes PROBES videos, an equal share of each class of file size. It runs as many
-decoding child processes and networks in parallel as the run has workers, each with the run's
-threads, so that contention is part of the measurement. The start-up of Ray and its workers is
-added.
+The probe processes PROBES videos, an equal share of each class of file size, on one node: this
+machine, or a worker of the cluster. Its figures are scaled to the nodes that the run would use by
+the run's layout on them. The start-up of Ray and its workers is added.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
-from tsq_ray import schema, storage
-from tsq_ray.bundle.weights import load_bundle
-from tsq_ray.config import Config
-from tsq_ray.decode import DecodedVideo, FrameSpec
+from tsq_ray import log, storage
+from tsq_ray.config import Config, LabelsConfig
+from tsq_ray.cost import Price, Used
 from tsq_ray.extraction import choose_networks
-from tsq_ray.feature_pipeline import feature_row
-from tsq_ray.manifest import Manifest, VideoRef, VideoRows, read_manifest
+from tsq_ray.manifest import Manifest, VideoRows, read_manifest
+from tsq_ray.probe import Asked, Probe, load_extract, load_score, measure
 from tsq_ray.results import Estimate
-from tsq_ray.rows import prediction_row, source_of
 from tsq_ray.runs.bulk import Selection, todo_without_entering
 from tsq_ray.runs.folder import Kind
+from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Cluster, Layout, Node
-from tsq_ray.runtime.placement import layout
-from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
+from tsq_ray.runtime.placement import layout, wanted_nodes
+from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 PROBES = 16
 """Videos that are processed."""
 STARTUP_S = 15.0
 """Start-up of Ray and its workers, which the probe cannot measure, unlike loading the networks."""
 
-Finish = Callable[[VideoRef, Any], dict[str, Any]]
-"""Maps a decoded video, or its failure, to its row."""
+
+@dataclass(frozen=True)
+class Target:
+    """The nodes that an estimate is for."""
+
+    session: Session = DEFAULT_SESSION
+    """Its cluster, on a node of which the probe runs; without an address, this machine."""
+    nodes: int | None = None
+    """That many nodes like the one of the probe; by default, those that the run could use."""
+    price: Price | None = None
 
 
 def estimate_extract(
@@ -54,26 +58,17 @@ def estimate_extract(
     limit: int | None = None,
     out: str | None = None,
     retry_failed: str | None = None,
+    target: Target | None = None,
 ) -> Estimate:
-    """Estimate the time, GPU hours and output size of the rest of an extraction into `out`.
+    """Estimate the time, cost and output size of the rest of an extraction into `out`.
 
-    Extrapolates from PROBES videos.
+    Extrapolates from PROBES videos. Raises as `extract` does.
     """
     manifest, todo = _to_do("features", manifest_uri, split, limit, out, retry_failed)
     config, networks = choose_networks(config, encoder, recognizer)
-    placed = layout("extract", config, this_machine(), max(1, len(todo)))
-    started = time.perf_counter()
-    loaded = networks.load()
-    encode = loaded.encode(config, placed.device)
-    loading = time.perf_counter() - started
-    arrow = loaded.features_schema(config, manifest.classes)
-    specs = networks.specs(config.resources.resizes_on_device(placed.on_gpu))
-
-    def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
-        features = encode([video])[0] if isinstance(video, DecodedVideo) else None
-        return feature_row(ref, video, features)
-
-    return _estimate(todo, len(manifest.rows), config, placed, specs, finish, arrow, loading)
+    load = partial(load_extract, config, networks, manifest.classes)
+    asked = Asked("extract", config, load, _choose(todo), max(1, len(todo)))
+    return _estimate(asked, todo, len(manifest.rows), target or Target())
 
 
 def estimate_score(
@@ -85,30 +80,16 @@ def estimate_score(
     limit: int | None = None,
     out: str | None = None,
     retry_failed: str | None = None,
+    target: Target | None = None,
 ) -> Estimate:
-    """Estimate the time, GPU hours and output size of the rest of a scoring run into `out`.
+    """Estimate the time, cost and output size of the rest of a scoring run into `out`.
 
-    Extrapolates from PROBES videos.
+    Extrapolates from PROBES videos. Raises as `score` does.
     """
     manifest, todo = _to_do("predictions", manifest_uri, split, limit, out, retry_failed)
-    placed = layout("score", config, this_machine(), max(1, len(todo)))
-    device = torch.device(placed.device)
-    started = time.perf_counter()
-    bundle = load_bundle(model)
-    sample = Sample(bundle, config.sampler, device, config.resources)
-    recognize = Recognize(bundle, device, config.resources)
-    loading = time.perf_counter() - started
-    arrow = schema.predictions_schema(
-        config.decode.num_frames, len(bundle.classes), manifest.classes
-    )
-    specs = bundle_specs(
-        bundle, config.sampler.mode, config.resources.resizes_on_device(placed.on_gpu)
-    )
-
-    def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
-        return prediction_row(ref, recognize(sample([(ref.video_id, video)]))[0])
-
-    return _estimate(todo, len(manifest.rows), config, placed, specs, finish, arrow, loading)
+    load = partial(load_score, config, storage.normalize(model), manifest.classes)
+    asked = Asked("score", config, load, _choose(todo), max(1, len(todo)))
+    return _estimate(asked, todo, len(manifest.rows), target or Target())
 
 
 def _to_do(
@@ -126,89 +107,121 @@ def _to_do(
     return manifest, todo_without_entering(storage.normalize(out), kind, selection)
 
 
-def this_machine() -> Cluster:
-    """Return this machine as a cluster of one node."""
-    return Cluster((Node(float(os.cpu_count() or 1), float(torch.cuda.device_count())),))
-
-
-def _estimate(
-    wanted: VideoRows,
-    inputs: int,
-    config: Config,
-    placed: Layout,
-    specs: Mapping[str, FrameSpec],
-    finish: Finish,
-    arrow: pa.Schema,
-    loading: float,
-) -> Estimate:
-    cpus, gpus = os.cpu_count() or 1, torch.cuda.device_count() if placed.on_gpu else 0
-    networks = next(
-        placed[name] for name in ("worker", "encoder", "sampler") if name in placed.pools
-    )
-    # a replica of the sampler processes one video per thread, in parallel
-    workers = 1 if gpus else networks.now if "worker" in placed.pools else placed.threads
-    threads = placed.threads if "sampler" not in placed.pools else 1
-    children = (
-        placed["decoder"].now * placed.decoder_processes if "decoder" in placed.pools else workers
-    )
-    chosen = [wanted[int(place)] for place in _of_every_size(wanted)] if wanted else []
-    rows: list[dict[str, Any]] = []
-    seconds = wall = 0.0
-    if chosen:
-        with Decode(config.decode, specs, children) as decode:
-            rows, seconds = _probe(chosen, decode, finish, workers, threads)
-        seconds /= max(1, gpus)  # the probe ran on one GPU
-        wall = seconds * len(wanted) + STARTUP_S + loading * max(1.0, workers / cpus)
-    return Estimate(
-        videos=len(wanted),
-        inputs=inputs,
-        bytes_in=pc.sum(wanted.table["size_bytes"]).as_py() or 0,
-        probed=tuple(storage.redact(ref.uri) for ref in chosen),
-        probed_failed=sum(row["status"] == "failed" for row in rows),
-        workers=networks.now,
-        seconds_a_video=round(seconds, 3),
-        wall_seconds=round(wall, 1),
-        gpu_hours=round(seconds * len(wanted) * gpus / 3600, 3),
-        cpu_hours=round(seconds * len(wanted) * cpus / 3600, 3),
-        bytes_out=int(_encoded_size(rows, arrow) / len(rows) * len(wanted)) if rows else 0,
-    )
-
-
-def _of_every_size(wanted: VideoRows) -> np.ndarray:
-    """Return the positions of PROBES videos, the medians of equal shares by file size.
+def _choose(todo: VideoRows) -> tuple[Any, ...]:
+    """Return PROBES videos, the medians of equal shares by file size, the largest first.
 
     File size is a proxy for processing time. The largest come first, so that no worker finishes
     much later than the others.
     """
-    order = pc.sort_indices(wanted.table["size_bytes"]).to_numpy()[::-1]
+    order = pc.sort_indices(todo.table["size_bytes"]).to_numpy()[::-1]
     count = min(PROBES, len(order))
-    return order[((np.arange(count) + 0.5) * len(order) / count).astype(np.int64)]
+    places = ((np.arange(count) + 0.5) * len(order) / max(1, count)).astype(np.int64)
+    return tuple(todo[int(place)] for place in order[places])
 
 
-def _probe(
-    chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int
-) -> tuple[list[dict[str, Any]], float]:
-    """Return the rows of the chosen videos, and the seconds per video with all workers busy."""
-
-    def work(ref: VideoRef, decoded: Future[Any]) -> dict[str, Any]:
-        return finish(ref, decoded.result())
-
-    # set_num_threads applies to the calling thread only
-    with ThreadPoolExecutor(
-        workers, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-
-        def run(refs: Sequence[VideoRef]) -> list[dict[str, Any]]:
-            return list(pool.map(work, refs, [decode.pool.submit(source_of(ref)) for ref in refs]))
-
-        # warm up every worker before measuring
-        run([chosen[number % len(chosen)] for number in range(workers)])
-        started = time.perf_counter()
-        rows = run(chosen)
-        return rows, (time.perf_counter() - started) / len(chosen)
+def this_machine() -> Node:
+    """Return this machine as a node."""
+    return Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
 
 
-def _encoded_size(rows: Sequence[dict[str, Any]], arrow: pa.Schema) -> int:
-    sink = pa.BufferOutputStream()
-    pq.write_table(schema.table_from_rows(rows, arrow), sink, compression="zstd")
-    return sink.getvalue().size
+def _estimate(asked: Asked, todo: VideoRows, inputs: int, target: Target) -> Estimate:
+    facts: dict[str, Any] = {
+        "videos": len(todo),
+        "inputs": inputs,
+        "bytes_in": pc.sum(todo.table["size_bytes"]).as_py() or 0,
+    }
+    if not asked.chosen:
+        return Estimate(**facts)
+    # the probe is one node, which cannot have the labels of all parts
+    resources = asked.config.resources.model_copy(update={"labels": LabelsConfig()})
+    asked = replace(asked, config=asked.config.model_copy(update={"resources": resources}))
+    probe, nodes = _measured(asked, target)
+    return Estimate(**facts, **predict(probe, asked, nodes, target.price))
+
+
+def _measured(asked: Asked, target: Target) -> tuple[Probe, list[Node]]:
+    """Return the probe and the nodes that the run would use."""
+    session, here = target.session, this_machine()
+    if not session.address and not os.environ.get("RAY_ADDRESS"):
+        return measure(asked, here), [here] * (target.nodes or 1)
+    with cluster.connect(session) as ray:
+        found = cluster.read_cluster(ray, asked.config)
+        placed = layout(asked.stage, asked.config, found, asked.videos)
+        node = max(found.every_node(), key=lambda node: (node.gpus * placed.on_gpu, node.cpus))
+        node = replace(node, cpus=node.cpus or found.largest_cpus)
+        gpus = 1 if placed.on_gpu else 0
+        prober = ray.remote(num_cpus=node.cpus, num_gpus=gpus, max_restarts=0)(_Prober).remote()
+        log.say(f"dry run: probing {len(asked.chosen)} videos on a node with {node.cpus:g} CPUs")
+        try:
+            probe = progress.run_watched(
+                lambda: ray.get(prober.measure.remote(asked, node)), "dry run", session
+            )
+        except ray.exceptions.RayError as error:
+            raise cluster.run_failed(error, "dry run") from error
+        finally:
+            ray.kill(prober)
+    if target.nodes:
+        return probe, [node] * target.nodes
+    used = wanted_nodes(placed, found)
+    return probe, [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in used]
+
+
+class _Prober:
+    """Measures on the node of the cluster that Ray gives it."""
+
+    def measure(self, asked: Asked, node: Node) -> Probe:
+        """Measure there."""
+        return measure(asked, node)
+
+
+def predict(
+    probe: Probe, asked: Asked, nodes: Sequence[Node], price: Price | None = None
+) -> dict[str, Any]:
+    """Return what an Estimate says of a run on these nodes."""
+    videos, found = asked.videos, Cluster(tuple(nodes))
+    placed = layout(asked.stage, asked.config, found, videos)
+    seconds = probe.seconds / _speed(asked, probe, found, placed)
+    hours = (seconds * videos + STARTUP_S + probe.load_s) / 3600
+    used = Used(
+        cpu_hours=round(found.cpus * hours, 4),
+        gpu_hours=round(found.gpus * hours, 4) if placed.on_gpu else 0.0,
+        videos=videos,
+        video_hours=round(probe.video_s * videos / 3600, 4),
+        dense=probe.dense,
+    )
+    return {
+        "probed": probe.uris,
+        "probed_failed": probe.failed,
+        "workers": _networks(placed),
+        "seconds_a_video": round(seconds, 4),
+        "wall_seconds": round(hours * 3600, 1),
+        "bytes_out": int(probe.row_bytes * videos),
+        "nodes": len(nodes),
+        "cpus": found.cpus,
+        "gpus": found.gpus if placed.on_gpu else 0,
+        "cost": used.cost(price) if price is not None else None,
+        **{name: value for name, value in asdict(used).items() if name != "videos"},
+    }
+
+
+def _networks(placed: Layout) -> int:
+    return next(
+        placed[name].now for name in ("worker", "encoder", "sampler") if name in placed.pools
+    )
+
+
+def _speed(asked: Asked, probe: Probe, found: Cluster, placed: Layout) -> float:
+    """Return how many times as fast as the probe a run is on these nodes with this layout."""
+    own = probe.layout
+    if placed.on_gpu:
+        alone = _slowest(own, probe)
+        return alone / _slowest(placed, probe) if alone else float(found.gpus)
+    # decoding and networks share the cores, and a video needs one at a time
+    cores = min(found.cpus, asked.videos) / min(probe.cpus, asked.videos)
+    return min(cores, _networks(placed) / _networks(own)) if "worker" in own.pools else cores
+
+
+def _slowest(placed: Layout, probe: Probe) -> float:
+    """Return the seconds per video of the slower of two pools: decoders, and networks on GPUs."""
+    decoding = probe.decode_s / (placed["decoder"].now * placed.decoder_processes)
+    return max(decoding, probe.network_s / _networks(placed))

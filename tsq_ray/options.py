@@ -78,7 +78,25 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Probe a few videos and estimate the run: time, GPU hours, output size.",
+        help="Probe a few videos, here or on the cluster at --address, and estimate the run: "
+        "time, hours, output size, cost.",
+    ),
+]
+Nodes = Annotated[
+    int | None,
+    typer.Option(
+        "--nodes",
+        min=1,
+        metavar="N",
+        help="With --dry-run: predict for N nodes like the one probed.",
+    ),
+]
+Prices = Annotated[
+    str | None,
+    typer.Option(
+        "--price",
+        metavar="cpu=X,gpu=Y",
+        help="Prices of a CPU and of a GPU for an hour: the summary then says the cost.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]

@@ -250,23 +250,34 @@ class ExportSummary:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What `--dry-run` expects of a run, from a probe of a few videos on this machine."""
+    """What `--dry-run` expects of a run, from a probe of a few videos."""
 
     videos: int
-    """Videos to do."""
+    """Videos to do; if there are none, the other figures are 0."""
     inputs: int
     """Videos of the manifest."""
     bytes_in: int
-    probed: tuple[str, ...]
+    probed: tuple[str, ...] = ()
     """URIs of the probe."""
-    probed_failed: int
-    workers: int
-    seconds_a_video: float
-    wall_seconds: float
+    probed_failed: int = 0
+    nodes: int = 0
+    """Nodes that the run would use, with their `cpus` and, if it uses any, `gpus`."""
+    cpus: float = 0.0
+    gpus: int = 0
+    workers: int = 0
+    seconds_a_video: float = 0.0
+    wall_seconds: float = 0.0
     """Including start-up."""
-    gpu_hours: float
-    cpu_hours: float
-    bytes_out: int
+    cpu_hours: float = 0.0
+    """Hours of all CPUs of the nodes."""
+    gpu_hours: float = 0.0
+    video_hours: float = 0.0
+    """Footage."""
+    bytes_out: int = 0
+    dense: float | None = None
+    """How many times as much time recognising all T frames would take; None for features."""
+    cost: Mapping[str, float] | None = None
+    """`total`, `per_video`, `per_video_hour` and `dense_total`; None without prices."""
 
 
 @dataclasses.dataclass(frozen=True)

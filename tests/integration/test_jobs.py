@@ -4,111 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
-import secrets
 import socket
 import subprocess
 import sys
 import threading
-import time
-import urllib.request
-import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.cluster import MARK, Chain, Chains, Driver, end_marked, read_rows, short_folder, tsq
+from support.cluster import Chain, Chains, Driver, read_rows, tsq
+from support.head import RAY, Head, running_head
 
 from jobs.benchmarks.support.s3 import free_ports
 
 pytestmark = pytest.mark.ray
 
-RAY = str(Path(sys.executable).with_name("ray"))
-_START_S = 120.0
-
-
-@dataclass(frozen=True)
-class Head:
-    """A head node: its dashboard's URL, and the environment of its clients."""
-
-    url: str
-    environment: dict[str, str]
-
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    """`ray start --head` in the foreground, with its own ports and folder."""
-    names = (
-        "port",
-        "dashboard-port",
-        "dashboard-agent-listen-port",
-        "dashboard-agent-grpc-port",
-        "metrics-export-port",
-        "ray-client-server-port",
-    )
-    ports = dict(zip(names, free_ports(len(names), below=10000), strict=True))
-    mark, token, log = (
-        uuid.uuid4().hex,
-        secrets.token_hex(32),
-        tmp_path_factory.mktemp("head") / "log",
-    )
-    # a Ray instance that this process started has left its token's mode in the environment
-    own = {MARK: mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | own
-    with short_folder() as folder, log.open("wb") as sink:
-        command = [
-            RAY,
-            "start",
-            "--head",
-            "--block",
-            "--num-cpus=4",
-            "--node-ip-address=127.0.0.1",
-            "--dashboard-host=127.0.0.1",
-        ]
-        command += [
-            f"--temp-dir={folder}",
-            "--disable-usage-stats",
-            f"--object-store-memory={256 * 2**20}",
-        ]
-        command += [f"--{name}={port}" for name, port in ports.items()]
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=sink,
-            start_new_session=True,
-        )
-        try:
-            url = f"http://127.0.0.1:{ports['dashboard-port']}"
-            wait_for(
-                urllib.request.Request(
-                    f"{url}/api/version", headers={"Authorization": f"Bearer {token}"}
-                ),
-                process,
-                log,
-            )
-            yield Head(url, environment)
-        finally:
-            process.kill()
-            process.wait()
-            end_marked(mark, patience_s=0)
-
-
-def wait_for(request: urllib.request.Request, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + _START_S
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=5):
-                return
-        except OSError:
-            assert process.poll() is None, log.read_text()[-2000:]
-            assert time.monotonic() < deadline, (
-                f"no dashboard after {_START_S:g} s: {log.read_text()[-2000:]}"
-            )
-            time.sleep(0.5)
+    with running_head(tmp_path_factory.mktemp("head"), cpus=4) as found:
+        yield found
 
 
 def run(head: Head, command: list[str], repo: Path) -> str:

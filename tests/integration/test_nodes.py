@@ -6,6 +6,7 @@ Few videos, a node that joins, nodes from nothing, a cluster in use, a node lost
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.bundle import make_bundle
 from support.cluster import Driver, Ended, read_rows, visible_parts
 from support.nodes import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
@@ -21,6 +23,7 @@ from support.nodes import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_
 from tsq_ray.runs.lease import Lease
 
 pytestmark = pytest.mark.ray
+REPO = Path(__file__).resolve().parents[2]
 END_S = 400.0
 SECONDS = 0.7
 """The store's delay before it returns a video."""
@@ -103,6 +106,9 @@ def test_a_cluster_that_another_job_holds(
             [*argv, "--address", two_nodes.address, "--wait-s", "12"], tmp_path / "run"
         ) as driver:
             ended = driver.ended(END_S)
+        looking = ["info", argv[1], "--cluster", "--address", two_nodes.address, "--json"]
+        with Driver(looking, tmp_path / "info") as driver:
+            found = driver.ended(END_S).json
     finally:
         holder.kill()
         holder.wait()
@@ -119,6 +125,27 @@ def test_a_cluster_that_another_job_holds(
     ):
         assert fact in waiting[0]
     assert "gave up after --wait-s 12; run the same command again to resume" in lines[-1]
+    assert found["free"]["CPU"] == "0 of 2"
+    assert "2 x Holder" in found["held_by"]
+    assert found["extract"]["would_wait"].startswith("yes: no room for a worker of 0.9 CPU, ")
+    assert found.keys().isdisjoint({"train", "serve"})
+
+
+def test_a_dry_run_on_a_cluster_probes_one_of_its_nodes(
+    two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path
+) -> None:
+    argv = ["extract", slow_manifest(store, tmp_path, 6, "probed"), "--out", tmp_path / "out"]
+    argv += ["--config", settings, "--dry-run", "--price", "cpu=2", "--json"]
+    found = []
+    for more in ([], ["--nodes", "6"]):
+        with Driver([*argv, "--address", two_nodes.address, *more], tmp_path / "run") as driver:
+            found.append(driver.ended(END_S).json)
+    two, six = found
+    assert (two["nodes"], two["cpus"], six["nodes"], six["cpus"]) == (2, 2.0, 6, 6.0)
+    assert len(two["probed"]) == 6
+    assert two["seconds_a_video"] > 2 * six["seconds_a_video"] > 0
+    assert two["cost"]["total"] == pytest.approx(2 * two["cpu_hours"], rel=1e-3)
+    assert not (tmp_path / "out").exists()
 
 
 UPLOAD = """
@@ -191,6 +218,9 @@ def test_cluster_resources_and_the_layout_of_runs(two_nodes: Any, tmp_path: Path
     assert found["extract"]["worker"].startswith("2 (as the cluster grows) of 0.9 CPU, ")
     assert found["train"]["worker"].startswith("1 of ")
     assert {"decoder", "sampler", "recognizer", "sender", "writer"} < found["score"].keys()
+    assert found["extract"]["would_wait"] == "no"
+    assert [set(node) for node in found["each_node"].values()] == [{"CPU", "memory", "disk"}] * 2
+    assert (found["held_by"], found["waiting"]) == ("nobody", "nothing")
     assert found["serve"].startswith(
         "serve: a decoder asks for 4 CPU, which no node of the cluster can ever hold"
     )
@@ -331,6 +361,53 @@ def test_gpus_are_requested_from_the_autoscaler(
     ended = extract_from_nothing(store, settings, tmp_path, 4, gpus=1)
     assert ended.code == 1
     assert "NVIDIA" in ended.err.splitlines()[-1]
+
+
+def drain(address: str, node_id: str) -> None:
+    """Give the notice that a spot pod gives before it ends."""
+    built = subprocess.run(
+        ["kubectl", "kustomize", str(REPO / "cluster/kuberay/overlays/spot")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (cluster,) = [item for item in yaml.safe_load_all(built.stdout) if item["kind"] == "RayCluster"]
+    (container,) = cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+    shell, option, command = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, option) == ("sh", "-c")
+    notice, _, wait = command.partition(";")
+    assert wait.split()[0] == "sleep"
+    ray = str(Path(sys.executable).with_name("ray"))
+    here = f"{notice.replace('ray ', f'{ray} ', 1)} --address {address} --node-id {node_id}"
+    subprocess.run([shell, option, here], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl, which builds the overlay")
+@pytest.mark.slow
+@pytest.mark.parametrize("notice", [True, False], ids=["with notice", "without"])
+def test_a_spot_node_is_taken_away(
+    store: SlowStore, settings: Path, notice: bool, tmp_path: Path
+) -> None:
+    """With notice, its worker finishes what it has and takes nothing new: no video is done twice."""
+    argv = ["extract", slow_manifest(store, tmp_path, 60), "--out", tmp_path / "out", "--json"]
+    argv += ["--config", settings, "--set", "output.rows_per_file=4"]
+    with (
+        nodes(1, 1) as cluster,
+        Driver([*argv, "--address", cluster.address], tmp_path / "run") as driver,
+    ):
+        driver.wait_until(lambda: len(store.begun) >= 12, END_S)
+        (other,) = cluster.worker_nodes
+        if notice:
+            drain(cluster.address, other.node_id)
+            time.sleep(20)
+        cluster.remove_node(other, allow_graceful=False)
+        ended = driver.ended(END_S)
+    assert ended.code == 0, ended.err
+    rows = read_rows(str(tmp_path / "out"))
+    assert (rows.num_rows, set(rows["status"].to_pylist())) == (60, {"ok"})
+    happened = ended.json["happened"]
+    assert happened["nodes_lost"] == 1
+    assert ("videos_done_again" in happened) == (not notice)
 
 
 @pytest.mark.slow

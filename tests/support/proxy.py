@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,6 +46,8 @@ class S3Proxy:
         """Headers of every request, names in lower case."""
         self.sent = 0
         """Bytes of content sent to clients."""
+        self.slow: tuple[str, float] = ("", 0.0)
+        """A suffix of paths, and the seconds that a GET of them takes longer."""
         self._lock = threading.Lock()
         self._decide: Callable[[str, str], Trouble | None] = lambda method, path: None
         handler = type("Handler", (_Handler,), {"proxy": self})
@@ -102,6 +105,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         body = self._body()
         self.proxy.headers.append({name.lower(): value for name, value in self.headers.items()})
+        suffix, seconds = self.proxy.slow
+        if self.command == "GET" and urlsplit(self.path).path.endswith(suffix):
+            time.sleep(seconds)
         trouble = self.proxy.pick(self.command, self.path)
         if trouble is not None and trouble.status:
             self._refuse(trouble)

@@ -17,7 +17,7 @@ from support.bundle import make_bundle
 
 from tsq_ray import schema
 from tsq_ray.cli import main
-from tsq_ray.console import bare_retry, estimate_text, run_text
+from tsq_ray.console import bare_retry
 from tsq_ray.errors import ERROR_TYPES
 from tsq_ray.manifest import read_manifest
 from tsq_ray.results import Estimate, RunSummary
@@ -25,6 +25,7 @@ from tsq_ray.runs.bulk import accounting
 from tsq_ray.runs.done import read_done
 from tsq_ray.runs.folder import begin, finish, read_run, write_json, write_part
 from tsq_ray.runs.identity import Identity
+from tsq_ray.summaries import estimate_text, run_text
 
 Answer = tuple[int, str, str]
 
@@ -92,7 +93,7 @@ def one_error(answer: Answer, code: int, message: str) -> None:
         ),
         (["serve", "--model", "b", "--port", "none"], "--port"),
         (["report", "predictions", "--out"], "--out.* requires an argument"),
-        (["info"], "info takes one bundle, manifest or run folder, or else --cluster"),
+        (["info"], "info takes a bundle, manifest or run folder, or --cluster, or both"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(
@@ -611,20 +612,27 @@ def test_a_dry_run_is_described_in_words() -> None:
             "bytes_in": 12_345_678,
             "probed": ("a", "b"),
             "probed_failed": 1,
-            "workers": 2,
+            "nodes": 2,
+            "cpus": 4.0,
+            "workers": 4,
         },
         **{
             "seconds_a_video": 0.5,
             "wall_seconds": 34.6,
             "gpu_hours": 0.0,
             "cpu_hours": 0.008,
+            "video_hours": 1.5,
             "bytes_out": 250_000,
+            "dense": 3.1,
+            "cost": {"total": 2.0, "per_video": 0.07, "per_video_hour": 1.3, "dense_total": 6.2},
         },
     )
     assert estimate_text(estimate).splitlines() == [
         "to do: 30 of 40 videos, 12.3 MB to read",
-        "would take 35 s on a machine like this one, including start-up: "
-        "0.5 s per video with 2 workers (0.008 CPU hours, 0.0 GPU hours)",
+        "would take 35 s on 2 nodes (4 CPUs), including start-up: 0.5 s per video with 4 workers",
+        "would use 0.008 CPU hours, 0.0 GPU hours for 1.5 hours of video; "
+        "cost 2 (0.07 a video, 1.3 an hour of video); "
+        "recognising all frames: about 3.1 times as much (6.2)",
         "would write 0.2 MB",
         "based on a probe of 2 videos, 1 of which failed (--json names them)",
     ]

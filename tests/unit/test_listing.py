@@ -14,7 +14,6 @@ import av
 import pytest
 
 from tsq_ray import containers, storage
-from tsq_ray.console import index_text
 from tsq_ray.errors import ManifestError, StorageError
 from tsq_ray.labels import READERS
 from tsq_ray.manifest import (
@@ -30,6 +29,7 @@ from tsq_ray.manifest import (
 )
 from tsq_ray.manifest.listing import _check_ids
 from tsq_ray.storage.local_files import VANISHED
+from tsq_ray.summaries import index_text
 
 Make = Callable[..., Path]
 HIDDEN = "hidden (name begins with .)"

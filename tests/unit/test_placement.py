@@ -6,7 +6,7 @@ import pytest
 
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError
-from tsq_ray.runtime.nodes import Cluster, Layout, Node, Pool, Stage
+from tsq_ray.runtime.nodes import Cluster, Layout, Node, Pool, Stage, unplaced
 from tsq_ray.runtime.placement import gpu_count, layout, wanted_nodes
 
 GIB = 2**30
@@ -404,3 +404,22 @@ def test_a_label_that_no_node_has_is_refused() -> None:
     assert placed["worker"].labels == {"kind": "other", "zone": "a"}
     with pytest.raises(ConfigError, match=r"resources\.labels\.decode"):
         load_config(None, ["resources.labels.decode=no label"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "free", "waits_for"),
+    [
+        ("extract", many(1, 2), None),
+        ("extract", many(2, 0.5), "worker"),
+        ("extract", (), "worker"),
+        ("extract", (Node(2, memory=GIB // 8),), "worker"),
+        ("score", many(1, 2), None),
+        ("score", many(1, 0.3), "decoder"),
+        ("train", many(1, 1), "worker"),
+    ],
+)
+def test_what_finds_no_room_on_what_is_free(
+    stage: Stage, free: tuple[Node, ...], waits_for: str | None
+) -> None:
+    pool = unplaced(place(stage, TWO_CORES, 100), free)
+    assert (pool.name if pool else None) == waits_for

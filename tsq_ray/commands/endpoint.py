@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from tsq_ray.console import bench_text, show
+from tsq_ray.console import show
 from tsq_ray.log import LogFormat
 from tsq_ray.options import Address, AsJson, ConfigFile, Debug, LogFormats, Model, Sets, WaitS
 from tsq_ray.runtime.session import Session
+from tsq_ray.summaries import bench_text
 
 token = typer.Typer(help="Make tokens for the endpoint.", no_args_is_help=True)
 

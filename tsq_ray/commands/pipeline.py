@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tsq_ray.commands.jobs import Dashboard, submit_command
-from tsq_ray.console import (
-    end_run,
-    estimate_text,
-    finetune_text,
-    index_text,
-    show,
-    training_text,
-)
+from tsq_ray.console import end_run, show
+from tsq_ray.cost import Price
+from tsq_ray.errors import RunError
 from tsq_ray.log import LogFormat
 from tsq_ray.options import (
     Address,
@@ -30,7 +25,9 @@ from tsq_ray.options import (
     ManifestOut,
     MaxFailed,
     Model,
+    Nodes,
     Out,
+    Prices,
     Recognizer,
     Retry,
     Role,
@@ -43,6 +40,7 @@ from tsq_ray.options import (
     WaitS,
 )
 from tsq_ray.runtime.session import Session
+from tsq_ray.summaries import estimate_text, finetune_text, index_text, training_text
 
 
 def index(
@@ -109,6 +107,8 @@ def extract(
     submit: Submit = False,
     shared_fs: SharedFs = False,
     dry_run: DryRun = False,
+    nodes: Nodes = None,
+    price: Prices = None,
     max_failed: MaxFailed = None,
     as_json: AsJson = False,
     log_format: LogFormats = LogFormat.text,
@@ -118,37 +118,32 @@ def extract(
     from tsq_ray.config import load_config
 
     settings = load_config(config, sets or ())
-    if dry_run:
-        from tsq_ray.estimate import estimate_extract
-
-        estimate = estimate_extract(
-            manifest,
-            settings,
-            encoder,
-            recognizer,
-            split=split,
-            limit=limit,
-            out=out,
-            retry_failed=retry_failed,
-        )
-        return show(estimate, as_json, estimate_text(estimate))
-    if submit:
+    prices = _prices(price, nodes, dry_run)
+    if submit and not dry_run:
         return submit_command(context, settings)
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    which: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    networks: dict[str, Any] = {"encoder": encoder, "recognizer": recognizer}
+    if dry_run:
+        from tsq_ray.estimate import Target, estimate_extract
+
+        target = Target(session, nodes, prices)
+        estimate = estimate_extract(manifest, settings, out=out, target=target, **networks, **which)
+        return show(estimate, as_json, estimate_text(estimate))
     from tsq_ray.extraction import extract as run
 
-    done = run(
-        manifest,
-        out,
-        settings,
-        encoder=encoder,
-        recognizer=recognizer,
-        split=split,
-        limit=limit,
-        retry_failed=retry_failed,
-        take_over=take_over,
-        session=Session(address, wait_s, show_progress=not as_json, debug=debug),
-    )
-    return end_run(done, as_json, max_failed)
+    done = run(manifest, out, settings, take_over=take_over, session=session, **networks, **which)
+    return end_run(done, as_json, max_failed, prices)
+
+
+def _prices(price: str | None, nodes: int | None, dry_run: bool) -> Price | None:
+    """Return the prices of --price. Raises RunError for --nodes without --dry-run."""
+    if nodes is not None and not dry_run:
+        raise RunError(
+            f"--nodes {nodes}: a prediction, to be asked for with --dry-run; "
+            "a run uses the nodes that its cluster has"
+        )
+    return Price.parse(price) if price is not None else None
 
 
 def finetune(
@@ -216,7 +211,9 @@ def train(
 ) -> None:
     """Train TSQNet on features (Ray Train) and write the bundle."""
     if submit:
-        return submit_command(context)
+        from tsq_ray.config import load_config
+
+        return submit_command(context, load_config(config, sets or ()))
     from tsq_ray.training import train as run
     from tsq_ray.training import training_config
 
@@ -254,6 +251,8 @@ def score(
     submit: Submit = False,
     shared_fs: SharedFs = False,
     dry_run: DryRun = False,
+    nodes: Nodes = None,
+    price: Prices = None,
     max_failed: MaxFailed = None,
     as_json: AsJson = False,
     log_format: LogFormats = LogFormat.text,
@@ -263,15 +262,17 @@ def score(
     from tsq_ray.bundle.overrides import scoring_config
 
     settings = scoring_config(model, config, sets or ())
-    if dry_run:
-        from tsq_ray.estimate import estimate_score
-
-        estimate = estimate_score(
-            manifest, model, settings, split=split, limit=limit, out=out, retry_failed=retry_failed
-        )
-        return show(estimate, as_json, estimate_text(estimate))
-    if submit:
+    prices = _prices(price, nodes, dry_run)
+    if submit and not dry_run:
         return submit_command(context, settings)
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    which: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    if dry_run:
+        from tsq_ray.estimate import Target, estimate_score
+
+        target = Target(session, nodes, prices)
+        estimate = estimate_score(manifest, model, settings, out=out, target=target, **which)
+        return show(estimate, as_json, estimate_text(estimate))
     from tsq_ray.scoring import score as run
 
     done = run(
@@ -279,11 +280,9 @@ def score(
         model,
         out,
         settings,
-        split=split,
-        limit=limit,
-        retry_failed=retry_failed,
         take_over=take_over,
         with_scores=scores is Scores.all,
-        session=Session(address, wait_s, show_progress=not as_json, debug=debug),
+        session=session,
+        **which,
     )
-    return end_run(done, as_json, max_failed)
+    return end_run(done, as_json, max_failed, prices)

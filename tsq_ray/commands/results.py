@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import typer
 
 from tsq_ray.commands.jobs import submit_command
-from tsq_ray.console import evaluation_text, prediction_text, show, tree_text, verification_text
+from tsq_ray.console import show
 from tsq_ray.errors import RunError
 from tsq_ray.log import LogFormat
 from tsq_ray.options import (
@@ -23,7 +24,9 @@ from tsq_ray.options import (
     Split,
     Submit,
 )
+from tsq_ray.runtime.nodes import Stage
 from tsq_ray.runtime.session import Session
+from tsq_ray.summaries import evaluation_text, prediction_text, tree_text, verification_text
 
 
 def predict(
@@ -86,7 +89,9 @@ def evaluate(
     The tables cover samplers x budgets, ablations and GFLOPs; predictions are compared as they are.
     """
     if submit:
-        return submit_command(context)
+        from tsq_ray.config import load_config
+
+        return submit_command(context, load_config(config, sets or ()))
     from tsq_ray.evaluation import evaluate as run
     from tsq_ray.evaluation import evaluation_config
 
@@ -158,7 +163,12 @@ def verify(
 def info(
     uri: Annotated[str | None, typer.Argument(metavar="BUNDLE|MANIFEST|URI")] = None,
     cluster: Annotated[
-        bool, typer.Option("--cluster", help="Show the Ray cluster and the layout of a run on it.")
+        bool,
+        typer.Option(
+            "--cluster",
+            help="Show the Ray cluster and the layouts of runs on it: with a manifest, of runs over "
+            "it; with a bundle, of scoring.",
+        ),
     ] = False,
     address: Address = None,
     config: ConfigFile = None,
@@ -168,16 +178,40 @@ def info(
 ) -> None:
     """Describe a bundle, manifest, run folder or cluster.
 
-    Shows counts, classes, settings, provenance and GFLOPs.
+    Shows counts, classes, settings, provenance and GFLOPs; of a cluster, what is free, who holds
+    the rest, and how runs would be laid out.
     """
-    from tsq_ray.config import load_config
-    from tsq_ray.describe import describe, describe_cluster
+    from tsq_ray.describe import describe
 
-    if cluster == (uri is not None):
-        raise RunError("info takes one bundle, manifest or run folder, or else --cluster")
-    found = (
-        describe_cluster(Session(address, debug=debug), load_config(config, sets or ()))
-        if cluster
-        else describe(uri or "")
-    )
+    if not cluster and uri is None:
+        raise RunError("info takes a bundle, manifest or run folder, or --cluster, or both")
+    found = describe(uri) if uri is not None else {}
+    if cluster:
+        found = _cluster_for(uri, found, Session(address, debug=debug), config, sets)
     show(found, as_json, tree_text(found))
+
+
+def _cluster_for(
+    uri: str | None,
+    found: dict[str, Any],
+    session: Session,
+    config: Path | None,
+    sets: list[str] | None,
+) -> dict[str, Any]:
+    """Describe the cluster, with the layouts of runs over a manifest or with a bundle, or of any.
+
+    `found` is the description of `uri`.
+    """
+    from tsq_ray.bundle.overrides import scoring_config
+    from tsq_ray.config import load_config
+    from tsq_ray.runtime.overview import describe_cluster
+
+    kind = found.get("kind")
+    if uri is not None and kind == "bundle":
+        settings = scoring_config(uri, config, sets or ())
+        return describe_cluster(session, settings, stages=("score", "serve"))
+    if kind not in (None, "manifest"):
+        raise RunError(f"info {uri} --cluster: takes a manifest or a bundle, this is {kind}")
+    stages: tuple[Stage, ...] = ("extract", "finetune", "score") if kind else get_args(Stage)
+    settings = load_config(config, sets or ())
+    return describe_cluster(session, settings, found.get("videos", 0), stages)

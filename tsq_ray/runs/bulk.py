@@ -120,6 +120,8 @@ class BulkRun:
         self.lease = Lease(out, take_over=take_over)
         self.happened: dict[str, float] = {}
         """What went on besides the work: nodes_lost, videos_done_again, waited_s."""
+        self.used: dict[str, float] = {}
+        """What the work took: cpu_hours and gpu_hours of the nodes, video_hours, and frames."""
         self._held = contextlib.ExitStack()
         self._done: Done | None = None
 
@@ -236,6 +238,7 @@ class BulkRun:
             "split": self.selection.split,
             "run_id": self.id,
             "happened": {name: value for name, value in self.happened.items() if value},
+            "used": self.used,
             "started": started,
             "wall_seconds": round(time.time() - self.started, 2),
             "videos_done_now": len(self.todo),

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,7 @@ def run_bulk(
     seconds: Counter[str] = Counter()
     todo = run.todo
     seen = _Observer(ray, run, what)
+    seen.look()
     options: dict[str, Any] = {"session": session, "ticks": (run.stop_if_lost, *ticks), "app": app}
     for _ in range(_PASSES):
         try:
@@ -93,6 +94,8 @@ class _Observer:
         self._done, self._waiting_s = 0, 0.0
         self._waited = [0.0, 0.0]
         """In earlier passes, and in this one."""
+        self._used: Counter[str] = Counter()
+        self._since: float | None = None
 
     def observe(self, done: int, watch: Watch) -> None:
         """Note the videos done and the waits; look at the nodes every few seconds."""
@@ -102,12 +105,33 @@ class _Observer:
         if time.monotonic() - self._looked >= _LOOK_EVERY_S:
             self.look()
 
+    def used(self, amounts: Mapping[str, float]) -> None:
+        """Add to what the run worked on: AMOUNTS of published parts."""
+        self._used.update(amounts)
+
+    def _count_hours(self, nodes: Sequence[Mapping[str, Any]]) -> None:
+        """Add the time since the last look, for each CPU and GPU of the live nodes."""
+        hours = (self._looked - self._since) / 3600 if self._since is not None else 0.0
+        self._since = self._looked
+        for kind, name in (("CPU", "cpu_hours"), ("GPU", "gpu_hours")):
+            self._used[name] += hours * sum(node["Resources"].get(kind, 0.0) for node in nodes)
+        self._run.used |= {
+            "cpu_hours": round(self._used["cpu_hours"], 6),
+            "gpu_hours": round(self._used["gpu_hours"], 6),
+            "video_hours": round(self._used[parts.VIDEO_S] / 3600, 6),
+        }
+        if self._used[parts.RECOGNIZED]:
+            self._run.used["sampled_frames"] = int(self._used[parts.SAMPLED])
+            self._run.used["recognized_frames"] = int(self._used[parts.RECOGNIZED])
+
     def look(self) -> None:
         """Compare the nodes with those of before, and export what is known."""
         self._looked = time.monotonic()
         happened = self._run.happened
         with contextlib.suppress(self._ray.exceptions.RayError):
-            nodes = {node["NodeID"] for node in self._ray.nodes() if node["Alive"]}
+            alive = [node for node in self._ray.nodes() if node["Alive"]]
+            self._count_hours(alive)
+            nodes = {node["NodeID"] for node in alive}
             if lost := len(self._nodes - nodes):
                 happened["nodes_lost"] = happened.get("nodes_lost", 0) + lost
                 log.say(
@@ -137,7 +161,8 @@ def _publishing(
                     seen.metrics.published,
                 )
             )
-        written = int(totals.pop(parts.ROWS, 0))
-        return written, {name: value for name, value in totals.items() if value > 0}
+        written, *amounts = (totals.pop(name, 0.0) for name in parts.AMOUNTS)
+        seen.used(dict(zip(parts.AMOUNTS[1:], amounts, strict=True)))
+        return int(written), {name: value for name, value in totals.items() if value > 0}
 
     return publish

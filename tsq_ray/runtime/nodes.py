@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -149,11 +149,16 @@ class Pool:
     def describe(self) -> str:
         """Describe the pool for display: its size, then the resources of one actor."""
         limit = "as the cluster grows" if self.limit >= GROWTH_LIMIT else f"up to {self.limit}"
+        return f"{self.now}{f' ({limit})' if self.limit > self.now else ''} of {self.actor}"
+
+    @property
+    def actor(self) -> str:
+        """The resources of one actor, for display."""
         parts = [f"{self.cpus:g} CPU"]
         parts += [f"{self.gpus:g} GPU"] if self.gpus else []
         parts += [f"{self.memory / _GIB:.2g} GiB"] if self.memory else []
         parts += [f"{name}={value}" for name, value in self.labels.items()]
-        return f"{self.now}{f' ({limit})' if self.limit > self.now else ''} of {', '.join(parts)}"
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,31 @@ def num_fitting(pool: Pool, node: Node) -> int:
     asked = ((node.cpus, pool.cpus), (node.gpus, pool.gpus), (node.memory, pool.memory))
     fits = (available / wanted for available, wanted in asked if wanted)
     return int(min(fits, default=float(GROWTH_LIMIT)) + 1e-9)
+
+
+def unplaced(placed: Layout, free: Sequence[Node]) -> Pool | None:
+    """Return a pool that has no room for the actors it starts with; None if all have.
+
+    A pool that grows with the cluster starts with one, the others with their minimum.
+
+    Args:
+        placed: the layout.
+        free: the live nodes, with the resources that nobody uses.
+    """
+    left = list(free)
+    for pool in sorted(placed.pools.values(), key=lambda pool: (-pool.gpus, -pool.cpus)):
+        for _ in range(1 if pool.fit else pool.minimum):
+            place = next((i for i, node in enumerate(left) if num_fitting(pool, node)), None)
+            if place is None:
+                return pool
+            node = left[place]
+            left[place] = replace(
+                node,
+                cpus=node.cpus - pool.cpus,
+                gpus=node.gpus - pool.gpus,
+                memory=node.memory - pool.memory,
+            )
+    return None
 
 
 def describe_largest(cluster: Cluster) -> str:

@@ -1,0 +1,148 @@
+"""Hours and money of a run: prices, figures per video, and scaling a probe to other nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tsq_ray.config import load_config
+from tsq_ray.cost import Price, Used, dense
+from tsq_ray.errors import ConfigError
+from tsq_ray.estimate import STARTUP_S, predict
+from tsq_ray.probe import Asked, Probe
+from tsq_ray.runtime.nodes import Cluster, Node, Stage
+from tsq_ray.runtime.placement import layout
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cpu=0.04,gpu=1.5", Price(0.04, 1.5)),
+        ("gpu=2", Price(0.0, 2.0)),
+        (" cpu = 1 ", Price(1.0, 0.0)),
+        ("cpu=0", Price()),
+    ],
+)
+def test_prices(text: str, expected: Price) -> None:
+    assert Price.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "item"),
+    [
+        ("", "''"),
+        ("1.5", "'1.5'"),
+        ("cpu=1,cpu=2", "'cpu=2'"),
+        ("tpu=1", "'tpu=1'"),
+        ("cpu=-1", "'cpu=-1'"),
+        ("cpu=nan", "'cpu=nan'"),
+        ("gpu=inf", "'gpu=inf'"),
+        ("cpu=1,", "''"),
+    ],
+)
+def test_wrong_prices(text: str, item: str) -> None:
+    with pytest.raises(ConfigError, match=f"{item} is not the price .* cpu=0.04,gpu=1.50"):
+        Price.parse(text)
+
+
+def test_cost_per_video_and_hour_and_of_recognising_every_frame() -> None:
+    used = Used(cpu_hours=10, gpu_hours=2, videos=100, video_hours=4, dense=3)
+    assert used.cost(Price(0.5, 1.5)) == {
+        "total": 8.0,
+        "per_video": 0.08,
+        "per_video_hour": 2.0,
+        "dense_total": 24.0,
+    }
+    assert Used(1, 0, 0, 0).cost(Price(2)) == {"total": 2.0}
+
+
+def test_recognising_every_frame_costs_t_over_k_of_the_recogniser_and_no_sampler() -> None:
+    assert dense({"decode": 2, "sample": 1, "recognize": 1}, frames=4) == 1.5
+    assert dense({"recognize": 1, "sample": 1}, 4) == 2.0
+    assert dense({"decode": 1}, 4) is None
+
+
+def record(**used: float) -> dict[str, Any]:
+    return {
+        "videos_done_now": 10,
+        "used": {"cpu_hours": 1.0, "gpu_hours": 0.0, "video_hours": 0.5, **used},
+        "stage_seconds": {"decode": 2.0, "recognize": 1.0, "write": 9.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (record(), Used(1.0, 0.0, 10, 0.5)),
+        (record(sampled_frames=160, recognized_frames=40), Used(1.0, 0.0, 10, 0.5, 2.0)),
+        (record() | {"videos_done_now": 0}, None),
+        ({"videos_done_now": 10}, None),
+    ],
+    ids=["features", "predictions", "nothing done", "a run of 0.1.0"],
+)
+def test_what_a_run_used(content: dict[str, Any], expected: Used | None) -> None:
+    assert Used.of_run(content) == expected
+
+
+FOUR, GPU = Node(4), Node(8, 1)
+
+
+def predicted(
+    stage: Stage, own: Node, nodes: list[Node], videos: int = 10_000, **seconds: float
+) -> dict[str, Any]:
+    """The estimate for these nodes, from a probe on `own`."""
+    config = load_config(None, [])
+    asked = Asked(stage, config, lambda placed: pytest.fail("not measured here"), (), videos)
+    spent = {"seconds": 0.5, "decode_s": 1.0, "network_s": 0.5} | seconds
+    placed = layout(stage, config, Cluster((own,)), videos)
+    probe = Probe(
+        layout=placed,
+        cpus=own.cpus,
+        uris=("a",),
+        failed=0,
+        load_s=5,
+        row_bytes=100,
+        video_s=36,
+        dense=2,
+        **spent,
+    )
+    return predict(probe, asked, nodes, Price(1.0, 10.0))
+
+
+@pytest.mark.parametrize("stage", ["extract", "score"])
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_equal_nodes_share_the_work(stage: Stage, count: int) -> None:
+    found = predicted(stage, FOUR, [FOUR] * count)
+    assert found["seconds_a_video"] == pytest.approx(0.5 / count, abs=1e-4)
+    seconds = 10_000 * 0.5 / count + STARTUP_S + 5
+    assert found["wall_seconds"] == pytest.approx(seconds, abs=0.1)
+    assert found["cpu_hours"] == pytest.approx(seconds * 4 * count / 3600, rel=1e-3)
+    assert (found["nodes"], found["cpus"], found["gpus"]) == (count, 4.0 * count, 0)
+    assert (found["video_hours"], found["bytes_out"]) == (100.0, 1_000_000)
+    assert found["cost"]["per_video_hour"] == pytest.approx(found["cpu_hours"] / 100, rel=1e-3)
+
+
+def test_few_videos_do_not_use_many_nodes() -> None:
+    assert predicted("extract", FOUR, [FOUR] * 100, videos=8)["seconds_a_video"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("decode_s", "network_s", "speed"),
+    [(0.1, 1.0, 1.0), (8.0, 0.1, 3.0)],
+    ids=["the GPU limits", "decoding limits"],
+)
+def test_more_cpu_nodes_help_a_gpu_only_if_decoding_limits(
+    decode_s: float, network_s: float, speed: float
+) -> None:
+    spent = {"decode_s": decode_s, "network_s": network_s}
+    alone = predicted("extract", GPU, [GPU], **spent)["seconds_a_video"]
+    found = predicted("extract", GPU, [GPU, Node(8), Node(8)], **spent)
+    assert alone / found["seconds_a_video"] == pytest.approx(speed, rel=0.1)
+    assert found["gpus"] == 1
+    assert found["gpu_hours"] > 0
+
+
+def test_a_probe_without_a_good_video_scales_with_the_gpus() -> None:
+    found = predicted("extract", GPU, [GPU] * 2, decode_s=0.0, network_s=0.0)
+    assert found["seconds_a_video"] == 0.25

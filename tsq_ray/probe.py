@@ -1,0 +1,192 @@
+"""The probe of `--dry-run`: what a few videos take on one node with all of its workers busy.
+
+It runs as many decoding child processes and networks in parallel as the run has workers on that
+node, each with the run's threads, so that contention is part of the measurement. No output.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from tsq_ray import cost, schema, storage
+from tsq_ray.bundle.weights import load_bundle
+from tsq_ray.config import Config
+from tsq_ray.decode import DecodedVideo, FrameSpec
+from tsq_ray.feature_pipeline import Networks, feature_row
+from tsq_ray.manifest import VideoRef
+from tsq_ray.rows import prediction_row, source_of
+from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage
+from tsq_ray.runtime.placement import layout
+from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
+
+Finish = Callable[[VideoRef, Any], dict[str, Any]]
+"""Maps a decoded video, or its failure, to its row."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a stage does with a video, its networks loaded."""
+
+    finish: Finish
+    schema: pa.Schema
+    specs: Mapping[str, FrameSpec]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a probe measures; serialised to the node that measures it."""
+
+    stage: Stage
+    config: Config
+    load: Callable[[Layout], Loaded]
+    chosen: tuple[VideoRef, ...]
+    videos: int
+    """Videos of the run."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the chosen videos took. Seconds and bytes are means per video."""
+
+    layout: Layout
+    """The run's, on this node alone."""
+    cpus: float
+    """The node's."""
+    uris: tuple[str, ...]
+    failed: int
+    seconds: float
+    """Of the whole node."""
+    decode_s: float
+    """Of one decoding process."""
+    network_s: float
+    """Of one worker's networks."""
+    load_s: float
+    """Loading the networks, in all."""
+    row_bytes: float
+    """Compressed."""
+    video_s: float
+    """Footage."""
+    dense: float | None
+    """As in `cost.Used`."""
+
+
+def load_extract(
+    config: Config, networks: Networks, classes: Sequence[str], placed: Layout
+) -> Loaded:
+    """Load the networks of an extraction."""
+    loaded = networks.load()
+    encode = loaded.encode(config, placed.device)
+
+    def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
+        features = encode([video])[0] if isinstance(video, DecodedVideo) else None
+        return feature_row(ref, video, features)
+
+    specs = networks.specs(config.resources.resizes_on_device(placed.on_gpu))
+    return Loaded(finish, loaded.features_schema(config, classes), specs)
+
+
+def load_score(config: Config, model: str, classes: Sequence[str], placed: Layout) -> Loaded:
+    """Load the networks of a bundle."""
+    device, bundle = torch.device(placed.device), load_bundle(model)
+    sample = Sample(bundle, config.sampler, device, config.resources)
+    recognize = Recognize(bundle, device, config.resources)
+
+    def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
+        return prediction_row(ref, recognize(sample([(ref.video_id, video)]))[0])
+
+    native_size = config.resources.resizes_on_device(placed.on_gpu)
+    return Loaded(
+        finish,
+        schema.predictions_schema(config.decode.num_frames, len(bundle.classes), classes),
+        bundle_specs(bundle, config.sampler.mode, native_size),
+    )
+
+
+def measure(asked: Asked, node: Node) -> Probe:
+    """Process the chosen videos here, on `node`, with one of its GPUs if the run uses GPUs."""
+    node = replace(node, gpus=min(1.0, node.gpus))
+    placed = layout(asked.stage, asked.config, Cluster((node,)), asked.videos)
+    started = time.perf_counter()
+    loaded = asked.load(placed)
+    load_s = time.perf_counter() - started
+    workers, threads = _parallel(placed)
+    decoders = placed.pools.get("decoder")
+    children = workers if decoders is None else decoders.now * placed.decoder_processes
+    with Decode(asked.config.decode, loaded.specs, children) as decode:
+        rows, network_s, seconds = _probe(asked.chosen, decode, loaded.finish, workers, threads)
+    ok = [row for row in rows if row["status"] == "ok"]
+    return Probe(
+        layout=placed,
+        cpus=node.cpus,
+        uris=tuple(storage.redact(ref.uri) for ref in asked.chosen),
+        failed=len(rows) - len(ok),
+        seconds=seconds,
+        decode_s=_mean([row.get("_decode_s") or row.get("decode_ms", 0) / 1000 for row in ok]),
+        network_s=network_s,
+        load_s=load_s,
+        row_bytes=_encoded_size(rows, loaded.schema) / len(rows),
+        video_s=_mean([row["duration_s"] or 0.0 for row in ok]),
+        dense=_dense([row for row in ok if "selected_slot" in row]),
+    )
+
+
+def _parallel(placed: Layout) -> tuple[int, int]:
+    """Return how many networks run in parallel on the node, and the threads of each."""
+    if "worker" in placed.pools:
+        return placed["worker"].now, placed.threads
+    if "sampler" in placed.pools and not placed.on_gpu:
+        return placed.threads, 1  # a replica processes one video per thread, in parallel
+    return 1, placed.threads
+
+
+def _probe(
+    chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int
+) -> tuple[list[dict[str, Any]], float, float]:
+    """Return the rows of the chosen videos; per video, the networks' seconds and those of all."""
+    spent: list[float] = []
+
+    def work(ref: VideoRef, decoded: Future[Any]) -> dict[str, Any]:
+        video = decoded.result()
+        started = time.perf_counter()
+        row = finish(ref, video)
+        spent.append(time.perf_counter() - started)
+        return row
+
+    # set_num_threads applies to the calling thread only
+    with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, threads)) as pool:
+
+        def run(refs: Sequence[VideoRef]) -> list[dict[str, Any]]:
+            return list(pool.map(work, refs, [decode.pool.submit(source_of(ref)) for ref in refs]))
+
+        # warm up every worker before measuring
+        run([chosen[number % len(chosen)] for number in range(workers)])
+        spent.clear()
+        started = time.perf_counter()
+        rows = run(chosen)
+        return rows, _mean(spent), (time.perf_counter() - started) / len(chosen)
+
+
+def _dense(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    sums = {name: sum(row[f"{name}_ms"] or 0.0 for row in rows) for name in cost.STAGES}
+    frames = sum(len(row["frame_pts_s"]) for row in rows)
+    chosen = sum(len(row["selected_slot"]) for row in rows)
+    return cost.dense(sums, frames / chosen) if chosen else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _encoded_size(rows: Sequence[dict[str, Any]], arrow: pa.Schema) -> int:
+    sink = pa.BufferOutputStream()
+    pq.write_table(schema.table_from_rows(rows, arrow), sink, compression="zstd")
+    return sink.getvalue().size
