@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,10 @@ def test_a_sampler_is_trained_on_features(
     monkeypatch.chdir(old)  # the settings name `words.txt`
     out = old / "new"
     command = ("train", old / "features", "--out", out, *networks(old), *settings(old))
+    kept = set(Path(tempfile.gettempdir()).glob("tsq-features-*"))
     assert tsq(*command, "--json").json["videos"] == 6
+    left = set(Path(tempfile.gettempdir()).glob("tsq-features-*"))
+    assert left <= kept, "the last process that uses the features removes them"
     again = tsq("train", old / "features", "--out", old / "bundle", *networks(old), *settings(old))
     assert "already done" in again.out
     report = tsq("report", old / "predictions", "--out", old / "report.html", "--json").json

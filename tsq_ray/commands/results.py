@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,6 @@ from tsq_ray.options import (
     Split,
     Submit,
 )
-from tsq_ray.runtime.nodes import Stage
 from tsq_ray.runtime.session import Session
 from tsq_ray.summaries import evaluation_text, prediction_text, tree_text, verification_text
 
@@ -212,6 +211,7 @@ def _cluster_for(
         return describe_cluster(session, settings, stages=("score", "serve"))
     if kind not in (None, "manifest"):
         raise RunError(f"info {uri} --cluster: takes a manifest or a bundle, this is {kind}")
-    stages: tuple[Stage, ...] = ("extract", "finetune", "score") if kind else get_args(Stage)
     settings = load_config(config, sets or ())
-    return describe_cluster(session, settings, found.get("videos", 0), stages)
+    if kind is None:
+        return describe_cluster(session, settings)
+    return describe_cluster(session, settings, found["videos"], ("extract", "finetune", "score"))

@@ -95,7 +95,6 @@ class _Observer:
         self._waited = [0.0, 0.0]
         """In earlier passes, and in this one."""
         self._used: Counter[str] = Counter()
-        self._since: float | None = None
 
     def observe(self, done: int, watch: Watch) -> None:
         """Note the videos done and the waits; look at the nodes every few seconds."""
@@ -109,10 +108,8 @@ class _Observer:
         """Add to what the run worked on: AMOUNTS of published parts."""
         self._used.update(amounts)
 
-    def _count_hours(self, nodes: Sequence[Mapping[str, Any]]) -> None:
-        """Add the time since the last look, for each CPU and GPU of the live nodes."""
-        hours = (self._looked - self._since) / 3600 if self._since is not None else 0.0
-        self._since = self._looked
+    def _count_hours(self, nodes: Sequence[Mapping[str, Any]], hours: float) -> None:
+        """Add these hours for each CPU and GPU of the live nodes."""
         for kind, name in (("CPU", "cpu_hours"), ("GPU", "gpu_hours")):
             self._used[name] += hours * sum(node["Resources"].get(kind, 0.0) for node in nodes)
         self._run.used |= {
@@ -126,11 +123,13 @@ class _Observer:
 
     def look(self) -> None:
         """Compare the nodes with those of before, and export what is known."""
-        self._looked = time.monotonic()
+        now = time.monotonic()
+        hours = (now - self._looked) / 3600 if self._nodes else 0.0
+        self._looked = now
         happened = self._run.happened
         with contextlib.suppress(self._ray.exceptions.RayError):
             alive = [node for node in self._ray.nodes() if node["Alive"]]
-            self._count_hours(alive)
+            self._count_hours(alive, hours)
             nodes = {node["NodeID"] for node in alive}
             if lost := len(self._nodes - nodes):
                 happened["nodes_lost"] = happened.get("nodes_lost", 0) + lost

@@ -21,14 +21,13 @@ _GIB = 2**30
 _PROBE_S = 30.0
 _MOST_SHOWN = 50
 """Nodes that are listed one by one."""
-ALL_STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 def describe_cluster(
     session: Session,
     config: Config,
     videos: int = 0,
-    stages: Sequence[Stage] = ALL_STAGES,
+    stages: Sequence[Stage] = get_args(Stage),
 ) -> dict[str, Any]:
     """Describe a Ray cluster: its nodes, what is free, who holds the rest, and what waits.
 

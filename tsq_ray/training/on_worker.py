@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from tsq_ray.training.head import accuracy, fit_head, head_logits
 _CPUS = 0.01
 """Above 0, to keep it off a head node without CPUs: it is busy only before the workers are."""
 _RETRIES = 3
-T = TypeVar("T")
+_CLOSE_S = 60.0
 
 
 class _Videos:
@@ -70,6 +70,10 @@ class FeatureWorker:
         self.read()
         assert self._data is not None
         return self._data
+
+    def close(self) -> None:
+        """Remove the features from this node, unless another process uses them."""
+        self._stack.close()
 
     def fit_head(self, config: FinetuneConfig, task: Task) -> tuple[np.ndarray, np.ndarray, float]:
         """Return the weight and bias of a head, and its accuracy on the training videos."""
@@ -171,5 +175,7 @@ def features_on_worker(
         features = Features(actor, counts, num_videos, what, session, ticks)
         features.read()
         yield features
+        with contextlib.suppress(ray.exceptions.RayError):  # a lost node has no files to remove
+            ray.get(actor.close.remote(), timeout=_CLOSE_S)
     finally:
         ray.kill(actor)
