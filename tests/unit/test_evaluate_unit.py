@@ -120,6 +120,16 @@ def test_features_by_split_with_labels_in_the_bundles_order(case: Case) -> None:
     assert features.measured.fps == (FPS, FPS)
 
 
+def test_of_many_videos_a_sample_is_measured(case: Case) -> None:
+    every = load_features(case.features, case.bundle, "val").measured
+    some = load_features(case.features, case.bundle, "val", max_videos=3).measured
+    assert some.left_out == every.left_out | {"above evaluate.max_videos": VAL - 3}
+    assert some.video_ids == every.video_ids[:3]
+    assert np.array_equal(some.targets, every.targets[:3])
+    assert np.array_equal(some.logits, every.logits[:3])
+    assert load_features(case.features, case.bundle, "val", VAL).measured.left_out == every.left_out
+
+
 def test_labels_are_mapped_by_name_and_strange_ones_counted(case: Case, tmp_path: Path) -> None:
     names = [CLASSES[1], "juggling", CLASSES[0]]
     features = load_features(

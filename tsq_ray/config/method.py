@@ -318,6 +318,9 @@ class EvaluateConfig(Section):
         default=tuple(range(1, 11)), min_length=1
     )
     """Budgets K of the accuracy-cost plot; tables with one budget use `sampler.budget`."""
+    max_videos: int = Field(default=20_000, ge=0)
+    """Most videos to measure, and as many to train on; of more, a random sample is used (0: all).
+    Their features are kept in memory, at 16 frames about 50 kB per video."""
     word_vectors: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Files of static word vectors (GloVe, word2vec; see `encoders.text.weights`) for table 9."""
 

@@ -95,8 +95,8 @@ def evaluate(
         table = compare(sources, bundle, known)
         made = [(table, table.write(out, [_model_line(model, bundle), _version()]))]
         return _summary(out, made, started, 0, {"runs": len(sources)})
-    features = load_features(sources[0], bundle, split)
     config = config or evaluation_config(model)
+    features = load_features(sources[0], bundle, split, config.evaluate.max_videos)
     _check_budgets(config, features, bundle)
     data = _data(features, bundle)
     sampler = config.sampler.model_dump(mode="json", exclude={"seed"})

@@ -80,11 +80,12 @@ class Features:
     """Names of labels that the bundle lacks."""
 
 
-def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
+def load_features(uri: str, bundle: Bundle, split: str | None, max_videos: int = 0) -> Features:
     """Read the features of a finished extraction.
 
     They must hold `recognizer_logits` and be made with the bundle's own encoder and recogniser.
-    `split` defaults to `val`, or to all rows if no row has a split.
+    `split` defaults to `val`, or to all rows if no row has a split. Of more than `max_videos` in a
+    split, a random sample is read (0: all).
 
     Raises RunError if logits, split or labels are missing, ModelError if the features were made
     with other weights.
@@ -106,7 +107,7 @@ def load_features(uri: str, bundle: Bundle, split: str | None) -> Features:
 
     def video_set(split: str | None) -> VideoSet:
         rows = table if split is None else table.filter(pc.equal(table["split"], split))
-        return _video_set(parts, rows, names, bundle.classes, arrow)
+        return _video_set(parts, rows, names, bundle.classes, arrow, max_videos)
 
     measured = video_set(wanted)
     if not len(measured):
@@ -179,7 +180,12 @@ def _measured_split(splits: pa.ChunkedArray, split: str | None, shown: str) -> s
 
 
 def _video_set(
-    parts: Sequence[str], table: pa.Table, names: list[str], classes: list[str], arrow: pa.Schema
+    parts: Sequence[str],
+    table: pa.Table,
+    names: list[str],
+    classes: list[str],
+    arrow: pa.Schema,
+    max_videos: int,
 ) -> VideoSet:
     """Load the rows of one split; labels are mapped by name to the bundle's order."""
     position = {name: number for number, name in enumerate(classes)}
@@ -205,6 +211,11 @@ def _video_set(
         "labels that the bundle lacks": ok & labelled & ~known,
     }
     kept = table.filter(pa.array(taken))
+    others: dict[str, int] = {}
+    if 0 < max_videos < len(kept):
+        # ids are hashes, so the first ones in their order are a random sample
+        others = {"above evaluate.max_videos": len(kept) - max_videos}
+        kept, targets = kept.slice(0, max_videos), targets[:max_videos]
     arrays = _tensors(parts, kept, arrow)
     fps = pc.min_max(kept["fps"].filter(pc.greater(kept["fps"], 0))).as_py()
     return VideoSet(
@@ -218,7 +229,8 @@ def _video_set(
         object_probs=arrays["object_probs"],
         logits=arrays[LOGITS],
         fps=(fps["min"] or 0.0, fps["max"] or 0.0),
-        left_out={reason: int(mask.sum()) for reason, mask in left_out.items() if mask.any()},
+        left_out={reason: int(mask.sum()) for reason, mask in left_out.items() if mask.any()}
+        | others,
     )
 
 
