@@ -285,6 +285,31 @@ def test_tokens(head: Head, tmp_path: Path) -> None:
     assert client(command, by_variable, tmp_path).returncode == 0
 
 
+def test_joining_with_a_token(head: Head, tmp_path: Path) -> None:
+    """The same for a command that joins the cluster itself."""
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    bare = {name: value for name, value in head.environment.items() if name not in names}
+    command = [sys.executable, "-m", "tsq_ray", "info", "--cluster", "--address", head.address]
+    # the head listens on loopback only, for which Ray would take this machine's other address
+    bare["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    right = head.environment["RAY_AUTH_TOKEN"]
+    for name, token in (("right", right), ("wrong", "0" * 64), ("none", None)):
+        home = tmp_path / name
+        home.mkdir()
+        given = bare | {"HOME": str(home)} | ({"RAY_AUTH_TOKEN": token} if token else {})
+        done = client(command, given, tmp_path)
+        if name == "right":
+            assert done.returncode == 0, done.stderr
+            continue
+        assert done.returncode == 1
+        assert len(done.stderr.strip().splitlines()) == 1
+        what = "does not accept the token" if token else "may want a token, and there is none"
+        assert done.stderr.startswith(
+            f"error: --address {head.address}: what listens there {what}, or is no Ray cluster"
+        )
+        assert "set RAY_AUTH_TOKEN" in done.stderr
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
 def test_an_address_that_does_not_answer(chain: Chain, address: str, tmp_path: Path) -> None:
     place = address.format(port=free_ports(1)[0])

@@ -23,7 +23,6 @@ from tsq_ray.runtime.placement import wanted_nodes
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _MAX_CHATTER = 200
-_TOKEN_ERRORS = ("AuthenticationError", "Unauthenticated", "InvalidAuthToken", "Unauthorized")
 _ASK_EVERY_S = 3.0
 _MAX_INIT_DEATHS = 3
 _MAX_SOCKET_PATH = 107
@@ -44,6 +43,8 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
     # without an address Ray would join any head node that runs on this machine
     place = address or os.environ.get("RAY_ADDRESS") or "local"
     _set_environment(debug)
+    if place != "local" and ray_token() is not None:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     with _for_loopback(place):
         import ray
 
@@ -256,22 +257,34 @@ def _is_private_folder(path: str) -> bool:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise OSError if nothing listens at `[ray://]host:port`; Ray would retry for five minutes."""
+    """Raise _Unreachable if nothing listens at `[ray://]host:port`.
+
+    Ray would retry for five minutes.
+    """
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
-            pass
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise _Unreachable(str(error)) from error
+
+
+class _Unreachable(Exception):
+    """Nothing listens at an address."""
 
 
 def _why_joining_failed(error: Exception, place: str, is_argument: bool) -> str:
     """Say what is wrong with the address and what to do about it."""
     named = f"--address {place}" if is_argument else f"RAY_ADDRESS={place}"
     otherwise = "leave --address out" if is_argument else "unset RAY_ADDRESS"
-    if isinstance(error, OSError):
+    if isinstance(error, _Unreachable):
         what, remedy = "no Ray cluster answers there", "start one with: ray start --head"
-    elif any(word in f"{type(error).__name__} {error}" for word in _TOKEN_ERRORS):
-        what = "that Ray cluster wants its token"
-        remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to its token"
+    elif isinstance(error, OSError):  # this is how Ray reports a wrong token and a missing one
+        given = (
+            "does not accept the token" if ray_token() else "may want a token, and there is none"
+        )
+        what = f"what listens there {given}, or is no Ray cluster"
+        remedy = "set RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token, check the address"
     else:
         what = "that Ray cluster cannot be joined"
         remedy = "check the address, and that the cluster has the same Python and Ray versions"
