@@ -5,13 +5,16 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
+import httpx
 import pytest
 from support.archive import Archive, make_archive
 from support.bundle import make_bundle
@@ -92,6 +95,22 @@ def lines_of(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def batch_videos(endpoint: Endpoint, at_least: int) -> Counter[str]:
+    """The metric of videos in batches by error type, once it has reached a number."""
+    deadline = time.monotonic() + END_S  # it is exported every few seconds
+    while True:
+        text = httpx.get(endpoint.metrics_url, trust_env=False).text
+        found: Counter[str] = Counter()
+        for labels, value in re.findall(r"^ray_tsq_batch_videos_total{(.*)} (.+)$", text, re.M):
+            error_type = re.search(r'error_type="(\w*)"', labels)
+            assert error_type is not None, labels
+            found[error_type[1]] += int(float(value))
+        if found.total() >= at_least:
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+
+
 def test_a_batch_of_lines(endpoint: Endpoint, archive: Archive) -> None:
     uris = {f"id {number}": str(archive.root / path) for number, path in enumerate(archive.paths)}
     uris["twice"] = uris["id 0"]
@@ -116,6 +135,8 @@ def test_a_batch_of_lines(endpoint: Endpoint, archive: Archive) -> None:
     assert {str(archive.root / path): why for path, why in archive.bad.items()}.items() <= (
         errors.items()
     )
+    by_type = Counter({"": counts["completed"]}) + Counter(errors.values())
+    assert batch_videos(endpoint, counts["total"]) == by_type
     (row,) = predict_rows([uris["id 0"]], endpoint.model, scoring_config(endpoint.model))
     line = next(line for line in good if line["custom_id"] == "twice")
     assert line["top_labels"] == row["top_labels"]

@@ -153,6 +153,15 @@ class BulkRun:
         _free_memory()
         return todo
 
+    def count_settled(self) -> tuple[int, int]:
+        """Return how many videos were ok and how many failed when the folder was last read.
+
+        Those that are still to do do not count.
+        """
+        assert self._done is not None, "the run must have been entered"
+        ok = accounting(self._done, None)["ok"]
+        return ok, len(self.selection.manifest.rows) - len(self.todo) - ok
+
     def check(self) -> None:
         """Raise RunFailed if another run took over the folder, so that nothing more is written."""
         self.lease.check()

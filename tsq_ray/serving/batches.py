@@ -37,6 +37,7 @@ from tsq_ray.schema import table_from_rows
 from tsq_ray.score_run import ScoreRun, prediction_of
 from tsq_ray.serving.graph import Graph, TimeLimits, Video
 from tsq_ray.serving.loopback import bind_to_loopback
+from tsq_ray.serving.metrics import BatchMetrics
 from tsq_ray.serving.requests.models import Batch, BatchLine, BatchList, BatchRequest, RequestCounts
 from tsq_ray.serving.requests.problems import RequestError
 from tsq_ray.serving.requests.uris import check_uri
@@ -76,6 +77,7 @@ class BatchRunner:
         self._running: dict[str, _Running] = {}
         self._turn = asyncio.Lock()
         self._places = asyncio.Semaphore(config.serve.batch_videos)
+        self._metrics = BatchMetrics()
 
     def _at(self, batch: str, *names: str) -> str:
         return storage.join(self._root, batch, *names)
@@ -235,8 +237,10 @@ class BatchRunner:
         scored = ScoreRun.of(selection, self._model, running.card.predictions_uri, self._config)
         async with self._held(scored, running):
             todo = scored.run.todo
-            done = len(manifest.rows) - len(todo)
-            running.card.request_counts = RequestCounts(total=len(manifest.rows), completed=done)
+            ok, failed = scored.run.count_settled()
+            running.card.request_counts = RequestCounts(
+                total=len(manifest.rows), completed=ok, failed=failed
+            )
             await self._enter(running, "in_progress")
             size = part_rows(scored.schema, self._config.output, len(manifest.rows))
             for start in range(0, len(todo), size):
@@ -288,6 +292,7 @@ class BatchRunner:
         _stop_if_cancelled(running)
         table = table_from_rows(rows, scored.schema)
         await asyncio.to_thread(scored.run.publish, table)
+        self._metrics.written(rows)
         await asyncio.to_thread(self._save, running.card)
 
     async def _row(self, running: _Running, scored: ScoreRun, ref: VideoRef) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Ray puts `ray_` before each name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray.serve import metrics
@@ -84,3 +85,21 @@ class DecoderMetrics:
         if total > self._seen:
             self._lost.inc(total - self._seen)
             self._seen = total
+
+
+class BatchMetrics:
+    """What the replica that keeps the batches counts."""
+
+    def __init__(self) -> None:
+        self._videos = metrics.Counter(
+            "tsq_batch_videos",
+            "Videos of batches that have their row, by status and error type.",
+            _tags("status", "error_type"),
+        )
+
+    def written(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Count the rows of a part that was written."""
+        for (status, error_type), count in Counter(
+            (row["status"], row.get("error_type") or "") for row in rows
+        ).items():
+            self._videos.inc(count, {"status": status, "error_type": error_type})
