@@ -88,7 +88,8 @@ INSIDE = {
         *("parts", "bulk", "overview", "jobs"),
     ),
     "serving": (
-        *("access", "loopback", "facts", "microbatching", "warmup", "metrics", "requests", "graph"),
+        *("access", "loopback", "facts", "cores", "microbatching", "warmup", "metrics", "requests"),
+        "graph",
         *(
             "deployments",
             "batches",
