@@ -445,6 +445,19 @@ def test_a_name_that_no_file_can_have(
     assert "AWS" not in str(caught.value)
 
 
+def test_the_current_folder_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a worker's may be on a cluster: only relative paths need it."""
+    (tmp_path / "v.mp4").write_bytes(b"video")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert storage.read_bytes(str(tmp_path / "v.mp4")) == b"video"
+    storage.write_bytes(str(tmp_path / "w.mp4"), b"other")
+    with pytest.raises(StorageError, match=r"^v.mp4: is relative to the current folder, which has"):
+        storage.normalize("v.mp4")
+
+
 @pytest.mark.parametrize("call", READERS)
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "character device"])
 def test_what_is_no_file_is_never_opened(

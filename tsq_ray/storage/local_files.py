@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import BinaryIO
 
+from tsq_ray.errors import StorageError
+
 _LOST_AND_FOUND = "lost+found"
 _SPECIAL = {
     stat.S_IFIFO: "FIFO",
@@ -57,17 +59,28 @@ class SpecialFile(OSError):
 def absolute(path: str) -> str:
     """Make a path absolute. Links are kept, except those before a `..`, which are resolved.
 
-    A `..` after a link means the parent of the link's target.
+    A `..` after a link means the parent of the link's target. Raises StorageError for a relative
+    path if the current folder has been removed, which an absolute one never looks at.
     """
     if not path or "\0" in path:
         return path
-    path = os.path.join(os.getcwd(), os.path.expanduser(path))
+    path = os.path.expanduser(path)
+    if not path.startswith("/"):
+        path = os.path.join(_current_folder(path), path)
     parts = path.split("/")
     if ".." in parts:
         tail = len(parts) - parts[::-1].index("..")
         path = os.path.join(os.path.realpath("/".join(parts[:tail])), *parts[tail:])
     path = os.path.normpath(path)
     return f"/{path.lstrip('/')}"  # POSIX gives two leading slashes a special meaning
+
+
+def _current_folder(path: str) -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        what = "is relative to the current folder, which has been removed"
+        raise StorageError("not_found", f"{path}: {what}; go to another one") from None
 
 
 def is_utf8(name: str) -> bool:
