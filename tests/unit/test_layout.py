@@ -88,8 +88,7 @@ INSIDE = {
         *("parts", "bulk", "overview", "jobs"),
     ),
     "serving": (
-        *("access", "loopback", "facts", "cores", "microbatching", "warmup", "metrics", "requests"),
-        "graph",
+        *("access", "loopback", "facts", "microbatching", "warmup", "metrics", "requests", "graph"),
         *(
             "deployments",
             "batches",

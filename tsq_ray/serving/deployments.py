@@ -7,6 +7,7 @@ import asyncio
 import base64
 import contextlib
 import io
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,6 @@ from tsq_ray.errors import Failure, StorageError, VideoError
 from tsq_ray.rows import Answer, picture_specs
 from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.serving import facts, warmup
-from tsq_ray.serving.cores import Cores
 from tsq_ray.serving.graph import Handed, Lost, Ongoing, Video, WrongVersion, graph_version
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import DecoderMetrics
@@ -230,8 +230,8 @@ def _all_on_gpus(config: Config, placed: Layout) -> bool:
 def _microbatches(
     work: Callable[[list[Any]], list[Any]], config: Config, placed: Layout
 ) -> Microbatches[Any, Any]:
-    settings, cores = config.serve, Cores.of_this_node()
-    threads = config.resources.threads or min(placed.threads, cores.count)
+    settings = config.serve
+    threads = config.resources.threads or min(placed.threads, _node_cpus())
     return Microbatches(
         work,
         settings.batch_size,
@@ -239,8 +239,14 @@ def _microbatches(
         threads,
         placed.on_gpu,
         config.resources.compile,
-        cores,
     )
+
+
+def _node_cpus() -> int:
+    # in a container os.cpu_count() may be too high; Ray knows the actual number
+    here, there = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here]
+    return max(1, min([there, *(count for count in cpus if count)]))
 
 
 @serve.deployment

@@ -7,13 +7,10 @@ running, and since a batch takes longer than the wait here, most batches would h
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import heapq
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
-
-from tsq_ray.serving.cores import Cores
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -25,8 +22,7 @@ class Microbatches(Generic[Item, Answer]):
     On a GPU, batches of at most `size` items run one after the other; the first item of a batch
     waits at most `wait_s` seconds. On a CPU, where batching gains nothing, up to `threads` items
     run in parallel, each in a lane with its own thread. The lanes share `threads`: giving all of
-    them to one item at a time would reduce throughput by a third. If `cores` are given, each item
-    takes its turn on one, beside the other replicas of the node. `compiled` work always has one
+    them to one item at a time would reduce throughput by a third. `compiled` work always has one
     lane, because it is recompiled for each thread count.
     """
 
@@ -38,12 +34,10 @@ class Microbatches(Generic[Item, Answer]):
         threads: int,
         on_gpu: bool,
         compiled: bool = False,
-        cores: Cores | None = None,
     ) -> None:
         self.work, self.threads = work, threads
         self.size, self.wait_s = (size, wait_s) if on_gpu else (1, 0.0)
         self.lanes = 1 if on_gpu or compiled else threads
-        self.cores = cores if not on_gpu else None
         self.pools = [ThreadPoolExecutor(1, initializer=_settle_threads) for _ in range(self.lanes)]
         self.waiting: asyncio.Queue[tuple[Item, asyncio.Future[Answer]]] = asyncio.Queue()
         # the lowest idle lane is used first, because a lane's thread never gives up helper threads:
@@ -82,7 +76,7 @@ class Microbatches(Generic[Item, Answer]):
             if batch:
                 threads = self.threads // min(self.lanes, max(1, self.in_hand))
                 answers = await asyncio.wrap_future(
-                    self.pools[lane].submit(self._turn, [item for item, _ in batch], threads)
+                    self.pools[lane].submit(self._run, [item for item, _ in batch], threads)
                 )
                 for (_, waiting), answer in zip(batch, answers, strict=True):
                     if waiting.done():
@@ -110,10 +104,6 @@ class Microbatches(Generic[Item, Answer]):
             except TimeoutError:
                 break
         return batch
-
-    def _turn(self, items: list[Item], threads: int) -> list[Answer | Exception]:
-        with self.cores.one() if self.cores is not None else contextlib.nullcontext():
-            return self._run(items, threads)
 
     def _run(self, items: list[Item], threads: int) -> list[Answer | Exception]:
         import torch
