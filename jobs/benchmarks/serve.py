@@ -5,9 +5,9 @@ python jobs/benchmarks/serve.py --model runs/bundle VIDEO... [--seconds 60 --rou
 Starts `tsq serve`. In each round `--clients` clients upload the videos in a loop, and `tsq score`
 scores them in bulk, with the endpoint at rest beside it; the fastest round of each side counts,
 because other load can only slow a round down. Then the endpoint is measured at rest (its CPU time
-per second without a request), with one client, at `--flood` times as many clients, and with a lone
-client right after those. CPU time of HTTP and Serve is everything but the sampler, the recogniser
-and the decoding processes.
+per second without a request), with one client, at `--flood` times as many clients, with as many
+as before on both sides of those, and with a lone client right after. CPU time of HTTP and Serve is
+everything but the sampler, the recogniser and the decoding processes.
 """
 
 from __future__ import annotations
@@ -65,14 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             bulk.append(_bulk(options, Path(folder, f"round{turn}")))
             say(f"| bulk | {bulk[-1]:.2f} | | | | | |\n")
         point(1, "1 client")
-        flood = point(options.flood * options.clients)
+        before = point(options.clients).ok_per_s
+        flood = point(options.flood * options.clients).ok_per_s
         lone = point(1, "1 client right after", 1.0)
+        beside = (before + point(options.clients).ok_per_s) / 2
         at_rest = _at_rest(url)
         spent = sum(at_rest.values())
         largest = sorted(at_rest.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} {value:.0f}" for name, value in largest if value >= 1)
         say(f"\nHTTP / bulk: {max(http) / max(bulk):.2f}; ")
-        say(f"{options.flood} times the clients: {flood.ok_per_s / max(http):.2f} of the best; ")
+        say(f"{options.flood} times the clients: {flood / beside:.2f} of before and after; ")
         say(f"right after: {dict(lone.statuses)}\n")
         say(f"at rest: {spent:.0f} ms CPU per second ({shown})\n")
     return 0

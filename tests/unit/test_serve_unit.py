@@ -27,6 +27,7 @@ from tsq_ray.serving.access import (
     is_loopback,
     read_token,
 )
+from tsq_ray.serving.bench import process_name
 from tsq_ray.serving.endpoint import check_room
 
 
@@ -278,3 +279,18 @@ def test_scoring_refuses_more_frames_than_there_are(bundle: str) -> None:
         scoring_config(bundle, sets=["sampler.budget=9"])
     with pytest.raises(ModelError, match=r"has no bundle\.json"):
         scoring_config(os.path.dirname(bundle))
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("ray::ServeReplica:tsq:Decoder", "Decoder"),
+        ("ray::ServeReplica:tsq:Decoder.handle_request ", "Decoder"),
+        ("ray::ServeController.listen_for_change", "ServeController"),
+        ("/usr/bin/python -c from tsq_ray.decode.sandbox import x", "decoding processes"),
+        ("/x/ray/core/src/ray/raylet/raylet --raylet_socket_name=y", "raylet"),
+        ("/usr/bin/vim", None),
+    ],
+)
+def test_processes_are_counted_under_one_name_whatever_they_do(line: str, name: str | None) -> None:
+    assert process_name(line) == name

@@ -194,17 +194,18 @@ def cpu_seconds(url: str) -> dict[str, float]:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:  # it ended in the meantime
             continue
-        name = _process_name(line)
+        name = process_name(line)
         if name is not None:
             spent = (int(fields[11]) + int(fields[12])) / _TICKS
             found[name] = found.get(name, 0.0) + spent
     return found
 
 
-def _process_name(line: str) -> str | None:
-    """Return the name under which a process of an endpoint is counted."""
+def process_name(line: str) -> str | None:
+    """Return the name under which a process of an endpoint is counted, from its command line."""
     if line.startswith("ray::"):
-        return line.split()[0].removeprefix("ray::").rpartition(":")[2]
+        # the title also names the method that an actor runs at the moment
+        return line.split()[0].removeprefix("ray::").rpartition(":")[2].partition(".")[0]
     program = os.path.basename(line.partition(" ")[0])
     if "tsq_ray.decode.sandbox" in line:
         return "decoding processes"
