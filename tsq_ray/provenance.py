@@ -12,13 +12,13 @@ from typing import Any
 from tsq_ray.errors import TsqError
 
 
-def check_format(record: Mapping[str, Any], known: int, place: str, error: type[TsqError]) -> None:
-    """Raise `error` if the format of a record, read from `place`, is not the known one."""
+def check_format(record: Mapping[str, Any], newest: int, place: str, error: type[TsqError]) -> None:
+    """Raise `error` if the format of a record, read from `place`, is not one of 1 to `newest`."""
     found = record.get("format")
-    if found == known:
+    if isinstance(found, int) and 1 <= found <= newest:
         return
-    formats = f"format {found!r}; this version reads {known}"
-    if isinstance(found, int) and found > known:
+    formats = f"format {found!r}; this version reads {newest}"
+    if isinstance(found, int) and found > newest:
         raise error(f"{place}: made by a newer version of tsq_ray ({formats}); upgrade")
     raise error(f"{place}: {formats}")
 

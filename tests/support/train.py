@@ -13,7 +13,7 @@ from tsq_ray import schema
 from tsq_ray.bundle.weights import load_network
 from tsq_ray.config import Config, TrainConfig, validate_config
 from tsq_ray.model import TSQShape
-from tsq_ray.rows import OBJECTS, VISUAL
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL
 from tsq_ray.runs.folder import FORMAT, RUN_FILE, write_json, write_part
 
 VIDEOS, FRAMES, DIM, CLASSES, TEXT_DIM = 22, 4, 6, 3, 5
@@ -66,7 +66,8 @@ def write_features(uri: str, arrays: dict[str, np.ndarray], words: Path) -> Conf
     """A finished extraction that holds these videos as its split `train`; returns its settings.
 
     In three parts, out of order, among rows that do not count. Its encoders are tiny random
-    networks, its language model the word vectors written to `words`.
+    networks, its language model the word vectors written to `words`. The arrays may hold a
+    recogniser's `recognizer_logits`, whose sha256 is then "teacher".
     """
     words.write_text(
         "".join(f"{word} {' '.join(map(str, vector))}\n" for word, vector in _WORDS.items())
@@ -77,7 +78,7 @@ def write_features(uri: str, arrays: dict[str, np.ndarray], words: Path) -> Conf
     }
     encoders["text"] = {"weights": str(words)}
     config = validate_config({"decode": {"num_frames": FRAMES}, "encoders": encoders})
-    tensors = {name: arrays[name] for name in ("visual", "object_ids", "object_probs")}
+    tensors = {name: array for name, array in arrays.items() if name != "targets"}
     rows: list[dict[str, Any]] = []
     for number, target in enumerate(arrays["targets"]):
         values = {name: array[number] for name, array in tensors.items()}
@@ -86,12 +87,15 @@ def write_features(uri: str, arrays: dict[str, np.ndarray], words: Path) -> Conf
     rows += [_row("other") | {"labels": [0], "split": "val"} | spare, _row("bare") | spare]
     rows.append(_row("broken") | {"labels": [0], "status": "failed", "error_type": "corrupt"})
     np.random.default_rng(2).shuffle(rows)  # type: ignore[arg-type]
-    arrow = schema.features_schema(FRAMES, arrays["visual"].shape[2], NAMES)
+    logits = tensors.get("recognizer_logits")
+    num_logits = logits.shape[2] if logits is not None else None
+    arrow = schema.features_schema(FRAMES, arrays["visual"].shape[2], NAMES, num_logits=num_logits)
     for start in range(3):
         write_part(uri, schema.table_from_rows(rows[start::3], arrow), "none")
     weights = {
         VISUAL: load_network(config.encoders.visual, with_head=False).backbone_hash(),
         OBJECTS: load_network(config.encoders.objects, with_head=True).state_hash(),
+        RECOGNIZER: "teacher" if logits is not None else None,
     }
     run = {
         "format": FORMAT,

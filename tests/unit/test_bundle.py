@@ -202,8 +202,8 @@ def flip_a_byte(folder: Path) -> None:
             "bundle.json: not JSON; the file is damaged",
         ),
         (
-            lambda folder: change_settings(folder, BUNDLE_FILE, format=2),
-            r"bundle.json: made by a newer version of tsq_ray \(format 2; this version reads 1\); upgrade",
+            lambda folder: change_settings(folder, BUNDLE_FILE, format=3),
+            r"bundle.json: made by a newer version of tsq_ray \(format 3; this version reads 2\); upgrade",
         ),
         (
             lambda folder: change_settings(folder, BUNDLE_FILE, classes=["one"]),
@@ -277,7 +277,7 @@ def test_a_classifier_comes_back_as_it_was(classifier: Path) -> None:
     [
         (
             lambda folder: (folder / CLASSIFIER_FILE).unlink(),
-            "has no finetune.json; name what tsq finetune wrote with --out",
+            "has no finetune.json; name what tsq finetune or import wrote with --out",
         ),
         (
             lambda folder: change_settings(folder, CLASSIFIER_FILE, format="x"),

@@ -58,7 +58,8 @@ def scoring_config(
             f"({differ}); it may set sampler.budget, sampler.lambda_visual, sampler.mode, "
             "sampler.seed, decode.backend and resources.*"
         )
-    check_budget(config.sampler, config.decode.num_frames, str(content["task"]))
+    clip_frames = config.recognizer.clip_frames if content["config"]["recognizer"] else 1
+    check_budget(config.sampler, config.decode.num_frames, str(content["task"]), clip_frames)
     return config
 
 

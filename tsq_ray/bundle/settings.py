@@ -20,7 +20,8 @@ BUNDLE_FILE = "bundle.json"
 CLASSIFIER_FILE = "finetune.json"
 CURVES_FILE = "curves.csv"
 """Losses of each training epoch, stored in the artifact's folder."""
-FORMAT = 1
+FORMAT, FEWER_CLASSES_FORMAT = 1, 2
+"""The second is that of a bundle whose sampler has queries for some of the classes only."""
 NO_RECOGNIZER = (
     "the bundle has no recogniser; train it again with --recognizer URI "
     "(from tsq finetune --role recognizer)"
@@ -47,7 +48,7 @@ def read_classifier_settings(uri: str) -> tuple[dict[str, Any], str]:
     Raises ModelError.
     """
     return _read_settings(
-        storage.normalize(uri), CLASSIFIER_FILE, "what tsq finetune wrote with --out"
+        storage.normalize(uri), CLASSIFIER_FILE, "what tsq finetune or import wrote with --out"
     )
 
 
@@ -128,7 +129,8 @@ def _read_settings(uri: str, name: str, what: str) -> tuple[dict[str, Any], str]
         content = json.loads(data)
     except ValueError:
         raise ModelError(f"{storage.redact(uri)}/{name}: not JSON; the file is damaged") from None
-    check_format(content, FORMAT, f"{storage.redact(uri)}: {name}", ModelError)
+    newest = FEWER_CLASSES_FORMAT if name == BUNDLE_FILE else FORMAT
+    check_format(content, newest, f"{storage.redact(uri)}: {name}", ModelError)
     return content, storage.sha256_of(data)
 
 

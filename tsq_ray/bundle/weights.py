@@ -20,6 +20,7 @@ from tsq_ray import storage
 from tsq_ray.bundle.settings import (
     BUNDLE_FILE,
     CLASSIFIER_FILE,
+    FEWER_CLASSES_FORMAT,
     FORMAT,
     NO_RECOGNIZER,
     read_bundle_settings,
@@ -70,6 +71,8 @@ class Bundle:
     recognizer: FrameEncoder | None
     provenance: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
+    sampler_classes: list[str] | None = None
+    """The classes that have a query and a place in the frame head; None: all of `classes`."""
 
 
 def save_classifier(classifier: Classifier, uri: str) -> None:
@@ -130,9 +133,11 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
         states["text"] = {"vocabulary": bundle.vocabulary}
     if bundle.recognizer is not None:
         states["recognizer"] = _encoder_state(bundle.recognizer)
+    fewer = {} if bundle.sampler_classes is None else {"sampler_classes": bundle.sampler_classes}
     content = {
-        "format": FORMAT,
+        "format": FORMAT if not fewer else FEWER_CLASSES_FORMAT,
         "classes": bundle.classes,
+        **fewer,
         "task": bundle.task,
         "config": {
             "decode": bundle.decode.model_dump(mode="json"),
@@ -159,7 +164,7 @@ def load_bundle(uri: str) -> Bundle:
     encoders = EncodersConfig.model_validate(config["encoders"])
     sampler = TSQNet(TSQShape(**content["sampler_shape"]))
     _load_into(sampler, uri, content, "sampler")
-    classes = list(content["classes"])
+    classes, taught = list(content["classes"]), content.get("sampler_classes")
     with_text = "objects" in content["files"]
     recognizer = None
     if config["recognizer"] is not None:
@@ -177,7 +182,7 @@ def load_bundle(uri: str) -> Bundle:
         encoders=encoders,
         sampler_defaults=SamplerConfig.model_validate(config["sampler"]),
         sampler=sampler.eval().requires_grad_(False),
-        encoder=_restore_encoder(uri, content, "encoder", encoders.visual, len(classes)),
+        encoder=_restore_encoder(uri, content, "encoder", encoders.visual, len(taught or classes)),
         objects=_restore_encoder(uri, content, "objects", encoders.objects, NUM_OBJECTS)
         if with_text
         else None,
@@ -185,6 +190,7 @@ def load_bundle(uri: str) -> Bundle:
         recognizer=recognizer,
         provenance=content["provenance"],
         sha256=digest,
+        sampler_classes=taught,
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tsq_ray import schema, storage
+from tsq_ray.config import Task
 from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.manifest import VideoRows, describe_splits
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
 from tsq_ray.runs.folder import read_run
 from tsq_ray.training.cache import Create, node_arrays
+from tsq_ray.training.teacher import LOGITS, Teacher, check_taught, soft_targets
 
 DEFAULT_SPLIT = "train"
 
@@ -41,11 +43,13 @@ class FeatureSource:
 
     uri: str
     split: str | None
-    task: str
+    task: Task
     columns: tuple[str, ...]
     """The tensor columns to read."""
     max_videos: int
     """A sample of at most this many videos; 0: all."""
+    teacher: Teacher | None
+    """Whose logits give the targets; None: the labels do."""
     key: str
     """Changes with the content."""
 
@@ -54,9 +58,10 @@ class FeatureSource:
         cls,
         features_uri: str,
         split: str | None,
-        task: str,
+        task: Task,
         with_objects: bool = True,
         max_videos: int = 0,
+        teacher: Teacher | None = None,
     ) -> FeatureSource:
         """Describe the features at a URI; raises RunError if it is not a finished extraction."""
         uri, columns = (
@@ -64,19 +69,35 @@ class FeatureSource:
             (VISUAL_COLUMN, *OBJECT_COLUMNS) if with_objects else (VISUAL_COLUMN,),
         )
         content = json.dumps(
-            [read_run(uri, "features"), uri, split, columns, max_videos], sort_keys=True
+            [
+                read_run(uri, "features"),
+                uri,
+                split,
+                columns,
+                max_videos,
+                teacher and asdict(teacher),
+            ],
+            sort_keys=True,
         )
         key = hashlib.sha256(content.encode()).hexdigest()[:20]
-        return cls(uri, split, task, columns, max_videos, key)
+        return cls(uri, split, task, columns, max_videos, teacher, key)
+
+    @property
+    def read_columns(self) -> tuple[str, ...]:
+        """The tensor columns to read, with those that only the targets need."""
+        return (*self.columns, *((LOGITS,) if self.teacher is not None else ()))
 
 
 @dataclass
 class Selection:
     """The videos a training uses, sorted by video id, and why the others are left out."""
 
+    count: int
+    """V, the number of videos used."""
     labels: pa.ChunkedArray
-    """Labels of the V videos used."""
+    """Their labels; those of a teacher are null."""
     classes: list[str]
+    """C names: those of the features, or the teacher's."""
     parts: list[tuple[str, np.ndarray]]
     """Each part with the index of each of its rows among the V videos, or -1."""
     left_out: dict[str, int] = field(default_factory=dict)
@@ -93,7 +114,7 @@ class TrainingSet:
     selection: Selection
     arrays: dict[str, np.ndarray]
     """`visual` float16 [V, T, D], `object_ids` int16 [V, T, n], `object_probs` float16 [V, T, n],
-    `targets` bool [V, C]."""
+    `targets` bool [V, C], or float16 from a teacher."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -109,12 +130,12 @@ class TrainingSet:
 
     @property
     def targets(self) -> np.ndarray:
-        """Multi-hot bool [V, C]."""
+        """Multi-hot bool [V, C], or soft float16 from a teacher."""
         return self.arrays[TARGETS]
 
     @property
     def labels(self) -> Iterator[list[int]]:
-        """The class ids of each video, ascending."""
+        """The class ids of each labelled video, ascending."""
         return (np.flatnonzero(row).tolist() for row in self.targets)
 
 
@@ -171,7 +192,10 @@ def single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
 
 
 def select_videos(source: FeatureSource) -> Selection:
-    """Select the ok, labelled rows of the split in a finished extraction; reads no tensors."""
+    """Select the ok rows of the split in a finished extraction; reads no tensors.
+
+    They have labels, unless a teacher gives the targets. Raises RunError if none is usable.
+    """
     what = f"features {storage.redact(source.uri)}"
     parts = [part.uri for part in list_parts(source.uri)]
     with ThreadPoolExecutor(_READERS) as pool:
@@ -186,23 +210,27 @@ def select_videos(source: FeatureSource) -> Selection:
         table = in_split
     ok = table.filter(pc.equal(table["status"], "ok"))
     left_out["failed"] = table.num_rows - ok.num_rows
-    unlabelled = ok.filter(pc.is_null(ok["labels"]))
+    unlabelled = ok.filter(pc.is_null(ok["labels"])) if source.teacher is None else ok.slice(0, 0)
     left_out["unlabelled"] = unlabelled.num_rows
-    ok = ok.filter(pc.is_valid(ok["labels"]))
+    if source.teacher is None:
+        ok = ok.filter(pc.is_valid(ok["labels"]))
     if source.max_videos:
         # ids are hashes, so the first ones in their order are a random sample
         left_out["max_videos"] = max(0, ok.num_rows - source.max_videos)
         ok = ok.slice(0, source.max_videos)
-    classes = list(read_run(source.uri, "features")["classes"])
-    check_classes(classes, ok.num_rows, what)
-    single_labels(ok["labels"], source.task, what)
+    if source.teacher is None:
+        classes = list(read_run(source.uri, "features")["classes"])
+        check_classes(classes, ok.num_rows, what)
+        single_labels(ok["labels"], source.task, what)
+    else:
+        classes = list(source.teacher.classes)
+        check_taught(parts, ok.num_rows, len(classes), what)
     places = np.full(sum(part.num_rows for part in tables), -1)
     places[ok["row"].to_numpy()] = np.arange(ok.num_rows)
     by_part = np.split(places, np.cumsum([part.num_rows for part in tables])[:-1])
     named = [storage.redact(name) for name in unlabelled["uri"].slice(0, 5).to_pylist()]
-    return Selection(
-        ok["labels"], classes, list(zip(parts, by_part, strict=True)), left_out, named, warnings
-    )
+    rows = list(zip(parts, by_part, strict=True))
+    return Selection(ok.num_rows, ok["labels"], classes, rows, left_out, named, warnings)
 
 
 def copy_features(
@@ -218,7 +246,7 @@ def copy_features(
     taken = [(part, places) for part, places in selection.parts if (places >= 0).any()]
     with storage.open_read(taken[0][0]) as file:
         types = {name: pq.read_schema(file).field(name).type for name in source.columns}
-    num_videos = len(selection.labels)
+    num_videos, teacher = selection.count, source.teacher
     arrays = {
         name: create(
             name, np.dtype(column.value_type.to_pandas_dtype()), (num_videos, *column.shape)
@@ -226,18 +254,37 @@ def copy_features(
         for name, column in types.items()
     }
 
+    kind = np.dtype(bool if teacher is None else np.float16)
+    targets = create(TARGETS, kind, (num_videos, len(selection.classes)))
+
     def copy(part: str, places: np.ndarray) -> int:
-        table = read_part(part, list(source.columns)).filter(pa.array(places >= 0))
+        table = read_part(part, list(source.read_columns)).filter(pa.array(places >= 0))
+        taken = places[places >= 0]
         for name, array in arrays.items():
-            array[places[places >= 0]] = schema.tensor_to_numpy(table[name])
+            array[taken] = schema.tensor_to_numpy(table[name])
+        if teacher is not None:
+            logits = schema.tensor_to_numpy(table[LOGITS])
+            targets[taken] = soft_targets(logits, teacher.num_frames, source.task)
         return len(table)
 
     done = 0
     with ThreadPoolExecutor(_READERS) as pool:
         for count in pool.map(copy, *zip(*taken, strict=True)):
             progress(done := done + count)
-    targets = create(TARGETS, np.dtype(bool), (num_videos, len(selection.classes)))
-    targets[:] = multi_hot(selection.labels, len(selection.classes))
+    if teacher is None:
+        targets[:] = multi_hot(selection.labels, len(selection.classes))
+
+
+def frames_and_logits(
+    source: FeatureSource, selection: Selection
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield index, `visual` [T, D] and the teacher's logits [T, C] of each video, part by part."""
+    for part, places in selection.parts:
+        if not (places >= 0).any():
+            continue
+        table = read_part(part, [VISUAL_COLUMN, LOGITS]).filter(pa.array(places >= 0))
+        columns = (schema.tensor_to_numpy(table[name]) for name in (VISUAL_COLUMN, LOGITS))
+        yield from zip(places[places >= 0].tolist(), *columns, strict=True)
 
 
 @contextlib.contextmanager
@@ -254,7 +301,12 @@ def source_arrays(
     def write(create: Create) -> None:
         with_objects = OBJECT_IDS in source.columns
         now = FeatureSource.of(
-            source.uri, source.split, source.task, with_objects, source.max_videos
+            source.uri,
+            source.split,
+            source.task,
+            with_objects,
+            source.max_videos,
+            source.teacher,
         )
         if now != source:
             raise RunFailed(

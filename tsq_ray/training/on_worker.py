@@ -6,6 +6,7 @@ The driver, which may run on a small head node, never reads them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,8 +18,14 @@ from tsq_ray.config import Config, FinetuneConfig, Task, label_map
 from tsq_ray.prototypes import prototypes
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.session import Session
-from tsq_ray.training.features import FeatureSource, TrainingSet, open_training_set
+from tsq_ray.training.features import (
+    FeatureSource,
+    TrainingSet,
+    frames_and_logits,
+    open_training_set,
+)
 from tsq_ray.training.head import accuracy, fit_head, head_logits
+from tsq_ray.training.teacher import shown_classes, taught_classes
 
 _CPUS = 0.01
 """Above 0, to keep it off a head node without CPUs: it is busy only before the workers are."""
@@ -75,11 +82,49 @@ class FeatureWorker:
         """Remove the features from this node, unless another process uses them."""
         self._stack.close()
 
-    def fit_head(self, config: FinetuneConfig, task: Task) -> tuple[np.ndarray, np.ndarray, float]:
-        """Return the weight and bias of a head, and its accuracy on the training videos."""
+    def taught(self, min_videos: int) -> list[int]:
+        """Return the classes that the teacher finds in at least `min_videos` videos."""
+        return taught_classes(self.data.targets, min_videos, self._task)
+
+    def fit_head(
+        self, config: FinetuneConfig, task: Task, taught: list[int] | None
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return the weight and bias of a head, and its accuracy on the training videos.
+
+        `taught`: the classes of a teacher that the head is for.
+        """
         data = self.data
-        head = fit_head(data.visual, data.targets, config, task, self.counts.set.remote)
-        return head.weight.numpy(), head.bias.numpy(), accuracy(head, data.visual, data.targets)
+        targets = data.targets if taught is None else data.targets[:, taught]
+        head = fit_head(data.visual, targets, config, task, self.counts.set.remote)
+        if taught is not None:
+            targets = targets == targets.max(1, keepdims=True)
+        return head.weight.numpy(), head.bias.numpy(), accuracy(head, data.visual, targets)
+
+    def taught_prototypes(self, seed: int, taught: list[int]) -> np.ndarray:
+        """Return one prototype per class that is taught, by the teacher's logits of each frame."""
+        data, place = self.data, {label: number for number, label in enumerate(taught)}
+        shown = shown_classes(data.targets, self._task)
+        labels: list[list[int]] = []
+
+        def logits_of_videos() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for video, visual, logits in frames_and_logits(self.source, data.selection):
+                labels.append([place[label] for label in shown[video] if label in place])
+                yield visual, logits[:, taught]
+
+        visual, logits = itertools.tee(logits_of_videos())
+        found = prototypes(
+            (frames for frames, _ in visual),
+            (scores for _, scores in logits),
+            (labels[number] for number in range(len(data))),
+            len(taught),
+            seed,
+            self._task,
+        )
+        return found.numpy()
+
+    @property
+    def _task(self) -> Task:
+        return self.source.task
 
     def prototypes(self, weight: np.ndarray, bias: np.ndarray, seed: int, task: Task) -> np.ndarray:
         """Return one prototype per class, by the logits of this head."""
@@ -113,11 +158,27 @@ class Features:
         self._actor, self._counts, self._num_videos = actor, counts, num_videos
         self._what, self._session, self._ticks = what, session, ticks
 
-    def fit_head(self, config: FinetuneConfig, task: Task) -> tuple[nn.Linear, float]:
-        """Fit a linear head there; return it and its accuracy on the training videos."""
+    def taught(self, min_videos: int) -> list[int]:
+        """Return the classes that the teacher finds in at least `min_videos` videos."""
+        found: list[int] = self._call("classes", 0, self._actor.taught, min_videos)
+        return found
+
+    def fit_head(
+        self, config: FinetuneConfig, task: Task, taught: list[int] | None = None
+    ) -> tuple[nn.Linear, float]:
+        """Fit a linear head there; return it and its accuracy on the training videos.
+
+        `taught`: the classes of a teacher that the head is for.
+        """
         total = config.head.epochs * self._num_videos
-        weight, bias, share = self._call("frame head", total, self._actor.fit_head, config, task)
+        asked = (config, task, taught)
+        weight, bias, share = self._call("frame head", total, self._actor.fit_head, *asked)
         return _linear(weight, bias), share
+
+    def taught_prototypes(self, seed: int, taught: list[int]) -> Tensor:
+        """Return one prototype per class that is taught, float32 [C, D]."""
+        found = self._call("prototypes", 0, self._actor.taught_prototypes, seed, taught)
+        return torch.from_numpy(found.copy())
 
     def prototypes(self, head: nn.Module, seed: int, task: Task) -> Tensor:
         """Return one prototype per class, float32 [C, D]."""

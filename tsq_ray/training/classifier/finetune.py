@@ -119,6 +119,11 @@ class _Plan:
         for rows in (chosen.rows, val):
             single_labels(rows.table["labels"], config.train.task, what)
         settings = config.encoders.visual if role == "encoder" else config.recognizer
+        if settings.clip_frames > 1:
+            raise ConfigError(
+                f"model {settings.model!r} takes clips of {settings.clip_frames} frames; finetune "
+                "trains networks of single frames, tsq import takes it as it is"
+            )
         network = load_network(settings, with_head=False)
         identity = _identity(
             manifest.sha256, role, config, settings, network.backbone_hash(), split, limit

@@ -11,12 +11,12 @@ from torch import Tensor
 from tsq_ray import storage
 from tsq_ray.bundle.settings import class_order
 from tsq_ray.bundle.weights import Classifier, load_classifier, load_network
-from tsq_ray.config import Config
+from tsq_ray.config import Config, check_budget
 from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import FrameEncoder, object_names
 from tsq_ray.networks.text import text_encoder
-from tsq_ray.rows import OBJECTS, VISUAL
+from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,16 @@ class Components:
     text: Embeddings | None
     recognizer: FrameEncoder | None
     shape: TSQShape
+    taught: list[int] | None = None
+    """The classes of a teacher that have a query; None: all classes have."""
+
+    def of_classes(self, taught: list[int]) -> Components:
+        """Return the components of a sampler with queries for these classes of a teacher."""
+        text = self.text
+        if text is not None and text.classes is not None:
+            text = dataclasses.replace(text, classes=text.classes[taught])
+        shape = dataclasses.replace(self.shape, num_classes=len(taught))
+        return dataclasses.replace(self, text=text, shape=shape, taught=taught)
 
     @classmethod
     def load(
@@ -98,12 +108,7 @@ class Components:
             recognizer: finetune's output.
         """
         frame_encoder = _frame_encoder(config, run, classes, encoder)
-        task = config.train.task
-        answering = (
-            _classifier(recognizer, "--recognizer", classes, task).encoder
-            if recognizer is not None
-            else None
-        )
+        answering = _recognizer(config, run, classes, recognizer) if recognizer else None
         text = objects = None
         if config.train.modules == "both":
             text = Embeddings.make(config, classes)
@@ -117,13 +122,25 @@ def _frame_encoder(
     config: Config, run: Mapping[str, Any], classes: list[str], encoder: str | None
 ) -> FrameEncoder:
     """Load the encoder of the features, with the frame head of finetune or without a head."""
-    if encoder is not None:
+    if encoder is not None and config.train.target == "labels":
         network = _classifier(encoder, "--encoder", classes, config.train.task).encoder
         _same_weights(network.backbone_hash(), run["weights"][VISUAL], "--encoder")
         return network
     network = load_network(config.encoders.visual, with_head=False)
     _same_weights(network.backbone_hash(), run["weights"][VISUAL], "encoders.visual")
     network.head = None
+    return network
+
+
+def _recognizer(
+    config: Config, run: Mapping[str, Any], classes: list[str], uri: str
+) -> FrameEncoder:
+    """Load the recogniser; a teacher must be the one whose logits the features hold."""
+    network = _classifier(uri, "--recognizer", classes, config.train.task).encoder
+    if config.train.target == "teacher":
+        _same_weights(network.state_hash(), run["weights"].get(RECOGNIZER) or "", "--recognizer")
+    config_of = network.config
+    check_budget(config.sampler, config.decode.num_frames, config.train.task, config_of.clip_frames)
     return network
 
 

@@ -48,7 +48,7 @@ def fit_tsqnet(
 
     Args:
         arrays: "visual" float16 [V, T, D], "object_ids" int16 [V, T, n], "object_probs" float16
-            [V, T, n], "targets" bool [V, C].
+            [V, T, n], "targets" bool or, if soft, float16 [V, C].
         vocabulary: float [1000, Dt], embeddings of the object names; None for a VQM-only network.
         start: initial queries, "visual" [C, D] and "textual" [C, Dt]; None for a random start.
         shape: shape of the network.
@@ -84,6 +84,8 @@ def train_loop(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     device = worker_device(job["device"])
     with source_arrays(job["source"]) as arrays:
+        if (taught := job["taught"]) is not None:
+            arrays = {**arrays, "targets": arrays["targets"][:, taught]}
         training = Training.begin(
             arrays, job["vocabulary"], job["start"], shape, config, rank, world, device
         )

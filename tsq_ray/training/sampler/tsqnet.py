@@ -19,7 +19,7 @@ from tsq_ray.bundle.settings import (
     write_curves,
 )
 from tsq_ray.bundle.weights import Bundle, classifier_settings, save_bundle
-from tsq_ray.config import Config, check_budget, check_top_objects, load_config
+from tsq_ray.config import Config, TrainConfig, check_budget, check_top_objects, load_config
 from tsq_ray.errors import RunError
 from tsq_ray.model import TSQNet
 from tsq_ray.results import TrainingSummary, from_record
@@ -28,7 +28,13 @@ from tsq_ray.runs.identity import Identity
 from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
-from tsq_ray.training.features import FeatureSource, Selection, describe_left_out, select_videos
+from tsq_ray.training.features import (
+    FeatureSource,
+    Selection,
+    Teacher,
+    describe_left_out,
+    select_videos,
+)
 from tsq_ray.training.on_worker import Features, features_on_worker
 from tsq_ray.training.sampler.components import Components
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
@@ -117,7 +123,7 @@ def train(
         # the run that held the lease before may have finished it
         if (done := plan.finished()) is not None:
             return done
-        fitted = _fit(plan, videos, parts, session, lease)
+        parts, fitted = _fit(plan, videos, parts, session, lease)
         lease.check()
         return _publish(plan, videos, parts, fitted, started)
 
@@ -156,7 +162,14 @@ class _Plan:
         _refuse_others(asked, made, features, lambda key: key.endswith(".weights"))
         identity = _identity(run, config, classifiers, split)
         settings = config.train
-        source = FeatureSource.of(features, split, settings.task, with_objects, settings.max_videos)
+        source = FeatureSource.of(
+            features,
+            split,
+            settings.task,
+            with_objects,
+            settings.max_videos,
+            _teacher(settings, classifiers[1]),
+        )
         return cls(features, out, config, run, source, identity)
 
     @property
@@ -178,18 +191,35 @@ class _Plan:
         return None
 
 
+def _teacher(settings: TrainConfig, recognizer: str | None) -> Teacher | None:
+    """Return the teacher that the settings ask for. Raises RunError if there is none."""
+    if settings.target != "teacher":
+        return None
+    if recognizer is None:
+        raise RunError(
+            "train.target 'teacher' needs --recognizer URI: the recogniser that the features were "
+            "extracted with"
+        )
+    classes = read_classifier_settings(recognizer)[0]["classes"]
+    return Teacher(tuple(classes), settings.teacher_frames)
+
+
 def _fit(
     plan: _Plan, videos: Selection, parts: Components, session: Session, lease: Lease
-) -> Fitted:
-    """Train in the work folder, resuming what is there."""
+) -> tuple[Components, Fitted]:
+    """Train in the work folder, resuming what is there; return the components with their heads."""
     write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
-    ticks, count = (lease.stop_if_lost,), len(videos.labels)
+    ticks, count = (lease.stop_if_lost,), videos.count
     with (
         cluster.connect(session) as ray,
         features_on_worker(plan.source, count, "train", plan.config, session, ticks) as features,
     ):
-        job = _job(plan.config, plan.source, features, parts)
-        return fit_on_cluster(ray, job, plan.config, count, plan.work, session, ticks)
+        taught = None
+        if plan.source.teacher is not None:
+            taught = features.taught(plan.config.train.teacher_min_videos)
+            parts = parts.of_classes(taught)
+        job = _job(plan.config, plan.source, features, parts, taught)
+        return parts, fit_on_cluster(ray, job, plan.config, count, plan.work, session, ticks)
 
 
 def _publish(
@@ -216,15 +246,26 @@ def _publish(
 
 
 def _job(
-    config: Config, source: FeatureSource, features: Features, parts: Components
+    config: Config,
+    source: FeatureSource,
+    features: Features,
+    parts: Components,
+    taught: list[int] | None,
 ) -> dict[str, Any]:
-    """Return the workers' job; fits the frame head if there is none."""
+    """Return the workers' job; fits the frame head if there is none.
+
+    `taught`: the classes of a teacher that have a query.
+    """
     text, task, encoder = parts.text, config.train.task, parts.encoder
     if encoder.head is None:
-        encoder.head, _ = features.fit_head(config.finetune, task)
-    visual = None
+        encoder.head, _ = features.fit_head(config.finetune, task, taught)
+    visual, seed = None, config.train.seed
     if config.train.init_visual != "random":
-        visual = features.prototypes(encoder.head, config.train.seed, task)
+        visual = (
+            features.prototypes(encoder.head, seed, task)
+            if taught is None
+            else features.taught_prototypes(seed, taught)
+        )
     start = {"visual": visual, "textual": text.classes if text else None}
     return {
         "config": config.train.model_dump(mode="json"),
@@ -234,6 +275,7 @@ def _job(
         },
         "vocabulary": text.vocabulary.numpy() if text else None,
         "source": source,
+        "taught": taught,
     }
 
 
@@ -243,8 +285,8 @@ def _summary(
     epochs, warned = plan.config.train.epochs, parts.text.warnings if parts.text else ()
     return TrainingSummary(
         out=storage.redact(plan.out),
-        videos=len(videos.labels),
-        classes=len(videos.classes),
+        videos=videos.count,
+        classes=parts.shape.num_classes,
         epochs=epochs,
         losses={key: value for key, value in fitted.curve[-1].items() if key != "epoch"},
         left_out=describe_left_out(videos.left_out),
@@ -253,7 +295,7 @@ def _summary(
         workers=fitted.workers,
         resumed_after_epoch=fitted.resumed_at,
         train_seconds=round(fitted.seconds, 2),
-        videos_per_s=round(len(videos.labels) * epochs / sum(fitted.epoch_seconds), 1),
+        videos_per_s=round(videos.count * epochs / sum(fitted.epoch_seconds), 1),
         seconds=seconds,
     )
 
@@ -275,6 +317,7 @@ def _bundle(
         parts.text.vocabulary if parts.text else None,
         parts.recognizer,
         record,
+        sampler_classes=[classes[number] for number in parts.taught] if parts.taught else None,
     )
 
 

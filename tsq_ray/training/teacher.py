@@ -1,0 +1,95 @@
+"""What a recogniser teaches the sampler: soft targets and prototypes from its logits.
+
+No label is read. Shapes: V videos, T frames, C classes of the recogniser.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from tsq_ray import schema, storage
+from tsq_ray.config import Task
+from tsq_ray.errors import RunError
+from tsq_ray.model.task import probabilities
+
+LOGITS = schema.RECOGNIZER_LOGITS.name
+_SHOWN = 0.5
+"""Probability from which a video shows a class, with several classes per video."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The recogniser of the features, as what the sampler learns from."""
+
+    classes: tuple[str, ...]
+    num_frames: int
+    """The number of surest frames that make a video's target."""
+
+
+def soft_targets(logits: np.ndarray, num_frames: int, task: Task) -> np.ndarray:
+    """Return the mean of the probabilities of each video's surest frames, float16 [V, C].
+
+    Args:
+        logits: float [V, T, C], the recogniser's.
+        num_frames: the number of surest frames, those whose best class is the most probable.
+        task: "single" softmax, "multi" sigmoid.
+    """
+    found = probabilities(torch.from_numpy(logits.astype(np.float32)), task)
+    surest = found.amax(-1).topk(min(num_frames, found.shape[1]), dim=1).indices
+    chosen = found.gather(1, surest[..., None].expand(-1, -1, found.shape[2]))
+    return chosen.mean(1).numpy().astype(np.float16)
+
+
+def shown_classes(targets: np.ndarray, task: Task) -> list[list[int]]:
+    """Return the classes that each video shows: the most probable, or all from one half on.
+
+    `targets`: soft, [V, C].
+    """
+    best = targets.argmax(1)
+    if task == "single":
+        return [[int(label)] for label in best]
+    return [
+        np.flatnonzero(row >= _SHOWN).tolist() or [int(label)]
+        for row, label in zip(targets, best, strict=True)
+    ]
+
+
+def taught_classes(targets: np.ndarray, min_videos: int, task: Task) -> list[int]:
+    """Return the classes that at least `min_videos` videos show, ascending.
+
+    Raises RunError if they are fewer than two. `targets`: soft, [V, C].
+    """
+    counts = np.bincount(
+        [label for labels in shown_classes(targets, task) for label in labels],
+        minlength=targets.shape[1],
+    )
+    taught = np.flatnonzero(counts >= min_videos).tolist()
+    if len(taught) < 2:
+        raise RunError(
+            f"train.target 'teacher': of {len(targets)} videos, the recogniser finds at least "
+            f"train.teacher_min_videos = {min_videos} of {len(taught)} classes; training needs two: "
+            "lower that setting, or extract more videos"
+        )
+    return taught
+
+
+def check_taught(parts: list[str], count: int, num_classes: int, what: str) -> None:
+    """Raise RunError if the features do not hold the recogniser's answers on any video."""
+    if not count:
+        raise RunError(f"{what}: no video is ok, so there is nothing to learn from")
+    with storage.open_read(parts[0]) as file:
+        arrow = pq.read_schema(file)
+    if LOGITS not in arrow.names:
+        raise RunError(
+            f"{what}: lack {LOGITS}, which train.target = 'teacher' learns from; extract them into "
+            "another folder with tsq extract --recognizer URI"
+        )
+    found = arrow.field(LOGITS).type.shape[-1]
+    if found != num_classes:
+        raise RunError(
+            f"{what}: their recogniser has {found} classes, that of --recognizer {num_classes}"
+        )
