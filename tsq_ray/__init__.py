@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tsq_ray.config import Config, load_config
     from tsq_ray.evaluation.run import evaluate, evaluation_config
     from tsq_ray.extraction import extract
+    from tsq_ray.importing import import_config, import_network
     from tsq_ray.manifest.build import build_manifest
     from tsq_ray.prediction import predict
     from tsq_ray.reporting.export import export_predictions
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         EvaluationSummary,
         ExportSummary,
         FinetuneSummary,
+        ImportSummary,
         IndexSummary,
         Prediction,
         ReportSummary,
@@ -56,6 +58,7 @@ __all__ = [
     "EvaluationSummary",
     "ExportSummary",
     "FinetuneSummary",
+    "ImportSummary",
     "IndexSummary",
     "Prediction",
     "ReportSummary",
@@ -70,6 +73,8 @@ __all__ = [
     "export_predictions",
     "extract",
     "finetune",
+    "import_config",
+    "import_network",
     "load_config",
     "predict",
     "read_features",
@@ -91,6 +96,8 @@ _HOMES = {
     "export_predictions": "reporting.export",
     "extract": "extraction",
     "finetune": "training.classifier.finetune",
+    "import_config": "importing",
+    "import_network": "importing",
     "load_config": "config",
     "predict": "prediction",
     "read_features": "runs.tables",

@@ -58,6 +58,7 @@ for command in (
     pipeline.index,
     pipeline.extract,
     pipeline.finetune,
+    pipeline.import_,
     pipeline.train,
     pipeline.score,
     results.predict,
@@ -69,7 +70,7 @@ for command in (
     results.verify,
     results.info,
 ):
-    app.command()(command)
+    app.command(command.__name__.removesuffix("_"))(command)
 app.add_typer(jobs.jobs, name="jobs")
 app.add_typer(endpoint.token, name="token")
 

@@ -12,7 +12,7 @@ from tsq_ray.log import LogFormat, use_format
 
 
 class Role(StrEnum):
-    """Purpose of the classifier that `tsq finetune` trains."""
+    """Purpose of the classifier that `tsq finetune` or `tsq import` writes."""
 
     encoder = "encoder"
     recognizer = "recognizer"
@@ -149,9 +149,11 @@ LabelsFormat = Annotated[
 ]
 Out = Annotated[str, typer.Option("--out", metavar="URI", help="Path or s3:// URI of the result.")]
 Encoder = Annotated[
-    str | None, typer.Option("--encoder", metavar="URI", help="Frame encoder from tsq finetune.")
+    str | None,
+    typer.Option("--encoder", metavar="URI", help="Frame encoder from tsq finetune or import."),
 ]
 Recognizer = Annotated[
-    str | None, typer.Option("--recognizer", metavar="URI", help="Recogniser from tsq finetune.")
+    str | None,
+    typer.Option("--recognizer", metavar="URI", help="Recogniser from tsq finetune or import."),
 ]
 Model = Annotated[str, typer.Option("--model", metavar="BUNDLE", help="Bundle from tsq train.")]

@@ -151,6 +151,26 @@ class FinetuneSummary(_Trained):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportSummary:
+    """A pretrained network as a classifier, made by `import_network`."""
+
+    out: str
+    """URI of the folder that was written."""
+    role: Literal["encoder", "recognizer"]
+    kind: str
+    """Library of the network."""
+    model: str
+    classes: int
+    first_classes: tuple[str, ...]
+    size: int
+    """Height and width of the network's input, in pixels."""
+    parameters: int
+    gflops_per_frame: float
+    already_done: bool = False
+    """Whether the folder already held it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSummary(_Trained):
     """A finished bundle, made by `train`."""
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, EncodersConfig, ModelConfig
-from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, with_whole_frames
+from tsq_ray.decode import Centre, DecodedVideo, FrameSpec, VideoSource, with_whole_frames
 from tsq_ray.errors import Failure
 from tsq_ray.manifest import VideoRef
 from tsq_ray.storage import StoredFile
@@ -22,7 +22,13 @@ VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
 
 def frame_spec(config: ModelConfig) -> FrameSpec:
     """Return the picture that a network takes."""
-    return FrameSpec(config.size, config.resize, config.interpolation)
+    centre = centre_of(config.kind) if config.resize_to else "down"
+    return FrameSpec(config.size, config.resize, config.interpolation, config.resize_to, centre)
+
+
+def centre_of(kind: str) -> Centre:
+    """Return how the library of a network rounds the middle of a crop."""
+    return "nearest" if kind == "timm" else "down"
 
 
 def picture_specs(

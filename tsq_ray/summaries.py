@@ -12,6 +12,7 @@ from tsq_ray.results import (
     EvaluatedTable,
     EvaluationSummary,
     FinetuneSummary,
+    ImportSummary,
     IndexSummary,
     RunSummary,
     TrainingSummary,
@@ -203,6 +204,20 @@ def finetune_text(summary: FinetuneSummary) -> str:
             f"mAP {summary.val_mAP:.4f} (weights of the last epoch)"
         )
     return "\n".join([*lines, f"out: {summary.out}"])
+
+
+def import_text(summary: ImportSummary) -> str:
+    """Format the summary of import."""
+    done = ["already done: nothing to do"] if summary.already_done else []
+    more = ", ..." if summary.classes > len(summary.first_classes) else ""
+    lines = [
+        f"{summary.role} {summary.model} ({summary.kind}): pictures of {summary.size} x "
+        f"{summary.size}, {summary.parameters / 1e6:.1f} million parameters, "
+        f"{summary.gflops_per_frame:.2f} GFLOPs per frame",
+        f"{summary.classes} classes: {', '.join(summary.first_classes)}{more}",
+        f"out: {summary.out}",
+    ]
+    return "\n".join([*done, *lines])
 
 
 def _trained_on(summary: TrainingSummary | FinetuneSummary) -> list[str]:

@@ -48,7 +48,7 @@ def command_line() -> str:
 def all_commands() -> dict[str, Callable[..., Any]]:
     """Return every command by its name; a group's commands come after its name."""
     found = {
-        command.callback.__name__: command.callback
+        str(command.name): command.callback
         for command in cli.app.registered_commands
         if command.callback is not None
     }

@@ -157,18 +157,19 @@ What to do about each: [operations](operations.md#error-types).
 """
 
 ARTIFACTS_TEXT = """\
-## What `tsq finetune` writes
+## What `tsq finetune` and `tsq import` write
 A folder: `model.safetensors` (`backbone.*` and `head.*`), `curves.csv` (one row per epoch; only for
 a trained backbone) and, written last, `finetune.json` with `format`, `role` (`encoder` or
 `recognizer`), `classes`, `task`, `model` (the network and its preprocessing), `backbone_sha256`,
-`provenance` and `files` (sha256 of each file).
+`provenance` and `files` (sha256 of each file). A network of transformers is described by
+`model.model_args`, so that nothing but this folder is needed to make it again.
 
 ## The bundle
 What `tsq train` writes, and all that scoring needs: no hub, no language model. A folder:
 
 | file | what |
 | --- | --- |
-| `bundle.json` | written last: `format`, `classes`, `task`, `config` (`decode`, `encoders`, `recognizer`, `sampler`), `sampler_shape`, `provenance`, `files` (sha256 of each) |
+| `bundle.json` | written last: `format`, `classes`, `sampler_classes` (those with a query, if not all have one), `task`, `config` (`decode`, `encoders`, `recognizer`, `sampler`), `sampler_shape`, `provenance`, `files` (sha256 of each) |
 | `sampler.safetensors` | TSQNet |
 | `encoder.safetensors` | the frame encoder with its frame head |
 | `objects.safetensors` | the object recogniser; absent with `train.modules = "visual"` |
@@ -209,7 +210,7 @@ def data_format() -> str:
             "What `tsq score` writes, one row per video. `scores` is absent with `--scores top`.\n",
             columns_table(schema.PREDICTIONS),
             "",
-            ARTIFACTS_TEXT.replace("{format}", str(bundle.FORMAT)),
+            ARTIFACTS_TEXT.replace("{format}", f"{bundle.FORMAT} or {bundle.FEWER_CLASSES_FORMAT}"),
         ]
     )
 

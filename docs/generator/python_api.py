@@ -34,9 +34,10 @@ have the same name there.
 
 
 ORDER = [
-    *("build_manifest", "extract", "finetune", "train", "score", "predict", "evaluate"),
+    *("build_manifest", "extract", "finetune", "import_network", "train", "score", "predict"),
+    "evaluate",
     *("build_report", "export_predictions", "verify", "read_features", "read_predictions"),
-    *("load_config", "training_config", "scoring_config", "evaluation_config"),
+    *("load_config", "import_config", "training_config", "scoring_config", "evaluation_config"),
 ]
 
 

@@ -366,11 +366,11 @@ def test_a_bundle_without_a_recognizer(
         ),
         (
             ["extract", "MANIFEST", "--out", "OUT", "--encoder", "NOWHERE"],
-            "NOWHERE: has no finetune.json; name what tsq finetune wrote",
+            "NOWHERE: has no finetune.json; name what tsq finetune or import wrote",
         ),
         (
             ["train", "FEATURES", "--out", "OUT", "--recognizer", "BUNDLE"],
-            "BUNDLE: has no finetune.json; name what tsq finetune wrote",
+            "BUNDLE: has no finetune.json; name what tsq finetune or import wrote",
         ),
         (
             ["train", "FEATURES", "--out", "OUT", "--encoder", "RECOGNIZER"],

@@ -407,8 +407,7 @@ def test_a_spot_node_is_taken_away(
     assert (rows.num_rows, set(rows["status"].to_pylist())) == (60, {"ok"})
     happened = ended.json["happened"]
     assert happened["nodes_lost"] == 1
-    if notice:  # without it, those that were in hand and not yet published
-        assert "videos_done_again" not in happened
+    assert ("videos_done_again" in happened) == (not notice)
 
 
 @pytest.mark.slow

@@ -6,13 +6,14 @@ For tests of serving; it needs no training.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from support.archive import CLASSES
-from tsq_ray.bundle.weights import Bundle, save_bundle
+from tsq_ray.bundle.weights import Bundle, Classifier, save_bundle
 from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig, TextConfig
 from tsq_ray.model import TSQNet, TSQShape
 from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder, load_encoder
@@ -28,9 +29,17 @@ def _network(config: ModelConfig, num_classes: int) -> FrameEncoder:
 
 
 def make_bundle(
-    uri: str | Path, with_recognizer: bool = True, classes: Sequence[str] = CLASSES
+    uri: str | Path,
+    with_recognizer: bool = True,
+    classes: Sequence[str] = CLASSES,
+    imported: Classifier | None = None,
+    budget: int = BUDGET,
 ) -> str:
-    """Write the bundle and return its URI; the content is the same each time."""
+    """Write the bundle and return its URI; the content is the same each time.
+
+    `imported`: a recogniser, with its classes, instead of a random one.
+    """
+    classes = imported.classes if imported is not None else classes
     settings = EncodersConfig(
         visual=ModelConfig(model="test_efficientnet", weights="random:0", size=32),
         objects=ModelConfig(model="test_efficientnet", weights="random:1", size=32),
@@ -38,22 +47,24 @@ def make_bundle(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
-        encoder = _network(settings.visual, len(CLASSES))
+        encoder = _network(settings.visual, len(classes))
         recognizer = ModelConfig(model="test_resnet", weights="random:2", size=32, resize="crop")
         shape = TSQShape(
-            len(CLASSES), visual_dim=encoder.dim, text_dim=TEXT_DIM, dim_visual=16, dim_textual=8
+            len(classes), visual_dim=encoder.dim, text_dim=TEXT_DIM, dim_visual=16, dim_textual=8
         )
         bundle = Bundle(
             classes=list(classes),
             task="single",
             decode=DecodeConfig(num_frames=NUM_FRAMES, timeout_s=40.0),
             encoders=settings,
-            sampler_defaults=SamplerConfig(budget=BUDGET),
+            sampler_defaults=SamplerConfig(budget=budget),
             sampler=TSQNet(shape),
             encoder=encoder,
             objects=_network(settings.objects, NUM_OBJECTS),
             vocabulary=torch.randn(NUM_OBJECTS, TEXT_DIM),
-            recognizer=_network(recognizer, len(CLASSES)) if with_recognizer else None,
+            recognizer=_network(recognizer, len(classes)) if with_recognizer else None,
         )
+        if imported is not None:
+            bundle = replace(bundle, recognizer=imported.encoder, task=imported.task)
     save_bundle(bundle, str(uri))
     return str(uri)

@@ -88,7 +88,7 @@ def test_values_of_set_are_toml_or_plain_text(item: str, key: str, value: object
         ("decode.frames=3", r"unknown setting decode.frames; allowed: strategy, .*timeout_s"),
         (
             "encoders.visual.modle=x",
-            "unknown setting encoders.visual.modle; allowed: model, model_args",
+            "unknown setting encoders.visual.modle; allowed: kind, model, model_args",
         ),
         ("nothing.at_all=1", "unknown setting nothing; allowed: decode, encoders"),
         (

@@ -36,6 +36,7 @@ ORDER = (
         "networks",
         "model",
         "bundle",
+        "importing",
         "quality",
         "score_run",
         "stages",
@@ -78,7 +79,10 @@ INSIDE = {
     "labels": ("classes", "formats", "match"),
     "manifest": ("videos", "files", "listing", "build"),
     "model": ("layers", "tsq", "task", "losses", "selection", "baselines", "choosers", "flops"),
-    "networks": ("weights", "encoder", "text", "batch_norm", "inference"),
+    "networks": (
+        *("weights", "preprocessing", "transformers_models", "encoder", "text", "batch_norm"),
+        "inference",
+    ),
     "reporting": (
         *("choice", "curves", "losses", "predictions", "pictures", "summary", "html", "export"),
     ),
@@ -116,7 +120,16 @@ INSIDE = {
     ),
     "stages": ("encode", "sample", "recognize"),
     "storage": ("local_files", "advice", "s3", "paths", "listing", "files"),
-    "training": ("cache", "head", "features", "on_worker", "resumable", "classifier", "sampler"),
+    "training": (
+        "cache",
+        "teacher",
+        "head",
+        "features",
+        "on_worker",
+        "resumable",
+        "classifier",
+        "sampler",
+    ),
     "training/classifier": (
         *("augment", "optim", "clips", "worker", "full", "frozen", "finetune"),
     ),

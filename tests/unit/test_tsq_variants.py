@@ -287,8 +287,8 @@ def test_costs_by_hand() -> None:
 
 
 def test_the_objects_embeddings_weigh_in_the_true_count_only() -> None:
-    recognizer = dataclasses.make_dataclass("Net", ["model", "size", "model_args"])(
-        "resnet18", 64, {}
+    recognizer = dataclasses.make_dataclass("Net", ["kind", "model", "size", "model_args"])(
+        "timm", "resnet18", 64, {}
     )
     settings = {
         "num_frames": 16,

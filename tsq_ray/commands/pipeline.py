@@ -1,4 +1,4 @@
-"""Commands from archive to labelled rows: index, extract, finetune, train, score."""
+"""Commands from archive to labelled rows: index, extract, finetune, import, train, score."""
 
 from __future__ import annotations
 
@@ -40,7 +40,13 @@ from tsq_ray.options import (
     WaitS,
 )
 from tsq_ray.runtime.session import Session
-from tsq_ray.summaries import estimate_text, finetune_text, index_text, training_text
+from tsq_ray.summaries import (
+    estimate_text,
+    finetune_text,
+    import_text,
+    index_text,
+    training_text,
+)
 
 
 def index(
@@ -187,6 +193,44 @@ def finetune(
         session=session,
     )
     return show(summary, as_json, finetune_text(summary))
+
+
+def import_(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="timm name, or hub id, folder or URI of a transformers model."
+        ),
+    ],
+    out: Out,
+    role: Annotated[
+        Role, typer.Option("--role", help="What the classifier is for.")
+    ] = Role.recognizer,
+    classes: Annotated[
+        str | None,
+        typer.Option("--classes", metavar="FILE", help="Class names, one per line, in order."),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template",
+            metavar="TEXT",
+            help="Text of a class for CLIP or SigLIP, with {} for its name (repeatable).",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a pretrained network as a classifier, as it is, without training."""
+    from tsq_ray.importing import import_config, import_network
+
+    settings = import_config(model, role.value, config, sets or ())
+    summary = import_network(
+        settings, out, role.value, classes=classes, templates=tuple(template or ())
+    )
+    show(summary, as_json, import_text(summary))
 
 
 def train(

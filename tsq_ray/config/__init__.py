@@ -8,6 +8,7 @@ from tsq_ray.config.base import Precision, Section
 from tsq_ray.config.load import differing, flatten, load_config, validate_config
 from tsq_ray.config.method import (
     TSQ_MODES,
+    VIDEO_CLASSIFIER,
     DecodeConfig,
     EncodersConfig,
     EvaluateConfig,
@@ -35,6 +36,7 @@ from tsq_ray.config.settings import Config, check_budget, check_top_objects
 
 __all__ = [
     "TSQ_MODES",
+    "VIDEO_CLASSIFIER",
     "Config",
     "DecodeConfig",
     "EncodersConfig",

@@ -12,6 +12,8 @@ SamplerMode = Literal["both", "visual", "textual", "uniform", "random", "maxconf
 TSQMode = Literal["both", "visual", "textual"]
 Task = Literal["single", "multi"]
 """One label per video, or several."""
+VIDEO_CLASSIFIER = "ForVideoClassification"
+"""In the class names of transformers' networks that take clips."""
 TSQ_MODES: tuple[str, ...] = ("both", "visual", "textual")
 """Modes that run the sampler network; the others are baselines."""
 
@@ -43,24 +45,45 @@ class DecodeConfig(Section):
 class ModelConfig(Section):
     """A pretrained network and the preprocessing that its weights expect."""
 
+    kind: Literal["timm", "transformers"] = "timm"
+    """Library of the network."""
     model: str
-    """timm name (image models) or Hugging Face id (text model)."""
+    """timm name, or Hugging Face id of a transformers network."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """Extra arguments for the model's constructor, for example {pad_type = "same"}."""
+    """Extra arguments for the model's constructor, for example {pad_type = "same"}. Of a transformers
+    network its class and config, which `tsq import` sets."""
     weights: str = "hub"
     """`hub`, the path or URI of a .safetensors file or folder, `package:NAME` of an installed
     Python package, or `random:SEED`."""
     size: int = Field(default=224, ge=16, le=1024)
     """Height and width of the network's input, in pixels."""
     resize: Literal["squash", "crop"] = "squash"
-    """`squash`: the whole frame to size x size; `crop`: the shorter side to size x 8/7, then a
-    centre crop (256 -> 224)."""
+    """`squash`: the whole frame to a square; `crop`: the shorter side to `resize_to`; then the centre
+    of size x size."""
+    resize_to: int = Field(default=0, ge=0, le=2048)
+    """Side before the centre is taken, in pixels, for example 256 for a size of 224; 0: size x 8/7
+    with `crop`, and size with `squash`."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Interpolation of the resize, with antialiasing."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Mean of the input channels (RGB, values in 0..1)."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """Standard deviation of the input channels (RGB, values in 0..1)."""
+
+    @property
+    def clip_frames(self) -> int:
+        """Number of frames of one input, above 1 for a video network."""
+        is_video = VIDEO_CLASSIFIER in str(self.model_args.get("architecture"))
+        return int(self.model_args["num_frames"]) if is_video else 1
+
+    @model_validator(mode="after")
+    def _crops_from_more(self) -> Self:
+        if 0 < self.resize_to < self.size:
+            raise ValueError(
+                f"resize_to is {self.resize_to}, below size = {self.size}: the crop of size x size "
+                "is cut from a picture whose shorter side is resize_to"
+            )
+        return self
 
 
 class TextConfig(Section):
@@ -141,6 +164,14 @@ class TrainConfig(Section):
     task: Task = "single"
     """`single`: one label per video, softmax; `multi`: several labels, sigmoid and binary cross
     entropy."""
+    target: Literal["labels", "teacher"] = "labels"
+    """What a video's frames should show: its `labels`, or what the recogniser saw in them when the
+    features were extracted with it (`teacher`, which reads no label)."""
+    teacher_frames: int = Field(default=5, ge=1)
+    """With the target `teacher`: the mean of the recogniser's probabilities on that many frames of
+    which it is surest."""
+    teacher_min_videos: int = Field(default=3, ge=1)
+    """With the target `teacher`: classes that the recogniser finds in fewer videos get no query."""
     modules: Literal["both", "visual"] = "both"
     """`both`: VQM and TQM with swap attention; `visual`: the paper's VQM-only."""
     epochs: int = Field(default=100, ge=1)

@@ -37,11 +37,13 @@ class Config(Section):
         return self.model_copy(update={"encoders": encoders})
 
 
-def check_budget(sampler: SamplerConfig, num_frames: int, task: str = "single") -> None:
-    """Check the budget K.
+def check_budget(
+    sampler: SamplerConfig, num_frames: int, task: str = "single", clip_frames: int = 1
+) -> None:
+    """Check the budget K, for a recogniser that takes clips of `clip_frames`.
 
-    Raises ConfigError if K > T, or if K is adaptive but the mode does not rank frames or a video
-    may have several labels.
+    Raises ConfigError if K > T, if K is adaptive but the mode does not rank frames or a video may
+    have several labels, or if the chosen frames are not whole clips.
     """
     if sampler.most_frames > num_frames:
         name = "sampler.max_budget" if sampler.budget == "adaptive" else "sampler.budget (K)"
@@ -60,6 +62,19 @@ def check_budget(sampler: SamplerConfig, num_frames: int, task: str = "single") 
                 "sampler.budget 'adaptive' waits for one class to lead, "
                 "but with train.task 'multi' several may be true; use a number"
             )
+
+    if clip_frames > 1:
+        _check_clips(sampler, clip_frames)
+
+
+def _check_clips(sampler: SamplerConfig, clip_frames: int) -> None:
+    what = f"the recogniser takes clips of {clip_frames} frames"
+    if sampler.mode == "maxconf":
+        raise ConfigError(f"sampler.mode 'maxconf': {what}, which says nothing about one frame")
+    if sampler.budget == "adaptive" or sampler.budget % clip_frames:
+        raise ConfigError(
+            f"sampler.budget (K) is {sampler.budget}: {what}; use a multiple of {clip_frames}"
+        )
 
 
 def check_top_objects(top_objects: int, num_objects: int) -> None:

@@ -6,6 +6,7 @@ The sandbox limits the damage of a crash or a hang to one video.
 from tsq_ray.decode.sandbox import DecodePool
 from tsq_ray.decode.types import (
     WHOLE,
+    Centre,
     DecodedVideo,
     FrameSpec,
     Outcome,
@@ -16,6 +17,7 @@ from tsq_ray.decode.video import decode_video
 
 __all__ = [
     "WHOLE",
+    "Centre",
     "DecodePool",
     "DecodedVideo",
     "FrameSpec",

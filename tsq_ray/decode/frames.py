@@ -37,11 +37,23 @@ def target_size(width: int, height: int, spec: FrameSpec) -> tuple[int, int]:
     if spec.resize == "none":
         return width, height
     if spec.resize == "squash":
-        return spec.size, spec.size
+        return spec.resize_to or spec.size, spec.resize_to or spec.size
+    if spec.resize == "crop" and spec.resize_to:
+        short = spec.resize_to
+        longer = int(short * max(width, height) / min(width, height))
+        return (short, longer) if width <= height else (longer, short)
     short = spec.size if spec.resize == "keep" else round(spec.size * 8 / 7)
     if width <= height:
         return short, max(round(height * short / width), short)
     return max(round(width * short / height), short), short
+
+
+def crop_corner(width: int, height: int, spec: FrameSpec) -> tuple[int, int]:
+    """Return left and top of the centre that `crop` cuts out of a resized frame."""
+    across, down = width - spec.size, height - spec.size
+    if spec.centre == "nearest":
+        return round(across / 2), round(down / 2)
+    return across // 2, down // 2
 
 
 def resize_picture(
@@ -52,13 +64,14 @@ def resize_picture(
     If `size` (width, height) is given, resize to it instead.
     """
     width, height = size or target_size(rgb.shape[1], rgb.shape[0], spec)
-    if (height, width) == rgb.shape[:2] and spec.resize != "crop":
+    crops = size is None and (spec.resize == "crop" or spec.resize_to > 0)
+    if (height, width) == rgb.shape[:2] and not crops:
         return rgb
     image = Image.fromarray(np.ascontiguousarray(rgb)).resize(
         (width, height), _FILTERS[spec.interpolation]
     )
-    if spec.resize == "crop" and size is None:
-        left, top = (width - spec.size) // 2, (height - spec.size) // 2
+    if crops:
+        left, top = crop_corner(width, height, spec)
         image = image.crop((left, top, left + spec.size, top + spec.size))
     return np.asarray(image)
 

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tsq_ray.config import SamplerMode
+from tsq_ray.config import ModelConfig, SamplerMode
 from tsq_ray.errors import ModelError
 from tsq_ray.model.tsq import TSQNet, TSQShape
+from tsq_ray.networks.encoder import create_network, split_network
 
 REFERENCE_SIZE = 224
 CITED = {"efficientnet_b0": 0.39e9}
@@ -40,6 +41,8 @@ class NetworkLike(Protocol):
     """The settings that identify an image network; the settings sections satisfy it."""
 
     @property
+    def kind(self) -> Literal["timm", "transformers"]: ...
+    @property
     def model(self) -> str: ...
     @property
     def size(self) -> int: ...
@@ -49,14 +52,15 @@ class NetworkLike(Protocol):
 
 @dataclass(frozen=True)
 class Network:
-    """A timm network at an input size."""
+    """A network at an input size."""
 
     model: str
-    """timm name, with or without a tag."""
+    """timm name, with or without a tag, or transformers id."""
     size: int
     """Height and width of the input, in pixels."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Extra constructor arguments."""
+    kind: Literal["timm", "transformers"] = "timm"
 
 
 class OpCount(NamedTuple):
@@ -122,22 +126,23 @@ def count_ops(model: nn.Module, *inputs: Tensor | None) -> OpCount:
 
 
 def count_network(network: NetworkLike) -> OpCount:
-    """Count a timm network without its classifier, on one picture of its input size.
+    """Count a network without its classifier, on one picture of its input size.
 
     Raises:
-        ModelError: timm has no model of that name, or rejects the arguments or the size.
+        ModelError: the library has no model of that name, or rejects the arguments or the size.
     """
-    return _count_timm(
-        network.model, network.size, json.dumps(dict(network.model_args), sort_keys=True)
-    )
+    count = _count_transformers if network.kind == "transformers" else _count_timm
+    arguments = json.dumps(dict(network.model_args), sort_keys=True)
+    return count(network.model, network.size, arguments)
 
 
 def network_multiply_adds(network: NetworkLike, counting: Counting = "field") -> float:
-    """Return the multiply-adds of one frame of size x size pixels through a timm network.
+    """Return the multiply-adds of one frame of size x size pixels through a network.
 
-    `counting`: see the module docstring.
+    `counting`: see the module docstring; a transformers network is made for one size, so both
+    ways count it there.
     """
-    if counting == "true":
+    if counting == "true" or network.kind == "transformers":
         return count_network(network).total
     name = network.model.split(".")[0].removeprefix("tf_")
     if name in CITED and not network.model_args:
@@ -228,6 +233,18 @@ def _count_timm(name: str, size: int, model_args: str) -> OpCount:
             f"cannot build {name!r} at size {size} with {arguments} in timm: {reason}; "
             "see timm.list_models()"
         ) from error
+
+
+@functools.cache
+def _count_transformers(name: str, size: int, model_args: str) -> OpCount:
+    config = ModelConfig(
+        kind="transformers", model=name, size=size, model_args=json.loads(model_args)
+    )
+    with torch.device("meta"):
+        encoder = split_network(config, create_network(config, 1), with_head=False)
+        clip = config.clip_frames
+        products, norms = count_ops(encoder.backbone, torch.empty(clip, 3, size, size))
+    return OpCount(products // clip, norms // clip)
 
 
 @functools.cache

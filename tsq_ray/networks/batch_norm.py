@@ -21,18 +21,18 @@ from tsq_ray.networks.encoder import FrameEncoder
 
 
 @torch.no_grad()
-def fold_batch_norms(network: nn.Module, size: int) -> int:
+def fold_batch_norms(network: nn.Module, size: int, frames: int = 1) -> int:
     """Fold each batch norm that follows a convolution into it, in place; return how many.
 
-    In eval mode the network computes the same as before. One picture of `size` x `size` reveals the
-    pairs: the input of the batch norm is the very tensor that the convolution returned, and both
+    In eval mode the network computes the same as before. One picture (or one clip of several
+    `frames`) of `size` x `size` reveals the pairs: the input of the batch norm is the very tensor that the convolution returned, and both
     run once. If the folded network computes something else (because the output of a convolution
     is used elsewhere too), nothing is folded.
     """
-    pairs = _conv_norm_pairs(network, size)
+    pairs = _conv_norm_pairs(network, torch.zeros(frames, 3, size, size))
     if not pairs:
         return 0
-    probe = torch.linspace(-1, 1, 3 * size * size).reshape(1, 3, size, size)
+    probe = torch.linspace(-1, 1, frames * 3 * size * size).reshape(frames, 3, size, size)
     before, kept = network(probe), copy.deepcopy(network.state_dict())
     replaced: list[tuple[nn.Conv2d, bool, str, _BatchNorm]] = []
     for conv_name, norm_name in pairs:
@@ -67,7 +67,7 @@ def fold_batch_norms(network: nn.Module, size: int) -> int:
     return 0
 
 
-def _conv_norm_pairs(network: nn.Module, size: int) -> list[tuple[str, str]]:
+def _conv_norm_pairs(network: nn.Module, probe: Tensor) -> list[tuple[str, str]]:
     """Return the names of each (convolution, batch norm) pair, in execution order."""
     # holds the tensors, so that no two share an id
     made_by: dict[int, tuple[str, Tensor]] = {}
@@ -98,7 +98,7 @@ def _conv_norm_pairs(network: nn.Module, size: int) -> list[tuple[str, str]]:
                 )
             )
     try:
-        network(torch.zeros(1, 3, size, size))
+        network(probe)
     finally:
         for hook in hooks:
             hook.remove()

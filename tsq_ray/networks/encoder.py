@@ -1,4 +1,4 @@
-"""Frame encoders: timm networks with their preprocessing, split into backbone and head.
+"""Frame encoders: networks with their preprocessing, split into backbone and head.
 
 Shapes: N frames, D dims, C classes. Pictures arrive as uint8 [N, H, W, 3] RGB and are normalised
 here, on the device. timm is imported on first use: most workers of a cluster create no network, and
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tsq_ray.config import ModelConfig
 from tsq_ray.errors import ModelError
+from tsq_ray.networks.transformers_models import create_transformers, load_transformers
 from tsq_ray.networks.weights import hash_state, load_weights, read_weights
 from tsq_ray.schema import TOP_OBJECTS
 
@@ -25,7 +26,7 @@ def best_device() -> torch.device:
 
 
 class FrameEncoder(nn.Module):
-    """A timm network as backbone (pooled feature, D) and head (C logits), with its preprocessing.
+    """A network as backbone (pooled feature, D) and head (C logits), with its preprocessing.
 
     `head` is None if only features are needed. The paper's video encoder is MobileNetV2, its object
     recogniser EfficientNet-B0 (section 4.1).
@@ -76,10 +77,13 @@ class FrameEncoder(nn.Module):
 
 
 def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
-    """Create a timm network with random weights; without a classifier if `num_classes` is 0.
+    """Create a network with random weights, which has timm's methods for its classifier.
 
-    Raises ModelError for an unknown name or argument.
+    A timm network is made without a classifier if `num_classes` is 0. Raises ModelError for an
+    unknown name or argument.
     """
+    if config.kind == "transformers":
+        return create_transformers(config, num_classes)
     import timm
 
     if not timm.is_model(config.model):
@@ -121,13 +125,15 @@ def load_encoder(
 
 
 def split_network(config: ModelConfig, network: nn.Module, with_head: bool) -> FrameEncoder:
-    """Turn a timm network into a FrameEncoder; its classifier becomes `head` or is dropped."""
+    """Turn a network into a FrameEncoder; its classifier becomes `head` or is dropped."""
     head = network.get_classifier()  # type: ignore[operator]
     network.reset_classifier(0)  # type: ignore[operator]
     return FrameEncoder(config, network, head if with_head else None).eval().requires_grad_(False)
 
 
 def _from_hub(config: ModelConfig) -> nn.Module:
+    if config.kind == "transformers":
+        return load_transformers(config, config.model, f"model {config.model!r}")
     import timm
 
     try:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tsq_ray.config import Precision, ResourcesConfig
+from tsq_ray.config import ModelConfig, Precision, ResourcesConfig
 from tsq_ray.decode import FrameSpec
-from tsq_ray.decode.frames import target_size
+from tsq_ray.decode.frames import crop_corner, target_size
 from tsq_ray.networks.batch_norm import fold_batch_norms
 from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.rows import frame_spec
@@ -68,9 +68,10 @@ def prepare_for_inference(
     if device.type == "cpu":
         keep_freed_memory()
     made = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
-    fold_batch_norms(made.backbone, made.config.size)
+    fold_batch_norms(made.backbone, made.config.size, made.config.clip_frames)
     made.to(device=device)
-    made.backbone.to(memory_format=torch.channels_last)
+    if made.config.clip_frames == 1:  # not for the convolutions of a video network
+        made.backbone.to(memory_format=torch.channels_last)
     made.dtype = torch.bfloat16 if takes_bf16(resources.precision, device) else torch.float32
     made.backbone.to(made.dtype)
     if made.head is not None:
@@ -98,15 +99,18 @@ def encode_pictures(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the features [N, D] and logits [N, C] of N pictures in total, float32 on the CPU.
 
-    The logits are None if the encoder has no head. Runs one chunk of frames at a time.
+    Of a video network there is one row per clip: the frames of each item make whole clips, the last
+    of which is filled up with its last frame (`num_inputs`). The logits are None if the encoder has
+    no head. Runs one chunk of frames at a time.
     """
-    device = next(encoder.parameters()).device
-    chunk = _CHUNK[device.type]
+    device, clip = next(encoder.parameters()).device, encoder.config.clip_frames
+    chunk = max(1, _CHUNK[device.type] // clip) * clip
+    pictures = [_whole_clips(each, clip) for each in pictures]
     features, logits = [], []
     for part in _chunks(pictures, chunk, device, frame_spec(encoder.config)):
-        count = len(part)
+        count = len(part) // clip
         if encoder.fixed_sizes:
-            part = _padded(part, chunk)
+            part = _padded(part, chunk, clip)
         # the next run of a CUDA graph overwrites this result
         feature = (
             encoder.features(part)[:count].clone()
@@ -153,14 +157,28 @@ def resize_frames(frames: Tensor, spec: FrameSpec) -> Tensor:
     resized = frames.permute(0, 3, 1, 2).float()
     if (height, width) != frames.shape[1:3]:
         resized = F.interpolate(resized, (height, width), mode=spec.interpolation, antialias=True)
-    top, left = (height - spec.size) // 2, (width - spec.size) // 2
+    left, top = crop_corner(width, height, spec)
     resized = resized[:, :, top : top + spec.size, left : left + spec.size]
     return resized.round().clamp_(0, 255).byte().permute(0, 2, 3, 1)
 
 
-def _padded(part: Tensor, chunk: int) -> Tensor:
-    """Pad [n, ...] with empty frames to the next power of two, at least 8: few sizes to compile."""
-    size = min(chunk, max(8, 1 << (len(part) - 1).bit_length()))
+def num_inputs(config: ModelConfig, count: int) -> int:
+    """Return how many inputs of a network `count` frames of a video make."""
+    return -(-count // config.clip_frames)
+
+
+def _whole_clips(pictures: Pictures, clip: int) -> Pictures:
+    missing = -len(pictures.frames) % clip
+    if not missing:
+        return pictures
+    frames = np.concatenate([pictures.frames, np.repeat(pictures.frames[-1:], missing, 0)])
+    return pictures._replace(frames=frames)
+
+
+def _padded(part: Tensor, chunk: int, clip: int) -> Tensor:
+    """Pad [n, ...] with empty frames: a power of two of clips, at least 8 frames; few to compile."""
+    clips = max(-(-8 // clip), 1 << (len(part) // clip - 1).bit_length())
+    size = min(chunk, clips * clip)
     return (
         torch.cat([part, part.new_zeros(size - len(part), *part.shape[1:])])
         if size > len(part)

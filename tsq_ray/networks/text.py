@@ -20,7 +20,7 @@ from torch import Tensor
 from tsq_ray import storage
 from tsq_ray.config import TextConfig
 from tsq_ray.errors import ModelError, StorageError
-from tsq_ray.networks.weights import hash_state, package_folder
+from tsq_ray.networks.weights import hash_state, model_folder
 
 _BLOCK = 1 << 22
 """Bytes read at a time from a word vector file; longer than any line."""
@@ -39,7 +39,8 @@ class TextEncoder:
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
-            place = _text_place(config, folder)
+            what = f"encoders.text.weights {config.weights!r}"
+            place = model_folder(config.weights, config.model, folder, what)
             try:
                 self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
                 self.model: Any = transformers.AutoModel.from_pretrained(
@@ -181,25 +182,3 @@ def text_encoder(config: TextConfig) -> TextEncoder | WordVectors:
     ):
         return WordVectors(config)
     return TextEncoder(config)
-
-
-def _text_place(config: TextConfig, folder: str) -> str:
-    if config.weights == "hub":
-        return config.model
-    if config.weights.startswith("package:"):
-        configs = sorted(
-            package_folder(config.weights.removeprefix("package:")).rglob("config.json"),
-            key=lambda path: len(path.parts),
-        )
-        if not configs:
-            raise ModelError(
-                f"encoders.text.weights {config.weights!r}: "
-                "the package holds no model (no config.json)"
-            )
-        return str(configs[0].parent)
-    uri = storage.normalize(config.weights)
-    if storage.is_local(uri):
-        return uri
-    for file in storage.list_folder(uri):
-        storage.download(file.uri, folder)
-    return folder

@@ -72,6 +72,30 @@ def package_folder(name: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def model_folder(weights: str, hub_id: str, scratch: str, what: str) -> str:
+    """Return what transformers loads a model from: its hub id, or a folder with its config.json.
+
+    `weights`: as in TextConfig. A remote folder is copied to `scratch`. Raises ModelError if there
+    is no such model.
+    """
+    if weights == "hub":
+        return hub_id
+    if weights.startswith("package:"):
+        configs = sorted(
+            package_folder(weights.removeprefix("package:")).rglob("config.json"),
+            key=lambda path: len(path.parts),
+        )
+        if not configs:
+            raise ModelError(f"{what}: the package holds no model (no config.json)")
+        return str(configs[0].parent)
+    uri = storage.normalize(weights)
+    if storage.is_local(uri):
+        return uri
+    for file in storage.list_folder(uri):
+        storage.download(file.uri, scratch)
+    return scratch
+
+
 def _package_file(name: str) -> str:
     files = sorted(path for path in package_folder(name).rglob("*") if path.suffix in _WEIGHT_FILES)
     if len(files) != 1:

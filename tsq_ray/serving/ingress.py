@@ -130,6 +130,7 @@ class Ingress:
         self.budget = ByteBudget(int(settings.max_upload_total_mb * 2**20))
         self.graph = Graph(decoder, sampler, recognizer, TimeLimits.of(config))
         content, digest = read_bundle_settings(model)
+        self.clip_frames = config.recognizer.clip_frames
         self.card = ModelCard(
             id=digest,
             task=content["task"],
@@ -351,6 +352,9 @@ class Ingress:
         ):
             if given is not None and given > most and name in options.model_fields_set:
                 raise RequestError(400, f"{name}: {given} is above {most}, the most that there are")
+        if options.k is not None and options.k % self.clip_frames:
+            clip = f"the recogniser takes clips of {self.clip_frames} frames"
+            raise RequestError(400, f"k: {options.k} is not a multiple; {clip}")
 
     async def _row(self, wanted: Asked) -> tuple[dict[str, Any], str]:
         options = wanted.options

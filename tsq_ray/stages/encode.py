@@ -21,6 +21,7 @@ from tsq_ray.networks.inference import (
     DEFAULT_RESOURCES,
     Pictures,
     encode_pictures,
+    num_inputs,
     prepare_for_inference,
 )
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL, picture_specs
@@ -87,7 +88,7 @@ class FrameFeatures:
     visual_logits: np.ndarray | None = None
     """float32 [T, C] of the frame head, if the visual encoder has one."""
     recognizer_logits: np.ndarray | None = None
-    """float32 [T, C], if a recogniser was given."""
+    """float32 [T, C], if a recogniser was given; the frames of a clip share its logits."""
 
 
 class Encode:
@@ -149,10 +150,13 @@ class Encode:
     ) -> tuple[list[Tensor], list[Tensor] | None]:
         pictures = [pictures_of(video, name) for video in videos]
         features, logits = encode_pictures(encoder, pictures)
-        counts = [len(part.frames) for part in pictures]
+        clip = encoder.config.clip_frames
+        counts = [num_inputs(encoder.config, len(part.frames)) for part in pictures]
         slots = [torch.from_numpy(video.slot_frame.astype(np.int64)) for video in videos]
 
         def per_slot(values: Tensor) -> list[Tensor]:
-            return [part[slot] for part, slot in zip(values.split(counts), slots, strict=True)]
+            parts = values.split(counts)
+            # the frames of a clip share its values
+            return [part[slot // clip] for part, slot in zip(parts, slots, strict=True)]
 
         return per_slot(features), per_slot(logits) if logits is not None else None

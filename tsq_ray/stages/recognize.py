@@ -22,6 +22,7 @@ from tsq_ray.networks.inference import (
     DEFAULT_RESOURCES,
     Pictures,
     encode_pictures,
+    num_inputs,
     prepare_for_inference,
 )
 from tsq_ray.rows import Answer
@@ -32,7 +33,8 @@ from tsq_ray.stages.sample import Sampled, array_probabilities
 class Recognize:
     """Label each video from its chosen frames.
 
-    The frames' logits are averaged, then pass through softmax (sigmoid for multi-label).
+    The logits of the frames, or of the clips that they make in time order, are averaged, then pass
+    through softmax (sigmoid for multi-label).
     """
 
     def __init__(
@@ -61,10 +63,11 @@ class Recognize:
         return [Answer(item.row, item.error, fetched_bytes=item.fetched_bytes) for item in items]
 
     def _logits(self, pictures: Sequence[Pictures]) -> list[Tensor]:
-        """Return the logits [n, C] of each video's n pictures, all in one pass of the network."""
+        """Return the logits [n, C] of each video's n pictures or clips, all in one pass."""
         _, logits = encode_pictures(self.recognizer, pictures)
         assert logits is not None
-        return list(logits.split([len(each.frames) for each in pictures]))
+        config = self.recognizer.config
+        return list(logits.split([num_inputs(config, len(each.frames)) for each in pictures]))
 
     def _recognize(self, items: Sequence[Sampled]) -> list[tuple[np.ndarray, Tensor]]:
         """Return each video's chosen candidates, as places, and the logits of the candidates shown.
@@ -96,7 +99,9 @@ class Recognize:
     def _answer(self, item: Sampled, places: np.ndarray, logits: Tensor) -> None:
         selection = _candidates(item).selection(places)
         item.row |= selection_columns(selection, item.frame_index, item.row["frame_pts_s"])
-        scores = array_probabilities(logits[torch.from_numpy(places)].mean(0), self.task)
+        if self.recognizer.config.clip_frames == 1:  # all clips are of chosen frames
+            logits = logits[torch.from_numpy(places)]
+        scores = array_probabilities(logits.mean(0), self.task)
         item.row |= {"scores": scores} | best_labels(scores, self.classes)
 
 

@@ -183,9 +183,10 @@ def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
     Raises ConfigError if K > T, ModelError if the bundle has no recogniser or does not support the
     mode.
     """
-    check_budget(config, bundle.decode.num_frames, bundle.task)
     if bundle.recognizer is None:
         raise ModelError(NO_RECOGNIZER)
+    clip_frames = bundle.recognizer.config.clip_frames
+    check_budget(config, bundle.decode.num_frames, bundle.task, clip_frames)
     if config.mode == "textual" and bundle.objects is None:
         raise ModelError(NO_TEXTUAL_MODULE)
 

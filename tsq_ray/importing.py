@@ -1,0 +1,333 @@
+"""`tsq import`: a pretrained network as it is, as the classifier that `tsq finetune` would write."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from tsq_ray import provenance, storage
+from tsq_ray.bundle.settings import CLASSIFIER_FILE, read_classifier_settings
+from tsq_ray.bundle.weights import Classifier, save_classifier
+from tsq_ray.config import VIDEO_CLASSIFIER, Config, ModelConfig, load_config
+from tsq_ray.errors import ConfigError, ModelError
+from tsq_ray.labels.classes import read_classes
+from tsq_ray.model.flops import network_multiply_adds
+from tsq_ray.networks import transformers_models
+from tsq_ray.networks.encoder import (
+    NUM_OBJECTS,
+    FrameEncoder,
+    create_network,
+    load_encoder,
+    split_network,
+)
+from tsq_ray.networks.preprocessing import measure
+from tsq_ray.networks.weights import model_folder
+from tsq_ray.results import ImportSummary, from_record
+from tsq_ray.runs.identity import Identity
+
+Role = Literal["encoder", "recognizer"]
+TEMPLATE = "a photo of {}"
+"""Text of a class for a dual encoder, by default."""
+
+
+def import_config(
+    model: str, role: Role = "recognizer", path: str | Path | None = None, sets: Iterable[str] = ()
+) -> Config:
+    """Return the settings for `import_network`, with the preprocessing that `model` expects.
+
+    `model`: a timm name, or the hub id, folder or URI of a transformers model. The TOML file and
+    the sets may change the preprocessing and name other weights, not another model. Raises
+    ConfigError or ModelError.
+    """
+    sets = list(sets)
+
+    def resolved(own: dict[str, Any]) -> Config:
+        base = {"recognizer": own} if role == "recognizer" else {"encoders": {"visual": own}}
+        return load_config(path, sets, base)
+
+    # the size of the network is not known yet: with the smallest, no `resize_to` is wrong
+    weights = _network(resolved({"size": 16}), role).weights
+    own = _library_settings(model, weights)
+    config = resolved(own)
+    found = _network(config, role)
+    if (found.kind, found.model) != (own["kind"], own["model"]):
+        name = "recognizer" if role == "recognizer" else "encoders.visual"
+        raise ConfigError(
+            f"the settings name {name}.model = {found.model!r} ({found.kind}), the command "
+            f"{model!r}; leave one of them out"
+        )
+    return config
+
+
+def import_network(
+    config: Config,
+    out: str,
+    role: Role = "recognizer",
+    *,
+    classes: str | None = None,
+    templates: Sequence[str] = (),
+) -> ImportSummary:
+    """Write the network that the settings name as a classifier, without training it.
+
+    A folder that already holds it is left as it is. Raises UserError for wrong input.
+
+    Args:
+        config: from `import_config`.
+        out: folder of the classifier.
+        role: "recognizer" takes `recognizer`, "encoder" takes `encoders.visual`.
+        classes: file of class names, one per line; needed by a dual encoder, and by a network whose
+            classes have no known names.
+        templates: texts of a class for a dual encoder, with {} for its name; "a photo of {}" by
+            default.
+    """
+    settings, out = _network(config, role), storage.normalize(out)
+    what = f"import {settings.model}"
+    if role == "encoder" and settings.clip_frames > 1:
+        raise ModelError(f"{what}: takes clips; the sampler's encoder looks at single frames")
+    names = read_classes(classes).names if classes else None
+    with torch.inference_mode():
+        encoder, names, more = _load(settings, names, templates, what)
+        _check_restored(encoder, what)
+    identity = Identity.of(
+        role=role,
+        model=settings.model_dump(mode="json", exclude={"weights"}),
+        weights=encoder.state_hash(),
+        classes=names,
+        task=config.train.task,
+    )
+    if storage.exists(storage.join(out, CLASSIFIER_FILE)):
+        record = read_classifier_settings(out)[0]["provenance"]
+        identity.refuse_other(record["identity"], out, "holds another classifier")
+        return from_record(ImportSummary, record["summary"], already_done=True)
+    storage.check_writable(out)
+    summary = ImportSummary(
+        out=storage.redact(out),
+        role=role,
+        kind=settings.kind,
+        model=settings.model,
+        classes=len(names),
+        first_classes=tuple(names[:5]),
+        size=settings.size,
+        parameters=sum(value.numel() for value in encoder.parameters()),
+        gflops_per_frame=round(network_multiply_adds(settings, "true") / 1e9, 4),
+    )
+    record = {"identity": identity.parts, "summary": asdict(summary), "imported": more}
+    save_classifier(
+        Classifier(encoder, names, config.train.task, role, record | provenance.of_this_run()), out
+    )
+    return summary
+
+
+def _network(config: Config, role: Role) -> ModelConfig:
+    if role not in ("encoder", "recognizer"):
+        raise ConfigError(f"role {role!r}: allowed are encoder, recognizer")
+    return config.recognizer if role == "recognizer" else config.encoders.visual
+
+
+def _load(
+    settings: ModelConfig, names: list[str] | None, templates: Sequence[str], what: str
+) -> tuple[FrameEncoder, list[str], dict[str, Any]]:
+    """Return the network with its head, the class names, and what else shaped the head."""
+    if settings.kind == "timm":
+        return _load_timm(settings, names, templates, what)
+    return _load_transformers(settings, names, templates, what)
+
+
+# ------------------------------------------------------------------------------------------- timm
+
+
+def _timm_settings(name: str) -> dict[str, Any]:
+    """Return the settings of a timm network, with the preprocessing of its weights."""
+    import timm
+    from PIL import Image
+
+    with torch.device("meta"):
+        network = create_network(ModelConfig(model=name), NUM_OBJECTS)
+    data = timm.data.resolve_model_data_config(network)
+    transform = timm.data.create_transform(**data, is_training=False)
+
+    def apply(picture: np.ndarray) -> np.ndarray:
+        return np.asarray(transform(Image.fromarray(picture)))
+
+    found = measure(apply, "timm", f"timm's {name}")
+    return {"kind": "timm", "model": name, **found}
+
+
+def _load_timm(
+    settings: ModelConfig, names: list[str] | None, templates: Sequence[str], what: str
+) -> tuple[FrameEncoder, list[str], dict[str, Any]]:
+    _refuse_templates(templates, what)
+    encoder = load_encoder(settings, with_head=True, num_classes=len(names or ()) or NUM_OBJECTS)
+    if not isinstance(encoder.head, nn.Linear):
+        raise ModelError(
+            f"{what}: its classifier is a {type(encoder.head).__name__}, not one linear layer, and "
+            "cannot be kept; choose another network, or train one with tsq finetune"
+        )
+    return encoder, names or _imagenet_names(settings.model, encoder.head.out_features, what), {}
+
+
+def _imagenet_names(model: str, count: int, what: str) -> list[str]:
+    """Return the names of the ImageNet classes of a timm network, each different."""
+    import timm
+
+    with torch.device("meta"):
+        network = timm.create_model(model, pretrained=False)
+    subset = timm.data.infer_imagenet_subset(network)
+    info = timm.data.ImageNetInfo(subset) if subset else None
+    if info is None or info.num_classes() != count:
+        raise ModelError(
+            f"{what}: timm has no names for its {count} classes; name them with --classes FILE"
+        )
+    whole = [info.index_to_description(index, detailed=False) for index in range(count)]
+    short = [name.split(",")[0].strip() for name in whole]
+    ids = [info.index_to_label_name(index) for index in range(count)]
+    return _distinct(
+        [short, whole, [f"{name} ({id_})" for name, id_ in zip(short, ids, strict=True)]]
+    )
+
+
+def _distinct(choices: Sequence[Sequence[str]]) -> list[str]:
+    """Return for each class the first of its names that no other class has."""
+    counts = [Counter(names) for names in choices]
+    return [
+        next(
+            (name for name, count in zip(names, counts, strict=True) if count[name] == 1), names[-1]
+        )
+        for names in zip(*choices, strict=True)
+    ]
+
+
+# ----------------------------------------------------------------------------------- transformers
+
+
+def _transformers_settings(model: str, weights: str) -> dict[str, Any]:
+    """Return the settings of a transformers network, with the preprocessing of its processor."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    what = f"import {storage.redact(model)}"
+    with tempfile.TemporaryDirectory() as scratch:
+        place = _place(model, weights, scratch, what)
+        try:
+            config: Any = transformers.AutoConfig.from_pretrained(place)
+            processor: Any = transformers.AutoImageProcessor.from_pretrained(place)
+        except Exception as error:
+            raise transformers_models.cannot_load(what, error) from error
+    name = transformers_models.architecture_of(config, what)
+    own = getattr(config, "vision_config", config)
+
+    arguments = transformers_models.described(own, name)
+    clip = int(arguments["num_frames"]) if VIDEO_CLASSIFIER in name else 0
+
+    def apply(picture: np.ndarray) -> np.ndarray:
+        given = [picture] * clip if clip else picture
+        found = np.asarray(processor(given, return_tensors="np")["pixel_values"], np.float32)
+        return found.reshape(-1, *found.shape[-3:])[0]
+
+    return {
+        "kind": "transformers",
+        "model": model,
+        "model_args": arguments,
+        **measure(apply, "transformers", what),
+    }
+
+
+def _load_transformers(
+    settings: ModelConfig, names: list[str] | None, templates: Sequence[str], what: str
+) -> tuple[FrameEncoder, list[str], dict[str, Any]]:
+    import transformers
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = _place(settings.model, settings.weights, scratch, what)
+        network = transformers_models.load_transformers(settings, place, what)
+        if network.is_tower:
+            if names is None:
+                raise ModelError(
+                    f"{what}: a dual encoder recognises what it is asked for; name the classes with "
+                    "--classes FILE"
+                )
+            texts = list(templates) or [TEMPLATE]
+            if (wrong := next((text for text in texts if "{}" not in text), None)) is not None:
+                raise ConfigError(f"--template {wrong!r}: has no {{}} for the name of the class")
+            encoder = split_network(settings, network, with_head=False)
+            encoder.head = transformers_models.text_head(place, names, texts, what)
+            return encoder, names, {"templates": texts}
+        _refuse_templates(templates, what)
+        labels = transformers.AutoConfig.from_pretrained(place).id2label
+    encoder = split_network(settings, network, with_head=True)
+    assert isinstance(encoder.head, nn.Linear)
+    count = encoder.head.out_features
+    if names is None:
+        given = [str(labels.get(number, number)) for number in range(count)]
+        numbered = [f"{name} ({number})" for number, name in enumerate(given)]
+        names = _distinct([given, numbered])
+    if len(names) != count:
+        raise ModelError(f"{what}: has {count} classes, --classes names {len(names)}")
+    return encoder, names, {}
+
+
+def _place(model: str, weights: str, scratch: str, what: str) -> str:
+    """Return what transformers loads `model`, or the weights of the settings, from."""
+    if weights == "hub" and _is_model_folder(model):
+        weights = model
+    return model_folder(weights, model, scratch, what)
+
+
+def _is_model_folder(model: str) -> bool:
+    return storage.exists(storage.join(storage.normalize(model), "config.json"))
+
+
+# ------------------------------------------------------------------------------------------- both
+
+
+def _library_settings(model: str, weights: str) -> dict[str, Any]:
+    """Return the settings of `model`, of timm if it has one of this name."""
+    import timm
+
+    name = model.removeprefix("timm/")
+    if timm.is_model(name.partition(".")[0]) and not _is_model_folder(model):
+        return _timm_settings(name)
+    if _is_model_folder(model) or "/" in model:
+        return _transformers_settings(model, weights)
+    near = timm.list_models(f"*{model.split('_')[0]}*")[:5]
+    raise ModelError(
+        f"import {model!r}: neither a timm network nor the hub id (OWNER/NAME) or the folder of a "
+        "transformers model" + (f"; similar timm names: {', '.join(near)}" if near else "")
+    )
+
+
+def _refuse_templates(templates: Sequence[str], what: str) -> None:
+    if templates:
+        raise ConfigError(
+            f"{what}: --template is for dual encoders; this network has classes of its own"
+        )
+
+
+def _check_restored(encoder: FrameEncoder, what: str) -> None:
+    """Raise ModelError unless the settings and the weights make the same network again."""
+    config = encoder.config
+    assert isinstance(encoder.head, nn.Linear)
+    try:
+        made = create_network(config, encoder.head.out_features)
+        again = split_network(config, made, with_head=False)
+        again.backbone.load_state_dict(encoder.backbone.state_dict())
+        shape = (config.clip_frames, config.size, config.size, 3)
+        pictures = (torch.arange(math.prod(shape)) % 251).reshape(shape).byte()
+        found, wanted = (one.features(pictures) for one in (again, encoder))
+        same = torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{what}: cannot be made again from its settings ({' '.join(str(error).split())[:160]})"
+        ) from error
+    if not same:
+        raise ModelError(f"{what}: made again from its settings, it computes something else")
