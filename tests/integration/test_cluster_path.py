@@ -132,7 +132,7 @@ def test_from_videos_to_answers(cloud: Cloud, archive: Archive, tmp_path: Path) 
     tables = cloud.run(
         "evaluate",
         *("evaluate", features, "--model", bundle, "--out", f"{BASE}/tables", *config),
-        *("--table", "table2", "--split", "val"),
+        *("--table", "table2", "--split", "val", "--set", "evaluate.budgets=[1, 2]"),
     )
     assert tables["measured"]["videos"] == 3 * 4 + 1
     check_endpoint(cloud, archive, bundle, tmp_path)

@@ -286,7 +286,7 @@ def test_tokens(head: Head, tmp_path: Path) -> None:
 
 
 def test_joining_with_a_token(head: Head, tmp_path: Path) -> None:
-    """The same for a command that joins the cluster itself."""
+    """A command that joins the cluster itself must also be in the cluster's mode."""
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     bare = {name: value for name, value in head.environment.items() if name not in names}
     command = [sys.executable, "-m", "tsq_ray", "info", "--cluster", "--address", head.address]
@@ -296,18 +296,18 @@ def test_joining_with_a_token(head: Head, tmp_path: Path) -> None:
     for name, token in (("right", right), ("wrong", "0" * 64), ("none", None)):
         home = tmp_path / name
         home.mkdir()
-        given = bare | {"HOME": str(home)} | ({"RAY_AUTH_TOKEN": token} if token else {})
-        done = client(command, given, tmp_path)
+        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
+        done = client(command, bare | {"HOME": str(home)} | own, tmp_path)
         if name == "right":
             assert done.returncode == 0, done.stderr
             continue
         assert done.returncode == 1
         assert len(done.stderr.strip().splitlines()) == 1
-        what = "does not accept the token" if token else "may want a token, and there is none"
+        what = "does not accept the token" if token else "may want a token, and got none"
         assert done.stderr.startswith(
             f"error: --address {head.address}: what listens there {what}, or is no Ray cluster"
         )
-        assert "set RAY_AUTH_TOKEN" in done.stderr
+        assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in done.stderr
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])

@@ -43,8 +43,6 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
     # without an address Ray would join any head node that runs on this machine
     place = address or os.environ.get("RAY_ADDRESS") or "local"
     _set_environment(debug)
-    if place != "local" and ray_token() is not None:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     with _for_loopback(place):
         import ray
 
@@ -280,11 +278,13 @@ def _why_joining_failed(error: Exception, place: str, is_argument: bool) -> str:
     if isinstance(error, _Unreachable):
         what, remedy = "no Ray cluster answers there", "start one with: ray start --head"
     elif isinstance(error, OSError):  # this is how Ray reports a wrong token and a missing one
-        given = (
-            "does not accept the token" if ray_token() else "may want a token, and there is none"
-        )
+        presented = os.environ.get("RAY_AUTH_MODE") == "token" and ray_token() is not None
+        given = "does not accept the token" if presented else "may want a token, and got none"
         what = f"what listens there {given}, or is no Ray cluster"
-        remedy = "set RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token, check the address"
+        remedy = (
+            "check the address; for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token to the cluster's"
+        )
     else:
         what = "that Ray cluster cannot be joined"
         remedy = "check the address, and that the cluster has the same Python and Ray versions"
