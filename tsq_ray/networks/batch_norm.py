@@ -25,9 +25,9 @@ def fold_batch_norms(network: nn.Module, size: int, frames: int = 1) -> int:
     """Fold each batch norm that follows a convolution into it, in place; return how many.
 
     In eval mode the network computes the same as before. One picture (or one clip of several
-    `frames`) of `size` x `size` reveals the pairs: the input of the batch norm is the very tensor that the convolution returned, and both
-    run once. If the folded network computes something else (because the output of a convolution
-    is used elsewhere too), nothing is folded.
+    `frames`) of `size` x `size` reveals the pairs: the input of the batch norm is the very tensor
+    that the convolution returned, and both run once. If the folded network computes something else
+    (because the output of a convolution is used elsewhere too), nothing is folded.
     """
     pairs = _conv_norm_pairs(network, torch.zeros(frames, 3, size, size))
     if not pairs:

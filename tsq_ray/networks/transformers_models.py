@@ -134,8 +134,8 @@ def _network_class(name: str, model: str) -> Any:
     if found is None or not (name in _TOWERS or _is_classifier(name)):
         raise ModelError(
             f"model {model!r}: model_args.{ARCHITECTURE} {name!r} is no network that can be used; "
-            f"allowed: classes of transformers named ...{', ...'.join(_CLASSIFIERS)}, {', '.join(_TOWERS)}; "
-            "tsq import sets it"
+            f"allowed: {', '.join(_TOWERS)}, and classes of transformers named "
+            f"...{', ...'.join(_CLASSIFIERS)}; tsq import sets it"
         )
     return found
 

@@ -84,7 +84,7 @@ class FeatureWorker:
 
     def taught(self, min_videos: int) -> list[int]:
         """Return the classes that the teacher finds in at least `min_videos` videos."""
-        return taught_classes(self.data.targets, min_videos, self._task)
+        return taught_classes(self.data.targets, min_videos, self.source.task)
 
     def fit_head(
         self, config: FinetuneConfig, task: Task, taught: list[int] | None
@@ -103,7 +103,7 @@ class FeatureWorker:
     def taught_prototypes(self, seed: int, taught: list[int]) -> np.ndarray:
         """Return one prototype per class that is taught, by the teacher's logits of each frame."""
         data, place = self.data, {label: number for number, label in enumerate(taught)}
-        shown = shown_classes(data.targets, self._task)
+        shown = shown_classes(data.targets, self.source.task)
         labels: list[list[int]] = []
 
         def logits_of_videos() -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -118,13 +118,9 @@ class FeatureWorker:
             (labels[number] for number in range(len(data))),
             len(taught),
             seed,
-            self._task,
+            self.source.task,
         )
         return found.numpy()
-
-    @property
-    def _task(self) -> Task:
-        return self.source.task
 
     def prototypes(self, weight: np.ndarray, bias: np.ndarray, seed: int, task: Task) -> np.ndarray:
         """Return one prototype per class, by the logits of this head."""
