@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Run the whole pipeline on a laptop: bash jobs/quickstart.sh [VIDEOS]
-#   VIDEOS   a folder or an s3:// prefix of labelled videos. Labels come from VIDEOS/labels.csv
-#            (path,label[,split]), or else the parent folder is the class.
+#   VIDEOS   a folder or an s3:// prefix of videos. Labels come from VIDEOS/labels.csv
+#            (path,label[,split]), or else the parent folder is the class. Without either, a
+#            recogniser of the 1,000 classes of ImageNet teaches the sampler (tsq label).
 #            Without VIDEOS, a small archive is rendered (5 classes, 80 videos of about 20 s).
 # Sets up .venv, then: index, extract, finetune, train, score, verify, report. The outputs are in
 # runs/quickstart or runs/<name of VIDEOS>. Run again, it resumes where it stopped; delete that
@@ -17,7 +18,7 @@ videos=${videos%/}
 if [[ -n "$videos" && "$videos" != *://* ]]; then
     if [ ! -d "$videos" ]; then
         echo "VIDEOS is $videos, which is not a folder;" \
-            "name a folder or an s3:// prefix of labelled videos" >&2
+            "name a folder or an s3:// prefix of videos" >&2
         exit 2
     fi
     videos=$(cd "$videos" && pwd)
@@ -77,6 +78,23 @@ fi
 step "index: list the videos and their labels"
 "$tsq" index "$videos" --out "$run/manifest.parquet" \
     ${labels[@]+"${labels[@]}"} ${update[@]+"${update[@]}"}
+
+if "$VENV_PYTHON" -c 'import sys, pyarrow.parquet as pq
+labels = pq.read_table(sys.argv[1], columns=["labels"])["labels"]
+sys.exit(labels.null_count < len(labels))' "$run/manifest.parquet"; then
+    step "import: a recogniser of the 1,000 classes of ImageNet, at 320 x 320"
+    "$tsq" import tf_efficientnet_lite0 --out "$run/recognizer" "${settings[@]}" \
+        --set recognizer.size=320
+
+    step "label: the recogniser teaches a sampler, which then saves frames"
+    # the sampler's network sees small frames: its cost must stay below the recogniser's
+    "$tsq" label "$videos" --recognizer "$run/recognizer" --out "$run" --sample 200 \
+        --agreement 0.9 "${settings[@]}" --set encoders.visual.size=112 \
+        --set train.modules=visual --set train.teacher_min_videos=2
+    echo
+    echo "report: $PWD/$run/report.html (took ${SECONDS}s after the setup)"
+    exit 0
+fi
 
 split=()
 if "$VENV_PYTHON" -c 'import sys, pyarrow.parquet as pq

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tsq_ray.evaluation.run import evaluate, evaluation_config
     from tsq_ray.extraction import extract
     from tsq_ray.importing import import_config, import_network
+    from tsq_ray.labelling import label
     from tsq_ray.manifest.build import build_manifest
     from tsq_ray.prediction import predict
     from tsq_ray.reporting.export import export_predictions
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         FinetuneSummary,
         ImportSummary,
         IndexSummary,
+        LabelSummary,
         Prediction,
         ReportSummary,
         RunSummary,
@@ -60,6 +62,7 @@ __all__ = [
     "FinetuneSummary",
     "ImportSummary",
     "IndexSummary",
+    "LabelSummary",
     "Prediction",
     "ReportSummary",
     "RunSummary",
@@ -75,6 +78,7 @@ __all__ = [
     "finetune",
     "import_config",
     "import_network",
+    "label",
     "load_config",
     "predict",
     "read_features",
@@ -98,6 +102,7 @@ _HOMES = {
     "finetune": "training.classifier.finetune",
     "import_config": "importing",
     "import_network": "importing",
+    "label": "labelling",
     "load_config": "config",
     "predict": "prediction",
     "read_features": "runs.tables",

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from tsq_ray.commands import endpoint, jobs, pipeline, results
+from tsq_ray.commands import endpoint, jobs, labelling, pipeline, results
 from tsq_ray.console import (
     bare_retry,
     guarded,
@@ -61,6 +61,7 @@ for command in (
     pipeline.import_,
     pipeline.train,
     pipeline.score,
+    labelling.label,
     results.predict,
     endpoint.serve,
     endpoint.bench,

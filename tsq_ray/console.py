@@ -16,7 +16,7 @@ import typer
 from tsq_ray import log
 from tsq_ray.cost import Price, Used
 from tsq_ray.errors import StorageError, TsqError, UserError
-from tsq_ray.results import RunSummary
+from tsq_ray.results import Counts, RunSummary
 from tsq_ray.summaries import run_text
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -86,6 +86,11 @@ def end_run(
     if price is not None and (used := Used.of_run(record)) is not None:
         record["cost"] = used.cost(price)
     show(record, as_json, run_text(run, record.get("cost")))
+    refuse_failures(counts, max_failed)
+
+
+def refuse_failures(counts: Counts, max_failed: float | None) -> None:
+    """Exit with code 1 if the fraction of failed videos is above --max-failed."""
     if max_failed is not None and counts.done and counts.failed / counts.done > max_failed:
         line = f"{counts.failed} of {counts.done} videos failed, above --max-failed {max_failed}"
         log.say(f"error: {line}")

@@ -157,3 +157,9 @@ Recognizer = Annotated[
     typer.Option("--recognizer", metavar="URI", help="Recogniser from tsq finetune or import."),
 ]
 Model = Annotated[str, typer.Option("--model", metavar="BUNDLE", help="Bundle from tsq train.")]
+KeptScores = Annotated[
+    Scores, typer.Option("--scores", help="all: keep every score; top: only the best labels.")
+]
+Sources = Annotated[
+    list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")
+]

@@ -210,6 +210,29 @@ class EvaluationSummary:
 
 
 @dataclasses.dataclass(frozen=True)
+class LabelSummary:
+    """An archive that `label` has labelled."""
+
+    out: str
+    """URI of the folder with everything that was made."""
+    sample: int
+    """Videos that the recogniser saw densely."""
+    held_out: int
+    """Those of them that were not trained on and are ok, on which the agreement was measured."""
+    asked: float
+    """Least agreement with the dense recogniser."""
+    chosen: Mapping[str, Any]
+    """`mode` and `budget` of the sampler, `frames` recognised on average, `top1` agreement with its
+    95 % interval `low` to `high`, agreement as `map`, and `cost` relative to every frame."""
+    verdict: str
+    """The choice in one sentence."""
+    predictions: RunSummary
+    report: str
+    """URI of the report."""
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Verification:
     """What `verify` found in a run folder."""
 

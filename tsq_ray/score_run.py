@@ -10,7 +10,12 @@ from typing import Any, Self
 import pyarrow as pa
 
 from tsq_ray import quality, schema, storage
-from tsq_ray.bundle.settings import NO_RECOGNIZER, read_bundle_settings, read_curves
+from tsq_ray.bundle.settings import (
+    NO_RECOGNIZER,
+    read_agreement,
+    read_bundle_settings,
+    read_curves,
+)
 from tsq_ray.config import Config
 from tsq_ray.errors import ModelError
 from tsq_ray.manifest import VideoRef
@@ -60,6 +65,8 @@ class ScoreRun:
             "with_scores": with_scores,
             "training_curve": read_curves(model),
         }
+        if (agreement := read_agreement(model)) is not None:
+            about["agreement"] = agreement
         arrow = schema.predictions_schema(
             config.decode.num_frames, len(classes), labels, with_scores
         )

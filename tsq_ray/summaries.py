@@ -14,6 +14,7 @@ from tsq_ray.results import (
     FinetuneSummary,
     ImportSummary,
     IndexSummary,
+    LabelSummary,
     RunSummary,
     TrainingSummary,
     Verification,
@@ -174,6 +175,18 @@ def index_text(summary: IndexSummary) -> str:
         shown = ", ".join(summary.missing[:5]) + (", ..." if len(summary.missing) > 5 else "")
         lines.append(f"missing, named by the labels but not found: {len(summary.missing)}: {shown}")
     return "\n".join([*lines, f"out: {summary.out}"])
+
+
+def label_text(summary: LabelSummary) -> str:
+    """Format the summary of label."""
+    return "\n".join(
+        [
+            summary.verdict,
+            f"sample: {summary.sample} videos, of which {summary.held_out} were held out",
+            run_text(summary.predictions),
+            f"report: {summary.report}",
+        ]
+    )
 
 
 def training_text(summary: TrainingSummary) -> str:

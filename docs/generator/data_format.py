@@ -146,7 +146,8 @@ The keys of `_run.json`: `format` ({format}), `kind` (`features` or `predictions
 (`cpu_hours` and `gpu_hours` of all live nodes while it ran, `video_hours` of footage, for predictions
 `sampled_frames` and `recognized_frames`), `parts` (`name`, `bytes`). Features add `weights`;
 predictions add `model` (`uri`, `sha256` of `bundle.json`), `bundle_classes` (the order of `scores`), `task`,
-`with_scores`, `metrics` and `training_curve` (the bundle's losses, epoch by epoch).
+`with_scores`, `metrics`, `training_curve` (the bundle's losses, epoch by epoch) and `agreement` (the
+bundle's, if `tsq label` made it).
 """
 
 FAILED_TEXT = """\
@@ -176,6 +177,7 @@ What `tsq train` writes, and all that scoring needs: no hub, no language model. 
 | `text.safetensors` | `vocabulary` [1000, text dimensions], the embeddings of the object names; absent with `train.modules = "visual"` |
 | `recognizer.safetensors` | the recogniser; absent without `--recognizer`, in which case `tsq score` refuses the bundle |
 | `curves.csv` | the losses of each epoch |
+| `agreement.json` | only from `tsq label`: `videos` held out, `curve` (for each sampler mode and budget: agreement with the dense recogniser, its interval, cost), `asked` and `chosen` |
 
 Nothing is unpickled. A file whose sha256 differs from the one in `bundle.json` is refused, as is a
 `format` other than {format}. The sha256 of `bundle.json` identifies the whole bundle.

@@ -34,7 +34,8 @@ have the same name there.
 
 
 ORDER = [
-    *("build_manifest", "extract", "finetune", "import_network", "train", "score", "predict"),
+    *("build_manifest", "extract", "finetune", "import_network", "train", "score", "label"),
+    "predict",
     "evaluate",
     *("build_report", "export_predictions", "verify", "read_features", "read_predictions"),
     *("load_config", "import_config", "training_config", "scoring_config", "evaluation_config"),

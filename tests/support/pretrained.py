@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 SIZE, CLIP, CLASSES = 64, 4, ("a cat", "a dog", "a street_market", "snow")
 _WIDTHS: dict[str, Any] = {
@@ -65,7 +65,7 @@ def _levit() -> tuple[Any, Any]:
 
 
 def _clip() -> tuple[Any, Any]:
-    text = {**_WIDTHS, "vocab_size": 300, "max_position_embeddings": 16, "eos_token_id": 1}
+    text = {**_WIDTHS, "vocab_size": 300, "max_position_embeddings": 32, "eos_token_id": 1}
     config = transformers.CLIPConfig(
         text_config=text | {"bos_token_id": 0, "pad_token_id": 2, "projection_dim": 24},
         vision_config={**_WIDTHS, **_PICTURES, "projection_dim": 24},
@@ -76,7 +76,7 @@ def _clip() -> tuple[Any, Any]:
 
 
 def _siglip() -> tuple[Any, Any]:
-    text = {**_WIDTHS, "vocab_size": 300, "max_position_embeddings": 16}
+    text = {**_WIDTHS, "vocab_size": 300, "max_position_embeddings": 32}
     config = transformers.SiglipConfig(
         text_config=text | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
         vision_config={**_WIDTHS, **_PICTURES},
@@ -123,6 +123,8 @@ def save_pretrained(kind: str, folder: Path) -> str:
         for parameter in network.parameters():  # answers that differ between pictures
             if parameter.ndim > 1:
                 parameter.data.normal_(std=0.2)
+        if hasattr(network, "logit_bias"):  # SigLIP's
+            network.logit_bias.data.fill_(-2.0)
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
     if kind in DUAL_ENCODERS:
@@ -131,10 +133,13 @@ def save_pretrained(kind: str, folder: Path) -> str:
 
 
 def _tokenizer() -> Any:
-    """One token per letter."""
+    """One token per letter and an end, at which CLIP reads the whole text."""
     special = ["<s>", "</s>", "<pad>", "<unk>"]
     letters = {token: number for number, token in enumerate([*special, *map(chr, range(32, 127))])}
     tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
     names = dict(zip(("bos_token", "eos_token", "pad_token", "unk_token"), special, strict=True))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

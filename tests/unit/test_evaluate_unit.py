@@ -25,8 +25,15 @@ from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import ConfigError, ManifestError, ModelError, RunError
 from tsq_ray.evaluation import evaluate, evaluation_config, on_evidence, paper, read_annotations
 from tsq_ray.evaluation.ablations import TABLES, ablation
-from tsq_ray.evaluation.bench import Bench
-from tsq_ray.evaluation.measures import Clock, MeanOverSeeds, answers, gflops, measure_sampler
+from tsq_ray.evaluation.bench import Bench, Initial
+from tsq_ray.evaluation.measures import (
+    Clock,
+    MeanOverSeeds,
+    answers,
+    dense_answers,
+    gflops,
+    measure_sampler,
+)
 from tsq_ray.evaluation.methods import (
     METHODS,
     jobs_of,
@@ -57,6 +64,7 @@ from tsq_ray.evaluation.trainings import (
 from tsq_ray.evaluation.videos import load_features
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQShape, choosers
+from tsq_ray.prototypes import prototypes
 from tsq_ray.rows import RECOGNIZER, VISUAL
 from tsq_ray.stages import Encode, Recognize, Sample, bundle_specs
 
@@ -276,7 +284,14 @@ def test_a_sampler_on_the_evidence_is_right(bench: Bench) -> None:
     assert dense.frames == pytest.approx(
         np.mean([len(set(index)) for index in bench.videos.frame_index])
     )
+    assert (dense.agreement, dense.agreement_map) == (1, 1)
     uniform = Sampler(bench.videos, "single", choosers.Uniform)
+    one = measure_sampler(bench.videos, uniform, 1, "single", None)
+    chosen = [uniform.choose(video, 1) for video in range(VAL)]
+    same = answers(bench.videos, chosen, "single").argmax(1) == dense_answers(
+        bench.videos, "single"
+    ).argmax(1)
+    assert one.agreement == same.mean() < 1
     assert math.isnan(measure_sampler(bench.videos, uniform, 2, "single", None).recall)
 
 
@@ -437,6 +452,49 @@ def test_a_training_scores_the_measured_videos(bench: Bench) -> None:
     again = learn(job, arrays, measured, shape, text, start, 5)
     assert all(np.array_equal(value, again.arrays[name]) for name, value in learned.arrays.items())
     assert learned_sampler(bench, learned.arrays, "textual").choose(0, 2).shape == (2,)
+
+
+def test_a_teacher_replaces_the_labels(bench: Bench) -> None:
+    """Its targets and queries are for the classes that it finds, in the videos that it saw."""
+    training = bench.features.training
+    assert training is not None
+    few = {"target": "teacher", "max_videos": 8, "teacher_min_videos": 2, "modules": "visual"}
+    job = bench.job(few, {}, 0)
+    taught = bench.taught(job.config)
+    assert taught is not None
+    assert (taught.classes, taught.targets.shape) == ([0, 1, 2], (8, len(CLASSES)))
+    shape, text, start, targets = Initial(bench, training).arguments(job)
+    assert shape is not None
+    assert text is None
+    assert targets is not None
+    assert (shape.num_classes, targets.shape) == (3, (8, 3))
+    assert targets.astype(np.float32).sum(1) == pytest.approx(1, abs=0.01)
+    arrays, measured = arrays_of(training), arrays_of(bench.videos)
+    learned = learn(job, arrays, measured, shape, None, start, 5, targets)
+    assert learned.diverged is None
+    hidden = {**arrays, "targets": np.zeros_like(arrays["targets"])}
+    unseen = {name: np.r_[values[:8], values[8:] * 0] for name, values in hidden.items()}
+    again = learn(job, unseen, measured, shape, None, start, 5, targets)
+    assert all(np.array_equal(value, again.arrays[name]) for name, value in learned.arrays.items())
+    rare = bench.job({**few, "teacher_min_videos": 4}, {}, 0)
+    with pytest.raises(RunError, match=r"at least train\.teacher_min_videos = 4 of 0 classes"):
+        bench.taught(rare.config)
+
+
+def test_queries_start_from_the_teacher_where_the_frame_head_lacks_classes(bench: Bench) -> None:
+    """A bundle that was taught has a head for the classes that its sample showed."""
+    training, head = bench.features.training, bench.bundle.encoder.head
+    assert training is not None
+    assert isinstance(head, torch.nn.Linear)
+    smaller = dataclasses.replace(bench.bundle, sampler_classes=list(CLASSES[:2]))
+    job = bench.job({"modules": "visual"}, {}, 0)
+    _, _, start, targets = Initial(dataclasses.replace(bench, bundle=smaller), training).arguments(
+        job
+    )
+    assert targets is None
+    labels = [np.flatnonzero(row).tolist() for row in training.targets]
+    expected = prototypes(training.visual, training.logits, labels, len(CLASSES), 0, "single")
+    np.testing.assert_allclose(start["visual"], expected.numpy())
 
 
 def test_a_training_that_diverges_is_a_result(bench: Bench) -> None:

@@ -146,7 +146,7 @@ def test_a_dual_encoder_answers_as_in_transformers(
     pixels = check_pictures(classifier, ours, processed(folder, frames))
     model = transformers.AutoModel.from_pretrained(folder).eval()
     texts = [f"a photo of {name.replace('_', ' ')}" for name in CLASSES]
-    padding = {"padding": "max_length" if kind == "siglip" else True, "max_length": 16}
+    padding = {"padding": "max_length" if kind == "siglip" else True, "max_length": 32}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(texts, return_tensors="pt", truncation=True, **padding)
     tokens.pop("token_type_ids", None)

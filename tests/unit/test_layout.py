@@ -52,6 +52,7 @@ ORDER = (
         "scoring",
         "evaluation",
         "reporting",
+        "labelling",
         "probe",
         "estimate",
         "describe",
@@ -66,15 +67,15 @@ ORDER = (
 """A module imports only from those before its own."""
 INSIDE = {
     "bundle": ("settings", "overrides", "weights"),
-    "commands": ("jobs", "pipeline", "results", "endpoint"),
+    "commands": ("jobs", "pipeline", "labelling", "results", "endpoint"),
     "config": ("base", "method", "resources", "settings", "load"),
     "decode": (
         *("types", "fetch", "plan", "clock", "nvdec", "frames", "probe", "pyav_backend"),
         *("decord_backend", "indexed", "survivors", "job", "video", "child", "sandbox"),
     ),
     "evaluation": (
-        *("annotations", "videos", "samplers", "trainings", "measures", "store", "tables"),
-        *("plots", "bench", "methods", "ablations", "compare", "paper", "run"),
+        *("annotations", "videos", "samplers", "trainings", "measures", "agreement"),
+        *("store", "tables", "plots", "bench", "methods", "ablations", "compare", "paper", "run"),
     ),
     "labels": ("classes", "formats", "match"),
     "manifest": ("videos", "files", "listing", "build"),
@@ -84,7 +85,17 @@ INSIDE = {
         "inference",
     ),
     "reporting": (
-        *("choice", "curves", "losses", "predictions", "pictures", "summary", "html", "export"),
+        *(
+            "agreement",
+            "choice",
+            "curves",
+            "losses",
+            "predictions",
+            "pictures",
+            "summary",
+            "html",
+            "export",
+        ),
     ),
     "runs": ("identity", "lease", "columns", "done", "folder", "tables", "bulk", "verify"),
     "runtime": (

@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,7 @@ from support.report import (
 from tsq_ray.errors import RunError
 from tsq_ray.quality import FAILED, RIGHT, WRONG
 from tsq_ray.reporting import build_report
+from tsq_ray.reporting.agreement import agreement_svg
 from tsq_ray.reporting.choice import best_candidates, choose_shown
 from tsq_ray.reporting.curves import Mark, saliency_svg, time_text
 from tsq_ray.reporting.losses import losses_svg
@@ -518,6 +520,40 @@ def test_losses_of_the_training(tmp_path: Path) -> None:
         ("visual", "2.000", "0.500"),
         ("t2v", "1.500", "1.000"),
     ]
+
+
+def agreed(mode: str, budget: int, top1: float, cost: float) -> dict[str, Any]:
+    ends = {"low": top1 - 0.05, "high": min(1.0, top1 + 0.05)}
+    return {"mode": mode, "budget": budget, "frames": budget, "map": top1} | {
+        "top1": top1,
+        "cost": cost,
+        **ends,
+    }
+
+
+def test_agreement_with_the_recogniser(tmp_path: Path) -> None:
+    curve = [
+        *(agreed("both", 1, 0.8, 0.35), agreed("both", 2, 0.9, 0.4)),
+        *(agreed("uniform", 1, 0.6, 0.25), agreed("uniform", 2, 0.7, 0.5)),
+        agreed("uniform", 4, 1.0, 1.0),
+    ]
+    found = {"videos": 40, "asked": 0.85, "curve": curve, "chosen": curve[1]}
+    svg = agreement_svg(found)
+    lines = re.findall(r'<polyline class="line ?(\w*)" points="([^"]*)"', svg)
+    assert lines == [
+        ("visual", "350.00,80.00 400.00,40.00"),
+        ("", "250.00,160.00 500.00,120.00 1000.00,0.00"),
+    ]
+    assert 'y1="60.0"' in svg, "85 % was asked for"
+    assert 'cx="40.00%" cy="40.0"' in svg
+    case = make_case(tmp_path, agreement=found)
+    build_report(str(case.folder), str(tmp_path / "with.html"), 0)
+    page = (tmp_path / "with.html").read_text()
+    assert svg in page
+    assert "Share of 40 held-out videos" in page
+    assert "80.0 % <span" in page
+    build_report(str(make_case(tmp_path / "other").folder), str(tmp_path / "without.html"), 0)
+    assert "Agreement with the recogniser" not in (tmp_path / "without.html").read_text()
 
 
 @pytest.mark.parametrize(

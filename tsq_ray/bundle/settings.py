@@ -15,11 +15,14 @@ from typing import Any
 from tsq_ray import storage
 from tsq_ray.errors import ModelError, StorageError
 from tsq_ray.provenance import check_format
+from tsq_ray.runs.folder import read_json, write_json
 
 BUNDLE_FILE = "bundle.json"
 CLASSIFIER_FILE = "finetune.json"
 CURVES_FILE = "curves.csv"
 """Losses of each training epoch, stored in the artifact's folder."""
+AGREEMENT_FILE = "agreement.json"
+"""Agreement with the dense recogniser on held-out videos, stored in a bundle's folder."""
 FORMAT, FEWER_CLASSES_FORMAT = 1, 2
 """The second is that of a bundle whose sampler has queries for some of the classes only."""
 NO_RECOGNIZER = (
@@ -97,6 +100,16 @@ def read_curves(uri: str) -> list[dict[str, float]]:
         {name: float(value) for name, value in row.items() if value}
         for row in csv.DictReader(io.StringIO(text))
     ]
+
+
+def write_agreement(uri: str, found: Mapping[str, Any]) -> None:
+    """Write what `tsq label` measured on held-out videos into the folder of a bundle."""
+    write_json(storage.join(storage.normalize(uri), AGREEMENT_FILE), found)
+
+
+def read_agreement(uri: str) -> dict[str, Any] | None:
+    """Read what `write_agreement` wrote; None if nothing did."""
+    return read_json(storage.join(storage.normalize(uri), AGREEMENT_FILE))
 
 
 def class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:

@@ -18,6 +18,7 @@ from tsq_ray.options import (
     Debug,
     DryRun,
     Encoder,
+    KeptScores,
     LabelFiles,
     LabelsFormat,
     Limit,
@@ -34,6 +35,7 @@ from tsq_ray.options import (
     Scores,
     Sets,
     SharedFs,
+    Sources,
     Split,
     Submit,
     TakeOver,
@@ -51,9 +53,7 @@ from tsq_ray.summaries import (
 
 def index(
     context: typer.Context,
-    sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Folders, s3:// prefixes or files.")
-    ],
+    sources: Sources,
     out: ManifestOut,
     labels: LabelFiles = None,
     labels_format: LabelsFormat = None,
@@ -287,9 +287,7 @@ def score(
     limit: Limit = None,
     retry_failed: Retry = None,
     take_over: TakeOver = False,
-    scores: Annotated[
-        Scores, typer.Option("--scores", help="all: keep every score; top: only the best labels.")
-    ] = Scores.all,
+    scores: KeptScores = Scores.all,
     address: Address = None,
     wait_s: WaitS = 0.0,
     submit: Submit = False,

@@ -6,7 +6,7 @@ Legend: V videos, T frames, D dims, C classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,17 @@ from tsq_ray.prototypes import prototypes
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.session import Session
 from tsq_ray.runtime.waiting import Watch
+from tsq_ray.training.teacher import shown_classes, soft_targets, taught_classes
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the recogniser says of the first n training videos, as they are sorted."""
+
+    classes: list[int]
+    """Those that have a query."""
+    targets: np.ndarray
+    """float16 [n, C], soft, of all classes."""
 
 
 @dataclass
@@ -73,13 +84,29 @@ class Bench:
         return TrainingSpec("scsampler", TrainConfig(seed=seed), TextConfig())
 
     def shape(self, config: TrainConfig, text_dim: int) -> TSQShape:
-        """Return the shape of a training's network; fields that are settings come from `config`."""
+        """Return the shape of a training's network; fields that are settings come from `config`.
+
+        A teacher's network has a query for each class that it finds often enough.
+        """
         names = {item.name for item in dataclasses.fields(TSQShape)} & set(TrainConfig.model_fields)
         settings = {name: getattr(config, name) for name in names}
         dim = self.videos.visual.shape[-1]
-        return TSQShape(
-            num_classes=len(self.bundle.classes), visual_dim=dim, text_dim=text_dim, **settings
-        )
+        taught = self.taught(config)
+        count = len(self.bundle.classes) if taught is None else len(taught.classes)
+        return TSQShape(num_classes=count, visual_dim=dim, text_dim=text_dim, **settings)
+
+    def taught(self, config: TrainConfig) -> Taught | None:
+        """Return what the recogniser teaches in a training; None if the labels do.
+
+        Raises RunError if it finds too few classes in the training videos.
+        """
+        training = self.features.training
+        if config.target == "labels" or training is None:
+            return None
+        count = config.max_videos or len(training)
+        targets = soft_targets(training.logits[:count], config.teacher_frames, self.task)
+        classes = taught_classes(targets, config.teacher_min_videos, self.task)
+        return Taught(classes, targets)
 
 
 def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> int:
@@ -101,20 +128,21 @@ def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> i
     assert bench.features.training is not None, (
         "nothing to train on; the caller must leave out samplers that need training"
     )
-    side = _Side(bench, bench.features.training)
-    calls = [(job, side.arguments(job)) for job in todo]
+    initial = Initial(bench, bench.features.training)
+    calls = [(job, initial.arguments(job)) for job in todo]
     with cluster.connect(session) as ray:
-        arrays = side.training_arrays(any(job.kind == "scsampler" for job in todo))
+        arrays = initial.training_arrays(any(job.kind == "scsampler" for job in todo))
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
-        texts = {id(text): ray.put(text) for _, (_, text, _) in calls if text is not None}
+        texts = {id(text): ray.put(text) for _, (_, text, _, _) in calls if text is not None}
         cpus, watch = cluster.read_cluster(ray, bench.config).unit, Watch(ray, "evaluate")
         task = ray.remote(num_cpus=cpus, max_retries=3)(learn)
         top = bench.config.sampler.top_classes
         pending = {
             task.remote(
-                job, *shared, shape, texts[id(text)] if text is not None else None, start, top
+                *(job, *shared, shape, texts[id(text)] if text is not None else None),
+                *(start, top, taught),
             ): job
-            for job, (shape, text, start) in calls
+            for job, (shape, text, start, taught) in calls
         }
         with progress.progress_display(
             len(todo), "evaluate", session.show_progress, "trainings"
@@ -133,7 +161,7 @@ def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> i
     return len(todo)
 
 
-class _Side:
+class Initial:
     """Initial values of the trainings, each computed once."""
 
     def __init__(self, bench: Bench, training: VideoSet) -> None:
@@ -144,19 +172,28 @@ class _Side:
 
     def arguments(
         self, job: TrainingSpec
-    ) -> tuple[TSQShape | None, dict[str, np.ndarray] | None, dict[str, np.ndarray | None]]:
-        """Return a training's network shape, text embeddings and initial queries."""
+    ) -> tuple[
+        TSQShape | None,
+        dict[str, np.ndarray] | None,
+        dict[str, np.ndarray | None],
+        np.ndarray | None,
+    ]:
+        """Return a training's network shape, text embeddings, initial queries and soft targets."""
         if job.kind == "scsampler":
-            return None, None, {}
+            return None, None, {}, None
         text = self._text(job.text) if job.config.modules == "both" else None
         shape = self.bench.shape(job.config, text["vocabulary"].shape[1] if text else 1)
-        start = {
-            "visual": self._prototypes(job.config.seed)
-            if job.config.init_visual == "prototype"
-            else None,
-            "textual": text["classes"] if text and job.config.init_textual == "text" else None,
-        }
-        return shape, text, start
+        taught = self.bench.taught(job.config)
+        visual = textual = None
+        if job.config.init_visual == "prototype":
+            visual = self._prototypes(job.config.seed, taught)
+        if text and job.config.init_textual == "text":
+            textual = text["classes"]
+        if taught is None:
+            return shape, text, {"visual": visual, "textual": textual}, None
+        textual = textual[taught.classes] if textual is not None else None
+        targets = taught.targets[:, taught.classes]
+        return shape, text, {"visual": visual, "textual": textual}, targets
 
     def training_arrays(self, with_teacher: bool) -> dict[str, np.ndarray]:
         """Return the training arrays; the ranker's teacher is the true-class probability."""
@@ -186,17 +223,31 @@ class _Side:
                 )
         return self.texts[config]
 
-    def _prototypes(self, seed: int) -> np.ndarray:
+    def _prototypes(self, seed: int, taught: Taught | None) -> np.ndarray:
+        """Return one prototype per class, by the frame head's logits or those of the teacher."""
+        task, count = self.bench.task, len(self.bench.bundle.classes)
+        if taught is not None:
+            place = {label: number for number, label in enumerate(taught.classes)}
+            shown = shown_classes(taught.targets, task)
+            labels = [[place[label] for label in one if label in place] for one in shown]
+            chosen = slice(0, len(labels))
+            logits = self.training.logits[chosen][..., taught.classes]
+            return prototypes(
+                self.training.visual[chosen], logits, labels, len(place), seed, task
+            ).numpy()
         if seed not in self.starts:
-            head, task = self.bench.bundle.encoder.head, self.bench.task
-            assert head is not None, "a bundle's encoder has the frame head"
-            if self.logits is None:
-                self.logits = frame_head_logits(head, self.training)
-            labels: Sequence[Sequence[int]] = [
-                np.flatnonzero(row).tolist() for row in self.training.targets
-            ]
-            num_classes = len(self.bench.bundle.classes)
+            labels = [np.flatnonzero(row).tolist() for row in self.training.targets]
             self.starts[seed] = prototypes(
-                self.training.visual, self.logits, labels, num_classes, seed, task
+                self.training.visual, self._head_logits(), labels, count, seed, task
             ).numpy()
         return self.starts[seed]
+
+    def _head_logits(self) -> np.ndarray:
+        """Return the logits of the frame head; the recogniser's, if the head lacks classes."""
+        bundle = self.bench.bundle
+        assert bundle.encoder.head is not None, "a bundle's encoder has the frame head"
+        if bundle.sampler_classes is not None:
+            return self.training.logits
+        if self.logits is None:
+            self.logits = frame_head_logits(bundle.encoder.head, self.training)
+        return self.logits

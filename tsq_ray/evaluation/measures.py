@@ -5,6 +5,7 @@ Legend: V videos, T frames, C classes, K budget.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,9 @@ from tsq_ray.evaluation.samplers import Sampler, frame_probabilities
 from tsq_ray.evaluation.trainings import SCSAMPLER_HIDDEN
 from tsq_ray.evaluation.videos import VideoSet
 from tsq_ray.model import TSQShape
+from tsq_ray.model.choosers import Dense
 from tsq_ray.model.flops import Counting, cost_table, network_multiply_adds
+from tsq_ray.training.teacher import shown_classes
 
 Cost = Literal["uniform", "maxconf", "maxconf-l", "visual", "textual", "both", "scsampler"]
 """As sampler.mode, plus "scsampler": light encoder on T frames, ranker, recogniser on K."""
@@ -77,6 +80,10 @@ class Measures:
     """Mean share of the chosen frames that lie in a known salient segment."""
     frames: float
     """Mean number of frames that the recogniser sees."""
+    agreement: float
+    """Share of the videos whose best class is that of the dense recogniser, which sees all T."""
+    agreement_map: float
+    """mAP with the classes that the dense recogniser finds as the truth."""
 
 
 def answers(videos: VideoSet, chosen: Sequence[np.ndarray], task: Task) -> np.ndarray:
@@ -86,6 +93,25 @@ def answers(videos: VideoSet, chosen: Sequence[np.ndarray], task: Task) -> np.nd
         for logits, slots in zip(videos.logits, chosen, strict=True)
     ]
     return frame_probabilities(np.stack(means), task)
+
+
+@functools.lru_cache(maxsize=4)
+def dense_answers(videos: VideoSet, task: Task) -> np.ndarray:
+    """Return the scores of the recogniser on all frames of each video, float32 [V, C]."""
+    sampler = Sampler(videos, task, lambda _: Dense())
+    chosen = [sampler.choose(video, videos.num_frames) for video in range(len(videos))]
+    return answers(videos, chosen, task)
+
+
+def agreement(scores: np.ndarray, dense: np.ndarray, task: Task) -> tuple[float, float]:
+    """Return `Measures.agreement` and `agreement_map` of scores with the dense ones, both [V, C]."""
+    targets = np.zeros(dense.shape, bool)
+    for video, classes in enumerate(shown_classes(dense, task)):
+        targets[video, classes] = True
+    return (
+        float((scores.argmax(1) == dense.argmax(1)).mean()),
+        quality.mean_average_precision(scores, targets),
+    )
 
 
 def measure_sampler(
@@ -106,6 +132,7 @@ def measure_sampler(
         quality.top1_accuracy(scores, videos.targets),
         recall,
         float(np.mean([len(slots) for slots in chosen])),
+        *agreement(scores, dense_answers(videos, task), task),
     )
 
 

@@ -143,6 +143,8 @@ class Measured:
     top1: MeanOverSeeds
     recall: MeanOverSeeds
     frames: MeanOverSeeds
+    agreement: MeanOverSeeds
+    agreement_map: MeanOverSeeds
     diverged: int = 0
     """Number of seeds whose training diverged; the other fields leave them out."""
 
@@ -161,6 +163,8 @@ class Measured:
             figure("top1"),
             figure("recall"),
             figure("frames"),
+            figure("agreement"),
+            figure("agreement_map"),
             diverged,
         )
 

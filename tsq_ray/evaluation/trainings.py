@@ -80,6 +80,7 @@ def learn(
     text: Mapping[str, np.ndarray] | None,
     start: Mapping[str, np.ndarray | None],
     top_classes: int,
+    taught: np.ndarray | None = None,
 ) -> Learned:
     """Fit one sampler on `training` and score `measured` (`arrays_of` of both).
 
@@ -92,6 +93,8 @@ def learn(
         text: {"vocabulary" [1000, Dt], "classes" [C, Dt]}; None without a textual module.
         start: initial queries {"visual", "textual"}, each None for random initialisation.
         top_classes: number of top classes whose saliencies are aggregated.
+        taught: a teacher's soft targets [n, C] for the first n videos of `training`, instead of
+            their labels.
     """
     started = time.monotonic()
     try:
@@ -108,6 +111,9 @@ def learn(
             name: torch.from_numpy(np.array(value)) if value is not None else None
             for name, value in start.items()
         }
+        if taught is not None:
+            training = {name: values[: len(taught)] for name, values in training.items()}
+            training["targets"] = taught
         state, curve = fit_tsqnet(
             _seen(training, _FIT, shape), vocabulary, first, shape, job.config, threads=1
         )

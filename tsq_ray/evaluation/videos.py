@@ -29,14 +29,17 @@ _TENSORS = ("frame_index", "frame_pts_s", "visual", "object_ids", "object_probs"
 _BRIEF = ["video_id", "uri", "labels", "split", "status", "fps"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VideoSet:
-    """The ok, labelled videos of a split, sorted by id, and counts of the others."""
+    """The ok, labelled videos of a split, sorted by id, and counts of the others.
+
+    Without labels, all ok videos.
+    """
 
     video_ids: list[str]
     uris: list[str]
     targets: np.ndarray
-    """Multi-hot bool [V, C], in the bundle's order."""
+    """Multi-hot bool [V, C], in the bundle's order; all False for a video without labels."""
     frame_index: np.ndarray
     """int32 [V, T]."""
     frame_pts_s: np.ndarray
@@ -80,12 +83,14 @@ class Features:
     """Names of labels that the bundle lacks."""
 
 
-def load_features(uri: str, bundle: Bundle, split: str | None, max_videos: int = 0) -> Features:
+def load_features(
+    uri: str, bundle: Bundle, split: str | None, max_videos: int = 0, *, labelled: bool = True
+) -> Features:
     """Read the features of a finished extraction.
 
     They must hold `recognizer_logits` and be made with the bundle's own encoder and recogniser.
     `split` defaults to `val`, or to all rows if no row has a split. Of more than `max_videos` in a
-    split, a random sample is read (0: all).
+    split, a random sample is read (0: all). `labelled`: leave out the videos without labels.
 
     Raises RunError if logits, split or labels are missing, ModelError if the features were made
     with other weights.
@@ -107,12 +112,13 @@ def load_features(uri: str, bundle: Bundle, split: str | None, max_videos: int =
 
     def video_set(split: str | None) -> VideoSet:
         rows = table if split is None else table.filter(pc.equal(table["split"], split))
-        return _video_set(parts, rows, names, bundle.classes, arrow, max_videos)
+        return _video_set(parts, rows, names, bundle.classes, arrow, max_videos, labelled)
 
     measured = video_set(wanted)
     if not len(measured):
         raise RunError(
-            f"{shown}: split {wanted!r} has no ok video with a label, so nothing can be measured "
+            f"{shown}: split {wanted!r} has no ok video{' with a label' * labelled}, so nothing "
+            "can be measured "
             f"(left out: {measured.left_out})"
         )
     training = video_set(TRAIN_SPLIT) if wanted not in (None, TRAIN_SPLIT) else None
@@ -191,6 +197,7 @@ def _video_set(
     classes: list[str],
     arrow: pa.Schema,
     max_videos: int,
+    labelled_only: bool,
 ) -> VideoSet:
     """Load the rows of one split; labels are mapped by name to the bundle's order."""
     position = {name: number for number, name in enumerate(classes)}
@@ -207,13 +214,13 @@ def _video_set(
     )
     ok = pc.equal(table["status"], "ok").to_numpy()
     known = np.bincount(rows, minlength=len(table)) > 0
-    taken = ok & known
+    taken = ok & known if labelled_only else ok
     targets = np.zeros((int(taken.sum()), len(classes)), bool)
     targets[(np.cumsum(taken) - 1)[rows[taken[rows]]], labels[taken[rows]]] = True
     left_out = {
         "failed": ~ok,
-        "unlabelled": ok & ~labelled,
-        "labels that the bundle lacks": ok & labelled & ~known,
+        "unlabelled": ok & ~labelled & ~taken,
+        "labels that the bundle lacks": ok & labelled & ~taken,
     }
     kept = table.filter(pa.array(taken))
     others: dict[str, int] = {}

