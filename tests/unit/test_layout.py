@@ -73,7 +73,16 @@ INSIDE = {
         *("decord_backend", "indexed", "survivors", "job", "video", "child", "sandbox"),
     ),
     "evaluation": (
-        *("annotations", "videos", "samplers", "trainings", "measures", "store", "tables"),
+        *(
+            "annotations",
+            "videos",
+            "selectors",
+            "samplers",
+            "trainings",
+            "measures",
+            "store",
+            "tables",
+        ),
         *("plots", "bench", "methods", "ablations", "compare", "paper", "run"),
     ),
     "labels": ("classes", "formats", "match"),

@@ -1,8 +1,9 @@
-"""The samplers of table 2 and figure 3, with their training and their cost."""
+"""The samplers of the tables that compare samplers, with their training and their cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from tsq_ray.evaluation.samplers import (
     frame_head_logits,
     oracle_scores,
 )
+from tsq_ray.evaluation.selectors import BY_FEATURES, BY_SCORE, Selected, focus_looks
 from tsq_ray.evaluation.trainings import TrainingSpec, saliencies
 from tsq_ray.model import TSQShape
 from tsq_ray.model.choosers import (
@@ -49,6 +51,10 @@ class Method:
     """`sampler.mode` of a network."""
     adaptive: bool = False
     """Whether the recogniser stops as soon as it is sure, after at most K frames."""
+    selector: str = ""
+    """Key of `selectors.SELECTORS`; empty: the frames are chosen as `what` says."""
+    score: str = ""
+    """What the selector chooses by: "maxconf-l", "maxconf", "tsqnet"; empty: features alone."""
 
     @property
     def trained(self) -> bool:
@@ -131,6 +137,35 @@ METHODS = (
     Method("oracle", "an oracle restricted to the T frames", None),
 )
 
+_SCORES: dict[str, tuple[Cost, str]] = {
+    "maxconf-l": ("maxconf-l", "confidence of the light encoder's frame head"),
+    "maxconf": ("maxconf", "confidence of the recogniser, which sees all T frames"),
+    "tsqnet": ("both", "lambda_v of the visual plus 1 - lambda_v of the textual saliency"),
+}
+"""What a selector can choose by: its cost, and what it is."""
+
+
+def score_notes() -> dict[str, str]:
+    """Return what each score of the table `selectors` is."""
+    return {score: what for score, (_, what) in _SCORES.items()}
+
+
+def _selecting(selector: str, score: str = "") -> Method:
+    cost, what = _SCORES.get(score, ("maxconf-l", "features of the light encoder"))
+    train = _JOINT if score == "tsqnet" else None
+    name = f"{selector} by {score}" if score else selector
+    return Method(name, what, cost, train, selector=selector, score=score)
+
+
+SELECTING = (
+    *(method for method in METHODS if method.name in ("uniform", *_SCORES)),
+    _selecting("top-k", "tsqnet"),
+    _selecting("k-center"),
+    _selecting("maxinfo"),
+    *(_selecting(selector, score) for score in _SCORES for selector in BY_SCORE),
+)
+"""The samplers of the table `selectors`; by MaxConf-L and MaxConf, top-k is their own row."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -165,14 +200,14 @@ class Measured:
         )
 
 
-def possible(bench: Bench) -> tuple[list[Method], list[str]]:
+def possible(bench: Bench, catalogue: Sequence[Method] = METHODS) -> tuple[list[Method], list[str]]:
     """Return the samplers that can be measured, and one note per group that cannot."""
-    methods, notes = list(METHODS), []
+    methods, notes = list(catalogue), []
     if bench.features.training is None:
         gone = [method.name for method in methods if method.trained]
         methods = [method for method in methods if not method.trained]
         notes.append(f"not measured, because the features have no split 'train': {', '.join(gone)}")
-    if bench.task == "multi":
+    if bench.task == "multi" and any(method.adaptive for method in methods):
         methods = [method for method in methods if not method.adaptive]
         notes.append("not measured for several labels per video: adaptive")
     return methods, notes
@@ -193,11 +228,16 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
     if method.trained:
         found = [bench.learned[job] for job in jobs_of(bench, method)]
         made = [
-            learned_sampler(bench, learned.arrays, method.mode, adaptive=method.adaptive)
+            selecting_sampler(bench, method, fused_saliency(bench, learned.arrays))
+            if method.selector
+            else learned_sampler(bench, learned.arrays, method.mode, adaptive=method.adaptive)
             for learned in found
             if not learned.diverged
         ]
         return made, sum(bool(learned.diverged) for learned in found)
+    if method.selector:
+        scores = _scores(bench, method.score) if method.score else None
+        return [selecting_sampler(bench, method, scores)], 0
     if method.name == "random":
         return [Sampler(videos, task, partial(Random, seed=seed)) for seed in bench.seeds], 0
     if method.name == "uniform":
@@ -221,6 +261,18 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
 def ranked_sampler(bench: Bench, scores: np.ndarray, name: str) -> Sampler:
     """Return a sampler of the frames with the highest scores, [V, T]."""
     return Sampler(bench.videos, bench.task, partial(Ranked, name=name), scores=scores)
+
+
+def selecting_sampler(bench: Bench, method: Method, scores: np.ndarray | None) -> Sampler:
+    """Return a sampler of the frames that a selector takes by these scores, [V, T]."""
+    videos, chooser = bench.videos, partial(Selected, name=method.selector)
+    return Sampler(videos, bench.task, chooser, scores=scores, features=videos.visual)
+
+
+def fused_saliency(bench: Bench, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return one saliency per frame, [V, T]: lambda_v of the visual, the rest of the textual."""
+    visual, share = arrays["saliency_visual"], bench.config.sampler.lambda_visual
+    return share * visual + (1 - share) * arrays.get("saliency_textual", visual)
 
 
 def salient_chooser(
@@ -260,6 +312,8 @@ def _scores(bench: Bench, name: str) -> np.ndarray:
     if name == "maxconf-l":
         assert bench.bundle.encoder.head is not None
         return confidence(frame_head_logits(bench.bundle.encoder.head, videos), bench.task)
+    if name == "maxconf":
+        return confidence(videos.logits, bench.task)
     if name in ("stillness", "motion"):
         return change_scores(videos) * (1 if name == "motion" else -1)
     assert name == "oracle", name
@@ -300,9 +354,16 @@ def cost_of(bench: Bench, method: Method, budget: float, counting: Counting) -> 
     cost: Cost = method.cost
     if method.name == "bundle" and bench.bundle.sampler.shape.modules == "visual":
         cost = "visual"
-    return gflops(
-        bench.bundle, cost, bench.videos.num_frames, budget, shape_of(bench, method), counting
-    )
+
+    def of(cost: Cost, num_frames: int) -> float:
+        return gflops(bench.bundle, cost, num_frames, budget, shape_of(bench, method), counting)
+
+    num_frames = bench.videos.num_frames
+    if method.selector == "focus" and method.score != "tsqnet":  # whose saliency needs all frames
+        return of(cost, focus_looks(num_frames, math.ceil(budget)))
+    light = method.selector in BY_FEATURES and cost == "maxconf"
+    encoding = of("maxconf-l", num_frames) - of("uniform", num_frames) if light else 0.0
+    return of(cost, num_frames) + encoding
 
 
 def shape_of(bench: Bench, method: Method) -> TSQShape:

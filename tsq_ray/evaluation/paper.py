@@ -11,6 +11,7 @@ from tsq_ray.evaluation.bench import Bench
 from tsq_ray.evaluation.measures import Clock, MeanOverSeeds, measure_sampler
 from tsq_ray.evaluation.methods import (
     METHODS,
+    SELECTING,
     Measured,
     Method,
     cost_of,
@@ -18,6 +19,7 @@ from tsq_ray.evaluation.methods import (
     learned_sampler,
     measured_at,
     possible,
+    score_notes,
 )
 from tsq_ray.evaluation.tables import Cell, Table, TableColumn, verdict
 from tsq_ray.evaluation.trainings import TrainingSpec
@@ -35,7 +37,7 @@ _TABLE2_SIGNS = (
 
 def names() -> list[str]:
     """Return the allowed values of --table, in the order in which all are made."""
-    return ["table1", "table2", "figure3", *TABLES, "figure4"]
+    return ["table1", "table2", "figure3", *TABLES, "figure4", "selectors"]
 
 
 def jobs_for(bench: Bench, name: str) -> list[TrainingSpec]:
@@ -44,6 +46,8 @@ def jobs_for(bench: Bench, name: str) -> list[TrainingSpec]:
         return []
     if name in ("table2", "figure3"):
         return [job for method in METHODS for job in jobs_of(bench, method)]
+    if name == "selectors":
+        return [job for method in SELECTING for job in jobs_of(bench, method)]
     if name == "figure4":
         return jobs_of(bench, _method("tsqnet"))[:1]
     return [_job(bench, row, seed) for row in _ablation(bench, name).rows for seed in bench.seeds]
@@ -56,6 +60,7 @@ def make(bench: Bench, name: str, out: str) -> Table:
         "table2": table2,
         "figure3": figure3,
         "figure4": figure4,
+        "selectors": selectors,
     }
     return made[name](bench, out) if name in made else ablation_table(bench, name)
 
@@ -193,6 +198,30 @@ _COLUMNS = (
     *(TableColumn(title, "G") for title in ("GFLOPs", "true GFLOPs")),
     TableColumn("s/video", "s"),
 )
+
+
+def selectors(bench: Bench, out: str) -> Table:
+    """Measure the selectors of 2024 to 2026 at `sampler.budget`, each by each score."""
+    budget, num_frames = bench.config.sampler.most_frames, bench.videos.num_frames
+    clock = Clock(bench.features.run, bench.bundle, num_frames)
+    methods, notes = possible(bench, SELECTING)
+    found = [one for method in methods for one in measured_at(bench, method, (budget,))]
+    plain = next((one.map for one in found if one.method.name == "tsqnet"), None)
+    rows: list[list[Cell]] = []
+    for one in found:
+        names = (one.method.selector or one.method.name, one.method.score or "-")
+        over = one.map.above(plain) if plain is not None and one.method.name != "tsqnet" else None
+        rows.append([*names, *_figures(bench, one, clock), over])
+        notes += _diverged(one)
+    notes += [f"{name}: {what}" for name, what in score_notes().items()]
+    notes.append(
+        "over tsqnet: points of mAP over TSQNet's plain top K, seed by seed; the selection itself, "
+        "some T^2 D multiply-adds, is not counted as cost"
+    )
+    columns = [TableColumn("selector"), TableColumn("score"), *_COLUMNS]
+    columns.append(TableColumn("over tsqnet", "%"))
+    title = f"Selectors at K = {budget} of T = {num_frames}"
+    return Table("selectors", title, columns, rows, notes + _reading(clock))
 
 
 def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
