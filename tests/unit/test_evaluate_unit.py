@@ -26,6 +26,7 @@ from tsq_ray.errors import ConfigError, ManifestError, ModelError, RunError
 from tsq_ray.evaluation import evaluate, evaluation_config, on_evidence, paper, read_annotations
 from tsq_ray.evaluation.ablations import TABLES, ablation
 from tsq_ray.evaluation.bench import Bench, Initial
+from tsq_ray.evaluation.catalogue import METHODS, TEACHING
 from tsq_ray.evaluation.measures import (
     Clock,
     MeanOverSeeds,
@@ -35,7 +36,6 @@ from tsq_ray.evaluation.measures import (
     measure_sampler,
 )
 from tsq_ray.evaluation.methods import (
-    METHODS,
     jobs_of,
     learned_sampler,
     measured_at,
@@ -570,10 +570,12 @@ def test_the_ablations_share_their_trainings(bench: Bench) -> None:
     assert {name: len(found) for name, found in jobs.items()} == {
         **{"table1": 0, "table2": 8, "figure3": 8, "table7": 6, "table8": 8, "table9": 2},
         **{"table10": 8, "tableA2": 12, "tableA3": 10, "tableA4": 4, "tableA5": 6, "figure4": 1},
+        **{"selectors": 2, "teacher": 4},
     }
-    assert len(set().union(*jobs.values())) == 40  # of 73
+    assert len(set().union(*jobs.values())) == 42  # of 79
     assert jobs["table9"] <= jobs["table8"]
     assert jobs["figure4"] <= jobs["table2"]
+    assert jobs["selectors"] <= jobs["table2"]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -622,6 +624,31 @@ def test_an_ablation_table_measures_each_seed(bench: Bench) -> None:
         note.startswith(
             "trend in the paper: without self-attention above with self-attention; here held (+"
         )
+        for note in table.notes
+    )
+
+
+def test_the_teacher_beside_labels(bench: Bench) -> None:
+    oracle = true_class_probability(bench.videos, "single").astype(np.float32)
+    for method, sign in (("tsqnet", -1), ("teacher", 1)):
+        (found,) = [one for one in TEACHING if one.name == method]
+        for job in jobs_of(bench, found):
+            learned = {f"saliency_{module}": sign * oracle for module in ("visual", "textual")}
+            bench.learned[job] = Learned({**learned, "textual_after": np.zeros((3, 5), np.float32)})
+    table = paper.make(bench, "teacher", "")
+    rows = {
+        row[0]: dict(zip([column.title for column in table.columns], row, strict=True))
+        for row in table.rows
+    }
+    assert list(rows) == ["uniform", "maxconf", "maxconf-l", "tsqnet", "teacher"]
+    for column in ("mAP", "agreement", "agreement mAP"):
+        best, worst = rows["teacher"][column], rows["tsqnet"][column]
+        assert isinstance(best, MeanOverSeeds)
+        assert isinstance(worst, MeanOverSeeds)
+        assert best.values == (1.0, 1.0)
+        assert worst.mean < 1
+    assert any(
+        "for want of training videos: teacher, 25 videos, teacher, 50" in note
         for note in table.notes
     )
 

@@ -74,8 +74,9 @@ INSIDE = {
         *("decord_backend", "indexed", "survivors", "job", "video", "child", "sandbox"),
     ),
     "evaluation": (
-        *("annotations", "videos", "samplers", "trainings", "measures", "agreement"),
-        *("store", "tables", "plots", "bench", "methods", "ablations", "compare", "paper", "run"),
+        *("annotations", "videos", "selectors", "samplers", "trainings", "measures"),
+        *("agreement", "store", "tables", "plots", "bench", "catalogue", "methods"),
+        *("ablations", "compare", "comparisons", "paper", "run"),
     ),
     "labels": ("classes", "formats", "match"),
     "manifest": ("videos", "files", "listing", "build"),

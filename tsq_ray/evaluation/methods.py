@@ -1,16 +1,17 @@
-"""The samplers of table 2 and figure 3, with their training and their cost."""
+"""The samplers of the catalogue on a bench: what trains them, what they choose, what it costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from tsq_ray.config import TSQMode
 from tsq_ray.evaluation.bench import Bench
+from tsq_ray.evaluation.catalogue import METHODS, Method
 from tsq_ray.evaluation.measures import Cost, MeanOverSeeds, Measures, gflops, measure_sampler
 from tsq_ray.evaluation.samplers import (
     Sampler,
@@ -19,6 +20,7 @@ from tsq_ray.evaluation.samplers import (
     frame_head_logits,
     oracle_scores,
 )
+from tsq_ray.evaluation.selectors import BY_FEATURES, Selected, focus_looks
 from tsq_ray.evaluation.trainings import TrainingSpec, saliencies
 from tsq_ray.model import TSQShape
 from tsq_ray.model.choosers import (
@@ -32,104 +34,6 @@ from tsq_ray.model.choosers import (
     UntilConfident,
 )
 from tsq_ray.model.flops import Counting
-
-
-@dataclass(frozen=True)
-class Method:
-    """A sampler of the catalogue `METHODS`."""
-
-    name: str
-    what: str
-    """One line for the table's notes."""
-    cost: Cost | None
-    """None: no computation achieves it (the oracle)."""
-    train: Mapping[str, Any] | None = None
-    """Changes to `train.*`, if the sampler is a network trained by the evaluation."""
-    mode: TSQMode = "both"
-    """`sampler.mode` of a network."""
-    adaptive: bool = False
-    """Whether the recogniser stops as soon as it is sure, after at most K frames."""
-
-    @property
-    def trained(self) -> bool:
-        """Whether it has to be fitted before it is measured."""
-        return self.train is not None or self.name == "scsampler"
-
-    @property
-    def seeded(self) -> bool:
-        """Whether its choice depends on a seed."""
-        return self.trained or self.name == "random"
-
-
-_AGNOSTIC = {"modules": "visual", "attention": "class-agnostic", "classifier": "class-specific"}
-_JOINT = {"modules": "both"}
-
-METHODS = (
-    Method("uniform", "slots floor((i + 0.5) T / K)", "uniform"),
-    Method("random", "K frames at random", "uniform"),
-    Method("dense", "the recogniser on all T frames, independent of K", "maxconf"),
-    Method(
-        "maxconf",
-        "the K frames on which the recogniser is most confident, after seeing all T",
-        "maxconf",
-    ),
-    Method(
-        "maxconf-l",
-        "the K frames on which the light encoder's frame head is most confident",
-        "maxconf-l",
-    ),
-    Method(
-        "stillness",
-        "the K frames whose visual features differ least from their neighbours' (mean 1 - cosine)",
-        "maxconf-l",
-    ),
-    Method(
-        "motion",
-        "the K frames whose visual features differ most from their neighbours'",
-        "maxconf-l",
-    ),
-    Method(
-        "attention",
-        "class-agnostic attention: one query for all classes, whose attention is the saliency",
-        "visual",
-        _AGNOSTIC,
-    ),
-    Method(
-        "scsampler",
-        "after Korbar et al. 2019: a multilayer perceptron on the light encoder's features, fitted "
-        "to rank frames like the recogniser's probability of the true class",
-        "scsampler",
-    ),
-    Method(
-        "vqm-only",
-        "the visual query module, trained alone",
-        "visual",
-        {"modules": "visual"},
-        "visual",
-    ),
-    Method(
-        "vqm", "the visual module of the joint network (lambda_v = 1)", "visual", _JOINT, "visual"
-    ),
-    Method(
-        "tqm",
-        "the textual module of the joint network (lambda_v = 0)",
-        "textual",
-        _JOINT,
-        "textual",
-    ),
-    Method("tsqnet", "both modules, trained with each seed", "both", _JOINT, "both"),
-    Method(
-        "adaptive",
-        "tsqnet's frames one by one, at most K, until the recogniser's summed probabilities put "
-        "one class sampler.margin frames ahead",
-        "both",
-        _JOINT,
-        "both",
-        adaptive=True,
-    ),
-    Method("bundle", "the network of --model, unchanged", "both"),
-    Method("oracle", "an oracle restricted to the T frames", None),
-)
 
 
 @dataclass(frozen=True)
@@ -169,14 +73,14 @@ class Measured:
         )
 
 
-def possible(bench: Bench) -> tuple[list[Method], list[str]]:
+def possible(bench: Bench, catalogue: Sequence[Method] = METHODS) -> tuple[list[Method], list[str]]:
     """Return the samplers that can be measured, and one note per group that cannot."""
-    methods, notes = list(METHODS), []
+    methods, notes = list(catalogue), []
     if bench.features.training is None:
         gone = [method.name for method in methods if method.trained]
         methods = [method for method in methods if not method.trained]
         notes.append(f"not measured, because the features have no split 'train': {', '.join(gone)}")
-    if bench.task == "multi":
+    if bench.task == "multi" and any(method.adaptive for method in methods):
         methods = [method for method in methods if not method.adaptive]
         notes.append("not measured for several labels per video: adaptive")
     return methods, notes
@@ -197,11 +101,16 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
     if method.trained:
         found = [bench.learned[job] for job in jobs_of(bench, method)]
         made = [
-            learned_sampler(bench, learned.arrays, method.mode, adaptive=method.adaptive)
+            selecting_sampler(bench, method, fused_saliency(bench, learned.arrays))
+            if method.selector
+            else learned_sampler(bench, learned.arrays, method.mode, adaptive=method.adaptive)
             for learned in found
             if not learned.diverged
         ]
         return made, sum(bool(learned.diverged) for learned in found)
+    if method.selector:
+        scores = _scores(bench, method.score) if method.score else None
+        return [selecting_sampler(bench, method, scores)], 0
     if method.name == "random":
         return [Sampler(videos, task, partial(Random, seed=seed)) for seed in bench.seeds], 0
     if method.name == "uniform":
@@ -225,6 +134,18 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
 def ranked_sampler(bench: Bench, scores: np.ndarray, name: str) -> Sampler:
     """Return a sampler of the frames with the highest scores, [V, T]."""
     return Sampler(bench.videos, bench.task, partial(Ranked, name=name), scores=scores)
+
+
+def selecting_sampler(bench: Bench, method: Method, scores: np.ndarray | None) -> Sampler:
+    """Return a sampler of the frames that a selector takes by these scores, [V, T]."""
+    videos, chooser = bench.videos, partial(Selected, name=method.selector)
+    return Sampler(videos, bench.task, chooser, scores=scores, features=videos.visual)
+
+
+def fused_saliency(bench: Bench, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return one saliency per frame, [V, T]: lambda_v of the visual, the rest of the textual."""
+    visual, share = arrays["saliency_visual"], bench.config.sampler.lambda_visual
+    return share * visual + (1 - share) * arrays.get("saliency_textual", visual)
 
 
 def salient_chooser(
@@ -264,6 +185,8 @@ def _scores(bench: Bench, name: str) -> np.ndarray:
     if name == "maxconf-l":
         assert bench.bundle.encoder.head is not None
         return confidence(frame_head_logits(bench.bundle.encoder.head, videos), bench.task)
+    if name == "maxconf":
+        return confidence(videos.logits, bench.task)
     if name in ("stillness", "motion"):
         return change_scores(videos) * (1 if name == "motion" else -1)
     assert name == "oracle", name
@@ -304,9 +227,16 @@ def cost_of(bench: Bench, method: Method, budget: float, counting: Counting) -> 
     cost: Cost = method.cost
     if method.name == "bundle" and bench.bundle.sampler.shape.modules == "visual":
         cost = "visual"
-    return gflops(
-        bench.bundle, cost, bench.videos.num_frames, budget, shape_of(bench, method), counting
-    )
+
+    def of(cost: Cost, num_frames: int) -> float:
+        return gflops(bench.bundle, cost, num_frames, budget, shape_of(bench, method), counting)
+
+    num_frames = bench.videos.num_frames
+    if method.selector == "focus" and method.score != "tsqnet":  # whose saliency needs all frames
+        return of(cost, focus_looks(num_frames, math.ceil(budget)))
+    light = method.selector in BY_FEATURES and cost == "maxconf"
+    encoding = of("maxconf-l", num_frames) - of("uniform", num_frames) if light else 0.0
+    return of(cost, num_frames) + encoding
 
 
 def shape_of(bench: Bench, method: Method) -> TSQShape:

@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tsq_ray.config import TSQMode
 from tsq_ray.evaluation import plots
 from tsq_ray.evaluation.ablations import TABLES, Ablation, Row, ablation
 from tsq_ray.evaluation.bench import Bench
-from tsq_ray.evaluation.measures import Clock, MeanOverSeeds, measure_sampler
-from tsq_ray.evaluation.methods import (
-    METHODS,
-    Measured,
-    Method,
-    cost_of,
-    jobs_of,
-    learned_sampler,
-    measured_at,
-    possible,
-)
-from tsq_ray.evaluation.tables import Cell, Table, TableColumn, verdict
+from tsq_ray.evaluation.catalogue import METHODS, SELECTING, method_named
+from tsq_ray.evaluation.comparisons import figure3, selectors, table2, teacher, teaching
+from tsq_ray.evaluation.measures import MeanOverSeeds, measure_sampler
+from tsq_ray.evaluation.methods import jobs_of, learned_sampler
+from tsq_ray.evaluation.tables import Cell, Table, TableColumn, signs, single
 from tsq_ray.evaluation.trainings import TrainingSpec
 from tsq_ray.model.flops import Counting, cost_table
 
 Make = Callable[[Bench, str], Table]
-_TABLE2_SIGNS = (
-    ("tsqnet", "uniform"),
-    ("tsqnet", "random"),
-    ("tsqnet", "maxconf-l"),
-    ("tsqnet", "maxconf"),
-    ("maxconf-l", "uniform"),
-)
+
+
+ON_REQUEST = ("teacher",)
+"""Tables that are made only if --table names them, because they take many trainings."""
 
 
 def names() -> list[str]:
-    """Return the allowed values of --table, in the order in which all are made."""
-    return ["table1", "table2", "figure3", *TABLES, "figure4"]
+    """Return the allowed values of --table, in the order in which they are made."""
+    return ["table1", "table2", "figure3", *TABLES, "figure4", "selectors", *ON_REQUEST]
+
+
+def default_names() -> list[str]:
+    """Return the tables that are made without --table."""
+    return [name for name in names() if name not in ON_REQUEST]
 
 
 def jobs_for(bench: Bench, name: str) -> list[TrainingSpec]:
@@ -44,8 +39,12 @@ def jobs_for(bench: Bench, name: str) -> list[TrainingSpec]:
         return []
     if name in ("table2", "figure3"):
         return [job for method in METHODS for job in jobs_of(bench, method)]
+    if name == "selectors":
+        return [job for method in SELECTING for job in jobs_of(bench, method)]
+    if name == "teacher":
+        return [job for method in teaching(bench) for job in jobs_of(bench, method)]
     if name == "figure4":
-        return jobs_of(bench, _method("tsqnet"))[:1]
+        return jobs_of(bench, method_named("tsqnet"))[:1]
     return [_job(bench, row, seed) for row in _ablation(bench, name).rows for seed in bench.seeds]
 
 
@@ -56,16 +55,14 @@ def make(bench: Bench, name: str, out: str) -> Table:
         "table2": table2,
         "figure3": figure3,
         "figure4": figure4,
+        "selectors": selectors,
+        "teacher": teacher,
     }
     return made[name](bench, out) if name in made else ablation_table(bench, name)
 
 
 def _ablation(bench: Bench, name: str) -> Ablation:
     return ablation(name, bench.config, bench.videos.object_ids.shape[-1])
-
-
-def _method(name: str) -> Method:
-    return next(method for method in METHODS if method.name == name)
 
 
 def _job(bench: Bench, row: Row, seed: int) -> TrainingSpec:
@@ -111,7 +108,7 @@ def table1(bench: Bench, out: str) -> Table:
         return [*shown, ("Total", "-", "-", "-", None, table.gflops)]
 
     rows: list[list[Cell]] = [
-        [*field[:4], _single(field[4]), _single(field[5]), _single(true[4]), _single(true[5])]
+        [*field[:4], single(field[4]), single(field[5]), single(true[4]), single(true[5])]
         for field, true in zip(rows_of("field"), rows_of("true"), strict=True)
     ]
     notes = [
@@ -127,146 +124,6 @@ def table1(bench: Bench, out: str) -> Table:
         rows,
         notes,
     )
-
-
-def table2(bench: Bench, out: str) -> Table:
-    """Measure every sampler at `sampler.budget`."""
-    budget, clock = (
-        bench.config.sampler.most_frames,
-        Clock(bench.features.run, bench.bundle, bench.videos.num_frames),
-    )
-    methods, notes = possible(bench)
-    found: dict[str, MeanOverSeeds] = {}
-    rows: list[list[Cell]] = []
-    for method in methods:
-        for measured in measured_at(bench, method, (budget,)):
-            found[method.name] = measured.map
-            rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
-            notes += _diverged(measured)
-    columns = [TableColumn("sampler"), TableColumn("K"), *_COLUMNS]
-    notes += [f"{method.name}: {_what(bench, method)}" for method in methods]
-    notes += _signs(
-        [(better, worse, found.get(better), found.get(worse)) for better, worse in _TABLE2_SIGNS]
-    )
-    return Table(
-        "table2",
-        f"Table 2: samplers at K = {budget} of T = {bench.videos.num_frames}",
-        columns,
-        rows,
-        notes + _reading(clock),
-    )
-
-
-def figure3(bench: Bench, out: str) -> Table:
-    """Measure every sampler at every budget: the accuracy-cost plot and its data."""
-    clock = Clock(bench.features.run, bench.bundle, bench.videos.num_frames)
-    methods, notes = possible(bench)
-    rows: list[list[Cell]] = []
-    lines, level = [], {}
-    for method in methods:
-        found = measured_at(bench, method, bench.config.evaluate.budgets)
-        for measured in found:
-            rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
-        notes += _diverged(found[0]) if found else []
-        costs = [cost_of(bench, method, _frames(measured), "field") for measured in found]
-        known = [cost for cost in costs if cost is not None]
-        if found and len(known) == len(costs):
-            lines.append(plots.Line(method.name, known, [measured.map for measured in found]))
-        elif found:
-            level[f"{method.name}, K = {found[-1].budget}"] = found[-1].map
-    title = f"Accuracy and cost by budget, T = {bench.videos.num_frames}"
-    pictures = plots.accuracy_cost(lines, level, out, "figure3", title)
-    columns = [TableColumn("sampler"), TableColumn("K"), *_COLUMNS]
-    return Table(
-        "figure3",
-        f"Figure 3: {title[0].lower()}{title[1:]}",
-        columns,
-        rows,
-        notes + _reading(clock),
-        pictures[:1],
-    )
-
-
-_COLUMNS = (
-    *(TableColumn(title, "%") for title in ("mAP", "mAP interpolated", "top-1", "agreement")),
-    TableColumn("on evidence", "%"),
-    TableColumn("frames", "n"),
-    *(TableColumn(title, "G") for title in ("GFLOPs", "true GFLOPs")),
-    TableColumn("s/video", "s"),
-)
-
-
-def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
-    field, true = (
-        cost_of(bench, measured.method, _frames(measured), counting)
-        for counting in ("field", "true")
-    )
-    seconds = clock.seconds(true) if true is not None else None
-    quality = [
-        measured.map,
-        measured.map_interpolated,
-        measured.top1,
-        measured.agreement,
-        measured.recall,
-        MeanOverSeeds((measured.frames.mean,)),
-    ]
-    return [*quality, _single(field), _single(true), _single(seconds)]
-
-
-def _frames(measured: Measured) -> float:
-    """Return the frames the cost counts: K, even for shorter videos; the mean if adaptive."""
-    return measured.frames.mean if measured.method.adaptive else measured.budget
-
-
-def _single(value: float | None) -> MeanOverSeeds | None:
-    return None if value is None else MeanOverSeeds((value,))
-
-
-def _diverged(measured: Measured) -> list[str]:
-    return (
-        [
-            f"{measured.method.name}: the training of {measured.diverged} seeds diverged; "
-            "excluded from its results"
-        ]
-        if measured.diverged
-        else []
-    )
-
-
-def _what(bench: Bench, method: Method) -> str:
-    if method.name != "oracle":
-        return method.what
-    by = "the recogniser's probability of the true class"
-    order = (
-        f"frames in a known salient segment first, then by {by}"
-        if bench.annotations is not None
-        else f"by {by}; no annotations given"
-    )
-    return f"{method.what}: {order}; no cost, since it knows the answer"
-
-
-def _reading(clock: Clock) -> list[str]:
-    notes = [
-        "± is half the 95 % interval of the mean over the seeds (Student's t); values without it "
-        "do not depend on a seed",
-        "agreement: share of the videos with the dense recogniser's best class (all T frames)",
-        "on evidence: mean share of the chosen frames that lie in a known salient segment; frames: "
-        "mean number of frames recognised",
-        "GFLOPs by the field's convention, true GFLOPs as it runs (table 1)",
-    ]
-    if clock.known:
-        notes.append(
-            "s/video: an estimate; decoding as the extraction measured it, its encoding time "
-            "apportioned by true GFLOPs"
-        )
-    return notes
-
-
-def _signs(pairs: Sequence[tuple[str, str, Cell, Cell]]) -> list[str]:
-    return [
-        f"trend in the paper: {better} above {worse}; here {verdict(first, second)}"
-        for better, worse, first, second in pairs
-    ]
 
 
 def ablation_table(bench: Bench, name: str) -> Table:
@@ -290,7 +147,7 @@ def ablation_table(bench: Bench, name: str) -> Table:
         for trend in wanted.trends:
             (better, first), (worse, second) = trend.better, trend.worse
             titles = [_place(wanted, row, column) for row, column in (trend.better, trend.worse)]
-            notes += _signs(
+            notes += signs(
                 [(titles[0], titles[1], rows[better][texts + first], rows[worse][texts + second])]
             )
     columns = [
@@ -332,7 +189,7 @@ def _cell(bench: Bench, row: Row, mode: TSQMode, budget: int, notes: list[str]) 
 def figure4(bench: Bench, out: str) -> Table:
     """Project the TSQ embeddings before and after the first seed's training by t-SNE."""
     columns = [TableColumn(title) for title in ("module", "training", "class", "x", "y")]
-    job = jobs_of(bench, _method("tsqnet"))[0]
+    job = jobs_of(bench, method_named("tsqnet"))[0]
     title = f"Figure 4: TSQ embeddings before and after training, seed {bench.seeds[0]}"
     learned = bench.learned.get(job)
     if learned is None or learned.diverged:

@@ -102,7 +102,7 @@ def evaluate(
     sampler = config.sampler.model_dump(mode="json", exclude={"seed"})
     _enter(out, Identity.of(data=data, sampler=sampler, train=_trainings(config)))
     bench = Bench(bundle, features, config, known, Store(out, data))
-    names, header = list(tables) or paper.names(), _header(bench, model, annotations)
+    names, header = list(tables) or paper.default_names(), _header(bench, model, annotations)
     trained = train_all(
         bench, [job for name in names for job in paper.jobs_for(bench, name)], session
     )

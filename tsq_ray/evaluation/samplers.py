@@ -32,6 +32,8 @@ class Sampler:
     """Saliency of the textual query module, float [V, T]."""
     scores: np.ndarray | None = None
     """Scores that `model.choosers.Ranked` ranks by, float [V, T]."""
+    features: np.ndarray | None = None
+    """Features of the light encoder, float [V, T, D]."""
 
     def choose(self, video: int, budget: int) -> np.ndarray:
         """Return the slots chosen from a video, ascending: int [<= K].
@@ -49,6 +51,7 @@ class Sampler:
             of_video(self.visual),
             of_video(self.textual),
             of_video(self.scores),
+            of_video(self.features),
         )
         return choose(
             self.chooser(budget), view, frame_probabilities(videos.logits[video], self.task)

@@ -128,3 +128,16 @@ def verdict(better: Cell, worse: Cell) -> str:
         return f"{'held' if mean > 0 else 'not held'} ({mean:+.1f})"
     sure = "" if abs(mean) > half * 100 else ", within the interval"
     return f"{'held' if mean > 0 else 'not held'} ({mean:+.1f} ± {half * 100:.1f}{sure})"
+
+
+def single(value: float | None) -> MeanOverSeeds | None:
+    """Return a figure that was measured once."""
+    return None if value is None else MeanOverSeeds((value,))
+
+
+def signs(pairs: Sequence[tuple[str, str, Cell, Cell]]) -> list[str]:
+    """Say of each pair (better, worse, figure, figure) whether the paper's trend holds."""
+    return [
+        f"trend in the paper: {better} above {worse}; here {verdict(first, second)}"
+        for better, worse, first, second in pairs
+    ]

@@ -38,6 +38,8 @@ class View:
     """float [T], saliency of the textual query module."""
     scores: np.ndarray | None = None
     """float [T], the scores that `Ranked` ranks by."""
+    features: np.ndarray | None = None
+    """float [T, D], the light encoder's features, for selectors that compare frames."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,212 @@
+"""The tables that compare samplers. Cells are fractions 0..1; tables.py formats them."""
+
+from __future__ import annotations
+
+from tsq_ray.errors import RunError
+from tsq_ray.evaluation import plots
+from tsq_ray.evaluation.bench import Bench
+from tsq_ray.evaluation.catalogue import SELECTING, TEACHING, Method, score_notes
+from tsq_ray.evaluation.measures import Clock, MeanOverSeeds
+from tsq_ray.evaluation.methods import Measured, cost_of, measured_at, possible
+from tsq_ray.evaluation.tables import Cell, Table, TableColumn, signs, single
+
+_TABLE2_SIGNS = (
+    ("tsqnet", "uniform"),
+    ("tsqnet", "random"),
+    ("tsqnet", "maxconf-l"),
+    ("tsqnet", "maxconf"),
+    ("maxconf-l", "uniform"),
+)
+
+
+def table2(bench: Bench, out: str) -> Table:
+    """Measure every sampler at `sampler.budget`."""
+    budget, clock = (
+        bench.config.sampler.most_frames,
+        Clock(bench.features.run, bench.bundle, bench.videos.num_frames),
+    )
+    methods, notes = possible(bench)
+    found: dict[str, MeanOverSeeds] = {}
+    rows: list[list[Cell]] = []
+    for method in methods:
+        for measured in measured_at(bench, method, (budget,)):
+            found[method.name] = measured.map
+            rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
+            notes += _diverged(measured)
+    columns = [TableColumn("sampler"), TableColumn("K"), *_COLUMNS]
+    notes += [f"{method.name}: {_what(bench, method)}" for method in methods]
+    notes += signs(
+        [(better, worse, found.get(better), found.get(worse)) for better, worse in _TABLE2_SIGNS]
+    )
+    return Table(
+        "table2",
+        f"Table 2: samplers at K = {budget} of T = {bench.videos.num_frames}",
+        columns,
+        rows,
+        notes + _reading(clock),
+    )
+
+
+def figure3(bench: Bench, out: str) -> Table:
+    """Measure every sampler at every budget: the accuracy-cost plot and its data."""
+    clock = Clock(bench.features.run, bench.bundle, bench.videos.num_frames)
+    methods, notes = possible(bench)
+    rows: list[list[Cell]] = []
+    lines, level = [], {}
+    for method in methods:
+        found = measured_at(bench, method, bench.config.evaluate.budgets)
+        for measured in found:
+            rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
+        notes += _diverged(found[0]) if found else []
+        costs = [cost_of(bench, method, _frames(measured), "field") for measured in found]
+        known = [cost for cost in costs if cost is not None]
+        if found and len(known) == len(costs):
+            lines.append(plots.Line(method.name, known, [measured.map for measured in found]))
+        elif found:
+            level[f"{method.name}, K = {found[-1].budget}"] = found[-1].map
+    title = f"Accuracy and cost by budget, T = {bench.videos.num_frames}"
+    pictures = plots.accuracy_cost(lines, level, out, "figure3", title)
+    columns = [TableColumn("sampler"), TableColumn("K"), *_COLUMNS]
+    return Table(
+        "figure3",
+        f"Figure 3: {title[0].lower()}{title[1:]}",
+        columns,
+        rows,
+        notes + _reading(clock),
+        pictures[:1],
+    )
+
+
+_COLUMNS = (
+    *(TableColumn(title, "%") for title in ("mAP", "mAP interpolated", "top-1", "agreement")),
+    TableColumn("on evidence", "%"),
+    TableColumn("frames", "n"),
+    *(TableColumn(title, "G") for title in ("GFLOPs", "true GFLOPs")),
+    TableColumn("s/video", "s"),
+)
+
+
+def selectors(bench: Bench, out: str) -> Table:
+    """Measure the selectors of 2024 to 2026 at `sampler.budget`, each by each score."""
+    budget, num_frames = bench.config.sampler.most_frames, bench.videos.num_frames
+    clock = Clock(bench.features.run, bench.bundle, num_frames)
+    methods, notes = possible(bench, SELECTING)
+    found = [one for method in methods for one in measured_at(bench, method, (budget,))]
+    plain = next((one.map for one in found if one.method.name == "tsqnet"), None)
+    rows: list[list[Cell]] = []
+    for one in found:
+        names = (one.method.selector or one.method.name, one.method.score or "-")
+        over = one.map.above(plain) if plain is not None and one.method.name != "tsqnet" else None
+        rows.append([*names, *_figures(bench, one, clock), over])
+        notes += _diverged(one)
+    notes += [f"{name}: {what}" for name, what in score_notes().items()]
+    notes.append(
+        "over tsqnet: points of mAP over TSQNet's plain top K, seed by seed; the selection itself, "
+        "some T^2 D multiply-adds, is not counted as cost"
+    )
+    columns = [TableColumn("selector"), TableColumn("score"), *_COLUMNS]
+    columns.append(TableColumn("over tsqnet", "%"))
+    title = f"Selectors at K = {budget} of T = {num_frames}"
+    return Table("selectors", title, columns, rows, notes + _reading(clock))
+
+
+def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
+    field, true = (
+        cost_of(bench, measured.method, _frames(measured), counting)
+        for counting in ("field", "true")
+    )
+    seconds = clock.seconds(true) if true is not None else None
+    quality = [
+        measured.map,
+        measured.map_interpolated,
+        measured.top1,
+        measured.agreement,
+        measured.recall,
+        MeanOverSeeds((measured.frames.mean,)),
+    ]
+    return [*quality, single(field), single(true), single(seconds)]
+
+
+def _frames(measured: Measured) -> float:
+    """Return the frames the cost counts: K, even for shorter videos; the mean if adaptive."""
+    return measured.frames.mean if measured.method.adaptive else measured.budget
+
+
+def _diverged(measured: Measured) -> list[str]:
+    return (
+        [
+            f"{measured.method.name}: the training of {measured.diverged} seeds diverged; "
+            "excluded from its results"
+        ]
+        if measured.diverged
+        else []
+    )
+
+
+def _what(bench: Bench, method: Method) -> str:
+    if method.name != "oracle":
+        return method.what
+    by = "the recogniser's probability of the true class"
+    order = (
+        f"frames in a known salient segment first, then by {by}"
+        if bench.annotations is not None
+        else f"by {by}; no annotations given"
+    )
+    return f"{method.what}: {order}; no cost, since it knows the answer"
+
+
+def _reading(clock: Clock) -> list[str]:
+    notes = [
+        "± is half the 95 % interval of the mean over the seeds (Student's t); values without it "
+        "do not depend on a seed",
+        "agreement: share of the videos with the dense recogniser's best class (all T frames)",
+        "on evidence: mean share of the chosen frames that lie in a known salient segment; frames: "
+        "mean number of frames recognised",
+        "GFLOPs by the field's convention, true GFLOPs as it runs (table 1)",
+    ]
+    if clock.known:
+        notes.append(
+            "s/video: an estimate; decoding as the extraction measured it, its encoding time "
+            "apportioned by true GFLOPs"
+        )
+    return notes
+
+
+def teaching(bench: Bench) -> list[Method]:
+    """Return the samplers of the table `teacher` for which there are enough training videos.
+
+    Those that a teacher finds too few classes for are left out.
+    """
+    training = bench.features.training
+    most = len(training) if training is not None else 0
+    found = []
+    for method in possible(bench, TEACHING)[0]:
+        if (method.train or {}).get("max_videos", 0) >= most > 0:
+            continue
+        try:
+            bench.taught(bench.job(method.train or {}, {}, bench.seeds[0]).config)
+        except RunError:
+            continue
+        found.append(method)
+    return found
+
+
+def teacher(bench: Bench, out: str) -> Table:
+    """Measure what a teacher is worth at `sampler.budget`, on labels and against the dense answer."""
+    budget, num_frames = bench.config.sampler.most_frames, bench.videos.num_frames
+    clock = Clock(bench.features.run, bench.bundle, num_frames)
+    methods, notes = teaching(bench), possible(bench, TEACHING)[1]
+    rows: list[list[Cell]] = []
+    for method in methods:
+        for one in measured_at(bench, method, (budget,)):
+            rows.append([method.name, *_figures(bench, one, clock), one.agreement_map])
+            notes += _diverged(one)
+    left_out = [method.name for method in TEACHING if method not in methods]
+    notes += [f"not measured, for want of training videos: {', '.join(left_out)}"] * bool(left_out)
+    notes.append(
+        "agreement mAP: with the classes that the dense recogniser finds as the truth; tsqnet learns "
+        "from the labels of the training videos, teacher from the recogniser's answers on them"
+    )
+    columns = [TableColumn("sampler"), *_COLUMNS, TableColumn("agreement mAP", "%")]
+    title = f"Teacher and labels at K = {budget} of T = {num_frames}"
+    return Table("teacher", title, columns, rows, notes + _reading(clock))
