@@ -25,6 +25,7 @@ ORDER = (
         "results",
         "cost",
         "containers",
+        "chat",
         "config",
         "storage",
         "labels",
