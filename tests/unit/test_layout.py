@@ -77,7 +77,7 @@ INSIDE = {
         *("annotations", "videos", "samplers", "trainings", "measures", "store", "tables"),
         *("plots", "bench", "methods", "ablations", "compare", "paper", "run"),
     ),
-    "labels": ("classes", "formats", "match"),
+    "labels": ("classes", "entries", "json_files", "formats", "match"),
     "manifest": ("videos", "files", "listing", "build"),
     "model": ("layers", "tsq", "task", "losses", "selection", "baselines", "choosers", "flops"),
     "networks": (
