@@ -85,7 +85,8 @@ INSIDE = {
         "inference",
     ),
     "reporting": (
-        *("choice", "curves", "losses", "predictions", "pictures", "summary", "html", "export"),
+        *("choice", "curves", "losses", "predictions", "pictures", "summary", "html", "tables"),
+        *("batch", "interchange", "export"),
     ),
     "runs": ("identity", "lease", "columns", "done", "folder", "tables", "bulk", "verify"),
     "runtime": (

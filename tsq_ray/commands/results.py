@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tsq_ray import chat
 from tsq_ray.commands.jobs import submit_command
 from tsq_ray.console import show
 from tsq_ray.errors import RunError
@@ -131,17 +132,76 @@ def report(
 def export(
     predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
     out: Out,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="labels, frames, openai-batch, label-studio or activitynet; repeatable; "
+            "default: labels and frames.",
+        ),
+    ] = None,
     frames: Annotated[
-        bool, typer.Option("--frames/--no-frames", help="Write the chosen frames as JPEG.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--frames/--no-frames",
+            help="Write the chosen frames as JPEG; default: unless --format names other formats.",
+        ),
+    ] = None,
+    size: Annotated[
+        int, typer.Option("--size", metavar="PIXELS", help="Shorter side of the frames.")
+    ] = 480,
+    batch_model: Annotated[
+        str,
+        typer.Option("--batch-model", metavar="NAME", help="openai-batch: model that is asked."),
+    ] = "",
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT",
+            help="openai-batch: question, with {classes}, {num_frames} and {seconds}.",
+        ),
+    ] = chat.PROMPT,
+    frame_urls: Annotated[
+        str,
+        typer.Option(
+            "--frame-urls",
+            metavar="URL",
+            help="openai-batch: where the service finds the folder --out, to fetch the frames; "
+            "default: the frames are in the requests.",
+        ),
+    ] = "",
+    document_root: Annotated[
+        str,
+        typer.Option(
+            "--document-root",
+            metavar="FOLDER",
+            help="label-studio: its LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT.",
+        ),
+    ] = "/",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Export labels as CSV and JSONL, and the chosen frames as JPEG."""
+    """Export labels as CSV and JSONL, the chosen frames as JPEG, or both for other tools.
+
+    For other tools: Label Studio's tasks, ActivityNet's JSON, requests for OpenAI's Batch API.
+    """
     from tsq_ray.reporting import export_predictions
 
-    what = ("labels", "frames") if frames else ("labels",)
-    summary = export_predictions(predictions, out, what=what)
+    what = formats or ["labels", "frames"]
+    if frames is not None:
+        what = [name for name in what if name != "frames"] + ["frames"] * frames
+    summary = export_predictions(
+        predictions,
+        out,
+        what=what,
+        size=size,
+        batch_model=batch_model,
+        prompt=prompt,
+        frame_urls=frame_urls,
+        document_root=document_root,
+    )
     show(summary, as_json, "\n".join(f"{key}: {value}" for key, value in vars(summary).items()))
 
 
