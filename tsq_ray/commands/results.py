@@ -152,9 +152,9 @@ def export(
         int, typer.Option("--size", metavar="PIXELS", help="Shorter side of the frames.")
     ] = 480,
     batch_model: Annotated[
-        str,
+        str | None,
         typer.Option("--batch-model", metavar="NAME", help="openai-batch: model that is asked."),
-    ] = "",
+    ] = None,
     prompt: Annotated[
         str,
         typer.Option(
@@ -164,14 +164,14 @@ def export(
         ),
     ] = chat.PROMPT,
     frame_urls: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--frame-urls",
             metavar="URL",
             help="openai-batch: where the service finds the folder --out, to fetch the frames; "
             "default: the frames are in the requests.",
         ),
-    ] = "",
+    ] = None,
     document_root: Annotated[
         str,
         typer.Option(
@@ -183,9 +183,9 @@ def export(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Export labels as CSV and JSONL, the chosen frames as JPEG, or both for other tools.
+    """Export labels as CSV and JSONL, the chosen frames as JPEG, or both as other tools take them.
 
-    For other tools: Label Studio's tasks, ActivityNet's JSON, requests for OpenAI's Batch API.
+    These are tasks of Label Studio, ActivityNet's JSON, and requests for OpenAI's Batch API.
     """
     from tsq_ray.reporting import export_predictions
 
@@ -197,9 +197,9 @@ def export(
         out,
         what=what,
         size=size,
-        batch_model=batch_model,
+        batch_model=batch_model or "",
         prompt=prompt,
-        frame_urls=frame_urls,
+        frame_urls=frame_urls or "",
         document_root=document_root,
     )
     show(summary, as_json, "\n".join(f"{key}: {value}" for key, value in vars(summary).items()))
