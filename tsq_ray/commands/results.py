@@ -15,11 +15,16 @@ from tsq_ray.log import LogFormat
 from tsq_ray.options import (
     Address,
     AsJson,
+    BatchModel,
     ConfigFile,
     Debug,
+    DocumentRoot,
+    ExportFormats,
+    FrameUrls,
     LogFormats,
     Model,
     Out,
+    Prompt,
     Sets,
     SharedFs,
     Split,
@@ -132,15 +137,7 @@ def report(
 def export(
     predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
     out: Out,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format",
-            metavar="NAME",
-            help="labels, frames, openai-batch, label-studio or activitynet; repeatable; "
-            "default: labels and frames.",
-        ),
-    ] = None,
+    formats: ExportFormats = None,
     frames: Annotated[
         bool | None,
         typer.Option(
@@ -151,35 +148,10 @@ def export(
     size: Annotated[
         int, typer.Option("--size", metavar="PIXELS", help="Shorter side of the frames.")
     ] = 480,
-    batch_model: Annotated[
-        str | None,
-        typer.Option("--batch-model", metavar="NAME", help="openai-batch: model that is asked."),
-    ] = None,
-    prompt: Annotated[
-        str,
-        typer.Option(
-            "--prompt",
-            metavar="TEXT",
-            help="openai-batch: question, with {classes}, {num_frames} and {seconds}.",
-        ),
-    ] = chat.PROMPT,
-    frame_urls: Annotated[
-        str | None,
-        typer.Option(
-            "--frame-urls",
-            metavar="URL",
-            help="openai-batch: where the service finds the folder --out, to fetch the frames; "
-            "default: the frames are in the requests.",
-        ),
-    ] = None,
-    document_root: Annotated[
-        str,
-        typer.Option(
-            "--document-root",
-            metavar="FOLDER",
-            help="label-studio: its LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT.",
-        ),
-    ] = "/",
+    batch_model: BatchModel = None,
+    prompt: Prompt = chat.PROMPT,
+    frame_urls: FrameUrls = None,
+    document_root: DocumentRoot = "/",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -48,9 +48,8 @@ def export_predictions(
     """Write predictions in the formats `what` below `out` (a folder or prefix).
 
     - `labels`: `labels.csv` and `labels.jsonl`, one row per video, failed ones with their reason.
-      UTF-8. In the CSV several values of a cell are joined by `|`, and a cell that a spreadsheet
-      would take for a formula (starting with = + - @ or white space that hides one) gets a leading
-      apostrophe.
+      In the CSV `|` joins the values of a cell, and a cell that a spreadsheet would take for a
+      formula (starting with = + - @ or white space that hides one) gets a leading apostrophe.
     - `frames`: `frames/<video_id>/<slot>_<seconds>.jpg`, the chosen frames in the video's aspect
       ratio, shorter side `size` pixels, or the video's own if smaller. A video that is missing or
       fails to decode is listed in `frames_missing.csv` with its reason.
@@ -73,20 +72,18 @@ def export_predictions(
         for table in predictions.tables(["video_id", "status", "width", "height"])
     ]
     files = _export_labels(predictions, out, what, document_root)
-    frames, missing, requests = 0, Counter[str](), 0
-    with_batch = "openai-batch" in what
-    save = "frames" in what or (with_batch and bool(frame_urls))
-    if save or with_batch:
+    frames, requests, missing = 0, 0, Counter[str]()
+    if {"frames", "openai-batch"} & set(what):
         pictures = _take(predictions, sides, num_processes, progress)
+        save = "frames" in what or bool(frame_urls)
         with contextlib.ExitStack() as stack:
             batch = None
-            if with_batch:
+            if "openai-batch" in what:
                 question = _question(predictions, batch_model, prompt)
                 batch = stack.enter_context(batch_writer(out, question))
             frames, missing = _export_frames(pictures, out, save, batch, frame_urls)
         if batch is not None:
-            requests = batch.requests
-            files += batch.files + 1
+            requests, files = batch.requests, files + batch.files + 1
     return ExportSummary(
         out=storage.redact(out),
         videos=sum(map(len, sides)),
