@@ -148,6 +148,44 @@ LabelsFormat = Annotated[
     ),
 ]
 Out = Annotated[str, typer.Option("--out", metavar="URI", help="Path or s3:// URI of the result.")]
+ExportFormats = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--format",
+        metavar="NAME",
+        help="labels, frames, openai-batch, label-studio or activitynet; repeatable; "
+        "default: labels and frames.",
+    ),
+]
+BatchModel = Annotated[
+    str | None,
+    typer.Option("--batch-model", metavar="NAME", help="openai-batch: model that is asked."),
+]
+Prompt = Annotated[
+    str,
+    typer.Option(
+        "--prompt",
+        metavar="TEXT",
+        help="openai-batch: question, with {classes}, {num_frames} and {seconds}.",
+    ),
+]
+FrameUrls = Annotated[
+    str | None,
+    typer.Option(
+        "--frame-urls",
+        metavar="URL",
+        help="openai-batch: where the service finds the folder --out, to fetch the frames; "
+        "default: the frames are in the requests.",
+    ),
+]
+DocumentRoot = Annotated[
+    str,
+    typer.Option(
+        "--document-root",
+        metavar="FOLDER",
+        help="label-studio: its LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT.",
+    ),
+]
 Encoder = Annotated[
     str | None,
     typer.Option("--encoder", metavar="URI", help="Frame encoder from tsq finetune or import."),

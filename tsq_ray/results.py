@@ -288,6 +288,8 @@ class ExportSummary:
     """Chosen frames written as JPEG."""
     frames_missing: Mapping[str, int]
     """Videos whose frames cannot be decoded again, by error type."""
+    requests: int
+    """Videos in the requests of openai-batch."""
     files: int
 
 

@@ -91,6 +91,7 @@ for one list per split. The first line identifies the format; if it does not, us
 | --- | --- | --- |
 | `csv` | `path,label[,split]` | the path is absolute, a URI, or relative to the CSV's folder; several labels are joined by `\\|` |
 | `activitynet` | `{` (JSON of v1.3) | a key of `database` is `ID.*` or `v_ID.*`; the labels of all its `annotations`; the subsets become `train`, `val`, `test`; segments and taxonomy are ignored |
+| `label-studio` | `[`, then `{` (JSON or JSON-MIN) | a Label Studio export: the choices of people are labels; below |
 | `kinetics` | `[label,]youtube_id,time_start,time_end[,split]`, in any order | `ID_000010_000020.*`, else `ID.*`, in class folders or flat |
 | `video-list` | `path class_id [class_id ...]` | mmaction2's lists of videos; ids may also be joined by commas (`path 3,17`) |
 | `frame-list` | `name num_frames class_id [class_id ...]` | mmaction2's lists of frame folders (without offsets): `name` is the video's name without its suffix; the number of frames is ignored. With commas between all values: the ActivityNet and FCVID lists of AR-Net and AdaFocus (`fcvid_train_split.txt`) |
@@ -106,6 +107,14 @@ for one list per split. The first line identifies the format; if it does not, us
 - **Words for a split** mean the same in every format and as folder names, in any case: `training`
   is `train`; `valid`, `validate` and `validation` are `val`; `testing` is `test`. Other words are
   kept.
+- **Label Studio.** Of several annotations of a task the latest by `updated_at` counts, whoever made
+  it. Skipped (cancelled) annotations, drafts and predictions are no labels: a video without another
+  annotation is unlabelled. Several choices are several labels. Where an interface has several
+  `Choices`, those named `label`, else `choice`, else `choices` are the classes; in JSON-MIN the
+  control must have one of these names. The video is the task's `uri`, else its `video`, else any
+  value with a video suffix: a path, a URI, a link to a local or uploaded file of Label Studio, or a
+  URL, of which the end of the path counts, with at least one folder. `split` in the task's data is
+  the split.
 - **Unicode.** Label files are UTF-8. Names match in composed (NFC) and decomposed form (NFD, as
   macOS writes it), the exact spelling first; class names are stored as NFC. A line ends with LF,
   CRLF or CR.
@@ -183,6 +192,43 @@ Nothing is unpickled. A file whose sha256 differs from the one in `bundle.json` 
 `format` other than {format}. The sha256 of `bundle.json` identifies the whole bundle.
 """
 
+EXPORT_TEXT = """\
+## Exports
+What `tsq export PREDICTIONS --out URI` writes; `--format NAME` chooses, by default `labels` and
+`frames`:
+
+| format | files | content |
+| --- | --- | --- |
+| `labels` | `labels.csv`, `labels.jsonl` | a row per video, failed ones with their reason |
+| `frames` | `frames/<video_id>/<slot>_<seconds>.jpg`, `frames_missing.csv` | the chosen frames; videos that cannot be decoded again |
+| `openai-batch` | `openai_batch_0001.jsonl`, ..., `openai_batch_videos.csv` | a request per video with its chosen frames; which file holds which video |
+| `label-studio` | `label_studio_tasks.json`, `label_studio_interface.xml` | a task per video with the prediction; the labelling interface |
+| `activitynet` | `activitynet_results.json`, `activitynet_database.json` | predictions with scores; known labels as ground truth |
+
+- **`openai-batch`** is the input of OpenAI's Batch API and of services that take the same file.
+  `custom_id` is the `video_id`; the body asks `--batch-model` which class the video shows, with the
+  time of each frame, and a JSON schema binds the answer to the bundle's classes (`label`, or the list
+  `labels` of a multi-label bundle). OpenAI takes at most 1,000 classes in a strict schema (15,000
+  characters if more than 250); a longer list is sent with `strict: false`. `--prompt` replaces the
+  question, `--size` sets the frames' shorter side. The frames are in the requests as base64; with
+  `--frame-urls URL` they are written as files, and the requests name `URL/frames/...`. A file
+  has at most 50,000 requests and 200 MB, then the next one begins.
+- **`label-studio`**: create a project with the interface and import the tasks. The prediction is the
+  best class (of a multi-label bundle all classes from 0.5 on, or the best), with its score and the
+  bundle as `model_version`; the chosen frames are single-frame moments of the timeline, counted
+  from 1 at the video's mean frame rate, so in videos of variable frame rate they may be off.
+  Failed videos have no task. `s3://` videos need a storage connected to the project; local ones
+  become `/data/local-files/?d=PATH`, relative to `--document-root`.
+  [Operations](operations.md#correcting-labels) shows the way there and back.
+- **`activitynet`** has the keys of version 1.3. A video's key is its file's name without suffix and
+  `v_`, or its `video_id` where several videos have that name; a segment is the whole video. The
+  results hold `top_labels`, so with more than five classes the mAP that ActivityNet's tools
+  compute is lower than `tsq evaluate`'s. The database holds known labels only, never predictions, in
+  the subsets `training`, `validation` and `testing`; without any it is not written. Those tools refuse
+  a predicted class that no known label of the subset has. `tsq index --labels` and
+  `tsq evaluate --annotations` read the database.
+"""
+
 
 def data_format() -> str:
     """Return docs/data-format.md."""
@@ -212,6 +258,7 @@ def data_format() -> str:
             "What `tsq score` writes, one row per video. `scores` is absent with `--scores top`.\n",
             columns_table(schema.PREDICTIONS),
             "",
+            EXPORT_TEXT,
             ARTIFACTS_TEXT.replace("{format}", f"{bundle.FORMAT} or {bundle.FEWER_CLASSES_FORMAT}"),
         ]
     )

@@ -382,6 +382,57 @@ def test_export(chain: Chain) -> None:
         assert (picture.format, picture.size) == ("JPEG", (48, 128))
 
 
+def test_export_for_other_tools_and_labels_that_come_back(chain: Chain) -> None:
+    out = chain.at("tools")
+    formats = ("openai-batch", "label-studio", "activitynet")
+    options = [word for name in formats for word in ("--format", name)]
+    found = tsq(
+        *("export", chain.predictions, "--out", out, "--batch-model", "m", "--json", *options)
+    ).json
+    assert (found["videos"], found["failed"], found["requests"], found["frames"]) == (
+        INPUTS,
+        FAILED,
+        OK,
+        0,
+    )
+    rows = {row["video_id"]: row for row in read_rows(chain.predictions).to_pylist()}
+    lines = storage.read_text(f"{out}/openai_batch_0001.jsonl").splitlines()
+    assert {json.loads(line)["custom_id"] for line in lines} == {
+        video for video, row in rows.items() if row["status"] == "ok"
+    }
+    results = json.loads(storage.read_text(f"{out}/activitynet_results.json"))["results"]
+    assert len(results) == OK
+    tasks = json.loads(storage.read_text(f"{out}/label_studio_tasks.json"))
+    corrected = []
+    for number, task in enumerate(tasks):
+        (prediction,) = task["predictions"]
+        choice = prediction["result"][0] | {"value": {"choices": [CLASSES[number % 3]]}}
+        annotation = {
+            "result": [choice],
+            "was_cancelled": number == 3,
+            "updated_at": "2026-03-01T10:00:05.123456Z",
+        }
+        corrected.append({"id": number, "data": task["data"], "annotations": [annotation]})
+    export = f"{out}/project.json"
+    storage.write_bytes(export, json.dumps(corrected).encode())
+    manifest = f"{out}/manifest.parquet"
+    indexed = tsq(
+        *("index", f"{chain.base}/videos", "--out", manifest, "--labels", export, "--json")
+    ).json
+    assert (indexed["labelled"], indexed["unlabelled"], indexed["missing"]) == (
+        OK - 1,
+        FAILED + 1,
+        [],
+    )
+    labels = {
+        row["uri"]: row["labels"]
+        for row in pq.read_table(pa.BufferReader(storage.read_bytes(manifest))).to_pylist()
+    }
+    for number, task in enumerate(tasks):
+        wanted = None if number == 3 else [number % 3]
+        assert labels[task["data"]["uri"]] == wanted
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

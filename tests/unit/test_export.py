@@ -23,7 +23,7 @@ from support.report import (
 
 from tsq_ray.errors import RunError, UserError
 from tsq_ray.reporting import export_predictions
-from tsq_ray.reporting.export import csv_writer
+from tsq_ray.reporting.tables import csv_writer
 from tsq_ray.results import ExportSummary
 
 
@@ -47,6 +47,7 @@ def test_summary(exported: tuple[ExportSummary, Path]) -> None:
         "failed": 2,
         "frames": 17,
         "frames_missing": {"not_found": 1},
+        "requests": 0,
         "files": len(files),
     }
     assert len(files) == 17 + 3

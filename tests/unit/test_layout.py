@@ -25,6 +25,7 @@ ORDER = (
         "results",
         "cost",
         "containers",
+        "chat",
         "config",
         "storage",
         "labels",
@@ -78,7 +79,7 @@ INSIDE = {
         *("agreement", "store", "tables", "plots", "bench", "catalogue", "methods"),
         *("ablations", "compare", "comparisons", "paper", "run"),
     ),
-    "labels": ("classes", "formats", "match"),
+    "labels": ("classes", "entries", "json_files", "formats", "match"),
     "manifest": ("videos", "files", "listing", "build"),
     "model": ("layers", "tsq", "task", "losses", "selection", "baselines", "choosers", "flops"),
     "networks": (
@@ -86,17 +87,8 @@ INSIDE = {
         "inference",
     ),
     "reporting": (
-        *(
-            "agreement",
-            "choice",
-            "curves",
-            "losses",
-            "predictions",
-            "pictures",
-            "summary",
-            "html",
-            "export",
-        ),
+        *("agreement", "choice", "curves", "losses", "predictions", "pictures", "summary"),
+        *("html", "tables", "batch", "interchange", "export"),
     ),
     "runs": ("identity", "lease", "columns", "done", "folder", "tables", "bulk", "verify"),
     "runtime": (

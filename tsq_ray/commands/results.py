@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tsq_ray import chat
 from tsq_ray.commands.jobs import submit_command
 from tsq_ray.console import show
 from tsq_ray.errors import RunError
@@ -14,11 +15,16 @@ from tsq_ray.log import LogFormat
 from tsq_ray.options import (
     Address,
     AsJson,
+    BatchModel,
     ConfigFile,
     Debug,
+    DocumentRoot,
+    ExportFormats,
+    FrameUrls,
     LogFormats,
     Model,
     Out,
+    Prompt,
     Sets,
     SharedFs,
     Split,
@@ -131,17 +137,43 @@ def report(
 def export(
     predictions: Annotated[str, typer.Argument(metavar="PREDICTIONS")],
     out: Out,
+    formats: ExportFormats = None,
     frames: Annotated[
-        bool, typer.Option("--frames/--no-frames", help="Write the chosen frames as JPEG.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--frames/--no-frames",
+            help="Write the chosen frames as JPEG; default: unless --format names other formats.",
+        ),
+    ] = None,
+    size: Annotated[
+        int, typer.Option("--size", metavar="PIXELS", help="Shorter side of the frames.")
+    ] = 480,
+    batch_model: BatchModel = None,
+    prompt: Prompt = chat.PROMPT,
+    frame_urls: FrameUrls = None,
+    document_root: DocumentRoot = "/",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Export labels as CSV and JSONL, and the chosen frames as JPEG."""
+    """Export labels as CSV and JSONL, the chosen frames as JPEG, or both as other tools take them.
+
+    These are tasks of Label Studio, ActivityNet's JSON, and requests for OpenAI's Batch API.
+    """
     from tsq_ray.reporting import export_predictions
 
-    what = ("labels", "frames") if frames else ("labels",)
-    summary = export_predictions(predictions, out, what=what)
+    what = formats or ["labels", "frames"]
+    if frames is not None:
+        what = [name for name in what if name != "frames"] + ["frames"] * frames
+    summary = export_predictions(
+        predictions,
+        out,
+        what=what,
+        size=size,
+        batch_model=batch_model or "",
+        prompt=prompt,
+        frame_urls=frame_urls or "",
+        document_root=document_root,
+    )
     show(summary, as_json, "\n".join(f"{key}: {value}" for key, value in vars(summary).items()))
 
 

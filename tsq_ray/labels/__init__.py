@@ -1,11 +1,13 @@
 """Label files: classes and splits of the listed videos.
 
-`formats` reads the files, `classes` the names of ids; `match` finds the videos that they name.
+`formats` and `json_files` read the files into `entries`, `classes` the names of ids; `match` finds
+the videos that they name.
 """
 
 from tsq_ray.labels.classes import Classes, read_classes
-from tsq_ray.labels.formats import READERS, SPLITS, Entry, LabelFile, recognise
-from tsq_ray.labels.match import Labels, read_labels
+from tsq_ray.labels.entries import SPLITS, Entry, LabelFile
+from tsq_ray.labels.formats import READERS, recognise
+from tsq_ray.labels.match import Labels, id_of, read_labels
 
 __all__ = [
     "READERS",
@@ -14,6 +16,7 @@ __all__ = [
     "Entry",
     "LabelFile",
     "Labels",
+    "id_of",
     "read_classes",
     "read_labels",
     "recognise",

@@ -2,6 +2,7 @@
 
     csv          path,label[,split]; several labels joined by |
     activitynet  JSON (v1.3): "database": {ID: {"subset", "annotations": [{"label"}]}}
+    label-studio JSON or JSON-MIN, exported by Label Studio: [{"data", "annotations"}]
     kinetics     CSV with youtube_id, time_start, time_end [, label, split]
     fcvid        lines `path train|test`; the 0/1 matrix FCVID_Label.txt is in the same folder
     video-list   lines `path class_id [class_id ...]` (mmaction2's video lists)
@@ -15,97 +16,19 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tsq_ray import storage
-from tsq_ray.containers import VIDEO_SUFFIXES
 from tsq_ray.errors import ManifestError, StorageError
 from tsq_ray.labels.classes import Classes, lines_of
+from tsq_ray.labels.entries import SPLITS, Entry, LabelFile, split_named, stem_of
+from tsq_ray.labels.json_files import read_activitynet, read_label_studio
 
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validate", "validation"), "val"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-"""Word for a split (in label files, list names, folders above class folders) -> manifest name."""
 FCVID_MATRIX = "FCVID_Label.txt"
 """Row i holds 0 or 1 per class for line i of FCVID's list of videos."""
-
-
-def split_named(word: str | None) -> str | None:
-    """Return the split that a word means: Training is train; other words stay as they are.
-
-    None for no word or an empty one.
-    """
-    return SPLITS.get(word.lower(), word) if word else None
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a label file says about one video."""
-
-    line: str
-    name: str
-    labels: tuple[str, ...]
-    split: str | None = None
-    keys: tuple[str, ...] = ()
-    """Ids that the video's file may be named after, best first; empty if `name` is a path."""
-
-
-@dataclass(frozen=True)
-class LabelFile:
-    """The text of a label file, and the classes that its ids refer to."""
-
-    uri: str
-    text: str
-    classes: Classes | None
-
-    @property
-    def shown(self) -> str:
-        """The URI without secrets, for messages."""
-        return storage.redact(self.uri)
-
-    @property
-    def folder(self) -> str:
-        """The folder that holds the file."""
-        return storage.parent_of(self.uri)
-
-    def lines(self) -> Iterator[tuple[int, str]]:
-        """Iterate over (number, line), skipping blank lines."""
-        return (
-            (number, line.strip())
-            for number, line in enumerate(lines_of(self.text), 1)
-            if line.strip()
-        )
-
-    def first_line(self) -> str:
-        """Return the first line that is not blank; empty if all are."""
-        return next((line for _, line in self.lines()), "")
-
-    def class_names(self, numbers: Sequence[int], line: str) -> tuple[str, ...]:
-        """Return the names of class ids, without repetitions. Raises ManifestError."""
-        if self.classes is None:
-            raise ManifestError(
-                f"{self.shown}: its labels are class ids; give their names with --classes FILE, "
-                "one per line in the order of the ids (lists of one data set may differ in that "
-                "order: use the file that came with the list)"
-            )
-        return tuple(
-            dict.fromkeys(
-                self.classes.name_of(number, f"{self.shown} {line}") for number in numbers
-            )
-        )
-
-
-def stem_of(name: str) -> str:
-    """Return a file name without its suffix, if that is a video suffix."""
-    stem, dot, suffix = name.rpartition(".")
-    return stem if stem and dot + suffix.lower() in VIDEO_SUFFIXES else name
 
 
 def _rows(
@@ -181,30 +104,6 @@ def _read_kinetics(file: LabelFile) -> list[Entry]:
         labels = (row["label"],) if row.get("label") else ()
         split = split_named(row.get("split"))
         entries.append(Entry(line, clip, labels, split, keys=(clip, video)))
-    return entries
-
-
-def _read_activitynet(file: LabelFile) -> list[Entry]:
-    try:
-        database: dict[str, Any] = json.loads(file.text)["database"]
-        videos = list(database.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ManifestError(
-            f"{file.shown}: not ActivityNet JSON: no usable 'database' ({error!r})"
-        ) from None
-    entries = []
-    for key, video in videos:
-        try:
-            labels = tuple(
-                dict.fromkeys(str(part["label"]) for part in video.get("annotations", ()))
-            )
-            subset = None if video.get("subset") is None else str(video["subset"])
-        except (KeyError, TypeError, AttributeError):
-            raise ManifestError(
-                f"{file.shown}: not ActivityNet JSON: {key!r} is {str(video)[:80]!r}; "
-                "expected 'subset' and 'annotations', each with a 'label'"
-            ) from None
-        entries.append(Entry(repr(key), key, labels, split_named(subset), keys=(key,)))
     return entries
 
 
@@ -328,7 +227,12 @@ class Reader:
 
 READERS: dict[str, Reader] = {
     "activitynet": Reader(
-        "JSON with a 'database'", lambda line: line.startswith("{"), _read_activitynet
+        "JSON with a 'database'", lambda line: line.startswith("{"), read_activitynet
+    ),
+    "label-studio": Reader(
+        "JSON, a list of tasks",
+        lambda line: re.match(r"\[\s*($|[{\]])", line) is not None,
+        read_label_studio,
     ),
     "kinetics": Reader(
         "CSV with youtube_id,time_start,time_end",

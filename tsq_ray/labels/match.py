@@ -11,15 +11,8 @@ from functools import cached_property, lru_cache
 from tsq_ray import storage
 from tsq_ray.errors import ManifestError
 from tsq_ray.labels.classes import Classes, composed
-from tsq_ray.labels.formats import (
-    READERS,
-    SPLITS,
-    LabelFile,
-    Reader,
-    recognise,
-    split_named,
-    stem_of,
-)
+from tsq_ray.labels.entries import SPLITS, LabelFile, split_named, stem_of
+from tsq_ray.labels.formats import READERS, Reader, recognise
 
 ListedFile = tuple[str, str]
 """(listed source, URI of a file found below it)."""
@@ -102,7 +95,7 @@ def _class_of(folder: str) -> str:
     return composed(folder.replace("_", " ").strip())
 
 
-def _id_of(name: str) -> str:
+def id_of(name: str) -> str:
     """Return the id in a file name; ActivityNet names files v_ID.* or ID.*."""
     return stem_of(name).removeprefix("v_")
 
@@ -140,7 +133,7 @@ class _Videos:
             for key in dict.fromkeys((storage.name_of(uri), stem_of(storage.name_of(uri))))
         )
         self._real_path = lru_cache(maxsize=4096)(os.path.realpath)
-        self._by_id = _Names((_id_of(storage.name_of(uri)), uri) for uri in ordered)
+        self._by_id = _Names((id_of(storage.name_of(uri)), uri) for uri in ordered)
 
     def _spelled(self, uri: str) -> list[str]:
         return [uri] if uri in self.uris else self._composed.get(composed(uri), [])
@@ -173,7 +166,7 @@ class _Videos:
 
     def named(self, keys: Sequence[str]) -> list[str]:
         """Return the videos, in any folder, named after the first of these ids that matches."""
-        return next((found for key in keys if (found := self._by_id.find(_id_of(key)))), [])
+        return next((found for key in keys if (found := self._by_id.find(id_of(key)))), [])
 
     def like(self, path: str, folder: str) -> list[str]:
         """Return the video at a path relative to `folder` or to a source.
@@ -191,12 +184,17 @@ class _Videos:
         for same in (
             self._by_name.find(name),
             self._by_name.find(stem_of(name)),
-            self._by_id.find(_id_of(name)),
+            self._by_id.find(id_of(name)),
         ):
             found = [uri for uri in same if composed(storage.parent_of(uri)).endswith(end)]
             if found:
                 return found
         return []
+
+
+def _first(found: Iterable[list[str]]) -> list[str]:
+    """Return the first list that is not empty; empty if all are."""
+    return next(filter(None, found), [])
 
 
 def _join(
@@ -211,12 +209,18 @@ def _join(
     missing = []
     for entry in entries:
         place = f"{file.shown} {entry.line}"
-        uris = videos.named(entry.keys) if entry.keys else find(entry.name, file.folder)
+        uris = (
+            videos.named(entry.keys)
+            if entry.keys
+            else _first(find(spelling, file.folder) for spelling in (entry.name, *entry.also))
+        )
+        name = storage.redact(entry.name)
+        shown = name if name.isprintable() else repr(name)
         if not uris:
-            missing.append(entry.name)
+            missing.append(name)
         elif len(uris) > 1 and not entry.keys:
             raise ManifestError(
-                f"{place}: {entry.name} matches {len(uris)} videos, {uris[0]} and {uris[1]}; "
+                f"{place}: {shown} matches {len(uris)} videos, {uris[0]} and {uris[1]}; "
                 "add its folder to the name"
             )
         for uri in uris:
@@ -224,7 +228,7 @@ def _join(
             before = found.by_uri.setdefault(uri, now)
             if (set(before[0]), before[1]) != (set(now[0]), now[1]):
                 raise ManifestError(
-                    f"{place}: {entry.name} has other labels or another split than in "
+                    f"{place}: {shown} has other labels or another split than in "
                     f"{places[uri]}; keep one of the two"
                 )
             places.setdefault(uri, place)

@@ -1,4 +1,4 @@
-"""Predictions as an HTML page (`build_report`), or as labels and frames (`export_predictions`)."""
+"""Predictions as an HTML page (`build_report`), or for other programs (`export_predictions`)."""
 
 from __future__ import annotations
 

@@ -1,44 +1,35 @@
-"""Export predictions for other tools: labels as CSV and JSON Lines, chosen frames as JPEG."""
+"""Export predictions for other tools: labels, chosen frames, and the formats of those tools."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
-import csv
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import storage
+from tsq_ray import chat, storage
 from tsq_ray.errors import RunError, UserError
+from tsq_ray.reporting.batch import BatchWriter, Question, batch_writer
+from tsq_ray.reporting.interchange import write_activitynet, write_label_studio
 from tsq_ray.reporting.pictures import Progress, Taken, jpeg, take_pictures
 from tsq_ray.reporting.predictions import Predictions, read_predictions
+from tsq_ray.reporting.tables import COLUMNS, csv_writer, label_rows, write_labels
 from tsq_ray.results import ExportSummary
-from tsq_ray.schema import TOP_LABELS
 
 WHAT = ("labels", "frames")
+"""What is exported by default."""
+FORMATS = (*WHAT, "openai-batch", "label-studio", "activitynet")
 JPEG_QUALITY = 90
 MISSING_FILE = "frames_missing.csv"
 MISSING_FIELDS = ("video_id", "uri", "error_type", "error_message")
-CSV_FIELDS = (
-    *("video_id", "uri", "status", "error_type", "error_message", "label_names"),
-    *(f"{kind}_{i}" for i in range(1, TOP_LABELS + 1) for kind in ("label", "score")),
-    *("selected_pts_s", "selected_by", "warnings"),
-)
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 _VIDEO_ID = "^[0-9a-f]{16}$"
-_READ = (
-    *("video_id", "uri", "status", "error_type", "error_message", "warnings", "label_names"),
-    *("top_labels", "top_scores", "selected_slot", "selected_pts_s", "selected_by"),
-)
-_ROWS = 1000
-"""Rows converted to Python objects at a time."""
+_TOOL_COLUMNS = (*COLUMNS, "split", "duration_s", "fps", "width", "height")
 
 
 def export_predictions(
@@ -48,63 +39,123 @@ def export_predictions(
     size: int = 480,
     num_processes: int = 2,
     progress: Progress | None = None,
+    *,
+    batch_model: str = "",
+    prompt: str = chat.PROMPT,
+    frame_urls: str = "",
+    document_root: str = "/",
 ) -> ExportSummary:
-    """Write a predictions folder's labels and chosen frames below `out` (a folder or prefix).
+    """Write predictions in the formats `what` below `out` (a folder or prefix).
 
-    - `labels.csv` and `labels.jsonl`: one row per video, failed ones with their reason. UTF-8. In
-      the CSV several values of a cell are joined by `|`, and a cell that a spreadsheet would take
-      for a formula (starting with = + - @ or white space that hides one) gets a leading apostrophe.
-    - `frames/<video_id>/<slot>_<seconds>.jpg`: the chosen frames in the video's aspect ratio,
-      shorter side `size` pixels, or the video's own if smaller. A video that is missing or fails to
-      decode is listed in `frames_missing.csv` with its reason.
+    - `labels`: `labels.csv` and `labels.jsonl`, one row per video, failed ones with their reason.
+      In the CSV `|` joins the values of a cell, and a cell that a spreadsheet would take for a
+      formula (starting with = + - @ or white space that hides one) gets a leading apostrophe.
+    - `frames`: `frames/<video_id>/<slot>_<seconds>.jpg`, the chosen frames in the video's aspect
+      ratio, shorter side `size` pixels, or the video's own if smaller. A video that is missing or
+      fails to decode is listed in `frames_missing.csv` with its reason.
+    - `openai-batch`: the chosen frames as requests to `batch_model`, for OpenAI's Batch API.
+      `prompt`: a template with {classes}, {num_frames}, {seconds}. `frame_urls`: the URL of `out`,
+      if the service is to fetch the frames, which are then written too; by default they are in the
+      requests.
+    - `label-studio`: tasks for Label Studio and their labelling interface; `document_root`: its
+      LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT, for videos on a disk.
+    - `activitynet`: results, and known labels as ground truth, in the JSON of ActivityNet 1.3.
 
-    Raises UserError for an unknown `what`, RunError or StorageError
-    if the predictions cannot be read or `out` cannot be written.
+    Raises UserError for an unknown `what`, a wrong prompt or no `batch_model`, RunError or
+    StorageError if the predictions cannot be read or `out` cannot be written.
     """
-    unknown = [item for item in what if item not in WHAT]
-    if unknown or not what:
-        raise UserError(
-            f"export: {', '.join(unknown) or 'nothing'} cannot be exported; "
-            f"allowed: {', '.join(WHAT)}"
-        )
-    if size < 16:
-        raise UserError(
-            f"export: size {size} is too small; the shorter side must have at least 16 pixels"
-        )
+    _check_request(what, size, batch_model, prompt)
     predictions = read_predictions(predictions_uri)
     out = storage.normalize(out)
     sides = [
         _sides(predictions, table, size)
         for table in predictions.tables(["video_id", "status", "width", "height"])
     ]
-    frames, missing = 0, Counter[str]()
-    if "labels" in what:
-        _export_labels(predictions, out)
-    if "frames" in what:
-        frames, missing = _export_frames(_take(predictions, sides, num_processes, progress), out)
+    files = _export_labels(predictions, out, what, document_root)
+    frames, requests, missing = 0, 0, Counter[str]()
+    if {"frames", "openai-batch"} & set(what):
+        pictures = _take(predictions, sides, num_processes, progress)
+        save = "frames" in what or bool(frame_urls)
+        with contextlib.ExitStack() as stack:
+            batch = None
+            if "openai-batch" in what:
+                question = _question(predictions, batch_model, prompt)
+                batch = stack.enter_context(batch_writer(out, question))
+            frames, missing = _export_frames(pictures, out, save, batch, frame_urls)
+        if batch is not None:
+            requests, files = batch.requests, files + batch.files + 1
     return ExportSummary(
         out=storage.redact(out),
         videos=sum(map(len, sides)),
         failed=sum(int((of_part == 0).sum()) for of_part in sides),
         frames=frames,
         frames_missing=dict(missing.most_common()),
-        files=2 * ("labels" in what) + frames + bool(missing),
+        requests=requests,
+        files=files + frames + bool(missing),
     )
 
 
-def csv_writer(file: BinaryIO, fields: Sequence[str]) -> Callable[[Mapping[str, Any]], None]:
-    """Write the header of a UTF-8 CSV and return a function that writes a row.
+def _check_request(what: Sequence[str], size: int, batch_model: str, prompt: str) -> None:
+    unknown = [item for item in what if item not in FORMATS]
+    if unknown or not what:
+        raise UserError(
+            f"export: {', '.join(unknown) or 'nothing'} cannot be exported; "
+            f"allowed: {', '.join(FORMATS)}"
+        )
+    if size < 16:
+        raise UserError(
+            f"export: size {size} is too small; the shorter side must have at least 16 pixels"
+        )
+    if "openai-batch" in what and not batch_model:
+        raise UserError(
+            "export: openai-batch needs the name of a model; give the batch service's name for it "
+            "with --batch-model NAME"
+        )
+    chat.check_prompt(prompt)
 
-    Text that a spreadsheet would run as a formula gets a leading apostrophe.
-    """
-    # CRLF line ends (RFC 4180), so that a lone CR in a cell is quoted
-    writer = csv.DictWriter(codecs.getwriter("utf-8")(file), fields)
-    writer.writeheader()
-    return lambda row: writer.writerow({name: _harmless(value) for name, value in row.items()})
+
+def _classes(predictions: Predictions, what: str) -> list[str]:
+    if not predictions.bundle_classes:
+        raise RunError(
+            f"{storage.redact(predictions.uri)}: its _run.json names no classes, which {what} "
+            "needs; score again"
+        )
+    return predictions.bundle_classes
 
 
-def _harmless(value: Any) -> Any:
-    return "'" + value if isinstance(value, str) and value.startswith(_FORMULA) else value
+def _is_multi(predictions: Predictions) -> bool:
+    return predictions.run.get("task") == "multi"
+
+
+def _question(predictions: Predictions, model: str, prompt: str) -> Question:
+    classes = _classes(predictions, "openai-batch")
+    return Question(model, prompt, classes, _is_multi(predictions))
+
+
+def _model_version(predictions: Predictions) -> str:
+    """Return the name of the bundle that scored, and the start of its hash."""
+    model = predictions.run.get("model")
+    known = model if isinstance(model, dict) else {"uri": model}
+    name, digest = str(known.get("uri") or "tsq_ray"), str(known.get("sha256") or "")
+    return f"{storage.name_of(storage.redact(name))} {digest[:12]}".strip()
+
+
+def _export_labels(
+    predictions: Predictions, out: str, what: Sequence[str], document_root: str
+) -> int:
+    """Write the formats without pictures; return the number of files."""
+    files = 0
+    rows = partial(label_rows, predictions, _TOOL_COLUMNS)
+    if "labels" in what:
+        write_labels(predictions, out)
+        files += 2
+    if "label-studio" in what:
+        classes, multi = _classes(predictions, "label-studio"), _is_multi(predictions)
+        write_label_studio(rows(), out, classes, multi, _model_version(predictions), document_root)
+        files += 2
+    if "activitynet" in what:
+        files += 1 + write_activitynet(rows, out, _model_version(predictions))
+    return files
 
 
 def _sides(predictions: Predictions, table: pa.Table, size: int) -> np.ndarray:
@@ -124,56 +175,13 @@ def _sides(predictions: Predictions, table: pa.Table, size: int) -> np.ndarray:
     return np.where(pc.equal(table["status"], "ok").to_numpy(), found, 0)
 
 
-def _export_labels(predictions: Predictions, out: str) -> None:
-    with (
-        storage.open_write(storage.join(out, "labels.csv")) as table,
-        storage.open_write(storage.join(out, "labels.jsonl")) as lines,
-    ):
-        add = csv_writer(table, CSV_FIELDS)
-        for row in _rows(predictions):
-            add(_csv_row(row))
-            lines.write(_json_line(row))
+def _export_frames(
+    pictures: Iterable[Taken], out: str, save: bool, batch: BatchWriter | None, frame_urls: str
+) -> tuple[int, Counter[str]]:
+    """Write the frames as files if `save`, and as requests.
 
-
-def _rows(predictions: Predictions) -> Iterator[dict[str, Any]]:
-    for table in predictions.tables(list(_READ)):
-        for batch in table.to_batches(max_chunksize=_ROWS):
-            for row in batch.to_pylist():
-                yield row | {
-                    "uri": storage.redact(row["uri"]),
-                    "error_message": None
-                    if row["error_message"] is None
-                    else storage.redact(row["error_message"]),
-                    "warnings": [storage.redact(warning) for warning in row["warnings"] or ()],
-                }
-
-
-def _csv_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    cells = {
-        name: row[name] for name in ("video_id", "uri", "status", "error_type", "error_message")
-    }
-    for i, (label, score) in enumerate(
-        zip(row["top_labels"] or (), row["top_scores"] or (), strict=True), start=1
-    ):
-        cells |= {f"label_{i}": label, f"score_{i}": round(score, 6)}
-    cells["label_names"] = "|".join(row["label_names"] or ())
-    cells["selected_pts_s"] = "|".join(f"{time:.3f}" for time in row["selected_pts_s"] or ())
-    cells["selected_by"] = "|".join(row["selected_by"] or ())
-    cells["warnings"] = "|".join(row["warnings"])
-    return cells
-
-
-def _json_line(row: Mapping[str, Any]) -> bytes:
-    """Return a JSON line; floats are rounded to float32 precision: 0.9, not 0.8999999761581421."""
-    rounded = {
-        name: [round(value, 6) for value in row[name]] if row[name] is not None else None
-        for name in ("top_scores", "selected_pts_s")
-    }
-    return (json.dumps({**row, **rounded}, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-def _export_frames(pictures: Iterable[Taken], out: str) -> tuple[int, Counter[str]]:
-    """Write the frames; return their number and the count of videos without any, by reason."""
+    Returns the number of files and the count of videos without any frame, by reason.
+    """
     frames, missing = 0, Counter[str]()
     with contextlib.ExitStack() as stack:
         for taken in pictures:
@@ -185,13 +193,21 @@ def _export_frames(pictures: Iterable[Taken], out: str) -> tuple[int, Counter[st
                 place = {"video_id": row["video_id"], "uri": storage.redact(row["uri"])}
                 add(place | {"error_type": taken.error_type, "error_message": taken.note})
                 missing[taken.error_type] += 1
-            for slot, frame in taken.slots.items():
-                name = f"{slot:04d}_{row['frame_pts_s'][slot]:.3f}.jpg"
-                storage.write_bytes(
-                    storage.join(out, "frames", row["video_id"], name), jpeg(frame, JPEG_QUALITY)
-                )
-                frames += 1
+                continue
+            encoded = {slot: jpeg(frame, JPEG_QUALITY) for slot, frame in taken.slots.items()}
+            if save:
+                for slot, content in encoded.items():
+                    storage.write_bytes(storage.join(out, _frame_name(row, slot)), content)
+                frames += len(encoded)
+            if batch is not None and encoded:
+                urls = [f"{frame_urls.rstrip('/')}/{_frame_name(row, slot)}" for slot in encoded]
+                batch.add(row, list(encoded), urls if frame_urls else list(encoded.values()))
     return frames, missing
+
+
+def _frame_name(row: Mapping[str, Any], slot: int) -> str:
+    """Return the path of a frame below the export."""
+    return f"frames/{row['video_id']}/{slot:04d}_{row['frame_pts_s'][slot]:.3f}.jpg"
 
 
 def _take(
