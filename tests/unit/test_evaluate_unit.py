@@ -477,7 +477,9 @@ def test_a_teacher_replaces_the_labels(bench: Bench) -> None:
     again = learn(job, unseen, measured, shape, None, start, 5, targets)
     assert all(np.array_equal(value, again.arrays[name]) for name, value in learned.arrays.items())
     rare = bench.job({**few, "teacher_min_videos": 4}, {}, 0)
-    with pytest.raises(RunError, match=r"at least train\.teacher_min_videos = 4 of 0 classes"):
+    with pytest.raises(
+        RunError, match=r"finds 0 classes at least train\.teacher_min_videos = 4 times"
+    ):
         bench.taught(rare.config)
 
 

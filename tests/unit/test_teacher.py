@@ -84,7 +84,7 @@ def test_classes_with_too_few_videos_are_not_taught() -> None:
     assert taught_classes(targets, 1, "single") == [0, 2, 3]
     assert taught_classes(targets, 2, "single") == [0, 2]
     message = (
-        r"of 6 videos, the recogniser finds at least train.teacher_min_videos = 3 of 1 classes"
+        r"in 6 videos, the recogniser finds 1 classes at least train\.teacher_min_videos = 3 times"
     )
     with pytest.raises(RunError, match=message):
         taught_classes(targets, 3, "single")

@@ -69,10 +69,11 @@ def taught_classes(targets: np.ndarray, min_videos: int, task: Task) -> list[int
     )
     taught = np.flatnonzero(counts >= min_videos).tolist()
     if len(taught) < 2:
+        lower = "lower that setting, or " if min_videos > 1 else ""
         raise RunError(
-            f"train.target 'teacher': of {len(targets)} videos, the recogniser finds at least "
-            f"train.teacher_min_videos = {min_videos} of {len(taught)} classes; training needs two: "
-            "lower that setting, or extract more videos"
+            f"train.target 'teacher': in {len(targets)} videos, the recogniser finds "
+            f"{len(taught)} classes at least train.teacher_min_videos = {min_videos} times; "
+            f"training needs two: {lower}extract more videos (of tsq label: --sample)"
         )
     return taught
 
