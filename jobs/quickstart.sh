@@ -84,7 +84,7 @@ labels = pq.read_table(sys.argv[1], columns=["labels"])["labels"]
 sys.exit(labels.null_count < len(labels))' "$run/manifest.parquet"; then
     step "import: a recogniser of the 1,000 classes of ImageNet, at 320 x 320"
     "$tsq" import tf_efficientnet_lite0 --out "$run/recognizer" "${settings[@]}" \
-        --set recognizer.size=320
+        --set recognizer.size=320 --set recognizer.resize_to=0
 
     step "label: the recogniser teaches a sampler, which then saves frames"
     # the sampler's network sees small frames: its cost must stay below the recogniser's
