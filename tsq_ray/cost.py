@@ -52,20 +52,34 @@ class Used:
     dense: float | None = None
     """How many times as much time it would take to recognise all T frames, without a sampler; None
     if nothing was recognised."""
+    tokens_in: int = 0
+    """Tokens that the recogniser's server was sent, and `tokens_out` that it answered."""
+    tokens_out: int = 0
+    tokens_cost: float = 0.0
+    """Their money, by `recognizer.price_in` and `price_out`."""
+    frames: float = 0.0
+    """How many frames there are for each one recognised, T / K; 0 if unknown."""
 
-    def cost(self, price: Price) -> dict[str, float]:
+    def cost(self, price: Price | None) -> dict[str, float] | None:
         """Return the money: in all, per video and per hour of footage, and of recognising all T.
 
-        Leaves out what cannot be said.
+        That of a server's tokens counts; `tokens` is their part. Leaves out what cannot be said.
+        None if nothing has a price.
         """
-        total = self.cpu_hours * price.cpu + self.gpu_hours * price.gpu
+        if price is None and not self.tokens_cost:
+            return None
+        price = price or Price()
+        hours = self.cpu_hours * price.cpu + self.gpu_hours * price.gpu
+        total = hours + self.tokens_cost
         found = {"total": total}
+        if self.tokens_cost:
+            found["tokens"] = self.tokens_cost
         if self.videos:
             found["per_video"] = total / self.videos
         if self.video_hours:
             found["per_video_hour"] = total / self.video_hours
         if self.dense is not None:
-            found["dense_total"] = total * self.dense
+            found["dense_total"] = hours * self.dense + self.tokens_cost * self.frames
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
     @classmethod
@@ -74,10 +88,28 @@ class Used:
         used, done = record.get("used"), record.get("videos_done_now", 0)
         if not used or not done:
             return None
-        times = None
+        times, frames = None, 0.0
         if recognized := used.get("recognized_frames", 0):
-            times = dense(record["stage_seconds"], used["sampled_frames"] / recognized)
-        return cls(used["cpu_hours"], used["gpu_hours"], done, used["video_hours"], times)
+            frames = used["sampled_frames"] / recognized
+            times = dense(record["stage_seconds"], frames)
+        sent, received = (int(used.get(name, 0)) for name in ("tokens_in", "tokens_out"))
+        server = record["config"]["recognizer"] if sent or received else None
+        return cls(
+            used["cpu_hours"],
+            used["gpu_hours"],
+            done,
+            used["video_hours"],
+            times,
+            sent,
+            received,
+            tokens_cost(server, sent, received) if server is not None else 0.0,
+            frames,
+        )
+
+
+def tokens_cost(recognizer: Mapping[str, Any], tokens_in: float, tokens_out: float) -> float:
+    """Return the money of tokens by the settings `recognizer`, whose prices are of a million."""
+    return (tokens_in * recognizer["price_in"] + tokens_out * recognizer["price_out"]) / 1e6
 
 
 def dense(seconds: Mapping[str, float], frames: float) -> float | None:

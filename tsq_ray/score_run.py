@@ -10,7 +10,13 @@ from typing import Any, Self
 import pyarrow as pa
 
 from tsq_ray import quality, schema, storage
-from tsq_ray.bundle.settings import NO_RECOGNIZER, read_bundle_settings, read_curves
+from tsq_ray.bundle.settings import (
+    NO_RECOGNIZER,
+    read_bundle_settings,
+    read_curves,
+    recognizer_of,
+    server_of,
+)
 from tsq_ray.config import Config
 from tsq_ray.errors import ModelError
 from tsq_ray.manifest import VideoRef
@@ -50,7 +56,7 @@ class ScoreRun:
         score.
         """
         content, digest = read_bundle_settings(model)
-        if "recognizer" not in content["files"]:
+        if (recognizer := recognizer_of(content)) is None:
             raise ModelError(f"{storage.redact(model)}: {NO_RECOGNIZER}")
         classes, labels = list(content["classes"]), selection.manifest.classes
         about = {
@@ -61,7 +67,11 @@ class ScoreRun:
             "training_curve": read_curves(model),
         }
         arrow = schema.predictions_schema(
-            config.decode.num_frames, len(classes), labels, with_scores
+            config.decode.num_frames,
+            len(classes),
+            labels,
+            with_scores,
+            from_server=recognizer.kind == "openai",
         )
         identity = identity_of(content, digest, config, with_scores)
         run = BulkRun(out, "predictions", identity, selection, config, **options)
@@ -101,7 +111,10 @@ def identity_of(
     backend = config.decode.backend
     decode = {"decode": {"backend": backend}} if backend != own else {}
     scores = "all" if with_scores else "top"
-    return Identity.of(model_sha256=digest, sampler=sampler, scores=scores, **decode)
+    server = server_of(bundle)
+    moved = server is not None and server.config.url != config.recognizer.url
+    recognizer = {"recognizer": {"url": config.recognizer.url}} if moved else {}
+    return Identity.of(model_sha256=digest, sampler=sampler, scores=scores, **decode, **recognizer)
 
 
 def measure_predictions(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ ORDER = (
         "results",
         "cost",
         "containers",
+        "chat",
         "config",
         "storage",
         "labels",
@@ -33,6 +34,7 @@ ORDER = (
         "runs",
         "decode",
         "rows",
+        "asking",
         "networks",
         "model",
         "bundle",
@@ -65,9 +67,10 @@ ORDER = (
 )
 """A module imports only from those before its own."""
 INSIDE = {
+    "asking": ("answers", "client", "questions"),
     "bundle": ("settings", "overrides", "weights"),
     "commands": ("jobs", "pipeline", "results", "endpoint"),
-    "config": ("base", "method", "resources", "settings", "load"),
+    "config": ("base", "method", "recognizer", "resources", "settings", "load"),
     "decode": (
         *("types", "fetch", "plan", "clock", "nvdec", "frames", "probe", "pyav_backend"),
         *("decord_backend", "indexed", "survivors", "job", "video", "child", "sandbox"),
@@ -94,6 +97,7 @@ INSIDE = {
     "serving": (
         *("access", "loopback", "facts", "microbatching", "warmup", "metrics", "requests", "graph"),
         *(
+            "recognizers",
             "deployments",
             "batches",
             "openapi",
@@ -304,6 +308,10 @@ def loaded(code: str) -> set[str]:
             "import tsq_ray.scoring, tsq_ray.rows, tsq_ray.bundle.settings",
             {"pydantic", "pyarrow", "fsspec", "av"},
         ),
+        (
+            "import tsq_ray.asking.questions, tsq_ray.bundle.settings",
+            {"pydantic", "pyarrow", "fsspec", "av"},
+        ),
         ("import tsq_ray.serving.app", {"pydantic", "pyarrow", "fsspec", "av", "ray"}),
     ],
     ids=[
@@ -315,6 +323,7 @@ def loaded(code: str) -> set[str]:
         "wrong settings",
         "runs",
         "score",
+        "server",
         "serve",
     ],
 )

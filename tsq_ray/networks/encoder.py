@@ -80,8 +80,13 @@ def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
     """Create a network with random weights, which has timm's methods for its classifier.
 
     A timm network is made without a classifier if `num_classes` is 0. Raises ModelError for an
-    unknown name or argument.
+    unknown name or argument, and for a model behind a server.
     """
+    if config.kind == "openai":
+        raise ModelError(
+            f"model {config.model!r} is behind a server (kind 'openai'): it can only be the "
+            "--recognizer of extract and train; name a network"
+        )
     if config.kind == "transformers":
         return create_transformers(config, num_classes)
     import timm
