@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,10 +26,11 @@ from tsq_ray.asking.answers import LEAST, NAMED, UnusableAnswer, read_answer
 from tsq_ray.asking.client import Client, Reply, _seconds
 from tsq_ray.asking.questions import Asker, Asking, Question, ServerModel, jpegs_of
 from tsq_ray.bundle.overrides import scoring_config
-from tsq_ray.bundle.settings import check_bundle, read_server
+from tsq_ray.bundle.settings import check_bundle, read_bundle_settings, read_server
 from tsq_ray.bundle.weights import load_bundle, load_classifier
 from tsq_ray.config import Config, RecognizerConfig, load_config
 from tsq_ray.decode import DecodedVideo, VideoSource
+from tsq_ray.describe import describe
 from tsq_ray.errors import ConfigError, ModelError, RunError
 from tsq_ray.extraction import choose_networks
 from tsq_ray.feature_pipeline import feature_row
@@ -34,6 +38,10 @@ from tsq_ray.importing import import_config, import_network
 from tsq_ray.manifest import VideoRef
 from tsq_ray.prediction import predict_rows
 from tsq_ray.rows import Answer, prediction_row
+from tsq_ray.runtime.nodes import Cluster, Node
+from tsq_ray.runtime.placement import layout
+from tsq_ray.score_run import identity_of
+from tsq_ray.serving.graph import TimeLimits, graph_version
 from tsq_ray.stages import Decode
 
 KEY = "sk-correct-horse-battery"
@@ -470,3 +478,49 @@ def test_a_frame_without_an_answer_fails_the_video(server: ChatServer, tmp_path:
     row = extracted(server, tmp_path)
     assert (row["status"], row["error_type"]) == ("failed", "unavailable")
     assert row["tokens_in"] > 5 * PICTURE_TOKENS
+
+
+# ------------------------------------------------------------------------- runs and replicas
+
+
+def test_a_replica_that_asks_needs_no_torch(server: ChatServer, tmp_path: Path) -> None:
+    """What the sampler hands it is made of modules without torch."""
+    place = tmp_path / "question.pickle"
+    place.write_bytes(pickle.dumps((question(3), model(server))))
+    code = (
+        "import pickle, sys\n"
+        "import tsq_ray.serving.deployments\n"
+        f"found = pickle.load(open({str(place)!r}, 'rb'))\n"
+        "assert len(found[0].jpegs) == 3\n"
+        "assert 'torch' not in sys.modules, sorted(n for n in sys.modules if 'tsq_ray' in n)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_limits_of_a_replica(server: ChatServer, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", imported=model(server, patience_s=50, timeout_s=7))
+    config = scoring_config(bundle)
+    limits = TimeLimits.of(config)
+    assert limits.recognize == limits.network + 2 * 50 + 7
+    assert TimeLimits.of(Config()).recognize == TimeLimits.of(Config()).network
+    nodes = Cluster((Node(16.0, 2.0, 64 * 2**30),) * 3)
+    for stage in ("score", "serve"):
+        placed = layout(stage, config, nodes, 1000)
+        assert (placed["recognizer"].limit, placed["recognizer"].gpus) == (1, 0.0)
+        assert placed["sampler"].gpus > 0
+    moved = scoring_config(bundle, sets=["recognizer.url=http://elsewhere/v1"])
+    assert graph_version("d", moved) != graph_version("d", config)
+
+
+def test_what_identifies_a_run(server: ChatServer, tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "bundle", imported=model(server))
+    content, digest = read_bundle_settings(bundle)
+
+    def identity(*sets: str) -> dict[str, Any]:
+        return dict(identity_of(content, digest, scoring_config(bundle, sets=sets), True).parts)
+
+    assert identity("recognizer.price_in=2", "recognizer.max_concurrent=1") == identity()
+    assert identity("recognizer.url=http://elsewhere/v1") != identity()
+    assert "gflops_note" in describe(bundle)
+    assert describe(bundle)["gflops"]["true"]["Rec.Net."] == 0

@@ -24,6 +24,8 @@ from tsq_ray.errors import ModelError, VideoError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_CHECK_S = 10.0
+"""Less than the limit of a replica's health check."""
 _BUSY = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed."""
 _MOST_UNUSABLE = 3
@@ -73,7 +75,8 @@ class Client:
     async def check(self) -> None:
         """Raise ModelError if the server refuses the key; a server that is away is no error yet."""
         try:
-            async with self._open().get(f"{self.url}/models") as reply:
+            limit = aiohttp.ClientTimeout(total=_CHECK_S)
+            async with self._open().get(f"{self.url}/models", timeout=limit) as reply:
                 if reply.status in (401, 403):
                     raise ModelError(self._refused(reply.status))
         except (aiohttp.ClientError, TimeoutError, OSError):

@@ -144,9 +144,9 @@ def network_multiply_adds(network: NetworkLike, counting: Counting = "field") ->
     """Return the multiply-adds of one frame of size x size pixels through a network.
 
     `counting`: see the module docstring; a transformers network is made for one size, so both
-    ways count it there.
+    ways count it there, and a model behind a server as 0.
     """
-    if counting == "true" or network.kind == "transformers":
+    if counting == "true" or network.kind != "timm":
         return count_network(network).total
     name = network.model.split(".")[0].removeprefix("tf_")
     if name in CITED and not network.model_args:
