@@ -183,23 +183,12 @@ def predict(
     """Return what an Estimate says of a run on these nodes."""
     videos, found = asked.videos, Cluster(tuple(nodes))
     placed = layout(asked.stage, asked.config, found, videos)
-    server, (sent, received) = asked.config.recognizer, (each * videos for each in probe.tokens)
     seconds = max(
         probe.seconds / _speed(asked, probe, found, placed),
-        probe.requests_s / server.max_concurrent,
+        probe.requests_s / asked.config.recognizer.max_concurrent,
     )
     hours = (seconds * videos + STARTUP_S + probe.load_s) / 3600
-    used = Used(
-        cpu_hours=round(found.cpus * hours, 4),
-        gpu_hours=round(found.gpus * hours, 4) if placed.on_gpu else 0.0,
-        videos=videos,
-        video_hours=round(probe.video_s * videos / 3600, 4),
-        dense=probe.dense,
-        tokens_in=round(sent),
-        tokens_out=round(received),
-        tokens_cost=tokens_cost(server.model_dump(), sent, received),
-        frames=probe.frames,
-    )
+    used = _used(probe, asked, found.cpus * hours, found.gpus * hours if placed.on_gpu else 0.0)
     return {
         "probed": probe.uris,
         "probed_failed": probe.failed,
@@ -215,6 +204,22 @@ def predict(
         "cost": used.cost(price),
         **{name: value for name, value in asdict(used).items() if name not in _UNTOLD},
     }
+
+
+def _used(probe: Probe, asked: Asked, cpu_hours: float, gpu_hours: float) -> Used:
+    """Return what a run of as many videos as asked for would take."""
+    sent, received = (each * asked.videos for each in probe.tokens)
+    return Used(
+        cpu_hours=round(cpu_hours, 4),
+        gpu_hours=round(gpu_hours, 4),
+        videos=asked.videos,
+        video_hours=round(probe.video_s * asked.videos / 3600, 4),
+        dense=probe.dense,
+        tokens_in=round(sent),
+        tokens_out=round(received),
+        tokens_cost=tokens_cost(asked.config.recognizer.model_dump(), sent, received),
+        frames=probe.frames,
+    )
 
 
 def _networks(placed: Layout) -> int:

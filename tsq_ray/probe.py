@@ -139,9 +139,7 @@ def measure(asked: Asked, node: Node) -> Probe:
         warm, rows, network_s, seconds = _probe(
             asked.chosen, decode, loaded.finish, workers, threads
         )
-    requests_s = 0.0
-    if asked.config.recognizer.kind == "openai":
-        requests_s = _mean([(row.get("recognize_ms") or 0.0) / 1000 for row in rows])
+    requests_s = _requests_s(rows) if asked.config.recognizer.kind == "openai" else 0.0
     ok = [row for row in rows if row["status"] == "ok"]
     return Probe(
         layout=placed,
@@ -205,6 +203,10 @@ def _dense(rows: Sequence[Mapping[str, Any]]) -> float | None:
     sums = {name: sum(row[f"{name}_ms"] or 0.0 for row in rows) for name in cost.STAGES}
     frames = _frames(rows)
     return cost.dense(sums, frames) if frames else None
+
+
+def _requests_s(rows: Sequence[Mapping[str, Any]]) -> float:
+    return _mean([(row.get("recognize_ms") or 0.0) / 1000 for row in rows])
 
 
 def _frames(rows: Sequence[Mapping[str, Any]]) -> float:

@@ -36,6 +36,7 @@ from tsq_ray.extraction import choose_networks
 from tsq_ray.feature_pipeline import feature_row
 from tsq_ray.importing import import_config, import_network
 from tsq_ray.manifest import VideoRef
+from tsq_ray.networks.encoder import load_encoder
 from tsq_ray.prediction import predict_rows
 from tsq_ray.rows import Answer, prediction_row
 from tsq_ray.runtime.nodes import Cluster, Node
@@ -348,6 +349,8 @@ def test_import_writes_a_classifier_without_weights(server: ChatServer, tmp_path
         imported(server, tmp_path, "recognizer.prompt=What, of {classes}?")
     with pytest.raises(ModelError, match=r"is behind a server .* it can only be the --recognizer"):
         load_classifier(out)
+    with pytest.raises(ModelError, match=r"is behind a server .* name a network"):
+        load_encoder(found.config, with_head=False)
 
 
 def test_what_identifies_the_answers(server: ChatServer) -> None:

@@ -45,24 +45,30 @@ def read_answer(
     tokens = ((completion["choices"][0].get("logprobs") or {}).get("content")) or []
     scores = np.zeros(len(classes))
     for label in labels:
-        try:
-            masses = _masses(tokens, classes, label, LABELS if multi else LABEL)
-        except (KeyError, TypeError, ValueError):
-            raise UnusableAnswer(
-                "its log-probabilities are not as in OpenAI's API; set recognizer.logprobs = false"
-            ) from None
-        if masses is None:
-            masses = np.zeros(len(classes))
-            masses[classes.index(label)] = NAMED
-            if not multi:
-                masses += (1 - NAMED) / len(classes)
-        scores = np.maximum(scores, masses)
+        scores = np.maximum(scores, _label_scores(tokens, classes, label, multi))
     scores = np.clip(scores, LEAST, 1 - LEAST if multi else None)
     caption = answer.get(CAPTION)
     return (
         (scores if multi else scores / scores.sum()).astype(np.float32),
         caption.strip() if isinstance(caption, str) else None,
     )
+
+
+def _label_scores(
+    tokens: Sequence[Mapping[str, Any]], classes: Sequence[str], label: str, multi: bool
+) -> np.ndarray:
+    """Return what an answered label says about each class, float [C]. Raises UnusableAnswer."""
+    try:
+        masses = _masses(tokens, classes, label, LABELS if multi else LABEL)
+    except (KeyError, TypeError, ValueError):
+        raise UnusableAnswer(
+            "its log-probabilities are not as in OpenAI's API; set recognizer.logprobs = false"
+        ) from None
+    if masses is not None:
+        return masses
+    scores = np.full(len(classes), 0.0 if multi else (1 - NAMED) / len(classes))
+    scores[classes.index(label)] += NAMED
+    return scores
 
 
 def tokens_of(completion: Completion) -> tuple[int, int]:

@@ -44,6 +44,10 @@ class Reply:
     tokens_in: int = 0
     tokens_out: int = 0
 
+    def count(self, tokens_in: int, tokens_out: int) -> None:
+        """Add the tokens of a try."""
+        self.tokens_in, self.tokens_out = self.tokens_in + tokens_in, self.tokens_out + tokens_out
+
 
 class _TryAgain(Exception):
     """This try failed; another may not, after `wait_s` at the earliest."""
@@ -94,13 +98,8 @@ class Client:
             try:
                 async with self._free:
                     ends = min(ends, time.monotonic() + self.settings.patience_s)
-                    await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
                     completion = await self._request(body)
-                sent, received = tokens_of(completion)
-                reply.tokens_in, reply.tokens_out = (
-                    reply.tokens_in + sent,
-                    reply.tokens_out + received,
-                )
+                reply.count(*tokens_of(completion))
                 reply.scores, reply.caption = read_answer(completion, self.classes, self.multi)
                 return reply
             except VideoError as error:
@@ -120,6 +119,7 @@ class Client:
     async def _request(self, body: dict[str, Any]) -> Completion:
         """Return the completion. Raises _TryAgain, or VideoError for a refusal."""
         limit = aiohttp.ClientTimeout(total=self.settings.timeout_s)
+        await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
         try:
             async with self._open().post(
                 f"{self.url}/chat/completions", json=body, timeout=limit, allow_redirects=False

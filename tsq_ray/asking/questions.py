@@ -112,10 +112,7 @@ class Asker:
             slots = question.slots[order]
             pts_s = question.row["frame_pts_s"][slots]
             reply = await self.client.ask(self._body([question.jpegs[i] for i in order], pts_s))
-            total.tokens_in, total.tokens_out = (
-                total.tokens_in + reply.tokens_in,
-                total.tokens_out + reply.tokens_out,
-            )
+            total.count(reply.tokens_in, reply.tokens_out)
             tokens = {"tokens_in": total.tokens_in, "tokens_out": total.tokens_out}
             if reply.scores is None:
                 return Answer(tokens, reply.error, fetched_bytes=fetched)

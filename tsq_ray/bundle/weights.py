@@ -159,9 +159,8 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
     if isinstance(bundle.recognizer, FrameEncoder):
         states["recognizer"] = _encoder_state(bundle.recognizer)
     fewer = {} if bundle.sampler_classes is None else {"sampler_classes": bundle.sampler_classes}
-    format_ = FORMAT if not fewer else FEWER_CLASSES_FORMAT
     content = {
-        "format": SERVER_FORMAT if isinstance(bundle.recognizer, ServerModel) else format_,
+        "format": _format(bundle),
         "classes": bundle.classes,
         **fewer,
         "task": bundle.task,
@@ -177,6 +176,12 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
         "provenance": bundle.provenance,
     }
     _write_folder(uri, BUNDLE_FILE, content, states)
+
+
+def _format(bundle: Bundle) -> int:
+    if isinstance(bundle.recognizer, ServerModel):
+        return SERVER_FORMAT
+    return FORMAT if bundle.sampler_classes is None else FEWER_CLASSES_FORMAT
 
 
 def load_bundle(uri: str) -> Bundle:

@@ -48,8 +48,7 @@ def check_budget(
     """Check the budget K, for this recogniser if it is known.
 
     Raises ConfigError if K > T, if K is adaptive but the mode does not rank frames or a video may
-    have several labels, if the chosen frames are not whole clips, or if the mode needs answers for
-    single frames that the recogniser does not give.
+    have several labels, or if the recogniser gives no answers that the mode or K can use.
     """
     if sampler.most_frames > num_frames:
         name = "sampler.max_budget" if sampler.budget == "adaptive" else "sampler.budget (K)"
@@ -68,16 +67,20 @@ def check_budget(
                 "sampler.budget 'adaptive' waits for one class to lead, "
                 "but with train.task 'multi' several may be true; use a number"
             )
-    if recognizer is not None and recognizer.clip_frames > 1:
-        _check_clips(sampler, recognizer.clip_frames)
-    if recognizer is not None and recognizer.kind == "openai" and sampler.mode == "maxconf":
+    if recognizer is not None:
+        _check_answers(sampler, recognizer)
+
+
+def _check_answers(sampler: SamplerConfig, recognizer: ModelConfig) -> None:
+    """Raise ConfigError if K is not whole clips, or if a mode asks for answers on single frames."""
+    clip_frames = recognizer.clip_frames
+    if recognizer.kind == "openai" and sampler.mode == "maxconf":
         raise ConfigError(
             "sampler.mode 'maxconf': the recogniser is a server that is asked once about all chosen "
             "frames, which says nothing about one frame; use another mode"
         )
-
-
-def _check_clips(sampler: SamplerConfig, clip_frames: int) -> None:
+    if clip_frames == 1:
+        return
     what = f"the recogniser takes clips of {clip_frames} frames"
     if sampler.mode == "maxconf":
         raise ConfigError(f"sampler.mode 'maxconf': {what}, which says nothing about one frame")

@@ -150,6 +150,12 @@ class Encode:
             FrameFeatures(feature.numpy(), *rest)
             for feature, *rest in zip(visual, ids, probs, frame_logits, logits, strict=True)
         ]
+        return self._asked(videos, features)
+
+    def _asked(
+        self, videos: Sequence[DecodedVideo], features: list[FrameFeatures]
+    ) -> list[FrameFeatures]:
+        """Return the features with the answers of the recogniser's server, if it has one."""
         if isinstance(self.recognizer, Asking):
             for video, feature in zip(videos, features, strict=True):
                 _ask(self.recognizer, video, feature)
