@@ -50,15 +50,13 @@ class Used:
     video_hours: float
     """Hours of footage in them."""
     dense: float | None = None
-    """How many times as much time it would take to recognise all T frames, without a sampler; None
-    if nothing was recognised."""
+    """How many times as much time it would take to recognise all T frames, without a sampler, or as
+    many tokens of a server; None if nothing was recognised."""
     tokens_in: int = 0
     """Tokens that the recogniser's server was sent, and `tokens_out` that it answered."""
     tokens_out: int = 0
     tokens_cost: float = 0.0
     """Their money, by `recognizer.price_in` and `price_out`."""
-    frames: float = 0.0
-    """How many frames there are for each one recognised, T / K; 0 if unknown."""
 
     def cost(self, price: Price | None) -> dict[str, float] | None:
         """Return the money: in all, per video and per hour of footage, and of recognising all T.
@@ -69,8 +67,7 @@ class Used:
         if price is None and not self.tokens_cost:
             return None
         price = price or Price()
-        hours = self.cpu_hours * price.cpu + self.gpu_hours * price.gpu
-        total = hours + self.tokens_cost
+        total = self.cpu_hours * price.cpu + self.gpu_hours * price.gpu + self.tokens_cost
         found = {"total": total}
         if self.tokens_cost:
             found["tokens"] = self.tokens_cost
@@ -79,7 +76,7 @@ class Used:
         if self.video_hours:
             found["per_video_hour"] = total / self.video_hours
         if self.dense is not None:
-            found["dense_total"] = hours * self.dense + self.tokens_cost * self.frames
+            found["dense_total"] = total * self.dense
         return {name: float(f"{value:.4g}") for name, value in found.items()}
 
     @classmethod
@@ -88,12 +85,12 @@ class Used:
         used, done = record.get("used"), record.get("videos_done_now", 0)
         if not used or not done:
             return None
-        times, frames = None, 0.0
-        if recognized := used.get("recognized_frames", 0):
-            frames = used["sampled_frames"] / recognized
-            times = dense(record["stage_seconds"], frames)
         sent, received = (int(used.get(name, 0)) for name in ("tokens_in", "tokens_out"))
         server = record["config"]["recognizer"] if sent or received else None
+        times = None
+        if recognized := used.get("recognized_frames", 0):
+            frames = used["sampled_frames"] / recognized
+            times = frames if server is not None else dense(record["stage_seconds"], frames)
         return cls(
             used["cpu_hours"],
             used["gpu_hours"],
@@ -103,7 +100,6 @@ class Used:
             sent,
             received,
             tokens_cost(server, sent, received) if server is not None else 0.0,
-            frames,
         )
 
 

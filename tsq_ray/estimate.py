@@ -36,7 +36,7 @@ PROBES = 16
 STARTUP_S = 15.0
 """Start-up of Ray and its workers, which the probe cannot measure, unlike loading the networks."""
 
-_UNTOLD = ("videos", "tokens_cost", "frames")
+_UNTOLD = ("videos", "tokens_cost")
 """Of `Used`: what an Estimate says by itself, or only as money."""
 
 
@@ -218,7 +218,6 @@ def _used(probe: Probe, asked: Asked, cpu_hours: float, gpu_hours: float) -> Use
         tokens_in=round(sent),
         tokens_out=round(received),
         tokens_cost=tokens_cost(asked.config.recognizer.model_dump(), sent, received),
-        frames=probe.frames,
     )
 
 

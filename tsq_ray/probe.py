@@ -78,8 +78,6 @@ class Probe:
     """Footage."""
     dense: float | None
     """As in `cost.Used`."""
-    frames: float = 0.0
-    """As in `cost.Used`."""
     tokens: tuple[float, float] = (0.0, 0.0)
     """That the recogniser's server was sent, and that it answered."""
     spent: tuple[float, float] = (0.0, 0.0)
@@ -153,7 +151,6 @@ def measure(asked: Asked, node: Node) -> Probe:
         row_bytes=_encoded_size(rows, loaded.schema) / len(rows),
         video_s=_mean([row["duration_s"] or 0.0 for row in ok]),
         dense=_dense([row for row in ok if "selected_slot" in row]),
-        frames=_frames(ok),
         tokens=_tokens(rows, 1 / len(rows)),
         spent=_tokens([*warm, *rows]),
         requests_s=requests_s,
@@ -201,18 +198,15 @@ def _probe(
 
 def _dense(rows: Sequence[Mapping[str, Any]]) -> float | None:
     sums = {name: sum(row[f"{name}_ms"] or 0.0 for row in rows) for name in cost.STAGES}
-    frames = _frames(rows)
-    return cost.dense(sums, frames) if frames else None
+    frames = sum(len(row["frame_pts_s"]) for row in rows)
+    chosen = sum(len(row["selected_slot"]) for row in rows)
+    if chosen and any("tokens_in" in row for row in rows):
+        return round(frames / chosen, 2)
+    return cost.dense(sums, frames / chosen) if chosen else None
 
 
 def _requests_s(rows: Sequence[Mapping[str, Any]]) -> float:
     return _mean([(row.get("recognize_ms") or 0.0) / 1000 for row in rows])
-
-
-def _frames(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return T / K of rows that are ok; 0 if nothing was recognised."""
-    chosen = sum(len(row.get("selected_slot", ())) for row in rows)
-    return sum(len(row["frame_pts_s"]) for row in rows) / chosen if chosen else 0.0
 
 
 def _tokens(rows: Sequence[Mapping[str, Any]], weight: float = 1.0) -> tuple[float, float]:
