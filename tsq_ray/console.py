@@ -83,8 +83,9 @@ def end_run(
     Exits with code 1 if the fraction of failed videos is above --max-failed.
     """
     counts, record = run.counts, dict(run.record)
-    if price is not None and (used := Used.of_run(record)) is not None:
-        record["cost"] = used.cost(price)
+    used = Used.of_run(record)
+    if used is not None and (cost := used.cost(price)) is not None:
+        record["cost"] = cost
     show(record, as_json, run_text(run, record.get("cost")))
     refuse_failures(counts, max_failed)
 

@@ -50,16 +50,27 @@ class Used:
     video_hours: float
     """Hours of footage in them."""
     dense: float | None = None
-    """How many times as much time it would take to recognise all T frames, without a sampler; None
-    if nothing was recognised."""
+    """How many times as much time it would take to recognise all T frames, without a sampler, or as
+    many tokens of a server; None if nothing was recognised."""
+    tokens_in: int = 0
+    """Tokens that the recogniser's server was sent, and `tokens_out` that it answered."""
+    tokens_out: int = 0
+    tokens_cost: float = 0.0
+    """Their money, by `recognizer.price_in` and `price_out`."""
 
-    def cost(self, price: Price) -> dict[str, float]:
+    def cost(self, price: Price | None) -> dict[str, float] | None:
         """Return the money: in all, per video and per hour of footage, and of recognising all T.
 
-        Leaves out what cannot be said.
+        That of a server's tokens counts; `tokens` is their part. Leaves out what cannot be said.
+        None if nothing has a price.
         """
-        total = self.cpu_hours * price.cpu + self.gpu_hours * price.gpu
+        if price is None and not self.tokens_cost:
+            return None
+        price = price or Price()
+        total = self.cpu_hours * price.cpu + self.gpu_hours * price.gpu + self.tokens_cost
         found = {"total": total}
+        if self.tokens_cost:
+            found["tokens"] = self.tokens_cost
         if self.videos:
             found["per_video"] = total / self.videos
         if self.video_hours:
@@ -74,10 +85,27 @@ class Used:
         used, done = record.get("used"), record.get("videos_done_now", 0)
         if not used or not done:
             return None
+        sent, received = (int(used.get(name, 0)) for name in ("tokens_in", "tokens_out"))
+        server = record["config"]["recognizer"] if sent or received else None
         times = None
         if recognized := used.get("recognized_frames", 0):
-            times = dense(record["stage_seconds"], used["sampled_frames"] / recognized)
-        return cls(used["cpu_hours"], used["gpu_hours"], done, used["video_hours"], times)
+            frames = used["sampled_frames"] / recognized
+            times = frames if server is not None else dense(record["stage_seconds"], frames)
+        return cls(
+            used["cpu_hours"],
+            used["gpu_hours"],
+            done,
+            used["video_hours"],
+            times,
+            sent,
+            received,
+            tokens_cost(server, sent, received) if server is not None else 0.0,
+        )
+
+
+def tokens_cost(recognizer: Mapping[str, Any], tokens_in: float, tokens_out: float) -> float:
+    """Return the money of tokens by the settings `recognizer`, whose prices are of a million."""
+    return (tokens_in * recognizer["price_in"] + tokens_out * recognizer["price_out"]) / 1e6
 
 
 def dense(seconds: Mapping[str, float], frames: float) -> float | None:

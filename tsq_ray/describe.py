@@ -14,6 +14,8 @@ from tsq_ray.bundle.settings import (
     CLASSIFIER_FILE,
     read_bundle_settings,
     read_classifier_settings,
+    recognizer_of,
+    server_of,
 )
 from tsq_ray.errors import ManifestError, RunError, StorageError
 from tsq_ray.runs.folder import CONFIG_FILE, RUN_FILE, read_run
@@ -107,11 +109,11 @@ def _bundle(uri: str) -> dict[str, Any]:
     }
     # TSQShape adds the defaults of settings that an older bundle does not have
     described["sampler_shape"] = asdict(TSQShape(**content["sampler_shape"]))
-    return described | {
-        "gflops": bundle_gflops(content),
-        "provenance": content["provenance"],
-        "sha256": digest,
-    }
+    described["gflops"] = bundle_gflops(content)
+    if server_of(content) is not None:
+        note = "the recogniser's are unknown, as it is behind a server, and count as 0"
+        described["gflops_note"] = note
+    return described | {"provenance": content["provenance"], "sha256": digest}
 
 
 def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
@@ -119,12 +121,12 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
 
     Counted twice: by the field's convention ("field"), and as this package runs them ("true").
     """
-    from tsq_ray.config import EncodersConfig, ModelConfig, SamplerConfig, SamplerMode
+    from tsq_ray.config import EncodersConfig, SamplerConfig, SamplerMode
     from tsq_ray.model import TSQShape
     from tsq_ray.model.flops import Counting, cost_table
 
     config = content["config"]
-    if config["recognizer"] is None:
+    if (recognizer := recognizer_of(content)) is None:
         return {}
     encoders = EncodersConfig.model_validate(config["encoders"])
     shape = TSQShape(**content["sampler_shape"])
@@ -135,7 +137,7 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
             mode,
             num_frames=config["decode"]["num_frames"],
             budget=SamplerConfig.model_validate(config["sampler"]).most_frames,
-            recognizer=ModelConfig.model_validate(config["recognizer"]),
+            recognizer=recognizer,
             visual=encoders.visual,
             objects=encoders.objects,
             shape=shape,

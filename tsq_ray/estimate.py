@@ -19,7 +19,7 @@ import torch
 
 from tsq_ray import log, storage
 from tsq_ray.config import Config, LabelsConfig
-from tsq_ray.cost import Price, Used
+from tsq_ray.cost import Price, Used, tokens_cost
 from tsq_ray.extraction import choose_networks
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
 from tsq_ray.probe import Asked, Probe, load_extract, load_score, measure
@@ -35,6 +35,9 @@ PROBES = 16
 """Videos that are processed."""
 STARTUP_S = 15.0
 """Start-up of Ray and its workers, which the probe cannot measure, unlike loading the networks."""
+
+_UNTOLD = ("videos", "tokens_cost")
+"""Of `Used`: what an Estimate says by itself, or only as money."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +183,12 @@ def predict(
     """Return what an Estimate says of a run on these nodes."""
     videos, found = asked.videos, Cluster(tuple(nodes))
     placed = layout(asked.stage, asked.config, found, videos)
-    seconds = probe.seconds / _speed(asked, probe, found, placed)
-    hours = (seconds * videos + STARTUP_S + probe.load_s) / 3600
-    used = Used(
-        cpu_hours=round(found.cpus * hours, 4),
-        gpu_hours=round(found.gpus * hours, 4) if placed.on_gpu else 0.0,
-        videos=videos,
-        video_hours=round(probe.video_s * videos / 3600, 4),
-        dense=probe.dense,
+    seconds = max(
+        probe.seconds / _speed(asked, probe, found, placed),
+        probe.requests_s / asked.config.recognizer.max_concurrent,
     )
+    hours = (seconds * videos + STARTUP_S + probe.load_s) / 3600
+    used = _used(probe, asked, found.cpus * hours, found.gpus * hours if placed.on_gpu else 0.0)
     return {
         "probed": probe.uris,
         "probed_failed": probe.failed,
@@ -199,9 +199,26 @@ def predict(
         "nodes": len(nodes),
         "cpus": found.cpus,
         "gpus": found.gpus if placed.on_gpu else 0,
-        "cost": used.cost(price) if price is not None else None,
-        **{name: value for name, value in asdict(used).items() if name != "videos"},
+        "probed_tokens_in": round(probe.spent[0]),
+        "probed_tokens_out": round(probe.spent[1]),
+        "cost": used.cost(price),
+        **{name: value for name, value in asdict(used).items() if name not in _UNTOLD},
     }
+
+
+def _used(probe: Probe, asked: Asked, cpu_hours: float, gpu_hours: float) -> Used:
+    """Return what a run of as many videos as asked for would take."""
+    sent, received = (each * asked.videos for each in probe.tokens)
+    return Used(
+        cpu_hours=round(cpu_hours, 4),
+        gpu_hours=round(gpu_hours, 4),
+        videos=asked.videos,
+        video_hours=round(probe.video_s * asked.videos / 3600, 4),
+        dense=probe.dense,
+        tokens_in=round(sent),
+        tokens_out=round(received),
+        tokens_cost=tokens_cost(asked.config.recognizer.model_dump(), sent, received),
+    )
 
 
 def _networks(placed: Layout) -> int:

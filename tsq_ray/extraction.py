@@ -61,9 +61,13 @@ def choose_networks(
 ) -> tuple[Config, Networks]:
     """Return the settings and networks of an extraction.
 
-    `encoder` and `recognizer` are outputs of `finetune`; an encoder replaces `encoders.visual`.
+    `encoder` and `recognizer` are outputs of `finetune`; an encoder replaces `encoders.visual`. A
+    recogniser behind a server becomes `recognizer`, used as that section says.
     """
     if encoder is not None:
         config = config.with_visual_encoder(classifier_settings(encoder))
     answers = classifier_settings(recognizer) if recognizer is not None else None
+    if answers is not None and answers.kind == "openai":
+        answers = config.recognizer.used_for(answers)
+        config = config.model_copy(update={"recognizer": answers})
     return config, Networks(config.encoders.visual, config.encoders.objects, answers)

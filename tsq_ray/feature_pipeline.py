@@ -17,9 +17,12 @@ import pyarrow as pa
 import torch
 
 from tsq_ray import schema
+from tsq_ray.asking.questions import Asking, ServerModel
+from tsq_ray.bundle.settings import read_server
 from tsq_ray.bundle.weights import load_network
-from tsq_ray.config import Config, ModelConfig
+from tsq_ray.config import SERVER_USE, Config, ModelConfig, RecognizerConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, Outcome, with_whole_frames
+from tsq_ray.decode.frames import target_size
 from tsq_ray.errors import ModelError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder
@@ -49,7 +52,8 @@ class Networks:
 
     visual: ModelConfig
     objects: ModelConfig | None = None
-    recognizer: ModelConfig | None = None
+    recognizer: RecognizerConfig | None = None
+    """Its `weights` name the classifier."""
 
     def specs(self, native_size: bool) -> dict[str, FrameSpec]:
         """Return the specs of the pictures that one decode makes of each frame.
@@ -70,9 +74,11 @@ class Networks:
                 f"encoders.objects {objects.config.model!r}: "
                 f"needs a head with the {NUM_OBJECTS} classes of ImageNet-1K"
             )
-        recognizer = (
-            load_network(self.recognizer, with_head=True) if self.recognizer is not None else None
-        )
+        recognizer: FrameEncoder | ServerModel | None = None
+        if self.recognizer is not None and self.recognizer.kind == "openai":
+            recognizer = read_server(self.recognizer.weights, self.recognizer)
+        elif self.recognizer is not None:
+            recognizer = load_network(self.recognizer, with_head=True)
         return LoadedNetworks(visual, objects, recognizer)
 
 
@@ -80,22 +86,39 @@ class Networks:
 class LoadedNetworks:
     visual: FrameEncoder
     objects: FrameEncoder | None
-    recognizer: FrameEncoder | None
+    recognizer: FrameEncoder | ServerModel | None
 
     def features_schema(self, config: Config, classes: Sequence[str]) -> pa.Schema:
         """Return the schema of the features that the networks produce with these settings."""
-        head: Any = self.recognizer.head if self.recognizer is not None else None
-        logits = head.out_features if self.recognizer is not None else None
+        recognizer, logits = self.recognizer, None
+        if isinstance(recognizer, ServerModel):
+            logits = len(recognizer.classes)
+        elif recognizer is not None:
+            head: Any = recognizer.head
+            logits = head.out_features
         return schema.features_schema(
-            config.decode.num_frames, self.visual.dim, classes, logits, config.encoders.num_objects
+            config.decode.num_frames,
+            self.visual.dim,
+            classes,
+            logits,
+            config.encoders.num_objects,
+            from_server=isinstance(recognizer, ServerModel),
         )
 
-    def encode(self, config: Config, device: str) -> Encode:
-        """Return the encoding step that applies the networks with these settings."""
-        num_objects, where = config.encoders.num_objects, torch.device(device)
-        return Encode(
-            self.visual, self.objects, self.recognizer, where, num_objects, config.resources
+    def encode(self, config: Config, device: str, workers: int = 1) -> Encode:
+        """Return the encoding step that applies the networks with these settings.
+
+        `workers`: how many share the requests that a server may have in flight. Raises ModelError
+        if it refuses the key.
+        """
+        own = self.recognizer
+        recognizer = (
+            Asking(own, max(1, own.config.max_concurrent // workers))
+            if isinstance(own, ServerModel)
+            else own
         )
+        num_objects, where = config.encoders.num_objects, torch.device(device)
+        return Encode(self.visual, self.objects, recognizer, where, num_objects, config.resources)
 
     def hashes(self) -> dict[str, str]:
         """Return a hash of each network's weights.
@@ -127,7 +150,8 @@ class FeaturePlan:
     def start_encode(self) -> Encode:
         """Load the networks on the layout's device and set its number of threads."""
         torch.set_num_threads(self.layout.threads)
-        return self.networks.load().encode(self.config, self.layout.device)
+        workers = self.layout["worker" if "worker" in self.layout.pools else "encoder"].now
+        return self.networks.load().encode(self.config, self.layout.device, workers)
 
     @property
     def first_pool(self) -> Pool:
@@ -176,8 +200,9 @@ def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> Ide
         "recognizer": networks.recognizer,
     }
     # weights count by their hashes, not by their location
+    free = {"weights", *SERVER_USE}
     shown = {
-        name: model.model_dump(mode="json", exclude={"weights"}) if model is not None else None
+        name: model.model_dump(mode="json", exclude=free) if model is not None else None
         for name, model in models.items()
     }
     decode = {"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
@@ -218,6 +243,8 @@ def feature_row(ref: VideoRef, video: Outcome, features: FrameFeatures | None) -
     if not isinstance(video, DecodedVideo) or features is None:
         assert not isinstance(video, DecodedVideo)
         return failed_row(ref, video)
+    if features.error is not None:
+        return failed_row(ref, features.error) | features.tokens
     names = ("visual", "object_ids", "object_probs", "recognizer_logits")
     found = {name: getattr(features, name) for name in names}
     row = (
@@ -226,7 +253,7 @@ def feature_row(ref: VideoRef, video: Outcome, features: FrameFeatures | None) -
         | {"frame_index": video.frame_index, parts.DECODE_S: video.decode_ms / 1000}
         | {parts.FETCHED: video.fetched_bytes}
     )
-    return row | {name: value for name, value in found.items() if value is not None}
+    return row | features.tokens | {k: value for k, value in found.items() if value is not None}
 
 
 class ExtractWorker:
@@ -364,8 +391,10 @@ def unpack_video(
     frames = {}
     for name, spec in specs.items():
         if (data := record[f"{_FRAMES}{name}"]) is not None:
-            height, width = (
-                (record["height"], record["width"]) if name == WHOLE else (spec.size, spec.size)
-            )
+            width, height = record["width"], record["height"]
+            if name != WHOLE:
+                square = (spec.size, spec.size)
+                keeps = spec.resize == "keep"
+                width, height = target_size(width, height, spec) if keeps else square
             frames[name] = np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
     return DecodedVideo(frames=frames, **values)

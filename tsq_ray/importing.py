@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from tsq_ray import provenance, storage
+from tsq_ray.asking.questions import ServerModel
 from tsq_ray.bundle.settings import CLASSIFIER_FILE, read_classifier_settings
-from tsq_ray.bundle.weights import Classifier, save_classifier
+from tsq_ray.bundle.weights import Classifier, save_classifier, save_server
 from tsq_ray.config import VIDEO_CLASSIFIER, Config, ModelConfig, load_config
 from tsq_ray.errors import ConfigError, ModelError
 from tsq_ray.labels.classes import read_classes
@@ -37,6 +38,8 @@ from tsq_ray.runs.identity import Identity
 Role = Literal["encoder", "recognizer"]
 TEMPLATE = "a photo of {}"
 """Text of a class for a dual encoder, by default."""
+SERVER_SIZE = 512
+"""Shorter side of the frames that a server is sent, by default."""
 
 
 def import_config(
@@ -44,9 +47,9 @@ def import_config(
 ) -> Config:
     """Return the settings for `import_network`, with the preprocessing that `model` expects.
 
-    `model`: a timm name, or the hub id, folder or URI of a transformers model. The TOML file and
-    the sets may change the preprocessing and name other weights, not another model. Raises
-    ConfigError or ModelError.
+    `model`: a timm name, or the hub id, folder or URI of a transformers model; with
+    `recognizer.kind=openai` the server's name of a model. The TOML file and the sets may change the
+    preprocessing and name other weights, not another model. Raises ConfigError or ModelError.
     """
     sets = list(sets)
 
@@ -55,8 +58,11 @@ def import_config(
         return load_config(path, sets, base)
 
     # the size of the network is not known yet: with the smallest, no `resize_to` is wrong
-    weights = _network(resolved({"size": 16}), role).weights
-    own = _library_settings(model, weights)
+    asked = _network(resolved({"size": 16, "model": model}), role)
+    if asked.kind == "openai":
+        own: dict[str, Any] = {"kind": "openai", "model": model, "size": SERVER_SIZE}
+    else:
+        own = _library_settings(model, asked.weights)
     config = resolved(own)
     found = _network(config, role)
     if (found.kind, found.model) != (own["kind"], own["model"]):
@@ -91,6 +97,8 @@ def import_network(
     """
     settings, out = _network(config, role), storage.normalize(out)
     what = f"import {settings.model}"
+    if settings.kind == "openai":
+        return _import_server(config, out, classes, templates, what)
     if role == "encoder" and settings.clip_frames > 1:
         raise ModelError(f"{what}: takes clips; the sampler's encoder looks at single frames")
     names = read_classes(classes).names if classes else None
@@ -104,11 +112,8 @@ def import_network(
         classes=names,
         task=config.train.task,
     )
-    if storage.exists(storage.join(out, CLASSIFIER_FILE)):
-        record = read_classifier_settings(out)[0]["provenance"]
-        identity.refuse_other(record["identity"], out, "holds another classifier")
-        return from_record(ImportSummary, record["summary"], already_done=True)
-    storage.check_writable(out)
+    if (done := _already_done(identity, out)) is not None:
+        return done
     summary = ImportSummary(
         out=storage.redact(out),
         role=role,
@@ -125,6 +130,49 @@ def import_network(
         Classifier(encoder, names, config.train.task, role, record | provenance.of_this_run()), out
     )
     return summary
+
+
+def _import_server(
+    config: Config, out: str, classes: str | None, templates: Sequence[str], what: str
+) -> ImportSummary:
+    """Write the classifier folder of a model behind a server, which is not asked anything yet."""
+    if classes is None:
+        raise ModelError(f"{what}: a server is asked about classes; name them with --classes FILE")
+    if templates:
+        raise ConfigError(f"{what}: --template is for dual encoders; set recognizer.prompt instead")
+    names = read_classes(classes).names
+    model = ServerModel(config.recognizer, tuple(names), config.train.task)
+    settings = model.config.model_dump(mode="json", exclude={"weights"})
+    identity = Identity.of(role="recognizer", model=settings, classes=names, task=config.train.task)
+    if (done := _already_done(identity, out)) is not None:
+        return done
+    summary = ImportSummary(
+        out=storage.redact(out),
+        role="recognizer",
+        kind="openai",
+        model=model.config.model,
+        classes=len(names),
+        first_classes=tuple(names[:5]),
+        size=model.config.size,
+        parameters=0,
+        gflops_per_frame=0.0,
+    )
+    record = {"identity": identity.parts, "summary": asdict(summary), "imported": {}}
+    save_server(model, out, record | provenance.of_this_run())
+    return summary
+
+
+def _already_done(identity: Identity, out: str) -> ImportSummary | None:
+    """Return the summary of an equal import into `out`, which must be writable if there is none.
+
+    Raises RunError if the folder holds another classifier.
+    """
+    if storage.exists(storage.join(out, CLASSIFIER_FILE)):
+        record = read_classifier_settings(out)[0]["provenance"]
+        identity.refuse_other(record["identity"], out, "holds another classifier")
+        return from_record(ImportSummary, record["summary"], already_done=True)
+    storage.check_writable(out)
+    return None
 
 
 def _network(config: Config, role: Role) -> ModelConfig:

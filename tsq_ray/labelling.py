@@ -18,7 +18,7 @@ from tsq_ray import log, storage
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.settings import read_agreement, read_classifier_settings, write_agreement
 from tsq_ray.bundle.weights import load_bundle
-from tsq_ray.config import Config, load_config
+from tsq_ray.config import SERVER_USE, Config, load_config
 from tsq_ray.errors import ConfigError, ModelError
 from tsq_ray.evaluation.agreement import Agreement, cheapest, measure_agreement
 from tsq_ray.evaluation.videos import VAL_SPLIT, load_features
@@ -157,8 +157,11 @@ class _Steps:
     def score(self, chosen: Agreement, with_scores: bool) -> RunSummary:
         """Score every video as chosen."""
         kept = self.config.model_dump(mode="json", include={"resources", "output", "serve"})
-        sampler = {"mode": chosen.mode, "budget": chosen.budget}
-        config = scoring_config(self.at("bundle"), settings={"sampler": sampler, **kept})
+        kept["sampler"] = {"mode": chosen.mode, "budget": chosen.budget}
+        kept["recognizer"] = self.config.recognizer.model_dump(
+            mode="json", include=set(SERVER_USE), exclude_defaults=True
+        )
+        config = scoring_config(self.at("bundle"), settings=kept)
         _say("score: every video")
         return score(
             self.at("manifest.parquet"),

@@ -17,7 +17,7 @@ from tsq_ray.manifest import VideoRef, video_id
 from tsq_ray.networks.encoder import best_device
 from tsq_ray.results import Prediction, from_record
 from tsq_ray.rows import plain_row, prediction_row, source_of
-from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
+from tsq_ray.stages import Decode, Sample, bundle_specs, recognizer_for
 
 
 def predict(
@@ -27,7 +27,7 @@ def predict(
 
     A video that cannot be used gets a failed prediction with the reason. `config` comes from
     `scoring_config`, whose defaults are used without it. Raises ModelError if the bundle cannot
-    score.
+    score, or if the server of its recogniser refuses the key.
     """
     videos = [videos] if isinstance(videos, str) else videos
     rows = predict_rows(videos, model, config or scoring_config(model))
@@ -39,7 +39,7 @@ def predict_rows(videos: Sequence[str], model: str, config: Config) -> list[dict
     bundle = load_bundle(model)
     device = best_device() if config.resources.gpus else torch.device("cpu")
     sample = Sample(bundle, config.sampler, device, config.resources)
-    recognize = Recognize(bundle, device, config.resources)
+    recognize = recognizer_for(bundle, config, device)
     native_size = config.resources.resizes_on_device(device.type == "cuda")
     rows: list[dict[str, Any]] = []
     with Decode(config.decode, bundle_specs(bundle, config.sampler.mode, native_size)) as decode:

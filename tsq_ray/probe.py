@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from tsq_ray import cost, schema, storage
+from tsq_ray.asking.questions import ServerModel
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec
@@ -26,7 +27,7 @@ from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import prediction_row, source_of
 from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage
 from tsq_ray.runtime.placement import layout
-from tsq_ray.stages import Decode, Recognize, Sample, bundle_specs
+from tsq_ray.stages import Decode, Sample, bundle_specs, recognizer_for
 
 Finish = Callable[[VideoRef, Any], dict[str, Any]]
 """Maps a decoded video, or its failure, to its row."""
@@ -77,6 +78,12 @@ class Probe:
     """Footage."""
     dense: float | None
     """As in `cost.Used`."""
+    tokens: tuple[float, float] = (0.0, 0.0)
+    """That the recogniser's server was sent, and that it answered."""
+    spent: tuple[float, float] = (0.0, 0.0)
+    """The same of the whole probe, warm-up included; no mean."""
+    requests_s: float = 0.0
+    """Of a video's turn at the server, which `seconds` leaves out."""
 
 
 def load_extract(
@@ -98,7 +105,7 @@ def load_score(config: Config, model: str, classes: Sequence[str], placed: Layou
     """Load the networks of a bundle."""
     device, bundle = torch.device(placed.device), load_bundle(model)
     sample = Sample(bundle, config.sampler, device, config.resources)
-    recognize = Recognize(bundle, device, config.resources)
+    recognize = recognizer_for(bundle, config, device)
 
     def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
         return prediction_row(ref, recognize(sample([(ref.video_id, video)]))[0])
@@ -106,7 +113,12 @@ def load_score(config: Config, model: str, classes: Sequence[str], placed: Layou
     native_size = config.resources.resizes_on_device(placed.on_gpu)
     return Loaded(
         finish,
-        schema.predictions_schema(config.decode.num_frames, len(bundle.classes), classes),
+        schema.predictions_schema(
+            config.decode.num_frames,
+            len(bundle.classes),
+            classes,
+            from_server=isinstance(bundle.recognizer, ServerModel),
+        ),
         bundle_specs(bundle, config.sampler.mode, native_size),
     )
 
@@ -122,20 +134,26 @@ def measure(asked: Asked, node: Node) -> Probe:
     decoders = placed.pools.get("decoder")
     children = workers if decoders is None else decoders.now * placed.decoder_processes
     with Decode(asked.config.decode, loaded.specs, children) as decode:
-        rows, network_s, seconds = _probe(asked.chosen, decode, loaded.finish, workers, threads)
+        warm, rows, network_s, seconds = _probe(
+            asked.chosen, decode, loaded.finish, workers, threads
+        )
+    requests_s = _requests_s(rows) if asked.config.recognizer.kind == "openai" else 0.0
     ok = [row for row in rows if row["status"] == "ok"]
     return Probe(
         layout=placed,
         cpus=node.cpus,
         uris=tuple(storage.redact(ref.uri) for ref in asked.chosen),
         failed=len(rows) - len(ok),
-        seconds=seconds,
+        seconds=max(0.0, seconds - requests_s / workers),
         decode_s=_mean([row.get("_decode_s") or row.get("decode_ms", 0) / 1000 for row in ok]),
         network_s=network_s,
         load_s=load_s,
         row_bytes=_encoded_size(rows, loaded.schema) / len(rows),
         video_s=_mean([row["duration_s"] or 0.0 for row in ok]),
         dense=_dense([row for row in ok if "selected_slot" in row]),
+        tokens=_tokens(rows, 1 / len(rows)),
+        spent=_tokens([*warm, *rows]),
+        requests_s=requests_s,
     )
 
 
@@ -150,8 +168,11 @@ def _parallel(placed: Layout) -> tuple[int, int]:
 
 def _probe(
     chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int
-) -> tuple[list[dict[str, Any]], float, float]:
-    """Return the rows of the chosen videos; per video, the networks' seconds and those of all."""
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float, float]:
+    """Return the rows of the warm-up and of the chosen videos.
+
+    Then, per video, the networks' seconds and those of all.
+    """
     spent: list[float] = []
 
     def work(ref: VideoRef, decoded: Future[Any]) -> dict[str, Any]:
@@ -168,18 +189,31 @@ def _probe(
             return list(pool.map(work, refs, [decode.pool.submit(source_of(ref)) for ref in refs]))
 
         # warm up every worker before measuring
-        run([chosen[number % len(chosen)] for number in range(workers)])
+        warm = run([chosen[number % len(chosen)] for number in range(workers)])
         spent.clear()
         started = time.perf_counter()
         rows = run(chosen)
-        return rows, _mean(spent), (time.perf_counter() - started) / len(chosen)
+        return warm, rows, _mean(spent), (time.perf_counter() - started) / len(chosen)
 
 
 def _dense(rows: Sequence[Mapping[str, Any]]) -> float | None:
     sums = {name: sum(row[f"{name}_ms"] or 0.0 for row in rows) for name in cost.STAGES}
     frames = sum(len(row["frame_pts_s"]) for row in rows)
     chosen = sum(len(row["selected_slot"]) for row in rows)
+    if chosen and any("tokens_in" in row for row in rows):
+        return round(frames / chosen, 2)
     return cost.dense(sums, frames / chosen) if chosen else None
+
+
+def _requests_s(rows: Sequence[Mapping[str, Any]]) -> float:
+    return _mean([(row.get("recognize_ms") or 0.0) / 1000 for row in rows])
+
+
+def _tokens(rows: Sequence[Mapping[str, Any]], weight: float = 1.0) -> tuple[float, float]:
+    sent, received = (
+        weight * sum(row.get(column.name) or 0 for row in rows) for column in schema.TOKENS
+    )
+    return sent, received
 
 
 def _mean(values: Sequence[float]) -> float:

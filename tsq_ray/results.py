@@ -321,15 +321,21 @@ class Estimate:
     bytes_out: int = 0
     dense: float | None = None
     """How many times as much time recognising all T frames would take; None for features."""
+    tokens_in: int = 0
+    """Tokens that the recogniser's server would be sent, and `tokens_out` that it would answer."""
+    tokens_out: int = 0
+    probed_tokens_in: int = 0
+    """Tokens of the probe itself, as `probed_tokens_out`: it asks the server."""
+    probed_tokens_out: int = 0
     cost: Mapping[str, float] | None = None
-    """`total`, `per_video`, `per_video_hour` and `dense_total`; None without prices."""
+    """`total`, `tokens` of it, `per_video`, `per_video_hour`, `dense_total`; None without prices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
     """The labels and the chosen frames of one video, named as in docs/data-format.md.
 
-    In a failed prediction everything after `warnings` is None.
+    In a failed prediction everything after `warnings` is None, except the tokens.
     """
 
     video_id: str
@@ -368,3 +374,8 @@ class Prediction:
     decode_ms: float | None = None
     sample_ms: float | None = None
     recognize_ms: float | None = None
+    tokens_in: int | None = None
+    """Tokens sent to the recogniser's server, also of a failed prediction; None for a network."""
+    tokens_out: int | None = None
+    caption: str | None = None
+    """The server's description of the video, if `recognizer.caption` asks for one."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from tsq_ray.config import TSQ_MODES, EncodersConfig, ModelConfig
 from tsq_ray.decode import Centre, DecodedVideo, FrameSpec, VideoSource, with_whole_frames
 from tsq_ray.errors import Failure
 from tsq_ray.manifest import VideoRef
+from tsq_ray.schema import TOKENS, TOP_LABELS
 from tsq_ray.storage import StoredFile
 
 VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
@@ -21,7 +22,9 @@ VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
 
 
 def frame_spec(config: ModelConfig) -> FrameSpec:
-    """Return the picture that a network takes."""
+    """Return the picture that a network takes, or that a server is sent."""
+    if config.kind == "openai":
+        return FrameSpec(config.size, "keep")
     centre = centre_of(config.kind) if config.resize_to else "down"
     return FrameSpec(config.size, config.resize, config.interpolation, config.resize_to, centre)
 
@@ -108,12 +111,32 @@ class Answer:
 
 
 def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:
-    """Return the prediction row of a manifest's video."""
-    return (
-        failed_row(ref, answer.error)
-        if answer.error is not None
-        else {**identity_row(ref), **answer.columns}
-    )
+    """Return the prediction row of a manifest's video; a failed one keeps the tokens that it took."""
+    if answer.error is None:
+        return {**identity_row(ref), **answer.columns}
+    names = [column.name for column in TOKENS if column.name in answer.columns]
+    tokens = {name: answer.columns[name] for name in names}
+    return failed_row(ref, answer.error) | tokens
+
+
+def best_labels(
+    scores: np.ndarray, classes: Sequence[str], count: int = TOP_LABELS
+) -> dict[str, Any]:
+    """Return the prediction columns of the `count` best classes; `scores` is [C]."""
+    best = np.argsort(-scores, kind="stable")[:count]
+    return {"top_labels": [classes[number] for number in best], "top_scores": scores[best]}
+
+
+def selection_columns(
+    slots: np.ndarray, selected_by: Sequence[str], frame_index: np.ndarray, frame_pts_s: np.ndarray
+) -> dict[str, Any]:
+    """Return the prediction columns that describe the chosen slots, which ascend."""
+    return {
+        "selected_slot": slots,
+        "selected_index": frame_index[slots],
+        "selected_pts_s": frame_pts_s[slots],
+        "selected_by": list(selected_by),
+    }
 
 
 def source_of(ref: VideoRef) -> VideoSource:

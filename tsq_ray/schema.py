@@ -207,6 +207,20 @@ PREDICTIONS = (
     ),
 )
 
+TOKENS = (
+    Column("tokens_in", pa.int64(), "tokens sent to the recogniser's server", nullable=True),
+    Column("tokens_out", pa.int64(), "tokens received from the recogniser's server", nullable=True),
+)
+"""Columns of features and predictions whose recogniser is behind a server, in all tries at a video."""
+CAPTION = Column(
+    "caption",
+    pa.string(),
+    "the server's description of the video (recognizer.caption)",
+    nullable=True,
+)
+SERVER = (*TOKENS, CAPTION)
+"""Columns of predictions whose recogniser is behind a server."""
+
 
 def arrow_schema(
     columns: Sequence[Column], sizes: Mapping[str, int], classes: Sequence[str] | None
@@ -235,19 +249,32 @@ def features_schema(
     classes: Sequence[str] | None,
     num_logits: int | None = None,
     num_objects: int = TOP_OBJECTS,
+    from_server: bool = False,
 ) -> pa.Schema:
-    """Schema of a features part; `num_logits` (the recogniser's C) adds `recognizer_logits`."""
+    """Schema of a features part; `num_logits` (the recogniser's C) adds `recognizer_logits`.
+
+    `from_server`: the recogniser is behind a server.
+    """
     columns = FEATURES if num_logits is None else (*FEATURES, RECOGNIZER_LOGITS)
+    columns = (*columns, *TOKENS) if from_server else columns
     return arrow_schema(
         columns, {"T": num_frames, "d": dim, "n": num_objects, "C": num_logits or 0}, classes
     )
 
 
 def predictions_schema(
-    num_frames: int, num_classes: int, classes: Sequence[str] | None, with_scores: bool = True
+    num_frames: int,
+    num_classes: int,
+    classes: Sequence[str] | None,
+    with_scores: bool = True,
+    from_server: bool = False,
 ) -> pa.Schema:
-    """Schema of a predictions part; `classes` are the manifest's, which `labels` index."""
+    """Schema of a predictions part; `classes` are the manifest's, which `labels` index.
+
+    `from_server`: the recogniser is behind a server.
+    """
     columns = tuple(column for column in PREDICTIONS if with_scores or column.name != "scores")
+    columns = (*columns, *SERVER) if from_server else columns
     return arrow_schema(columns, {"T": num_frames, "C": num_classes}, classes)
 
 

@@ -15,6 +15,8 @@ from tsq_ray.bundle.settings import (
     read_agreement,
     read_bundle_settings,
     read_curves,
+    recognizer_of,
+    server_of,
 )
 from tsq_ray.config import Config
 from tsq_ray.errors import ModelError
@@ -55,7 +57,7 @@ class ScoreRun:
         score.
         """
         content, digest = read_bundle_settings(model)
-        if "recognizer" not in content["files"]:
+        if (recognizer := recognizer_of(content)) is None:
             raise ModelError(f"{storage.redact(model)}: {NO_RECOGNIZER}")
         classes, labels = list(content["classes"]), selection.manifest.classes
         about = {
@@ -68,7 +70,11 @@ class ScoreRun:
         if (agreement := read_agreement(model)) is not None:
             about["agreement"] = agreement
         arrow = schema.predictions_schema(
-            config.decode.num_frames, len(classes), labels, with_scores
+            config.decode.num_frames,
+            len(classes),
+            labels,
+            with_scores,
+            from_server=recognizer.kind == "openai",
         )
         identity = identity_of(content, digest, config, with_scores)
         run = BulkRun(out, "predictions", identity, selection, config, **options)
@@ -108,7 +114,10 @@ def identity_of(
     backend = config.decode.backend
     decode = {"decode": {"backend": backend}} if backend != own else {}
     scores = "all" if with_scores else "top"
-    return Identity.of(model_sha256=digest, sampler=sampler, scores=scores, **decode)
+    server = server_of(bundle)
+    moved = server is not None and server.config.url != config.recognizer.url
+    recognizer = {"recognizer": {"url": config.recognizer.url}} if moved else {}
+    return Identity.of(model_sha256=digest, sampler=sampler, scores=scores, **decode, **recognizer)
 
 
 def measure_predictions(predictions_uri: str, classes: Sequence[str]) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def run_text(run: RunSummary, cost: Mapping[str, float] | None = None) -> str:
     if run.done_now and (used := Used.of_run(run.record)) is not None:
         lines.append(
             f"used {used.cpu_hours:.4g} CPU hours, {used.gpu_hours:.4g} GPU hours "
-            f"for {used.video_hours:.4g} hours of video" + _cost_text(cost, used.dense)
+            f"for {used.video_hours:.4g} hours of video"
+            + _tokens_text(used.tokens_in, used.tokens_out)
+            + _cost_text(cost, used.dense)
         )
     if happened := run.record.get("happened"):
         lines.append(f"in this run: {_happened_text(happened)}")
@@ -105,9 +107,15 @@ def estimate_text(estimate: Estimate) -> str:
         hours = f"{estimate.cpu_hours} CPU hours, {estimate.gpu_hours} GPU hours"
         lines.append(
             f"would use {hours} for {estimate.video_hours} hours of video"
+            + _tokens_text(estimate.tokens_in, estimate.tokens_out)
             + _cost_text(estimate.cost, estimate.dense)
         )
         lines.append(f"would write {_megabytes(estimate.bytes_out)}")
+        if estimate.tokens_in:
+            lines.append(
+                f"the probe has asked the server, for {estimate.probed_tokens_in} tokens sent and "
+                f"{estimate.probed_tokens_out} received"
+            )
         lines.append(
             f"based on a probe of {len(estimate.probed)} videos, "
             f"{estimate.probed_failed} of which failed (--json names them)"
@@ -120,12 +128,17 @@ def _nodes(estimate: Estimate) -> str:
     return f"{estimate.nodes} node{'s' * (estimate.nodes > 1)} ({estimate.cpus:g} CPUs{gpus})"
 
 
+def _tokens_text(tokens_in: int, tokens_out: int) -> str:
+    return f"; {tokens_in} tokens sent, {tokens_out} received" if tokens_in or tokens_out else ""
+
+
 def _cost_text(cost: Mapping[str, float] | None, dense: float | None) -> str:
     """Format money, and what recognising all frames would take, as the end of a sentence."""
     text = ""
     if cost is not None:
         units = {"per_video": "a video", "per_video_hour": "an hour of video"}
         each = [f"{cost[name]:g} {unit}" for name, unit in units.items() if name in cost]
+        each += [f"of which tokens {cost['tokens']:g}"] if "tokens" in cost else []
         text += f"; cost {cost['total']:g}" + (f" ({', '.join(each)})" if each else "")
     if dense is not None:
         text += f"; recognising all frames: about {dense:g} times as much"
@@ -223,10 +236,14 @@ def import_text(summary: ImportSummary) -> str:
     """Format the summary of import."""
     done = ["already done: nothing to do"] if summary.already_done else []
     more = ", ..." if summary.classes > len(summary.first_classes) else ""
+    what = (
+        f"pictures of {summary.size} x {summary.size}, {summary.parameters / 1e6:.1f} million "
+        f"parameters, {summary.gflops_per_frame:.2f} GFLOPs per frame"
+    )
+    if summary.kind == "openai":
+        what = f"behind a server, which is sent frames of {summary.size} pixels"
     lines = [
-        f"{summary.role} {summary.model} ({summary.kind}): pictures of {summary.size} x "
-        f"{summary.size}, {summary.parameters / 1e6:.1f} million parameters, "
-        f"{summary.gflops_per_frame:.2f} GFLOPs per frame",
+        f"{summary.role} {summary.model} ({summary.kind}): {what}",
         f"{summary.classes} classes: {', '.join(summary.first_classes)}{more}",
         f"out: {summary.out}",
     ]
@@ -280,7 +297,8 @@ def prediction_text(row: Mapping[str, Any]) -> str:
     )
     frames = ", ".join(f"{pts:.2f} s" for pts in row["selected_pts_s"])
     warned = "".join(f"\n  warning: {warning}" for warning in row["warnings"])
-    return f"{row['uri']}: {best}\n  frames at {frames}{warned}"
+    said = f"\n  {row['caption']}" if row.get("caption") else ""
+    return f"{row['uri']}: {best}\n  frames at {frames}{said}{warned}"
 
 
 def verification_text(found: Verification) -> str:

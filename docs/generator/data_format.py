@@ -172,7 +172,8 @@ A folder: `model.safetensors` (`backbone.*` and `head.*`), `curves.csv` (one row
 a trained backbone) and, written last, `finetune.json` with `format`, `role` (`encoder` or
 `recognizer`), `classes`, `task`, `model` (the network and its preprocessing), `backbone_sha256`,
 `provenance` and `files` (sha256 of each file). A network of transformers is described by
-`model.model_args`, so that nothing but this folder is needed to make it again.
+`model.model_args`, so that nothing but this folder is needed to make it again. Of a model behind a
+server there is `finetune.json` alone.
 
 ## The bundle
 What `tsq train` writes, and all that scoring needs: no hub, no language model. A folder:
@@ -184,7 +185,7 @@ What `tsq train` writes, and all that scoring needs: no hub, no language model. 
 | `encoder.safetensors` | the frame encoder with its frame head |
 | `objects.safetensors` | the object recogniser; absent with `train.modules = "visual"` |
 | `text.safetensors` | `vocabulary` [1000, text dimensions], the embeddings of the object names; absent with `train.modules = "visual"` |
-| `recognizer.safetensors` | the recogniser; absent without `--recognizer`, in which case `tsq score` refuses the bundle |
+| `recognizer.safetensors` | the recogniser; absent if it is behind a server, and without `--recognizer`, in which case `tsq score` refuses the bundle |
 | `curves.csv` | the losses of each epoch |
 | `agreement.json` | only from `tsq label`: `videos` held out, `curve` (for each sampler mode and budget: agreement with the dense recogniser, its interval, cost), `asked` and `chosen` |
 
@@ -258,8 +259,16 @@ def data_format() -> str:
             "What `tsq score` writes, one row per video. `scores` is absent with `--scores top`.\n",
             columns_table(schema.PREDICTIONS),
             "",
+            "With a [recogniser behind a server](training.md#a-model-behind-a-server) also the\n"
+            "following; features have the first two. They are set in failed rows too, if the server\n"
+            "was asked.\n",
+            columns_table(schema.SERVER),
+            "",
             EXPORT_TEXT,
-            ARTIFACTS_TEXT.replace("{format}", f"{bundle.FORMAT} or {bundle.FEWER_CLASSES_FORMAT}"),
+            ARTIFACTS_TEXT.replace(
+                "{format}",
+                f"{bundle.FORMAT}, {bundle.FEWER_CLASSES_FORMAT} or {bundle.SERVER_FORMAT}",
+            ),
         ]
     )
 

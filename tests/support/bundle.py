@@ -13,8 +13,16 @@ import torch
 from torch import nn
 
 from support.archive import CLASSES
+from tsq_ray.asking.questions import ServerModel
 from tsq_ray.bundle.weights import Bundle, Classifier, save_bundle
-from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig, TextConfig
+from tsq_ray.config import (
+    DecodeConfig,
+    EncodersConfig,
+    ModelConfig,
+    RecognizerConfig,
+    SamplerConfig,
+    TextConfig,
+)
 from tsq_ray.model import TSQNet, TSQShape
 from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder, load_encoder
 
@@ -32,14 +40,14 @@ def make_bundle(
     uri: str | Path,
     with_recognizer: bool = True,
     classes: Sequence[str] = CLASSES,
-    imported: Classifier | None = None,
+    imported: Classifier | ServerModel | None = None,
     budget: int = BUDGET,
 ) -> str:
     """Write the bundle and return its URI; the content is the same each time.
 
     `imported`: a recogniser, with its classes, instead of a random one.
     """
-    classes = imported.classes if imported is not None else classes
+    classes = list(imported.classes) if imported is not None else classes
     settings = EncodersConfig(
         visual=ModelConfig(model="test_efficientnet", weights="random:0", size=32),
         objects=ModelConfig(model="test_efficientnet", weights="random:1", size=32),
@@ -48,7 +56,9 @@ def make_bundle(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         encoder = _network(settings.visual, len(classes))
-        recognizer = ModelConfig(model="test_resnet", weights="random:2", size=32, resize="crop")
+        recognizer = RecognizerConfig(
+            model="test_resnet", weights="random:2", size=32, resize="crop"
+        )
         shape = TSQShape(
             len(classes), visual_dim=encoder.dim, text_dim=TEXT_DIM, dim_visual=16, dim_textual=8
         )
@@ -65,6 +75,7 @@ def make_bundle(
             recognizer=_network(recognizer, len(classes)) if with_recognizer else None,
         )
         if imported is not None:
-            bundle = replace(bundle, recognizer=imported.encoder, task=imported.task)
+            recognizes = imported if isinstance(imported, ServerModel) else imported.encoder
+            bundle = replace(bundle, recognizer=recognizes, task=imported.task)
     save_bundle(bundle, str(uri))
     return str(uri)

@@ -56,7 +56,7 @@ def test_results_are_frozen() -> None:
 
 def test_a_prediction_has_the_columns_of_the_rows() -> None:
     """The manifest's labels and split are not part of an answer."""
-    columns = [column.name for column in schema.PREDICTIONS]
+    columns = [column.name for column in (*schema.PREDICTIONS, *schema.SERVER)]
     fields = {field.name for field in dataclasses.fields(results.Prediction)}
     assert fields == set(columns) - {"labels", "label_names", "split"}
 

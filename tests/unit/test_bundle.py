@@ -202,8 +202,8 @@ def flip_a_byte(folder: Path) -> None:
             "bundle.json: not JSON; the file is damaged",
         ),
         (
-            lambda folder: change_settings(folder, BUNDLE_FILE, format=3),
-            r"bundle.json: made by a newer version of tsq_ray \(format 3; this version reads 2\); upgrade",
+            lambda folder: change_settings(folder, BUNDLE_FILE, format=4),
+            r"bundle.json: made by a newer version of tsq_ray \(format 4; this version reads 3\); upgrade",
         ),
         (
             lambda folder: change_settings(folder, BUNDLE_FILE, classes=["one"]),
@@ -281,7 +281,7 @@ def test_a_classifier_comes_back_as_it_was(classifier: Path) -> None:
         ),
         (
             lambda folder: change_settings(folder, CLASSIFIER_FILE, format="x"),
-            "finetune.json: format 'x'; this version reads 1",
+            "finetune.json: format 'x'; this version reads 3",
         ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b""), "sha256 differs"),
     ],

@@ -11,8 +11,10 @@ from tsq_ray.cost import Price, Used, dense
 from tsq_ray.errors import ConfigError
 from tsq_ray.estimate import STARTUP_S, predict
 from tsq_ray.probe import Asked, Probe
+from tsq_ray.results import Estimate, from_record
 from tsq_ray.runtime.nodes import Cluster, Node, Stage
 from tsq_ray.runtime.placement import layout
+from tsq_ray.summaries import estimate_text
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,24 @@ def test_recognising_every_frame_costs_t_over_k_of_the_recogniser_and_no_sampler
     assert dense({"decode": 1}, 4) is None
 
 
+PRICED = {"config": {"recognizer": {"price_in": 2.0, "price_out": 8.0}}}
+
+
+def test_tokens_cost_money_without_other_prices() -> None:
+    used = Used(10, 0, 100, 4, 4.0, 1000, 10, tokens_cost=5.0)
+    assert used.cost(None) == {
+        "total": 5.0,
+        "tokens": 5.0,
+        "per_video": 0.05,
+        "per_video_hour": 1.25,
+        "dense_total": 20.0,
+    }
+    found = used.cost(Price(1.0))
+    assert found is not None
+    assert (found["total"], found["dense_total"]) == (15.0, 60.0)
+    assert Used(10, 0, 100, 4).cost(None) is None
+
+
 def record(**used: float) -> dict[str, Any]:
     return {
         "videos_done_now": 10,
@@ -75,11 +95,19 @@ def record(**used: float) -> dict[str, Any]:
     ("content", "expected"),
     [
         (record(), Used(1.0, 0.0, 10, 0.5)),
-        (record(sampled_frames=160, recognized_frames=40), Used(1.0, 0.0, 10, 0.5, 2.0)),
+        (
+            record(sampled_frames=160, recognized_frames=40),
+            Used(1.0, 0.0, 10, 0.5, 2.0),
+        ),
+        (
+            record(tokens_in=3_000_000, tokens_out=500, sampled_frames=160, recognized_frames=40)
+            | PRICED,
+            Used(1.0, 0.0, 10, 0.5, 4.0, 3_000_000, 500, 6.004),
+        ),
         (record() | {"videos_done_now": 0}, None),
         ({"videos_done_now": 10}, None),
     ],
-    ids=["features", "predictions", "nothing done", "a run of 0.1.0"],
+    ids=["features", "predictions", "tokens", "nothing done", "a run of 0.1.0"],
 )
 def test_what_a_run_used(content: dict[str, Any], expected: Used | None) -> None:
     assert Used.of_run(content) == expected
@@ -89,10 +117,15 @@ FOUR, GPU = Node(4), Node(8, 1)
 
 
 def predicted(
-    stage: Stage, own: Node, nodes: list[Node], videos: int = 10_000, **seconds: float
+    stage: Stage,
+    own: Node,
+    nodes: list[Node],
+    videos: int = 10_000,
+    sets: tuple[str, ...] = (),
+    **seconds: Any,
 ) -> dict[str, Any]:
     """The estimate for these nodes, from a probe on `own`."""
-    config = load_config(None, [])
+    config = load_config(None, sets)
     asked = Asked(stage, config, lambda placed: pytest.fail("not measured here"), (), videos)
     spent = {"seconds": 0.5, "decode_s": 1.0, "network_s": 0.5} | seconds
     placed = layout(stage, config, Cluster((own,)), videos)
@@ -146,3 +179,22 @@ def test_more_cpu_nodes_help_a_gpu_only_if_decoding_limits(
 def test_a_probe_without_a_good_video_scales_with_the_gpus() -> None:
     found = predicted("extract", GPU, [GPU] * 2, decode_s=0.0, network_s=0.0)
     assert found["seconds_a_video"] == 0.25
+
+
+def test_a_server_limits_the_run_and_costs_tokens() -> None:
+    sets = (
+        *("recognizer.kind=openai", "recognizer.url=http://host/v1", "recognizer.price_in=2"),
+        *("recognizer.price_out=10", "recognizer.max_concurrent=4"),
+    )
+    asked: dict[str, Any] = {"requests_s": 6.0, "tokens": (900.0, 10.0), "spent": (14400.0, 160.0)}
+    found = predicted("score", FOUR, [FOUR] * 10, sets=sets, **asked)
+    assert found["seconds_a_video"] == 1.5  # a turn at the server of 6 s, four at a time
+    assert (found["tokens_in"], found["tokens_out"]) == (9_000_000, 100_000)
+    assert (found["probed_tokens_in"], found["probed_tokens_out"]) == (14400, 160)
+    assert found["cost"]["tokens"] == 19.0
+    assert found["cost"]["total"] == pytest.approx(19.0 + found["cpu_hours"], rel=1e-3)
+    assert found["cost"]["dense_total"] == pytest.approx(2 * found["cost"]["total"], rel=1e-3)
+    text = estimate_text(from_record(Estimate, found, videos=10_000, inputs=10_000, bytes_in=0))
+    assert "; 9000000 tokens sent, 100000 received; cost " in text
+    assert "of which tokens 19)" in text
+    assert "the probe has asked the server, for 14400 tokens sent and 160 received" in text

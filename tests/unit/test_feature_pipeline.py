@@ -64,6 +64,16 @@ def test_a_packed_video_comes_out_as_it_went_in(shapes: dict[str, tuple[int, ...
             assert np.array_equal(one, other), field.name
 
 
+def test_pictures_in_the_shape_of_the_video_come_out_in_it() -> None:
+    """The video has 12 x 10 pixels, and a server is sent a shorter side of 5."""
+    specs = {"recognizer": FrameSpec(5, "keep")}
+    before = np.random.default_rng(1).integers(0, 256, (3, 5, 6, 3), np.uint8)
+    packed = pack_video(video({"recognizer": before}), list(specs))
+    after = unpack_video(dict.fromkeys(packed_fields(list(specs))) | packed, specs)
+    assert isinstance(after, DecodedVideo)
+    assert np.array_equal(after.frames["recognizer"], before)
+
+
 def test_a_packed_failure_comes_out_as_a_failure() -> None:
     packed = pack_video(VideoError("corrupt", "no frame can be decoded"), list(SPECS))
     table = pa.table(

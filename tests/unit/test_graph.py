@@ -77,7 +77,7 @@ def stages(**more: Stage) -> dict[str, Any]:
 
 
 def score(parts: dict[str, Any], limits: TimeLimits | None = None) -> Answer:
-    return asyncio.run(Graph(**parts, limits=limits or TimeLimits(5, 5, 20)).score(VIDEO))
+    return asyncio.run(Graph(**parts, limits=limits or TimeLimits(5, 5, 20, 5)).score(VIDEO))
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_lost_work_is_repeated_from_the_start(name: str, lost: Exception) -> Non
 
 
 def test_a_stage_that_stays_down_makes_the_video_unavailable() -> None:
-    answer = score(stages(sampler=Stage(ActorDiedError())), TimeLimits(5, 5, 0.2))
+    answer = score(stages(sampler=Stage(ActorDiedError())), TimeLimits(5, 5, 0.2, 5))
     assert answer.error is not None
     assert answer.error.error_type == "unavailable"
 
@@ -121,7 +121,7 @@ def test_another_error_is_raised_immediately() -> None:
 
 def test_a_slow_hop_is_cancelled_and_its_replica_counts_as_unavailable() -> None:
     parts = stages(recognizer=Stage(ANSWER, seconds=10))
-    answer = score(parts, TimeLimits(5, 0.05, 0.3))
+    answer = score(parts, TimeLimits(5, 0.05, 0.3, 0.05))
     assert answer.error is not None
     assert answer.error.error_type == "unavailable"
     assert all(response.cancelled for response in parts["recognizer"].responses)
@@ -133,7 +133,7 @@ def test_a_caller_that_gives_up_cancels_the_hop() -> None:
 
     async def run() -> None:
         async with asyncio.timeout(0.1):
-            await Graph(**parts, limits=TimeLimits(5, 5, 20)).score(VIDEO)
+            await Graph(**parts, limits=TimeLimits(5, 5, 20, 5)).score(VIDEO)
 
     with pytest.raises(TimeoutError):
         asyncio.run(run())
@@ -143,7 +143,7 @@ def test_a_caller_that_gives_up_cancels_the_hop() -> None:
 
 def test_a_stage_that_does_not_answer_a_ping_is_silent() -> None:
     parts = stages(sampler=Stage("one", seconds=10), recognizer=Stage(ActorDiedError()))
-    graph = Graph(**parts, limits=TimeLimits(5, 5, 20))
+    graph = Graph(**parts, limits=TimeLimits(5, 5, 20, 5))
     asyncio.run(graph.ping(0.1))
     assert {name: graph.silent_s(name) < 5 for name in parts} == {
         "decoder": True,

@@ -23,7 +23,7 @@ from support.pretrained import (
 )
 
 from tsq_ray.bundle.weights import Classifier, load_classifier
-from tsq_ray.config import DecodeConfig, ResourcesConfig, SamplerConfig, check_budget
+from tsq_ray.config import DecodeConfig, ModelConfig, ResourcesConfig, SamplerConfig, check_budget
 from tsq_ray.decode import FrameSpec, VideoSource, decode_video
 from tsq_ray.decode.frames import resize_picture
 from tsq_ray.errors import ConfigError, ModelError, RunError
@@ -124,13 +124,15 @@ def test_a_video_classifier_answers_as_in_transformers(
 
 
 def test_whole_clips_are_chosen() -> None:
-    check_budget(SamplerConfig(budget=8), 16, clip_frames=4)
+    clips = {"architecture": "VideoMAEForVideoClassification", "num_frames": 4}
+    video = ModelConfig(kind="transformers", model="m", model_args=clips)
+    check_budget(SamplerConfig(budget=8), 16, recognizer=video)
     with pytest.raises(ConfigError, match=r"\(K\) is 6: the recogniser takes clips of 4 frames"):
-        check_budget(SamplerConfig(budget=6), 16, clip_frames=4)
+        check_budget(SamplerConfig(budget=6), 16, recognizer=video)
     with pytest.raises(ConfigError, match=r"\(K\) is adaptive: the recogniser takes clips"):
-        check_budget(SamplerConfig(budget="adaptive"), 16, clip_frames=4)
+        check_budget(SamplerConfig(budget="adaptive"), 16, recognizer=video)
     with pytest.raises(ConfigError, match="'maxconf': the recogniser takes clips of 4 frames"):
-        check_budget(SamplerConfig(mode="maxconf", budget=4), 16, clip_frames=4)
+        check_budget(SamplerConfig(mode="maxconf", budget=4), 16, recognizer=video)
 
 
 @pytest.mark.parametrize("kind", sorted(DUAL_ENCODERS))

@@ -34,6 +34,7 @@ ORDER = (
         "runs",
         "decode",
         "rows",
+        "asking",
         "networks",
         "model",
         "bundle",
@@ -67,9 +68,10 @@ ORDER = (
 )
 """A module imports only from those before its own."""
 INSIDE = {
+    "asking": ("answers", "client", "questions"),
     "bundle": ("settings", "overrides", "weights"),
     "commands": ("jobs", "pipeline", "labelling", "results", "endpoint"),
-    "config": ("base", "method", "resources", "settings", "load"),
+    "config": ("base", "method", "recognizer", "resources", "settings", "load"),
     "decode": (
         *("types", "fetch", "plan", "clock", "nvdec", "frames", "probe", "pyav_backend"),
         *("decord_backend", "indexed", "survivors", "job", "video", "child", "sandbox"),
@@ -98,6 +100,7 @@ INSIDE = {
     "serving": (
         *("access", "loopback", "facts", "microbatching", "warmup", "metrics", "requests", "graph"),
         *(
+            "recognizers",
             "deployments",
             "batches",
             "openapi",
@@ -308,6 +311,10 @@ def loaded(code: str) -> set[str]:
             "import tsq_ray.scoring, tsq_ray.rows, tsq_ray.bundle.settings",
             {"pydantic", "pyarrow", "fsspec", "av"},
         ),
+        (
+            "import tsq_ray.asking.questions, tsq_ray.bundle.settings",
+            {"pydantic", "pyarrow", "fsspec", "av"},
+        ),
         ("import tsq_ray.serving.app", {"pydantic", "pyarrow", "fsspec", "av", "ray"}),
     ],
     ids=[
@@ -319,6 +326,7 @@ def loaded(code: str) -> set[str]:
         "wrong settings",
         "runs",
         "score",
+        "server",
         "serve",
     ],
 )

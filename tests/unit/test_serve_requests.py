@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from tsq_ray.config import ServeConfig, load_config
 from tsq_ray.errors import ConfigError, DecoderKilled, DiskFull, VideoError
-from tsq_ray.schema import PREDICTIONS
+from tsq_ray.schema import PREDICTIONS, SERVER
 from tsq_ray.serving.requests.admission import Admission
 from tsq_ray.serving.requests.models import OMITTED, Options, Prediction, UriRequest
 from tsq_ray.serving.requests.parse import asked, parsed
@@ -367,11 +367,11 @@ def test_options() -> None:
 
 
 def test_the_answer_has_the_columns_of_predictions() -> None:
-    columns = {column.name for column in PREDICTIONS} - OMITTED
+    columns = {column.name for column in (*PREDICTIONS, *SERVER)} - OMITTED
     fields = Prediction.model_fields
     assert set(fields) == columns | {"model", "frames"}
     documented = Prediction.model_json_schema()["properties"]
-    for column in PREDICTIONS:
+    for column in (*PREDICTIONS, *SERVER):
         if column.name in columns - {"status"}:
             assert documented[column.name]["description"].startswith(column.doc)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tsq_ray import storage
-from tsq_ray.bundle.settings import read_bundle_settings
-from tsq_ray.config import Config, check_budget, load_config
+from tsq_ray.bundle.settings import read_bundle_settings, recognizer_of
+from tsq_ray.config import SERVER_USE, Config, check_budget, load_config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runs.identity import Identity
 
@@ -28,6 +28,8 @@ FREE = (
     "train.",
     "finetune.",
     "encoders.text.",
+    "recognizer.url",
+    *(f"recognizer.{name}" for name in SERVER_USE),
 )
 """Settings that scoring may change or does not read; all others are fixed by training."""
 
@@ -58,8 +60,8 @@ def scoring_config(
             f"({differ}); it may set sampler.budget, sampler.lambda_visual, sampler.mode, "
             "sampler.seed, decode.backend and resources.*"
         )
-    clip_frames = config.recognizer.clip_frames if content["config"]["recognizer"] else 1
-    check_budget(config.sampler, config.decode.num_frames, str(content["task"]), clip_frames)
+    recognizer = config.recognizer if recognizer_of(content) is not None else None
+    check_budget(config.sampler, config.decode.num_frames, str(content["task"]), recognizer)
     return config
 
 

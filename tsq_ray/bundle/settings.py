@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tsq_ray import storage
+from tsq_ray.asking.questions import ServerModel
+from tsq_ray.config import Config, RecognizerConfig
 from tsq_ray.errors import ModelError, StorageError
 from tsq_ray.provenance import check_format
 from tsq_ray.runs.folder import read_json, write_json
@@ -23,8 +25,9 @@ CURVES_FILE = "curves.csv"
 """Losses of each training epoch, stored in the artifact's folder."""
 AGREEMENT_FILE = "agreement.json"
 """Agreement with the dense recogniser on held-out videos, stored in a bundle's folder."""
-FORMAT, FEWER_CLASSES_FORMAT = 1, 2
-"""The second is that of a bundle whose sampler has queries for some of the classes only."""
+FORMAT, FEWER_CLASSES_FORMAT, SERVER_FORMAT = 1, 2, 3
+"""The second is that of a bundle whose sampler has queries for some of the classes only, the third
+that of an artifact whose recogniser is behind a server."""
 NO_RECOGNIZER = (
     "the bundle has no recogniser; train it again with --recognizer URI "
     "(from tsq finetune --role recognizer)"
@@ -61,12 +64,43 @@ def check_bundle(uri: str, mode: str) -> None:
     Raises ModelError if one is damaged or missing, or if the bundle cannot score.
     """
     content, _ = read_bundle_settings(uri)
-    if "recognizer" not in content["files"]:
+    if recognizer_of(content) is None:
         raise ModelError(NO_RECOGNIZER)
     if mode == "textual" and "objects" not in content["files"]:
         raise ModelError(NO_TEXTUAL_MODULE)
     for name in content["files"]:
         read_checked(storage.normalize(uri), content, name)
+
+
+def recognizer_of(content: Mapping[str, Any]) -> RecognizerConfig | None:
+    """Return the settings of a bundle's recogniser; None if it has none."""
+    settings = content["config"]["recognizer"]
+    return RecognizerConfig.model_validate(settings) if settings is not None else None
+
+
+def server_of(content: Mapping[str, Any], config: Config | None = None) -> ServerModel | None:
+    """Return the recogniser of a bundle if it is behind a server.
+
+    `config`: settings of a scoring run, which may use the server in another way.
+    """
+    own = recognizer_of(content)
+    if own is None or own.kind != "openai":
+        return None
+    return ServerModel(
+        config.recognizer if config is not None else own, tuple(content["classes"]), content["task"]
+    )
+
+
+def read_server(uri: str, config: RecognizerConfig | None = None) -> ServerModel | None:
+    """Return the classifier at `uri` if it is behind a server. Raises ModelError.
+
+    `config`: its settings in a run, which may use the server in another way.
+    """
+    content, _ = read_classifier_settings(uri)
+    if content["model"].get("kind") != "openai":  # older classifiers have no kind
+        return None
+    config = config or RecognizerConfig.model_validate(content["model"])
+    return ServerModel(config, tuple(content["classes"]), content["task"])
 
 
 def is_bundle(uri: str) -> bool:
@@ -142,8 +176,7 @@ def _read_settings(uri: str, name: str, what: str) -> tuple[dict[str, Any], str]
         content = json.loads(data)
     except ValueError:
         raise ModelError(f"{storage.redact(uri)}/{name}: not JSON; the file is damaged") from None
-    newest = FEWER_CLASSES_FORMAT if name == BUNDLE_FILE else FORMAT
-    check_format(content, newest, f"{storage.redact(uri)}: {name}", ModelError)
+    check_format(content, SERVER_FORMAT, f"{storage.redact(uri)}: {name}", ModelError)
     return content, storage.sha256_of(data)
 
 

@@ -17,17 +17,28 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from tsq_ray import storage
+from tsq_ray.asking.questions import ServerModel
 from tsq_ray.bundle.settings import (
     BUNDLE_FILE,
     CLASSIFIER_FILE,
     FEWER_CLASSES_FORMAT,
     FORMAT,
     NO_RECOGNIZER,
+    SERVER_FORMAT,
     read_bundle_settings,
     read_checked,
     read_classifier_settings,
+    recognizer_of,
+    server_of,
 )
-from tsq_ray.config import DecodeConfig, EncodersConfig, ModelConfig, SamplerConfig, Task
+from tsq_ray.config import (
+    DecodeConfig,
+    EncodersConfig,
+    ModelConfig,
+    RecognizerConfig,
+    SamplerConfig,
+    Task,
+)
 from tsq_ray.errors import ModelError
 from tsq_ray.model import TSQNet, TSQShape
 from tsq_ray.networks.encoder import (
@@ -68,7 +79,7 @@ class Bundle:
     encoder: FrameEncoder
     objects: FrameEncoder | None
     vocabulary: Tensor | None
-    recognizer: FrameEncoder | None
+    recognizer: FrameEncoder | ServerModel | None
     provenance: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     sampler_classes: list[str] | None = None
@@ -89,16 +100,30 @@ def save_classifier(classifier: Classifier, uri: str) -> None:
     _write_folder(uri, CLASSIFIER_FILE, content, {"model": _encoder_state(classifier.encoder)})
 
 
+def save_server(model: ServerModel, uri: str, provenance: dict[str, Any]) -> None:
+    """Write the classifier folder of a recogniser behind a server: finetune.json alone."""
+    content = {
+        "format": SERVER_FORMAT,
+        "role": "recognizer",
+        "classes": list(model.classes),
+        "task": model.task,
+        "model": model.config.model_dump(mode="json"),
+        "backbone_sha256": model.state_hash(),
+        "provenance": provenance,
+    }
+    _write_folder(uri, CLASSIFIER_FILE, content, {})
+
+
 def load_classifier(uri: str) -> Classifier:
     """Read a classifier folder.
 
-    Raises ModelError if it is missing, damaged or of another format.
+    Raises ModelError if it is missing, damaged, of another format, or a model behind a server.
     """
     uri = storage.normalize(uri)
     content, _ = read_classifier_settings(uri)
     classes = list(content["classes"])
     encoder = _restore_encoder(
-        uri, content, "model", ModelConfig.model_validate(content["model"]), len(classes)
+        uri, content, "model", RecognizerConfig.model_validate(content["model"]), len(classes)
     )
     return Classifier(encoder, classes, content["task"], content["role"], content["provenance"])
 
@@ -114,10 +139,10 @@ def load_network(config: ModelConfig, with_head: bool) -> FrameEncoder:
     return load_encoder(config, with_head)
 
 
-def classifier_settings(uri: str) -> ModelConfig:
+def classifier_settings(uri: str) -> RecognizerConfig:
     """Return settings that load the classifier at `uri`, with its own model and preprocessing."""
     place = storage.normalize(uri)
-    config = ModelConfig.model_validate(read_classifier_settings(place)[0]["model"])
+    config = RecognizerConfig.model_validate(read_classifier_settings(place)[0]["model"])
     return config.model_copy(update={"weights": place})
 
 
@@ -131,11 +156,11 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
         states["objects"] = _encoder_state(bundle.objects)
     if bundle.vocabulary is not None:
         states["text"] = {"vocabulary": bundle.vocabulary}
-    if bundle.recognizer is not None:
+    if isinstance(bundle.recognizer, FrameEncoder):
         states["recognizer"] = _encoder_state(bundle.recognizer)
     fewer = {} if bundle.sampler_classes is None else {"sampler_classes": bundle.sampler_classes}
     content = {
-        "format": FORMAT if not fewer else FEWER_CLASSES_FORMAT,
+        "format": _format(bundle),
         "classes": bundle.classes,
         **fewer,
         "task": bundle.task,
@@ -153,6 +178,12 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
     _write_folder(uri, BUNDLE_FILE, content, states)
 
 
+def _format(bundle: Bundle) -> int:
+    if isinstance(bundle.recognizer, ServerModel):
+        return SERVER_FORMAT
+    return FORMAT if bundle.sampler_classes is None else FEWER_CLASSES_FORMAT
+
+
 def load_bundle(uri: str) -> Bundle:
     """Read a bundle folder, with networks in eval mode on the CPU.
 
@@ -166,15 +197,9 @@ def load_bundle(uri: str) -> Bundle:
     _load_into(sampler, uri, content, "sampler")
     classes, taught = list(content["classes"]), content.get("sampler_classes")
     with_text = "objects" in content["files"]
-    recognizer = None
-    if config["recognizer"] is not None:
-        recognizer = _restore_encoder(
-            uri,
-            content,
-            "recognizer",
-            ModelConfig.model_validate(config["recognizer"]),
-            len(classes),
-        )
+    recognizer: FrameEncoder | ServerModel | None = server_of(content)
+    if recognizer is None and (own := recognizer_of(content)) is not None:
+        recognizer = _restore_encoder(uri, content, "recognizer", own, len(classes))
     return Bundle(
         classes=classes,
         task=content["task"],
@@ -195,19 +220,13 @@ def load_bundle(uri: str) -> Bundle:
 
 
 def load_recognizer(uri: str) -> Classifier:
-    """Read only the recogniser of a bundle. Raises ModelError if the bundle has none."""
+    """Read only the network that recognises. Raises ModelError if the bundle has none."""
     uri = storage.normalize(uri)
     content, _ = read_bundle_settings(uri)
-    if content["config"]["recognizer"] is None:
+    if (own := recognizer_of(content)) is None:
         raise ModelError(NO_RECOGNIZER)
     classes = list(content["classes"])
-    encoder = _restore_encoder(
-        uri,
-        content,
-        "recognizer",
-        ModelConfig.model_validate(content["config"]["recognizer"]),
-        len(classes),
-    )
+    encoder = _restore_encoder(uri, content, "recognizer", own, len(classes))
     return Classifier(encoder, classes, content["task"], "recognizer", content["provenance"])
 
 

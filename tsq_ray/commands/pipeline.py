@@ -199,7 +199,9 @@ def import_(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="timm name, or hub id, folder or URI of a transformers model."
+            metavar="MODEL",
+            help="timm name; hub id, folder or URI of a transformers model; or, with "
+            "recognizer.kind=openai, a server's name of a model.",
         ),
     ],
     out: Out,

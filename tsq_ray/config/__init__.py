@@ -22,6 +22,7 @@ from tsq_ray.config.method import (
     TrainConfig,
     TSQMode,
 )
+from tsq_ray.config.recognizer import SERVER_USE, RecognizerConfig
 from tsq_ray.config.resources import (
     LabelsConfig,
     NodeType,
@@ -35,6 +36,7 @@ from tsq_ray.config.resources import (
 from tsq_ray.config.settings import Config, check_budget, check_top_objects
 
 __all__ = [
+    "SERVER_USE",
     "TSQ_MODES",
     "VIDEO_CLASSIFIER",
     "Config",
@@ -48,6 +50,7 @@ __all__ = [
     "NodeType",
     "OutputConfig",
     "Precision",
+    "RecognizerConfig",
     "ReplicaConfig",
     "ResourcesConfig",
     "SamplerConfig",

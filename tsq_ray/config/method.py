@@ -45,10 +45,10 @@ class DecodeConfig(Section):
 class ModelConfig(Section):
     """A pretrained network and the preprocessing that its weights expect."""
 
-    kind: Literal["timm", "transformers"] = "timm"
-    """Library of the network."""
+    kind: Literal["timm", "transformers", "openai"] = "timm"
+    """Library of the network; `openai` (only the recogniser): a model behind a server."""
     model: str
-    """timm name, or Hugging Face id of a transformers network."""
+    """timm name, Hugging Face id of a transformers network, or the server's name of a model."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments for the model's constructor, for example {pad_type = "same"}. Of a transformers
     network its class and config, which `tsq import` sets."""
@@ -108,6 +108,16 @@ class EncodersConfig(Section):
     num_objects: int = Field(default=10, ge=1, le=1000)
     """Most probable objects that `extract` stores per frame; `train.top_objects` may use fewer
     (paper, table 9: 10, all 1000)."""
+
+    @model_validator(mode="after")
+    def _are_networks(self) -> Self:
+        for name, model in (("visual", self.visual), ("objects", self.objects)):
+            if model.kind == "openai":
+                raise ValueError(
+                    f"{name}.kind is 'openai': only the recogniser may be a model behind a server; "
+                    "use 'timm' or 'transformers'"
+                )
+        return self
 
 
 class SamplerConfig(Section):

@@ -13,6 +13,7 @@ from tsq_ray.config.method import (
     SamplerConfig,
     TrainConfig,
 )
+from tsq_ray.config.recognizer import RecognizerConfig
 from tsq_ray.config.resources import OutputConfig, ResourcesConfig, ServeConfig
 from tsq_ray.errors import ConfigError
 
@@ -22,7 +23,7 @@ class Config(Section):
 
     decode: DecodeConfig = DecodeConfig()
     encoders: EncodersConfig = EncodersConfig()
-    recognizer: ModelConfig = ModelConfig(model="resnet50", resize="crop")
+    recognizer: RecognizerConfig = RecognizerConfig(model="resnet50", resize="crop")
     sampler: SamplerConfig = SamplerConfig()
     train: TrainConfig = TrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
@@ -33,17 +34,21 @@ class Config(Section):
 
     def with_visual_encoder(self, model: ModelConfig) -> Config:
         """Return these settings with another `encoders.visual`."""
-        encoders = self.encoders.model_copy(update={"visual": model})
+        plain = ModelConfig(**model.model_dump(include=set(ModelConfig.model_fields)))
+        encoders = self.encoders.model_copy(update={"visual": plain})
         return self.model_copy(update={"encoders": encoders})
 
 
 def check_budget(
-    sampler: SamplerConfig, num_frames: int, task: str = "single", clip_frames: int = 1
+    sampler: SamplerConfig,
+    num_frames: int,
+    task: str = "single",
+    recognizer: ModelConfig | None = None,
 ) -> None:
-    """Check the budget K, for a recogniser that takes clips of `clip_frames`.
+    """Check the budget K, for this recogniser if it is known.
 
     Raises ConfigError if K > T, if K is adaptive but the mode does not rank frames or a video may
-    have several labels, or if the chosen frames are not whole clips.
+    have several labels, or if the recogniser gives no answers that the mode or K can use.
     """
     if sampler.most_frames > num_frames:
         name = "sampler.max_budget" if sampler.budget == "adaptive" else "sampler.budget (K)"
@@ -62,12 +67,20 @@ def check_budget(
                 "sampler.budget 'adaptive' waits for one class to lead, "
                 "but with train.task 'multi' several may be true; use a number"
             )
+    if recognizer is not None:
+        _check_answers(sampler, recognizer)
 
-    if clip_frames > 1:
-        _check_clips(sampler, clip_frames)
 
-
-def _check_clips(sampler: SamplerConfig, clip_frames: int) -> None:
+def _check_answers(sampler: SamplerConfig, recognizer: ModelConfig) -> None:
+    """Raise ConfigError if K is not whole clips, or if a mode asks for answers on single frames."""
+    clip_frames = recognizer.clip_frames
+    if recognizer.kind == "openai" and sampler.mode == "maxconf":
+        raise ConfigError(
+            "sampler.mode 'maxconf': the recogniser is a server that is asked once about all chosen "
+            "frames, which says nothing about one frame; use another mode"
+        )
+    if clip_frames == 1:
+        return
     what = f"the recogniser takes clips of {clip_frames} frames"
     if sampler.mode == "maxconf":
         raise ConfigError(f"sampler.mode 'maxconf': {what}, which says nothing about one frame")

@@ -43,7 +43,8 @@ class Agreement:
     map: float
     """mAP with the classes that the dense recogniser finds as the truth."""
     cost: float
-    """GFLOPs relative to those of the dense recogniser, counted as they run."""
+    """GFLOPs relative to those of the dense recogniser, counted as they run; frames, if it is behind
+    a server."""
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -60,7 +61,8 @@ def interval(share: float, count: int) -> tuple[float, float]:
 def measure_agreement(bundle: Bundle, videos: VideoSet, config: SamplerConfig) -> list[Agreement]:
     """Measure the bundle's sampler and uniform frames at every K below T, then the dense recogniser.
 
-    With one label per video, also the adaptive budget. `config`: the other settings of the sampler.
+    With one label per video, also the adaptive budget of a network. `config`: the other settings of
+    the sampler.
     """
     task, dense = bundle.task, dense_answers(videos, bundle.task)
     arrays = {name: getattr(videos, name) for name in ("visual", "object_ids", "object_probs")}
@@ -78,7 +80,7 @@ def measure_agreement(bundle: Bundle, videos: VideoSet, config: SamplerConfig) -
 
     budgets: Sequence[int] = range(1, videos.num_frames)
     found = [measured(mode, budget) for budget in budgets]
-    if task == "single" and config.max_budget <= videos.num_frames:
+    if task == "single" and config.max_budget <= videos.num_frames and not _is_server(bundle):
         found.append(measured(mode, "adaptive"))
     found += [measured("uniform", budget) for budget in budgets]
     return [*found, measured("uniform", videos.num_frames)]
@@ -102,8 +104,15 @@ def _compare(
     )
 
 
+def _is_server(bundle: Bundle) -> bool:
+    assert bundle.recognizer is not None
+    return bundle.recognizer.config.kind == "openai"
+
+
 def _relative_cost(bundle: Bundle, config: SamplerConfig, budget: float) -> float:
     shape, num_frames = bundle.sampler.shape, bundle.decode.num_frames
+    if _is_server(bundle):
+        return budget / num_frames
     assert config.mode != "random"
     own = gflops(bundle, config.mode, num_frames, budget, shape, "true")
     return own / gflops(bundle, "uniform", num_frames, num_frames, shape, "true")

@@ -214,8 +214,7 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
         f"label order: the bundle's, {len(features.classes)} classes "
         f"(sha256 {storage.sha256_of(json.dumps(features.classes).encode())[:12]}): "
         f"{', '.join(features.classes[:3])}, ...",
-        f"{_model_line(model, bench.bundle)}; "
-        f"recogniser {bench.bundle.recognizer.config.model if bench.bundle.recognizer else '-'}",
+        f"{_model_line(model, bench.bundle)}; recogniser {_recognizer_name(bench.bundle)}",
         _version(),
     ]
     if features.unknown_labels:
@@ -223,6 +222,14 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
             f"labels that the bundle lacks, left out: {', '.join(features.unknown_labels)}"
         )
     return lines
+
+
+def _recognizer_name(bundle: Bundle) -> str:
+    if bundle.recognizer is None:
+        return "-"
+    config = bundle.recognizer.config
+    unknown = " (behind a server: its multiply-adds are unknown and count as 0)"
+    return config.model + (unknown if config.kind == "openai" else "")
 
 
 def _model_line(model: str, bundle: Bundle) -> str:

@@ -41,7 +41,7 @@ class NetworkLike(Protocol):
     """The settings that identify an image network; the settings sections satisfy it."""
 
     @property
-    def kind(self) -> Literal["timm", "transformers"]: ...
+    def kind(self) -> Literal["timm", "transformers", "openai"]: ...
     @property
     def model(self) -> str: ...
     @property
@@ -128,9 +128,13 @@ def count_ops(model: nn.Module, *inputs: Tensor | None) -> OpCount:
 def count_network(network: NetworkLike) -> OpCount:
     """Count a network without its classifier, on one picture of its input size.
 
+    A model behind a server counts 0: nobody knows its work, it costs money instead.
+
     Raises:
         ModelError: the library has no model of that name, or rejects the arguments or the size.
     """
+    if network.kind == "openai":
+        return OpCount(0, 0)
     count = _count_transformers if network.kind == "transformers" else _count_timm
     arguments = json.dumps(dict(network.model_args), sort_keys=True)
     return count(network.model, network.size, arguments)
@@ -140,9 +144,9 @@ def network_multiply_adds(network: NetworkLike, counting: Counting = "field") ->
     """Return the multiply-adds of one frame of size x size pixels through a network.
 
     `counting`: see the module docstring; a transformers network is made for one size, so both
-    ways count it there.
+    ways count it there, and a model behind a server as 0.
     """
-    if counting == "true" or network.kind == "transformers":
+    if counting == "true" or network.kind != "timm":
         return count_network(network).total
     name = network.model.split(".")[0].removeprefix("tf_")
     if name in CITED and not network.model_args:

@@ -80,8 +80,9 @@ def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
     """Create a network with random weights, which has timm's methods for its classifier.
 
     A timm network is made without a classifier if `num_classes` is 0. Raises ModelError for an
-    unknown name or argument.
+    unknown name or argument, and for a model behind a server.
     """
+    _check_is_network(config)
     if config.kind == "transformers":
         return create_transformers(config, num_classes)
     import timm
@@ -110,6 +111,7 @@ def load_encoder(
     `with_head` keeps the pretrained classifier of `num_classes`. Raises ModelError if the weights
     are missing or do not fit the network.
     """
+    _check_is_network(config)
     if config.weights == "hub":
         network = _from_hub(config)
     elif config.weights.startswith("random:"):
@@ -122,6 +124,14 @@ def load_encoder(
             f"weights {config.weights!r} of model {config.model!r}",
         )
     return split_network(config, network, with_head)
+
+
+def _check_is_network(config: ModelConfig) -> None:
+    if config.kind == "openai":
+        raise ModelError(
+            f"model {config.model!r} is behind a server (kind 'openai'): it can only be the "
+            "--recognizer of extract and train; name a network"
+        )
 
 
 def split_network(config: ModelConfig, network: nn.Module, with_head: bool) -> FrameEncoder:

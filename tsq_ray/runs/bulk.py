@@ -121,7 +121,7 @@ class BulkRun:
         self.happened: dict[str, float] = {}
         """What went on besides the work: nodes_lost, videos_done_again, waited_s."""
         self.used: dict[str, float] = {}
-        """What the work took: cpu_hours and gpu_hours of the nodes, video_hours, and frames."""
+        """What the work took: cpu_hours and gpu_hours of the nodes, video_hours, frames, tokens."""
         self._held = contextlib.ExitStack()
         self._done: Done | None = None
 

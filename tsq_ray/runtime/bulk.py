@@ -120,6 +120,7 @@ class _Observer:
         if self._used[parts.RECOGNIZED]:
             self._run.used["sampled_frames"] = int(self._used[parts.SAMPLED])
             self._run.used["recognized_frames"] = int(self._used[parts.RECOGNIZED])
+        self._run.used |= {name: int(self._used[name]) for name in parts.TOKENS if self._used[name]}
 
     def look(self) -> None:
         """Compare the nodes with those of before, and export what is known."""

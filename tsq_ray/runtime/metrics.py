@@ -25,6 +25,8 @@ class Part:
     """Bytes of them read from storage."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Seconds of work on them by step."""
+    tokens: Mapping[str, float] = field(default_factory=dict)
+    """tokens_in and tokens_out of the recogniser's server."""
 
 
 class RunMetrics:
@@ -49,6 +51,9 @@ class RunMetrics:
             counter, "fetched_bytes", "Bytes of those videos that were read from storage."
         )
         self._seconds = made(counter, "seconds", "Seconds of work on those videos.", "step")
+        self._tokens = made(
+            counter, "tokens", "Tokens that the recogniser's server counted.", "direction"
+        )
         self._left = made(gauge, "videos_left", "Videos that have no row yet.")
         self._last = made(gauge, "last_part_timestamp_seconds", "When the last part was published.")
         self._waiting = made(
@@ -75,6 +80,9 @@ class RunMetrics:
         for step, value in part.seconds.items():
             if value > 0:
                 self._seconds.inc(value, self._tags | {"step": step})
+        for name, tokens in part.tokens.items():
+            if tokens > 0:
+                self._tokens.inc(tokens, self._tags | {"direction": name.removeprefix("tokens_")})
 
     def update(self, left: int, waiting_s: float, happened: Mapping[str, float]) -> None:
         """Set the gauges; to be called every few seconds, as they expire."""

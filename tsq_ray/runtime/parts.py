@@ -49,9 +49,13 @@ _OTHER_BYTES = 300
 """Size of a row without its tensors: URI, codec, numbers, warnings."""
 _MIB = 2**20
 T = TypeVar("T")
-AMOUNTS = (ROWS, VIDEO_S, SAMPLED, RECOGNIZED) = ("rows", "video_s", "sampled", "recognized")
+AMOUNTS = (ROWS, VIDEO_S, SAMPLED, RECOGNIZED, *TOKENS) = (
+    *("rows", "video_s", "sampled", "recognized"),
+    *(column.name for column in schema.TOKENS),
+)
 """Keys of the sums that `write_parts` returns that are no stage's seconds: written rows, seconds of
-footage in them, and of those that a recogniser saw, the frames sampled and the frames recognised."""
+footage in them, of those that a recogniser saw, the frames sampled and the frames recognised, and
+the tokens that its server counted."""
 _ERROR, _WRITE, _VIDEOS, _BYTES, _READ = "error", "write", "videos", "bytes", "fetched"
 _WRITE_WAITS_S = (5, 10, 20, 40)
 
@@ -200,9 +204,8 @@ def write_parts(
             size, fetched = int(row.pop(_BYTES)), int(row.pop(_READ))
             for name, value in row.items():
                 totals[name] = totals.get(name, 0.0) + value
-            published(
-                Part(videos, size, fetched, {name: row[name] for name in row.keys() - {*AMOUNTS}})
-            )
+            spent = {name: row[name] for name in row.keys() - {*AMOUNTS}}
+            published(Part(videos, size, fetched, spent, {name: row[name] for name in TOKENS}))
     return totals
 
 
@@ -214,7 +217,9 @@ def _amounts(rows: pa.Table) -> dict[str, float]:
         sampled = pc.sum(pc.list_value_length(live["frame_pts_s"])).as_py() or 0
         recognized = pc.sum(pc.list_value_length(live["selected_slot"])).as_py() or 0
     seconds = pc.sum(rows["duration_s"]).as_py() or 0.0
-    values = (len(rows), seconds, sampled, recognized)
+    known = [name for name in TOKENS if name in rows.column_names]
+    tokens = [pc.sum(rows[name]).as_py() or 0 for name in known] or [0] * len(TOKENS)
+    values = (len(rows), seconds, sampled, recognized, *tokens)
     return dict(zip(AMOUNTS, map(float, values), strict=True))
 
 

@@ -314,7 +314,7 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
     """Lay out scoring: replicas of the Serve graph, and the actors that send videos to them.
 
     The replicas fill the live nodes. Each network has half a GPU; without GPUs each node has one
-    replica of each network, which uses all of its cores.
+    replica of each network, which uses all of its cores. A server is asked by one replica.
     """
     resources = config.resources
     gpus = gpu_count(config, cluster)
@@ -339,6 +339,8 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
             name: Pool(name, 1, count, limit, _NETWORK_CPUS * unit, memory=memory)
             for name in ("sampler", "recognizer")
         }
+    if config.recognizer.kind == "openai":  # it waits for its server, whose limits are for the run
+        networks["recognizer"] = Pool("recognizer", 1, 1, 1, _NETWORK_CPUS * unit, memory=waiting)
     children = max(1, int(min(config.serve.decoder_processes, cores)))
     count = min(resources.decoders or max(1, int((cores - unit) / 2)), videos)
     limit = count if resources.decoders else _growth(count, videos)
@@ -366,13 +368,14 @@ def _serve(config: Config, cluster: Cluster, videos: int) -> Layout:
     scales = {
         name: getattr(settings, name) for name in ("ingress", "decoder", "sampler", "recognizer")
     }
+    networks = ["sampler"] + ["recognizer"] * (config.recognizer.kind != "openai")
     # replicas are sized by CPUs: memory must not prevent the minimum number from starting
     room = sum(node.memory for node in cluster.nodes) / (
         sum(scale.min_replicas for scale in scales.values()) + 1
     )
     pools = {}
     for name, scale in scales.items():
-        share = 0.5 if name in ("sampler", "recognizer") and not asked and gpus else scale.num_gpus
+        share = 0.5 if name in networks and not asked and gpus else scale.num_gpus
         memory = _memory(cluster, _WAITING_BYTES if name == "ingress" else _BUSY_BYTES)
         memory = int(min(memory, room)) if cluster.nodes else memory
         least, most = scale.min_replicas, scale.max_replicas

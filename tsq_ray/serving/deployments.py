@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import base64
 import contextlib
-import io
-import os
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator
+from typing import Any
 
-import numpy as np
 import ray
 from ray import serve
 
-from tsq_ray.bundle.settings import read_bundle_settings
-from tsq_ray.config import TSQ_MODES, Config, EncodersConfig, ModelConfig
+from tsq_ray.bundle.settings import read_bundle_settings, recognizer_of, server_of
+from tsq_ray.config import TSQ_MODES, Config, EncodersConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, Outcome, VideoSource
 from tsq_ray.decode.fetch import check_unchanged
 from tsq_ray.errors import Failure, StorageError, VideoError
-from tsq_ray.rows import Answer, picture_specs
+from tsq_ray.rows import Answer, best_labels, picture_specs
 from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.serving import facts, warmup
 from tsq_ray.serving.graph import Handed, Lost, Ongoing, Video, WrongVersion, graph_version
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import DecoderMetrics
-from tsq_ray.serving.microbatching import Microbatches
+from tsq_ray.serving.recognizers import (
+    NetworkRecognizer,
+    Recognizing,
+    ServerRecognizer,
+    microbatches,
+)
 from tsq_ray.serving.requests.fetching import Fetcher
 from tsq_ray.serving.requests.uploads import local_path
 from tsq_ray.storage import StoredFile, redact, storage_errors
 
-if TYPE_CHECKING:  # torch: only in the replicas that need it
-    from tsq_ray.stages import Sampled
-
 _SHUTDOWN_SLACK_S = 5.0
 _HEALTH_EVERY_S, _HEALTH_LIMIT_S, _IDLE_S = 10.0, 60.0, 30.0
 _MEET_S = 120.0
-_JPEG_QUALITY = 90
 
 
 def deployment_options(
@@ -152,11 +149,10 @@ class Decoder(_Stage):
     def __init__(self, model: str, config: Config, placed: Layout, bulk: bool) -> None:
         super().__init__(model, config)
         content = self._content
-        made_with, recognizer = content["config"], content["config"]["recognizer"]
         specs = picture_specs(
-            EncodersConfig.model_validate(made_with["encoders"]),
+            EncodersConfig.model_validate(content["config"]["encoders"]),
             "objects" in content["files"],
-            ModelConfig.model_validate(recognizer) if recognizer is not None else None,
+            recognizer_of(content),
             config.sampler.mode,
             config.resources.resizes_on_device(_all_on_gpus(config, placed)),
         )
@@ -227,28 +223,6 @@ def _all_on_gpus(config: Config, placed: Layout) -> bool:
     return all(placed[name].gpus > 0 for name in names)
 
 
-def _microbatches(
-    work: Callable[[list[Any]], list[Any]], config: Config, placed: Layout
-) -> Microbatches[Any, Any]:
-    settings = config.serve
-    threads = config.resources.threads or min(placed.threads, _node_cpus())
-    return Microbatches(
-        work,
-        settings.batch_size,
-        settings.batch_wait_s,
-        threads,
-        placed.on_gpu,
-        config.resources.compile,
-    )
-
-
-def _node_cpus() -> int:
-    # in a container os.cpu_count() may be too high; Ray knows the actual number
-    here, there = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here]
-    return max(1, min([there, *(count for count in cpus if count)]))
-
-
 @serve.deployment
 class Sampler(_Stage):
     """Encode the T frames and choose K."""
@@ -257,7 +231,7 @@ class Sampler(_Stage):
         import torch
 
         from tsq_ray.bundle.weights import load_bundle
-        from tsq_ray.stages import Sample, bundle_specs
+        from tsq_ray.stages import Sample, bundle_specs, question_of
 
         super().__init__(model, config)
         device = torch.device("cuda" if placed["sampler"].gpus else "cpu")
@@ -265,12 +239,15 @@ class Sampler(_Stage):
         self._specs = bundle_specs(bundle, config.sampler.mode)
         self._num_frames = bundle.decode.num_frames
         sample = Sample(bundle, config.sampler, device, config.resources)
+        server = server_of(self._content, config)
 
-        def work(items: list[tuple[str, Any, int | None]]) -> list[Sampled]:
-            return sample([item[:2] for item in items], [item[2] for item in items])
+        def work(items: list[tuple[str, Any, int | None]]) -> list[Any]:
+            sampled = sample([item[:2] for item in items], [item[2] for item in items])
+            # a server's replica loads no torch, so that it is handed pictures as files
+            return sampled if server is None else [question_of(x, server.config) for x in sampled]
 
         work([self._made_up()])
-        self._microbatches = _microbatches(work, config, placed)
+        self._microbatches = microbatches(work, config, placed)
         self._is_loaded(bulk)
 
     async def __call__(self, video: Video, handed: Handed) -> Handed:
@@ -293,22 +270,16 @@ class Sampler(_Stage):
 
 @serve.deployment
 class Recognizer(_Stage):
-    """Recognise the chosen frames."""
+    """Recognise the chosen frames, by a network or a server."""
 
     def __init__(self, model: str, config: Config, placed: Layout, bulk: bool) -> None:
-        import torch
-
-        from tsq_ray.bundle.weights import load_recognizer
-        from tsq_ray.stages import Recognize
-
         super().__init__(model, config)
-        device = torch.device("cuda" if placed["recognizer"].gpus else "cpu")
-        classifier = load_recognizer(model)
-        self._classes, self._network = classifier.classes, classifier.encoder.config
-        self._budget = config.sampler.most_frames
-        recognize = Recognize(classifier, device, config.resources)
-        recognize([self._made_up()])
-        self._microbatches = _microbatches(recognize, config, placed)
+        server = server_of(self._content, config)
+        self._work: Recognizing = (
+            ServerRecognizer(server)
+            if server is not None
+            else NetworkRecognizer(model, config, placed)
+        )
         self._is_loaded(bulk)
 
     async def __call__(self, video: Video, handed: Handed) -> Answer:
@@ -317,54 +288,23 @@ class Recognizer(_Stage):
         file = handed.file
         if isinstance(sampled, Failure):
             return Answer(error=sampled, version=self._version, file=file)
-        answer = await self._microbatches(sampled)
+        answer = await self._work.answer(sampled)
         self._answered = time.monotonic()
-        columns = answer.columns | self._best(answer.columns["scores"], video.top)
-        if video.with_frames:
-            columns["frames"] = await asyncio.to_thread(self._frames, sampled, columns)
+        columns = answer.columns
+        if answer.error is None:
+            columns |= best_labels(columns["scores"], self._work.classes, video.top)
+            if video.with_frames:
+                columns["frames"] = await asyncio.to_thread(self._frames, sampled, columns)
         return Answer(columns, answer.error, self._version, file, answer.fetched_bytes)
 
-    def _best(self, scores: np.ndarray, count: int) -> dict[str, Any]:
-        from tsq_ray.stages import best_labels
-
-        return best_labels(scores, self._classes, count)
-
-    def _frames(self, sampled: Sampled, columns: dict[str, Any]) -> list[dict[str, Any]]:
+    def _frames(self, sampled: Any, columns: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the chosen frames as the recogniser saw them, in the shape of the video."""
-        assert sampled.candidates is not None
-        places = {slot: place for place, slot in enumerate(sampled.candidates.slots.tolist())}
-        size = (columns["width"], columns["height"]) if self._network.resize == "squash" else None
-        chosen = zip(
-            columns["selected_slot"],
-            columns["selected_index"],
-            columns["selected_pts_s"],
-            strict=True,
-        )
+        pictures = self._work.jpegs(sampled, columns)
+        places = zip(columns["selected_index"], columns["selected_pts_s"], pictures, strict=True)
         return [
-            {
-                "index": int(index),
-                "seconds": float(seconds),
-                "jpeg": _jpeg(sampled.pictures.frames[places[int(slot)]], size),
-            }
-            for slot, index, seconds in chosen
+            {"index": int(index), "seconds": float(seconds), "jpeg": jpeg}
+            for index, seconds, jpeg in places
         ]
 
-    def _made_up(self) -> Sampled:
-        return warmup.sampled_video(self._network.size, self._budget)
-
     async def _try(self) -> None:
-        await self._microbatches(self._made_up())
-
-
-def _jpeg(picture: np.ndarray, size: tuple[int, int] | None) -> str:
-    """Return a picture, uint8 [h, w, 3], as base64 JPEG, in the proportions of `size`."""
-    from PIL import Image
-
-    image = Image.fromarray(picture)
-    if size is not None:
-        width, height = size
-        scale = min(image.size) / min(width, height)
-        image = image.resize((max(1, round(width * scale)), max(1, round(height * scale))))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=_JPEG_QUALITY)
-    return base64.b64encode(file.getvalue()).decode()
+        await self._work.check()

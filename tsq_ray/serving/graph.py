@@ -75,12 +75,15 @@ class TimeLimits:
     decode: float
     network: float
     total: float
+    recognize: float
+    """Of the last hop, which for a server includes its patience."""
 
     @classmethod
     def of(cls, config: Config, total: float | None = None) -> TimeLimits:
         """Return the limits of these settings; `total` defaults to `serve.request_timeout_s`."""
-        network = config.serve.request_timeout_s
-        return cls(config.decode.timeout_s + network, network, total or network)
+        network, server = config.serve.request_timeout_s, config.recognizer
+        asking = 2 * server.patience_s + server.timeout_s if server.kind == "openai" else 0.0
+        return cls(config.decode.timeout_s + network, network, total or network, network + asking)
 
 
 def graph_version(digest: str, config: Config) -> str:
@@ -90,6 +93,7 @@ def graph_version(digest: str, config: Config) -> str:
         "encoders": True,
         "sampler": True,
         "resources": {"precision", "resize"},
+        "recognizer": {"url"},
     }
     settings = config.model_dump(mode="json", include=parts)
     return f"{digest}+{sha256_of(json.dumps(settings, sort_keys=True).encode())[:16]}"
@@ -140,7 +144,7 @@ class Graph:
     async def _try(self, video: Video) -> Answer:
         handed = await self._hop("decoder", self.limits.decode, video)
         handed = await self._hop("sampler", self.limits.network, video, handed)
-        found: Answer = await self._hop("recognizer", self.limits.network, video, handed)
+        found: Answer = await self._hop("recognizer", self.limits.recognize, video, handed)
         return found
 
     async def _hop(self, stage: str, limit_s: float, *arguments: Any) -> Any:

@@ -77,7 +77,9 @@ class Replicas:
         """Return the concurrent requests per replica, so that one batch waits while one runs."""
         batch, placed = self._config.serve.batch_size, self.placed
         ahead = 2 * batch if placed.on_gpu else max(2 * batch, 2 * placed.threads)
-        return {"decoder": 2 * placed.decoder_processes, "sampler": ahead, "recognizer": ahead}
+        server = self._config.recognizer
+        last = 2 * server.max_concurrent if server.kind == "openai" else ahead
+        return {"decoder": 2 * placed.decoder_processes, "sampler": ahead, "recognizer": last}
 
     def tick(self) -> None:
         """Adapt the number of replicas to the live nodes, and the senders' room to the replicas."""
@@ -121,7 +123,10 @@ class Replicas:
                     status.replica_states.get(ReplicaState.RUNNING, 0) if status is not None else 0
                 )
         ongoing = self.ongoing()
-        return max(1, sum(running[name] * ongoing[name] for name in ("decoder", "sampler")))
+        # a network takes its turn with the others on the same cores, a server does not
+        waits = self._config.recognizer.kind == "openai"
+        busy = STAGES if waits else ("decoder", "sampler")
+        return max(1, sum(running[name] * ongoing[name] for name in busy))
 
 
 class FlowCounts(progress.Counts):

@@ -6,7 +6,7 @@ Ray Data and Ray Serve wrap them.
 from __future__ import annotations
 
 from tsq_ray.stages.encode import Decode, Encode, FrameFeatures, bundle_specs, pictures_of
-from tsq_ray.stages.recognize import Recognize, best_labels, selection_columns
+from tsq_ray.stages.recognize import Recognize, question_of, recognizer_for
 from tsq_ray.stages.sample import Sample, Sampled, check_sampler
 
 __all__ = [
@@ -16,9 +16,9 @@ __all__ = [
     "Recognize",
     "Sample",
     "Sampled",
-    "best_labels",
     "bundle_specs",
     "check_sampler",
     "pictures_of",
-    "selection_columns",
+    "question_of",
+    "recognizer_for",
 ]

@@ -6,16 +6,18 @@ Shapes: T frames (slots) per video, N distinct source frames, C classes, D dims.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tsq_ray.asking.questions import Asking
 from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import DecodeConfig, ResourcesConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, Outcome, VideoSource
+from tsq_ray.errors import VideoError
 from tsq_ray.networks.encoder import FrameEncoder, best_device, top_objects
 from tsq_ray.networks.inference import (
     DEFAULT_RESOURCES,
@@ -89,6 +91,10 @@ class FrameFeatures:
     """float32 [T, C] of the frame head, if the visual encoder has one."""
     recognizer_logits: np.ndarray | None = None
     """float32 [T, C], if a recogniser was given; the frames of a clip share its logits."""
+    error: VideoError | None = None
+    """Why the recogniser's server did not answer."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """What the server counted."""
 
 
 class Encode:
@@ -101,7 +107,7 @@ class Encode:
         self,
         visual: FrameEncoder,
         objects: FrameEncoder | None,
-        recognizer: FrameEncoder | None = None,
+        recognizer: FrameEncoder | Asking | None = None,
         device: torch.device | None = None,
         num_objects: int = TOP_OBJECTS,
         resources: ResourcesConfig = DEFAULT_RESOURCES,
@@ -113,8 +119,8 @@ class Encode:
         )
         self.recognizer = (
             prepare_for_inference(recognizer, self.device, resources)
-            if recognizer is not None
-            else None
+            if isinstance(recognizer, FrameEncoder)
+            else recognizer
         )
 
     def __call__(self, videos: Sequence[DecodedVideo]) -> list[FrameFeatures]:
@@ -131,7 +137,7 @@ class Encode:
             for number, scores in enumerate(object_logits):
                 top_ids, top_probs = top_objects(scores, self.num_objects)
                 ids[number], probs[number] = top_ids.numpy().astype(np.int16), top_probs.numpy()
-        if self.recognizer is not None:
+        if isinstance(self.recognizer, FrameEncoder):
             _, found = self._run(self.recognizer, videos, RECOGNIZER)
             assert found is not None
             logits = [scores.numpy() for scores in found]
@@ -140,10 +146,20 @@ class Encode:
             if visual_logits is not None
             else [None] * len(videos)
         )
-        return [
+        features = [
             FrameFeatures(feature.numpy(), *rest)
             for feature, *rest in zip(visual, ids, probs, frame_logits, logits, strict=True)
         ]
+        return self._asked(videos, features)
+
+    def _asked(
+        self, videos: Sequence[DecodedVideo], features: list[FrameFeatures]
+    ) -> list[FrameFeatures]:
+        """Return the features with the answers of the recogniser's server, if it has one."""
+        if isinstance(self.recognizer, Asking):
+            for video, feature in zip(videos, features, strict=True):
+                _ask(self.recognizer, video, feature)
+        return features
 
     def _run(
         self, encoder: FrameEncoder, videos: Sequence[DecodedVideo], name: str
@@ -160,3 +176,15 @@ class Encode:
             return [part[slot // clip] for part, slot in zip(parts, slots, strict=True)]
 
         return per_slot(features), per_slot(logits) if logits is not None else None
+
+
+def _ask(server: Asking, video: DecodedVideo, features: FrameFeatures) -> None:
+    """Ask a server about each distinct frame; add its logits, its tokens or its error."""
+    _, places = np.unique(video.slot_frame, return_index=True)
+    found, features.tokens = server.frame_logits(
+        pictures_of(video, RECOGNIZER).frames, video.frame_pts_s[places], video.width, video.height
+    )
+    if isinstance(found, VideoError):
+        features.error = found
+    else:
+        features.recognizer_logits = found[video.slot_frame]

@@ -6,18 +6,18 @@ Shapes: n frames shown to the recogniser, C classes.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tsq_ray.asking.questions import Asking, Question, ServerModel, jpegs_of
 from tsq_ray.bundle.weights import Bundle, Classifier
-from tsq_ray.config import ResourcesConfig
-from tsq_ray.model.choosers import Candidates
-from tsq_ray.model.selection import Selection
-from tsq_ray.networks.encoder import best_device
+from tsq_ray.config import Config, RecognizerConfig, ResourcesConfig
+from tsq_ray.model.choosers import Candidates, UntilConfident
+from tsq_ray.networks.encoder import FrameEncoder, best_device
 from tsq_ray.networks.inference import (
     DEFAULT_RESOURCES,
     Pictures,
@@ -25,8 +25,7 @@ from tsq_ray.networks.inference import (
     num_inputs,
     prepare_for_inference,
 )
-from tsq_ray.rows import Answer
-from tsq_ray.schema import TOP_LABELS
+from tsq_ray.rows import Answer, best_labels, selection_columns
 from tsq_ray.stages.sample import Sampled, array_probabilities
 
 
@@ -45,7 +44,7 @@ class Recognize:
     ) -> None:
         """`model`: a bundle, or its recogniser alone (`load_recognizer`)."""
         encoder = model.recognizer if isinstance(model, Bundle) else model.encoder
-        assert encoder is not None
+        assert isinstance(encoder, FrameEncoder)
         self.device = device or best_device()
         self.recognizer = prepare_for_inference(encoder, self.device, resources)
         self.classes, self.task = model.classes, model.task
@@ -98,33 +97,50 @@ class Recognize:
 
     def _answer(self, item: Sampled, places: np.ndarray, logits: Tensor) -> None:
         selection = _candidates(item).selection(places)
-        item.row |= selection_columns(selection, item.frame_index, item.row["frame_pts_s"])
+        item.row |= selection_columns(
+            selection.slots, selection.selected_by, item.frame_index, item.row["frame_pts_s"]
+        )
         if self.recognizer.config.clip_frames == 1:  # all clips are of chosen frames
             logits = logits[torch.from_numpy(places)]
         scores = array_probabilities(logits.mean(0), self.task)
         item.row |= {"scores": scores} | best_labels(scores, self.classes)
 
 
+def question_of(item: Sampled, config: RecognizerConfig) -> Question:
+    """Return what a server is asked about a sampled video."""
+    if item.candidates is None:
+        return Question(
+            item.row, item.frame_index, error=item.error, fetched_bytes=item.fetched_bytes
+        )
+    return Question(
+        item.row,
+        item.frame_index,
+        jpegs_of(item.pictures.frames, config, item.row["width"], item.row["height"]),
+        item.candidates.slots,
+        item.candidates.selected_by,
+        item.candidates.first,
+        item.chooser.margin if isinstance(item.chooser, UntilConfident) else 0.0,
+        fetched_bytes=item.fetched_bytes,
+    )
+
+
+def recognizer_for(
+    bundle: Bundle, config: Config, device: torch.device
+) -> Callable[[Sequence[Sampled]], list[Answer]]:
+    """Return the last step of scoring: the bundle's network on `device`, or its server.
+
+    Raises ModelError if the server refuses the key.
+    """
+    if not isinstance(bundle.recognizer, ServerModel):
+        return Recognize(bundle, device, config.resources)
+    asking = Asking(replace(bundle.recognizer, config=config.recognizer))
+
+    def ask(items: Sequence[Sampled]) -> list[Answer]:
+        return asking([question_of(item, config.recognizer) for item in items])
+
+    return ask
+
+
 def _candidates(item: Sampled) -> Candidates:
     assert item.candidates is not None
     return item.candidates
-
-
-def best_labels(
-    scores: np.ndarray, classes: Sequence[str], count: int = TOP_LABELS
-) -> dict[str, Any]:
-    """Return the prediction columns of the `count` best classes; `scores` is [C]."""
-    best = np.argsort(-scores, kind="stable")[:count]
-    return {"top_labels": [classes[number] for number in best], "top_scores": scores[best]}
-
-
-def selection_columns(
-    selection: Selection, frame_index: np.ndarray, frame_pts_s: np.ndarray
-) -> dict[str, Any]:
-    """Return the prediction columns that describe a selection."""
-    return {
-        "selected_slot": selection.slots,
-        "selected_index": frame_index[selection.slots],
-        "selected_pts_s": frame_pts_s[selection.slots],
-        "selected_by": selection.selected_by,
-    }

@@ -185,8 +185,7 @@ def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
     """
     if bundle.recognizer is None:
         raise ModelError(NO_RECOGNIZER)
-    clip_frames = bundle.recognizer.config.clip_frames
-    check_budget(config, bundle.decode.num_frames, bundle.task, clip_frames)
+    check_budget(config, bundle.decode.num_frames, bundle.task, bundle.recognizer.config)
     if config.mode == "textual" and bundle.objects is None:
         raise ModelError(NO_TEXTUAL_MODULE)
 

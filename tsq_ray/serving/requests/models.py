@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from tsq_ray.errors import ErrorType
-from tsq_ray.schema import PREDICTIONS, TOP_LABELS, Column
+from tsq_ray.schema import PREDICTIONS, SERVER, TOP_LABELS, Column
 
 OMITTED = frozenset({"labels", "split", "label_names", "error_type", "error_message"})
 """Prediction columns that no answer has."""
@@ -85,7 +85,7 @@ def _field(column: Column) -> Any:
 
 
 _FIELDS: dict[str, Any] = {
-    column.name: _field(column) for column in PREDICTIONS if column.name not in OMITTED
+    column.name: _field(column) for column in (*PREDICTIONS, *SERVER) if column.name not in OMITTED
 }
 Prediction = cast(
     type[BaseModel],

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from tsq_ray import storage
-from tsq_ray.bundle.settings import class_order
+from tsq_ray.asking.questions import ServerModel
+from tsq_ray.bundle.settings import class_order, read_server
 from tsq_ray.bundle.weights import Classifier, load_classifier, load_network
 from tsq_ray.config import Config, check_budget
 from tsq_ray.errors import ModelError
@@ -76,7 +77,7 @@ class Components:
     """Without a head if one has to be fitted on the features."""
     objects: FrameEncoder | None
     text: Embeddings | None
-    recognizer: FrameEncoder | None
+    recognizer: FrameEncoder | ServerModel | None
     shape: TSQShape
     taught: list[int] | None = None
     """The classes of a teacher that have a query; None: all classes have."""
@@ -134,13 +135,18 @@ def _frame_encoder(
 
 def _recognizer(
     config: Config, run: Mapping[str, Any], classes: list[str], uri: str
-) -> FrameEncoder:
+) -> FrameEncoder | ServerModel:
     """Load the recogniser; a teacher must be the one whose logits the features hold."""
-    network = _classifier(uri, "--recognizer", classes, config.train.task).encoder
+    network: FrameEncoder | ServerModel
+    if (server := read_server(uri)) is not None:
+        what = f"--recognizer {storage.redact(uri)}"
+        _check_answers(server, what, classes, config.train.task)
+        network = server
+    else:
+        network = _classifier(uri, "--recognizer", classes, config.train.task).encoder
     if config.train.target == "teacher":
         _same_weights(network.state_hash(), run["weights"].get(RECOGNIZER) or "", "--recognizer")
-    config_of = network.config
-    check_budget(config.sampler, config.decode.num_frames, config.train.task, config_of.clip_frames)
+    check_budget(config.sampler, config.decode.num_frames, config.train.task, network.config)
     return network
 
 
@@ -154,13 +160,19 @@ def _same_weights(have: str, want: str, what: str) -> None:
 
 def _classifier(uri: str, option: str, classes: list[str], task: str) -> Classifier:
     """Load finetune's output; raises ModelError if its classes or its task are others."""
-    classifier, what = load_classifier(uri), f"{option} {storage.redact(uri)}"
+    classifier = load_classifier(uri)
+    _check_answers(classifier, f"{option} {storage.redact(uri)}", classes, task)
+    return classifier
+
+
+def _check_answers(
+    classifier: Classifier | ServerModel, what: str, classes: list[str], task: str
+) -> None:
     class_order(classifier.classes, classes, what)
     if classifier.task != task:
         raise ModelError(
             f"{what}: was finetuned for task {classifier.task!r}, train.task is {task!r}"
         )
-    return classifier
 
 
 def _shape(config: Config, num_classes: int, visual_dim: int, text: Embeddings | None) -> TSQShape:

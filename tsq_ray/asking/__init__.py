@@ -1,0 +1,1 @@
+"""A recogniser behind an OpenAI-compatible server: questions, requests, answers; without torch."""

@@ -1,0 +1,155 @@
+"""From a chat completion to scores, by the log-probabilities of its tokens.
+
+Shapes: C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tsq_ray.chat import CAPTION, LABEL, LABELS
+
+NAMED = 0.99
+"""Score of a class that was answered without log-probabilities."""
+LEAST = 1e-6
+"""Smallest score: of a class that the server did not consider."""
+_SHOWN = 80
+
+Completion = Mapping[str, Any]
+"""The JSON object that a server answers."""
+
+
+class UnusableAnswer(ValueError):
+    """The server answered, but nothing that says a class; the message says what."""
+
+
+def read_answer(
+    completion: Completion, classes: Sequence[str], multi: bool = False
+) -> tuple[np.ndarray, str | None]:
+    """Return the scores, float32 [C], and the caption of a completion.
+
+    With log-probabilities a class has the probability of its tokens and of the alternatives at
+    which they might have continued as that class; the scores of a single label are made to sum to
+    1. Without them the answered class has NAMED, and the others share the rest. Raises
+    UnusableAnswer.
+    """
+    answer, labels = _parsed(completion, multi)
+    unknown = [label for label in labels if label not in classes]
+    if unknown:
+        raise UnusableAnswer(f"answered {str(unknown[0])[:_SHOWN]!r}, which is none of its classes")
+    tokens = ((completion["choices"][0].get("logprobs") or {}).get("content")) or []
+    scores = np.zeros(len(classes))
+    for label in labels:
+        scores = np.maximum(scores, _label_scores(tokens, classes, label, multi))
+    scores = np.clip(scores, LEAST, 1 - LEAST if multi else None)
+    caption = answer.get(CAPTION)
+    return (
+        (scores if multi else scores / scores.sum()).astype(np.float32),
+        caption.strip() if isinstance(caption, str) else None,
+    )
+
+
+def _label_scores(
+    tokens: Sequence[Mapping[str, Any]], classes: Sequence[str], label: str, multi: bool
+) -> np.ndarray:
+    """Return what an answered label says about each class, float [C]. Raises UnusableAnswer."""
+    try:
+        masses = _masses(tokens, classes, label, LABELS if multi else LABEL)
+    except (KeyError, TypeError, ValueError):
+        raise UnusableAnswer(
+            "its log-probabilities are not as in OpenAI's API; set recognizer.logprobs = false"
+        ) from None
+    if masses is not None:
+        return masses
+    scores = np.full(len(classes), 0.0 if multi else (1 - NAMED) / len(classes))
+    scores[classes.index(label)] += NAMED
+    return scores
+
+
+def tokens_of(completion: Completion) -> tuple[int, int]:
+    """Return the tokens sent and received, as the server counted them; 0 if it does not say."""
+    usage = completion.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+
+
+def _parsed(completion: Completion, multi: bool) -> tuple[dict[str, Any], list[str]]:
+    """Return the answer and its labels. Raises UnusableAnswer."""
+    try:
+        choice = completion["choices"][0]
+        text = choice["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise UnusableAnswer("its answer is no chat completion") from None
+    if not isinstance(text, str):
+        refusal = choice["message"].get("refusal") or choice.get("finish_reason")
+        raise UnusableAnswer(f"answered no text ({str(refusal)[:_SHOWN]})")
+    try:
+        answer = json.loads(text)
+        found = answer[LABELS] if multi else [answer[LABEL]]
+        return answer, [*dict.fromkeys(found)]
+    except (ValueError, KeyError, TypeError):
+        cut = ", cut off at its token limit" if choice.get("finish_reason") == "length" else ""
+        shown = " ".join(text.split())[:_SHOWN]
+        raise UnusableAnswer(
+            f"answered {shown!r}{cut}, which is not JSON of the schema asked for"
+        ) from None
+
+
+def _masses(
+    tokens: Sequence[Mapping[str, Any]], classes: Sequence[str], label: str, key: str
+) -> np.ndarray | None:
+    """Return the probability of each class, float [C], at the place where `label` was answered.
+
+    Follows the tokens that spell `label`. An alternative to one of them belongs to the classes that
+    go on with it, in equal parts. None if the tokens do not spell the label.
+    """
+    text = b"".join(map(_bytes, tokens))
+    begin = text.find(json.dumps(key).encode()) + len(key) + 2
+    for ascii_only in (False, True):
+        names = [json.dumps(name, ensure_ascii=ascii_only).encode() for name in classes]
+        start = text.find(names[classes.index(label)], begin)
+        if begin > len(key) + 1 and start >= 0:
+            break
+    else:
+        return None
+    masses, reached, alive = np.zeros(len(classes)), 1.0, list(range(len(classes)))
+    for lead, prefix, token in _spelling(tokens, start, len(names[classes.index(label)])):
+        alive = [number for number in alive if names[number].startswith(prefix)]
+        for other in token.get("top_logprobs") or ():
+            piece = _bytes(other)
+            if piece == _bytes(token) or not piece.startswith(lead) or piece == lead:
+                continue
+            text = prefix + piece[len(lead) :]
+            going = [n for n in alive if names[n].startswith(text) or text.startswith(names[n])]
+            masses[going] += reached * math.exp(other["logprob"]) / max(1, len(going))
+        reached *= math.exp(token["logprob"])
+    masses[classes.index(label)] += reached
+    return masses
+
+
+def _spelling(
+    tokens: Sequence[Mapping[str, Any]], start: int, length: int
+) -> Iterator[tuple[bytes, bytes, Mapping[str, Any]]]:
+    """Yield the tokens that spell bytes start..start+length-1.
+
+    Each with what of it comes before `start`, and with what earlier tokens spelled.
+    """
+    spelled, at = b"", 0
+    for token in tokens:
+        piece = _bytes(token)
+        begin, at = at, at + len(piece)
+        if at > start and begin < start + length:
+            lead = piece[: max(0, start - begin)]
+            yield lead, spelled, token
+            spelled += piece[len(lead) :]
+
+
+def _bytes(token: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a token, of which a character may be a part only."""
+    found = token.get("bytes")
+    return bytes(found) if found is not None else str(token["token"]).encode()

@@ -1,0 +1,189 @@
+"""A client of an OpenAI-compatible server: bounded, patient, and silent about its key."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.request import getproxies
+
+import aiohttp
+import numpy as np
+
+from tsq_ray.asking.answers import Completion, UnusableAnswer, read_answer, tokens_of
+from tsq_ray.config import RecognizerConfig
+from tsq_ray.errors import ModelError, VideoError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_CHECK_S = 10.0
+"""Less than the limit of a replica's health check."""
+_BUSY = (408, 409, 425, 429)
+"""Statuses below 500 after which the same request may succeed."""
+_MOST_UNUSABLE = 3
+"""Unusable answers to a request, after which it is given up; each has cost its tokens."""
+_SHOWN = 200
+
+
+@dataclass
+class Reply:
+    """What the server answered, with the tokens of all tries."""
+
+    scores: np.ndarray | None = None
+    """float32 [C]; None if there is an error."""
+    caption: str | None = None
+    error: VideoError | None = None
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def count(self, tokens_in: int, tokens_out: int) -> None:
+        """Add the tokens of a try."""
+        self.tokens_in, self.tokens_out = self.tokens_in + tokens_in, self.tokens_out + tokens_out
+
+
+class _TryAgain(Exception):
+    """This try failed; another may not, after `wait_s` at the earliest."""
+
+    def __init__(self, why: str, wait_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.wait_s = wait_s
+
+
+class Client:
+    """Asks a server, with at most `limit` requests in flight; to be used in one event loop."""
+
+    def __init__(
+        self, settings: RecognizerConfig, classes: Sequence[str], multi: bool, limit: int
+    ) -> None:
+        self.settings, self.classes, self.multi = settings, classes, multi
+        self.url = settings.url.rstrip("/")
+        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._free = asyncio.Semaphore(limit)
+        self._not_before = 0.0
+        """When the server wants to be asked again, by the monotonic clock."""
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def check(self) -> None:
+        """Raise ModelError if the server refuses the key; a server that is away is no error yet."""
+        try:
+            limit = aiohttp.ClientTimeout(total=_CHECK_S)
+            async with self._open().get(f"{self.url}/models", timeout=limit) as reply:
+                if reply.status in (401, 403):
+                    raise ModelError(self._refused(reply.status))
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            pass
+
+    async def ask(self, body: dict[str, Any]) -> Reply:
+        """Return the answer to a request body.
+
+        Tries again with growing waits, or after those that the server names, for `patience_s` from
+        the first try on; then the reply has an error `unavailable`, as after a refusal.
+        """
+        reply, unusable, ends, wait_s = Reply(), 0, math.inf, _FIRST_WAIT_S
+        why: Exception
+        for tries in itertools.count(1):
+            try:
+                async with self._free:
+                    ends = min(ends, time.monotonic() + self.settings.patience_s)
+                    completion = await self._request(body)
+                reply.count(*tokens_of(completion))
+                reply.scores, reply.caption = read_answer(completion, self.classes, self.multi)
+                return reply
+            except VideoError as error:
+                reply.error = error
+                return reply
+            except UnusableAnswer as error:
+                why, pause, unusable = error, 0.0, unusable + 1
+            except _TryAgain as error:
+                why, pause = error, max(error.wait_s, wait_s * random.uniform(0.5, 1.0))
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            if unusable == _MOST_UNUSABLE or time.monotonic() + pause > ends:
+                reply.error = self._unavailable(f"{why} (tried {tries} times)")
+                return reply
+            await asyncio.sleep(pause)
+        raise AssertionError("the loop above returns")
+
+    async def _request(self, body: dict[str, Any]) -> Completion:
+        """Return the completion. Raises _TryAgain, or VideoError for a refusal."""
+        limit = aiohttp.ClientTimeout(total=self.settings.timeout_s)
+        await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+        try:
+            async with self._open().post(
+                f"{self.url}/chat/completions", json=body, timeout=limit, allow_redirects=False
+            ) as reply:
+                status, named = reply.status, reply.headers.get("Retry-After", "")
+                content = await reply.read()
+        except TimeoutError:
+            raise _TryAgain(f"no answer within {self.settings.timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise _TryAgain(f"{type(error).__name__}: {error}") from None
+        if status in _BUSY or status >= 500:
+            wait_s = _seconds(named)
+            self._not_before = max(
+                self._not_before, time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
+            )
+            raise _TryAgain(f"HTTP {status}{_message(content)}", wait_s)
+        if status in (401, 403):  # its message may repeat the key
+            raise VideoError("unavailable", self._refused(status))
+        if status != 200:
+            raise self._unavailable(f"HTTP {status}{_message(content)}")
+        try:
+            found = json.loads(content)
+        except ValueError:
+            raise _TryAgain("its answer is not JSON") from None
+        return found if isinstance(found, dict) else {}
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+            self._session = aiohttp.ClientSession(
+                headers=headers,
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=self.settings.timeout_s),
+                trust_env=bool(getproxies()),
+            )
+        return self._session
+
+    def _refused(self, status: int) -> str:
+        what = "refuses the key in" if self._key else "wants a key, to be set in"
+        return f"{self.url} answered {status}: it {what} the environment variable {KEY_VARIABLE}"
+
+    def _unavailable(self, why: str) -> VideoError:
+        shown = why.replace(self._key, "***") if self._key else why
+        return VideoError("unavailable", f"{self.url}: {shown}")
+
+
+def _message(content: bytes) -> str:
+    """Return what a server says about an error, shortened, with a colon before it."""
+    try:
+        found = json.loads(content)["error"]
+        text = found["message"] if isinstance(found, dict) else found
+    except (ValueError, KeyError, TypeError):
+        text = content.decode(errors="replace")
+    text = " ".join(str(text).split())[:_SHOWN]
+    return f": {text}" if text else ""
+
+
+def _seconds(header: str) -> float:
+    """Return the seconds that a Retry-After header names, as a number or a date; 0 if it does not."""
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return 0.0

@@ -1,0 +1,209 @@
+"""Questions to a server about chosen frames, and its answers as prediction columns.
+
+Shapes: T frames (slots) per video, n candidates, C classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+import time
+import weakref
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from tsq_ray import chat
+from tsq_ray.asking.client import Client, Reply
+from tsq_ray.config import SERVER_USE, RecognizerConfig, Task
+from tsq_ray.decode.frames import resize_picture
+from tsq_ray.errors import Failure, VideoError
+from tsq_ray.rows import Answer, best_labels, frame_spec, selection_columns
+from tsq_ray.storage import sha256_of
+
+_QUALITY = 90
+_CLOSE_S = 5.0
+_TOP = 20
+"""Alternatives asked for at each token; the most that OpenAI gives."""
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class ServerModel:
+    """A recogniser behind a server: all that identifies its answers, in place of weights."""
+
+    config: RecognizerConfig
+    classes: tuple[str, ...]
+    task: Task
+
+    def state_hash(self) -> str:
+        """Return a hash of what the answers depend on: model, URL, prompt, frame size, classes."""
+        free = {*SERVER_USE, "weights", "resize", "resize_to", "interpolation", "mean", "std"}
+        settings = self.config.model_dump(mode="json", exclude=free)
+        return sha256_of(json.dumps([settings, self.classes, self.task], sort_keys=True).encode())
+
+
+@dataclass
+class Question:
+    """A video for the server: its candidate frames, and the prediction columns known by then."""
+
+    row: dict[str, Any]
+    frame_index: np.ndarray
+    """int32 [T]."""
+    jpegs: list[bytes] = field(default_factory=list)
+    """[n], the candidates' frames, in the order in which they are shown; none of a failed video."""
+    slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int [n]."""
+    selected_by: Sequence[str] = ()
+    """Per slot: "visual", "textual" or the name of a baseline."""
+    first: int = 0
+    """How many candidates are shown at first."""
+    margin: float = 0.0
+    """Lead of one class at which no more are shown; `sampler.margin` of an adaptive budget."""
+    error: Failure | None = None
+    """Why the video failed."""
+    fetched_bytes: int = 0
+    """As in DecodedVideo."""
+
+
+def jpegs_of(frames: np.ndarray, config: RecognizerConfig, width: int, height: int) -> list[bytes]:
+    """Return decoded frames, uint8 [n, h, w, 3], as JPEG files.
+
+    Their shorter side has `config.size` pixels, or that of the video, width x height pixels, if it
+    is shorter: larger pictures would cost more tokens and show no more.
+    """
+    spec, found = frame_spec(config), []
+    for frame in frames:
+        picture = resize_picture(
+            frame, spec, (width, height) if min(width, height) < spec.size else None
+        )
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=_QUALITY)
+        found.append(file.getvalue())
+    return found
+
+
+class Asker:
+    """Asks the server about videos, or about single frames; in the running event loop."""
+
+    def __init__(self, model: ServerModel, limit: int = 0) -> None:
+        """`limit`: most requests in flight; by default `max_concurrent`."""
+        self.model, self.multi = model, model.task == "multi"
+        limit = limit or model.config.max_concurrent
+        self.client = Client(model.config, model.classes, self.multi, limit)
+
+    async def answer(self, question: Question) -> Answer:
+        """Return the answer about a video, shown at first `first` of its candidates.
+
+        As long as no class leads the next by `margin`, times the number of frames shown, it asks
+        again with twice as many. A failure passes through.
+        """
+        fetched = question.fetched_bytes
+        if question.error is not None:
+            return Answer(question.row, question.error, fetched_bytes=fetched)
+        started, count, total = time.perf_counter(), question.first, Reply()
+        while True:
+            order = np.argsort(question.slots[:count])
+            slots = question.slots[order]
+            pts_s = question.row["frame_pts_s"][slots]
+            reply = await self.client.ask(self._body([question.jpegs[i] for i in order], pts_s))
+            total.count(reply.tokens_in, reply.tokens_out)
+            tokens = {"tokens_in": total.tokens_in, "tokens_out": total.tokens_out}
+            if reply.scores is None:
+                return Answer(tokens, reply.error, fetched_bytes=fetched)
+            if count == len(question.slots) or count * _lead(reply.scores) >= question.margin:
+                break
+            count = min(2 * count, len(question.slots))
+        by = [question.selected_by[place] for place in order]
+        columns = question.row | tokens | {"scores": reply.scores, "caption": reply.caption}
+        columns |= selection_columns(slots, by, question.frame_index, question.row["frame_pts_s"])
+        columns |= best_labels(reply.scores, self.model.classes)
+        columns["recognize_ms"] = (time.perf_counter() - started) * 1000
+        return Answer(columns, fetched_bytes=fetched)
+
+    async def frame_scores(self, jpegs: Sequence[bytes], pts_s: np.ndarray) -> list[Reply]:
+        """Return the reply about each frame by itself."""
+        bodies = [self._body([jpeg], [second]) for jpeg, second in zip(jpegs, pts_s, strict=True)]
+        return await asyncio.gather(*map(self.client.ask, bodies))
+
+    def _body(self, jpegs: Sequence[bytes], pts_s: Sequence[float]) -> dict[str, Any]:
+        config = self.model.config
+        body = chat.request_body(
+            config.model,
+            config.prompt,
+            self.model.classes,
+            jpegs,
+            pts_s,
+            multi=self.multi,
+            caption=config.caption,
+        )
+        if config.logprobs:
+            body |= {"logprobs": True, "top_logprobs": _TOP}
+        return body | config.model_args
+
+
+def _lead(scores: np.ndarray) -> float:
+    """Return by how much the best class leads the next."""
+    best = np.sort(scores)[-2:]
+    return float(best[-1] - best[0]) if len(best) > 1 else 1.0
+
+
+class Asking:
+    """An Asker for callers without an event loop: it has one of its own, in a thread."""
+
+    def __init__(self, model: ServerModel, limit: int = 0) -> None:
+        """Raises ModelError if the server refuses the key. `limit`: as in Asker."""
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        thread.start()
+        self.model, self._asker = model, Asker(model, limit)
+        # also when the process ends: aiohttp complains about connections that are left open
+        weakref.finalize(self, _close, self._asker.client, self._loop, thread)
+        self._wait(self._asker.client.check())
+
+    def _wait(self, work: Coroutine[Any, Any, Found]) -> Found:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def __call__(self, questions: Sequence[Question]) -> list[Answer]:
+        """Return the answers in the order of the questions."""
+
+        async def ask() -> list[Answer]:
+            return await asyncio.gather(*map(self._asker.answer, questions))
+
+        return self._wait(ask())
+
+    def frame_logits(
+        self, frames: np.ndarray, pts_s: np.ndarray, width: int, height: int
+    ) -> tuple[np.ndarray | VideoError, dict[str, int]]:
+        """Return the logits of each frame, float32 [n, C], or why there are none, and the tokens.
+
+        `frames`: uint8 [n, h, w, 3] at `pts_s`, of a video of width x height pixels. The logits are
+        those whose softmax (multi-label: sigmoid) is the scores.
+        """
+        jpegs = jpegs_of(frames, self.model.config, width, height)
+        replies = self._wait(self._asker.frame_scores(jpegs, pts_s))
+        tokens = {
+            "tokens_in": sum(reply.tokens_in for reply in replies),
+            "tokens_out": sum(reply.tokens_out for reply in replies),
+        }
+        errors = [reply.error for reply in replies if reply.error is not None]
+        if errors:
+            return errors[0], tokens
+        scores = np.stack([reply.scores for reply in replies if reply.scores is not None])
+        logits = np.log(scores)
+        return (logits - np.log1p(-scores) if self.model.task == "multi" else logits), tokens
+
+
+def _close(client: Client, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    async def close() -> None:
+        await client.close()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
+    if threading.current_thread() is not thread:
+        thread.join(_CLOSE_S)
