@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from support.evaluate import make_case
 
+from tsq_ray.asking.questions import ServerModel
+from tsq_ray.config import RecognizerConfig
 from tsq_ray.evaluation.agreement import (
     Agreement,
     cheapest,
@@ -52,6 +54,20 @@ def test_agreement_on_features(tmp_path: Path) -> None:
     tsqnet = {each.budget: each for each in found if each.mode == "both"}
     assert tsqnet[2].cost > uniform[2].cost, "it looks at every frame with its light encoder"
     assert tsqnet["adaptive"].frames <= case.bundle.sampler_defaults.max_budget
+
+
+def test_of_a_server_the_frames_are_the_cost(tmp_path: Path) -> None:
+    """Its multiply-adds are unknown, and it decides by itself whether to look again."""
+    case = make_case(tmp_path)
+    videos = load_features(case.features, case.bundle, "val", labelled=False).measured
+    settings = RecognizerConfig(kind="openai", model="any", url="http://localhost:1/v1")
+    server = ServerModel(settings, tuple(case.bundle.classes), "single")
+    bundle = dataclasses.replace(case.bundle, recognizer=server)
+    found = measure_agreement(bundle, videos, case.bundle.sampler_defaults)
+    assert {each.cost for each in found} == {
+        budget / videos.num_frames for budget in range(1, videos.num_frames + 1)
+    }
+    assert all(each.budget != "adaptive" for each in found)
 
 
 def test_dense_answers_count_each_source_frame_once(tmp_path: Path) -> None:
