@@ -147,7 +147,8 @@ class _Steps:
         if found is None:
             bundle = load_bundle(model)
             features = load_features(self.at("features"), bundle, VAL_SPLIT, labelled=False)
-            curve = measure_agreement(bundle, features.measured, self.config.sampler)
+            settings = (self.config.sampler, self.config.train.teacher_frames)
+            curve = measure_agreement(bundle, features.measured, *settings)
             found = {"videos": len(features.measured), "curve": [asdict(one) for one in curve]}
         chosen = cheapest([Agreement(**one) for one in found["curve"]], wanted)
         found |= {"asked": wanted, "chosen": asdict(chosen)}
@@ -210,18 +211,21 @@ def draw_sample(manifest: Manifest, count: int) -> Manifest:
 def verdict(chosen: Agreement, videos: int, wanted: float) -> str:
     """Say in one sentence what was chosen, how well it agrees and what it saves."""
     figures = (
-        f"agrees with it on {100 * chosen.top1:.0f} % of {videos} held-out videos "
+        f"agrees with what it says after seeing every frame on {100 * chosen.top1:.0f} % of "
+        f"{videos} held-out videos "
         f"({100 * chosen.low:.0f} to {100 * chosen.high:.0f} %) at {100 * chosen.cost:.0f} % of the "
-        "cost of every frame"
+        "cost"
     )
-    if chosen.mode != "uniform":
-        return f"K = {chosen.budget}: what the recogniser says of TSQNet's frames {figures}"
-    if chosen.cost >= 1:
+    if chosen.mode == "maxconf":
         return (
-            f"no smaller choice of frames agrees with the recogniser on {100 * wanted:g} % of "
-            f"{videos} held-out videos, so it sees every frame; ask for a lower --agreement"
+            f"no choice of fewer frames agrees with the recogniser on {100 * wanted:g} % of {videos} "
+            f"held-out videos, so it sees every frame and answers by its {chosen.budget} surest; "
+            "ask for a lower --agreement"
         )
-    return (
-        f"K = {chosen.budget}, uniform: a sampler does not pay here; what the recogniser says of "
-        f"uniform frames {figures}"
-    )
+    short = f"{100 * wanted:g} % are not reached; " if chosen.top1 < wanted else ""
+    if chosen.mode == "uniform":
+        return (
+            f"K = {chosen.budget}, uniform: {short}a sampler does not pay here; what the recogniser "
+            f"says of uniform frames {figures}"
+        )
+    return f"K = {chosen.budget}: {short}what the recogniser says of TSQNet's frames {figures}"

@@ -41,6 +41,7 @@ def test_agreement_on_features(tmp_path: Path) -> None:
         *(("both", budget) for budget in range(1, slots)),
         ("both", "adaptive"),
         *(("uniform", budget) for budget in range(1, slots + 1)),
+        ("maxconf", 5),
     ]
     every = found[-1]
     assert (every.top1, every.map, every.cost) == (1, 1, 1)
@@ -70,13 +71,16 @@ def test_of_a_server_the_frames_are_the_cost(tmp_path: Path) -> None:
     assert all(each.budget != "adaptive" for each in found)
 
 
-def test_dense_answers_count_each_source_frame_once(tmp_path: Path) -> None:
+def test_the_dense_answer_is_that_of_the_surest_frames(tmp_path: Path) -> None:
     case = make_case(tmp_path)
     videos = load_features(case.features, case.bundle, "val", labelled=False).measured
-    dense = dense_answers(videos, "single")
+    dense = dense_answers(videos, "single", 2)
     for row, (index, logits) in enumerate(zip(videos.frame_index, videos.logits, strict=True)):
-        first = np.unique(index, return_index=True)[1]
-        assert dense[row].argmax() == logits[first].astype(np.float32).mean(0).argmax()
+        first = np.unique(index, return_index=True)[1]  # each source frame counts once
+        logits = logits[first].astype(np.float32)
+        odds = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        surest = np.argsort(-odds.max(1), kind="stable")[:2]
+        assert dense[row].argmax() == logits[surest].mean(0).argmax()
 
 
 def test_labelled_videos_alone_are_measured_elsewhere(tmp_path: Path) -> None:
@@ -99,7 +103,7 @@ def test_wilsons_interval(share: float, count: int, low: float, high: float) -> 
 
 
 def test_the_cheapest_choice_that_agrees() -> None:
-    dense = one("uniform", 8, 1, 1)
+    dense = one("maxconf", 5, 1, 1)
     found = [
         one("both", 1, 0.8, 0.3),
         one("both", 2, 0.96, 0.4),
@@ -111,16 +115,18 @@ def test_the_cheapest_choice_that_agrees() -> None:
     assert cheapest(found, 0.97) == dense
     even = [one("both", 2, 0.96, 0.6), one("uniform", 4, 0.95, 0.5), dense]
     assert cheapest(even, 0.95).mode == "uniform", "the sampler does not pay"
+    assert cheapest(even[:2], 0.99).budget == 2, "the best there is"
 
 
 def test_the_choice_in_words() -> None:
     chosen = dataclasses.replace(one("both", 5, 0.93, 0.14), low=0.89, high=0.96)
     assert verdict(chosen, 200, 0.9) == (
-        "K = 5: what the recogniser says of TSQNet's frames agrees with it on 93 % of 200 held-out "
-        "videos (89 to 96 %) at 14 % of the cost of every frame"
+        "K = 5: what the recogniser says of TSQNet's frames agrees with what it says after seeing "
+        "every frame on 93 % of 200 held-out videos (89 to 96 %) at 14 % of the cost"
     )
     assert "does not pay here" in verdict(one("uniform", 4, 0.96, 0.5), 200, 0.9)
-    assert "it sees every frame" in verdict(one("uniform", 8, 1, 1), 200, 0.99)
+    assert "answers by its 5 surest" in verdict(one("maxconf", 5, 1, 1), 200, 0.99)
+    assert "K = 8, uniform: 99 % are not reached; " in verdict(one("uniform", 8, 0.9, 1), 200, 0.99)
 
 
 def test_a_sample_is_random_and_always_the_same() -> None:

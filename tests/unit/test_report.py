@@ -535,7 +535,7 @@ def test_agreement_with_the_recogniser(tmp_path: Path) -> None:
     curve = [
         *(agreed("both", 1, 0.8, 0.35), agreed("both", 2, 0.9, 0.4)),
         *(agreed("uniform", 1, 0.6, 0.25), agreed("uniform", 2, 0.7, 0.5)),
-        agreed("uniform", 4, 1.0, 1.0),
+        *(agreed("uniform", 4, 1.0, 1.0), agreed("maxconf", 2, 1.0, 1.0)),
     ]
     found = {"videos": 40, "asked": 0.85, "curve": curve, "chosen": curve[1]}
     svg = agreement_svg(found)

@@ -1,6 +1,6 @@
 """How often a choice of frames gives the dense recogniser's answer, and at what cost; no labels.
 
-The dense recogniser sees all T frames. Shapes: V videos, T frames, C classes, K budget.
+The dense recogniser sees all T frames and answers by the surest of them. Shapes: V videos, T frames, C classes, K budget.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import SamplerConfig, SamplerMode
-from tsq_ray.evaluation.measures import agreement, answers, dense_answers, gflops
+from tsq_ray.evaluation.measures import SUREST, agreement, answers, dense_answers, gflops
 from tsq_ray.evaluation.samplers import Sampler
 from tsq_ray.evaluation.trainings import saliencies
 from tsq_ray.evaluation.videos import VideoSet
@@ -58,13 +58,16 @@ def interval(share: float, count: int) -> tuple[float, float]:
     return min(share, middle - half), max(share, middle + half)
 
 
-def measure_agreement(bundle: Bundle, videos: VideoSet, config: SamplerConfig) -> list[Agreement]:
-    """Measure the bundle's sampler and uniform frames at every K below T, then the dense recogniser.
+def measure_agreement(
+    bundle: Bundle, videos: VideoSet, config: SamplerConfig, surest: int = SUREST
+) -> list[Agreement]:
+    """Measure the bundle's sampler and uniform frames at every K up to T, then the dense recogniser.
 
-    With one label per video, also the adaptive budget of a network. `config`: the other settings of
-    the sampler.
+    With one label per video, also the adaptive budget. A server is not measured adaptively, nor
+    densely. `config`: the other settings of the sampler; `surest`: number of frames that the dense
+    recogniser's answer rests on.
     """
-    task, dense = bundle.task, dense_answers(videos, bundle.task)
+    task, dense = bundle.task, dense_answers(videos, bundle.task, surest)
     arrays = {name: getattr(videos, name) for name in ("visual", "object_ids", "object_probs")}
     visual, textual = saliencies(
         bundle.sampler, arrays, bundle.vocabulary, task, config.top_classes
@@ -78,12 +81,14 @@ def measure_agreement(bundle: Bundle, videos: VideoSet, config: SamplerConfig) -
         frames = float(np.mean([len(slots) for slots in chosen]))
         return _compare(answers(videos, chosen, task), dense, bundle, settings, frames)
 
-    budgets: Sequence[int] = range(1, videos.num_frames)
-    found = [measured(mode, budget) for budget in budgets]
+    budgets: Sequence[int] = range(1, videos.num_frames + 1)
+    found = [measured(mode, budget) for budget in budgets[:-1]]
     if task == "single" and config.max_budget <= videos.num_frames and not _is_server(bundle):
         found.append(measured(mode, "adaptive"))
     found += [measured("uniform", budget) for budget in budgets]
-    return [*found, measured("uniform", videos.num_frames)]
+    if not _is_server(bundle):
+        found.append(measured("maxconf", min(surest, videos.num_frames)))
+    return found
 
 
 def _compare(
@@ -119,5 +124,7 @@ def _relative_cost(bundle: Bundle, config: SamplerConfig, budget: float) -> floa
 
 
 def cheapest(found: Sequence[Agreement], wanted: float) -> Agreement:
-    """Return the cheapest choice whose agreement reaches `wanted`; the dense recogniser's does."""
-    return min((one for one in found if one.top1 >= wanted), key=lambda one: one.cost)
+    """Return the cheapest choice whose agreement reaches `wanted`; if none does, the best."""
+    best = max(one.top1 for one in found)
+    enough = (one for one in found if one.top1 >= min(wanted, best))
+    return min(enough, key=lambda one: one.cost)

@@ -15,16 +15,17 @@ import numpy as np
 
 from tsq_ray import quality
 from tsq_ray.bundle.weights import Bundle
-from tsq_ray.config import SamplerMode, Task
+from tsq_ray.config import SamplerMode, Task, TrainConfig
 from tsq_ray.evaluation.annotations import Annotations, on_evidence
 from tsq_ray.evaluation.samplers import Sampler, frame_probabilities
 from tsq_ray.evaluation.trainings import SCSAMPLER_HIDDEN
 from tsq_ray.evaluation.videos import VideoSet
 from tsq_ray.model import TSQShape
-from tsq_ray.model.choosers import Dense
+from tsq_ray.model.choosers import MostConfident
 from tsq_ray.model.flops import Counting, cost_table, network_multiply_adds
 from tsq_ray.training.teacher import shown_classes
 
+SUREST = TrainConfig().teacher_frames
 Cost = Literal["uniform", "maxconf", "maxconf-l", "visual", "textual", "both", "scsampler"]
 """As sampler.mode, plus "scsampler": light encoder on T frames, ranker, recogniser on K."""
 
@@ -81,7 +82,7 @@ class Measures:
     frames: float
     """Mean number of frames that the recogniser sees."""
     agreement: float
-    """Share of the videos whose best class is that of the dense recogniser, which sees all T."""
+    """Share of the videos whose best class is that of the dense recogniser (`dense_answers`)."""
     agreement_map: float
     """mAP with the classes that the dense recogniser finds as the truth."""
 
@@ -96,10 +97,14 @@ def answers(videos: VideoSet, chosen: Sequence[np.ndarray], task: Task) -> np.nd
 
 
 @functools.lru_cache(maxsize=4)
-def dense_answers(videos: VideoSet, task: Task) -> np.ndarray:
-    """Return the scores of the recogniser on all frames of each video, float32 [V, C]."""
-    sampler = Sampler(videos, task, lambda _: Dense())
-    chosen = [sampler.choose(video, videos.num_frames) for video in range(len(videos))]
+def dense_answers(videos: VideoSet, task: Task, surest: int = SUREST) -> np.ndarray:
+    """Return what the recogniser says after seeing every frame, float32 [V, C].
+
+    Its answer is that of the `surest` frames, as a teacher's is (`sampler.mode = "maxconf"`): where
+    few frames show the class, the mean of all of them says little.
+    """
+    sampler = Sampler(videos, task, MostConfident)
+    chosen = [sampler.choose(video, surest) for video in range(len(videos))]
     return answers(videos, chosen, task)
 
 
@@ -115,9 +120,17 @@ def agreement(scores: np.ndarray, dense: np.ndarray, task: Task) -> tuple[float,
 
 
 def measure_sampler(
-    videos: VideoSet, sampler: Sampler, budget: int, task: Task, annotations: Annotations | None
+    videos: VideoSet,
+    sampler: Sampler,
+    budget: int,
+    task: Task,
+    annotations: Annotations | None,
+    surest: int = SUREST,
 ) -> Measures:
-    """Choose at most `budget` frames of each video and judge the recogniser's answers."""
+    """Choose at most `budget` frames of each video and judge the recogniser's answers.
+
+    `surest`: number of frames that the dense recogniser's answer rests on.
+    """
     chosen = [sampler.choose(video, budget) for video in range(len(videos))]
     scores = answers(videos, chosen, task)
     recall = math.nan
@@ -132,7 +145,7 @@ def measure_sampler(
         quality.top1_accuracy(scores, videos.targets),
         recall,
         float(np.mean([len(slots) for slots in chosen])),
-        *agreement(scores, dense_answers(videos, task), task),
+        *agreement(scores, dense_answers(videos, task, surest), task),
     )
 
 

@@ -211,7 +211,10 @@ def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[
             method,
             budget,
             [
-                measure_sampler(bench.videos, sampler, budget, bench.task, bench.annotations)
+                measure_sampler(
+                    *(bench.videos, sampler, budget, bench.task, bench.annotations),
+                    bench.config.train.teacher_frames,
+                )
                 for sampler in samplers
             ],
             diverged,

@@ -90,7 +90,7 @@ def agreement_rows(found: Mapping[str, Any], limit: int = 10) -> list[dict[str, 
     """Return the agreement of TSQNet and of uniform frames at each K up to `limit`, side by side."""
     by_budget: dict[int, dict[str, Any]] = {}
     for one in found["curve"]:
-        if one["budget"] != "adaptive" and one["budget"] <= limit:
+        if one["mode"] != "maxconf" and one["budget"] != "adaptive" and one["budget"] <= limit:
             name = "uniform" if one["mode"] == "uniform" else "sampler"
             by_budget.setdefault(one["budget"], {"budget": one["budget"]})[name] = one
     return [row for _, row in sorted(by_budget.items())]
