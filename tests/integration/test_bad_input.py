@@ -540,7 +540,7 @@ def test_a_damaged_bundle(chain: Chain, tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "bundle.json").read_text())
     (tmp_path / "bundle.json").write_text(json.dumps(settings | {"format": 99}))
     assert (
-        "bundle.json: made by a newer version of tsq_ray (format 99; this version reads 2)"
+        "bundle.json: made by a newer version of tsq_ray (format 99; this version reads 3)"
         in refused(tsq(*argv))
     )
     (tmp_path / "bundle.json").write_text("{")

@@ -126,7 +126,7 @@ def test_a_sampler_is_trained_on_features(
 def test_a_newer_format_is_refused_in_the_right_words(old: Path, name: str, file: str) -> None:
     path = old / name / file
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"format": 3}))
+    path.write_text(json.dumps(content | {"format": 4}))
     message = refused(tsq("info", old / name))
-    assert "made by a newer version of tsq_ray (format 3; " in message
+    assert "made by a newer version of tsq_ray (format 4; " in message
     assert message.endswith("upgrade")
