@@ -59,8 +59,8 @@ check mypy
 if [ "$names_tests" = true ]; then
     tests
 else
+    # tests that start a cluster need the machine to themselves
     tests tests/unit -n auto
-    # tests of clusters wait more than they compute: two files at a time, whatever the machine
-    tests tests/integration -n 2 --dist loadfile
+    tests tests/integration
 fi
 exit "$status"

@@ -222,7 +222,7 @@ def test_a_folder_that_other_users_may_write_to_is_not_used(
 OMP = """
 import os
 import ray
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 assert "OMP_WAIT_POLICY" not in os.environ
 from tsq_ray.runtime import progress  # the workers start without what it sets here
 

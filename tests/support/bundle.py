@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from support.archive import CLASSES
+from support.archive import CLASSES, write_clip
 from tsq_ray.asking.questions import ServerModel
-from tsq_ray.bundle.weights import Bundle, Classifier, save_bundle
+from tsq_ray.bundle.weights import Bundle, Classifier, save_bundle, save_classifier
 from tsq_ray.config import (
     DecodeConfig,
     EncodersConfig,
@@ -23,8 +23,11 @@ from tsq_ray.config import (
     SamplerConfig,
     TextConfig,
 )
+from tsq_ray.decode import VideoSource, decode_video
 from tsq_ray.model import TSQNet, TSQShape
 from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder, load_encoder
+from tsq_ray.networks.transformers_models import linear_of
+from tsq_ray.rows import frame_spec
 
 NUM_FRAMES, BUDGET, TEXT_DIM = 8, 3, 12
 
@@ -34,6 +37,26 @@ def _network(config: ModelConfig, num_classes: int) -> FrameEncoder:
     encoder.head = nn.Linear(encoder.dim, num_classes).requires_grad_(False)
     encoder.head.weight.normal_(std=2.0)
     return encoder.eval()
+
+
+def make_recognizer(folder: Path) -> str:
+    """Write a classifier of CLASSES that tells their clips apart, and return its URI.
+
+    A grey frame, of which a clip has many, says nothing; a coloured one shows its class.
+    """
+    config = ModelConfig(model="test_resnet", weights="random:2", size=32, resize="crop")
+    encoder, found = load_encoder(config, with_head=False), []
+    for label in CLASSES:
+        source = VideoSource(uri=str(write_clip(folder / f"{label}.mp4", label, seed=99)))
+        frames = decode_video(source, DecodeConfig(num_frames=8), {"r": frame_spec(config)}).frames
+        found.append(encoder.features(torch.from_numpy(frames["r"])))
+    features = torch.stack(found)  # [C, T, D]
+    grey = features[:, [0, 1, 6, 7]].mean((0, 1))
+    weight = 8 * torch.linalg.pinv(features[:, 3:5].mean(1) - grey).T
+    encoder.head = linear_of(weight, -weight @ grey).requires_grad_(False)
+    classifier = Classifier(encoder, list(CLASSES), "single", "recognizer", {})
+    save_classifier(classifier, str(folder / "classifier"))
+    return str(folder / "classifier")
 
 
 def make_bundle(
