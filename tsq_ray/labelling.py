@@ -24,7 +24,7 @@ from tsq_ray.evaluation.agreement import Agreement, cheapest, measure_agreement
 from tsq_ray.evaluation.videos import VAL_SPLIT, load_features
 from tsq_ray.extraction import extract
 from tsq_ray.manifest import Manifest, build_manifest, read_manifest, write_manifest
-from tsq_ray.manifest.videos import VideoRows
+from tsq_ray.manifest.videos import VideoRows, keys_of
 from tsq_ray.reporting import build_report
 from tsq_ray.results import LabelSummary, RunSummary
 from tsq_ray.runs.folder import read_json, write_json
@@ -199,8 +199,8 @@ def draw_sample(manifest: Manifest, count: int) -> Manifest:
 
     The videos with the lowest ids: ids are hashes, so these are random and always the same.
     """
-    order = np.argsort(np.array(manifest.rows.ids.to_pylist(), object), kind="stable")[:count]
-    table = manifest.rows.take(order.astype(np.int64)).table
+    order = np.argsort(keys_of(manifest.rows.ids), kind="stable")[:count]
+    table = manifest.rows.take(order).table
     held_out = round(len(table) * HELD_OUT)
     splits = ["train"] * (len(table) - held_out) + [VAL_SPLIT] * held_out
     place = table.column_names.index("split")

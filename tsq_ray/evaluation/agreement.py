@@ -1,6 +1,7 @@
 """How often a choice of frames gives the dense recogniser's answer, and at what cost; no labels.
 
-The dense recogniser sees all T frames and answers by the surest of them. Shapes: V videos, T frames, C classes, K budget.
+The dense recogniser sees all T frames and answers by the surest of them. Shapes: V videos, T
+frames, C classes, K budget.
 """
 
 from __future__ import annotations

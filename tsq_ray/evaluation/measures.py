@@ -26,6 +26,7 @@ from tsq_ray.model.flops import Counting, cost_table, network_multiply_adds
 from tsq_ray.training.teacher import shown_classes
 
 SUREST = TrainConfig().teacher_frames
+"""Frames that the dense recogniser's answer rests on, by default."""
 Cost = Literal["uniform", "maxconf", "maxconf-l", "visual", "textual", "both", "scsampler"]
 """As sampler.mode, plus "scsampler": light encoder on T frames, ranker, recogniser on K."""
 

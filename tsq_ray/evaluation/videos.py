@@ -90,7 +90,8 @@ def load_features(
 
     They must hold `recognizer_logits` and be made with the bundle's own encoder and recogniser.
     `split` defaults to `val`, or to all rows if no row has a split. Of more than `max_videos` in a
-    split, a random sample is read (0: all). `labelled`: leave out the videos without labels.
+    split, a random sample is read (0: all). `labelled`: leave out the videos without labels;
+    otherwise nothing is read to train on.
 
     Raises RunError if logits, split or labels are missing, ModelError if the features were made
     with other weights.
@@ -121,7 +122,8 @@ def load_features(
             "can be measured "
             f"(left out: {measured.left_out})"
         )
-    training = video_set(TRAIN_SPLIT) if wanted not in (None, TRAIN_SPLIT) else None
+    trains = labelled and wanted not in (None, TRAIN_SPLIT)
+    training = video_set(TRAIN_SPLIT) if trains else None
     known = set(bundle.classes)
     return Features(
         uri,
