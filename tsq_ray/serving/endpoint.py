@@ -22,6 +22,7 @@ from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.serving import facts
 from tsq_ray.serving.access import check_binding, check_token_rule, read_token
 from tsq_ray.serving.loopback import LOOPBACK
+from tsq_ray.serving.replicas import start_failed
 
 APP = "tsq"
 _SERVE_ENVIRONMENT = {
@@ -207,7 +208,7 @@ def _deployed(
             start = partial(serve.run, app, name=APP, route_prefix="/", logging_config=logs)
             progress.run_watched(start, "serve", session, APP)
         except Exception as error:
-            raise cluster.run_failed(error, "serve") from error
+            raise start_failed(error, APP, "serve") from error
         yield
     finally:
         if session.address is not None:

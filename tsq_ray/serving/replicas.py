@@ -6,12 +6,14 @@ The number of replicas follows the number of nodes, and senders never exceed the
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from tsq_ray import storage
 from tsq_ray.config import Config
-from tsq_ray.errors import ConfigError
+from tsq_ray.errors import ConfigError, RunFailed, TsqError
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Cluster
 from tsq_ray.runtime.placement import layout
@@ -20,6 +22,8 @@ from tsq_ray.serving.graph import STAGES
 
 LOOK_EVERY_S = 2.0
 """Interval between checks of the nodes and of the replicas' capacity."""
+_RAISED = re.compile(r"^(?:tsq_ray\.errors\.\w+: |(?=[\w.]+(?:Error|Exception|Exit): ))(.+)$", re.M)
+"""The last line of a traceback, without the class if it is one of this package."""
 
 
 class Replicas:
@@ -60,7 +64,7 @@ class Replicas:
             try:
                 progress.run_watched(self._start, "score", session, self._app)
             except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
-                raise cluster.run_failed(error, "score: the graph") from error
+                raise start_failed(error, self._app, "score: the graph") from error
             yield
         finally:  # on a shared cluster the application would keep asking for resources
             serve.delete(self._app)
@@ -127,6 +131,20 @@ class Replicas:
         waits = self._config.recognizer.kind == "openai"
         busy = STAGES if waits else ("decoder", "sampler")
         return max(1, sum(running[name] * ongoing[name] for name in busy))
+
+
+def start_failed(error: BaseException, app: str, doing: str) -> TsqError:
+    """Turn an error of an application's start into one that says what its replicas died of."""
+    from ray import serve
+
+    found = serve.status().applications.get(app)
+    for name, deployment in (found.deployments if found is not None else {}).items():
+        # Serve hands on the replica's traceback; its last line names the error
+        raised = _RAISED.findall(deployment.message)
+        if raised:
+            what = storage.redact(raised[-1])
+            return RunFailed(f"{doing}: no {name.lower()} could start: {what}")
+    return cluster.run_failed(error, doing)
 
 
 class FlowCounts(progress.Counts):
