@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.archive import Archive, make_archive
-from support.cluster import Driver, read_rows, tsq, upload, visible_parts
+from support.cluster import Driver, read_rows, titled, tsq, upload, visible_parts
 from support.endpoint import running
 from support.head import Head, running_head
 from support.nodes import SLOW_SETTINGS
@@ -38,18 +38,28 @@ class Cloud:
     holders: set[Path] = field(default_factory=set)
     """Temporary folders in which a training kept features."""
 
-    def lose_a_node(self) -> None:
-        """Kill the newest node; another one joins."""
-        self.head.nodes[-1].kill()
+    def lose_a_node(self, actor: str = "") -> None:
+        """Kill the newest node that runs such an actor; another one joins."""
+        with_actor = (node for node in reversed(self.head.nodes) if titled(node.mark, actor))
+        next(with_actor).kill()
         self.head.add_node(1)
 
-    def run(self, name: str, *argv: str, lose_when: Callable[[], bool] | None = None) -> Any:
-        """Submit a command, follow its job and return its summary."""
+    def run(
+        self,
+        name: str,
+        *argv: str,
+        lose_when: Callable[[], bool] | None = None,
+        actor: str = "",
+    ) -> Any:
+        """Submit a command, follow its job and return its summary.
+
+        `lose_when`: when to lose a node, one that runs an `actor`.
+        """
         command = [*argv, "--submit", "--address", self.head.url, "--json"]
         with Driver(command, self.folder / name, self.head.environment) as driver:
             if lose_when is not None:
                 driver.wait_until(lose_when, END_S)
-                self.lose_a_node()
+                self.lose_a_node(actor)
             return driver.ended(END_S).json
 
     def has_checkpoint(self, bundle: str) -> bool:
@@ -114,6 +124,7 @@ def test_from_videos_to_answers(cloud: Cloud, archive: Archive, tmp_path: Path) 
         *("train", features, "--out", bundle, *networks, *config),
         *("--set", "train.num_workers=[1, 2]", "--set", "train.checkpoint_every=2"),
         lose_when=lambda: cloud.has_checkpoint(bundle),
+        actor="RayTrainWorker",
     )
     assert trained["resumed_after_epoch"] > 0
     assert trained["videos"] == 3 * 8 + 1

@@ -36,6 +36,7 @@ def import_kind(kind: str, folder: Path) -> str:
     return out
 
 
+@pytest.mark.slow
 def test_a_sampler_learns_from_an_imported_recogniser(ray_cluster: Any, tmp_path: Path) -> None:
     """Nothing has a label; of a thousand classes, those that the videos show get a query."""
     recognizer = import_kind("timm", tmp_path)

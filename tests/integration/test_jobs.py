@@ -285,6 +285,7 @@ def test_tokens(head: Head, tmp_path: Path) -> None:
     assert client(command, by_variable, tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 def test_joining_with_a_token(head: Head, tmp_path: Path) -> None:
     """A command that joins the cluster itself must also be in the cluster's mode."""
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")

@@ -131,6 +131,7 @@ def test_a_cluster_that_another_job_holds(
     assert found.keys().isdisjoint({"train", "serve"})
 
 
+@pytest.mark.slow
 def test_a_dry_run_on_a_cluster_probes_one_of_its_nodes(
     two_nodes: Any, store: SlowStore, settings: Path, tmp_path: Path
 ) -> None:

@@ -285,6 +285,17 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+def titled(mark: str, title: str) -> list[int]:
+    """The processes with `mark` in their environment whose command line contains `title`."""
+    found = []
+    for pid in marked(mark):
+        with contextlib.suppress(OSError):
+            line = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+            if title in line.replace("\0", " "):
+                found.append(pid)
+    return found
+
+
 def descendants(title: str) -> list[int]:
     """Descendants of this process whose title (command line) matches at its start, oldest first."""
     parents: dict[int, int] = {}

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from jobs.benchmarks.support.s3 import free_ports
-from support.cluster import Driver, marked
+from support.cluster import Driver, marked, titled
 
 TOKEN = "correct-horse-battery"
 START_S, ANSWER_S, END_S = 300.0, 120.0, 60.0
@@ -52,13 +52,7 @@ class Endpoint:
 
     def processes(self, title: str) -> list[int]:
         """The server's processes whose command line contains `title`."""
-        found = []
-        for pid in marked(self.driver.mark):
-            with contextlib.suppress(OSError):
-                line = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-                if title in line.replace("\0", " "):
-                    found.append(pid)
-        return found
+        return titled(self.driver.mark, title)
 
     def answers_again(self, status: int = 200, **request: Any) -> httpx.Response:
         """Ask until the answer has this status."""
