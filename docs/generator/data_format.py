@@ -200,7 +200,7 @@ What `tsq export PREDICTIONS --out URI` writes; `--format NAME` chooses, by defa
 
 | format | files | content |
 | --- | --- | --- |
-| `labels` | `labels.csv`, `labels.jsonl` | a row per video, failed ones with their reason |
+| `labels` | `labels.csv`, `labels.jsonl` | a row per video, failed ones with their reason; with a recogniser behind a server also its tokens and caption |
 | `frames` | `frames/<video_id>/<slot>_<seconds>.jpg`, `frames_missing.csv` | the chosen frames; videos that cannot be decoded again |
 | `openai-batch` | `openai_batch_0001.jsonl`, ..., `openai_batch_videos.csv` | a request per video with its chosen frames; which file holds which video |
 | `label-studio` | `label_studio_tasks.json`, `label_studio_interface.xml` | a task per video with the prediction; the labelling interface |

@@ -112,14 +112,18 @@ def ok_row(
 
 
 def write_run(
-    folder: Path, rows: list[dict[str, Any]], with_scores: bool = True, **run: Any
+    folder: Path,
+    rows: list[dict[str, Any]],
+    with_scores: bool = True,
+    from_server: bool = False,
+    **run: Any,
 ) -> Path:
     """Publish rows in two parts and `_run.json`.
 
     `run` replaces its keys; None leaves one out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = schema.predictions_schema(NUM_FRAMES, len(CLASSES), CLASSES, with_scores)
+    wanted = schema.predictions_schema(NUM_FRAMES, len(CLASSES), CLASSES, with_scores, from_server)
     half = (len(rows) + 1) // 2
     for number, part in enumerate((rows[:half], rows[half:])):
         if part:

@@ -116,6 +116,26 @@ def test_json_lines_hold_the_values_as_they_are(
     assert rows[7]["error_message"] == "no video stream in notes.txt"
 
 
+def test_what_a_server_said_is_exported(tmp_path: Path) -> None:
+    clip = make_video(tmp_path / "v.mp4", 8)
+    more = {"tokens_in": 900, "tokens_out": 12, "caption": '=A "bar"\nmoves'}
+    rows = [
+        ok_row(1, clip, [0.1, 0.7, 0.1, 0.1], **more),
+        failed_row(2, "/gone.mp4", "unavailable", "no answer") | {"tokens_in": 900},
+    ]
+    folder = write_run(tmp_path / "predictions", rows, from_server=True)
+    out = tmp_path / "export"
+    export_predictions(str(folder), str(out), ["labels"])
+    found = list(csv.DictReader(io.StringIO((out / "labels.csv").read_text("utf-8"), newline="")))
+    assert [(row["tokens_in"], row["tokens_out"], row["caption"]) for row in found] == [
+        ("900", "12", '\'=A "bar"\nmoves'),
+        ("900", "", ""),
+    ]
+    first, failed = map(json.loads, (out / "labels.jsonl").read_text("utf-8").splitlines())
+    assert {name: first[name] for name in more} == more
+    assert (failed["tokens_in"], failed["caption"]) == (900, None)
+
+
 def test_no_secret_of_a_presigned_url(exported: tuple[ExportSummary, Path]) -> None:
     for path in exported[1].glob("*.*"):
         assert "X-Amz-Signature" not in path.read_text("utf-8")

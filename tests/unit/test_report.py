@@ -300,6 +300,19 @@ def test_a_run_of_failures_only(tmp_path: Path) -> None:
     assert "No video was labelled." in (tmp_path / "r.html").read_text("utf-8")
 
 
+def test_a_card_shows_what_the_server_said(tmp_path: Path) -> None:
+    clip = make_video(tmp_path / "v.mp4", 8)
+    rows = [
+        ok_row(1, clip, [0.1, 0.7, 0.1, 0.1], caption="<b>A bar</b> moves"),
+        ok_row(2, clip, [0.1, 0.7, 0.1, 0.1]),
+    ]
+    folder = write_run(tmp_path / "predictions", rows, from_server=True)
+    build_report(str(folder), str(tmp_path / "r.html"))
+    cards = Page((tmp_path / "r.html").read_text("utf-8")).cards
+    assert "<b>A bar</b> moves" in cards[video_id(1)], "as text"
+    assert "A bar" not in cards[video_id(2)]
+
+
 def test_a_baseline_has_no_curves(tmp_path: Path) -> None:
     video = make_video(tmp_path / "a.mp4", 20)
     chosen = ["random"] * BUDGET

@@ -145,6 +145,7 @@ def _head(
         "score": (row["top_scores"] or [0.0])[0],
         "warnings": [storage.redact(warning) for warning in row["warnings"] or ()],
         "facts": "",
+        "caption": row.get("caption"),
         "top": [],
         **_place(row),
         **_reason(row),

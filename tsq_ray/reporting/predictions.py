@@ -18,7 +18,7 @@ from tsq_ray.quality import ReadColumns
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
 from tsq_ray.runs.folder import RUN_FILE, read_run
-from tsq_ray.schema import PREDICTIONS
+from tsq_ray.schema import PREDICTIONS, SERVER
 
 _ROW = [column.name for column in PREDICTIONS if column.name != "scores"]
 """All columns but `scores`, the score of every class, which no page and no export shows."""
@@ -59,6 +59,11 @@ class Predictions:
         return "scores" in self.schema.names
 
     @property
+    def server_columns(self) -> list[str]:
+        """Columns of these predictions that only a recogniser behind a server fills in."""
+        return [column.name for column in SERVER if column.name in self.schema.names]
+
+    @property
     def readers(self) -> list[ReadColumns]:
         """For each part, a function that reads some of its columns."""
         return [partial(self.read, number) for number in range(len(self.parts))]
@@ -91,8 +96,9 @@ class Predictions:
 
     def part_rows(self, part: int, numbers: np.ndarray) -> Iterator[dict[str, Any]]:
         """Yield these rows of one part in the form of `rows`, one at a time."""
-        table = self.read(part, _ROW).take(pa.array(numbers))
-        return ({name: _cell(table[name], row) for name in _ROW} for row in range(len(table)))
+        columns = [*_ROW, *self.server_columns]
+        table = self.read(part, columns).take(pa.array(numbers))
+        return ({name: _cell(table[name], row) for name in columns} for row in range(len(table)))
 
     def decode_settings(self) -> DecodeConfig:
         """Return the run's decode settings, so that frames decoded again fall on the same slots.

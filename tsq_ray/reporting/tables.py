@@ -47,9 +47,10 @@ def write_labels(predictions: Predictions, out: str) -> None:
         storage.open_write(storage.join(out, "labels.csv")) as table,
         storage.open_write(storage.join(out, "labels.jsonl")) as lines,
     ):
-        add = csv_writer(table, CSV_FIELDS)
-        for row in label_rows(predictions):
-            add(_csv_row(row))
+        more = predictions.server_columns
+        add = csv_writer(table, (*CSV_FIELDS, *more))
+        for row in label_rows(predictions, (*COLUMNS, *more)):
+            add(_csv_row(row) | {name: row[name] for name in more})
             lines.write(_json_line(row))
 
 
