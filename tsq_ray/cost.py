@@ -104,8 +104,12 @@ class Used:
 
 
 def tokens_cost(recognizer: Mapping[str, Any], tokens_in: float, tokens_out: float) -> float:
-    """Return the money of tokens by the settings `recognizer`, whose prices are of a million."""
-    return (tokens_in * recognizer["price_in"] + tokens_out * recognizer["price_out"]) / 1e6
+    """Return the money of tokens by the settings `recognizer`, whose prices are of a million.
+
+    A record of settings has a price only if it is not 0.
+    """
+    sent, received = (recognizer.get(name, 0.0) for name in ("price_in", "price_out"))
+    return float(tokens_in * sent + tokens_out * received) / 1e6
 
 
 def dense(seconds: Mapping[str, float], frames: float) -> float | None:

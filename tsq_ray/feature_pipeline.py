@@ -202,12 +202,12 @@ def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> Ide
     # weights count by their hashes, not by their location
     free = {"weights", *SERVER_USE}
     shown = {
-        name: model.model_dump(mode="json", exclude=free) if model is not None else None
+        name: model.record(exclude=free) if model is not None else None
         for name, model in models.items()
     }
     decode = {"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
     return Identity.of(
-        decode=config.decode.model_dump(mode="json", include=decode),
+        decode=config.decode.record(include=decode),
         encoders={
             "visual": shown["visual"],
             "objects": shown["objects"],

@@ -107,7 +107,7 @@ def import_network(
         _check_restored(encoder, what)
     identity = Identity.of(
         role=role,
-        model=settings.model_dump(mode="json", exclude={"weights"}),
+        model=settings.record(exclude={"weights"}),
         weights=encoder.state_hash(),
         classes=names,
         task=config.train.task,
@@ -142,7 +142,7 @@ def _import_server(
         raise ConfigError(f"{what}: --template is for dual encoders; set recognizer.prompt instead")
     names = read_classes(classes).names
     model = ServerModel(config.recognizer, tuple(names), config.train.task)
-    settings = model.config.model_dump(mode="json", exclude={"weights"})
+    settings = model.config.record(exclude={"weights"})
     identity = Identity.of(role="recognizer", model=settings, classes=names, task=config.train.task)
     if (done := _already_done(identity, out)) is not None:
         return done

@@ -367,7 +367,7 @@ class Prediction:
     selected_pts_s: Sequence[float] | None = None
     """[<= K], seconds."""
     selected_by: Sequence[str] | None = None
-    """[<= K]: visual, textual or the name of a baseline."""
+    """[<= K]: visual, textual, dpp or the name of a baseline."""
     saliency_visual: Sequence[float] | None = None
     """[T] (paper, equation 5); None for baselines."""
     saliency_textual: Sequence[float] | None = None

@@ -175,7 +175,7 @@ PREDICTIONS = (
     Column(
         "selected_by",
         _STRINGS,
-        'what chose each frame: "visual", "textual" or the name of a baseline',
+        'what chose each frame: "visual", "textual", "dpp" or the name of a baseline',
         nullable=True,
     ),
     Column(

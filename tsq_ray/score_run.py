@@ -18,7 +18,7 @@ from tsq_ray.bundle.settings import (
     recognizer_of,
     server_of,
 )
-from tsq_ray.config import Config
+from tsq_ray.config import TSQ_MODES, Config
 from tsq_ray.errors import ModelError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import Answer, prediction_row
@@ -103,12 +103,14 @@ def identity_of(
     bundle: Mapping[str, Any], digest: str, config: Config, with_scores: bool
 ) -> Identity:
     """Return what decides whether two runs do the same work."""
-    sampler = config.sampler.model_dump(mode="json")
+    sampler = config.sampler.record()
     if config.sampler.mode != "random":
         sampler.pop("seed")
     if config.sampler.budget != "adaptive":  # keeps runs made before these settings valid
         sampler.pop("max_budget")
         sampler.pop("margin")
+    if config.sampler.mode not in TSQ_MODES:
+        sampler.pop("selection", None)
     # for the same reason the backend counts only if it differs from the bundle's own
     own = bundle["config"]["decode"].get("backend", config.decode.backend)
     backend = config.decode.backend

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tsq_ray.config import (
+    Config,
+    DecodeConfig,
+    EncodersConfig,
+    RecognizerConfig,
+    SamplerConfig,
+    TrainConfig,
+)
 from tsq_ray.errors import RunError
 from tsq_ray.runs.identity import Identity
 
+OLD = Path(__file__).parents[1] / "data" / "0.1.0"
 IDENTITY = Identity.of(decode={"num_frames": 16}, weights={"visual": "abc"}, split=None)
 
 
@@ -36,6 +47,35 @@ def test_differences_name_the_keys(before: dict[str, Any], differences: str) -> 
 def test_a_record_from_before_a_setting_counts_with_its_default() -> None:
     later = Identity.of(encoders={"visual": {"size": 188}, "num_objects": 10})
     assert later.differences({"encoders": {"visual": {"size": 188}}}) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("decode", DecodeConfig),
+        ("encoders", EncodersConfig),
+        ("recognizer", RecognizerConfig),
+        ("sampler", SamplerConfig),
+    ],
+)
+def test_a_record_can_be_read_by_the_first_version(name: str, section: Any) -> None:
+    """It has the settings that tests/data/0.1.0 has, unless a newer one is used."""
+    known = json.loads((OLD / "bundle" / "bundle.json").read_text())["config"][name]
+    assert section.model_validate(known).record() == known
+
+
+def test_the_record_of_a_training_can_be_read_by_the_first_version() -> None:
+    known = json.loads((OLD / "bundle" / "bundle.json").read_text())["provenance"]["train"]
+    assert TrainConfig.model_validate(known).record() == known
+
+
+def test_a_record_has_the_newer_settings_that_are_used() -> None:
+    config = SamplerConfig(selection="dpp")
+    assert config.record(exclude={"seed"})["selection"] == "dpp"
+    assert SamplerConfig.model_validate(config.record()) == config
+    assert "selection" in Config().model_dump()["sampler"]
+    assert "selection" not in Config().record()["sampler"]
+    assert TrainConfig(seed=3).record(include={"seed", "target"}) == {"seed": 3}
 
 
 def test_at_most_five_differences_are_shown() -> None:

@@ -83,7 +83,10 @@ INSIDE = {
     ),
     "labels": ("classes", "entries", "json_files", "formats", "match"),
     "manifest": ("videos", "files", "listing", "build"),
-    "model": ("layers", "tsq", "task", "losses", "selection", "baselines", "choosers", "flops"),
+    "model": (
+        *("layers", "tsq", "task", "losses", "diversity", "selection", "baselines", "choosers"),
+        "flops",
+    ),
     "networks": (
         *("weights", "preprocessing", "transformers_models", "encoder", "text", "batch_norm"),
         "inference",

@@ -366,7 +366,7 @@ def test_closing_accounts_for_every_video(done: Folder) -> None:
     assert run["identity"] == IDENTITY
     assert run["slowest_stage"] == "encode"
     assert run["manifest"]["sha256"] == done.manifest.sha256
-    assert run["config"] == Config().model_dump(mode="json")
+    assert run["config"] == Config().record()
     assert run["versions"]["torch"]
     assert done.problems() == []
 

@@ -12,11 +12,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.evaluate import VAL, Case, make_case
 
+from tsq_ray.config import SamplerConfig
 from tsq_ray.evaluation import evaluation_config, paper, read_annotations
 from tsq_ray.evaluation.bench import Bench
 from tsq_ray.evaluation.catalogue import SELECTING, Method
 from tsq_ray.evaluation.measures import MeanOverSeeds, gflops
-from tsq_ray.evaluation.methods import cost_of, fused_saliency, samplers_of
+from tsq_ray.evaluation.methods import (
+    cost_of,
+    fused_saliency,
+    learned_sampler,
+    samplers_of,
+    selecting_sampler,
+)
 from tsq_ray.evaluation.samplers import Sampler, confidence, true_class_probability
 from tsq_ray.evaluation.selectors import (
     BY_FEATURES,
@@ -38,7 +45,8 @@ from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.trainings import Learned
 from tsq_ray.evaluation.videos import load_features
 from tsq_ray.model import baselines
-from tsq_ray.model.choosers import View
+from tsq_ray.model.choosers import View, chooser_for, salient_for
+from tsq_ray.model.selection import distinct_slots, fused
 
 PROPERTY = settings(max_examples=60, deadline=None)
 NONE = np.zeros((0, 0))
@@ -304,6 +312,31 @@ def test_dpp_takes_no_frame_twice_and_relevant_ones_first() -> None:
 
 
 @PROPERTY
+@given(videos(), st.sampled_from(["both", "visual", "textual"]), st.data())
+def test_a_diverse_sampler_is_dpp_on_the_saliency_of_its_modules(
+    video: tuple[np.ndarray, np.ndarray, int], mode: str, data: st.DataObject
+) -> None:
+    features, visual, budget = video
+    textual = np.random.default_rng(budget).random(len(visual))
+    frame_index = np.sort(data.draw(st.permutations(range(len(visual)))) % np.int64(budget))
+    config = SamplerConfig(budget=budget, selection="dpp", mode=mode, lambda_visual=0.3)
+    chosen = chooser_for(config).candidates(View(frame_index, "", visual, textual, None, features))
+    share = {"both": 0.3, "visual": 1.0, "textual": 0.0}[mode]
+    slots = distinct_slots(frame_index)
+    scores = fused(visual, textual, share)[slots]
+    expected = slots[dpp(features[slots], scores, min(budget, len(slots)))]
+    assert chosen.slots.tolist() == sorted(expected.tolist())
+    assert chosen.selected_by == ["dpp"] * len(slots)
+    alone = View(frame_index, "", visual, features=features)
+    if mode != "textual":
+        only = chooser_for(config.model_copy(update={"mode": "visual"})).candidates(alone)
+        assert chooser_for(config).candidates(alone).slots.tolist() == only.slots.tolist()
+    adaptive = salient_for(config, config.mode, budget, adaptive=True)
+    order = adaptive.candidates(View(frame_index, "", visual, textual, None, features)).slots
+    assert order.tolist() == expected.tolist(), "the recogniser sees the surest first"
+
+
+@PROPERTY
 @given(st.integers(1, 14), st.integers(0, 2**32 - 1), st.data())
 def test_max_volume_cannot_be_raised_by_a_swap(length: int, seed: int, data: st.DataObject) -> None:
     features = np.random.default_rng(seed).normal(size=(length, 16)) ** 3
@@ -427,6 +460,26 @@ def test_scores_are_those_of_the_plain_rows(bench: Bench) -> None:
     (plain,), _ = samplers_of(bench, method("maxconf"))
     for video in range(VAL):
         assert ranked.choose(video, 3).tolist() == plain.choose(video, 3).tolist()
+
+
+def test_a_diverse_bench_measures_the_row_dpp(bench: Bench) -> None:
+    """`sampler.selection` is what `dpp` by `tsqnet` measures; the table's own row stays plain."""
+    arrays = {
+        "saliency_visual": np.random.default_rng(0).random(bench.videos.frame_index.shape),
+        "saliency_textual": np.random.default_rng(1).random(bench.videos.frame_index.shape),
+    }
+    sampler = bench.config.sampler.model_copy(update={"selection": "dpp"})
+    diverse = dataclasses.replace(
+        bench, config=bench.config.model_copy(update={"sampler": sampler})
+    )
+    setting = learned_sampler(diverse, arrays, "both")
+    row = selecting_sampler(bench, method("dpp by tsqnet"), fused_saliency(bench, arrays))
+    plain = learned_sampler(bench, arrays, "both")
+    found = [
+        [one.choose(video, 2).tolist() for video in range(VAL)] for one in (setting, row, plain)
+    ]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
 
 
 def test_the_saliencies_are_fused_by_lambda(bench: Bench) -> None:

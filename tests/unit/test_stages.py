@@ -20,6 +20,8 @@ from tsq_ray.decode.frames import resize_picture
 from tsq_ray.errors import ConfigError, ModelError, StorageError, VideoError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQNet, object_embeddings, saliency
+from tsq_ray.model.diversity import dpp
+from tsq_ray.model.selection import fused
 from tsq_ray.rows import (
     OBJECTS,
     RECOGNIZER,
@@ -203,6 +205,19 @@ def test_every_mode_answers_with_a_row_of_the_schema(bundle: Bundle, mode: str) 
         assert row["top_labels"] == best
         assert row["top_scores"].tolist() == sorted(row["scores"].tolist(), reverse=True)
         assert row["decode_ms"] == 1.5
+
+
+def test_salient_frames_that_differ(bundle: Bundle) -> None:
+    """`sampler.selection = "dpp"` looks at the features of the light encoder."""
+    seen = video(bundle, 0)
+    (row,) = score(bundle, [(ref(0), seen)], selection="dpp", lambda_visual=0.25)
+    (features,) = Encode(bundle.encoder, None, device=CPU)([seen])
+    saliency = fused(row["saliency_visual"], row["saliency_textual"], 0.25)
+    expected = dpp(features.visual, saliency, BUDGET)
+    assert row["selected_slot"].tolist() == sorted(expected.tolist())
+    assert row["selected_by"] == ["dpp"] * BUDGET
+    (baseline,) = score(bundle, [(ref(0), seen)], selection="dpp", mode="uniform")
+    assert baseline["selected_by"] == ["uniform"] * BUDGET
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -44,7 +44,7 @@ class ServerModel:
     def state_hash(self) -> str:
         """Return a hash of what the answers depend on: model, URL, prompt, frame size, classes."""
         free = {*SERVER_USE, "weights", "resize", "resize_to", "interpolation", "mean", "std"}
-        settings = self.config.model_dump(mode="json", exclude=free)
+        settings = self.config.record(exclude=free)
         return sha256_of(json.dumps([settings, self.classes, self.task], sort_keys=True).encode())
 
 

@@ -18,6 +18,7 @@ FREE = (
     "sampler.margin",
     "sampler.lambda_visual",
     "sampler.mode",
+    "sampler.selection",
     "sampler.seed",
     "decode.backend",
     "decode.timeout_s",
@@ -58,7 +59,7 @@ def scoring_config(
         raise ConfigError(
             f"{storage.redact(model)}: scoring cannot change what the bundle was trained with "
             f"({differ}); it may set sampler.budget, sampler.lambda_visual, sampler.mode, "
-            "sampler.seed, decode.backend and resources.*"
+            "sampler.selection, sampler.seed, decode.backend and resources.*"
         )
     recognizer = config.recognizer if recognizer_of(content) is not None else None
     check_budget(config.sampler, config.decode.num_frames, str(content["task"]), recognizer)

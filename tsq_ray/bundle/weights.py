@@ -93,7 +93,7 @@ def save_classifier(classifier: Classifier, uri: str) -> None:
         "role": classifier.role,
         "classes": classifier.classes,
         "task": classifier.task,
-        "model": classifier.encoder.config.model_dump(mode="json"),
+        "model": classifier.encoder.config.record(),
         "backbone_sha256": classifier.encoder.backbone_hash(),
         "provenance": classifier.provenance,
     }
@@ -107,7 +107,7 @@ def save_server(model: ServerModel, uri: str, provenance: dict[str, Any]) -> Non
         "role": "recognizer",
         "classes": list(model.classes),
         "task": model.task,
-        "model": model.config.model_dump(mode="json"),
+        "model": model.config.record(),
         "backbone_sha256": model.state_hash(),
         "provenance": provenance,
     }
@@ -165,12 +165,10 @@ def save_bundle(bundle: Bundle, uri: str) -> None:
         **fewer,
         "task": bundle.task,
         "config": {
-            "decode": bundle.decode.model_dump(mode="json"),
-            "encoders": bundle.encoders.model_dump(mode="json"),
-            "recognizer": bundle.recognizer.config.model_dump(mode="json")
-            if bundle.recognizer
-            else None,
-            "sampler": bundle.sampler_defaults.model_dump(mode="json"),
+            "decode": bundle.decode.record(),
+            "encoders": bundle.encoders.record(),
+            "recognizer": bundle.recognizer.config.record() if bundle.recognizer else None,
+            "sampler": bundle.sampler_defaults.record(),
         },
         "sampler_shape": asdict(bundle.sampler.shape),
         "provenance": bundle.provenance,

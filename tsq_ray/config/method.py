@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -45,6 +45,7 @@ class DecodeConfig(Section):
 class ModelConfig(Section):
     """A pretrained network and the preprocessing that its weights expect."""
 
+    NEWER: ClassVar[frozenset[str]] = frozenset({"kind", "resize_to"})
     kind: Literal["timm", "transformers", "openai"] = "timm"
     """Library of the network; `openai` (only the recogniser): a model behind a server."""
     model: str
@@ -123,6 +124,7 @@ class EncodersConfig(Section):
 class SamplerConfig(Section):
     """How K of the T frames are chosen (paper, section 3.3)."""
 
+    NEWER: ClassVar[frozenset[str]] = frozenset({"selection"})
     budget: Annotated[int, Field(ge=1)] | Literal["adaptive"] = 5
     """K, the number of frames the recogniser sees; `adaptive`: up to `max_budget` frames, until the
     recogniser is confident (`margin`)."""
@@ -138,6 +140,10 @@ class SamplerConfig(Section):
     mode: SamplerMode = "both"
     """Modules that choose (`both`, `visual`, `textual`), or a baseline (`uniform`, `random`,
     `maxconf-l`, `maxconf`)."""
+    selection: Literal["top", "dpp"] = "top"
+    """How TSQNet's modules choose: `top`, their most salient frames (paper); `dpp`, salient frames
+    that differ from each other (docs/evaluation.md), which costs nothing more. A baseline ignores
+    it."""
     top_classes: int = Field(default=5, ge=1)
     """Number of most probable classes whose saliencies are aggregated (paper: 5)."""
 
@@ -171,6 +177,9 @@ WorkerCount = Annotated[int | tuple[int, int], BeforeValidator(_worker_count)]
 class TrainConfig(Section):
     """Training of TSQNet (paper, appendix A)."""
 
+    NEWER: ClassVar[frozenset[str]] = frozenset(
+        {"max_videos", "target", "teacher_frames", "teacher_min_videos"}
+    )
     task: Task = "single"
     """`single`: one label per video, softmax; `multi`: several labels, sigmoid and binary cross
     entropy."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -21,6 +21,10 @@ class RecognizerConfig(ModelConfig):
     from the environment variable OPENAI_API_KEY.
     """
 
+    NEWER: ClassVar[frozenset[str]] = ModelConfig.NEWER | {
+        *SERVER_USE,
+        *("url", "prompt", "caption", "logprobs"),
+    }
     url: str = ""
     """Base URL of an OpenAI-compatible server, for example https://api.openai.com/v1 or
     http://localhost:8000/v1. `size` is then the shorter side of the frames sent, and `model_args`

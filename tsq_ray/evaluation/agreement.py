@@ -77,7 +77,14 @@ def measure_agreement(
 
     def measured(mode: SamplerMode, budget: int | Literal["adaptive"]) -> Agreement:
         settings = config.model_copy(update={"mode": mode, "budget": budget})
-        sampler = Sampler(videos, task, lambda _: chooser_for(settings), visual, textual)
+        sampler = Sampler(
+            videos,
+            task,
+            lambda _: chooser_for(settings),
+            visual,
+            textual,
+            features=videos.visual,
+        )
         chosen = [sampler.choose(video, settings.most_frames) for video in range(len(videos))]
         frames = float(np.mean([len(slots) for slots in chosen]))
         return _compare(answers(videos, chosen, task), dense, bundle, settings, frames)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tsq_ray.errors import RunError
 from tsq_ray.evaluation import plots
 from tsq_ray.evaluation.bench import Bench
@@ -87,7 +89,12 @@ _COLUMNS = (
 
 
 def selectors(bench: Bench, out: str) -> Table:
-    """Measure the selectors of 2024 to 2026 at `sampler.budget`, each by each score."""
+    """Measure the selectors of 2024 to 2026 at `sampler.budget`, each by each score.
+
+    The row tsqnet is the paper's selection, whatever `sampler.selection` says.
+    """
+    sampler = bench.config.sampler.model_copy(update={"selection": "top"})
+    bench = replace(bench, config=bench.config.model_copy(update={"sampler": sampler}))
     budget, num_frames = bench.config.sampler.most_frames, bench.videos.num_frames
     clock = Clock(bench.features.run, bench.bundle, num_frames)
     methods, notes = possible(bench, SELECTING)

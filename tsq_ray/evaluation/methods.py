@@ -29,11 +29,11 @@ from tsq_ray.model.choosers import (
     MostConfident,
     Random,
     Ranked,
-    Salient,
     Uniform,
-    UntilConfident,
+    salient_for,
 )
 from tsq_ray.model.flops import Counting
+from tsq_ray.model.selection import fused
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
             task,
             bench.config.sampler.top_classes,
         )
-        return [Sampler(videos, task, salient_chooser(bench, "both"), visual, textual)], 0
+        chooser, features = salient_chooser(bench, "both"), videos.visual
+        return [Sampler(videos, task, chooser, visual, textual, features=features)], 0
     if method.name == "maxconf":
         return [Sampler(videos, task, MostConfident)], 0
     return [ranked_sampler(bench, _scores(bench, method.name), method.name)], 0
@@ -144,21 +145,15 @@ def selecting_sampler(bench: Bench, method: Method, scores: np.ndarray | None) -
 
 def fused_saliency(bench: Bench, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Return one saliency per frame, [V, T]: lambda_v of the visual, the rest of the textual."""
-    visual, share = arrays["saliency_visual"], bench.config.sampler.lambda_visual
-    return share * visual + (1 - share) * arrays.get("saliency_textual", visual)
+    visual, textual = arrays["saliency_visual"], arrays.get("saliency_textual")
+    return fused(visual, textual, bench.config.sampler.lambda_visual)
 
 
 def salient_chooser(
     bench: Bench, mode: TSQMode, *, adaptive: bool = False
 ) -> Callable[[int], Chooser]:
     """Return a function from budget to TSQNet's chooser, with the evaluation's settings."""
-    settings = bench.config.sampler
-
-    def chooser(budget: int) -> Chooser:
-        salient = Salient(budget, settings.lambda_visual, mode)
-        return UntilConfident(salient, settings.margin) if adaptive else salient
-
-    return chooser
+    return partial(salient_for, bench.config.sampler, mode, adaptive=adaptive)
 
 
 def learned_sampler(
@@ -167,7 +162,7 @@ def learned_sampler(
     """Return a sampler that uses the saliencies of a training."""
     visual, textual = arrays["saliency_visual"], arrays.get("saliency_textual")
     chooser = salient_chooser(bench, mode, adaptive=adaptive)
-    return Sampler(bench.videos, bench.task, chooser, visual, textual)
+    return Sampler(bench.videos, bench.task, chooser, visual, textual, features=bench.videos.visual)
 
 
 def bundle_arrays(bench: Bench) -> dict[str, np.ndarray]:

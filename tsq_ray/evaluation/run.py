@@ -99,7 +99,7 @@ def evaluate(
     features = load_features(sources[0], bundle, split, config.evaluate.max_videos)
     _check_budgets(config, features, bundle)
     data = _data(features, bundle)
-    sampler = config.sampler.model_dump(mode="json", exclude={"seed"})
+    sampler = config.sampler.record(exclude={"seed"})
     _enter(out, Identity.of(data=data, sampler=sampler, train=_trainings(config)))
     bench = Bench(bundle, features, config, known, Store(out, data))
     names, header = list(tables) or paper.default_names(), _header(bench, model, annotations)
@@ -172,7 +172,7 @@ def _data(features: Features, bundle: Bundle) -> dict[str, Any]:
 
 
 def _trainings(config: Config) -> dict[str, Any]:
-    return config.train.model_dump(mode="json", exclude={"seed", "num_workers", "checkpoint_every"})
+    return config.train.record(exclude={"seed", "num_workers", "checkpoint_every"})
 
 
 def _enter(out: str, identity: Identity) -> None:
@@ -204,7 +204,8 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
         f"{len(videos)} videos measured, left out: {left}; "
         f"{skipped} manifest inputs without features; trained on: {training}",
         f"T = {videos.num_frames}, K = {config.sampler.most_frames}, "
-        f"lambda_v = {config.sampler.lambda_visual:g}; "
+        f"lambda_v = {config.sampler.lambda_visual:g}, TSQNet's selection: "
+        f"{config.sampler.selection}; "
         f"fps of the videos: {low:.3g}" + (f" to {high:.3g}" if high > low else ""),
         f"decoder: {made['decode']['strategy']} by {made['decode']['backend']} ({decoders}); "
         f"batch size: {made['resources']['batch_size']} videos in extraction, "

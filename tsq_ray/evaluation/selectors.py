@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tsq_ray.model.choosers import Candidates, View
+from tsq_ray.model.diversity import dpp, greedy_volume, normalized
 from tsq_ray.model.selection import distinct_slots, in_time_order
 
 Selector = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -184,7 +185,7 @@ def k_center(features: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray
     Embedding-Guided Keyframe Selection for VidLLMs, 2026. The papers': the greedy rule. Our
     reading: Euclidean distance of normalised features, from the frame nearest to their mean on.
     """
-    unit = _normalised(features)
+    unit = normalized(features)
     taken = [int(np.linalg.norm(unit - unit.mean(axis=0), axis=1).argmin())]
     nearest = np.linalg.norm(unit - unit[taken[0]], axis=1)
     while len(taken) < count:
@@ -192,23 +193,6 @@ def k_center(features: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray
         taken.append(int(nearest.argmax()))
         nearest = np.minimum(nearest, np.linalg.norm(unit - unit[taken[-1]], axis=1))
     return np.array(taken)
-
-
-def dpp(features: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
-    """Take relevant frames that differ: the greedy mode of a determinantal point process.
-
-    H. Sun et al., MDP3: A Training-free Approach for List-wise Frame Selection in Video-LLMs, ICCV
-    2025, arXiv 2501.02885. The paper's: a kernel r_i k(x_i, x_j) r_j of relevance and Gaussian
-    similarity, and the greedy maximum of the determinant (L. Chen et al., Fast Greedy MAP Inference
-    for Determinantal Point Process, NeurIPS 2018). Our reading: one Gaussian, as wide as the mean
-    squared distance of normalised features; r is the score divided by the highest. Left out: the
-    dynamic programming over segments, which T frames do not need.
-    """
-    unit = _normalised(features)
-    squared = np.maximum(2 - 2 * unit @ unit.T, 0)
-    similarity = np.exp(-squared / (2 * max(squared.mean(), 1e-12)))
-    relevance = scores / scores.max() if scores.max() > 0 else np.ones(len(scores))
-    return _pivots(relevance[:, None] * similarity * relevance, count)
 
 
 def max_volume(features: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
@@ -225,7 +209,7 @@ def max_volume(features: np.ndarray, scores: np.ndarray, count: int) -> np.ndarr
     left, values, _ = np.linalg.svd(features, full_matrices=False)
     rank = min(count, int((values > values[0] * 1e-6).sum()) if values[0] > 0 else 0)
     rows = left[:, :rank]
-    taken = _pivots(rows @ rows.T, rank)
+    taken = greedy_volume(rows @ rows.T, rank)
     while rank:
         shares = np.linalg.solve(rows[taken].T, rows.T).T
         frame, place = np.unravel_index(np.abs(shares).argmax(), shares.shape)
@@ -234,27 +218,6 @@ def max_volume(features: np.ndarray, scores: np.ndarray, count: int) -> np.ndarr
         taken[place] = frame
     rest = np.setdiff1d(np.arange(len(features)), taken)
     return np.concatenate([taken, rest[: count - rank]])
-
-
-def _pivots(kernel: np.ndarray, count: int) -> np.ndarray:
-    """Return the K rows that greedily maximise the determinant of a kernel, [n, n]: int [K].
-
-    The pivots of its Cholesky factorisation: each has the largest variance left given those before.
-    """
-    left, rows = np.diag(kernel).astype(np.float64), np.zeros((count, len(kernel)))
-    taken = np.zeros(count, np.int64)
-    free = np.ones(len(kernel), bool)
-    for step in range(count):
-        pivot = int(np.where(free, left, -np.inf).argmax())
-        taken[step], free[pivot] = pivot, False
-        if left[pivot] > 1e-12:
-            rows[step] = (kernel[pivot] - rows[:step, pivot] @ rows[:step]) / math.sqrt(left[pivot])
-            left = left - rows[step] ** 2
-    return taken
-
-
-def _normalised(features: np.ndarray) -> np.ndarray:
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def _unit_range(scores: np.ndarray) -> np.ndarray:

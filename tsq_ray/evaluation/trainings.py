@@ -52,8 +52,8 @@ class TrainingSpec:
                 "hidden": SCSAMPLER_HIDDEN,
                 **_SCSAMPLER,
             }
-        config = self.config.model_dump(mode="json", exclude={"num_workers", "checkpoint_every"})
-        text = self.text.model_dump(mode="json") if self.config.modules == "both" else None
+        config = self.config.record(exclude={"num_workers", "checkpoint_every"})
+        text = self.text.record() if self.config.modules == "both" else None
         return {"kind": self.kind, "train": config, "text": text}
 
 

@@ -14,14 +14,17 @@ import numpy as np
 
 from tsq_ray.config import SamplerConfig, TSQMode
 from tsq_ray.model import baselines
+from tsq_ray.model.diversity import dpp
 from tsq_ray.model.selection import (
     Selection,
     by_importance,
     distinct_slots,
     frames_until_sure,
+    fused,
     in_time_order,
     ranked,
     select_frames,
+    visual_fraction,
 )
 
 
@@ -39,7 +42,7 @@ class View:
     scores: np.ndarray | None = None
     """float [T], the scores that `Ranked` ranks by."""
     features: np.ndarray | None = None
-    """float [T, D], the light encoder's features, for selectors that compare frames."""
+    """float [T, D], the light encoder's features, for choosers that compare frames."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Candidates:
     slots: np.ndarray
     """int [n]."""
     selected_by: list[str]
-    """Per slot: "visual", "textual" or the name of a baseline."""
+    """Per slot: "visual", "textual", "dpp" or the name of a baseline."""
     first: int
     """How many candidates the recogniser sees in its first pass."""
 
@@ -152,6 +155,23 @@ class Salient(_Fixed):
 
 
 @dataclass(frozen=True)
+class Diverse(Salient):
+    """K salient frames that differ from each other: `sampler.selection = "dpp"`.
+
+    Their saliency is the mean of both modules' with the weights lambda_v and 1 - lambda_v.
+    """
+
+    def select(self, view: View, budget: int) -> Selection:
+        assert view.visual is not None
+        assert view.features is not None
+        fraction = visual_fraction(view.textual is not None, self.lambda_visual, self.mode)
+        slots = distinct_slots(view.frame_index)
+        scores = fused(view.visual, view.textual, fraction)[slots]
+        places = dpp(view.features[slots], scores, min(budget, len(slots)))
+        return in_time_order({int(slot): "dpp" for slot in slots[places]})
+
+
+@dataclass(frozen=True)
 class UntilConfident:
     """TSQNet's frames in order of importance, until one class leads by `sampler.margin`."""
 
@@ -201,8 +221,14 @@ def chooser_for(config: SamplerConfig) -> Chooser:
         return MostConfident(budget)
     if config.mode == "maxconf-l":
         return Ranked(budget, config.mode)
-    salient = Salient(budget, config.lambda_visual, config.mode)
-    return UntilConfident(salient, config.margin) if config.budget == "adaptive" else salient
+    return salient_for(config, config.mode, budget, adaptive=config.budget == "adaptive")
+
+
+def salient_for(config: SamplerConfig, mode: TSQMode, budget: int, *, adaptive: bool) -> Chooser:
+    """Return TSQNet's chooser with these settings, but for its modules and its budget."""
+    chooses = Diverse if config.selection == "dpp" else Salient
+    salient = chooses(budget, config.lambda_visual, mode)
+    return UntilConfident(salient, config.margin) if adaptive else salient
 
 
 def choose(chooser: Chooser, view: View, probabilities: np.ndarray) -> np.ndarray:

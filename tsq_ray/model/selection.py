@@ -24,7 +24,7 @@ class Selection:
     slots: np.ndarray
     """int32 [<= K], slots 0..T-1, ascending."""
     selected_by: list[str]
-    """Per slot: "visual", "textual" or the name of a baseline."""
+    """Per slot: "visual", "textual", "dpp" or the name of a baseline."""
 
 
 def saliency(attention: Tensor, logits: Tensor, task: Task, top_classes: int = 5) -> Tensor:
@@ -74,18 +74,12 @@ def select_frames(
     Raises:
         ModelError: mode "textual", but the network has no TQM.
     """
-    if saliency_textual is None and mode == "textual":
-        raise ModelError(
-            "sampler.mode 'textual' needs a model with a textual module; "
-            "this one has only the visual one: use 'visual'"
-        )
+    fraction = visual_fraction(saliency_textual is not None, lambda_visual, mode)
     candidates = distinct_slots(frame_index)
     count = min(budget, len(candidates))
-    order_visual = ranked(saliency_visual, candidates)
-    if saliency_textual is None or mode == "visual":
-        share, order_textual = count, order_visual
-    else:
-        share = 0 if mode == "textual" else _round_half_up(lambda_visual * count)
+    order_visual = order_textual = ranked(saliency_visual, candidates)
+    share = _round_half_up(fraction * count)
+    if saliency_textual is not None:
         order_textual = ranked(saliency_textual, candidates)
     chosen = {slot: "visual" for slot in order_visual[:share]}
     for slot in order_textual[: count - share]:
@@ -95,6 +89,26 @@ def select_frames(
             break
         chosen.setdefault(slot, "visual")
     return in_time_order(chosen)
+
+
+def visual_fraction(has_textual: bool, lambda_visual: float, mode: TSQMode = "both") -> float:
+    """Return the VQM's share of the choice: lambda_v, or 0 or 1 if a single module chooses.
+
+    Raises ModelError: mode "textual", but the network has no TQM.
+    """
+    if not has_textual and mode == "textual":
+        raise ModelError(
+            "sampler.mode 'textual' needs a model with a textual module; "
+            "this one has only the visual one: use 'visual'"
+        )
+    if not has_textual or mode == "visual":
+        return 1.0
+    return 0.0 if mode == "textual" else lambda_visual
+
+
+def fused(visual: np.ndarray, textual: np.ndarray | None, fraction: float) -> np.ndarray:
+    """Return one saliency per frame: `fraction` of the visual, the rest of the textual one."""
+    return visual if textual is None else fraction * visual + (1 - fraction) * textual
 
 
 def by_importance(choose: Callable[[int], np.ndarray], budget: int) -> np.ndarray:

@@ -243,7 +243,7 @@ class BulkRun:
     def _record(self, seconds: Mapping[str, float]) -> dict[str, Any]:
         started = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(self.started))
         return {
-            "config": self.config.model_dump(mode="json"),
+            "config": self.config.record(),
             "split": self.selection.split,
             "run_id": self.id,
             "happened": {name: value for name, value in self.happened.items() if value},

@@ -150,8 +150,10 @@ class Sample:
             ]
         by_visual, by_text = self._saliencies(features)
         return [
-            View(video.frame_index, name, visual, textual)
-            for (name, video), visual, textual in zip(items, by_visual, by_text, strict=True)
+            View(video.frame_index, name, visual, textual, features=feature.visual)
+            for (name, video), visual, textual, feature in zip(
+                items, by_visual, by_text, features, strict=True
+            )
         ]
 
     @torch.inference_mode()

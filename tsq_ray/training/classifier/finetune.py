@@ -184,8 +184,8 @@ def _publish(plan: _Plan, tuned: full.Tuned, started: float) -> FinetuneSummary:
         "identity": plan.identity.parts,
         "summary": asdict(summary),
         "manifest": {"uri": storage.redact(manifest.uri), "sha256": manifest.sha256},
-        "finetune": config.finetune.model_dump(mode="json"),
-        "decode": config.decode.model_dump(mode="json"),
+        "finetune": config.finetune.record(),
+        "decode": config.decode.record(),
         **provenance.of_this_run(),
     }
     tuned.network.config = plan.settings
@@ -248,16 +248,14 @@ def _identity(
     whole = config.finetune.backbone == "trained"
     # a head is fitted on T frames per video; a whole network takes finetune.segments frames instead
     decode = {"strategy", "backend"} if whole else {"strategy", "backend", "num_frames"}
-    tuning = config.finetune.model_dump(
-        mode="json", exclude={"head", "num_workers", "checkpoint_every"}
-    )
+    tuning = config.finetune.record(exclude={"head", "num_workers", "checkpoint_every"})
     return Identity.of(
         manifest=manifest,
         role=role,
-        model=settings.model_dump(mode="json", exclude={"weights"}),
+        model=settings.record(exclude={"weights"}),
         backbone=backbone,
-        decode=config.decode.model_dump(mode="json", include=decode),
-        finetune=tuning if whole else config.finetune.head.model_dump(mode="json"),
+        decode=config.decode.record(include=decode),
+        finetune=tuning if whole else config.finetune.head.record(),
         task=config.train.task,
         split=split,
         limit=limit,

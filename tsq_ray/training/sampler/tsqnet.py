@@ -55,8 +55,8 @@ def training_config(
     base = {"decode": made["decode"], "encoders": made["encoders"]}
     config = load_config(path, sets, base)
     wanted = Identity.of(
-        decode=config.decode.model_dump(mode="json"),
-        encoders=config.encoders.model_dump(mode="json"),
+        decode=config.decode.record(),
+        encoders=config.encoders.record(),
     )
     _refuse_others(wanted, base, features_uri, _may_change)
     return config
@@ -157,7 +157,7 @@ class _Plan:
         run = read_run(features, "features")
         if classifiers[0] is not None:
             config = config.with_visual_encoder(classifier_settings(classifiers[0]))
-        asked = Identity.of(encoders={"visual": config.encoders.visual.model_dump(mode="json")})
+        asked = Identity.of(encoders={"visual": config.encoders.visual.record()})
         made = {"encoders": {"visual": run["config"]["encoders"]["visual"]}}
         _refuse_others(asked, made, features, lambda key: key.endswith(".weights"))
         identity = _identity(run, config, classifiers, split)
@@ -233,8 +233,8 @@ def _publish(
         "features": storage.redact(plan.features),
         "features_manifest": plan.run["manifest"],
         "weights": plan.run["weights"],
-        "train": config.train.model_dump(mode="json"),
-        "text": config.encoders.text.model_dump(mode="json")
+        "train": config.train.record(),
+        "text": config.encoders.text.record()
         | {"sha256": parts.text.sha256 if parts.text else None},
         "summary": asdict(summary),
         **provenance.of_this_run(),
@@ -330,12 +330,10 @@ def _identity(
     encoder, recognizer = map(_classifier_digest, classifiers)
     return Identity.of(
         features={"manifest": run["manifest"]["sha256"], "config": run["identity"]},
-        train=config.train.model_dump(mode="json", exclude={"num_workers", "checkpoint_every"}),
-        finetune=config.finetune.model_dump(
-            mode="json", exclude={"num_workers", "checkpoint_every"}
-        ),
-        sampler=config.sampler.model_dump(mode="json"),
-        text=config.encoders.text.model_dump(mode="json"),
+        train=config.train.record(exclude={"num_workers", "checkpoint_every"}),
+        finetune=config.finetune.record(exclude={"num_workers", "checkpoint_every"}),
+        sampler=config.sampler.record(),
+        text=config.encoders.text.record(),
         encoder=encoder,
         recognizer=recognizer,
         split=split,
