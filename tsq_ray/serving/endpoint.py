@@ -191,10 +191,12 @@ def _deployed(
     cluster.quiet_data(session.debug)
     named = ray.util.list_named_actors(all_namespaces=True)
     if any(actor["namespace"] == "serve" for actor in named):
-        raise ConfigError(
-            "--address: Serve already runs on this cluster, with its own host and port; stop it "
-            "with: serve shutdown, or deploy tsq_ray.serving.app:build with: serve deploy"
-        )
+        if serve.status().applications:
+            raise ConfigError(
+                "--address: Serve already runs on this cluster, with its own host and port; stop "
+                "it with: serve shutdown, or deploy tsq_ray.serving.app:build with: serve deploy"
+            )
+        serve.shutdown()  # a scoring run left it, without HTTP
     # one JSON line a request, in the log files of the ingress replicas
     logs = {"encoding": "JSON", "log_level": "INFO", "enable_access_log": session.debug}
     limit_s = config.serve.request_timeout_s + _SLACK_S
