@@ -142,8 +142,7 @@ class SamplerConfig(Section):
     `maxconf-l`, `maxconf`)."""
     selection: Literal["top", "dpp"] = "top"
     """How TSQNet's modules choose: `top`, their most salient frames (paper); `dpp`, salient frames
-    that differ from each other (docs/evaluation.md), which costs nothing more. A baseline ignores
-    it."""
+    that differ from each other (docs/evaluation.md). A baseline ignores it."""
     top_classes: int = Field(default=5, ge=1)
     """Number of most probable classes whose saliencies are aggregated (paper: 5)."""
 

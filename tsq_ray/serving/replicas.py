@@ -137,7 +137,9 @@ def start_failed(error: BaseException, app: str, doing: str) -> TsqError:
     """Turn an error of an application's start into one that says what its replicas died of."""
     from ray import serve
 
-    found = serve.status().applications.get(app)
+    found = None
+    with contextlib.suppress(Exception):  # Serve itself may be what failed
+        found = serve.status().applications.get(app)
     for name, deployment in (found.deployments if found is not None else {}).items():
         # Serve hands on the replica's traceback; its last line names the error
         raised = _RAISED.findall(deployment.message)
