@@ -7,12 +7,11 @@ killable child process, and encodes; with GPUs decoding is a separate stage.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -21,9 +20,15 @@ from tsq_ray.asking.questions import Asking, ServerModel
 from tsq_ray.bundle.settings import read_server
 from tsq_ray.bundle.weights import load_network
 from tsq_ray.config import SERVER_USE, Config, ModelConfig, RecognizerConfig
-from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, Outcome, with_whole_frames
-from tsq_ray.decode.frames import target_size
-from tsq_ray.errors import ModelError, VideoError
+from tsq_ray.decode import (
+    DecodedVideo,
+    DecodePool,
+    FrameSpec,
+    Outcome,
+    VideoSource,
+    with_whole_frames,
+)
+from tsq_ray.errors import ModelError
 from tsq_ray.manifest import VideoRef
 from tsq_ray.networks.encoder import NUM_OBJECTS, FrameEncoder
 from tsq_ray.rows import (
@@ -34,13 +39,13 @@ from tsq_ray.rows import (
     frame_spec,
     identity_row,
     source_columns,
-    source_of,
 )
 from tsq_ray.runs.bulk import BulkRun, Selection
 from tsq_ray.runs.identity import Identity
-from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime import blocks, cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout, Pool
+from tsq_ray.runtime.packing import pack_video, packed_fields, unpack_video
 from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
 from tsq_ray.stages import Encode, FrameFeatures
@@ -266,9 +271,9 @@ class ExtractWorker:
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         """Map manifest rows to transport tables of feature rows."""
-        refs, size = parts.refs_of(block), self.plan.config.resources.batch_size
-        videos = self.pool.outcomes([source_of(ref) for ref in refs], size)
-        for batch in parts.batches(refs, size):
+        refs, size = blocks.refs_of(block), self.plan.config.resources.batch_size
+        videos = self.pool.outcomes([VideoSource.of(ref) for ref in refs], size)
+        for batch in blocks.batches(refs, size):
             rows = [self._row(ref, next(videos)) for ref in batch]
             yield parts.transport_table(rows, self.plan.schema, self.plan.counts)
 
@@ -289,7 +294,7 @@ class DecodeWorker:
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         """Append the decoded frames or the failure to manifest rows."""
         videos = self.pool.outcomes(
-            [source_of(ref) for ref in parts.refs_of(block)], self.batch_size
+            [VideoSource.of(ref) for ref in blocks.refs_of(block)], self.batch_size
         )
         for start in range(0, len(block), self.batch_size):
             batch = block.slice(start, self.batch_size)
@@ -310,7 +315,7 @@ class EncodeWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Map rows with frames to a transport table of feature rows."""
-        refs = parts.refs_of(batch)
+        refs = blocks.refs_of(batch)
         records = batch.select(list(packed_fields(list(self.specs)))).to_pylist()
         videos = [unpack_video(record, self.specs) for record in records]
         started = time.perf_counter()
@@ -323,78 +328,3 @@ class EncodeWorker:
         for row in live:
             row[parts.ENCODE_S] = (time.perf_counter() - started) / len(live)
         return parts.transport_table(rows, self.plan.schema, self.plan.counts)
-
-
-_FRAMES = "frames_"
-_PACKED = {
-    "error_type": pa.string(),
-    "error_message": pa.string(),
-    "warnings": pa.list_(pa.string()),
-    "slot_frame": pa.list_(pa.int32()),
-    "frame_index": pa.list_(pa.int32()),
-    "frame_pts_s": pa.list_(pa.float32()),
-    "duration_s": pa.float64(),
-    "fps": pa.float64(),
-    "width": pa.int32(),
-    "height": pa.int32(),
-    "codec": pa.string(),
-    "source_num_frames": pa.int64(),
-    "decode_ms": pa.float64(),
-    "fetched_bytes": pa.int64(),
-}
-
-
-def packed_fields(names: Sequence[str]) -> dict[str, pa.DataType]:
-    """Return the types of the columns that `pack_video` makes."""
-    return _PACKED | {f"{_FRAMES}{name}": pa.large_binary() for name in names}
-
-
-def pack_video(video: Outcome, names: Sequence[str]) -> dict[str, Any]:
-    """Return a decoded video, or its failure, as Arrow values.
-
-    Of the pictures `names`, those that the video has are packed.
-    """
-    if not isinstance(video, DecodedVideo):
-        return {"error_type": video.error_type, "error_message": str(video)}
-    lists = {
-        name: getattr(video, name).tolist() for name in ("slot_frame", "frame_index", "frame_pts_s")
-    }
-    plain = {
-        name: getattr(video, name)
-        for name in _PACKED
-        if name not in lists and not name.startswith("error_")
-    }
-    return (
-        lists
-        | plain
-        | {
-            f"{_FRAMES}{name}": video.frames[name].tobytes()
-            for name in names
-            if name in video.frames
-        }
-    )
-
-
-def unpack_video(
-    record: Mapping[str, Any], specs: Mapping[str, FrameSpec]
-) -> DecodedVideo | VideoError:
-    """Invert `pack_video`."""
-    if record["error_type"] is not None:
-        return VideoError(record["error_type"], record["error_message"])
-    values = {name: record[name] for name in _PACKED if not name.startswith("error_")}
-    for name, dtype in (
-        ("slot_frame", np.int32),
-        ("frame_index", np.int32),
-        ("frame_pts_s", np.float32),
-    ):
-        values[name] = np.array(values[name], dtype)
-    frames = {}
-    for name, spec in specs.items():
-        if (data := record[f"{_FRAMES}{name}"]) is not None:
-            width, height = record["width"], record["height"]
-            if name != WHOLE:
-                square = (spec.size, spec.size)
-                keeps = spec.resize == "keep"
-                width, height = target_size(width, height, spec) if keeps else square
-            frames[name] = np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
-    return DecodedVideo(frames=frames, **values)

@@ -11,12 +11,12 @@ from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import Config
-from tsq_ray.decode import Outcome
+from tsq_ray.decode import Outcome, VideoSource
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef, video_id
 from tsq_ray.networks.encoder import best_device
 from tsq_ray.results import Prediction, from_record
-from tsq_ray.rows import plain_row, prediction_row, source_of
+from tsq_ray.rows import plain_row, prediction_row
 from tsq_ray.stages import Decode, Sample, bundle_specs, recognizer_for
 
 
@@ -61,7 +61,7 @@ def _decode(decode: Decode, video: str) -> tuple[VideoRef, Outcome]:
         uri = storage.normalize(video)
         file = storage.stat(uri)
         ref = VideoRef(video_id(uri), uri, file.size_bytes, file.etag, file.modified)
-        return ref, decode([source_of(ref)])[0]
+        return ref, decode([VideoSource.of(ref)])[0]
     except StorageError as error:
         return VideoRef(video_id(video), storage.normalize(shown), 0), error
     except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row

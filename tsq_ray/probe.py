@@ -21,10 +21,10 @@ from tsq_ray import cost, schema, storage
 from tsq_ray.asking.questions import ServerModel
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import Config
-from tsq_ray.decode import DecodedVideo, FrameSpec
+from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource
 from tsq_ray.feature_pipeline import Networks, feature_row
 from tsq_ray.manifest import VideoRef
-from tsq_ray.rows import prediction_row, source_of
+from tsq_ray.rows import prediction_row
 from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage
 from tsq_ray.runtime.placement import layout
 from tsq_ray.stages import Decode, Sample, bundle_specs, recognizer_for
@@ -186,7 +186,9 @@ def _probe(
     with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, threads)) as pool:
 
         def run(refs: Sequence[VideoRef]) -> list[dict[str, Any]]:
-            return list(pool.map(work, refs, [decode.pool.submit(source_of(ref)) for ref in refs]))
+            return list(
+                pool.map(work, refs, [decode.pool.submit(VideoSource.of(ref)) for ref in refs])
+            )
 
         # warm up every worker before measuring
         warm = run([chosen[number % len(chosen)] for number in range(workers)])

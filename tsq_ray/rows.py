@@ -1,4 +1,4 @@
-"""Convert manifest rows to decode requests and results to output rows, without torch."""
+"""The pictures that a run asks of the decoder, and its results as output rows, without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, EncodersConfig, ModelConfig
-from tsq_ray.decode import Centre, DecodedVideo, FrameSpec, VideoSource, with_whole_frames
+from tsq_ray.decode import Centre, DecodedVideo, FrameSpec, with_whole_frames
 from tsq_ray.errors import Failure
 from tsq_ray.manifest import VideoRef
 from tsq_ray.schema import TOKENS, TOP_LABELS
@@ -137,11 +137,6 @@ def selection_columns(
         "selected_pts_s": frame_pts_s[slots],
         "selected_by": list(selected_by),
     }
-
-
-def source_of(ref: VideoRef) -> VideoSource:
-    """Return the part of a manifest row that the decoder needs."""
-    return VideoSource(ref.uri, ref.size_bytes, ref.etag, ref.modified)
 
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:

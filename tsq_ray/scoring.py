@@ -16,12 +16,13 @@ import pyarrow as pa
 from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.config import Config
+from tsq_ray.decode import VideoSource
 from tsq_ray.errors import VideoError
 from tsq_ray.manifest import VideoRef, read_manifest
 from tsq_ray.results import RunSummary
-from tsq_ray.rows import Answer, source_of
+from tsq_ray.rows import Answer
 from tsq_ray.runs.bulk import Selection
-from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime import blocks, cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
@@ -153,9 +154,9 @@ class ScoreWorker:
         """Yield transport tables with the prediction rows of a block of manifest rows."""
         rows = [
             asyncio.run_coroutine_threadsafe(self._row(ref), self.loop)
-            for ref in parts.refs_of(block)
+            for ref in blocks.refs_of(block)
         ]
-        for batch in parts.batches(rows, _BATCH_ROWS):
+        for batch in blocks.batches(rows, _BATCH_ROWS):
             yield parts.transport_table(
                 [row.result() for row in batch], self.plan.schema, self.plan.counts
             )
@@ -189,7 +190,7 @@ class ScoreWorker:
 
     async def _answer(self, ref: VideoRef) -> Answer:
         try:
-            return await self.graph.score(Video(source_of(ref), ref.video_id))
+            return await self.graph.score(Video(VideoSource.of(ref), ref.video_id))
         except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row
             cause = cluster.root_cause(error)
             return Answer(

@@ -34,13 +34,14 @@ from jobs.benchmarks.support.by_hand import by_hand
 from jobs.benchmarks.support.timed import TimedCounts, counted_by, steady
 from tsq_ray import extraction
 from tsq_ray.config import Config, load_config
+from tsq_ray.decode import VideoSource
 from tsq_ray.decode.video import decode_video
 from tsq_ray.estimate import estimate_extract
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest, write_manifest
 from tsq_ray.model.flops import network_multiply_adds
 from tsq_ray.networks import inference
 from tsq_ray.results import Estimate
-from tsq_ray.rows import OBJECTS, VISUAL, frame_spec, source_of
+from tsq_ray.rows import OBJECTS, VISUAL, frame_spec
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import Session
 
@@ -158,10 +159,10 @@ def _limit(
         OBJECTS: frame_spec(config.encoders.objects),
     }
     places = range(0, len(manifest.rows), max(1, len(manifest.rows) // 12))
-    decode_video(source_of(manifest.rows[0]), config.decode, specs)
+    decode_video(VideoSource.of(manifest.rows[0]), config.decode, specs)
     started = time.process_time()
     for place in places:
-        decode_video(source_of(manifest.rows[place]), config.decode, specs)
+        decode_video(VideoSource.of(manifest.rows[place]), config.decode, specs)
     decode = (time.process_time() - started) / len(places)
     adds = config.decode.num_frames * sum(
         network_multiply_adds(model, "true")

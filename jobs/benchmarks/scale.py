@@ -58,7 +58,7 @@ from tsq_ray.manifest import (
 from tsq_ray.runs.bulk import BulkRun, Selection
 from tsq_ray.runs.folder import begin, write_part
 from tsq_ray.runs.identity import Identity
-from tsq_ray.runtime import cluster, parts
+from tsq_ray.runtime import blocks, cluster, parts
 from tsq_ray.runtime.session import Session
 
 _CLASSES = [f"class {number}" for number in range(200)]
@@ -212,7 +212,7 @@ def _step(options: argparse.Namespace) -> dict[str, Any]:
         started = time.perf_counter()
         out = f"{folder}/{'empty' if options.child == 'plan' else 'planned'}"
         with enter(out, read_manifest(manifest_uri), config) as run:
-            next(parts.executions(run.todo, 2))
+            next(blocks.executions(run.todo, 2))
             measured["seconds"] = time.perf_counter() - started
             if options.child == "plan":
                 assert len(run.todo) == count

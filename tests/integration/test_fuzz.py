@@ -16,9 +16,9 @@ from support.video import write_video
 
 from tsq_ray import schema
 from tsq_ray.config import DecodeConfig
-from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec
+from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource
 from tsq_ray.manifest import VideoRef
-from tsq_ray.rows import failed_row, identity_row, source_columns, source_of
+from tsq_ray.rows import failed_row, identity_row, source_columns
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.folder import write_part
 
@@ -87,7 +87,7 @@ def decode_all(refs: list[VideoRef], strategy: str) -> list[dict[str, object]]:
     ) as pool:
         for ref in refs:
             started = time.monotonic()
-            (outcome,) = pool.decode([source_of(ref)])
+            (outcome,) = pool.decode([VideoSource.of(ref)])
             rows.append(row_of(ref, outcome) | {"seconds": time.monotonic() - started})
     return rows
 
@@ -175,7 +175,7 @@ def test_undamaged_files_are_never_failures(request: pytest.FixtureRequest, kind
         for path in request.getfixturevalue(kind):
             (outcome,) = pool.decode(
                 [
-                    source_of(
+                    VideoSource.of(
                         VideoRef("0" * 16, str(path), path.stat().st_size, None, None, None, None)
                     )
                 ]

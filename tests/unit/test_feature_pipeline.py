@@ -11,8 +11,9 @@ import pytest
 from tsq_ray.config import Config
 from tsq_ray.decode import WHOLE, DecodedVideo, FrameSpec, with_whole_frames
 from tsq_ray.errors import VideoError
-from tsq_ray.feature_pipeline import FeaturePlan, Networks, pack_video, packed_fields, unpack_video
+from tsq_ray.feature_pipeline import FeaturePlan, Networks
 from tsq_ray.runtime.nodes import Layout
+from tsq_ray.runtime.packing import pack_video, packed_fields, unpack_video
 
 SPECS = with_whole_frames({"visual": FrameSpec(8), "objects": FrameSpec(6)})
 

@@ -98,7 +98,7 @@ INSIDE = {
     "runs": ("identity", "lease", "columns", "done", "folder", "tables", "bulk", "verify"),
     "runtime": (
         *("nodes", "placement", "session", "cluster", "usage", "waiting", "progress", "metrics"),
-        *("parts", "bulk", "overview", "jobs"),
+        *("blocks", "packing", "parts", "bulk", "overview", "jobs"),
     ),
     "serving": (
         *("access", "loopback", "facts", "microbatching", "warmup", "metrics", "requests", "graph"),

@@ -7,7 +7,8 @@ import pytest
 
 from tsq_ray import schema
 from tsq_ray.config import OutputConfig
-from tsq_ray.runtime.parts import MAX_BLOCK_ROWS, cut_blocks, part_rows
+from tsq_ray.runtime.blocks import MAX_BLOCK_ROWS, cut_blocks
+from tsq_ray.runtime.parts import part_rows
 
 _SIZES: dict[str, list[int]] = {
     "none": [],

@@ -6,11 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
 from tsq_ray.errors import Failure
+
+if TYPE_CHECKING:
+    from tsq_ray.manifest import VideoRef
 
 Centre = Literal["down", "nearest"]
 
@@ -62,6 +65,11 @@ class VideoSource:
     etag: str | None = None
     modified: datetime | None = None
     places: tuple[float, ...] | None = None
+
+    @classmethod
+    def of(cls, ref: VideoRef) -> Self:
+        """Return what the decoder needs of a manifest row."""
+        return cls(ref.uri, ref.size_bytes, ref.etag, ref.modified)
 
 
 @dataclass

@@ -15,7 +15,7 @@ import pyarrow as pa
 from tsq_ray import log
 from tsq_ray.manifest import VideoRows
 from tsq_ray.runs.bulk import BulkRun
-from tsq_ray.runtime import cluster, parts, progress
+from tsq_ray.runtime import blocks, cluster, parts, progress
 from tsq_ray.runtime.metrics import RunMetrics
 from tsq_ray.runtime.nodes import Pool
 from tsq_ray.runtime.session import Session
@@ -149,7 +149,7 @@ def _publishing(
     def publish() -> tuple[int, dict[str, float]]:
         totals: Counter[str] = Counter()
         rows = parts.part_rows(work.schema, run.config.output, len(todo))
-        for data in parts.executions(todo, work.workers.start):
+        for data in blocks.executions(todo, work.workers.start):
             totals.update(
                 parts.write_parts(
                     work.stage(data),

@@ -12,8 +12,8 @@ from typing import Any, get_args
 from tsq_ray.config import Config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runtime import cluster, usage
+from tsq_ray.runtime.blocks import MAX_BLOCK_ROWS
 from tsq_ray.runtime.nodes import GROWTH_LIMIT, Cluster, Node, Stage, describe_largest, unplaced
-from tsq_ray.runtime.parts import MAX_BLOCK_ROWS
 from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
 

@@ -1,13 +1,12 @@
-"""Blocks of videos that Ray Data reads, and parts of the run folder that its last stage writes."""
+"""Parts of the run folder: the rows that come out of Ray Data, gathered and published."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +15,8 @@ import pyarrow.compute as pc
 from tsq_ray import schema, storage
 from tsq_ray.config import OutputConfig
 from tsq_ray.errors import RunFailed, StorageError
-from tsq_ray.manifest import VideoRef, VideoRows
 from tsq_ray.runs.folder import write_part
+from tsq_ray.runtime.blocks import MAX_BLOCK_ROWS
 from tsq_ray.runtime.metrics import Part
 from tsq_ray.runtime.nodes import Pool
 
@@ -37,18 +36,12 @@ STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = (
 """Columns that carry a row's seconds in each stage as far as `write_parts`, which drops them."""
 FETCHED = "_fetched_bytes"
 """The same for the bytes read from storage."""
-MAX_BLOCK_ROWS = 128
-"""Most rows that are computed again when a worker is lost."""
-_BLOCKS_PER_WORKER = 8
-_MAX_BLOCKS = 20_000
-"""Blocks per execution: each costs the driver 9 kB, and delays the first by some milliseconds."""
 _HAND_ON_BATCHES = 4
 _MIN_PART_ROWS = 128
 _PARTS_OF_LARGE_RUN = 1000
 _OTHER_BYTES = 300
 """Size of a row without its tensors: URI, codec, numbers, warnings."""
 _MIB = 2**20
-T = TypeVar("T")
 AMOUNTS = (ROWS, VIDEO_S, SAMPLED, RECOGNIZED, *TOKENS) = (
     *("rows", "video_s", "sampled", "recognized"),
     *(column.name for column in schema.TOKENS),
@@ -78,50 +71,6 @@ def pool_options(pool: Pool) -> dict[str, Any]:
     return options | RETRIES
 
 
-def executions(todo: Sequence[VideoRef], workers: int) -> Iterator[Any]:
-    """Yield the videos to process as Ray datasets of manifest rows, the largest files first.
-
-    A run of up to _MAX_BLOCKS blocks is a single dataset.
-    """
-    import ray
-
-    rows = VideoRows.of(todo)
-    order, bounds = cut_blocks(pc.fill_null(rows.table["size_bytes"], 0).to_numpy(), workers)
-    for first in range(0, len(bounds) - 1, _MAX_BLOCKS):
-        ends = bounds[first : first + _MAX_BLOCKS + 1]
-        table = rows.take(order[ends[0] : ends[-1]]).table.replace_schema_metadata(None)
-        blocks = [
-            table.slice(start - ends[0], end - start)
-            for start, end in itertools.pairwise(ends.tolist())
-        ]
-        # from_blocks, because reading a file asks for a whole free CPU, which a small cluster full
-        # of workers never has, and from_arrow sends each block to a task of its own to count its
-        # rows, which takes three times as long and 50 kB per block
-        data = ray.data.from_blocks(blocks)
-        del table, blocks  # Ray's object store holds them
-        yield data
-
-
-def cut_blocks(sizes: np.ndarray, workers: int) -> tuple[np.ndarray, np.ndarray]:
-    """Order videos of these sizes, the largest first, and cut the order into blocks.
-
-    Returns the order and the bounds of the blocks in it. A block is what a worker takes at a time:
-    at most MAX_BLOCK_ROWS videos and at most its share of the bytes, so that no worker ends up with
-    all the large files.
-    """
-    order = np.argsort(-sizes, kind="stable")
-    blocks = _BLOCKS_PER_WORKER * max(1, workers)
-    rows = min(MAX_BLOCK_ROWS, -(-len(sizes) // blocks))
-    ends = np.cumsum(sizes[order], dtype=np.float64)
-    most = ends[-1] / blocks if len(ends) else 0.0
-    bounds = [0]
-    while (start := bounds[-1]) < len(sizes):
-        before = ends[start - 1] if start else 0.0
-        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
-        bounds.append(min(stop, start + rows, len(sizes)))
-    return order, np.array(bounds)
-
-
 def row_bytes(arrow: pa.Schema) -> int:
     """Return the approximate size of a row of this schema in bytes, before compression."""
     total = _OTHER_BYTES
@@ -144,16 +93,6 @@ def hand_on_after(context: Any, arrow: pa.Schema, batch_size: int) -> None:
     context.target_max_block_size = max(
         1, _HAND_ON_BATCHES * batch_size * row_bytes(arrow) * 9 // 10
     )
-
-
-def refs_of(table: pa.Table) -> list[VideoRef]:
-    """Return the manifest rows of a batch."""
-    return list(VideoRows(table))
-
-
-def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Yield the items, `size` at a time."""
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema, counts: Any) -> pa.Table:

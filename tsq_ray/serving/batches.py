@@ -27,7 +27,7 @@ from tsq_ray.decode import VideoSource
 from tsq_ray.errors import RunError, StorageError, TsqError, VideoError
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest, video_id, write_manifest
 from tsq_ray.manifest.videos import VideoRows
-from tsq_ray.rows import Answer, plain_row, source_of
+from tsq_ray.rows import Answer, plain_row
 from tsq_ray.runs.bulk import Selection
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
@@ -311,7 +311,7 @@ class BatchRunner:
         try:
             check_uri(ref.uri, self._config.serve.allowed_uri_prefixes)
             # a line that storage could not look up has no size to compare with
-            source = source_of(ref) if ref.size_bytes else VideoSource(ref.uri)
+            source = VideoSource.of(ref) if ref.size_bytes else VideoSource(ref.uri)
             return await self._graph.score(Video(source, ref.video_id))
         except RequestError as error:
             return Answer(error=VideoError("access_denied", str(error)))

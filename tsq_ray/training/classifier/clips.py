@@ -18,9 +18,9 @@ import pyarrow as pa
 import torch
 
 from tsq_ray.config import DecodeConfig, FinetuneConfig, ModelConfig
-from tsq_ray.decode import DecodedVideo, DecodePool
-from tsq_ray.rows import frame_spec, source_of
-from tsq_ray.runtime import cluster, parts
+from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
+from tsq_ray.rows import frame_spec
+from tsq_ray.runtime import blocks, cluster, parts
 from tsq_ray.runtime.nodes import Pool
 from tsq_ray.training.classifier.augment import Augment, training_spec, view_of
 
@@ -146,14 +146,14 @@ class ClipWorker:
         rows = batch["row"].to_pylist()
         views = []
         futures: list[Future[Any]] = []
-        refs = parts.refs_of(self.videos.take(rows))
+        refs = blocks.refs_of(self.videos.take(rows))
         for ref, epoch in zip(refs, batch["epoch"].to_pylist(), strict=True):
             view = (
                 view_of(self.plan.config.seed, epoch, ref.video_id, self.plan.config.segments)
                 if epoch != _PLAIN
                 else None
             )
-            source = source_of(ref)
+            source = VideoSource.of(ref)
             futures.append(
                 self.pools[view is not None].submit(
                     replace(source, places=view.places) if view else source
