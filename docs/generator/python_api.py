@@ -13,7 +13,8 @@ from generator.markdown import NOTE, table
 from tsq_ray.runtime.session import DEFAULT_SESSION
 
 API_INTRO = """\
-The commands are also functions; `serve`, `bench`, `token` and `info` exist only on the command line:
+The commands are also functions; `serve`, `bench`, `token`, `jobs`, `info` and `--dry-run` exist
+only on the command line:
 
 ```python
 import tsq_ray

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from support.order import ORDER
 
 from tsq_ray import cli
 from tsq_ray.config import Config, flatten
@@ -76,6 +77,27 @@ def test_the_walks_name_what_exists_and_visit_no_file_twice() -> None:
             for name in names:
                 last = name.rpartition(".")[2]
                 assert re.search(rf"(?:def|class) {last}\b", text), f"{file} has no {name}"
+
+
+# -------------------------------------------------------------------------------- the order of files
+
+
+def test_the_documented_order_of_imports_is_the_tested_one() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"modules before it in this list:\n```\n(.*?)```", text, re.DOTALL)
+    assert [name.strip("/ \n") for name in block.split(",")] == documented_order()
+
+
+def test_the_readme_lists_the_modules_in_the_order_of_imports() -> None:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    (tree,) = re.findall(r"^tsq_ray/\n((?:  .*\n)+)", text, re.MULTILINE)
+    columns = [re.match(r"((?: {2}\w+(?:\.py|/))+)", line) for line in tree.splitlines()]
+    names = [name for found in columns if found for name in found[1].split()]
+    assert [name.removesuffix(".py").strip("/") for name in names] == documented_order()
+
+
+def documented_order() -> list[str]:
+    return [name for name in ORDER if name != "__main__"]
 
 
 # ---------------------------------------------------------------------------------- generated pages

@@ -14,59 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.order import ORDER
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "tsq_ray"
-ORDER = (
-    *(
-        "errors",
-        "log",
-        "schema",
-        "results",
-        "cost",
-        "containers",
-        "chat",
-        "config",
-        "storage",
-        "labels",
-        "provenance",
-        "manifest",
-        "runs",
-        "decode",
-        "rows",
-        "asking",
-        "networks",
-        "model",
-        "bundle",
-        "importing",
-        "quality",
-        "score_run",
-        "stages",
-    ),
-    *(
-        "prototypes",
-        "runtime",
-        "feature_pipeline",
-        "extraction",
-        "training",
-        "serving",
-        "prediction",
-        "scoring",
-        "evaluation",
-        "reporting",
-        "labelling",
-        "probe",
-        "estimate",
-        "describe",
-        "summaries",
-        "console",
-        "options",
-        "commands",
-        "cli",
-        "__main__",
-    ),
-)
-"""A module imports only from those before its own."""
 INSIDE = {
     "asking": ("answers", "client", "questions"),
     "bundle": ("settings", "overrides", "weights"),
