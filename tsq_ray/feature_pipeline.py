@@ -192,8 +192,9 @@ def extract_features(
             with cluster.connect(session) as ray:
                 placed = layout(stage, config, cluster.read_cluster(ray, config), len(run.todo))
                 plan = FeaturePlan(config, networks, arrow, progress.start_counts(), placed)
-                stages = partial(feature_stage, plan=plan, debug=session.debug)
-                work = Work(plan.first_pool, placed["writer"], stages, arrow, plan.counts)
+                stages, batch = partial(feature_stage, plan=plan), config.resources.batch_size
+                pools = (plan.first_pool, placed["writer"])
+                work = Work(*pools, stages, arrow, plan.counts, batch)
                 seconds = run_bulk(stage, run, work, session, ticks=ticks)
         return run.close(seconds, lambda: {"weights": loaded.hashes()})
 
@@ -223,18 +224,17 @@ def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> Ide
     )
 
 
-def feature_stage(data: Any, plan: FeaturePlan, debug: bool) -> Any:
+def feature_stage(data: Any, plan: FeaturePlan) -> Any:
     """Map a dataset of manifest rows to a dataset of transport tables of feature rows."""
-    context, batch = cluster.quiet_data(debug), plan.config.resources.batch_size
     common: dict[str, Any] = {"fn_constructor_args": (plan,)}
-    parts.hand_on_after(context, plan.schema, batch)
     if "worker" in plan.layout.pools:
         return data.map_batches(
             ExtractWorker, batch_size=None, **common, **parts.pool_options(plan.layout["worker"])
         )
     # large enough to keep the frames of a batch in one block
+    batch = plan.config.resources.batch_size
     frames = sum(spec.size**2 * 3 for spec in plan.specs().values()) * plan.config.decode.num_frames
-    context.target_max_block_size = max(context.target_max_block_size, batch * frames)
+    data.context.target_max_block_size = max(data.context.target_max_block_size, batch * frames)
     data = data.map_batches(
         DecodeWorker, batch_size=None, **common, **parts.pool_options(plan.layout["decoder"])
     )

@@ -98,7 +98,7 @@ def _score_todo(scored: ScoreRun, model: str, session: Session) -> dict[str, flo
         app = f"tsq-score-{_unique(model)}"
         plan = ScorePlan(app, scored.schema, scored.labels, counts, run.config)
         replicas = Replicas(ray, plan.app, run.config, model, counts, len(run.todo))
-        work = _work(plan, replicas.placed, session.debug)
+        work = _work(plan, replicas.placed)
         with (
             replicas.deployed(session),
             cluster.asking_for_nodes(ray, replicas.placed, run.config),
@@ -110,13 +110,12 @@ def _unique(name: str) -> str:
     return hashlib.sha256(f"{name}{time.time_ns()}".encode()).hexdigest()[:8]
 
 
-def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
+def _work(plan: ScorePlan, placed: Layout) -> Work:
     senders = placed["sender"]
 
     def stage(data: Any) -> Any:
         import ray
 
-        parts.hand_on_after(cluster.quiet_data(debug), plan.schema, _BATCH_ROWS)
         options = parts.pool_options(senders)
         options["compute"] = ray.data.ActorPoolStrategy(
             min_size=senders.minimum,
@@ -131,7 +130,7 @@ def _work(plan: ScorePlan, placed: Layout, debug: bool) -> Work:
         )
 
     many = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
-    return Work(many, placed["writer"], stage, plan.schema, plan.counts)
+    return Work(many, placed["writer"], stage, plan.schema, plan.counts, _BATCH_ROWS)
 
 
 class ScoreWorker:

@@ -38,6 +38,8 @@ class Work:
     """Schema of the rows."""
     counts: Any
     """The Counts actor that the workers report to."""
+    batch_rows: int
+    """Rows that a worker makes at a time."""
 
 
 def run_bulk(
@@ -66,7 +68,7 @@ def run_bulk(
     for _ in range(_PASSES):
         try:
             written, spent = progress.run_with_progress(
-                _publishing(run, work, todo, seen),
+                _publishing(run, work, todo, seen, session.debug),
                 work.counts,
                 len(run.todo),
                 what,
@@ -144,11 +146,12 @@ class _Observer:
 
 
 def _publishing(
-    run: BulkRun, work: Work, todo: VideoRows, seen: _Observer
+    run: BulkRun, work: Work, todo: VideoRows, seen: _Observer, debug: bool
 ) -> Callable[[], tuple[int, dict[str, float]]]:
     def publish() -> tuple[int, dict[str, float]]:
         totals: Counter[str] = Counter()
         rows = parts.part_rows(work.schema, run.config.output, len(todo))
+        parts.hand_on_after(cluster.quiet_data(debug), work.schema, work.batch_rows)
         for data in blocks.executions(todo, work.workers.start):
             totals.update(
                 parts.write_parts(
