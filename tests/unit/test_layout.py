@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -135,9 +136,19 @@ class Import:
     lazy: bool
 
 
-def imports_of(path: Path) -> Iterator[Import]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def imports_of(path: Path) -> tuple[Import, ...]:
     """Every import of a file, including lazy ones."""
-    for node, lazy in walk(ast.parse(path.read_text()), False):
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[Import]:
+    for node, lazy in walk(tree_of(path), False):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(alias.name, node.lineno, lazy)
@@ -348,11 +359,23 @@ def test_functions_are_short() -> None:
     functions = [
         node.end_lineno - node.lineno + 1
         for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
     ]
     assert sum(lines > 30 for lines in functions) <= len(functions) / 20
     assert max(functions) <= 61
+
+
+@pytest.mark.parametrize("path", (REPO / "jobs").rglob("*.py"), ids=lambda path: path.name)
+def test_jobs_import_nothing_of_the_tests(path: Path) -> None:
+    of_tests = {file.stem for file in (REPO / "tests" / "support").glob("*.py")}
+    wrong = {
+        item.module
+        for item in imports_of(path)
+        for top, *rest in [item.module.split(".")]
+        if top in ("tests", "conftest") or (top == "support" and {*rest} & of_tests)
+    }
+    assert wrong == set()
 
 
 def test_top_level_holds_nothing_else() -> None:
@@ -367,4 +390,4 @@ def test_top_level_holds_nothing_else() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_modules_have_docstrings(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert ast.get_docstring(tree_of(path))
