@@ -36,12 +36,12 @@ from tsq_ray.evaluation.measures import (
     measure_sampler,
 )
 from tsq_ray.evaluation.methods import (
-    jobs_of,
     learned_sampler,
     measured_at,
     possible,
     ranked_sampler,
     samplers_of,
+    specs_of,
 )
 from tsq_ray.evaluation.samplers import (
     Sampler,
@@ -167,7 +167,7 @@ def test_without_splits_all_rows_are_measured_and_nothing_is_fitted(
     methods, notes = possible(bench)
     assert [method.name for method in methods if method.trained] == []
     assert "tsqnet" in notes[0]
-    assert paper.jobs_for(bench, "table7") == []
+    assert paper.specs_for(bench, "table7") == []
     assert paper.make(bench, "table7", str(tmp_path)).rows == []
 
 
@@ -439,9 +439,9 @@ def test_a_training_scores_the_measured_videos(bench: Bench) -> None:
         "classes": np.eye(3, 5, dtype=np.float32),
     }
     start = {"visual": np.zeros((3, shape.visual_dim), np.float32), "textual": text["classes"]}
-    job = bench.job({"modules": "both"}, {}, 1)
+    spec = bench.spec({"modules": "both"}, {}, 1)
     arrays, measured = arrays_of(training), arrays_of(bench.videos)
-    learned = learn(job, arrays, measured, shape, text, start, 5)
+    learned = learn(spec, arrays, measured, shape, text, start, 5)
     assert learned.diverged is None
     assert {"visual", "textual", "loss", "t2v", "v2t"} == set(learned.losses)
     assert (
@@ -451,7 +451,7 @@ def test_a_training_scores_the_measured_videos(bench: Bench) -> None:
     )
     assert np.array_equal(learned.arrays["visual_before"], start["visual"])
     assert not np.array_equal(learned.arrays["visual_after"], start["visual"])
-    again = learn(job, arrays, measured, shape, text, start, 5)
+    again = learn(spec, arrays, measured, shape, text, start, 5)
     assert all(np.array_equal(value, again.arrays[name]) for name, value in learned.arrays.items())
     assert learned_sampler(bench, learned.arrays, "textual").choose(0, 2).shape == (2,)
 
@@ -461,24 +461,24 @@ def test_a_teacher_replaces_the_labels(bench: Bench) -> None:
     training = bench.features.training
     assert training is not None
     few = {"target": "teacher", "max_videos": 8, "teacher_min_videos": 2, "modules": "visual"}
-    job = bench.job(few, {}, 0)
-    taught = bench.taught(job.config)
+    spec = bench.spec(few, {}, 0)
+    taught = bench.taught(spec.config)
     assert taught is not None
     assert (taught.classes, taught.targets.shape) == ([0, 1, 2], (8, len(CLASSES)))
-    shape, text, start, targets = Initial(bench, training).arguments(job)
+    shape, text, start, targets = Initial(bench, training).arguments(spec)
     assert shape is not None
     assert text is None
     assert targets is not None
     assert (shape.num_classes, targets.shape) == (3, (8, 3))
     assert targets.astype(np.float32).sum(1) == pytest.approx(1, abs=0.01)
     arrays, measured = arrays_of(training), arrays_of(bench.videos)
-    learned = learn(job, arrays, measured, shape, None, start, 5, targets)
+    learned = learn(spec, arrays, measured, shape, None, start, 5, targets)
     assert learned.diverged is None
     hidden = {**arrays, "targets": np.zeros_like(arrays["targets"])}
     unseen = {name: np.r_[values[:8], values[8:] * 0] for name, values in hidden.items()}
-    again = learn(job, unseen, measured, shape, None, start, 5, targets)
+    again = learn(spec, unseen, measured, shape, None, start, 5, targets)
     assert all(np.array_equal(value, again.arrays[name]) for name, value in learned.arrays.items())
-    rare = bench.job({**few, "teacher_min_videos": 4}, {}, 0)
+    rare = bench.spec({**few, "teacher_min_videos": 4}, {}, 0)
     with pytest.raises(
         RunError, match=r"finds 0 classes at least train\.teacher_min_videos = 4 times"
     ):
@@ -491,9 +491,9 @@ def test_queries_start_from_the_teacher_where_the_frame_head_lacks_classes(bench
     assert training is not None
     assert isinstance(head, torch.nn.Linear)
     smaller = dataclasses.replace(bench.bundle, sampler_classes=list(CLASSES[:2]))
-    job = bench.job({"modules": "visual"}, {}, 0)
+    spec = bench.spec({"modules": "visual"}, {}, 0)
     _, _, start, targets = Initial(dataclasses.replace(bench, bundle=smaller), training).arguments(
-        job
+        spec
     )
     assert targets is None
     labels = [np.flatnonzero(row).tolist() for row in training.targets]
@@ -505,16 +505,16 @@ def test_a_training_that_diverges_is_a_result(bench: Bench) -> None:
     training = bench.features.training
     assert training is not None
     arrays = arrays_of(training) | {"visual": np.full_like(training.visual, np.inf)}
-    job = bench.job({"modules": "visual"}, {}, 0)
-    shape = bench.shape(job.config, 1)
+    spec = bench.spec({"modules": "visual"}, {}, 0)
+    shape = bench.shape(spec.config, 1)
     learned = learn(
-        job, arrays, arrays_of(bench.videos), shape, None, {"visual": None, "textual": None}, 5
+        spec, arrays, arrays_of(bench.videos), shape, None, {"visual": None, "textual": None}, 5
     )
     assert learned.diverged is not None
     assert "the loss is" in learned.diverged
     bench.learned |= dict.fromkeys(
         (
-            bench.job(row.train, row.text, s)
+            bench.spec(row.train, row.text, s)
             for row in ablation("tableA4", bench.config, 10).rows
             for s in (0, 1)
         ),
@@ -528,34 +528,34 @@ def test_a_training_that_diverges_is_a_result(bench: Bench) -> None:
 def test_the_store_gives_back_what_was_finished_and_nothing_else(
     bench: Bench, tmp_path: Path
 ) -> None:
-    job = bench.job({"modules": "visual"}, {}, 0)
+    spec = bench.spec({"modules": "visual"}, {}, 0)
     learned = Learned({"saliency_visual": np.ones((2, 3), np.float32)}, {"loss": 0.5}, 1.5)
     store = Store(str(tmp_path), {"bundle": "a"})
-    assert store.read(job) is None
-    store.write(job, learned)
-    found = store.read(job)
+    assert store.read(spec) is None
+    store.write(spec, learned)
+    found = store.read(spec)
     assert found is not None
     assert (found.losses, found.seconds, found.diverged) == ({"loss": 0.5}, 1.5, None)
     assert np.array_equal(found.arrays["saliency_visual"], learned.arrays["saliency_visual"])
     others = [
-        bench.job({"modules": "visual"}, {}, 1),
-        bench.job({"modules": "visual", "lr": 0.5}, {}, 0),
+        bench.spec({"modules": "visual"}, {}, 1),
+        bench.spec({"modules": "visual", "lr": 0.5}, {}, 0),
         bench.scsampler(0),
     ]
     assert [store.read(other) for other in others] == [None] * 3
-    assert Store(str(tmp_path), {"bundle": "b"}).read(job) is None
+    assert Store(str(tmp_path), {"bundle": "b"}).read(spec) is None
     # killed between the two files: not finished
-    (tmp_path / "trainings" / f"{store.key(job)}.json").rename(tmp_path / "gone")
-    assert store.read(job) is None
-    (tmp_path / "gone").rename(tmp_path / "trainings" / f"{store.key(job)}.json")
-    (tmp_path / "trainings" / f"{store.key(job)}.safetensors").write_bytes(b"x")
+    (tmp_path / "trainings" / f"{store.key(spec)}.json").rename(tmp_path / "gone")
+    assert store.read(spec) is None
+    (tmp_path / "gone").rename(tmp_path / "trainings" / f"{store.key(spec)}.json")
+    (tmp_path / "trainings" / f"{store.key(spec)}.safetensors").write_bytes(b"x")
     with pytest.raises(RunError, match="sha256 differs"):
-        store.read(job)
+        store.read(spec)
 
 
 def test_settings_that_do_not_count_make_no_new_training() -> None:
-    jobs = [TrainingSpec("tsq", TrainConfig(num_workers=n), TextConfig()) for n in (1, 2)]
-    assert jobs[0].identity() == jobs[1].identity()
+    specs = [TrainingSpec("tsq", TrainConfig(num_workers=n), TextConfig()) for n in (1, 2)]
+    assert specs[0].identity() == specs[1].identity()
     visual = [
         TrainingSpec("tsq", TrainConfig(modules="visual"), TextConfig(model=name))
         for name in ("a", "b")
@@ -567,19 +567,19 @@ def test_settings_that_do_not_count_make_no_new_training() -> None:
 
 
 def test_the_ablations_share_their_trainings(bench: Bench) -> None:
-    jobs = {
-        name: {bench.store.key(job) for job in paper.jobs_for(bench, name)}
+    specs = {
+        name: {bench.store.key(spec) for spec in paper.specs_for(bench, name)}
         for name in paper.names()
     }
-    assert {name: len(found) for name, found in jobs.items()} == {
+    assert {name: len(found) for name, found in specs.items()} == {
         **{"table1": 0, "table2": 8, "figure3": 8, "table7": 6, "table8": 8, "table9": 2},
         **{"table10": 8, "tableA2": 12, "tableA3": 10, "tableA4": 4, "tableA5": 6, "figure4": 1},
         **{"selectors": 2, "teacher": 4},
     }
-    assert len(set().union(*jobs.values())) == 42  # of 79
-    assert jobs["table9"] <= jobs["table8"]
-    assert jobs["figure4"] <= jobs["table2"]
-    assert jobs["selectors"] <= jobs["table2"]
+    assert len(set().union(*specs.values())) == 42  # of 79
+    assert specs["table9"] <= specs["table8"]
+    assert specs["figure4"] <= specs["table2"]
+    assert specs["selectors"] <= specs["table2"]
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -590,7 +590,7 @@ def test_signs_name_cells_that_exist(bench: Bench, name: str) -> None:
             assert 0 <= row < len(wanted.rows)
             assert 0 <= column < len(wanted.columns)
     assert all(len(row.cells) == len(wanted.head) for row in wanted.rows)
-    assert all(bench.job(row.train, row.text, 0).config.seed == 0 for row in wanted.rows)
+    assert all(bench.spec(row.train, row.text, 0).config.seed == 0 for row in wanted.rows)
 
 
 def test_table_9_has_a_row_for_each_text(case: Case, tmp_path: Path) -> None:
@@ -615,7 +615,7 @@ def test_an_ablation_table_measures_each_seed(bench: Bench) -> None:
     oracle = true_class_probability(bench.videos, "single").astype(np.float32)
     for row, sign in zip(ablation("tableA4", bench.config, 10).rows, (-1, 1), strict=True):
         for seed in bench.seeds:
-            bench.learned[bench.job(row.train, row.text, seed)] = Learned(
+            bench.learned[bench.spec(row.train, row.text, seed)] = Learned(
                 {"saliency_visual": sign * oracle}
             )
     table = paper.make(bench, "tableA4", "")
@@ -636,9 +636,11 @@ def test_the_teacher_beside_labels(bench: Bench) -> None:
     oracle = true_class_probability(bench.videos, "single").astype(np.float32)
     for method, sign in (("tsqnet", -1), ("teacher", 1)):
         (found,) = [one for one in TEACHING if one.name == method]
-        for job in jobs_of(bench, found):
+        for spec in specs_of(bench, found):
             learned = {f"saliency_{module}": sign * oracle for module in ("visual", "textual")}
-            bench.learned[job] = Learned({**learned, "textual_after": np.zeros((3, 5), np.float32)})
+            bench.learned[spec] = Learned(
+                {**learned, "textual_after": np.zeros((3, 5), np.float32)}
+            )
     table = paper.make(bench, "teacher", "")
     rows = {
         row[0]: dict(zip([column.title for column in table.columns], row, strict=True))
@@ -700,7 +702,7 @@ def test_table_1_adds_up(bench: Bench) -> None:
 def test_dense_is_measured_once(bench: Bench) -> None:
     dense = next(method for method in METHODS if method.name == "dense")
     assert [measured.budget for measured in measured_at(bench, dense, (1, 2))] == [NUM_FRAMES]
-    assert jobs_of(bench, dense) == []
+    assert specs_of(bench, dense) == []
 
 
 # -------------------------------------------------------------------------------------- annotations

@@ -18,7 +18,7 @@ from tsq_ray.model.task import classification_loss
 from tsq_ray.networks.batch_norm import folded_norms, unfold_norms
 from tsq_ray.networks.encoder import FrameEncoder, load_encoder
 from tsq_ray.runtime.nodes import Pool
-from tsq_ray.training.classifier.augment import Augment, training_spec, view_of
+from tsq_ray.training.classifier.augment import Augment, random_choices, training_spec
 from tsq_ray.training.classifier.clips import ClipPlan, epoch_batches
 from tsq_ray.training.classifier.full import check_input
 from tsq_ray.training.classifier.optim import (
@@ -65,8 +65,8 @@ def test_a_view_depends_only_on_seed_epoch_and_video() -> None:
         (0, 1, "00000000000000aa"),
         (0, 0, "00000000000000ab"),
     ]
-    views = [view_of(*key, segments=3) for key in keys]
-    assert views == [view_of(*key, segments=3) for key in keys]
+    views = [random_choices(*key, segments=3) for key in keys]
+    assert views == [random_choices(*key, segments=3) for key in keys]
     assert len(set(views)) == len(keys)
     assert all(
         len(view.places) == 3 and all(0 <= place < 1 for place in view.places) for view in views

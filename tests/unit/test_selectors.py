@@ -374,7 +374,7 @@ def bench(case: Case, tmp_path: Path) -> Bench:
     made = Bench(case.bundle, features, config, known, Store(str(tmp_path), {}))
     evidence = true_class_probability(made.videos, "single").astype(np.float32)
     for seed, saliency in ((0, evidence), (1, 1 - evidence)):
-        made.learned[made.job({"modules": "both"}, {}, seed)] = Learned(
+        made.learned[made.spec({"modules": "both"}, {}, seed)] = Learned(
             {"saliency_visual": saliency, "saliency_textual": saliency}
         )
     return made
@@ -421,7 +421,7 @@ def test_without_a_training_split_the_others_are_measured(bench: Bench) -> None:
     assert len(table.rows) == 3 + 2 + 2 * 5
     assert all(row[-1] is None for row in table.rows)
     assert "tsqnet" in table.notes[0]
-    assert paper.jobs_for(bench, "selectors") == []
+    assert paper.specs_for(bench, "selectors") == []
 
 
 @pytest.mark.parametrize("counting", ["field", "true"])

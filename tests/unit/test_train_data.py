@@ -64,8 +64,8 @@ def test_rows_in_the_order_of_the_ids(features: str, temporary: Path) -> None:
             assert np.array_equal(array, arrays[name][order]), name
         assert list(data.labels) == [[number % CLASSES] for number in order]
         assert (data.classes, len(data)) == (NAMES, VIDEOS)
-        assert data.selection.left_out == {"other_split": 1, "failed": 1, "unlabelled": 1}
-        assert data.selection.named == ["/videos/bare.mp4"]
+        assert data.videos.left_out == {"other_split": 1, "failed": 1, "unlabelled": 1}
+        assert data.videos.named == ["/videos/bare.mp4"]
         assert len(list(temporary.glob("tsq-*"))) == 1
     assert list(temporary.glob("tsq-*")) == [], "the last one removes the files"
 
@@ -83,7 +83,7 @@ def test_a_sample_of_many_videos(features: str) -> None:
     with open_training_set(source, done.append) as data:
         assert np.array_equal(data.visual, arrays["visual"][order[:5]])
         assert list(data.labels) == [[number % CLASSES] for number in order[:5]]
-        assert data.selection.left_out["max_videos"] == VIDEOS - 5
+        assert data.videos.left_out["max_videos"] == VIDEOS - 5
         assert source.key != FeatureSource.of(features, None, "single").key
     assert done[-1] == 5
 

@@ -67,7 +67,7 @@ class Bench:
         """Seeds of the trainings and the random baseline."""
         return self.config.evaluate.seeds
 
-    def job(self, train: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> TrainingSpec:
+    def spec(self, train: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> TrainingSpec:
         """Return a training of TSQNet with these overrides of `train.*` and `encoders.text.*`.
 
         Raises ConfigError if the values are inconsistent.
@@ -109,29 +109,29 @@ class Bench:
         return Taught(classes, targets)
 
 
-def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> int:
-    """Fill `bench.learned` with the result of every job; return how many had to be trained.
+def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session) -> int:
+    """Fill `bench.learned` with the result of every spec; return how many had to be trained.
 
     Results are read from the store, or trained in parallel, one CPU each, and stored as they
     finish. Raises what a training raised; a non-finite loss is a result ("diverged").
     """
-    wanted = list(dict.fromkeys(job for job in jobs if job not in bench.learned))
+    wanted = list(dict.fromkeys(spec for spec in specs if spec not in bench.learned))
     todo = []
-    for job in wanted:
-        found = bench.store.read(job)
+    for spec in wanted:
+        found = bench.store.read(spec)
         if found is None:
-            todo.append(job)
+            todo.append(spec)
         else:
-            bench.learned[job] = found
+            bench.learned[spec] = found
     if not todo:
         return 0
     assert bench.features.training is not None, (
         "nothing to train on; the caller must leave out samplers that need training"
     )
     initial = Initial(bench, bench.features.training)
-    calls = [(job, initial.arguments(job)) for job in todo]
+    calls = [(spec, initial.arguments(spec)) for spec in todo]
     with cluster.connect(session) as ray:
-        arrays = initial.training_arrays(any(job.kind == "scsampler" for job in todo))
+        arrays = initial.training_arrays(any(spec.kind == "scsampler" for spec in todo))
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
         texts = {id(text): ray.put(text) for _, (_, text, _, _) in calls if text is not None}
         cpus, watch = cluster.read_cluster(ray, bench.config).unit, Watch(ray, "evaluate")
@@ -139,10 +139,10 @@ def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> i
         top = bench.config.sampler.top_classes
         pending = {
             task.remote(
-                *(job, *shared, shape, texts[id(text)] if text is not None else None),
+                *(spec, *shared, shape, texts[id(text)] if text is not None else None),
                 *(start, top, taught),
-            ): job
-            for job, (shape, text, start, taught) in calls
+            ): spec
+            for spec, (shape, text, start, taught) in calls
         }
         with progress.progress_display(
             len(todo), "evaluate", session.show_progress, "trainings"
@@ -150,12 +150,12 @@ def train_all(bench: Bench, jobs: Iterable[TrainingSpec], session: Session) -> i
             while pending:
                 ready, _ = ray.wait(list(pending), timeout=0.5)
                 for reference in ready:
-                    job = pending.pop(reference)
+                    spec = pending.pop(reference)
                     try:
-                        bench.learned[job] = ray.get(reference)
+                        bench.learned[spec] = ray.get(reference)
                     except ray.exceptions.RayError as error:
                         raise cluster.run_failed(error, "evaluate") from error
-                    bench.store.write(job, bench.learned[job])
+                    bench.store.write(spec, bench.learned[spec])
                 update(len(todo) - len(pending), 0)
                 watch.tick(len(todo) - len(pending))
     return len(todo)
@@ -171,7 +171,7 @@ class Initial:
         self.starts: dict[int, np.ndarray] = {}
 
     def arguments(
-        self, job: TrainingSpec
+        self, spec: TrainingSpec
     ) -> tuple[
         TSQShape | None,
         dict[str, np.ndarray] | None,
@@ -179,15 +179,15 @@ class Initial:
         np.ndarray | None,
     ]:
         """Return a training's network shape, text embeddings, initial queries and soft targets."""
-        if job.kind == "scsampler":
+        if spec.kind == "scsampler":
             return None, None, {}, None
-        text = self._text(job.text) if job.config.modules == "both" else None
-        shape = self.bench.shape(job.config, text["vocabulary"].shape[1] if text else 1)
-        taught = self.bench.taught(job.config)
+        text = self._text(spec.text) if spec.config.modules == "both" else None
+        shape = self.bench.shape(spec.config, text["vocabulary"].shape[1] if text else 1)
+        taught = self.bench.taught(spec.config)
         visual = textual = None
-        if job.config.init_visual == "prototype":
-            visual = self._prototypes(job.config.seed, taught)
-        if text and job.config.init_textual == "text":
+        if spec.config.init_visual == "prototype":
+            visual = self._prototypes(spec.config.seed, taught)
+        if text and spec.config.init_textual == "text":
             textual = text["classes"]
         if taught is None:
             return shape, text, {"visual": visual, "textual": textual}, None

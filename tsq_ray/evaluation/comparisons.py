@@ -191,7 +191,7 @@ def teaching(bench: Bench) -> list[Method]:
         if (method.train or {}).get("max_videos", 0) >= most > 0:
             continue
         try:
-            bench.taught(bench.job(method.train or {}, {}, bench.seeds[0]).config)
+            bench.taught(bench.spec(method.train or {}, {}, bench.seeds[0]).config)
         except RunError:
             continue
         found.append(method)

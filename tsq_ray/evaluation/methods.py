@@ -86,12 +86,12 @@ def possible(bench: Bench, catalogue: Sequence[Method] = METHODS) -> tuple[list[
     return methods, notes
 
 
-def jobs_of(bench: Bench, method: Method) -> list[TrainingSpec]:
+def specs_of(bench: Bench, method: Method) -> list[TrainingSpec]:
     """Return the trainings that a sampler needs, one per seed."""
     if method.name == "scsampler":
         return [bench.scsampler(seed) for seed in bench.seeds]
     if method.train is not None:
-        return [bench.job(method.train, {}, seed) for seed in bench.seeds]
+        return [bench.spec(method.train, {}, seed) for seed in bench.seeds]
     return []
 
 
@@ -99,7 +99,7 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
     """Return one sampler per seed, and the number of seeds that diverged."""
     videos, task = bench.videos, bench.task
     if method.trained:
-        found = [bench.learned[job] for job in jobs_of(bench, method)]
+        found = [bench.learned[spec] for spec in specs_of(bench, method)]
         made = [
             selecting_sampler(bench, method, fused_saliency(bench, learned.arrays))
             if method.selector
@@ -242,7 +242,7 @@ def shape_of(bench: Bench, method: Method) -> TSQShape:
     own = bench.bundle.sampler.shape
     if method.train is None:
         return own
-    return bench.shape(bench.job(method.train, {}, bench.seeds[0]).config, text_dim_of(bench))
+    return bench.shape(bench.spec(method.train, {}, bench.seeds[0]).config, text_dim_of(bench))
 
 
 def text_dim_of(bench: Bench) -> int:

@@ -11,7 +11,7 @@ from tsq_ray.evaluation.bench import Bench
 from tsq_ray.evaluation.catalogue import METHODS, SELECTING, method_named
 from tsq_ray.evaluation.comparisons import figure3, selectors, table2, teacher, teaching
 from tsq_ray.evaluation.measures import MeanOverSeeds, measure_sampler
-from tsq_ray.evaluation.methods import jobs_of, learned_sampler
+from tsq_ray.evaluation.methods import learned_sampler, specs_of
 from tsq_ray.evaluation.tables import Cell, Table, TableColumn, signs, single
 from tsq_ray.evaluation.trainings import TrainingSpec
 from tsq_ray.model.flops import Counting, cost_table
@@ -33,18 +33,18 @@ def default_names() -> list[str]:
     return [name for name in names() if name not in ON_REQUEST]
 
 
-def jobs_for(bench: Bench, name: str) -> list[TrainingSpec]:
+def specs_for(bench: Bench, name: str) -> list[TrainingSpec]:
     """Return the trainings that a table needs; none if the features have no training videos."""
     if bench.features.training is None or name == "table1":
         return []
     if name in ("table2", "figure3"):
-        return [job for method in METHODS for job in jobs_of(bench, method)]
+        return [spec for method in METHODS for spec in specs_of(bench, method)]
     if name == "selectors":
-        return [job for method in SELECTING for job in jobs_of(bench, method)]
+        return [spec for method in SELECTING for spec in specs_of(bench, method)]
     if name == "teacher":
-        return [job for method in teaching(bench) for job in jobs_of(bench, method)]
+        return [spec for method in teaching(bench) for spec in specs_of(bench, method)]
     if name == "figure4":
-        return jobs_of(bench, method_named("tsqnet"))[:1]
+        return specs_of(bench, method_named("tsqnet"))[:1]
     return [_job(bench, row, seed) for row in _ablation(bench, name).rows for seed in bench.seeds]
 
 
@@ -66,7 +66,7 @@ def _ablation(bench: Bench, name: str) -> Ablation:
 
 
 def _job(bench: Bench, row: Row, seed: int) -> TrainingSpec:
-    return bench.job(row.train, row.text, seed)
+    return bench.spec(row.train, row.text, seed)
 
 
 def table1(bench: Bench, out: str) -> Table:
@@ -189,9 +189,9 @@ def _cell(bench: Bench, row: Row, mode: TSQMode, budget: int, notes: list[str]) 
 def figure4(bench: Bench, out: str) -> Table:
     """Project the TSQ embeddings before and after the first seed's training by t-SNE."""
     columns = [TableColumn(title) for title in ("module", "training", "class", "x", "y")]
-    job = jobs_of(bench, method_named("tsqnet"))[0]
+    spec = specs_of(bench, method_named("tsqnet"))[0]
     title = f"Figure 4: TSQ embeddings before and after training, seed {bench.seeds[0]}"
-    learned = bench.learned.get(job)
+    learned = bench.learned.get(spec)
     if learned is None or learned.diverged:
         return Table(
             "figure4", title, columns, [], ["not made: no split 'train', or the training diverged"]

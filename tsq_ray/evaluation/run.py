@@ -104,7 +104,7 @@ def evaluate(
     bench = Bench(bundle, features, config, known, Store(out, data))
     names, header = list(tables) or paper.default_names(), _header(bench, model, annotations)
     trained = train_all(
-        bench, [job for name in names for job in paper.jobs_for(bench, name)], session
+        bench, [spec for name in names for spec in paper.specs_for(bench, name)], session
     )
     made = [_make(bench, name, out, header) for name in names]
     return _summary(out, made, started, trained, _counts(features))

@@ -29,16 +29,16 @@ class Store:
     def __init__(self, out: str, data: Mapping[str, Any]) -> None:
         self.folder, self.data = storage.join(out, FOLDER), data
 
-    def key(self, job: TrainingSpec) -> str:
+    def key(self, spec: TrainingSpec) -> str:
         """Return the name under which a training is stored."""
-        content = {"format": FORMAT, "data": self.data, **job.identity()}
+        content = {"format": FORMAT, "data": self.data, **spec.identity()}
         return hashlib.sha256(
             json.dumps(content, sort_keys=True, default=str).encode()
         ).hexdigest()[:20]
 
-    def read(self, job: TrainingSpec) -> Learned | None:
+    def read(self, spec: TrainingSpec) -> Learned | None:
         """Return a finished training, or None. Raises RunError if its arrays are damaged."""
-        place = storage.join(self.folder, self.key(job))
+        place = storage.join(self.folder, self.key(spec))
         record = read_json(f"{place}.json")
         if record is None:
             return None
@@ -50,9 +50,9 @@ class Store:
             )
         return Learned(load_arrays(data), record["losses"], record["seconds"], record["diverged"])
 
-    def write(self, job: TrainingSpec, learned: Learned) -> None:
+    def write(self, spec: TrainingSpec, learned: Learned) -> None:
         """Store a finished training; it counts once its JSON, written last, exists."""
-        place = storage.join(self.folder, self.key(job))
+        place = storage.join(self.folder, self.key(spec))
         data = save_arrays(learned.arrays)
         storage.write_bytes(f"{place}.safetensors", data)
         record = {
@@ -64,7 +64,7 @@ class Store:
         write_json(
             f"{place}.json",
             {
-                **job.identity(),
+                **spec.identity(),
                 "data": self.data,
                 **record,
                 **provenance.of_this_run(),

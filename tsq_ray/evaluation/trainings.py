@@ -73,7 +73,7 @@ class Learned:
 
 
 def learn(
-    job: TrainingSpec,
+    spec: TrainingSpec,
     training: Mapping[str, np.ndarray],
     measured: Mapping[str, np.ndarray],
     shape: TSQShape | None,
@@ -85,7 +85,7 @@ def learn(
     """Fit one sampler on `training` and score `measured` (`arrays_of` of both).
 
     Args:
-        job: what to train.
+        spec: what to train.
         training: "visual" [V, T, D], "object_ids" and "object_probs" [V, T, N], "targets" [V, C];
             for "scsampler" also "teacher" [V, T].
         measured: the first three of these.
@@ -98,8 +98,8 @@ def learn(
     """
     started = time.monotonic()
     try:
-        if job.kind == "scsampler":
-            scores = fit_scsampler(training["visual"], training["teacher"], job.config.seed)(
+        if spec.kind == "scsampler":
+            scores = fit_scsampler(training["visual"], training["teacher"], spec.config.seed)(
                 measured["visual"]
             )
             return Learned(
@@ -115,13 +115,13 @@ def learn(
             training = {name: values[: len(taught)] for name, values in training.items()}
             training["targets"] = taught
         state, curve = fit_tsqnet(
-            _seen(training, _FIT, shape), vocabulary, first, shape, job.config, threads=1
+            _seen(training, _FIT, shape), vocabulary, first, shape, spec.config, threads=1
         )
     except RunFailed as error:
         return Learned(seconds=round(time.monotonic() - started, 2), diverged=str(error))
     network = TSQNet(shape).eval()
     network.load_state_dict(state)
-    visual, textual = saliencies(network, measured, vocabulary, job.config.task, top_classes)
+    visual, textual = saliencies(network, measured, vocabulary, spec.config.task, top_classes)
     arrays = {"saliency_visual": visual} | (
         {"saliency_textual": textual} if textual is not None else {}
     )

@@ -89,7 +89,7 @@ class FeatureSource:
 
 
 @dataclass
-class Selection:
+class TrainingVideos:
     """The videos a training uses, sorted by video id, and why the others are left out."""
 
     count: int
@@ -109,9 +109,9 @@ class Selection:
 
 @dataclass
 class TrainingSet:
-    """The features and labels of the videos of a selection, sorted by video id."""
+    """The features and labels of the videos of a training, sorted by video id."""
 
-    selection: Selection
+    videos: TrainingVideos
     arrays: dict[str, np.ndarray]
     """`visual` float16 [V, T, D], `object_ids` int16 [V, T, n], `object_probs` float16 [V, T, n],
     `targets` bool [V, C], or float16 from a teacher."""
@@ -121,7 +121,7 @@ class TrainingSet:
 
     @property
     def classes(self) -> list[str]:
-        return self.selection.classes
+        return self.videos.classes
 
     @property
     def visual(self) -> np.ndarray:
@@ -191,7 +191,7 @@ def single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
         )
 
 
-def select_videos(source: FeatureSource) -> Selection:
+def select_videos(source: FeatureSource) -> TrainingVideos:
     """Select the ok rows of the split in a finished extraction; reads no tensors.
 
     They have labels, unless a teacher gives the targets. Raises RunError if none is usable.
@@ -230,12 +230,12 @@ def select_videos(source: FeatureSource) -> Selection:
     by_part = np.split(places, np.cumsum([part.num_rows for part in tables])[:-1])
     named = [storage.redact(name) for name in unlabelled["uri"].slice(0, 5).to_pylist()]
     rows = list(zip(parts, by_part, strict=True))
-    return Selection(ok.num_rows, ok["labels"], classes, rows, left_out, named, warnings)
+    return TrainingVideos(ok.num_rows, ok["labels"], classes, rows, left_out, named, warnings)
 
 
 def copy_features(
     source: FeatureSource,
-    selection: Selection,
+    videos: TrainingVideos,
     create: Create,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
@@ -243,10 +243,10 @@ def copy_features(
 
     `progress` is called with the number of videos copied so far.
     """
-    taken = [(part, places) for part, places in selection.parts if (places >= 0).any()]
+    taken = [(part, places) for part, places in videos.parts if (places >= 0).any()]
     with storage.open_read(taken[0][0]) as file:
         types = {name: pq.read_schema(file).field(name).type for name in source.columns}
-    num_videos, teacher = selection.count, source.teacher
+    num_videos, teacher = videos.count, source.teacher
     arrays = {
         name: create(
             name, np.dtype(column.value_type.to_pandas_dtype()), (num_videos, *column.shape)
@@ -255,7 +255,7 @@ def copy_features(
     }
 
     kind = np.dtype(bool if teacher is None else np.float16)
-    targets = create(TARGETS, kind, (num_videos, len(selection.classes)))
+    targets = create(TARGETS, kind, (num_videos, len(videos.classes)))
 
     def copy(part: str, places: np.ndarray) -> int:
         table = read_part(part, list(source.read_columns)).filter(pa.array(places >= 0))
@@ -272,14 +272,14 @@ def copy_features(
         for count in pool.map(copy, *zip(*taken, strict=True)):
             progress(done := done + count)
     if teacher is None:
-        targets[:] = multi_hot(selection.labels, len(selection.classes))
+        targets[:] = multi_hot(videos.labels, len(videos.classes))
 
 
 def frames_and_logits(
-    source: FeatureSource, selection: Selection
+    source: FeatureSource, videos: TrainingVideos
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield index, `visual` [T, D] and the teacher's logits [T, C] of each video, part by part."""
-    for part, places in selection.parts:
+    for part, places in videos.parts:
         if not (places >= 0).any():
             continue
         table = read_part(part, [VISUAL_COLUMN, LOGITS]).filter(pa.array(places >= 0))
@@ -290,7 +290,7 @@ def frames_and_logits(
 @contextlib.contextmanager
 def source_arrays(
     source: FeatureSource,
-    selection: Selection | None = None,
+    videos: TrainingVideos | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Provide `TrainingSet.arrays` in mapped files shared on this machine (see cache.py).
@@ -313,7 +313,7 @@ def source_arrays(
                 f"{storage.redact(source.uri)}: the features have changed since the training "
                 "began; start it again"
             )
-        copy_features(source, selection or select_videos(source), create, progress)
+        copy_features(source, videos or select_videos(source), create, progress)
 
     with node_arrays(source.key, write) as arrays:
         yield arrays
@@ -327,9 +327,9 @@ def open_training_set(
 
     `progress` is called with the number of videos copied so far.
     """
-    selection = select_videos(source)
-    with source_arrays(source, selection, progress) as arrays:
-        yield TrainingSet(selection, arrays)
+    videos = select_videos(source)
+    with source_arrays(source, videos, progress) as arrays:
+        yield TrainingSet(videos, arrays)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class FeatureWorker:
         labels: list[list[int]] = []
 
         def logits_of_videos() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for video, visual, logits in frames_and_logits(self.source, data.selection):
+            for video, visual, logits in frames_and_logits(self.source, data.videos):
                 labels.append([place[label] for label in shown[video] if label in place])
                 yield visual, logits[:, taught]
 

@@ -18,7 +18,7 @@ from tsq_ray.decode import FrameSpec
 
 
 @dataclass(frozen=True)
-class View:
+class RandomChoices:
     """The random choices for one video in one epoch."""
 
     places: tuple[float, ...]
@@ -27,10 +27,10 @@ class View:
     """Seed of crop, flip and colours."""
 
 
-def view_of(seed: int, epoch: int, video_id: str, segments: int) -> View:
-    """Return the view of a video (id of 16 hex digits) in an epoch (from 0)."""
+def random_choices(seed: int, epoch: int, video_id: str, segments: int) -> RandomChoices:
+    """Return the choices for a video (id of 16 hex digits) in an epoch (from 0)."""
     rng = np.random.default_rng([seed, epoch, int(video_id, 16)])
-    return View(tuple(rng.random(segments).tolist()), int(rng.integers(2**62)))
+    return RandomChoices(tuple(rng.random(segments).tolist()), int(rng.integers(2**62)))
 
 
 def training_spec(model: ModelConfig) -> FrameSpec:

@@ -22,7 +22,7 @@ from tsq_ray.decode import DecodedVideo, DecodePool, VideoSource
 from tsq_ray.rows import frame_spec
 from tsq_ray.runtime import blocks, cluster, parts
 from tsq_ray.runtime.nodes import Pool
-from tsq_ray.training.classifier.augment import Augment, training_spec, view_of
+from tsq_ray.training.classifier.augment import Augment, random_choices, training_spec
 
 _BATCH = 4
 """Clips per call of a decoder."""
@@ -61,7 +61,7 @@ class Clip:
 
 
 @dataclass(frozen=True)
-class Work:
+class ClipBatch:
     """Rows of videos to decode, augmented for an epoch or plain."""
 
     rows: np.ndarray
@@ -80,7 +80,7 @@ def epoch_batches(seed: int, epoch: int, num_videos: int, batch_size: int) -> li
 class ClipStream:
     """The clips of all `work`, in order; decoding starts at the first `take`."""
 
-    def __init__(self, plan: ClipPlan, work: Iterable[Work]) -> None:
+    def __init__(self, plan: ClipPlan, work: Iterable[ClipBatch]) -> None:
         rows, epochs = [], []
         for item in work:
             rows.append(item.rows)
@@ -149,7 +149,9 @@ class ClipWorker:
         refs = blocks.refs_of(self.videos.take(rows))
         for ref, epoch in zip(refs, batch["epoch"].to_pylist(), strict=True):
             view = (
-                view_of(self.plan.config.seed, epoch, ref.video_id, self.plan.config.segments)
+                random_choices(
+                    self.plan.config.seed, epoch, ref.video_id, self.plan.config.segments
+                )
                 if epoch != _PLAIN
                 else None
             )

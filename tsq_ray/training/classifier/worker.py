@@ -27,7 +27,7 @@ from tsq_ray.model.task import classification_loss, probabilities
 from tsq_ray.networks.batch_norm import folded_norms, unfold_norms
 from tsq_ray.networks.encoder import FrameEncoder, create_network, split_network
 from tsq_ray.networks.inference import keep_freed_memory
-from tsq_ray.training.classifier.clips import Clip, ClipPlan, ClipStream, Work, epoch_batches
+from tsq_ray.training.classifier.clips import Clip, ClipBatch, ClipPlan, ClipStream, epoch_batches
 from tsq_ray.training.classifier.optim import clip_gradients, make_optimizer, set_lr, use_bf16
 from tsq_ray.training.resumable import STATE_FILE, distribute, worker_device
 
@@ -152,17 +152,17 @@ class _Tuner:
             if rank == 0 and not self.first and folded_norms(self.bare)
             else rows[:0]
         )
-        self.clips = ClipStream(job.clips, [Work(sample), *self._work()])
+        self.clips = ClipStream(job.clips, [ClipBatch(sample), *self._clip_batches()])
         if len(sample):
             self._unfold(sample)
         self.network = distribute(self.bare, device, world)
 
-    def _work(self) -> Iterator[Work]:
+    def _clip_batches(self) -> Iterator[ClipBatch]:
         for epoch in range(self.first, self.config.epochs):
             for batch in self._batches(epoch):
-                yield Work(batch[self.rank :: self.world], epoch)
+                yield ClipBatch(batch[self.rank :: self.world], epoch)
             if self.job.due(epoch):
-                yield Work(self._val_rows())
+                yield ClipBatch(self._val_rows())
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
         return epoch_batches(self.config.seed, epoch, self.job.num_train, self.config.batch_size)

@@ -30,8 +30,8 @@ from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.training.features import (
     FeatureSource,
-    Selection,
     Teacher,
+    TrainingVideos,
     describe_left_out,
     select_videos,
 )
@@ -205,7 +205,7 @@ def _teacher(settings: TrainConfig, recognizer: str | None) -> Teacher | None:
 
 
 def _fit(
-    plan: _Plan, videos: Selection, parts: Components, session: Session, lease: Lease
+    plan: _Plan, videos: TrainingVideos, parts: Components, session: Session, lease: Lease
 ) -> tuple[Components, Fitted]:
     """Train in the work folder, resuming what is there; return the components with their heads."""
     write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
@@ -223,7 +223,7 @@ def _fit(
 
 
 def _publish(
-    plan: _Plan, videos: Selection, parts: Components, fitted: Fitted, started: float
+    plan: _Plan, videos: TrainingVideos, parts: Components, fitted: Fitted, started: float
 ) -> TrainingSummary:
     """Write the bundle, then remove the work folder."""
     config = plan.config
@@ -280,7 +280,7 @@ def _job(
 
 
 def _summary(
-    plan: _Plan, videos: Selection, parts: Components, fitted: Fitted, seconds: float
+    plan: _Plan, videos: TrainingVideos, parts: Components, fitted: Fitted, seconds: float
 ) -> TrainingSummary:
     epochs, warned = plan.config.train.epochs, parts.text.warnings if parts.text else ()
     return TrainingSummary(
