@@ -50,7 +50,7 @@ BY_TYPE = {"not_video": 2, "truncated": 1}
 TIMES = ["decode_ms", "sample_ms", "recognize_ms"]
 
 
-@pytest.fixture(scope="module", params=["local", "s3"])
+@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def chain(request: pytest.FixtureRequest, chains: Chains) -> Chain:
     return chains(request.param)
 
@@ -702,7 +702,9 @@ def changed_archive(archive: Archive, put: Callable[[str, bytes | None], None]) 
 
 
 @pytest.mark.parametrize("where", [pytest.param("local", marks=pytest.mark.slow), "s3"])
-def test_update_replaces_removes_and_adds_rows(chains: Chains, where: str, tmp_path: Path) -> None:
+def test_update_replaces_removes_and_adds_rows_and_scores_them(
+    chains: Chains, where: str, tmp_path: Path
+) -> None:
     archive = make_archive(tmp_path / "videos", train=1, val=1, odd=False)
     base = str(tmp_path) if where == "local" else "s3://tsq-other/update"
     if where == "s3":
@@ -743,6 +745,11 @@ def test_update_replaces_removes_and_adds_rows(chains: Chains, where: str, tmp_p
     assert (before[other]["source_num_frames"], after[other]["source_num_frames"]) == (24, 30)
     assert {uri for uri in before.keys() & after.keys() if before[uri] != after[uri]} == {other}
     assert tsq("verify", out, "--json").json["problems"] == []
+    scored = f"{base}/predictions"
+    score = ["score", manifest, "--model", chains("local").bundle, "--out", scored, "--json"]
+    assert tsq(*score).json["counts"]["ok"] == 6
+    assert {row["uri"] for row in read_rows(scored).to_pylist()} == after.keys()
+    assert tsq("verify", scored, "--json").json["problems"] == []
 
 
 @pytest.mark.slow
