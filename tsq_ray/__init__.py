@@ -15,11 +15,14 @@ from tsq_ray import errors as errors
 if TYPE_CHECKING:
     from tsq_ray.bundle.overrides import scoring_config
     from tsq_ray.config import Config, load_config
+    from tsq_ray.evaluation.custom import measure_samplers
+    from tsq_ray.evaluation.measures import Measures
     from tsq_ray.evaluation.run import evaluate, evaluation_config
     from tsq_ray.extraction import extract
     from tsq_ray.importing import import_config, import_network
     from tsq_ray.labelling import label
     from tsq_ray.manifest.build import build_manifest
+    from tsq_ray.model.choosers import Candidates, Chooser, View
     from tsq_ray.prediction import predict
     from tsq_ray.reporting.export import export_predictions
     from tsq_ray.reporting.html import build_report
@@ -54,6 +57,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 __version__ = "0.1.0"
 
 __all__ = [
+    "Candidates",
+    "Chooser",
     "Config",
     "Counts",
     "EvaluatedTable",
@@ -63,12 +68,14 @@ __all__ = [
     "ImportSummary",
     "IndexSummary",
     "LabelSummary",
+    "Measures",
     "Prediction",
     "ReportSummary",
     "RunSummary",
     "Session",
     "TrainingSummary",
     "Verification",
+    "View",
     "build_manifest",
     "build_report",
     "evaluate",
@@ -80,6 +87,7 @@ __all__ = [
     "import_network",
     "label",
     "load_config",
+    "measure_samplers",
     "predict",
     "read_features",
     "read_predictions",
@@ -91,8 +99,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Candidates": "model.choosers",
+    "Chooser": "model.choosers",
     "Config": "config",
+    "Measures": "evaluation.measures",
     "Session": "runtime.session",
+    "View": "model.choosers",
     "build_manifest": "manifest.build",
     "build_report": "reporting.html",
     "evaluate": "evaluation.run",
@@ -104,6 +116,7 @@ _HOMES = {
     "import_network": "importing",
     "label": "labelling",
     "load_config": "config",
+    "measure_samplers": "evaluation.custom",
     "predict": "prediction",
     "read_features": "runs.tables",
     "read_predictions": "runs.tables",

@@ -37,7 +37,7 @@ have the same name there.
 ORDER = [
     *("build_manifest", "extract", "finetune", "import_network", "train", "score", "label"),
     "predict",
-    "evaluate",
+    *("evaluate", "measure_samplers"),
     *("build_report", "export_predictions", "verify", "read_features", "read_predictions"),
     *("load_config", "import_config", "training_config", "scoring_config", "evaluation_config"),
 ]
@@ -50,7 +50,7 @@ def python_api() -> str:
     functions.sort(key=ORDER.index)
     results = [name for name, value in objects.items() if dataclasses.is_dataclass(value)]
     rest = [name for name in objects if name not in (*functions, *results)]
-    assert rest == ["Config"], rest
+    assert rest == ["Chooser", "Config"], rest
     settings = (
         "## Config\nAll settings; fields as in [configuration](configuration.md), all frozen.\n"
     )
@@ -61,6 +61,7 @@ def python_api() -> str:
             API_INTRO,
             *(function_text(name, objects[name]) for name in functions),
             settings,
+            protocol_text("Chooser", objects["Chooser"]),
             *(dataclass_text(name, objects[name]) for name in results),
         ]
     )
@@ -75,10 +76,18 @@ def function_text(name: str, function: Callable[..., Any]) -> str:
             keyword_only = True
             lines.append("    *,")
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        shown = f"{parameter.name}: {parameter.annotation}{default}"
+        kind = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
+        shown = f"{parameter.name}{kind}{default}"
         lines.append(f"    {shown.replace(repr(DEFAULT_SESSION), 'Session()')},")
     lines.append(f") -> {inspect.signature(function).return_annotation}")
     return f"## {name}\n```python\n" + "\n".join(lines) + f"\n```\n{docstring_text(function)}\n"
+
+
+def protocol_text(name: str, kind: type) -> str:
+    """Return the meaning of a protocol, and each of its methods."""
+    methods = [value for key, value in vars(kind).items() if not key.startswith("_")]
+    shown = ["#" + function_text(method.__name__, method) for method in methods]
+    return f"## {name}\n{docstring_text(kind)}\n\n" + "\n".join(shown)
 
 
 def docstring_text(documented: Any) -> str:

@@ -57,7 +57,7 @@ def test_a_custom_sampler_beside_tsqnet(chain: Chain) -> None:
     names = re.findall(
         r"^(.+): mAP \d\.\d{3}, top-1 \d\.\d{3}, 2\.0 frames$", printed, re.MULTILINE
     )
-    assert names == ["uniform", "change per part", "TSQNet"]
+    assert names == ["uniform", "tsqnet", "change per part"]
 
 
 def test_every_example_is_run_here_or_by_the_tests_of_the_endpoint() -> None:

@@ -31,7 +31,7 @@ INSIDE = {
     "evaluation": (
         *("annotations", "videos", "selectors", "samplers", "trainings", "measures"),
         *("agreement", "store", "tables", "plots", "bench", "catalogue", "methods"),
-        *("ablations", "compare", "comparisons", "paper", "run"),
+        *("ablations", "compare", "comparisons", "custom", "paper", "run"),
     ),
     "labels": ("classes", "entries", "json_files", "formats", "match"),
     "manifest": ("videos", "files", "listing", "build"),

@@ -76,8 +76,11 @@ class Measures:
     """Results of one sampler, budget and seed; fractions 0..1, nan if unknown."""
 
     map: float
+    """Mean average precision over the classes."""
     map_interpolated: float
+    """The same with interpolated precision, as ActivityNet's evaluation has it."""
     top1: float
+    """Share of the videos whose best class is one of their labels."""
     recall: float
     """Mean share of the chosen frames that lie in a known salient segment."""
     frames: float
