@@ -6,14 +6,21 @@ No label is read.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from support.bundle import make_recognizer
 from support.evaluate import make_case
+from support.pretrained import save_pretrained
 
 from tsq_ray.asking.questions import ServerModel
-from tsq_ray.config import RecognizerConfig
+from tsq_ray.bundle.overrides import scoring_config
+from tsq_ray.bundle.settings import read_agreement, read_bundle_settings, write_agreement
+from tsq_ray.config import RecognizerConfig, validate_config
+from tsq_ray.errors import ConfigError, ModelError, RunError
 from tsq_ray.evaluation.agreement import (
     Agreement,
     cheapest,
@@ -22,8 +29,12 @@ from tsq_ray.evaluation.agreement import (
 )
 from tsq_ray.evaluation.measures import dense_answers
 from tsq_ray.evaluation.videos import load_features
-from tsq_ray.labelling import draw_sample, verdict
-from tsq_ray.manifest import Manifest, VideoRef, VideoRows
+from tsq_ray.importing import import_config, import_network
+from tsq_ray.labelling import _Steps, draw_sample, label, verdict
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows, write_manifest
+from tsq_ray.runs.folder import begin
+from tsq_ray.runtime.session import DEFAULT_SESSION
+from tsq_ray.score_run import identity_of
 
 
 def one(mode: str, budget: int, top1: float, cost: float) -> Agreement:
@@ -138,3 +149,55 @@ def test_a_sample_is_random_and_always_the_same() -> None:
     assert (splits.count("train"), splits.count("val")) == (30, 20)
     few = draw_sample(Manifest(rows[:5], [], "m", ("/v",)), 50)
     assert [row.split for row in few.rows].count("val") == 2
+
+
+def test_another_choice_does_not_replace_that_of_the_predictions(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    manifest = Manifest(VideoRows.of([VideoRef("0" * 16, "/v/a.mp4", 1)]), [], "m", ("/v",))
+    write_manifest(manifest, str(tmp_path / "manifest.parquet"))
+    chosen = [asdict(one("uniform", budget, 1, budget / 8)) for budget in (2, 4)]
+    found = {"videos": 9, "curve": chosen, "asked": 0.9, "chosen": chosen[1]}
+    write_agreement(case.model, found)
+    steps = _Steps(str(tmp_path), "", validate_config({}), DEFAULT_SESSION)
+    config = scoring_config(case.model, sets=["sampler.mode=uniform", "sampler.budget=4"])
+    scored = identity_of(*read_bundle_settings(case.model), config, True)
+    begin(steps.at("predictions"), "predictions", scored, manifest)
+    other = steps.measure(0.95)
+    assert other["chosen"]["budget"] == 2
+    with pytest.raises(RunError, match=r"sampler\.budget: 4 there, 2 now"):
+        steps.score(other, True)
+    assert read_agreement(case.model) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"decode": {"num_frames": 4}}, ConfigError, r"sampler\.budget \(K\) is 5, above decode"),
+        (
+            {"train": {"task": "multi"}},
+            ModelError,
+            "answers for task 'single', train.task is 'multi'; add --set train.task=single",
+        ),
+        ({"train": {"top_objects": 11}}, ConfigError, "train.top_objects is 11, above encoders"),
+        (
+            {"encoders": {"text": {"weights": "/nowhere.txt"}}},
+            ModelError,
+            r"encoders\.text\.weights '/nowhere\.txt': ",
+        ),
+    ],
+)
+def test_settings_that_only_the_training_would_refuse_are_refused_first(
+    tmp_path: Path, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    out, recognizer = tmp_path / "out", make_recognizer(tmp_path / "recognizer")
+    with pytest.raises(error, match=message):
+        label(str(tmp_path), recognizer, str(out), validate_config(settings))
+    assert not out.exists()
+
+
+def test_a_video_classifier_cannot_teach(tmp_path: Path) -> None:
+    recognizer = str(tmp_path / "recognizer")
+    import_network(import_config(save_pretrained("videomae", tmp_path / "model")), recognizer)
+    with pytest.raises(ModelError, match="takes clips of 4 frames, and a teacher must answer"):
+        label(str(tmp_path), recognizer, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
