@@ -32,6 +32,7 @@ from tsq_ray.extraction import extract
 from tsq_ray.manifest import Manifest, build_manifest, read_manifest, write_manifest
 from tsq_ray.manifest.videos import VideoRows, keys_of
 from tsq_ray.reporting import build_report
+from tsq_ray.reporting.agreement import verdict
 from tsq_ray.results import LabelSummary, RunSummary
 from tsq_ray.runs.folder import check_folder, read_json, write_json
 from tsq_ray.runs.identity import Identity
@@ -85,9 +86,7 @@ def label(
     steps.index(sources, sample)
     steps.teach()
     measured = steps.measure(agreement)
-    chosen = Agreement(**measured["chosen"])
-    words = verdict(chosen, measured["videos"], agreement)
-    _say(words)
+    _say(verdict(measured))
     predictions = steps.score(measured, with_scores)
     _say("report")
     report = build_report(steps.at("predictions"), steps.at("report.html"))
@@ -96,8 +95,9 @@ def label(
         sample=len(read_manifest(steps.at("sample.parquet")).rows),
         held_out=measured["videos"],
         asked=agreement,
-        chosen=asdict(chosen),
-        verdict=words,
+        curve=measured["curve"],
+        chosen=measured["chosen"],
+        verdict=verdict(measured),
         predictions=predictions,
         report=report.out,
         seconds=round(time.time() - started, 2),
@@ -231,26 +231,3 @@ def draw_sample(manifest: Manifest, count: int) -> Manifest:
     place = table.column_names.index("split")
     table = table.set_column(place, table.schema.field("split"), pa.array(splits, pa.string()))
     return Manifest(VideoRows(table), manifest.classes, manifest.id, manifest.sources)
-
-
-def verdict(chosen: Agreement, videos: int, wanted: float) -> str:
-    """Say in one sentence what was chosen, how well it agrees and what it saves."""
-    figures = (
-        f"agrees with what it says after seeing every frame on {100 * chosen.top1:.0f} % of "
-        f"{videos} held-out videos "
-        f"({100 * chosen.low:.0f} to {100 * chosen.high:.0f} %) at {100 * chosen.cost:.0f} % of the "
-        "cost"
-    )
-    if chosen.mode == "maxconf":
-        return (
-            f"no choice of fewer frames agrees with the recogniser on {100 * wanted:g} % of {videos} "
-            f"held-out videos, so it sees every frame and answers by its {chosen.budget} surest; "
-            "ask for a lower --agreement"
-        )
-    short = f"{100 * wanted:g} % are not reached; " if chosen.top1 < wanted else ""
-    if chosen.mode == "uniform":
-        return (
-            f"K = {chosen.budget}, uniform: {short}a sampler does not pay here; what the recogniser "
-            f"says of uniform frames {figures}"
-        )
-    return f"K = {chosen.budget}: {short}what the recogniser says of TSQNet's frames {figures}"

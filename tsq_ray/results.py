@@ -221,9 +221,12 @@ class LabelSummary:
     """Those of them that were not trained on and are ok, on which the agreement was measured."""
     asked: float
     """Least agreement with the dense recogniser."""
+    curve: Sequence[Mapping[str, Any]]
+    """Every choice that was measured: `mode` and `budget` of the sampler, `frames` recognised on
+    average, `top1` agreement with its 95 % interval `low` to `high`, agreement as `map`, and `cost`
+    relative to every frame."""
     chosen: Mapping[str, Any]
-    """`mode` and `budget` of the sampler, `frames` recognised on average, `top1` agreement with its
-    95 % interval `low` to `high`, agreement as `map`, and `cost` relative to every frame."""
+    """The one of them that the archive was scored with."""
     verdict: str
     """The choice in one sentence."""
     predictions: RunSummary

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from tsq_ray.cost import Used
@@ -195,11 +196,29 @@ def label_text(summary: LabelSummary) -> str:
     return "\n".join(
         [
             summary.verdict,
+            *_agreement_lines(summary),
             f"sample: {summary.sample} videos, of which {summary.held_out} were held out",
             run_text(summary.predictions),
             f"report: {summary.report}",
         ]
     )
+
+
+def _agreement_lines(summary: LabelSummary) -> list[str]:
+    from tsq_ray.reporting.agreement import agreement_rows
+
+    lines = [["K", "TSQNet agrees", "cost", "uniform agrees", "cost"]]
+    for row in agreement_rows({"curve": summary.curve, "chosen": summary.chosen}):
+        lines.append([str(row["name"])])
+        for one in (row.get("sampler"), row.get("uniform")):
+            lines[-1] += ["-", "-"] if one is None else _agreement_cells(one)
+        lines[-1] += ["chosen"] if row["chosen"] else []
+    return _aligned(lines)
+
+
+def _agreement_cells(one: Mapping[str, Any]) -> list[str]:
+    share, low, high, cost = (f"{100 * one[name]:.0f}" for name in ("top1", "low", "high", "cost"))
+    return [f"{share} % ({low} to {high})", f"{cost} %"]
 
 
 def training_text(summary: TrainingSummary) -> str:
@@ -277,14 +296,18 @@ def _table_lines(table: EvaluatedTable) -> list[str]:
     rows = [list(row.values()) for row in table.rows]
     if rows:
         rows.insert(0, list(table.rows[0]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    shown = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
     marks = ("sign in the paper", "warning", "not measured")
     notes = [f"  {note}" for note in table.notes if note.startswith(marks)]
-    return [table.title, *shown, *notes, f"  files: {', '.join(table.files)}"]
+    return [table.title, *_aligned(rows), *notes, f"  files: {', '.join(table.files)}"]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return each row as a line, its cells below one another."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in rows
+    ]
 
 
 def prediction_text(row: Mapping[str, Any]) -> str:

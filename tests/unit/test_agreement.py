@@ -30,8 +30,9 @@ from tsq_ray.evaluation.agreement import (
 from tsq_ray.evaluation.measures import dense_answers
 from tsq_ray.evaluation.videos import load_features
 from tsq_ray.importing import import_config, import_network
-from tsq_ray.labelling import _Steps, draw_sample, label, verdict
+from tsq_ray.labelling import _Steps, draw_sample, label
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, write_manifest
+from tsq_ray.reporting.agreement import agreement_rows, verdict
 from tsq_ray.runs.folder import begin
 from tsq_ray.runtime.session import DEFAULT_SESSION
 from tsq_ray.score_run import identity_of
@@ -129,15 +130,62 @@ def test_the_cheapest_choice_that_agrees() -> None:
     assert cheapest(even[:2], 0.99).budget == 2, "the best there is"
 
 
+def words(chosen: Agreement, asked: float, *others: Agreement) -> str:
+    curve = [asdict(each) for each in (*others, chosen)]
+    return verdict({"videos": 200, "asked": asked, "curve": curve, "chosen": curve[-1]})
+
+
 def test_the_choice_in_words() -> None:
     chosen = dataclasses.replace(one("both", 5, 0.93, 0.14), low=0.89, high=0.96)
-    assert verdict(chosen, 200, 0.9) == (
-        "K = 5: what the recogniser says of TSQNet's frames agrees with what it says after seeing "
+    figures = (
+        "what the recogniser says of TSQNet's frames agrees with what it says after seeing "
         "every frame on 93 % of 200 held-out videos (89 to 96 %) at 14 % of the cost"
     )
-    assert "does not pay here" in verdict(one("uniform", 4, 0.96, 0.5), 200, 0.9)
-    assert "answers by its 5 surest" in verdict(one("maxconf", 5, 1, 1), 200, 0.99)
-    assert "K = 8, uniform: 99 % are not reached; " in verdict(one("uniform", 8, 0.9, 1), 200, 0.99)
+    assert words(chosen, 0.9) == f"K = 5: {figures}"
+    adaptive = dataclasses.replace(chosen, budget="adaptive", frames=3.25)
+    assert words(adaptive, 0.9) == f"adaptive K, 3.2 on average: {figures}"
+    assert "does not pay here" in words(one("uniform", 4, 0.96, 0.5), 0.9)
+    assert "K = 8, uniform: 99 % are not reached; " in words(one("uniform", 8, 0.9, 1), 0.99)
+
+
+def test_every_frame_in_words() -> None:
+    """Either nothing else agrees, or it does at a higher cost: with a recogniser that costs little."""
+    every = one("maxconf", 5, 1, 1)
+    few = [one("both", 2, 0.8, 1.2), one("uniform", 8, 0.9, 1)]
+    every_frame = "so it sees every frame and answers by its 5 surest; ask for a lower --agreement"
+    assert words(every, 0.95, *few) == (
+        "no choice of fewer frames agrees with the recogniser on 95 % of 200 held-out videos, "
+        f"{every_frame}"
+    )
+    dear = [*few, one("both", 8, 0.96, 1.6), one("both", 9, 0.97, 1.7)]
+    assert cheapest([*dear, every], 0.95) == every
+    assert words(every, 0.95, *dear) == (
+        "a sampler does not pay here: K = 8, both, is the cheapest choice that agrees with the "
+        "recogniser on 95 % of 200 held-out videos, at 160 % of the cost of every frame, "
+        f"{every_frame}"
+    )
+
+
+def test_the_choice_is_in_the_table_whatever_its_k() -> None:
+    found = [
+        *(one("both", budget, 0.9, budget / 16) for budget in (1, 2, 11, 12)),
+        dataclasses.replace(one("both", 5, 0.8, 0.3), budget="adaptive"),
+        *(one("uniform", budget, 0.8, budget / 20) for budget in (1, 12)),
+        one("maxconf", 15, 1, 1),
+    ]
+    curve = [asdict(each) for each in found]
+
+    def names(chosen: int) -> list[tuple[Any, bool]]:
+        rows = agreement_rows({"curve": curve, "chosen": curve[chosen]})
+        return [(row["name"], row["chosen"]) for row in rows]
+
+    ends = [("adaptive", False), ("every frame", False)]
+    assert names(0) == [(1, True), (2, False), *ends]
+    assert names(3) == [(1, False), (2, False), (12, True), *ends]
+    assert names(4) == [(1, False), (2, False), ("adaptive", True), ends[1]]
+    assert names(7) == [(1, False), (2, False), ends[0], ("every frame", True)]
+    row = agreement_rows({"curve": curve, "chosen": curve[3]})[2]
+    assert (row["sampler"], row["uniform"]) == (curve[3], curve[6])
 
 
 def test_a_sample_is_random_and_always_the_same() -> None:
