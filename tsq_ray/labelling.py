@@ -25,6 +25,7 @@ from tsq_ray.bundle.settings import (
 )
 from tsq_ray.bundle.weights import classifier_settings, load_bundle
 from tsq_ray.config import SERVER_USE, Config, check_budget, check_top_objects, load_config
+from tsq_ray.cost import Used
 from tsq_ray.errors import ConfigError, ModelError
 from tsq_ray.evaluation.agreement import Agreement, cheapest, measure_agreement
 from tsq_ray.evaluation.videos import VAL_SPLIT, load_features
@@ -34,7 +35,7 @@ from tsq_ray.manifest.videos import VideoRows, keys_of
 from tsq_ray.reporting import build_report
 from tsq_ray.reporting.agreement import verdict
 from tsq_ray.results import LabelSummary, RunSummary
-from tsq_ray.runs.folder import check_folder, read_json, write_json
+from tsq_ray.runs.folder import check_folder, read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.score_run import identity_of
@@ -84,7 +85,7 @@ def label(
     steps = _Steps(storage.normalize(out), recognizer, config, session)
     steps.check()
     steps.index(sources, sample)
-    steps.teach()
+    features = steps.teach()
     measured = steps.measure(agreement)
     _say(verdict(measured))
     predictions = steps.score(measured, with_scores)
@@ -98,7 +99,9 @@ def label(
         curve=measured["curve"],
         chosen=measured["chosen"],
         verdict=verdict(measured),
+        features=features,
         predictions=predictions,
+        used=steps.used(),
         report=report.out,
         seconds=round(time.time() - started, 2),
     )
@@ -162,13 +165,17 @@ class _Steps:
         else:
             identity.refuse_other(before, self.out, "holds another labelling")
 
-    def teach(self) -> None:
-        """Extract the sample with the recogniser, and train the sampler on it."""
+    def teach(self) -> RunSummary:
+        """Extract the sample with the recogniser and train the sampler on it.
+
+        Returns the summary of the extraction.
+        """
         options: dict[str, Any] = {"recognizer": self.recognizer, "session": self.session}
         _say("extract: the recogniser on every frame of the sample")
-        extract(self.at("sample.parquet"), self.at("features"), self.config, **options)
+        done = extract(self.at("sample.parquet"), self.at("features"), self.config, **options)
         _say("train: the recogniser teaches the sampler")
         train(self.at("features"), self.at("bundle"), self.config, **options)
+        return done
 
     def measure(self, wanted: float) -> dict[str, Any]:
         """Measure the held-out videos, unless that was done, and choose by what they say."""
@@ -195,6 +202,12 @@ class _Steps:
         write_agreement(model, found)
         _say("score: every video")
         return score(manifest, model, out, config, with_scores=with_scores, session=self.session)
+
+    def used(self) -> dict[str, Any] | None:
+        """Return what `_run.json` of the extraction and of the scoring say that they took."""
+        runs = (read_run(self.at("features")), read_run(self.at("predictions")))
+        used = Used.together(map(Used.of_run, runs))
+        return None if used is None else asdict(used)
 
     def _scoring(self, chosen: Mapping[str, Any]) -> Config:
         """Return the bundle's settings with the choice and what this run may set."""

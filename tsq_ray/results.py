@@ -229,7 +229,12 @@ class LabelSummary:
     """The one of them that the archive was scored with."""
     verdict: str
     """The choice in one sentence."""
+    features: RunSummary
+    """The extraction of the sample, with the recogniser on every frame."""
     predictions: RunSummary
+    used: Mapping[str, Any] | None
+    """What both took, each in the call that finished it: `cpu_hours`, `gpu_hours`, `tokens_in`,
+    `tokens_out` and their money, `tokens_cost`. None if that is unknown."""
     report: str
     """URI of the report."""
     seconds: float

@@ -77,16 +77,20 @@ def test_an_archive_without_labels(
 ) -> None:
     out = str(tmp_path / "out")
     argv = command(str(archive.root), recognizer, out, tmp_path)
-    first = tsq(*argv, "--json").json
+    first = tsq(*argv, "--price", "cpu=2", "--json").json
     assert first["held_out"] <= 7
     assert first["predictions"]["counts"]["inputs"] == len(archive.paths)
     assert "held-out videos" in first["verdict"]
     assert first["chosen"] in first["curve"]
+    runs = [first[name]["record"]["used"] for name in ("features", "predictions")]
+    assert first["used"]["cpu_hours"] == pytest.approx(sum(used["cpu_hours"] for used in runs))
+    assert first["cost"]["total"] == pytest.approx(2 * first["used"]["cpu_hours"], rel=1e-3)
     check_folder(out, archive)
     again = tsq(*argv)
     assert again.code == 0, again.err
     assert "already done: nothing to do" in again.out
     assert first["verdict"] in again.out
+    assert "sample and archive together used " in again.out, "by the calls that finished them"
     assert any(line.endswith("  chosen") for line in again.out.splitlines())
     line = refused(tsq(*argv[:-6], "--sample", "17", *argv[-6:]))
     assert "holds another labelling (sample: " in line

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from tsq_ray.commands.jobs import submit_command
 from tsq_ray.console import refuse_failures, show
+from tsq_ray.cost import Price, Used
 from tsq_ray.log import LogFormat
 from tsq_ray.options import (
     Address,
@@ -18,6 +20,7 @@ from tsq_ray.options import (
     LogFormats,
     MaxFailed,
     Out,
+    Prices,
     Scores,
     Sets,
     SharedFs,
@@ -62,6 +65,7 @@ def label(
     wait_s: WaitS = 0.0,
     submit: Submit = False,
     shared_fs: SharedFs = False,
+    price: Prices = None,
     max_failed: MaxFailed = None,
     as_json: AsJson = False,
     log_format: LogFormats = LogFormat.text,
@@ -74,6 +78,7 @@ def label(
     from tsq_ray.config import load_config
 
     settings = load_config(config, sets or ())
+    prices = Price.parse(price) if price is not None else None
     if submit:
         return submit_command(context, settings)
     from tsq_ray.labelling import label as run
@@ -88,5 +93,6 @@ def label(
         with_scores=scores is Scores.all,
         session=Session(address, wait_s, show_progress=not as_json, debug=debug),
     )
-    show(done, as_json, label_text(done))
+    cost = Used(**done.used).cost(prices) if done.used is not None else None
+    show(asdict(done) | {"cost": cost}, as_json, label_text(done, prices))
     refuse_failures(done.predictions.counts, max_failed)
