@@ -28,8 +28,14 @@ from tsq_ray.options import (
     Submit,
     WaitS,
 )
+from tsq_ray.results import LabelSummary
 from tsq_ray.runtime.session import Session
 from tsq_ray.summaries import label_text
+
+Sample = Annotated[
+    int,
+    typer.Option("--sample", metavar="N", help="Videos of which the recogniser sees every frame."),
+]
 
 
 def label(
@@ -44,12 +50,7 @@ def label(
         ),
     ],
     out: Out,
-    sample: Annotated[
-        int,
-        typer.Option(
-            "--sample", metavar="N", help="Videos of which the recogniser sees every frame."
-        ),
-    ] = 500,
+    sample: Sample = 500,
     agreement: Annotated[
         float,
         typer.Option(
@@ -93,6 +94,10 @@ def label(
         with_scores=scores is Scores.all,
         session=Session(address, wait_s, show_progress=not as_json, debug=debug),
     )
+    _show(done, as_json, prices)
+    refuse_failures(done.predictions.counts, max_failed)
+
+
+def _show(done: LabelSummary, as_json: bool, prices: Price | None) -> None:
     cost = Used(**done.used).cost(prices) if done.used is not None else None
     show(asdict(done) | {"cost": cost}, as_json, label_text(done, prices))
-    refuse_failures(done.predictions.counts, max_failed)
