@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,22 @@ class Used:
             sent,
             received,
             tokens_cost(server, sent, received) if server is not None else 0.0,
+        )
+
+    @classmethod
+    def together(cls, runs: Iterable[Used | None]) -> Used | None:
+        """Return the hours and tokens of several runs, without their videos; None if none is known."""
+        found = [run for run in runs if run is not None]
+        if not found:
+            return None
+        return cls(
+            sum(run.cpu_hours for run in found),
+            sum(run.gpu_hours for run in found),
+            videos=0,
+            video_hours=0.0,
+            tokens_in=sum(run.tokens_in for run in found),
+            tokens_out=sum(run.tokens_out for run in found),
+            tokens_cost=sum(run.tokens_cost for run in found),
         )
 
 

@@ -7,7 +7,7 @@ often K frames give its answer; the smallest sufficient K labels the archive.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,9 +16,16 @@ import pyarrow as pa
 
 from tsq_ray import log, storage
 from tsq_ray.bundle.overrides import scoring_config
-from tsq_ray.bundle.settings import read_agreement, read_classifier_settings, write_agreement
-from tsq_ray.bundle.weights import load_bundle
-from tsq_ray.config import SERVER_USE, Config, load_config
+from tsq_ray.bundle.settings import (
+    is_bundle,
+    read_agreement,
+    read_bundle_settings,
+    read_classifier_settings,
+    write_agreement,
+)
+from tsq_ray.bundle.weights import classifier_settings, load_bundle
+from tsq_ray.config import SERVER_USE, Config, check_budget, check_top_objects, load_config
+from tsq_ray.cost import Used
 from tsq_ray.errors import ConfigError, ModelError
 from tsq_ray.evaluation.agreement import Agreement, cheapest, measure_agreement
 from tsq_ray.evaluation.videos import VAL_SPLIT, load_features
@@ -26,12 +33,15 @@ from tsq_ray.extraction import extract
 from tsq_ray.manifest import Manifest, build_manifest, read_manifest, write_manifest
 from tsq_ray.manifest.videos import VideoRows, keys_of
 from tsq_ray.reporting import build_report
+from tsq_ray.reporting.agreement import verdict
 from tsq_ray.results import LabelSummary, RunSummary
-from tsq_ray.runs.folder import read_json, write_json
+from tsq_ray.runs.folder import check_folder, read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
+from tsq_ray.score_run import identity_of
 from tsq_ray.scoring import score
 from tsq_ray.training import train
+from tsq_ray.training.sampler.components import Embeddings
 
 HELD_OUT = 0.4
 """Share of the sample that is not trained on: 200 of 500 videos make 93 % certain within 4 points."""
@@ -69,17 +79,16 @@ def label(
         session: the cluster to use and the output to show.
     """
     started, config = time.time(), config or load_config()
-    _check(config, recognizer, sample, agreement)
+    _check_numbers(sample, agreement)
     taught = config.train.model_copy(update={"target": "teacher"})
     config = config.model_copy(update={"train": taught})
     steps = _Steps(storage.normalize(out), recognizer, config, session)
+    steps.check()
     steps.index(sources, sample)
-    steps.teach()
+    features = steps.teach()
     measured = steps.measure(agreement)
-    chosen = Agreement(**measured["chosen"])
-    words = verdict(chosen, measured["videos"], agreement)
-    _say(words)
-    predictions = steps.score(chosen, with_scores)
+    _say(verdict(measured))
+    predictions = steps.score(measured, with_scores)
     _say("report")
     report = build_report(steps.at("predictions"), steps.at("report.html"))
     return LabelSummary(
@@ -87,9 +96,12 @@ def label(
         sample=len(read_manifest(steps.at("sample.parquet")).rows),
         held_out=measured["videos"],
         asked=agreement,
-        chosen=asdict(chosen),
-        verdict=words,
+        curve=measured["curve"],
+        chosen=measured["chosen"],
+        verdict=verdict(measured),
+        features=features,
         predictions=predictions,
+        used=steps.used(),
         report=report.out,
         seconds=round(time.time() - started, 2),
     )
@@ -106,6 +118,27 @@ class _Steps:
 
     def at(self, name: str) -> str:
         return storage.join(self.out, name)
+
+    def check(self) -> None:
+        """Raise UserError for a recogniser or settings that would only fail after the extraction."""
+        config, what = self.config, f"--recognizer {storage.redact(self.recognizer)}"
+        content, _ = read_classifier_settings(self.recognizer)
+        answers = classifier_settings(self.recognizer)
+        if answers.clip_frames > 1:
+            raise ModelError(
+                f"{what}: takes clips of {answers.clip_frames} frames, and a teacher must answer for "
+                "single frames; use an image classifier or a dual encoder"
+            )
+        if (task := content["task"]) != config.train.task:
+            raise ModelError(
+                f"{what}: answers for task {task!r}, train.task is {config.train.task!r}; "
+                f"add --set train.task={task}"
+            )
+        check_budget(config.sampler, config.decode.num_frames, task, answers)
+        if config.train.modules == "both":
+            check_top_objects(config.train.top_objects, config.encoders.num_objects)
+            if not is_bundle(self.at("bundle")):
+                Embeddings.make(config, content["classes"])
 
     def index(self, sources: str | Sequence[str], sample: int) -> None:
         """List the videos and draw the sample; one that was drawn stays."""
@@ -132,16 +165,20 @@ class _Steps:
         else:
             identity.refuse_other(before, self.out, "holds another labelling")
 
-    def teach(self) -> None:
-        """Extract the sample with the recogniser, and train the sampler on it."""
+    def teach(self) -> RunSummary:
+        """Extract the sample with the recogniser and train the sampler on it.
+
+        Returns the summary of the extraction.
+        """
         options: dict[str, Any] = {"recognizer": self.recognizer, "session": self.session}
         _say("extract: the recogniser on every frame of the sample")
-        extract(self.at("sample.parquet"), self.at("features"), self.config, **options)
+        done = extract(self.at("sample.parquet"), self.at("features"), self.config, **options)
         _say("train: the recogniser teaches the sampler")
         train(self.at("features"), self.at("bundle"), self.config, **options)
+        return done
 
     def measure(self, wanted: float) -> dict[str, Any]:
-        """Measure the held-out videos, unless that was done; store curve and choice in the bundle."""
+        """Measure the held-out videos, unless that was done, and choose by what they say."""
         model = self.at("bundle")
         found = read_agreement(model)
         if found is None:
@@ -151,46 +188,47 @@ class _Steps:
             curve = measure_agreement(bundle, features.measured, *settings)
             found = {"videos": len(features.measured), "curve": [asdict(one) for one in curve]}
         chosen = cheapest([Agreement(**one) for one in found["curve"]], wanted)
-        found |= {"asked": wanted, "chosen": asdict(chosen)}
-        write_agreement(model, found)
-        return found
+        return found | {"asked": wanted, "chosen": asdict(chosen)}
 
-    def score(self, chosen: Agreement, with_scores: bool) -> RunSummary:
-        """Score every video as chosen."""
+    def score(self, found: Mapping[str, Any], with_scores: bool) -> RunSummary:
+        """Store curve and choice in the bundle, and score every video as chosen.
+
+        Raises RunError, and stores nothing, if `out` holds videos scored with another choice.
+        """
+        manifest, model, out = map(self.at, ("manifest.parquet", "bundle", "predictions"))
+        config = self._scoring(found["chosen"])
+        identity = identity_of(*read_bundle_settings(model), config, with_scores)
+        check_folder(out, "predictions", read_manifest(manifest), identity)
+        write_agreement(model, found)
+        _say("score: every video")
+        return score(manifest, model, out, config, with_scores=with_scores, session=self.session)
+
+    def used(self) -> dict[str, Any] | None:
+        """Return what `_run.json` of the extraction and of the scoring say that they took."""
+        runs = (read_run(self.at("features")), read_run(self.at("predictions")))
+        used = Used.together(map(Used.of_run, runs))
+        return None if used is None else asdict(used)
+
+    def _scoring(self, chosen: Mapping[str, Any]) -> Config:
+        """Return the bundle's settings with the choice and what this run may set."""
         kept = self.config.model_dump(mode="json", include={"resources", "output", "serve"})
-        kept["sampler"] = {"mode": chosen.mode, "budget": chosen.budget}
+        kept["sampler"] = {name: chosen[name] for name in ("mode", "budget")}
         kept["recognizer"] = self.config.recognizer.model_dump(
             mode="json", include=set(SERVER_USE), exclude_defaults=True
         )
-        config = scoring_config(self.at("bundle"), settings=kept)
-        _say("score: every video")
-        return score(
-            self.at("manifest.parquet"),
-            self.at("bundle"),
-            self.at("predictions"),
-            config,
-            with_scores=with_scores,
-            session=self.session,
-        )
+        return scoring_config(self.at("bundle"), settings=kept)
 
 
 def _say(line: str) -> None:
     log.say(f"label: {line}")
 
 
-def _check(config: Config, recognizer: str, sample: int, agreement: float) -> None:
-    """Raise UserError for input that would only fail after hours."""
+def _check_numbers(sample: int, agreement: float) -> None:
     if not 0 < agreement <= 1:
         raise ConfigError(f"--agreement {agreement:g}: expected a share, above 0 and at most 1")
     if sample < 10:
         raise ConfigError(
             f"--sample {sample}: expected at least 10 videos, of which 4 are held out; 500 by default"
-        )
-    clip = int(read_classifier_settings(recognizer)[0]["model"].get("clip_frames") or 1)
-    if clip > 1:
-        raise ModelError(
-            f"--recognizer {storage.redact(recognizer)}: takes clips of {clip} frames, and a teacher "
-            "must answer for single frames; use an image classifier or a dual encoder"
         )
 
 
@@ -206,26 +244,3 @@ def draw_sample(manifest: Manifest, count: int) -> Manifest:
     place = table.column_names.index("split")
     table = table.set_column(place, table.schema.field("split"), pa.array(splits, pa.string()))
     return Manifest(VideoRows(table), manifest.classes, manifest.id, manifest.sources)
-
-
-def verdict(chosen: Agreement, videos: int, wanted: float) -> str:
-    """Say in one sentence what was chosen, how well it agrees and what it saves."""
-    figures = (
-        f"agrees with what it says after seeing every frame on {100 * chosen.top1:.0f} % of "
-        f"{videos} held-out videos "
-        f"({100 * chosen.low:.0f} to {100 * chosen.high:.0f} %) at {100 * chosen.cost:.0f} % of the "
-        "cost"
-    )
-    if chosen.mode == "maxconf":
-        return (
-            f"no choice of fewer frames agrees with the recogniser on {100 * wanted:g} % of {videos} "
-            f"held-out videos, so it sees every frame and answers by its {chosen.budget} surest; "
-            "ask for a lower --agreement"
-        )
-    short = f"{100 * wanted:g} % are not reached; " if chosen.top1 < wanted else ""
-    if chosen.mode == "uniform":
-        return (
-            f"K = {chosen.budget}, uniform: {short}a sampler does not pay here; what the recogniser "
-            f"says of uniform frames {figures}"
-        )
-    return f"K = {chosen.budget}: {short}what the recogniser says of TSQNet's frames {figures}"

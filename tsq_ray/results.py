@@ -221,12 +221,20 @@ class LabelSummary:
     """Those of them that were not trained on and are ok, on which the agreement was measured."""
     asked: float
     """Least agreement with the dense recogniser."""
+    curve: Sequence[Mapping[str, Any]]
+    """Every choice that was measured: `mode` and `budget` of the sampler, `frames` recognised on
+    average, `top1` agreement with its 95 % interval `low` to `high`, agreement as `map`, and `cost`
+    relative to every frame."""
     chosen: Mapping[str, Any]
-    """`mode` and `budget` of the sampler, `frames` recognised on average, `top1` agreement with its
-    95 % interval `low` to `high`, agreement as `map`, and `cost` relative to every frame."""
+    """The one of them that the archive was scored with."""
     verdict: str
     """The choice in one sentence."""
+    features: RunSummary
+    """The extraction of the sample, with the recogniser on every frame."""
     predictions: RunSummary
+    used: Mapping[str, Any] | None
+    """What both took, each in the call that finished it: `cpu_hours`, `gpu_hours`, `tokens_in`,
+    `tokens_out` and their money, `tokens_cost`. None if that is unknown."""
     report: str
     """URI of the report."""
     seconds: float

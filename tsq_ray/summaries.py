@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from tsq_ray.cost import Used
+from tsq_ray.cost import Price, Used
 from tsq_ray.results import (
     Counts,
     Estimate,
@@ -44,15 +45,19 @@ def run_text(run: RunSummary, cost: Mapping[str, float] | None = None) -> str:
             f"slowest: {run.slowest_stage}; {run.wall_seconds:.1f} s in total"
         )
     if run.done_now and (used := Used.of_run(run.record)) is not None:
-        lines.append(
-            f"used {used.cpu_hours:.4g} CPU hours, {used.gpu_hours:.4g} GPU hours "
-            f"for {used.video_hours:.4g} hours of video"
-            + _tokens_text(used.tokens_in, used.tokens_out)
-            + _cost_text(cost, used.dense)
-        )
+        lines.append(_used_text(used, cost))
     if happened := run.record.get("happened"):
         lines.append(f"in this run: {_happened_text(happened)}")
     return "\n".join([*lines, *_metric_lines(run.metrics), f"out: {run.out}"])
+
+
+def _used_text(used: Used, cost: Mapping[str, float] | None) -> str:
+    footage = f" for {used.video_hours:.4g} hours of video" if used.videos else ""
+    return (
+        f"used {used.cpu_hours:.4g} CPU hours, {used.gpu_hours:.4g} GPU hours{footage}"
+        + _tokens_text(used.tokens_in, used.tokens_out)
+        + _cost_text(cost, used.dense)
+    )
 
 
 def _happened_text(happened: Mapping[str, float]) -> str:
@@ -190,16 +195,43 @@ def index_text(summary: IndexSummary) -> str:
     return "\n".join([*lines, f"out: {summary.out}"])
 
 
-def label_text(summary: LabelSummary) -> str:
-    """Format the summary of label."""
-    return "\n".join(
-        [
-            summary.verdict,
-            f"sample: {summary.sample} videos, of which {summary.held_out} were held out",
-            run_text(summary.predictions),
-            f"report: {summary.report}",
-        ]
-    )
+def label_text(summary: LabelSummary, price: Price | None = None) -> str:
+    """Format the summary of label, with its cost at these prices."""
+    sample, held_out = summary.sample, summary.held_out
+    lines = [
+        summary.verdict,
+        *_agreement_lines(summary),
+        f"the sample, {sample} videos, of which {held_out} were held out:",
+        _priced_text(summary.features, price),
+        "the archive:",
+        _priced_text(summary.predictions, price),
+    ]
+    if summary.used is not None:
+        used = Used(**summary.used)
+        lines.append(f"sample and archive together {_used_text(used, used.cost(price))}")
+    return "\n".join([*lines, f"report: {summary.report}"])
+
+
+def _priced_text(run: RunSummary, price: Price | None) -> str:
+    used = Used.of_run(run.record)
+    return run_text(run, None if used is None else used.cost(price))
+
+
+def _agreement_lines(summary: LabelSummary) -> list[str]:
+    from tsq_ray.reporting.agreement import agreement_rows
+
+    lines = [["K", "TSQNet agrees", "cost", "uniform agrees", "cost"]]
+    for row in agreement_rows({"curve": summary.curve, "chosen": summary.chosen}):
+        lines.append([str(row["name"])])
+        for one in (row.get("sampler"), row.get("uniform")):
+            lines[-1] += ["-", "-"] if one is None else _agreement_cells(one)
+        lines[-1] += ["chosen"] if row["chosen"] else []
+    return _aligned(lines)
+
+
+def _agreement_cells(one: Mapping[str, Any]) -> list[str]:
+    share, low, high, cost = (f"{100 * one[name]:.0f}" for name in ("top1", "low", "high", "cost"))
+    return [f"{share} % ({low} to {high})", f"{cost} %"]
 
 
 def training_text(summary: TrainingSummary) -> str:
@@ -277,14 +309,18 @@ def _table_lines(table: EvaluatedTable) -> list[str]:
     rows = [list(row.values()) for row in table.rows]
     if rows:
         rows.insert(0, list(table.rows[0]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    shown = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
     marks = ("sign in the paper", "warning", "not measured")
     notes = [f"  {note}" for note in table.notes if note.startswith(marks)]
-    return [table.title, *shown, *notes, f"  files: {', '.join(table.files)}"]
+    return [table.title, *_aligned(rows), *notes, f"  files: {', '.join(table.files)}"]
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return each row as a line, its cells below one another."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+        for row in rows
+    ]
 
 
 def prediction_text(row: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import escape
 from support.archive import Archive, make_archive
 from support.bundle import make_bundle, make_recognizer
 from support.cluster import SETTINGS, Driver, read_rows, refused, tsq, upload, visible_parts
@@ -18,6 +19,7 @@ from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import SamplerConfig
 from tsq_ray.evaluation.agreement import measure_agreement
 from tsq_ray.evaluation.videos import load_features
+from tsq_ray.reporting.agreement import verdict
 
 pytestmark = pytest.mark.ray
 
@@ -65,6 +67,9 @@ def check_folder(out: str, archive: Archive) -> None:
     page = storage.read_text(f"{out}/report.html")
     assert "Agreement with the recogniser" in page
     assert "No video has a known label" in page
+    assert f"<p>{escape(verdict(found))}.</p>" in page
+    assert page.count('<tr class="chosen">') == 1
+    assert run["agreement"] == found
 
 
 def test_an_archive_without_labels(
@@ -72,15 +77,21 @@ def test_an_archive_without_labels(
 ) -> None:
     out = str(tmp_path / "out")
     argv = command(str(archive.root), recognizer, out, tmp_path)
-    first = tsq(*argv, "--json").json
+    first = tsq(*argv, "--price", "cpu=2", "--json").json
     assert first["held_out"] <= 7
     assert first["predictions"]["counts"]["inputs"] == len(archive.paths)
     assert "held-out videos" in first["verdict"]
+    assert first["chosen"] in first["curve"]
+    runs = [first[name]["record"]["used"] for name in ("features", "predictions")]
+    assert first["used"]["cpu_hours"] == pytest.approx(sum(used["cpu_hours"] for used in runs))
+    assert first["cost"]["total"] == pytest.approx(2 * first["used"]["cpu_hours"], rel=1e-3)
     check_folder(out, archive)
     again = tsq(*argv)
     assert again.code == 0, again.err
     assert "already done: nothing to do" in again.out
     assert first["verdict"] in again.out
+    assert "sample and archive together used " in again.out, "by the calls that finished them"
+    assert any(line.endswith("  chosen") for line in again.out.splitlines())
     line = refused(tsq(*argv[:-6], "--sample", "17", *argv[-6:]))
     assert "holds another labelling (sample: " in line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ from tsq_ray.cost import Price, Used, dense
 from tsq_ray.errors import ConfigError
 from tsq_ray.estimate import STARTUP_S, predict
 from tsq_ray.probe import Asked, Probe
-from tsq_ray.results import Estimate, from_record
+from tsq_ray.results import Counts, Estimate, LabelSummary, RunSummary, from_record
 from tsq_ray.runtime.nodes import Cluster, Node, Stage
 from tsq_ray.runtime.placement import layout
-from tsq_ray.summaries import estimate_text
+from tsq_ray.summaries import estimate_text, label_text
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,47 @@ def record(**used: float) -> dict[str, Any]:
         "used": {"cpu_hours": 1.0, "gpu_hours": 0.0, "video_hours": 0.5, **used},
         "stage_seconds": {"decode": 2.0, "recognize": 1.0, "write": 9.0},
     }
+
+
+def test_hours_tokens_and_money_of_two_runs() -> None:
+    sample, scored = Used(1, 2, 10, 3, None, 100, 10, 5.0), Used(4, 0, 90, 27, 9.0, 50, 5, 2.5)
+    both = Used.together([sample, scored])
+    assert both == Used(5, 2, 0, 0.0, None, 150, 15, 7.5)
+    assert both.cost(Price(1.0)) == {"total": 12.5, "tokens": 7.5}
+    assert Used.together([None, scored]) == Used(4, 0, 0, 0.0, None, 50, 5, 2.5)
+    assert Used.together([None, None]) is None
+
+
+def test_the_summary_of_label_has_the_money_of_the_sample_and_of_the_archive() -> None:
+    """The sample, which the recogniser sees densely, is the larger bill of a server."""
+    counts = Counts(10, 10, 0, 0, {}, {}, 0)
+    dense, few = (
+        record(tokens_in=tokens, tokens_out=500, sampled_frames=160, recognized_frames=40) | PRICED
+        for tokens in (3_000_000, 1_000_000)
+    )
+    runs = [
+        RunSummary("out", kind, counts, 0, True, 1.0, {}, None, {}, found | {"videos_done_now": 0})
+        for kind, found in (("features", dense), ("predictions", few))
+    ]
+    used = Used.together(map(Used.of_run, (dense, few)))
+    assert used is not None
+    choice = {"mode": "both", "budget": 2, "top1": 0.9, "low": 0.8, "high": 1.0, "cost": 0.4}
+    summary = LabelSummary(
+        *("out", 10, 4, 0.8, [choice], choice, "K = 2: fine", *runs, asdict(used)),
+        *("report.html", 1.0),
+    )
+    lines = label_text(summary, Price(1.0)).splitlines()
+    assert lines[:3] == [
+        "K = 2: fine",
+        "K  TSQNet agrees     cost  uniform agrees  cost",
+        "2  90 % (80 to 100)  40 %  -               -     chosen",
+    ]
+    assert lines.count("already done: nothing to do") == 2
+    assert lines[-2:] == [
+        "sample and archive together used 2 CPU hours, 0 GPU hours; 4000000 tokens sent, 1000 "
+        "received; cost 10.01 (of which tokens 8.008)",
+        "report: report.html",
+    ]
 
 
 @pytest.mark.parametrize(

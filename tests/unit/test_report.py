@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markupsafe import escape
 from PIL import Image
 from support.report import (
     BUDGET,
@@ -36,7 +37,7 @@ from support.report import (
 from tsq_ray.errors import RunError
 from tsq_ray.quality import FAILED, RIGHT, WRONG
 from tsq_ray.reporting import build_report
-from tsq_ray.reporting.agreement import agreement_svg
+from tsq_ray.reporting.agreement import agreement_svg, verdict
 from tsq_ray.reporting.choice import best_candidates, choose_shown
 from tsq_ray.reporting.curves import Mark, saliency_svg, time_text
 from tsq_ray.reporting.losses import losses_svg
@@ -565,6 +566,8 @@ def test_agreement_with_the_recogniser(tmp_path: Path) -> None:
     assert svg in page
     assert "Share of 40 held-out videos" in page
     assert "80.0 % <span" in page
+    assert f"<p>{escape(verdict(found))}.</p>" in page
+    assert re.findall(r'<tr class="chosen"><td class="num">([^<]*)<', page) == ["2, chosen"]
     build_report(str(make_case(tmp_path / "other").folder), str(tmp_path / "without.html"), 0)
     assert "Agreement with the recogniser" not in (tmp_path / "without.html").read_text()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
 from tsq_ray.commands.jobs import submit_command
 from tsq_ray.console import refuse_failures, show
+from tsq_ray.cost import Price, Used
 from tsq_ray.log import LogFormat
 from tsq_ray.options import (
     Address,
@@ -18,6 +20,7 @@ from tsq_ray.options import (
     LogFormats,
     MaxFailed,
     Out,
+    Prices,
     Scores,
     Sets,
     SharedFs,
@@ -25,8 +28,14 @@ from tsq_ray.options import (
     Submit,
     WaitS,
 )
+from tsq_ray.results import LabelSummary
 from tsq_ray.runtime.session import Session
 from tsq_ray.summaries import label_text
+
+Sample = Annotated[
+    int,
+    typer.Option("--sample", metavar="N", help="Videos of which the recogniser sees every frame."),
+]
 
 
 def label(
@@ -41,12 +50,7 @@ def label(
         ),
     ],
     out: Out,
-    sample: Annotated[
-        int,
-        typer.Option(
-            "--sample", metavar="N", help="Videos of which the recogniser sees every frame."
-        ),
-    ] = 500,
+    sample: Sample = 500,
     agreement: Annotated[
         float,
         typer.Option(
@@ -62,6 +66,7 @@ def label(
     wait_s: WaitS = 0.0,
     submit: Submit = False,
     shared_fs: SharedFs = False,
+    price: Prices = None,
     max_failed: MaxFailed = None,
     as_json: AsJson = False,
     log_format: LogFormats = LogFormat.text,
@@ -74,6 +79,7 @@ def label(
     from tsq_ray.config import load_config
 
     settings = load_config(config, sets or ())
+    prices = Price.parse(price) if price is not None else None
     if submit:
         return submit_command(context, settings)
     from tsq_ray.labelling import label as run
@@ -88,5 +94,10 @@ def label(
         with_scores=scores is Scores.all,
         session=Session(address, wait_s, show_progress=not as_json, debug=debug),
     )
-    show(done, as_json, label_text(done))
+    _show(done, as_json, prices)
     refuse_failures(done.predictions.counts, max_failed)
+
+
+def _show(done: LabelSummary, as_json: bool, prices: Price | None) -> None:
+    cost = Used(**done.used).cost(prices) if done.used is not None else None
+    show(asdict(done) | {"cost": cost}, as_json, label_text(done, prices))

@@ -1,6 +1,8 @@
-"""Agreement with the dense recogniser against cost as inline SVG, as `tsq label` measured it.
+"""Agreement with the dense recogniser against cost, as `tsq label` measured it.
 
-Widths are percentages and heights pixels, so that text keeps its size on a phone.
+A sentence, a table, and an inline SVG whose widths are percentages and heights pixels, so that text
+keeps its size on a phone. `found` is what a bundle's agreement.json holds: `videos` held out, the
+`curve` of every choice measured, the agreement `asked` for and the `chosen` one.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ AXIS_PX = 34
 def agreement_svg(found: Mapping[str, Any]) -> Markup:
     """Draw agreement against cost: a line for TSQNet, one for uniform frames, a dot for the choice.
 
-    `found` is what a bundle's agreement.json holds: `curve`, `chosen` and `asked`. Agreement runs
-    from the lowest measured to 100 %, cost from 0 to the highest measured, both linear.
+    Agreement runs from the lowest measured to 100 %, cost from 0 to the highest measured, both
+    linear.
     """
     axes = _Axes(found["curve"])
     lines = [
@@ -81,16 +83,70 @@ def _line(axes: _Axes, name: str, points: Sequence[Mapping[str, Any]]) -> str:
 
 def _title(one: Mapping[str, Any]) -> str:
     return (
-        f"K = {one['budget']}, {one['mode']}: {100 * one['top1']:.0f} % agree at "
+        f"{_frames(one)}, {one['mode']}: {100 * one['top1']:.0f} % agree at "
         f"{100 * one['cost']:.0f} % of the cost"
     )
 
 
+def _frames(one: Mapping[str, Any]) -> str:
+    """Return how many frames a choice takes."""
+    if one["budget"] == "adaptive":
+        return f"adaptive K, {one['frames']:.1f} on average"
+    return f"K = {one['budget']}"
+
+
+def verdict(found: Mapping[str, Any]) -> str:
+    """Say in one sentence what was chosen, how well it agrees and what it saves."""
+    chosen, asked = found["chosen"], f"{100 * found['asked']:g} %"
+    held_out = f"{found['videos']} held-out videos"
+    if chosen["mode"] == "maxconf":
+        return (
+            f"{_why_every_frame(found, asked, held_out)}, so it sees every frame and answers by its "
+            f"{chosen['budget']} surest; ask for a lower --agreement"
+        )
+    figures = (
+        f"agrees with what it says after seeing every frame on {100 * chosen['top1']:.0f} % of "
+        f"{held_out} ({100 * chosen['low']:.0f} to {100 * chosen['high']:.0f} %) at "
+        f"{100 * chosen['cost']:.0f} % of the cost"
+    )
+    short = f"{asked} are not reached; " if chosen["top1"] < found["asked"] else ""
+    if chosen["mode"] == "uniform":
+        return (
+            f"{_frames(chosen)}, uniform: {short}a sampler does not pay here; what the recogniser "
+            f"says of uniform frames {figures}"
+        )
+    return f"{_frames(chosen)}: {short}what the recogniser says of TSQNet's frames {figures}"
+
+
+def _why_every_frame(found: Mapping[str, Any], asked: str, held_out: str) -> str:
+    agreeing = [
+        one for one in found["curve"] if one["mode"] != "maxconf" and one["top1"] >= found["asked"]
+    ]
+    if not agreeing:
+        return f"no choice of fewer frames agrees with the recogniser on {asked} of {held_out}"
+    best = min(agreeing, key=lambda one: one["cost"])
+    return (
+        f"a sampler does not pay here: {_frames(best)}, {best['mode']}, is the cheapest choice that "
+        f"agrees with the recogniser on {asked} of {held_out}, at {100 * best['cost']:.0f} % of the "
+        "cost of every frame"
+    )
+
+
 def agreement_rows(found: Mapping[str, Any], limit: int = 10) -> list[dict[str, Any]]:
-    """Return the agreement of TSQNet and of uniform frames at each K up to `limit`, side by side."""
-    by_budget: dict[int, dict[str, Any]] = {}
+    """Return the agreement of TSQNet and of uniform frames, side by side.
+
+    A row for each K up to `limit`, for the adaptive budget, for every frame and for the choice,
+    whatever its K: `name`, `sampler` and `uniform` if measured, and whether it is `chosen`.
+    """
+    chosen = found["chosen"]
+    rows: dict[int | str, dict[str, Any]] = {}
     for one in found["curve"]:
-        if one["mode"] != "maxconf" and one["budget"] != "adaptive" and one["budget"] <= limit:
-            name = "uniform" if one["mode"] == "uniform" else "sampler"
-            by_budget.setdefault(one["budget"], {"budget": one["budget"]})[name] = one
-    return [row for _, row in sorted(by_budget.items())]
+        mode, budget = one["mode"], one["budget"]
+        shown = mode == "maxconf" or budget in ("adaptive", chosen["budget"])
+        if not shown and budget > limit:
+            continue
+        name = "every frame" if mode == "maxconf" else budget
+        row = rows.setdefault(name, {"name": name, "chosen": False})
+        row["sampler" if mode in TSQ_MODES else "uniform"] = one
+        row["chosen"] |= (mode, budget) == (chosen["mode"], chosen["budget"])
+    return sorted(rows.values(), key=lambda row: (isinstance(row["name"], str), row["name"]))

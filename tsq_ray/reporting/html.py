@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, flatten
-from tsq_ray.reporting.agreement import agreement_rows, agreement_svg
+from tsq_ray.reporting.agreement import agreement_rows, agreement_svg, verdict
 from tsq_ray.reporting.curves import Mark, saliency_svg, time_text
 from tsq_ray.reporting.losses import PARTS, losses_svg
 from tsq_ray.reporting.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
@@ -286,12 +286,12 @@ def _training(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _agreement(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the plot and the table of agreement with the recogniser; None if none was measured."""
+    """Return sentence, plot and table of agreement with the recogniser; None without any."""
     found = run.get("agreement")
     if not found:
         return None
-    drawing, rows = agreement_svg(found), agreement_rows(found)
-    return {"drawing": drawing, "rows": rows} | {key: found[key] for key in ("videos", "asked")}
+    parts = {"verdict": verdict(found), "drawing": agreement_svg(found)}
+    return parts | {"rows": agreement_rows(found), "videos": found["videos"]}
 
 
 def _cost(summary: Summary) -> list[tuple[str, str]]:
