@@ -105,6 +105,7 @@ INSIDE = {
         *(
             "recognizers",
             "deployments",
+            "batch_folders",
             "batches",
             "openapi",
             "ingress",
