@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from support.bundle import make_bundle
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.runs.tables import read_predictions
 from tsq_ray.runs.verify import verify
-from tsq_ray.serving.batch_folders import BatchFolders, Claim
+from tsq_ray.serving import batches
+from tsq_ray.serving.batch_folders import BatchFolders, BatchInput, Claim
 from tsq_ray.serving.batches import BatchRunner, _hash_of
 from tsq_ray.serving.graph import Graph, TimeLimits
 from tsq_ray.serving.requests.models import Batch, BatchLine
@@ -117,5 +119,123 @@ def test_a_client_that_goes_away_leaves_a_whole_batch(start: Start) -> None:
             await asked
         check_rows(await ended(runner, (await runner.create(None, LINES, "key")).id))
         assert len((await runner.newest(10, None)).data) == 1
+
+    asyncio.run(work())
+
+
+# ----------------------------------------------------------------------------------------- restarts
+
+
+@contextlib.contextmanager
+def storage_gone(folder: Path) -> Iterator[None]:
+    """Nothing below the folder can be looked up, read or written."""
+    away = folder.with_name("away")
+    folder.rename(away)
+    folder.symlink_to(folder)  # a loop, which no call follows
+    try:
+        yield
+    finally:
+        folder.unlink()
+        away.rename(folder)
+
+
+def unfinished(folders: BatchFolders, number: int) -> Batch:
+    """A batch of lines that was written by an endpoint that has ended."""
+    name = f"batch_{number:014d}_aaaaaaaaaaaa"
+    card = Batch(
+        id=name,
+        status="in_progress",
+        model="",
+        input_uri=folders.at(name, "manifest.parquet"),
+        predictions_uri=folders.at(name, "predictions"),
+        created_at=1,
+    )
+    folders.create(card, BatchInput(manifest=card.input_uri, lines=LINES))
+    return card
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not is_so():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What batches log, while they wait only a moment between tries."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    monkeypatch.setattr(batches, "_WAITS_S", (0.05,))
+    logger = logging.getLogger("ray.serve")
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+def test_batches_resume_once_storage_answers(
+    start: Start, tmp_path: Path, warnings: list[str]
+) -> None:
+    folders = BatchFolders(f"{tmp_path}/batches")
+    cards = [unfinished(folders, number) for number in (1, 2)]
+
+    async def work() -> None:
+        with storage_gone(tmp_path / "batches"):
+            runner = start()
+            resumed = asyncio.create_task(runner.resume())
+            await until(lambda: len(warnings) > 1)
+        await asyncio.wait_for(resumed, LIMIT_S)
+        for card in cards:
+            check_rows(await ended(runner, card.id))
+        assert "cannot be listed" in warnings[0]
+
+    asyncio.run(work())
+
+
+def test_a_damaged_batch_does_not_keep_the_others(
+    start: Start, tmp_path: Path, warnings: list[str]
+) -> None:
+    folders = BatchFolders(f"{tmp_path}/batches")
+    cards = [unfinished(folders, number) for number in (1, 2, 3)]
+    Path(folders.at(cards[0].id, "batch.json")).write_text("{")
+    Path(folders.at(cards[1].id, "input.json")).unlink()
+
+    async def work() -> None:
+        runner = start()
+        resumed = asyncio.create_task(runner.resume())
+        check_rows(await ended(runner, cards[2].id))
+        failed = await ended(runner, cards[1].id)
+        assert (failed.status, "no such file" in failed.errors[0]) == ("failed", True)
+        assert f"batch {cards[0].id} cannot be read" in warnings[0]
+        folders.save(cards[0])
+        await asyncio.wait_for(resumed, LIMIT_S)
+        check_rows(await ended(runner, cards[0].id))
+
+    asyncio.run(work())
+
+
+def test_a_batch_that_was_not_resumed_yet_is_cancelled(start: Start, tmp_path: Path) -> None:
+    card = unfinished(BatchFolders(f"{tmp_path}/batches"), 1)
+
+    async def work() -> None:
+        runner = start()
+        assert (await runner.cancel(card.id)).status == "cancelling"
+        assert (await ended(runner, card.id)).status == "cancelled"
+        assert (await start().cancel(card.id)).status == "cancelled"
+
+    asyncio.run(work())
+
+
+def test_the_end_of_a_batch_is_written_once_storage_takes_it(
+    start: Start, tmp_path: Path, warnings: list[str]
+) -> None:
+    async def work() -> None:
+        runner = start()
+        batch = await runner.create(None, LINES, None)
+        with storage_gone(tmp_path / "batches"):
+            await until(lambda: any("the end of batch" in line for line in warnings))
+        assert (await ended(runner, batch.id)).status == "failed"
+        await until(lambda: BatchFolders(f"{tmp_path}/batches").card(batch.id).has_ended)
 
     asyncio.run(work())

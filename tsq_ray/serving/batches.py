@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -53,7 +54,8 @@ class _Running:
     """A batch that is in hand."""
 
     card: Batch
-    input: BatchInput
+    given: BatchInput | None = None
+    """None until it is read, for a batch of before the endpoint started."""
     cancelled: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -147,11 +149,12 @@ class BatchRunner:
     async def cancel(self, batch: str) -> Batch:
         """Cancel a batch that has not ended; its rows so far are kept."""
         card = await self.get(batch)
-        running = self._running.get(batch)
-        if card.has_ended or running is None or running.cancelled:
+        if card.has_ended:
             return card
-        running.cancelled = True
-        await self._enter(running, "cancelling")
+        running = self._resumed(card)
+        if not running.cancelled:
+            running.cancelled = True
+            await self._enter(running, "cancelling")
         return running.card
 
     async def newest(self, limit: int, after: str | None) -> BatchList:
@@ -164,56 +167,93 @@ class BatchRunner:
     # -------------------------------------------------------------------------------- what is done
 
     async def resume(self) -> None:
-        """Start the batches that had not ended when the endpoint did."""
-        for name in reversed(await asyncio.to_thread(self._folders.names)):
-            card = await self.get(name)
-            if not card.has_ended and name not in self._running:
-                running = _Running(card, await asyncio.to_thread(self._folders.input, name))
-                running.cancelled = card.status == "cancelling"
-                self._start(running)
+        """Start the batches that had not ended when the endpoint did, once storage answers."""
+        for wait_s in _waits():
+            try:
+                names = await asyncio.to_thread(self._folders.names)
+                left = [name for name in reversed(names) if not await self._is_resumed(name)]
+            except StorageError as error:
+                _log.warning("the batches cannot be listed: %s", storage.redact(str(error)))
+            else:
+                if not left:
+                    return
+            await asyncio.sleep(wait_s)
+
+    async def _is_resumed(self, batch: str) -> bool:
+        """Start a batch unless it has ended; return False if its card cannot be read."""
+        try:
+            card = await self._find(batch)
+        except (StorageError, ValueError) as error:
+            why = storage.redact(" ".join(str(error).split()))
+            _log.warning("batch %s cannot be read: %s", batch, why)
+            return False
+        if card is not None and not card.has_ended:
+            self._resumed(card)
+        return True
+
+    def _resumed(self, card: Batch) -> _Running:
+        """Return the batch in hand, which is started if it is not."""
+        if card.id not in self._running:
+            self._start(_Running(card, cancelled=card.status == "cancelling"))
+        return self._running[card.id]
 
     def _start(self, running: _Running) -> None:
         self._running[running.card.id] = running
         self._begin(self._run(running))
 
     async def _run(self, running: _Running) -> None:
+        status, errors = "completed", []
         try:
             async with self._turn:
-                await self._score_patiently(running)
-            await self._enter(running, "completed")
+                await self._patiently(running, self._score)
         except Cancelled:
-            await self._enter(running, "cancelled")
+            status = "cancelled"
         except TsqError as error:
-            await self._enter(running, "failed", errors=[storage.redact(str(error))[:500]])
+            status, errors = "failed", [storage.redact(str(error))[:500]]
         except Exception as error:  # noqa: BLE001  the batch must not stay without an end
             _log.exception("batch %s failed", running.card.id)
-            await self._enter(running, "failed", errors=[f"internal: {type(error).__name__}"])
-        card = running.card
-        del self._running[card.id]
-        if (webhook := running.input.webhook) is not None:
-            content = {"type": f"batch.{card.status}", "data": card.model_dump(mode="json")}
-            await call(webhook, card.id, content, self._config.serve.webhook_prefixes)
+            status, errors = "failed", [f"internal: {type(error).__name__}"]
+        await self._end(running, status, errors)
+        if running.given is not None and (webhook := running.given.webhook) is not None:
+            content = {"type": f"batch.{status}", "data": running.card.model_dump(mode="json")}
+            await call(webhook, running.card.id, content, self._config.serve.webhook_prefixes)
+
+    async def _end(self, running: _Running, status: str, errors: list[str]) -> None:
+        """Write the end of a batch, whenever storage takes it."""
+        for wait_s in _waits():
+            try:
+                await self._enter(running, status, errors=errors)
+            except StorageError as error:
+                _log.warning("the end of batch %s waits: %s", running.card.id, error)
+            else:
+                break
+            await asyncio.sleep(wait_s)
+        del self._running[running.card.id]
 
     async def _enter(self, running: _Running, status: str, **more: Any) -> None:
         stamp = {f"{status}_at": int(time.time())}
         running.card = running.card.model_copy(update={"status": status} | stamp | more)
         await asyncio.to_thread(self._folders.save, running.card)
 
-    async def _score_patiently(self, running: _Running) -> None:
-        """Score, and go on where it was while storage does not answer for a time."""
+    async def _patiently(
+        self, running: _Running, step: Callable[[_Running], Awaitable[None]]
+    ) -> None:
+        """Take a step, and take it again while storage does not answer for a time."""
         for wait_s in _WAITS_S:
             try:
-                return await self._score(running)
+                return await step(running)
             except StorageError as error:
                 if error.error_type != "unavailable":
                     raise
                 _log.warning("batch %s waits: %s", running.card.id, error)
             await asyncio.sleep(wait_s)
-        return await self._score(running)
+        return await step(running)
 
     async def _score(self, running: _Running) -> None:
         """Score the videos that have no row yet. Raises Cancelled."""
-        manifest = await self._manifest(running)
+        given = running.given or await asyncio.to_thread(self._folders.input, running.card.id)
+        running.given = given
+        manifest = await self._manifest(running.card.id, given)
         selection = Selection.of(manifest)
         scored = ScoreRun.of(selection, self._model, running.card.predictions_uri, self._config)
         async with self._held(scored, running):
@@ -233,7 +273,7 @@ class BatchRunner:
             total=counts["inputs"], completed=counts["ok"], failed=counts["failed"]
         )
         running.card.output_uri, running.card.error_uri = await asyncio.to_thread(
-            self._folders.write_answers, running.card.id, running.input.lines
+            self._folders.write_answers, running.card.id, given.lines
         )
 
     @contextlib.asynccontextmanager
@@ -254,14 +294,14 @@ class BatchRunner:
         finally:
             await asyncio.to_thread(scored.run.__exit__)
 
-    async def _manifest(self, running: _Running) -> Manifest:
+    async def _manifest(self, batch: str, given: BatchInput) -> Manifest:
         """Read the manifest, or make the one of the lines."""
-        place, lines = running.input.manifest, running.input.lines
+        place, lines = given.manifest, given.lines
         if lines and not await asyncio.to_thread(storage.is_file, place):
             uris = list(dict.fromkeys(line.uri for line in lines))
             gate = asyncio.Semaphore(_LOOK_UPS)
             refs = await asyncio.gather(*(_look_up(uri, gate) for uri in uris))
-            made = Manifest(VideoRows.of(refs), [], running.card.id, (running.card.id,))
+            made = Manifest(VideoRows.of(refs), [], batch, (batch,))
             await asyncio.to_thread(write_manifest, made, place)
         return await asyncio.to_thread(read_manifest, place)
 
@@ -295,6 +335,11 @@ class BatchRunner:
             return Answer(error=VideoError("access_denied", str(error)))
         except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row
             return Answer(error=VideoError("internal", f"the graph failed: {type(error).__name__}"))
+
+
+def _waits() -> Iterator[float]:
+    """Yield the seconds between tries that never end."""
+    return itertools.chain(_WAITS_S, itertools.repeat(_WAITS_S[-1]))
 
 
 def _stop_if_cancelled(running: _Running) -> None:
