@@ -106,6 +106,7 @@ INSIDE = {
             "recognizers",
             "deployments",
             "batch_folders",
+            "batch_manifests",
             "batches",
             "openapi",
             "ingress",

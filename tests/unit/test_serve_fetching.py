@@ -6,12 +6,14 @@ import asyncio
 import http.server
 import threading
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.serving.requests.fetching import Fetcher
+from tsq_ray.storage import StoredFile
 
 pytestmark = pytest.mark.ray
 
@@ -19,7 +21,7 @@ DATA = bytes(range(256)) * 40
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """/data, /endless (no length, never ends), /stalls, /move, /NUMBER for a status."""
+    """/data, /endless (no length, never ends), /stalls, /silent, /move, /NUMBER for a status."""
 
     released = threading.Event()
 
@@ -28,6 +30,9 @@ class Web(http.server.BaseHTTPRequestHandler):
         if what.isdecimal():
             self.send_response(int(what))
             self.end_headers()
+            return
+        if what == "silent":
+            self.released.wait(60)
             return
         self.send_response(302 if what == "move" else 200)
         if what == "move":
@@ -77,6 +82,40 @@ def test_a_local_file_is_read_in_place(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(DATA)
     assert asyncio.run(fetch(str(path), (str(tmp_path),))) == (DATA, "None")
+
+
+async def look_up(uri: str, prefixes: tuple[str, ...]) -> StoredFile:
+    return await Fetcher(prefixes, 1.5, 2**20, 4).look_up(uri)
+
+
+@pytest.mark.parametrize(("name", "size"), [("data", len(DATA)), ("endless", 0)])
+def test_a_look_up_reads_no_body(port: int, name: str, size: int) -> None:
+    prefix = f"http://127.0.0.1:{port}/open"
+    found = asyncio.run(look_up(f"{prefix}/{name}?signature=x", (prefix,)))
+    when = datetime(2026, 11, 26, 10, tzinfo=timezone.utc)
+    assert (found.size_bytes, found.etag, found.modified) == (size, "v1", when)
+
+
+@pytest.mark.parametrize(
+    ("name", "error_type"),
+    [("move", "unsupported"), ("404", "not_found"), ("500", "unavailable"), ("silent", "timeout")],
+)
+def test_a_look_up_that_finds_nothing(port: int, name: str, error_type: str) -> None:
+    prefix = f"http://127.0.0.1:{port}/open"
+    with pytest.raises((VideoError, StorageError)) as caught:
+        asyncio.run(look_up(f"{prefix}/{name}?signature=SECRET", (prefix,)))
+    assert caught.value.error_type == error_type
+    assert "SECRET" not in str(caught.value)
+    with pytest.raises(StorageError, match="its address is not public"):
+        asyncio.run(look_up(f"http://localhost:{port}/data", ("http://",)))
+
+
+def test_a_look_up_of_a_local_file(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(DATA)
+    found = asyncio.run(look_up(str(tmp_path / "a.mp4"), (str(tmp_path),)))
+    assert (found.size_bytes, found.etag) == (len(DATA), None)
+    with pytest.raises(StorageError, match="no such file"):
+        asyncio.run(look_up(str(tmp_path / "b.mp4"), (str(tmp_path),)))
 
 
 @pytest.mark.parametrize(

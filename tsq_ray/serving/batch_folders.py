@@ -9,7 +9,7 @@ that a batch resumes where it was when the endpoint starts again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -38,6 +38,13 @@ class Claim(BaseModel):
 
     batch: str
     request: str
+
+    @classmethod
+    def of(cls, batch: str, asked: Iterable[BaseModel | None]) -> Claim:
+        """Return the claim of a request that asks for this."""
+        content = [part.model_dump() if part is not None else None for part in asked]
+        digest = storage.sha256_of(json.dumps(content, sort_keys=True).encode())
+        return cls(batch=batch, request=digest)
 
 
 class BatchFolders:

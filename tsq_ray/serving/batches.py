@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import secrets
 import time
@@ -20,8 +19,7 @@ from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.config import Config
 from tsq_ray.decode import VideoSource
 from tsq_ray.errors import RunError, StorageError, TsqError, VideoError
-from tsq_ray.manifest import Manifest, VideoRef, read_manifest, video_id, write_manifest
-from tsq_ray.manifest.videos import VideoRows
+from tsq_ray.manifest import VideoRef
 from tsq_ray.rows import Answer, source_of
 from tsq_ray.runs.bulk import Selection
 from tsq_ray.runs.verify import verify
@@ -29,6 +27,7 @@ from tsq_ray.runtime.parts import part_rows
 from tsq_ray.schema import table_from_rows
 from tsq_ray.score_run import ScoreRun, prediction_of
 from tsq_ray.serving.batch_folders import BatchFolders, BatchInput, Claim
+from tsq_ray.serving.batch_manifests import BatchManifests
 from tsq_ray.serving.graph import Graph, TimeLimits, Video
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import BatchMetrics
@@ -41,7 +40,6 @@ _log = logging.getLogger("ray.serve")
 _PATIENCE_S = 600.0
 _BUSY_WAIT_S = 5.0
 _WAITS_S = (5, 20, 60, 300)
-_LOOK_UPS = 32
 _Found = TypeVar("_Found")
 
 
@@ -57,6 +55,7 @@ class _Running:
     given: BatchInput | None = None
     """None until it is read, for a batch of before the endpoint started."""
     cancelled: bool = False
+    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -66,6 +65,7 @@ class BatchRunner:
     def __init__(self, model: str, config: Config, graph: Graph) -> None:
         self._model, self._config, self._graph = model, config, graph
         self._folders = BatchFolders(config.serve.batches_uri)
+        self._manifests = BatchManifests(self._folders, config)
         self._sha256 = read_bundle_settings(model)[1]
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -102,7 +102,7 @@ class BatchRunner:
         if key is None:
             return await self._new(batch, wanted, lines)
         async with self._claiming:
-            mine = Claim(batch=batch, request=await asyncio.to_thread(_hash_of, wanted, lines))
+            mine = await asyncio.to_thread(Claim.of, batch, [wanted, *lines])
             claim = await asyncio.to_thread(self._folders.claim, key, mine)
             if claim.request != mine.request:
                 why = "belongs to another request; use a new one for each"
@@ -204,6 +204,8 @@ class BatchRunner:
     async def _run(self, running: _Running) -> None:
         status, errors = "completed", []
         try:
+            # before its turn: slow sources keep no other batch
+            await self._patiently(running, self._prepare)
             async with self._turn:
                 await self._patiently(running, self._score)
         except Cancelled:
@@ -231,9 +233,12 @@ class BatchRunner:
         del self._running[running.card.id]
 
     async def _enter(self, running: _Running, status: str, **more: Any) -> None:
-        stamp = {f"{status}_at": int(time.time())}
-        running.card = running.card.model_copy(update={"status": status} | stamp | more)
-        await asyncio.to_thread(self._folders.save, running.card)
+        async with running.saving:
+            if status == "cancelling" and running.card.has_ended:
+                return
+            stamp = {f"{status}_at": int(time.time())}
+            running.card = running.card.model_copy(update={"status": status} | stamp | more)
+            await asyncio.to_thread(self._folders.save, running.card)
 
     async def _patiently(
         self, running: _Running, step: Callable[[_Running], Awaitable[None]]
@@ -249,11 +254,18 @@ class BatchRunner:
             await asyncio.sleep(wait_s)
         return await step(running)
 
+    async def _prepare(self, running: _Running) -> None:
+        """Read what to score, and make its manifest. Raises Cancelled."""
+        batch = running.card.id
+        running.given = running.given or await asyncio.to_thread(self._folders.input, batch)
+        await self._manifests.make(batch, running.given, lambda: running.cancelled)
+        _stop_if_cancelled(running)
+
     async def _score(self, running: _Running) -> None:
         """Score the videos that have no row yet. Raises Cancelled."""
-        given = running.given or await asyncio.to_thread(self._folders.input, running.card.id)
-        running.given = given
-        manifest = await self._manifest(running.card.id, given)
+        given = running.given
+        assert given is not None, "prepared"
+        manifest = await asyncio.to_thread(self._manifests.read, running.card.id, given)
         selection = Selection.of(manifest)
         scored = ScoreRun.of(selection, self._model, running.card.predictions_uri, self._config)
         async with self._held(scored, running):
@@ -294,24 +306,14 @@ class BatchRunner:
         finally:
             await asyncio.to_thread(scored.run.__exit__)
 
-    async def _manifest(self, batch: str, given: BatchInput) -> Manifest:
-        """Read the manifest, or make the one of the lines."""
-        place, lines = given.manifest, given.lines
-        if lines and not await asyncio.to_thread(storage.is_file, place):
-            uris = list(dict.fromkeys(line.uri for line in lines))
-            gate = asyncio.Semaphore(_LOOK_UPS)
-            refs = await asyncio.gather(*(_look_up(uri, gate) for uri in uris))
-            made = Manifest(VideoRows.of(refs), [], batch, (batch,))
-            await asyncio.to_thread(write_manifest, made, place)
-        return await asyncio.to_thread(read_manifest, place)
-
     async def _part(self, running: _Running, scored: ScoreRun, refs: Sequence[VideoRef]) -> None:
         rows = await asyncio.gather(*(self._row(running, scored, ref) for ref in refs))
         _stop_if_cancelled(running)
         table = table_from_rows(rows, scored.schema)
         await asyncio.to_thread(scored.run.publish, table)
         self._metrics.written(rows)
-        await asyncio.to_thread(self._folders.save, running.card)
+        async with running.saving:
+            await asyncio.to_thread(self._folders.save, running.card)
 
     async def _row(self, running: _Running, scored: ScoreRun, ref: VideoRef) -> dict[str, Any]:
         async with self._places:
@@ -347,21 +349,14 @@ def _stop_if_cancelled(running: _Running) -> None:
         raise Cancelled
 
 
-async def _look_up(uri: str, gate: asyncio.Semaphore) -> VideoRef:
-    """Return the manifest row of a URI; without what storage says if it does not answer."""
-    async with gate:
-        try:
-            found = await asyncio.to_thread(storage.stat, uri)
-        except StorageError:
-            return VideoRef(video_id(uri), uri, 0)
-    return VideoRef(video_id(uri), uri, found.size_bytes, found.etag, found.modified)
-
-
-def _hash_of(wanted: BatchRequest | None, lines: Sequence[BatchLine]) -> str:
-    """Return a hash of what a request asks for."""
-    asked = [wanted, *lines]
-    content = [model.model_dump() for model in asked if model is not None]
-    return storage.sha256_of(json.dumps(content, sort_keys=True).encode())
+async def in_time(work: Awaitable[_Found], limit_s: float) -> _Found:
+    """Await an answer about batches. Raises RequestError 504 at the time limit of a request."""
+    try:
+        async with asyncio.timeout(limit_s):
+            return await work
+    except TimeoutError:
+        why = f"the batches' storage did not answer within serve.request_timeout_s = {limit_s:g} s"
+        raise RequestError(504, why, "timeout") from None
 
 
 @serve.deployment
@@ -372,6 +367,7 @@ class Batches:
         self, model: str, config: Config, decoder: Any, sampler: Any, recognizer: Any
     ) -> None:
         bind_to_loopback()
+        self._limit_s = config.serve.request_timeout_s
         limits = TimeLimits.of(config, _PATIENCE_S)
         self._runner = BatchRunner(model, config, Graph(decoder, sampler, recognizer, limits))
         self._tasks = [asyncio.create_task(self._runner.resume())]
@@ -383,16 +379,16 @@ class Batches:
         key: str | None,
     ) -> Batch:
         """Start a batch; see BatchRunner.create."""
-        return await self._runner.create(wanted, lines, key)
+        return await in_time(self._runner.create(wanted, lines, key), self._limit_s)
 
     async def get(self, batch: str, with_problems: bool) -> Batch:
         """Return a batch."""
-        return await self._runner.get(batch, with_problems)
+        return await in_time(self._runner.get(batch, with_problems), self._limit_s)
 
     async def cancel(self, batch: str) -> Batch:
         """Cancel a batch."""
-        return await self._runner.cancel(batch)
+        return await in_time(self._runner.cancel(batch), self._limit_s)
 
     async def newest(self, limit: int, after: str | None) -> BatchList:
         """Return the newest batches."""
-        return await self._runner.newest(limit, after)
+        return await in_time(self._runner.newest(limit, after), self._limit_s)

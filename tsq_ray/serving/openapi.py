@@ -129,13 +129,15 @@ SCORE: dict[str, Any] = {
 
 
 REFUSALS: dict[int | str, Any] = {
-    status: PROBLEMS[status] for status in (400, 401, 404, 429, 500, 503)
+    status: PROBLEMS[status] for status in (400, 401, 404, 429, 500, 503, 504)
 }
 """The documented problems of requests about batches."""
 BATCHES: dict[str, Any] = {
     "response_model": Batch,
     "responses": {
-        status: PROBLEMS[status] for status in (400, 401, 403, 404, 413, 415, 429, 500, 503)
+        422: PROBLEMS[422] | {"description": "The Idempotency-Key belongs to another request"},
+        **{status: PROBLEMS[status] for status in (400, 401, 403, 404, 413, 415)},
+        **{status: PROBLEMS[status] for status in (429, 500, 503, 504)},
     },
     "openapi_extra": {
         "parameters": [
@@ -143,7 +145,8 @@ BATCHES: dict[str, Any] = {
                 "name": "Idempotency-Key",
                 "in": "header",
                 "required": False,
-                "description": "a repeated request with the same key returns the same batch",
+                "description": "a repeated request with the same key returns the same batch; "
+                "another request with it is refused",
                 "schema": {"type": "string", "maxLength": 255},
             }
         ],

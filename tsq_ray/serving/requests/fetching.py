@@ -55,16 +55,36 @@ class Fetcher:
 
         Raises StorageError, and VideoError: too_large, or timeout after the limit.
         """
-        name = storage.redact(uri)
         with tempfile.TemporaryFile(prefix="tsq-fetch-") as file:
-            async with self._places:
-                try:
-                    async with asyncio.timeout(self._timeout_s):
-                        found = await self._fetch(uri, file)
-                except TimeoutError:
-                    why = f"not fetched within serve.fetch_timeout_s = {self._timeout_s:g} s"
-                    raise VideoError("timeout", f"{name}: {why}") from None
+            async with self._limited(uri):
+                found = await self._fetch(uri, file)
             yield found
+
+    async def look_up(self, uri: str) -> StoredFile:
+        """Return what storage says about a video, by the same rules; size 0 if it does not say.
+
+        Raises StorageError, and VideoError timeout after the limit.
+        """
+        async with self._limited(uri):
+            if storage.is_local(uri):
+                return await asyncio.to_thread(storage.stat, uri)
+            if not uri.startswith(WEB):
+                return await storage.look_up(uri)
+            # not HEAD, which a presigned URL refuses
+            with storage.storage_errors(uri, "look up"):
+                async with self._answered(uri) as response:
+                    return _stored(uri, response, response.content_length or 0)
+
+    @contextlib.asynccontextmanager
+    async def _limited(self, uri: str) -> AsyncIterator[None]:
+        """Hold a place within the time limit."""
+        async with self._places:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    yield
+            except TimeoutError:
+                why = f"not fetched within serve.fetch_timeout_s = {self._timeout_s:g} s"
+                raise VideoError("timeout", f"{storage.redact(uri)}: {why}") from None
 
     async def _fetch(self, uri: str, file: IO[bytes]) -> Fetched:
         if storage.is_local(uri):
@@ -84,9 +104,7 @@ class Fetcher:
             raise VideoError("too_large", f"{shown}: at least {size} bytes; {allowed}")
 
     async def _get_web(self, uri: str, file: IO[bytes], path: str) -> StoredFile:
-        async with self._session().get(uri, allow_redirects=False) as response:
-            if response.status != 200:
-                raise _refused(uri, response.status)
+        async with self._answered(uri) as response:
             self._check_size(uri, response.content_length or 0)
             size = 0
             async for chunk in response.content.iter_chunked(_CHUNK):
@@ -94,9 +112,15 @@ class Fetcher:
                 self._check_size(uri, size)
                 await asyncio.to_thread(file.write, chunk)
             file.flush()
-            headers = response.headers
-            etag = (headers.get("ETag") or "").strip('"') or None
-            return StoredFile(uri, size, etag, _date(headers.get("Last-Modified")))
+            return _stored(uri, response, size)
+
+    @contextlib.asynccontextmanager
+    async def _answered(self, uri: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Yield a web server's answer before its body is read. StorageError if it is not a file."""
+        async with self._session().get(uri, allow_redirects=False) as response:
+            if response.status != 200:
+                raise _refused(uri, response.status)
+            yield response
 
     def _session(self) -> aiohttp.ClientSession:
         if self._web is None:
@@ -143,6 +167,12 @@ def _refused(uri: str, status: int) -> StorageError:
     kind: Any = _TYPE_OF.get(status, "unavailable")
     why = _ADVICE.get(kind, "the server does not answer as expected; try again later")
     return StorageError(kind, f"cannot fetch {name}: HTTP {status}: {why}")
+
+
+def _stored(uri: str, response: aiohttp.ClientResponse, size_bytes: int) -> StoredFile:
+    headers = response.headers
+    etag = (headers.get("ETag") or "").strip('"') or None
+    return StoredFile(uri, size_bytes, etag, _date(headers.get("Last-Modified")))
 
 
 def _date(header: str | None) -> datetime | None:
