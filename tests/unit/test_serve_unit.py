@@ -150,6 +150,30 @@ def test_build(
     assert isinstance(build({"model": bundle, "anonymous": anonymous}), Application)
 
 
+@pytest.mark.ray
+def test_relative_paths_are_resolved_where_the_endpoint_is_deployed(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tsq_ray.serving.app import build
+
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "tokens_file": "tokens.toml",
+        "batches_uri": "runs/batches",
+        "allowed_uri_prefixes": ["videos", "s3://bucket/videos", "https://"],
+    }
+    built = build({"model": bundle, "anonymous": True, "settings": {"serve": given}})
+    ingress = built._bound_deployment.init_args
+    for settings in (ingress[1].serve, ingress[5]._bound_deployment.init_args[1].serve):
+        assert settings.tokens_file == f"{tmp_path}/tokens.toml"
+        assert settings.batches_uri == f"{tmp_path}/runs/batches"
+        assert settings.allowed_uri_prefixes == (
+            f"{tmp_path}/videos",
+            "s3://bucket/videos",
+            "https://",
+        )
+
+
 # ------------------------------------------------------------------------------- replicas, settings
 
 
