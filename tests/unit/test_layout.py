@@ -107,6 +107,7 @@ INSIDE = {
             "deployments",
             "batch_folders",
             "batch_manifests",
+            "batch_webhooks",
             "batches",
             "openapi",
             "ingress",

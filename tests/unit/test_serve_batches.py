@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.server
+import json
 import logging
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from support.bundle import make_bundle
@@ -27,7 +28,7 @@ from tsq_ray.serving import batches
 from tsq_ray.serving.batch_folders import BatchFolders, BatchInput, Claim
 from tsq_ray.serving.batches import BatchRunner, in_time
 from tsq_ray.serving.graph import Graph, TimeLimits
-from tsq_ray.serving.requests.models import Batch, BatchLine, BatchRequest
+from tsq_ray.serving.requests.models import Batch, BatchLine, BatchOptions, BatchRequest
 from tsq_ray.serving.requests.problems import RequestError
 
 pytestmark = pytest.mark.ray
@@ -91,7 +92,7 @@ def test_requests_of_one_key_at_the_same_moment_are_one_batch(start: Start) -> N
 
 def test_a_key_whose_batch_was_not_written_makes_it(start: Start, tmp_path: Path) -> None:
     lost = "batch_00000000000001_aaaaaaaaaaaa"
-    claim = Claim.of(lost, [None, *LINES])
+    claim = Claim.of(lost, [BatchOptions(), *LINES])
     assert BatchFolders(f"{tmp_path}/batches").claim("key", claim) == claim
 
     async def work() -> None:
@@ -250,11 +251,18 @@ def test_the_end_of_a_batch_is_written_once_storage_takes_it(
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """/manifest, /move to /secret, /silent (never answers), a file of 7 bytes for any other name."""
+    """POST is recorded. /manifest, /move to /secret, /silent (never answers), a file of 7 bytes for any other name."""
 
     manifest = b""
     asked: ClassVar[list[str]] = []
     released = threading.Event()
+    calls: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        call = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.calls.append({"id": self.headers["webhook-id"], **call})
+        self.send_response(204)
+        self.end_headers()
 
     def do_GET(self) -> None:
         name = self.path.partition("?")[0].rpartition("/")[2]
@@ -283,6 +291,7 @@ def web() -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         Web.released.clear()
         Web.asked.clear()
+        Web.calls.clear()
         yield f"http://127.0.0.1:{server.server_port}/files"
         Web.released.set()
         server.shutdown()
@@ -369,3 +378,32 @@ def test_an_answer_about_batches_has_a_time_limit() -> None:
         assert caught.value.status == 504
 
     asyncio.run(work())
+
+
+def test_a_webhook_is_called_once_also_after_a_restart(
+    start: Start, web: str, tmp_path: Path
+) -> None:
+    hook = f"{web}/hook"
+    folders = BatchFolders(f"{tmp_path}/batches")
+    before = unfinished(folders, 1)
+    folders.create(
+        before.model_copy(update={"status": "completed"}), folders.input(before.id), hook
+    )
+    setting = f'serve.webhook_prefixes=["{web}"]'
+
+    async def work() -> str:
+        runner = start(setting)
+        await asyncio.gather(runner.resume(), runner.resume())
+        options = BatchOptions(webhook=hook, metadata={"team": "a"})
+        batch = await ended(runner, (await runner.create(options, LINES, None)).id)
+        assert batch.metadata == {"team": "a"}
+        await until(lambda: folders.webhook(batch.id) is folders.webhook(before.id) is None)
+        await start(setting).resume()
+        await asyncio.sleep(0.2)
+        return batch.id
+
+    new = asyncio.run(work())
+    assert sorted((call["id"], call["type"]) for call in Web.calls) == [
+        (before.id, "batch.completed"),
+        (new, "batch.completed"),
+    ]

@@ -318,3 +318,33 @@ def test_scoring_refuses_more_frames_than_there_are(bundle: str) -> None:
 )
 def test_processes_are_counted_under_one_name_whatever_they_do(line: str, name: str | None) -> None:
     assert process_name(line) == name
+
+
+# ----------------------------------------------------------------------------------------- webhooks
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def test_a_signature_is_that_of_standard_webhooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its own libraries sign this message (standardwebhooks 1.1.0 on the package index)."""
+    from tsq_ray.serving.requests.webhooks import SECRET_VARIABLE, signature, signing_key
+
+    for secret in (SECRET, SECRET.removeprefix("whsec_"), f" {SECRET}\n"):
+        monkeypatch.setenv(SECRET_VARIABLE, secret)
+        key = signing_key()
+        assert key is not None
+        message = "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}'
+        assert signature(key, *message) == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+@pytest.mark.parametrize(
+    "secret", ["webhook-secret", "whsec_", "whsec_c2hvcnQ=", "whsec_" + "A" * 88]
+)
+def test_a_secret_of_webhooks_is_base64(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tsq_ray.serving.requests.webhooks import SECRET_VARIABLE, signing_key
+
+    monkeypatch.setenv(SECRET_VARIABLE, secret)
+    with pytest.raises(ConfigError, match="TSQ_WEBHOOK_SECRET: not whsec_ and the base64 of 24 to"):
+        signing_key()
+    monkeypatch.setenv(SECRET_VARIABLE, "")
+    assert signing_key() is None

@@ -26,6 +26,7 @@ from tsq_ray.serving.deployments import bind_graph, deployment_options
 from tsq_ray.serving.graph import STAGES, Ongoing
 from tsq_ray.serving.ingress import Ingress
 from tsq_ray.serving.loopback import bind_to_loopback
+from tsq_ray.serving.requests.webhooks import signing_key
 
 _REFUSALS_AHEAD = 10
 """Serve's own limit is this many times the ingress' one, so that the ingress itself refuses."""
@@ -64,6 +65,7 @@ def application(model: str, config: Config, placed: Layout, token: str | None) -
     options = deployment_options(placed["ingress"], most, config)
     batches = None
     if settings.batches_uri:
+        signing_key()  # a wrong one is reported before anything starts
         one = replace(placed["ingress"], minimum=1, start=1, limit=1)
         keeper = Batches.options(**deployment_options(one, most, config))  # type: ignore[attr-defined]
         batches = keeper.bind(model, config, decoder, sampler, recognizer)

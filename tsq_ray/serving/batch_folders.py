@@ -1,8 +1,9 @@
 """The folders of batches below `serve.batches_uri`.
 
 A batch has a folder of its own: `batch.json` (what clients see), `input.json` (what to score),
-`manifest.parquet` if it was sent as JSON lines, `predictions/` (the run folder), and at the end
-`output.jsonl` and `errors.jsonl`. `keys/` has a file per idempotency key. Nothing else is kept, so
+`webhook.json` until its webhook has been called, `manifest.parquet` if it was sent as JSON lines or is
+on a web server, `predictions/` (the run folder), and at the end `output.jsonl` and `errors.jsonl`.
+`keys/` has a file per idempotency key. Nothing else is kept, so
 that a batch resumes where it was when the endpoint starts again.
 """
 
@@ -23,13 +24,13 @@ from tsq_ray.runs.done import list_parts
 from tsq_ray.serving.requests.models import Batch, BatchLine
 
 _CARD, _INPUT = "batch.json", "input.json"
+WEBHOOK = "webhook.json"
 
 
 class BatchInput(BaseModel):
     """What a batch is to score: the videos of a manifest, or of lines."""
 
     manifest: str
-    webhook: str | None = None
     lines: list[BatchLine] = []
 
 
@@ -64,8 +65,10 @@ class BatchFolders:
             return wanted
         return Claim.model_validate_json(storage.read_bytes(place))
 
-    def create(self, card: Batch, given: BatchInput) -> None:
+    def create(self, card: Batch, given: BatchInput, webhook: str | None = None) -> None:
         """Write a new batch; it exists once its card does."""
+        if webhook is not None:
+            storage.write_bytes(self.at(card.id, WEBHOOK), json.dumps({"url": webhook}).encode())
         storage.write_bytes(self.at(card.id, _INPUT), given.model_dump_json().encode())
         self.save(card)
 
@@ -88,12 +91,28 @@ class BatchFolders:
         """Return what a batch is to score."""
         return BatchInput.model_validate_json(storage.read_bytes(self.at(batch, _INPUT)))
 
-    def names(self) -> list[str]:
-        """Return the ids of all batches, the newest first."""
+    def names(self, file: str = _CARD) -> list[str]:
+        """Return the ids of all batches whose folder has this file, the newest first."""
         if not storage.is_folder(self._root):
             return []
-        found = (_batch_of(file.uri) for file in storage.walk(self._root))
-        return sorted((batch for batch in found if batch is not None), reverse=True)
+        found = (entry.uri for entry in storage.walk(self._root))
+        folders = (storage.parent_of(uri) for uri in found if storage.name_of(uri) == file)
+        names = map(storage.name_of, folders)
+        return sorted((name for name in names if name.startswith("batch_")), reverse=True)
+
+    def webhook(self, batch: str) -> str | None:
+        """Return the webhook of a batch; None if it has none, or it was called."""
+        try:
+            found: str = json.loads(storage.read_bytes(self.at(batch, WEBHOOK)))["url"]
+        except StorageError as error:
+            if error.error_type == "not_found":
+                return None
+            raise
+        return found
+
+    def forget_webhook(self, batch: str) -> None:
+        """Note that the webhook of a batch was called."""
+        storage.remove(self.at(batch, WEBHOOK))
 
     def write_answers(self, batch: str, lines: Sequence[BatchLine]) -> tuple[str, str]:
         """Write the answers and the failures as JSON lines, in the order of the parts.
@@ -117,9 +136,3 @@ def _rows(predictions_uri: str) -> Iterator[dict[str, Any]]:
     for part in list_parts(predictions_uri):
         for row in read_part(part.uri).to_pylist():
             yield plain_row({name: value for name, value in row.items() if value is not None})
-
-
-def _batch_of(uri: str) -> str | None:
-    """Return the batch whose card a file is; None for any other file."""
-    folder = storage.name_of(storage.parent_of(uri))
-    return folder if storage.name_of(uri) == _CARD and folder.startswith("batch_") else None

@@ -26,15 +26,22 @@ from tsq_ray.runs.verify import verify
 from tsq_ray.runtime.parts import part_rows
 from tsq_ray.schema import table_from_rows
 from tsq_ray.score_run import ScoreRun, prediction_of
-from tsq_ray.serving.batch_folders import BatchFolders, BatchInput, Claim
+from tsq_ray.serving.batch_folders import WEBHOOK, BatchFolders, BatchInput, Claim
 from tsq_ray.serving.batch_manifests import BatchManifests
+from tsq_ray.serving.batch_webhooks import BatchWebhooks
 from tsq_ray.serving.graph import Graph, TimeLimits, Video
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import BatchMetrics
-from tsq_ray.serving.requests.models import Batch, BatchLine, BatchList, BatchRequest, RequestCounts
+from tsq_ray.serving.requests.models import (
+    Batch,
+    BatchLine,
+    BatchList,
+    BatchOptions,
+    BatchRequest,
+    RequestCounts,
+)
 from tsq_ray.serving.requests.problems import RequestError
 from tsq_ray.serving.requests.uris import check_uri
-from tsq_ray.serving.requests.webhooks import call
 
 _log = logging.getLogger("ray.serve")
 _PATIENCE_S = 600.0
@@ -66,6 +73,7 @@ class BatchRunner:
         self._model, self._config, self._graph = model, config, graph
         self._folders = BatchFolders(config.serve.batches_uri)
         self._manifests = BatchManifests(self._folders, config)
+        self._webhooks = BatchWebhooks(self._folders, config)
         self._sha256 = read_bundle_settings(model)[1]
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -80,54 +88,47 @@ class BatchRunner:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    # ------------------------------------------------------------------------------- what is asked
-
     async def create(
-        self,
-        wanted: BatchRequest | None,
-        lines: Sequence[BatchLine],
-        key: str | None,
+        self, options: BatchOptions | None, lines: Sequence[BatchLine], key: str | None
     ) -> Batch:
-        """Start a batch over a manifest or over lines, or return the one that has this key.
+        """Start a batch over the manifest of a BatchRequest or over lines.
 
-        Raises RequestError 422 if the key belongs to another request.
+        Or return the batch that has this key. Raises RequestError 422 if the key belongs to another request.
         """
         # shielded: a client that goes away does not leave half a batch
-        return await asyncio.shield(self._begin(self._create(wanted, lines, key)))
+        return await asyncio.shield(
+            self._begin(self._create(options or BatchOptions(), lines, key))
+        )
 
     async def _create(
-        self, wanted: BatchRequest | None, lines: Sequence[BatchLine], key: str | None
+        self, options: BatchOptions, lines: Sequence[BatchLine], key: str | None
     ) -> Batch:
         batch = f"batch_{int(time.time() * 1000):014d}_{secrets.token_hex(6)}"
         if key is None:
-            return await self._new(batch, wanted, lines)
+            return await self._new(batch, options, lines)
         async with self._claiming:
-            mine = await asyncio.to_thread(Claim.of, batch, [wanted, *lines])
+            mine = await asyncio.to_thread(Claim.of, batch, [options, *lines])
             claim = await asyncio.to_thread(self._folders.claim, key, mine)
             if claim.request != mine.request:
                 why = "belongs to another request; use a new one for each"
                 raise RequestError(422, f"Idempotency-Key: {why}")
             # a key without its batch: the endpoint ended, or storage failed, between the two
-            return await self._find(claim.batch) or await self._new(claim.batch, wanted, lines)
+            return await self._find(claim.batch) or await self._new(claim.batch, options, lines)
 
-    async def _new(
-        self, batch: str, wanted: BatchRequest | None, lines: Sequence[BatchLine]
-    ) -> Batch:
+    async def _new(self, batch: str, options: BatchOptions, lines: Sequence[BatchLine]) -> Batch:
         at = self._folders.at
-        given = BatchInput(
-            manifest=wanted.manifest if wanted is not None else at(batch, "manifest.parquet"),
-            webhook=wanted.webhook if wanted is not None else None,
-            lines=list(lines),
-        )
+        own = at(batch, "manifest.parquet")
+        manifest = options.manifest if isinstance(options, BatchRequest) else own
+        given = BatchInput(manifest=manifest, lines=list(lines))
         card = Batch(
             id=batch,
             model=self._sha256,
             input_uri=storage.redact(given.manifest),
             predictions_uri=at(batch, "predictions"),
-            metadata=wanted.metadata if wanted is not None else {},
+            metadata=options.metadata,
             created_at=int(time.time()),
         )
-        await asyncio.to_thread(self._folders.create, card, given)
+        await asyncio.to_thread(self._folders.create, card, given, options.webhook)
         self._start(_Running(card, given))
         return card
 
@@ -164,14 +165,17 @@ class BatchRunner:
         found = [await self.get(name) for name in older[:limit]]
         return BatchList(data=found, has_more=len(older) > limit)
 
-    # -------------------------------------------------------------------------------- what is done
-
     async def resume(self) -> None:
         """Start the batches that had not ended when the endpoint did, once storage answers."""
         for wait_s in _waits():
             try:
                 names = await asyncio.to_thread(self._folders.names)
-                left = [name for name in reversed(names) if not await self._is_resumed(name)]
+                uncalled = set(await asyncio.to_thread(self._folders.names, WEBHOOK))
+                left = [
+                    name
+                    for name in reversed(names)
+                    if not await self._is_resumed(name, name in uncalled)
+                ]
             except StorageError as error:
                 _log.warning("the batches cannot be listed: %s", storage.redact(str(error)))
             else:
@@ -179,8 +183,8 @@ class BatchRunner:
                     return
             await asyncio.sleep(wait_s)
 
-    async def _is_resumed(self, batch: str) -> bool:
-        """Start a batch unless it has ended; return False if its card cannot be read."""
+    async def _is_resumed(self, batch: str, has_webhook: bool) -> bool:
+        """Start a batch, or call its webhook if it has ended; False if its card cannot be read."""
         try:
             card = await self._find(batch)
         except (StorageError, ValueError) as error:
@@ -189,6 +193,8 @@ class BatchRunner:
             return False
         if card is not None and not card.has_ended:
             self._resumed(card)
+        elif card is not None and has_webhook:
+            self._begin(self._webhooks.call(card))
         return True
 
     def _resumed(self, card: Batch) -> _Running:
@@ -216,9 +222,7 @@ class BatchRunner:
             _log.exception("batch %s failed", running.card.id)
             status, errors = "failed", [f"internal: {type(error).__name__}"]
         await self._end(running, status, errors)
-        if running.given is not None and (webhook := running.given.webhook) is not None:
-            content = {"type": f"batch.{status}", "data": running.card.model_dump(mode="json")}
-            await call(webhook, running.card.id, content, self._config.serve.webhook_prefixes)
+        await self._webhooks.call(running.card)
 
     async def _end(self, running: _Running, status: str, errors: list[str]) -> None:
         """Write the end of a batch, whenever storage takes it."""
@@ -373,13 +377,10 @@ class Batches:
         self._tasks = [asyncio.create_task(self._runner.resume())]
 
     async def create(
-        self,
-        wanted: BatchRequest | None,
-        lines: Sequence[BatchLine],
-        key: str | None,
+        self, options: BatchOptions | None, lines: Sequence[BatchLine], key: str | None
     ) -> Batch:
         """Start a batch; see BatchRunner.create."""
-        return await in_time(self._runner.create(wanted, lines, key), self._limit_s)
+        return await in_time(self._runner.create(options, lines, key), self._limit_s)
 
     async def get(self, batch: str, with_problems: bool) -> Batch:
         """Return a batch."""

@@ -11,12 +11,14 @@ from typing import Any
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, Response
+from pydantic import BaseModel
 from starlette.routing import BaseRoute
 
 from tsq_ray.serving.requests.models import (
     Batch,
     BatchLine,
     BatchRequest,
+    LinesOptions,
     Options,
     Prediction,
     Problem,
@@ -83,16 +85,16 @@ def _binary(media_type: str) -> dict[str, Any]:
     return {media_type: {"schema": {"type": "string", "format": "binary"}}}
 
 
-def _query_parameters() -> list[dict[str, Any]]:
+def _query_parameters(model: type[BaseModel], where: str) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
             "in": "query",
             "required": False,
-            "description": f"{schema.pop('description', '')} (for uploads)",
+            "description": f"{schema.pop('description', '')} (for {where})",
             "schema": schema,
         }
-        for name, schema in Options.model_json_schema()["properties"].items()
+        for name, schema in model.model_json_schema()["properties"].items()
     ]
 
 
@@ -107,7 +109,7 @@ SCORE: dict[str, Any] = {
         **PROBLEMS,
     },
     "openapi_extra": {
-        "parameters": _query_parameters(),
+        "parameters": _query_parameters(Options, "uploads"),
         "requestBody": {
             "required": True,
             "content": {
@@ -148,7 +150,8 @@ BATCHES: dict[str, Any] = {
                 "description": "a repeated request with the same key returns the same batch; "
                 "another request with it is refused",
                 "schema": {"type": "string", "maxLength": 255},
-            }
+            },
+            *_query_parameters(LinesOptions, "JSON lines"),
         ],
         "requestBody": {
             "required": True,
