@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import json
 import os
@@ -35,12 +36,24 @@ pytestmark = pytest.mark.ray
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 LINES = {"Content-Type": "application/jsonl"}
 DONE_S = 240.0
+SLOW_S = 8
 
 
 class Listener(http.server.BaseHTTPRequestHandler):
-    """Records the calls; refuses the first one."""
+    """Records the calls, of which it refuses the first; sends a video slowly."""
 
     calls: ClassVar[list[tuple[dict[str, str], bytes]]] = []
+    video = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.video)))
+        self.end_headers()
+        size = len(self.video) // SLOW_S + 1
+        with contextlib.suppress(OSError):  # the client has gone away
+            for start in range(0, len(self.video), size):
+                self.wfile.write(self.video[start : start + size])
+                time.sleep(1)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -73,12 +86,19 @@ def endpoint(
     bundle = make_bundle(folder / "bundle")
     settings = (
         f"serve.batches_uri={folder}/batches",
-        f'serve.allowed_uri_prefixes=["{archive.root}", "{folder}/manifests"]',
+        "serve.allowed_uri_prefixes="
+        + json.dumps([str(archive.root), f"{folder}/manifests", slow_video(listener)]),
+        "serve.fetch_timeout_s=3",
         f'serve.webhook_prefixes=["{listener.rpartition("/")[0]}"]',
         "output.rows_per_file=4",
     )
     with serving(bundle, folder / "run", *settings, TSQ_WEBHOOK_SECRET=SECRET) as found:
         yield found
+
+
+def slow_video(listener: str) -> str:
+    """The folder of a video that takes SLOW_S seconds to fetch."""
+    return f"{listener.rpartition('/')[0]}/slow"
 
 
 def ended(endpoint: Endpoint, batch: dict[str, Any], **params: Any) -> dict[str, Any]:
@@ -210,6 +230,22 @@ def test_a_single_video_for_later(endpoint: Endpoint, archive: Archive) -> None:
     assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
     assert endpoint.score(json=uri | {"k": 2}, headers=later).status_code == 400
     assert endpoint.score(files={"file": b"x"}, headers=later).status_code == 400
+
+
+def test_a_batch_waits_for_a_big_file_that_keeps_coming(
+    endpoint: Endpoint, archive: Archive, listener: str
+) -> None:
+    padding = SLOW_S * 2**20 // 2  # 512 KiB/s
+    box = (padding + 8).to_bytes(4, "big") + b"free" + bytes(padding)
+    Listener.video = (archive.root / archive.paths[0]).read_bytes() + box
+    uri = f"{slow_video(listener)}/a.mp4"
+    single = endpoint.score(json={"uri": uri})
+    assert (single.status_code, single.json()["error_type"]) == (504, "timeout")
+    line = json.dumps({"custom_id": "slow", "uri": uri})
+    batch = endpoint.client.post("/v1/batches", content=line, headers=LINES).json()
+    batch = ended(endpoint, batch)
+    assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+    assert lines_of(batch["output_uri"])[0]["size_bytes"] == len(Listener.video)
 
 
 def test_batches_are_listed_the_newest_first(endpoint: Endpoint) -> None:

@@ -28,7 +28,14 @@ from tsq_ray.serving import batches
 from tsq_ray.serving.batch_folders import BatchFolders, BatchInput, Claim
 from tsq_ray.serving.batches import BatchRunner, in_time
 from tsq_ray.serving.graph import Graph, TimeLimits
-from tsq_ray.serving.requests.models import Batch, BatchLine, BatchOptions, BatchRequest
+from tsq_ray.serving.requests.models import (
+    Batch,
+    BatchLine,
+    BatchOptions,
+    BatchRequest,
+    LinesOptions,
+)
+from tsq_ray.serving.requests.parse import parsed
 from tsq_ray.serving.requests.problems import RequestError
 
 pytestmark = pytest.mark.ray
@@ -407,3 +414,17 @@ def test_a_webhook_is_called_once_also_after_a_restart(
         (before.id, "batch.completed"),
         (new, "batch.completed"),
     ]
+
+
+def test_options_of_lines_stand_in_the_query() -> None:
+    found = parsed(LinesOptions, {"metadata": '{"team": "a"}', "webhook": "https://a.example/"})
+    assert (found.metadata, found.webhook) == ({"team": "a"}, "https://a.example/")
+    assert parsed(LinesOptions, {}).metadata == {}
+    for metadata, message in (
+        ("team", "metadata: Invalid JSON"),
+        ('{"team": 1}', "metadata.team: Input should be a valid string"),
+        (json.dumps(dict.fromkeys("abcdefghijklmnopq", "")), "metadata: Dictionary should have"),
+    ):
+        with pytest.raises(RequestError, match=message) as caught:
+            parsed(LinesOptions, {"metadata": metadata})
+        assert caught.value.status == 400

@@ -18,10 +18,13 @@ from tsq_ray.storage import StoredFile
 pytestmark = pytest.mark.ray
 
 DATA = bytes(range(256)) * 40
+CHUNK = 2**18
+BIG = bytes(8 * CHUNK)
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """/data, /endless (no length, never ends), /stalls, /silent, /move, /NUMBER for a status."""
+    """/data, /endless (no length, never ends), /stalls, /silent, /slow, /trickle, /move,
+    /NUMBER for a status."""
 
     released = threading.Event()
 
@@ -38,7 +41,8 @@ class Web(http.server.BaseHTTPRequestHandler):
         if what == "move":
             self.send_header("Location", "/data")
         elif what != "endless":
-            self.send_header("Content-Length", str(len(DATA)))
+            size = len(BIG) if what in ("slow", "trickle") else len(DATA)
+            self.send_header("Content-Length", str(size))
         self.send_header("ETag", '"v1"')
         self.send_header("Last-Modified", "Thu, 26 Nov 2026 10:00:00 GMT")
         self.end_headers()
@@ -49,6 +53,10 @@ class Web(http.server.BaseHTTPRequestHandler):
             if what == "stalls":
                 self.wfile.write(DATA[:10])
                 self.released.wait(60)
+            if what in ("slow", "trickle"):  # at 850 KiB/s for 2.4 s, or hardly
+                for start in range(0, len(BIG), CHUNK):
+                    self.wfile.write(BIG[start : start + (CHUNK if what == "slow" else 10)])
+                    self.released.wait(0.3)
             if what == "data":
                 self.wfile.write(DATA)
         except OSError:  # the client has gone away
@@ -67,9 +75,11 @@ def port() -> Iterator[int]:
         server.shutdown()
 
 
-async def fetch(uri: str, prefixes: tuple[str, ...], max_bytes: int = 2**20) -> tuple[bytes, str]:
+async def fetch(
+    uri: str, prefixes: tuple[str, ...], max_bytes: int = 2**20, patient: bool = False
+) -> tuple[bytes, str]:
     fetcher = Fetcher(prefixes, 1.5, max_bytes, 4)
-    async with fetcher.fetched(uri) as found:
+    async with fetcher.fetched(uri, patient) as found:
         return Path(found.path).read_bytes(), str(found.file.etag)
 
 
@@ -137,6 +147,23 @@ def test_a_server_that_gives_no_video(port: int, name: str, error_type: str, mes
     assert caught.value.error_type == error_type
     assert message in str(caught.value)
     assert "SECRET" not in str(caught.value)
+
+
+def test_a_big_file_may_take_as_long_as_it_keeps_coming(port: int) -> None:
+    prefix = f"http://127.0.0.1:{port}/open"
+
+    def get(name: str, patient: bool) -> tuple[bytes, str]:
+        return asyncio.run(fetch(f"{prefix}/{name}", (prefix,), 2**22, patient))
+
+    assert get("slow", True) == (BIG, "v1")
+    for name, patient, message in (
+        ("slow", False, "serve.fetch_timeout_s = 1.5 s$"),
+        ("trickle", True, "serve.fetch_timeout_s = 1.5 s or at 256 KiB/s$"),
+        ("stalls", True, "or at 256 KiB/s$"),
+    ):
+        with pytest.raises(VideoError, match=message) as caught:
+            get(name, patient)
+        assert caught.value.error_type == "timeout"
 
 
 def test_a_name_of_a_private_address_is_not_asked(port: int) -> None:

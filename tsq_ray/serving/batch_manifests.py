@@ -45,7 +45,7 @@ class BatchManifests:
         if not (given.lines or is_web) or await asyncio.to_thread(storage.is_file, place):
             return
         if is_web:
-            async with self._fetcher.fetched(given.manifest) as found:
+            async with self._fetcher.fetched(given.manifest, patient=True) as found:
                 await asyncio.to_thread(_copy, found.path, place)
             return
         gate = asyncio.Semaphore(_LOOK_UPS_A_BATCH)

@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ray import serve
@@ -32,6 +32,7 @@ from tsq_ray.serving.batch_webhooks import BatchWebhooks
 from tsq_ray.serving.graph import Graph, TimeLimits, Video
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import BatchMetrics
+from tsq_ray.serving.requests.fetching import longest_s
 from tsq_ray.serving.requests.models import (
     Batch,
     BatchLine,
@@ -336,7 +337,7 @@ class BatchRunner:
             check_uri(ref.uri, self._config.serve.allowed_uri_prefixes)
             # a line that storage could not look up has no size to compare with
             source = source_of(ref) if ref.size_bytes else VideoSource(ref.uri)
-            return await self._graph.score(Video(source, ref.video_id))
+            return await self._graph.score(Video(source, ref.video_id, in_batch=True))
         except RequestError as error:
             return Answer(error=VideoError("access_denied", str(error)))
         except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row
@@ -373,6 +374,7 @@ class Batches:
         bind_to_loopback()
         self._limit_s = config.serve.request_timeout_s
         limits = TimeLimits.of(config, _PATIENCE_S)
+        limits = replace(limits, decode=limits.decode + longest_s(config))
         self._runner = BatchRunner(model, config, Graph(decoder, sampler, recognizer, limits))
         self._tasks = [asyncio.create_task(self._runner.resume())]
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -17,12 +17,16 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from tsq_ray import storage
+from tsq_ray.config import Config
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.serving.requests.uris import WEB, may_ask, named_hosts
 from tsq_ray.storage import StoredFile
 
 _CHUNK = 1 << 20
 _CONNECT_S = 10.0
+_SLOWEST_BYTES_S = 256 * 1024
+"""Rate below which a patient fetch gives up, so that no server holds a place forever."""
+_LOOK_S = 0.5
 _TYPE_OF = {401: "access_denied", 403: "access_denied", 404: "not_found", 410: "not_found"}
 _ADVICE = {
     "access_denied": "the server refuses access; a presigned URL may have expired",
@@ -50,13 +54,14 @@ class Fetcher:
         self._web: aiohttp.ClientSession | None = None
 
     @contextlib.asynccontextmanager
-    async def fetched(self, uri: str) -> AsyncIterator[Fetched]:
+    async def fetched(self, uri: str, patient: bool = False) -> AsyncIterator[Fetched]:
         """Yield the video as a local file, valid inside the `with`; a local one is read in place.
 
-        Raises StorageError, and VideoError: too_large, or timeout after the limit.
+        `patient`: wait for a big file as long as it keeps coming. Raises StorageError, and
+        VideoError: too_large, or timeout after the limit.
         """
         with tempfile.TemporaryFile(prefix="tsq-fetch-") as file:
-            async with self._limited(uri):
+            async with self._limited(uri, file if patient else None):
                 found = await self._fetch(uri, file)
             yield found
 
@@ -76,14 +81,16 @@ class Fetcher:
                     return _stored(uri, response, response.content_length or 0)
 
     @contextlib.asynccontextmanager
-    async def _limited(self, uri: str) -> AsyncIterator[None]:
-        """Hold a place within the time limit."""
+    async def _limited(self, uri: str, growing: IO[bytes] | None = None) -> AsyncIterator[None]:
+        """Hold a place within the time limit, which moves on with the size of `growing`."""
         async with self._places:
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    yield
+                async with asyncio.timeout(self._timeout_s) as limit:
+                    with _moving(limit, growing):
+                        yield
             except TimeoutError:
                 why = f"not fetched within serve.fetch_timeout_s = {self._timeout_s:g} s"
+                why += f" or at {_SLOWEST_BYTES_S // 1024} KiB/s" if growing is not None else ""
                 raise VideoError("timeout", f"{storage.redact(uri)}: {why}") from None
 
     async def _fetch(self, uri: str, file: IO[bytes]) -> Fetched:
@@ -134,6 +141,31 @@ class Fetcher:
 
     async def _get_object(self, uri: str, file: IO[bytes], path: str) -> StoredFile:
         return await storage.fetch(uri, path, lambda found: self._check_size(uri, found.size_bytes))
+
+
+def longest_s(config: Config) -> float:
+    """Return how long a patient fetch may take, in seconds."""
+    return config.serve.fetch_timeout_s + config.decode.max_bytes / _SLOWEST_BYTES_S
+
+
+@contextlib.contextmanager
+def _moving(limit: asyncio.Timeout, file: IO[bytes] | None) -> Iterator[None]:
+    """Move a time limit on by what has come into a file, if one is given."""
+
+    async def move(file: IO[bytes], first: float) -> None:
+        while not limit.expired():
+            limit.reschedule(first + os.fstat(file.fileno()).st_size / _SLOWEST_BYTES_S)
+            await asyncio.sleep(_LOOK_S)
+
+    first = limit.when()
+    if file is None or first is None:
+        yield
+        return
+    mover = asyncio.get_running_loop().create_task(move(file, first))
+    try:
+        yield
+    finally:
+        mover.cancel()
 
 
 class PublicResolver(AbstractResolver):
