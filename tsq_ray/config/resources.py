@@ -157,7 +157,7 @@ class ServeConfig(Section):
     """Most bytes of uploads in hand per ingress replica, in MiB; further ones return 503."""
     fetch_timeout_s: float = Field(default=30.0, gt=0)
     """Time limit for fetching the video of a `uri`, in seconds; then it returns 504. In a batch, a
-    file may take longer as long as it comes at 256 KiB/s on average."""
+    file may take longer while it arrives at 256 KiB/s on average."""
     max_fetches: int = Field(default=32, ge=1)
     """Videos that a decoder replica fetches at a time; more wait."""
     batches_uri: str = ""

@@ -262,7 +262,8 @@ class BatchRunner:
     async def _prepare(self, running: _Running) -> None:
         """Read what to score, and make its manifest. Raises Cancelled."""
         batch = running.card.id
-        running.given = running.given or await asyncio.to_thread(self._folders.input, batch)
+        if running.given is None:
+            running.given = await asyncio.to_thread(self._folders.input, batch)
         await self._manifests.make(batch, running.given, lambda: running.cancelled)
         _stop_if_cancelled(running)
 
