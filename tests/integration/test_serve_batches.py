@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import http.server
 import json
 import os
@@ -20,6 +22,8 @@ from support.archive import Archive, make_archive
 from support.bundle import make_bundle
 from support.endpoint import CLOSE, END_S, Endpoint, serving
 
+from jobs.benchmarks.support.s3 import S3Server
+from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.manifest import build_manifest
 from tsq_ray.prediction import predict_rows
@@ -29,15 +33,27 @@ from tsq_ray.serving.requests.webhooks import signature
 
 pytestmark = pytest.mark.ray
 
-SECRET = "webhook-secret"
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 LINES = {"Content-Type": "application/jsonl"}
 DONE_S = 240.0
+SLOW_S = 8
 
 
 class Listener(http.server.BaseHTTPRequestHandler):
-    """Records the calls; refuses the first one."""
+    """Records the calls, of which it refuses the first; sends a video slowly."""
 
     calls: ClassVar[list[tuple[dict[str, str], bytes]]] = []
+    video = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.video)))
+        self.end_headers()
+        size = len(self.video) // SLOW_S + 1
+        with contextlib.suppress(OSError):  # the client has gone away
+            for start in range(0, len(self.video), size):
+                self.wfile.write(self.video[start : start + size])
+                time.sleep(1)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -70,12 +86,19 @@ def endpoint(
     bundle = make_bundle(folder / "bundle")
     settings = (
         f"serve.batches_uri={folder}/batches",
-        f'serve.allowed_uri_prefixes=["{archive.root}", "{folder}/manifests"]',
+        "serve.allowed_uri_prefixes="
+        + json.dumps([str(archive.root), f"{folder}/manifests", slow_video(listener)]),
+        "serve.fetch_timeout_s=3",
         f'serve.webhook_prefixes=["{listener.rpartition("/")[0]}"]',
         "output.rows_per_file=4",
     )
     with serving(bundle, folder / "run", *settings, TSQ_WEBHOOK_SECRET=SECRET) as found:
         yield found
+
+
+def slow_video(listener: str) -> str:
+    """The folder of a video that takes SLOW_S seconds to fetch."""
+    return f"{listener.rpartition('/')[0]}/slow"
 
 
 def ended(endpoint: Endpoint, batch: dict[str, Any], **params: Any) -> dict[str, Any]:
@@ -117,13 +140,21 @@ def test_a_batch_of_lines(endpoint: Endpoint, archive: Archive) -> None:
     uris["missing"] = str(archive.root / "nothing.mp4")
     body = "\n".join(json.dumps({"custom_id": key, "uri": uri}) for key, uri in uris.items())
     headers = LINES | {"Idempotency-Key": "once"}
-    created = endpoint.client.post("/v1/batches", content=body, headers=headers)
+    params = {"metadata": '{"team": "b"}'}
+    created = endpoint.client.post("/v1/batches", content=body, headers=headers, params=params)
     assert created.status_code == 200, created.text
-    again = endpoint.client.post("/v1/batches", content=body, headers=headers).json()
+    again = endpoint.client.post("/v1/batches", content=body, headers=headers, params=params).json()
     assert again["id"] == created.json()["id"]
+    other = endpoint.client.post(
+        "/v1/batches", content=body[:-1] + " }", headers=headers, params=params
+    )
+    assert other.json()["id"] == created.json()["id"], "the same content, spelt differently"
+    other = endpoint.client.post("/v1/batches", content=body.splitlines()[0], headers=headers)
+    assert (other.status_code, "Idempotency-Key" in other.json()["detail"]) == (422, True)
 
     batch = ended(endpoint, created.json(), verify=True)
     assert (batch["status"], batch["problems"]) == ("completed", [])
+    assert batch["metadata"] == {"team": "b"}
     good, bad = lines_of(batch["output_uri"]), lines_of(batch["error_uri"])
     assert {line["custom_id"] for line in good + bad} == set(uris)
     assert len(good) + len(bad) == len(uris)
@@ -171,7 +202,8 @@ def test_a_batch_over_a_manifest_survives_the_replica_that_runs_it(
     headers, body = Listener.calls[-1]
     assert json.loads(body)["type"] == "batch.completed"
     assert json.loads(body)["data"]["id"] == headers["webhook-id"] == batch["id"]
-    signed = signature(SECRET, batch["id"], int(headers["webhook-timestamp"]), body)
+    key = base64.b64decode(SECRET.removeprefix("whsec_"))
+    signed = signature(key, batch["id"], int(headers["webhook-timestamp"]), body)
     assert headers["webhook-signature"] == signed
 
 
@@ -200,6 +232,22 @@ def test_a_single_video_for_later(endpoint: Endpoint, archive: Archive) -> None:
     assert endpoint.score(files={"file": b"x"}, headers=later).status_code == 400
 
 
+def test_a_batch_waits_for_a_big_file_that_keeps_coming(
+    endpoint: Endpoint, archive: Archive, listener: str
+) -> None:
+    padding = SLOW_S * 2**20 // 2  # 512 KiB/s
+    box = (padding + 8).to_bytes(4, "big") + b"free" + bytes(padding)
+    Listener.video = (archive.root / archive.paths[0]).read_bytes() + box
+    uri = f"{slow_video(listener)}/a.mp4"
+    single = endpoint.score(json={"uri": uri})
+    assert (single.status_code, single.json()["error_type"]) == (504, "timeout")
+    line = json.dumps({"custom_id": "slow", "uri": uri})
+    batch = endpoint.client.post("/v1/batches", content=line, headers=LINES).json()
+    batch = ended(endpoint, batch)
+    assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
+    assert lines_of(batch["output_uri"])[0]["size_bytes"] == len(Listener.video)
+
+
 def test_batches_are_listed_the_newest_first(endpoint: Endpoint) -> None:
     whole = endpoint.client.get("/v1/batches").json()
     ids = [batch["id"] for batch in whole["data"]]
@@ -224,6 +272,16 @@ def test_batches_are_listed_the_newest_first(endpoint: Endpoint) -> None:
         ),
         ({"json": {"manifest": "/etc/manifest.parquet"}}, 403, "is not below a prefix"),
         ({"json": {}}, 400, "manifest: Field required"),
+        (
+            {"content": "{}", "headers": LINES, "params": {"metadata": "no JSON"}},
+            400,
+            "metadata: Invalid JSON",
+        ),
+        (
+            {"content": "{}", "headers": LINES, "params": {"webhook": "http://127.0.0.1:9/"}},
+            403,
+            "is not below a prefix",
+        ),
         ({"content": "x", "headers": {"Content-Type": "text/csv"}}, 415, "application/jsonl"),
     ],
 )
@@ -249,3 +307,42 @@ def test_a_manifest_that_cannot_be_read_fails_the_batch(
     assert "no such file" in batch["errors"][0]
     for unknown in ("batch_none", "..", "batch_%2e%2e"):
         assert endpoint.client.get(f"/v1/batches/{unknown}").status_code == 404
+
+
+def test_a_batch_in_object_storage_resumes_in_the_next_endpoint(
+    archive: Archive, s3: S3Server, tmp_path: Path
+) -> None:
+    bundle = make_bundle(tmp_path / "bundle")
+    settings = (
+        "serve.batches_uri=s3://tsq-other/batches",
+        f'serve.allowed_uri_prefixes=["{archive.root}"]',
+        "output.rows_per_file=4",
+    )
+    uris = [str(archive.root / path) for path in archive.paths]
+    uris += [str(archive.root / f"no-{number}.mp4") for number in range(300)]
+    body = "\n".join(json.dumps({"custom_id": uri, "uri": uri}) for uri in uris)
+
+    def parts(batch: dict[str, Any]) -> set[str]:
+        found = (
+            storage.name_of(file.uri) for file in storage.list_folder(batch["predictions_uri"])
+        )
+        return {name for name in found if name.startswith("part-")}
+
+    with serving(bundle, tmp_path / "first", *settings, **s3.environment) as endpoint:
+        batch = endpoint.client.post("/v1/batches", content=body, headers=LINES).json()
+        deadline = time.monotonic() + DONE_S
+        while not (before := parts(batch)):
+            assert time.monotonic() < deadline, "no part was written"
+            time.sleep(0.1)
+    with serving(bundle, tmp_path / "second", *settings, **s3.environment) as endpoint:
+        batch = ended(endpoint, batch)
+    assert batch["status"] == "completed"
+    assert before < parts(batch), "the rows of before are kept, others came"
+    assert verify(batch["predictions_uri"]).problems == ()
+    assert read_predictions(batch["predictions_uri"]).num_rows == len(uris)
+    answered = [
+        json.loads(line)["custom_id"]
+        for place in (batch["output_uri"], batch["error_uri"])
+        for line in storage.read_text(place).splitlines()
+    ]
+    assert sorted(answered) == sorted(uris)

@@ -57,6 +57,9 @@ INSIDE = {
         *(
             "recognizers",
             "deployments",
+            "batch_folders",
+            "batch_manifests",
+            "batch_webhooks",
             "batches",
             "openapi",
             "ingress",

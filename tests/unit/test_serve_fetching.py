@@ -6,20 +6,25 @@ import asyncio
 import http.server
 import threading
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.serving.requests.fetching import Fetcher
+from tsq_ray.storage import StoredFile
 
 pytestmark = pytest.mark.ray
 
 DATA = bytes(range(256)) * 40
+CHUNK = 2**18
+BIG = bytes(8 * CHUNK)
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """/data, /endless (no length, never ends), /stalls, /move, /NUMBER for a status."""
+    """/data, /endless (no length, never ends), /stalls, /silent, /slow, /trickle, /move,
+    /NUMBER for a status."""
 
     released = threading.Event()
 
@@ -29,11 +34,15 @@ class Web(http.server.BaseHTTPRequestHandler):
             self.send_response(int(what))
             self.end_headers()
             return
+        if what == "silent":
+            self.released.wait(60)
+            return
         self.send_response(302 if what == "move" else 200)
         if what == "move":
             self.send_header("Location", "/data")
         elif what != "endless":
-            self.send_header("Content-Length", str(len(DATA)))
+            size = len(BIG) if what in ("slow", "trickle") else len(DATA)
+            self.send_header("Content-Length", str(size))
         self.send_header("ETag", '"v1"')
         self.send_header("Last-Modified", "Thu, 26 Nov 2026 10:00:00 GMT")
         self.end_headers()
@@ -44,6 +53,10 @@ class Web(http.server.BaseHTTPRequestHandler):
             if what == "stalls":
                 self.wfile.write(DATA[:10])
                 self.released.wait(60)
+            if what in ("slow", "trickle"):  # at 850 KiB/s for 2.4 s, or hardly
+                for start in range(0, len(BIG), CHUNK):
+                    self.wfile.write(BIG[start : start + (CHUNK if what == "slow" else 10)])
+                    self.released.wait(0.3)
             if what == "data":
                 self.wfile.write(DATA)
         except OSError:  # the client has gone away
@@ -62,9 +75,11 @@ def port() -> Iterator[int]:
         server.shutdown()
 
 
-async def fetch(uri: str, prefixes: tuple[str, ...], max_bytes: int = 2**20) -> tuple[bytes, str]:
+async def fetch(
+    uri: str, prefixes: tuple[str, ...], max_bytes: int = 2**20, patient: bool = False
+) -> tuple[bytes, str]:
     fetcher = Fetcher(prefixes, 1.5, max_bytes, 4)
-    async with fetcher.fetched(uri) as found:
+    async with fetcher.fetched(uri, patient) as found:
         return Path(found.path).read_bytes(), str(found.file.etag)
 
 
@@ -77,6 +92,40 @@ def test_a_local_file_is_read_in_place(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(DATA)
     assert asyncio.run(fetch(str(path), (str(tmp_path),))) == (DATA, "None")
+
+
+async def look_up(uri: str, prefixes: tuple[str, ...]) -> StoredFile:
+    return await Fetcher(prefixes, 1.5, 2**20, 4).look_up(uri)
+
+
+@pytest.mark.parametrize(("name", "size"), [("data", len(DATA)), ("endless", 0)])
+def test_a_look_up_reads_no_body(port: int, name: str, size: int) -> None:
+    prefix = f"http://127.0.0.1:{port}/open"
+    found = asyncio.run(look_up(f"{prefix}/{name}?signature=x", (prefix,)))
+    when = datetime(2026, 11, 26, 10, tzinfo=timezone.utc)
+    assert (found.size_bytes, found.etag, found.modified) == (size, "v1", when)
+
+
+@pytest.mark.parametrize(
+    ("name", "error_type"),
+    [("move", "unsupported"), ("404", "not_found"), ("500", "unavailable"), ("silent", "timeout")],
+)
+def test_a_look_up_that_finds_nothing(port: int, name: str, error_type: str) -> None:
+    prefix = f"http://127.0.0.1:{port}/open"
+    with pytest.raises((VideoError, StorageError)) as caught:
+        asyncio.run(look_up(f"{prefix}/{name}?signature=SECRET", (prefix,)))
+    assert caught.value.error_type == error_type
+    assert "SECRET" not in str(caught.value)
+    with pytest.raises(StorageError, match="its address is not public"):
+        asyncio.run(look_up(f"http://localhost:{port}/data", ("http://",)))
+
+
+def test_a_look_up_of_a_local_file(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(DATA)
+    found = asyncio.run(look_up(str(tmp_path / "a.mp4"), (str(tmp_path),)))
+    assert (found.size_bytes, found.etag) == (len(DATA), None)
+    with pytest.raises(StorageError, match="no such file"):
+        asyncio.run(look_up(str(tmp_path / "b.mp4"), (str(tmp_path),)))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +147,23 @@ def test_a_server_that_gives_no_video(port: int, name: str, error_type: str, mes
     assert caught.value.error_type == error_type
     assert message in str(caught.value)
     assert "SECRET" not in str(caught.value)
+
+
+def test_a_big_file_may_take_as_long_as_it_keeps_coming(port: int) -> None:
+    prefix = f"http://127.0.0.1:{port}/open"
+
+    def get(name: str, patient: bool) -> tuple[bytes, str]:
+        return asyncio.run(fetch(f"{prefix}/{name}", (prefix,), 2**22, patient))
+
+    assert get("slow", True) == (BIG, "v1")
+    for name, patient, message in (
+        ("slow", False, "serve.fetch_timeout_s = 1.5 s$"),
+        ("trickle", True, "serve.fetch_timeout_s = 1.5 s or at 256 KiB/s$"),
+        ("stalls", True, "or at 256 KiB/s$"),
+    ):
+        with pytest.raises(VideoError, match=message) as caught:
+            get(name, patient)
+        assert caught.value.error_type == "timeout"
 
 
 def test_a_name_of_a_private_address_is_not_asked(port: int) -> None:

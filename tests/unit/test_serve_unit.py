@@ -150,6 +150,30 @@ def test_build(
     assert isinstance(build({"model": bundle, "anonymous": anonymous}), Application)
 
 
+@pytest.mark.ray
+def test_relative_paths_are_resolved_where_the_endpoint_is_deployed(
+    bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tsq_ray.serving.app import build
+
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "tokens_file": "tokens.toml",
+        "batches_uri": "runs/batches",
+        "allowed_uri_prefixes": ["videos", "s3://bucket/videos", "https://"],
+    }
+    built = build({"model": bundle, "anonymous": True, "settings": {"serve": given}})
+    ingress = built._bound_deployment.init_args
+    for settings in (ingress[1].serve, ingress[5]._bound_deployment.init_args[1].serve):
+        assert settings.tokens_file == f"{tmp_path}/tokens.toml"
+        assert settings.batches_uri == f"{tmp_path}/runs/batches"
+        assert settings.allowed_uri_prefixes == (
+            f"{tmp_path}/videos",
+            "s3://bucket/videos",
+            "https://",
+        )
+
+
 # ------------------------------------------------------------------------------- replicas, settings
 
 
@@ -294,3 +318,33 @@ def test_scoring_refuses_more_frames_than_there_are(bundle: str) -> None:
 )
 def test_processes_are_counted_under_one_name_whatever_they_do(line: str, name: str | None) -> None:
     assert process_name(line) == name
+
+
+# ----------------------------------------------------------------------------------------- webhooks
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+def test_a_signature_is_that_of_standard_webhooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its own libraries sign this message (standardwebhooks 1.1.0 on the package index)."""
+    from tsq_ray.serving.requests.webhooks import SECRET_VARIABLE, signature, signing_key
+
+    for secret in (SECRET, SECRET.removeprefix("whsec_"), f" {SECRET}\n"):
+        monkeypatch.setenv(SECRET_VARIABLE, secret)
+        key = signing_key()
+        assert key is not None
+        message = "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}'
+        assert signature(key, *message) == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+@pytest.mark.parametrize(
+    "secret", ["webhook-secret", "whsec_", "whsec_c2hvcnQ=", "whsec_" + "A" * 88]
+)
+def test_a_secret_of_webhooks_is_base64(secret: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tsq_ray.serving.requests.webhooks import SECRET_VARIABLE, signing_key
+
+    monkeypatch.setenv(SECRET_VARIABLE, secret)
+    with pytest.raises(ConfigError, match="TSQ_WEBHOOK_SECRET: not whsec_ and the base64 of 24 to"):
+        signing_key()
+    monkeypatch.setenv(SECRET_VARIABLE, "")
+    assert signing_key() is None

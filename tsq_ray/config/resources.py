@@ -156,7 +156,8 @@ class ServeConfig(Section):
     max_upload_total_mb: float = Field(default=1024, gt=0)
     """Most bytes of uploads in hand per ingress replica, in MiB; further ones return 503."""
     fetch_timeout_s: float = Field(default=30.0, gt=0)
-    """Time limit for fetching the video of a `uri`, in seconds; then it returns 504."""
+    """Time limit for fetching the video of a `uri`, in seconds; then it returns 504. In a batch, a
+    file may take longer while it arrives at 256 KiB/s on average."""
     max_fetches: int = Field(default=32, ge=1)
     """Videos that a decoder replica fetches at a time; more wait."""
     batches_uri: str = ""

@@ -15,7 +15,7 @@ from ray import serve
 
 from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
-from tsq_ray.config import Config
+from tsq_ray.config import Config, ServeConfig
 from tsq_ray.errors import ConfigError, StorageError
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.nodes import Cluster, Layout
@@ -26,6 +26,7 @@ from tsq_ray.serving.deployments import bind_graph, deployment_options
 from tsq_ray.serving.graph import STAGES, Ongoing
 from tsq_ray.serving.ingress import Ingress
 from tsq_ray.serving.loopback import bind_to_loopback
+from tsq_ray.serving.requests.webhooks import signing_key
 
 _REFUSALS_AHEAD = 10
 """Serve's own limit is this many times the ingress' one, so that the ingress itself refuses."""
@@ -56,26 +57,35 @@ def bulk_application(model: str, config: Config, placed: Layout, ongoing: Ongoin
 
 def application(model: str, config: Config, placed: Layout, token: str | None) -> Any:
     """Bind the whole application; without a token and a file of tokens none is needed."""
-    # a relative prefix is relative to the folder of the deploying process, not of a replica
-    prefixes = tuple(
-        prefix if "://" in prefix else storage.normalize(prefix)
-        for prefix in config.serve.allowed_uri_prefixes
-    )
-    config = config.model_copy(
-        update={"serve": config.serve.model_copy(update={"allowed_uri_prefixes": prefixes})}
-    )
-    settings = config.serve
+    settings = _with_absolute_paths(config.serve)
+    config = config.model_copy(update={"serve": settings})
     ongoing = {name: getattr(settings, name).max_ongoing_requests for name in STAGES}
     decoder, sampler, recognizer = bind_graph(model, config, placed, ongoing)
     most = _REFUSALS_AHEAD * settings.max_queued_requests
     options = deployment_options(placed["ingress"], most, config)
     batches = None
     if settings.batches_uri:
+        signing_key()  # a wrong one is reported before anything starts
         one = replace(placed["ingress"], minimum=1, start=1, limit=1)
         keeper = Batches.options(**deployment_options(one, most, config))  # type: ignore[attr-defined]
         batches = keeper.bind(model, config, decoder, sampler, recognizer)
     ingress = Ingress.options(**options)  # type: ignore[attr-defined]
     return ingress.bind(model, config, decoder, sampler, recognizer, batches, token)
+
+
+def _with_absolute_paths(settings: ServeConfig) -> ServeConfig:
+    """Resolve relative paths in the folder of the deploying process; a replica has another."""
+
+    def absolute(place: str) -> str:
+        return place if not place or "://" in place else storage.normalize(place)
+
+    return settings.model_copy(
+        update={
+            "allowed_uri_prefixes": tuple(map(absolute, settings.allowed_uri_prefixes)),
+            "batches_uri": absolute(settings.batches_uri),
+            "tokens_file": absolute(settings.tokens_file),
+        }
+    )
 
 
 def build(args: Mapping[str, Any]) -> Any:

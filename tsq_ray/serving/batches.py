@@ -1,22 +1,16 @@
-"""Batches: run folders of `tsq score`, filled by the endpoint's own graph beside single requests.
-
-A batch has a folder of its own below `serve.batches_uri`: `batch.json` (what clients see),
-`manifest.parquet` and `lines.json` if it was sent as JSON lines, `predictions/` (the run folder),
-and at the end `output.jsonl` and `errors.jsonl`. Nothing else is kept, so that a batch resumes where
-it was when the endpoint starts again.
-"""
+"""Batches: run folders of `tsq score`, filled by the endpoint's own graph beside single requests."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import itertools
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from ray import serve
 
@@ -25,30 +19,36 @@ from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.config import Config
 from tsq_ray.decode import VideoSource
 from tsq_ray.errors import RunError, StorageError, TsqError, VideoError
-from tsq_ray.manifest import Manifest, VideoRef, read_manifest, video_id, write_manifest
-from tsq_ray.manifest.videos import VideoRows
-from tsq_ray.rows import Answer, plain_row
+from tsq_ray.manifest import VideoRef
+from tsq_ray.rows import Answer
 from tsq_ray.runs.bulk import Selection
-from tsq_ray.runs.columns import read_part
-from tsq_ray.runs.done import list_parts
 from tsq_ray.runs.verify import verify
 from tsq_ray.runtime.parts import part_rows
 from tsq_ray.schema import table_from_rows
 from tsq_ray.score_run import ScoreRun, prediction_of
+from tsq_ray.serving.batch_folders import WEBHOOK, BatchFolders, BatchInput, Claim
+from tsq_ray.serving.batch_manifests import BatchManifests
+from tsq_ray.serving.batch_webhooks import BatchWebhooks
 from tsq_ray.serving.graph import Graph, TimeLimits, Video
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import BatchMetrics
-from tsq_ray.serving.requests.models import Batch, BatchLine, BatchList, BatchRequest, RequestCounts
+from tsq_ray.serving.requests.fetching import longest_s
+from tsq_ray.serving.requests.models import (
+    Batch,
+    BatchLine,
+    BatchList,
+    BatchOptions,
+    BatchRequest,
+    RequestCounts,
+)
 from tsq_ray.serving.requests.problems import RequestError
 from tsq_ray.serving.requests.uris import check_uri
-from tsq_ray.serving.requests.webhooks import call
 
 _log = logging.getLogger("ray.serve")
 _PATIENCE_S = 600.0
 _BUSY_WAIT_S = 5.0
 _WAITS_S = (5, 20, 60, 300)
-_LOOK_UPS = 32
-_CARD, _LINES = "batch.json", "lines.json"
+_Found = TypeVar("_Found")
 
 
 class Cancelled(Exception):
@@ -60,10 +60,10 @@ class _Running:
     """A batch that is in hand."""
 
     card: Batch
-    webhook: str | None = None
-    lines: list[BatchLine] | None = None
-    task: asyncio.Task[None] | None = None
+    given: BatchInput | None = None
+    """None until it is read, for a batch of before the endpoint started."""
     cancelled: bool = False
+    saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -72,167 +72,206 @@ class BatchRunner:
 
     def __init__(self, model: str, config: Config, graph: Graph) -> None:
         self._model, self._config, self._graph = model, config, graph
-        self._root = storage.normalize(config.serve.batches_uri)
+        self._folders = BatchFolders(config.serve.batches_uri)
+        self._manifests = BatchManifests(self._folders, config)
+        self._webhooks = BatchWebhooks(self._folders, config)
         self._sha256 = read_bundle_settings(model)[1]
         self._running: dict[str, _Running] = {}
-        self._turn = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._claiming, self._turn = asyncio.Lock(), asyncio.Lock()
         self._places = asyncio.Semaphore(config.serve.batch_videos)
         self._metrics = BatchMetrics()
 
-    def _at(self, batch: str, *names: str) -> str:
-        return storage.join(self._root, batch, *names)
-
-    # ------------------------------------------------------------------------------- what is asked
+    def _begin(self, work: Coroutine[Any, Any, _Found]) -> asyncio.Task[_Found]:
+        """Start a task and keep it until it has ended."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def create(
-        self,
-        wanted: BatchRequest | None,
-        lines: Sequence[BatchLine],
-        key: str | None,
+        self, options: BatchOptions | None, lines: Sequence[BatchLine], key: str | None
     ) -> Batch:
-        """Start a batch over a manifest or over lines, or return the one that has this key."""
-        now = time.time()
-        batch = f"batch_{int(now * 1000):014d}_{secrets.token_hex(6)}"
-        if key is not None and (known := await asyncio.to_thread(self._claim, key, batch)) != batch:
-            return await self.get(known)
-        given = wanted.manifest if wanted is not None else self._at(batch, "manifest.parquet")
+        """Start a batch over the manifest of a BatchRequest or over lines.
+
+        Or return the batch that has this key. Raises RequestError 422 if the key belongs to another request.
+        """
+        # shielded: a client that goes away does not leave half a batch
+        return await asyncio.shield(
+            self._begin(self._create(options or BatchOptions(), lines, key))
+        )
+
+    async def _create(
+        self, options: BatchOptions, lines: Sequence[BatchLine], key: str | None
+    ) -> Batch:
+        batch = f"batch_{int(time.time() * 1000):014d}_{secrets.token_hex(6)}"
+        if key is None:
+            return await self._new(batch, options, lines)
+        async with self._claiming:
+            mine = await asyncio.to_thread(Claim.of, batch, [options, *lines])
+            claim = await asyncio.to_thread(self._folders.claim, key, mine)
+            if claim.request != mine.request:
+                why = "belongs to another request; use a new one for each"
+                raise RequestError(422, f"Idempotency-Key: {why}")
+            # a key without its batch: the endpoint ended, or storage failed, between the two
+            return await self._find(claim.batch) or await self._new(claim.batch, options, lines)
+
+    async def _new(self, batch: str, options: BatchOptions, lines: Sequence[BatchLine]) -> Batch:
+        at = self._folders.at
+        own = at(batch, "manifest.parquet")
+        manifest = options.manifest if isinstance(options, BatchRequest) else own
+        given = BatchInput(manifest=manifest, lines=list(lines))
         card = Batch(
             id=batch,
             model=self._sha256,
-            input_uri=storage.redact(given),
-            predictions_uri=self._at(batch, "predictions"),
-            metadata=wanted.metadata if wanted is not None else {},
-            created_at=int(now),
+            input_uri=storage.redact(given.manifest),
+            predictions_uri=at(batch, "predictions"),
+            metadata=options.metadata,
+            created_at=int(time.time()),
         )
-        running = _Running(
-            card, wanted.webhook if wanted is not None else None, list(lines) or None
-        )
-        await asyncio.to_thread(self._save_new, running, given)
-        self._start(running)
+        await asyncio.to_thread(self._folders.create, card, given, options.webhook)
+        self._start(_Running(card, given))
         return card
 
-    def _claim(self, key: str, batch: str) -> str:
-        """Return the batch that has this idempotency key: `batch`, or an earlier one."""
-        place = storage.join(self._root, "keys", storage.sha256_of(key.encode()))
-        if storage.create_bytes(place, batch.encode()):
-            return batch
-        return storage.read_text(place)
-
-    def _save_new(self, running: _Running, given: str) -> None:
-        lines = [line.model_dump() for line in running.lines or ()]
-        content = {"manifest": given, "webhook": running.webhook, "lines": lines}
-        storage.write_bytes(self._at(running.card.id, _LINES), json.dumps(content).encode())
-        self._save(running.card)
-
-    def _save(self, card: Batch) -> None:
-        storage.write_bytes(self._at(card.id, _CARD), card.model_dump_json().encode())
+    async def _find(self, batch: str) -> Batch | None:
+        if batch in self._running:
+            return self._running[batch].card
+        return await asyncio.to_thread(self._folders.card, batch)
 
     async def get(self, batch: str, with_problems: bool = False) -> Batch:
         """Return a batch. Raises RequestError 404 if there is none."""
-        if batch in self._running:
-            card = self._running[batch].card
-        else:
-            card = await asyncio.to_thread(self._read, batch)
+        card = await self._find(batch)
+        if card is None:
+            raise RequestError(404, f"no batch {batch[:100]!r}")
         if with_problems and card.status == "completed":
             found = await asyncio.to_thread(verify, card.predictions_uri)
             return card.model_copy(update={"problems": list(found.problems)})
         return card
 
-    def _read(self, batch: str) -> Batch:
-        unknown = RequestError(404, f"no batch {batch[:100]!r}")
-        if not batch.startswith("batch_") or not batch.replace("_", "").isalnum():
-            raise unknown
-        try:
-            return Batch.model_validate_json(storage.read_bytes(self._at(batch, _CARD)))
-        except StorageError as error:
-            if error.error_type == "not_found":
-                raise unknown from None
-            raise
-
-    def _read_asked(self, batch: str) -> dict[str, Any]:
-        """Return the manifest, the lines and the webhook of a batch."""
-        content: dict[str, Any] = json.loads(storage.read_bytes(self._at(batch, _LINES)))
-        return content
-
     async def cancel(self, batch: str) -> Batch:
         """Cancel a batch that has not ended; its rows so far are kept."""
         card = await self.get(batch)
-        running = self._running.get(batch)
-        if card.has_ended or running is None or running.cancelled:
+        if card.has_ended:
             return card
-        running.cancelled = True
-        await self._enter(running, "cancelling")
+        running = self._resumed(card)
+        if not running.cancelled:
+            running.cancelled = True
+            await self._enter(running, "cancelling")
         return running.card
 
     async def newest(self, limit: int, after: str | None) -> BatchList:
         """Return the newest batches, those older than `after` if it is given."""
-        names = await asyncio.to_thread(self._names)
+        names = await asyncio.to_thread(self._folders.names)
         older = [name for name in names if after is None or name < after]
         found = [await self.get(name) for name in older[:limit]]
         return BatchList(data=found, has_more=len(older) > limit)
 
-    def _names(self) -> list[str]:
-        """Return the ids of all batches, the newest first."""
-        if not storage.is_folder(self._root):
-            return []
-        places = (parent_name(file.uri) for file in storage.walk(self._root) if is_card(file.uri))
-        return sorted(places, reverse=True)
-
-    # -------------------------------------------------------------------------------- what is done
-
     async def resume(self) -> None:
-        """Start the batches that had not ended when the endpoint did."""
-        for name in reversed(await asyncio.to_thread(self._names)):
-            card = await self.get(name)
-            if not card.has_ended and name not in self._running:
-                content = await asyncio.to_thread(self._read_asked, name)
-                lines = [BatchLine(**line) for line in content["lines"]]
-                running = _Running(card, content["webhook"], lines or None)
-                running.cancelled = card.status == "cancelling"
-                self._start(running)
+        """Start the batches that had not ended when the endpoint did, once storage answers."""
+        for wait_s in _waits():
+            try:
+                names = await asyncio.to_thread(self._folders.names)
+                uncalled = set(await asyncio.to_thread(self._folders.names, WEBHOOK))
+                left = [
+                    name
+                    for name in reversed(names)
+                    if not await self._is_resumed(name, name in uncalled)
+                ]
+            except StorageError as error:
+                _log.warning("the batches cannot be listed: %s", storage.redact(str(error)))
+            else:
+                if not left:
+                    return
+            await asyncio.sleep(wait_s)
+
+    async def _is_resumed(self, batch: str, has_webhook: bool) -> bool:
+        """Start a batch, or call its webhook if it has ended; False if its card cannot be read."""
+        try:
+            card = await self._find(batch)
+        except (StorageError, ValueError) as error:
+            why = storage.redact(" ".join(str(error).split()))
+            _log.warning("batch %s cannot be read: %s", batch, why)
+            return False
+        if card is not None and not card.has_ended:
+            self._resumed(card)
+        elif card is not None and has_webhook:
+            self._begin(self._webhooks.call(card))
+        return True
+
+    def _resumed(self, card: Batch) -> _Running:
+        """Return the batch in hand, which is started if it is not."""
+        if card.id not in self._running:
+            self._start(_Running(card, cancelled=card.status == "cancelling"))
+        return self._running[card.id]
 
     def _start(self, running: _Running) -> None:
         self._running[running.card.id] = running
-        running.task = asyncio.create_task(self._run(running))
+        self._begin(self._run(running))
 
     async def _run(self, running: _Running) -> None:
+        status, errors = "completed", []
         try:
+            # before its turn: slow sources keep no other batch
+            await self._patiently(running, self._prepare)
             async with self._turn:
-                await self._score_patiently(running)
-            await self._enter(running, "completed")
+                await self._patiently(running, self._score)
         except Cancelled:
-            await self._enter(running, "cancelled")
+            status = "cancelled"
         except TsqError as error:
-            await self._enter(running, "failed", errors=[storage.redact(str(error))[:500]])
+            status, errors = "failed", [storage.redact(str(error))[:500]]
         except Exception as error:  # noqa: BLE001  the batch must not stay without an end
             _log.exception("batch %s failed", running.card.id)
-            await self._enter(running, "failed", errors=[f"internal: {type(error).__name__}"])
-        card = running.card
-        del self._running[card.id]
-        if running.webhook is not None:
-            content = {"type": f"batch.{card.status}", "data": card.model_dump(mode="json")}
-            await call(running.webhook, card.id, content, self._config.serve.webhook_prefixes)
+            status, errors = "failed", [f"internal: {type(error).__name__}"]
+        await self._end(running, status, errors)
+        await self._webhooks.call(running.card)
+
+    async def _end(self, running: _Running, status: str, errors: list[str]) -> None:
+        """Write the end of a batch, whenever storage takes it."""
+        for wait_s in _waits():
+            try:
+                await self._enter(running, status, errors=errors)
+            except StorageError as error:
+                _log.warning("the end of batch %s waits: %s", running.card.id, error)
+            else:
+                break
+            await asyncio.sleep(wait_s)
+        del self._running[running.card.id]
 
     async def _enter(self, running: _Running, status: str, **more: Any) -> None:
-        stamp = {f"{status}_at": int(time.time())}
-        running.card = running.card.model_copy(update={"status": status} | stamp | more)
-        await asyncio.to_thread(self._save, running.card)
+        async with running.saving:
+            if status == "cancelling" and running.card.has_ended:
+                return
+            stamp = {f"{status}_at": int(time.time())}
+            running.card = running.card.model_copy(update={"status": status} | stamp | more)
+            await asyncio.to_thread(self._folders.save, running.card)
 
-    async def _score_patiently(self, running: _Running) -> None:
-        """Score, and go on where it was while storage does not answer for a time."""
+    async def _patiently(
+        self, running: _Running, step: Callable[[_Running], Awaitable[None]]
+    ) -> None:
+        """Take a step, and take it again while storage does not answer for a time."""
         for wait_s in _WAITS_S:
             try:
-                return await self._score(running)
+                return await step(running)
             except StorageError as error:
                 if error.error_type != "unavailable":
                     raise
                 _log.warning("batch %s waits: %s", running.card.id, error)
             await asyncio.sleep(wait_s)
-        return await self._score(running)
+        return await step(running)
+
+    async def _prepare(self, running: _Running) -> None:
+        """Read what to score, and make its manifest. Raises Cancelled."""
+        batch = running.card.id
+        if running.given is None:
+            running.given = await asyncio.to_thread(self._folders.input, batch)
+        await self._manifests.make(batch, running.given, lambda: running.cancelled)
+        _stop_if_cancelled(running)
 
     async def _score(self, running: _Running) -> None:
         """Score the videos that have no row yet. Raises Cancelled."""
-        manifest = await self._manifest(running)
+        given = running.given
+        assert given is not None, "prepared"
+        manifest = await asyncio.to_thread(self._manifests.read, running.card.id, given)
         selection = Selection.of(manifest)
         scored = ScoreRun.of(selection, self._model, running.card.predictions_uri, self._config)
         async with self._held(scored, running):
@@ -251,9 +290,9 @@ class BatchRunner:
         running.card.request_counts = RequestCounts(
             total=counts["inputs"], completed=counts["ok"], failed=counts["failed"]
         )
-        await asyncio.to_thread(self._write_lines, running)
-        running.card.output_uri = self._at(running.card.id, "output.jsonl")
-        running.card.error_uri = self._at(running.card.id, "errors.jsonl")
+        running.card.output_uri, running.card.error_uri = await asyncio.to_thread(
+            self._folders.write_answers, running.card.id, given.lines
+        )
 
     @contextlib.asynccontextmanager
     async def _held(self, scored: ScoreRun, running: _Running) -> Any:
@@ -273,27 +312,14 @@ class BatchRunner:
         finally:
             await asyncio.to_thread(scored.run.__exit__)
 
-    async def _manifest(self, running: _Running) -> Manifest:
-        """Read the manifest, or make the one of the lines."""
-        place = self._at(running.card.id, "manifest.parquet")
-        if running.lines is None:
-            content = await asyncio.to_thread(self._read_asked, running.card.id)
-            return await asyncio.to_thread(read_manifest, content["manifest"])
-        if not await asyncio.to_thread(storage.is_file, place):
-            uris = list(dict.fromkeys(line.uri for line in running.lines))
-            gate = asyncio.Semaphore(_LOOK_UPS)
-            refs = await asyncio.gather(*(_look_up(uri, gate) for uri in uris))
-            made = Manifest(VideoRows.of(refs), [], running.card.id, (running.card.id,))
-            await asyncio.to_thread(write_manifest, made, place)
-        return await asyncio.to_thread(read_manifest, place)
-
     async def _part(self, running: _Running, scored: ScoreRun, refs: Sequence[VideoRef]) -> None:
         rows = await asyncio.gather(*(self._row(running, scored, ref) for ref in refs))
         _stop_if_cancelled(running)
         table = table_from_rows(rows, scored.schema)
         await asyncio.to_thread(scored.run.publish, table)
         self._metrics.written(rows)
-        await asyncio.to_thread(self._save, running.card)
+        async with running.saving:
+            await asyncio.to_thread(self._folders.save, running.card)
 
     async def _row(self, running: _Running, scored: ScoreRun, ref: VideoRef) -> dict[str, Any]:
         async with self._places:
@@ -312,33 +338,16 @@ class BatchRunner:
             check_uri(ref.uri, self._config.serve.allowed_uri_prefixes)
             # a line that storage could not look up has no size to compare with
             source = VideoSource.of(ref) if ref.size_bytes else VideoSource(ref.uri)
-            return await self._graph.score(Video(source, ref.video_id))
+            return await self._graph.score(Video(source, ref.video_id, in_batch=True))
         except RequestError as error:
             return Answer(error=VideoError("access_denied", str(error)))
         except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row
             return Answer(error=VideoError("internal", f"the graph failed: {type(error).__name__}"))
 
-    def _write_lines(self, running: _Running) -> None:
-        """Write the answers and the failures as JSON lines, in the order of the parts."""
-        asked: dict[str, list[str]] = {}
-        for line in running.lines or ():
-            asked.setdefault(video_id(line.uri), []).append(line.custom_id)
-        batch = running.card.id
-        with (
-            storage.open_write(self._at(batch, "output.jsonl")) as output,
-            storage.open_write(self._at(batch, "errors.jsonl")) as errors,
-        ):
-            for row in _rows(running.card.predictions_uri):
-                for custom_id in asked.get(row["video_id"], [row["video_id"]]):
-                    answered = {"custom_id": custom_id, **row}
-                    file = output if row["status"] == "ok" else errors
-                    file.write(json.dumps(answered).encode() + b"\n")
 
-
-def _rows(predictions_uri: str) -> Iterator[dict[str, Any]]:
-    for part in list_parts(predictions_uri):
-        for row in read_part(part.uri).to_pylist():
-            yield plain_row({name: value for name, value in row.items() if value is not None})
+def _waits() -> Iterator[float]:
+    """Yield the seconds between tries that never end."""
+    return itertools.chain(_WAITS_S, itertools.repeat(_WAITS_S[-1]))
 
 
 def _stop_if_cancelled(running: _Running) -> None:
@@ -346,24 +355,14 @@ def _stop_if_cancelled(running: _Running) -> None:
         raise Cancelled
 
 
-async def _look_up(uri: str, gate: asyncio.Semaphore) -> VideoRef:
-    """Return the manifest row of a URI; without what storage says if it does not answer."""
-    async with gate:
-        try:
-            found = await asyncio.to_thread(storage.stat, uri)
-        except StorageError:
-            return VideoRef(video_id(uri), uri, 0)
-    return VideoRef(video_id(uri), uri, found.size_bytes, found.etag, found.modified)
-
-
-def is_card(uri: str) -> bool:
-    """Return whether a file says what a batch is."""
-    return storage.name_of(uri) == _CARD and parent_name(uri).startswith("batch_")
-
-
-def parent_name(uri: str) -> str:
-    """Return the name of a file's folder."""
-    return storage.name_of(storage.parent_of(uri))
+async def in_time(work: Awaitable[_Found], limit_s: float) -> _Found:
+    """Await an answer about batches. Raises RequestError 504 at the time limit of a request."""
+    try:
+        async with asyncio.timeout(limit_s):
+            return await work
+    except TimeoutError:
+        why = f"the batches' storage did not answer within serve.request_timeout_s = {limit_s:g} s"
+        raise RequestError(504, why, "timeout") from None
 
 
 @serve.deployment
@@ -374,27 +373,26 @@ class Batches:
         self, model: str, config: Config, decoder: Any, sampler: Any, recognizer: Any
     ) -> None:
         bind_to_loopback()
+        self._limit_s = config.serve.request_timeout_s
         limits = TimeLimits.of(config, _PATIENCE_S)
+        limits = replace(limits, decode=limits.decode + longest_s(config))
         self._runner = BatchRunner(model, config, Graph(decoder, sampler, recognizer, limits))
         self._tasks = [asyncio.create_task(self._runner.resume())]
 
     async def create(
-        self,
-        wanted: BatchRequest | None,
-        lines: Sequence[BatchLine],
-        key: str | None,
+        self, options: BatchOptions | None, lines: Sequence[BatchLine], key: str | None
     ) -> Batch:
         """Start a batch; see BatchRunner.create."""
-        return await self._runner.create(wanted, lines, key)
+        return await in_time(self._runner.create(options, lines, key), self._limit_s)
 
     async def get(self, batch: str, with_problems: bool) -> Batch:
         """Return a batch."""
-        return await self._runner.get(batch, with_problems)
+        return await in_time(self._runner.get(batch, with_problems), self._limit_s)
 
     async def cancel(self, batch: str) -> Batch:
         """Cancel a batch."""
-        return await self._runner.cancel(batch)
+        return await in_time(self._runner.cancel(batch), self._limit_s)
 
     async def newest(self, limit: int, after: str | None) -> BatchList:
         """Return the newest batches."""
-        return await self._runner.newest(limit, after)
+        return await in_time(self._runner.newest(limit, after), self._limit_s)

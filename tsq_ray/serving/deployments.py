@@ -192,7 +192,7 @@ class Decoder(_Stage):
                     path = await stack.enter_async_context(local_path(video.upload))
                 yield VideoSource(path), None
         elif self._fetcher is not None:
-            async with self._fetcher.fetched(video.source.uri) as found:
+            async with self._fetcher.fetched(video.source.uri, video.in_batch) as found:
                 check_unchanged(video.source, found.file, redact(video.source.uri))
                 yield VideoSource(found.path), found.file
         else:

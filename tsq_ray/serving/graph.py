@@ -56,6 +56,8 @@ class Video:
     """Number of best classes."""
     with_frames: bool = False
     """Whether to return the chosen frames as JPEG."""
+    in_batch: bool = False
+    """Whether it belongs to a batch, whose files may take long to fetch."""
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ from typing import Any
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, Response
+from pydantic import BaseModel
 from starlette.routing import BaseRoute
 
 from tsq_ray.serving.requests.models import (
     Batch,
     BatchLine,
     BatchRequest,
+    LinesOptions,
     Options,
     Prediction,
     Problem,
@@ -83,16 +85,16 @@ def _binary(media_type: str) -> dict[str, Any]:
     return {media_type: {"schema": {"type": "string", "format": "binary"}}}
 
 
-def _query_parameters() -> list[dict[str, Any]]:
+def _query_parameters(model: type[BaseModel], where: str) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
             "in": "query",
             "required": False,
-            "description": f"{schema.pop('description', '')} (for uploads)",
+            "description": f"{schema.pop('description', '')} (for {where})",
             "schema": schema,
         }
-        for name, schema in Options.model_json_schema()["properties"].items()
+        for name, schema in model.model_json_schema()["properties"].items()
     ]
 
 
@@ -107,7 +109,7 @@ SCORE: dict[str, Any] = {
         **PROBLEMS,
     },
     "openapi_extra": {
-        "parameters": _query_parameters(),
+        "parameters": _query_parameters(Options, "uploads"),
         "requestBody": {
             "required": True,
             "content": {
@@ -129,13 +131,15 @@ SCORE: dict[str, Any] = {
 
 
 REFUSALS: dict[int | str, Any] = {
-    status: PROBLEMS[status] for status in (400, 401, 404, 429, 500, 503)
+    status: PROBLEMS[status] for status in (400, 401, 404, 429, 500, 503, 504)
 }
 """The documented problems of requests about batches."""
 BATCHES: dict[str, Any] = {
     "response_model": Batch,
     "responses": {
-        status: PROBLEMS[status] for status in (400, 401, 403, 404, 413, 415, 429, 500, 503)
+        422: PROBLEMS[422] | {"description": "The Idempotency-Key belongs to another request"},
+        **{status: PROBLEMS[status] for status in (400, 401, 403, 404, 413, 415)},
+        **{status: PROBLEMS[status] for status in (429, 500, 503, 504)},
     },
     "openapi_extra": {
         "parameters": [
@@ -143,9 +147,11 @@ BATCHES: dict[str, Any] = {
                 "name": "Idempotency-Key",
                 "in": "header",
                 "required": False,
-                "description": "a repeated request with the same key returns the same batch",
+                "description": "a repeated request with the same key returns the same batch; "
+                "another request with it is refused",
                 "schema": {"type": "string", "maxLength": 255},
-            }
+            },
+            *_query_parameters(LinesOptions, "JSON lines"),
         ],
         "requestBody": {
             "required": True,

@@ -200,17 +200,26 @@ async def fetch(uri: str, target: str, check: Callable[[StoredFile], None]) -> S
     """
     with storage_errors(uri, "fetch"):
         fs, path = object_at(uri)
+        found = await _info(fs, path)
+        check(found)
         if not fs.async_impl:
-            found = stored_file(fs, await asyncio.to_thread(fs.info, path))
-            check(found)
             await asyncio.to_thread(fs.get_file, path, target)
             return found
-        found = stored_file(fs, await _on_its_loop(fs, fs._info(path)))
-        check(found)
         # in one stream: parts side by side would be held in memory
         options = {"max_concurrency": 1} if uri.startswith("s3://") else {}
         await _on_its_loop(fs, fs._get_file(path, target, **options))
         return found
+
+
+async def look_up(uri: str) -> StoredFile:
+    """Return what storage says about a remote file. Cancelling the call ends the request."""
+    with storage_errors(uri, "look up"):
+        return await _info(*object_at(uri))
+
+
+async def _info(fs: Any, path: str) -> StoredFile:
+    asked = _on_its_loop(fs, fs._info(path)) if fs.async_impl else asyncio.to_thread(fs.info, path)
+    return stored_file(fs, await asked)
 
 
 async def _on_its_loop(fs: Any, work: Coroutine[Any, Any, Any]) -> Any:

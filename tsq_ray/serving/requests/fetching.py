@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
@@ -17,12 +17,16 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 from tsq_ray import storage
+from tsq_ray.config import Config
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.serving.requests.uris import WEB, may_ask, named_hosts
 from tsq_ray.storage import StoredFile
 
 _CHUNK = 1 << 20
 _CONNECT_S = 10.0
+_SLOWEST_BYTES_S = 256 * 1024
+"""Rate below which a patient fetch gives up, so that no server holds a place forever."""
+_LOOK_S = 0.5
 _TYPE_OF = {401: "access_denied", 403: "access_denied", 404: "not_found", 410: "not_found"}
 _ADVICE = {
     "access_denied": "the server refuses access; a presigned URL may have expired",
@@ -50,21 +54,44 @@ class Fetcher:
         self._web: aiohttp.ClientSession | None = None
 
     @contextlib.asynccontextmanager
-    async def fetched(self, uri: str) -> AsyncIterator[Fetched]:
+    async def fetched(self, uri: str, patient: bool = False) -> AsyncIterator[Fetched]:
         """Yield the video as a local file, valid inside the `with`; a local one is read in place.
 
-        Raises StorageError, and VideoError: too_large, or timeout after the limit.
+        `patient`: wait for a big file as long as it keeps coming. Raises StorageError, and
+        VideoError: too_large, or timeout after the limit.
         """
-        name = storage.redact(uri)
         with tempfile.TemporaryFile(prefix="tsq-fetch-") as file:
-            async with self._places:
-                try:
-                    async with asyncio.timeout(self._timeout_s):
-                        found = await self._fetch(uri, file)
-                except TimeoutError:
-                    why = f"not fetched within serve.fetch_timeout_s = {self._timeout_s:g} s"
-                    raise VideoError("timeout", f"{name}: {why}") from None
+            async with self._limited(uri, file if patient else None):
+                found = await self._fetch(uri, file)
             yield found
+
+    async def look_up(self, uri: str) -> StoredFile:
+        """Return what storage says about a video, by the same rules; size 0 if it does not say.
+
+        Raises StorageError, and VideoError timeout after the limit.
+        """
+        async with self._limited(uri):
+            if storage.is_local(uri):
+                return await asyncio.to_thread(storage.stat, uri)
+            if not uri.startswith(WEB):
+                return await storage.look_up(uri)
+            # not HEAD, which a presigned URL refuses
+            with storage.storage_errors(uri, "look up"):
+                async with self._answered(uri) as response:
+                    return _stored(uri, response, response.content_length or 0)
+
+    @contextlib.asynccontextmanager
+    async def _limited(self, uri: str, growing: IO[bytes] | None = None) -> AsyncIterator[None]:
+        """Hold a place within the time limit, which moves on with the size of `growing`."""
+        async with self._places:
+            try:
+                async with asyncio.timeout(self._timeout_s) as limit:
+                    with _moving(limit, growing):
+                        yield
+            except TimeoutError:
+                why = f"not fetched within serve.fetch_timeout_s = {self._timeout_s:g} s"
+                why += f" or at {_SLOWEST_BYTES_S // 1024} KiB/s" if growing is not None else ""
+                raise VideoError("timeout", f"{storage.redact(uri)}: {why}") from None
 
     async def _fetch(self, uri: str, file: IO[bytes]) -> Fetched:
         if storage.is_local(uri):
@@ -84,9 +111,7 @@ class Fetcher:
             raise VideoError("too_large", f"{shown}: at least {size} bytes; {allowed}")
 
     async def _get_web(self, uri: str, file: IO[bytes], path: str) -> StoredFile:
-        async with self._session().get(uri, allow_redirects=False) as response:
-            if response.status != 200:
-                raise _refused(uri, response.status)
+        async with self._answered(uri) as response:
             self._check_size(uri, response.content_length or 0)
             size = 0
             async for chunk in response.content.iter_chunked(_CHUNK):
@@ -94,9 +119,15 @@ class Fetcher:
                 self._check_size(uri, size)
                 await asyncio.to_thread(file.write, chunk)
             file.flush()
-            headers = response.headers
-            etag = (headers.get("ETag") or "").strip('"') or None
-            return StoredFile(uri, size, etag, _date(headers.get("Last-Modified")))
+            return _stored(uri, response, size)
+
+    @contextlib.asynccontextmanager
+    async def _answered(self, uri: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Yield a web server's answer before its body is read. StorageError if it is not a file."""
+        async with self._session().get(uri, allow_redirects=False) as response:
+            if response.status != 200:
+                raise _refused(uri, response.status)
+            yield response
 
     def _session(self) -> aiohttp.ClientSession:
         if self._web is None:
@@ -110,6 +141,31 @@ class Fetcher:
 
     async def _get_object(self, uri: str, file: IO[bytes], path: str) -> StoredFile:
         return await storage.fetch(uri, path, lambda found: self._check_size(uri, found.size_bytes))
+
+
+def longest_s(config: Config) -> float:
+    """Return how long a patient fetch may take, in seconds."""
+    return config.serve.fetch_timeout_s + config.decode.max_bytes / _SLOWEST_BYTES_S
+
+
+@contextlib.contextmanager
+def _moving(limit: asyncio.Timeout, file: IO[bytes] | None) -> Iterator[None]:
+    """Move a time limit on by what has come into a file, if one is given."""
+
+    async def move(file: IO[bytes], first: float) -> None:
+        while not limit.expired():
+            limit.reschedule(first + os.fstat(file.fileno()).st_size / _SLOWEST_BYTES_S)
+            await asyncio.sleep(_LOOK_S)
+
+    first = limit.when()
+    if file is None or first is None:
+        yield
+        return
+    mover = asyncio.get_running_loop().create_task(move(file, first))
+    try:
+        yield
+    finally:
+        mover.cancel()
 
 
 class PublicResolver(AbstractResolver):
@@ -143,6 +199,12 @@ def _refused(uri: str, status: int) -> StorageError:
     kind: Any = _TYPE_OF.get(status, "unavailable")
     why = _ADVICE.get(kind, "the server does not answer as expected; try again later")
     return StorageError(kind, f"cannot fetch {name}: HTTP {status}: {why}")
+
+
+def _stored(uri: str, response: aiohttp.ClientResponse, size_bytes: int) -> StoredFile:
+    headers = response.headers
+    etag = (headers.get("ETag") or "").strip('"') or None
+    return StoredFile(uri, size_bytes, etag, _date(headers.get("Last-Modified")))
 
 
 def _date(header: str | None) -> datetime | None:

@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal, cast
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, Json, create_model
 
 from tsq_ray.errors import ErrorType
 from tsq_ray.schema import PREDICTIONS, SERVER, TOP_LABELS, Column
@@ -137,7 +137,26 @@ class Health(BaseModel):
     status: Literal["ok"]
 
 
-class BatchRequest(BaseModel):
+class BatchOptions(BaseModel):
+    """What a batch may come with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    metadata: dict[str, str] = Field(
+        default={}, max_length=16, description="returned with the batch"
+    )
+    webhook: str | None = Field(default=None, description="a URL to call when the batch has ended")
+
+
+class LinesOptions(BatchOptions):
+    """The same in the query, for a batch of JSON lines."""
+
+    metadata: Json[Annotated[dict[str, str], Field(max_length=16)]] = Field(
+        default={}, description="a JSON object, returned with the batch"
+    )
+
+
+class BatchRequest(BatchOptions):
     """A batch over a manifest."""
 
     model_config = ConfigDict(
@@ -146,10 +165,6 @@ class BatchRequest(BaseModel):
     )
 
     manifest: str = Field(min_length=1, max_length=4096, description="below an allowed prefix")
-    metadata: dict[str, str] = Field(
-        default={}, max_length=16, description="returned with the batch"
-    )
-    webhook: str | None = Field(default=None, description="a URL to call when the batch has ended")
 
 
 class BatchLine(BaseModel):

@@ -14,7 +14,14 @@ from starlette.requests import Request
 from tsq_ray.config import ServeConfig
 from tsq_ray.decode import VideoSource
 from tsq_ray.manifest import video_id
-from tsq_ray.serving.requests.models import BatchLine, BatchRequest, Options, UriRequest
+from tsq_ray.serving.requests.models import (
+    BatchLine,
+    BatchOptions,
+    BatchRequest,
+    LinesOptions,
+    Options,
+    UriRequest,
+)
 from tsq_ray.serving.requests.problems import RequestError
 from tsq_ray.serving.requests.uploads import ByteBudget, LimitedBody, Upload, received
 from tsq_ray.serving.requests.uris import check_uri
@@ -95,8 +102,8 @@ def parsed(model: type[_Parsed], content: bytes | dict[str, Any], place: str = "
 
 async def asked_batch(
     request: Request, settings: ServeConfig
-) -> tuple[BatchRequest | None, list[BatchLine]]:
-    """Return what a batch is to score: a manifest, or lines.
+) -> tuple[BatchOptions, list[BatchLine]]:
+    """Return what a batch is to score: a BatchRequest without lines, or other options with lines.
 
     Raises RequestError if the request is refused.
     """
@@ -104,14 +111,12 @@ async def asked_batch(
     prefixes = settings.allowed_uri_prefixes
     if kind == "application/json":
         wanted = parsed(BatchRequest, await LimitedBody(request, _MAX_JSON_BYTES).request.body())
-        webhook = wanted.webhook
-        if webhook is not None:
-            webhook = check_webhook(webhook, settings.webhook_prefixes)
         manifest = check_uri(wanted.manifest, prefixes)
-        return wanted.model_copy(update={"manifest": manifest, "webhook": webhook}), []
+        return _checked(wanted.model_copy(update={"manifest": manifest}), settings), []
     if kind not in _LINES:
         allowed = "send application/json or application/jsonl"
         raise RequestError(415, f"Content-Type {kind[:100]!r} is not supported; {allowed}")
+    options = _checked(parsed(LinesOptions, dict(request.query_params)), settings)
     body = await LimitedBody(request, _MAX_LINES_BYTES).request.body()
     lines = await asyncio.to_thread(_parsed_lines, body, settings.max_batch_lines)
     ids = {line.custom_id for line in lines}
@@ -119,7 +124,14 @@ async def asked_batch(
         what = "the same custom_id occurs twice" if lines else "no line"
         raise RequestError(400, f"{what}; send one line of JSON per video")
     checked = [line.model_copy(update={"uri": check_uri(line.uri, prefixes)}) for line in lines]
-    return None, checked
+    return options, checked
+
+
+def _checked(options: BatchOptions, settings: ServeConfig) -> BatchOptions:
+    if options.webhook is None:
+        return options
+    webhook = check_webhook(options.webhook, settings.webhook_prefixes)
+    return options.model_copy(update={"webhook": webhook})
 
 
 def _parsed_lines(body: bytes, most: int) -> list[BatchLine]:
