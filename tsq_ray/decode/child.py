@@ -39,7 +39,8 @@ _PR_SET_PDEATHSIG = 1
 
 def _copied(standard: Any, module: ModuleType, **over: Any) -> FunctionType:
     """A function of a module of the standard library, with some of its globals replaced."""
-    return FunctionType(standard.__code__, {**vars(module), **over})
+    place = {**vars(module), **over}
+    return FunctionType(standard.__code__, place, argdefs=standard.__defaults__)
 
 
 def _current_folder() -> str | None:
@@ -106,7 +107,25 @@ _SERVER_LOCK = threading.Lock()
 
 def _connect_to_new_process(fds: Sequence[int]) -> tuple[int, int]:
     with _SERVER_LOCK:
-        return _SERVER.connect_to_new_process(fds)
+        try:
+            return _SERVER.connect_to_new_process(fds)
+        except ConnectionError:
+            # the server was killed and does not listen any more, but has not quite ended; once it
+            # has, another is started
+            server = vars(_SERVER)["_forkserver_pid"]
+            os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+            return _SERVER.connect_to_new_process(fds)
+
+
+def _read_status(sentinel: int) -> int:
+    """The exit code of a child, from the server.
+
+    If that was killed, the kernel has killed the child too.
+    """
+    try:
+        return int(multiprocessing.forkserver.read_signed(sentinel))
+    except (OSError, EOFError):
+        return -signal.SIGKILL
 
 
 class _Popen(multiprocessing.popen_forkserver.Popen):
@@ -119,6 +138,11 @@ class _Popen(multiprocessing.popen_forkserver.Popen):
             connect_to_new_process=_connect_to_new_process,
             read_signed=multiprocessing.forkserver.read_signed,
         ),
+    )
+    poll = _copied(
+        multiprocessing.popen_forkserver.Popen.poll,
+        multiprocessing.popen_forkserver,
+        forkserver=SimpleNamespace(read_signed=_read_status),
     )
 
 
