@@ -83,9 +83,9 @@ id. Names are taken literally, on disks and on S3: `::`, `?`, `#`, `%`, `*` and 
 special meaning; only http(s) URLs have a query.
 
 Labels come from class folders, `SOURCE/class/video` or `SOURCE/split/class/video`, if every video
-is in one (`_` in a folder's name becomes a space), or from label files: `--labels FILE`, repeatable
-for one list per split. The first line identifies the format; if it does not, use
-`--labels-format NAME`.
+is in one, or from label files: `--labels FILE`, repeatable for one list per split. In a folder's
+name, `_` between words becomes a space, one at the start or the end stays. The first line of a
+label file identifies its format; if it does not, use `--labels-format NAME`.
 
 | format | its first line | which video, which labels |
 | --- | --- | --- |
