@@ -10,7 +10,7 @@
     │   │   (for a video: a failed row; for the run's own input or output: exit code 2)
     │   └── DiskFull                this machine's disk is full
     ├── VideoError                  one video cannot be used: a failed row with `.error_type`
-    │   └── DecoderKilled           its decoder was killed from outside, twice
+    │   └── DecoderKilled           its decoder was ended from outside, each time
     └── RunFailed                   the run failed or its rows do not add up: exit code 1
 
 A message is one line: what is wrong, the value given, what is allowed, what to do next.
@@ -94,7 +94,7 @@ class VideoError(_TypedError):
 
 
 class DecoderKilled(VideoError):
-    """The decoder was killed from outside each time it was given this video."""
+    """The decoder was killed, or ended before it had this video, each time it was tried."""
 
 
 class RunFailed(TsqError):

@@ -56,14 +56,16 @@ def _decode(decode: Decode, video: str) -> tuple[VideoRef, Outcome]:
     Never raises, so that one video cannot cost the others their answers.
     """
     # JSON and terminals need valid text in the row, but a file name may be any bytes
-    shown = video if storage.is_utf8(video) else storage.redact(video)
+    uri = shown = video if storage.is_utf8(video) else storage.redact(video)
+    failure: StorageError | VideoError
     try:
-        uri = storage.normalize(video)
-        file = storage.stat(uri)
+        uri = storage.normalize(shown)
+        file = storage.stat(storage.normalize(video))
         ref = VideoRef(video_id(uri), uri, file.size_bytes, file.etag, file.modified)
         return ref, decode([VideoSource.of(ref)])[0]
     except StorageError as error:
-        return VideoRef(video_id(video), storage.normalize(shown), 0), error
+        failure = error
     except Exception as error:  # noqa: BLE001  the boundary where a failure becomes a row
         what = f"{storage.redact(shown)}: unexpected {type(error).__name__}: {error}"
-        return VideoRef(video_id(shown), shown, 0), VideoError("internal", what)
+        failure = VideoError("internal", what)
+    return VideoRef(video_id(video), uri, 0), failure

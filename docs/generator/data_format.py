@@ -65,12 +65,13 @@ modification time if storage has no etag. A time outside the years 1 to 9999 is 
 A listing includes the files below a folder or prefix whose names end in one of these:
 {suffixes}.
 A file that is named explicitly is included whatever its suffix. Everything else is left out and
-counted by reason, and the first three of each reason are named:
+counted by reason, and the first three of each reason are named. A folder that is left out counts
+once, whatever is in it:
 
 | reason | what it is |
 | --- | --- |
 | a suffix, or `(no suffix)` | other files |
-| `hidden (name begins with .)` | hidden files and folders; a hidden folder counts once. Names that begin with `_` are not hidden |
+| `hidden (name begins with .)` | hidden files and folders. Names that begin with `_` are not hidden |
 | `name is not UTF-8` | a file or folder that Parquet cannot name: rename it |
 | `not a regular file (...)` | a FIFO, a socket, a device |
 | `broken link`, `link loop` | links that lead nowhere, or to a folder that contains the link |
@@ -83,9 +84,9 @@ id. Names are taken literally, on disks and on S3: `::`, `?`, `#`, `%`, `*` and 
 special meaning; only http(s) URLs have a query.
 
 Labels come from class folders, `SOURCE/class/video` or `SOURCE/split/class/video`, if every video
-is in one (`_` in a folder's name becomes a space), or from label files: `--labels FILE`, repeatable
-for one list per split. The first line identifies the format; if it does not, use
-`--labels-format NAME`.
+is in one, or from label files: `--labels FILE`, repeatable for one list per split. In a folder's
+name, `_` between words becomes a space, one at the start or the end stays. The first line of a
+label file identifies its format; if it does not, use `--labels-format NAME`.
 
 | format | its first line | which video, which labels |
 | --- | --- | --- |

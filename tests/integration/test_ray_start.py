@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from support.video import write_video
 from jobs.benchmarks.support.s3 import free_ports
 from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import cluster
+from tsq_ray.runtime.session import Session
 
 pytestmark = pytest.mark.ray
 
@@ -116,6 +118,22 @@ DEAD = f"127.0.0.1:{PORT}"
             "--address no-such-host.invalid:6379: no Ray cluster .* leave --address out .*",
         ),
         (
+            ["--address", "http://127.0.0.1:8265"],
+            {},
+            "--address http://127.0.0.1:8265: a dashboard's URL, which --submit takes; without it "
+            "name the cluster as auto, HOST:PORT or ray://HOST:PORT, or leave --address out to .*",
+        ),
+        (
+            [],
+            {"RAY_ADDRESS": "https://cluster.invalid"},
+            "RAY_ADDRESS=https://cluster.invalid: a dashboard's URL, .* or unset RAY_ADDRESS to .*",
+        ),
+        (
+            ["--address", "auto"],
+            {"RAY_ADDRESS": DEAD},
+            f"RAY_ADDRESS={DEAD}: no Ray cluster .* unset RAY_ADDRESS to start Ray here",
+        ),
+        (
             [],
             {"RAY_TMPDIR": f"/tmp/{'x' * 120}"},
             r"RAY_TMPDIR is too long for Ray's Unix sockets \(125 bytes, at most \d+\): /tmp/x+; "
@@ -127,7 +145,18 @@ DEAD = f"127.0.0.1:{PORT}"
             r"Ray could not be started here \(.*Not a directory.*\); set RAY_TMPDIR to a folder .*",
         ),
     ],
-    ids=["env", "env-client", "option", "both", "host", "long", "file"],
+    ids=[
+        "env",
+        "env-client",
+        "option",
+        "both",
+        "host",
+        "dashboard",
+        "env-dashboard",
+        "env-auto",
+        "long",
+        "file",
+    ],
 )
 def test_one_line_with_the_true_cause(
     argv: list[str], environment: dict[str, str], message: str
@@ -191,6 +220,34 @@ def test_whatever_ray_raises_is_a_failed_run(
     with pytest.raises(RunFailed) as caught, cluster.connect():
         pass
     assert re.fullmatch(message, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("last", "detail"),
+    [(None, "none runs on this machine"), (DEAD, r"[\d.]+:\d+: .*Connection refused")],
+    ids=["none", "killed"],
+)
+@pytest.mark.parametrize("named", ["--address auto", "RAY_ADDRESS=auto"])
+def test_auto_without_a_cluster(
+    no_ray: pytest.MonkeyPatch, tmp_path: Path, named: str, last: str | None, detail: str
+) -> None:
+    """A cluster that was killed leaves its address behind, where Ray would retry for minutes."""
+    from ray._private import services
+
+    # other tests' clusters may run on this machine
+    no_ray.setattr(services, "find_gcs_addresses", functools.cache(set))
+    no_ray.setenv("RAY_TMPDIR", str(tmp_path))
+    if last is not None:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray/ray_current_cluster").write_text(last)
+    session = Session(address="auto")
+    if named.startswith("RAY_"):
+        no_ray.setenv("RAY_ADDRESS", "auto")
+        session = Session()
+    with pytest.raises(RunFailed) as caught, cluster.connect(session):
+        pass
+    expected = rf"{named}: no Ray cluster answers there \({detail}\); start one with: ray start .*"
+    assert re.fullmatch(expected, str(caught.value))
 
 
 def test_an_interrupt_while_ray_starts_stays_an_interrupt(no_ray: pytest.MonkeyPatch) -> None:

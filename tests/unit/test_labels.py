@@ -607,6 +607,26 @@ def test_class_ids_need_a_class_file(
             "--labels-format NAME",
         ),
         ("", "unknown label format; it begins with ''"),
+        (
+            "path;label\na.mp4;cats\n",
+            r"/labels: unknown label format; it begins with 'path;label'; known: .* csv "
+            r"\(path,label\[,split\]\)",
+        ),
+        (
+            '"path"\t"label"\na.mp4\tcats\n',
+            r"/labels: unknown label format; it begins with .*path.*label.*; known: .* csv "
+            r"\(path,label\[,split\]\)",
+        ),
+        (
+            "label\tyoutube_id\ttime_start\ttime_end\ncats\ta\t1\t2\n",
+            r"/labels: unknown label format; .* kinetics \(CSV with youtube_id,time_start,time_end",
+        ),
+        ("path,label\na.mp4;cats\n", "/labels line 2: got 'a.mp4;cats'; expected path,label"),
+        (
+            '{"path": "a.mp4", "label": "cats"}\n{"path": "b.mp4", "label": "dogs"}\n',
+            "/labels: not ActivityNet JSON: no usable 'database' .*Extra data: line 2 column 1",
+        ),
+        ('{"path": "a.mp4", "label": "cats"}\n', "/labels: not ActivityNet JSON: no usable 'dat"),
     ],
 )
 def test_unusable_labels_are_reported(
@@ -648,6 +668,15 @@ def test_a_format_can_be_named(make: Make, write: Callable[[str, str], str]) -> 
         match="--labels-format csv: no label file to read; name one with --labels FILE",
     ):
         index(make("a.mp4"), labels_format="csv")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_csv_has_commas_even_if_its_format_is_named(
+    make: Make, write: Callable[[str, str], str], separator: str
+) -> None:
+    labels = write("labels.csv", f"path{separator}label\na.mp4{separator}cats\n")
+    with pytest.raises(ManifestError, match=r"columns are \[.*\]; expected path,label\[,split\]$"):
+        index(make("a.mp4"), labels, labels_format="csv")
 
 
 def test_several_label_files_may_not_contradict_each_other(

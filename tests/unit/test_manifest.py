@@ -135,6 +135,16 @@ def test_no_source_is_an_error() -> None:
             ("train/cats/1.mp4", "val/dogs/2.mp4"),
             {"1.mp4": (["cats"], "train"), "2.mp4": (["dogs"], "val")},
         ),
+        (
+            ("_other/1.mp4", "other/2.mp4", "__a_b__/3.mp4", "_/4.mp4", "x__y/5.mp4"),
+            {
+                "1.mp4": (["_other"], None),
+                "2.mp4": (["other"], None),
+                "3.mp4": (["__a b__"], None),
+                "4.mp4": (["_"], None),
+                "5.mp4": (["x  y"], None),
+            },
+        ),
         (("cats/1.mp4", "2.mp4"), {"1.mp4": ([], None), "2.mp4": ([], None)}),
         (("cats/1.mp4", "cats/2.mp4"), {"1.mp4": ([], None), "2.mp4": ([], None)}),
         (("2019/cats/1.mp4", "2020/dogs/2.mp4"), {"1.mp4": ([], None), "2.mp4": ([], None)}),
@@ -142,6 +152,7 @@ def test_no_source_is_an_error() -> None:
     ids=[
         "classes",
         "splits and classes",
+        "underscores at the ends",
         "a video beside the folders",
         "one folder only",
         "folders that are no splits",

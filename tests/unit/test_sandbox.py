@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pebble
 import pytest
 from support.video import number_of, write_video
 
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video
+from tsq_ray.decode import child as children
 from tsq_ray.decode.sandbox import _how
 from tsq_ray.errors import DecoderKilled, StorageError, VideoError
 
@@ -279,8 +281,9 @@ def test_how_a_child_died_is_said(code: int | None, said: str) -> None:
         (["SIGSEGV"], r"the decoder process died \(SIGSEGV", 1),
         (["SIGABRT"], r"the decoder process died \(SIGABRT", 1),
         (["exit3"], r"the decoder process died \(exit code 3", 1),
+        (["exit255"], r"the decoder process died \(exit code 255", 1),
     ],
-    ids=["killed", "terminated", "killed-segfault", "segfault", "abort", "exit"],
+    ids=["killed", "terminated", "killed-segfault", "segfault", "abort", "exit", "exit255"],
 )
 def test_how_often_a_video_is_retried_when_its_child_dies(
     plan: Callable[..., str], lines: list[str], message: str, num_calls: int
@@ -303,6 +306,43 @@ def test_a_child_is_killed_while_it_decodes(plan: Callable[..., str]) -> None:
         future = pool.submit(VideoSource(uri))
         os.kill(wait_for_call(uri, 1), signal.SIGTERM)
         assert isinstance(future.result(timeout=30), DecodedVideo)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_the_server_of_the_children_is_killed(
+    plan: Callable[..., str], how: signal.Signals
+) -> None:
+    """Its children end with it, and nothing says how."""
+    uris = [plan("a", "60"), plan("b", "60"), plan("twice", "60", "60"), plan("c")]
+    with DecodePool(SETTINGS, SPECS, 3, planned) as pool:
+        futures = [pool.submit(VideoSource(uri)) for uri in uris]
+        for uri in uris[:3]:
+            wait_for_call(uri, 1)
+        os.kill(children._SERVER._forkserver_pid, how)
+        wait_for_call(uris[2], 2)
+        os.kill(children._SERVER._forkserver_pid, how)
+        a, b, twice, c = [future.result(timeout=60) for future in futures]
+    assert all(isinstance(outcome, DecodedVideo) for outcome in (a, b, c))
+    assert isinstance(twice, DecoderKilled)
+    assert "died twice, the second time as the only video in this worker (SIGKILL" in str(twice)
+
+
+def test_children_that_end_before_they_take_a_video_are_not_its_fault(
+    video: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with DecodePool(SETTINGS, SPECS, 1, act) as pool:
+        start = pool._new_pool
+
+        def ended(num_processes: int) -> pebble.ProcessPool:
+            made = start(num_processes)
+            made.stop()
+            made.join()
+            return made
+
+        monkeypatch.setattr(pool, "_new_pool", ended)
+        (failed,) = pool.decode([VideoSource(video)])
+    assert isinstance(failed, DecoderKilled)
+    assert "the decoder process died (cause unknown)" in str(failed)
 
 
 def test_a_second_try_is_alone(plan: Callable[..., str]) -> None:

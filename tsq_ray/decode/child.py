@@ -22,7 +22,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 from tsq_ray import storage
@@ -37,12 +37,34 @@ SPENT = 75
 _PR_SET_PDEATHSIG = 1
 
 
-def _ensure_running() -> FunctionType:
-    # the standard library's ensure_running, but with `_bind_address` as the socket's path
-    module = multiprocessing.forkserver
-    standard: Any = module.ForkServer.ensure_running
-    over = {"connection": SimpleNamespace(arbitrary_address=_bind_address)}
-    return FunctionType(standard.__code__, {**vars(module), **over})
+def _copied(standard: Any, module: ModuleType, **over: Any) -> FunctionType:
+    """A function of a module of the standard library, with some of its globals replaced."""
+    place = {**vars(module), **over}
+    return FunctionType(standard.__code__, place, argdefs=standard.__defaults__)
+
+
+def _current_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # it was removed
+        return None
+
+
+_standard_data = _copied(
+    multiprocessing.spawn.get_preparation_data,
+    multiprocessing.spawn,
+    os=SimpleNamespace(getcwd=_current_folder, path=os.path),
+)
+
+
+def _preparation_data(name: str) -> dict[str, Any]:
+    # without the main module, and without a current folder that was removed
+    data: dict[str, Any] = _standard_data(name)
+    return {
+        key: value
+        for key, value in data.items()
+        if not key.startswith("init_main") and (key, value) != ("dir", None)
+    }
 
 
 def _bind_address(family: str) -> str:
@@ -54,7 +76,15 @@ def _bind_address(family: str) -> str:
 class _Server(multiprocessing.forkserver.ForkServer):
     """A fork server whose socket has no name, so that nothing is left when this process is killed."""
 
-    _ensure = _ensure_running()
+    _ensure = _copied(
+        multiprocessing.forkserver.ForkServer.ensure_running,
+        multiprocessing.forkserver,
+        connection=SimpleNamespace(arbitrary_address=_bind_address),
+        spawn=SimpleNamespace(
+            get_preparation_data=_preparation_data,
+            get_executable=multiprocessing.spawn.get_executable,
+        ),
+    )
 
     def ensure_running(self) -> None:
         self._ensure()
@@ -75,32 +105,45 @@ _SERVER.set_forkserver_preload(["tsq_ray.decode.sandbox"])
 _SERVER_LOCK = threading.Lock()
 
 
-def _preparation_data(name: str) -> dict[str, Any]:
-    data = multiprocessing.spawn.get_preparation_data(name)
-    return {key: value for key, value in data.items() if not key.startswith("init_main")}
-
-
 def _connect_to_new_process(fds: Sequence[int]) -> tuple[int, int]:
     with _SERVER_LOCK:
-        return _SERVER.connect_to_new_process(fds)
+        try:
+            return _SERVER.connect_to_new_process(fds)
+        except ConnectionError:
+            # the server was killed and does not listen any more, but has not quite ended; once it
+            # has, another is started
+            server = vars(_SERVER)["_forkserver_pid"]
+            os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
+            return _SERVER.connect_to_new_process(fds)
 
 
-def _launch() -> FunctionType:
-    # the standard library's _launch, but with our fork server and without the main module's path
-    inherited = multiprocessing.popen_forkserver
-    over = {
-        "spawn": SimpleNamespace(get_preparation_data=_preparation_data),
-        "forkserver": SimpleNamespace(
-            connect_to_new_process=_connect_to_new_process,
-            read_signed=multiprocessing.forkserver.read_signed,
-        ),
-    }
-    standard: Any = inherited.Popen._launch  # type: ignore[attr-defined]
-    return FunctionType(standard.__code__, {**vars(inherited), **over})
+def _read_status(sentinel: int) -> int:
+    """The exit code of a child, from the server.
+
+    If that was killed, the kernel has killed the child too.
+    """
+    try:
+        return int(multiprocessing.forkserver.read_signed(sentinel))
+    except (OSError, EOFError):
+        return -signal.SIGKILL
 
 
 class _Popen(multiprocessing.popen_forkserver.Popen):
-    _launch = _launch()
+    # with our fork server and without the main module's path
+    _launch = _copied(
+        multiprocessing.popen_forkserver.Popen._launch,  # type: ignore[attr-defined]
+        multiprocessing.popen_forkserver,
+        spawn=SimpleNamespace(get_preparation_data=_preparation_data),
+        forkserver=SimpleNamespace(
+            connect_to_new_process=_connect_to_new_process,
+            read_signed=multiprocessing.forkserver.read_signed,
+        ),
+    )
+    poll = _copied(
+        multiprocessing.popen_forkserver.Popen.poll,
+        multiprocessing.popen_forkserver,
+        forkserver=SimpleNamespace(read_signed=_read_status),
+    )
 
 
 class _Process(multiprocessing.context.ForkServerProcess):

@@ -232,7 +232,8 @@ class DecodePool:
             how = _how(getattr(error, "exitcode", None))
             alone = " twice, the second time as the only video in this worker"
             twice = alone if video.was_killed else ""
-            kind = DecoderKilled if _was_killed(error) else VideoError
+            outside = _was_killed(error) or _is_not_the_videos_fault(error)
+            kind = DecoderKilled if outside else VideoError
             return kind("decoder_crash", f"{name}: the decoder process died{twice} ({how})")
         return VideoError(
             "internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"

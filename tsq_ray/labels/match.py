@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -92,7 +93,11 @@ def _from_folders(files: Sequence[ListedFile], asked_for: bool) -> Labels:
 
 
 def _class_of(folder: str) -> str:
-    return composed(folder.replace("_", " ").strip())
+    """Return the class that a folder names: each `_` between words is a blank.
+
+    One at the start or at the end belongs to the name: `_other` and `other` are two classes.
+    """
+    return composed(re.sub(r"(?<=[^_])_+(?=[^_])", lambda gap: " " * len(gap[0]), folder.strip()))
 
 
 def id_of(name: str) -> str:

@@ -56,10 +56,17 @@ class Findings:
 
 
 def video_id(uri: str) -> str:
-    """Return the first 16 hex digits of the sha256 of the normalised URI."""
-    # surrogatepass: a name that is not UTF-8 becomes a failed row, which needs an id too
-    place = storage.normalize(uri).encode("utf-8", "surrogatepass")
-    return hashlib.sha256(place).hexdigest()[:16]
+    """Return the first 16 hex digits of the sha256 of the normalised URI.
+
+    Of `uri` as given if that cannot be normalised: such a name becomes a failed row, which needs an
+    id too.
+    """
+    try:
+        place = storage.normalize(uri)
+    except (StorageError, OSError, ValueError):
+        place = uri
+    # surrogatepass: so does a name that is not UTF-8
+    return hashlib.sha256(place.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def list_sources(

@@ -39,9 +39,11 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
     A cluster that is already connected is used and stays connected. Raises RunFailed if no cluster
     can be started or joined.
     """
-    address, debug = session.address, session.debug
+    debug, variable = session.debug, os.environ.get("RAY_ADDRESS")
+    # Ray, too, reads "auto" as RAY_ADDRESS if that is set
+    address = None if session.address == "auto" and variable else session.address
     # without an address Ray would join any head node that runs on this machine
-    place = address or os.environ.get("RAY_ADDRESS") or "local"
+    place = address or variable or "local"
     _set_environment(debug)
     with _for_loopback(place):
         import ray
@@ -254,17 +256,32 @@ def _is_private_folder(path: str) -> bool:
     return mine and not found.st_mode & 0o077 and os.access(path, os.W_OK | os.X_OK)
 
 
-def _check_reachable(address: str) -> None:
-    """Raise _Unreachable if nothing listens at `[ray://]host:port`.
+def _check_reachable(place: str) -> None:
+    """Raise _Unreachable if nothing listens at `[ray://]host:port` or where `auto` leads.
 
     Ray would retry for five minutes.
     """
+    address = _address_here() if place == "auto" else place
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
-            raise _Unreachable(str(error)) from error
+            found = "" if address == place else f"{address}: "
+            raise _Unreachable(f"{found}{error}") from error
+
+
+def _address_here() -> str:
+    """Return where `auto` leads: to this machine's cluster, which may have died since.
+
+    Raises _Unreachable if there is none.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return str(canonicalize_bootstrap_address("auto"))
+    except ConnectionError as error:
+        raise _Unreachable("none runs on this machine") from error
 
 
 class _Unreachable(Exception):
@@ -275,6 +292,12 @@ def _why_joining_failed(error: Exception, place: str, is_argument: bool) -> str:
     """Say what is wrong with the address and what to do about it."""
     named = f"--address {place}" if is_argument else f"RAY_ADDRESS={place}"
     otherwise = "leave --address out" if is_argument else "unset RAY_ADDRESS"
+    if place.startswith(("http://", "https://")):
+        remedy = "without it name the cluster as auto, HOST:PORT or ray://HOST:PORT"
+        return (
+            f"{named}: a dashboard's URL, which --submit takes; {remedy}, "
+            f"or {otherwise} to start Ray here"
+        )
     if isinstance(error, _Unreachable):
         what, remedy = "no Ray cluster answers there", "start one with: ray start --head"
     elif isinstance(error, OSError):  # this is how Ray reports a wrong token and a missing one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, cast
@@ -13,6 +14,9 @@ from tsq_ray.storage import local_files
 from tsq_ray.storage.advice import classify, redact, storage_errors
 from tsq_ray.storage.local_files import LeftOut, StoredFile, is_utf8
 from tsq_ray.storage.paths import filesystem, local_path, name_of
+
+_HIDDEN = re.compile(r"(?:.*?/)??\.[^/]*/?", re.DOTALL)
+"""The first part of a key that begins with a dot, and what is before it; a folder's ends in /."""
 
 
 def stat(uri: str) -> StoredFile:
@@ -105,13 +109,17 @@ def _pages(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
     bucket, _, folder = path.partition("/")
     prefix = f"{folder}/" if folder else ""
     wanted: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    before = ""
     while True:
         page = fs.call_s3("list_objects_v2", **wanted)
         for item in page.get("Contents", ()):
             key, size = item["Key"], int(item["Size"])
             uri = f"s3://{bucket}/{key}"
-            if any(part.startswith(".") for part in key.removeprefix(prefix).split("/")):
-                yield LeftOut(uri, local_files.HIDDEN)
+            if hidden := _HIDDEN.match(key, len(prefix)):
+                place = key[: hidden.end()]
+                if place != before:  # a folder's keys follow one another
+                    yield LeftOut(f"s3://{bucket}/{place.rstrip('/')}", local_files.HIDDEN)
+                before = place
             elif not key.endswith("/"):
                 yield StoredFile(uri, size, item["ETag"].strip('"'), item["LastModified"])
             elif size:  # an empty one is a folder marker
