@@ -46,6 +46,11 @@ def test_small_files_travel_with_the_job(here: Path) -> None:
     assert (here / "job/inputs/1-own.toml").read_text() == "content of own.toml"
 
 
+def test_an_option_of_zero_is_passed_on(here: Path) -> None:
+    argv = ["s3://b/m", "--model", "s3://b/model", "--out", "s3://b/out", "--max-failed", "0"]
+    assert rewritten(here, False, "score", *argv)[0][-2:] == ["--max-failed", "0.0"]
+
+
 def test_labels_travel_unless_they_are_folders(here: Path) -> None:
     argv = ["s3://b/videos", "--out", "s3://b/m.parquet", "--labels"]
     assert "inputs/0-labels.csv" in rewritten(here, False, "index", *argv, "labels.csv")[0]

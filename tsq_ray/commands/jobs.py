@@ -74,7 +74,9 @@ class _Rewrite:
         """Yield the arguments, in the order in which the command declares its parameters."""
         for param in context.command.params:
             name, value = str(param.name), context.params.get(str(param.name))
-            if name in _NOT_FOR_THE_JOB or value in (None, False, (), [], param.default):
+            # 0 is a value, although it equals False
+            unset = value is None or value is False or value in ((), [], param.default)
+            if name in _NOT_FOR_THE_JOB or unset:
                 continue
             option = [param.opts[0]] if param.param_type_name == "option" else []
             if value is True:
