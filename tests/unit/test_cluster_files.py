@@ -29,6 +29,7 @@ import yaml
 
 from jobs.run import arguments, attempts
 from tsq_ray import cli
+from tsq_ray.commands.jobs import READ
 from tsq_ray.config import validate_config
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
@@ -138,7 +139,8 @@ FOLDERS = ("cluster", "jobs", "endpoint")
 OVERLAYS = ("gpu", "cpu", "spot")
 every_folder = pytest.mark.parametrize("folder", FOLDERS)
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
-RUNS = ("evaluate", "extract", "finetune", "index", "score", "train")
+RUNS = ("index", "finetune", "extract", "train", "score", "evaluate")
+"""In the order in which docs/kubernetes.md runs them."""
 
 
 def test_what_each_folder_makes() -> None:
@@ -150,7 +152,7 @@ def test_what_each_folder_makes() -> None:
     }
     assert names == {
         "cluster": [("RayCluster", "tsq")],
-        "jobs": [("RayJob", f"tsq-{run}") for run in RUNS],
+        "jobs": [("RayJob", f"tsq-{run}") for run in sorted(RUNS)],
         "endpoint": [("RayService", "tsq")],
     }
 
@@ -380,13 +382,37 @@ def test_a_job_is_a_command_with_options_that_exist(run: str) -> None:
     assert spec["backoffLimit"] == 0, "the script tries again, and not after exit code 2"
     assert spec["activeDeadlineSeconds"] > 0
     assert command[0] == run
-    group: Any = typer.main.get_command(cli.app)
-    parsed = group.commands[run].make_context(run, arguments(command)[1:])
-    assert parsed.params["out"].startswith("s3://BUCKET/")
+    params = parameters(run)
+    assert params["out"].startswith("s3://BUCKET/")
     if run != "index":
         mounts = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
         assert {"name": "settings", "configMap": {"name": "tsq-settings"}} in mounts["volumes"]
-        assert str(parsed.params["config"]) == "/etc/tsq/settings.toml"
+        assert str(params["config"]) == "/etc/tsq/settings.toml"
+
+
+def parameters(run: str) -> dict[str, Any]:
+    """What `tsq` makes of the command line of a job."""
+    words = shlex.split(load(CLUSTER / "kuberay" / "jobs" / f"{run}.yaml")["spec"]["entrypoint"])
+    group: Any = typer.main.get_command(cli.app)
+    _, command = attempts(words[2:])
+    params: dict[str, Any] = group.commands[run].make_context(run, arguments(command)[1:]).params
+    return params
+
+
+def test_each_job_reads_what_those_before_it_wrote() -> None:
+    written = {"s3://BUCKET/videos", "s3://BUCKET/videos/labels.csv"}
+    for run in RUNS:
+        params = parameters(run)
+        for name in (*READ, "labels"):
+            value = params.get(name) or []
+            assert {value} if isinstance(value, str) else set(value) <= written, (run, name)
+        written.add(params["out"])
+
+
+def test_the_features_hold_the_answers_that_evaluate_measures() -> None:
+    extract, train, evaluate = map(parameters, ("extract", "train", "evaluate"))
+    assert evaluate["sources"] == [extract["out"]]
+    assert extract["recognizer"] == train["recognizer"] == parameters("finetune")["out"]
 
 
 @pytest.mark.ray
