@@ -30,7 +30,9 @@ import yaml
 from jobs.run import arguments, attempts
 from tsq_ray import cli
 from tsq_ray.commands.jobs import READ
-from tsq_ray.config import validate_config
+from tsq_ray.config import Config, label_map, load_config, validate_config
+from tsq_ray.runtime.nodes import Cluster, Node
+from tsq_ray.runtime.placement import layout
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 REPO = CLUSTER.parent
@@ -298,16 +300,53 @@ def test_groups_match_the_settings_of_their_overlay(overlay: str) -> None:
     (cluster,) = ray_manifests("cluster", overlay)
     (settings,) = (one for one in rendered("cluster", overlay) if one["kind"] == "ConfigMap")
     config = validate_config(tomllib.loads(settings["data"]["settings.toml"]))
-    kinds: Counter[tuple[float, float]] = Counter()
+    kinds: Counter[tuple[Any, ...]] = Counter()
     groups = cluster["spec"]["workerGroupSpecs"]
     assert [group["groupName"] for group in groups] == GROUPS[overlay]
     for group in groups:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         cpus, gpus = int(limits["cpu"]), int(limits.get("nvidia.com/gpu", 0))
-        kinds[cpus, gpus] += group["maxReplicas"]
+        kinds[cpus, gpus, *group["labels"].items()] += group["maxReplicas"]
         bound_gib = 2.5 + cpus * (1 + config.decode.max_memory_mb / 1024)
         assert int(limits["memory"].removesuffix("Gi")) >= bound_gib
-    assert {(kind.cpus, kind.gpus): kind.count for kind in config.resources.node_types} == kinds
+    assert {
+        (kind.cpus, kind.gpus, *label_map(kind.labels).items()): kind.count
+        for kind in config.resources.node_types
+    } == kinds
+
+
+def settings_of(overlay: str, *sets: str) -> Config:
+    return load_config(CLUSTER / "kuberay" / "overlays" / overlay / "settings.toml", sets)
+
+
+@every_overlay
+def test_labelled_pools_grow_from_nothing_on_every_overlay(overlay: str) -> None:
+    """Each pool may start actors before there is a node with its label."""
+    networks = "decode" if overlay == "cpu" else "networks"
+    parts = {"decode": "decode", "networks": networks}
+    config = settings_of(
+        overlay, *(f"resources.labels.{part}=tsq/part={group}" for part, group in parts.items())
+    )
+    types = tuple(
+        Node(kind.cpus, kind.gpus, count=kind.count, labels=label_map(kind.labels))
+        for kind in config.resources.node_types
+    )
+    placed = layout("extract", config, Cluster((), types, grows=True), 10**6)
+    started = {name: pool.start for name, pool in placed.pools.items() if name != "writer"}
+    assert started == ({"worker": 128} if overlay == "cpu" else {"decoder": 128, "encoder": 4})
+
+
+def test_only_writers_are_on_the_pod_that_spot_keeps() -> None:
+    (cluster,) = ray_manifests("cluster", "spot")
+    groups = {one["groupName"]: one["labels"] for one in cluster["spec"]["workerGroupSpecs"]}
+    labels = settings_of("spot").resources.labels
+    asked = {part: label_map(getattr(labels, part)) for part in ("decode", "networks", "write")}
+    assert asked == {
+        "decode": groups["cpu"],
+        "networks": groups["gpu"],
+        "write": groups["kept"],
+    }
+    assert groups["kept"] not in (groups["cpu"], groups["gpu"])
 
 
 def test_spot_machines_hold_neither_the_head_nor_the_kept_pod() -> None:

@@ -406,6 +406,20 @@ def test_a_label_that_no_node_has_is_refused() -> None:
         load_config(None, ["resources.labels.decode=no label"])
 
 
+def test_labelled_groups_grow_from_nothing() -> None:
+    cheap, dear = {"kind": "cheap"}, {"kind": "gpu"}
+    kinds = (Node(8, count=16, labels=cheap), Node(8, 1, count=4, labels=dear))
+    placed = place("extract", Cluster((EMPTY_HEAD,), kinds, grows=True), 10**6, *LABELS)
+    assert (placed["decoder"].start, placed["encoder"].start) == (16 * 8, 4)
+
+
+def test_node_types_of_one_size_are_counted_by_their_labels() -> None:
+    kept, decoding = {"kind": "kept"}, {"kind": "decode"}
+    alive = (Node(8, labels={**kept, "zone": "a"}), Node(8, 1, labels=decoding))
+    left = [Node(8, count=2, labels=one).beside(alive).count for one in (kept, decoding, {})]
+    assert left == [1, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("stage", "free", "waits_for"),
     [
