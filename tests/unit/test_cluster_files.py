@@ -518,6 +518,17 @@ def test_ray_accepts_the_launcher_file(variant: str) -> None:
         validate_config(prepare_config(config))
 
 
+SIZES = {"r7i.4xlarge": (16, 128), "gr6.4xlarge": (16, 128)}
+"""CPUs and GiB of AWS's instance types."""
+
+
+def test_machines_of_the_launcher_hold_the_documented_memory_bound() -> None:
+    types = launcher_configs()["aws"]["available_node_types"]
+    for name in ("cpu", "gpu"):
+        cpus, gib = SIZES[types[name]["node_config"]["InstanceType"]]
+        assert gib >= 2.5 + cpus * (1 + load_config().decode.max_memory_mb / 1024)
+
+
 def dockerfile() -> list[list[str]]:
     text = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ")
     return [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]

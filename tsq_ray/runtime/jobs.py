@@ -128,7 +128,10 @@ class Jobs:
             raise self._unknown(job_id, error) from error
 
     def stop(self, job_id: str) -> Job:
-        """Stop a job and wait for its end. Raises RunError if there is none."""
+        """Stop a job and wait for its end.
+
+        Raises RunError if there is none; RunFailed if it still runs after a minute.
+        """
         try:
             self._client.stop_job(job_id)
         except RuntimeError as error:
@@ -136,6 +139,11 @@ class Jobs:
         deadline = time.monotonic() + _STOPS_S
         while not (found := self.get(job_id)).is_over and time.monotonic() < deadline:
             time.sleep(0.5)
+        if not found.is_over:
+            raise RunFailed(
+                f"job {job_id}: still {found.status} {_STOPS_S:g} s after it was told to stop; look "
+                f"again with `tsq jobs list{self._shown}`"
+            )
         return found
 
     def _unknown(self, job_id: str, error: Exception) -> Exception:
