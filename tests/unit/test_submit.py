@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from aiohttp import web
 
 from tsq_ray.cli import app, main
 from tsq_ray.commands.jobs import _check_paths, _Output, _Rewrite
 from tsq_ray.config import load_config
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, video_id, write_manifest
+from tsq_ray.runtime.jobs import Jobs, _Follower
 
 
 def context(command: str, *argv: str) -> Any:
@@ -155,6 +158,42 @@ def test_what_the_cluster_cannot_see_is_refused(
 ) -> None:
     assert main([*argv, "--submit", "--address", "http://127.0.0.1:1"]) == 2
     assert message.format(here=here) in capsys.readouterr().err
+
+
+async def silent_dashboard(request: web.Request) -> web.StreamResponse:
+    """Sends one line of a job's output and then nothing, not even an answer to a ping."""
+    if request.path == "/api/version":
+        return web.json_response({"version": "4", "ray_version": "2", "ray_commit": "0"})
+    socket = web.WebSocketResponse(autoping=False)
+    await socket.prepare(request)
+    await socket.send_str("one line\n")
+    async for _ in socket:
+        pass
+    return socket
+
+
+@pytest.mark.ray
+def test_a_connection_whose_peer_is_gone_ends() -> None:
+    written: list[str] = []
+
+    async def follow() -> None:
+        app = web.Application()
+        app.router.add_route("GET", "/{path:.*}", silent_dashboard)
+        runner = web.AppRunner(app, shutdown_timeout=0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            port = runner.addresses[0][1]
+            jobs = await asyncio.to_thread(Jobs, f"http://127.0.0.1:{port}")
+            following = _Follower(jobs, "job-1", written.append).tail(heartbeat_s=0.4)
+            await asyncio.wait_for(following, 60)
+        finally:
+            await runner.cleanup()
+
+    with pytest.raises(ConnectionError, match="no answer from http"):
+        asyncio.run(follow())
+    assert written == ["one line\n"]
 
 
 def test_a_summary_is_found_in_the_output(capsys: pytest.CaptureFixture[str]) -> None:

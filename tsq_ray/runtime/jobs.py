@@ -20,6 +20,8 @@ _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RETRY_S, _LOST_S = 2.0, 600.0
 """Between attempts to reach a cluster again, and how long in all."""
 _STOPS_S = 60.0
+_HEARTBEAT_S = 20.0
+"""A connection whose peer leaves a ping unanswered for half of this time is lost."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class _Follower:
                 if found.is_over:
                     self._pass_on(self.jobs.logs(self.job_id), 0)
                     return found
-                asyncio.run(self._tail())
+                asyncio.run(self.tail())
             except (RunFailed, OSError, RuntimeError, _client_error()) as error:
                 now = time.monotonic()
                 if lost_at is None:
@@ -182,10 +184,25 @@ class _Follower:
                     raise ConnectionError(one_line(error)) from error
             time.sleep(_RETRY_S)
 
-    async def _tail(self) -> None:
-        place = 0  # each connection starts at the beginning of the output
-        async for text in self.jobs._client.tail_job_logs(self.job_id):
-            place = self._pass_on(text, place)
+    async def tail(self, heartbeat_s: float = _HEARTBEAT_S) -> None:
+        """Pass on the output until the connection ends. Raises ConnectionError if it breaks.
+
+        Ray's own client sends no heartbeat, and waits forever for a peer that has silently gone.
+        """
+        import aiohttp
+
+        client, place = self.jobs._client, 0  # each connection starts at the output's beginning
+        url = f"{client._address}/api/jobs/{self.job_id}/logs/tail"
+        async with (
+            aiohttp.ClientSession(cookies=client._cookies, headers=client._headers) as session,
+            session.ws_connect(url, ssl=client._ssl_context, heartbeat=heartbeat_s) as socket,
+        ):
+            async for message in socket:
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    break
+                place = self._pass_on(message.data, place)
+            if socket.close_code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
+                raise ConnectionError(f"no answer from {self.jobs.address}")
 
     def _pass_on(self, text: str, place: int) -> int:
         """Write the part of a text at `place` that was not written yet; return where it ends."""
