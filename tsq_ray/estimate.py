@@ -20,6 +20,7 @@ import torch
 from tsq_ray import log, storage
 from tsq_ray.config import Config, LabelsConfig
 from tsq_ray.cost import Price, Used, tokens_cost
+from tsq_ray.errors import RunError
 from tsq_ray.extraction import choose_networks
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
 from tsq_ray.probe import Asked, Probe, load_extract, load_score, measure
@@ -28,7 +29,7 @@ from tsq_ray.runs.bulk import Selection, todo_without_entering
 from tsq_ray.runs.folder import Kind
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Cluster, Layout, Node
-from tsq_ray.runtime.placement import layout, wanted_nodes
+from tsq_ray.runtime.placement import layout, usable_nodes
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 PROBES = 16
@@ -149,6 +150,7 @@ def _measured(asked: Asked, target: Target) -> tuple[Probe, list[Node]]:
         return measure(asked, here), [here] * (target.nodes or 1)
     with cluster.connect(session) as ray:
         found = cluster.read_cluster(ray, asked.config)
+        check_known(found)
         placed = layout(asked.stage, asked.config, found, asked.videos)
         node = max(found.every_node(), key=lambda node: (node.gpus * placed.on_gpu, node.cpus))
         node = replace(node, cpus=node.cpus or found.largest_cpus)
@@ -165,8 +167,17 @@ def _measured(asked: Asked, target: Target) -> tuple[Probe, list[Node]]:
             ray.kill(prober)
     if target.nodes:
         return probe, [node] * target.nodes
-    used = wanted_nodes(placed, found)
-    return probe, [Node(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in used]
+    return probe, usable_nodes(placed, found)
+
+
+def check_known(found: Cluster) -> None:
+    """Raise RunError if neither a live node nor `resources.node_types` says what nodes are like."""
+    if not any(node.cpus for node in found.every_node()):
+        raise RunError(
+            "--dry-run: no worker node of the cluster is up, and resources.node_types names none; "
+            "set it to the nodes that the autoscaler can start, for example "
+            "--set 'resources.node_types=[{cpus = 8, count = 16}]'"
+        )
 
 
 class _Prober:

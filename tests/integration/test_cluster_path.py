@@ -1,16 +1,18 @@
 """The whole path as jobs over two nodes with disks of their own, against S3, losing a node in each.
 
-The head has no CPUs. A node that is lost is replaced by a new one.
+The commands are those of cluster/kuberay/jobs. The head has no CPUs. A node that is lost is replaced by a new one.
 """
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.archive import Archive, make_archive
 from support.cluster import Driver, read_rows, titled, tsq, upload, visible_parts
 from support.endpoint import running
@@ -23,6 +25,7 @@ from tsq_ray import storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 BASE = "s3://tsq-other/path"
+JOBS = Path(__file__).resolve().parents[2] / "cluster/kuberay/jobs"
 END_S = 500.0
 SECONDS = 0.5
 """What a video takes longer to arrive."""
@@ -93,35 +96,29 @@ def cloud(s3: S3Server, tmp_path: Path) -> Iterator[Cloud]:
 def test_from_videos_to_answers(cloud: Cloud, archive: Archive, tmp_path: Path) -> None:
     settings = tmp_path / "settings.toml"
     settings.write_text(SLOW_SETTINGS.replace("epochs = 4", "epochs = 60"))
-    config = ("--config", str(settings))
-    manifest, features, bundle = (f"{BASE}/{name}" for name in ("manifest/", "features", "bundle"))
-    encoder, recognizer = (f"{BASE}/{name}" for name in ("encoder", "recognizer"))
-    predictions = f"{BASE}/predictions"
-    networks = ("--encoder", encoder, "--recognizer", recognizer)
-    videos = len(archive.paths)
+    features, bundle = f"{BASE}/features", f"{BASE}/bundle"
+    encoder, predictions = f"{BASE}/encoder", f"{BASE}/predictions"
 
-    labels = ("--labels", f"{BASE}/videos/labels.csv")
-    index = cloud.run("index", "index", f"{BASE}/videos", *labels, "--out", manifest)
-    assert index["videos"] == videos
-    for role, out in (("encoder", encoder), ("recognizer", recognizer)):
-        tuned = cloud.run(role, "finetune", manifest, "--role", role, "--out", out, *config)
-        assert tuned["train_accuracy"] > 0.5
+    index = cloud.run("index", *shipped("index", settings))
+    assert index["videos"] == len(archive.paths)
+    finetune = shipped("finetune", settings)
+    for role, more in (("recognizer", []), ("encoder", ["--role", "encoder", "--out", encoder])):
+        assert cloud.run(role, *finetune, *more)["train_accuracy"] > 0.5
 
-    extract = ("extract", manifest, *networks, *config)
+    extract = [*shipped("extract", settings), "--encoder", encoder]
     one = cloud.run("one", *extract, "--out", f"{BASE}/one", "--limit", "1")
     assert one["counts"]["ok"] == 1, "fewer videos than nodes"
     found = cloud.run(
         "extract",
         *extract,
-        "--out",
-        features,
         lose_when=lambda: len(visible_parts(features)) >= 2,
     )
     adds_up(features, archive, found)
 
     trained = cloud.run(
         "train",
-        *("train", features, "--out", bundle, *networks, *config),
+        *shipped("train", settings),
+        *("--encoder", encoder),
         *("--set", "train.num_workers=[1, 2]", "--set", "train.checkpoint_every=2"),
         lose_when=lambda: cloud.has_checkpoint(bundle),
         actor="RayTrainWorker",
@@ -133,7 +130,7 @@ def test_from_videos_to_answers(cloud: Cloud, archive: Archive, tmp_path: Path) 
 
     found = cloud.run(
         "score",
-        *("score", manifest, "--model", bundle, "--out", predictions),
+        *shipped("score", settings),
         *("--set", "output.rows_per_file=4"),
         lose_when=lambda: len(visible_parts(predictions)) >= 2,
     )
@@ -142,11 +139,20 @@ def test_from_videos_to_answers(cloud: Cloud, archive: Archive, tmp_path: Path) 
 
     tables = cloud.run(
         "evaluate",
-        *("evaluate", features, "--model", bundle, "--out", f"{BASE}/tables", *config),
+        *shipped("evaluate", settings),
         *("--table", "table2", "--split", "val", "--set", "evaluate.budgets=[1, 2]"),
     )
     assert tables["measured"]["videos"] == 3 * 4 + 1
     check_endpoint(cloud, archive, bundle, tmp_path)
+
+
+def shipped(run: str, settings: Path) -> list[str]:
+    """The command of a job in cluster/kuberay/jobs, with the bucket and settings of this test."""
+    words = shlex.split(yaml.safe_load((JOBS / f"{run}.yaml").read_text())["spec"]["entrypoint"])
+    return [
+        word.replace("s3://BUCKET", BASE).replace("/etc/tsq/settings.toml", str(settings))
+        for word in words[words.index(run) :]
+    ]
 
 
 def adds_up(run: str, archive: Archive, summary: dict[str, Any]) -> None:

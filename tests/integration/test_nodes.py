@@ -321,11 +321,21 @@ TYPES = {"cpu": ({"CPU": 1.0}, 3), "gpu": ({"CPU": 1.0, "GPU": 1.0}, 1)}
 NODE_TYPES = "resources.node_types=[{cpus = 1, count = 3}, {cpus = 1, gpus = 1, count = 1}]"
 
 
+LABELS = {"cpu": {"part": "decode"}, "gpu": {"part": "networks"}}
+LABELLED = (
+    NODE_TYPES.replace("count = 3", "count = 3, labels = 'part=decode'").replace(
+        "count = 1}]", "count = 1, labels = 'part=networks'}]"
+    ),
+    "resources.labels.decode=part=decode",
+    "resources.labels.write=part=decode",
+)
+
+
 def extract_from_nothing(
-    store: SlowStore, settings: Path, folder: Path, count: int, gpus: int
+    store: SlowStore, settings: Path, folder: Path, count: int, gpus: int, *sets: str
 ) -> Ended:
     """A head without CPUs and both groups at 0, as in the files in cluster/."""
-    with autoscaling(TYPES) as address:
+    with autoscaling(TYPES, LABELS if sets else {}) as address:
         argv = [
             "extract",
             slow_manifest(store, folder, count),
@@ -336,17 +346,19 @@ def extract_from_nothing(
             "--address",
             address,
         ]
-        argv += ["--set", NODE_TYPES, "--set", f"resources.gpus={gpus}"]
+        for one in (NODE_TYPES, f"resources.gpus={gpus}", *sets):
+            argv += ["--set", one]
         # a Ray instance that this process started has left its token's mode in the environment
         with Driver(argv, folder / "run", {"RAY_AUTH_MODE": "disabled"}) as driver:
             return driver.ended(END_S)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sets", [(), LABELLED], ids=["any node", "by labels"])
 def test_a_cluster_grows_from_nothing_to_its_limits(
-    store: SlowStore, settings: Path, tmp_path: Path
+    store: SlowStore, settings: Path, sets: tuple[str, ...], tmp_path: Path
 ) -> None:
-    ended = extract_from_nothing(store, settings, tmp_path, 150, gpus=0)
+    ended = extract_from_nothing(store, settings, tmp_path, 150, 0, *sets)
     assert ended.code == 0, ended.err
     assert read_rows(str(tmp_path / "out")).num_rows == 150
     moments = sorted(store.begun.values())

@@ -138,10 +138,13 @@ _EMPTY_LISTS = (
 
 
 @contextlib.contextmanager
-def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]:
+def autoscaling(
+    types: dict[str, tuple[dict[str, float], int]], labels: Mapping[str, Mapping[str, str]]
+) -> Iterator[str]:
     """A head without CPUs and Ray's fake autoscaler, which starts nodes as processes.
 
-    Node types: name -> (resources, maximum count). Yields the address.
+    Node types: name -> (resources, maximum count); `labels`: name -> labels of its nodes. Yields
+    the address.
     """
     (port,) = free_ports(1, below=10000)
     address = f"127.0.0.1:{port}"
@@ -150,6 +153,7 @@ def autoscaling(types: dict[str, tuple[dict[str, float], int]]) -> Iterator[str]
             name: {
                 "resources": {"memory": 4 * 2**30, "object_store_memory": 100 * 2**20, **resources},
                 "node_config": {},
+                "labels": dict(labels.get(name, {})),
                 "min_workers": 0,
                 "max_workers": most,
             }

@@ -29,7 +29,10 @@ import yaml
 
 from jobs.run import arguments, attempts
 from tsq_ray import cli
-from tsq_ray.config import validate_config
+from tsq_ray.commands.jobs import READ
+from tsq_ray.config import Config, label_map, load_config, validate_config
+from tsq_ray.runtime.nodes import Cluster, Node
+from tsq_ray.runtime.placement import layout
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 REPO = CLUSTER.parent
@@ -138,7 +141,8 @@ FOLDERS = ("cluster", "jobs", "endpoint")
 OVERLAYS = ("gpu", "cpu", "spot")
 every_folder = pytest.mark.parametrize("folder", FOLDERS)
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
-RUNS = ("evaluate", "extract", "finetune", "index", "score", "train")
+RUNS = ("index", "finetune", "extract", "train", "score", "evaluate")
+"""In the order in which docs/kubernetes.md runs them."""
 
 
 def test_what_each_folder_makes() -> None:
@@ -150,7 +154,7 @@ def test_what_each_folder_makes() -> None:
     }
     assert names == {
         "cluster": [("RayCluster", "tsq")],
-        "jobs": [("RayJob", f"tsq-{run}") for run in RUNS],
+        "jobs": [("RayJob", f"tsq-{run}") for run in sorted(RUNS)],
         "endpoint": [("RayService", "tsq")],
     }
 
@@ -296,16 +300,53 @@ def test_groups_match_the_settings_of_their_overlay(overlay: str) -> None:
     (cluster,) = ray_manifests("cluster", overlay)
     (settings,) = (one for one in rendered("cluster", overlay) if one["kind"] == "ConfigMap")
     config = validate_config(tomllib.loads(settings["data"]["settings.toml"]))
-    kinds: Counter[tuple[float, float]] = Counter()
+    kinds: Counter[tuple[Any, ...]] = Counter()
     groups = cluster["spec"]["workerGroupSpecs"]
     assert [group["groupName"] for group in groups] == GROUPS[overlay]
     for group in groups:
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         cpus, gpus = int(limits["cpu"]), int(limits.get("nvidia.com/gpu", 0))
-        kinds[cpus, gpus] += group["maxReplicas"]
+        kinds[cpus, gpus, *group["labels"].items()] += group["maxReplicas"]
         bound_gib = 2.5 + cpus * (1 + config.decode.max_memory_mb / 1024)
         assert int(limits["memory"].removesuffix("Gi")) >= bound_gib
-    assert {(kind.cpus, kind.gpus): kind.count for kind in config.resources.node_types} == kinds
+    assert {
+        (kind.cpus, kind.gpus, *label_map(kind.labels).items()): kind.count
+        for kind in config.resources.node_types
+    } == kinds
+
+
+def settings_of(overlay: str, *sets: str) -> Config:
+    return load_config(CLUSTER / "kuberay" / "overlays" / overlay / "settings.toml", sets)
+
+
+@every_overlay
+def test_labelled_pools_grow_from_nothing_on_every_overlay(overlay: str) -> None:
+    """Each pool may start actors before there is a node with its label."""
+    networks = "decode" if overlay == "cpu" else "networks"
+    parts = {"decode": "decode", "networks": networks}
+    config = settings_of(
+        overlay, *(f"resources.labels.{part}=tsq/part={group}" for part, group in parts.items())
+    )
+    types = tuple(
+        Node(kind.cpus, kind.gpus, count=kind.count, labels=label_map(kind.labels))
+        for kind in config.resources.node_types
+    )
+    placed = layout("extract", config, Cluster((), types, grows=True), 10**6)
+    started = {name: pool.start for name, pool in placed.pools.items() if name != "writer"}
+    assert started == ({"worker": 128} if overlay == "cpu" else {"decoder": 128, "encoder": 4})
+
+
+def test_only_writers_are_on_the_pod_that_spot_keeps() -> None:
+    (cluster,) = ray_manifests("cluster", "spot")
+    groups = {one["groupName"]: one["labels"] for one in cluster["spec"]["workerGroupSpecs"]}
+    labels = settings_of("spot").resources.labels
+    asked = {part: label_map(getattr(labels, part)) for part in ("decode", "networks", "write")}
+    assert asked == {
+        "decode": groups["cpu"],
+        "networks": groups["gpu"],
+        "write": groups["kept"],
+    }
+    assert groups["kept"] not in (groups["cpu"], groups["gpu"])
 
 
 def test_spot_machines_hold_neither_the_head_nor_the_kept_pod() -> None:
@@ -380,13 +421,37 @@ def test_a_job_is_a_command_with_options_that_exist(run: str) -> None:
     assert spec["backoffLimit"] == 0, "the script tries again, and not after exit code 2"
     assert spec["activeDeadlineSeconds"] > 0
     assert command[0] == run
-    group: Any = typer.main.get_command(cli.app)
-    parsed = group.commands[run].make_context(run, arguments(command)[1:])
-    assert parsed.params["out"].startswith("s3://BUCKET/")
+    params = parameters(run)
+    assert params["out"].startswith("s3://BUCKET/")
     if run != "index":
         mounts = manifest["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
         assert {"name": "settings", "configMap": {"name": "tsq-settings"}} in mounts["volumes"]
-        assert str(parsed.params["config"]) == "/etc/tsq/settings.toml"
+        assert str(params["config"]) == "/etc/tsq/settings.toml"
+
+
+def parameters(run: str) -> dict[str, Any]:
+    """What `tsq` makes of the command line of a job."""
+    words = shlex.split(load(CLUSTER / "kuberay" / "jobs" / f"{run}.yaml")["spec"]["entrypoint"])
+    group: Any = typer.main.get_command(cli.app)
+    _, command = attempts(words[2:])
+    params: dict[str, Any] = group.commands[run].make_context(run, arguments(command)[1:]).params
+    return params
+
+
+def test_each_job_reads_what_those_before_it_wrote() -> None:
+    written = {"s3://BUCKET/videos", "s3://BUCKET/videos/labels.csv"}
+    for run in RUNS:
+        params = parameters(run)
+        for name in (*READ, "labels"):
+            value = params.get(name) or []
+            assert {value} if isinstance(value, str) else set(value) <= written, (run, name)
+        written.add(params["out"])
+
+
+def test_the_features_hold_the_answers_that_evaluate_measures() -> None:
+    extract, train, evaluate = map(parameters, ("extract", "train", "evaluate"))
+    assert evaluate["sources"] == [extract["out"]]
+    assert extract["recognizer"] == train["recognizer"] == parameters("finetune")["out"]
 
 
 @pytest.mark.ray
@@ -453,6 +518,17 @@ def test_ray_accepts_the_launcher_file(variant: str) -> None:
         validate_config(prepare_config(config))
 
 
+SIZES = {"r7i.4xlarge": (16, 128), "gr6.4xlarge": (16, 128)}
+"""CPUs and GiB of AWS's instance types."""
+
+
+def test_machines_of_the_launcher_hold_the_documented_memory_bound() -> None:
+    types = launcher_configs()["aws"]["available_node_types"]
+    for name in ("cpu", "gpu"):
+        cpus, gib = SIZES[types[name]["node_config"]["InstanceType"]]
+        assert gib >= 2.5 + cpus * (1 + load_config().decode.max_memory_mb / 1024)
+
+
 def dockerfile() -> list[list[str]]:
     text = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ")
     return [line.split() for line in text.splitlines() if line.strip() and not line.startswith("#")]
@@ -486,6 +562,13 @@ def test_dockerfile_ends_unprivileged_on_a_supported_python() -> None:
     assert any(
         "-c tests/constraints.txt" in " ".join(words) for words in steps if words[0] == "RUN"
     )
+
+
+def test_only_torch_itself_comes_from_its_own_index() -> None:
+    """The index of CPU wheels lacks most pinned versions of what torch requires."""
+    runs = (" ".join(words) for words in dockerfile() if words[0] == "RUN")
+    (step,) = (found[1] for run in runs if (found := re.search(r'="\$TORCH_INDEX" ([^;]+);', run)))
+    assert step.split()[-3:] == ["--no-deps", "torch", "torchvision"]
 
 
 def test_hadolint_accepts_the_dockerfile() -> None:

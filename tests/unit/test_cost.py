@@ -9,8 +9,8 @@ import pytest
 
 from tsq_ray.config import load_config
 from tsq_ray.cost import Price, Used, dense
-from tsq_ray.errors import ConfigError
-from tsq_ray.estimate import STARTUP_S, predict
+from tsq_ray.errors import ConfigError, RunError
+from tsq_ray.estimate import STARTUP_S, check_known, predict
 from tsq_ray.probe import Asked, Probe
 from tsq_ray.results import Counts, Estimate, LabelSummary, RunSummary, from_record
 from tsq_ray.runtime.nodes import Cluster, Node, Stage
@@ -196,6 +196,12 @@ def test_equal_nodes_share_the_work(stage: Stage, count: int) -> None:
     assert (found["nodes"], found["cpus"], found["gpus"]) == (count, 4.0 * count, 0)
     assert (found["video_hours"], found["bytes_out"]) == (100.0, 1_000_000)
     assert found["cost"]["per_video_hour"] == pytest.approx(found["cpu_hours"] / 100, rel=1e-3)
+
+
+def test_a_cluster_without_nodes_needs_to_be_told_what_they_are_like() -> None:
+    with pytest.raises(RunError, match=r"resources.node_types names none; set it to the nodes"):
+        check_known(Cluster((Node(0),), grows=True))
+    check_known(Cluster((Node(0),), (Node(8, count=2),), grows=True))
 
 
 def test_few_videos_do_not_use_many_nodes() -> None:

@@ -7,7 +7,7 @@ import pytest
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runtime.nodes import Cluster, Layout, Node, Pool, Stage, unplaced
-from tsq_ray.runtime.placement import gpu_count, layout, wanted_nodes
+from tsq_ray.runtime.placement import gpu_count, layout, usable_nodes, wanted_nodes
 
 GIB = 2**30
 TWO_CORES = Cluster((Node(2, memory=14 * GIB),))
@@ -186,6 +186,16 @@ def test_nodes_to_ask_for(
     cluster: Cluster, videos: int, sets: list[str], expected: list[dict[str, float]]
 ) -> None:
     assert wanted_nodes(place("extract", cluster, videos, *sets), cluster) == expected
+
+
+def test_only_nodes_that_are_known_are_counted_on() -> None:
+    """A prediction is for these; the actors that are asked for beside them are no machines."""
+    unknown = Cluster((EMPTY_HEAD, Node(8)), grows=True)
+    placed = place("extract", unknown, 800)
+    assert len(wanted_nodes(placed, unknown)) > 1
+    assert usable_nodes(placed, unknown) == [Node(8)]
+    known = Cluster((EMPTY_HEAD, Node(8)), (Node(8, count=3),), grows=True)
+    assert usable_nodes(place("extract", known, 800), known) == [Node(8)] * 4
 
 
 @pytest.mark.parametrize(
@@ -404,6 +414,20 @@ def test_a_label_that_no_node_has_is_refused() -> None:
     assert placed["worker"].labels == {"kind": "other", "zone": "a"}
     with pytest.raises(ConfigError, match=r"resources\.labels\.decode"):
         load_config(None, ["resources.labels.decode=no label"])
+
+
+def test_labelled_groups_grow_from_nothing() -> None:
+    cheap, dear = {"kind": "cheap"}, {"kind": "gpu"}
+    kinds = (Node(8, count=16, labels=cheap), Node(8, 1, count=4, labels=dear))
+    placed = place("extract", Cluster((EMPTY_HEAD,), kinds, grows=True), 10**6, *LABELS)
+    assert (placed["decoder"].start, placed["encoder"].start) == (16 * 8, 4)
+
+
+def test_node_types_of_one_size_are_counted_by_their_labels() -> None:
+    kept, decoding = {"kind": "kept"}, {"kind": "decode"}
+    alive = (Node(8, labels={**kept, "zone": "a"}), Node(8, 1, labels=decoding))
+    left = [Node(8, count=2, labels=one).beside(alive).count for one in (kept, decoding, {})]
+    assert left == [1, 2, 1]
 
 
 @pytest.mark.parametrize(

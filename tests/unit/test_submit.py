@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from aiohttp import web
 
 from tsq_ray.cli import app, main
-from tsq_ray.commands.jobs import _Output, _Rewrite
+from tsq_ray.commands.jobs import _check_paths, _Output, _Rewrite
+from tsq_ray.config import load_config
+from tsq_ray.manifest import Manifest, VideoRef, VideoRows, video_id, write_manifest
+from tsq_ray.runtime.jobs import Jobs, _Follower
 
 
 def context(command: str, *argv: str) -> Any:
@@ -24,11 +29,18 @@ def rewritten(folder: Path, shared_fs: bool, command: str, *argv: str) -> tuple[
     return found, rewrite.digest(found)
 
 
+def write_videos(manifest: Path, *uris: str) -> None:
+    rows = VideoRows.of(VideoRef(video_id(uri), uri, 9) for uri in uris)
+    write_manifest(Manifest(rows, [], "m", ("s3://b",)), str(manifest))
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with small files in it."""
-    for name in ("m.parquet", "own.toml", "labels.csv"):
+    for name in ("own.toml", "labels.csv"):
         (tmp_path / name).write_text(f"content of {name}")
+    write_videos(tmp_path / "m.parquet", "s3://b/a.mp4")
+    write_videos(tmp_path / "local.parquet", "/videos/a.mp4", "s3://b/a.mp4")
     (tmp_path / "features").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -44,6 +56,26 @@ def test_small_files_travel_with_the_job(here: Path) -> None:
         "--json",
     ]
     assert (here / "job/inputs/1-own.toml").read_text() == "content of own.toml"
+
+
+def test_an_option_of_zero_is_passed_on(here: Path) -> None:
+    argv = ["s3://b/m", "--model", "s3://b/model", "--out", "s3://b/out", "--max-failed", "0"]
+    assert rewritten(here, False, "score", *argv)[0][-2:] == ["--max-failed", "0.0"]
+
+
+def test_the_options_of_a_prediction_are_passed_on(here: Path) -> None:
+    asked = ["--dry-run", "--nodes", "3", "--price", "cpu=1"]
+    argv = ["s3://b/m", "--out", "s3://b/out", *asked]
+    assert rewritten(here, False, "extract", *argv)[0][3:] == asked
+    assert rewritten(here, False, "info", "m.parquet", "--cluster")[0] == [
+        *("inputs/0-m.parquet", "--cluster"),
+    ]
+
+
+def test_weights_that_are_no_files_and_absolute_paths_are_passed_on(here: Path) -> None:
+    sets = ["encoders.visual.weights=random:3", "recognizer.weights=package:x"]
+    _check_paths(load_config(None, [*sets, "encoders.objects.weights=s3://b/w.pth"]), False)
+    _check_paths(load_config(None, ["recognizer.weights=/models/w.pth"]), True)
 
 
 def test_labels_travel_unless_they_are_folders(here: Path) -> None:
@@ -84,6 +116,36 @@ def test_the_name_follows_from_the_command_and_the_files(here: Path) -> None:
             ["extract", "m.parquet", "--out", "s3://b/o", "--set", "encoders.text.weights=/w"],
             "encoders.text.weights = '/w' is on this machine",
         ),
+        (
+            [
+                "extract",
+                "m.parquet",
+                "--out",
+                "s3://b/o",
+                "--set",
+                "encoders.text.weights=words.txt",
+            ],
+            "encoders.text.weights = 'words.txt' is on this machine",
+        ),
+        (
+            [
+                *("evaluate", "s3://b/p", "--model", "s3://b/m", "--out", "s3://b"),
+                *("--set", 'evaluate.word_vectors=["glove.txt"]'),
+            ],
+            "evaluate.word_vectors = 'glove.txt' is on this machine",
+        ),
+        (
+            ["train", "features", "--out", "o", "--shared-fs", "--set", "recognizer.weights=w.pth"],
+            "recognizer.weights = 'w.pth' is relative to this folder",
+        ),
+        (
+            ["extract", "local.parquet", "--out", "s3://b/o"],
+            "1 of the 2 videos of {here}/local.parquet are on this machine, where the cluster "
+            "cannot see them, for example /videos/a.mp4",
+        ),
+        (["extract", "m.parquet", "--out", "feat", "--dry-run"], "out 'feat' is on this machine"),
+        (["info", "features", "--cluster"], "uri 'features' is on this machine"),
+        (["info", "s3://b/features"], "--submit: info runs as a job only with --cluster"),
         (["index", "s3://b/v", "--out", "s3://b/m", "--labels", "no.csv"], "--labels: no file"),
         (
             ["evaluate", "s3://b/p", "--model", "s3://b/m", "--out", "s3://b", "--annotations=no"],
@@ -95,7 +157,43 @@ def test_what_the_cluster_cannot_see_is_refused(
     here: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*argv, "--submit", "--address", "http://127.0.0.1:1"]) == 2
-    assert message in capsys.readouterr().err
+    assert message.format(here=here) in capsys.readouterr().err
+
+
+async def silent_dashboard(request: web.Request) -> web.StreamResponse:
+    """Sends one line of a job's output and then nothing, not even an answer to a ping."""
+    if request.path == "/api/version":
+        return web.json_response({"version": "4", "ray_version": "2", "ray_commit": "0"})
+    socket = web.WebSocketResponse(autoping=False)
+    await socket.prepare(request)
+    await socket.send_str("one line\n")
+    async for _ in socket:
+        pass
+    return socket
+
+
+@pytest.mark.ray
+def test_a_connection_whose_peer_is_gone_ends() -> None:
+    written: list[str] = []
+
+    async def follow() -> None:
+        app = web.Application()
+        app.router.add_route("GET", "/{path:.*}", silent_dashboard)
+        runner = web.AppRunner(app, shutdown_timeout=0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            port = runner.addresses[0][1]
+            jobs = await asyncio.to_thread(Jobs, f"http://127.0.0.1:{port}")
+            following = _Follower(jobs, "job-1", written.append).tail(heartbeat_s=0.4)
+            await asyncio.wait_for(following, 60)
+        finally:
+            await runner.cleanup()
+
+    with pytest.raises(ConnectionError, match="no answer from http"):
+        asyncio.run(follow())
+    assert written == ["one line\n"]
 
 
 def test_a_summary_is_found_in_the_output(capsys: pytest.CaptureFixture[str]) -> None:

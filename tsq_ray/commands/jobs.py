@@ -25,11 +25,15 @@ if TYPE_CHECKING:
 
 SHIPPED = ("config", "labels", "classes", "annotations")
 """Parameters that name small files of this machine, which travel with the job."""
-READ = ("manifest", "features", "sources", "encoder", "recognizer", "model")
+READ = ("manifest", "features", "sources", "encoder", "recognizer", "model", "uri")
 WRITTEN = ("out",)
+_MANIFESTS = ("manifest", "uri")
+"""Those of READ that travel with the job too, if they are a small file."""
 _NOT_FOR_THE_JOB = ("submit", "address", "shared_fs")
 _NO_FILE = ("folders", "none")
 """Values of --labels that name no file."""
+_NO_PATH = ("package:", "random:")
+"""Starts of weights that are not a path; besides these, `hub` is none."""
 _SHIPPED_BYTES = 64 * 2**20
 _INPUTS = "inputs"
 """Folder of the shipped files in the job's working directory."""
@@ -46,7 +50,8 @@ def submit_command(context: typer.Context, settings: Config | None = None) -> No
     """Run the command of this context as a job on the cluster and follow it.
 
     The same command attaches to its job if that still runs. Exits with the job's own exit code.
-    Raises RunError if the job would need a file of this machine that is not shipped.
+    `settings`: those of which the command reads weights. Raises RunError if the job would need a
+    file of this machine that is not shipped.
     """
     from tsq_ray.runtime.jobs import Jobs
 
@@ -54,8 +59,8 @@ def submit_command(context: typer.Context, settings: Config | None = None) -> No
     with tempfile.TemporaryDirectory(prefix="tsq-job-") as folder:
         rewrite = _Rewrite(Path(folder), bool(params["shared_fs"]))
         argv = [str(context.info_name), *rewrite.arguments(context)]
-        if settings is not None and not params["shared_fs"]:
-            _check_weights(settings)
+        if settings is not None:
+            _check_paths(settings, bool(params["shared_fs"]))
         name = f"tsq-{context.info_name}-{rewrite.digest(argv)}"
         client = Jobs(params["address"])
         job, is_new = client.submit(name, [*argv, "--address", "auto"], folder)
@@ -74,7 +79,9 @@ class _Rewrite:
         """Yield the arguments, in the order in which the command declares its parameters."""
         for param in context.command.params:
             name, value = str(param.name), context.params.get(str(param.name))
-            if name in _NOT_FOR_THE_JOB or value in (None, False, (), [], param.default):
+            # 0 is a value, although it equals False
+            unset = value is None or value is False or value in ((), [], param.default)
+            if name in _NOT_FOR_THE_JOB or unset:
                 continue
             option = [param.opts[0]] if param.param_type_name == "option" else []
             if value is True:
@@ -92,7 +99,10 @@ class _Rewrite:
             return value
         path = Path(storage.normalize(value))
         is_small = path.is_file() and path.stat().st_size <= _SHIPPED_BYTES
-        if name in SHIPPED or (name == "manifest" and is_small and not self.shared_fs):
+        if name in SHIPPED:
+            return self._ship(path, name)
+        if name in _MANIFESTS and is_small and not self.shared_fs:
+            _check_videos(path)
             return self._ship(path, name)
         if self.shared_fs:
             return str(path)
@@ -123,20 +133,44 @@ class _Rewrite:
         return found.hexdigest()[:12]
 
 
-def _check_weights(settings: Config) -> None:
-    """Raise RunError for weights that are a path of this machine."""
+def _check_videos(manifest: Path) -> None:
+    """Raise RunError if videos of a manifest that travels are on this machine."""
+    from tsq_ray.manifest import read_manifest
+    from tsq_ray.storage import is_local
+
+    uris = read_manifest(str(manifest)).rows.table["uri"].to_pylist()
+    if local := [uri for uri in uris if is_local(uri)]:
+        raise RunError(
+            f"--submit: {len(local)} of the {len(uris)} videos of {manifest} are on this machine, "
+            f"where the cluster cannot see them, for example {local[0]}; index URIs such as "
+            "s3://..., or use --shared-fs if every node has these paths too"
+        )
+
+
+def _check_paths(settings: Config, shared_fs: bool) -> None:
+    """Raise RunError for a path of this machine in the settings that the job could not read."""
+    from tsq_ray.storage import is_local
+
     encoders = settings.encoders
-    named = {
-        "encoders.visual": encoders.visual.weights,
-        "encoders.objects": encoders.objects.weights,
-        "encoders.text": encoders.text.weights,
-        "recognizer": settings.recognizer.weights,
-    }
-    for name, weights in named.items():
-        if weights.startswith(("/", "./", "../", "~")):
+    named = [
+        ("encoders.visual.weights", encoders.visual.weights),
+        ("encoders.objects.weights", encoders.objects.weights),
+        ("encoders.text.weights", encoders.text.weights),
+        ("recognizer.weights", settings.recognizer.weights),
+        *(("evaluate.word_vectors", place) for place in settings.evaluate.word_vectors),
+    ]
+    for name, place in named:
+        if place == "hub" or place.startswith(_NO_PATH) or not is_local(place):
+            continue
+        if not shared_fs:
             raise RunError(
-                f"--submit: {name}.weights = {weights!r} is on this machine, where the cluster "
-                "cannot see it; use a URI, or --shared-fs if every node has this path too"
+                f"--submit: {name} = {place!r} is on this machine, where the cluster cannot see it; "
+                "use a URI, or --shared-fs if every node has this path too"
+            )
+        if not Path(place).is_absolute():
+            raise RunError(
+                f"--submit: {name} = {place!r} is relative to this folder, and the job runs in "
+                "another; give the absolute path"
             )
 
 

@@ -125,7 +125,7 @@ def extract(
 
     settings = load_config(config, sets or ())
     prices = _prices(price, nodes, dry_run)
-    if submit and not dry_run:
+    if submit:
         return submit_command(context, settings)
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
     which: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
@@ -307,8 +307,8 @@ def score(
 
     settings = scoring_config(model, config, sets or ())
     prices = _prices(price, nodes, dry_run)
-    if submit and not dry_run:
-        return submit_command(context, settings)
+    if submit:
+        return submit_command(context)  # the weights are in the bundle
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
     which: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     if dry_run:

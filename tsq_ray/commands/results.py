@@ -192,6 +192,7 @@ def verify(
 
 
 def info(
+    context: typer.Context,
     uri: Annotated[str | None, typer.Argument(metavar="BUNDLE|MANIFEST|URI")] = None,
     cluster: Annotated[
         bool,
@@ -202,6 +203,8 @@ def info(
         ),
     ] = False,
     address: Address = None,
+    submit: Submit = False,
+    shared_fs: SharedFs = False,
     config: ConfigFile = None,
     sets: Sets = None,
     as_json: AsJson = False,
@@ -216,10 +219,14 @@ def info(
 
     if not cluster and uri is None:
         raise RunError("info takes a bundle, manifest or run folder, or --cluster, or both")
+    if submit and not cluster:
+        raise RunError("--submit: info runs as a job only with --cluster; leave it out")
+    if submit:
+        return submit_command(context)
     found = describe(uri) if uri is not None else {}
     if cluster:
         found = _cluster_for(uri, found, Session(address, debug=debug), config, sets)
-    show(found, as_json, tree_text(found))
+    return show(found, as_json, tree_text(found))
 
 
 def _cluster_for(

@@ -96,12 +96,11 @@ def read_cluster(ray: Any, config: Config) -> Cluster:
         groups.append(labels.get(_GROUP_LABEL, ""))
         cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
         nodes.append(Node(cpus, gpus, memory, name=node["NodeName"], labels=labels))
-    types = []
-    for kind in config.resources.node_types:
-        alive = sum(1 for node in nodes if (node.cpus, node.gpus) == (kind.cpus, kind.gpus))
-        left = max(0, kind.count - alive)
-        types.append(Node(kind.cpus, kind.gpus, count=left, labels=label_map(kind.labels)))
-    return Cluster(tuple(nodes), tuple(types), any(groups))
+    types = (
+        Node(kind.cpus, kind.gpus, count=kind.count, labels=label_map(kind.labels))
+        for kind in config.resources.node_types
+    )
+    return Cluster(tuple(nodes), tuple(kind.beside(nodes) for kind in types), any(groups))
 
 
 @contextlib.contextmanager

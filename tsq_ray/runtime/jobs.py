@@ -20,6 +20,8 @@ _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RETRY_S, _LOST_S = 2.0, 600.0
 """Between attempts to reach a cluster again, and how long in all."""
 _STOPS_S = 60.0
+_HEARTBEAT_S = 20.0
+"""A connection whose peer leaves a ping unanswered for half of this time is lost."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,10 @@ class Jobs:
             raise self._unknown(job_id, error) from error
 
     def stop(self, job_id: str) -> Job:
-        """Stop a job and wait for its end. Raises RunError if there is none."""
+        """Stop a job and wait for its end.
+
+        Raises RunError if there is none; RunFailed if it still runs after a minute.
+        """
         try:
             self._client.stop_job(job_id)
         except RuntimeError as error:
@@ -136,6 +141,11 @@ class Jobs:
         deadline = time.monotonic() + _STOPS_S
         while not (found := self.get(job_id)).is_over and time.monotonic() < deadline:
             time.sleep(0.5)
+        if not found.is_over:
+            raise RunFailed(
+                f"job {job_id}: still {found.status} {_STOPS_S:g} s after it was told to stop; look "
+                f"again with `tsq jobs list{self._shown}`"
+            )
         return found
 
     def _unknown(self, job_id: str, error: Exception) -> Exception:
@@ -164,7 +174,7 @@ class _Follower:
                 if found.is_over:
                     self._pass_on(self.jobs.logs(self.job_id), 0)
                     return found
-                asyncio.run(self._tail())
+                asyncio.run(self.tail())
             except (RunFailed, OSError, RuntimeError, _client_error()) as error:
                 now = time.monotonic()
                 if lost_at is None:
@@ -174,10 +184,25 @@ class _Follower:
                     raise ConnectionError(one_line(error)) from error
             time.sleep(_RETRY_S)
 
-    async def _tail(self) -> None:
-        place = 0  # each connection starts at the beginning of the output
-        async for text in self.jobs._client.tail_job_logs(self.job_id):
-            place = self._pass_on(text, place)
+    async def tail(self, heartbeat_s: float = _HEARTBEAT_S) -> None:
+        """Pass on the output until the connection ends. Raises ConnectionError if it breaks.
+
+        Ray's own client sends no heartbeat, and waits forever for a peer that has silently gone.
+        """
+        import aiohttp
+
+        client, place = self.jobs._client, 0  # each connection starts at the output's beginning
+        url = f"{client._address}/api/jobs/{self.job_id}/logs/tail"
+        async with (
+            aiohttp.ClientSession(cookies=client._cookies, headers=client._headers) as session,
+            session.ws_connect(url, ssl=client._ssl_context, heartbeat=heartbeat_s) as socket,
+        ):
+            async for message in socket:
+                if message.type != aiohttp.WSMsgType.TEXT:
+                    break
+                place = self._pass_on(message.data, place)
+            if socket.close_code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
+                raise ConnectionError(f"no answer from {self.jobs.address}")
 
     def _pass_on(self, text: str, place: int) -> int:
         """Write the part of a text at `place` that was not written yet; return where it ends."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -38,6 +38,18 @@ class Node:
     count: int = 1
     name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
+
+    def beside(self, alive: Iterable[Node]) -> Node:
+        """Return this node type with the count that may still be started beside these live nodes.
+
+        A live node is of this type if it has its CPUs, its GPUs and its labels.
+        """
+        same = sum(
+            (node.cpus, node.gpus) == (self.cpus, self.gpus)
+            and self.labels.items() <= node.labels.items()
+            for node in alive
+        )
+        return replace(self, count=max(0, self.count - same))
 
 
 @dataclass(frozen=True)

@@ -79,35 +79,40 @@ def gpu_count(config: Config, cluster: Cluster) -> int:
     return wanted
 
 
-def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
-    """Return the resources of each node that the layout can use: live nodes, then launchable ones.
+def usable_nodes(placed: Layout, cluster: Cluster) -> list[Node]:
+    """Return each node that the layout can use: live nodes, then launchable ones.
 
-    Launchable nodes are added until the cores and GPUs suffice for the pools at their limits. If
-    the cluster grows by nodes of unknown types, the resources of each missing actor are added
-    instead.
+    Launchable nodes are added until the cores and GPUs suffice for the pools at their limits.
     """
     pools = placed.pools.values()
     gpus = max(pool.limit * pool.gpus for pool in pools) - cluster.gpus
     cores = sum(pool.limit * pool.cores for pool in pools if not pool.gpus) - cluster.cpus
-    bundles = [_resources(node) for node in cluster.nodes if node.cpus or node.gpus]
+    found = [node for node in cluster.nodes if node.cpus or node.gpus]
     plain = [node for node in cluster.launchable if not node.gpus]
     for node in sorted(
         (node for node in cluster.launchable if node.gpus), key=lambda node: node.gpus
     ):
         missing = max(gpus / node.gpus, 0.0 if plain else cores / max(node.cpus, 1.0))
         count = min(node.count, max(0, math.ceil(missing)))
-        bundles += [_resources(node)] * count
+        found += [replace(node, count=1)] * count
         gpus, cores = gpus - count * node.gpus, cores - count * node.cpus
     for node in sorted((node for node in plain if node.cpus), key=lambda node: -node.cpus):
         count = min(node.count, max(0, math.ceil(cores / node.cpus)))
-        bundles += [_resources(node)] * count
+        found += [replace(node, count=1)] * count
         cores -= count * node.cpus
+    return found
+
+
+def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
+    """Return the resources of each node to ask the autoscaler for: of those that are usable.
+
+    If the cluster grows by nodes of unknown types, the resources of each missing actor are added.
+    """
+    bundles = [_resources(node) for node in usable_nodes(placed, cluster)]
     if cluster.grows and not cluster.launchable:
-        for pool in (pool for pool in pools if pool.gpus or pool.cores):
+        for pool in (pool for pool in placed.pools.values() if pool.gpus or pool.cores):
             missing = min(pool.limit, _MAX_ASKED) - cluster.capacity(pool)
-            bundles += [{"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {})] * max(
-                0, missing
-            )
+            bundles += [_resources(Node(pool.cpus, pool.gpus))] * max(0, missing)
     return bundles
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from tsq_ray.config import Config, FinetuneConfig, Task, label_map
 from tsq_ray.prototypes import prototypes
 from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.nodes import Stage
+from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.features import (
     FeatureSource,
@@ -208,23 +210,27 @@ class Features:
 def features_on_worker(
     source: FeatureSource,
     num_videos: int,
-    what: str,
+    what: Stage,
     config: Config,
     session: Session,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> Iterator[Features]:
     """Read the features on a node of the connected cluster and keep them for the `with` block.
 
-    `what` names the run in messages; `ticks` are called twice a second while the driver waits.
+    `what` is the run's stage; `ticks` are called twice a second while the driver waits.
     Raises RunFailed if the node's disk has no room or the features cannot be read.
     """
     import ray
 
     resources, counts = config.resources, start_videos()
     # nothing else of the run is busy before the training workers are
-    threads = resources.threads or int(max(1, cluster.read_cluster(ray, config).largest_cpus))
+    found = cluster.read_cluster(ray, config)
+    threads = resources.threads or int(max(1, found.largest_cpus))
     options: dict[str, Any] = {"num_cpus": _CPUS, "max_restarts": _RETRIES}
     options["max_task_retries"] = _RETRIES
+    # at most the share that a node full of the stage's actors has left over
+    pools = layout(what, config, found, num_videos).pools.values()
+    options["memory"] = max(pool.memory for pool in pools)
     if labels := label_map(resources.labels.networks):
         options["label_selector"] = labels
     actor: Any = ray.remote(**options)(FeatureWorker).remote(source, threads, counts)
