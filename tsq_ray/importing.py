@@ -272,9 +272,7 @@ def _transformers_settings(model: str, weights: str) -> dict[str, Any]:
         except Exception as error:
             raise transformers_models.cannot_load(what, error) from error
     name = transformers_models.architecture_of(config, what)
-    own = getattr(config, "vision_config", config)
-
-    arguments = transformers_models.described(own, name)
+    arguments = transformers_models.described(config, name)
     clip = int(arguments["num_frames"]) if VIDEO_CLASSIFIER in name else 0
 
     def apply(picture: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import timm
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.pretrained import (
     CLASSES,
     CLASSIFIERS,
@@ -155,6 +156,33 @@ def test_a_dual_encoder_answers_as_in_transformers(
     with torch.no_grad():
         wanted = model(pixel_values=pixels, **tokens).logits_per_image
     torch.testing.assert_close(logits_of(classifier, ours), wanted, atol=CLOSE, rtol=CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "removed"),
+    [
+        ("clip", "text_model."),
+        ("clip", "visual_projection."),
+        ("siglip", "text_model."),
+        ("vit", "classifier."),
+    ],
+)
+def test_a_checkpoint_that_lacks_weights_is_refused(
+    kind: str, removed: str, tmp_path: Path
+) -> None:
+    folder, names = save_pretrained(kind, tmp_path / "model"), tmp_path / "classes.txt"
+    names.write_text("\n".join(CLASSES))
+    file = tmp_path / "model" / "model.safetensors"
+    whole = load_file(file)
+    kept = {key: value for key, value in whole.items() if not key.startswith(removed)}
+    assert 0 < len(kept) < len(whole)
+    save_file(kept, file, {"format": "pt"})
+    message = (
+        rf"lacks {len(whole) - len(kept)} weights of a \w+ \(first: {removed}.*\), which would"
+    )
+    with pytest.raises(ModelError, match=message):
+        imported(folder, tmp_path / "out", classes=str(names))
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_templates_are_averaged(frames: list[np.ndarray], tmp_path: Path) -> None:
