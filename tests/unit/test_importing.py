@@ -319,8 +319,11 @@ def test_wrong_use(tmp_path: Path) -> None:
         import_network(import_config(clip), out, classes=str(names), templates=["a photo"])
     with pytest.raises(ConfigError, match="--template is for dual encoders"):
         import_network(import_config(vit), out, templates=["a {}"])
-    with pytest.raises(ModelError, match="has 4 classes, --classes names 2"):
+    with pytest.raises(ModelError, match="has 4 classes, --classes names 2; name each of them"):
         import_network(import_config(vit), out, classes=str(names))
+    random = import_config("test_vit", sets=["recognizer.weights=random:0"])
+    with pytest.raises(ModelError, match="test_vit: has 1000 classes, --classes names 2"):
+        import_network(random, out, classes=str(names))
     with pytest.raises(
         ConfigError, match=r"name recognizer.model = 'resnet18' \(timm\), the command"
     ):
