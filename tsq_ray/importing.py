@@ -185,9 +185,15 @@ def _load(
     settings: ModelConfig, names: list[str] | None, templates: Sequence[str], what: str
 ) -> tuple[FrameEncoder, list[str], dict[str, Any]]:
     """Return the network with its head, the class names, and what else shaped the head."""
-    if settings.kind == "timm":
-        return _load_timm(settings, names, templates, what)
-    return _load_transformers(settings, names, templates, what)
+    load = _load_timm if settings.kind == "timm" else _load_transformers
+    encoder, found, more = load(settings, names, templates, what)
+    assert isinstance(encoder.head, nn.Linear)
+    if len(found) != encoder.head.out_features:
+        raise ModelError(
+            f"{what}: has {encoder.head.out_features} classes, --classes names {len(found)}; name "
+            "each of them, in its order, or train it for other classes with tsq finetune"
+        )
+    return encoder, found, more
 
 
 # ------------------------------------------------------------------------------------------- timm
@@ -272,9 +278,7 @@ def _transformers_settings(model: str, weights: str) -> dict[str, Any]:
         except Exception as error:
             raise transformers_models.cannot_load(what, error) from error
     name = transformers_models.architecture_of(config, what)
-    own = getattr(config, "vision_config", config)
-
-    arguments = transformers_models.described(own, name)
+    arguments = transformers_models.described(config, name)
     clip = int(arguments["num_frames"]) if VIDEO_CLASSIFIER in name else 0
 
     def apply(picture: np.ndarray) -> np.ndarray:
@@ -314,13 +318,10 @@ def _load_transformers(
         labels = transformers.AutoConfig.from_pretrained(place).id2label
     encoder = split_network(settings, network, with_head=True)
     assert isinstance(encoder.head, nn.Linear)
-    count = encoder.head.out_features
     if names is None:
-        given = [str(labels.get(number, number)) for number in range(count)]
+        given = [str(labels.get(number, number)) for number in range(encoder.head.out_features)]
         numbered = [f"{name} ({number})" for number, name in enumerate(given)]
         names = _distinct([given, numbered])
-    if len(names) != count:
-        raise ModelError(f"{what}: has {count} classes, --classes names {len(names)}")
     return encoder, names, {}
 
 

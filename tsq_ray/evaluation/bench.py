@@ -103,8 +103,9 @@ class Bench:
         training = self.features.training
         if config.target == "labels" or training is None:
             return None
-        count = config.max_videos or len(training)
-        targets = soft_targets(training.logits[:count], config.teacher_frames, self.task)
+        count, frames = config.max_videos or len(training), config.teacher_frames
+        logits, index = training.logits[:count], training.frame_index[:count]
+        targets = soft_targets(logits, index, frames, self.task)
         classes = taught_classes(targets, config.teacher_min_videos, self.task)
         return Taught(classes, targets)
 

@@ -7,11 +7,13 @@ step; evaluation looks up their logits. Shapes: T slots, C classes, K budget.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from tsq_ray.asking.answers import NAMED
 from tsq_ray.config import SamplerConfig, TSQMode
 from tsq_ray.model import baselines
 from tsq_ray.model.diversity import dpp
@@ -55,6 +57,10 @@ class Candidates:
     """Per slot: "visual", "textual", "dpp" or the name of a baseline."""
     first: int
     """How many candidates the recogniser sees in its first pass."""
+    rounds: tuple[tuple[int, float], ...] = ()
+    """For a recogniser that gives one answer about all frames shown, a server: how many candidates
+    each of its answers is about, and the lead of one class over the next at which it is the last.
+    None: all at once."""
 
     @classmethod
     def all_at_once(cls, selection: Selection) -> Candidates:
@@ -186,7 +192,20 @@ class UntilConfident:
         by = dict(zip(chosen.slots.tolist(), chosen.selected_by, strict=True))
         # each frame adds at most 1 to the lead
         first = min(len(slots), math.ceil(self.margin))
-        return Candidates(slots, [by[slot] for slot in slots.tolist()], first)
+        selected_by = [by[slot] for slot in slots.tolist()]
+        return Candidates(slots, selected_by, first, tuple(self._rounds(len(slots))))
+
+    def _rounds(self, count: int) -> Iterator[tuple[int, float]]:
+        """Yield the rounds of `count` candidates, each of twice as many as the one before.
+
+        An answer about n frames counts as n frames that all answer so. The first round is of the
+        fewest frames on which an answer without log-probabilities suffices.
+        """
+        shown = math.floor(self.margin / NAMED) + 1
+        while shown < count:
+            yield shown, self.margin / shown
+            shown *= 2
+        yield count, 0.0
 
     def enough(self, candidates: Candidates, probabilities: np.ndarray) -> np.ndarray | None:
         count = frames_until_sure(probabilities, self.margin)

@@ -141,7 +141,8 @@ def _network_class(name: str, model: str) -> Any:
 
 
 def described(config: Any, name: str) -> dict[str, Any]:
-    """Return the `model_args` that create a network of class `name` with this config."""
+    """Return the `model_args` that create a network of class `name` for a checkpoint's config."""
+    config = config.vision_config if name in _TOWERS else config
     kept = {key: value for key, value in config.to_diff_dict().items() if key not in _LEFT_OUT}
     clip = {"num_frames": config.num_frames} if VIDEO_CLASSIFIER in name else {}
     return {ARCHITECTURE: name, **_plain(kept), **clip}
@@ -165,24 +166,37 @@ def architecture_of(config: Any, what: str) -> str:
 
     Raises ModelError if it is neither an image classifier nor a dual encoder.
     """
+    # a classifier trained from a dual encoder keeps its model_type
+    if names := [name for name in config.architectures or () if _is_classifier(name)]:
+        return str(names[0])
     if config.model_type in _TOWER_OF:
         return _TOWER_OF[config.model_type]
-    names = [name for name in config.architectures or () if _is_classifier(name)]
-    if not names:
-        raise ModelError(
-            f"{what}: a {config.model_type} checkpoint of {config.architectures} is neither an "
-            f"image or video classifier nor a dual encoder ({', '.join(_TOWER_OF)})"
-        )
-    return str(names[0])
+    raise ModelError(
+        f"{what}: a {config.model_type} checkpoint of {config.architectures} is neither an "
+        f"image or video classifier nor a dual encoder ({', '.join(_TOWER_OF)})"
+    )
 
 
 def load_transformers(config: ModelConfig, place: str, what: str) -> TransformersNetwork:
-    """Load the pretrained network at a folder or hub id. Raises ModelError if it cannot be loaded."""
+    """Load the pretrained network at a folder or hub id.
+
+    Raises ModelError if it cannot be loaded, or if the checkpoint lacks some of its weights.
+    """
     kind = _network_class(str(config.model_args.get(ARCHITECTURE, "")), config.model)
+    return TransformersNetwork(_pretrained(kind, place, what))
+
+
+def _pretrained(kind: Any, place: str, what: str) -> Any:
     try:
-        return TransformersNetwork(kind.from_pretrained(place, dtype=torch.float32).eval())
+        network, report = kind.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
     except Exception as error:
         raise cannot_load(what, error) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{what}: the checkpoint lacks {len(missing)} weights of a {type(network).__name__} "
+            f"(first: {missing[0]}), which would stay random; choose a complete checkpoint"
+        )
+    return network.eval()
 
 
 @torch.inference_mode()
@@ -190,12 +204,12 @@ def text_head(place: str, classes: Sequence[str], templates: Sequence[str], what
     """Return the head of a dual encoder: x of length 1 to the logits [C] of the classes.
 
     A class is the mean of its embedded texts, one per template, with length 1 again (CLIP, section
-    3.1.4 of its paper).
+    3.1.4 of its paper). Raises ModelError as `load_transformers`.
     """
     import transformers
 
+    model = _pretrained(transformers.AutoModel, place, what)
     try:
-        model: Any = transformers.AutoModel.from_pretrained(place, dtype=torch.float32).eval()
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
     except Exception as error:
         raise cannot_load(what, error) from error

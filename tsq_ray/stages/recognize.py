@@ -16,7 +16,7 @@ from torch import Tensor
 from tsq_ray.asking.questions import Asking, Question, ServerModel, jpegs_of
 from tsq_ray.bundle.weights import Bundle, Classifier
 from tsq_ray.config import Config, RecognizerConfig, ResourcesConfig
-from tsq_ray.model.choosers import Candidates, UntilConfident
+from tsq_ray.model.choosers import Candidates
 from tsq_ray.networks.encoder import FrameEncoder, best_device
 from tsq_ray.networks.inference import (
     DEFAULT_RESOURCES,
@@ -118,8 +118,7 @@ def question_of(item: Sampled, config: RecognizerConfig) -> Question:
         jpegs_of(item.pictures.frames, config, item.row["width"], item.row["height"]),
         item.candidates.slots,
         item.candidates.selected_by,
-        item.candidates.first,
-        item.chooser.margin if isinstance(item.chooser, UntilConfident) else 0.0,
+        item.candidates.rounds,
         fetched_bytes=item.fetched_bytes,
     )
 

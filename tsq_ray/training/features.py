@@ -26,7 +26,7 @@ from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
 from tsq_ray.runs.folder import read_run
 from tsq_ray.training.cache import Create, node_arrays
-from tsq_ray.training.teacher import LOGITS, Teacher, check_taught, soft_targets
+from tsq_ray.training.teacher import FRAME_INDEX, LOGITS, Teacher, check_taught, soft_targets
 
 DEFAULT_SPLIT = "train"
 
@@ -85,7 +85,7 @@ class FeatureSource:
     @property
     def read_columns(self) -> tuple[str, ...]:
         """The tensor columns to read, with those that only the targets need."""
-        return (*self.columns, *((LOGITS,) if self.teacher is not None else ()))
+        return self.columns if self.teacher is None else (*self.columns, LOGITS, FRAME_INDEX)
 
 
 @dataclass
@@ -263,8 +263,8 @@ def copy_features(
         for name, array in arrays.items():
             array[taken] = schema.tensor_to_numpy(table[name])
         if teacher is not None:
-            logits = schema.tensor_to_numpy(table[LOGITS])
-            targets[taken] = soft_targets(logits, teacher.num_frames, source.task)
+            logits, index = (schema.tensor_to_numpy(table[name]) for name in (LOGITS, FRAME_INDEX))
+            targets[taken] = soft_targets(logits, index, teacher.num_frames, source.task)
         return len(table)
 
     done = 0

@@ -14,9 +14,10 @@ import torch
 from tsq_ray import schema, storage
 from tsq_ray.config import Task
 from tsq_ray.errors import RunError
+from tsq_ray.model.selection import distinct_slots
 from tsq_ray.model.task import probabilities
 
-LOGITS = schema.RECOGNIZER_LOGITS.name
+LOGITS, FRAME_INDEX = schema.RECOGNIZER_LOGITS.name, schema.FRAME_INDEX.name
 _SHOWN = 0.5
 """Probability from which a video shows a class, with several classes per video."""
 
@@ -30,18 +31,27 @@ class Teacher:
     """The number of surest frames that make a video's target."""
 
 
-def soft_targets(logits: np.ndarray, num_frames: int, task: Task) -> np.ndarray:
+def soft_targets(
+    logits: np.ndarray, frame_index: np.ndarray, num_frames: int, task: Task
+) -> np.ndarray:
     """Return the mean of the probabilities of each video's surest frames, float16 [V, C].
 
     Args:
         logits: float [V, T, C], the recogniser's.
+        frame_index: int [V, T], each slot's frame in the source. A frame counts once, as in
+            `sampler.mode = "maxconf"`, however many slots of a short video show it.
         num_frames: the number of surest frames, those whose best class is the most probable.
         task: "single" softmax, "multi" sigmoid.
     """
     found = probabilities(torch.from_numpy(logits.astype(np.float32)), task)
-    surest = found.amax(-1).topk(min(num_frames, found.shape[1]), dim=1).indices
-    chosen = found.gather(1, surest[..., None].expand(-1, -1, found.shape[2]))
-    return chosen.mean(1).numpy().astype(np.float16)
+    repeated = torch.ones(found.shape[:2], dtype=torch.bool)
+    for video, index in enumerate(frame_index):
+        repeated[video, distinct_slots(index)] = False
+    sureness = found.amax(-1).masked_fill(repeated, -1)
+    surest, slots = sureness.topk(min(num_frames, found.shape[1]), dim=1)
+    chosen = found.gather(1, slots[..., None].expand(-1, -1, found.shape[2]))
+    counts = (surest >= 0)[..., None]
+    return ((chosen * counts).sum(1) / counts.sum(1)).numpy().astype(np.float16)
 
 
 def shown_classes(targets: np.ndarray, task: Task) -> list[list[int]]:
