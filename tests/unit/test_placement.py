@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError
+from tsq_ray.runtime.cluster import cluster_of
 from tsq_ray.runtime.nodes import Cluster, Layout, Node, Pool, Stage, unplaced
 from tsq_ray.runtime.placement import gpu_count, layout, wanted_nodes
 
@@ -158,6 +161,56 @@ def test_an_actor_that_no_node_can_hold_is_an_error() -> None:
         ConfigError, match=r"serve: a decoder asks for 4 CPU, which no node .* \(largest: 2 CPU\)"
     ):
         place("serve", TWO_CORES, 1, "serve.decoder.num_cpus=4")
+
+
+KUBERAY = {"ray.io/node-group": "workers"}
+
+
+def record(cpus: float, gpus: float = 0, alive: bool = True, **labels: str) -> dict[str, Any]:
+    """A record of `ray.nodes()`."""
+    found = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
+    return {"Alive": alive, "Resources": found, "NodeName": "pod", "Labels": KUBERAY | labels}
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["resources.gpus=2"], "resources.gpus = 2: no node .* resources.node_types$"),
+        (["resources.labels.decode=zone=a"], "zone = a, which no node .* resources.node_types$"),
+    ],
+)
+def test_on_a_managed_cluster_of_known_types_the_impossible_is_an_error(
+    sets: list[str], message: str
+) -> None:
+    types = "resources.node_types=[{cpus = 8, count = 16}]"
+    known = load_config(None, [types, *sets])
+    with pytest.raises(ConfigError, match=message):
+        layout("extract", known, cluster_of([record(0)], known), 100)
+    unknown = load_config(None, sets)
+    assert layout("extract", unknown, cluster_of([record(0)], unknown), 100), "nobody can tell"
+    with pytest.raises(ConfigError, match=r"a decoder asks for 64 CPU, .* \(largest: 8 CPU\)"):
+        serve = load_config(None, [types, "serve.decoder.num_cpus=64"])
+        layout("serve", serve, cluster_of([record(0)], serve), 1)
+
+
+@pytest.mark.parametrize(
+    ("alive", "left"),
+    [
+        ([], (4, 4, 2)),
+        ([record(8)] * 3, (1, 4, 2)),
+        ([record(8, zone="b")] * 4, (4, 0, 2)),
+        ([record(8, zone="b")] * 5, (3, 0, 2)),
+        ([record(8)] * 9, (0, 4, 2)),
+        ([record(8, 1), record(8, 1, alive=False), record(16)], (4, 4, 1)),
+    ],
+)
+def test_a_live_node_counts_for_one_type(
+    alive: list[dict[str, Any]], left: tuple[int, int, int]
+) -> None:
+    types = '[{cpus=8, count=4}, {cpus=8, count=4, labels="zone=b"}, {cpus=8, gpus=1, count=2}]'
+    found = cluster_of(alive, load_config(None, [f"resources.node_types={types}"]))
+    assert tuple(node.count for node in found.launchable) == left
+    assert not found.grows
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class Cluster:
     nodes: tuple[Node, ...]
     launchable: tuple[Node, ...] = ()
     grows: bool = False
-    """Whether a node manager may add nodes, of types unknown here."""
+    """Whether a node manager may add nodes, of types that no setting names."""
     required: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Labels of the nodes on which a pool may be placed, by the pool's name."""
 
@@ -185,6 +185,24 @@ class Layout:
         networks = "a GPU each" if self.on_gpu else f"CPU, {self.threads} threads each"
         pools = {name: pool.describe() for name, pool in self.pools.items()}
         return pools | {"networks": networks}
+
+
+def not_yet_started(types: Sequence[Node], alive: Sequence[Node]) -> tuple[Node, ...]:
+    """Return the node types with the number of nodes that are not alive yet.
+
+    A live node counts for one type: of those with its size and its labels, the one with the most
+    labels that has any left.
+    """
+    left = list(types)
+    order = sorted(range(len(types)), key=lambda place: -len(types[place].labels))
+    for node in alive:
+        for place in order:
+            kind = left[place]
+            same = (node.cpus, node.gpus) == (kind.cpus, kind.gpus)
+            if same and kind.count and kind.labels.items() <= node.labels.items():
+                left[place] = replace(kind, count=kind.count - 1)
+                break
+    return tuple(left)
 
 
 def num_fitting(pool: Pool, node: Node) -> int:

@@ -74,7 +74,8 @@ def gpu_count(config: Config, cluster: Cluster) -> int:
     if wanted and not cluster.max_gpus and not cluster.grows:
         raise ConfigError(
             f"resources.gpus = {wanted}: no node of the cluster has a GPU, "
-            "and none that has one can be started; set it to 0 to run on CPUs, or add GPU nodes"
+            "and none that has one can be started; set it to 0 to run on CPUs, add GPU nodes, "
+            "or name those that can be started in resources.node_types"
         )
     return wanted
 
@@ -120,7 +121,8 @@ def _check_fits(placed: Layout, cluster: Cluster) -> None:
             raise ConfigError(
                 f"{placed.stage}: a {pool.name} asks for {' and '.join(asked)}, "
                 "which no node of the cluster can ever hold "
-                f"(largest: {describe_largest(cluster)}); ask for less, or add a node that can"
+                f"(largest: {describe_largest(cluster)}); ask for less, add a node that can, "
+                "or name one that can be started, with its labels, in resources.node_types"
             )
 
 
