@@ -269,6 +269,47 @@ def test_actors_exist_before_their_nodes(
     assert {name: placed[name].start for name in expected} == expected
 
 
+FROM_ZERO = Cluster((EMPTY_HEAD,), (Node(8, count=16), Node(8, 1, count=4)))
+UNKNOWN = Cluster((EMPTY_HEAD,), grows=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "cluster", "sets", "cpus"),
+    [
+        ("extract", FROM_ZERO, ["resources.gpus=0", "resources.workers=64"], 1.95),
+        ("extract", Cluster((EMPTY_HEAD, Node(8))), ["resources.workers=64"], 0.1),
+        ("extract", UNKNOWN, ["resources.workers=64"], 0.9),
+        ("extract", Cluster((Node(8),), grows=True), ["resources.workers=64"], 0.98),
+        ("extract", Cluster((Node(8),), grows=True), ["resources.workers=2"], 3.95),
+        ("train", FROM_ZERO, ["resources.gpus=0", "train.num_workers=16"], 7.9),
+        ("train", FROM_ZERO, ["train.num_workers=4"], 7.9),
+        ("train", UNKNOWN, ["train.num_workers=16"], 0.9),
+    ],
+)
+def test_what_a_counted_actor_asks_for_leaves_the_nodes_to_come_their_share(
+    stage: Stage, cluster: Cluster, sets: list[str], cpus: float
+) -> None:
+    assert place(stage, cluster, 10**6, *sets)["worker"].cpus == cpus
+
+
+@pytest.mark.parametrize(
+    ("cluster", "sets", "decoders", "cpus"),
+    [
+        (FROM_ZERO, ["finetune.num_workers=4"], 39, 0.95),
+        (Cluster((*many(16, 8), *many(4, 8, 1))), ["finetune.num_workers=4"], 39, 0.95),
+        (Cluster(many(4, 8, 1)), ["finetune.num_workers=4"], 7, 0.95),
+        (UNKNOWN, ["finetune.num_workers=4", "resources.decoders=8"], 2, 0.9),
+    ],
+    ids=["from zero", "alive", "GPU nodes only", "unknown types"],
+)
+def test_decoders_of_a_full_finetune_use_the_nodes_to_come(
+    cluster: Cluster, sets: list[str], decoders: int, cpus: float
+) -> None:
+    placed = place("finetune", cluster, 10**4, "finetune.backbone=trained", *sets)
+    assert (placed["decoder"].start, placed["decoder"].cpus) == (decoders, cpus)
+    assert placed.threads <= 8, "no more than a node has"
+
+
 @pytest.mark.parametrize(
     ("cluster", "videos", "sets", "decoders", "networks", "num_gpus", "senders"),
     [

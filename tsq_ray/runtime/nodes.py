@@ -22,6 +22,8 @@ PARTS: dict[Stage, dict[str, str]] = {
 """Which of `resources.labels` applies to each pool of a stage."""
 GROWTH_LIMIT = 10_000
 """Limit of a pool whose size is bounded only by the cluster."""
+STEP = 0.05
+"""CPUs are shared out in multiples of this."""
 ROOM = 0.1
 """CPUs that busy actors leave free on each node, for actors that mostly wait."""
 _GIB = 2**30
@@ -64,6 +66,11 @@ class Cluster:
     def cpus(self) -> float:
         """CPUs of the live nodes."""
         return sum(node.cpus for node in self.nodes)
+
+    @property
+    def max_cpus(self) -> float:
+        """CPUs of the live nodes and of all launchable ones."""
+        return self.cpus + sum(node.cpus * node.count for node in self.launchable)
 
     @property
     def gpus(self) -> int:
@@ -109,6 +116,21 @@ class Cluster:
         """Number of nodes with CPUs, live and launchable."""
         alive = sum(1 for node in self.nodes if node.cpus)
         return alive + sum(node.count for node in self.launchable if node.cpus)
+
+    def share(self, actors: int) -> float:
+        """Return the largest CPU share per actor at which the nodes hold all `actors`.
+
+        Launchable nodes count like live ones. On a cluster that grows by unknown nodes an actor
+        asks for at least a core, because those that do not fit make it grow.
+        """
+        nodes = [node for node in self.every_node() if node.cpus] or [Node(self.largest_cpus)]
+        free = [(node.cpus - ROOM * min(1.0, node.cpus), node.count) for node in nodes]
+        least = self.busy_cpus if self.grows else STEP * self.unit
+        for steps in range(int(max(cpus for cpus, _ in free) / STEP + 1e-9), 1, -1):
+            each = round(steps * STEP, 2)
+            if each > least and sum(int(c / each + 1e-9) * count for c, count in free) >= actors:
+                return each
+        return least
 
     def capacity(self, pool: Pool, *, launchable: bool = False) -> int:
         """Return how many of the pool's actors fit on the live nodes at once.

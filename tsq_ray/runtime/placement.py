@@ -16,7 +16,7 @@ from tsq_ray.errors import ConfigError
 from tsq_ray.runtime.nodes import (
     GROWTH_LIMIT,
     PARTS,
-    ROOM,
+    STEP,
     Cluster,
     Layout,
     Node,
@@ -36,7 +36,6 @@ _WAITING_CPUS = 0.01
 _NETWORK_CPUS = 0.2
 """CPUs of a sampler or recogniser replica, which uses the cores that decoding leaves."""
 _INGRESS_CPUS = 0.1
-_STEP = 0.05
 _GIB = 2**30
 _BUSY_BYTES = 2 * _GIB
 _WAITING_BYTES = _GIB // 4
@@ -130,17 +129,6 @@ def _resources(node: Node) -> dict[str, float]:
     return {"CPU": node.cpus} | ({"GPU": node.gpus} if node.gpus else {})
 
 
-def _share(cluster: Cluster, actors: int) -> float:
-    """Return the largest CPU share per actor at which the live nodes hold all `actors`."""
-    cpus = [node.cpus for node in cluster.nodes if node.cpus] or [cluster.largest_cpus]
-    free = [count - ROOM * min(1.0, count) for count in cpus]
-    for steps in range(int(max(free) / _STEP + 1e-9), 1, -1):
-        each = round(steps * _STEP, 2)
-        if sum(int(count / each + 1e-9) for count in free) >= actors:
-            return each
-    return _STEP * cluster.unit
-
-
 def _memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
     """Return the bytes to request for an actor with these CPUs.
 
@@ -229,12 +217,12 @@ def _extract(config: Config, cluster: Cluster, videos: int) -> Layout:
     gpus = gpu_count(config, cluster)
     writers = {"writer": _writers(cluster)}
     if not gpus and not resources.decoders:
-        cpus = _share(cluster, resources.workers) if resources.workers else 0.0
+        cpus = cluster.share(resources.workers) if resources.workers else 0.0
         workers = _busy(cluster, "worker", resources.workers, videos, cpus)
         threads = resources.threads or int(workers.cores)
         return Layout("extract", {"worker": workers} | writers, "cpu", threads)
     decoders = _busy(cluster, "decoder", resources.decoders, videos)
-    cpus = _STEP * cluster.unit
+    cpus = STEP * cluster.unit
     if gpus:
         encoders = _on_gpus(cluster, "encoder", resources.gpus, videos, 1.0, cpus)
     else:
@@ -253,25 +241,25 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
         return replace(_extract(config, cluster, videos), stage="finetune")
     workers = config.finetune.num_workers
     gpus = _training_gpus("finetune.num_workers", workers, config, cluster)
-    cores = max(1, int(cluster.cpus or cluster.largest_cpus))
+    cores = max(1, int(cluster.max_cpus or cluster.largest_cpus))
     # a CPU trains much slower than it decodes; a GPU needs as many decoders as fit
     wanted = config.resources.decoders or (cores - workers if gpus else cores // 4)
     decoders = max(1, wanted // workers)
-    cpus = _share(cluster, workers * (1 + decoders))
-    own = min(cpus, _share(cluster.with_gpus, workers)) if gpus else cpus
+    cpus = cluster.share(workers * (1 + decoders))
+    own = min(cpus, cluster.with_gpus.share(workers)) if gpus else cpus
     memory = _memory(cluster, _BUSY_BYTES, cpus)
     pool = Pool("worker", workers, workers, workers, own, 1.0 if gpus else 0.0, memory)
-    if cluster.nodes and cluster.cpus and workers * (1 + decoders) * cpus > cluster.cpus:
+    if not cluster.grows and workers * (1 + decoders) * cpus > cluster.max_cpus > 0:
         raise ConfigError(
             f"finetune.num_workers = {workers} with {decoders} decoders each: too many for the "
-            f"{cluster.cpus:g} CPUs of the cluster; "
+            f"{cluster.max_cpus:g} CPUs of the cluster; "
             "lower finetune.num_workers or resources.decoders"
         )
     pools = {
         "worker": pool,
         "decoder": Pool("decoder", decoders, decoders, decoders, cpus, memory=memory),
     }
-    threads = config.resources.threads or max(1, cores // workers)
+    threads = config.resources.threads or max(1, min(cores // workers, int(cluster.largest_cpus)))
     return Layout("finetune", pools, "cuda" if gpus else "cpu", threads)
 
 
@@ -280,7 +268,7 @@ def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
     workers = config.train.num_workers
     fewest, most = (workers, workers) if isinstance(workers, int) else workers
     gpus = _training_gpus("train.num_workers", fewest, config, cluster)
-    cpus = _share(cluster.with_gpus if gpus else cluster, most)
+    cpus = (cluster.with_gpus if gpus else cluster).share(most)
     if most > fewest and config.resources.threads and not gpus:
         cpus = float(
             config.resources.threads
