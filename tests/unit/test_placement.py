@@ -242,6 +242,44 @@ def test_nodes_to_ask_for(
 
 
 @pytest.mark.parametrize(
+    ("stage", "types", "videos", "sets", "expected"),
+    [
+        (
+            "score",
+            (Node(8, 1, count=64),),
+            100,
+            ["resources.decoders=1"],
+            [{"CPU": 8, "GPU": 1}] * 13,
+        ),
+        (
+            "extract",
+            (Node(64, count=9), Node(8, count=9, labels={"kind": "cheap"})),
+            200,
+            ["resources.labels.decode=kind=cheap"],
+            [{"CPU": 8}] * 4,
+        ),
+        (
+            "extract",
+            (Node(8, 4, count=9), Node(8, 1, count=9, labels={"kind": "gpu"}), Node(4, count=5)),
+            100,
+            ["resources.labels.networks=kind=gpu", "resources.gpus=3", "resources.decoders=30"],
+            [{"CPU": 8, "GPU": 1}] * 3 + [{"CPU": 4}] * 2,
+        ),
+    ],
+    ids=["half a GPU for each of two networks", "labels of decoders", "labels of networks"],
+)
+def test_nodes_to_ask_for_can_hold_the_actors(
+    stage: Stage,
+    types: tuple[Node, ...],
+    videos: int,
+    sets: list[str],
+    expected: list[dict[str, float]],
+) -> None:
+    cluster = Cluster((EMPTY_HEAD,), types)
+    assert wanted_nodes(place(stage, cluster, videos, *sets), cluster) == expected
+
+
+@pytest.mark.parametrize(
     ("cluster", "sets", "expected"),
     [
         (

@@ -82,33 +82,42 @@ def gpu_count(config: Config, cluster: Cluster) -> int:
 def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
     """Return the resources of each node that the layout can use: live nodes, then launchable ones.
 
-    Launchable nodes are added until the cores and GPUs suffice for the pools at their limits. If
-    the cluster grows by nodes of unknown types, the resources of each missing actor are added
-    instead.
+    Of the launchable nodes that can hold its actors, each pool at its limit takes those that it
+    needs for GPUs, or else for cores. If the cluster grows by nodes of unknown types, the resources
+    of each missing actor are added instead.
     """
-    pools = placed.pools.values()
-    gpus = max(pool.limit * pool.gpus for pool in pools) - cluster.gpus
-    cores = sum(pool.limit * pool.cores for pool in pools if not pool.gpus) - cluster.cpus
-    bundles = [_resources(node) for node in cluster.nodes if node.cpus or node.gpus]
-    plain = [node for node in cluster.launchable if not node.gpus]
-    for node in sorted(
-        (node for node in cluster.launchable if node.gpus), key=lambda node: node.gpus
-    ):
-        missing = max(gpus / node.gpus, 0.0 if plain else cores / max(node.cpus, 1.0))
-        count = min(node.count, max(0, math.ceil(missing)))
-        bundles += [_resources(node)] * count
-        gpus, cores = gpus - count * node.gpus, cores - count * node.cpus
-    for node in sorted((node for node in plain if node.cpus), key=lambda node: -node.cpus):
-        count = min(node.count, max(0, math.ceil(cores / node.cpus)))
-        bundles += [_resources(node)] * count
-        cores -= count * node.cpus
-    if cluster.grows and not cluster.launchable:
-        for pool in (pool for pool in pools if pool.gpus or pool.cores):
-            missing = min(pool.limit, _MAX_ASKED) - cluster.capacity(pool)
-            bundles += [{"CPU": pool.cpus} | ({"GPU": pool.gpus} if pool.gpus else {})] * max(
-                0, missing
-            )
+    pools = [pool for pool in placed.pools.values() if pool.gpus or pool.cores]
+    nodes = [node for node in cluster.nodes if node.cpus or node.gpus]
+    waiting = list(cluster.launchable)
+    for unit in ("gpus", "cpus"):
+        group = [pool for pool in pools if bool(pool.gpus) == (unit == "gpus")]
+        missing = sum(pool.limit * (pool.gpus or pool.cores) for pool in group)
+        missing -= sum(getattr(node, unit) for node in nodes if _holds_any(node, group))
+        for place in _preferred(waiting, group):
+            node = waiting[place]
+            count = min(node.count, max(0, math.ceil(missing / getattr(node, unit))))
+            missing -= count * getattr(node, unit)
+            nodes += [node] * count
+            waiting[place] = replace(node, count=node.count - count)
+    bundles = [_resources(node) for node in nodes]
+    for pool in pools if cluster.grows else ():
+        missing = min(pool.limit, _MAX_ASKED) - cluster.capacity(pool)
+        bundles += [_resources(Node(pool.cpus, pool.gpus))] * max(0, missing)
     return bundles
+
+
+def _holds_any(node: Node, pools: list[Pool]) -> bool:
+    return any(num_fitting(pool, node) for pool in pools)
+
+
+def _preferred(types: list[Node], pools: list[Pool]) -> list[int]:
+    """Return the places of the types that can hold one of the pools, the best first.
+
+    For GPUs: those with the fewest. For cores: the largest; those with GPUs only if no other can.
+    """
+    able = [place for place, node in enumerate(types) if _holds_any(node, pools)]
+    plain = [place for place in able if not types[place].gpus]
+    return sorted(plain or able, key=lambda place: (types[place].gpus, -types[place].cpus))
 
 
 def _check_fits(placed: Layout, cluster: Cluster) -> None:
