@@ -9,7 +9,7 @@ import pytest
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runtime.cluster import cluster_of
-from tsq_ray.runtime.nodes import Cluster, Layout, Node, Pool, Stage, unplaced
+from tsq_ray.runtime.nodes import Cluster, Layout, Node, Pool, Stage, shortfalls, unplaced
 from tsq_ray.runtime.placement import gpu_count, layout, wanted_nodes
 
 GIB = 2**30
@@ -149,6 +149,40 @@ def test_gpus(setting: int, cluster: Cluster, expected: int) -> None:
     assert gpu_count(load_config(None, [f"resources.gpus={setting}"]), cluster) == expected
 
 
+@pytest.mark.parametrize(
+    ("stage", "cluster", "sets", "line"),
+    [
+        ("extract", Cluster((EMPTY_HEAD,), grows=True), [], "no node has a GPU now, so the netw"),
+        ("extract", Cluster((EMPTY_HEAD,), grows=True), ["resources.gpus=0"], None),
+        ("extract", Cluster(many(1, 8), grows=True), [], "no node has a GPU now, so the networks"),
+        ("extract", Cluster(many(1, 8, 1), grows=True), [], None),
+        ("extract", Cluster(many(1, 8)), [], None),
+        (
+            "extract",
+            Cluster(many(1, 8, 2)),
+            ["resources.gpus=4"],
+            "gpus = 4: the nodes hold 2 of 4",
+        ),
+        ("score", Cluster(many(1, 8, 2)), ["resources.gpus=4"], "gpus = 4: the nodes hold 2 of 4"),
+        ("extract", Cluster(many(1, 8, 2)), ["resources.gpus=2"], None),
+        ("extract", Cluster(many(1, 8, 2)), ["resources.gpus=1", "resources.decoders=99"], "of 99"),
+        (
+            "extract",
+            Cluster(many(1, 2), grows=True),
+            ["resources.workers=8", "resources.gpus=0"],
+            "hold 2 of 8 workers",
+        ),
+        ("train", Cluster(many(1, 8, 1)), ["resources.gpus=4", "train.num_workers=4"], None),
+    ],
+)
+def test_a_run_says_what_it_starts_without(
+    stage: Stage, cluster: Cluster, sets: list[str], line: str | None
+) -> None:
+    config = load_config(None, sets)
+    said = list(shortfalls(layout(stage, config, cluster, 1000), config.resources, cluster))
+    assert [line in text for text in said] == [True] if line else said == [], said
+
+
 def test_gpus_that_no_node_can_have_are_an_error() -> None:
     with pytest.raises(
         ConfigError, match=r"resources.gpus = 2: no node of the cluster has a GPU.*set it to 0"
@@ -188,8 +222,8 @@ def test_on_a_managed_cluster_of_known_types_the_impossible_is_an_error(
         layout("extract", known, cluster_of([record(0)], known), 100)
     unknown = load_config(None, sets)
     assert layout("extract", unknown, cluster_of([record(0)], unknown), 100), "nobody can tell"
+    serve = load_config(None, [types, "serve.decoder.num_cpus=64"])
     with pytest.raises(ConfigError, match=r"a decoder asks for 64 CPU, .* \(largest: 8 CPU\)"):
-        serve = load_config(None, [types, "serve.decoder.num_cpus=64"])
         layout("serve", serve, cluster_of([record(0)], serve), 1)
 
 

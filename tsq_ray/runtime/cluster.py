@@ -16,10 +16,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from tsq_ray import log
 from tsq_ray.config import Config, label_map
 from tsq_ray.errors import RunFailed, StorageError, TsqError
-from tsq_ray.runtime.nodes import Cluster, Layout, Node, not_yet_started
-from tsq_ray.runtime.placement import wanted_nodes
+from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage, not_yet_started, shortfalls
+from tsq_ray.runtime.placement import layout, wanted_nodes
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _MAX_CHATTER = 200
@@ -106,6 +107,19 @@ def cluster_of(records: Iterable[Mapping[str, Any]], config: Config) -> Cluster:
     return Cluster(tuple(nodes), not_yet_started(types, nodes), managed and not types)
 
 
+def lay_out(ray: Any, stage: Stage, config: Config, videos: int) -> Layout:
+    """Lay out a stage on the connected cluster, and say what it starts without."""
+    found = read_cluster(ray, config)
+    placed = layout(stage, config, found, videos)
+    _say_shortfalls(placed, config.resources, found)
+    return placed
+
+
+def _say_shortfalls(placed: Layout, config: Config, found: Cluster) -> None:
+    for line in shortfalls(placed, config.resources, found):
+        log.say(f"{placed.stage}: {line}")
+
+
 @contextlib.contextmanager
 def asking_for_nodes(ray: Any, placed: Layout, config: Config) -> Iterator[None]:
     """Ask the autoscaler for the nodes that the layout can use, for the duration of the `with`.
@@ -114,6 +128,7 @@ def asking_for_nodes(ray: Any, placed: Layout, config: Config) -> Iterator[None]
     the last request, and Ray Data sends its own, so this one is repeated.
     """
     found = read_cluster(ray, config)
+    _say_shortfalls(placed, config.resources, found)
     if not (found.grows or found.launchable):
         yield
         return

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from tsq_ray.config import ResourcesConfig
+
 Stage = Literal["extract", "finetune", "train", "score", "serve"]
 Device = Literal["cpu", "cuda"]
 
@@ -259,6 +261,28 @@ def unplaced(placed: Layout, free: Sequence[Node]) -> Pool | None:
                 memory=node.memory - pool.memory,
             )
     return None
+
+
+def shortfalls(placed: Layout, resources: ResourcesConfig, cluster: Cluster) -> Iterator[str]:
+    """Yield what a run starts without: GPUs that nobody named, actors without a node so far."""
+    if resources.gpus < 0 and cluster.grows and not placed.on_gpu:
+        yield (
+            "no node has a GPU now, so the networks run on CPUs; to have the cluster start GPU "
+            "nodes, name them in resources.node_types, or set resources.gpus to 0 to run on CPUs"
+        )
+    counted = {name: ("gpus", resources.gpus) for name in ("encoder", "sampler")}
+    counted |= {"worker": ("workers", resources.workers)}
+    counted |= {"decoder": ("decoders", resources.decoders)}
+    for name, (setting, asked) in counted.items():
+        pool = placed.pools.get(name)
+        if pool is None or asked < 1 or pool.minimum == pool.limit:
+            continue  # the cluster sizes it, or it waits for all of its actors
+        there = min(pool.limit, cluster.capacity(replace(pool, gpus=float(math.ceil(pool.gpus)))))
+        if there < pool.limit:
+            yield (
+                f"resources.{setting} = {asked}: the nodes hold {there} of {pool.limit} {name}s "
+                "now; the others start when nodes join"
+            )
 
 
 def describe_largest(cluster: Cluster) -> str:

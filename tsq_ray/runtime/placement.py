@@ -176,7 +176,9 @@ def _sized(cluster: Cluster, pool: Pool, asked: int, most: int) -> Pool:
     """
     pool = cluster.labelled(pool)
     if asked:
-        return replace(pool, start=min(asked, most), limit=min(asked, most))
+        start = min(asked, most)
+        fit = max(1, cluster.capacity(pool))
+        return replace(pool, start=start, limit=start, fit=fit if fit < start else 0)
     alive = min(most, max(1, cluster.capacity(pool)))
     limit = _growth(alive, most)
     ahead = (
