@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from typing import get_args
 
 import pytest
-from support.proxy import S3Proxy, Trouble
+from support.proxy import EXPIRED_TOKEN, S3Proxy, Trouble
 from support.race import Kind, check_one_writer_wins
 
 from jobs.benchmarks.support.s3 import S3Server
@@ -79,3 +80,18 @@ def test_a_run_that_is_taken_over_must_stop(s3: S3Server, folder: str) -> None:
         with pytest.raises(RunFailed, match="another run took over this folder"):
             first.check()
         second.check()
+
+
+def test_a_run_whose_keys_expire_stops_before_another_may_take_over(
+    s3_proxy: S3Proxy, folder: str
+) -> None:
+    """Its workers on other nodes may have keys that go on working."""
+    with Lease(folder, times=FAST) as lease:
+        s3_proxy.trouble(EXPIRED_TOKEN)
+        began = time.monotonic()
+        with pytest.raises(RunFailed, match=r"not renewed for \d s \(.*keys have expired"):
+            while time.monotonic() - began < FAST.expire_s:
+                lease.stop_if_lost()
+                time.sleep(0.02)
+        s3_proxy.heal()
+        lease.check()

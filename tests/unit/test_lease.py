@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -224,6 +226,34 @@ def test_a_run_that_is_taken_over_must_stop_and_leaves_the_new_lease(tmp_path: P
                 first.check()
             assert holder_in(tmp_path) == second.holder
     assert not (tmp_path / LEASE_FILE).exists()
+
+
+@pytest.mark.parametrize("trouble", ["a hang", "an error"])
+def test_a_run_that_cannot_renew_stops_before_another_may_take_over(
+    tmp_path: Path, trouble: str
+) -> None:
+    times = dataclasses.replace(FAST, expire_s=3)
+    away = tmp_path / "away"
+    with Lease(str(tmp_path / "out"), times=times) as lease, contextlib.ExitStack() as stack:
+        lease.stop_if_lost()
+        if trouble == "a hang":
+            lock = os.open(tmp_path / "out", os.O_RDONLY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        else:
+            (tmp_path / "out").rename(away)
+            (tmp_path / "out").write_text("a file where the folder was")
+        began = time.monotonic()
+        with pytest.raises(RunFailed, match=r"_lease.json: not renewed for \d s \(.+\), so another"):
+            while time.monotonic() - began < times.expire_s:
+                lease.stop_if_lost()
+                time.sleep(0.02)
+        if trouble == "an error":
+            (tmp_path / "out").unlink()
+            away.rename(tmp_path / "out")
+        stack.close()
+        lease.check()  # storage is back, and nobody took over
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_run_whose_lease_is_gone_must_stop(tmp_path: Path) -> None:

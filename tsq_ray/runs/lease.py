@@ -42,6 +42,11 @@ class LeaseTimes:
     poll_s: float = 3.0
     """Interval between reads while watching."""
 
+    @property
+    def trusted_s(self) -> float:
+        """How long a run may write after its last renewal; the rest of `expire_s` is for stopping."""
+        return 2 / 3 * self.expire_s
+
 
 TIMES = LeaseTimes()
 
@@ -108,7 +113,9 @@ class Lease:
         self.holder = Holder.of_this_process()
         self._renewals = 0
         self._content = self.holder.lease(0)
+        self._renewed = time.monotonic()
         self._lost: str | None = None
+        self._trouble = "storage does not answer"
         self._renewing = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="tsq-lease", daemon=True)
@@ -135,12 +142,24 @@ class Lease:
         self.stop_if_lost()
 
     def stop_if_lost(self) -> None:
-        """Raise RunFailed if the last renewal found that another run has the lease."""
+        """Raise RunFailed if the lease is lost or may be: storage is not accessed.
+
+        It is lost if the last renewal found that another run has it. Another run may take it once
+        no renewal has succeeded for `expire_s`; workers must have stopped by then.
+        """
         if self._lost is not None:
             raise RunFailed(self._lost)
+        since = time.monotonic() - self._renewed
+        if since > self.times.trusted_s:
+            raise RunFailed(
+                f"{storage.redact(self.uri)}: not renewed for {since:.0f} s ({self._trouble}), so "
+                "another run may take over this folder; this run stops: its finished parts are "
+                "kept, run the same command again to resume"
+            )
 
     def _acquire(self) -> None:
         for _ in range(_TRIES):
+            self._renewed = time.monotonic()
             if storage.create_bytes(self.uri, self._content):
                 return
             found = self._read()
@@ -148,6 +167,7 @@ class Lease:
                 return
             if found is None or not self._is_abandoned(found):
                 continue
+            self._renewed = time.monotonic()  # watching took its time
             if storage.replace_bytes(self.uri, found, self._content):
                 return
         raise RunError(f"{storage.redact(self.uri)}: cannot be taken; inspect it, then delete it")
@@ -212,23 +232,24 @@ class Lease:
 
     def _keep(self) -> None:
         while self._lost is None and not self._ended.wait(self.times.renew_s):
-            with contextlib.suppress(StorageError):  # storage may be unavailable for a moment
+            try:
                 self._renew()
+            # `stop_if_lost` ends the run if renewals go on failing, whatever the reason
+            except Exception as error:  # noqa: BLE001
+                self._trouble = storage.redact(str(error)) or type(error).__name__
 
     def _renew(self) -> None:
         with self._renewing:
             if self._lost is not None:
                 return
-            content = self.holder.lease(self._renewals + 1)
-            if storage.replace_bytes(self.uri, self._content, content):
-                self._renewals, self._content = self._renewals + 1, content
-                return
-            found = self._read()
-            # replaced, but the response was lost and the retry failed
-            if found is not None and self._is_ours(found):
-                self._renewals, self._content = self._renewals + 1, found
-            else:
-                self._lost = self._loss(found)
+            started, content = time.monotonic(), self.holder.lease(self._renewals + 1)
+            if not storage.replace_bytes(self.uri, self._content, content):
+                found = self._read()
+                if found is None or not self._is_ours(found):
+                    self._lost = self._loss(found)
+                    return
+                content = found  # replaced, but the response was lost and the retry failed
+            self._renewals, self._content, self._renewed = self._renewals + 1, content, started
 
     def _loss(self, found: bytes | None) -> str:
         holder = Holder.read(found) if found else None
