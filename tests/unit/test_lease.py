@@ -244,7 +244,9 @@ def test_a_run_that_cannot_renew_stops_before_another_may_take_over(
             (tmp_path / "out").rename(away)
             (tmp_path / "out").write_text("a file where the folder was")
         began = time.monotonic()
-        with pytest.raises(RunFailed, match=r"_lease.json: not renewed for \d s \(.+\), so another"):
+        with pytest.raises(
+            RunFailed, match=r"_lease.json: not renewed for \d s \(.+\), so another"
+        ):
             while time.monotonic() - began < times.expire_s:
                 lease.stop_if_lost()
                 time.sleep(0.02)
