@@ -82,16 +82,21 @@ def test_a_run_that_is_taken_over_must_stop(s3: S3Server, folder: str) -> None:
         second.check()
 
 
+def watch_for(lease: Lease, seconds: float) -> None:
+    """Look as a run does whether it must stop."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        lease.stop_if_lost()
+        time.sleep(0.02)
+
+
 def test_a_run_whose_keys_expire_stops_before_another_may_take_over(
     s3_proxy: S3Proxy, folder: str
 ) -> None:
     """Its workers on other nodes may have keys that go on working."""
     with Lease(folder, times=FAST) as lease:
         s3_proxy.trouble(EXPIRED_TOKEN)
-        began = time.monotonic()
         with pytest.raises(RunFailed, match=r"not renewed for \d s \(.*keys have expired"):
-            while time.monotonic() - began < FAST.expire_s:
-                lease.stop_if_lost()
-                time.sleep(0.02)
+            watch_for(lease, FAST.expire_s)
         s3_proxy.heal()
         lease.check()

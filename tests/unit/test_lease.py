@@ -228,6 +228,14 @@ def test_a_run_that_is_taken_over_must_stop_and_leaves_the_new_lease(tmp_path: P
     assert not (tmp_path / LEASE_FILE).exists()
 
 
+def watch_for(lease: Lease, seconds: float) -> None:
+    """Look as a run does whether it must stop."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        lease.stop_if_lost()
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("trouble", ["a hang", "an error"])
 def test_a_run_that_cannot_renew_stops_before_another_may_take_over(
     tmp_path: Path, trouble: str
@@ -243,13 +251,10 @@ def test_a_run_that_cannot_renew_stops_before_another_may_take_over(
         else:
             (tmp_path / "out").rename(away)
             (tmp_path / "out").write_text("a file where the folder was")
-        began = time.monotonic()
         with pytest.raises(
             RunFailed, match=r"_lease.json: not renewed for \d s \(.+\), so another"
         ):
-            while time.monotonic() - began < times.expire_s:
-                lease.stop_if_lost()
-                time.sleep(0.02)
+            watch_for(lease, times.expire_s)
         if trouble == "an error":
             (tmp_path / "out").unlink()
             away.rename(tmp_path / "out")
