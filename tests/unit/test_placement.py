@@ -31,7 +31,7 @@ def sizes(placed: Layout) -> dict[str, tuple[int, int, float]]:
     return {
         name: (pool.now, pool.limit, pool.cpus)
         for name, pool in pools
-        if name not in ("writer", "sender", "ingress")
+        if name not in ("writer", "sender", "ingress", "features")
     }
 
 
@@ -479,6 +479,7 @@ def test_train(
         ("extract", ["resources.workers=15"]),
         ("extract", []),
         ("finetune", ["finetune.num_workers=9"]),
+        ("finetune", ["finetune.backbone=frozen"]),
         ("train", ["train.num_workers=8"]),
         (
             "serve",
@@ -556,7 +557,10 @@ def test_labels_keep_each_part_on_its_nodes() -> None:
     assert placed["encoder"].now == 2
     scored = place("score", cluster, 1000, *LABELS)
     assert (scored["sampler"].labels, scored["sender"].labels) == (dear, cheap)
-    assert place("train", cluster, 1000, *LABELS)["worker"].labels == dear
+    training = place("train", cluster, 1000, *LABELS)
+    assert (training["worker"].labels, training["features"].labels) == (dear, dear)
+    frozen = place("finetune", cluster, 9, "finetune.backbone=frozen", *LABELS)
+    assert frozen["features"].labels == dear
     assert "kind=gpu" in scored["sampler"].describe()
     assert place("extract", cluster, 1000)["decoder"].labels == {}
 

@@ -16,8 +16,10 @@ _WRITE = {"writer": "write", "sender": "write", "ingress": "write"}
 _GRAPH = {"decoder": "decode", "sampler": "networks", "recognizer": "networks"}
 PARTS: dict[Stage, dict[str, str]] = {
     "extract": {"worker": "decode", "decoder": "decode", "encoder": "networks"} | _WRITE,
-    "finetune": {"worker": "networks", "decoder": "decode", "encoder": "networks"} | _WRITE,
-    "train": {"worker": "networks"},
+    "finetune": {"worker": "networks", "decoder": "decode", "encoder": "networks"}
+    | {"features": "networks"}
+    | _WRITE,
+    "train": {"worker": "networks", "features": "networks"},
     "score": _GRAPH | _WRITE,
     "serve": _GRAPH | _WRITE,
 }

@@ -209,6 +209,11 @@ def _writers(cluster: Cluster, cpus: float = 1.0) -> Pool:
     )
 
 
+def _features(cluster: Cluster, cpus: float = 1.0) -> Pool:
+    """Return the actor that holds a training's features; it is busy only before its workers are."""
+    return Pool("features", 1, 1, 1, _WAITING_CPUS, memory=_memory(cluster, _BUSY_BYTES, cpus) // 2)
+
+
 def _on_gpus(cluster: Cluster, name: str, asked: int, most: int, share: float, cpus: float) -> Pool:
     """Return a pool of actors with `share` of a GPU each, sized by whole GPUs.
 
@@ -249,7 +254,9 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
     A frozen backbone is laid out like extraction. A trained one has workers, each with decoders.
     """
     if config.finetune.backbone == "frozen":
-        return replace(_extract(config, cluster, videos), stage="finetune")
+        placed = _extract(config, cluster, videos)
+        pools = placed.pools | {"features": _features(cluster)}
+        return replace(placed, stage="finetune", pools=pools)
     workers = config.finetune.num_workers
     gpus = _training_gpus("finetune.num_workers", workers, config, cluster)
     cores = max(1, int(cluster.max_cpus or cluster.largest_cpus))
@@ -285,16 +292,10 @@ def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
             config.resources.threads
         )  # not a share: the cluster may grow to hold more workers
     threads = config.resources.threads or int(_cores(cpus))
-    pool = Pool(
-        "worker",
-        fewest,
-        most,
-        most,
-        cpus,
-        1.0 if gpus else 0.0,
-        _memory(cluster, _BUSY_BYTES, cpus),
-    )
-    return Layout("train", {"worker": pool}, "cuda" if gpus else "cpu", threads)
+    memory = _memory(cluster, _BUSY_BYTES, cpus)
+    pool = Pool("worker", fewest, most, most, cpus, 1.0 if gpus else 0.0, memory)
+    pools = {"worker": pool, "features": _features(cluster, cpus)}
+    return Layout("train", pools, "cuda" if gpus else "cpu", threads)
 
 
 def _training_gpus(setting: str, workers: int, config: Config, cluster: Cluster) -> int:
