@@ -284,3 +284,29 @@ def test_a_lease_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
     (tmp_path / LEASE_FILE).symlink_to(tmp_path / "nowhere")
     with pytest.raises(RunError, match=r"_lease.json: cannot be taken; inspect it, then delete it"):
         Lease(str(tmp_path)).__enter__()
+
+
+INTERRUPTED = """
+    import sys
+    from tsq_ray.console import guarded
+    from tsq_ray.runs.lease import Lease
+
+    def command():
+        if len(sys.argv) > 1:
+            with Lease(sys.argv[1]):
+                raise KeyboardInterrupt
+        raise KeyboardInterrupt
+
+    sys.exit(guarded(command, debug=False))
+"""
+
+
+@pytest.mark.parametrize("with_lease", [True, False])
+def test_only_an_interrupted_run_says_that_its_work_is_saved(
+    tmp_path: Path, with_lease: bool
+) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED)]
+    command += [str(tmp_path / "out")] if with_lease else []
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    how = "; run the same command again: saved work is not repeated" if with_lease else ""
+    assert (ended.returncode, ended.stderr) == (1, f"error: interrupted{how}\n")

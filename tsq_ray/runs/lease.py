@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
-from tsq_ray import provenance, storage
+from tsq_ray import log, provenance, storage
 from tsq_ray.errors import RunError, RunFailed, StorageError
 
 LEASE_FILE = "_lease.json"
@@ -123,6 +123,7 @@ class Lease:
     def __enter__(self) -> Lease:
         self._acquire()
         _held.add(self.holder.id)
+        log.use_run(self.holder.id[:12])
         self._thread.start()
         return self
 
