@@ -17,7 +17,7 @@ from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.runs.lease import LEASE_FILE, Holder, Lease, LeaseTimes
 
 WRITERS = 24
-FAST = LeaseTimes(renew_s=0.3, expire_s=3.0, stale_s=600, poll_s=0.3)
+FAST = LeaseTimes(renew_s=0.3, expire_s=3.0, poll_s=0.3)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tsq_ray import storage
 from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.runs.lease import LEASE_FILE, TIMES, Holder, Lease, LeaseTimes
 
-FAST = LeaseTimes(renew_s=0.05, expire_s=0.6, stale_s=600, poll_s=0.05)
+FAST = LeaseTimes(renew_s=0.05, expire_s=0.6, poll_s=0.05)
 SLOW = dataclasses.replace(FAST, renew_s=60)
 """Does not renew by itself while a test lasts."""
 
@@ -193,16 +193,18 @@ def test_a_lease_released_while_it_is_watched_is_free(tmp_path: Path) -> None:
         assert time.monotonic() - started < 60
 
 
-def test_an_old_lease_is_taken_over_without_watching(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("ahead_s", [-3600, 3600])
+def test_a_live_lease_is_safe_from_a_machine_whose_clock_is_wrong(
+    tmp_path: Path, ahead_s: float
 ) -> None:
     write_lease(tmp_path)
-    old = time.time() - TIMES.stale_s - 5
-    os.utime(tmp_path / LEASE_FILE, (old, old))
-    with Lease(str(tmp_path)) as lease:
-        assert holder_in(tmp_path) == lease.holder
-    assert capsys.readouterr().err == ""
+    seen = time.time() + ahead_s
+    os.utime(tmp_path / LEASE_FILE, (seen, seen))
+    renewal = threading.Timer(0.2, write_lease, (tmp_path, 1))
+    renewal.start()
+    with pytest.raises(RunError, match="a run on elsewhere .* writes to this folder"):
+        Lease(str(tmp_path), times=dataclasses.replace(FAST, expire_s=120)).__enter__()
+    renewal.join()
 
 
 def test_a_holder_renews_its_lease(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 The lease is the file `_lease.json`, created exclusively and rewritten while its run is alive. A
 killed run leaves its lease behind. Another run takes it over: immediately if the kernel reports
-that the process is gone, otherwise after watching the lease stay unchanged for a while. Watching
-avoids comparing the clocks of two machines; only a lease many minutes old is judged by its age.
+that the process is gone, otherwise after watching the lease stay unchanged for a while. A lease is
+never judged by its age, because the clocks of two machines may differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from pathlib import Path
 
 from tsq_ray import log, provenance, storage
@@ -37,8 +36,6 @@ class LeaseTimes:
     """Interval between renewals."""
     expire_s: float = 90.0
     """A lease that stays unchanged this long while another run watches is abandoned."""
-    stale_s: float = 600.0
-    """A lease last modified longer ago than this is abandoned, without watching."""
     poll_s: float = 3.0
     """Interval between reads while watching."""
 
@@ -184,7 +181,7 @@ class Lease:
             return True
         if alive:
             raise self._refusal(holder)
-        return self._age_s() > self.times.stale_s or self._is_left_unchanged(found, holder)
+        return self._is_left_unchanged(found, holder)
 
     def _is_left_unchanged(self, found: bytes, holder: Holder | None) -> bool:
         limit_s = self.times.expire_s
@@ -209,15 +206,6 @@ class Lease:
             f"{storage.redact(self.folder)}: {holder or 'another run'} writes to this folder; "
             "wait for it, stop it, or take over the folder with --take-over",
         )
-
-    def _age_s(self) -> float:
-        try:
-            modified = storage.stat(self.uri).modified
-        except StorageError as error:
-            if error.error_type != "not_found":
-                raise
-            return 0.0
-        return (datetime.now(timezone.utc) - modified).total_seconds() if modified else 0.0
 
     def _read(self) -> bytes | None:
         try:
