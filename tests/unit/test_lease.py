@@ -202,7 +202,7 @@ def test_a_live_lease_is_safe_from_a_machine_whose_clock_is_wrong(
     os.utime(tmp_path / LEASE_FILE, (seen, seen))
     renewal = threading.Timer(0.2, write_lease, (tmp_path, 1))
     renewal.start()
-    with pytest.raises(RunError, match="a run on elsewhere .* writes to this folder"):
+    with pytest.raises(RunError, match=r"a run on elsewhere .* writes to this folder"):
         Lease(str(tmp_path), times=dataclasses.replace(FAST, expire_s=120)).__enter__()
     renewal.join()
 
