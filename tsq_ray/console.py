@@ -23,7 +23,6 @@ USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's UsageError, taken from typer because newer versions of typer bundle their own click."""
 _TYPER_INTERRUPTED = 130
 """Exit code that newer versions of typer return for a KeyboardInterrupt."""
-_INTERRUPTED = "interrupted; run the same command again: saved work is not repeated"
 
 
 class _Output(io.FileIO):
@@ -120,12 +119,12 @@ def guarded(run: Callable[[], Any], debug: bool) -> int:
     try:
         code = run()
         if code == _TYPER_INTERRUPTED:
-            return fail(_INTERRUPTED, 1, debug)
+            return _interrupted(debug)
         return code if isinstance(code, int) else 0
     except typer.Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        return fail(_INTERRUPTED, 1, debug)
+        return _interrupted(debug)
     except (UserError, StorageError) as error:
         return fail(str(error), 2, debug)
     except TsqError as error:
@@ -137,6 +136,11 @@ def guarded(run: Callable[[], Any], debug: bool) -> int:
     except Exception as error:  # noqa: BLE001
         message = " ".join(str(error).split())[:300]
         return fail(f"unexpected {type(error).__name__}: {message} (--debug shows where)", 1, debug)
+
+
+def _interrupted(debug: bool) -> int:
+    how = "; run the same command again: saved work is not repeated" if log.has_run() else ""
+    return fail(f"interrupted{how}", 1, debug)
 
 
 def fail(message: str, code: int, debug: bool) -> int:

@@ -46,7 +46,6 @@ from tsq_ray.runtime import blocks, cluster, parts, progress
 from tsq_ray.runtime.bulk import Work, run_bulk
 from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.runtime.packing import pack_video, packed_fields, unpack_video
-from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
 from tsq_ray.stages import Encode, FrameFeatures
 
@@ -190,7 +189,7 @@ def extract_features(
         if run.todo:
             arrow = loaded.features_schema(config, selection.manifest.classes)
             with cluster.connect(session) as ray:
-                placed = layout(stage, config, cluster.read_cluster(ray, config), len(run.todo))
+                placed = cluster.lay_out(ray, stage, config, len(run.todo))
                 plan = FeaturePlan(config, networks, arrow, progress.start_counts(), placed)
                 stages, batch = partial(feature_stage, plan=plan), config.resources.batch_size
                 pools = (plan.first_pool, placed["writer"])

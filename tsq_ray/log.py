@@ -36,6 +36,11 @@ def use_run(run: str) -> None:
     _run = run
 
 
+def has_run() -> bool:
+    """Whether this process writes, or wrote, to the folder of a run that can be resumed."""
+    return bool(_run)
+
+
 def is_json() -> bool:
     """Whether lines are JSON."""
     return _format is LogFormat.json

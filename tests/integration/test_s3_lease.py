@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
 from typing import get_args
 
 import pytest
-from support.proxy import S3Proxy, Trouble
+from support.proxy import EXPIRED_TOKEN, S3Proxy, Trouble
 from support.race import Kind, check_one_writer_wins
 
 from jobs.benchmarks.support.s3 import S3Server
@@ -16,7 +17,7 @@ from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.runs.lease import LEASE_FILE, Holder, Lease, LeaseTimes
 
 WRITERS = 24
-FAST = LeaseTimes(renew_s=0.3, expire_s=3.0, stale_s=600, poll_s=0.3)
+FAST = LeaseTimes(renew_s=0.3, expire_s=3.0, poll_s=0.3)
 
 
 @pytest.fixture
@@ -79,3 +80,23 @@ def test_a_run_that_is_taken_over_must_stop(s3: S3Server, folder: str) -> None:
         with pytest.raises(RunFailed, match="another run took over this folder"):
             first.check()
         second.check()
+
+
+def watch_for(lease: Lease, seconds: float) -> None:
+    """Look as a run does whether it must stop."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        lease.stop_if_lost()
+        time.sleep(0.02)
+
+
+def test_a_run_whose_keys_expire_stops_before_another_may_take_over(
+    s3_proxy: S3Proxy, folder: str
+) -> None:
+    """Its workers on other nodes may have keys that go on working."""
+    with Lease(folder, times=FAST) as lease:
+        s3_proxy.trouble(EXPIRED_TOKEN)
+        with pytest.raises(RunFailed, match=r"not renewed for \d s \(.*keys have expired"):
+            watch_for(lease, FAST.expire_s)
+        s3_proxy.heal()
+        lease.check()

@@ -6,6 +6,7 @@ Views, schedule, folded batch norms, and any network learning a few clips.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,17 @@ import torch
 
 from tsq_ray.config import DecodeConfig, FinetuneConfig, ModelConfig, load_config
 from tsq_ray.errors import ConfigError, ModelError
+from tsq_ray.manifest import VideoRef, VideoRows, video_id
 from tsq_ray.model.task import classification_loss
 from tsq_ray.networks.batch_norm import folded_norms, unfold_norms
 from tsq_ray.networks.encoder import FrameEncoder, load_encoder
+from tsq_ray.runs.folder import write_part
 from tsq_ray.runtime.nodes import Pool
+from tsq_ray.schema import features_schema, table_from_rows
+from tsq_ray.training.classifier import finetune, frozen
 from tsq_ray.training.classifier.augment import Augment, random_choices, training_spec
 from tsq_ray.training.classifier.clips import ClipPlan, epoch_batches
-from tsq_ray.training.classifier.full import check_input
+from tsq_ray.training.classifier.full import Tuned, check_input
 from tsq_ray.training.classifier.optim import (
     clip_gradients,
     lr_factor,
@@ -53,6 +58,21 @@ NETWORKS = {
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+# ------------------------------------------------------------------------------------ failed videos
+
+
+def test_of_two_urls_that_differ_in_the_query_alone_one_failed(tmp_path: Path) -> None:
+    uris = [f"https://videos.example/v.mp4?version={number}" for number in (1, 2)]
+    refs = [VideoRef(video_id(uri), uri, 9) for uri in uris]
+    states = [{"status": "failed", "error_type": "corrupt"}, {"status": "ok"}]
+    rows = [vars(ref) | {"warnings": []} | state for ref, state in zip(refs, states, strict=True)]
+    write_part(str(tmp_path), table_from_rows(rows, features_schema(2, 3, ["a"])), "zstd")
+    network = load_encoder(RESNET, with_head=False)
+    tuned = Tuned(network, frozen._failed(str(tmp_path)), {}, [])
+    assert finetune._failed_uris(VideoRows.of(refs), tuned) == [uris[0]]
+    assert finetune._usable(VideoRows.of(refs), tuned) == 1
 
 
 # -------------------------------------------------------------------------------------------- views

@@ -112,9 +112,10 @@ def test_a_stage_that_stays_down_makes_the_video_unavailable() -> None:
     assert answer.error.error_type == "unavailable"
 
 
-def test_another_error_is_raised_immediately() -> None:
-    parts = stages(sampler=Stage(ValueError("a defect")))
-    with pytest.raises(ValueError, match="a defect"):
+@pytest.mark.parametrize("error", [ValueError("a defect"), TimeoutError("a defect's socket")])
+def test_another_error_is_raised_immediately(error: Exception) -> None:
+    parts = stages(sampler=Stage(error))
+    with pytest.raises(type(error), match="a defect"):
         score(parts)
     assert len(parts["decoder"].calls) == 1
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from tsq_ray import storage
 from tsq_ray.errors import RunError, RunFailed
 from tsq_ray.runs.lease import LEASE_FILE, TIMES, Holder, Lease, LeaseTimes
 
-FAST = LeaseTimes(renew_s=0.05, expire_s=0.6, stale_s=600, poll_s=0.05)
+FAST = LeaseTimes(renew_s=0.05, expire_s=0.6, poll_s=0.05)
 SLOW = dataclasses.replace(FAST, renew_s=60)
 """Does not renew by itself while a test lasts."""
 
@@ -191,16 +193,18 @@ def test_a_lease_released_while_it_is_watched_is_free(tmp_path: Path) -> None:
         assert time.monotonic() - started < 60
 
 
-def test_an_old_lease_is_taken_over_without_watching(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("ahead_s", [-3600, 3600])
+def test_a_live_lease_is_safe_from_a_machine_whose_clock_is_wrong(
+    tmp_path: Path, ahead_s: float
 ) -> None:
     write_lease(tmp_path)
-    old = time.time() - TIMES.stale_s - 5
-    os.utime(tmp_path / LEASE_FILE, (old, old))
-    with Lease(str(tmp_path)) as lease:
-        assert holder_in(tmp_path) == lease.holder
-    assert capsys.readouterr().err == ""
+    seen = time.time() + ahead_s
+    os.utime(tmp_path / LEASE_FILE, (seen, seen))
+    renewal = threading.Timer(0.2, write_lease, (tmp_path, 1))
+    renewal.start()
+    with pytest.raises(RunError, match=r"a run on elsewhere .* writes to this folder"):
+        Lease(str(tmp_path), times=dataclasses.replace(FAST, expire_s=120)).__enter__()
+    renewal.join()
 
 
 def test_a_holder_renews_its_lease(tmp_path: Path) -> None:
@@ -226,6 +230,41 @@ def test_a_run_that_is_taken_over_must_stop_and_leaves_the_new_lease(tmp_path: P
     assert not (tmp_path / LEASE_FILE).exists()
 
 
+def watch_for(lease: Lease, seconds: float) -> None:
+    """Look as a run does whether it must stop."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        lease.stop_if_lost()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("trouble", ["a hang", "an error"])
+def test_a_run_that_cannot_renew_stops_before_another_may_take_over(
+    tmp_path: Path, trouble: str
+) -> None:
+    times = dataclasses.replace(FAST, expire_s=3)
+    away = tmp_path / "away"
+    with Lease(str(tmp_path / "out"), times=times) as lease, contextlib.ExitStack() as stack:
+        lease.stop_if_lost()
+        if trouble == "a hang":
+            lock = os.open(tmp_path / "out", os.O_RDONLY)
+            stack.callback(os.close, lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        else:
+            (tmp_path / "out").rename(away)
+            (tmp_path / "out").write_text("a file where the folder was")
+        with pytest.raises(
+            RunFailed, match=r"_lease.json: not renewed for \d s \(.+\), so another"
+        ):
+            watch_for(lease, times.expire_s)
+        if trouble == "an error":
+            (tmp_path / "out").unlink()
+            away.rename(tmp_path / "out")
+        stack.close()
+        lease.check()  # storage is back, and nobody took over
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_run_whose_lease_is_gone_must_stop(tmp_path: Path) -> None:
     with Lease(str(tmp_path), times=SLOW) as lease:
         (tmp_path / LEASE_FILE).unlink()
@@ -247,3 +286,29 @@ def test_a_lease_that_leads_nowhere_is_an_error(tmp_path: Path) -> None:
     (tmp_path / LEASE_FILE).symlink_to(tmp_path / "nowhere")
     with pytest.raises(RunError, match=r"_lease.json: cannot be taken; inspect it, then delete it"):
         Lease(str(tmp_path)).__enter__()
+
+
+INTERRUPTED = """
+    import sys
+    from tsq_ray.console import guarded
+    from tsq_ray.runs.lease import Lease
+
+    def command():
+        if len(sys.argv) > 1:
+            with Lease(sys.argv[1]):
+                raise KeyboardInterrupt
+        raise KeyboardInterrupt
+
+    sys.exit(guarded(command, debug=False))
+"""
+
+
+@pytest.mark.parametrize("with_lease", [True, False])
+def test_only_an_interrupted_run_says_that_its_work_is_saved(
+    tmp_path: Path, with_lease: bool
+) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(INTERRUPTED)]
+    command += [str(tmp_path / "out")] if with_lease else []
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    how = "; run the same command again: saved work is not repeated" if with_lease else ""
+    assert (ended.returncode, ended.stderr) == (1, f"error: interrupted{how}\n")

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError
-from tsq_ray.runtime.nodes import Cluster, Layout, Node, Pool, Stage, unplaced
+from tsq_ray.runtime.cluster import cluster_of
+from tsq_ray.runtime.nodes import (
+    Cluster,
+    Layout,
+    Node,
+    Pool,
+    Stage,
+    not_yet_started,
+    shortfalls,
+    unplaced,
+)
 from tsq_ray.runtime.placement import gpu_count, layout, usable_nodes, wanted_nodes
 
 GIB = 2**30
@@ -28,7 +40,7 @@ def sizes(placed: Layout) -> dict[str, tuple[int, int, float]]:
     return {
         name: (pool.now, pool.limit, pool.cpus)
         for name, pool in pools
-        if name not in ("writer", "sender", "ingress")
+        if name not in ("writer", "sender", "ingress", "features")
     }
 
 
@@ -146,6 +158,40 @@ def test_gpus(setting: int, cluster: Cluster, expected: int) -> None:
     assert gpu_count(load_config(None, [f"resources.gpus={setting}"]), cluster) == expected
 
 
+@pytest.mark.parametrize(
+    ("stage", "cluster", "sets", "line"),
+    [
+        ("extract", Cluster((EMPTY_HEAD,), grows=True), [], "no node has a GPU now, so the netw"),
+        ("extract", Cluster((EMPTY_HEAD,), grows=True), ["resources.gpus=0"], None),
+        ("extract", Cluster(many(1, 8), grows=True), [], "no node has a GPU now, so the networks"),
+        ("extract", Cluster(many(1, 8, 1), grows=True), [], None),
+        ("extract", Cluster(many(1, 8)), [], None),
+        (
+            "extract",
+            Cluster(many(1, 8, 2)),
+            ["resources.gpus=4"],
+            "gpus = 4: the nodes hold 2 of 4",
+        ),
+        ("score", Cluster(many(1, 8, 2)), ["resources.gpus=4"], "gpus = 4: the nodes hold 2 of 4"),
+        ("extract", Cluster(many(1, 8, 2)), ["resources.gpus=2"], None),
+        ("extract", Cluster(many(1, 8, 2)), ["resources.gpus=1", "resources.decoders=99"], "of 99"),
+        (
+            "extract",
+            Cluster(many(1, 2), grows=True),
+            ["resources.workers=8", "resources.gpus=0"],
+            "hold 2 of 8 workers",
+        ),
+        ("train", Cluster(many(1, 8, 1)), ["resources.gpus=4", "train.num_workers=4"], None),
+    ],
+)
+def test_a_run_says_what_it_starts_without(
+    stage: Stage, cluster: Cluster, sets: list[str], line: str | None
+) -> None:
+    config = load_config(None, sets)
+    said = list(shortfalls(layout(stage, config, cluster, 1000), config.resources, cluster))
+    assert [line in text for text in said] == [True] if line else said == [], said
+
+
 def test_gpus_that_no_node_can_have_are_an_error() -> None:
     with pytest.raises(
         ConfigError, match=r"resources.gpus = 2: no node of the cluster has a GPU.*set it to 0"
@@ -158,6 +204,56 @@ def test_an_actor_that_no_node_can_hold_is_an_error() -> None:
         ConfigError, match=r"serve: a decoder asks for 4 CPU, which no node .* \(largest: 2 CPU\)"
     ):
         place("serve", TWO_CORES, 1, "serve.decoder.num_cpus=4")
+
+
+KUBERAY = {"ray.io/node-group": "workers"}
+
+
+def record(cpus: float, gpus: float = 0, alive: bool = True, **labels: str) -> dict[str, Any]:
+    """A record of `ray.nodes()`."""
+    found = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
+    return {"Alive": alive, "Resources": found, "NodeName": "pod", "Labels": KUBERAY | labels}
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["resources.gpus=2"], "resources.gpus = 2: no node .* resources.node_types$"),
+        (["resources.labels.decode=zone=a"], "zone = a, which no node .* resources.node_types$"),
+    ],
+)
+def test_on_a_managed_cluster_of_known_types_the_impossible_is_an_error(
+    sets: list[str], message: str
+) -> None:
+    types = "resources.node_types=[{cpus = 8, count = 16}]"
+    known = load_config(None, [types, *sets])
+    with pytest.raises(ConfigError, match=message):
+        layout("extract", known, cluster_of([record(0)], known), 100)
+    unknown = load_config(None, sets)
+    assert layout("extract", unknown, cluster_of([record(0)], unknown), 100), "nobody can tell"
+    serve = load_config(None, [types, "serve.decoder.num_cpus=64"])
+    with pytest.raises(ConfigError, match=r"a decoder asks for 64 CPU, .* \(largest: 8 CPU\)"):
+        layout("serve", serve, cluster_of([record(0)], serve), 1)
+
+
+@pytest.mark.parametrize(
+    ("alive", "left"),
+    [
+        ([], (4, 4, 2)),
+        ([record(8)] * 3, (1, 4, 2)),
+        ([record(8, zone="b")] * 4, (4, 0, 2)),
+        ([record(8, zone="b")] * 5, (3, 0, 2)),
+        ([record(8)] * 9, (0, 4, 2)),
+        ([record(8, 1), record(8, 1, alive=False), record(16)], (4, 4, 1)),
+    ],
+)
+def test_a_live_node_counts_for_one_type(
+    alive: list[dict[str, Any]], left: tuple[int, int, int]
+) -> None:
+    types = '[{cpus=8, count=4}, {cpus=8, count=4, labels="zone=b"}, {cpus=8, gpus=1, count=2}]'
+    found = cluster_of(alive, load_config(None, [f"resources.node_types={types}"]))
+    assert tuple(node.count for node in found.launchable) == left
+    assert not found.grows
 
 
 @pytest.mark.parametrize(
@@ -199,6 +295,44 @@ def test_only_nodes_that_are_known_are_counted_on() -> None:
 
 
 @pytest.mark.parametrize(
+    ("stage", "types", "videos", "sets", "expected"),
+    [
+        (
+            "score",
+            (Node(8, 1, count=64),),
+            100,
+            ["resources.decoders=1"],
+            [{"CPU": 8, "GPU": 1}] * 13,
+        ),
+        (
+            "extract",
+            (Node(64, count=9), Node(8, count=9, labels={"kind": "cheap"})),
+            200,
+            ["resources.labels.decode=kind=cheap"],
+            [{"CPU": 8}] * 4,
+        ),
+        (
+            "extract",
+            (Node(8, 4, count=9), Node(8, 1, count=9, labels={"kind": "gpu"}), Node(4, count=5)),
+            100,
+            ["resources.labels.networks=kind=gpu", "resources.gpus=3", "resources.decoders=30"],
+            [{"CPU": 8, "GPU": 1}] * 3 + [{"CPU": 4}] * 2,
+        ),
+    ],
+    ids=["half a GPU for each of two networks", "labels of decoders", "labels of networks"],
+)
+def test_nodes_to_ask_for_can_hold_the_actors(
+    stage: Stage,
+    types: tuple[Node, ...],
+    videos: int,
+    sets: list[str],
+    expected: list[dict[str, float]],
+) -> None:
+    cluster = Cluster((EMPTY_HEAD,), types)
+    assert wanted_nodes(place(stage, cluster, videos, *sets), cluster) == expected
+
+
+@pytest.mark.parametrize(
     ("cluster", "sets", "expected"),
     [
         (
@@ -224,6 +358,47 @@ def test_actors_exist_before_their_nodes(
     """They are what asks the autoscaler, and a node that joins takes one immediately."""
     placed = place("extract", cluster, 10_000, *sets)
     assert {name: placed[name].start for name in expected} == expected
+
+
+FROM_ZERO = Cluster((EMPTY_HEAD,), (Node(8, count=16), Node(8, 1, count=4)))
+UNKNOWN = Cluster((EMPTY_HEAD,), grows=True)
+
+
+@pytest.mark.parametrize(
+    ("stage", "cluster", "sets", "cpus"),
+    [
+        ("extract", FROM_ZERO, ["resources.gpus=0", "resources.workers=64"], 1.95),
+        ("extract", Cluster((EMPTY_HEAD, Node(8))), ["resources.workers=64"], 0.1),
+        ("extract", UNKNOWN, ["resources.workers=64"], 0.9),
+        ("extract", Cluster((Node(8),), grows=True), ["resources.workers=64"], 0.98),
+        ("extract", Cluster((Node(8),), grows=True), ["resources.workers=2"], 3.95),
+        ("train", FROM_ZERO, ["resources.gpus=0", "train.num_workers=16"], 7.9),
+        ("train", FROM_ZERO, ["train.num_workers=4"], 7.9),
+        ("train", UNKNOWN, ["train.num_workers=16"], 0.9),
+    ],
+)
+def test_what_a_counted_actor_asks_for_leaves_the_nodes_to_come_their_share(
+    stage: Stage, cluster: Cluster, sets: list[str], cpus: float
+) -> None:
+    assert place(stage, cluster, 10**6, *sets)["worker"].cpus == cpus
+
+
+@pytest.mark.parametrize(
+    ("cluster", "sets", "decoders", "cpus"),
+    [
+        (FROM_ZERO, ["finetune.num_workers=4"], 39, 0.95),
+        (Cluster((*many(16, 8), *many(4, 8, 1))), ["finetune.num_workers=4"], 39, 0.95),
+        (Cluster(many(4, 8, 1)), ["finetune.num_workers=4"], 7, 0.95),
+        (UNKNOWN, ["finetune.num_workers=4", "resources.decoders=8"], 2, 0.9),
+    ],
+    ids=["from zero", "alive", "GPU nodes only", "unknown types"],
+)
+def test_decoders_of_a_full_finetune_use_the_nodes_to_come(
+    cluster: Cluster, sets: list[str], decoders: int, cpus: float
+) -> None:
+    placed = place("finetune", cluster, 10**4, "finetune.backbone=trained", *sets)
+    assert (placed["decoder"].start, placed["decoder"].cpus) == (decoders, cpus)
+    assert placed.threads <= 8, "no more than a node has"
 
 
 @pytest.mark.parametrize(
@@ -323,6 +498,7 @@ def test_train(
         ("extract", ["resources.workers=15"]),
         ("extract", []),
         ("finetune", ["finetune.num_workers=9"]),
+        ("finetune", ["finetune.backbone=frozen"]),
         ("train", ["train.num_workers=8"]),
         (
             "serve",
@@ -400,7 +576,10 @@ def test_labels_keep_each_part_on_its_nodes() -> None:
     assert placed["encoder"].now == 2
     scored = place("score", cluster, 1000, *LABELS)
     assert (scored["sampler"].labels, scored["sender"].labels) == (dear, cheap)
-    assert place("train", cluster, 1000, *LABELS)["worker"].labels == dear
+    training = place("train", cluster, 1000, *LABELS)
+    assert (training["worker"].labels, training["features"].labels) == (dear, dear)
+    frozen = place("finetune", cluster, 9, "finetune.backbone=frozen", *LABELS)
+    assert frozen["features"].labels == dear
     assert "kind=gpu" in scored["sampler"].describe()
     assert place("extract", cluster, 1000)["decoder"].labels == {}
 
@@ -426,8 +605,8 @@ def test_labelled_groups_grow_from_nothing() -> None:
 def test_node_types_of_one_size_are_counted_by_their_labels() -> None:
     kept, decoding = {"kind": "kept"}, {"kind": "decode"}
     alive = (Node(8, labels={**kept, "zone": "a"}), Node(8, 1, labels=decoding))
-    left = [Node(8, count=2, labels=one).beside(alive).count for one in (kept, decoding, {})]
-    assert left == [1, 2, 1]
+    types = [Node(8, count=2, labels=one) for one in (kept, decoding, {})]
+    assert [kind.count for kind in not_yet_started(types, alive)] == [1, 2, 2]
 
 
 @pytest.mark.parametrize(

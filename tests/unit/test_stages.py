@@ -101,6 +101,19 @@ def score(bundle: Bundle, items: list[Any], **settings: Any) -> list[dict[str, A
 # ------------------------------------------------------------------------------------------- encode
 
 
+def test_stages_use_no_gpu_that_nobody_gave_them(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As workers with resources.gpus = 0 on a machine whose GPU Ray does not hide."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    stages = (
+        Encode(bundle.encoder, bundle.objects),
+        Sample(bundle, SamplerConfig(budget=BUDGET)),
+        Recognize(bundle),
+    )
+    assert {stage.device for stage in stages} == {CPU}
+
+
 def test_encode_gives_each_slot_its_features(bundle: Bundle) -> None:
     encode = Encode(bundle.encoder, bundle.objects, bundle.recognizer, CPU)
     features = encode([video(bundle, 0), video(bundle, 1, num_distinct=3)])

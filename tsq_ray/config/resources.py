@@ -62,7 +62,8 @@ class ResourcesConfig(Section):
     """Decoding workers that feed GPU encoders (0: one per CPU, more as the cluster grows)."""
     gpus: int = Field(default=-1, ge=-1)
     """GPUs to use. -1: all that the cluster has or can start according to `resources.node_types`;
-    0: none, even on GPU machines; n: wait for n."""
+    0: none, even on GPU machines; n: that many, for the first of which a run waits if no node has
+    one (a training: for all)."""
     node_types: tuple[NodeType, ...] = ()
     """Nodes that the autoscaler can start, for example [{cpus = 16, count = 200}, {cpus = 8, gpus =
     1, count = 64}]; a driver cannot learn this from Ray. A run on a cluster that starts small then

@@ -18,6 +18,7 @@ from tsq_ray.schema import TOP_OBJECTS
 
 NUM_OBJECTS = 1000
 """Classes of ImageNet-1K."""
+CPU = torch.device("cpu")
 
 
 def best_device() -> torch.device:

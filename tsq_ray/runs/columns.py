@@ -1,6 +1,7 @@
 """Read some columns of Parquet files, with two requests per remote file.
 
-The tensors of a part are a thousand times larger than the columns read here.
+The tensors of a part are a thousand times larger than the columns read here, which take about 40
+bytes a row: with the footer 80 kB of a part of 1,026 rows (T = 50), 400 kB of one of 10,000.
 """
 
 from __future__ import annotations

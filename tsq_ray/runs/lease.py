@@ -2,8 +2,8 @@
 
 The lease is the file `_lease.json`, created exclusively and rewritten while its run is alive. A
 killed run leaves its lease behind. Another run takes it over: immediately if the kernel reports
-that the process is gone, otherwise after watching the lease stay unchanged for a while. Watching
-avoids comparing the clocks of two machines; only a lease many minutes old is judged by its age.
+that the process is gone, otherwise after watching the lease stay unchanged for a while. A lease is
+never judged by its age, because the clocks of two machines may differ.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from pathlib import Path
 
-from tsq_ray import provenance, storage
+from tsq_ray import log, provenance, storage
 from tsq_ray.errors import RunError, RunFailed, StorageError
 
 LEASE_FILE = "_lease.json"
@@ -37,10 +36,13 @@ class LeaseTimes:
     """Interval between renewals."""
     expire_s: float = 90.0
     """A lease that stays unchanged this long while another run watches is abandoned."""
-    stale_s: float = 600.0
-    """A lease last modified longer ago than this is abandoned, without watching."""
     poll_s: float = 3.0
     """Interval between reads while watching."""
+
+    @property
+    def trusted_s(self) -> float:
+        """How long a run may write after its last renewal; the rest of `expire_s` is for stopping."""
+        return 2 / 3 * self.expire_s
 
 
 TIMES = LeaseTimes()
@@ -108,7 +110,9 @@ class Lease:
         self.holder = Holder.of_this_process()
         self._renewals = 0
         self._content = self.holder.lease(0)
+        self._renewed = time.monotonic()
         self._lost: str | None = None
+        self._trouble = "storage does not answer"
         self._renewing = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="tsq-lease", daemon=True)
@@ -116,6 +120,7 @@ class Lease:
     def __enter__(self) -> Lease:
         self._acquire()
         _held.add(self.holder.id)
+        log.use_run(self.holder.id[:12])
         self._thread.start()
         return self
 
@@ -135,12 +140,24 @@ class Lease:
         self.stop_if_lost()
 
     def stop_if_lost(self) -> None:
-        """Raise RunFailed if the last renewal found that another run has the lease."""
+        """Raise RunFailed if the lease is lost or may be: storage is not accessed.
+
+        It is lost if the last renewal found that another run has it. Another run may take it once
+        no renewal has succeeded for `expire_s`; workers must have stopped by then.
+        """
         if self._lost is not None:
             raise RunFailed(self._lost)
+        since = time.monotonic() - self._renewed
+        if since > self.times.trusted_s:
+            raise RunFailed(
+                f"{storage.redact(self.uri)}: not renewed for {since:.0f} s ({self._trouble}), so "
+                "another run may take over this folder; this run stops: its finished parts are "
+                "kept, run the same command again to resume"
+            )
 
     def _acquire(self) -> None:
         for _ in range(_TRIES):
+            self._renewed = time.monotonic()
             if storage.create_bytes(self.uri, self._content):
                 return
             found = self._read()
@@ -148,6 +165,7 @@ class Lease:
                 return
             if found is None or not self._is_abandoned(found):
                 continue
+            self._renewed = time.monotonic()  # watching took its time
             if storage.replace_bytes(self.uri, found, self._content):
                 return
         raise RunError(f"{storage.redact(self.uri)}: cannot be taken; inspect it, then delete it")
@@ -163,7 +181,7 @@ class Lease:
             return True
         if alive:
             raise self._refusal(holder)
-        return self._age_s() > self.times.stale_s or self._is_left_unchanged(found, holder)
+        return self._is_left_unchanged(found, holder)
 
     def _is_left_unchanged(self, found: bytes, holder: Holder | None) -> bool:
         limit_s = self.times.expire_s
@@ -189,15 +207,6 @@ class Lease:
             "wait for it, stop it, or take over the folder with --take-over",
         )
 
-    def _age_s(self) -> float:
-        try:
-            modified = storage.stat(self.uri).modified
-        except StorageError as error:
-            if error.error_type != "not_found":
-                raise
-            return 0.0
-        return (datetime.now(timezone.utc) - modified).total_seconds() if modified else 0.0
-
     def _read(self) -> bytes | None:
         try:
             return storage.read_bytes(self.uri)
@@ -212,23 +221,24 @@ class Lease:
 
     def _keep(self) -> None:
         while self._lost is None and not self._ended.wait(self.times.renew_s):
-            with contextlib.suppress(StorageError):  # storage may be unavailable for a moment
+            try:
                 self._renew()
+            # `stop_if_lost` ends the run if renewals go on failing, whatever the reason
+            except Exception as error:  # noqa: BLE001
+                self._trouble = storage.redact(str(error)) or type(error).__name__
 
     def _renew(self) -> None:
         with self._renewing:
             if self._lost is not None:
                 return
-            content = self.holder.lease(self._renewals + 1)
-            if storage.replace_bytes(self.uri, self._content, content):
-                self._renewals, self._content = self._renewals + 1, content
-                return
-            found = self._read()
-            # replaced, but the response was lost and the retry failed
-            if found is not None and self._is_ours(found):
-                self._renewals, self._content = self._renewals + 1, found
-            else:
-                self._lost = self._loss(found)
+            started, content = time.monotonic(), self.holder.lease(self._renewals + 1)
+            if not storage.replace_bytes(self.uri, self._content, content):
+                found = self._read()
+                if found is None or not self._is_ours(found):
+                    self._lost = self._loss(found)
+                    return
+                content = found  # replaced, but the response was lost and the retry failed
+            self._renewals, self._content, self._renewed = self._renewals + 1, content, started
 
     def _loss(self, found: bytes | None) -> str:
         holder = Holder.read(found) if found else None

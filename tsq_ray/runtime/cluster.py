@@ -12,14 +12,15 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from tsq_ray import log
 from tsq_ray.config import Config, label_map
 from tsq_ray.errors import RunFailed, StorageError, TsqError
-from tsq_ray.runtime.nodes import Cluster, Layout, Node
-from tsq_ray.runtime.placement import wanted_nodes
+from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage, not_yet_started, shortfalls
+from tsq_ray.runtime.placement import layout, wanted_nodes
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _MAX_CHATTER = 200
@@ -83,24 +84,42 @@ def ray_token() -> str | None:
 
 
 def read_cluster(ray: Any, config: Config) -> Cluster:
-    """Return the connected cluster: its live nodes and the nodes it can still start.
+    """Return the connected cluster."""
+    return cluster_of(ray.nodes(), config)
 
-    The latter come from `resources.node_types`.
+
+def cluster_of(records: Iterable[Mapping[str, Any]], config: Config) -> Cluster:
+    """Return the live nodes among Ray's records, and the nodes that the cluster can still start.
+
+    The latter come from `resources.node_types`. Without that setting nothing is known about the
+    nodes of a node manager, which Ray shows by a label.
     """
-    nodes, groups = [], []
-    for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        found = node["Resources"]
-        memory, labels = found.get("memory", math.inf), node.get("Labels") or {}
-        groups.append(labels.get(_GROUP_LABEL, ""))
-        cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
-        nodes.append(Node(cpus, gpus, memory, name=node["NodeName"], labels=labels))
-    types = (
+    nodes = []
+    for node in records:
+        if node["Alive"]:
+            found, labels = node["Resources"], node.get("Labels") or {}
+            cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
+            memory = found.get("memory", math.inf)
+            nodes.append(Node(cpus, gpus, memory, name=node["NodeName"], labels=labels))
+    types = tuple(
         Node(kind.cpus, kind.gpus, count=kind.count, labels=label_map(kind.labels))
         for kind in config.resources.node_types
     )
-    return Cluster(tuple(nodes), tuple(kind.beside(nodes) for kind in types), any(groups))
+    managed = any(node.labels.get(_GROUP_LABEL) for node in nodes)
+    return Cluster(tuple(nodes), not_yet_started(types, nodes), managed and not types)
+
+
+def lay_out(ray: Any, stage: Stage, config: Config, videos: int) -> Layout:
+    """Lay out a stage on the connected cluster, and say what it starts without."""
+    found = read_cluster(ray, config)
+    placed = layout(stage, config, found, videos)
+    _say_shortfalls(placed, config, found)
+    return placed
+
+
+def _say_shortfalls(placed: Layout, config: Config, found: Cluster) -> None:
+    for line in shortfalls(placed, config.resources, found):
+        log.say(f"{placed.stage}: {line}")
 
 
 @contextlib.contextmanager
@@ -111,6 +130,7 @@ def asking_for_nodes(ray: Any, placed: Layout, config: Config) -> Iterator[None]
     the last request, and Ray Data sends its own, so this one is repeated.
     """
     found = read_cluster(ray, config)
+    _say_shortfalls(placed, config, found)
     if not (found.grows or found.launchable):
         yield
         return

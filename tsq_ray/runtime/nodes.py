@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from tsq_ray.config import ResourcesConfig
 
 Stage = Literal["extract", "finetune", "train", "score", "serve"]
 Device = Literal["cpu", "cuda"]
@@ -14,14 +16,18 @@ _WRITE = {"writer": "write", "sender": "write", "ingress": "write"}
 _GRAPH = {"decoder": "decode", "sampler": "networks", "recognizer": "networks"}
 PARTS: dict[Stage, dict[str, str]] = {
     "extract": {"worker": "decode", "decoder": "decode", "encoder": "networks"} | _WRITE,
-    "finetune": {"worker": "networks", "decoder": "decode", "encoder": "networks"} | _WRITE,
-    "train": {"worker": "networks"},
+    "finetune": {"worker": "networks", "decoder": "decode", "encoder": "networks"}
+    | {"features": "networks"}
+    | _WRITE,
+    "train": {"worker": "networks", "features": "networks"},
     "score": _GRAPH | _WRITE,
     "serve": _GRAPH | _WRITE,
 }
 """Which of `resources.labels` applies to each pool of a stage."""
 GROWTH_LIMIT = 10_000
 """Limit of a pool whose size is bounded only by the cluster."""
+STEP = 0.05
+"""CPUs are shared out in multiples of this."""
 ROOM = 0.1
 """CPUs that busy actors leave free on each node, for actors that mostly wait."""
 _GIB = 2**30
@@ -39,18 +45,6 @@ class Node:
     name: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
 
-    def beside(self, alive: Iterable[Node]) -> Node:
-        """Return this node type with the count that may still be started beside these live nodes.
-
-        A live node is of this type if it has its CPUs, its GPUs and its labels.
-        """
-        same = sum(
-            (node.cpus, node.gpus) == (self.cpus, self.gpus)
-            and self.labels.items() <= node.labels.items()
-            for node in alive
-        )
-        return replace(self, count=max(0, self.count - same))
-
 
 @dataclass(frozen=True)
 class Cluster:
@@ -59,7 +53,7 @@ class Cluster:
     nodes: tuple[Node, ...]
     launchable: tuple[Node, ...] = ()
     grows: bool = False
-    """Whether a node manager may add nodes, of types unknown here."""
+    """Whether a node manager may add nodes, of types that no setting names."""
     required: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Labels of the nodes on which a pool may be placed, by the pool's name."""
 
@@ -76,6 +70,11 @@ class Cluster:
     def cpus(self) -> float:
         """CPUs of the live nodes."""
         return sum(node.cpus for node in self.nodes)
+
+    @property
+    def max_cpus(self) -> float:
+        """CPUs of the live nodes and of all launchable ones."""
+        return self.cpus + sum(node.cpus * node.count for node in self.launchable)
 
     @property
     def gpus(self) -> int:
@@ -121,6 +120,21 @@ class Cluster:
         """Number of nodes with CPUs, live and launchable."""
         alive = sum(1 for node in self.nodes if node.cpus)
         return alive + sum(node.count for node in self.launchable if node.cpus)
+
+    def share(self, actors: int) -> float:
+        """Return the largest CPU share per actor at which the nodes hold all `actors`.
+
+        Launchable nodes count like live ones. On a cluster that grows by unknown nodes an actor
+        asks for at least a core, because those that do not fit make it grow.
+        """
+        nodes = [node for node in self.every_node() if node.cpus] or [Node(self.largest_cpus)]
+        free = [(node.cpus - ROOM * min(1.0, node.cpus), node.count) for node in nodes]
+        least = self.busy_cpus if self.grows else STEP * self.unit
+        for steps in range(int(max(cpus for cpus, _ in free) / STEP + 1e-9), 1, -1):
+            each = round(steps * STEP, 2)
+            if each > least and sum(int(c / each + 1e-9) * count for c, count in free) >= actors:
+                return each
+        return least
 
     def capacity(self, pool: Pool, *, launchable: bool = False) -> int:
         """Return how many of the pool's actors fit on the live nodes at once.
@@ -199,6 +213,24 @@ class Layout:
         return pools | {"networks": networks}
 
 
+def not_yet_started(types: Sequence[Node], alive: Sequence[Node]) -> tuple[Node, ...]:
+    """Return the node types with the number of nodes that are not alive yet.
+
+    A live node counts for one type: of those with its size and its labels, the one with the most
+    labels that has any left.
+    """
+    left = list(types)
+    order = sorted(range(len(types)), key=lambda place: -len(types[place].labels))
+    for node in alive:
+        for place in order:
+            kind = left[place]
+            same = (node.cpus, node.gpus) == (kind.cpus, kind.gpus)
+            if same and kind.count and kind.labels.items() <= node.labels.items():
+                left[place] = replace(kind, count=kind.count - 1)
+                break
+    return tuple(left)
+
+
 def num_fitting(pool: Pool, node: Node) -> int:
     """Return how many of the pool's actors the node holds at once."""
     if not pool.labels.items() <= node.labels.items():
@@ -231,6 +263,28 @@ def unplaced(placed: Layout, free: Sequence[Node]) -> Pool | None:
                 memory=node.memory - pool.memory,
             )
     return None
+
+
+def shortfalls(placed: Layout, resources: ResourcesConfig, cluster: Cluster) -> Iterator[str]:
+    """Yield what a run starts without: GPUs that nobody named, actors without a node so far."""
+    if resources.gpus < 0 and cluster.grows and not placed.on_gpu:
+        yield (
+            "no node has a GPU now, so the networks run on CPUs; to have the cluster start GPU "
+            "nodes, name them in resources.node_types, or set resources.gpus to 0 to run on CPUs"
+        )
+    counted = {name: ("gpus", resources.gpus) for name in ("encoder", "sampler")}
+    counted |= {"worker": ("workers", resources.workers)}
+    counted |= {"decoder": ("decoders", resources.decoders)}
+    for name, (setting, asked) in counted.items():
+        pool = placed.pools.get(name)
+        if pool is None or asked < 1 or pool.minimum == pool.limit:
+            continue  # the cluster sizes it, or it waits for all of its actors
+        there = min(pool.limit, cluster.capacity(replace(pool, gpus=float(math.ceil(pool.gpus)))))
+        if there < pool.limit:
+            yield (
+                f"resources.{setting} = {asked}: the nodes hold {there} of {pool.limit} {name}s "
+                "now; the others start when nodes join"
+            )
 
 
 def describe_largest(cluster: Cluster) -> str:

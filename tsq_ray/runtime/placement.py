@@ -16,7 +16,7 @@ from tsq_ray.errors import ConfigError
 from tsq_ray.runtime.nodes import (
     GROWTH_LIMIT,
     PARTS,
-    ROOM,
+    STEP,
     Cluster,
     Layout,
     Node,
@@ -36,7 +36,6 @@ _WAITING_CPUS = 0.01
 _NETWORK_CPUS = 0.2
 """CPUs of a sampler or recogniser replica, which uses the cores that decoding leaves."""
 _INGRESS_CPUS = 0.1
-_STEP = 0.05
 _GIB = 2**30
 _BUSY_BYTES = 2 * _GIB
 _WAITING_BYTES = _GIB // 4
@@ -74,7 +73,8 @@ def gpu_count(config: Config, cluster: Cluster) -> int:
     if wanted and not cluster.max_gpus and not cluster.grows:
         raise ConfigError(
             f"resources.gpus = {wanted}: no node of the cluster has a GPU, "
-            "and none that has one can be started; set it to 0 to run on CPUs, or add GPU nodes"
+            "and none that has one can be started; set it to 0 to run on CPUs, add GPU nodes, "
+            "or name those that can be started in resources.node_types"
         )
     return wanted
 
@@ -82,25 +82,23 @@ def gpu_count(config: Config, cluster: Cluster) -> int:
 def usable_nodes(placed: Layout, cluster: Cluster) -> list[Node]:
     """Return each node that the layout can use: live nodes, then launchable ones.
 
-    Launchable nodes are added until the cores and GPUs suffice for the pools at their limits.
+    Of the launchable nodes that can hold its actors, each pool at its limit takes those that it
+    needs for GPUs, or else for cores.
     """
-    pools = placed.pools.values()
-    gpus = max(pool.limit * pool.gpus for pool in pools) - cluster.gpus
-    cores = sum(pool.limit * pool.cores for pool in pools if not pool.gpus) - cluster.cpus
-    found = [node for node in cluster.nodes if node.cpus or node.gpus]
-    plain = [node for node in cluster.launchable if not node.gpus]
-    for node in sorted(
-        (node for node in cluster.launchable if node.gpus), key=lambda node: node.gpus
-    ):
-        missing = max(gpus / node.gpus, 0.0 if plain else cores / max(node.cpus, 1.0))
-        count = min(node.count, max(0, math.ceil(missing)))
-        found += [replace(node, count=1)] * count
-        gpus, cores = gpus - count * node.gpus, cores - count * node.cpus
-    for node in sorted((node for node in plain if node.cpus), key=lambda node: -node.cpus):
-        count = min(node.count, max(0, math.ceil(cores / node.cpus)))
-        found += [replace(node, count=1)] * count
-        cores -= count * node.cpus
-    return found
+    pools = [pool for pool in placed.pools.values() if pool.gpus or pool.cores]
+    nodes = [node for node in cluster.nodes if node.cpus or node.gpus]
+    waiting = list(cluster.launchable)
+    for unit in ("gpus", "cpus"):
+        group = [pool for pool in pools if bool(pool.gpus) == (unit == "gpus")]
+        missing = sum(pool.limit * (pool.gpus or pool.cores) for pool in group)
+        missing -= sum(getattr(node, unit) for node in nodes if _holds_any(node, group))
+        for place in _preferred(waiting, group):
+            node = waiting[place]
+            count = min(node.count, max(0, math.ceil(missing / getattr(node, unit))))
+            missing -= count * getattr(node, unit)
+            nodes += [replace(node, count=1)] * count
+            waiting[place] = replace(node, count=node.count - count)
+    return nodes
 
 
 def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
@@ -109,11 +107,25 @@ def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
     If the cluster grows by nodes of unknown types, the resources of each missing actor are added.
     """
     bundles = [_resources(node) for node in usable_nodes(placed, cluster)]
-    if cluster.grows and not cluster.launchable:
-        for pool in (pool for pool in placed.pools.values() if pool.gpus or pool.cores):
-            missing = min(pool.limit, _MAX_ASKED) - cluster.capacity(pool)
-            bundles += [_resources(Node(pool.cpus, pool.gpus))] * max(0, missing)
+    pools = [pool for pool in placed.pools.values() if pool.gpus or pool.cores]
+    for pool in pools if cluster.grows else ():
+        missing = min(pool.limit, _MAX_ASKED) - cluster.capacity(pool)
+        bundles += [_resources(Node(pool.cpus, pool.gpus))] * max(0, missing)
     return bundles
+
+
+def _holds_any(node: Node, pools: list[Pool]) -> bool:
+    return any(num_fitting(pool, node) for pool in pools)
+
+
+def _preferred(types: list[Node], pools: list[Pool]) -> list[int]:
+    """Return the places of the types that can hold one of the pools, the best first.
+
+    For GPUs: those with the fewest. For cores: the largest; those with GPUs only if no other can.
+    """
+    able = [place for place, node in enumerate(types) if _holds_any(node, pools)]
+    plain = [place for place in able if not types[place].gpus]
+    return sorted(plain or able, key=lambda place: (types[place].gpus, -types[place].cpus))
 
 
 def _check_fits(placed: Layout, cluster: Cluster) -> None:
@@ -125,23 +137,13 @@ def _check_fits(placed: Layout, cluster: Cluster) -> None:
             raise ConfigError(
                 f"{placed.stage}: a {pool.name} asks for {' and '.join(asked)}, "
                 "which no node of the cluster can ever hold "
-                f"(largest: {describe_largest(cluster)}); ask for less, or add a node that can"
+                f"(largest: {describe_largest(cluster)}); ask for less, add a node that can, "
+                "or name one that can be started, with its labels, in resources.node_types"
             )
 
 
 def _resources(node: Node) -> dict[str, float]:
     return {"CPU": node.cpus} | ({"GPU": node.gpus} if node.gpus else {})
-
-
-def _share(cluster: Cluster, actors: int) -> float:
-    """Return the largest CPU share per actor at which the live nodes hold all `actors`."""
-    cpus = [node.cpus for node in cluster.nodes if node.cpus] or [cluster.largest_cpus]
-    free = [count - ROOM * min(1.0, count) for count in cpus]
-    for steps in range(int(max(free) / _STEP + 1e-9), 1, -1):
-        each = round(steps * _STEP, 2)
-        if sum(int(count / each + 1e-9) for count in free) >= actors:
-            return each
-    return _STEP * cluster.unit
 
 
 def _memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
@@ -182,7 +184,9 @@ def _sized(cluster: Cluster, pool: Pool, asked: int, most: int) -> Pool:
     """
     pool = cluster.labelled(pool)
     if asked:
-        return replace(pool, start=min(asked, most), limit=min(asked, most))
+        start = min(asked, most)
+        fit = max(1, cluster.capacity(pool))
+        return replace(pool, start=start, limit=start, fit=fit if fit < start else 0)
     alive = min(most, max(1, cluster.capacity(pool)))
     limit = _growth(alive, most)
     ahead = (
@@ -213,6 +217,11 @@ def _writers(cluster: Cluster, cpus: float = 1.0) -> Pool:
     )
 
 
+def _features(cluster: Cluster, cpus: float = 1.0) -> Pool:
+    """Return the actor that holds a training's features; it is busy only before its workers are."""
+    return Pool("features", 1, 1, 1, _WAITING_CPUS, memory=_memory(cluster, _BUSY_BYTES, cpus) // 2)
+
+
 def _on_gpus(cluster: Cluster, name: str, asked: int, most: int, share: float, cpus: float) -> Pool:
     """Return a pool of actors with `share` of a GPU each, sized by whole GPUs.
 
@@ -232,12 +241,12 @@ def _extract(config: Config, cluster: Cluster, videos: int) -> Layout:
     gpus = gpu_count(config, cluster)
     writers = {"writer": _writers(cluster)}
     if not gpus and not resources.decoders:
-        cpus = _share(cluster, resources.workers) if resources.workers else 0.0
+        cpus = cluster.share(resources.workers) if resources.workers else 0.0
         workers = _busy(cluster, "worker", resources.workers, videos, cpus)
         threads = resources.threads or int(workers.cores)
         return Layout("extract", {"worker": workers} | writers, "cpu", threads)
     decoders = _busy(cluster, "decoder", resources.decoders, videos)
-    cpus = _STEP * cluster.unit
+    cpus = STEP * cluster.unit
     if gpus:
         encoders = _on_gpus(cluster, "encoder", resources.gpus, videos, 1.0, cpus)
     else:
@@ -253,28 +262,30 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
     A frozen backbone is laid out like extraction. A trained one has workers, each with decoders.
     """
     if config.finetune.backbone == "frozen":
-        return replace(_extract(config, cluster, videos), stage="finetune")
+        placed = _extract(config, cluster, videos)
+        pools = placed.pools | {"features": _features(cluster)}
+        return replace(placed, stage="finetune", pools=pools)
     workers = config.finetune.num_workers
     gpus = _training_gpus("finetune.num_workers", workers, config, cluster)
-    cores = max(1, int(cluster.cpus or cluster.largest_cpus))
+    cores = max(1, int(cluster.max_cpus or cluster.largest_cpus))
     # a CPU trains much slower than it decodes; a GPU needs as many decoders as fit
     wanted = config.resources.decoders or (cores - workers if gpus else cores // 4)
     decoders = max(1, wanted // workers)
-    cpus = _share(cluster, workers * (1 + decoders))
-    own = min(cpus, _share(cluster.with_gpus, workers)) if gpus else cpus
+    cpus = cluster.share(workers * (1 + decoders))
+    own = min(cpus, cluster.with_gpus.share(workers)) if gpus else cpus
     memory = _memory(cluster, _BUSY_BYTES, cpus)
     pool = Pool("worker", workers, workers, workers, own, 1.0 if gpus else 0.0, memory)
-    if cluster.nodes and cluster.cpus and workers * (1 + decoders) * cpus > cluster.cpus:
+    if not cluster.grows and workers * (1 + decoders) * cpus > cluster.max_cpus > 0:
         raise ConfigError(
             f"finetune.num_workers = {workers} with {decoders} decoders each: too many for the "
-            f"{cluster.cpus:g} CPUs of the cluster; "
+            f"{cluster.max_cpus:g} CPUs of the cluster; "
             "lower finetune.num_workers or resources.decoders"
         )
     pools = {
         "worker": pool,
         "decoder": Pool("decoder", decoders, decoders, decoders, cpus, memory=memory),
     }
-    threads = config.resources.threads or max(1, cores // workers)
+    threads = config.resources.threads or max(1, min(cores // workers, int(cluster.largest_cpus)))
     return Layout("finetune", pools, "cuda" if gpus else "cpu", threads)
 
 
@@ -283,22 +294,16 @@ def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
     workers = config.train.num_workers
     fewest, most = (workers, workers) if isinstance(workers, int) else workers
     gpus = _training_gpus("train.num_workers", fewest, config, cluster)
-    cpus = _share(cluster.with_gpus if gpus else cluster, most)
+    cpus = (cluster.with_gpus if gpus else cluster).share(most)
     if most > fewest and config.resources.threads and not gpus:
         cpus = float(
             config.resources.threads
         )  # not a share: the cluster may grow to hold more workers
     threads = config.resources.threads or int(_cores(cpus))
-    pool = Pool(
-        "worker",
-        fewest,
-        most,
-        most,
-        cpus,
-        1.0 if gpus else 0.0,
-        _memory(cluster, _BUSY_BYTES, cpus),
-    )
-    return Layout("train", {"worker": pool}, "cuda" if gpus else "cpu", threads)
+    memory = _memory(cluster, _BUSY_BYTES, cpus)
+    pool = Pool("worker", fewest, most, most, cpus, 1.0 if gpus else 0.0, memory)
+    pools = {"worker": pool, "features": _features(cluster, cpus)}
+    return Layout("train", pools, "cuda" if gpus else "cpu", threads)
 
 
 def _training_gpus(setting: str, workers: int, config: Config, cluster: Cluster) -> int:

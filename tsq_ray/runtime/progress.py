@@ -37,8 +37,8 @@ class Counts:
         return self.ok, dict(self.failed)
 
 
-def start_counts(kind: type[Counts] = Counts) -> Any:
-    """Start a Counts actor for `run_with_progress` and the workers.
+def start_counts(kind: type = Counts) -> Any:
+    """Start an actor of this class, Counts or one with its `get`, for `run_with_progress` and the workers.
 
     It runs on the driver's node, because any other node may be lost during the run.
     """

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _GIB = 2**30
-_SYSTEM_ACTORS = (
+SYSTEM_ACTORS = (
     "ServeController",
     "ProxyActor",
     "_AutoscalingCoordinatorActor",
@@ -87,7 +87,7 @@ def holders(ray: Any) -> str:
     jobs: dict[str, Counter[str]] = {}
     for actor in actors():
         name = actor["ActorClassName"]
-        if actor["State"] == "ALIVE" and not name.startswith(_SYSTEM_ACTORS):
+        if actor["State"] == "ALIVE" and not name.startswith(SYSTEM_ACTORS):
             jobs.setdefault(actor["JobID"], Counter())[name] += 1
     mine = ray.get_runtime_context().get_job_id()
     named = []

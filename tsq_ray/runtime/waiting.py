@@ -1,4 +1,4 @@
-"""Report every 15 seconds what a stalled run waits for and which jobs hold it."""
+"""Report every 15 seconds what a stalled run waits for, which jobs hold it, or what it does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tsq_ray import log
@@ -14,19 +16,42 @@ from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import usage
 
 FIRST_LINE_S, EVERY_S = 10.0, 15.0
+_COUNTERS = ("Counts", "FlowCounts", "_Videos")
 _PENDING = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
 
 
-class Watch:
-    """Reports when a run makes no progress because the cluster has no room for it."""
+@dataclass(frozen=True)
+class Seen:
+    """What the cluster says about a run."""
 
-    def __init__(self, ray: Any, what: str, wait_s: float = 0.0, app: str = "") -> None:
+    lacking: Counter[str]
+    """Classes of which no actor runs, as returned by `lacking`."""
+    running: Counter[str]
+    """The actors that run, by class."""
+    demanded: int | None = None
+    """Actors and placement groups of all jobs that have no place yet; None if unknown."""
+    facts: Callable[[], str] = str
+    """Describes what is asked for, what is free and who holds the rest."""
+
+
+class Watch:
+    """Reports when a run makes no progress, above all if the cluster has no room for it."""
+
+    def __init__(
+        self,
+        ray: Any,
+        what: str,
+        wait_s: float = 0.0,
+        app: str = "",
+        look: Callable[[], Seen] | None = None,
+    ) -> None:
         """Start watching the run `what`.
 
         `wait_s` is the longest wait, 0 for no limit; `app` names the run's Serve application, if it
-        has one.
+        has one; `look` asks the cluster, by default the connected one.
         """
-        self._ray, self._what, self._wait_s, self._app = ray, what, wait_s, app
+        self._what, self._wait_s = what, wait_s
+        self._look = look or partial(look_at, ray, app)
         self._done = -1
         self._since = self._looked = time.monotonic()
         self._waits_since: float | None = None
@@ -46,19 +71,21 @@ class Watch:
         first = self._looked == self._since
         if now < min(self._looked + (FIRST_LINE_S if first else EVERY_S), self._ends()):
             return
-        self._looked = now
-        kinds, status = self._lacking(), usage.read_status(self._ray)
-        if not kinds or (status is not None and usage.num_demanded(status) < kinds.total()):
+        self._looked, seen = now, self._look()
+        kinds = seen.lacking
+        if not kinds or (seen.demanded is not None and seen.demanded < kinds.total()):
             self._end_wait(now)
-            if kinds:
-                log.say(
-                    f"{self._what}: still starting after {now - self._since:.0f} s: "
-                    f"{', '.join(kinds)} (loading what they need)"
-                )
+            at_work = ", ".join(f"{count} x {name}" for name, count in seen.running.most_common(4))
+            doing = (
+                f"{', '.join(kinds)} (loading what they need)" if kinds else f"at work: {at_work}"
+            )
+            state = "still starting" if kinds else "no progress"
+            if kinds or at_work:
+                log.say(f"{self._what}: {state} after {now - self._since:.0f} s: {doing}")
             return
         self._waits_since = self._waits_since or self._since
-        waited, facts = now - self._waits_since, "; ".join(usage.facts(self._ray, status))
-        line = f"{self._what}: waiting for {waited:.0f} s: {facts}"
+        waited = now - self._waits_since
+        line = f"{self._what}: waiting for {waited:.0f} s: {seen.facts()}"
         if now >= self._ends():
             raise RunFailed(
                 f"{line}; gave up after --wait-s {self._wait_s:g}; "
@@ -76,17 +103,34 @@ class Watch:
             self.waited_s += now - self._waits_since
         self._waits_since = None
 
-    def _lacking(self) -> Counter[str]:
-        with contextlib.suppress(self._ray.exceptions.RayError):
-            job = self._ray.get_runtime_context().get_job_id()
-            return lacking(usage.actors(), self._ray.util.placement_group_table(), job, self._app)
-        return Counter()
-
     def _ends(self) -> float:
         """Return when the wait limit is reached: never, as long as nothing is known to wait."""
         if not self._wait_s or (self._waits_since is None and self._looked > self._since):
             return math.inf
         return (self._waits_since or self._since) + self._wait_s
+
+
+def look_at(ray: Any, app: str = "") -> Seen:
+    """Ask the connected cluster about this job, and its Serve application `app` if it has one."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        job = ray.get_runtime_context().get_job_id()
+        actors, groups = usage.actors(), ray.util.placement_group_table()
+        status = usage.read_status(ray)
+        return Seen(
+            lacking(actors, groups, job, app),
+            running(actors, job, app),
+            usage.num_demanded(status) if status is not None else None,
+            lambda: "; ".join(usage.facts(ray, status)),
+        )
+    return Seen(Counter(), Counter())
+
+
+def running(actors: Iterable[Mapping[str, Any]], job: str, app: str = "") -> Counter[str]:
+    """Return the number of running actors of a run by class, without those that only count."""
+    names = (actor["ActorClassName"] for actor in _of_run(actors, job, app, ("ALIVE",)))
+    return Counter(
+        name for name in names if not name.startswith((*usage.SYSTEM_ACTORS, *_COUNTERS))
+    )
 
 
 def lacking(
@@ -101,19 +145,21 @@ def lacking(
     job and the replicas of its Serve application, which Serve's own job starts. A placement group's
     id ends with the id of its job.
     """
-    mine = [
-        actor
-        for actor in actors
-        if actor["JobID"] == job
-        or (app and actor["ActorClassName"].startswith(f"ServeReplica:{app}:"))
-    ]
-    alive = {actor["ActorClassName"] for actor in mine if actor["State"] == "ALIVE"}
-    found = Counter(
-        actor["ActorClassName"]
-        for actor in mine
-        if actor["State"] in _PENDING and actor["ActorClassName"] not in alive
-    )
+    actors = list(actors)
+    alive = {actor["ActorClassName"] for actor in _of_run(actors, job, app, ("ALIVE",))}
+    pending = (actor["ActorClassName"] for actor in _of_run(actors, job, app, _PENDING))
+    found = Counter(name for name in pending if name not in alive)
     found["placement group"] = sum(
         group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job)
     )
     return +found
+
+
+def _of_run(
+    actors: Iterable[Mapping[str, Any]], job: str, app: str, states: tuple[str, ...]
+) -> Iterator[Mapping[str, Any]]:
+    replica = f"ServeReplica:{app}:"
+    for actor in actors:
+        mine = actor["JobID"] == job or (app and actor["ActorClassName"].startswith(replica))
+        if mine and actor["State"] in states:
+            yield actor

@@ -41,6 +41,10 @@ class Lost(TsqError):
     """The input of a stage is gone, with the replica or node that held it."""
 
 
+class NoAnswer(TsqError):
+    """A stage did not answer within the time limit of its hop."""
+
+
 @dataclass(frozen=True)
 class Video:
     """A video to score, and what is to be returned about it."""
@@ -152,11 +156,14 @@ class Graph:
     async def _hop(self, stage: str, limit_s: float, *arguments: Any) -> Any:
         """Call a stage; cancel the call at the time limit or if the caller gives up."""
         response = getattr(self, stage).remote(*arguments)
+        limit = asyncio.timeout(limit_s)
         try:
-            async with asyncio.timeout(limit_s):
+            async with limit:
                 answer = await response
-        except (TimeoutError, asyncio.CancelledError):
+        except (TimeoutError, asyncio.CancelledError) as error:
             response.cancel()
+            if limit.expired():  # a stage may raise a TimeoutError of its own
+                raise NoAnswer(f"the {stage} did not answer for {limit_s:g} s") from error
             raise
         self.answered[stage] = time.monotonic()
         return answer
@@ -198,7 +205,7 @@ def is_lost(error: BaseException) -> bool:
             ReplicaUnavailableError,
             Lost,
             WrongVersion,
-            TimeoutError,
+            NoAnswer,
         ),
     )
 

@@ -18,7 +18,7 @@ from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import DecodeConfig, ResourcesConfig
 from tsq_ray.decode import WHOLE, DecodedVideo, DecodePool, FrameSpec, Outcome, VideoSource
 from tsq_ray.errors import VideoError
-from tsq_ray.networks.encoder import FrameEncoder, best_device, top_objects
+from tsq_ray.networks.encoder import CPU, FrameEncoder, top_objects
 from tsq_ray.networks.inference import (
     DEFAULT_RESOURCES,
     Pictures,
@@ -108,11 +108,11 @@ class Encode:
         visual: FrameEncoder,
         objects: FrameEncoder | None,
         recognizer: FrameEncoder | Asking | None = None,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
         num_objects: int = TOP_OBJECTS,
         resources: ResourcesConfig = DEFAULT_RESOURCES,
     ) -> None:
-        self.device, self.num_objects = device or best_device(), num_objects
+        self.device, self.num_objects = device, num_objects
         self.visual = prepare_for_inference(visual, self.device, resources)
         self.objects = (
             prepare_for_inference(objects, self.device, resources) if objects is not None else None

@@ -17,7 +17,7 @@ from tsq_ray.asking.questions import Asking, Question, ServerModel, jpegs_of
 from tsq_ray.bundle.weights import Bundle, Classifier
 from tsq_ray.config import Config, RecognizerConfig, ResourcesConfig
 from tsq_ray.model.choosers import Candidates
-from tsq_ray.networks.encoder import FrameEncoder, best_device
+from tsq_ray.networks.encoder import CPU, FrameEncoder
 from tsq_ray.networks.inference import (
     DEFAULT_RESOURCES,
     Pictures,
@@ -39,13 +39,13 @@ class Recognize:
     def __init__(
         self,
         model: Bundle | Classifier,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
         resources: ResourcesConfig = DEFAULT_RESOURCES,
     ) -> None:
         """`model`: a bundle, or its recogniser alone (`load_recognizer`)."""
         encoder = model.recognizer if isinstance(model, Bundle) else model.encoder
         assert isinstance(encoder, FrameEncoder)
-        self.device = device or best_device()
+        self.device = device
         self.recognizer = prepare_for_inference(encoder, self.device, resources)
         self.classes, self.task = model.classes, model.task
 

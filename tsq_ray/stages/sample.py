@@ -23,7 +23,7 @@ from tsq_ray.errors import Failure, ModelError
 from tsq_ray.model import TSQNet, object_embeddings, saliency
 from tsq_ray.model.choosers import Candidates, Chooser, View, chooser_for
 from tsq_ray.model.task import probabilities
-from tsq_ray.networks.encoder import best_device
+from tsq_ray.networks.encoder import CPU
 from tsq_ray.networks.inference import DEFAULT_RESOURCES, Pictures
 from tsq_ray.rows import RECOGNIZER, source_columns
 from tsq_ray.stages.encode import Encode, FrameFeatures, pictures_of
@@ -73,7 +73,7 @@ class Sample:
         self,
         bundle: Bundle,
         config: SamplerConfig,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
         resources: ResourcesConfig = DEFAULT_RESOURCES,
     ) -> None:
         check_sampler(bundle, config)
@@ -82,7 +82,7 @@ class Sample:
             bundle.objects is not None and config.mode in TSQ_MODES and config.mode != "visual"
         )
         self.encode: Encode | None = None
-        self.device = device or best_device()
+        self.device = device
         if config.mode in (*TSQ_MODES, "maxconf-l"):
             objects, kept = (
                 bundle.objects if self.textual else None,

@@ -8,16 +8,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tsq_ray.config import Config, FinetuneConfig, Task, label_map
+from tsq_ray.config import Config, FinetuneConfig, Task
 from tsq_ray.prototypes import prototypes
 from tsq_ray.runtime import cluster, progress
-from tsq_ray.runtime.nodes import Stage
 from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.features import (
@@ -29,8 +28,6 @@ from tsq_ray.training.features import (
 from tsq_ray.training.head import accuracy, fit_head, head_logits
 from tsq_ray.training.teacher import shown_classes, taught_classes
 
-_CPUS = 0.01
-"""Above 0, to keep it off a head node without CPUs: it is busy only before the workers are."""
 _RETRIES = 3
 _CLOSE_S = 60.0
 
@@ -50,19 +47,26 @@ class _Videos:
 
 def start_videos() -> Any:
     """Start the actor that counts the videos of a training, for `run_with_progress`."""
+    return progress.start_counts(_Videos)
+
+
+def _cpus_of_this_node() -> int:
     import ray
 
-    return ray.remote(num_cpus=0, max_restarts=-1)(_Videos).remote()
+    here = ray.get_runtime_context().get_node_id()
+    found = (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1, int(next(found, 1)))
 
 
 class FeatureWorker:
     """Runs as a Ray actor and keeps the features on its node's disk for as long as it lives.
 
-    Training workers on that node share them.
+    Training workers on that node share them. `threads`: of its computations; 0 for the node's CPUs,
+    because nothing else of the run is busy before the training workers are.
     """
 
     def __init__(self, source: FeatureSource, threads: int, counts: Any) -> None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads or _cpus_of_this_node())
         self.source, self.counts = source, counts
         self._stack = contextlib.ExitStack()
         self._data: TrainingSet | None = None
@@ -191,9 +195,9 @@ class Features:
     def _call(self, doing: str, total: int, method: Any, *arguments: Any) -> Any:
         import ray
 
-        ray.get(self._counts.set.remote(0))
         what = f"{self._what}: {doing}"
         try:
+            ray.get(self._counts.set.remote(0))
             return progress.run_with_progress(
                 lambda: ray.get(method.remote(*arguments)),
                 self._counts,
@@ -210,32 +214,27 @@ class Features:
 def features_on_worker(
     source: FeatureSource,
     num_videos: int,
-    what: Stage,
+    stage: Literal["train", "finetune"],
     config: Config,
     session: Session,
     ticks: Sequence[Callable[[], None]] = (),
 ) -> Iterator[Features]:
     """Read the features on a node of the connected cluster and keep them for the `with` block.
 
-    `what` is the run's stage; `ticks` are called twice a second while the driver waits.
-    Raises RunFailed if the node's disk has no room or the features cannot be read.
+    `stage` names the run in its layout and in messages; `ticks` are called twice a second while the
+    driver waits. Raises RunFailed if the node's disk has no room or the features cannot be read.
     """
     import ray
 
-    resources, counts = config.resources, start_videos()
-    # nothing else of the run is busy before the training workers are
     found = cluster.read_cluster(ray, config)
-    threads = resources.threads or int(max(1, found.largest_cpus))
-    options: dict[str, Any] = {"num_cpus": _CPUS, "max_restarts": _RETRIES}
-    options["max_task_retries"] = _RETRIES
-    # at most the share that a node full of the stage's actors has left over
-    pools = layout(what, config, found, num_videos).pools.values()
-    options["memory"] = max(pool.memory for pool in pools)
-    if labels := label_map(resources.labels.networks):
-        options["label_selector"] = labels
-    actor: Any = ray.remote(**options)(FeatureWorker).remote(source, threads, counts)
+    pool, counts = layout(stage, config, found, num_videos)["features"], start_videos()
+    options: dict[str, Any] = {"num_cpus": pool.cpus, "memory": pool.memory}
+    options |= {"max_restarts": _RETRIES, "max_task_retries": _RETRIES}
+    options |= {"label_selector": dict(pool.labels)} if pool.labels else {}
+    worker = ray.remote(**options)(FeatureWorker)
+    actor: Any = worker.remote(source, config.resources.threads, counts)
     try:
-        features = Features(actor, counts, num_videos, what, session, ticks)
+        features = Features(actor, counts, num_videos, stage, session, ticks)
         features.read()
         yield features
         with contextlib.suppress(ray.exceptions.RayError):  # a lost node has no files to remove

@@ -21,7 +21,6 @@ from tsq_ray.manifest import VideoRows
 from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Layout
-from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.classifier.clips import ClipPlan
 from tsq_ray.training.classifier.worker import TunePlan, start_network, tune_loop
@@ -110,7 +109,7 @@ def _plan(
     config: Config,
 ) -> tuple[TunePlan, Layout]:
     settings = config.finetune
-    placed = layout("finetune", config, cluster.read_cluster(ray, config), len(train))
+    placed = cluster.lay_out(ray, "finetune", config, len(train))
     table = pa.concat_tables([train.table, val.table])
     store = ray.cluster_resources().get("object_store_memory", 1e9)
     plan = ClipPlan(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tsq_ray.config import Config
 from tsq_ray.runtime import cluster
-from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.on_worker import start_videos
 from tsq_ray.training.resumable import run_workers, scaling
@@ -51,7 +50,7 @@ def fit_on_cluster(
     training fails.
     """
     counts = start_videos()
-    placed = layout("train", config, cluster.read_cluster(ray, config), num_videos)
+    placed = cluster.lay_out(ray, "train", config, num_videos)
     job = job | {"counts": counts, "threads": placed.threads, "device": placed.device}
     total = config.train.epochs * num_videos
     started = time.monotonic()
