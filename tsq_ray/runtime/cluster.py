@@ -111,7 +111,7 @@ def lay_out(ray: Any, stage: Stage, config: Config, videos: int) -> Layout:
     """Lay out a stage on the connected cluster, and say what it starts without."""
     found = read_cluster(ray, config)
     placed = layout(stage, config, found, videos)
-    _say_shortfalls(placed, config.resources, found)
+    _say_shortfalls(placed, config, found)
     return placed
 
 
@@ -128,7 +128,7 @@ def asking_for_nodes(ray: Any, placed: Layout, config: Config) -> Iterator[None]
     the last request, and Ray Data sends its own, so this one is repeated.
     """
     found = read_cluster(ray, config)
-    _say_shortfalls(placed, config.resources, found)
+    _say_shortfalls(placed, config, found)
     if not (found.grows or found.launchable):
         yield
         return
