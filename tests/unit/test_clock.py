@@ -12,6 +12,7 @@ from tsq_ray.decode.clock import (
     has_displaced,
     in_order,
     jumps,
+    longest_step,
     max_step,
     rebuilt,
     skippable,
@@ -100,6 +101,23 @@ def test_a_jump_is_long_and_unusual() -> None:
     assert not jumps([0, LIMIT + 1, 2 * LIMIT + 2], LIMIT)
     assert not jumps([5], LIMIT)
     assert max_step(TICK, discontinuous=False) == 600_000
+
+
+@pytest.mark.parametrize(
+    ("times", "end", "text", "doubtful"),
+    [
+        ([0, 40, 80, 8080, 8120], 8160, "frame 2, at 0.1 s, is shown for 8.0 s, 200 times", True),
+        ([0, 40, 80, 3079, 3119], 3159, "frame 2, at 0.1 s, is shown for 3.0 s, 75 times", False),
+        ([0, 10, 20, 2000, 2010], 2020, "frame 2, at 0.0 s, is shown for 2.0 s, 198 times", False),
+        ([0, 40, 80, 120, 160], 8160, "frame 4, at 0.2 s, is shown for 8.0 s, 200 times", True),
+        ([7], 7, "frame 0, at 0.0 s, is shown for 0.0 s, 0 times", False),
+    ],
+    ids=["long", "not a hundred times", "not three seconds", "the last frame", "one frame"],
+)
+def test_the_longest_step(times: list[int], end: int, text: str, doubtful: bool) -> None:
+    step = longest_step(times, end, TICK)
+    assert str(step).startswith(text)
+    assert step.doubtful is doubtful
 
 
 @pytest.mark.parametrize(

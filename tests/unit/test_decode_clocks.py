@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -31,6 +32,7 @@ from support.video import number_of, picture, write_video
 
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video, job
+from tsq_ray.errors import VideoError
 
 HOUR = 3600 * TICKS
 HEALTHY = ("right", "starts at one hour", "wraps at 33 bits")
@@ -72,9 +74,10 @@ def decode(
     backend: str = "pyav",
     num_frames: int = 16,
     places: tuple[float, ...] | None = None,
+    **more: Any,
 ) -> DecodedVideo:
     config = DecodeConfig.model_validate(
-        {"strategy": strategy, "backend": backend, "num_frames": num_frames}
+        {"strategy": strategy, "backend": backend, "num_frames": num_frames, **more}
     )
     return decode_video(VideoSource(str(path), places=places), config, {"all": FrameSpec(64)})
 
@@ -204,9 +207,66 @@ def test_a_picture_that_stands_still_for_a_minute(tmp_path: Path, suffix: str) -
     times = [*range(24), *range(24 * 61, 24 * 62)]
     for video in check(write_video(tmp_path / f"still.{suffix}", 48, times=times, size=(96, 64))):
         assert video.duration_s == pytest.approx(62, abs=0.1)
-        slots, shown = len(video.frame_index), len(set(video.frame_index.tolist()))
-        told = [f"{slots} slots hold {shown} distinct frames of 48: the picture is static"]
-        assert video.warnings == (told if shown <= slots / 2 else [])
+        told_of_step(video, 60)
+
+
+def told_of_step(video: DecodedVideo, seconds: int) -> None:
+    """One warning, which names the step, and no cause that is not known."""
+    slots, shown = len(video.frame_index), len(set(video.frame_index.tolist()))
+    few = f"{slots} slots hold {shown} distinct frames of {video.source_num_frames}: "
+    [warning] = video.warnings
+    assert re.fullmatch(
+        (few if shown <= slots / 2 else "")
+        + rf"frame \d\d, at 1\.[012] s, is shown for {seconds}\.\d s, \d+ times the usual step: "
+        "a still picture, lost frames or a clock that jumped",
+        warning,
+    ), warning
+
+
+@pytest.mark.parametrize("seconds", [5, 30, 100, 500])
+@pytest.mark.parametrize("codec", ["h264", "h264_b"])
+@pytest.mark.parametrize("container", sorted(CONTAINERS))
+def test_a_step_that_may_be_a_jump_of_the_clock_is_named(
+    sources: dict[str, Path], tmp_path: Path, container: str, codec: str, seconds: int
+) -> None:
+    if container == "avi" and (seconds > 30 or codec == "h264_b"):
+        pytest.skip("an AVI counts frames and has no times of its own for reordered ones")
+    if (container, codec, seconds) == ("flv", "h264_b", 500):
+        pytest.skip("FFmpeg takes the time of one frame away: a fault with a warning of its own")
+    path = write_clock(
+        sources[codec],
+        tmp_path / f"step.{container}",
+        lambda i: right(i) + (seconds * TICKS if i >= 30 else 0),
+    )
+    for video in check(path, ways=MAIN_WAYS[:2]):
+        if container == "ts" and seconds == 500:
+            assert "1 jump by up to 500.0 s" in video.warnings[0]
+        else:
+            told_of_step(video, seconds)
+
+
+def test_a_step_is_named_whatever_the_number_of_distinct_frames(tmp_path: Path) -> None:
+    times = [*range(2000), *range(2000 + 24 * 5, 4000 + 24 * 5)]
+    path = write_video(tmp_path / "long.mkv", 4000, times=times, size=(32, 16))
+    for strategy in ("uniform", "keyframe"):
+        [warning] = decode(path, strategy).warnings
+        assert warning.startswith("frame 1999, at 83.3 s, is shown for 5.0 s, 12")
+
+
+def test_a_video_made_too_long_by_one_step_says_so(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    path = write_clock(
+        sources["h264"],
+        tmp_path / "jump.mkv",
+        lambda i: right(i) + (300 * TICKS if i >= 30 else 0),
+    )
+    for strategy in ("uniform", "keyframe"):
+        with pytest.raises(
+            VideoError, match=r"allows 120 \(frame 29, at 1\.2 s, is shown for 300\.0 s"
+        ) as failure:
+            decode(path, strategy, max_duration_s=120)
+        assert failure.value.error_type == "too_large"
 
 
 @pytest.mark.data

@@ -14,10 +14,12 @@ import numpy as np
 
 _JUMP = 100
 """A step is a jump only if it is this many times the usual step, whatever its length."""
+_DOUBTFUL_S = 3
+"""A step of this many seconds, and `_JUMP` times the usual one, is worth a warning."""
 _MAX_GAP_S, _MAX_STILL_S = 120, 600
 """Longest step in seconds, for streams whose clock may restart and for all others.
 
-Up to this length the picture is taken to be static, as in a screen recording it may be for minutes.
+Up to this length the step is believed: in a screen recording the picture may stand for minutes.
 """
 _MAX_GROUP = 64
 """Maximum number of frames between two anchors; codecs reorder 16 to 32."""
@@ -45,6 +47,42 @@ def jumps(pts: Sequence[int] | np.ndarray, limit: int) -> bool:
     """Whether any step between ascending times exceeds `limit` and is many times the usual one."""
     steps = np.diff(np.asarray(pts, np.int64))
     return bool(len(steps)) and bool(steps.max() > max(limit, _JUMP * np.median(steps)))
+
+
+@dataclass(frozen=True)
+class LongStep:
+    """The longest time that one frame is shown, as the timestamps have it."""
+
+    frame: int
+    start_s: float
+    """When it is first shown, from the first frame on."""
+    length_s: float
+    ratio: float
+    """Its length as a multiple of the usual step."""
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a jump of the clock is as likely as a still picture."""
+        return self.ratio >= _JUMP and self.length_s >= _DOUBTFUL_S
+
+    def __str__(self) -> str:
+        return (
+            f"frame {self.frame}, at {self.start_s:.1f} s, is shown for {self.length_s:.1f} s, "
+            f"{self.ratio:.0f} times the usual step: a still picture, lost frames or a clock that "
+            "jumped"
+        )
+
+
+def longest_step(pts: Sequence[int], end: int, time_base: Fraction) -> LongStep:
+    """The longest step between ascending times, the last of which lasts until `end`."""
+    steps = np.diff(np.append(np.asarray(pts, np.int64), end))
+    frame = int(steps.argmax())
+    return LongStep(
+        frame,
+        float((pts[frame] - pts[0]) * time_base),
+        float(int(steps[frame]) * time_base),
+        float(steps[frame] / max(np.median(steps), 1)),
+    )
 
 
 def has_displaced(pts: Sequence[int]) -> bool:

@@ -126,7 +126,7 @@ def is_raw(container: Container) -> bool:
 
 
 def believed_step(container: Container, time_base: Fraction) -> int:
-    """The longest step between two frames still taken for a static picture, in `time_base`."""
+    """The longest step between two frames that is still believed, in `time_base`."""
     return max_step(time_base, bool(container.format.flags & _DISCONTINUOUS))
 
 
@@ -221,10 +221,10 @@ def scan(container: Container, stream: Stream) -> PacketTable:
 class SampleIndex:
     """The sample table of an MP4/MOV, known without reading a packet."""
 
-    num_frames: int
-    start_dts: int
+    dts: list[int]
+    """Decoding times of the displayed frames, ascending."""
     end_dts: int
-    """Decoding time at which the last displayed frame ends; end_dts - start_dts is the duration."""
+    """Decoding time at which the last displayed frame ends; end_dts - dts[0] is the duration."""
     key_dts: list[int]
     key_pos: list[int]
     """Byte position of each displayed keyframe, to check that a seek arrived at it."""
@@ -264,7 +264,7 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
         container.duration, 1_000_000
     ) * Fraction(4, 5):
         return None
-    index = SampleIndex(len(shown), times[0], end, [], [], [])
+    index = SampleIndex(times, end, [], [], [])
     for before, entry in enumerate(shown):
         if entry.is_keyframe:
             index.key_dts.append(entry.timestamp)
