@@ -9,7 +9,7 @@ import pytest
 
 from tsq_ray.decode.clock import (
     anchor_groups,
-    has_displaced,
+    doubtful,
     in_order,
     jumps,
     longest_step,
@@ -157,6 +157,7 @@ def test_frames_are_skipped_but_for_one_whole_group_of_each_pattern() -> None:
     assert skippable(order, [0], reordered=True) == {1, 2, 3, 5, 6, 7}
     assert skippable([0, 1, 2, 3], [2], reordered=True) == set()
     assert skippable([0, 1, 2, 3], [2], reordered=False) == {0, 1, 3}
+    assert skippable(order, [1, 6], reordered=True, suspects=[6]) == set()
 
 
 @pytest.mark.parametrize(
@@ -180,13 +181,25 @@ def test_keyframes_that_only_the_next_frame_proves() -> None:
 @pytest.mark.parametrize(
     ("times", "expected"),
     [
-        (list(range(0, 600, 10)), False),
-        ([*range(0, 300, 10), 304, *range(310, 600, 10)], True),
-        ([*range(0, 600, 10), 1000], False),
-        ([number * number for number in range(60)], False),
-        ([5], False),
+        (list(range(0, 600, 10)), []),
+        ([*range(0, 300, 10), 294, *range(300, 600, 10)], [29, 30, 31]),
+        ([*range(0, 300, 10), 296, *range(306, 606, 10)], [29, 30]),
+        ([*range(0, 300, 10), 306, *range(310, 600, 10)], []),
+        ([*range(0, 200, 10), *range(210, 220, 10), 211, *range(220, 600, 10)], [20, 21]),
+        ([*range(0, 600, 10), 1000], []),
+        ([number * number for number in range(60)], []),
+        ([5], []),
     ],
-    ids=["even", "one between two others", "one gap", "uneven", "one frame"],
+    ids=[
+        "even",
+        "one between two others",
+        "one short step",
+        "one frame late, in its place",
+        "one frame behind the next, next to the gap it left",
+        "one gap",
+        "uneven",
+        "one frame",
+    ],
 )
-def test_a_few_displaced_times(times: list[int], expected: bool) -> None:
-    assert has_displaced(times) is expected
+def test_which_frames_may_be_displayed_elsewhere(times: list[int], expected: list[int]) -> None:
+    assert doubtful(times) == expected

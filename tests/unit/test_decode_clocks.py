@@ -161,6 +161,40 @@ def test_decoding_times_in_place_of_presentation_times(
     check(path, told=False)
 
 
+UNEVEN: dict[str, Clock] = {
+    "one short step": lambda i: right(i) - (STEP * 2 // 3 if i >= 31 else 0),
+    "one long step": lambda i: right(i) + (STEP * 2 // 3 if i >= 31 else 0),
+    "one frame late": lambda i: right(i) + (STEP * 2 // 3 if i == 31 else 0),
+    "one of 60 twice as fast": lambda i: right(i) - (STEP // 2 if i >= 31 else 0),
+}
+
+
+@pytest.mark.parametrize("container", ["mkv", "mp4", "ts"])
+@pytest.mark.parametrize("codec", ["h264_b", "h264_open", "hevc_b", "mpeg2_b"])
+def test_a_true_uneven_step_changes_no_plan(
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    container: str,
+    codec: str,
+) -> None:
+    monkeypatch.setattr(job, "find_survivors", None)  # the whole file is never decoded
+    for name, clock in UNEVEN.items():
+        path = write_clock(sources[codec], tmp_path / f"{name}.{container}", clock)
+        *_, by_keyframes = check(path, healthy=True, ways=MAIN_WAYS)
+        # the sample table of an MP4 has decoding times, so a keyframe near a border may be missed
+        if container != "mp4":
+            assert keyframes(path).issuperset(by_keyframes.frame_index.tolist()), name
+
+
+def keyframes(path: Path) -> set[int]:
+    """The places of the keyframes in presentation order."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(container.streams.video[0]) if packet.size]
+    packets.sort(key=lambda packet: packet.pts)
+    return {i for i, packet in enumerate(packets) if packet.is_keyframe}
+
+
 def test_packed_b_frames(tmp_path: Path) -> None:
     for video in check(write_packed_b_frames(tmp_path / "packed.avi")):
         assert "run backwards" in video.warnings[0]

@@ -85,18 +85,24 @@ def longest_step(pts: Sequence[int], end: int, time_base: Fraction) -> LongStep:
     )
 
 
-def has_displaced(pts: Sequence[int]) -> bool:
-    """Whether a few of otherwise evenly spaced times, ascending, lie between the places of others.
+def doubtful(pts: Sequence[int]) -> list[int]:
+    """Indices of those among ascending, otherwise evenly spaced times that may lie out of place.
 
-    Such a frame may be displayed elsewhere. In a stream that reorders, its packets can look like
-    those of a healthy one, so only a decode in order tells.
+    Both ends of each short step: one of the two frames may be displayed elsewhere. In a stream that
+    reorders, its packets can look like those of a healthy one, so only a decode in order tells. A
+    step whose neighbour is as much too long belongs to a frame that is early or late, in its place.
     """
     steps = np.diff(np.asarray(pts, np.int64))
     if not len(steps):
-        return False
+        return []
     shares = steps / np.median(steps)
-    even = np.abs(shares - 1) <= _UNEVEN
-    return bool(even.mean() >= _MOSTLY and shares.min() <= _SPLIT)
+    if (np.abs(shares - 1) <= _UNEVEN).mean() < _MOSTLY:
+        return []
+    around = np.pad(shares, 1)
+    off = np.minimum(np.abs(shares + around[:-2] - 2), np.abs(shares + around[2:] - 2))
+    # next to the gap that a displaced frame has left, the sum is off by the whole short step
+    short = np.flatnonzero((shares <= _SPLIT) & (off >= shares / 2))
+    return sorted({*short.tolist(), *(short + 1).tolist()})
 
 
 def anchor_groups(pts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -128,15 +134,22 @@ def in_order(pts: Sequence[int], key_pts: Sequence[int]) -> bool:
     return bool((times[late] > times[anchors][group[late] - 1]).all())
 
 
-def skippable(pts: Sequence[int], wanted: Collection[int], reordered: bool) -> frozenset[int]:
+def skippable(
+    pts: Sequence[int],
+    wanted: Collection[int],
+    reordered: bool,
+    suspects: Collection[int] = (),
+) -> frozenset[int]:
     """Times of the frames that can be skipped while proving that the `wanted` ones are in place.
 
     `pts` are in decoding order. Without reordering, all frames but the wanted ones can be skipped.
     With reordering, only the decoder can tell which frame of a group is displayed first: among the
     groups with a wanted frame, one group of each pattern is decoded completely, the cheapest one.
     The other groups of that pattern are then right too, because an encoder orders them the same
-    way and a wrong time produces a different pattern. In a stream that reorders although its times
-    ascend in decoding order, nothing is proven and no frame can be skipped.
+    way and a wrong time produces a different pattern. The `suspects` among the wanted frames may
+    have a wrong time all the same, so their groups are decoded completely too. In a stream that
+    reorders although its times ascend in decoding order, nothing is proven and no frame can be
+    skipped.
     """
     if not reordered:
         return frozenset(pts).difference(wanted)
@@ -151,9 +164,9 @@ def skippable(pts: Sequence[int], wanted: Collection[int], reordered: bool) -> f
         pattern = tuple(np.argsort(times[members]).tolist())
         found = (int(extra[members].sum()), number)
         whole[pattern] = min(found, whole.get(pattern, found))
-    return frozenset(
-        times[extra & ~np.isin(group, [number for _, number in whole.values()])].tolist()
-    )
+    complete = {number for _, number in whole.values()}
+    complete.update(group[np.isin(times, np.fromiter(suspects, np.int64))].tolist())
+    return frozenset(times[extra & ~np.isin(group, list(complete))].tolist())
 
 
 def unproven_keys(pts: Sequence[int], key_pts: Sequence[int]) -> frozenset[int]:

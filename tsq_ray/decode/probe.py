@@ -21,7 +21,7 @@ from av.codec.hwaccel import HWAccel
 from av.stream import Discard
 
 from tsq_ray.containers import FORMATS
-from tsq_ray.decode.clock import has_displaced, in_order, jumps, max_step
+from tsq_ray.decode.clock import doubtful, in_order, jumps, max_step
 from tsq_ray.decode.plan import end_of
 from tsq_ray.errors import VideoError
 
@@ -153,6 +153,8 @@ class PacketTable:
 
     Only decoding proves them right.
     """
+    doubtful: list[int] = field(default_factory=list)
+    """Indices into `pts` of frames whose place only a decode in order proves, see `clock.doubtful`."""
     open_gops: bool = False
     """Some frame is decoded after a keyframe and displayed before it."""
     damaged: bool = False
@@ -207,9 +209,8 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     table.reliable &= len(set(table.pts)) == len(table.pts) and in_order(table.order, table.key_pts)
     # reordered times are wrong if the codec does not reorder
     table.reliable &= stream.codec_context.has_b_frames or not table.reordered
-    if table.reliable and table.reordered and has_displaced(table.pts):
-        table.reliable = False
     if table.reliable:
+        table.doubtful = doubtful(table.pts) if table.reordered else []
         assert stream.time_base is not None
         limit = believed_step(container, stream.time_base)
         table.reliable = not jumps(table.pts, limit)
