@@ -53,6 +53,8 @@ CLOCKS: dict[str, Clock] = {
 }
 NOT_IN_AVI = ("starts at one hour", "wraps at 33 bits", "jumps", "one far ahead", "one behind")
 """An AVI counts frames: its clock can stand still only for a while."""
+FEWER_TIMES = ("avi", "mpg")
+"""A program stream stamps only the first of the frames that begin in one of its packets."""
 MAIN_WAYS = (("uniform", "pyav", 16), ("keyframe", "pyav", 16), ("keyframe", "pyav", 4))
 WAYS = (
     *MAIN_WAYS,
@@ -102,7 +104,7 @@ def check(
         assert video.source_num_frames == len(truth), (path.name, way)
         assert len(truth) < 16 or (np.diff(video.frame_pts_s) >= 0).all(), (path.name, way)
         said = path.name, way, video.warnings
-        few = len(set(shown)) <= len(shown) / 2 and len(truth) >= 16
+        few = len(set(video.frame_index.tolist())) <= len(shown) / 2 and len(truth) >= 16
         assert not few or any("slots hold" in text for text in said[-1]), said
         wrong = any(re.search(WRONG_TIMES, text) for text in said[-1])
         must = len(shown) == 16 and (told or way == ways[0])
@@ -139,14 +141,16 @@ def test_every_picture_is_the_one_named(
             healthy=name in HEALTHY and not invented,
             ways=WAYS if name in EVERY_WAY else MAIN_WAYS,
         )
-        if container != "avi" and name in (
+        if container not in FEWER_TIMES and name in (
             "jumps",
             "starts again",
             "one far ahead",
             "one a little ahead",
         ):
             assert all(len(set(video.frame_index.tolist())) == 16 for video in decoded[:1]), name
-        if name in HEALTHY or name in ("jumps", "one far ahead", "neighbours swapped"):
+        if name in HEALTHY or (
+            container != "mpg" and name in ("jumps", "one far ahead", "neighbours swapped")
+        ):
             # if an edit list hides a frame whose time lies before all others, it is gone
             assert decoded[0].duration_s == pytest.approx(NUM_FRAMES / 24, abs=0.1), name
 
@@ -265,8 +269,15 @@ def told_of_step(video: DecodedVideo, seconds: int) -> None:
 
 
 @pytest.mark.parametrize("seconds", [5, 30, 100, 500])
-@pytest.mark.parametrize("codec", ["h264", "h264_b"])
-@pytest.mark.parametrize("container", sorted(CONTAINERS))
+@pytest.mark.parametrize(
+    ("container", "codec"),
+    [
+        (container, codec)
+        for container in CONTAINERS
+        for codec in ("h264", "h264_b", "vp9")
+        if codec in CONTAINERS[container]
+    ],
+)
 def test_a_step_that_may_be_a_jump_of_the_clock_is_named(
     sources: dict[str, Path], tmp_path: Path, container: str, codec: str, seconds: int
 ) -> None:
