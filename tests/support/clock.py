@@ -57,10 +57,10 @@ def write_clock(source: Path, path: Path, clock: Clock, by_decoding: bool = Fals
     """
     if path.suffix == ".ts":
         return _write_ts(source, path, clock)
-    with (
-        av.open(str(source)) as given,
-        av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as made,
-    ):
+    options = {"avoid_negative_ts": "disabled"}
+    if path.name.endswith(IN_FRAGMENTS):
+        options["movflags"] = "frag_keyframe+empty_moov+default_base_moof"
+    with av.open(str(source)) as given, av.open(str(path), "w", options=options) as made:
         template = given.streams.video[0]
         stream = made.add_stream_from_template(template)
         packets = [packet for packet in given.demux(template) if packet.size]
@@ -174,12 +174,18 @@ SOURCES = {
     "mpeg4": {"codec": "mpeg4"},
     "mpeg4_b": {"codec": "mpeg4", "options": {"bf": "2"}},
     "mpeg2_b": {"codec": "mpeg2video", "options": {"bf": "2"}},
+    "vp8": {"codec": "libvpx", "options": {"cpu-used": "8", "deadline": "realtime"}},
+    "vp9": {"codec": "libvpx-vp9", "options": {"cpu-used": "8", "deadline": "realtime"}},
 }
+_MPEG = set(SOURCES) - {"vp8", "vp9"}
+IN_FRAGMENTS = ".fragments.mp4"
 CONTAINERS = {
-    "ts": set(SOURCES)
-    - {"mpeg4", "mpeg4_b"},  # the transport stream would have to repeat their headers
-    "mkv": set(SOURCES),
-    "mp4": set(SOURCES),
+    "ts": _MPEG - {"mpeg4", "mpeg4_b"},  # the transport stream would have to repeat their headers
+    "mpg": {"mpeg2_b"},
+    "mkv": _MPEG,
+    "webm": {"vp8", "vp9"},
+    "mp4": _MPEG,
+    IN_FRAGMENTS[1:]: {"h264", "h264_b", "hevc_b"},
     "avi": {"h264", "h264_b", "h264_flat_b", "mpeg4", "mpeg4_b"},
     "flv": {"h264", "h264_b", "h264_flat_b", "h264_open"},
 }

@@ -9,9 +9,10 @@ import pytest
 
 from tsq_ray.decode.clock import (
     anchor_groups,
-    has_displaced,
+    doubtful,
     in_order,
     jumps,
+    longest_step,
     max_step,
     rebuilt,
     skippable,
@@ -103,6 +104,23 @@ def test_a_jump_is_long_and_unusual() -> None:
 
 
 @pytest.mark.parametrize(
+    ("times", "end", "text", "doubtful"),
+    [
+        ([0, 40, 80, 8080, 8120], 8160, "frame 2, at 0.1 s, is shown for 8.0 s, 200 times", True),
+        ([0, 40, 80, 3079, 3119], 3159, "frame 2, at 0.1 s, is shown for 3.0 s, 75 times", False),
+        ([0, 10, 20, 2000, 2010], 2020, "frame 2, at 0.0 s, is shown for 2.0 s, 198 times", False),
+        ([0, 40, 80, 120, 160], 8160, "frame 4, at 0.2 s, is shown for 8.0 s, 200 times", True),
+        ([7], 7, "frame 0, at 0.0 s, is shown for 0.0 s, 0 times", False),
+    ],
+    ids=["long", "not a hundred times", "not three seconds", "the last frame", "one frame"],
+)
+def test_the_longest_step(times: list[int], end: int, text: str, doubtful: bool) -> None:
+    step = longest_step(times, end, TICK)
+    assert str(step).startswith(text)
+    assert step.doubtful is doubtful
+
+
+@pytest.mark.parametrize(
     ("order", "keys", "believed"),
     [
         ([0, 1, 2, 3], [0, 2], True),
@@ -139,6 +157,7 @@ def test_frames_are_skipped_but_for_one_whole_group_of_each_pattern() -> None:
     assert skippable(order, [0], reordered=True) == {1, 2, 3, 5, 6, 7}
     assert skippable([0, 1, 2, 3], [2], reordered=True) == set()
     assert skippable([0, 1, 2, 3], [2], reordered=False) == {0, 1, 3}
+    assert skippable(order, [1, 6], reordered=True, suspects=[6]) == set()
 
 
 @pytest.mark.parametrize(
@@ -162,13 +181,25 @@ def test_keyframes_that_only_the_next_frame_proves() -> None:
 @pytest.mark.parametrize(
     ("times", "expected"),
     [
-        (list(range(0, 600, 10)), False),
-        ([*range(0, 300, 10), 304, *range(310, 600, 10)], True),
-        ([*range(0, 600, 10), 1000], False),
-        ([number * number for number in range(60)], False),
-        ([5], False),
+        (list(range(0, 600, 10)), []),
+        ([*range(0, 300, 10), 294, *range(300, 600, 10)], [29, 30, 31]),
+        ([*range(0, 300, 10), 296, *range(306, 606, 10)], [29, 30]),
+        ([*range(0, 300, 10), 306, *range(310, 600, 10)], []),
+        ([*range(0, 200, 10), *range(210, 220, 10), 211, *range(220, 600, 10)], [20, 21]),
+        ([*range(0, 600, 10), 1000], []),
+        ([number * number for number in range(60)], []),
+        ([5], []),
     ],
-    ids=["even", "one between two others", "one gap", "uneven", "one frame"],
+    ids=[
+        "even",
+        "one between two others",
+        "one short step",
+        "one frame late, in its place",
+        "one frame behind the next, next to the gap it left",
+        "one gap",
+        "uneven",
+        "one frame",
+    ],
 )
-def test_a_few_displaced_times(times: list[int], expected: bool) -> None:
-    assert has_displaced(times) is expected
+def test_which_frames_may_be_displayed_elsewhere(times: list[int], expected: list[int]) -> None:
+    assert doubtful(times) == expected

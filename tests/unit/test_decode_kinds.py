@@ -16,12 +16,13 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
-from PIL import Image
+from PIL import Image, features
 from support.clock import sequential
 from support.video import number_of, picture, write_audio, write_video
 
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video
+from tsq_ray.decode.types import with_whole_frames
 from tsq_ray.errors import VideoError
 
 SIZE = (96, 64)
@@ -64,6 +65,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
     "flashsv.flv": {"codec": "flashsv", "pix_fmt": "bgr24"},
     "live.mkv": {"container_options": {"live": "1"}},
+    "vp8.ogv": {"codec": "libvpx"},
     "live.webm": {"codec": "libvpx-vp9", "container_options": {"live": "1"}},
     "pipe.mp4": {"container_options": {"movflags": "frag_keyframe+empty_moov+default_base_moof"}},
     "thousand_a_second.mp4": {"times": [i * 24 / 1000 for i in range(COUNT)]},
@@ -110,12 +112,29 @@ def write_fast(path: Path) -> None:
         container.mux(stream.encode())
 
 
-@pytest.mark.parametrize("size", [(1, 400), (1, 4000), (4000, 1), (2, 2), (3, 5)])
+@pytest.mark.parametrize("size", [(1, 400), (1, 4000), (1, 8000), (4000, 1), (2, 2), (3, 5)])
 def test_thin_and_tiny_pictures(tmp_path: Path, size: tuple[int, int]) -> None:
     path = write_plain(tmp_path / "thin.mov", size)
     video = decode(path)
     assert (video.width, video.height, video.source_num_frames) == (*size, 10)
     assert video.slots("all").shape == (8, 64, 64, 3)
+
+
+@pytest.mark.parametrize("size", [(1, 800), (800, 1)])
+def test_the_networks_get_thin_pictures_in_their_sizes(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    specs = {
+        resize: FrameSpec(64, resize)  # type: ignore[arg-type]
+        for resize in ("squash", "crop")
+    }
+    source = VideoSource(str(write_plain(tmp_path / "thin.mov", size)))
+    video = decode_video(source, DecodeConfig(num_frames=8), with_whole_frames(specs))
+    assert {name: video.slots(name).shape for name in video.frames} == dict.fromkeys(
+        specs, (8, 64, 64, 3)
+    ), "a strip would be enlarged many times before its centre is cropped, so it is resized at once"
+    greys = [int(rgb[32, 32, 0]) for rgb in video.slots("crop")]
+    assert greys == [20 * i for i in video.frame_index]
 
 
 def write_plain(path: Path, size: tuple[int, int]) -> Path:
@@ -200,6 +219,35 @@ def mux_cover(container: Any) -> None:
     container.mux(packet)
 
 
+def test_a_cover_attached_to_a_matroska_film_is_not_the_film(tmp_path: Path) -> None:
+    path = tmp_path / "film.mkv"
+    with av.open(str(path), "w") as container:
+        container.add_attachment("cover.jpg", "image/jpeg", cover())
+        _, packets = add_track(container, "libx264", 0)
+        container.mux(packets)
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 2, "FFmpeg shows the cover as a stream"
+    check(path)
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_a_track_of_one_jpeg_is_not_the_film(tmp_path: Path, place: str) -> None:
+    path = tmp_path / "film.mkv"
+    with av.open(str(path), "w") as container:
+        if place == "last":
+            _, packets = add_track(container, "libx264", 0)
+        jpeg = container.add_stream("mjpeg", rate=1)
+        jpeg.width, jpeg.height, jpeg.pix_fmt = 64, 64, "yuvj420p"
+        if place == "first":
+            _, packets = add_track(container, "libx264", 0)
+        mux_cover(container)
+        container.mux(packets)
+    for strategy in ("uniform", "keyframe"):
+        video = decode(path, strategy)
+        assert (video.codec, video.source_num_frames, video.warnings) == ("h264", COUNT, [])
+        assert [number_of(rgb) for rgb in video.slots("all")] == video.frame_index.tolist()
+
+
 @pytest.mark.parametrize("suffix", ["m4a", "mp3"])
 def test_music_with_a_cover_is_not_a_video(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"music.{suffix}"
@@ -227,9 +275,12 @@ def archive(kind: str) -> bytes:
     return data.getvalue()
 
 
-def image(kind: str, **options: Any) -> bytes:
+def image(kind: str, count: int = 1, **options: Any) -> bytes:
+    """An image file that shows the number 3, or a moving one of 3, 4, ..."""
     data = BytesIO()
-    Image.fromarray(picture(3, *SIZE)).save(data, kind, **options)
+    first, *others = [Image.fromarray(picture(3 + i, *SIZE)) for i in range(count)]
+    moves = {"save_all": True, "append_images": others, "duration": 40} if others else {}
+    first.save(data, kind, **moves, **options)
     return data.getvalue()
 
 
@@ -237,6 +288,7 @@ NO_VIDEOS: dict[str, Callable[[], bytes]] = {
     "jpeg": lambda: image("JPEG"),
     "png": lambda: image("PNG"),
     "webp": lambda: image("WEBP"),
+    "moving webp": lambda: image("WEBP", count=5),
     "html": lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>" * 20,
     "pointer of Git LFS": lambda: (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
@@ -253,6 +305,17 @@ def test_what_is_no_video(tmp_path: Path, kind: str) -> None:
     with pytest.raises(VideoError, match="a video file is needed") as failure:
         decode(path)
     assert failure.value.error_type == "not_video"
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow writes no AVIF")
+@pytest.mark.parametrize("count", [1, 5])
+def test_an_avif_is_a_video(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "video.mp4"
+    path.write_bytes(image("AVIF", count))
+    for strategy in ("uniform", "keyframe"):
+        video = decode(path, strategy)
+        assert (video.codec, video.source_num_frames, video.warnings) == ("av1", count, [])
+        assert [number_of(rgb) for rgb in video.slots("all")] == [3 + i % count for i in range(8)]
 
 
 def test_an_encrypted_film_is_a_failure_of_its_own(tmp_path: Path) -> None:
@@ -284,6 +347,30 @@ def test_a_stream_that_starts_within_a_group_says_what_is_missing(tmp_path: Path
     truth = [number for number, _ in sequential(path)]
     assert [number_of(rgb) for rgb in video.slots("all")] == [truth[i] for i in video.frame_index]
     assert video.warnings == [f"38 frames are stored, {len(truth)} can be decoded"]
+
+
+def test_half_of_a_matroska_film(tmp_path: Path) -> None:
+    data = write_video(tmp_path / "whole.mkv", COUNT, size=SIZE, b_frames=0).read_bytes()
+    path = tmp_path / "half.mkv"
+    path.write_bytes(data[: len(data) // 2])
+    truth = [number for number, _ in sequential(path)]
+    assert 8 < len(truth) < COUNT
+    for strategy in ("uniform", "keyframe"):
+        video = decode(path, strategy)
+        assert [number_of(rgb) for rgb in video.slots("all")] == [
+            truth[i] for i in video.frame_index
+        ]
+        [warning] = video.warnings
+        assert warning.startswith("header says 1.7 s, the frames last ")
+
+
+def test_a_raw_stream_has_no_times(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "raw.h264", COUNT, size=SIZE)
+    for strategy in ("uniform", "keyframe"):
+        video = decode(path, strategy)
+        assert video.source_num_frames == COUNT
+        assert [number_of(rgb) for rgb in video.slots("all")] == video.frame_index.tolist()
+        assert video.warnings == ["no timestamps in the file: 25 frames per second assumed"]
 
 
 def test_a_film_longer_than_allowed_names_the_setting(tmp_path: Path) -> None:

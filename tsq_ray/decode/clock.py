@@ -14,10 +14,12 @@ import numpy as np
 
 _JUMP = 100
 """A step is a jump only if it is this many times the usual step, whatever its length."""
+_DOUBTFUL_S = 3
+"""A step of this many seconds, and `_JUMP` times the usual one, is worth a warning."""
 _MAX_GAP_S, _MAX_STILL_S = 120, 600
 """Longest step in seconds, for streams whose clock may restart and for all others.
 
-Up to this length the picture is taken to be static, as in a screen recording it may be for minutes.
+Up to this length the step is believed: in a screen recording the picture may stand for minutes.
 """
 _MAX_GROUP = 64
 """Maximum number of frames between two anchors; codecs reorder 16 to 32."""
@@ -47,18 +49,60 @@ def jumps(pts: Sequence[int] | np.ndarray, limit: int) -> bool:
     return bool(len(steps)) and bool(steps.max() > max(limit, _JUMP * np.median(steps)))
 
 
-def has_displaced(pts: Sequence[int]) -> bool:
-    """Whether a few of otherwise evenly spaced times, ascending, lie between the places of others.
+@dataclass(frozen=True)
+class LongStep:
+    """The longest time that one frame is shown, as the timestamps have it."""
 
-    Such a frame may be displayed elsewhere. In a stream that reorders, its packets can look like
-    those of a healthy one, so only a decode in order tells.
+    frame: int
+    start_s: float
+    """When it is first shown, from the first frame on."""
+    length_s: float
+    ratio: float
+    """Its length as a multiple of the usual step."""
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether a jump of the clock is as likely as a still picture."""
+        return self.ratio >= _JUMP and self.length_s >= _DOUBTFUL_S
+
+    def __str__(self) -> str:
+        return (
+            f"frame {self.frame}, at {self.start_s:.1f} s, is shown for {self.length_s:.1f} s, "
+            f"{self.ratio:.0f} times the usual step: a still picture, lost frames or a clock that "
+            "jumped"
+        )
+
+
+def longest_step(pts: Sequence[int], end: int, time_base: Fraction) -> LongStep:
+    """The longest step between ascending times, the last of which lasts until `end`."""
+    steps = np.diff(np.append(np.asarray(pts, np.int64), end))
+    frame = int(steps.argmax())
+    return LongStep(
+        frame,
+        float((pts[frame] - pts[0]) * time_base),
+        float(int(steps[frame]) * time_base),
+        float(steps[frame] / max(np.median(steps), 1)),
+    )
+
+
+def doubtful(pts: Sequence[int]) -> list[int]:
+    """Indices of those among ascending, otherwise evenly spaced times that may lie out of place.
+
+    Both ends of each short step: one of the two frames may be displayed elsewhere. In a stream that
+    reorders, its packets can look like those of a healthy one, so only a decode in order tells. A
+    step whose neighbour is as much too long belongs to a frame that is early or late, in its place.
     """
     steps = np.diff(np.asarray(pts, np.int64))
     if not len(steps):
-        return False
+        return []
     shares = steps / np.median(steps)
-    even = np.abs(shares - 1) <= _UNEVEN
-    return bool(even.mean() >= _MOSTLY and shares.min() <= _SPLIT)
+    if (np.abs(shares - 1) <= _UNEVEN).mean() < _MOSTLY:
+        return []
+    around = np.pad(shares, 1)
+    off = np.minimum(np.abs(shares + around[:-2] - 2), np.abs(shares + around[2:] - 2))
+    # next to the gap that a displaced frame has left, the sum is off by the whole short step
+    short = np.flatnonzero((shares <= _SPLIT) & (off >= shares / 2))
+    return sorted({*short.tolist(), *(short + 1).tolist()})
 
 
 def anchor_groups(pts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -90,15 +134,22 @@ def in_order(pts: Sequence[int], key_pts: Sequence[int]) -> bool:
     return bool((times[late] > times[anchors][group[late] - 1]).all())
 
 
-def skippable(pts: Sequence[int], wanted: Collection[int], reordered: bool) -> frozenset[int]:
+def skippable(
+    pts: Sequence[int],
+    wanted: Collection[int],
+    reordered: bool,
+    suspects: Collection[int] = (),
+) -> frozenset[int]:
     """Times of the frames that can be skipped while proving that the `wanted` ones are in place.
 
     `pts` are in decoding order. Without reordering, all frames but the wanted ones can be skipped.
     With reordering, only the decoder can tell which frame of a group is displayed first: among the
     groups with a wanted frame, one group of each pattern is decoded completely, the cheapest one.
     The other groups of that pattern are then right too, because an encoder orders them the same
-    way and a wrong time produces a different pattern. In a stream that reorders although its times
-    ascend in decoding order, nothing is proven and no frame can be skipped.
+    way and a wrong time produces a different pattern. The `suspects` among the wanted frames may
+    have a wrong time all the same, so their groups are decoded completely too. In a stream that
+    reorders although its times ascend in decoding order, nothing is proven and no frame can be
+    skipped.
     """
     if not reordered:
         return frozenset(pts).difference(wanted)
@@ -113,9 +164,9 @@ def skippable(pts: Sequence[int], wanted: Collection[int], reordered: bool) -> f
         pattern = tuple(np.argsort(times[members]).tolist())
         found = (int(extra[members].sum()), number)
         whole[pattern] = min(found, whole.get(pattern, found))
-    return frozenset(
-        times[extra & ~np.isin(group, [number for _, number in whole.values()])].tolist()
-    )
+    complete = {number for _, number in whole.values()}
+    complete.update(group[np.isin(times, np.fromiter(suspects, np.int64))].tolist())
+    return frozenset(times[extra & ~np.isin(group, list(complete))].tolist())
 
 
 def unproven_keys(pts: Sequence[int], key_pts: Sequence[int]) -> frozenset[int]:

@@ -56,7 +56,8 @@ class IndexedReader:
         self.start = self.keyframe(0).pts
         # frames are displayed a constant delay after the table's times; each keyframe's own time is
         # read from its packet
-        self._delay = self.start - index.start_dts
+        self._delay = self.start - index.dts[0]
+        self.pts = [dts + self._delay for dts in index.dts]
         self.end = index.end_dts + self._delay
         self.key_pts = [dts + self._delay for dts in index.key_dts]
         # state of `frame_at`: its keyframe, packets read but not yet decoded, and the times read
@@ -101,7 +102,7 @@ class IndexedReader:
         A decoder that starts at the keyframe cannot decode the frames displayed before it, so only
         the whole file tells a wrong time there from a right one.
         """
-        step = (self.index.end_dts - self.index.start_dts) / self.index.num_frames
+        step = (self.index.end_dts - self.index.dts[0]) / len(self.index.dts)
         if step <= 0:
             return True
         before = sorted(key_time - other.pts for other in early if other.pts is not None)

@@ -23,6 +23,7 @@ from av.codec.hwaccel import HWAccel
 
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import decord_backend, fetch, nvdec, pyav_backend
+from tsq_ray.decode.clock import LongStep, longest_step
 from tsq_ray.decode.frames import FrameStore
 from tsq_ray.decode.indexed import IndexedReader
 from tsq_ray.decode.plan import (
@@ -56,12 +57,21 @@ _RARE = 0.25  # byte ranges do not pay if more than this share of intervals has 
 
 @dataclass(frozen=True)
 class Extent:
-    """The frames of a video in time: from `start` until `end`, in units of `time_base`."""
+    """The frames of a video in time: ascending `pts` until `end`, in units of `time_base`."""
 
-    start: int
+    pts: Sequence[int]
     end: int
-    num_frames: int
     time_base: Fraction
+
+    @property
+    def duration_s(self) -> Fraction:
+        """From the first frame's start to the last frame's end."""
+        return (self.end - self.pts[0]) * self.time_base
+
+    @property
+    def longest_step(self) -> LongStep:
+        """The frame that is shown longest."""
+        return longest_step(self.pts, self.end, self.time_base)
 
 
 class Job:
@@ -95,9 +105,9 @@ class Job:
         stream = self._stream(container)
         index = read_index(container, stream, self.size)
         count = self.settings.num_frames
-        if index is None or index.num_frames < count:
+        if index is None or len(index.dts) < count:
             return None
-        self._check_duration((index.end_dts - index.start_dts) * _time_base(stream))
+        self._check_duration(Extent(index.dts, index.end_dts, _time_base(stream)))
         reader = IndexedReader(container, stream, index, self.settings.max_pixels)
         choice = keyframe_choice(reader.key_pts, reader.start, reader.end, count, self.places)
         # with rare keyframes nearly the whole file is needed: better to read it in one go and
@@ -118,11 +128,11 @@ class Job:
             placed = reader.frame_at(position(reader.start, reader.end, count, i, self.places))
             store.put(i, placed.rgb)
             times[i], indices[i] = placed.pts, placed.index
-        if sorted(times) != times or sorted(indices) != indices or indices[-1] >= index.num_frames:
+        if sorted(times) != times or sorted(indices) != indices or indices[-1] >= len(index.dts):
             raise DecodeTrouble("keyframes are not where the sample table says")
         _, first, slot_frame = np.unique(indices, return_index=True, return_inverse=True)
         store.frames = {name: frames[first] for name, frames in store.frames.items()}
-        extent = Extent(reader.start, reader.end, index.num_frames, _time_base(stream))
+        extent = Extent(reader.pts, reader.end, _time_base(stream))
         return self._result(stream, store, slot_frame, indices, times, extent)
 
     def exact(self, path: str) -> DecodedVideo:
@@ -147,8 +157,9 @@ class Job:
                     contextlib.suppress(*trouble),
                     self._open(path, accelerator) as (container, stream),
                 ):
-                    self._check_duration((table.end - table.pts[0]) * _time_base(stream))
-                    return self._by_table(path, container, stream, table)
+                    extent = Extent(table.pts, table.end, _time_base(stream))
+                    self._check_duration(extent)
+                    return self._by_table(path, container, stream, table, extent)
         return self._from_survivors(path)
 
     def _accelerators(self) -> list[HWAccel | None]:
@@ -190,7 +201,12 @@ class Job:
         return indices
 
     def _by_table(
-        self, path: str, container: Container, stream: Stream, table: PacketTable
+        self,
+        path: str,
+        container: Container,
+        stream: Stream,
+        table: PacketTable,
+        extent: Extent,
     ) -> DecodedVideo:
         indices = self._plan(table)
         wanted, slot_frame = distinct(indices)
@@ -203,7 +219,6 @@ class Job:
                 container, stream, table, wanted, store, self.settings.max_pixels
             )
         times = [table.pts[i] for i in indices]
-        extent = Extent(table.pts[0], table.end, len(table.pts), _time_base(stream))
         return self._result(stream, store, slot_frame, indices, times, extent)
 
     def _by_decord(
@@ -237,7 +252,8 @@ class Job:
             if not found.pts:
                 raise self._nothing_decodes(container, found, claimed)
         self._warn_of_damage(found, claimed)
-        self._check_duration((found.end - found.pts[0]) * found.time_base)
+        extent = Extent(found.pts, found.end, found.time_base)
+        self._check_duration(extent)
         indices = uniform_indices(found.pts, found.end, self.settings.num_frames, self.places)
         wanted, slot_frame = distinct(indices)
         store = FrameStore(self.specs, len(wanted))
@@ -245,7 +261,6 @@ class Job:
             decode_survivors(container, stream, wanted, store, self.settings.max_pixels)
             assert store.complete
             times = [found.pts[i] for i in indices]
-            extent = Extent(found.pts[0], found.end, len(found.pts), found.time_base)
             return self._result(stream, store, slot_frame, indices, times, extent)
 
     def _nothing_decodes(
@@ -293,12 +308,14 @@ class Job:
         if found.clock_fault is not None:
             self.warnings.append(found.clock_fault)
 
-    def _check_duration(self, duration: Fraction) -> None:
-        if duration > self.settings.max_duration_s:
+    def _check_duration(self, extent: Extent) -> None:
+        if extent.duration_s > self.settings.max_duration_s:
+            step = extent.longest_step
             raise VideoError(
                 "too_large",
-                f"{self.name}: lasts {float(duration):.0f} s; "
-                f"decode.max_duration_s allows {self.settings.max_duration_s:g}",
+                f"{self.name}: lasts {float(extent.duration_s):.0f} s; "
+                f"decode.max_duration_s allows {self.settings.max_duration_s:g}"
+                + (f" ({step})" if step.doubtful else ""),
             )
 
     def _warn_of_duration(self, stream: Stream, duration: float, start_s: float) -> None:
@@ -310,6 +327,15 @@ class Job:
         ):
             self.warnings.append(f"header says {header:.1f} s, the frames last {duration:.1f} s")
 
+    def _warn_of_long_step(self, extent: Extent, indices: list[int]) -> None:
+        step, shown = extent.longest_step, len(set(indices))
+        if len(extent.pts) >= len(indices) and shown <= len(indices) / 2:
+            self.warnings.append(
+                f"{len(indices)} slots hold {shown} distinct frames of {len(extent.pts)}: {step}"
+            )
+        elif step.doubtful:
+            self.warnings.append(str(step))
+
     def _result(
         self,
         stream: Stream,
@@ -319,15 +345,10 @@ class Job:
         times: list[int],
         extent: Extent,
     ) -> DecodedVideo:
-        start, count, time_base = extent.start, extent.num_frames, extent.time_base
-        duration = float((extent.end - start) * time_base)
+        start, count, time_base = extent.pts[0], len(extent.pts), extent.time_base
+        duration = float(extent.duration_s)
         self._warn_of_duration(stream, duration, float(start * time_base))
-        shown = len(set(indices))
-        if count >= len(indices) and shown <= len(indices) / 2:
-            self.warnings.append(
-                f"{len(indices)} slots hold {shown} distinct frames of {count}: "
-                "the picture is static"
-            )
+        self._warn_of_long_step(extent, indices)
         return DecodedVideo(
             frames=store.frames,
             slot_frame=slot_frame.astype(np.int32),

@@ -21,7 +21,7 @@ from av.codec.hwaccel import HWAccel
 from av.stream import Discard
 
 from tsq_ray.containers import FORMATS
-from tsq_ray.decode.clock import has_displaced, in_order, jumps, max_step
+from tsq_ray.decode.clock import doubtful, in_order, jumps, max_step
 from tsq_ray.decode.plan import end_of
 from tsq_ray.errors import VideoError
 
@@ -126,7 +126,7 @@ def is_raw(container: Container) -> bool:
 
 
 def believed_step(container: Container, time_base: Fraction) -> int:
-    """The longest step between two frames still taken for a static picture, in `time_base`."""
+    """The longest step between two frames that is still believed, in `time_base`."""
     return max_step(time_base, bool(container.format.flags & _DISCONTINUOUS))
 
 
@@ -153,6 +153,8 @@ class PacketTable:
 
     Only decoding proves them right.
     """
+    doubtful: list[int] = field(default_factory=list)
+    """Indices into `pts` of frames whose place only a decode in order proves, see `clock.doubtful`."""
     open_gops: bool = False
     """Some frame is decoded after a keyframe and displayed before it."""
     damaged: bool = False
@@ -207,9 +209,8 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     table.reliable &= len(set(table.pts)) == len(table.pts) and in_order(table.order, table.key_pts)
     # reordered times are wrong if the codec does not reorder
     table.reliable &= stream.codec_context.has_b_frames or not table.reordered
-    if table.reliable and table.reordered and has_displaced(table.pts):
-        table.reliable = False
     if table.reliable:
+        table.doubtful = doubtful(table.pts) if table.reordered else []
         assert stream.time_base is not None
         limit = believed_step(container, stream.time_base)
         table.reliable = not jumps(table.pts, limit)
@@ -221,10 +222,10 @@ def scan(container: Container, stream: Stream) -> PacketTable:
 class SampleIndex:
     """The sample table of an MP4/MOV, known without reading a packet."""
 
-    num_frames: int
-    start_dts: int
+    dts: list[int]
+    """Decoding times of the displayed frames, ascending."""
     end_dts: int
-    """Decoding time at which the last displayed frame ends; end_dts - start_dts is the duration."""
+    """Decoding time at which the last displayed frame ends; end_dts - dts[0] is the duration."""
     key_dts: list[int]
     key_pos: list[int]
     """Byte position of each displayed keyframe, to check that a seek arrived at it."""
@@ -264,7 +265,7 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
         container.duration, 1_000_000
     ) * Fraction(4, 5):
         return None
-    index = SampleIndex(len(shown), times[0], end, [], [], [])
+    index = SampleIndex(times, end, [], [], [])
     for before, entry in enumerate(shown):
         if entry.is_keyframe:
             index.key_dts.append(entry.timestamp)

@@ -131,21 +131,24 @@ def decode_exact(
     """Put the frames `wanted` (ascending indices into `table.pts`) into the store.
 
     Seeks to keyframes and identifies each picture by its timestamp. Raises DecodeTrouble if one
-    does not come at its own timestamp.
+    does not come at its own timestamp, or one of the table's doubtful frames does not.
     """
     codec = stream.codec_context.codec.canonical_name
     if codec not in SEEKABLE_CODECS:
         raise DecodeTrouble(f"keyframes of {codec} are not known to decode independently")
-    targets = [table.pts[index] for index in wanted]
+    place = {index: i for i, index in enumerate(wanted)}
+    checked = sorted({*wanted, *table.doubtful})
+    targets = [table.pts[index] for index in checked]
     reordered = table.reordered or stream.codec_context.has_b_frames
-    may_skip = skippable(table.order, targets, reordered)
+    suspects = [table.pts[index] for index in table.doubtful]
+    may_skip = skippable(table.order, targets, reordered, suspects)
     unproven = unproven_keys(table.order, table.key_pts) if reordered else frozenset()
     # for each frame, how many frames the decoder must have output up to and including it; the final
     # 0 is read by index -1, before the first frame
     due = [*itertools.accumulate(pts not in may_skip for pts in table.pts), 0]
     frames: Iterator[av.VideoFrame] = iter(())
     current, come = None, 0
-    for i, (index, target) in enumerate(zip(wanted, targets, strict=True)):
+    for index, target in zip(checked, targets, strict=True):
         key = bisect_right(table.key_pts, target) - 1
         if key < 0:
             raise DecodeTrouble(f"no keyframe before {target}")
@@ -166,7 +169,8 @@ def decode_exact(
             raise DecodeTrouble(f"no frame at {target}")
         if frame.pts != target or come != due[index]:
             raise DecodeTrouble(f"the frame at {target} is not in its place")
-        store.put(i, to_rgb(frame, max_pixels))
+        if index in place:
+            store.put(place[index], to_rgb(frame, max_pixels))
 
 
 def _frames_from_key(
