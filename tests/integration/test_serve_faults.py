@@ -182,6 +182,22 @@ def test_processes_are_killed_under_load(
 
 
 @pytest.mark.slow
+def test_a_killed_front_is_started_again(
+    bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path
+) -> None:
+    with serving(bundle, tmp_path) as endpoint:
+        (killed,) = endpoint.processes("haproxy")
+        os.kill(killed, signal.SIGKILL)
+        same_answer(endpoint.answers_again(content=data).json(), row)
+        assert killed not in endpoint.processes("haproxy")
+        endpoint.driver.process.send_signal(signal.SIGTERM)
+        ended = endpoint.driver.ended(END_S)
+        assert ended.code == 0, ended
+        assert "the HTTP front has ended (signal 9); starting it again" in ended.err
+        is_ended(endpoint)
+
+
+@pytest.mark.slow
 def test_a_killed_decoding_process_is_not_the_videos_fault(
     bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from tsq_ray.config import ServeConfig, load_config
 from tsq_ray.errors import ConfigError, DecoderKilled, DiskFull, VideoError
 from tsq_ray.schema import PREDICTIONS, SERVER
+from tsq_ray.serving import facts
 from tsq_ray.serving.requests.admission import Admission
 from tsq_ray.serving.requests.models import OMITTED, Options, Prediction, UriRequest
 from tsq_ray.serving.requests.parse import asked, parsed
@@ -452,6 +453,47 @@ def test_an_ending_endpoint_refuses() -> None:
     admission.draining = True
     refused = refusal(lambda: admission.admitted().__enter__())
     assert (refused.status, refused.retry_after_s) == (503, 5)
+
+
+def test_a_request_of_any_kind_is_waited_for_unless_it_came_too_late() -> None:
+    admission = Admission(4, 60)
+    with admission.answering():
+        admission.draining = True
+        with admission.answering():
+            assert admission.unanswered == 1
+    assert admission.unanswered == 0
+
+
+def test_an_end_is_seen_after_a_look_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, reports = iter([ConnectionError("the store is away"), False, True]), []
+
+    def look(app: str) -> bool:
+        found = next(looks)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def report(*told: Any) -> None:
+        reports.append(told)
+        if len(reports) == 1:
+            raise ConnectionError("the store is away")
+
+    monkeypatch.setattr(facts, "is_asked_to_end", look)
+    monkeypatch.setattr(facts, "report_in_hand", report)
+    monkeypatch.setattr(facts, "_WATCH_S", 0.01)
+    monkeypatch.setattr(facts, "_POLL_S", 0.01)
+    admission = Admission(4, 60)
+
+    async def run() -> None:
+        with admission.answering():
+            watching = asyncio.create_task(facts.watch("app", "replica", admission))
+            while len(reports) < 2:
+                assert not watching.done(), watching
+                await asyncio.sleep(0.01)
+            watching.cancel()
+
+    ended(asyncio.wait_for(run(), 10))
+    assert reports == [("app", "replica", 1)] * 2
 
 
 # ------------------------------------------------------------------------------------------- tokens

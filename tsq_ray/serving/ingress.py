@@ -274,7 +274,8 @@ class Ingress:
             token = self.access.client(given.credentials if given else None)
             record["token"] = token.name
             headers = self.access.spend(token)
-            response = await work(request, token, record)
+            with self.admission.answering():
+                response = await work(request, token, record)
             response.headers.update(headers)
         except Exception as raised:  # noqa: BLE001  the client must get an answer
             error = await self._error(raised)

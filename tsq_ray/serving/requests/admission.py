@@ -28,7 +28,7 @@ class Admission:
         self._limit, self._timeout_s = limit, timeout_s
         self._paces: deque[float] = deque(maxlen=_RECENT)
         self._by_client: Counter[str] = Counter()
-        self.in_hand = 0
+        self.in_hand = self.unanswered = 0
         self.draining = False
 
     @property
@@ -66,6 +66,16 @@ class Admission:
             self._by_client[client] -= 1
             if not self._by_client[client]:
                 del self._by_client[client]
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request of any kind that came before the endpoint was told to end."""
+        counted = not self.draining
+        self.unanswered += counted
+        try:
+            yield
+        finally:
+            self.unanswered -= counted
 
     def check_open(self) -> None:
         """Raise RequestError 503 if the endpoint is ending."""
