@@ -29,7 +29,7 @@ import yaml
 
 from jobs.run import arguments, attempts
 from tsq_ray import cli
-from tsq_ray.config import validate_config
+from tsq_ray.config import ServeConfig, validate_config
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 REPO = CLUSTER.parent
@@ -409,6 +409,9 @@ def test_serve_config_parses() -> None:
         assert scaling["min_replicas"] >= 1
         assert scaling["max_replicas"] > scaling["min_replicas"]
         assert scaling["target_ongoing_requests"] < deployment.max_ongoing_requests
+        if deployment.name == "Decoder":  # sources that stall leave uploads their room
+            decoding = deployment.max_ongoing_requests - ServeConfig().max_fetches
+            assert decoding >= 2 * ServeConfig().decoder_processes
     wrong = yaml.safe_load(text.replace("import_path", "import_pth"))
     with pytest.raises(ValueError, match="import_p"):
         ServeDeploySchema.model_validate(wrong)

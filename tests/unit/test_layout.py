@@ -118,6 +118,7 @@ INSIDE = {
     "serving/requests": (
         *(
             "problems",
+            "shares",
             "models",
             "uris",
             "tokens",

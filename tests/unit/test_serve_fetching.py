@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tsq_ray import storage
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.serving.requests.fetching import Fetcher
 
@@ -111,6 +114,37 @@ def test_a_host_that_does_not_answer() -> None:
     with pytest.raises(StorageError, match="no connection") as caught:
         asyncio.run(fetch("http://127.0.0.1:9/data", ("http://127.0.0.1:9/",)))
     assert caught.value.error_type == "unavailable"
+
+
+@pytest.mark.parametrize("uri", ["http://away.example/a.mp4", "/mnt/away/a.mp4"])
+def test_what_hangs_keeps_no_thread_of_the_others(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that no server answers for, and a mount that is away."""
+    back = threading.Event()
+
+    def hang(*_: object, **__: object) -> object:
+        back.wait(60)
+        raise OSError("away")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    monkeypatch.setattr(storage, "stat", hang)
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        fetcher = Fetcher(("http://", "/mnt/away"), 3, 2**20, 8)
+        waiting = [
+            asyncio.create_task(fetcher.fetched(uri).__aenter__())
+            for _ in range(6)
+        ]
+        await asyncio.sleep(0.2)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "put"), 2) == "put"
+        for result in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(result, VideoError)
+            assert result.error_type == "timeout"
+        back.set()
+
+    asyncio.run(run())
 
 
 def test_special_files_are_no_videos(tmp_path: Path) -> None:

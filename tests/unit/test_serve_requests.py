@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -19,12 +21,14 @@ from tsq_ray.config import ServeConfig, load_config
 from tsq_ray.errors import ConfigError, DecoderKilled, DiskFull, VideoError
 from tsq_ray.schema import PREDICTIONS, SERVER
 from tsq_ray.serving import facts
+from tsq_ray.serving.requests import parse
 from tsq_ray.serving.requests.admission import Admission
 from tsq_ray.serving.requests.models import OMITTED, Options, Prediction, UriRequest
 from tsq_ray.serving.requests.parse import asked, parsed
 from tsq_ray.serving.requests.problems import RequestError, problem
+from tsq_ray.serving.requests.shares import Places, Share
 from tsq_ray.serving.requests.tokens import Access, new_token, read_tokens
-from tsq_ray.serving.requests.uploads import ByteBudget, LimitedBody
+from tsq_ray.serving.requests.uploads import LimitedBody
 from tsq_ray.serving.requests.uris import check_uri, may_ask, named_hosts, shown
 
 pytestmark = pytest.mark.ray
@@ -222,7 +226,7 @@ def test_a_body_of_the_limit_passes() -> None:
 
 @pytest.mark.parametrize("announced", [True, False])
 def test_the_bytes_in_hand_are_limited(announced: bool) -> None:
-    budget = ByteBudget(150)
+    budget = Places(150)
     headers = {"content_length": "100"} if announced else {}
     first = LimitedBody(request_of([b"x" * 100], **headers)[0], 100, budget)
     ended(first.request.body())
@@ -232,6 +236,56 @@ def test_the_bytes_in_hand_are_limited(announced: bool) -> None:
     assert (refused.status, refused.retry_after_s) == (503, 5)
     first.give_back()
     assert budget.used == 0
+
+
+def test_bytes_that_are_announced_only_keep_nobody_away() -> None:
+    budget = Places(150)
+    announced = [LimitedBody(request_of([b"x"], content_length="100")[0], 100, budget)] * 4
+    assert budget.used == 0
+    body = LimitedBody(request_of([b"x" * 100], content_length="100")[0], 100, budget)
+    assert len(ended(body.request.body())) == 100
+    assert announced
+
+
+def test_a_client_has_its_share_of_the_bytes() -> None:
+    budget = Places(150, least=80)
+
+    def body(share: Share) -> LimitedBody:
+        return LimitedBody(request_of([b"x" * 50], content_length="50")[0], 100, budget, share)
+
+    ended(body(Share("a", 0.1)).request.body())
+    refused = refusal(lambda: body(Share("a", 0.1)))
+    assert "uploads of 50 bytes are in hand and the limit is 80" in str(refused)
+    ended(body(Share("b", 0.5)).request.body())
+    refused = refusal(lambda: body(Share("c", 0.5)) and body(Share("b", 0.5)))
+    assert "uploads of 50 bytes are in hand and the limit is 80" in str(refused)
+
+
+def test_a_mount_that_is_away_holds_up_no_upload(
+    node: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = threading.Event()
+
+    def check(*_: object) -> str:
+        back.wait(60)
+        return "/mnt/a.mp4"
+
+    monkeypatch.setattr(parse, "check_uri", check)
+
+    async def ask_uri() -> None:
+        async with read([b'{"uri": "/mnt/a.mp4"}'], content_type="application/json") as found:
+            assert found.source.uri == "/mnt/a.mp4"
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        waiting = [asyncio.create_task(ask_uri()) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5), read([b"video"], content_type="video/mp4"):
+            assert not any(task.done() for task in waiting)
+        back.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(run())
 
 
 def form_body(name: str, content: bytes) -> bytes:
@@ -252,10 +306,10 @@ def node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def read(
-    parts: Sequence[bytes], budget: ByteBudget | None = None, query: str = "", **headers: str
+    parts: Sequence[bytes], budget: Places | None = None, query: str = "", **headers: str
 ) -> AsyncIterator[Any]:
     request, _ = request_of(parts, query, **headers)
-    async with asked(request, ServeConfig(), budget or ByteBudget(2**20)) as found:
+    async with asked(request, ServeConfig(), budget or Places(2**20)) as found:
         yield found
 
 
@@ -274,7 +328,7 @@ async def read(
 def test_an_upload_becomes_a_file(
     parts: list[bytes], headers: dict[str, str], uri: str, node: None
 ) -> None:
-    budget = ByteBudget(2**20)
+    budget = Places(2**20)
 
     async def check() -> None:
         async with read(parts, budget, **headers) as found:
@@ -440,11 +494,33 @@ def test_one_slow_video_does_not_close_the_door(monkeypatch: pytest.MonkeyPatch)
     assert admission.pace_s == 0.5
 
 
+A, B = Share("a", 0.5), Share("b", 0.5)
+
+
+def test_a_share_is_one_of_what_can_be_answered_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    admission = Admission(256, 10)
+    with admission.admitted(), admission.measured():
+        now[0] += 0.5  # 14 requests in 0.7 x 10 s
+    small = Share("small", 0.1)
+    with admission.admitted(small):
+        refused = refusal(lambda: admission.admitted(small).__enter__())
+        assert (refused.status, refused.retry_after_s) == (429, 1)
+        assert "1 requests are in hand" in str(refused)
+        with contextlib.ExitStack() as stack:
+            for _ in range(7):
+                stack.enter_context(admission.admitted(A))
+            assert refusal(lambda: admission.admitted(A).__enter__()).status == 429
+            with admission.admitted(B):
+                assert admission.in_hand == 9
+
+
 def test_a_client_has_its_share() -> None:
     admission = Admission(4, 60)
-    with admission.admitted("a", 0.5), admission.admitted("a", 0.5):
-        assert refusal(lambda: admission.admitted("a", 0.5).__enter__()).status == 429
-        with admission.admitted("b", 0.5):
+    with admission.admitted(A), admission.admitted(A):
+        assert refusal(lambda: admission.admitted(A).__enter__()).status == 429
+        with admission.admitted(B):
             assert admission.in_hand == 3
 
 

@@ -150,6 +150,25 @@ def test_build(
     assert isinstance(build({"model": bundle, "anonymous": anonymous}), Application)
 
 
+@pytest.mark.ray
+def test_sources_that_stall_leave_uploads_their_room(
+    bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tsq_ray.serving import app
+
+    found: dict[str, int] = {}
+    bind = app.bind_graph
+
+    def see(model: str, config: Any, placed: Any, ongoing: Any) -> Any:
+        found.update(ongoing)
+        return bind(model, config, placed, ongoing)
+
+    monkeypatch.setattr(app, "bind_graph", see)
+    settings = {"serve": {"max_fetches": 7, "decoder": {"max_ongoing_requests": 5}}}
+    app.build({"model": bundle, "anonymous": True, "settings": settings})
+    assert found == {"decoder": 12, "sampler": 32, "recognizer": 32}
+
+
 # ------------------------------------------------------------------------------- replicas, settings
 
 

@@ -66,6 +66,8 @@ def application(model: str, config: Config, placed: Layout, token: str | None) -
     )
     settings = config.serve
     ongoing = {name: getattr(settings, name).max_ongoing_requests for name in STAGES}
+    # so that sources which stall leave uploads their room
+    ongoing["decoder"] += settings.max_fetches
     decoder, sampler, recognizer = bind_graph(model, config, placed, ongoing)
     most = _REFUSALS_AHEAD * settings.max_queued_requests
     options = deployment_options(placed["ingress"], most, config)

@@ -55,8 +55,8 @@ from tsq_ray.serving.requests.models import (
 )
 from tsq_ray.serving.requests.parse import Asked, asked, asked_batch
 from tsq_ray.serving.requests.problems import RequestError, problem
+from tsq_ray.serving.requests.shares import Places
 from tsq_ray.serving.requests.tokens import Access, Token
-from tsq_ray.serving.requests.uploads import ByteBudget
 
 _log = logging.getLogger("ray.serve")
 _PING_S, _READY_S = 5.0, 30.0
@@ -127,7 +127,8 @@ class Ingress:
         settings = self.settings = config.serve
         self.access = Access(token, settings.tokens_file, settings.ingress.max_replicas)
         self.admission = Admission(settings.max_queued_requests, settings.request_timeout_s)
-        self.budget = ByteBudget(int(settings.max_upload_total_mb * 2**20))
+        one, all_of_them = settings.max_upload_mb * 2**20, settings.max_upload_total_mb * 2**20
+        self.budget = Places(int(all_of_them), least=int(one))
         self.graph = Graph(decoder, sampler, recognizer, TimeLimits.of(config))
         content, digest = read_bundle_settings(model)
         self.clip_frames = config.recognizer.clip_frames
@@ -305,17 +306,17 @@ class Ingress:
 
     async def _score(self, request: Request, token: Token, record: dict[str, Any]) -> Response:
         if self._is_for_later(request):
-            return await self._score_later(request)
-        with self.admission.admitted(token.name, token.share):
+            return await self._score_later(request, token)
+        with self.admission.admitted(token.holds):
             async with (
                 asyncio.timeout(self.settings.request_timeout_s),
-                asked(request, self.settings, self.budget) as wanted,
+                asked(request, self.settings, self.budget, token.holds) as wanted,
             ):
                 record["video_id"] = wanted.video_id
                 self._check(wanted)
                 started = time.monotonic()
                 with self.admission.measured():
-                    row, version = await self._row(wanted)
+                    row, version = await self._row(wanted, token)
                 seconds = time.monotonic() - started
         record |= {
             name: row[name] for name in ("size_bytes", "decode_ms", "sample_ms", "recognize_ms")
@@ -330,11 +331,11 @@ class Ingress:
         is_json = request.headers.get("content-type", "").startswith("application/json")
         return is_json and self.batches is not None and self.admission.late_s > 0
 
-    async def _score_later(self, request: Request) -> Response:
+    async def _score_later(self, request: Request, token: Token) -> Response:
         """Make a batch of one and return it, with status 202."""
         batches = self._batches()
         self.admission.check_open()
-        async with asked(request, self.settings, self.budget) as wanted:
+        async with asked(request, self.settings, self.budget, token.holds) as wanted:
             if wanted.upload is not None:
                 raise RequestError(400, "respond-async needs a uri: an upload is not kept")
             if wanted.options.model_fields_set - {"uri"}:
@@ -357,7 +358,7 @@ class Ingress:
             clip = f"the recogniser takes clips of {self.clip_frames} frames"
             raise RequestError(400, f"k: {options.k} is not a multiple; {clip}")
 
-    async def _row(self, wanted: Asked) -> tuple[dict[str, Any], str]:
+    async def _row(self, wanted: Asked, token: Token) -> tuple[dict[str, Any], str]:
         options = wanted.options
         answer = await self.graph.score(
             Video(
@@ -367,6 +368,7 @@ class Ingress:
                 options.k,
                 options.top,
                 options.frames,
+                token.holds,
             )
         )
         identity = wanted.identity

@@ -8,9 +8,11 @@ import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import IO, Any
 
 import aiohttp
@@ -23,6 +25,7 @@ from tsq_ray.storage import StoredFile
 
 _CHUNK = 1 << 20
 _CONNECT_S = 10.0
+_NAMES_AT_A_TIME = 32
 _TYPE_OF = {401: "access_denied", 403: "access_denied", 404: "not_found", 410: "not_found"}
 _ADVICE = {
     "access_denied": "the server refuses access; a presigned URL may have expired",
@@ -48,6 +51,7 @@ class Fetcher:
         self._timeout_s, self._max_bytes = timeout_s, max_bytes
         self._places = asyncio.Semaphore(places)
         self._web: aiohttp.ClientSession | None = None
+        self._paths = ThreadPoolExecutor(places, "tsq-paths")
 
     @contextlib.asynccontextmanager
     async def fetched(self, uri: str) -> AsyncIterator[Fetched]:
@@ -68,7 +72,8 @@ class Fetcher:
 
     async def _fetch(self, uri: str, file: IO[bytes]) -> Fetched:
         if storage.is_local(uri):
-            found = await asyncio.to_thread(storage.stat, uri)
+            look = asyncio.get_running_loop().run_in_executor(self._paths, storage.stat, uri)
+            found = await look
             self._check_size(uri, found.size_bytes)
             return Fetched(uri, found)
         path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
@@ -113,17 +118,33 @@ class Fetcher:
 
 
 class PublicResolver(AbstractResolver):
-    """Resolves names to addresses that may be asked; the connection goes to those it returns."""
+    """Resolves names to addresses that may be asked; the connection goes to those it returns.
+
+    Its threads are its own, so that names which no server answers for hold up nothing else.
+    """
 
     def __init__(self, named: Iterable[str]) -> None:
         self._named = frozenset(named)
-        self._system = aiohttp.ThreadedResolver()
+        self._threads = ThreadPoolExecutor(_NAMES_AT_A_TIME, "tsq-names")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        found = await self._system.resolve(host, port, family)
-        allowed = [each for each in found if may_ask(host, each["host"], self._named)]
+        kinds = {"family": family, "type": socket.SOCK_STREAM, "flags": socket.AI_ADDRCONFIG}
+        look = partial(socket.getaddrinfo, host, port, **kinds)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, look)
+        allowed = [
+            ResolveResult(
+                hostname=host,
+                host=str(address[0]),
+                port=port,
+                family=kind,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for kind, _, protocol, _, address in found
+            if may_ask(host, str(address[0]), self._named)
+        ]
         if not allowed:
             why = (
                 "its address is not public; name the host in serve.allowed_uri_prefixes to allow it"
@@ -132,7 +153,7 @@ class PublicResolver(AbstractResolver):
         return allowed
 
     async def close(self) -> None:
-        await self._system.close()
+        self._threads.shutdown(wait=False)
 
 
 def _refused(uri: str, status: int) -> StorageError:

@@ -7,7 +7,7 @@ again when it changes:
     name = "team-a"
     sha256 = "..."
     rate = "60/minute"      # optional: requests per second, minute, hour or day
-    share = 0.5             # optional: the part of an ingress replica's places it may hold
+    share = 0.5             # optional: the part of requests, bytes and fetches it may hold
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tsq_ray.errors import ConfigError
 from tsq_ray.serving.requests.problems import RequestError
+from tsq_ray.serving.requests.shares import Share
 from tsq_ray.storage import sha256_of
 
 _log = logging.getLogger("ray.serve")
@@ -44,7 +45,7 @@ class Token(BaseModel):
     rate: str | None = None
     """Requests per second, minute, hour or day, for example "60/minute"."""
     share: float = Field(default=1.0, gt=0, le=1)
-    """The part of an ingress replica's places that it may hold."""
+    """The part of what is limited that it may hold: requests in hand, bytes, fetches."""
 
     @field_validator("rate")
     @classmethod
@@ -52,6 +53,11 @@ class Token(BaseModel):
         if rate is not None:
             parse(rate)
         return rate
+
+    @property
+    def holds(self) -> Share:
+        """What it may hold."""
+        return Share(self.name, self.share)
 
     @property
     def limit(self) -> RateLimitItem | None:

@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from tsq_ray.serving.requests.problems import RequestError
+from tsq_ray.serving.requests.shares import WHOLE, Places, Share
 
 _CHUNK = 1 << 20
 _CHUNKS_AHEAD = 4
@@ -44,38 +45,24 @@ class Upload:
     """Its file name as the client gave it; may be empty."""
 
 
-class ByteBudget:
-    """The bytes of uploads in hand, which are limited."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
-
-    def take(self, count: int) -> None:
-        """Add to the bytes in hand. Raises RequestError 503 if that would be too many."""
-        if self.used + count > self.limit:
-            raise RequestError(
-                503,
-                f"uploads of {self.used} bytes are in hand and the limit is {self.limit}; "
-                "try again later, or send a uri",
-            )
-        self.used += count
-
-    def give_back(self, count: int) -> None:
-        self.used -= count
-
-
 class LimitedBody:
     """A request's body with a limit on its size, whose bytes count against the budget."""
 
-    def __init__(self, request: Request, limit: int, budget: ByteBudget | None = None) -> None:
-        """Raise RequestError 413 or 503 at once if the announced size exceeds a limit."""
-        self._receive, self._limit, self._budget = request.receive, limit, budget
+    def __init__(
+        self, request: Request, limit: int, budget: Places | None = None, share: Share = WHOLE
+    ) -> None:
+        """Raise RequestError 413 or 503 at once if the announced size exceeds a limit.
+
+        Bytes that are announced only are not held: a client could keep the others away with them.
+        """
+        self._receive, self._limit = request.receive, limit
+        self._budget, self._share = budget, share
         self.request = Request(request.scope, self._next)
         self.size = self.taken = 0
         announced = request.headers.get("content-length", "")
         if announced.isdecimal():
             self._check(int(announced))
-            self._take(int(announced))
+            self._check_room(int(announced))
 
     async def _next(self) -> Message:
         message = await self._receive()
@@ -88,21 +75,33 @@ class LimitedBody:
         if size > self._limit:
             raise RequestError(413, f"the body is larger than the limit of {self._limit} bytes")
 
+    def _check_room(self, count: int) -> None:
+        budget, share = self._budget, self._share
+        if budget is not None and not budget.has_room(share, count):
+            mine, most = budget.used_by(share.client), budget.allowed(share)
+            held, limit = (mine, most) if mine + count > most else (budget.used, budget.limit)
+            raise RequestError(
+                503,
+                f"uploads of {held} bytes are in hand and the limit is {limit:.0f}; "
+                "try again later, or send a uri",
+            )
+
     def _take(self, size: int) -> None:
-        if self._budget is not None and size > self.taken:
-            self._budget.take(size - self.taken)
+        self._check_room(size - self.taken)
+        if self._budget is not None:
+            self._budget.take(self._share, size - self.taken)
             self.taken = size
 
     def give_back(self) -> None:
         """Return the bytes to the budget."""
         if self._budget is not None:
-            self._budget.give_back(self.taken)
+            self._budget.give_back(self._share, self.taken)
             self.taken = 0
 
 
 @contextlib.asynccontextmanager
 async def received(
-    request: Request, kind: str, max_bytes: int, budget: ByteBudget
+    request: Request, kind: str, max_bytes: int, budget: Places, share: Share = WHOLE
 ) -> AsyncIterator[Upload]:
     """Yield the upload of a request, valid inside the `with`.
 
@@ -110,7 +109,7 @@ async def received(
     the budget, 507 if the disk is full. `kind` is the body's media type.
     """
     is_form = kind == "multipart/form-data"
-    body = LimitedBody(request, max_bytes + (_FORM_BYTES if is_form else 0), budget)
+    body = LimitedBody(request, max_bytes + (_FORM_BYTES if is_form else 0), budget, share)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(body.give_back)
         try:
