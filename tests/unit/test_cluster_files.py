@@ -398,6 +398,7 @@ def test_serve_config_parses() -> None:
     (application,) = config.applications
     assert application.import_path == "tsq_ray.serving.app:build"
     assert application.args.keys() == {"model"}
+    assert application.logging_config.encoding == "JSON"
     assert {deployment.name for deployment in application.deployments} == {
         "Ingress",
         "Decoder",

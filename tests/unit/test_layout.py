@@ -107,6 +107,7 @@ INSIDE = {
             "deployments",
             "batches",
             "openapi",
+            "api",
             "ingress",
             "app",
             "replicas",

@@ -116,7 +116,7 @@ def test_a_host_that_does_not_answer() -> None:
     assert caught.value.error_type == "unavailable"
 
 
-@pytest.mark.parametrize("uri", ["http://away.example/a.mp4", "/mnt/away/a.mp4"])
+@pytest.mark.parametrize("uri", ["http://away-{}.example/a.mp4", "/mnt/away/{}.mp4"])
 def test_what_hangs_keeps_no_thread_of_the_others(
     uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,8 +134,8 @@ def test_what_hangs_keeps_no_thread_of_the_others(
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
         fetcher = Fetcher(("http://", "/mnt/away"), 3, 2**20, 8)
         waiting = [
-            asyncio.create_task(fetcher.fetched(uri).__aenter__())
-            for _ in range(6)
+            asyncio.create_task(fetcher.fetched(uri.format(number)).__aenter__())
+            for number in range(6)
         ]
         await asyncio.sleep(0.2)
         assert await asyncio.wait_for(asyncio.to_thread(lambda: "put"), 2) == "put"

@@ -611,21 +611,32 @@ def test_a_rate_is_kept(tokens: tuple[Path, str, str]) -> None:
     path, first, second = tokens
     access = Access(None, str(path))
     mine = access.client(first)
-    headers = access.spend(mine)
+    headers, refused = access.spend(mine)
     assert (headers["RateLimit-Limit"], headers["RateLimit-Remaining"]) == ("2", "1")
+    assert refused is None
     access.spend(mine)
-    refused = refusal(lambda: access.spend(mine))
+    headers, refused = access.spend(mine)
+    assert refused is not None
     assert refused.status == 429
     assert 0 < (refused.retry_after_s or 0) <= 60
-    assert access.spend(access.client(second)) == {}, "no rate, no limit"
+    assert headers["RateLimit-Remaining"] == "0"
+    assert 0 < int(headers["RateLimit-Reset"]) <= 60
+    assert access.spend(access.client(second)) == ({}, None), "no rate, no limit"
 
 
-def test_replicas_share_a_rate(tokens: tuple[Path, str, str]) -> None:
+@pytest.mark.parametrize(
+    ("replicas", "passed", "per_s"), [(1, 2, 60), (2, 1, 60), (3, 1, 120), (4, 1, 120), (5, 1, 180)]
+)
+def test_replicas_share_a_rate(
+    tokens: tuple[Path, str, str], replicas: int, passed: int, per_s: int
+) -> None:
+    """Of 2 a minute; all of them together never grant more than that on average."""
     path, first, _ = tokens
-    access = Access(None, str(path), replicas=2)
+    access = Access(None, str(path), replicas)
     mine = access.client(first)
-    assert access.spend(mine)["RateLimit-Remaining"] == "0"
-    assert refusal(lambda: access.spend(mine)).status == 429
+    spent = [access.spend(mine) for _ in range(4)]
+    assert [refused is None for _, refused in spent] == [True] * passed + [False] * (4 - passed)
+    assert per_s - 5 < int(spent[-1][0]["RateLimit-Reset"]) <= per_s
 
 
 def test_one_token_of_the_environment_and_none() -> None:

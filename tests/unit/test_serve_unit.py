@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,45 @@ def test_sources_that_stall_leave_uploads_their_room(
     settings = {"serve": {"max_fetches": 7, "decoder": {"max_ongoing_requests": 5}}}
     app.build({"model": bundle, "anonymous": True, "settings": settings})
     assert found == {"decoder": 12, "sampler": 32, "recognizer": 32}
+
+
+# ---------------------------------------------------------------------------------- what is logged
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("DELETE", "/v1/score", 405),
+        ("GET", "/v1/batches?limit=x", 400),
+    ],
+)
+def test_a_request_that_reaches_nothing_is_logged_and_counted(
+    method: str,
+    path: str,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from ray import serve
+    from starlette.testclient import TestClient
+
+    from tsq_ray.serving.api import api
+    from tsq_ray.serving.app import Ingress
+
+    counted: list[Any] = []
+    ingress = Ingress.func_or_class.__new__(Ingress.func_or_class)
+    ingress.metrics = SimpleNamespace(answered=lambda *told: counted.append(told))
+    monkeypatch.setattr(
+        serve, "get_replica_context", lambda: SimpleNamespace(servable_object=ingress)
+    )
+    answer = TestClient(api).request(method, path, headers={"x-request-id": "id-1"})
+    assert (answer.status_code, answer.json()["status"]) == (status, status)
+    assert counted == [(status, None, 0.0)]
+    (logged,) = (vars(record) for record in caplog.records if record.msg == "answered")
+    assert logged["request_id"] == "id-1"
+    assert (logged["path"], logged["status"]) == (path.partition("?")[0], status)
 
 
 # ------------------------------------------------------------------------------- replicas, settings

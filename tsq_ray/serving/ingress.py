@@ -10,12 +10,10 @@ A prediction is answered as JSON, anything else as problem details.
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
@@ -31,6 +29,7 @@ from tsq_ray.errors import StorageError
 from tsq_ray.rows import plain_row
 from tsq_ray.runtime import cluster
 from tsq_ray.serving import facts
+from tsq_ray.serving.api import api, internal, request_id
 from tsq_ray.serving.graph import STAGES, Graph, TimeLimits, Video, model_of
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import IngressMetrics
@@ -56,55 +55,25 @@ from tsq_ray.serving.requests.models import (
 from tsq_ray.serving.requests.parse import Asked, asked, asked_batch
 from tsq_ray.serving.requests.problems import RequestError, problem
 from tsq_ray.serving.requests.shares import Places
-from tsq_ray.serving.requests.tokens import Access, Token
+from tsq_ray.serving.requests.tokens import AboveRate, Access, Token
 
 _log = logging.getLogger("ray.serve")
 _PING_S, _READY_S = 5.0, 30.0
 MODEL_HEADER = "X-TSQ-Model"
 
-api = FastAPI(title="tsq_ray", docs_url=None, redoc_url=None, openapi_url=None)
-api.router.redirect_slashes = False
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 Work = Callable[[Request, Token, dict[str, Any]], Awaitable[Response]]
 
 
-def request_id(request: Request) -> str:
-    """Return the id that Serve gave the request or took from its header x-request-id."""
-    context = serve.context._get_serve_request_context()
-    return context.request_id or request.headers.get("x-request-id") or uuid.uuid4().hex
-
-
-@api.exception_handler(HTTPException)
-async def _refuse_http(request: Request, error: HTTPException) -> Response:
-    known = "; see /openapi.json" if error.status_code in (404, 405) else ""
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}{known}"
-    refused = RequestError(error.status_code, message)
-    return problem(refused, request_id(request), dict(error.headers or {}))
-
-
-@api.exception_handler(RequestValidationError)
-async def _refuse_parameters(request: Request, error: RequestValidationError) -> Response:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
-    return problem(RequestError(400, f"{where}: {first['msg']}"), request_id(request))
-
-
-@api.exception_handler(RequestError)
-async def _refuse(request: Request, error: RequestError) -> Response:
-    return problem(error, request_id(request))
-
-
-@api.exception_handler(Exception)
-async def _fail(request: Request, error: Exception) -> Response:
-    return problem(_internal(error), request_id(request))
+def _most_replicas() -> int:
+    """Return how many replicas of this deployment there may be, as it is deployed."""
+    deployed = serve.get_replica_context()._deployment_config
+    scaling = deployed.autoscaling_config
+    return int(scaling.max_replicas if scaling is not None else deployed.num_replicas)
 
 
 def _json(content: BaseModel) -> JSONResponse:
     return JSONResponse(content.model_dump(mode="json"))
-
-
-def _internal(error: Exception) -> RequestError:
-    return RequestError(500, f"{type(error).__name__} in the endpoint; see its log", "internal")
 
 
 @serve.deployment
@@ -125,7 +94,7 @@ class Ingress:
         bind_to_loopback()
         self.batches = batches
         settings = self.settings = config.serve
-        self.access = Access(token, settings.tokens_file, settings.ingress.max_replicas)
+        self.access = Access(token, settings.tokens_file, _most_replicas())
         self.admission = Admission(settings.max_queued_requests, settings.request_timeout_s)
         one, all_of_them = settings.max_upload_mb * 2**20, settings.max_upload_total_mb * 2**20
         self.budget = Places(int(all_of_them), least=int(one))
@@ -274,16 +243,28 @@ class Ingress:
         try:
             token = self.access.client(given.credentials if given else None)
             record["token"] = token.name
-            headers = self.access.spend(token)
+            headers, refused = self.access.spend(token)
+            if refused is not None:
+                raise refused
             with self.admission.answering():
                 response = await work(request, token, record)
             response.headers.update(headers)
         except Exception as raised:  # noqa: BLE001  the client must get an answer
             error = await self._error(raised)
             response = problem(error, record["request_id"], headers)
-        seconds = time.monotonic() - started
-        error_type = error.error_type if error is not None else None
-        self.metrics.answered(response.status_code, error_type, seconds)
+        return self.told(record, response, error, time.monotonic() - started)
+
+    def told(
+        self,
+        record: dict[str, Any],
+        response: Response,
+        error: RequestError | None,
+        seconds: float = 0.0,
+    ) -> Response:
+        """Log and count an answer."""
+        error_type = "rate" if isinstance(error, AboveRate) else error and error.error_type
+        if record["path"].startswith("/v1/"):
+            self.metrics.answered(response.status_code, error_type, seconds)
         record |= {"status": response.status_code, "seconds": round(seconds, 4)}
         record |= {"error_type": error_type} if error_type else {}
         _log.info("answered", extra=record)
@@ -302,7 +283,7 @@ class Ingress:
         if isinstance(raised, ClientDisconnect):
             return RequestError(400, "the client closed the connection")
         _log.error("a request failed: %s", storage.redact(str(raised)))
-        return _internal(raised)
+        return internal(raised)
 
     async def _score(self, request: Request, token: Token, record: dict[str, Any]) -> Response:
         if self._is_for_later(request):
@@ -313,6 +294,8 @@ class Ingress:
                 asked(request, self.settings, self.budget, token.holds) as wanted,
             ):
                 record["video_id"] = wanted.video_id
+                if wanted.upload is not None:
+                    record["size_bytes"] = wanted.upload.size_bytes
                 self._check(wanted)
                 started = time.monotonic()
                 with self.admission.measured():

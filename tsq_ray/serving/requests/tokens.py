@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 import os
 import secrets
 import time
@@ -33,6 +34,10 @@ from tsq_ray.storage import sha256_of
 
 _log = logging.getLogger("ray.serve")
 _REQUIRED = "a valid token is required: send the header Authorization: Bearer TOKEN"
+
+
+class AboveRate(RequestError):
+    """A request above its token's own rate, however much room there is."""
 
 
 class Token(BaseModel):
@@ -134,7 +139,7 @@ def _escaped(name: str) -> str:
 class Access:
     """Decides whose a request is and whether it is within that client's rate.
 
-    `replicas`: the number of ingress replicas, each of which grants its part of a rate.
+    `replicas`: the most ingress replicas that there may be, each of which grants its part of a rate.
     """
 
     token: str | None
@@ -169,27 +174,27 @@ class Access:
             raise RequestError(401, _REQUIRED)
         return found
 
-    def spend(self, token: Token) -> dict[str, str]:
-        """Count a request against the client's rate and return the headers that tell of it.
+    def spend(self, token: Token) -> tuple[dict[str, str], RequestError | None]:
+        """Count a request against the client's rate.
 
-        Raises RequestError 429 above the rate.
+        Return the headers that tell of it, and the refusal of a request above the rate.
         """
         limit = token.limit
         if limit is None:
-            return {}
-        mine = type(limit)(max(1, round(limit.amount / self.replicas)), limit.multiples)
+            return {}, None
+        # a rate below one a replica is granted over a longer time
+        windows = math.ceil(self.replicas / limit.amount)
+        each = max(1, limit.amount // self.replicas)
+        mine = type(limit)(each, limit.multiples * windows)
         passes = self._limiter.hit(mine, token.name)
         window = self._limiter.get_window_stats(mine, token.name)
         left_s = max(0.0, window.reset_time - time.time())
-        if not passes:
-            raise RequestError(
-                429, f"token {token.name!r} may ask {token.rate}; try again later", None, left_s
-            )
+        refused = f"token {token.name!r} may ask {token.rate}; try again later"
         return {
             "RateLimit-Limit": str(limit.amount),
             "RateLimit-Remaining": str(min(limit.amount, window.remaining * self.replicas)),
             "RateLimit-Reset": str(round(left_s)),
-        }
+        }, None if passes else AboveRate(429, refused, None, left_s)
 
     def _stamp(self) -> tuple[float, int] | None:
         try:
