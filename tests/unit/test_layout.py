@@ -120,6 +120,7 @@ INSIDE = {
         *(
             "problems",
             "shares",
+            "forms",
             "models",
             "uris",
             "tokens",

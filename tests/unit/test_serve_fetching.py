@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import http.server
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 from tsq_ray import storage
-from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.errors import DiskFull, StorageError, VideoError
 from tsq_ray.serving.requests.fetching import Fetcher
 
 pytestmark = pytest.mark.ray
@@ -114,6 +116,18 @@ def test_a_host_that_does_not_answer() -> None:
     with pytest.raises(StorageError, match="no connection") as caught:
         asyncio.run(fetch("http://127.0.0.1:9/data", ("http://127.0.0.1:9/",)))
     assert caught.value.error_type == "unavailable"
+
+
+def test_a_full_disk_is_told_once(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux's device that has no room for a single byte."""
+
+    def full(prefix: str, buffering: int = -1) -> IO[bytes]:
+        return open("/dev/full", "wb", buffering=buffering)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    prefix = f"http://127.0.0.1:{port}/open"
+    with pytest.raises(DiskFull, match="the disk is full"):
+        asyncio.run(fetch(f"{prefix}/data", (prefix,)))
 
 
 @pytest.mark.parametrize("uri", ["http://away-{}.example/a.mp4", "/mnt/away/{}.mp4"])

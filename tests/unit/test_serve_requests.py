@@ -348,6 +348,14 @@ def test_an_upload_becomes_a_file(
     [
         ([b""], {}, 400, "the file is empty"),
         ([form_body("video", b"x")], {"content_type": FORM}, 400, "the form has no `file`"),
+        ([form_body("file", b"x")[:-20]], {"content_type": FORM}, 400, "the form has no `file`"),
+        ([b"no form"], {"content_type": FORM}, 400, "the form cannot be read"),
+        (
+            [form_body("file", b"x")[:-9] + b"--cut" + form_body("file", b"y")[5:]],
+            {"content_type": FORM},
+            400,
+            "the form has two files",
+        ),
         ([b"x"], {"content_type": "multipart/form-data"}, 400, "boundary"),
         ([b"x"], {"content_type": "text/plain"}, 415, "Content-Type 'text/plain'"),
         (
@@ -372,18 +380,23 @@ def test_a_body_that_is_refused(
     assert message in str(refused)
 
 
-def test_a_full_disk_is_507(node: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", [False, True])
+def test_a_full_disk_is_507(form: bool, node: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux's device that has no room for a single byte."""
     from tsq_ray.serving.requests import uploads
 
     monkeypatch.setattr(uploads, "_unnamed", partial(open, "/dev/full", "wb", buffering=0))
 
     async def run() -> None:
-        async with read([b"x" * 10]):
+        async with read(
+            [form_body("file", b"x" * 10)] if form else [b"x" * 10],
+            content_type=FORM if form else "video/mp4",
+        ):
             raise AssertionError("the request passed")
 
     refused = refusal(lambda: asyncio.run(run()))
     assert (refused.status, refused.error_type) == (507, "unavailable")
+    assert refused.retry_after_s == 30
 
 
 @pytest.mark.parametrize(
@@ -440,7 +453,7 @@ def test_the_answer_has_the_columns_of_predictions() -> None:
         (VideoError("unavailable", "storage"), 503, "5"),
         (VideoError("decoder_crash", "SIGSEGV"), 422, None),
         (DecoderKilled("decoder_crash", "SIGKILL"), 503, "5"),
-        (DiskFull("unavailable", "full"), 507, None),
+        (DiskFull("unavailable", "full"), 507, "30"),
         (VideoError("timeout", "late"), 504, None),
         (VideoError("too_large", "huge"), 413, None),
     ],

@@ -20,6 +20,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from tsq_ray import storage
 from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.serving.requests.uploads import write_all
 from tsq_ray.serving.requests.uris import WEB, may_ask, named_hosts
 from tsq_ray.storage import StoredFile
 
@@ -60,7 +61,7 @@ class Fetcher:
         Raises StorageError, and VideoError: too_large, or timeout after the limit.
         """
         name = storage.redact(uri)
-        with tempfile.TemporaryFile(prefix="tsq-fetch-") as file:
+        with tempfile.TemporaryFile(prefix="tsq-fetch-", buffering=0) as file:
             async with self._places:
                 try:
                     async with asyncio.timeout(self._timeout_s):
@@ -97,8 +98,7 @@ class Fetcher:
             async for chunk in response.content.iter_chunked(_CHUNK):
                 size += len(chunk)
                 self._check_size(uri, size)
-                await asyncio.to_thread(file.write, chunk)
-            file.flush()
+                await asyncio.to_thread(write_all, file, chunk)
             headers = response.headers
             etag = (headers.get("ETag") or "").strip('"') or None
             return StoredFile(uri, size, etag, _date(headers.get("Last-Modified")))

@@ -18,11 +18,10 @@ from typing import IO, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.types import Message
 
+from tsq_ray.serving.requests.forms import Form
 from tsq_ray.serving.requests.problems import RequestError
 from tsq_ray.serving.requests.shares import WHOLE, Places, Share
 
@@ -113,13 +112,15 @@ async def received(
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(body.give_back)
         try:
-            store = _store_form if is_form else _store_body
-            upload = await store(body.request, stack)
+            file, stream = stack.enter_context(_unnamed()), body.request.stream()
+            form = Form(request.headers["content-type"]) if is_form else None
+            digest = await _store(form.file(stream) if form is not None else stream, file)
+            upload = _upload(file, digest, form.file_name if form is not None else "")
         except OSError as error:
             if error.errno not in _FULL:
                 raise
             what = "the endpoint's disk is full; try again later"
-            raise RequestError(507, what, "unavailable", retry_after_s=30) from error
+            raise RequestError(507, what, "unavailable") from error
         if not upload.size_bytes:
             raise RequestError(400, "the file is empty; send a video")
         if upload.size_bytes > max_bytes:
@@ -128,18 +129,18 @@ async def received(
         yield upload
 
 
-async def _store_body(request: Request, stack: contextlib.AsyncExitStack) -> Upload:
-    file = stack.enter_context(_unnamed())
+async def _store(chunks: AsyncIterator[bytes], file: IO[bytes]) -> str:
+    """Write to the file as it comes, and return the sha256."""
     digest, waiting = hashlib.sha256(), bytearray()
-    async for chunk in request.stream():
+    async for chunk in chunks:
         waiting += chunk
         if len(waiting) >= _CHUNK:
-            await asyncio.to_thread(_write, file, bytes(waiting))
+            await asyncio.to_thread(write_all, file, bytes(waiting))
             digest.update(waiting)
             waiting.clear()
-    await asyncio.to_thread(_write, file, bytes(waiting))
+    await asyncio.to_thread(write_all, file, bytes(waiting))
     digest.update(waiting)
-    return _upload(file, digest.hexdigest(), "")
+    return digest.hexdigest()
 
 
 def _node_id() -> str:
@@ -150,32 +151,11 @@ def _unnamed() -> IO[bytes]:
     return tempfile.TemporaryFile(prefix="tsq-upload-", buffering=0)
 
 
-def _write(file: IO[bytes], data: bytes) -> None:
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """Write to an unbuffered file, whose end then cannot fail."""
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
-
-
-async def _store_form(request: Request, stack: contextlib.AsyncExitStack) -> Upload:
-    try:
-        form = await stack.enter_async_context(request.form(max_files=1))
-    except (HTTPException, MultiPartException) as error:
-        what = getattr(error, "detail", None) or str(error)
-        raise RequestError(400, f"the form cannot be read: {what}") from None
-    file = form.get("file")
-    if file is None or isinstance(file, str):
-        raise RequestError(400, "the form has no `file`; send it as: curl -F file=@video.mp4")
-    spooled = file.file
-    if hasattr(spooled, "rollover"):  # a small one is still in memory
-        spooled.rollover()
-    digest = await asyncio.to_thread(_digest, spooled)
-    return _upload(spooled, digest, os.path.basename(file.filename or ""))
-
-
-def _digest(file: IO[bytes]) -> str:
-    file.flush()
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _upload(file: IO[bytes], digest: str, name: str) -> Upload:
@@ -198,7 +178,7 @@ async def local_path(upload: Upload) -> AsyncIterator[str]:
             _generator_backpressure_num_objects=_CHUNKS_AHEAD,
         ).remote(upload.path)
         async for chunk in chunks:
-            await asyncio.to_thread(_write, file, await chunk)
+            await asyncio.to_thread(write_all, file, await chunk)
         yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
