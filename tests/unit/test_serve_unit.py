@@ -107,8 +107,18 @@ def test_check_binding() -> None:
         ),
         ("", {"anonymous": False}, "no token"),
         (" ", {"anonymous": "no"}, "no token"),
-        ("t", {"model": None}, "args.model is missing"),
-        ("t", {"modle": "x"}, "unknown args key 'modle'; allowed: model, settings, anonymous"),
+        (
+            "t",
+            {"model": None},
+            r"args\.model: Input should be a valid string, got None; allowed: model: the bundle",
+        ),
+        (
+            "t",
+            {"modle": "x"},
+            r"args\.modle: Extra inputs are not permitted, got 'x'; allowed: model: the bundle",
+        ),
+        ("t", {"anonymous": "perhaps"}, r"args\.anonymous: Input should be a valid boolean"),
+        (None, {"settings": ["serve"]}, r"args\.settings: Input should be a valid dictionary"),
         ("t", {"model": "/nowhere/bundle"}, "/nowhere/bundle: has no bundle.json"),
         ("t", {"settings": {"sampler": {"budget": 9}}}, r"sampler.budget \(K\) is 9, above"),
         (
