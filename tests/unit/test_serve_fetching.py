@@ -24,7 +24,7 @@ DATA = bytes(range(256)) * 40
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """/data, /endless (no length, never ends), /stalls, /move, /NUMBER for a status."""
+    """/data, /small (10 bytes), /endless (no length, never ends), /stalls, /move, /NUMBER for a status."""
 
     released = threading.Event()
 
@@ -38,7 +38,7 @@ class Web(http.server.BaseHTTPRequestHandler):
         if what == "move":
             self.send_header("Location", "/data")
         elif what != "endless":
-            self.send_header("Content-Length", str(len(DATA)))
+            self.send_header("Content-Length", str(10 if what == "small" else len(DATA)))
         self.send_header("ETag", '"v1"')
         self.send_header("Last-Modified", "Thu, 26 Nov 2026 10:00:00 GMT")
         self.end_headers()
@@ -49,6 +49,8 @@ class Web(http.server.BaseHTTPRequestHandler):
             if what == "stalls":
                 self.wfile.write(DATA[:10])
                 self.released.wait(60)
+            if what == "small":
+                self.wfile.write(DATA[:10])
             if what == "data":
                 self.wfile.write(DATA)
         except OSError:  # the client has gone away
@@ -127,7 +129,7 @@ def test_a_full_disk_is_told_once(port: int, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     prefix = f"http://127.0.0.1:{port}/open"
     with pytest.raises(DiskFull, match="the disk is full"):
-        asyncio.run(fetch(f"{prefix}/data", (prefix,)))
+        asyncio.run(fetch(f"{prefix}/small", (prefix,)))
 
 
 @pytest.mark.parametrize("uri", ["http://away-{}.example/a.mp4", "/mnt/away/{}.mp4"])

@@ -15,15 +15,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from tsq_ray.config import ServeConfig, load_config
 from tsq_ray.errors import ConfigError, DecoderKilled, DiskFull, VideoError
 from tsq_ray.schema import PREDICTIONS, SERVER
 from tsq_ray.serving import facts
+from tsq_ray.serving.openapi import SCORE
 from tsq_ray.serving.requests import parse
 from tsq_ray.serving.requests.admission import Admission
-from tsq_ray.serving.requests.models import OMITTED, Options, Prediction, UriRequest
+from tsq_ray.serving.requests.models import (
+    OMITTED,
+    BatchLine,
+    BatchRequest,
+    Options,
+    Prediction,
+    Problem,
+    UriRequest,
+)
 from tsq_ray.serving.requests.parse import asked, parsed
 from tsq_ray.serving.requests.problems import RequestError, problem
 from tsq_ray.serving.requests.shares import Places, Share
@@ -442,6 +452,17 @@ def test_the_answer_has_the_columns_of_predictions() -> None:
     for column in (*PREDICTIONS, *SERVER):
         if column.name in columns - {"status"}:
             assert documented[column.name]["description"].startswith(column.doc)
+
+
+@pytest.mark.parametrize("model", [Prediction, Problem, UriRequest, BatchRequest, BatchLine])
+def test_the_document_has_an_example_of_each(model: type[BaseModel]) -> None:
+    (example,) = model.model_json_schema()["examples"]
+    assert model.model_validate(example).model_dump(mode="json").items() >= example.items()
+
+
+def test_the_document_tells_of_the_header_prefer() -> None:
+    headers = [one["name"] for one in SCORE["openapi_extra"]["parameters"] if one["in"] == "header"]
+    assert headers == ["Prefer"]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,6 @@ class Ingress:
         self.budget = Places(int(all_of_them), least=int(one))
         self.graph = Graph(decoder, sampler, recognizer, TimeLimits.of(config))
         content, digest = read_bundle_settings(model)
-        self.clip_frames = config.recognizer.clip_frames
         self.card = ModelCard(
             id=digest,
             task=content["task"],
@@ -108,6 +107,7 @@ class Ingress:
             num_frames=config.decode.num_frames,
             budget=config.sampler.budget,
             mode=config.sampler.mode,
+            clip_frames=config.recognizer.clip_frames,
         )
         self.metrics = IngressMetrics(self.card.model_dump())
         self.tasks = [asyncio.create_task(work) for work in (self._watch(), self._ping())]
@@ -286,7 +286,7 @@ class Ingress:
         return internal(raised)
 
     async def _score(self, request: Request, token: Token, record: dict[str, Any]) -> Response:
-        if self._is_for_later(request):
+        if self._is_preferred_later(request) or self._is_too_late(request):
             return await self._score_later(request, token)
         with self.admission.admitted(token.holds):
             async with (
@@ -307,10 +307,13 @@ class Ingress:
         self.metrics.scored(row, seconds)
         return JSONResponse(row, headers={MODEL_HEADER: version})
 
-    def _is_for_later(self, request: Request) -> bool:
-        """Whether to answer with a batch: the client asks for it, or the answer would be late."""
-        if "respond-async" in request.headers.get("prefer", "").lower():
-            return True
+    @staticmethod
+    def _is_preferred_later(request: Request) -> bool:
+        """Whether the client asks for a batch instead of a prediction."""
+        return "respond-async" in request.headers.get("prefer", "").lower()
+
+    def _is_too_late(self, request: Request) -> bool:
+        """Whether the prediction would be late, and the request can become a batch instead."""
         is_json = request.headers.get("content-type", "").startswith("application/json")
         return is_json and self.batches is not None and self.admission.late_s > 0
 
@@ -322,7 +325,9 @@ class Ingress:
             if wanted.upload is not None:
                 raise RequestError(400, "respond-async needs a uri: an upload is not kept")
             if wanted.options.model_fields_set - {"uri"}:
-                self.admission.check_in_time()  # without a preference: too late, which is no fault
+                if not self._is_preferred_later(request):  # too late, which is not its fault
+                    why = "the requests in hand take too long; try again later"
+                    raise RequestError(429, why, retry_after_s=max(1.0, self.admission.late_s))
                 raise RequestError(400, "respond-async takes no options besides the uri")
             line = BatchLine(custom_id=wanted.video_id, uri=wanted.source.uri)
         batch = await batches.create.remote(None, [line], None)
@@ -337,8 +342,8 @@ class Ingress:
         ):
             if given is not None and given > most and name in options.model_fields_set:
                 raise RequestError(400, f"{name}: {given} is above {most}, the most that there are")
-        if options.k is not None and options.k % self.clip_frames:
-            clip = f"the recogniser takes clips of {self.clip_frames} frames"
+        if options.k is not None and options.k % card.clip_frames:
+            clip = f"the recogniser takes clips of {card.clip_frames} frames"
             raise RequestError(400, f"k: {options.k} is not a multiple; {clip}")
 
     async def _row(self, wanted: Asked, token: Token) -> tuple[dict[str, Any], str]:

@@ -96,6 +96,13 @@ def _query_parameters() -> list[dict[str, Any]]:
     ]
 
 
+_PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": "`respond-async`: answer 202 with a batch of this one `uri`, without options",
+    "schema": {"type": "string", "examples": ["respond-async"]},
+}
 SCORE: dict[str, Any] = {
     "response_model": Prediction,
     "responses": {
@@ -107,7 +114,7 @@ SCORE: dict[str, Any] = {
         **PROBLEMS,
     },
     "openapi_extra": {
-        "parameters": _query_parameters(),
+        "parameters": [*_query_parameters(), _PREFER],
         "requestBody": {
             "required": True,
             "content": {
