@@ -156,6 +156,7 @@ Only scoring drives serving's graph.
 """
 ALLOWED_STAGES = {("scoring", "serving")}
 RAY_AT_IMPORT = {
+    "serving/api.py",
     "serving/app.py",
     "serving/batches.py",
     "serving/deployments.py",

@@ -3,6 +3,7 @@
 # `from __future__ import annotations` is left out: FastAPI could not resolve the annotations' names
 
 import uuid
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -28,8 +29,9 @@ def _refused(
     """Answer, log and count a request that reached no method of the ingress."""
     record = {"request_id": request_id(request), "path": request.url.path[:200]}
     answer = problem(error, record["request_id"], headers)
-    told: Response = serve.get_replica_context().servable_object.told(record, answer, error)
-    return told
+    ingress: Any = serve.get_replica_context().servable_object
+    ingress.told(record, answer, error)
+    return answer
 
 
 @api.exception_handler(HTTPException)

@@ -69,7 +69,7 @@ def _most_replicas() -> int:
     """Return how many replicas of this deployment there may be, as it is deployed."""
     deployed = serve.get_replica_context()._deployment_config
     scaling = deployed.autoscaling_config
-    return int(scaling.max_replicas if scaling is not None else deployed.num_replicas)
+    return int(scaling.max_replicas if scaling is not None else deployed.num_replicas or 1)
 
 
 def _json(content: BaseModel) -> JSONResponse:
@@ -237,7 +237,8 @@ class Ingress:
         self, request: Request, given: HTTPAuthorizationCredentials | None, work: Work
     ) -> Response:
         """Do the work of a request with a valid token; turn errors into answers; log and count."""
-        started, headers = time.monotonic(), {}
+        started = time.monotonic()
+        headers: dict[str, str] = {}
         record: dict[str, Any] = {"request_id": request_id(request), "path": request.url.path}
         error: RequestError | None = None
         try:
@@ -262,7 +263,9 @@ class Ingress:
         seconds: float = 0.0,
     ) -> Response:
         """Log and count an answer."""
-        error_type = "rate" if isinstance(error, AboveRate) else error and error.error_type
+        error_type = error.error_type if error is not None else None
+        if isinstance(error, AboveRate):
+            error_type = "rate"
         if record["path"].startswith("/v1/"):
             self.metrics.answered(response.status_code, error_type, seconds)
         record |= {"status": response.status_code, "seconds": round(seconds, 4)}

@@ -130,8 +130,8 @@ class PublicResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        kinds = {"family": family, "type": socket.SOCK_STREAM, "flags": socket.AI_ADDRCONFIG}
-        look = partial(socket.getaddrinfo, host, port, **kinds)
+        tcp, own = socket.SOCK_STREAM, socket.AI_ADDRCONFIG
+        look = partial(socket.getaddrinfo, host, port, family, tcp, flags=own)
         found = await asyncio.get_running_loop().run_in_executor(self._threads, look)
         allowed = [
             ResolveResult(

@@ -130,7 +130,7 @@ async def received(
 
 
 async def _store(chunks: AsyncIterator[bytes], file: IO[bytes]) -> str:
-    """Write to the file as it comes, and return the sha256."""
+    """Write chunks to the file as they arrive, and return their sha256."""
     digest, waiting = hashlib.sha256(), bytearray()
     async for chunk in chunks:
         waiting += chunk
