@@ -301,6 +301,7 @@ def test_models_health_and_unknown_paths(endpoint: Endpoint, archive: Archive) -
     (model,) = endpoint.client.get("/v1/models").json()["models"]
     assert model["classes"] == sorted(set(archive.labels.values()))
     expected = {"task": "single", "num_frames": 8, "budget": 3, "mode": "both"}
+    expected |= {"clip_frames": 1}
     assert model | expected == model
     answer = endpoint.score(content=(archive.root / GOOD[0]).read_bytes())
     assert answer.json()["model"] == answer.headers["X-TSQ-Model"] == model["id"]
@@ -640,6 +641,7 @@ async def use_the_page(endpoint: Endpoint, videos: Path, folder: Path) -> None:
         await browser.until("document.getElementById('player').currentTime > 0")
         await browser.screenshot(folder / "page.png")
 
+        assert "k=" not in await browser.value("document.getElementById('curl').textContent")
         await set_value(browser, "k", "1", "change")
         await browser.until("document.querySelectorAll('#frames img').length === 1")
         assert "k=1" in await browser.value("document.getElementById('curl').textContent")

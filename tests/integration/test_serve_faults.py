@@ -182,6 +182,22 @@ def test_processes_are_killed_under_load(
 
 
 @pytest.mark.slow
+def test_a_killed_front_is_started_again(
+    bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path
+) -> None:
+    with serving(bundle, tmp_path) as endpoint:
+        (killed,) = endpoint.processes("haproxy")
+        os.kill(killed, signal.SIGKILL)
+        same_answer(endpoint.answers_again(content=data).json(), row)
+        assert killed not in endpoint.processes("haproxy")
+        endpoint.driver.process.send_signal(signal.SIGTERM)
+        ended = endpoint.driver.ended(END_S)
+        assert ended.code == 0, ended
+        assert "the HTTP front has ended (signal 9); starting it again" in ended.err
+        is_ended(endpoint)
+
+
+@pytest.mark.slow
 def test_a_killed_decoding_process_is_not_the_videos_fault(
     bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -252,6 +268,7 @@ class Stalling(http.server.BaseHTTPRequestHandler):
 def web(data: bytes) -> Iterator[str]:
     """A web server on loopback, at http://127.0.0.1:PORT."""
     Stalling.data = data
+    Stalling.released.clear()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stalling) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -318,6 +335,29 @@ def test_slow_and_odd_sources(
             answer = ask(name)
             assert (answer.status_code, answer.json()["error_type"]) == (status, error_type)
         assert endpoint.score(json={"uri": f"{web}/closed/secret"}).status_code == 403
+
+
+@pytest.mark.slow
+def test_more_stalling_sources_than_fetches_hold_up_no_upload(
+    bundle: str, data: bytes, row: dict[str, Any], web: str, tmp_path: Path
+) -> None:
+    settings = (
+        f'serve.allowed_uri_prefixes=["{web}/open"]',
+        "serve.fetch_timeout_s=20",
+        "serve.max_fetches=2",
+        "serve.decoder.max_ongoing_requests=2",
+        "serve.decoder.max_replicas=1",
+    )
+    with serving(bundle, tmp_path, *settings) as endpoint, ThreadPoolExecutor(8) as pool:
+        ask = {"json": {"uri": f"{web}/open/slow"}}
+        slow = [pool.submit(endpoint.score, **ask) for _ in range(8)]
+        time.sleep(2)
+        for _ in range(3):
+            same_answer(endpoint.score(content=data).json(), row)
+        assert not any(waiting.done() for waiting in slow), "the uploads waited for them"
+        Stalling.released.set()
+        for waiting in slow:
+            same_answer(waiting.result(ANSWER_S).json(), row)
 
 
 # ----------------------------------------------------------------------------- limits and the memory

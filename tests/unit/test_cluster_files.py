@@ -30,7 +30,7 @@ import yaml
 from jobs.run import arguments, attempts
 from tsq_ray import cli
 from tsq_ray.commands.jobs import READ
-from tsq_ray.config import Config, label_map, load_config, validate_config
+from tsq_ray.config import Config, ServeConfig, label_map, load_config, validate_config
 from tsq_ray.runtime.nodes import Cluster, Node
 from tsq_ray.runtime.placement import layout
 
@@ -463,6 +463,7 @@ def test_serve_config_parses() -> None:
     (application,) = config.applications
     assert application.import_path == "tsq_ray.serving.app:build"
     assert application.args.keys() == {"model"}
+    assert application.logging_config.encoding == "JSON"
     assert {deployment.name for deployment in application.deployments} == {
         "Ingress",
         "Decoder",
@@ -474,6 +475,9 @@ def test_serve_config_parses() -> None:
         assert scaling["min_replicas"] >= 1
         assert scaling["max_replicas"] > scaling["min_replicas"]
         assert scaling["target_ongoing_requests"] < deployment.max_ongoing_requests
+        if deployment.name == "Decoder":  # sources that stall leave uploads their room
+            decoding = deployment.max_ongoing_requests - ServeConfig().max_fetches
+            assert decoding >= 2 * ServeConfig().decoder_processes
     wrong = yaml.safe_load(text.replace("import_path", "import_pth"))
     with pytest.raises(ValueError, match="import_p"):
         ServeDeploySchema.model_validate(wrong)

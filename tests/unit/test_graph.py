@@ -17,6 +17,7 @@ from tsq_ray.decode import VideoSource
 from tsq_ray.rows import Answer
 from tsq_ray.serving import graph as module
 from tsq_ray.serving.graph import (
+    Busy,
     Graph,
     Handed,
     Lost,
@@ -95,8 +96,8 @@ def test_each_stage_gets_what_the_one_before_returned() -> None:
 
 @pytest.mark.parametrize(
     "lost",
-    [ActorDiedError(), Lost("ObjectLostError"), WrongVersion("two was asked for")],
-    ids=["dead", "lost", "version"],
+    [ActorDiedError(), Lost("ObjectLostError"), WrongVersion("two was asked for"), Busy("32")],
+    ids=["dead", "lost", "version", "busy"],
 )
 @pytest.mark.parametrize("name", ["decoder", "sampler", "recognizer"])
 def test_lost_work_is_repeated_from_the_start(name: str, lost: Exception) -> None:

@@ -62,6 +62,7 @@ INSIDE = {
             "batch_webhooks",
             "batches",
             "openapi",
+            "api",
             "ingress",
             "app",
             "replicas",
@@ -73,6 +74,8 @@ INSIDE = {
     "serving/requests": (
         *(
             "problems",
+            "shares",
+            "forms",
             "models",
             "uris",
             "tokens",
@@ -108,6 +111,7 @@ Only scoring drives serving's graph.
 """
 ALLOWED_STAGES = {("scoring", "serving")}
 RAY_AT_IMPORT = {
+    "serving/api.py",
     "serving/app.py",
     "serving/batches.py",
     "serving/deployments.py",

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import socket
+import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import IO
 
 import pytest
 
-from tsq_ray.errors import StorageError, VideoError
+from tsq_ray import storage
+from tsq_ray.errors import DiskFull, StorageError, VideoError
 from tsq_ray.serving.requests.fetching import Fetcher
 from tsq_ray.storage import StoredFile
 
@@ -23,8 +28,8 @@ BIG = bytes(8 * CHUNK)
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """/data, /endless (no length, never ends), /stalls, /silent, /slow, /trickle, /move,
-    /NUMBER for a status."""
+    """/data, /small (10 bytes), /endless (no length, never ends), /stalls, /silent, /slow,
+    /trickle, /move, /NUMBER for a status."""
 
     released = threading.Event()
 
@@ -42,7 +47,7 @@ class Web(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/data")
         elif what != "endless":
             size = len(BIG) if what in ("slow", "trickle") else len(DATA)
-            self.send_header("Content-Length", str(size))
+            self.send_header("Content-Length", str(10 if what == "small" else size))
         self.send_header("ETag", '"v1"')
         self.send_header("Last-Modified", "Thu, 26 Nov 2026 10:00:00 GMT")
         self.end_headers()
@@ -57,6 +62,8 @@ class Web(http.server.BaseHTTPRequestHandler):
                 for start in range(0, len(BIG), CHUNK):
                     self.wfile.write(BIG[start : start + (CHUNK if what == "slow" else 10)])
                     self.released.wait(0.3)
+            if what == "small":
+                self.wfile.write(DATA[:10])
             if what == "data":
                 self.wfile.write(DATA)
         except OSError:  # the client has gone away
@@ -177,6 +184,49 @@ def test_a_host_that_does_not_answer() -> None:
     with pytest.raises(StorageError, match="no connection") as caught:
         asyncio.run(fetch("http://127.0.0.1:9/data", ("http://127.0.0.1:9/",)))
     assert caught.value.error_type == "unavailable"
+
+
+def test_a_full_disk_is_told_once(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux's device that has no room for a single byte."""
+
+    def full(prefix: str, buffering: int = -1) -> IO[bytes]:
+        return open("/dev/full", "wb", buffering=buffering)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    prefix = f"http://127.0.0.1:{port}/open"
+    with pytest.raises(DiskFull, match="the disk is full"):
+        asyncio.run(fetch(f"{prefix}/small", (prefix,)))
+
+
+@pytest.mark.parametrize("uri", ["http://away-{}.example/a.mp4", "/mnt/away/{}.mp4"])
+def test_what_hangs_keeps_no_thread_of_the_others(
+    uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that no server answers for, and a mount that is away."""
+    back = threading.Event()
+
+    def hang(*_: object, **__: object) -> object:
+        back.wait(60)
+        raise OSError("away")
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    monkeypatch.setattr(storage, "stat", hang)
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        fetcher = Fetcher(("http://", "/mnt/away"), 3, 2**20, 8)
+        waiting = [
+            asyncio.create_task(fetcher.fetched(uri.format(number)).__aenter__())
+            for number in range(6)
+        ]
+        await asyncio.sleep(0.2)
+        assert await asyncio.wait_for(asyncio.to_thread(lambda: "put"), 2) == "put"
+        for result in await asyncio.gather(*waiting, return_exceptions=True):
+            assert isinstance(result, VideoError)
+            assert result.error_type == "timeout"
+        back.set()
+
+    asyncio.run(run())
 
 
 def test_special_files_are_no_videos(tmp_path: Path) -> None:

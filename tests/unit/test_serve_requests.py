@@ -5,25 +5,40 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from starlette.requests import Request
 
 from tsq_ray.config import ServeConfig, load_config
 from tsq_ray.errors import ConfigError, DecoderKilled, DiskFull, VideoError
 from tsq_ray.schema import PREDICTIONS, SERVER
+from tsq_ray.serving import facts
+from tsq_ray.serving.openapi import SCORE
+from tsq_ray.serving.requests import parse
 from tsq_ray.serving.requests.admission import Admission
-from tsq_ray.serving.requests.models import OMITTED, Options, Prediction, UriRequest
+from tsq_ray.serving.requests.models import (
+    OMITTED,
+    BatchLine,
+    BatchRequest,
+    Options,
+    Prediction,
+    Problem,
+    UriRequest,
+)
 from tsq_ray.serving.requests.parse import asked, parsed
 from tsq_ray.serving.requests.problems import RequestError, problem
+from tsq_ray.serving.requests.shares import Places, Share
 from tsq_ray.serving.requests.tokens import Access, new_token, read_tokens
-from tsq_ray.serving.requests.uploads import ByteBudget, LimitedBody
+from tsq_ray.serving.requests.uploads import LimitedBody
 from tsq_ray.serving.requests.uris import check_uri, may_ask, named_hosts, shown
 
 pytestmark = pytest.mark.ray
@@ -221,7 +236,7 @@ def test_a_body_of_the_limit_passes() -> None:
 
 @pytest.mark.parametrize("announced", [True, False])
 def test_the_bytes_in_hand_are_limited(announced: bool) -> None:
-    budget = ByteBudget(150)
+    budget = Places(150)
     headers = {"content_length": "100"} if announced else {}
     first = LimitedBody(request_of([b"x" * 100], **headers)[0], 100, budget)
     ended(first.request.body())
@@ -231,6 +246,56 @@ def test_the_bytes_in_hand_are_limited(announced: bool) -> None:
     assert (refused.status, refused.retry_after_s) == (503, 5)
     first.give_back()
     assert budget.used == 0
+
+
+def test_bytes_that_are_announced_only_keep_nobody_away() -> None:
+    budget = Places(150)
+    announced = [LimitedBody(request_of([b"x"], content_length="100")[0], 100, budget)] * 4
+    assert budget.used == 0
+    body = LimitedBody(request_of([b"x" * 100], content_length="100")[0], 100, budget)
+    assert len(ended(body.request.body())) == 100
+    assert announced
+
+
+def test_a_client_has_its_share_of_the_bytes() -> None:
+    budget = Places(150, least=80)
+
+    def body(share: Share) -> LimitedBody:
+        return LimitedBody(request_of([b"x" * 50], content_length="50")[0], 100, budget, share)
+
+    ended(body(Share("a", 0.1)).request.body())
+    refused = refusal(lambda: body(Share("a", 0.1)))
+    assert "uploads of 50 bytes are in hand and the limit is 80" in str(refused)
+    ended(body(Share("b", 0.5)).request.body())
+    refused = refusal(lambda: body(Share("c", 0.5)) and body(Share("b", 0.5)))
+    assert "uploads of 50 bytes are in hand and the limit is 80" in str(refused)
+
+
+def test_a_mount_that_is_away_holds_up_no_upload(
+    node: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    back = threading.Event()
+
+    def check(*_: object) -> str:
+        back.wait(60)
+        return "/mnt/a.mp4"
+
+    monkeypatch.setattr(parse, "check_uri", check)
+
+    async def ask_uri() -> None:
+        async with read([b'{"uri": "/mnt/a.mp4"}'], content_type="application/json") as found:
+            assert found.source.uri == "/mnt/a.mp4"
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        waiting = [asyncio.create_task(ask_uri()) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        async with asyncio.timeout(5), read([b"video"], content_type="video/mp4"):
+            assert not any(task.done() for task in waiting)
+        back.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(run())
 
 
 def form_body(name: str, content: bytes) -> bytes:
@@ -251,10 +316,10 @@ def node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def read(
-    parts: Sequence[bytes], budget: ByteBudget | None = None, query: str = "", **headers: str
+    parts: Sequence[bytes], budget: Places | None = None, query: str = "", **headers: str
 ) -> AsyncIterator[Any]:
     request, _ = request_of(parts, query, **headers)
-    async with asked(request, ServeConfig(), budget or ByteBudget(2**20)) as found:
+    async with asked(request, ServeConfig(), budget or Places(2**20)) as found:
         yield found
 
 
@@ -273,7 +338,7 @@ async def read(
 def test_an_upload_becomes_a_file(
     parts: list[bytes], headers: dict[str, str], uri: str, node: None
 ) -> None:
-    budget = ByteBudget(2**20)
+    budget = Places(2**20)
 
     async def check() -> None:
         async with read(parts, budget, **headers) as found:
@@ -293,6 +358,14 @@ def test_an_upload_becomes_a_file(
     [
         ([b""], {}, 400, "the file is empty"),
         ([form_body("video", b"x")], {"content_type": FORM}, 400, "the form has no `file`"),
+        ([form_body("file", b"x")[:-20]], {"content_type": FORM}, 400, "the form has no `file`"),
+        ([b"no form"], {"content_type": FORM}, 400, "the form cannot be read"),
+        (
+            [form_body("file", b"x")[:-9] + b"--cut" + form_body("file", b"y")[5:]],
+            {"content_type": FORM},
+            400,
+            "the form has two files",
+        ),
         ([b"x"], {"content_type": "multipart/form-data"}, 400, "boundary"),
         ([b"x"], {"content_type": "text/plain"}, 415, "Content-Type 'text/plain'"),
         (
@@ -317,18 +390,23 @@ def test_a_body_that_is_refused(
     assert message in str(refused)
 
 
-def test_a_full_disk_is_507(node: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", [False, True])
+def test_a_full_disk_is_507(form: bool, node: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux's device that has no room for a single byte."""
     from tsq_ray.serving.requests import uploads
 
     monkeypatch.setattr(uploads, "_unnamed", partial(open, "/dev/full", "wb", buffering=0))
 
     async def run() -> None:
-        async with read([b"x" * 10]):
+        async with read(
+            [form_body("file", b"x" * 10)] if form else [b"x" * 10],
+            content_type=FORM if form else "video/mp4",
+        ):
             raise AssertionError("the request passed")
 
     refused = refusal(lambda: asyncio.run(run()))
     assert (refused.status, refused.error_type) == (507, "unavailable")
+    assert refused.retry_after_s == 30
 
 
 @pytest.mark.parametrize(
@@ -376,6 +454,17 @@ def test_the_answer_has_the_columns_of_predictions() -> None:
             assert documented[column.name]["description"].startswith(column.doc)
 
 
+@pytest.mark.parametrize("model", [Prediction, Problem, UriRequest, BatchRequest, BatchLine])
+def test_the_document_has_an_example_of_each(model: type[BaseModel]) -> None:
+    (example,) = model.model_json_schema()["examples"]
+    assert model.model_validate(example).model_dump(mode="json").items() >= example.items()
+
+
+def test_the_document_tells_of_the_header_prefer() -> None:
+    headers = [one["name"] for one in SCORE["openapi_extra"]["parameters"] if one["in"] == "header"]
+    assert headers == ["Prefer"]
+
+
 @pytest.mark.parametrize(
     ("failure", "status", "retry"),
     [
@@ -385,7 +474,7 @@ def test_the_answer_has_the_columns_of_predictions() -> None:
         (VideoError("unavailable", "storage"), 503, "5"),
         (VideoError("decoder_crash", "SIGSEGV"), 422, None),
         (DecoderKilled("decoder_crash", "SIGKILL"), 503, "5"),
-        (DiskFull("unavailable", "full"), 507, None),
+        (DiskFull("unavailable", "full"), 507, "30"),
         (VideoError("timeout", "late"), 504, None),
         (VideoError("too_large", "huge"), 413, None),
     ],
@@ -439,11 +528,33 @@ def test_one_slow_video_does_not_close_the_door(monkeypatch: pytest.MonkeyPatch)
     assert admission.pace_s == 0.5
 
 
+A, B = Share("a", 0.5), Share("b", 0.5)
+
+
+def test_a_share_is_one_of_what_can_be_answered_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    admission = Admission(256, 10)
+    with admission.admitted(), admission.measured():
+        now[0] += 0.5  # 14 requests in 0.7 x 10 s
+    small = Share("small", 0.1)
+    with admission.admitted(small):
+        refused = refusal(lambda: admission.admitted(small).__enter__())
+        assert (refused.status, refused.retry_after_s) == (429, 1)
+        assert "1 requests are in hand" in str(refused)
+        with contextlib.ExitStack() as stack:
+            for _ in range(7):
+                stack.enter_context(admission.admitted(A))
+            assert refusal(lambda: admission.admitted(A).__enter__()).status == 429
+            with admission.admitted(B):
+                assert admission.in_hand == 9
+
+
 def test_a_client_has_its_share() -> None:
     admission = Admission(4, 60)
-    with admission.admitted("a", 0.5), admission.admitted("a", 0.5):
-        assert refusal(lambda: admission.admitted("a", 0.5).__enter__()).status == 429
-        with admission.admitted("b", 0.5):
+    with admission.admitted(A), admission.admitted(A):
+        assert refusal(lambda: admission.admitted(A).__enter__()).status == 429
+        with admission.admitted(B):
             assert admission.in_hand == 3
 
 
@@ -452,6 +563,47 @@ def test_an_ending_endpoint_refuses() -> None:
     admission.draining = True
     refused = refusal(lambda: admission.admitted().__enter__())
     assert (refused.status, refused.retry_after_s) == (503, 5)
+
+
+def test_a_request_of_any_kind_is_waited_for_unless_it_came_too_late() -> None:
+    admission = Admission(4, 60)
+    with admission.answering():
+        admission.draining = True
+        with admission.answering():
+            assert admission.unanswered == 1
+    assert admission.unanswered == 0
+
+
+def test_an_end_is_seen_after_a_look_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, reports = iter([ConnectionError("the store is away"), False, True]), []
+
+    def look(app: str) -> bool:
+        found = next(looks)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def report(*told: Any) -> None:
+        reports.append(told)
+        if len(reports) == 1:
+            raise ConnectionError("the store is away")
+
+    monkeypatch.setattr(facts, "is_asked_to_end", look)
+    monkeypatch.setattr(facts, "report_in_hand", report)
+    monkeypatch.setattr(facts, "_WATCH_S", 0.01)
+    monkeypatch.setattr(facts, "_POLL_S", 0.01)
+    admission = Admission(4, 60)
+
+    async def run() -> None:
+        with admission.answering():
+            watching = asyncio.create_task(facts.watch("app", "replica", admission))
+            while len(reports) < 2:
+                assert not watching.done(), watching
+                await asyncio.sleep(0.01)
+            watching.cancel()
+
+    ended(asyncio.wait_for(run(), 10))
+    assert reports == [("app", "replica", 1)] * 2
 
 
 # ------------------------------------------------------------------------------------------- tokens
@@ -493,21 +645,32 @@ def test_a_rate_is_kept(tokens: tuple[Path, str, str]) -> None:
     path, first, second = tokens
     access = Access(None, str(path))
     mine = access.client(first)
-    headers = access.spend(mine)
+    headers, refused = access.spend(mine)
     assert (headers["RateLimit-Limit"], headers["RateLimit-Remaining"]) == ("2", "1")
+    assert refused is None
     access.spend(mine)
-    refused = refusal(lambda: access.spend(mine))
+    headers, refused = access.spend(mine)
+    assert refused is not None
     assert refused.status == 429
     assert 0 < (refused.retry_after_s or 0) <= 60
-    assert access.spend(access.client(second)) == {}, "no rate, no limit"
+    assert headers["RateLimit-Remaining"] == "0"
+    assert 0 < int(headers["RateLimit-Reset"]) <= 60
+    assert access.spend(access.client(second)) == ({}, None), "no rate, no limit"
 
 
-def test_replicas_share_a_rate(tokens: tuple[Path, str, str]) -> None:
+@pytest.mark.parametrize(
+    ("replicas", "passed", "per_s"), [(1, 2, 60), (2, 1, 60), (3, 1, 120), (4, 1, 120), (5, 1, 180)]
+)
+def test_replicas_share_a_rate(
+    tokens: tuple[Path, str, str], replicas: int, passed: int, per_s: int
+) -> None:
+    """Of 2 a minute; all of them together never grant more than that on average."""
     path, first, _ = tokens
-    access = Access(None, str(path), replicas=2)
+    access = Access(None, str(path), replicas)
     mine = access.client(first)
-    assert access.spend(mine)["RateLimit-Remaining"] == "0"
-    assert refusal(lambda: access.spend(mine)).status == 429
+    spent = [access.spend(mine) for _ in range(4)]
+    assert [refused is None for _, refused in spent] == [True] * passed + [False] * (4 - passed)
+    assert per_s - 5 < int(spent[-1][0]["RateLimit-Reset"]) <= per_s
 
 
 def test_one_token_of_the_environment_and_none() -> None:

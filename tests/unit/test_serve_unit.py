@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,8 +107,18 @@ def test_check_binding() -> None:
         ),
         ("", {"anonymous": False}, "no token"),
         (" ", {"anonymous": "no"}, "no token"),
-        ("t", {"model": None}, "args.model is missing"),
-        ("t", {"modle": "x"}, "unknown args key 'modle'; allowed: model, settings, anonymous"),
+        (
+            "t",
+            {"model": None},
+            r"args\.model: Input should be a valid string, got None; allowed: model: the bundle",
+        ),
+        (
+            "t",
+            {"modle": "x"},
+            r"args\.modle: Extra inputs are not permitted, got 'x'; allowed: model: the bundle",
+        ),
+        ("t", {"anonymous": "perhaps"}, r"args\.anonymous: Input should be a valid boolean"),
+        (None, {"settings": ["serve"]}, r"args\.settings: Input should be a valid dictionary"),
         ("t", {"model": "/nowhere/bundle"}, "/nowhere/bundle: has no bundle.json"),
         ("t", {"settings": {"sampler": {"budget": 9}}}, r"sampler.budget \(K\) is 9, above"),
         (
@@ -172,6 +183,63 @@ def test_relative_paths_are_resolved_where_the_endpoint_is_deployed(
             "s3://bucket/videos",
             "https://",
         )
+
+
+def test_sources_that_stall_leave_uploads_their_room(
+    bundle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tsq_ray.serving import app
+
+    found: dict[str, int] = {}
+    bind = app.bind_graph
+
+    def see(model: str, config: Any, placed: Any, ongoing: Any) -> Any:
+        found.update(ongoing)
+        return bind(model, config, placed, ongoing)
+
+    monkeypatch.setattr(app, "bind_graph", see)
+    settings = {"serve": {"max_fetches": 7, "decoder": {"max_ongoing_requests": 5}}}
+    app.build({"model": bundle, "anonymous": True, "settings": settings})
+    assert found == {"decoder": 12, "sampler": 32, "recognizer": 32}
+
+
+# ---------------------------------------------------------------------------------- what is logged
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v1/nothing", 404),
+        ("DELETE", "/v1/score", 405),
+        ("GET", "/v1/batches?limit=x", 400),
+    ],
+)
+def test_a_request_that_reaches_nothing_is_logged_and_counted(
+    method: str,
+    path: str,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from ray import serve
+    from starlette.testclient import TestClient
+
+    from tsq_ray.serving.api import api
+    from tsq_ray.serving.app import Ingress
+
+    counted: list[Any] = []
+    ingress = Ingress.func_or_class.__new__(Ingress.func_or_class)
+    ingress.metrics = SimpleNamespace(answered=lambda *told: counted.append(told))
+    monkeypatch.setattr(
+        serve, "get_replica_context", lambda: SimpleNamespace(servable_object=ingress)
+    )
+    answer = TestClient(api).request(method, path, headers={"x-request-id": "id-1"})
+    assert (answer.status_code, answer.json()["status"]) == (status, status)
+    assert counted == [(status, None, 0.0)]
+    (logged,) = (vars(record) for record in caplog.records if record.msg == "answered")
+    assert logged["request_id"] == "id-1"
+    assert (logged["path"], logged["status"]) == (path.partition("?")[0], status)
 
 
 # ------------------------------------------------------------------------------- replicas, settings

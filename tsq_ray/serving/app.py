@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 
 from tsq_ray import storage
@@ -60,6 +61,8 @@ def application(model: str, config: Config, placed: Layout, token: str | None) -
     settings = _with_absolute_paths(config.serve)
     config = config.model_copy(update={"serve": settings})
     ongoing = {name: getattr(settings, name).max_ongoing_requests for name in STAGES}
+    # so that sources which stall leave uploads their room
+    ongoing["decoder"] += settings.max_fetches
     decoder, sampler, recognizer = bind_graph(model, config, placed, ongoing)
     most = _REFUSALS_AHEAD * settings.max_queued_requests
     options = deployment_options(placed["ingress"], most, config)
@@ -88,24 +91,41 @@ def _with_absolute_paths(settings: ServeConfig) -> ServeConfig:
     )
 
 
+class EndpointArgs(BaseModel):
+    """The `args` of a Serve config file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1, description="the bundle's URI")
+    settings: dict[str, Any] | None = Field(default=None, description="nested, as in a TOML file")
+    anonymous: bool = Field(default=False, description="true or false")
+
+
+_FIELDS = EndpointArgs.model_fields
+
+
 def build(args: Mapping[str, Any]) -> Any:
     """Build the application for a Serve config file.
 
-    `args`: model (bundle URI), settings (nested, optional), anonymous (default false). Raises
-    ConfigError if no token is set (environment variable TSQ_TOKEN, or `serve.tokens_file`) and
-    anonymous is not true.
+    `args`: see EndpointArgs. Raises ConfigError for others, and if no token is set (environment
+    variable TSQ_TOKEN, or `serve.tokens_file`) and `anonymous` is not true.
     """
-    unknown = sorted(set(args) - {"model", "settings", "anonymous"})
-    if unknown:
-        raise ConfigError(f"unknown args key {unknown[0]!r}; allowed: model, settings, anonymous")
-    model = args.get("model")
-    if not model:
-        raise ConfigError("args.model is missing: set it to the bundle's URI")
-    anonymous = str(args.get("anonymous", False)).lower() in ("1", "true", "yes")
-    token = read_token()
     try:
-        config = scoring_config(model, settings=args.get("settings"))
-        if token is None and not config.serve.tokens_file and not anonymous:
+        given = EndpointArgs.model_validate(dict(args))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        got = (
+            ""
+            if first["type"] == "missing"
+            else f", got {storage.redact(repr(first['input']))[:100]}"
+        )
+        where = ".".join(map(str, first["loc"]))
+        allowed = "; ".join(f"{name}: {what.description}" for name, what in _FIELDS.items())
+        raise ConfigError(f"args.{where}: {first['msg']}{got}; allowed: {allowed}") from None
+    model, token = given.model, read_token()
+    try:
+        config = scoring_config(model, settings=given.settings)
+        if token is None and not config.serve.tokens_file and not given.anonymous:
             raise ConfigError(
                 f"no token: set the environment variable {TOKEN_VARIABLE} or serve.tokens_file, "
                 "or args.anonymous = true behind a gateway that checks requests"

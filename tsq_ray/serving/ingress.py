@@ -10,12 +10,10 @@ A prediction is answered as JSON, anything else as problem details.
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
@@ -31,6 +29,7 @@ from tsq_ray.errors import StorageError
 from tsq_ray.rows import plain_row
 from tsq_ray.runtime import cluster
 from tsq_ray.serving import facts
+from tsq_ray.serving.api import api, internal, request_id
 from tsq_ray.serving.graph import STAGES, Graph, TimeLimits, Video, model_of
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import IngressMetrics
@@ -55,56 +54,26 @@ from tsq_ray.serving.requests.models import (
 )
 from tsq_ray.serving.requests.parse import Asked, asked, asked_batch
 from tsq_ray.serving.requests.problems import RequestError, problem
-from tsq_ray.serving.requests.tokens import Access, Token
-from tsq_ray.serving.requests.uploads import ByteBudget
+from tsq_ray.serving.requests.shares import Places
+from tsq_ray.serving.requests.tokens import AboveRate, Access, Token
 
 _log = logging.getLogger("ray.serve")
 _PING_S, _READY_S = 5.0, 30.0
 MODEL_HEADER = "X-TSQ-Model"
 
-api = FastAPI(title="tsq_ray", docs_url=None, redoc_url=None, openapi_url=None)
-api.router.redirect_slashes = False
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 Work = Callable[[Request, Token, dict[str, Any]], Awaitable[Response]]
 
 
-def request_id(request: Request) -> str:
-    """Return the id that Serve gave the request or took from its header x-request-id."""
-    context = serve.context._get_serve_request_context()
-    return context.request_id or request.headers.get("x-request-id") or uuid.uuid4().hex
-
-
-@api.exception_handler(HTTPException)
-async def _refuse_http(request: Request, error: HTTPException) -> Response:
-    known = "; see /openapi.json" if error.status_code in (404, 405) else ""
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}{known}"
-    refused = RequestError(error.status_code, message)
-    return problem(refused, request_id(request), dict(error.headers or {}))
-
-
-@api.exception_handler(RequestValidationError)
-async def _refuse_parameters(request: Request, error: RequestValidationError) -> Response:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"][1:]) or "the request"
-    return problem(RequestError(400, f"{where}: {first['msg']}"), request_id(request))
-
-
-@api.exception_handler(RequestError)
-async def _refuse(request: Request, error: RequestError) -> Response:
-    return problem(error, request_id(request))
-
-
-@api.exception_handler(Exception)
-async def _fail(request: Request, error: Exception) -> Response:
-    return problem(_internal(error), request_id(request))
+def _most_replicas() -> int:
+    """Return how many replicas of this deployment there may be, as it is deployed."""
+    deployed = serve.get_replica_context()._deployment_config
+    scaling = deployed.autoscaling_config
+    return int(scaling.max_replicas if scaling is not None else deployed.num_replicas or 1)
 
 
 def _json(content: BaseModel) -> JSONResponse:
     return JSONResponse(content.model_dump(mode="json"))
-
-
-def _internal(error: Exception) -> RequestError:
-    return RequestError(500, f"{type(error).__name__} in the endpoint; see its log", "internal")
 
 
 @serve.deployment
@@ -125,12 +94,12 @@ class Ingress:
         bind_to_loopback()
         self.batches = batches
         settings = self.settings = config.serve
-        self.access = Access(token, settings.tokens_file, settings.ingress.max_replicas)
+        self.access = Access(token, settings.tokens_file, _most_replicas())
         self.admission = Admission(settings.max_queued_requests, settings.request_timeout_s)
-        self.budget = ByteBudget(int(settings.max_upload_total_mb * 2**20))
+        one, all_of_them = settings.max_upload_mb * 2**20, settings.max_upload_total_mb * 2**20
+        self.budget = Places(int(all_of_them), least=int(one))
         self.graph = Graph(decoder, sampler, recognizer, TimeLimits.of(config))
         content, digest = read_bundle_settings(model)
-        self.clip_frames = config.recognizer.clip_frames
         self.card = ModelCard(
             id=digest,
             task=content["task"],
@@ -138,6 +107,7 @@ class Ingress:
             num_frames=config.decode.num_frames,
             budget=config.sampler.budget,
             mode=config.sampler.mode,
+            clip_frames=config.recognizer.clip_frames,
         )
         self.metrics = IngressMetrics(self.card.model_dump())
         self.tasks = [asyncio.create_task(work) for work in (self._watch(), self._ping())]
@@ -267,21 +237,37 @@ class Ingress:
         self, request: Request, given: HTTPAuthorizationCredentials | None, work: Work
     ) -> Response:
         """Do the work of a request with a valid token; turn errors into answers; log and count."""
-        started, headers = time.monotonic(), {}
+        started = time.monotonic()
+        headers: dict[str, str] = {}
         record: dict[str, Any] = {"request_id": request_id(request), "path": request.url.path}
         error: RequestError | None = None
         try:
             token = self.access.client(given.credentials if given else None)
             record["token"] = token.name
-            headers = self.access.spend(token)
-            response = await work(request, token, record)
+            headers, refused = self.access.spend(token)
+            if refused is not None:
+                raise refused
+            with self.admission.answering():
+                response = await work(request, token, record)
             response.headers.update(headers)
         except Exception as raised:  # noqa: BLE001  the client must get an answer
             error = await self._error(raised)
             response = problem(error, record["request_id"], headers)
-        seconds = time.monotonic() - started
+        return self.told(record, response, error, time.monotonic() - started)
+
+    def told(
+        self,
+        record: dict[str, Any],
+        response: Response,
+        error: RequestError | None,
+        seconds: float = 0.0,
+    ) -> Response:
+        """Log and count an answer."""
         error_type = error.error_type if error is not None else None
-        self.metrics.answered(response.status_code, error_type, seconds)
+        if isinstance(error, AboveRate):
+            error_type = "rate"
+        if record["path"].startswith("/v1/"):
+            self.metrics.answered(response.status_code, error_type, seconds)
         record |= {"status": response.status_code, "seconds": round(seconds, 4)}
         record |= {"error_type": error_type} if error_type else {}
         _log.info("answered", extra=record)
@@ -300,21 +286,23 @@ class Ingress:
         if isinstance(raised, ClientDisconnect):
             return RequestError(400, "the client closed the connection")
         _log.error("a request failed: %s", storage.redact(str(raised)))
-        return _internal(raised)
+        return internal(raised)
 
     async def _score(self, request: Request, token: Token, record: dict[str, Any]) -> Response:
-        if self._is_for_later(request):
-            return await self._score_later(request)
-        with self.admission.admitted(token.name, token.share):
+        if self._is_preferred_later(request) or self._is_too_late(request):
+            return await self._score_later(request, token)
+        with self.admission.admitted(token.holds):
             async with (
                 asyncio.timeout(self.settings.request_timeout_s),
-                asked(request, self.settings, self.budget) as wanted,
+                asked(request, self.settings, self.budget, token.holds) as wanted,
             ):
                 record["video_id"] = wanted.video_id
+                if wanted.upload is not None:
+                    record["size_bytes"] = wanted.upload.size_bytes
                 self._check(wanted)
                 started = time.monotonic()
                 with self.admission.measured():
-                    row, version = await self._row(wanted)
+                    row, version = await self._row(wanted, token)
                 seconds = time.monotonic() - started
         record |= {
             name: row[name] for name in ("size_bytes", "decode_ms", "sample_ms", "recognize_ms")
@@ -322,22 +310,27 @@ class Ingress:
         self.metrics.scored(row, seconds)
         return JSONResponse(row, headers={MODEL_HEADER: version})
 
-    def _is_for_later(self, request: Request) -> bool:
-        """Whether to answer with a batch: the client asks for it, or the answer would be late."""
-        if "respond-async" in request.headers.get("prefer", "").lower():
-            return True
+    @staticmethod
+    def _is_preferred_later(request: Request) -> bool:
+        """Whether the client asks for a batch instead of a prediction."""
+        return "respond-async" in request.headers.get("prefer", "").lower()
+
+    def _is_too_late(self, request: Request) -> bool:
+        """Whether the prediction would be late, and the request can become a batch instead."""
         is_json = request.headers.get("content-type", "").startswith("application/json")
         return is_json and self.batches is not None and self.admission.late_s > 0
 
-    async def _score_later(self, request: Request) -> Response:
+    async def _score_later(self, request: Request, token: Token) -> Response:
         """Make a batch of one and return it, with status 202."""
         batches = self._batches()
         self.admission.check_open()
-        async with asked(request, self.settings, self.budget) as wanted:
+        async with asked(request, self.settings, self.budget, token.holds) as wanted:
             if wanted.upload is not None:
                 raise RequestError(400, "respond-async needs a uri: an upload is not kept")
             if wanted.options.model_fields_set - {"uri"}:
-                self.admission.check_in_time()  # without a preference: too late, which is no fault
+                if not self._is_preferred_later(request):  # too late, which is not its fault
+                    why = "the requests in hand take too long; try again later"
+                    raise RequestError(429, why, retry_after_s=max(1.0, self.admission.late_s))
                 raise RequestError(400, "respond-async takes no options besides the uri")
             line = BatchLine(custom_id=wanted.video_id, uri=wanted.source.uri)
         batch = await batches.create.remote(None, [line], None)
@@ -352,11 +345,11 @@ class Ingress:
         ):
             if given is not None and given > most and name in options.model_fields_set:
                 raise RequestError(400, f"{name}: {given} is above {most}, the most that there are")
-        if options.k is not None and options.k % self.clip_frames:
-            clip = f"the recogniser takes clips of {self.clip_frames} frames"
+        if options.k is not None and options.k % card.clip_frames:
+            clip = f"the recogniser takes clips of {card.clip_frames} frames"
             raise RequestError(400, f"k: {options.k} is not a multiple; {clip}")
 
-    async def _row(self, wanted: Asked) -> tuple[dict[str, Any], str]:
+    async def _row(self, wanted: Asked, token: Token) -> tuple[dict[str, Any], str]:
         options = wanted.options
         answer = await self.graph.score(
             Video(
@@ -366,6 +359,7 @@ class Ingress:
                 options.k,
                 options.top,
                 options.frames,
+                share=token.holds,
             )
         )
         identity = wanted.identity

@@ -98,6 +98,13 @@ def _query_parameters(model: type[BaseModel], where: str) -> list[dict[str, Any]
     ]
 
 
+_PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": "`respond-async`: answer 202 with a batch of this one `uri`, without options",
+    "schema": {"type": "string", "examples": ["respond-async"]},
+}
 SCORE: dict[str, Any] = {
     "response_model": Prediction,
     "responses": {
@@ -109,7 +116,7 @@ SCORE: dict[str, Any] = {
         **PROBLEMS,
     },
     "openapi_extra": {
-        "parameters": _query_parameters(Options, "uploads"),
+        "parameters": [*_query_parameters(Options, "uploads"), _PREFER],
         "requestBody": {
             "required": True,
             "content": {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 
 from tsq_ray.serving.requests.problems import RequestError
+from tsq_ray.serving.requests.shares import WHOLE, Places, Share
 
 _RECENT = 32
 """Requests that the pace is measured on."""
@@ -25,11 +26,15 @@ class Admission:
     """
 
     def __init__(self, limit: int, timeout_s: float) -> None:
-        self._limit, self._timeout_s = limit, timeout_s
+        self._places, self._timeout_s = Places(limit), timeout_s
         self._paces: deque[float] = deque(maxlen=_RECENT)
-        self._by_client: Counter[str] = Counter()
-        self.in_hand = 0
+        self.unanswered = 0
         self.draining = False
+
+    @property
+    def in_hand(self) -> int:
+        """The requests that are being answered."""
+        return self._places.used
 
     @property
     def pace_s(self) -> float:
@@ -44,28 +49,35 @@ class Admission:
     @property
     def late_s(self) -> float:
         """By how many seconds one more request would be too late; not above 0 if it would not."""
-        allowed_s = self._timeout_s * _SAFETY
-        return self.expected_wait_s + self.pace_s - allowed_s if self.in_hand else 0.0
+        return self.expected_wait_s + self.pace_s - self._allowed_s if self.in_hand else 0.0
+
+    @property
+    def _allowed_s(self) -> float:
+        return self._timeout_s * _SAFETY
 
     @contextlib.contextmanager
-    def admitted(self, client: str = "", share: float = 1.0) -> Iterator[None]:
+    def admitted(self, share: Share = WHOLE) -> Iterator[None]:
         """Count a request for the duration of the `with`.
 
-        `share`: the part of the places that `client` may hold. Raises RequestError: 503 if the
-        endpoint is ending, 429 if too many requests are in hand or it would be answered too late.
+        `share`: the client and its part of the requests that can be answered in time. Raises
+        RequestError: 503 if the endpoint is ending, 429 if too many requests are in hand or it
+        would be answered too late.
         """
         self.check_open()
         self.check_in_time()
-        self._check_places(client, share)
-        self.in_hand += 1
-        self._by_client[client] += 1
+        self._check_places(share)
+        with self._places.held(share):
+            yield
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request of any kind that came before the endpoint was told to end."""
+        counted = not self.draining
+        self.unanswered += counted
         try:
             yield
         finally:
-            self.in_hand -= 1
-            self._by_client[client] -= 1
-            if not self._by_client[client]:
-                del self._by_client[client]
+            self.unanswered -= counted
 
     def check_open(self) -> None:
         """Raise RequestError 503 if the endpoint is ending."""
@@ -82,9 +94,10 @@ class Admission:
                 retry_after_s=self.late_s,
             )
 
-    def _check_places(self, client: str, share: float) -> None:
-        if self.in_hand >= self._limit or self._by_client[client] >= max(1, self._limit * share):
-            mine = self._by_client[client] if share < 1 else self.in_hand
+    def _check_places(self, share: Share) -> None:
+        in_time = self._allowed_s / self.pace_s if self.pace_s else None
+        if not self._places.has_room(share, limit=in_time):
+            mine = self._places.used_by(share.client) if share.part < 1 else self.in_hand
             raise RequestError(
                 429,
                 f"{mine} requests are in hand, which is the limit; try again later",

@@ -8,9 +8,11 @@ import os
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import IO, Any
 
 import aiohttp
@@ -19,6 +21,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from tsq_ray import storage
 from tsq_ray.config import Config
 from tsq_ray.errors import StorageError, VideoError
+from tsq_ray.serving.requests.uploads import write_all
 from tsq_ray.serving.requests.uris import WEB, may_ask, named_hosts
 from tsq_ray.storage import StoredFile
 
@@ -27,6 +30,7 @@ _CONNECT_S = 10.0
 _SLOWEST_BYTES_S = 256 * 1024
 """Rate below which a patient fetch gives up, so that no server holds a place forever."""
 _LOOK_S = 0.5
+_NAMES_AT_A_TIME = 32
 _TYPE_OF = {401: "access_denied", 403: "access_denied", 404: "not_found", 410: "not_found"}
 _ADVICE = {
     "access_denied": "the server refuses access; a presigned URL may have expired",
@@ -52,6 +56,7 @@ class Fetcher:
         self._timeout_s, self._max_bytes = timeout_s, max_bytes
         self._places = asyncio.Semaphore(places)
         self._web: aiohttp.ClientSession | None = None
+        self._paths = ThreadPoolExecutor(places, "tsq-paths")
 
     @contextlib.asynccontextmanager
     async def fetched(self, uri: str, patient: bool = False) -> AsyncIterator[Fetched]:
@@ -60,7 +65,7 @@ class Fetcher:
         `patient`: wait for a big file as long as it keeps coming. Raises StorageError, and
         VideoError: too_large, or timeout after the limit.
         """
-        with tempfile.TemporaryFile(prefix="tsq-fetch-") as file:
+        with tempfile.TemporaryFile(prefix="tsq-fetch-", buffering=0) as file:
             async with self._limited(uri, file if patient else None):
                 found = await self._fetch(uri, file)
             yield found
@@ -72,7 +77,7 @@ class Fetcher:
         """
         async with self._limited(uri):
             if storage.is_local(uri):
-                return await asyncio.to_thread(storage.stat, uri)
+                return await self._stat(uri)
             if not uri.startswith(WEB):
                 return await storage.look_up(uri)
             # not HEAD, which a presigned URL refuses
@@ -93,9 +98,12 @@ class Fetcher:
                 why += f" or at {_SLOWEST_BYTES_S // 1024} KiB/s" if growing is not None else ""
                 raise VideoError("timeout", f"{storage.redact(uri)}: {why}") from None
 
+    async def _stat(self, uri: str) -> StoredFile:
+        return await asyncio.get_running_loop().run_in_executor(self._paths, storage.stat, uri)
+
     async def _fetch(self, uri: str, file: IO[bytes]) -> Fetched:
         if storage.is_local(uri):
-            found = await asyncio.to_thread(storage.stat, uri)
+            found = await self._stat(uri)
             self._check_size(uri, found.size_bytes)
             return Fetched(uri, found)
         path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
@@ -117,8 +125,7 @@ class Fetcher:
             async for chunk in response.content.iter_chunked(_CHUNK):
                 size += len(chunk)
                 self._check_size(uri, size)
-                await asyncio.to_thread(file.write, chunk)
-            file.flush()
+                await asyncio.to_thread(write_all, file, chunk)
             return _stored(uri, response, size)
 
     @contextlib.asynccontextmanager
@@ -169,17 +176,33 @@ def _moving(limit: asyncio.Timeout, file: IO[bytes] | None) -> Iterator[None]:
 
 
 class PublicResolver(AbstractResolver):
-    """Resolves names to addresses that may be asked; the connection goes to those it returns."""
+    """Resolves names to addresses that may be asked; the connection goes to those it returns.
+
+    Its threads are its own, so that names which no server answers for hold up nothing else.
+    """
 
     def __init__(self, named: Iterable[str]) -> None:
         self._named = frozenset(named)
-        self._system = aiohttp.ThreadedResolver()
+        self._threads = ThreadPoolExecutor(_NAMES_AT_A_TIME, "tsq-names")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        found = await self._system.resolve(host, port, family)
-        allowed = [each for each in found if may_ask(host, each["host"], self._named)]
+        tcp, own = socket.SOCK_STREAM, socket.AI_ADDRCONFIG
+        look = partial(socket.getaddrinfo, host, port, family, tcp, flags=own)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, look)
+        allowed = [
+            ResolveResult(
+                hostname=host,
+                host=str(address[0]),
+                port=port,
+                family=kind,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for kind, _, protocol, _, address in found
+            if may_ask(host, str(address[0]), self._named)
+        ]
         if not allowed:
             why = (
                 "its address is not public; name the host in serve.allowed_uri_prefixes to allow it"
@@ -188,7 +211,7 @@ class PublicResolver(AbstractResolver):
         return allowed
 
     async def close(self) -> None:
-        await self._system.close()
+        self._threads.shutdown(wait=False)
 
 
 def _refused(uri: str, status: int) -> StorageError:

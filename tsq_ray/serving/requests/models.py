@@ -87,11 +87,38 @@ def _field(column: Column) -> Any:
 _FIELDS: dict[str, Any] = {
     column.name: _field(column) for column in (*PREDICTIONS, *SERVER) if column.name not in OMITTED
 }
+_EXAMPLE: dict[str, Any] = {
+    "model": "3b1f" * 16,
+    "video_id": "9f2c4a1b7d3e5f60",
+    "uri": "s3://BUCKET/videos/clip.mp4",
+    "size_bytes": 482113,
+    "status": "ok",
+    "warnings": [],
+    "duration_s": 20.0,
+    "fps": 25.0,
+    "width": 320,
+    "height": 240,
+    "codec": "h264",
+    "source_num_frames": 500,
+    "frame_pts_s": [2.5, 7.5, 12.5, 17.5],
+    "top_labels": ["surfing", "sailing"],
+    "top_scores": [0.91, 0.06],
+    "selected_slot": [1, 3],
+    "selected_index": [187, 437],
+    "selected_pts_s": [7.5, 17.5],
+    "selected_by": ["visual", "textual"],
+    "saliency_visual": [0.1, 0.6, 0.2, 0.1],
+    "saliency_textual": [0.1, 0.2, 0.2, 0.5],
+    "decode_ms": 310.0,
+    "sample_ms": 120.0,
+    "recognize_ms": 95.0,
+}
 Prediction = cast(
     type[BaseModel],
     create_model(
         "Prediction",
         __doc__="The prediction of one video: its row, with the model and the frames asked for.",
+        __config__=ConfigDict(json_schema_extra={"examples": [_EXAMPLE]}),
         model=(str, Field(description="SHA-256 of the bundle that made the prediction")),
         frames=(
             list[Frame] | None,
@@ -104,6 +131,22 @@ Prediction = cast(
 
 class Problem(BaseModel):
     """Why there is no prediction (RFC 9457)."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "type": "urn:tsq-ray:truncated",
+                    "title": "Unprocessable Content",
+                    "status": 422,
+                    "detail": "s3://BUCKET/videos/cut.mp4: the file is cut off",
+                    "request_id": "7c2f1c1e-8a55-4f0e-9d0c-0a7b2f1f6d31",
+                    "error_type": "truncated",
+                    "video": {"video_id": "9f2c4a1b7d3e5f60", "uri": "s3://BUCKET/videos/cut.mp4"},
+                }
+            ]
+        }
+    )
 
     type: str = Field(description="about:blank, or urn:tsq-ray:ERROR_TYPE for a video that failed")
     title: str
@@ -123,6 +166,9 @@ class ModelCard(BaseModel):
     num_frames: int = Field(description="T, the frames that the sampler looks at")
     budget: int | Literal["adaptive"] = Field(description="K, the frames chosen by default")
     mode: str = Field(description="how frames are chosen")
+    clip_frames: int = Field(
+        description="K is a multiple of it, which the recogniser takes at once"
+    )
 
 
 class ModelList(BaseModel):
@@ -170,7 +216,12 @@ class BatchRequest(BatchOptions):
 class BatchLine(BaseModel):
     """One line of a batch that is sent as JSON lines."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"custom_id": "clip-1", "uri": "s3://BUCKET/videos/clip.mp4"}]
+        },
+    )
 
     custom_id: str = Field(min_length=1, max_length=512, description="returned with the answer")
     uri: str = Field(min_length=1, max_length=4096, description="below an allowed prefix")

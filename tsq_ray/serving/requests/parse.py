@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,7 +24,8 @@ from tsq_ray.serving.requests.models import (
     UriRequest,
 )
 from tsq_ray.serving.requests.problems import RequestError
-from tsq_ray.serving.requests.uploads import ByteBudget, LimitedBody, Upload, received
+from tsq_ray.serving.requests.shares import WHOLE, Places, Share
+from tsq_ray.serving.requests.uploads import LimitedBody, Upload, received
 from tsq_ray.serving.requests.uris import check_uri
 from tsq_ray.serving.requests.webhooks import check_webhook
 
@@ -31,7 +33,10 @@ _MAX_JSON_BYTES = 16 * 1024
 _MAX_LINES_BYTES = 64 * 2**20
 _LINES = ("application/jsonl", "application/x-ndjson")
 _BINARY = ("", "application/octet-stream", "multipart/form-data")
+_PATHS = ThreadPoolExecutor(16, "tsq-paths")
+"""Threads of their own for looking at paths: a mount that is away holds up no other request."""
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,11 @@ class Asked:
 
 @contextlib.asynccontextmanager
 async def asked(
-    request: Request, settings: ServeConfig, budget: ByteBudget
+    request: Request, settings: ServeConfig, budget: Places, share: Share = WHOLE
 ) -> AsyncIterator[Asked]:
     """Yield the video that a request asks for; an upload is kept for the duration of the `with`.
+
+    `budget`: the bytes of uploads in hand.
 
     Raises RequestError if the request is refused.
     """
@@ -68,7 +75,7 @@ async def asked(
     if kind == "application/json":
         body = await LimitedBody(request, _MAX_JSON_BYTES).request.body()
         wanted = parsed(UriRequest, body)
-        uri = check_uri(wanted.uri, settings.allowed_uri_prefixes)
+        uri = await _in_thread(check_uri, wanted.uri, settings.allowed_uri_prefixes)
         yield Asked(VideoSource(uri), video_id(uri), wanted)
         return
     if request.headers.get("content-encoding", "identity").lower() != "identity":
@@ -81,7 +88,7 @@ async def asked(
         )
     options = parsed(Options, dict(request.query_params))
     most = int(settings.max_upload_mb * 2**20)
-    async with received(request, kind, most, budget) as upload:
+    async with received(request, kind, most, budget, share) as upload:
         name = f"upload:{upload.name}" if upload.name else "upload"
         yield Asked(VideoSource(name), upload.sha256[:16], options, upload)
 
@@ -111,7 +118,7 @@ async def asked_batch(
     prefixes = settings.allowed_uri_prefixes
     if kind == "application/json":
         wanted = parsed(BatchRequest, await LimitedBody(request, _MAX_JSON_BYTES).request.body())
-        manifest = check_uri(wanted.manifest, prefixes)
+        manifest = await _in_thread(check_uri, wanted.manifest, prefixes)
         return _checked(wanted.model_copy(update={"manifest": manifest}), settings), []
     if kind not in _LINES:
         allowed = "send application/json or application/jsonl"
@@ -123,8 +130,15 @@ async def asked_batch(
     if not lines or len(ids) < len(lines):
         what = "the same custom_id occurs twice" if lines else "no line"
         raise RequestError(400, f"{what}; send one line of JSON per video")
-    checked = [line.model_copy(update={"uri": check_uri(line.uri, prefixes)}) for line in lines]
-    return options, checked
+    return options, await _in_thread(_checked_lines, lines, prefixes)
+
+
+async def _in_thread(work: Callable[..., _Result], *arguments: Any) -> _Result:
+    return await asyncio.get_running_loop().run_in_executor(_PATHS, work, *arguments)
+
+
+def _checked_lines(lines: list[BatchLine], prefixes: Iterable[str]) -> list[BatchLine]:
+    return [line.model_copy(update={"uri": check_uri(line.uri, prefixes)}) for line in lines]
 
 
 def _checked(options: BatchOptions, settings: ServeConfig) -> BatchOptions:

@@ -21,8 +21,8 @@ _STATUS_OF = {
     "internal": 500,
 }
 """HTTP status of a failed video by error type; 422 for faults of the video itself."""
-_RETRY_AFTER_S = 5.0
-"""When to ask again where nothing better is known."""
+_RETRY_AFTER_S = {503: 5.0, 507: 30.0}
+"""When to ask again where nothing better is known, in seconds by status."""
 
 
 class RequestError(UserError):
@@ -42,9 +42,7 @@ class RequestError(UserError):
     ) -> None:
         super().__init__(message)
         self.status, self.error_type, self.video = status, error_type, video
-        self.retry_after_s = (
-            _RETRY_AFTER_S if status == 503 and not retry_after_s else retry_after_s
-        )
+        self.retry_after_s = retry_after_s or _RETRY_AFTER_S.get(status, retry_after_s)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         # replicas raise it to one another

@@ -7,13 +7,14 @@ again when it changes:
     name = "team-a"
     sha256 = "..."
     rate = "60/minute"      # optional: requests per second, minute, hour or day
-    share = 0.5             # optional: the part of an ingress replica's places it may hold
+    share = 0.5             # optional: the part of requests, bytes and fetches it may hold
 """
 
 from __future__ import annotations
 
 import hmac
 import logging
+import math
 import os
 import secrets
 import time
@@ -28,10 +29,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tsq_ray.errors import ConfigError
 from tsq_ray.serving.requests.problems import RequestError
+from tsq_ray.serving.requests.shares import Share
 from tsq_ray.storage import sha256_of
 
 _log = logging.getLogger("ray.serve")
 _REQUIRED = "a valid token is required: send the header Authorization: Bearer TOKEN"
+
+
+class AboveRate(RequestError):
+    """A request above its token's own rate, however much room there is."""
 
 
 class Token(BaseModel):
@@ -44,7 +50,7 @@ class Token(BaseModel):
     rate: str | None = None
     """Requests per second, minute, hour or day, for example "60/minute"."""
     share: float = Field(default=1.0, gt=0, le=1)
-    """The part of an ingress replica's places that it may hold."""
+    """The part of what is limited that it may hold: requests in hand, bytes, fetches."""
 
     @field_validator("rate")
     @classmethod
@@ -52,6 +58,11 @@ class Token(BaseModel):
         if rate is not None:
             parse(rate)
         return rate
+
+    @property
+    def holds(self) -> Share:
+        """What it may hold."""
+        return Share(self.name, self.share)
 
     @property
     def limit(self) -> RateLimitItem | None:
@@ -128,7 +139,7 @@ def _escaped(name: str) -> str:
 class Access:
     """Decides whose a request is and whether it is within that client's rate.
 
-    `replicas`: the number of ingress replicas, each of which grants its part of a rate.
+    `replicas`: the most ingress replicas that there may be, each of which grants its part of a rate.
     """
 
     token: str | None
@@ -163,27 +174,27 @@ class Access:
             raise RequestError(401, _REQUIRED)
         return found
 
-    def spend(self, token: Token) -> dict[str, str]:
-        """Count a request against the client's rate and return the headers that tell of it.
+    def spend(self, token: Token) -> tuple[dict[str, str], RequestError | None]:
+        """Count a request against the client's rate.
 
-        Raises RequestError 429 above the rate.
+        Return the headers that tell of it, and the refusal of a request above the rate.
         """
         limit = token.limit
         if limit is None:
-            return {}
-        mine = type(limit)(max(1, round(limit.amount / self.replicas)), limit.multiples)
+            return {}, None
+        # a rate below one a replica is granted over a longer time
+        windows = math.ceil(self.replicas / limit.amount)
+        each = max(1, limit.amount // self.replicas)
+        mine = type(limit)(each, limit.multiples * windows)
         passes = self._limiter.hit(mine, token.name)
         window = self._limiter.get_window_stats(mine, token.name)
         left_s = max(0.0, window.reset_time - time.time())
-        if not passes:
-            raise RequestError(
-                429, f"token {token.name!r} may ask {token.rate}; try again later", None, left_s
-            )
+        refused = f"token {token.name!r} may ask {token.rate}; try again later"
         return {
             "RateLimit-Limit": str(limit.amount),
             "RateLimit-Remaining": str(min(limit.amount, window.remaining * self.replicas)),
             "RateLimit-Reset": str(round(left_s)),
-        }
+        }, None if passes else AboveRate(429, refused, None, left_s)
 
     def _stamp(self) -> tuple[float, int] | None:
         try:

@@ -18,12 +18,12 @@ from typing import IO, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.types import Message
 
+from tsq_ray.serving.requests.forms import Form
 from tsq_ray.serving.requests.problems import RequestError
+from tsq_ray.serving.requests.shares import WHOLE, Places, Share
 
 _CHUNK = 1 << 20
 _CHUNKS_AHEAD = 4
@@ -44,38 +44,24 @@ class Upload:
     """Its file name as the client gave it; may be empty."""
 
 
-class ByteBudget:
-    """The bytes of uploads in hand, which are limited."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used = limit, 0
-
-    def take(self, count: int) -> None:
-        """Add to the bytes in hand. Raises RequestError 503 if that would be too many."""
-        if self.used + count > self.limit:
-            raise RequestError(
-                503,
-                f"uploads of {self.used} bytes are in hand and the limit is {self.limit}; "
-                "try again later, or send a uri",
-            )
-        self.used += count
-
-    def give_back(self, count: int) -> None:
-        self.used -= count
-
-
 class LimitedBody:
     """A request's body with a limit on its size, whose bytes count against the budget."""
 
-    def __init__(self, request: Request, limit: int, budget: ByteBudget | None = None) -> None:
-        """Raise RequestError 413 or 503 at once if the announced size exceeds a limit."""
-        self._receive, self._limit, self._budget = request.receive, limit, budget
+    def __init__(
+        self, request: Request, limit: int, budget: Places | None = None, share: Share = WHOLE
+    ) -> None:
+        """Raise RequestError 413 or 503 at once if the announced size exceeds a limit.
+
+        Bytes that are announced only are not held: a client could keep the others away with them.
+        """
+        self._receive, self._limit = request.receive, limit
+        self._budget, self._share = budget, share
         self.request = Request(request.scope, self._next)
         self.size = self.taken = 0
         announced = request.headers.get("content-length", "")
         if announced.isdecimal():
             self._check(int(announced))
-            self._take(int(announced))
+            self._check_room(int(announced))
 
     async def _next(self) -> Message:
         message = await self._receive()
@@ -88,21 +74,33 @@ class LimitedBody:
         if size > self._limit:
             raise RequestError(413, f"the body is larger than the limit of {self._limit} bytes")
 
+    def _check_room(self, count: int) -> None:
+        budget, share = self._budget, self._share
+        if budget is not None and not budget.has_room(share, count):
+            mine, most = budget.used_by(share.client), budget.allowed(share)
+            held, limit = (mine, most) if mine + count > most else (budget.used, budget.limit)
+            raise RequestError(
+                503,
+                f"uploads of {held} bytes are in hand and the limit is {limit:.0f}; "
+                "try again later, or send a uri",
+            )
+
     def _take(self, size: int) -> None:
-        if self._budget is not None and size > self.taken:
-            self._budget.take(size - self.taken)
+        self._check_room(size - self.taken)
+        if self._budget is not None:
+            self._budget.take(self._share, size - self.taken)
             self.taken = size
 
     def give_back(self) -> None:
         """Return the bytes to the budget."""
         if self._budget is not None:
-            self._budget.give_back(self.taken)
+            self._budget.give_back(self._share, self.taken)
             self.taken = 0
 
 
 @contextlib.asynccontextmanager
 async def received(
-    request: Request, kind: str, max_bytes: int, budget: ByteBudget
+    request: Request, kind: str, max_bytes: int, budget: Places, share: Share = WHOLE
 ) -> AsyncIterator[Upload]:
     """Yield the upload of a request, valid inside the `with`.
 
@@ -110,17 +108,19 @@ async def received(
     the budget, 507 if the disk is full. `kind` is the body's media type.
     """
     is_form = kind == "multipart/form-data"
-    body = LimitedBody(request, max_bytes + (_FORM_BYTES if is_form else 0), budget)
+    body = LimitedBody(request, max_bytes + (_FORM_BYTES if is_form else 0), budget, share)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(body.give_back)
         try:
-            store = _store_form if is_form else _store_body
-            upload = await store(body.request, stack)
+            file, stream = stack.enter_context(_unnamed()), body.request.stream()
+            form = Form(request.headers["content-type"]) if is_form else None
+            digest = await _store(form.file(stream) if form is not None else stream, file)
+            upload = _upload(file, digest, form.file_name if form is not None else "")
         except OSError as error:
             if error.errno not in _FULL:
                 raise
             what = "the endpoint's disk is full; try again later"
-            raise RequestError(507, what, "unavailable", retry_after_s=30) from error
+            raise RequestError(507, what, "unavailable") from error
         if not upload.size_bytes:
             raise RequestError(400, "the file is empty; send a video")
         if upload.size_bytes > max_bytes:
@@ -129,18 +129,18 @@ async def received(
         yield upload
 
 
-async def _store_body(request: Request, stack: contextlib.AsyncExitStack) -> Upload:
-    file = stack.enter_context(_unnamed())
+async def _store(chunks: AsyncIterator[bytes], file: IO[bytes]) -> str:
+    """Write chunks to the file as they arrive, and return their sha256."""
     digest, waiting = hashlib.sha256(), bytearray()
-    async for chunk in request.stream():
+    async for chunk in chunks:
         waiting += chunk
         if len(waiting) >= _CHUNK:
-            await asyncio.to_thread(_write, file, bytes(waiting))
+            await asyncio.to_thread(write_all, file, bytes(waiting))
             digest.update(waiting)
             waiting.clear()
-    await asyncio.to_thread(_write, file, bytes(waiting))
+    await asyncio.to_thread(write_all, file, bytes(waiting))
     digest.update(waiting)
-    return _upload(file, digest.hexdigest(), "")
+    return digest.hexdigest()
 
 
 def _node_id() -> str:
@@ -151,32 +151,11 @@ def _unnamed() -> IO[bytes]:
     return tempfile.TemporaryFile(prefix="tsq-upload-", buffering=0)
 
 
-def _write(file: IO[bytes], data: bytes) -> None:
+def write_all(file: IO[bytes], data: bytes) -> None:
+    """Write to an unbuffered file, whose end then cannot fail."""
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]
-
-
-async def _store_form(request: Request, stack: contextlib.AsyncExitStack) -> Upload:
-    try:
-        form = await stack.enter_async_context(request.form(max_files=1))
-    except (HTTPException, MultiPartException) as error:
-        what = getattr(error, "detail", None) or str(error)
-        raise RequestError(400, f"the form cannot be read: {what}") from None
-    file = form.get("file")
-    if file is None or isinstance(file, str):
-        raise RequestError(400, "the form has no `file`; send it as: curl -F file=@video.mp4")
-    spooled = file.file
-    if hasattr(spooled, "rollover"):  # a small one is still in memory
-        spooled.rollover()
-    digest = await asyncio.to_thread(_digest, spooled)
-    return _upload(spooled, digest, os.path.basename(file.filename or ""))
-
-
-def _digest(file: IO[bytes]) -> str:
-    file.flush()
-    file.seek(0)
-    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def _upload(file: IO[bytes], digest: str, name: str) -> Upload:
@@ -199,7 +178,7 @@ async def local_path(upload: Upload) -> AsyncIterator[str]:
             _generator_backpressure_num_objects=_CHUNKS_AHEAD,
         ).remote(upload.path)
         async for chunk in chunks:
-            await asyncio.to_thread(_write, file, await chunk)
+            await asyncio.to_thread(write_all, file, await chunk)
         yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
 
