@@ -11,6 +11,7 @@ from pathlib import Path
 from generator.command_line import command_line
 from generator.configuration import configuration
 from generator.data_format import data_format
+from generator.markdown import page
 from generator.python_api import python_api
 
 DOCS = Path(__file__).resolve().parent
@@ -18,12 +19,13 @@ DOCS = Path(__file__).resolve().parent
 
 def pages() -> dict[str, str]:
     """Return the text of every generated page by file name."""
-    return {
+    texts = {
         "data-format.md": data_format(),
         "configuration.md": configuration(),
         "cli.md": command_line(),
         "api.md": python_api(),
     }
+    return {name: page(text) for name, text in texts.items()}
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
     python jobs/run.py [--attempts N] extract MANIFEST --out URI
 
 With --attempts, a failed run (exit code 1) is started again, up to N runs in all, and resumes.
-Wrong input (exit code 2) ends the job at once. A job whose nodes have no `tsq_ray` uses the one that
-was shipped with this file.
+Wrong input (exit code 2) ends the job at once. A job whose nodes have no `tsq_ray` uses the one
+that was shipped with this file.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class Used:
 
     @classmethod
     def together(cls, runs: Iterable[Used | None]) -> Used | None:
-        """Return the hours and tokens of several runs, without their videos; None if none is known."""
+        """Return the hours and tokens of several runs, without videos; None if none is known."""
         found = [run for run in runs if run is not None]
         if not found:
             return None

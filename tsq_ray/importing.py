@@ -1,4 +1,4 @@
-"""`tsq import`: a pretrained network as it is, as the classifier that `tsq finetune` would write."""
+"""`tsq import`: a pretrained network as it is, as a classifier like those of finetune."""
 
 from __future__ import annotations
 
@@ -305,8 +305,8 @@ def _load_transformers(
         if network.is_tower:
             if names is None:
                 raise ModelError(
-                    f"{what}: a dual encoder recognises what it is asked for; name the classes with "
-                    "--classes FILE"
+                    f"{what}: a dual encoder recognises what it is asked for; name the classes "
+                    "with --classes FILE"
                 )
             texts = list(templates) or [TEMPLATE]
             if (wrong := next((text for text in texts if "{}" not in text), None)) is not None:

@@ -44,7 +44,7 @@ from tsq_ray.training import train
 from tsq_ray.training.sampler.components import Embeddings
 
 HELD_OUT = 0.4
-"""Share of the sample that is not trained on: 200 of 500 videos make 93 % certain within 4 points."""
+"""Share of the sample held out of training: 200 of 500 videos make 93 % certain within 4 points."""
 _IDENTITY_FILE = "label.json"
 """What the folder was begun with; written first."""
 
@@ -120,14 +120,14 @@ class _Steps:
         return storage.join(self.out, name)
 
     def check(self) -> None:
-        """Raise UserError for a recogniser or settings that would only fail after the extraction."""
+        """Raise UserError for what would otherwise fail only after the extraction."""
         config, what = self.config, f"--recognizer {storage.redact(self.recognizer)}"
         content, _ = read_classifier_settings(self.recognizer)
         answers = classifier_settings(self.recognizer)
         if answers.clip_frames > 1:
             raise ModelError(
-                f"{what}: takes clips of {answers.clip_frames} frames, and a teacher must answer for "
-                "single frames; use an image classifier or a dual encoder"
+                f"{what}: takes clips of {answers.clip_frames} frames, and a teacher must answer "
+                "for single frames; use an image classifier or a dual encoder"
             )
         if (task := content["task"]) != config.train.task:
             raise ModelError(
@@ -228,7 +228,7 @@ def _check_numbers(sample: int, agreement: float) -> None:
         raise ConfigError(f"--agreement {agreement:g}: expected a share, above 0 and at most 1")
     if sample < 10:
         raise ConfigError(
-            f"--sample {sample}: expected at least 10 videos, of which 4 are held out; 500 by default"
+            f"--sample {sample}: expected at least 10 videos (4 are held out); 500 by default"
         )
 
 

@@ -24,7 +24,7 @@ def check_format(record: Mapping[str, Any], newest: int, place: str, error: type
 
 
 def of_this_run() -> dict[str, Any]:
-    """Return the versions, the git revision and the time for a record that is about to be written."""
+    """Return versions, git revision and time for a record that is about to be written."""
     return {"versions": versions(), "git_revision": git_revision(), "ended": now()}
 
 

@@ -145,7 +145,7 @@ class FinetuneSummary(_Trained):
     losses: Mapping[str, float] | None = None
     """Of the last epoch, whose weights are kept."""
     val_loss: float | None = None
-    """On `finetune.val_split`, as are the other `val_` fields; None if no such video was measured."""
+    """On `finetune.val_split`, as the other `val_` fields; None if no such video was measured."""
     val_top1: float | None = None
     val_mAP: float | None = None  # noqa: N815  the field's spelling
 
@@ -336,7 +336,8 @@ class Estimate:
     """Tokens of the probe itself, as `probed_tokens_out`: it asks the server."""
     probed_tokens_out: int = 0
     cost: Mapping[str, float] | None = None
-    """`total`, `tokens` of it, `per_video`, `per_video_hour`, `dense_total`; None without prices."""
+    """`total`, `tokens` of it, `per_video`, `per_video_hour`, `dense_total`; None without
+    prices."""
 
 
 @dataclasses.dataclass(frozen=True)

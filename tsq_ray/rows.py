@@ -111,7 +111,7 @@ class Answer:
 
 
 def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:
-    """Return the prediction row of a manifest's video; a failed one keeps the tokens that it took."""
+    """Return the prediction row of a manifest's video; a failed one keeps its tokens."""
     if answer.error is None:
         return {**identity_row(ref), **answer.columns}
     names = [column.name for column in TOKENS if column.name in answer.columns]

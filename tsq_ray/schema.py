@@ -211,7 +211,7 @@ TOKENS = (
     Column("tokens_in", pa.int64(), "tokens sent to the recogniser's server", nullable=True),
     Column("tokens_out", pa.int64(), "tokens received from the recogniser's server", nullable=True),
 )
-"""Columns of features and predictions whose recogniser is behind a server, in all tries at a video."""
+"""Columns of features and predictions by a server's recogniser, over all tries at a video."""
 CAPTION = Column(
     "caption",
     pa.string(),

@@ -1,6 +1,7 @@
 """The whole path as jobs over two nodes with disks of their own, against S3, losing a node in each.
 
-The commands are those of cluster/kuberay/jobs. The head has no CPUs. A node that is lost is replaced by a new one.
+The commands are those of cluster/kuberay/jobs. The head has no CPUs. A node that is lost is
+replaced by a new one.
 """
 
 from __future__ import annotations

@@ -200,7 +200,8 @@ def test_the_same_command_attaches_and_jobs_can_be_stopped(
 
 @pytest.mark.slow
 def test_a_lost_connection_is_made_again(head: Head, chain: Chain, tmp_path: Path) -> None:
-    """The follower's connection breaks in mid-run, as a port-forward does; nothing is lost of it."""
+    """The follower's connection breaks in mid-run, as a port-forward does; nothing is lost of
+    it."""
     port = int(head.url.rpartition(":")[2])
     with Forward(port) as forward:
         argv = ["extract", chain.manifest, "--out", tmp_path / "out", "--config", chain.settings]

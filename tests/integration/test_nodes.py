@@ -401,7 +401,8 @@ def drain(address: str, node_id: str) -> None:
 def test_a_spot_node_is_taken_away(
     store: SlowStore, settings: Path, notice: bool, tmp_path: Path
 ) -> None:
-    """With notice, its worker finishes what it has and takes nothing new: no video is done twice."""
+    """With notice, its worker finishes what it has and takes nothing new: no video is done
+    twice."""
     argv = ["extract", slow_manifest(store, tmp_path, 60), "--out", tmp_path / "out", "--json"]
     argv += ["--config", settings, "--set", "output.rows_per_file=4"]
     with (

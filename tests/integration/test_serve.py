@@ -616,7 +616,8 @@ def test_a_token_of_a_file_works_at_once(bundle: str, tmp_path: Path) -> None:
 
 
 def test_the_page_in_a_browser(endpoint: Endpoint, archive: Archive, tmp_path: Path) -> None:
-    """A token, a file, its frames and curves, another K, a URI, an error; on a phone, in the dark."""
+    """A token, a file, its frames and curves, another K, a URI, an error; on a phone, in the
+    dark."""
     asyncio.run(use_the_page(endpoint, archive.root, tmp_path))
 
 

@@ -231,7 +231,8 @@ def parent_of(pid: int) -> int:
         return 0
 
 
-# ------------------------------------------------------------------------------ slow and odd sources
+# ------------------------------------------------------------------------------ slow and odd
+# sources
 
 
 class Stalling(http.server.BaseHTTPRequestHandler):
@@ -360,7 +361,8 @@ def test_more_stalling_sources_than_fetches_hold_up_no_upload(
             same_answer(waiting.result(ANSWER_S).json(), row)
 
 
-# ----------------------------------------------------------------------------- limits and the memory
+# ----------------------------------------------------------------------------- limits and the
+# memory
 
 
 @pytest.mark.slow

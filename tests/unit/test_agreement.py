@@ -1,4 +1,5 @@
-"""Agreement with the dense recogniser, the choice that it leads to, and the sample it is measured on.
+"""Agreement with the dense recogniser, the choice that it leads to, and the sample it is measured
+on.
 
 No label is read.
 """
@@ -149,7 +150,8 @@ def test_the_choice_in_words() -> None:
 
 
 def test_every_frame_in_words() -> None:
-    """Either nothing else agrees, or it does at a higher cost: with a recogniser that costs little."""
+    """Either nothing else agrees, or it does at a higher cost: with a recogniser that costs
+    little."""
     every = one("maxconf", 5, 1, 1)
     few = [one("both", 2, 0.8, 1.2), one("uniform", 8, 0.9, 1)]
     every_frame = "so it sees every frame and answers by its 5 surest; ask for a lower --agreement"

@@ -95,7 +95,8 @@ def ask(which: ServerModel, *questions: Question, limit: int = 0) -> list[Answer
     return Asking(which, limit)(questions)
 
 
-# ------------------------------------------------------------------------------------------- answers
+# -------------------------------------------------------------------------------------------
+# answers
 
 
 def completion(names: Sequence[str], chances: np.ndarray, multi: bool = False) -> dict[str, Any]:

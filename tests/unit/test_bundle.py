@@ -203,7 +203,8 @@ def flip_a_byte(folder: Path) -> None:
         ),
         (
             lambda folder: change_settings(folder, BUNDLE_FILE, format=4),
-            r"bundle.json: made by a newer version of tsq_ray \(format 4; this version reads 3\); upgrade",
+            r"bundle.json: made by a newer version of tsq_ray "
+            r"\(format 4; this version reads 3\); upgrade",
         ),
         (
             lambda folder: change_settings(folder, BUNDLE_FILE, classes=["one"]),

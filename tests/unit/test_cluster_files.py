@@ -363,7 +363,8 @@ def test_spot_machines_hold_neither_the_head_nor_the_kept_pod() -> None:
 
 
 def test_the_network_policy_and_the_budget_select_the_pods() -> None:
-    """The labels that they select by are on the pods; KubeRay adds those that begin with ray.io/."""
+    """The labels that they select by are on the pods; KubeRay adds those that begin with
+    ray.io/."""
     objects = [*rendered("jobs", "gpu"), *rendered("endpoint", "gpu")]
     labels = []
     for manifest in objects:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from generator.markdown import page
 from support.order import ORDER
 
 from tsq_ray import cli
@@ -53,7 +54,8 @@ def generator() -> ModuleType:
     return module
 
 
-# ----------------------------------------------------------------------------- the life of one video
+# ----------------------------------------------------------------------------- the life of one
+# video
 
 
 def walks() -> list[list[tuple[str, list[str]]]]:
@@ -79,7 +81,8 @@ def test_the_walks_name_what_exists_and_visit_no_file_twice() -> None:
                 assert re.search(rf"(?:def|class) {last}\b", text), f"{file} has no {name}"
 
 
-# -------------------------------------------------------------------------------- the order of files
+# -------------------------------------------------------------------------------- the order of
+# files
 
 
 def test_the_documented_order_of_imports_is_the_tested_one() -> None:
@@ -98,6 +101,15 @@ def test_the_readme_lists_the_modules_in_the_order_of_imports() -> None:
 
 def documented_order() -> list[str]:
     return [name for name in ORDER if name != "__main__"]
+
+
+# -------------------------------------------------------------------------------------------- lines
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_lines_fit(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert page(text) == text, "lines above 100 columns"
 
 
 # ---------------------------------------------------------------------------------- generated pages

@@ -47,7 +47,8 @@ class Response:
 
 
 class Stage:
-    """A deployment's handle, which is also that of `version`: each call gets the next of these results; the last one repeats."""
+    """A deployment's handle, which is also that of `version`: each call gets the next of these
+    results; the last one repeats."""
 
     def __init__(self, *results: Any, seconds: float = 0.0) -> None:
         self.results, self.seconds = list(results), seconds

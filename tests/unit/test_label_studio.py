@@ -206,7 +206,8 @@ GOOD = task("videos/a.mp4", chosen("x"))
         ),
         (
             [task("videos/a.mp4", two_controls())],
-            r"choices of 2 controls, \['action', 'quality'\]; name the one with the classes 'label'",
+            r"choices of 2 controls, \['action', 'quality'\]; "
+            r"name the one with the classes 'label'",
         ),
         (
             [GOOD | {"data": {"text": "words"}}],

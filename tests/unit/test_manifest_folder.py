@@ -205,7 +205,8 @@ def test_a_listed_shard_that_is_gone_or_changed_is_reported(tmp_path: Path) -> N
         ("{", "_manifest.json: not JSON; the file is damaged"),
         (
             '{"format": 2}',
-            r"_manifest.json: made by a newer version of tsq_ray \(format 2; this version reads 1\)",
+            r"_manifest.json: made by a newer version of tsq_ray "
+            r"\(format 2; this version reads 1\)",
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""cluster/monitoring: the pod monitor, the alerts and the dashboard, against what the code exports."""
+"""cluster/monitoring: the pod monitor, the alerts and the dashboard, against what the code
+exports."""
 
 from __future__ import annotations
 

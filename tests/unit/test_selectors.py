@@ -165,8 +165,8 @@ def test_aks_that_always_splits_is_stratified(levels: int, width: int, seed: int
 
 def test_aks_splits_only_where_nothing_stands_out() -> None:
     scores = np.array([0.0, 0, 1, 0, 0, 0.9, 0, 0, *np.tile([0.4, 0.5], 4)])
-    # the best four of all have a mean of 0.725, only 0.38 above the mean of all; the best two of the
-    # left half are 0.71 above theirs, those of the right half 0.05
+    # the best four of all have a mean of 0.725, only 0.38 above the mean of all; the best two of
+    # the left half are 0.71 above theirs, those of the right half 0.05
     assert sorted(aks(NONE, scores, 4, threshold=0.6)) == [2, 5, 9, 13]
     assert sorted(aks(NONE, scores, 4, threshold=0.38)) == [2, 5, 9, 11]
     # an odd place goes to the half with the higher mean

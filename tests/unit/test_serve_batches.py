@@ -81,7 +81,8 @@ def check_rows(batch: Batch, lines: list[BatchLine] = LINES) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------- one key, one batch
+# ----------------------------------------------------------------------------------- one key, one
+# batch
 
 
 def test_requests_of_one_key_at_the_same_moment_are_one_batch(start: Start) -> None:
@@ -258,7 +259,8 @@ def test_the_end_of_a_batch_is_written_once_storage_takes_it(
 
 
 class Web(http.server.BaseHTTPRequestHandler):
-    """POST is recorded. /manifest, /move to /secret, /silent (never answers), a file of 7 bytes for any other name."""
+    """POST is recorded. /manifest, /move to /secret, /silent (never answers), a file of 7 bytes for
+    any other name."""
 
     manifest = b""
     asked: ClassVar[list[str]] = []

@@ -178,7 +178,7 @@ def _message(content: bytes) -> str:
 
 
 def _seconds(header: str) -> float:
-    """Return the seconds that a Retry-After header names, as a number or a date; 0 if it does not."""
+    """Return the seconds that a Retry-After header names, as a number or a date; else 0."""
     try:
         return max(0.0, float(header))
     except ValueError:

@@ -164,8 +164,8 @@ def _check_paths(settings: Config, shared_fs: bool) -> None:
             continue
         if not shared_fs:
             raise RunError(
-                f"--submit: {name} = {place!r} is on this machine, where the cluster cannot see it; "
-                "use a URI, or --shared-fs if every node has this path too"
+                f"--submit: {name} = {place!r} is on this machine, where the cluster cannot see "
+                "it; use a URI, or --shared-fs if every node has this path too"
             )
         if not Path(place).is_absolute():
             raise RunError(

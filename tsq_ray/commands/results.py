@@ -198,8 +198,8 @@ def info(
         bool,
         typer.Option(
             "--cluster",
-            help="Show the Ray cluster and the layouts of runs on it: with a manifest, of runs over "
-            "it; with a bundle, of scoring.",
+            help="Show the Ray cluster and the layouts of runs on it: with a manifest, of runs "
+            "over it; with a bundle, of scoring.",
         ),
     ] = False,
     address: Address = None,

@@ -51,16 +51,16 @@ class ModelConfig(Section):
     model: str
     """timm name, Hugging Face id of a transformers network, or the server's name of a model."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """Extra arguments for the model's constructor, for example {pad_type = "same"}. Of a transformers
-    network its class and config, which `tsq import` sets."""
+    """Extra arguments for the model's constructor, for example {pad_type = "same"}. Of a
+    transformers network its class and config, which `tsq import` sets."""
     weights: str = "hub"
     """`hub`, the path or URI of a .safetensors file or folder, `package:NAME` of an installed
     Python package, or `random:SEED`."""
     size: int = Field(default=224, ge=16, le=1024)
     """Height and width of the network's input, in pixels."""
     resize: Literal["squash", "crop"] = "squash"
-    """`squash`: the whole frame to a square; `crop`: the shorter side to `resize_to`; then the centre
-    of size x size."""
+    """`squash`: the whole frame to a square; `crop`: the shorter side to `resize_to`; then the
+    centre of size x size."""
     resize_to: int = Field(default=0, ge=0, le=2048)
     """Side before the centre is taken, in pixels, for example 256 for a size of 224; 0: size x 8/7
     with `crop`, and size with `squash`."""

@@ -51,7 +51,7 @@ class RecognizerConfig(ModelConfig):
     """Price of a million tokens received, in the same currency."""
 
     def used_for(self, model: RecognizerConfig) -> RecognizerConfig:
-        """Return the settings of `model`, with those of SERVER_USE that are not the default here."""
+        """Return the settings of `model`, with those of SERVER_USE that are set here."""
         fields = type(self).model_fields
         changed = {name: getattr(self, name) for name in SERVER_USE}
         changed = {name: value for name, value in changed.items() if value != fields[name].default}

@@ -104,8 +104,8 @@ class ScaleConfig(Section):
     num_gpus: float = Field(default=0, ge=0)
     """GPUs per replica; may be fractional."""
     target_ongoing_requests: float = Field(default=0, ge=0)
-    """Requests per replica that autoscaling aims at (0: half of what a replica handles at a time; for
-    a decoder, two per decoding process)."""
+    """Requests per replica that autoscaling aims at (0: half of what a replica handles at a time;
+    for a decoder, two per decoding process)."""
     upscale_delay_s: float = Field(default=10, ge=0)
     """How long there must be too few replicas before one is added, in seconds."""
     downscale_delay_s: float = Field(default=300, ge=0)
@@ -168,7 +168,7 @@ class ServeConfig(Section):
     max_batch_lines: int = Field(default=50_000, ge=1)
     """Most lines of a batch that is sent as JSON lines; a manifest may be of any size."""
     webhook_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = ("https://",)
-    """Prefixes of URLs that may be called when a batch has ended; `https://` allows public hosts."""
+    """Prefixes of URLs to call when a batch has ended; `https://` allows public hosts."""
     tokens_file: str = ""
     """File of named tokens, each with a rate and a share (`tsq token new`); read again on change.
     Empty: none."""
@@ -179,5 +179,5 @@ class ServeConfig(Section):
     max_connections: int = Field(default=1024, ge=1)
     """Connections at a time; more wait (`tsq serve`)."""
     allowed_uri_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Folders, as absolute paths or URIs, that a request's `uri` may point into; none by default, so
-    that the endpoint exposes no files. `https://` allows every public host."""
+    """Folders, as absolute paths or URIs, that a request's `uri` may point into; none by default,
+    so that the endpoint exposes no files. `https://` allows every public host."""

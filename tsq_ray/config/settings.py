@@ -76,8 +76,8 @@ def _check_answers(sampler: SamplerConfig, recognizer: ModelConfig) -> None:
     clip_frames = recognizer.clip_frames
     if recognizer.kind == "openai" and sampler.mode == "maxconf":
         raise ConfigError(
-            "sampler.mode 'maxconf': the recogniser is a server that is asked once about all chosen "
-            "frames, which says nothing about one frame; use another mode"
+            "sampler.mode 'maxconf': the recogniser is a server that is asked once about all "
+            "chosen frames, which says nothing about one frame; use another mode"
         )
     if clip_frames == 1:
         return

@@ -74,7 +74,7 @@ def _bind_address(family: str) -> str:
 
 
 class _Server(multiprocessing.forkserver.ForkServer):
-    """A fork server whose socket has no name, so that nothing is left when this process is killed."""
+    """A fork server whose socket has no name: nothing is left when this process is killed."""
 
     _ensure = _copied(
         multiprocessing.forkserver.ForkServer.ensure_running,

@@ -4,9 +4,9 @@ A file with all its packets is planned from its packet table and decoded only wh
 need it. At the first sign of damage (a truncated packet, fewer packets than the header's table
 promises, an error or a damaged frame while decoding) the whole file is decoded, and the positions
 run over the frames that decode. One frame is enough: fewer than T are repeated cyclically. Anything
-missing becomes a warning. No frame at all is an error: `truncated` if the file ends early,
-cannot be read further or holds no packets, `unsupported` if the codec is unknown, `not_video` for a raw stream (random bytes look
-like one), else `corrupt`.
+missing becomes a warning. No frame at all is an error: `truncated` if the file ends early, cannot
+be read further or holds no packets, `unsupported` if the codec is unknown, `not_video` for a raw
+stream (random bytes look like one), else `corrupt`.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ class PacketTable:
     Only decoding proves them right.
     """
     doubtful: list[int] = field(default_factory=list)
-    """Indices into `pts` of frames whose place only a decode in order proves, see `clock.doubtful`."""
+    """Indices into `pts` of frames whose place only a decode in order proves (`clock.doubtful`)."""
     open_gops: bool = False
     """Some frame is decoded after a keyframe and displayed before it."""
     damaged: bool = False

@@ -1,4 +1,4 @@
-"""Decode in child processes that can be killed: a crash, a hang or a memory bomb costs one video."""
+"""Decode in child processes that can be killed: a crash, hang or memory bomb costs one video."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class DecodePool:
         return outcome
 
     def cancel(self, outcome: Future[Outcome]) -> None:
-        """Give up a submitted video, killing the child that decodes it; its outcome is a failure."""
+        """Make a submitted video a failure, and kill the child that decodes it."""
         with self._lock:
             video = self._waiting.get(outcome)
             if video is None:

@@ -24,11 +24,11 @@ class FrameSpec:
 
     `squash`: the whole frame to size x size; `crop`: the shorter side to round(size * 8/7), then
     the central size x size; `keep`: the shorter side to `size`, keeping the aspect ratio; `none`:
-    the original frame, see `with_whole_frames`. With `resize_to`, `crop` resizes the shorter side to
-    that many pixels and rounds the longer one down, as torchvision and transformers do, and
-    `squash` resizes to that square before it takes the centre. `centre`
-    says which way the middle of the crop is rounded: `down` as in transformers, or to the `nearest`
-    as in torchvision, a half to the even number.
+    the original frame, see `with_whole_frames`. With `resize_to`, `crop` resizes the shorter side
+    to that many pixels and rounds the longer one down, as torchvision and transformers do, and
+    `squash` resizes to that square before it takes the centre. `centre` says which way the middle
+    of the crop is rounded: `down` as in transformers, or to the `nearest` as in torchvision, a half
+    to the even number.
     """
 
     size: int

@@ -44,8 +44,8 @@ class Agreement:
     map: float
     """mAP with the classes that the dense recogniser finds as the truth."""
     cost: float
-    """GFLOPs relative to those of the dense recogniser, counted as they run; frames, if it is behind
-    a server."""
+    """GFLOPs relative to those of the dense recogniser, counted as they run; frames, if it is
+    behind a server."""
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -62,7 +62,8 @@ def interval(share: float, count: int) -> tuple[float, float]:
 def measure_agreement(
     bundle: Bundle, videos: VideoSet, config: SamplerConfig, surest: int = SUREST
 ) -> list[Agreement]:
-    """Measure the bundle's sampler and uniform frames at every K up to T, then the dense recogniser.
+    """Measure the bundle's sampler and uniform frames at every K up to T, then the dense
+    recogniser.
 
     With one label per video, also the adaptive budget. A server is not measured adaptively, nor
     densely. `config`: the other settings of the sampler; `surest`: number of frames that the dense

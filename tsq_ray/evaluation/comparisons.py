@@ -199,7 +199,7 @@ def teaching(bench: Bench) -> list[Method]:
 
 
 def teacher(bench: Bench, out: str) -> Table:
-    """Measure what a teacher is worth at `sampler.budget`, on labels and against the dense answer."""
+    """Measure a teacher's worth at `sampler.budget`, on labels and against the dense answer."""
     budget, num_frames = bench.config.sampler.most_frames, bench.videos.num_frames
     clock = Clock(bench.features.run, bench.bundle, num_frames)
     methods, notes = teaching(bench), possible(bench, TEACHING)[1]
@@ -211,8 +211,8 @@ def teacher(bench: Bench, out: str) -> Table:
     left_out = [method.name for method in TEACHING if method not in methods]
     notes += [f"not measured, for want of training videos: {', '.join(left_out)}"] * bool(left_out)
     notes.append(
-        "agreement mAP: with the classes that the dense recogniser finds as the truth; tsqnet learns "
-        "from the labels of the training videos, teacher from the recogniser's answers on them"
+        "agreement mAP: with the classes that the dense recogniser finds as the truth; tsqnet "
+        "learns from the labels of the training videos, teacher from the recogniser's answers"
     )
     columns = [TableColumn("sampler"), *_COLUMNS, TableColumn("agreement mAP", "%")]
     title = f"Teacher and labels at K = {budget} of T = {num_frames}"

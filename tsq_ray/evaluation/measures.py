@@ -113,7 +113,7 @@ def dense_answers(videos: VideoSet, task: Task, surest: int = SUREST) -> np.ndar
 
 
 def agreement(scores: np.ndarray, dense: np.ndarray, task: Task) -> tuple[float, float]:
-    """Return `Measures.agreement` and `agreement_map` of scores with the dense ones, both [V, C]."""
+    """Return `Measures.agreement` and `agreement_map` of scores [V, C] with the dense ones."""
     targets = np.zeros(dense.shape, bool)
     for video, classes in enumerate(shown_classes(dense, task)):
         targets[video, classes] = True

@@ -152,8 +152,8 @@ def _check_weights(run: dict[str, Any], bundle: Bundle, shown: str) -> None:
     assert bundle.recognizer is not None, "the caller must refuse a bundle without a recogniser"
     if (clip := bundle.recognizer.config.clip_frames) > 1:
         raise ModelError(
-            f"{shown}: the recogniser takes clips of {clip} frames, and features hold no answer to a "
-            "choice of frames; score with several settings and compare the predictions"
+            f"{shown}: the recogniser takes clips of {clip} frames, and features hold no answer to "
+            "a choice of frames; score with several settings and compare the predictions"
         )
     for name, have in (
         (VISUAL, bundle.encoder.backbone_hash()),

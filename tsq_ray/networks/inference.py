@@ -176,7 +176,7 @@ def _whole_clips(pictures: Pictures, clip: int) -> Pictures:
 
 
 def _padded(part: Tensor, chunk: int, clip: int) -> Tensor:
-    """Pad [n, ...] with empty frames: a power of two of clips, at least 8 frames; few to compile."""
+    """Pad [n, ...] with empty frames to a power of two of clips, at least 8 frames."""
     clips = max(-(-8 // clip), 1 << (len(part) // clip - 1).bit_length())
     size = min(chunk, clips * clip)
     return (

@@ -1,7 +1,7 @@
 """Networks of the transformers library: image and video classifiers, towers of dual encoders.
 
-A dual encoder (CLIP, SigLIP) embeds pictures and texts. The embedded names of the classes become its
-head, so that scoring needs its image tower only.
+A dual encoder (CLIP, SigLIP) embeds pictures and texts. The embedded names of the classes become
+its head, so that scoring needs its image tower only.
 
 Shapes: N pictures, D dims, C classes.
 """

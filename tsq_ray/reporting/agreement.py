@@ -38,8 +38,8 @@ def agreement_svg(found: Mapping[str, Any]) -> Markup:
     wanted = f'<line class="guide own" x1="0" x2="100%" y1="{asked:.1f}" y2="{asked:.1f}"/>'
     bottom = f'<line class="base" x1="0" x2="100%" y1="{HEIGHT_PX}" y2="{HEIGHT_PX}"/>'
     return Markup(
-        '<svg class="curve agreement" role="img" aria-label="Agreement with the recogniser on every '
-        f'frame, by cost" width="100%" height="{HEIGHT_PX + AXIS_PX}">{bottom}{wanted}'
+        '<svg class="curve agreement" role="img" aria-label="Agreement with the recogniser on '
+        f'every frame, by cost" width="100%" height="{HEIGHT_PX + AXIS_PX}">{bottom}{wanted}'
         f'<svg width="100%" height="{HEIGHT_PX}" viewBox="0 0 1000 {HEIGHT_PX}" '
         f'preserveAspectRatio="none" overflow="visible">{"".join(lines)}</svg>{dot}'
         f"{axes.texts()}</svg>"
@@ -101,8 +101,8 @@ def verdict(found: Mapping[str, Any]) -> str:
     held_out = f"{found['videos']} held-out videos"
     if chosen["mode"] == "maxconf":
         return (
-            f"{_why_every_frame(found, asked, held_out)}, so it sees every frame and answers by its "
-            f"{chosen['budget']} surest; ask for a lower --agreement"
+            f"{_why_every_frame(found, asked, held_out)}, so it sees every frame and answers by "
+            f"its {chosen['budget']} surest; ask for a lower --agreement"
         )
     figures = (
         f"agrees with what it says after seeing every frame on {100 * chosen['top1']:.0f} % of "
@@ -126,9 +126,9 @@ def _why_every_frame(found: Mapping[str, Any], asked: str, held_out: str) -> str
         return f"no choice of fewer frames agrees with the recogniser on {asked} of {held_out}"
     best = min(agreeing, key=lambda one: one["cost"])
     return (
-        f"a sampler does not pay here: {_frames(best)}, {best['mode']}, is the cheapest choice that "
-        f"agrees with the recogniser on {asked} of {held_out}, at {100 * best['cost']:.0f} % of the "
-        "cost of every frame"
+        f"a sampler does not pay here: {_frames(best)}, {best['mode']}, is the cheapest choice "
+        f"that agrees with the recogniser on {asked} of {held_out}, at {100 * best['cost']:.0f} % "
+        "of the cost of every frame"
     )
 
 

@@ -41,7 +41,7 @@ class LeaseTimes:
 
     @property
     def trusted_s(self) -> float:
-        """How long a run may write after its last renewal; the rest of `expire_s` is for stopping."""
+        """How long a run may write after its last renewal; the rest of `expire_s` is to stop in."""
         return 2 / 3 * self.expire_s
 
 

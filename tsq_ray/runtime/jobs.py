@@ -143,8 +143,8 @@ class Jobs:
             time.sleep(0.5)
         if not found.is_over:
             raise RunFailed(
-                f"job {job_id}: still {found.status} {_STOPS_S:g} s after it was told to stop; look "
-                f"again with `tsq jobs list{self._shown}`"
+                f"job {job_id}: still {found.status} {_STOPS_S:g} s after it was told to stop; "
+                f"look again with `tsq jobs list{self._shown}`"
             )
         return found
 

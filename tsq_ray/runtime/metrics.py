@@ -1,8 +1,8 @@
 """What a run exports to Prometheus through Ray (docs/operations.md lists it).
 
-Ray puts `ray_` before each name. Everything is counted by the driver, which hears of each part once,
-whatever was killed. Each series has the labels `run`, the id of the run as in its JSON log lines and
-`_run.json`, and `stage`, the command.
+Ray puts `ray_` before each name. Everything is counted by the driver, which hears of each part
+once, whatever was killed. Each series has the labels `run`, the id of the run as in its JSON log
+lines and `_run.json`, and `stage`, the command.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ def hand_on_after(context: Any, arrow: pa.Schema, batch_size: int) -> None:
 def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema, counts: Any) -> pa.Table:
     """Return rows of a run as a table that Ray Data does not alter, and report them to `counts`.
 
-    Tensors become plain lists; STAGE_SECONDS hold the seconds that each row took, FETCHED the bytes.
+    Tensors become plain lists; STAGE_SECONDS hold the seconds that each row took, FETCHED the
+    bytes.
     """
     counts.add.remote([row.get("error_type") for row in rows])
     table = schema.to_storage(schema.table_from_rows(rows, arrow))

@@ -38,7 +38,8 @@ class Counts:
 
 
 def start_counts(kind: type = Counts) -> Any:
-    """Start an actor of this class, Counts or one with its `get`, for `run_with_progress` and the workers.
+    """Start an actor of this class, Counts or one with its `get`, for `run_with_progress` and the
+    workers.
 
     It runs on the driver's node, because any other node may be lost during the run.
     """

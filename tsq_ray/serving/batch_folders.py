@@ -1,10 +1,10 @@
 """The folders of batches below `serve.batches_uri`.
 
 A batch has a folder of its own: `batch.json` (what clients see), `input.json` (what to score),
-`webhook.json` until its webhook has been called, `manifest.parquet` if it was sent as JSON lines or is
-on a web server, `predictions/` (the run folder), and at the end `output.jsonl` and `errors.jsonl`.
-`keys/` has a file per idempotency key. Nothing else is kept, so
-that a batch resumes where it was when the endpoint starts again.
+`webhook.json` until its webhook has been called, `manifest.parquet` if it was sent as JSON lines or
+is on a web server, `predictions/` (the run folder), and at the end `output.jsonl` and
+`errors.jsonl`. `keys/` has a file per idempotency key. Nothing else is kept, so that a batch
+resumes where it was when the endpoint starts again.
 """
 
 from __future__ import annotations

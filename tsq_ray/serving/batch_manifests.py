@@ -20,7 +20,7 @@ from tsq_ray.serving.requests.fetching import Fetcher
 from tsq_ray.serving.requests.uris import WEB
 
 _LOOK_UPS, _LOOK_UPS_A_BATCH = 32, 8
-"""Look-ups at a time, and those of one batch, so that slow sources leave places to other batches."""
+"""Look-ups at a time, and those of one batch: slow sources leave places to other batches."""
 
 
 class BatchManifests:

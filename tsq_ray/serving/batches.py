@@ -1,4 +1,4 @@
-"""Batches: run folders of `tsq score`, filled by the endpoint's own graph beside single requests."""
+"""Batches: run folders of `tsq score`, filled by the endpoint's graph beside single requests."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ class BatchRunner:
     ) -> Batch:
         """Start a batch over the manifest of a BatchRequest or over lines.
 
-        Or return the batch that has this key. Raises RequestError 422 if the key belongs to another request.
+        Or return the batch that has this key. Raises RequestError 422 if the key belongs to another
+        request.
         """
         # shielded: a client that goes away does not leave half a batch
         return await asyncio.shield(

@@ -102,7 +102,7 @@ def wait_until_done(app: str, replicas: Callable[[], int], patience_s: float) ->
 
 
 async def watch(app: str, replica: str, admission: Any) -> None:
-    """Follow the endpoint's end in an ingress replica: refuse new requests, report those in hand."""
+    """Follow the endpoint's end in an ingress replica: refuse new requests, report the others."""
     while True:
         await asyncio.sleep(_POLL_S if admission.draining else _WATCH_S)
         try:

@@ -1,8 +1,8 @@
 """What `tsq serve` puts before Serve's HTTP server: HAProxy, from the package that Ray depends on.
 
-It limits connections and the time for a request's headers, and answers JSON where Serve would answer
-plain text or nothing: while its proxy or the ingress replicas restart. Serve itself then listens on
-loopback only.
+It limits connections and the time for a request's headers, and answers JSON where Serve would
+answer plain text or nothing: while its proxy or the ingress replicas restart. Serve itself then
+listens on loopback only.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Front:
                 [get_haproxy_binary(), "-db", "-f", str(self._folder / _CONFIG)],
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C is for this process, which ends it at the right time
+                start_new_session=True,  # Ctrl-C is for this process, which ends it in time
                 preexec_fn=_end_with_parent,
             )
         with contextlib.suppress(subprocess.TimeoutExpired):

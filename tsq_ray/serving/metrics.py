@@ -26,7 +26,7 @@ class IngressMetrics:
     def __init__(self, model: Mapping[str, Any]) -> None:
         self._requests = metrics.Counter(
             "tsq_requests",
-            "Requests of /v1 by HTTP status and, for a video that failed, error type; above a rate: rate.",
+            "Requests of /v1 by HTTP status and error type (of a failed video, or rate).",
             _tags("status", "error_type"),
         )
         self._seconds = metrics.Histogram(

@@ -39,7 +39,7 @@ _REASONS = {
     415: "the media type is not supported",
     422: "the video cannot be used: `error_type` is not_video, truncated, corrupt, unsupported, "
     "decoder_crash or out_of_memory",
-    429: "too many requests in hand or above the token's rate; `Retry-After` says when to try again",
+    429: "too many requests in hand, or above the token's rate; `Retry-After` says when to retry",
     500: "a fault of the endpoint; its log says more",
     502: "storage refuses the endpoint's own keys",
     503: "storage does not answer, or the endpoint is ending; `Retry-After` says when to try again",

@@ -95,7 +95,7 @@ class ServerRecognizer:
         return [base64.b64encode(sent[int(slot)]).decode() for slot in columns["selected_slot"]]
 
     async def check(self) -> None:
-        """Raise ModelError if the server refuses the key; asks about no video, which costs money."""
+        """Raise ModelError if the server refuses the key; asks about no video, to cost nothing."""
         await self._asker.client.check()
 
 

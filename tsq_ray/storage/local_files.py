@@ -1,6 +1,7 @@
 """Local disks: look up paths, list the files below a folder, write and remove.
 
-Functions raise OSError if the system refuses; `storage_errors` in advice.py turns it into StorageError.
+Functions raise OSError if the system refuses; `storage_errors` in advice.py turns it into
+StorageError.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ class CpuSide(_Warm):
         super().__init__(sys.executable, "cpu", job, patience_s)
 
     def round(self) -> list[float]:
-        """Return the CPU seconds of each video. Raises RuntimeError if the process is in trouble."""
+        """Return the CPU seconds of each video. Raises RuntimeError if the process is in
+        trouble."""
         answer = self.again()
         if self.trouble:
             raise RuntimeError(f"the side of a checkout {self.trouble}")

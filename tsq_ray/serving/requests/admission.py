@@ -20,9 +20,9 @@ _SAFETY = 0.7
 class Admission:
     """Counts the requests in hand at one ingress replica and refuses those that would be too late.
 
-    The expected wait is the number in hand times the pace: recent seconds a request, measured as the
-    time that a request took over the number in hand beside it, whose median one long video hardly
-    moves. A replica sees its own share of the load and therefore its own share of the pace.
+    The expected wait is the number in hand times the pace: recent seconds a request, measured as
+    the time that a request took over the number in hand beside it, whose median one long video
+    hardly moves. A replica sees its own share of the load and therefore its own share of the pace.
     """
 
     def __init__(self, limit: int, timeout_s: float) -> None:

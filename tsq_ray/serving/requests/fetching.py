@@ -1,4 +1,4 @@
-"""Fetch the video of a `uri` into an unnamed file of this machine, within limits of time and size."""
+"""Fetch the video of a `uri` into an unnamed local file, within limits of time and size."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class RequestError(UserError):
 def problem(
     error: RequestError, request_id: str, headers: dict[str, str] | None = None
 ) -> JSONResponse:
-    """Return the answer for `error`: type, title, status, detail, request_id and what it concerns."""
+    """Return the answer for `error`: type, title, status, detail, request_id and its subject."""
     content: dict[str, Any] = {
         "type": f"urn:tsq-ray:{error.error_type}" if error.error_type else "about:blank",
         "title": HTTPStatus(error.status).phrase,

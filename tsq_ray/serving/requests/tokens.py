@@ -139,7 +139,8 @@ def _escaped(name: str) -> str:
 class Access:
     """Decides whose a request is and whether it is within that client's rate.
 
-    `replicas`: the most ingress replicas that there may be, each of which grants its part of a rate.
+    `replicas`: the most ingress replicas that there may be, each of which grants its part of a
+    rate.
     """
 
     token: str | None

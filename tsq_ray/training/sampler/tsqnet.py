@@ -48,8 +48,8 @@ def training_config(
 ) -> Config:
     """Load the settings of a training: those of the features, then the TOML file, then the sets.
 
-    Raises RunError if the decode or object encoder settings differ from those of the features, apart
-    from limits and the paths of weights; `train` checks the visual encoder's.
+    Raises RunError if the decode or object encoder settings differ from those of the features,
+    apart from limits and the paths of weights; `train` checks the visual encoder's.
     """
     made = read_run(features_uri, "features")["config"]
     base = {"decode": made["decode"], "encoders": made["encoders"]}
