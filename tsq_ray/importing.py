@@ -163,7 +163,7 @@ def _import_server(
 
 
 def _already_done(identity: Identity, out: str) -> ImportSummary | None:
-    """Return the summary of an equal import into `out`, which must be writable if there is none.
+    """Return the summary of an equal import into `out`, which must otherwise be writable.
 
     Raises RunError if the folder holds another classifier.
     """

@@ -173,8 +173,8 @@ A folder: `model.safetensors` (`backbone.*` and `head.*`), `curves.csv` (one row
 a trained backbone) and, written last, `finetune.json` with `format`, `role` (`encoder` or
 `recognizer`), `classes`, `task`, `model` (the network and its preprocessing), `backbone_sha256`,
 `provenance` and `files` (sha256 of each file). A network of transformers is described by
-`model.model_args`, so that nothing but this folder is needed to make it again. Of a model behind a
-server there is `finetune.json` alone.
+`model.model_args`, so that nothing but this folder is needed to make it again. The folder of a model
+behind a server holds `finetune.json` alone.
 
 ## The bundle
 What `tsq train` writes, and all that scoring needs: no hub, no language model. A folder:

@@ -15,14 +15,16 @@ BANNED = (
     r"\bso many\b",
     r"\banew\b",
     r"\bthe border\b",
-    r"\bthere is:",
+    r"\bthere is\b",
+    r"\b(go|goes|went|gone) on where\b",
+    r"\btold to\b",
     r"\ba like share\b",
     r"\bat like cost\b",
     r"\bto be had\b",
     r"\bbefalls?\b",
     r"\bas it comes\b",
 )
-SUFFIXES = (".py", ".md", ".sh", ".toml", ".yaml", ".j2", ".js")
+SUFFIXES = (".py", ".md", ".sh", ".toml", ".yaml", ".j2", ".js", ".html", ".css")
 FILES = sorted(
     path
     for top in ("tsq_ray", "jobs", "docs", "cluster", ".github", "README.md")

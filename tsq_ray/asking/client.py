@@ -38,7 +38,7 @@ class Reply:
     """What the server answered, with the tokens of all tries."""
 
     scores: np.ndarray | None = None
-    """float32 [C]; None if there is an error."""
+    """float32 [C]; None after an error."""
     caption: str | None = None
     error: VideoError | None = None
     tokens_in: int = 0

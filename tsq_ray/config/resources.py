@@ -151,7 +151,7 @@ class ServeConfig(Section):
     request_timeout_s: float = Field(default=120.0, gt=0)
     """Time limit of one request, including its upload, in seconds; then it returns 504."""
     drain_s: float = Field(default=30.0, ge=0)
-    """How long `tsq serve`, told to end, waits for the requests in hand, in seconds."""
+    """How long `tsq serve` waits at its end for the requests in hand, in seconds."""
     max_upload_mb: float = Field(default=256, gt=0)
     """Largest upload, in MiB; a larger one returns 413."""
     max_upload_total_mb: float = Field(default=1024, gt=0)

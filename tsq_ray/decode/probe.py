@@ -83,7 +83,7 @@ def open_container(
 def pick_stream(container: Container, uri: str) -> Stream:
     """The video stream that a player shows.
 
-    Raises VideoError: not_video if there is none, unsupported if no decoder is known for it.
+    Raises VideoError: not_video without one, unsupported if no decoder is known for it.
     """
     videos = [
         stream for stream in container.streams.video if not stream.disposition & _ATTACHED_PICTURE

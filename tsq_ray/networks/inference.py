@@ -99,7 +99,7 @@ def encode_pictures(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the features [N, D] and logits [N, C] of N pictures in total, float32 on the CPU.
 
-    Of a video network there is one row per clip: the frames of each item make whole clips, the last
+    A video network gives one row per clip: the frames of each item make whole clips, the last
     of which is filled up with its last frame (`num_inputs`). The logits are None if the encoder has
     no head. Runs one chunk of frames at a time.
     """

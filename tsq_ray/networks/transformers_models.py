@@ -98,7 +98,7 @@ def linear_of(weight: Tensor, bias: Tensor | float = 0.0) -> nn.Linear:
 
 
 def _place_of_head(network: nn.Module) -> str | None:
-    """Return the name of the linear layer that ends the network, if there is one."""
+    """Return the name of the linear layer that ends the network, or None."""
     classifier = getattr(network, "classifier", None)
     if isinstance(classifier, nn.Linear):
         return "classifier"

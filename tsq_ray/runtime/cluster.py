@@ -293,7 +293,7 @@ def _check_reachable(place: str) -> None:
 def _address_here() -> str:
     """Return where `auto` leads: to this machine's cluster, which may have died since.
 
-    Raises _Unreachable if there is none.
+    Raises _Unreachable without one.
     """
     from ray._private.services import canonicalize_bootstrap_address
 

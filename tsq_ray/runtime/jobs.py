@@ -116,14 +116,14 @@ class Jobs:
         return sorted(found, key=lambda job: job.started or time.time(), reverse=True)
 
     def get(self, job_id: str) -> Job:
-        """Return a job. Raises RunError if there is none."""
+        """Return a job. Raises RunError if its id is unknown."""
         try:
             return _job(self._client.get_job_info(job_id))
         except RuntimeError as error:
             raise self._unknown(job_id, error) from error
 
     def logs(self, job_id: str) -> str:
-        """Return what a job has printed. Raises RunError if there is no such job."""
+        """Return what a job has printed. Raises RunError if its id is unknown."""
         try:
             return str(self._client.get_job_logs(job_id))
         except RuntimeError as error:
@@ -132,7 +132,7 @@ class Jobs:
     def stop(self, job_id: str) -> Job:
         """Stop a job and wait for its end.
 
-        Raises RunError if there is none; RunFailed if it still runs after a minute.
+        Raises RunError if its id is unknown, RunFailed if it still runs after a minute.
         """
         try:
             self._client.stop_job(job_id)
@@ -143,7 +143,7 @@ class Jobs:
             time.sleep(0.5)
         if not found.is_over:
             raise RunFailed(
-                f"job {job_id}: still {found.status} {_STOPS_S:g} s after it was told to stop; "
+                f"job {job_id}: still {found.status} {_STOPS_S:g} s after the request to stop; "
                 f"look again with `tsq jobs list{self._shown}`"
             )
         return found
@@ -228,7 +228,7 @@ def _client(address: str, named_by: str) -> Any:
                 raise
             return JobSubmissionClient(address, headers=headers)
     except AuthenticationError as error:
-        what = "does not accept the token" if token else "wants a token, and there is none"
+        what = "does not accept the token" if token else "wants a token, and got none"
         raise RunFailed(
             f"{address}: this cluster {what}; set RAY_AUTH_TOKEN to the cluster's token, or write "
             "it to ~/.ray/auth_token"

@@ -77,7 +77,7 @@ class BatchFolders:
         storage.write_bytes(self.at(card.id, _CARD), card.model_dump_json().encode())
 
     def card(self, batch: str) -> Batch | None:
-        """Return what clients see of a batch; None if there is none."""
+        """Return what clients see of a batch; None if it is unknown."""
         if not batch.startswith("batch_") or not batch.replace("_", "").isalnum():
             return None
         try:

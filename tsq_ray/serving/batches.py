@@ -140,7 +140,7 @@ class BatchRunner:
         return await asyncio.to_thread(self._folders.card, batch)
 
     async def get(self, batch: str, with_problems: bool = False) -> Batch:
-        """Return a batch. Raises RequestError 404 if there is none."""
+        """Return a batch. Raises RequestError 404 if it is unknown."""
         card = await self._find(batch)
         if card is None:
             raise RequestError(404, f"no batch {batch[:100]!r}")

@@ -91,7 +91,7 @@ def taught_classes(targets: np.ndarray, min_videos: int, task: Task) -> list[int
 def check_taught(parts: list[str], count: int, num_classes: int, what: str) -> None:
     """Raise RunError if the features do not hold the recogniser's answers on any video."""
     if not count:
-        raise RunError(f"{what}: no video is ok, so there is nothing to learn from")
+        raise RunError(f"{what}: no video is ok, nothing to learn from")
     with storage.open_read(parts[0]) as file:
         arrow = pq.read_schema(file)
     if LOGITS not in arrow.names:

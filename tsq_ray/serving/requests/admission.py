@@ -71,7 +71,7 @@ class Admission:
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
-        """Count a request of any kind that came before the endpoint was told to end."""
+        """Count a request of any kind that came before the endpoint began to end."""
         counted = not self.draining
         self.unanswered += counted
         try:

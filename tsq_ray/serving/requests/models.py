@@ -130,7 +130,7 @@ Prediction = cast(
 
 
 class Problem(BaseModel):
-    """Why there is no prediction (RFC 9457)."""
+    """Why no prediction was made (RFC 9457)."""
 
     model_config = ConfigDict(
         json_schema_extra={

@@ -31,7 +31,7 @@ class Places:
         return self._by_client[client]
 
     def allowed(self, share: Share, limit: float | None = None) -> float:
-        """Return how much a client may hold, of `limit` if that is less than all there is."""
+        """Return how much a client may hold, of `limit` if that is less than everything."""
         return max(self._least, min(self.limit, limit or self.limit) * share.part)
 
     def has_room(self, share: Share = WHOLE, count: int = 1, limit: float | None = None) -> bool:

@@ -37,7 +37,7 @@ _REQUIRED = "a valid token is required: send the header Authorization: Bearer TO
 
 
 class AboveRate(RequestError):
-    """A request above its token's own rate, however much room there is."""
+    """A request above its token's own rate, however much room is left."""
 
 
 class Token(BaseModel):

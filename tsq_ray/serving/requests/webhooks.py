@@ -32,7 +32,7 @@ def check_webhook(url: str, prefixes: Iterable[str]) -> str:
 
 
 def signing_key() -> bytes | None:
-    """Return the key of the environment; None if there is none.
+    """Return the key of the environment; None if it is not set.
 
     Raises ConfigError if it is not base64 of 24 to 64 bytes, as the specification requires.
     """

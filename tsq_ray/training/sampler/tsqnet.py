@@ -192,7 +192,7 @@ class _Plan:
 
 
 def _teacher(settings: TrainConfig, recognizer: str | None) -> Teacher | None:
-    """Return the teacher that the settings ask for. Raises RunError if there is none."""
+    """Return the teacher that the settings ask for. Raises RunError if it is missing."""
     if settings.target != "teacher":
         return None
     if recognizer is None:
@@ -252,7 +252,7 @@ def _job(
     parts: Components,
     taught: list[int] | None,
 ) -> dict[str, Any]:
-    """Return the workers' job; fits the frame head if there is none.
+    """Return the workers' job; fits the frame head if none is stored.
 
     `taught`: the classes of a teacher that have a query.
     """
