@@ -75,8 +75,8 @@ def package_folder(name: str) -> Path:
 def model_folder(weights: str, hub_id: str, scratch: str, what: str) -> str:
     """Return what transformers loads a model from: its hub id, or a folder with its config.json.
 
-    `weights`: as in TextConfig. A remote folder is copied to `scratch`. Raises ModelError if there
-    is no such model.
+    `weights`: as in TextConfig. A remote folder is copied to `scratch`. Raises ModelError if it
+    does not exist.
     """
     if weights == "hub":
         return hub_id
