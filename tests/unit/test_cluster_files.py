@@ -80,8 +80,8 @@ def strict_schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def crds(data_dir: Path) -> dict[str, dict[str, Any]]:
-    """Kind -> strict schema of version v1."""
+def crds(data_dir: Path) -> dict[str, jsonschema.Draft202012Validator]:
+    """Kind -> validator by the strict schema of version v1."""
     folder = data_dir.parent / "schemas" / "kuberay"
     if not folder.is_dir():
         pytest.skip(f"no CRDs at {folder}")
@@ -91,7 +91,7 @@ def crds(data_dir: Path) -> dict[str, dict[str, Any]]:
         version = next(version for version in crd["spec"]["versions"] if version["name"] == "v1")
         schema = strict_schema(version["schema"]["openAPIV3Schema"])
         schema["properties"]["metadata"] = ANY_TYPE  # the API server's own type, not the CRD's
-        schemas[crd["spec"]["names"]["kind"]] = schema
+        schemas[crd["spec"]["names"]["kind"]] = jsonschema.Draft202012Validator(schema)
     return schemas
 
 
@@ -162,10 +162,12 @@ def test_what_each_folder_makes() -> None:
 @pytest.mark.data
 @every_overlay
 @every_folder
-def test_manifests_fit_the_crds(folder: str, overlay: str, crds: dict[str, dict[str, Any]]) -> None:
+def test_manifests_fit_the_crds(
+    folder: str, overlay: str, crds: dict[str, jsonschema.Draft202012Validator]
+) -> None:
     for component in ("", "workload-identity", "gcs-redis"):
         for manifest in ray_manifests(folder, overlay, component):
-            jsonschema.validate(manifest, crds[manifest["kind"]])
+            crds[manifest["kind"]].validate(manifest)
 
 
 def misspell(key: str) -> Callable[[dict[str, Any]], None]:
@@ -201,11 +203,11 @@ def test_a_wrong_field_is_found(
     folder: str,
     change: Callable[[dict[str, Any]], None],
     message: str,
-    crds: dict[str, dict[str, Any]],
+    crds: dict[str, jsonschema.Draft202012Validator],
 ) -> None:
     manifest = copy.deepcopy(ray_manifests(folder, "gpu")[0])
     change(cluster_spec(manifest))
-    errors = list(jsonschema.Draft202012Validator(crds[manifest["kind"]]).iter_errors(manifest))
+    errors = list(crds[manifest["kind"]].iter_errors(manifest))
     assert any(message in error.message for error in errors)
 
 

@@ -117,14 +117,14 @@ def test_no_label_is_read(features: str) -> None:
     assert source.key != FeatureSource.of(features, None, "single").key
     with open_training_set(source) as data:
         assert (len(data), data.classes) == (VIDEOS + 1, list(TEACHER.classes))
-        assert data.selection.left_out == {"other_split": 1, "failed": 1, "unlabelled": 0}
+        assert data.videos.left_out == {"other_split": 1, "failed": 1, "unlabelled": 0}
         logits = logits_of(make_arrays()["targets"].argmax(1))
         for number, name in enumerate(order):
             if name != "bare":
                 video = logits[[int(name)]]
                 wanted = soft_targets(video, INDEX[None], TEACHER.num_frames, "single")[0]
                 assert np.array_equal(data.targets[number], wanted)
-        found = sorted(number for number, _, _ in frames_and_logits(source, data.selection))
+        found = sorted(number for number, _, _ in frames_and_logits(source, data.videos))
         assert found == list(range(VIDEOS + 1))
 
 
