@@ -817,8 +817,10 @@ def test_dashboard_and_alerts_use_metrics_of_runs_that_exist(ray_cluster: Any) -
     assert len(used) >= 9
     metrics = RunMetrics("a-run", "extract", "a process")
     metrics.published(Part({"": 3, "corrupt": 1}, 1000, 900, {"decode": 2.0}))
+    metrics.end("complete")
     deadline = time.monotonic() + 60
     while missing := used - {line.partition("{")[0] for line in scraped(ray_cluster, "a-run")}:
         assert time.monotonic() < deadline, missing
-        metrics.update(5, 0.0, {"nodes_lost": 1})
+        metrics.update(0.0, time.time(), {"nodes_lost": 1})
+        metrics.update_rows(5, 2, 1)
         time.sleep(1)

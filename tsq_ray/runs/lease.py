@@ -61,6 +61,11 @@ class Holder:
     """Clock ticks from boot to the start of the process, because a pid can be reused."""
     started: str
 
+    @property
+    def run(self) -> str:
+        """The id of the run, as in its log lines, its metrics and `_run.json`."""
+        return self.id[:12]
+
     @classmethod
     def of_this_process(cls) -> Holder:
         """Create the holder for a new run in this process."""
