@@ -12,6 +12,7 @@ import ray
 from tsq_ray.config import Config
 from tsq_ray.errors import RunFailed
 from tsq_ray.manifest import Manifest, VideoRef, read_manifest, write_manifest
+from tsq_ray.results import TrainingSummary, from_record
 from tsq_ray.runs.bulk import BulkRun, Selection
 from tsq_ray.runs.identity import Identity
 from tsq_ray.runs.lease import Holder
@@ -20,6 +21,7 @@ from tsq_ray.runtime.bulk import BulkObserver
 from tsq_ray.runtime.metrics import Part
 from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.waiting import Watch
+from tsq_ray.summaries import training_text
 
 IDS = [f"{number:016x}" for number in range(10)]
 
@@ -103,3 +105,16 @@ def test_nothing_happened_is_nothing(run: BulkRun) -> None:
     seen = BulkObserver(ray, run, "extract", None)
     seen.observe(0, watch(0.0))
     assert seen.happened == {}
+
+
+def test_the_summary_of_a_training_says_what_happened() -> None:
+    record = {
+        **{"out": "bundle", "videos": 3, "classes": 2, "left_out": {}, "unlabelled": ()},
+        **{"warnings": (), "epochs": 1, "losses": {}, "workers": 2},
+        **{"train_seconds": 1.0, "videos_per_s": 3.0},
+    }
+    assert "in this run" not in training_text(from_record(TrainingSummary, record))
+    happened = {"nodes_lost": 1, "waited_s": 12.5}
+    text = training_text(from_record(TrainingSummary, record, happened=happened))
+    line = "in this run: nodes lost: 1; waited for room on the cluster: 12.5 s"
+    assert line in text.splitlines()

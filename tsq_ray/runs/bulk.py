@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import log, storage
+from tsq_ray import storage
 from tsq_ray.config import Config
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRows, choose_split
@@ -131,7 +131,6 @@ class BulkRun:
         return self.lease.holder.run
 
     def __enter__(self) -> BulkRun:
-        log.use_run(self.id)
         # before taking the lease, which writes a file and may wait for another run
         check_folder(self.out, self.kind, self.selection.manifest, self.identity)
         with contextlib.ExitStack() as stack:

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 
-from tsq_ray import provenance, storage
+from tsq_ray import log, provenance, storage
 from tsq_ray.errors import RunError, RunFailed, StorageError
 
 LEASE_FILE = "_lease.json"
@@ -119,6 +118,7 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="tsq-lease", daemon=True)
 
     def __enter__(self) -> Lease:
+        log.use_run(self.holder.run)
         self._acquire()
         _held.add(self.holder.id)
         self._thread.start()
@@ -172,11 +172,9 @@ class Lease:
 
     def _is_left_unchanged(self, found: bytes, holder: Holder | None) -> bool:
         limit_s = self.times.expire_s
-        print(  # noqa: T201
+        log.say(
             f"waiting up to {limit_s:g} s for {holder or 'another run'}: it holds "
-            f"{storage.redact(self.folder)}; this run takes over unless that one renews its lease",
-            file=sys.stderr,
-            flush=True,
+            f"{storage.redact(self.folder)}; this run takes over unless that one renews its lease"
         )
         end = time.monotonic() + limit_s
         while (left := end - time.monotonic()) > 0:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -149,10 +149,10 @@ class Features:
         num_videos: int,
         what: str,
         session: Session,
-        ticks: Sequence[Callable[[], None]],
+        observe: progress.Observe,
     ) -> None:
         self._actor, self._counts, self._num_videos = actor, counts, num_videos
-        self._what, self._session, self._ticks = what, session, ticks
+        self._what, self._session, self._observe = what, session, observe
 
     def taught(self, min_videos: int) -> list[int]:
         """Return the classes that the teacher finds in at least `min_videos` videos."""
@@ -198,7 +198,7 @@ class Features:
                 total,
                 what,
                 self._session,
-                self._ticks,
+                observe=self._observe,
             )
         except ray.exceptions.RayError as error:
             raise cluster.run_failed(error, what) from error
@@ -211,11 +211,11 @@ def features_on_worker(
     what: str,
     config: Config,
     session: Session,
-    ticks: Sequence[Callable[[], None]] = (),
+    observe: progress.Observe,
 ) -> Iterator[Features]:
     """Read the features on a node of the connected cluster and keep them for the `with` block.
 
-    `what` names the run in messages; `ticks` are called twice a second while the driver waits.
+    `what` names the run in messages; `observe` is called twice a second while the driver waits.
     Raises RunFailed if the node's disk has no room or the features cannot be read.
     """
     import ray
@@ -229,7 +229,7 @@ def features_on_worker(
         options["label_selector"] = labels
     actor: Any = ray.remote(**options)(FeatureWorker).remote(source, threads, counts)
     try:
-        features = Features(actor, counts, num_videos, what, session, ticks)
+        features = Features(actor, counts, num_videos, what, session, observe)
         features.read()
         yield features
         with contextlib.suppress(ray.exceptions.RayError):  # a lost node has no files to remove
