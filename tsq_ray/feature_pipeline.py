@@ -43,7 +43,7 @@ from tsq_ray.rows import (
 from tsq_ray.runs.bulk import BulkRun, Selection
 from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime import blocks, cluster, parts, progress
-from tsq_ray.runtime.bulk import Work, run_bulk
+from tsq_ray.runtime.bulk import BulkObserver, Work, run_bulk
 from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.runtime.packing import pack_video, packed_fields, unpack_video
 from tsq_ray.runtime.session import Session
@@ -188,13 +188,15 @@ def extract_features(
         seconds: dict[str, float] = {}
         if run.todo:
             arrow = loaded.features_schema(config, selection.manifest.classes)
-            with cluster.connect(session) as ray:
+            with (
+                cluster.connect(session) as ray,
+                BulkObserver(ray, run, stage, progress.start_counts(progress.RowCounts)) as seen,
+            ):
                 placed = cluster.lay_out(ray, stage, config, len(run.todo))
-                plan = FeaturePlan(config, networks, arrow, progress.start_counts(), placed)
+                plan = FeaturePlan(config, networks, arrow, seen.counts, placed)
                 stages, batch = partial(feature_stage, plan=plan), config.resources.batch_size
-                pools = (plan.first_pool, placed["writer"])
-                work = Work(*pools, stages, arrow, plan.counts, batch)
-                seconds = run_bulk(stage, run, work, session, ticks=ticks)
+                work = Work(plan.first_pool, placed["writer"], stages, arrow, batch)
+                seconds = run_bulk(seen, work, session, ticks=ticks)
         return run.close(seconds, lambda: {"weights": loaded.hashes()})
 
 

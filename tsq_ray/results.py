@@ -123,6 +123,8 @@ class _Trained:
     warnings: tuple[str, ...]
     resumed_after_epoch: int = 0
     """Epoch from which a stopped training was resumed; 0 for none."""
+    happened: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """`nodes_lost`, `videos_done_again` and seconds `waited_s` for room, if not 0."""
     seconds: float = 0.0
     already_done: bool = False
     """Whether an earlier call had finished this work."""

@@ -23,7 +23,7 @@ from tsq_ray.results import RunSummary
 from tsq_ray.rows import Answer
 from tsq_ray.runs.bulk import Selection
 from tsq_ray.runtime import blocks, cluster, parts, progress
-from tsq_ray.runtime.bulk import Work, run_bulk
+from tsq_ray.runtime.bulk import BulkObserver, Work, run_bulk
 from tsq_ray.runtime.nodes import Layout
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.score_run import ScoreRun, prediction_of
@@ -93,17 +93,19 @@ def score(
 def _score_todo(scored: ScoreRun, model: str, session: Session) -> dict[str, float]:
     """Send the videos that have no row through the graph; return the seconds by stage."""
     run = scored.run
-    with cluster.connect(session) as ray:
-        counts = progress.start_counts(FlowCounts)
+    with (
+        cluster.connect(session) as ray,
+        BulkObserver(ray, run, "score", progress.start_counts(FlowCounts)) as seen,
+    ):
         app = f"tsq-score-{_unique(model)}"
-        plan = ScorePlan(app, scored.schema, scored.labels, counts, run.config)
-        replicas = Replicas(ray, plan.app, run.config, model, counts, len(run.todo))
+        plan = ScorePlan(app, scored.schema, scored.labels, seen.counts, run.config)
+        replicas = Replicas(ray, plan.app, run.config, model, seen.counts, len(run.todo))
         work = _work(plan, replicas.placed)
         with (
-            replicas.deployed(session),
+            replicas.deployed(session, seen.observe),
             cluster.asking_for_nodes(ray, replicas.placed, run.config),
         ):
-            return run_bulk("score", run, work, session, ticks=(replicas.tick,), app=plan.app)
+            return run_bulk(seen, work, session, ticks=(replicas.tick,), app=plan.app)
 
 
 def _unique(name: str) -> str:
@@ -130,7 +132,7 @@ def _work(plan: ScorePlan, placed: Layout) -> Work:
         )
 
     many = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
-    return Work(many, placed["writer"], stage, plan.schema, plan.counts, _BATCH_ROWS)
+    return Work(many, placed["writer"], stage, plan.schema, _BATCH_ROWS)
 
 
 class ScoreWorker:

@@ -46,8 +46,7 @@ def run_text(run: RunSummary, cost: Mapping[str, float] | None = None) -> str:
         )
     if run.done_now and (used := Used.of_run(run.record)) is not None:
         lines.append(_used_text(used, cost))
-    if happened := run.record.get("happened"):
-        lines.append(f"in this run: {_happened_text(happened)}")
+    lines += _happened_lines(run.record.get("happened", {}))
     return "\n".join([*lines, *_metric_lines(run.metrics), f"out: {run.out}"])
 
 
@@ -60,15 +59,14 @@ def _used_text(used: Used, cost: Mapping[str, float] | None) -> str:
     )
 
 
-def _happened_text(happened: Mapping[str, float]) -> str:
+def _happened_lines(happened: Mapping[str, float]) -> list[str]:
     texts = {
         "nodes_lost": "nodes lost: {}",
         "videos_done_again": "videos done again: {}",
         "waited_s": "waited for room on the cluster: {} s",
     }
-    return "; ".join(
-        text.format(happened[name]) for name, text in texts.items() if name in happened
-    )
+    found = [text.format(happened[name]) for name, text in texts.items() if name in happened]
+    return [f"in this run: {'; '.join(found)}"] if found else []
 
 
 def _metric_lines(measured: Mapping[str, Any]) -> list[str]:
@@ -243,6 +241,7 @@ def training_text(summary: TrainingSummary) -> str:
             *_trained_on(summary),
             f"losses: {_figures(summary.losses)}",
             f"speed: {summary.videos_per_s} videos/s, workers: {summary.workers}{again}",
+            *_happened_lines(summary.happened),
             f"out: {summary.out}",
         ]
     )
@@ -261,6 +260,7 @@ def finetune_text(summary: FinetuneSummary) -> str:
             f"on the validation videos: top1 {summary.val_top1:.4f}, "
             f"mAP {summary.val_mAP:.4f} (weights of the last epoch)"
         )
+    lines += _happened_lines(summary.happened)
     return "\n".join([*lines, f"out: {summary.out}"])
 
 

@@ -43,7 +43,8 @@ classes = json.loads(pq.read_schema("runs/manifest.parquet").metadata[b"tsq.clas
 MANIFEST_TEXT = """\
 One Parquet file, or a folder of Parquet shards; every command accepts either. `tsq index --out`
 writes a folder if the name ends in `/` or if there are more than a million videos, otherwise one
-file. `--update` keeps the existing kind. The metadata key `tsq.manifest` names the sources.
+file. `--update` keeps the existing kind. The metadata key `tsq.manifest` names the sources
+and, in a manifest of one file, its `format` (1).
 
 | file of a manifest folder | what it is |
 | --- | --- |

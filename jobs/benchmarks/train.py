@@ -31,7 +31,9 @@ from tsq_ray.config import Config, validate_config
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.networks.inference import takes_bf16
 from tsq_ray.runs.folder import FORMAT, RUN_FILE, write_json, write_part
+from tsq_ray.runs.lease import Holder
 from tsq_ray.runtime import cluster
+from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.features import FeatureSource, source_arrays
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
@@ -72,16 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours: list[Fitted] = []
         plain: list[list[float]] = []
         for turn in range(options.rounds):
-            ours.append(
-                fit_on_cluster(
-                    ray,
-                    job,
-                    config,
-                    options.videos,
-                    str(Path(folder, f"work{turn}")),
-                    Session(show_progress=False),
-                )
-            )
+            work, session = str(Path(folder, f"work{turn}")), Session(show_progress=False)
+            with Observer(ray, Holder.of_this_process(), "train") as seen:
+                ours.append(fit_on_cluster(ray, job, config, options.videos, work, session, seen))
             plain.append(
                 _plain(source, vocabulary, shape, config, options.threads * options.workers)
             )

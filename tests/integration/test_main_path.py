@@ -11,13 +11,11 @@ import io
 import json
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import httpx
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -38,6 +36,7 @@ from support.cluster import (
     upload,
     visible_parts,
 )
+from support.scrape import counters_of, scraped, wait_for_counters
 
 from tsq_ray import schema, storage
 from tsq_ray.model.baselines import uniform
@@ -778,35 +777,36 @@ def test_separate_decoding_gives_the_same_features(local: Chain, resize: str) ->
     assert same.mean() > 1 - 10 * tolerance
 
 
-def scraped(ray: Any, run: str) -> list[str]:
-    """The lines about a run that Prometheus would read from the node."""
+def metrics_url(ray: Any) -> str:
     (node,) = ray.nodes()
-    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    text = httpx.get(url, trust_env=False).text
-    return [line for line in text.splitlines() if f'run="{run}"' in line]
+    return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 
 
 @pytest.mark.parametrize("run", ["features", "predictions"])
 def test_the_counters_of_a_run_equal_its_rows(ray_cluster: Any, chain: Chain, run: str) -> None:
-    rows = read_rows(getattr(chain, run))
-    record = json.loads(storage.read_bytes(f"{getattr(chain, run)}/_run.json"))
-    expected = Counter(error_type or "" for error_type in rows["error_type"].to_pylist())
+    out = getattr(chain, run)
+    record = json.loads(storage.read_bytes(f"{out}/_run.json"))
+    expected = counters_of(read_rows(out), len(record["parts"]))
+    expected |= {
+        f"seconds {step}": pytest.approx(seconds, abs=0.01)
+        for step, seconds in record["stage_seconds"].items()
+    }
     if chain.base.startswith("s3:"):  # whole files, by decode.strategy = uniform
+        rows = read_rows(out)
         ok = rows.filter(pa.compute.equal(rows["status"], "ok"))
         expected["fetched_bytes"] = pa.compute.sum(ok["size_bytes"]).as_py()
-    deadline = time.monotonic() + 60  # metrics are exported every few seconds
-    while True:
-        found: Counter[str] = Counter()
-        for line in scraped(ray_cluster, record["run_id"]):
-            value = int(float(line.rpartition(" ")[2]))
-            if line.startswith("ray_tsq_run_videos_total{"):
-                (error_type,) = re.findall(r'error_type="([a-z_]*)"', line) or [""]
-                found[error_type] += value
-            elif line.startswith("ray_tsq_run_fetched_bytes_total{"):
-                found["fetched_bytes"] += value
-        if found == expected:
-            break
-        assert time.monotonic() < deadline, (found, expected)
+    wait_for_counters(metrics_url(ray_cluster), record["run_id"], expected)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "train"])
+def test_a_training_exports_how_it_ended(ray_cluster: Any, chain: Chain, stage: str) -> None:
+    assert chain.bundle
+    deadline = time.monotonic() + 60
+    while not any(
+        line.startswith("ray_tsq_run_ended_total{")
+        for line in scraped(metrics_url(ray_cluster), stage=stage, status="complete")
+    ):
+        assert time.monotonic() < deadline
         time.sleep(1)
 
 
@@ -817,8 +817,12 @@ def test_dashboard_and_alerts_use_metrics_of_runs_that_exist(ray_cluster: Any) -
     assert len(used) >= 9
     metrics = RunMetrics("a-run", "extract", "a process")
     metrics.published(Part({"": 3, "corrupt": 1}, 1000, 900, {"decode": 2.0}))
+    metrics.end("complete")
     deadline = time.monotonic() + 60
-    while missing := used - {line.partition("{")[0] for line in scraped(ray_cluster, "a-run")}:
+    while missing := used - {
+        line.partition("{")[0] for line in scraped(metrics_url(ray_cluster), run="a-run")
+    }:
         assert time.monotonic() < deadline, missing
-        metrics.update(5, 0.0, {"nodes_lost": 1})
+        metrics.update(0.0, time.time(), {"nodes_lost": 1})
+        metrics.update_rows(5, 2, 1)
         time.sleep(1)

@@ -19,6 +19,7 @@ import yaml
 from support.bundle import make_bundle
 from support.cluster import Driver, Ended, read_rows, visible_parts
 from support.nodes import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
+from support.scrape import counters_of, wait_for_counters
 
 from tsq_ray.runs.lease import Lease
 
@@ -401,8 +402,10 @@ def drain(address: str, node_id: str) -> None:
 def test_a_spot_node_is_taken_away(
     store: SlowStore, settings: Path, notice: bool, tmp_path: Path
 ) -> None:
-    """With notice, its worker finishes what it has and takes nothing new: no video is done
-    twice."""
+    """With notice, its worker finishes what it has and takes nothing new: no video is done twice.
+
+    The counters equal the rows in either case.
+    """
     argv = ["extract", slow_manifest(store, tmp_path, 60), "--out", tmp_path / "out", "--json"]
     argv += ["--config", settings, "--set", "output.rows_per_file=4"]
     with (
@@ -416,8 +419,11 @@ def test_a_spot_node_is_taken_away(
             time.sleep(20)
         cluster.remove_node(other, allow_graceful=False)
         ended = driver.ended(END_S)
-    assert ended.code == 0, ended.err
-    rows = read_rows(str(tmp_path / "out"))
+        assert ended.code == 0, ended.err
+        rows, parts = read_rows(str(tmp_path / "out")), ended.json["parts"]
+        head = cluster.head_node
+        url = f"http://{head.node_ip_address}:{head.metrics_export_port}/metrics"
+        wait_for_counters(url, ended.json["run_id"], counters_of(rows, len(parts)))
     assert (rows.num_rows, set(rows["status"].to_pylist())) == (60, {"ok"})
     happened = ended.json["happened"]
     assert happened["nodes_lost"] == 1

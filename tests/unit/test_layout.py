@@ -50,7 +50,7 @@ INSIDE = {
     "runs": ("identity", "lease", "columns", "done", "folder", "tables", "bulk", "verify"),
     "runtime": (
         *("nodes", "placement", "session", "cluster", "usage", "waiting", "progress", "metrics"),
-        *("blocks", "packing", "parts", "bulk", "overview", "jobs"),
+        *("observer", "blocks", "packing", "parts", "bulk", "overview", "jobs"),
     ),
     "serving": (
         *("access", "loopback", "facts", "microbatching", "warmup", "metrics", "requests", "graph"),

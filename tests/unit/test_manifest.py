@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tsq_ray import schema
 from tsq_ray.errors import ManifestError
 from tsq_ray.manifest import (
     Findings,
@@ -263,6 +265,29 @@ def test_a_manifest_comes_back_as_it_was(make: Make, tmp_path: Path) -> None:
     )
     assert len(read.sha256) == 64
     assert read.uri == place
+
+
+def formatted(path: Path, number: int) -> None:
+    """Give a manifest of one file this format, and a column that no format has yet."""
+    table = pq.read_table(path)
+    identity = json.loads(table.schema.metadata[schema.MANIFEST_KEY])
+    assert identity["format"] == 1
+    found = {schema.MANIFEST_KEY: json.dumps(identity | {"format": number}).encode()}
+    later = table.rename_columns({"uri": "place"}) if number > 1 else table
+    pq.write_table(later.replace_schema_metadata(found), path)
+
+
+@pytest.mark.parametrize("within", ["", "folder"])
+def test_a_newer_format_is_refused(make: Make, within: str, tmp_path: Path) -> None:
+    manifest, _ = index(make("a.mp4"))
+    place = tmp_path / "out" / "m.parquet"
+    write_manifest(manifest, str(place))
+    formatted(place, 1)
+    assert len(read_manifest(str(place)).rows) == 1
+    formatted(place, 2)
+    newer = r"made by a newer version of tsq_ray \(format 2; this version reads 1\); upgrade"
+    with pytest.raises(ManifestError, match=newer):
+        read_manifest(str(place.parent if within else place))
 
 
 def test_the_identity_of_a_manifest_is_its_sources(make: Make) -> None:

@@ -223,7 +223,7 @@ def test_two_videos_whose_urls_differ_only_in_the_query(tmp_path: Path) -> None:
     )
     chosen = TrainingRows.of(rows, None, None, "manifest")
     failures = {rows[1].video_id: "not_video"}
-    tuned = Tuned(torch.nn.Identity(), failures, {}, [])  # type: ignore[arg-type]
+    tuned = Tuned(torch.nn.Identity(), failures, {}, [], {})  # type: ignore[arg-type]
     tuned.figures["train_accuracy"] = 1.0
     config, manifest = load_config(None), Manifest(rows, NAMES)
     settings, identity = config.encoders.visual, Identity.of()

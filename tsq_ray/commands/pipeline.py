@@ -77,6 +77,7 @@ def index(
     submit: Submit = False,
     shared_fs: SharedFs = False,
     as_json: AsJson = False,
+    log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
 ) -> None:
     """List videos, join their labels and write the manifest."""

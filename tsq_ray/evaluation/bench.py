@@ -25,7 +25,9 @@ from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import object_names
 from tsq_ray.networks.text import text_encoder
 from tsq_ray.prototypes import prototypes
+from tsq_ray.runs.lease import Holder
 from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
 from tsq_ray.runtime.waiting import Watch
 from tsq_ray.training.teacher import shown_classes, soft_targets, taught_classes
@@ -110,7 +112,7 @@ class Bench:
         return Taught(classes, targets)
 
 
-def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session) -> int:
+def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, holder: Holder) -> int:
     """Fill `bench.learned` with the result of every spec; return how many had to be trained.
 
     Results are read from the store, or trained in parallel, one CPU each, and stored as they
@@ -119,8 +121,7 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session) -> 
     wanted = list(dict.fromkeys(spec for spec in specs if spec not in bench.learned))
     todo = []
     for spec in wanted:
-        found = bench.store.read(spec)
-        if found is None:
+        if (found := bench.store.read(spec)) is None:
             todo.append(spec)
         else:
             bench.learned[spec] = found
@@ -131,7 +132,7 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session) -> 
     )
     initial = Initial(bench, bench.features.training)
     calls = [(spec, initial.arguments(spec)) for spec in todo]
-    with cluster.connect(session) as ray:
+    with cluster.connect(session) as ray, Observer(ray, holder, "evaluate") as seen:
         arrays = initial.training_arrays(any(spec.kind == "scsampler" for spec in todo))
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
         texts = {id(text): ray.put(text) for _, (_, text, _, _) in calls if text is not None}
@@ -159,6 +160,7 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session) -> 
                     bench.store.write(spec, bench.learned[spec])
                 update(len(todo) - len(pending), 0)
                 watch.tick(len(todo) - len(pending))
+                seen.observe(len(todo) - len(pending), watch)
     return len(todo)
 
 

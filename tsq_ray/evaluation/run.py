@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tsq_ray import provenance, storage
+from tsq_ray import log, provenance, storage
 from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import Config, check_budget, load_config
@@ -24,6 +24,7 @@ from tsq_ray.evaluation.videos import Features, load_features
 from tsq_ray.results import EvaluatedTable, EvaluationSummary
 from tsq_ray.runs.folder import read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
+from tsq_ray.runs.lease import Holder
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _IDENTITY_FILE = "evaluation.json"
@@ -75,6 +76,7 @@ def evaluate(
         session: the cluster to use and the output to show.
     """
     check_installed()
+    log.use_run((holder := Holder.of_this_process()).run)
     sources = [sources] if isinstance(sources, str) else sources
     started = time.time()
     out = storage.normalize(out)
@@ -104,7 +106,7 @@ def evaluate(
     bench = Bench(bundle, features, config, known, Store(out, data))
     names, header = list(tables) or paper.default_names(), _header(bench, model, annotations)
     trained = train_all(
-        bench, [spec for name in names for spec in paper.specs_for(bench, name)], session
+        bench, [spec for name in names for spec in paper.specs_for(bench, name)], session, holder
     )
     made = [_make(bench, name, out, header) for name in names]
     return _summary(out, made, started, trained, _counts(features))

@@ -82,7 +82,7 @@ def write_manifest(manifest: Manifest, uri: str) -> None:
         _write_folder(manifest, place)
         return
     with storage.open_write(place) as file:
-        _write_table(manifest.rows.table, manifest, file, {})
+        _write_table(manifest.rows.table, manifest, file, {"format": FORMAT})
 
 
 def _identity(manifest: Manifest) -> dict[str, Any]:
@@ -288,6 +288,8 @@ def _read_shard(uri: str, what: str) -> _Shard:
     metadata = table.schema.metadata or {}
     classes = schema.classes_of(table.schema)
     identity = json.loads(metadata.get(schema.MANIFEST_KEY, b"{}"))
+    # other programs write no format, nor did 0.1.0 into a manifest of one file
+    check_format({"format": 1} | identity, FORMAT, what, ManifestError)
     table = _conform(table, classes, what)
     if len(table) > MAPPED_ROWS:
         with contextlib.suppress(OSError):  # disk full: the table stays in memory

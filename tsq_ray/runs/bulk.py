@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from tsq_ray import log, storage
+from tsq_ray import storage
 from tsq_ray.config import Config
 from tsq_ray.errors import ERROR_TYPES, RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRows, choose_split
@@ -119,7 +119,7 @@ class BulkRun:
         self.started = time.time() if started is None else started
         self.lease = Lease(out, take_over=take_over)
         self.happened: dict[str, float] = {}
-        """What went on besides the work: nodes_lost, videos_done_again, waited_s."""
+        """What went on besides the work, if not 0: nodes_lost, videos_done_again, waited_s."""
         self.used: dict[str, float] = {}
         """What the work took: cpu_hours and gpu_hours of the nodes, video_hours, frames, tokens."""
         self._held = contextlib.ExitStack()
@@ -128,10 +128,9 @@ class BulkRun:
     @property
     def id(self) -> str:
         """The id of this run, as in its log lines, its metrics and `_run.json`."""
-        return self.lease.holder.id[:12]
+        return self.lease.holder.run
 
     def __enter__(self) -> BulkRun:
-        log.use_run(self.id)
         # before taking the lease, which writes a file and may wait for another run
         check_folder(self.out, self.kind, self.selection.manifest, self.identity)
         with contextlib.ExitStack() as stack:
@@ -246,7 +245,7 @@ class BulkRun:
             "config": self.config.record(),
             "split": self.selection.split,
             "run_id": self.id,
-            "happened": {name: value for name, value in self.happened.items() if value},
+            "happened": self.happened,
             "used": self.used,
             "started": started,
             "wall_seconds": round(time.time() - self.started, 2),

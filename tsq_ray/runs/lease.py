@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -62,6 +61,11 @@ class Holder:
     process_started: int | None
     """Clock ticks from boot to the start of the process, because a pid can be reused."""
     started: str
+
+    @property
+    def run(self) -> str:
+        """The id of the run, as in its log lines, its metrics and `_run.json`."""
+        return self.id[:12]
 
     @classmethod
     def of_this_process(cls) -> Holder:
@@ -118,9 +122,9 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="tsq-lease", daemon=True)
 
     def __enter__(self) -> Lease:
+        log.use_run(self.holder.run)
         self._acquire()
         _held.add(self.holder.id)
-        log.use_run(self.holder.id[:12])
         self._thread.start()
         return self
 
@@ -185,11 +189,9 @@ class Lease:
 
     def _is_left_unchanged(self, found: bytes, holder: Holder | None) -> bool:
         limit_s = self.times.expire_s
-        print(  # noqa: T201
+        log.say(
             f"waiting up to {limit_s:g} s for {holder or 'another run'}: it holds "
-            f"{storage.redact(self.folder)}; this run takes over unless that one renews its lease",
-            file=sys.stderr,
-            flush=True,
+            f"{storage.redact(self.folder)}; this run takes over unless that one renews its lease"
         )
         end = time.monotonic() + limit_s
         while (left := end - time.monotonic()) > 0:

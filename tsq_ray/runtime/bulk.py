@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +10,15 @@ from typing import Any
 
 import pyarrow as pa
 
-from tsq_ray import log
 from tsq_ray.manifest import VideoRows
 from tsq_ray.runs.bulk import BulkRun
 from tsq_ray.runtime import blocks, cluster, parts, progress
-from tsq_ray.runtime.metrics import RunMetrics
+from tsq_ray.runtime.metrics import Part
 from tsq_ray.runtime.nodes import Pool
+from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
-from tsq_ray.runtime.waiting import Watch
 
 _PASSES = 3
-_LOOK_EVERY_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -36,40 +32,86 @@ class Work:
     """Dataset of manifest rows -> dataset of transport tables."""
     schema: pa.Schema
     """Schema of the rows."""
-    counts: Any
-    """The Counts actor that the workers report to."""
     batch_rows: int
     """Rows that a worker makes at a time."""
 
 
+class BulkObserver(Observer):
+    """Follows a run that writes rows: its parts, what it used, and where its videos are."""
+
+    def __init__(self, ray: Any, run: BulkRun, stage: str, counts: Any) -> None:
+        """`counts`: the RowCounts actor that the workers report to."""
+        super().__init__(ray, run.lease.holder, stage)
+        self.run, self.counts = run, counts
+        self.left = len(run.todo)
+        """Videos without a published row."""
+        run.happened = self.happened
+        self._used: Counter[str] = Counter()
+
+    @property
+    def queued(self) -> int:
+        """Videos done whose rows are not published, or were lost."""
+        again = int(self.happened.get("videos_done_again", 0))
+        return max(0, self._done - again - (len(self.run.todo) - self.left))
+
+    def published(self, part: Part) -> None:
+        """Count a part."""
+        self.left = max(0, self.left - sum(part.videos.values()))
+        self.metrics.published(part)
+
+    def used(self, amounts: Mapping[str, float]) -> None:
+        """Add to what the run worked on: AMOUNTS of published parts."""
+        self._used.update(amounts)
+
+    def _had(self, nodes: Sequence[Mapping[str, Any]], hours: float) -> None:
+        used, found = self.run.used, self._used
+        for kind, name in (("CPU", "cpu_hours"), ("GPU", "gpu_hours")):
+            found[name] += hours * sum(node["Resources"].get(kind, 0.0) for node in nodes)
+            used[name] = round(found[name], 6)
+        used["video_hours"] = round(found[parts.VIDEO_S] / 3600, 6)
+        if found[parts.RECOGNIZED]:
+            used["sampled_frames"] = int(found[parts.SAMPLED])
+            used["recognized_frames"] = int(found[parts.RECOGNIZED])
+        used |= {name: int(found[name]) for name in parts.TOKENS if found[name]}
+
+    def _export(self) -> None:
+        if self._done:  # else the actor may still be starting
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                again = self._ray.get(self.counts.get_again.remote(), timeout=10)
+                self._note("videos_done_again", again)
+        super()._export()
+        again = int(self.happened.get("videos_done_again", 0))
+        self.metrics.update_rows(self.left, self.queued, again)
+
+
 def run_bulk(
-    what: str,
-    run: BulkRun,
+    seen: BulkObserver,
     work: Work,
     session: Session,
     *,
     ticks: Sequence[Callable[[], None]] = (),
     app: str = "",
 ) -> dict[str, float]:
-    """Process the videos of `run.todo`, publish their rows and return the seconds by stage.
+    """Process the videos of the observed run that are to do, publish their rows.
 
-    The seconds are summed over the rows. Rows lost in transit, with a node for example, are
-    computed again. `ticks` are called twice a second; `app` names the run's Serve application, if
-    it has one. Raises RunFailed if the cluster or storage fails, if the run has waited for room on
-    the cluster for longer than `session.wait_s`, or if another run has taken over the folder.
+    Returns the seconds by stage, summed over the rows. Rows lost in transit, with a node for
+    example, are computed again. `ticks` are called twice a second; `app` names the run's Serve
+    application, if it has one. Raises RunFailed if the cluster or storage fails, if the run has
+    waited for room on the cluster for longer than `session.wait_s`, or if another run has taken
+    over the folder.
     """
     import ray
 
     seconds: Counter[str] = Counter()
+    run, what = seen.run, seen.stage
     todo = run.todo
-    seen = _Observer(ray, run, what)
-    seen.look()
     options: dict[str, Any] = {"session": session, "ticks": (run.stop_if_lost, *ticks), "app": app}
     for _ in range(_PASSES):
+        seen.left = len(todo)
         try:
             written, spent = progress.run_with_progress(
-                _publishing(run, work, todo, seen, session.debug),
-                work.counts,
+                _publishing(work, todo, seen, session.debug),
+                seen.counts,
                 len(run.todo),
                 what,
                 observe=seen.observe,
@@ -77,77 +119,17 @@ def run_bulk(
             )
         except ray.exceptions.RayError as error:
             raise cluster.run_failed(error, what) from error
-        finally:
-            seen.look()
         seconds.update(spent)
         if written >= len(todo) or not (todo := run.find_todo()):
             break
     return dict(seconds)
 
 
-class _Observer:
-    """Follows what happens to a run, for its metrics, its summary and `_run.json`."""
-
-    def __init__(self, ray: Any, run: BulkRun, what: str) -> None:
-        self.metrics = RunMetrics(run.id, what, str(run.lease.holder))
-        self._ray, self._run, self._total = ray, run, len(run.todo)
-        self._nodes: set[str] = set()
-        self._looked = -math.inf
-        self._done, self._waiting_s = 0, 0.0
-        self._waited = [0.0, 0.0]
-        """In earlier passes, and in this one."""
-        self._used: Counter[str] = Counter()
-
-    def observe(self, done: int, watch: Watch) -> None:
-        """Note the videos done and the waits; look at the nodes every few seconds."""
-        if watch.waited_s < self._waited[1]:  # another pass, with a watch of its own
-            self._waited = [sum(self._waited), 0.0]
-        self._waited[1], self._waiting_s, self._done = watch.waited_s, watch.waiting_s, done
-        if time.monotonic() - self._looked >= _LOOK_EVERY_S:
-            self.look()
-
-    def used(self, amounts: Mapping[str, float]) -> None:
-        """Add to what the run worked on: AMOUNTS of published parts."""
-        self._used.update(amounts)
-
-    def _count_hours(self, nodes: Sequence[Mapping[str, Any]], hours: float) -> None:
-        """Add these hours for each CPU and GPU of the live nodes."""
-        for kind, name in (("CPU", "cpu_hours"), ("GPU", "gpu_hours")):
-            self._used[name] += hours * sum(node["Resources"].get(kind, 0.0) for node in nodes)
-        self._run.used |= {
-            "cpu_hours": round(self._used["cpu_hours"], 6),
-            "gpu_hours": round(self._used["gpu_hours"], 6),
-            "video_hours": round(self._used[parts.VIDEO_S] / 3600, 6),
-        }
-        if self._used[parts.RECOGNIZED]:
-            self._run.used["sampled_frames"] = int(self._used[parts.SAMPLED])
-            self._run.used["recognized_frames"] = int(self._used[parts.RECOGNIZED])
-        self._run.used |= {name: int(self._used[name]) for name in parts.TOKENS if self._used[name]}
-
-    def look(self) -> None:
-        """Compare the nodes with those of before, and export what is known."""
-        now = time.monotonic()
-        hours = (now - self._looked) / 3600 if self._nodes else 0.0
-        self._looked = now
-        happened = self._run.happened
-        with contextlib.suppress(self._ray.exceptions.RayError):
-            alive = [node for node in self._ray.nodes() if node["Alive"]]
-            self._count_hours(alive, hours)
-            nodes = {node["NodeID"] for node in alive}
-            if lost := len(self._nodes - nodes):
-                happened["nodes_lost"] = happened.get("nodes_lost", 0) + lost
-                log.say(
-                    f"{self.metrics.stage}: {lost} node{'s' * (lost > 1)} lost", nodes_lost=lost
-                )
-            self._nodes = nodes
-        happened["videos_done_again"] = max(0, self._done - self._total)
-        happened["waited_s"] = round(sum(self._waited) + self._waiting_s, 1)
-        self.metrics.update(max(0, self._total - self._done), self._waiting_s, happened)
-
-
 def _publishing(
-    run: BulkRun, work: Work, todo: VideoRows, seen: _Observer, debug: bool
+    work: Work, todo: VideoRows, seen: BulkObserver, debug: bool
 ) -> Callable[[], tuple[int, dict[str, float]]]:
+    run = seen.run
+
     def publish() -> tuple[int, dict[str, float]]:
         totals: Counter[str] = Counter()
         rows = parts.part_rows(work.schema, run.config.output, len(todo))
@@ -161,7 +143,7 @@ def _publishing(
                     work.schema,
                     run.config.output,
                     rows,
-                    seen.metrics.published,
+                    seen.published,
                 )
             )
         written, *amounts = (totals.pop(name, 0.0) for name in parts.AMOUNTS)

@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tsq_ray import log
 from tsq_ray.config import Config, label_map
@@ -257,8 +257,7 @@ def _temp_dir() -> str:
     for base in _SHORT_FOLDERS:
         own = os.path.join(base, f"tsq-ray-{os.getuid()}")
         if _is_private_folder(own):
-            note = f"{what}: Ray's files go to {own}; set RAY_TMPDIR to choose another folder"
-            print(note, file=sys.stderr)  # noqa: T201
+            log.say(f"{what}: Ray's files go to {own}; set RAY_TMPDIR to choose another folder")
             return os.path.join(own, "ray")
     places = ", ".join(_SHORT_FOLDERS)
     raise RunFailed(f"{what}, and none of {places} is writable; set RAY_TMPDIR to a shorter path")
@@ -355,24 +354,18 @@ def one_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def _stdout_to_stderr(debug: bool) -> Iterator[None]:
     """Send what Ray prints about its nodes and workers to stderr: stdout is for the summary."""
-    with contextlib.redirect_stdout(sys.stderr if debug else _FirstLines(sys.stderr)):
+    with contextlib.redirect_stdout(sys.stderr if debug else _FirstLines()):
         yield
 
 
 class _FirstLines(io.TextIOBase):
-    """Pass on the first line of each text: Ray adds 20 log lines to a report of a lost node."""
-
-    def __init__(self, sink: TextIO) -> None:
-        self._sink = sink
+    """Say the first line of each text: Ray adds 20 log lines to a report of a lost node."""
 
     def write(self, text: str) -> int:
         lines = text.strip().splitlines()
         if lines:
-            self._sink.write(f"{lines[0][:_MAX_CHATTER]}\n")
+            log.say(lines[0][:_MAX_CHATTER])
         return len(text)
-
-    def flush(self) -> None:
-        self._sink.flush()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,8 @@
 
 Ray puts `ray_` before each name. Everything is counted by the driver, which hears of each part
 once, whatever was killed. Each series has the labels `run`, the id of the run as in its JSON log
-lines and `_run.json`, and `stage`, the command.
+lines and `_run.json`, and `stage`, the command. Runs that write no rows (train, finetune, evaluate)
+export those of `update` and `end` only.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class RunMetrics:
     """The metrics of one run."""
 
     def __init__(self, run: str, stage: str, holder: str) -> None:
-        """`run`: its id. `stage`: extract or score. `holder`: who holds the folder's lease."""
+        """`run`: its id. `stage`: its command. `holder`: who runs it, as in its folder's lease."""
         from ray.util import metrics
 
         def made(kind: Any, name: str, text: str, *more: str) -> Any:
@@ -54,7 +55,8 @@ class RunMetrics:
         self._tokens = made(
             counter, "tokens", "Tokens that the recogniser's server counted.", "direction"
         )
-        self._left = made(gauge, "videos_left", "Videos that have no row yet.")
+        self._left = made(gauge, "videos_left", "Videos that have no published row yet.")
+        self._queued = made(gauge, "videos_queued", "Videos done whose rows are not published yet.")
         self._last = made(gauge, "last_part_timestamp_seconds", "When the last part was published.")
         self._waiting = made(
             gauge, "waiting_seconds", "Seconds that it has waited for room by now."
@@ -63,7 +65,11 @@ class RunMetrics:
         self._again = made(
             gauge, "videos_done_again", "Videos done again because their rows were lost."
         )
+        self._progress = made(
+            gauge, "last_progress_timestamp_seconds", "When its progress last changed."
+        )
         self._info = made(gauge, "info", "1 while the run lasts.", "holder")
+        self._ended = made(counter, "ended", "Runs whose work on the cluster ended.", "status")
         self._published = time.time()
 
     def published(self, part: Part) -> None:
@@ -84,11 +90,23 @@ class RunMetrics:
             if tokens > 0:
                 self._tokens.inc(tokens, self._tags | {"direction": name.removeprefix("tokens_")})
 
-    def update(self, left: int, waiting_s: float, happened: Mapping[str, float]) -> None:
-        """Set the gauges; to be called every few seconds, as they expire."""
-        self._left.set(left, self._tags)
-        self._last.set(self._published, self._tags)
+    def update(self, waiting_s: float, progressed: float, happened: Mapping[str, float]) -> None:
+        """Set the gauges of any run; to be called every few seconds, as they expire.
+
+        `progressed`: when its progress last changed, in seconds since 1970.
+        """
         self._waiting.set(waiting_s, self._tags)
+        self._progress.set(progressed, self._tags)
         self._nodes.set(happened.get("nodes_lost", 0), self._tags)
-        self._again.set(happened.get("videos_done_again", 0), self._tags)
         self._info.set(1, self._tags | {"holder": self._holder})
+
+    def update_rows(self, left: int, queued: int, again: int) -> None:
+        """Set the gauges of a run that writes rows, in the same way."""
+        self._left.set(left, self._tags)
+        self._queued.set(queued, self._tags)
+        self._again.set(again, self._tags)
+        self._last.set(self._published, self._tags)
+
+    def end(self, status: str) -> None:
+        """Count the end of the run. `status`: complete or failed."""
+        self._ended.inc(1, self._tags | {"status": status})

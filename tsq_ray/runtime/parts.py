@@ -101,7 +101,9 @@ def transport_table(rows: Sequence[Mapping[str, Any]], arrow: pa.Schema, counts:
     Tensors become plain lists; STAGE_SECONDS hold the seconds that each row took, FETCHED the
     bytes.
     """
-    counts.add.remote([row.get("error_type") for row in rows])
+    counts.add_rows.remote(
+        [row["video_id"] for row in rows], [row.get("error_type") for row in rows]
+    )
     table = schema.to_storage(schema.table_from_rows(rows, arrow))
     for name in (*STAGE_SECONDS, FETCHED):
         table = table.append_column(

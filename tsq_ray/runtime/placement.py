@@ -161,10 +161,7 @@ def _memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
 
 
 def _waiting_memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
-    """Return the bytes to request for an actor that mostly waits.
-
-    This is `wanted`, but at most its part of the share that `_memory` leaves over.
-    """
+    """Return the bytes of an actor that mostly waits: at most its part of what `_memory` spares."""
     return int(min(wanted, _memory(cluster, wanted * _WAITING_ACTORS, cpus) / _WAITING_ACTORS))
 
 
@@ -209,12 +206,10 @@ def _cores(cpus: float) -> float:
 
 
 def _writers(cluster: Cluster, cpus: float = 1.0) -> Pool:
-    limit = (
-        _MAX_WRITERS if cluster.grows else max(_MIN_WRITERS, min(_MAX_WRITERS, cluster.num_workers))
-    )
-    return Pool(
-        "writer", 1, 1, limit, _WAITING_CPUS, memory=_waiting_memory(cluster, _WRITING_BYTES, cpus)
-    )
+    known = max(_MIN_WRITERS, min(_MAX_WRITERS, cluster.num_workers))
+    limit = _MAX_WRITERS if cluster.grows else known
+    memory = _waiting_memory(cluster, _WRITING_BYTES, cpus)
+    return Pool("writer", 1, 1, limit, _WAITING_CPUS, memory=memory)
 
 
 def _features(cluster: Cluster, cpus: float = 1.0) -> Pool:

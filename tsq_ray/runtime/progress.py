@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
+
 from tsq_ray import log
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.runtime.waiting import Watch
 
 T = TypeVar("T")
+Observe = Callable[[int, Watch], None]
+"""Called twice a second with the work done and the watch over waits."""
 _POLL_S = 0.5
+_UNSORTED = 50_000
 _PLAIN_EVERY_S = 15.0
 
 
@@ -35,6 +40,35 @@ class Counts:
     def get(self) -> tuple[int, dict[str, int]]:
         """Return the number of videos that are ok, and of failed ones by error type."""
         return self.ok, dict(self.failed)
+
+
+class RowCounts(Counts):
+    """Counts that also recognise videos done again, at 8 bytes per video."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = 0
+        self._sorted = np.zeros(0, np.uint64)
+        self._unsorted: set[int] = set()
+
+    def add_rows(self, ids: Sequence[str], statuses: Sequence[str | None]) -> None:
+        """Count finished videos, given their ids and what `add` takes."""
+        numbers = np.array([int(name, 16) for name in ids], np.uint64)
+        known = np.zeros(len(numbers), bool)
+        if len(self._sorted):
+            places = np.searchsorted(self._sorted, numbers)
+            known = self._sorted.take(places, mode="clip") == numbers
+        for number, is_known in zip(numbers.tolist(), known.tolist(), strict=True):
+            self.again += is_known or number in self._unsorted
+            self._unsorted.add(number)
+        if len(self._unsorted) > _UNSORTED:
+            more = np.fromiter(self._unsorted, np.uint64)
+            self._sorted, self._unsorted = np.union1d(self._sorted, more), set()
+        self.add(statuses)
+
+    def get_again(self) -> int:
+        """Return how many videos were done again because their rows were lost."""
+        return self.again
 
 
 def start_counts(kind: type = Counts) -> Any:
@@ -59,14 +93,14 @@ def run_with_progress(
     session: Session = DEFAULT_SESSION,
     ticks: Sequence[Callable[[], None]] = (),
     app: str = "",
-    observe: Callable[[int, Watch], None] = lambda done, watch: None,
+    observe: Observe = lambda done, watch: None,
 ) -> T:
     """Run `work` in a thread and show videos done / failed / left, videos/s and ETA.
 
     Shows a bar on a terminal and plain lines elsewhere, and reports when the cluster has no room.
-    `ticks` are called twice a second, as is `observe`, with the videos done and the watch over
-    waits; `app` names the run's Serve application, if it has one. Raises what `work` and the ticks
-    raise, and RunFailed if the run has waited for longer than `session.wait_s`.
+    `ticks` are called twice a second, as is `observe`; `app` names the run's Serve application, if
+    it has one. Raises what `work`, the ticks and `observe` raise, and RunFailed if the run has
+    waited for longer than `session.wait_s`.
     """
     import ray
 
@@ -88,7 +122,11 @@ def run_with_progress(
 
 
 def run_watched(
-    work: Callable[[], T], what: str, session: Session = DEFAULT_SESSION, app: str = ""
+    work: Callable[[], T],
+    what: str,
+    session: Session = DEFAULT_SESSION,
+    app: str = "",
+    observe: Observe = lambda done, watch: None,
 ) -> T:
     """Run `work`, which may wait for room on the cluster, in a thread; report what it waits for."""
     import ray
@@ -97,6 +135,7 @@ def run_watched(
     with _thread(work) as (is_alive, result):
         while is_alive(_POLL_S):
             watch.tick(0)
+            observe(0, watch)
     return result()
 
 

@@ -16,7 +16,7 @@ from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import usage
 
 FIRST_LINE_S, EVERY_S = 10.0, 15.0
-_COUNTERS = ("Counts", "FlowCounts", "_Videos")
+_COUNTERS = ("Counts", "RowCounts", "FlowCounts", "_Videos")
 _PENDING = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
 
 

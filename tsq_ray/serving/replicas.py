@@ -47,8 +47,11 @@ class Replicas:
         self._wanted = {name: self.placed[name].start for name in STAGES}
 
     @contextlib.contextmanager
-    def deployed(self, session: Session) -> Iterator[None]:
-        """Deploy the graph for the duration of the `with`. Raises RunFailed if it cannot start."""
+    def deployed(self, session: Session, observe: progress.Observe) -> Iterator[None]:
+        """Deploy the graph for the duration of the `with`. Raises RunFailed if it cannot start.
+
+        `observe` is called twice a second while it starts.
+        """
         from ray import serve
 
         cluster.quiet_data(session.debug)
@@ -62,7 +65,7 @@ class Replicas:
         )
         try:
             try:
-                progress.run_watched(self._start, "score", session, self._app)
+                progress.run_watched(self._start, "score", session, self._app, observe)
             except (self._ray.exceptions.RayError, RuntimeError, ValueError) as error:
                 raise start_failed(error, self._app, "score: the graph") from error
             yield
@@ -149,7 +152,7 @@ def start_failed(error: BaseException, app: str, doing: str) -> TsqError:
     return cluster.run_failed(error, doing)
 
 
-class FlowCounts(progress.Counts):
+class FlowCounts(progress.RowCounts):
     """Counts that also divide the graph's room for requests among the senders."""
 
     def __init__(self) -> None:

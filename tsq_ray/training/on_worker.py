@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -155,10 +155,10 @@ class Features:
         num_videos: int,
         what: str,
         session: Session,
-        ticks: Sequence[Callable[[], None]],
+        observe: progress.Observe,
     ) -> None:
         self._actor, self._counts, self._num_videos = actor, counts, num_videos
-        self._what, self._session, self._ticks = what, session, ticks
+        self._what, self._session, self._observe = what, session, observe
 
     def taught(self, min_videos: int) -> list[int]:
         """Return the classes that the teacher finds in at least `min_videos` videos."""
@@ -204,7 +204,7 @@ class Features:
                 total,
                 what,
                 self._session,
-                self._ticks,
+                observe=self._observe,
             )
         except ray.exceptions.RayError as error:
             raise cluster.run_failed(error, what) from error
@@ -217,12 +217,13 @@ def features_on_worker(
     stage: Literal["train", "finetune"],
     config: Config,
     session: Session,
-    ticks: Sequence[Callable[[], None]] = (),
+    observe: progress.Observe,
 ) -> Iterator[Features]:
     """Read the features on a node of the connected cluster and keep them for the `with` block.
 
-    `stage` names the run in its layout and in messages; `ticks` are called twice a second while the
-    driver waits. Raises RunFailed if the node's disk has no room or the features cannot be read.
+    `stage` names the run in its layout and in messages; `observe` is called twice a second while
+    the driver waits. Raises RunFailed if the node's disk has no room or the features cannot be
+    read.
     """
     import ray
 
@@ -234,7 +235,7 @@ def features_on_worker(
     worker = ray.remote(**options)(FeatureWorker)
     actor: Any = worker.remote(source, config.resources.threads, counts)
     try:
-        features = Features(actor, counts, num_videos, stage, session, ticks)
+        features = Features(actor, counts, num_videos, stage, session, observe)
         features.read()
         yield features
         with contextlib.suppress(ray.exceptions.RayError):  # a lost node has no files to remove

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def run_workers(
     *,
     counts: Any,
     total: int,
-    ticks: Sequence[Callable[[], None]] = (),
+    observe: progress.Observe,
 ) -> dict[str, Any]:
     """Run `loop(job)` on Ray Train workers; return the content of the last checkpoint, on the CPU.
 
@@ -46,7 +46,7 @@ def run_workers(
         session: the command's cluster and output options.
         counts: source of the progress.
         total: value of the progress at the end.
-        ticks: called twice a second.
+        observe: called twice a second.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
@@ -66,7 +66,9 @@ def run_workers(
         ),
     )
     try:
-        result = progress.run_with_progress(trainer.fit, counts, total, what, session, ticks=ticks)
+        result = progress.run_with_progress(
+            trainer.fit, counts, total, what, session, observe=observe
+        )
     except Exception as error:
         raise cluster.run_failed(error, what) from error
     if result.checkpoint is None:

@@ -157,16 +157,16 @@ class _Plan:
 def _fit(plan: _Plan, session: Session, lease: Lease) -> full.Tuned:
     """Train in the work folder, resuming what is there."""
     write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
-    rows, ticks = plan.chosen.rows, (lease.stop_if_lost,)
+    rows = plan.chosen.rows
     if plan.trains_backbone:
         num_classes = len(plan.manifest.classes)
         tuned = full.tune(
-            plan.network, rows, plan.val, num_classes, plan.work, plan.config, session, ticks
+            plan.network, rows, plan.val, num_classes, plan.work, plan.config, session, lease
         )
     else:
         selection = Selection(plan.manifest, rows, plan.chosen.split)
         tuned = frozen.fit_frozen(
-            plan.network, plan.settings, selection, plan.work, plan.config, session, ticks
+            plan.network, plan.settings, selection, plan.work, plan.config, session, lease
         )
     lease.check()
     if not _usable(rows, tuned):
@@ -220,6 +220,7 @@ def _summary(plan: _Plan, tuned: full.Tuned, seconds: float) -> FinetuneSummary:
         left_out=describe_left_out(chosen.left_out),
         unlabelled=tuple(chosen.named),
         warnings=tuple(chosen.warnings),
+        happened=tuned.happened,
         seconds=seconds,
         **tuned.figures,
     )

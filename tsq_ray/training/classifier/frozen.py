@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
 from typing import Any
 
 import pyarrow.compute as pc
 
-from tsq_ray import storage
+from tsq_ray import log, storage
 from tsq_ray.config import Config, ModelConfig
 from tsq_ray.feature_pipeline import LoadedNetworks, Networks, extract_features
 from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.runs.bulk import Selection
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
+from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import cluster
+from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.classifier.full import Tuned
 from tsq_ray.training.features import FeatureSource
@@ -28,26 +30,29 @@ def fit_frozen(
     work: str,
     config: Config,
     session: Session,
-    ticks: Sequence[Callable[[], None]] = (),
+    lease: Lease,
 ) -> Tuned:
     """Fit a head for `network` (built from `settings`) to the selected videos, all labelled.
 
     Their features are kept in the folder `work`, so that a stopped run resumes. Raises what
-    `extract_features` raises.
+    `extract_features` raises, and RunFailed if the lease is lost.
     """
     features = storage.join(work, "features")
-    config = config.with_visual_encoder(settings)
+    config, task = config.with_visual_encoder(settings), config.train.task
     networks, loaded = Networks(settings), LoadedNetworks(network, None, None)
-    options: dict[str, Any] = {"stage": "finetune", "ticks": ticks}
-    with cluster.connect(session):  # for both steps
+    options: dict[str, Any] = {"stage": "finetune", "ticks": (lease.stop_if_lost,)}
+    with cluster.connect(session) as ray:  # for both steps
         run = extract_features(features, selection, config, networks, loaded, session, **options)
-        failed, count, task = _failed(features), run["counts"]["ok"], config.train.task
-        if not count:
-            return Tuned(network, failed, {}, [])
+        log.use_run(lease.holder.run)  # the features were a run of their own
+        if not (count := run["counts"]["ok"]):
+            return Tuned(network, _failed(features), {}, [], {})
         source = FeatureSource.of(features, selection.split, task, with_objects=False)
-        with features_on_worker(source, count, "finetune", config, session, ticks) as data:
-            network.head, accuracy = data.fit_head(config.finetune, task)
-    return Tuned(network, failed, {"train_accuracy": accuracy}, [])
+        with Observer(ray, lease.holder, "finetune", lease.stop_if_lost) as seen:
+            where = (config, session, seen.observe)
+            with features_on_worker(source, count, "finetune", *where) as data:
+                network.head, accuracy = data.fit_head(config.finetune, task)
+    happened = Counter(run.get("happened", {})) + Counter(seen.happened)
+    return Tuned(network, _failed(features), {"train_accuracy": accuracy}, [], dict(happened))
 
 
 def _failed(features: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ from tsq_ray.config import Config
 from tsq_ray.errors import ModelError, RunFailed
 from tsq_ray.manifest import VideoRows
 from tsq_ray.networks.encoder import FrameEncoder
+from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.nodes import Layout
+from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.classifier.clips import ClipPlan
 from tsq_ray.training.classifier.worker import TunePlan, start_network, tune_loop
@@ -43,6 +45,8 @@ class Tuned:
     """Figures for the summary."""
     curve: list[dict[str, float]]
     """One row per epoch, nan for what was not measured; empty for a frozen backbone."""
+    happened: Mapping[str, float]
+    """Nodes lost, work done again and waits, if any."""
 
 
 def check_input(network: FrameEncoder) -> None:
@@ -67,18 +71,22 @@ def tune(
     work: str,
     config: Config,
     session: Session,
-    ticks: Sequence[Callable[[], None]] = (),
+    lease: Lease,
 ) -> Tuned:
     """Train `network` with a new head on the labelled videos `train` and measure it on `val`.
 
-    Checkpoints go to the folder `work`; a run that finds some there resumes from the last. `ticks`
-    are called twice a second. Raises RunFailed if the training fails.
+    Checkpoints go to the folder `work`; a run that finds some there resumes from the last. Raises
+    RunFailed if the training fails or the lease is lost.
     """
     backbone = network.backbone.state_dict()
-    with cluster.connect(session) as ray:
+    with (
+        cluster.connect(session) as ray,
+        Observer(ray, lease.holder, "finetune", lease.stop_if_lost) as seen,
+    ):
         job, placed = _plan(ray, network, backbone, train, val, num_classes, config)
         total = job.num_clips(config.finetune.epochs)
-        options: dict[str, Any] = {"counts": job.clips.counts, "total": total, "ticks": ticks}
+        options: dict[str, Any] = {"counts": job.clips.counts, "total": total}
+        options["observe"] = seen.observe
         content = run_workers(
             tune_loop, {"job": job}, scaling(placed), work, "finetune", session, **options
         )
@@ -96,7 +104,8 @@ def tune(
             )
         tuned = start_network(job, backbone)
     tuned.load_state_dict(content["model"])
-    return Tuned(tuned.eval().requires_grad_(False), content["failed"], *_figures(content))
+    tuned.eval().requires_grad_(False)
+    return Tuned(tuned, content["failed"], *_figures(content), seen.happened)
 
 
 def _plan(

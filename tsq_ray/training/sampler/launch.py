@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tsq_ray.config import Config
 from tsq_ray.runtime import cluster
+from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.on_worker import start_videos
 from tsq_ray.training.resumable import run_workers, scaling
@@ -32,6 +33,8 @@ class Fitted:
     """Epochs already done when the workers last started; 0 for an uninterrupted run."""
     seconds: float
     """Time from the start of the workers to the end."""
+    happened: Mapping[str, float]
+    """What the observer saw."""
 
 
 def fit_on_cluster(
@@ -41,21 +44,22 @@ def fit_on_cluster(
     num_videos: int,
     work: str,
     session: Session,
-    ticks: Sequence[Callable[[], None]] = (),
+    seen: Observer,
 ) -> Fitted:
     """Run `loop.train_loop` on Ray Train workers, from the last checkpoint in `work` if it has one.
 
     `job` holds "config" (a TrainConfig as JSON), "shape", "start" and "vocabulary" (see
-    `loop.fit_tsqnet`) and "source". `ticks` are called twice a second. Raises RunFailed if the
-    training fails.
+    `loop.fit_tsqnet`) and "source". `seen` observes the workers. Raises RunFailed if the training
+    fails.
     """
     counts = start_videos()
     placed = cluster.lay_out(ray, "train", config, num_videos)
     job = job | {"counts": counts, "threads": placed.threads, "device": placed.device}
     total = config.train.epochs * num_videos
     started = time.monotonic()
-    options: dict[str, Any] = {"counts": counts, "total": total, "ticks": ticks}
+    options: dict[str, Any] = {"counts": counts, "total": total, "observe": seen.observe}
     content = run_workers(train_loop, job, scaling(placed), work, "train", session, **options)
     seconds = time.monotonic() - started
     model, curve, of_epochs = (content[name] for name in ("model", "curve", "seconds"))
-    return Fitted(model, curve, of_epochs, content["workers"], content["resumed_at"], seconds)
+    workers, resumed_at = content["workers"], content["resumed_at"]
+    return Fitted(model, curve, of_epochs, workers, resumed_at, seconds, seen.happened)

@@ -27,6 +27,7 @@ from tsq_ray.runs.folder import read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
 from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import cluster
+from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.training.features import (
     FeatureSource,
@@ -209,17 +210,18 @@ def _fit(
 ) -> tuple[Components, Fitted]:
     """Train in the work folder, resuming what is there; return the components with their heads."""
     write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
-    ticks, count = (lease.stop_if_lost,), videos.count
+    config, count = plan.config, videos.count
     with (
         cluster.connect(session) as ray,
-        features_on_worker(plan.source, count, "train", plan.config, session, ticks) as features,
+        Observer(ray, lease.holder, "train", lease.stop_if_lost) as seen,
+        features_on_worker(plan.source, count, "train", config, session, seen.observe) as features,
     ):
         taught = None
         if plan.source.teacher is not None:
-            taught = features.taught(plan.config.train.teacher_min_videos)
+            taught = features.taught(config.train.teacher_min_videos)
             parts = parts.of_classes(taught)
-        job = _job(plan.config, plan.source, features, parts, taught)
-        return parts, fit_on_cluster(ray, job, plan.config, count, plan.work, session, ticks)
+        job = _job(config, plan.source, features, parts, taught)
+        return parts, fit_on_cluster(ray, job, config, count, plan.work, session, seen)
 
 
 def _publish(
@@ -294,6 +296,7 @@ def _summary(
         warnings=(*videos.warnings, *warned),
         workers=fitted.workers,
         resumed_after_epoch=fitted.resumed_at,
+        happened=fitted.happened,
         train_seconds=round(fitted.seconds, 2),
         videos_per_s=round(videos.count * epochs / sum(fitted.epoch_seconds), 1),
         seconds=seconds,
