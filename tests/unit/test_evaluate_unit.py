@@ -653,6 +653,15 @@ def test_the_teacher_beside_labels(bench: Bench) -> None:
         assert isinstance(worst, MeanOverSeeds)
         assert best.values == (1.0, 1.0)
         assert worst.mean < 1
+    ours, theirs, over = (
+        rows[name][column]
+        for name, column in (("teacher", "mAP"), ("tsqnet", "mAP"), ("teacher", "over tsqnet"))
+    )
+    assert isinstance(ours, MeanOverSeeds)
+    assert isinstance(theirs, MeanOverSeeds)
+    assert isinstance(over, MeanOverSeeds)
+    assert over.mean == pytest.approx(ours.mean - theirs.mean)
+    assert rows["tsqnet"]["over tsqnet"] is None
     assert any(
         "for want of training videos: teacher, 25 videos, teacher, 50" in note
         for note in table.notes
