@@ -23,7 +23,7 @@ from tsq_ray.cost import Price, Used, tokens_cost
 from tsq_ray.errors import RunError
 from tsq_ray.extraction import choose_networks
 from tsq_ray.manifest import Manifest, VideoRows, read_manifest
-from tsq_ray.probe import Asked, Probe, load_extract, load_score, measure
+from tsq_ray.probe import Probe, ProbeRequest, load_extract, load_score, probe_videos
 from tsq_ray.results import Estimate
 from tsq_ray.runs.bulk import Selection, todo_without_entering
 from tsq_ray.runs.folder import Kind
@@ -71,7 +71,7 @@ def estimate_extract(
     manifest, todo = _to_do("features", manifest_uri, split, limit, out, retry_failed)
     config, networks = choose_networks(config, encoder, recognizer)
     load = partial(load_extract, config, networks, manifest.classes)
-    asked = Asked("extract", config, load, _choose(todo), max(1, len(todo)))
+    asked = ProbeRequest("extract", config, load, _choose(todo), max(1, len(todo)))
     return _estimate(asked, todo, len(manifest.rows), target or Target())
 
 
@@ -92,7 +92,7 @@ def estimate_score(
     """
     manifest, todo = _to_do("predictions", manifest_uri, split, limit, out, retry_failed)
     load = partial(load_score, config, storage.normalize(model), manifest.classes)
-    asked = Asked("score", config, load, _choose(todo), max(1, len(todo)))
+    asked = ProbeRequest("score", config, load, _choose(todo), max(1, len(todo)))
     return _estimate(asked, todo, len(manifest.rows), target or Target())
 
 
@@ -128,7 +128,7 @@ def this_machine() -> Node:
     return Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
 
 
-def _estimate(asked: Asked, todo: VideoRows, inputs: int, target: Target) -> Estimate:
+def _estimate(asked: ProbeRequest, todo: VideoRows, inputs: int, target: Target) -> Estimate:
     facts: dict[str, Any] = {
         "videos": len(todo),
         "inputs": inputs,
@@ -143,11 +143,11 @@ def _estimate(asked: Asked, todo: VideoRows, inputs: int, target: Target) -> Est
     return Estimate(**facts, **predict(probe, asked, nodes, target.price))
 
 
-def _measured(asked: Asked, target: Target) -> tuple[Probe, list[Node]]:
+def _measured(asked: ProbeRequest, target: Target) -> tuple[Probe, list[Node]]:
     """Return the probe and the nodes that the run would use."""
     session, here = target.session, this_machine()
     if not session.address and not os.environ.get("RAY_ADDRESS"):
-        return measure(asked, here), [here] * (target.nodes or 1)
+        return probe_videos(asked, here), [here] * (target.nodes or 1)
     with cluster.connect(session) as ray:
         found = cluster.read_cluster(ray, asked.config)
         check_known(found)
@@ -183,13 +183,13 @@ def check_known(found: Cluster) -> None:
 class _Prober:
     """Measures on the node of the cluster that Ray gives it."""
 
-    def measure(self, asked: Asked, node: Node) -> Probe:
+    def measure(self, asked: ProbeRequest, node: Node) -> Probe:
         """Measure there."""
-        return measure(asked, node)
+        return probe_videos(asked, node)
 
 
 def predict(
-    probe: Probe, asked: Asked, nodes: Sequence[Node], price: Price | None = None
+    probe: Probe, asked: ProbeRequest, nodes: Sequence[Node], price: Price | None = None
 ) -> dict[str, Any]:
     """Return what an Estimate says of a run on these nodes."""
     videos, found = asked.videos, Cluster(tuple(nodes))
@@ -217,7 +217,7 @@ def predict(
     }
 
 
-def _used(probe: Probe, asked: Asked, cpu_hours: float, gpu_hours: float) -> Used:
+def _used(probe: Probe, asked: ProbeRequest, cpu_hours: float, gpu_hours: float) -> Used:
     """Return what a run of as many videos as asked for would take."""
     sent, received = (each * asked.videos for each in probe.tokens)
     return Used(
@@ -238,7 +238,7 @@ def _networks(placed: Layout) -> int:
     )
 
 
-def _speed(asked: Asked, probe: Probe, found: Cluster, placed: Layout) -> float:
+def _speed(asked: ProbeRequest, probe: Probe, found: Cluster, placed: Layout) -> float:
     """Return how many times as fast as the probe a run is on these nodes with this layout."""
     own = probe.layout
     if placed.on_gpu:

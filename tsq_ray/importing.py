@@ -30,7 +30,7 @@ from tsq_ray.networks.encoder import (
     load_encoder,
     split_network,
 )
-from tsq_ray.networks.preprocessing import measure
+from tsq_ray.networks.preprocessing import preprocessing_of
 from tsq_ray.networks.weights import model_folder
 from tsq_ray.results import ImportSummary, from_record
 from tsq_ray.runs.identity import Identity
@@ -212,7 +212,7 @@ def _timm_settings(name: str) -> dict[str, Any]:
     def apply(picture: np.ndarray) -> np.ndarray:
         return np.asarray(transform(Image.fromarray(picture)))
 
-    found = measure(apply, "timm", f"timm's {name}")
+    found = preprocessing_of(apply, "timm", f"timm's {name}")
     return {"kind": "timm", "model": name, **found}
 
 
@@ -290,7 +290,7 @@ def _transformers_settings(model: str, weights: str) -> dict[str, Any]:
         "kind": "transformers",
         "model": model,
         "model_args": arguments,
-        **measure(apply, "transformers", what),
+        **preprocessing_of(apply, "transformers", what),
     }
 
 

@@ -43,7 +43,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProbeRequest:
     """What a probe measures; serialised to the node that measures it."""
 
     stage: Stage
@@ -123,7 +123,7 @@ def load_score(config: Config, model: str, classes: Sequence[str], placed: Layou
     )
 
 
-def measure(asked: Asked, node: Node) -> Probe:
+def probe_videos(asked: ProbeRequest, node: Node) -> Probe:
     """Process the chosen videos here, on `node`, with one of its GPUs if the run uses GPUs."""
     node = replace(node, gpus=min(1.0, node.gpus))
     placed = layout(asked.stage, asked.config, Cluster((node,)), asked.videos)

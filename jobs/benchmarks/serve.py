@@ -33,7 +33,7 @@ from tsq_ray import scoring
 from tsq_ray.manifest import assemble_manifest, write_manifest
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import Session
-from tsq_ray.serving.bench import BenchPoint, cpu_seconds, measure
+from tsq_ray.serving.bench import BenchPoint, cpu_seconds, measure_endpoint
 from tsq_ray.serving.replicas import FlowCounts
 
 _WORK = ("Sampler", "Recognizer", "decoding processes")
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("of that HTTP + Serve |\n| --- | ---: | ---: | ---: | --- | ---: | ---: |\n")
 
         def point(clients: int, name: str = "", seconds: float = options.seconds) -> BenchPoint:
-            (found,) = measure(url, options.videos, [clients], seconds=seconds).points
+            (found,) = measure_endpoint(url, options.videos, [clients], seconds=seconds).points
             say(_row(name or f"{clients} clients", found))
             sys.stdout.flush()
             return found

@@ -215,7 +215,7 @@ def test_frames_between_keyframes_by_the_sample_table_alone(
     monkeypatch.setattr(
         job, "_RARE", 1.0
     )  # even if a file with few keyframes would otherwise be decoded whole
-    monkeypatch.delattr(job.Job, "exact")
+    monkeypatch.delattr(job.DecodeJob, "exact")
     for num_frames in (7, 16):
         decoded = decode(data_dir / name, "keyframe", num_frames)
         check(data_dir / name, decoded, num_frames)

@@ -40,7 +40,7 @@ from support.scrape import counters_of, scraped, wait_for_counters
 
 from tsq_ray import schema, storage
 from tsq_ray.model.baselines import uniform
-from tsq_ray.runtime.metrics import Part, RunMetrics
+from tsq_ray.runtime.metrics import PublishedPart, RunMetrics
 
 pytestmark = pytest.mark.ray
 
@@ -816,7 +816,7 @@ def test_dashboard_and_alerts_use_metrics_of_runs_that_exist(ray_cluster: Any) -
     used = {name for text in texts for name in re.findall(r"ray_tsq_run_[a-z_]+", text)}
     assert len(used) >= 9
     metrics = RunMetrics("a-run", "extract", "a process")
-    metrics.published(Part({"": 3, "corrupt": 1}, 1000, 900, {"decode": 2.0}))
+    metrics.published(PublishedPart({"": 3, "corrupt": 1}, 1000, 900, {"decode": 2.0}))
     metrics.end("complete")
     deadline = time.monotonic() + 60
     while missing := used - {

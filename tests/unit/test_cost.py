@@ -11,7 +11,7 @@ from tsq_ray.config import load_config
 from tsq_ray.cost import Price, Used, dense
 from tsq_ray.errors import ConfigError, RunError
 from tsq_ray.estimate import STARTUP_S, check_known, predict
-from tsq_ray.probe import Asked, Probe
+from tsq_ray.probe import Probe, ProbeRequest
 from tsq_ray.results import Counts, Estimate, LabelSummary, RunSummary, from_record
 from tsq_ray.runtime.nodes import Cluster, Node, Stage
 from tsq_ray.runtime.placement import layout
@@ -168,7 +168,7 @@ def predicted(
 ) -> dict[str, Any]:
     """The estimate for these nodes, from a probe on `own`."""
     config = load_config(None, sets)
-    asked = Asked(stage, config, lambda placed: pytest.fail("not measured here"), (), videos)
+    asked = ProbeRequest(stage, config, lambda placed: pytest.fail("not measured here"), (), videos)
     spent = {"seconds": 0.5, "decode_s": 1.0, "network_s": 0.5} | seconds
     placed = layout(stage, config, Cluster((own,)), videos)
     probe = Probe(

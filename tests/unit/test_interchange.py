@@ -32,7 +32,7 @@ from tsq_ray.errors import RunError, UserError
 from tsq_ray.evaluation.annotations import read_annotations
 from tsq_ray.manifest import assemble_manifest
 from tsq_ray.reporting import export_predictions
-from tsq_ray.reporting.batch import Question, batch_writer
+from tsq_ray.reporting.batch import BatchQuestion, batch_writer
 from tsq_ray.results import ExportSummary
 
 OK, GONE = [1, 2, 3, 4, 5, 6, 7], 5
@@ -236,7 +236,7 @@ def test_a_multi_label_bundle_is_asked_for_a_list(tmp_path: Path) -> None:
 
 def write_batch(out: Path, videos: int, **limits: int) -> list[str]:
     """Write requests with a frame of 600 bytes each; return the names of the files."""
-    with batch_writer(str(out), Question("m", chat.PROMPT, CLASSES, False), **limits) as batch:
+    with batch_writer(str(out), BatchQuestion("m", chat.PROMPT, CLASSES, False), **limits) as batch:
         for number in range(videos):
             row = {"video_id": video_id(number), "uri": f"/{number}.mp4", "frame_pts_s": [0.5]}
             batch.add(row, [0], [bytes(600)])

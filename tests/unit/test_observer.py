@@ -18,7 +18,7 @@ from tsq_ray.runs.identity import Identity
 from tsq_ray.runs.lease import Holder
 from tsq_ray.runtime import progress
 from tsq_ray.runtime.bulk import BulkObserver
-from tsq_ray.runtime.metrics import Part
+from tsq_ray.runtime.metrics import PublishedPart
 from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.waiting import Watch
 from tsq_ray.summaries import training_text
@@ -56,12 +56,12 @@ def test_videos_are_left_until_their_part_is_published(run: BulkRun) -> None:
     assert (seen.left, seen.queued) == (10, 0)
     seen._done = 7
     assert (seen.left, seen.queued) == (10, 7)
-    seen.published(Part({"": 3, "corrupt": 1}, 40, 40))
+    seen.published(PublishedPart({"": 3, "corrupt": 1}, 40, 40))
     assert (seen.left, seen.queued) == (6, 3)
     seen._done = 12
     seen._note("videos_done_again", 2)
     assert (seen.left, seen.queued) == (6, 6)
-    seen.published(Part({"": 6}, 60, 60))
+    seen.published(PublishedPart({"": 6}, 60, 60))
     assert (seen.left, seen.queued) == (0, 0)
 
 

@@ -90,9 +90,9 @@ def bench(
 
     The bearer token comes from the environment variable TSQ_TOKEN.
     """
-    from tsq_ray.serving.bench import measure, numbers
+    from tsq_ray.serving.bench import measure_endpoint, numbers
 
-    found = measure(
+    found = measure_endpoint(
         url,
         videos,
         numbers("--clients", clients),

@@ -74,7 +74,7 @@ class Extent:
         return longest_step(self.pts, self.end, self.time_base)
 
 
-class Job:
+class DecodeJob:
     """The decoding of one video."""
 
     def __init__(

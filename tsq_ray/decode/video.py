@@ -14,7 +14,7 @@ import av
 from tsq_ray import storage
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import fetch
-from tsq_ray.decode.job import Job
+from tsq_ray.decode.job import DecodeJob
 from tsq_ray.decode.probe import (
     open_container,
 )
@@ -67,7 +67,7 @@ def _decode(
     name: str,
 ) -> DecodedVideo:
     uri = source.uri
-    job = Job(name, size, settings, specs, source.places)
+    job = DecodeJob(name, size, settings, specs, source.places)
     by_index, fetched = settings.strategy == "keyframe", 0
     # for a small object one request for the whole is cheaper than T requests for parts
     if by_index and not storage.is_local(uri) and size > settings.num_frames * fetch.RANGE_BYTES:

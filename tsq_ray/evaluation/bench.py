@@ -20,7 +20,7 @@ from tsq_ray.evaluation.annotations import Annotations
 from tsq_ray.evaluation.samplers import frame_head_logits, true_class_probability
 from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.trainings import Learned, TrainingSpec, arrays_of, learn
-from tsq_ray.evaluation.videos import Features, VideoSet
+from tsq_ray.evaluation.videos import EvaluationFeatures, VideoSet
 from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import object_names
 from tsq_ray.networks.text import text_encoder
@@ -48,7 +48,7 @@ class Bench:
     """The data, the bundle and the settings of an evaluation, and the trainings finished so far."""
 
     bundle: Bundle
-    features: Features
+    features: EvaluationFeatures
     config: Config
     annotations: Annotations | None
     store: Store

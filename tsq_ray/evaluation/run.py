@@ -20,7 +20,7 @@ from tsq_ray.evaluation.bench import Bench, train_all
 from tsq_ray.evaluation.compare import compare
 from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.tables import Table
-from tsq_ray.evaluation.videos import Features, load_features
+from tsq_ray.evaluation.videos import EvaluationFeatures, load_features
 from tsq_ray.results import EvaluatedTable, EvaluationSummary
 from tsq_ray.runs.folder import read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
@@ -135,7 +135,7 @@ def _kind_of(sources: Sequence[str]) -> str:
     return kinds.pop()
 
 
-def _check_budgets(config: Config, features: Features, bundle: Bundle) -> None:
+def _check_budgets(config: Config, features: EvaluationFeatures, bundle: Bundle) -> None:
     """Raise ConfigError if a K is above the T of the features."""
     num_frames = features.measured.num_frames
     check_budget(config.sampler, num_frames, bundle.task)
@@ -152,7 +152,7 @@ def _make(bench: Bench, name: str, out: str, header: list[str]) -> tuple[Table, 
     return table, table.write(out, header)
 
 
-def _counts(features: Features) -> dict[str, Any]:
+def _counts(features: EvaluationFeatures) -> dict[str, Any]:
     return {
         "videos": len(features.measured),
         "left_out": features.measured.left_out,
@@ -160,7 +160,7 @@ def _counts(features: Features) -> dict[str, Any]:
     }
 
 
-def _data(features: Features, bundle: Bundle) -> dict[str, Any]:
+def _data(features: EvaluationFeatures, bundle: Bundle) -> dict[str, Any]:
     """Return the identity of the data that every training in the folder depends on."""
     run = features.run
     ids = [features.measured.video_ids, features.training.video_ids if features.training else []]

@@ -67,7 +67,7 @@ class VideoSet:
 
 
 @dataclass(frozen=True)
-class Features:
+class EvaluationFeatures:
     """A finished extraction, ready for evaluation."""
 
     uri: str
@@ -85,7 +85,7 @@ class Features:
 
 def load_features(
     uri: str, bundle: Bundle, split: str | None, max_videos: int = 0, *, labelled: bool = True
-) -> Features:
+) -> EvaluationFeatures:
     """Read the features of a finished extraction.
 
     They must hold `recognizer_logits` and be made with the bundle's own encoder and recogniser.
@@ -125,7 +125,7 @@ def load_features(
     trains = labelled and wanted not in (None, TRAIN_SPLIT)
     training = video_set(TRAIN_SPLIT) if trains else None
     known = set(bundle.classes)
-    return Features(
+    return EvaluationFeatures(
         uri,
         run,
         bundle.classes,

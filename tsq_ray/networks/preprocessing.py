@@ -24,7 +24,7 @@ _ALLOWED_LEVELS = 1.0
 """Mean difference of a picture from the library's, of 255 levels: resizes differ by roundings."""
 
 
-def measure(apply: Apply, kind: str, what: str) -> dict[str, Any]:
+def preprocessing_of(apply: Apply, kind: str, what: str) -> dict[str, Any]:
     """Return the ModelConfig fields `size`, `resize`, `resize_to`, `interpolation`, `mean`, `std`.
 
     `kind` is the library of the network. Raises ModelError if none of them do what `apply` does.

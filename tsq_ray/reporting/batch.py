@@ -24,7 +24,7 @@ def batch_file(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Question:
+class BatchQuestion:
     """What is asked about every video: `prompt` is a template of `chat.FIELDS`."""
 
     model: str
@@ -39,7 +39,7 @@ class BatchWriter:
     def __init__(
         self,
         out: str,
-        question: Question,
+        question: BatchQuestion,
         add_video: Callable[[Mapping[str, Any]], None],
         max_bytes: int,
         max_requests: int,
@@ -110,7 +110,7 @@ class BatchWriter:
 
 @contextlib.contextmanager
 def batch_writer(
-    out: str, question: Question, max_bytes: int = MAX_BYTES, max_requests: int = MAX_REQUESTS
+    out: str, question: BatchQuestion, max_bytes: int = MAX_BYTES, max_requests: int = MAX_REQUESTS
 ) -> Iterator[BatchWriter]:
     """Write numbered files of requests below `out`, and a CSV of the videos.
 

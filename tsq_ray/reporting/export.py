@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from tsq_ray import chat, storage
 from tsq_ray.errors import RunError, UserError
-from tsq_ray.reporting.batch import BatchWriter, Question, batch_writer
+from tsq_ray.reporting.batch import BatchQuestion, BatchWriter, batch_writer
 from tsq_ray.reporting.interchange import write_activitynet, write_label_studio
 from tsq_ray.reporting.pictures import Progress, Taken, jpeg, take_pictures
 from tsq_ray.reporting.predictions import Predictions, read_predictions
@@ -127,9 +127,9 @@ def _is_multi(predictions: Predictions) -> bool:
     return predictions.run.get("task") == "multi"
 
 
-def _question(predictions: Predictions, model: str, prompt: str) -> Question:
+def _question(predictions: Predictions, model: str, prompt: str) -> BatchQuestion:
     classes = _classes(predictions, "openai-batch")
-    return Question(model, prompt, classes, _is_multi(predictions))
+    return BatchQuestion(model, prompt, classes, _is_multi(predictions))
 
 
 def _model_version(predictions: Predictions) -> str:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from tsq_ray.manifest import VideoRows
 from tsq_ray.runs.bulk import BulkRun
 from tsq_ray.runtime import blocks, cluster, parts, progress
-from tsq_ray.runtime.metrics import Part
+from tsq_ray.runtime.metrics import PublishedPart
 from tsq_ray.runtime.nodes import Pool
 from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
@@ -54,7 +54,7 @@ class BulkObserver(Observer):
         again = int(self.happened.get("videos_done_again", 0))
         return max(0, self._done - again - (len(self.run.todo) - self.left))
 
-    def published(self, part: Part) -> None:
+    def published(self, part: PublishedPart) -> None:
         """Count a part."""
         self.left = max(0, self.left - sum(part.videos.values()))
         self.metrics.published(part)

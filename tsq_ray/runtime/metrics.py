@@ -15,7 +15,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Part:
+class PublishedPart:
     """What a published part holds."""
 
     videos: Mapping[str, int]
@@ -72,7 +72,7 @@ class RunMetrics:
         self._ended = made(counter, "ended", "Runs whose work on the cluster ended.", "status")
         self._published = time.time()
 
-    def published(self, part: Part) -> None:
+    def published(self, part: PublishedPart) -> None:
         """Count a part."""
         self._published = time.time()
         for error_type, count in part.videos.items():

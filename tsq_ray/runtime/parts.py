@@ -17,7 +17,7 @@ from tsq_ray.config import OutputConfig
 from tsq_ray.errors import RunFailed, StorageError
 from tsq_ray.runs.folder import write_part
 from tsq_ray.runtime.blocks import MAX_BLOCK_ROWS
-from tsq_ray.runtime.metrics import Part
+from tsq_ray.runtime.metrics import PublishedPart
 from tsq_ray.runtime.nodes import Pool
 
 RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
@@ -120,7 +120,7 @@ def write_parts(
     arrow: pa.Schema,
     output: OutputConfig,
     rows: int,
-    published: Callable[[Part], None] = lambda part: None,
+    published: Callable[[PublishedPart], None] = lambda part: None,
 ) -> dict[str, float]:
     """Run a dataset of transport tables and publish its rows as parts of about `rows` rows.
 
@@ -147,7 +147,9 @@ def write_parts(
             for name, value in row.items():
                 totals[name] = totals.get(name, 0.0) + value
             spent = {name: row[name] for name in row.keys() - {*AMOUNTS}}
-            published(Part(videos, size, fetched, spent, {name: row[name] for name in TOKENS}))
+            published(
+                PublishedPart(videos, size, fetched, spent, {name: row[name] for name in TOKENS})
+            )
     return totals
 
 

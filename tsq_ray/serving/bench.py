@@ -64,7 +64,7 @@ def numbers(option: str, text: str) -> list[float]:
     return found
 
 
-def measure(
+def measure_endpoint(
     url: str,
     videos: Sequence[str],
     clients: Sequence[float],

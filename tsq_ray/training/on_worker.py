@@ -145,7 +145,7 @@ def _linear(weight: np.ndarray, bias: np.ndarray) -> nn.Linear:
     return head.eval().requires_grad_(False)
 
 
-class Features:
+class RemoteFeatures:
     """The features of a training, on a node of the cluster."""
 
     def __init__(
@@ -218,7 +218,7 @@ def features_on_worker(
     config: Config,
     session: Session,
     observe: progress.Observe,
-) -> Iterator[Features]:
+) -> Iterator[RemoteFeatures]:
     """Read the features on a node of the connected cluster and keep them for the `with` block.
 
     `stage` names the run in its layout and in messages; `observe` is called twice a second while
@@ -235,7 +235,7 @@ def features_on_worker(
     worker = ray.remote(**options)(FeatureWorker)
     actor: Any = worker.remote(source, config.resources.threads, counts)
     try:
-        features = Features(actor, counts, num_videos, stage, session, observe)
+        features = RemoteFeatures(actor, counts, num_videos, stage, session, observe)
         features.read()
         yield features
         with contextlib.suppress(ray.exceptions.RayError):  # a lost node has no files to remove

@@ -36,7 +36,7 @@ from tsq_ray.training.features import (
     describe_left_out,
     select_videos,
 )
-from tsq_ray.training.on_worker import Features, features_on_worker
+from tsq_ray.training.on_worker import RemoteFeatures, features_on_worker
 from tsq_ray.training.sampler.components import Components
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
 
@@ -250,7 +250,7 @@ def _publish(
 def _job(
     config: Config,
     source: FeatureSource,
-    features: Features,
+    features: RemoteFeatures,
     parts: Components,
     taught: list[int] | None,
 ) -> dict[str, Any]:
