@@ -279,7 +279,7 @@ def test_tokens(head: Head, tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
             continue
         assert done.returncode == 1
-        what = "does not accept the token" if content else "wants a token, and there is none"
+        what = "does not accept the token" if content else "wants a token, and got none"
         assert done.stderr.startswith(f"error: {head.url}: this cluster {what}; set RAY_AUTH_TOKEN")
         assert len(done.stderr.strip().splitlines()) == 1
     by_variable = bare | {"HOME": str(tmp_path / "none"), "RAY_AUTH_TOKEN": token}
