@@ -163,6 +163,11 @@ def _remote_advice(uri: str, kind: ErrorType, error: BaseException) -> str:
     codes = {_code(seen) for seen in chain}
     if codes & _EXPIRED_CODES:
         return "the keys have expired; renew them, then run again"
+    if s3 and "400" in codes:  # the answer to HEAD has no body, and with it no better code
+        return (
+            "storage refuses the request (400), as it does when the keys have expired; renew them "
+            "or check AWS_ENDPOINT_URL, then run again"
+        )
     if _ARCHIVED_CODE in codes:
         return f"the object is archived ({_ARCHIVED_CODE}); restore it first, then run again"
     if kind == "not_found":
