@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import BaseModel
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -274,8 +275,10 @@ class Ingress:
         return response
 
     async def _error(self, raised: Exception) -> RequestError:
-        # one that was raised here may have a cause; one of a replica is a cause
-        cause = raised if isinstance(raised, RequestError) else cluster.root_cause(raised)
+        # one that was raised here may have a cause; one of a replica is a cause, and Ray gives its
+        # wrapper the same class
+        own = isinstance(raised, RequestError) and not isinstance(raised, RayError)
+        cause = raised if own else cluster.root_cause(raised)
         if isinstance(cause, RequestError):
             return cause
         if isinstance(cause, StorageError):
