@@ -310,6 +310,7 @@ def test_a_manifest_that_cannot_be_read_fails_the_batch(
         assert endpoint.client.get(f"/v1/batches/{unknown}").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_batch_in_object_storage_resumes_in_the_next_endpoint(
     archive: Archive, s3: S3Server, tmp_path: Path
 ) -> None:
