@@ -70,7 +70,7 @@ def test_of_two_urls_that_differ_in_the_query_alone_one_failed(tmp_path: Path) -
     rows = [vars(ref) | {"warnings": []} | state for ref, state in zip(refs, states, strict=True)]
     write_part(str(tmp_path), table_from_rows(rows, features_schema(2, 3, ["a"])), "zstd")
     network = load_encoder(RESNET, with_head=False)
-    tuned = Tuned(network, frozen._failed(str(tmp_path)), {}, [])
+    tuned = Tuned(network, frozen._failed(str(tmp_path)), {}, [], {})
     assert finetune._failed_uris(VideoRows.of(refs), tuned) == [uris[0]]
     assert finetune._usable(VideoRows.of(refs), tuned) == 1
 
