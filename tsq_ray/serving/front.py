@@ -124,9 +124,9 @@ class Front:
                 preexec_fn=_end_with_parent,
             )
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STARTS_S)
-            why = " ".join(said.read_text(errors="replace").split())[:300]
-            raise RunFailed(f"serve: the HTTP front did not start: {why}")
+            if process.wait(_STARTS_S) >= 0:  # else killed: `tend` starts it again
+                why = " ".join(said.read_text(errors="replace").split())[:300]
+                raise RunFailed(f"serve: the HTTP front did not start: {why}")
         return process
 
     def tend(self) -> None:
