@@ -385,6 +385,12 @@ def test_jobs_import_nothing_of_the_tests(path: Path) -> None:
     assert wrong == set()
 
 
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest collects both lanes in one run only when their modules differ."""
+    names = [path.name for path in (REPO / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_top_level_holds_nothing_else() -> None:
     done = subprocess.run(
         ["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=False
