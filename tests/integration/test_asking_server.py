@@ -88,6 +88,7 @@ def test_bulk_http_and_predict_answer_the_same(
         assert len(frames) == len(good[0]["selected_slot"])
 
 
+@pytest.mark.slow
 def test_the_server_teaches_a_sampler(
     server: ChatServer, recognizer: str, ray_cluster: Any, tmp_path: Path
 ) -> None:

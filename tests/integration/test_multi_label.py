@@ -116,6 +116,7 @@ def test_the_task_goes_with_the_models(chain: Chain) -> None:
         assert (content["task"], content["classes"]) == ("multi", NAMES)
 
 
+@pytest.mark.slow
 def test_the_recogniser_learns_all_labels(chain: Chain) -> None:
     features = read_rows(chain.features)
     targets = np.array(

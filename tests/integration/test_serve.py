@@ -28,6 +28,7 @@ from support.archive import Archive, make_archive
 from support.browser import Page, page
 from support.bundle import make_bundle
 from support.cluster import marked, refused, tsq
+from support.contract import check_document
 from support.endpoint import (
     ANSWER_S,
     CLOSE,
@@ -85,13 +86,14 @@ def endpoint(
 ) -> Iterator[Endpoint]:
     """`tsq serve` with a token, two open folders, small uploads and a sampler that may scale."""
     prefixes = json.dumps([str(archive.root / "train"), "s3://tsq-other/open"])
+    folder = tmp_path_factory.mktemp("endpoint")
     settings = (
         f"serve.allowed_uri_prefixes={prefixes}",
         f"serve.max_upload_mb={MAX_UPLOAD_BYTES / 2**20}",
         "serve.sampler.max_replicas=2",
         "serve.recognizer.max_replicas=3",
+        f"serve.batches_uri={folder}/batches",
     )
-    folder = tmp_path_factory.mktemp("endpoint")
     with serving(bundle, folder, *settings, token=TOKEN, **s3.environment) as found:
         yield found
 
@@ -427,6 +429,15 @@ def test_sixteen_requests_at_once_each_get_their_own_answer(
     assert (
         len({answer["top_scores"][0] for answer in answers if "top_scores" in answer}) > 8
     )  # distinct, so that a mix-up shows
+
+
+def test_the_document_is_kept(endpoint: Endpoint) -> None:
+    assert check_document(endpoint, 16) > 60
+
+
+@pytest.mark.slow
+def test_the_document_is_kept_2000_times(endpoint: Endpoint) -> None:
+    assert check_document(endpoint, 400) >= 2000
 
 
 @pytest.mark.slow

@@ -233,18 +233,19 @@ def test_a_single_video_for_later(endpoint: Endpoint, archive: Archive) -> None:
     assert endpoint.score(files={"file": b"x"}, headers=later).status_code == 400
 
 
-def test_a_batch_waits_for_a_big_file_that_keeps_coming(
+def test_a_video_that_takes_too_long_becomes_a_batch_that_waits_for_it(
     endpoint: Endpoint, archive: Archive, listener: str
 ) -> None:
     padding = SLOW_S * 2**20 // 2  # 512 KiB/s
     box = (padding + 8).to_bytes(4, "big") + b"free" + bytes(padding)
     Listener.video = (archive.root / archive.paths[0]).read_bytes() + box
     uri = f"{slow_video(listener)}/a.mp4"
-    single = endpoint.score(json={"uri": uri})
-    assert (single.status_code, single.json()["error_type"]) == (504, "timeout")
-    line = json.dumps({"custom_id": "slow", "uri": uri})
-    batch = endpoint.client.post("/v1/batches", content=line, headers=LINES).json()
-    batch = ended(endpoint, batch)
+    # what it asks for besides the uri is not kept for later
+    refused = endpoint.score(json={"uri": uri, "k": 2})
+    assert (refused.status_code, refused.json()["error_type"]) == (504, "timeout")
+    later = endpoint.score(json={"uri": uri})
+    assert later.status_code == 202
+    batch = ended(endpoint, later.json())
     assert batch["request_counts"] == {"total": 1, "completed": 1, "failed": 0}
     assert lines_of(batch["output_uri"])[0]["size_bytes"] == len(Listener.video)
 

@@ -288,6 +288,7 @@ def silent_s3() -> Iterator[dict[str, str]]:
         }
 
 
+@pytest.mark.slow
 def test_slow_and_odd_sources(
     bundle: str,
     data: bytes,

@@ -292,52 +292,69 @@ class Ingress:
         return internal(raised)
 
     async def _score(self, request: Request, token: Token, record: dict[str, Any]) -> Response:
-        if self._is_preferred_later(request) or self._is_too_late(request):
-            return await self._score_later(request, token)
+        preferred = "respond-async" in request.headers.get("prefer", "").lower()
+        if preferred or self._is_too_late(request):
+            self._batches()
+            self.admission.check_open()
+            async with asked(request, self.settings, self.budget, token.holds) as wanted:
+                self._check_later(wanted, preferred)
+            applied = {"Preference-Applied": "respond-async"} if preferred else {}
+            return await self._score_later(wanted, applied)
+        late: Asked | None = None
         with self.admission.admitted(token.holds):
-            async with (
-                asyncio.timeout(self.settings.request_timeout_s),
-                asked(request, self.settings, self.budget, token.holds) as wanted,
-            ):
-                record["video_id"] = wanted.video_id
-                if wanted.upload is not None:
-                    record["size_bytes"] = wanted.upload.size_bytes
-                self._check(wanted)
-                started = time.monotonic()
-                with self.admission.measured():
-                    row, version = await self._row(wanted, token)
-                seconds = time.monotonic() - started
+            try:
+                async with (
+                    asyncio.timeout(self.settings.request_timeout_s),
+                    asked(request, self.settings, self.budget, token.holds) as wanted,
+                ):
+                    late = wanted
+                    return await self._prediction(wanted, token, record)
+            except (TimeoutError, RequestError) as error:
+                timed_out = isinstance(error, TimeoutError) or error.error_type == "timeout"
+                if late is None or not timed_out or not self._can_be_later(late):
+                    raise
+        return await self._score_later(late, {})
+
+    async def _prediction(self, wanted: Asked, token: Token, record: dict[str, Any]) -> Response:
+        """Return the prediction; log its parts and count it."""
+        record["video_id"] = wanted.video_id
+        if wanted.upload is not None:
+            record["size_bytes"] = wanted.upload.size_bytes
+        self._check(wanted)
+        started = time.monotonic()
+        with self.admission.measured():
+            row, version = await self._row(wanted, token)
         record |= {
             name: row[name] for name in ("size_bytes", "decode_ms", "sample_ms", "recognize_ms")
         }
-        self.metrics.scored(row, seconds)
+        self.metrics.scored(row, time.monotonic() - started)
         return JSONResponse(row, headers={MODEL_HEADER: version})
-
-    @staticmethod
-    def _is_preferred_later(request: Request) -> bool:
-        """Whether the client asks for a batch instead of a prediction."""
-        return "respond-async" in request.headers.get("prefer", "").lower()
 
     def _is_too_late(self, request: Request) -> bool:
         """Whether the prediction would be late, and the request can become a batch instead."""
         is_json = request.headers.get("content-type", "").startswith("application/json")
         return is_json and self.batches is not None and self.admission.late_s > 0
 
-    async def _score_later(self, request: Request, token: Token) -> Response:
+    def _can_be_later(self, wanted: Asked) -> bool:
+        """Whether a batch of one can answer: the endpoint keeps the video's URI, but no options."""
+        no_options = not wanted.options.model_fields_set - {"uri"}
+        return self.batches is not None and wanted.upload is None and no_options
+
+    def _check_later(self, wanted: Asked, preferred: bool) -> None:
+        if self._can_be_later(wanted):
+            return
+        if wanted.upload is not None:
+            raise RequestError(400, "respond-async needs a uri: an upload is not kept")
+        if not preferred:  # too late, which is not its fault
+            why = "the requests in hand take too long; try again later"
+            raise RequestError(429, why, retry_after_s=max(1.0, self.admission.late_s))
+        raise RequestError(400, "respond-async takes no options besides the uri")
+
+    async def _score_later(self, wanted: Asked, headers: dict[str, str]) -> Response:
         """Make a batch of one and return it, with status 202."""
-        batches = self._batches()
-        self.admission.check_open()
-        async with asked(request, self.settings, self.budget, token.holds) as wanted:
-            if wanted.upload is not None:
-                raise RequestError(400, "respond-async needs a uri: an upload is not kept")
-            if wanted.options.model_fields_set - {"uri"}:
-                if not self._is_preferred_later(request):  # too late, which is not its fault
-                    why = "the requests in hand take too long; try again later"
-                    raise RequestError(429, why, retry_after_s=max(1.0, self.admission.late_s))
-                raise RequestError(400, "respond-async takes no options besides the uri")
-            line = BatchLine(custom_id=wanted.video_id, uri=wanted.source.uri)
-        batch = await batches.create.remote(None, [line], None)
-        headers = {"Location": f"/v1/batches/{batch.id}", "Preference-Applied": "respond-async"}
+        line = BatchLine(custom_id=wanted.video_id, uri=wanted.source.uri)
+        batch = await self._batches().create.remote(None, [line], None)
+        headers = {"Location": f"/v1/batches/{batch.id}"} | headers
         return JSONResponse(batch.model_dump(mode="json"), 202, headers)
 
     def _check(self, wanted: Asked) -> None:
