@@ -150,7 +150,7 @@ def test_a_batch_of_lines(endpoint: Endpoint, archive: Archive) -> None:
     )
     assert other.json()["id"] == created.json()["id"], "the same content, spelt differently"
     other = endpoint.client.post("/v1/batches", content=body.splitlines()[0], headers=headers)
-    why = "Idempotency-Key: belongs to another request; use a new one for each"
+    why = "Idempotency-Key: belongs to another request; use a new key for each request"
     assert (other.status_code, other.json()["detail"]) == (422, why)
 
     batch = ended(endpoint, created.json(), verify=True)

@@ -125,7 +125,7 @@ def test_an_endpoint_that_is_told_to_end_answers_what_it_has_in_hand(
         assert ended.code == 0, ended
         shown = ended.err.strip().splitlines()
         assert shown[-2:] == [
-            "ending: answering the requests in hand, for at most 60 s",
+            "ending: answering the requests in flight, for at most 60 s",
             "stopped",
         ]
         assert "Traceback" not in ended.out + ended.err
@@ -381,7 +381,7 @@ def test_limits(bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path) -
         full = endpoint.score(content=data)
         assert full.status_code == 429
         assert int(full.headers["Retry-After"]) >= 1
-        assert "2 requests are in hand" in full.json()["detail"]
+        assert "2 requests are in flight" in full.json()["detail"]
         assert endpoint.client.get("/healthz").status_code == 200
         assert endpoint.is_ready()
         assert [answer.status_code for answer in go_on()] == [200, 200]

@@ -22,7 +22,7 @@ from support.bundle import make_bundle
 from support.chat_server import MODEL, PICTURE_TOKENS, ChatServer, Trouble, _logprobs, probabilities
 
 from tsq_ray import schema, storage
-from tsq_ray.asking.answers import LEAST, NAMED, UnusableAnswer, read_answer
+from tsq_ray.asking.answers import ANSWERED_SCORE, MIN_SCORE, UnusableAnswer, read_answer
 from tsq_ray.asking.client import Client, Reply, _seconds
 from tsq_ray.asking.questions import Asker, Asking, Question, ServerModel, jpegs_of
 from tsq_ray.bundle.overrides import scoring_config
@@ -138,16 +138,18 @@ def test_without_log_probabilities_the_answered_class_is_nearly_sure() -> None:
     scores, _ = read_answer(found, ODD)
     assert scores.argmax() == 2
     assert scores.sum() == pytest.approx(1)
-    assert NAMED < scores[2] < 1
+    assert ANSWERED_SCORE < scores[2] < 1
     assert len(set(np.delete(scores, 2))) == 1
 
 
 def test_several_labels() -> None:
     found = {"choices": [{"message": {"content": '{"labels": ["catch", "cat", "cat"]}'}}]}
     scores, _ = read_answer(found, ODD, multi=True)
-    assert scores == pytest.approx([NAMED if name in ("catch", "cat") else LEAST for name in ODD])
+    assert scores == pytest.approx(
+        [ANSWERED_SCORE if name in ("catch", "cat") else MIN_SCORE for name in ODD]
+    )
     found["choices"][0]["message"]["content"] = '{"labels": []}'
-    assert read_answer(found, ODD, multi=True)[0] == pytest.approx([LEAST] * len(ODD))
+    assert read_answer(found, ODD, multi=True)[0] == pytest.approx([MIN_SCORE] * len(ODD))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_several_labels() -> None:
         ({"message": {"content": None}, "finish_reason": "content_filter"}, "content_filter"),
         ({"message": {"content": '["cat"]'}}, "not JSON of the schema"),
         ({"message": {"content": '{"label": ["cat"]}'}}, "not JSON of the schema"),
-        ({"text": "cat"}, "no chat completion"),
+        ({"text": "cat"}, "not a chat completion"),
         (
             {"message": {"content": '{"label": "cat"}'}, "logprobs": {"content": [{"token": 3}]}},
             "answered",
@@ -210,7 +212,7 @@ def test_it_looks_at_the_frames_in_time_order(server: ChatServer) -> None:
 def test_other_fields_of_the_request(server: ChatServer) -> None:
     more = {"model_args": {"temperature": 0}, "logprobs": False, "prompt": "Which of {classes}?"}
     (answer,) = ask(model(server, **more), question())
-    assert sorted(answer.columns["scores"])[-1] > NAMED
+    assert sorted(answer.columns["scores"])[-1] > ANSWERED_SCORE
     assert server.bodies[0]["temperature"] == 0
     assert "logprobs" not in server.bodies[0]
     assert server.bodies[0]["messages"][0]["content"][0]["text"].startswith("Which of amber light;")
@@ -304,7 +306,7 @@ def test_a_key_that_is_refused(
     key: str, server: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    why = "refuses the key in the" if key else "wants a key, to be set in the"
+    why = "refuses the key in the" if key else "requires a key, to be set in the"
     with pytest.raises(ModelError, match=f"answered 401: it {why} environment variable OPENAI_API"):
         ask(model(server), question())
 
@@ -503,7 +505,7 @@ def test_the_logits_of_each_frame(task: str, server: ChatServer, tmp_path: Path)
         assert softmax == pytest.approx(np.stack(wanted), abs=1e-4)
         assert CLASSES[int(logits[3].argmax())] == "blue sea"
     else:
-        assert (1 / (1 + np.exp(-logits))).max() == pytest.approx(NAMED, abs=1e-4)
+        assert (1 / (1 + np.exp(-logits))).max() == pytest.approx(ANSWERED_SCORE, abs=1e-4)
     assert row["tokens_in"] > 6 * PICTURE_TOKENS
     assert row["config"].recognizer.price_in == 2
     assert row["loaded"].hashes()["recognizer"] == row["loaded"].recognizer.state_hash()

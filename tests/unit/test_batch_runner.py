@@ -35,7 +35,7 @@ from tsq_ray.serving.requests.models import (
     BatchRequest,
     LinesOptions,
 )
-from tsq_ray.serving.requests.parse import parsed
+from tsq_ray.serving.requests.parse import validate
 from tsq_ray.serving.requests.problems import RequestError
 
 pytestmark = pytest.mark.ray
@@ -419,14 +419,14 @@ def test_a_webhook_is_called_once_also_after_a_restart(
 
 
 def test_options_of_lines_stand_in_the_query() -> None:
-    found = parsed(LinesOptions, {"metadata": '{"team": "a"}', "webhook": "https://a.example/"})
+    found = validate(LinesOptions, {"metadata": '{"team": "a"}', "webhook": "https://a.example/"})
     assert (found.metadata, found.webhook) == ({"team": "a"}, "https://a.example/")
-    assert parsed(LinesOptions, {}).metadata == {}
+    assert validate(LinesOptions, {}).metadata == {}
     for metadata, message in (
         ("team", "metadata: Invalid JSON"),
         ('{"team": 1}', "metadata.team: Input should be a valid string"),
         (json.dumps(dict.fromkeys("abcdefghijklmnopq", "")), "metadata: Dictionary should have"),
     ):
         with pytest.raises(RequestError, match=message) as caught:
-            parsed(LinesOptions, {"metadata": metadata})
+            validate(LinesOptions, {"metadata": metadata})
         assert caught.value.status == 400

@@ -19,8 +19,8 @@ from tsq_ray.serving import graph as module
 from tsq_ray.serving.graph import (
     Busy,
     Graph,
-    Handed,
-    Lost,
+    InputLost,
+    StageResult,
     TimeLimits,
     Video,
     WrongVersion,
@@ -71,8 +71,8 @@ class Stage:
 
 def stages(**more: Stage) -> dict[str, Any]:
     made = {
-        "decoder": Stage(Handed("frames", "one")),
-        "sampler": Stage(Handed("chosen", "one")),
+        "decoder": Stage(StageResult("frames", "one")),
+        "sampler": Stage(StageResult("chosen", "one")),
         "recognizer": Stage(ANSWER),
     }
     return made | more
@@ -91,13 +91,13 @@ def test_each_stage_gets_what_the_one_before_returned() -> None:
     parts = stages()
     assert score(parts) is ANSWER
     assert parts["decoder"].calls == [(VIDEO,)]
-    assert parts["sampler"].calls == [(VIDEO, Handed("frames", "one"))]
-    assert parts["recognizer"].calls == [(VIDEO, Handed("chosen", "one"))]
+    assert parts["sampler"].calls == [(VIDEO, StageResult("frames", "one"))]
+    assert parts["recognizer"].calls == [(VIDEO, StageResult("chosen", "one"))]
 
 
 @pytest.mark.parametrize(
     "lost",
-    [ActorDiedError(), Lost("ObjectLostError"), WrongVersion("two was asked for"), Busy("32")],
+    [ActorDiedError(), InputLost("ObjectLostError"), WrongVersion("two was asked for"), Busy("32")],
     ids=["dead", "lost", "version", "busy"],
 )
 @pytest.mark.parametrize("name", ["decoder", "sampler", "recognizer"])
@@ -132,7 +132,7 @@ def test_a_slow_hop_is_cancelled_and_its_replica_counts_as_unavailable() -> None
 
 
 def test_a_caller_that_gives_up_cancels_the_hop() -> None:
-    parts = stages(sampler=Stage(Handed("chosen", "one"), seconds=10))
+    parts = stages(sampler=Stage(StageResult("chosen", "one"), seconds=10))
 
     async def run() -> None:
         async with asyncio.timeout(0.1):

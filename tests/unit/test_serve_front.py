@@ -76,11 +76,11 @@ def test_a_killed_front_is_started_again(
     with front("127.0.0.1", outer, inner, ServeConfig()) as running:
         assert ask(outer, "/", "a")[0] == 200
         first = haproxy_of_this_process()
-        running.tend()
+        running.restart_if_ended()
         assert haproxy_of_this_process() == first
         os.kill(first, signal.SIGKILL)
         os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
-        running.tend()
+        running.restart_if_ended()
         assert ask(outer, "/", "b") == (200, b"b")
     assert "the HTTP front has ended (signal 9); starting it again" in capsys.readouterr().err
     with pytest.raises(ConnectionRefusedError):

@@ -34,12 +34,12 @@ from tsq_ray.serving.requests.models import (
     Problem,
     UriRequest,
 )
-from tsq_ray.serving.requests.parse import asked, parsed
+from tsq_ray.serving.requests.parse import read_score_request, validate
 from tsq_ray.serving.requests.problems import RequestError, problem
-from tsq_ray.serving.requests.shares import Places, Share
+from tsq_ray.serving.requests.shares import Quota, Share
 from tsq_ray.serving.requests.tokens import Access, new_token, read_tokens
 from tsq_ray.serving.requests.uploads import LimitedBody
-from tsq_ray.serving.requests.uris import check_uri, may_ask, named_hosts, shown
+from tsq_ray.serving.requests.uris import check_uri, may_connect, named_hosts, shown
 
 pytestmark = pytest.mark.ray
 
@@ -172,7 +172,7 @@ def test_a_relative_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_may_ask(host: str, address: str, named: tuple[str, ...], expected: bool) -> None:
-    assert may_ask(host, address, named) is expected
+    assert may_connect(host, address, named) is expected
 
 
 def test_named_hosts() -> None:
@@ -236,7 +236,7 @@ def test_a_body_of_the_limit_passes() -> None:
 
 @pytest.mark.parametrize("announced", [True, False])
 def test_the_bytes_in_hand_are_limited(announced: bool) -> None:
-    budget = Places(150)
+    budget = Quota(150)
     headers = {"content_length": "100"} if announced else {}
     first = LimitedBody(request_of([b"x" * 100], **headers)[0], 100, budget)
     ended(first.request.body())
@@ -249,7 +249,7 @@ def test_the_bytes_in_hand_are_limited(announced: bool) -> None:
 
 
 def test_bytes_that_are_announced_only_keep_nobody_away() -> None:
-    budget = Places(150)
+    budget = Quota(150)
     announced = [LimitedBody(request_of([b"x"], content_length="100")[0], 100, budget)] * 4
     assert budget.used == 0
     body = LimitedBody(request_of([b"x" * 100], content_length="100")[0], 100, budget)
@@ -258,17 +258,17 @@ def test_bytes_that_are_announced_only_keep_nobody_away() -> None:
 
 
 def test_a_client_has_its_share_of_the_bytes() -> None:
-    budget = Places(150, least=80)
+    budget = Quota(150, minimum=80)
 
     def body(share: Share) -> LimitedBody:
         return LimitedBody(request_of([b"x" * 50], content_length="50")[0], 100, budget, share)
 
     ended(body(Share("a", 0.1)).request.body())
     refused = refusal(lambda: body(Share("a", 0.1)))
-    assert "uploads of 50 bytes are in hand and the limit is 80" in str(refused)
+    assert "uploads of 50 bytes are in flight and the limit is 80" in str(refused)
     ended(body(Share("b", 0.5)).request.body())
     refused = refusal(lambda: body(Share("c", 0.5)) and body(Share("b", 0.5)))
-    assert "uploads of 50 bytes are in hand and the limit is 80" in str(refused)
+    assert "uploads of 50 bytes are in flight and the limit is 80" in str(refused)
 
 
 def test_a_mount_that_is_away_holds_up_no_upload(
@@ -316,10 +316,10 @@ def node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def read(
-    parts: Sequence[bytes], budget: Places | None = None, query: str = "", **headers: str
+    parts: Sequence[bytes], budget: Quota | None = None, query: str = "", **headers: str
 ) -> AsyncIterator[Any]:
     request, _ = request_of(parts, query, **headers)
-    async with asked(request, ServeConfig(), budget or Places(2**20)) as found:
+    async with read_score_request(request, ServeConfig(), budget or Quota(2**20)) as found:
         yield found
 
 
@@ -338,7 +338,7 @@ async def read(
 def test_an_upload_becomes_a_file(
     parts: list[bytes], headers: dict[str, str], uri: str, node: None
 ) -> None:
-    budget = Places(2**20)
+    budget = Quota(2**20)
 
     async def check() -> None:
         async with read(parts, budget, **headers) as found:
@@ -421,14 +421,14 @@ def test_a_full_disk_is_507(form: bool, node: None, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_json_that_is_refused(body: bytes, message: str) -> None:
-    refused = refusal(lambda: parsed(UriRequest, body))
+    refused = refusal(lambda: validate(UriRequest, body))
     assert refused.status == 400
     assert message in str(refused)
     assert len(str(refused)) < 300
 
 
 def test_options() -> None:
-    wanted = parsed(UriRequest, b'{"uri": "s3://b/a b.mp4", "k": 3, "frames": true}')
+    wanted = validate(UriRequest, b'{"uri": "s3://b/a b.mp4", "k": 3, "frames": true}')
     assert (wanted.uri, wanted.k, wanted.top, wanted.scores, wanted.frames) == (
         "s3://b/a b.mp4",
         3,
@@ -436,9 +436,9 @@ def test_options() -> None:
         True,
         True,
     )
-    found = parsed(Options, {"k": "2", "scores": "false"})
+    found = validate(Options, {"k": "2", "scores": "false"})
     assert (found.k, found.scores, found.frames) == (2, False, False)
-    assert refusal(lambda: parsed(Options, {"k": "two"})).status == 400
+    assert refusal(lambda: validate(Options, {"k": "two"})).status == 400
 
 
 # -------------------------------------------------------------------------------- models, problems
@@ -497,8 +497,8 @@ def test_admission_counts_what_is_in_hand() -> None:
     with admission.admitted(), admission.admitted():
         refused = refusal(lambda: admission.admitted().__enter__())
         assert (refused.status, refused.retry_after_s) == (429, 1)
-        assert "2 requests are in hand" in str(refused)
-    assert admission.in_hand == 0
+        assert "2 requests are in flight" in str(refused)
+    assert admission.in_flight == 0
 
 
 def test_admission_refuses_what_would_be_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,13 +541,13 @@ def test_a_share_is_one_of_what_can_be_answered_in_time(monkeypatch: pytest.Monk
     with admission.admitted(small):
         refused = refusal(lambda: admission.admitted(small).__enter__())
         assert (refused.status, refused.retry_after_s) == (429, 1)
-        assert "1 requests are in hand" in str(refused)
+        assert "1 requests are in flight" in str(refused)
         with contextlib.ExitStack() as stack:
             for _ in range(7):
                 stack.enter_context(admission.admitted(A))
             assert refusal(lambda: admission.admitted(A).__enter__()).status == 429
             with admission.admitted(B):
-                assert admission.in_hand == 9
+                assert admission.in_flight == 9
 
 
 def test_a_client_has_its_share() -> None:
@@ -555,7 +555,7 @@ def test_a_client_has_its_share() -> None:
     with admission.admitted(A), admission.admitted(A):
         assert refusal(lambda: admission.admitted(A).__enter__()).status == 429
         with admission.admitted(B):
-            assert admission.in_hand == 3
+            assert admission.in_flight == 3
 
 
 def test_an_ending_endpoint_refuses() -> None:
@@ -588,8 +588,8 @@ def test_an_end_is_seen_after_a_look_that_failed(monkeypatch: pytest.MonkeyPatch
         if len(reports) == 1:
             raise ConnectionError("the store is away")
 
-    monkeypatch.setattr(facts, "is_asked_to_end", look)
-    monkeypatch.setattr(facts, "report_in_hand", report)
+    monkeypatch.setattr(facts, "is_end_requested", look)
+    monkeypatch.setattr(facts, "report_unanswered", report)
     monkeypatch.setattr(facts, "_WATCH_S", 0.01)
     monkeypatch.setattr(facts, "_POLL_S", 0.01)
     admission = Admission(4, 60)

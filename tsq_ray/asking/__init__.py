@@ -1,1 +1,1 @@
-"""A recogniser behind an OpenAI-compatible server: questions, requests, answers; without torch."""
+"""A recogniser behind an OpenAI-compatible server: questions, requests, answers; no torch."""

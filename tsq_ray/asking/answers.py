@@ -1,4 +1,4 @@
-"""From a chat completion to scores, by the log-probabilities of its tokens.
+"""Turn a chat completion into scores, using the log-probabilities of its tokens.
 
 Shapes: C classes.
 """
@@ -14,18 +14,18 @@ import numpy as np
 
 from tsq_ray.chat import CAPTION, LABEL, LABELS
 
-NAMED = 0.99
-"""Score of a class that was answered without log-probabilities."""
-LEAST = 1e-6
-"""Smallest score: of a class that the server did not consider."""
+ANSWERED_SCORE = 0.99
+"""Score of the answered class without log-probabilities."""
+MIN_SCORE = 1e-6
+"""Smallest score, that of a class which the server did not consider."""
 _SHOWN = 80
 
 Completion = Mapping[str, Any]
-"""The JSON object that a server answers."""
+"""The JSON object that a server returns."""
 
 
 class UnusableAnswer(ValueError):
-    """The server answered, but nothing that says a class; the message says what."""
+    """The server's answer names no class; the message says what it was."""
 
 
 def read_answer(
@@ -33,10 +33,10 @@ def read_answer(
 ) -> tuple[np.ndarray, str | None]:
     """Return the scores, float32 [C], and the caption of a completion.
 
-    With log-probabilities a class has the probability of its tokens and of the alternatives at
-    which they might have continued as that class; the scores of a single label are made to sum to
-    1. Without them the answered class has NAMED, and the others share the rest. Raises
-    UnusableAnswer.
+    With log-probabilities, the score of a class is the probability of the answered tokens that
+    spell it plus that of the alternative tokens that would have led to it; single-label scores are
+    normalised to sum to 1. Without them, the answered class gets ANSWERED_SCORE and the others
+    share the rest. Raises UnusableAnswer.
     """
     answer, labels = _parsed(completion, multi)
     unknown = [label for label in labels if label not in classes]
@@ -46,7 +46,7 @@ def read_answer(
     scores = np.zeros(len(classes))
     for label in labels:
         scores = np.maximum(scores, _label_scores(tokens, classes, label, multi))
-    scores = np.clip(scores, LEAST, 1 - LEAST if multi else None)
+    scores = np.clip(scores, MIN_SCORE, 1 - MIN_SCORE if multi else None)
     caption = answer.get(CAPTION)
     return (
         (scores if multi else scores / scores.sum()).astype(np.float32),
@@ -57,7 +57,7 @@ def read_answer(
 def _label_scores(
     tokens: Sequence[Mapping[str, Any]], classes: Sequence[str], label: str, multi: bool
 ) -> np.ndarray:
-    """Return what an answered label says about each class, float [C]. Raises UnusableAnswer."""
+    """Return the scores that an answered label gives, float [C]. Raises UnusableAnswer."""
     try:
         masses = _masses(tokens, classes, label, LABELS if multi else LABEL)
     except (KeyError, TypeError, ValueError):
@@ -66,8 +66,8 @@ def _label_scores(
         ) from None
     if masses is not None:
         return masses
-    scores = np.full(len(classes), 0.0 if multi else (1 - NAMED) / len(classes))
-    scores[classes.index(label)] += NAMED
+    scores = np.full(len(classes), 0.0 if multi else (1 - ANSWERED_SCORE) / len(classes))
+    scores[classes.index(label)] += ANSWERED_SCORE
     return scores
 
 
@@ -84,7 +84,7 @@ def _parsed(completion: Completion, multi: bool) -> tuple[dict[str, Any], list[s
         choice = completion["choices"][0]
         text = choice["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise UnusableAnswer("its answer is no chat completion") from None
+        raise UnusableAnswer("its answer is not a chat completion") from None
     if not isinstance(text, str):
         refusal = choice["message"].get("refusal") or choice.get("finish_reason")
         raise UnusableAnswer(f"answered no text ({str(refusal)[:_SHOWN]})")
@@ -96,7 +96,7 @@ def _parsed(completion: Completion, multi: bool) -> tuple[dict[str, Any], list[s
         cut = ", cut off at its token limit" if choice.get("finish_reason") == "length" else ""
         shown = " ".join(text.split())[:_SHOWN]
         raise UnusableAnswer(
-            f"answered {shown!r}{cut}, which is not JSON of the schema asked for"
+            f"answered {shown!r}{cut}, which is not JSON of the schema requested"
         ) from None
 
 
@@ -105,8 +105,8 @@ def _masses(
 ) -> np.ndarray | None:
     """Return the probability of each class, float [C], at the place where `label` was answered.
 
-    Follows the tokens that spell `label`. An alternative to one of them belongs to the classes that
-    go on with it, in equal parts. None if the tokens do not spell the label.
+    Follows the tokens that spell `label`. The probability of an alternative to one of them is split
+    equally among the classes that continue with it. None if the tokens do not spell the label.
     """
     text = b"".join(map(_bytes, tokens))
     begin = text.find(json.dumps(key).encode()) + len(key) + 2
@@ -125,8 +125,8 @@ def _masses(
             if piece == _bytes(token) or not piece.startswith(lead) or piece == lead:
                 continue
             text = prefix + piece[len(lead) :]
-            going = [n for n in alive if names[n].startswith(text) or text.startswith(names[n])]
-            masses[going] += reached * math.exp(other["logprob"]) / max(1, len(going))
+            matching = [n for n in alive if names[n].startswith(text) or text.startswith(names[n])]
+            masses[matching] += reached * math.exp(other["logprob"]) / max(1, len(matching))
         reached *= math.exp(token["logprob"])
     masses[classes.index(label)] += reached
     return masses
@@ -137,7 +137,7 @@ def _spelling(
 ) -> Iterator[tuple[bytes, bytes, Mapping[str, Any]]]:
     """Yield the tokens that spell bytes start..start+length-1.
 
-    Each with what of it comes before `start`, and with what earlier tokens spelled.
+    Each comes after its bytes before `start` and the bytes that earlier tokens spelled.
     """
     spelled, at = b"", 0
     for token in tokens:
@@ -150,6 +150,6 @@ def _spelling(
 
 
 def _bytes(token: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a token, of which a character may be a part only."""
+    """Return the bytes of a token, which may hold only part of a character."""
     found = token.get("bytes")
     return bytes(found) if found is not None else str(token["token"]).encode()

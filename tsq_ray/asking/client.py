@@ -1,4 +1,4 @@
-"""A client of an OpenAI-compatible server: bounded, patient, and silent about its key."""
+"""A client of an OpenAI-compatible server that limits, retries and never shows its key."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _CHECK_S = 10.0
 """Less than the limit of a replica's health check."""
 _BUSY = (408, 409, 425, 429)
 """Statuses below 500 after which the same request may succeed."""
-_MOST_UNUSABLE = 3
-"""Unusable answers to a request, after which it is given up; each has cost its tokens."""
+_MAX_UNUSABLE = 3
+"""Unusable answers after which a request is abandoned; each one costs tokens."""
 _SHOWN = 200
 
 
 @dataclass
 class Reply:
-    """What the server answered, with the tokens of all tries."""
+    """The server's answer, with the tokens of all tries."""
 
     scores: np.ndarray | None = None
     """float32 [C]; None after an error."""
@@ -50,7 +50,7 @@ class Reply:
 
 
 class _TryAgain(Exception):
-    """This try failed; another may not, after `wait_s` at the earliest."""
+    """This try failed; another may succeed, after `wait_s` seconds at the earliest."""
 
     def __init__(self, why: str, wait_s: float = 0.0) -> None:
         super().__init__(why)
@@ -58,7 +58,7 @@ class _TryAgain(Exception):
 
 
 class Client:
-    """Asks a server, with at most `limit` requests in flight; to be used in one event loop."""
+    """Asks a server, with at most `limit` requests in flight; use it in one event loop only."""
 
     def __init__(
         self, settings: RecognizerConfig, classes: Sequence[str], multi: bool, limit: int
@@ -68,7 +68,7 @@ class Client:
         self._key = os.environ.get(KEY_VARIABLE, "")
         self._free = asyncio.Semaphore(limit)
         self._not_before = 0.0
-        """When the server wants to be asked again, by the monotonic clock."""
+        """Earliest time of the next request, by the monotonic clock."""
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -77,10 +77,10 @@ class Client:
             await self._session.close()
 
     async def check(self) -> None:
-        """Raise ModelError if the server refuses the key; a server that is away is no error yet."""
+        """Raise ModelError if the server refuses the key; an unreachable server is no error yet."""
         try:
             limit = aiohttp.ClientTimeout(total=_CHECK_S)
-            async with self._open().get(f"{self.url}/models", timeout=limit) as reply:
+            async with self._get_session().get(f"{self.url}/models", timeout=limit) as reply:
                 if reply.status in (401, 403):
                     raise ModelError(self._refused(reply.status))
         except (aiohttp.ClientError, TimeoutError, OSError):
@@ -89,15 +89,15 @@ class Client:
     async def ask(self, body: dict[str, Any]) -> Reply:
         """Return the answer to a request body.
 
-        Tries again with growing waits, or after those that the server names, for `patience_s` from
-        the first try on; then the reply has an error `unavailable`, as after a refusal.
+        Retries with growing waits, or those that the server asks for, until `patience_s` after the
+        first try; then the reply has an error `unavailable`, as it does after a refusal.
         """
-        reply, unusable, ends, wait_s = Reply(), 0, math.inf, _FIRST_WAIT_S
+        reply, unusable, deadline, wait_s = Reply(), 0, math.inf, _FIRST_WAIT_S
         why: Exception
         for tries in itertools.count(1):
             try:
                 async with self._free:
-                    ends = min(ends, time.monotonic() + self.settings.patience_s)
+                    deadline = min(deadline, time.monotonic() + self.settings.patience_s)
                     completion = await self._request(body)
                 reply.count(*tokens_of(completion))
                 reply.scores, reply.caption = read_answer(completion, self.classes, self.multi)
@@ -110,7 +110,7 @@ class Client:
             except _TryAgain as error:
                 why, pause = error, max(error.wait_s, wait_s * random.uniform(0.5, 1.0))
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-            if unusable == _MOST_UNUSABLE or time.monotonic() + pause > ends:
+            if unusable == _MAX_UNUSABLE or time.monotonic() + pause > deadline:
                 reply.error = self._unavailable(f"{why} (tried {tries} times)")
                 return reply
             await asyncio.sleep(pause)
@@ -121,17 +121,17 @@ class Client:
         limit = aiohttp.ClientTimeout(total=self.settings.timeout_s)
         await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
         try:
-            async with self._open().post(
+            async with self._get_session().post(
                 f"{self.url}/chat/completions", json=body, timeout=limit, allow_redirects=False
             ) as reply:
-                status, named = reply.status, reply.headers.get("Retry-After", "")
+                status, retry_after = reply.status, reply.headers.get("Retry-After", "")
                 content = await reply.read()
         except TimeoutError:
             raise _TryAgain(f"no answer within {self.settings.timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise _TryAgain(f"{type(error).__name__}: {error}") from None
         if status in _BUSY or status >= 500:
-            wait_s = _seconds(named)
+            wait_s = _seconds(retry_after)
             self._not_before = max(
                 self._not_before, time.monotonic() + min(wait_s, _LONGEST_WAIT_S)
             )
@@ -146,7 +146,7 @@ class Client:
             raise _TryAgain("its answer is not JSON") from None
         return found if isinstance(found, dict) else {}
 
-    def _open(self) -> aiohttp.ClientSession:
+    def _get_session(self) -> aiohttp.ClientSession:
         if self._session is None:
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
             self._session = aiohttp.ClientSession(
@@ -158,7 +158,7 @@ class Client:
         return self._session
 
     def _refused(self, status: int) -> str:
-        what = "refuses the key in" if self._key else "wants a key, to be set in"
+        what = "refuses the key in" if self._key else "requires a key, to be set in"
         return f"{self.url} answered {status}: it {what} the environment variable {KEY_VARIABLE}"
 
     def _unavailable(self, why: str) -> VideoError:
@@ -167,7 +167,7 @@ class Client:
 
 
 def _message(content: bytes) -> str:
-    """Return what a server says about an error, shortened, with a colon before it."""
+    """Return a server's error message, shortened, with a colon before it."""
     try:
         found = json.loads(content)["error"]
         text = found["message"] if isinstance(found, dict) else found
@@ -178,7 +178,7 @@ def _message(content: bytes) -> str:
 
 
 def _seconds(header: str) -> float:
-    """Return the seconds that a Retry-After header names, as a number or a date; else 0."""
+    """Return the seconds of a Retry-After header, a number or a date; 0 for anything else."""
     try:
         return max(0.0, float(header))
     except ValueError:

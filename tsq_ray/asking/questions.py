@@ -29,13 +29,13 @@ from tsq_ray.storage import sha256_of
 _QUALITY = 90
 _CLOSE_S = 5.0
 _TOP = 20
-"""Alternatives asked for at each token; the most that OpenAI gives."""
+"""Alternatives requested for each token; OpenAI's maximum."""
 Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
 class ServerModel:
-    """A recogniser behind a server: all that identifies its answers, in place of weights."""
+    """A recogniser behind a server: what identifies its answers, in place of weights."""
 
     config: RecognizerConfig
     classes: tuple[str, ...]
@@ -43,27 +43,27 @@ class ServerModel:
 
     def state_hash(self) -> str:
         """Return a hash of what the answers depend on: model, URL, prompt, frame size, classes."""
-        free = {*SERVER_USE, "weights", "resize", "resize_to", "interpolation", "mean", "std"}
-        settings = self.config.record(exclude=free)
+        excluded = {*SERVER_USE, "weights", "resize", "resize_to", "interpolation", "mean", "std"}
+        settings = self.config.record(exclude=excluded)
         return sha256_of(json.dumps([settings, self.classes, self.task], sort_keys=True).encode())
 
 
 @dataclass
 class Question:
-    """A video for the server: its candidate frames, and the prediction columns known by then."""
+    """A video for the server: its candidate frames, and the prediction columns known so far."""
 
     row: dict[str, Any]
     frame_index: np.ndarray
     """int32 [T]."""
     jpegs: list[bytes] = field(default_factory=list)
-    """[n], the candidates' frames, in the order in which they are shown; none of a failed video."""
+    """[n], the candidates' frames in the order of `slots`; empty if the video failed."""
     slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """int [n]."""
     selected_by: Sequence[str] = ()
     """Per slot: "visual", "textual" or the name of a baseline."""
     rounds: Sequence[tuple[int, float]] = ()
-    """As in Candidates: how many candidates each answer is about, and the lead of one class over
-    the next at which it is the last. None: all at once."""
+    """As in Candidates: the number of candidates in each request, and the lead of the best class
+    over the next that ends the rounds. Empty: one request with all of them."""
     error: Failure | None = None
     """Why the video failed."""
     fetched_bytes: int = 0
@@ -73,22 +73,22 @@ class Question:
 def jpegs_of(frames: np.ndarray, config: RecognizerConfig, width: int, height: int) -> list[bytes]:
     """Return decoded frames, uint8 [n, h, w, 3], as JPEG files.
 
-    Their shorter side has `config.size` pixels, or that of the video, width x height pixels, if it
-    is shorter: larger pictures would cost more tokens and show no more.
+    Their shorter side has `config.size` pixels, or that of the video (width x height pixels) if it
+    is smaller: larger pictures would cost more tokens and show no more.
     """
-    spec, found = frame_spec(config), []
+    spec, files = frame_spec(config), []
     for frame in frames:
         picture = resize_picture(
             frame, spec, (width, height) if min(width, height) < spec.size else None
         )
         file = io.BytesIO()
         Image.fromarray(picture).save(file, "JPEG", quality=_QUALITY)
-        found.append(file.getvalue())
-    return found
+        files.append(file.getvalue())
+    return files
 
 
 class Asker:
-    """Asks the server about videos, or about single frames; in the running event loop."""
+    """Asks the server about videos or single frames, in the running event loop."""
 
     def __init__(self, model: ServerModel, limit: int = 0) -> None:
         """`limit`: most requests in flight; by default `max_concurrent`."""
@@ -99,7 +99,7 @@ class Asker:
     async def answer(self, question: Question) -> Answer:
         """Return the answer about a video, asked in the rounds of its question.
 
-        A failure passes through.
+        A failed video's error is passed on.
         """
         fetched = question.fetched_bytes
         if question.error is not None:
@@ -117,9 +117,11 @@ class Asker:
             if _lead(reply.scores) >= lead:
                 break
         assert reply.scores is not None
-        by = [question.selected_by[place] for place in order]
+        selected_by = [question.selected_by[place] for place in order]
         columns = question.row | tokens | {"scores": reply.scores, "caption": reply.caption}
-        columns |= selection_columns(slots, by, question.frame_index, question.row["frame_pts_s"])
+        columns |= selection_columns(
+            slots, selected_by, question.frame_index, question.row["frame_pts_s"]
+        )
         columns |= best_labels(reply.scores, self.model.classes)
         columns["recognize_ms"] = (time.perf_counter() - started) * 1000
         return Answer(columns, fetched_bytes=fetched)
@@ -146,13 +148,13 @@ class Asker:
 
 
 def _lead(scores: np.ndarray) -> float:
-    """Return by how much the best class leads the next."""
+    """Return the lead of the best class over the next."""
     best = np.sort(scores)[-2:]
     return float(best[-1] - best[0]) if len(best) > 1 else 1.0
 
 
 class Asking:
-    """An Asker for callers without an event loop: it has one of its own, in a thread."""
+    """An Asker for callers without an event loop; it runs its own in a thread."""
 
     def __init__(self, model: ServerModel, limit: int = 0) -> None:
         """Raises ModelError if the server refuses the key. `limit`: as in Asker."""
@@ -160,7 +162,7 @@ class Asking:
         thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         thread.start()
         self.model, self._asker = model, Asker(model, limit)
-        # also when the process ends: aiohttp complains about connections that are left open
+        # also at exit: aiohttp complains about connections that are left open
         weakref.finalize(self, _close, self._asker.client, self._loop, thread)
         self._wait(self._asker.client.check())
 
@@ -178,10 +180,10 @@ class Asking:
     def frame_logits(
         self, frames: np.ndarray, pts_s: np.ndarray, width: int, height: int
     ) -> tuple[np.ndarray | VideoError, dict[str, int]]:
-        """Return the logits of each frame, float32 [n, C], or why there are none, and the tokens.
+        """Return the logits of each frame, float32 [n, C], or an error, and the tokens used.
 
-        `frames`: uint8 [n, h, w, 3] at `pts_s`, of a video of width x height pixels. The logits are
-        those whose softmax (multi-label: sigmoid) is the scores.
+        `frames`: uint8 [n, h, w, 3] at `pts_s`, of a video of width x height pixels. The
+        softmax of the logits (multi-label: their sigmoid) is the scores.
         """
         jpegs = jpegs_of(frames, self.model.config, width, height)
         replies = self._wait(self._asker.frame_scores(jpegs, pts_s))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tsq_ray.asking.answers import NAMED
+from tsq_ray.asking.answers import ANSWERED_SCORE
 from tsq_ray.config import SamplerConfig, TSQMode
 from tsq_ray.model import baselines
 from tsq_ray.model.diversity import dpp
@@ -201,7 +201,7 @@ class UntilConfident:
         An answer about n frames counts as n frames that all answer so. The first round is of the
         fewest frames on which an answer without log-probabilities suffices.
         """
-        shown = math.floor(self.margin / NAMED) + 1
+        shown = math.floor(self.margin / ANSWERED_SCORE) + 1
         while shown < count:
             yield shown, self.margin / shown
             shown *= 2

@@ -30,7 +30,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_token_rule(host: str, has_token: bool) -> None:
-    """Raise ConfigError for a host beyond loopback without a token."""
+    """Raise ConfigError if the host is not loopback and no token is set."""
     if not has_token and not is_loopback(host):
         raise ConfigError(
             f"--host {host}: a host beyond loopback needs a bearer token; "
@@ -38,19 +38,21 @@ def check_token_rule(host: str, has_token: bool) -> None:
         )
 
 
-def check_binding(host: str, port: int, what: str = "") -> None:
-    """Raise ConfigError if the host is not this machine's or the port is taken.
+def check_binding(host: str, port: int, setting: str = "") -> None:
+    """Raise ConfigError if the host is not this machine's or the port is in use.
 
-    `what` names the setting of the port; without it, host and port are options.
+    `setting` names the port's setting; without it, host and port are command-line options.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
-            # a port whose last connections are closing counts as free
+            # a port whose last connections are still closing counts as free
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
             probe.listen()
     except OSError as error:
-        named = f"{what} {port}" if what else f"--host {host} --port {port}"
-        other = f"another {what}" if what else "another --port or --host"
-        raise ConfigError(f"{named}: cannot be bound ({error.strerror}); choose {other}") from None
+        subject = f"{setting} {port}" if setting else f"--host {host} --port {port}"
+        other = f"another {setting}" if setting else "another --port or --host"
+        raise ConfigError(
+            f"{subject}: cannot be bound ({error.strerror}); choose {other}"
+        ) from None

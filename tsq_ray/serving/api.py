@@ -1,6 +1,6 @@
-"""The endpoint's FastAPI application, and its answers to requests that reach no method of it."""
+"""The endpoint's FastAPI application, and its answers to requests that no route handles."""
 
-# `from __future__ import annotations` is left out: FastAPI could not resolve the annotations' names
+# no `from __future__ import annotations`: FastAPI could not resolve the annotations' names
 
 import uuid
 from typing import Any
@@ -26,18 +26,18 @@ def request_id(request: Request) -> str:
 def _refused(
     request: Request, error: RequestError, headers: dict[str, str] | None = None
 ) -> Response:
-    """Answer, log and count a request that reached no method of the ingress."""
+    """Answer, log and count a request that no method of the ingress handles."""
     record = {"request_id": request_id(request), "path": request.url.path[:200]}
     answer = problem(error, record["request_id"], headers)
     ingress: Any = serve.get_replica_context().servable_object
-    ingress.told(record, answer, error)
+    ingress.record_answer(record, answer, error)
     return answer
 
 
 @api.exception_handler(HTTPException)
 async def _refuse_http(request: Request, error: HTTPException) -> Response:
-    known = "; see /openapi.json" if error.status_code in (404, 405) else ""
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}{known}"
+    hint = "; see /openapi.json" if error.status_code in (404, 405) else ""
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}{hint}"
     refused = RequestError(error.status_code, message)
     return _refused(request, refused, dict(error.headers or {}))
 
@@ -60,5 +60,5 @@ async def _fail(request: Request, error: Exception) -> Response:
 
 
 def internal(error: Exception) -> RequestError:
-    """Return the answer for a fault of the endpoint."""
+    """Return the answer to a request that hit a bug in the endpoint."""
     return RequestError(500, f"{type(error).__name__} in the endpoint; see its log", "internal")

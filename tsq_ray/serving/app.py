@@ -30,7 +30,7 @@ from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.requests.webhooks import signing_key
 
 _REFUSALS_AHEAD = 10
-"""Serve's own limit is this many times the ingress' one, so that the ingress itself refuses."""
+"""Serve's own limit is this many times that of the ingress, so that the ingress itself refuses."""
 
 
 @serve.deployment
@@ -46,7 +46,7 @@ class BulkEntry:
 
 
 def bulk_application(model: str, config: Config, placed: Layout, ongoing: Ongoing) -> Any:
-    """Bind the stages without the ingress, with as many replicas as the layout starts with."""
+    """Bind the stages without the ingress, with the layout's starting number of replicas."""
     pools = {
         name: replace(pool, minimum=pool.start, limit=pool.start)
         for name, pool in placed.pools.items()
@@ -57,27 +57,28 @@ def bulk_application(model: str, config: Config, placed: Layout, ongoing: Ongoin
 
 
 def application(model: str, config: Config, placed: Layout, token: str | None) -> Any:
-    """Bind the whole application; without a token and a file of tokens none is needed."""
+    """Bind the whole application; requests need no token if neither a token nor a file is set."""
     settings = _with_absolute_paths(config.serve)
     config = config.model_copy(update={"serve": settings})
     ongoing = {name: getattr(settings, name).max_ongoing_requests for name in STAGES}
-    # so that sources which stall leave uploads their room
+    # so that stalled sources leave room for uploads
     ongoing["decoder"] += settings.max_fetches
     decoder, sampler, recognizer = bind_graph(model, config, placed, ongoing)
-    most = _REFUSALS_AHEAD * settings.max_queued_requests
-    options = deployment_options(placed["ingress"], most, config)
+    max_ongoing = _REFUSALS_AHEAD * settings.max_queued_requests
+    options = deployment_options(placed["ingress"], max_ongoing, config)
     batches = None
     if settings.batches_uri:
-        signing_key()  # a wrong one is reported before anything starts
-        one = replace(placed["ingress"], minimum=1, start=1, limit=1)
-        keeper = Batches.options(**deployment_options(one, most, config))  # type: ignore[attr-defined]
+        signing_key()  # reports an invalid key before anything starts
+        single = replace(placed["ingress"], minimum=1, start=1, limit=1)
+        single_options = deployment_options(single, max_ongoing, config)
+        keeper = Batches.options(**single_options)  # type: ignore[attr-defined]
         batches = keeper.bind(model, config, decoder, sampler, recognizer)
     ingress = Ingress.options(**options)  # type: ignore[attr-defined]
     return ingress.bind(model, config, decoder, sampler, recognizer, batches, token)
 
 
 def _with_absolute_paths(settings: ServeConfig) -> ServeConfig:
-    """Resolve relative paths in the folder of the deploying process; a replica has another."""
+    """Resolve relative paths against the deploying process's folder; a replica runs in another."""
 
     def absolute(place: str) -> str:
         return place if not place or "://" in place else storage.normalize(place)
@@ -107,11 +108,11 @@ _FIELDS = EndpointArgs.model_fields
 def build(args: Mapping[str, Any]) -> Any:
     """Build the application for a Serve config file.
 
-    `args`: see EndpointArgs. Raises ConfigError for others, and if no token is set (environment
-    variable TSQ_TOKEN, or `serve.tokens_file`) and `anonymous` is not true.
+    `args`: see EndpointArgs. Raises ConfigError if they are invalid, or if no token is set
+    (environment variable TSQ_TOKEN, or `serve.tokens_file`) and `anonymous` is not true.
     """
     try:
-        given = EndpointArgs.model_validate(dict(args))
+        parsed = EndpointArgs.model_validate(dict(args))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         got = (
@@ -120,18 +121,18 @@ def build(args: Mapping[str, Any]) -> Any:
             else f", got {storage.redact(repr(first['input']))[:100]}"
         )
         where = ".".join(map(str, first["loc"]))
-        allowed = "; ".join(f"{name}: {what.description}" for name, what in _FIELDS.items())
+        allowed = "; ".join(f"{name}: {field.description}" for name, field in _FIELDS.items())
         raise ConfigError(f"args.{where}: {first['msg']}{got}; allowed: {allowed}") from None
-    model, token = given.model, read_token()
+    model, token = parsed.model, read_token()
     try:
-        config = scoring_config(model, settings=given.settings)
-        if token is None and not config.serve.tokens_file and not given.anonymous:
+        config = scoring_config(model, settings=parsed.settings)
+        if token is None and not config.serve.tokens_file and not parsed.anonymous:
             raise ConfigError(
                 f"no token: set the environment variable {TOKEN_VARIABLE} or serve.tokens_file, "
                 "or args.anonymous = true behind a gateway that checks requests"
             )
-        found = cluster.read_cluster(ray, config) if ray.is_initialized() else Cluster(())
-        return application(model, config, layout("serve", config, found, 1), token)
+        nodes = cluster.read_cluster(ray, config) if ray.is_initialized() else Cluster(())
+        return application(model, config, layout("serve", config, nodes, 1), token)
     except StorageError as error:
         raise ConfigError(str(error)) from error
 

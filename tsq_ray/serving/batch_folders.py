@@ -1,10 +1,10 @@
 """The folders of batches below `serve.batches_uri`.
 
-A batch has a folder of its own: `batch.json` (what clients see), `input.json` (what to score),
+Each batch has its own folder: `batch.json` (what clients see), `input.json` (what to score),
 `webhook.json` until its webhook has been called, `manifest.parquet` if it was sent as JSON lines or
 is on a web server, `predictions/` (the run folder), and at the end `output.jsonl` and
-`errors.jsonl`. `keys/` has a file per idempotency key. Nothing else is kept, so that a batch
-resumes where it was when the endpoint starts again.
+`errors.jsonl`. `keys/` has a file per idempotency key. No other state exists, so a batch resumes
+where it stopped when the endpoint restarts.
 """
 
 from __future__ import annotations
@@ -28,48 +28,48 @@ WEBHOOK = "webhook.json"
 
 
 class BatchInput(BaseModel):
-    """What a batch is to score: the videos of a manifest, or of lines."""
+    """The videos that a batch scores: those of a manifest or of JSON lines."""
 
     manifest: str
     lines: list[BatchLine] = []
 
 
 class Claim(BaseModel):
-    """The batch that has an idempotency key, and a hash of the request that asked for it."""
+    """The batch that owns an idempotency key, and a hash of the request that created it."""
 
     batch: str
     request: str
 
     @classmethod
-    def of(cls, batch: str, asked: Iterable[BaseModel | None]) -> Claim:
-        """Return the claim of a request that asks for this."""
-        content = [part.model_dump() if part is not None else None for part in asked]
+    def of(cls, batch: str, request_parts: Iterable[BaseModel | None]) -> Claim:
+        """Return the claim of a request with these parts."""
+        content = [part.model_dump() if part is not None else None for part in request_parts]
         digest = storage.sha256_of(json.dumps(content, sort_keys=True).encode())
         return cls(batch=batch, request=digest)
 
 
 class BatchFolders:
-    """Reads and writes what is kept of batches. Raises StorageError."""
+    """Reads and writes the state of batches. Raises StorageError."""
 
     def __init__(self, root: str) -> None:
         self._root = storage.normalize(root)
 
     def at(self, batch: str, *names: str) -> str:
-        """Return a place in the folder of a batch."""
+        """Return a path in the folder of a batch."""
         return storage.join(self._root, batch, *names)
 
-    def claim(self, key: str, wanted: Claim) -> Claim:
-        """Return who has this idempotency key: `wanted`, or an earlier claim."""
+    def claim(self, key: str, new: Claim) -> Claim:
+        """Return the claim that owns this idempotency key: `new`, or an earlier one."""
         place = storage.join(self._root, "keys", storage.sha256_of(key.encode()))
-        if storage.create_bytes(place, wanted.model_dump_json().encode()):
-            return wanted
+        if storage.create_bytes(place, new.model_dump_json().encode()):
+            return new
         return Claim.model_validate_json(storage.read_bytes(place))
 
-    def create(self, card: Batch, given: BatchInput, webhook: str | None = None) -> None:
+    def create(self, card: Batch, videos: BatchInput, webhook: str | None = None) -> None:
         """Write a new batch; it exists once its card does."""
         if webhook is not None:
             storage.write_bytes(self.at(card.id, WEBHOOK), json.dumps({"url": webhook}).encode())
-        storage.write_bytes(self.at(card.id, _INPUT), given.model_dump_json().encode())
+        storage.write_bytes(self.at(card.id, _INPUT), videos.model_dump_json().encode())
         self.save(card)
 
     def save(self, card: Batch) -> None:
@@ -88,47 +88,47 @@ class BatchFolders:
             raise
 
     def input(self, batch: str) -> BatchInput:
-        """Return what a batch is to score."""
+        """Return the videos that a batch scores."""
         return BatchInput.model_validate_json(storage.read_bytes(self.at(batch, _INPUT)))
 
     def names(self, file: str = _CARD) -> list[str]:
-        """Return the ids of all batches whose folder has this file, the newest first."""
+        """Return the ids of all batches whose folder has this file, newest first."""
         if not storage.is_folder(self._root):
             return []
-        found = (entry.uri for entry in storage.walk(self._root))
-        folders = (storage.parent_of(uri) for uri in found if storage.name_of(uri) == file)
+        uris = (entry.uri for entry in storage.walk(self._root))
+        folders = (storage.parent_of(uri) for uri in uris if storage.name_of(uri) == file)
         names = map(storage.name_of, folders)
         return sorted((name for name in names if name.startswith("batch_")), reverse=True)
 
     def webhook(self, batch: str) -> str | None:
-        """Return the webhook of a batch; None if it has none, or it was called."""
+        """Return the webhook of a batch; None if it has none or it has been called."""
         try:
-            found: str = json.loads(storage.read_bytes(self.at(batch, WEBHOOK)))["url"]
+            url: str = json.loads(storage.read_bytes(self.at(batch, WEBHOOK)))["url"]
         except StorageError as error:
             if error.error_type == "not_found":
                 return None
             raise
-        return found
+        return url
 
     def forget_webhook(self, batch: str) -> None:
-        """Note that the webhook of a batch was called."""
+        """Record that the webhook of a batch has been called."""
         storage.remove(self.at(batch, WEBHOOK))
 
     def write_answers(self, batch: str, lines: Sequence[BatchLine]) -> tuple[str, str]:
         """Write the answers and the failures as JSON lines, in the order of the parts.
 
-        Return the places of both.
+        Return the paths of both files.
         """
-        asked: dict[str, list[str]] = {}
+        custom_ids: dict[str, list[str]] = {}
         for line in lines:
-            asked.setdefault(video_id(line.uri), []).append(line.custom_id)
+            custom_ids.setdefault(video_id(line.uri), []).append(line.custom_id)
         places = self.at(batch, "output.jsonl"), self.at(batch, "errors.jsonl")
         with storage.open_write(places[0]) as output, storage.open_write(places[1]) as errors:
             for row in _rows(self.at(batch, "predictions")):
-                for custom_id in asked.get(row["video_id"], [row["video_id"]]):
-                    answered = {"custom_id": custom_id, **row}
+                for custom_id in custom_ids.get(row["video_id"], [row["video_id"]]):
+                    record = {"custom_id": custom_id, **row}
                     file = output if row["status"] == "ok" else errors
-                    file.write(json.dumps(answered).encode() + b"\n")
+                    file.write(json.dumps(record).encode() + b"\n")
         return places
 
 

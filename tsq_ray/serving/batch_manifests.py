@@ -1,6 +1,6 @@
-"""The manifests of batches: given ones, those of lines, and copies from web servers.
+"""The manifests of batches: the client's, those made from JSON lines, copies from web servers.
 
-The endpoint's own rules hold for both: a web server is asked once, at an address that is checked
+Web servers are contacted under the endpoint's own rules: one request, to an address that is checked
 first, within a time limit.
 """
 
@@ -20,7 +20,7 @@ from tsq_ray.serving.requests.fetching import Fetcher
 from tsq_ray.serving.requests.uris import WEB
 
 _LOOK_UPS, _LOOK_UPS_A_BATCH = 32, 8
-"""Look-ups at a time, and those of one batch: slow sources leave places to other batches."""
+"""Concurrent look-ups in total and per batch: slow sources leave room for other batches."""
 
 
 class BatchManifests:
@@ -35,43 +35,43 @@ class BatchManifests:
             _LOOK_UPS,
         )
 
-    async def make(self, batch: str, given: BatchInput, cancelled: Callable[[], bool]) -> None:
-        """Write the manifest of lines, or copy that of a web server, unless the folder has it.
+    async def make(self, batch: str, videos: BatchInput, cancelled: Callable[[], bool]) -> None:
+        """Make the manifest from lines, or copy it from a web server, unless the folder has it.
 
-        Raises StorageError, and VideoError: too_large, or timeout.
+        Raises StorageError, and VideoError (too_large or timeout).
         """
-        place = self._place(batch, given)
-        is_web = given.manifest.startswith(WEB)
-        if not (given.lines or is_web) or await asyncio.to_thread(storage.is_file, place):
+        place = self._place(batch, videos)
+        is_web = videos.manifest.startswith(WEB)
+        if not (videos.lines or is_web) or await asyncio.to_thread(storage.is_file, place):
             return
         if is_web:
-            async with self._fetcher.fetched(given.manifest, patient=True) as found:
+            async with self._fetcher.fetched(videos.manifest, patient=True) as found:
                 await asyncio.to_thread(_copy, found.path, place)
             return
         gate = asyncio.Semaphore(_LOOK_UPS_A_BATCH)
-        uris = dict.fromkeys(line.uri for line in given.lines)
+        uris = dict.fromkeys(line.uri for line in videos.lines)
         refs = await asyncio.gather(*(self._look_up(uri, gate, cancelled) for uri in uris))
         if not cancelled():
             made = Manifest(VideoRows.of(refs), [], batch, (batch,))
             await asyncio.to_thread(write_manifest, made, place)
 
-    def read(self, batch: str, given: BatchInput) -> Manifest:
-        """Read the manifest of a batch. Raises ManifestError that names the given one."""
-        place = self._place(batch, given)
+    def read(self, batch: str, videos: BatchInput) -> Manifest:
+        """Read the manifest of a batch. Raises ManifestError that names the client's manifest."""
+        place = self._place(batch, videos)
         try:
             return read_manifest(place)
         except ManifestError as error:
-            told = str(error).replace(place, storage.redact(given.manifest))
-            raise ManifestError(told) from None
+            message = str(error).replace(place, storage.redact(videos.manifest))
+            raise ManifestError(message) from None
 
-    def _place(self, batch: str, given: BatchInput) -> str:
-        is_web = given.manifest.startswith(WEB)
-        return self._folders.at(batch, "manifest.parquet") if is_web else given.manifest
+    def _place(self, batch: str, videos: BatchInput) -> str:
+        is_web = videos.manifest.startswith(WEB)
+        return self._folders.at(batch, "manifest.parquet") if is_web else videos.manifest
 
     async def _look_up(
         self, uri: str, gate: asyncio.Semaphore, cancelled: Callable[[], bool]
     ) -> VideoRef:
-        """Return the manifest row of a URI; without what storage says if it does not answer."""
+        """Return the manifest row of a URI; size 0 and no etag if its storage does not answer."""
         async with gate:
             try:
                 found = None if cancelled() else await self._fetcher.look_up(uri)

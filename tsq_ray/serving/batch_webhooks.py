@@ -1,4 +1,4 @@
-"""Call the webhooks of batches that have ended, also of those that ended before a restart."""
+"""Call the webhooks of batches that have ended, including those that ended before a restart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger("ray.serve")
 
 
 class BatchWebhooks:
-    """Calls each webhook until it is accepted, a few times, then forgets it."""
+    """Calls each webhook until it is accepted, a few times at most, then forgets it."""
 
     def __init__(self, folders: BatchFolders, config: Config) -> None:
         self._folders, self._prefixes = folders, config.serve.webhook_prefixes
@@ -24,7 +24,7 @@ class BatchWebhooks:
         self._called: set[str] = set()
 
     async def call(self, card: Batch) -> None:
-        """Call the webhook of a batch that has ended, if it has one that was not called."""
+        """Call the webhook of a batch that has ended, unless it has none or it has been called."""
         if card.id in self._called:
             return
         self._called.add(card.id)

@@ -1,4 +1,4 @@
-"""Batches: run folders of `tsq score`, filled by the endpoint's graph beside single requests."""
+"""Batches: run folders of `tsq score`, filled by the endpoint's graph alongside single requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tsq_ray.serving.batch_webhooks import BatchWebhooks
 from tsq_ray.serving.graph import Graph, TimeLimits, Video
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import BatchMetrics
-from tsq_ray.serving.requests.fetching import longest_s
+from tsq_ray.serving.requests.fetching import longest_fetch_s
 from tsq_ray.serving.requests.models import (
     Batch,
     BatchLine,
@@ -52,23 +52,23 @@ _Found = TypeVar("_Found")
 
 
 class Cancelled(Exception):
-    """The batch is to be cancelled."""
+    """The client cancelled the batch."""
 
 
 @dataclass
 class _Running:
-    """A batch that is in hand."""
+    """A batch that has not ended."""
 
     card: Batch
-    given: BatchInput | None = None
-    """None until it is read, for a batch of before the endpoint started."""
+    videos: BatchInput | None = None
+    """None until it is read, for a batch from before the endpoint started."""
     cancelled: bool = False
     saving: asyncio.Lock = field(default_factory=asyncio.Lock)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
 class BatchRunner:
-    """Keeps the batches below a folder and runs those that have not ended, one after the other."""
+    """Keeps the batches below a folder and runs those that have not ended, one at a time."""
 
     def __init__(self, model: str, config: Config, graph: Graph) -> None:
         self._model, self._config, self._graph = model, config, graph
@@ -82,8 +82,8 @@ class BatchRunner:
         self._places = asyncio.Semaphore(config.serve.batch_videos)
         self._metrics = BatchMetrics()
 
-    def _begin(self, work: Coroutine[Any, Any, _Found]) -> asyncio.Task[_Found]:
-        """Start a task and keep it until it has ended."""
+    def _start_task(self, work: Coroutine[Any, Any, _Found]) -> asyncio.Task[_Found]:
+        """Start a task and keep a reference to it until it has ended."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -94,12 +94,12 @@ class BatchRunner:
     ) -> Batch:
         """Start a batch over the manifest of a BatchRequest or over lines.
 
-        Or return the batch that has this key. Raises RequestError 422 if the key belongs to another
-        request.
+        If the key already has a batch, return that one. Raises RequestError 422 if the key belongs
+        to another request.
         """
-        # shielded: a client that goes away does not leave half a batch
+        # shielded: a client that disconnects must not leave half a batch
         return await asyncio.shield(
-            self._begin(self._create(options or BatchOptions(), lines, key))
+            self._start_task(self._create(options or BatchOptions(), lines, key))
         )
 
     async def _create(
@@ -109,29 +109,29 @@ class BatchRunner:
         if key is None:
             return await self._new(batch, options, lines)
         async with self._claiming:
-            mine = await asyncio.to_thread(Claim.of, batch, [options, *lines])
-            claim = await asyncio.to_thread(self._folders.claim, key, mine)
-            if claim.request != mine.request:
-                why = "belongs to another request; use a new one for each"
+            new = await asyncio.to_thread(Claim.of, batch, [options, *lines])
+            claim = await asyncio.to_thread(self._folders.claim, key, new)
+            if claim.request != new.request:
+                why = "belongs to another request; use a new key for each request"
                 raise RequestError(422, f"Idempotency-Key: {why}")
-            # a key without its batch: the endpoint ended, or storage failed, between the two
+            # a key without a batch: the endpoint ended, or storage failed, between the two writes
             return await self._find(claim.batch) or await self._new(claim.batch, options, lines)
 
     async def _new(self, batch: str, options: BatchOptions, lines: Sequence[BatchLine]) -> Batch:
         at = self._folders.at
         own = at(batch, "manifest.parquet")
         manifest = options.manifest if isinstance(options, BatchRequest) else own
-        given = BatchInput(manifest=manifest, lines=list(lines))
+        videos = BatchInput(manifest=manifest, lines=list(lines))
         card = Batch(
             id=batch,
             model=self._sha256,
-            input_uri=storage.redact(given.manifest),
+            input_uri=storage.redact(videos.manifest),
             predictions_uri=at(batch, "predictions"),
             metadata=options.metadata,
             created_at=int(time.time()),
         )
-        await asyncio.to_thread(self._folders.create, card, given, options.webhook)
-        self._start(_Running(card, given))
+        await asyncio.to_thread(self._folders.create, card, videos, options.webhook)
+        self._start(_Running(card, videos))
         return card
 
     async def _find(self, batch: str) -> Batch | None:
@@ -150,33 +150,33 @@ class BatchRunner:
         return card
 
     async def cancel(self, batch: str) -> Batch:
-        """Cancel a batch that has not ended; its rows so far are kept."""
+        """Cancel a batch that has not ended; the rows it already has are kept."""
         card = await self.get(batch)
         if card.has_ended:
             return card
-        running = self._resumed(card)
+        running = self._ensure_started(card)
         if not running.cancelled:
             running.cancelled = True
-            await self._enter(running, "cancelling")
+            await self._set_status(running, "cancelling")
         return running.card
 
     async def newest(self, limit: int, after: str | None) -> BatchList:
-        """Return the newest batches, those older than `after` if it is given."""
+        """Return the newest batches, or with `after` the newest ones older than that."""
         names = await asyncio.to_thread(self._folders.names)
         older = [name for name in names if after is None or name < after]
         found = [await self.get(name) for name in older[:limit]]
         return BatchList(data=found, has_more=len(older) > limit)
 
     async def resume(self) -> None:
-        """Start the batches that had not ended when the endpoint did, once storage answers."""
-        for wait_s in _waits():
+        """Start the batches left unfinished when the endpoint last ended, once storage answers."""
+        for wait_s in _retry_waits():
             try:
                 names = await asyncio.to_thread(self._folders.names)
                 uncalled = set(await asyncio.to_thread(self._folders.names, WEBHOOK))
                 left = [
                     name
                     for name in reversed(names)
-                    if not await self._is_resumed(name, name in uncalled)
+                    if not await self._try_to_resume(name, name in uncalled)
                 ]
             except StorageError as error:
                 _log.warning("the batches cannot be listed: %s", storage.redact(str(error)))
@@ -185,7 +185,7 @@ class BatchRunner:
                     return
             await asyncio.sleep(wait_s)
 
-    async def _is_resumed(self, batch: str, has_webhook: bool) -> bool:
+    async def _try_to_resume(self, batch: str, has_webhook: bool) -> bool:
         """Start a batch, or call its webhook if it has ended; False if its card cannot be read."""
         try:
             card = await self._find(batch)
@@ -194,43 +194,43 @@ class BatchRunner:
             _log.warning("batch %s cannot be read: %s", batch, why)
             return False
         if card is not None and not card.has_ended:
-            self._resumed(card)
+            self._ensure_started(card)
         elif card is not None and has_webhook:
-            self._begin(self._webhooks.call(card))
+            self._start_task(self._webhooks.call(card))
         return True
 
-    def _resumed(self, card: Batch) -> _Running:
-        """Return the batch in hand, which is started if it is not."""
+    def _ensure_started(self, card: Batch) -> _Running:
+        """Return the running batch; start it if it is not running."""
         if card.id not in self._running:
             self._start(_Running(card, cancelled=card.status == "cancelling"))
         return self._running[card.id]
 
     def _start(self, running: _Running) -> None:
         self._running[running.card.id] = running
-        self._begin(self._run(running))
+        self._start_task(self._run(running))
 
     async def _run(self, running: _Running) -> None:
         status, errors = "completed", []
         try:
-            # before its turn: slow sources keep no other batch
-            await self._patiently(running, self._prepare)
+            # before its turn, so that slow sources do not delay other batches
+            await self._retry_while_unavailable(running, self._prepare)
             async with self._turn:
-                await self._patiently(running, self._score)
+                await self._retry_while_unavailable(running, self._score)
         except Cancelled:
             status = "cancelled"
         except TsqError as error:
             status, errors = "failed", [storage.redact(str(error))[:500]]
-        except Exception as error:  # noqa: BLE001  the batch must not stay without an end
+        except Exception as error:  # noqa: BLE001  the batch must reach a final status
             _log.exception("batch %s failed", running.card.id)
             status, errors = "failed", [f"internal: {type(error).__name__}"]
         await self._end(running, status, errors)
         await self._webhooks.call(running.card)
 
     async def _end(self, running: _Running, status: str, errors: list[str]) -> None:
-        """Write the end of a batch, whenever storage takes it."""
-        for wait_s in _waits():
+        """Write the final status of a batch, retrying until storage accepts it."""
+        for wait_s in _retry_waits():
             try:
-                await self._enter(running, status, errors=errors)
+                await self._set_status(running, status, errors=errors)
             except StorageError as error:
                 _log.warning("the end of batch %s waits: %s", running.card.id, error)
             else:
@@ -238,18 +238,18 @@ class BatchRunner:
             await asyncio.sleep(wait_s)
         del self._running[running.card.id]
 
-    async def _enter(self, running: _Running, status: str, **more: Any) -> None:
+    async def _set_status(self, running: _Running, status: str, **fields: Any) -> None:
         async with running.saving:
             if status == "cancelling" and running.card.has_ended:
                 return
             stamp = {f"{status}_at": int(time.time())}
-            running.card = running.card.model_copy(update={"status": status} | stamp | more)
+            running.card = running.card.model_copy(update={"status": status} | stamp | fields)
             await asyncio.to_thread(self._folders.save, running.card)
 
-    async def _patiently(
+    async def _retry_while_unavailable(
         self, running: _Running, step: Callable[[_Running], Awaitable[None]]
     ) -> None:
-        """Take a step, and take it again while storage does not answer for a time."""
+        """Run a step, and retry it a few times while storage is unavailable."""
         for wait_s in _WAITS_S:
             try:
                 return await step(running)
@@ -261,43 +261,43 @@ class BatchRunner:
         return await step(running)
 
     async def _prepare(self, running: _Running) -> None:
-        """Read what to score, and make its manifest. Raises Cancelled."""
+        """Read the batch's input and make its manifest. Raises Cancelled."""
         batch = running.card.id
-        if running.given is None:
-            running.given = await asyncio.to_thread(self._folders.input, batch)
-        await self._manifests.make(batch, running.given, lambda: running.cancelled)
+        if running.videos is None:
+            running.videos = await asyncio.to_thread(self._folders.input, batch)
+        await self._manifests.make(batch, running.videos, lambda: running.cancelled)
         _stop_if_cancelled(running)
 
     async def _score(self, running: _Running) -> None:
         """Score the videos that have no row yet. Raises Cancelled."""
-        given = running.given
-        assert given is not None, "prepared"
-        manifest = await asyncio.to_thread(self._manifests.read, running.card.id, given)
+        videos = running.videos
+        assert videos is not None, "prepared"
+        manifest = await asyncio.to_thread(self._manifests.read, running.card.id, videos)
         selection = Selection.of(manifest)
         scored = ScoreRun.of(selection, self._model, running.card.predictions_uri, self._config)
-        async with self._held(scored, running):
+        async with self._open_run(scored, running):
             todo = scored.run.todo
             ok, failed = scored.run.count_settled()
             running.card.request_counts = RequestCounts(
                 total=len(manifest.rows), completed=ok, failed=failed
             )
-            await self._enter(running, "in_progress")
+            await self._set_status(running, "in_progress")
             size = part_rows(scored.schema, self._config.output, len(manifest.rows))
             for start in range(0, len(todo), size):
                 await self._part(running, scored, todo[start : start + size])
-            await self._enter(running, "finalizing")
+            await self._set_status(running, "finalizing")
             record = await asyncio.to_thread(scored.close, running.seconds)
         counts = record["counts"]
         running.card.request_counts = RequestCounts(
             total=counts["inputs"], completed=counts["ok"], failed=counts["failed"]
         )
         running.card.output_uri, running.card.error_uri = await asyncio.to_thread(
-            self._folders.write_answers, running.card.id, given.lines
+            self._folders.write_answers, running.card.id, videos.lines
         )
 
     @contextlib.asynccontextmanager
-    async def _held(self, scored: ScoreRun, running: _Running) -> Any:
-        """Hold the run folder; during an update the replica before this one may still do."""
+    async def _open_run(self, scored: ScoreRun, running: _Running) -> Any:
+        """Hold the run folder; during an update the old replica may still hold it for a while."""
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             _stop_if_cancelled(running)
@@ -337,7 +337,7 @@ class BatchRunner:
     async def _answer(self, ref: VideoRef) -> Answer:
         try:
             check_uri(ref.uri, self._config.serve.allowed_uri_prefixes)
-            # a line that storage could not look up has no size to compare with
+            # a line that could not be looked up has no size to compare with
             source = VideoSource.of(ref) if ref.size_bytes else VideoSource(ref.uri)
             return await self._graph.score(Video(source, ref.video_id, in_batch=True))
         except RequestError as error:
@@ -346,8 +346,8 @@ class BatchRunner:
             return Answer(error=VideoError("internal", f"the graph failed: {type(error).__name__}"))
 
 
-def _waits() -> Iterator[float]:
-    """Yield the seconds between tries that never end."""
+def _retry_waits() -> Iterator[float]:
+    """Yield the waits between endless retries, in seconds."""
     return itertools.chain(_WAITS_S, itertools.repeat(_WAITS_S[-1]))
 
 
@@ -357,7 +357,7 @@ def _stop_if_cancelled(running: _Running) -> None:
 
 
 async def in_time(work: Awaitable[_Found], limit_s: float) -> _Found:
-    """Await an answer about batches. Raises RequestError 504 at the time limit of a request."""
+    """Await an answer about batches. Raises RequestError 504 after `limit_s` seconds."""
     try:
         async with asyncio.timeout(limit_s):
             return await work
@@ -368,7 +368,7 @@ async def in_time(work: Awaitable[_Found], limit_s: float) -> _Found:
 
 @serve.deployment
 class Batches:
-    """The one replica that keeps the batches."""
+    """The single replica that keeps the batches."""
 
     def __init__(
         self, model: str, config: Config, decoder: Any, sampler: Any, recognizer: Any
@@ -376,7 +376,7 @@ class Batches:
         bind_to_loopback()
         self._limit_s = config.serve.request_timeout_s
         limits = TimeLimits.of(config, _PATIENCE_S)
-        limits = replace(limits, decode=limits.decode + longest_s(config))
+        limits = replace(limits, decode=limits.decode + longest_fetch_s(config))
         self._runner = BatchRunner(model, config, Graph(decoder, sampler, recognizer, limits))
         self._tasks = [asyncio.create_task(self._runner.resume())]
 

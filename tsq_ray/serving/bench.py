@@ -33,11 +33,11 @@ class BenchPoint:
     ok_per_s: float
     """Predictions per second."""
     p50_s: float | None
-    """Median latency of the predictions, in seconds; None if there was none."""
+    """Median latency of the predictions, in seconds; None if there were none."""
     p95_s: float | None
     p99_s: float | None
     statuses: Mapping[str, int]
-    """Answers by HTTP status; an error's name for a request without an answer."""
+    """Answers by HTTP status; requests without an answer by error name."""
     cpu_ms: Mapping[str, float]
     """CPU milliseconds per prediction by process; empty if the endpoint is on another machine."""
 
@@ -71,12 +71,12 @@ def measure_endpoint(
     rates: Sequence[float] | None = None,
     seconds: float = 20.0,
 ) -> BenchSummary:
-    """Upload the videos in turn and measure the answers, for each number of clients or rate.
+    """Upload the videos in turn and measure the answers, for each number of clients or each rate.
 
-    Closed loop: each client asks again when it has its answer. Open loop (`rates`): requests per
-    second are sent whatever comes back. If the endpoint is on this machine, the CPU time of its
-    processes is measured too. Raises ConfigError for a file that cannot be read, RunFailed if the
-    endpoint is not ready.
+    Closed loop: each client sends its next request when it has its answer. Open loop (`rates`, per
+    second): requests are sent without waiting for answers. If the endpoint is on this machine, the
+    CPU time of its processes is measured too. Raises ConfigError for a file that cannot be read,
+    RunFailed if the endpoint is not ready.
     """
     try:
         bodies = [storage.read_bytes(storage.normalize(video)) for video in videos]
@@ -133,7 +133,7 @@ class _Run:
     latencies: list[float] = field(default_factory=list)
 
     async def closed(self, clients: int) -> BenchPoint:
-        """Let each client ask again when it has its answer."""
+        """Have each client send its next request when it has its answer."""
         started, before = time.monotonic(), cpu_seconds(self.url)
         await asyncio.gather(*(self._client(started + self.seconds) for _ in range(clients)))
         return self._point(float(clients), started, before)
@@ -192,7 +192,7 @@ def cpu_seconds(url: str) -> dict[str, float]:
         try:
             line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:  # it ended in the meantime
+        except OSError:  # the process has ended
             continue
         name = process_name(line)
         if name is not None:

@@ -20,23 +20,31 @@ from tsq_ray.errors import Failure, StorageError, VideoError
 from tsq_ray.rows import Answer, best_labels, picture_specs
 from tsq_ray.runtime.nodes import Layout, Pool
 from tsq_ray.serving import facts, warmup
-from tsq_ray.serving.graph import Busy, Handed, Lost, Ongoing, Video, WrongVersion, graph_version
+from tsq_ray.serving.graph import (
+    Busy,
+    InputLost,
+    Ongoing,
+    StageResult,
+    Video,
+    WrongVersion,
+    graph_version,
+)
 from tsq_ray.serving.loopback import bind_to_loopback
 from tsq_ray.serving.metrics import DecoderMetrics
 from tsq_ray.serving.recognizers import (
     NetworkRecognizer,
-    Recognizing,
+    RecognizerBackend,
     ServerRecognizer,
     microbatches,
 )
 from tsq_ray.serving.requests.fetching import Fetcher
-from tsq_ray.serving.requests.shares import Places
+from tsq_ray.serving.requests.shares import Quota
 from tsq_ray.serving.requests.uploads import local_path
 from tsq_ray.storage import StoredFile, redact, storage_errors
 
 _SHUTDOWN_SLACK_S = 5.0
 _HEALTH_EVERY_S, _HEALTH_LIMIT_S, _IDLE_S = 10.0, 60.0, 30.0
-_MEET_S = 120.0
+_LOAD_WAIT_S = 120.0
 
 
 def deployment_options(
@@ -44,8 +52,8 @@ def deployment_options(
 ) -> dict[str, Any]:
     """Return a deployment's options: resources, replacement and autoscaling.
 
-    No request is rejected by Serve: the entry to the graph limits their number. A replica that is
-    replaced finishes its requests, unless it belongs to a scoring run (`bulk`), which repeats them.
+    Serve itself rejects no request: the entry to the graph limits their number. A replaced replica
+    finishes its requests, unless it belongs to a scoring run (`bulk`), which repeats them.
     """
     actor: dict[str, Any] = {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
     actor |= {"memory": pool.memory} if pool.memory else {}
@@ -80,9 +88,9 @@ def deployment_options(
 def bind_graph(
     model: str, config: Config, placed: Layout, ongoing: Ongoing, bulk: bool = False
 ) -> tuple[Any, ...]:
-    """Bind the three deployments as laid out.
+    """Bind the three deployments according to the layout.
 
-    `bulk`: for a scoring run, whose decoding children fetch the videos themselves.
+    `bulk`: for a scoring run, in which the decoding children fetch the videos themselves.
     """
     parts: dict[str, Any] = {"decoder": Decoder, "sampler": Sampler, "recognizer": Recognizer}
     return tuple(
@@ -94,19 +102,22 @@ def bind_graph(
 
 
 class _Stage(abc.ABC):
-    """What the three deployments share: their version, and the checks of their health."""
+    """What the three deployments share: their version and health checks."""
 
     def __init__(self, model: str, config: Config) -> None:
         bind_to_loopback()
         self._content, digest = read_bundle_settings(model)
         self._version = graph_version(digest, config)
-        self._answered = 0.0
+        self._answered_at = 0.0
 
-    def _is_loaded(self, bulk: bool) -> None:
+    def _wait_for_other_stages(self, bulk: bool) -> None:
         """Wait for the other stages of this version, so that an update leaves no gap."""
         if not bulk:
-            facts.meet(
-                serve.get_replica_context().app_name, self._version, type(self).__name__, _MEET_S
+            facts.wait_for_stages(
+                serve.get_replica_context().app_name,
+                self._version,
+                type(self).__name__,
+                _LOAD_WAIT_S,
             )
 
     def version(self) -> str:
@@ -114,33 +125,33 @@ class _Stage(abc.ABC):
         return self._version
 
     async def check_health(self) -> None:
-        """Process a made-up video, unless a request was answered a moment ago."""
-        if time.monotonic() - self._answered > _IDLE_S:
-            await self._try()
-            self._answered = time.monotonic()
+        """Process a made-up video, unless a request was answered recently."""
+        if time.monotonic() - self._answered_at > _IDLE_S:
+            await self._self_test()
+            self._answered_at = time.monotonic()
 
     @abc.abstractmethod
-    async def _try(self) -> None:
-        """Process a made-up video. Raises whatever is wrong."""
+    async def _self_test(self) -> None:
+        """Process a made-up video. Raises what goes wrong."""
 
-    async def _hand_on(self, result: Any, file: StoredFile | None) -> Handed:
-        self._answered = time.monotonic()
+    async def _pass_on(self, result: Any, file: StoredFile | None) -> StageResult:
+        self._answered_at = time.monotonic()
         failed = isinstance(result, Failure)
-        return Handed(
+        return StageResult(
             result if failed else await asyncio.to_thread(ray.put, result), self._version, file
         )
 
-    async def _take(self, handed: Handed) -> Any:
-        """Fetch what the previous stage handed on. Raises WrongVersion, or Lost if it is gone."""
-        if handed.version != self._version:
-            raise WrongVersion(f"asked for version {handed.version}, this is {self._version}")
-        if isinstance(handed.result, Failure):
-            return handed.result
+    async def _fetch_input(self, previous: StageResult) -> Any:
+        """Fetch the previous stage's result. Raises WrongVersion, or InputLost if it is gone."""
+        if previous.version != self._version:
+            raise WrongVersion(f"asked for version {previous.version}, this is {self._version}")
+        if isinstance(previous.result, Failure):
+            return previous.result
         try:
-            return await handed.result
+            return await previous.result
         except ray.exceptions.RayError as error:
-            # not one of Ray's own classes, which Serve's router would handle itself
-            raise Lost(type(error).__name__) from None
+            # not a Ray exception, which Serve's router would handle itself
+            raise InputLost(type(error).__name__) from None
 
 
 @serve.deployment
@@ -169,21 +180,21 @@ class Decoder(_Stage):
                 settings.max_fetches,
             )
         )
-        self._fetches = Places(settings.max_fetches)
+        self._fetch_quota = Quota(settings.max_fetches)
         self._metrics = DecoderMetrics()
-        self._is_loaded(bulk)
+        self._wait_for_other_stages(bulk)
 
-    async def __call__(self, video: Video) -> Handed:
-        """Decode a video to its frames or its failure."""
+    async def __call__(self, video: Video) -> StageResult:
+        """Return a video's frames or its failure."""
         try:
             async with self._source(video) as (source, file):
                 outcome = await self._decode(source)
         except (VideoError, StorageError) as error:
-            return await self._hand_on(error, None)
+            return await self._pass_on(error, None)
         if isinstance(outcome, Failure) and source.uri != video.source.uri:
-            told = str(outcome).replace(source.uri, video.source.uri)
-            outcome = type(outcome)(outcome.error_type, told)
-        return await self._hand_on(outcome, file)
+            message = str(outcome).replace(source.uri, video.source.uri)
+            outcome = type(outcome)(outcome.error_type, message)
+        return await self._pass_on(outcome, file)
 
     @contextlib.asynccontextmanager
     async def _source(self, video: Video) -> AsyncIterator[tuple[VideoSource, StoredFile | None]]:
@@ -194,10 +205,10 @@ class Decoder(_Stage):
                     path = await stack.enter_async_context(local_path(video.upload))
                 yield VideoSource(path), None
         elif self._fetcher is not None:
-            if not self._fetches.has_room(video.share):
-                raise Busy(f"{self._fetches.used} videos are being fetched")
+            if not self._fetch_quota.has_room(video.share):
+                raise Busy(f"{self._fetch_quota.used} videos are being fetched")
             async with contextlib.AsyncExitStack() as stack:
-                with self._fetches.held(video.share):
+                with self._fetch_quota.held(video.share):
                     fetched = self._fetcher.fetched(video.source.uri, video.in_batch)
                     found = await stack.enter_async_context(fetched)
                 check_unchanged(video.source, found.file, redact(video.source.uri))
@@ -215,7 +226,7 @@ class Decoder(_Stage):
         finally:
             self._metrics.lost(self._pool.children_lost)
 
-    async def _try(self) -> None:
+    async def _self_test(self) -> None:
         with warmup.video_file() as path:
             outcome = await self._decode(VideoSource(path))
         if not isinstance(outcome, DecodedVideo):
@@ -250,68 +261,68 @@ class Sampler(_Stage):
 
         def work(items: list[tuple[str, Any, int | None]]) -> list[Any]:
             sampled = sample([item[:2] for item in items], [item[2] for item in items])
-            # a server's replica loads no torch, so that it is handed pictures as files
+            # a server's replica loads no torch, so it gets the pictures as JPEG files
             return sampled if server is None else [question_of(x, server.config) for x in sampled]
 
         work([self._made_up()])
         self._microbatches = microbatches(work, config, placed)
-        self._is_loaded(bulk)
+        self._wait_for_other_stages(bulk)
 
-    async def __call__(self, video: Video, handed: Handed) -> Handed:
-        """Choose from one video's frames, and hand on its columns so far and the chosen pictures.
+    async def __call__(self, video: Video, previous: StageResult) -> StageResult:
+        """Choose from one video's frames, and pass on its columns so far and the chosen pictures.
 
-        A failure is handed on unchanged.
+        A failure is passed on unchanged.
         """
-        decoded = await self._take(handed)
+        decoded = await self._fetch_input(previous)
         if isinstance(decoded, Failure):
-            return handed
+            return previous
         sampled = await self._microbatches((video.video_id, decoded, video.budget))
-        return await self._hand_on(sampled, handed.file)
+        return await self._pass_on(sampled, previous.file)
 
     def _made_up(self) -> tuple[str, DecodedVideo, None]:
         return "", warmup.decoded_video(self._specs, self._num_frames), None
 
-    async def _try(self) -> None:
+    async def _self_test(self) -> None:
         await self._microbatches(self._made_up())
 
 
 @serve.deployment
 class Recognizer(_Stage):
-    """Recognise the chosen frames, by a network or a server."""
+    """Recognise the chosen frames, with a network or a server."""
 
     def __init__(self, model: str, config: Config, placed: Layout, bulk: bool) -> None:
         super().__init__(model, config)
         server = server_of(self._content, config)
-        self._work: Recognizing = (
+        self._backend: RecognizerBackend = (
             ServerRecognizer(server)
             if server is not None
             else NetworkRecognizer(model, config, placed)
         )
-        self._is_loaded(bulk)
+        self._wait_for_other_stages(bulk)
 
-    async def __call__(self, video: Video, handed: Handed) -> Answer:
+    async def __call__(self, video: Video, previous: StageResult) -> Answer:
         """Return the answer for one video's chosen frames, or for its failure."""
-        sampled = await self._take(handed)
-        file = handed.file
+        sampled = await self._fetch_input(previous)
+        file = previous.file
         if isinstance(sampled, Failure):
             return Answer(error=sampled, version=self._version, file=file)
-        answer = await self._work.answer(sampled)
-        self._answered = time.monotonic()
+        answer = await self._backend.answer(sampled)
+        self._answered_at = time.monotonic()
         columns = answer.columns
         if answer.error is None:
-            columns |= best_labels(columns["scores"], self._work.classes, video.top)
+            columns |= best_labels(columns["scores"], self._backend.classes, video.top)
             if video.with_frames:
                 columns["frames"] = await asyncio.to_thread(self._frames, sampled, columns)
         return Answer(columns, answer.error, self._version, file, answer.fetched_bytes)
 
     def _frames(self, sampled: Any, columns: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the chosen frames as the recogniser saw them, in the shape of the video."""
-        pictures = self._work.jpegs(sampled, columns)
-        places = zip(columns["selected_index"], columns["selected_pts_s"], pictures, strict=True)
+        """Return the chosen frames as the recogniser saw them, in the video's aspect ratio."""
+        pictures = self._backend.jpegs(sampled, columns)
+        chosen = zip(columns["selected_index"], columns["selected_pts_s"], pictures, strict=True)
         return [
             {"index": int(index), "seconds": float(seconds), "jpeg": jpeg}
-            for index, seconds, jpeg in places
+            for index, seconds, jpeg in chosen
         ]
 
-    async def _try(self) -> None:
-        await self._work.check()
+    async def _self_test(self) -> None:
+        await self._backend.check()

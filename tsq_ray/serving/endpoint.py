@@ -1,4 +1,4 @@
-"""`tsq serve`: run the endpoint on this machine or a cluster until it has to end."""
+"""`tsq serve`: run the endpoint on this machine or a cluster until a signal ends it."""
 
 from __future__ import annotations
 
@@ -30,42 +30,42 @@ if TYPE_CHECKING:
 
 APP = "tsq"
 _SERVE_ENVIRONMENT = {
-    # ten looks and ten exports a second in every process, Serve's default, cost as much CPU as the
+    # Serve's default, ten polls and ten exports a second in every process, costs as much CPU as the
     # requests
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "2000",
-    # without a hop to another thread for each call
+    # saves a hop to another thread for each call
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
 }
-"""For the processes of a Ray that is started here."""
+"""For the processes of a Ray cluster that this command starts."""
 _SLACK_S = 10.0
 """Extra time before the proxy's timeout, so that the ingress reports a slow request itself."""
 
 
-def check_room(placed: Layout, found: Cluster) -> None:
-    """Raise ConfigError if the minimum replicas need more than the cluster has.
+def check_room(placed: Layout, nodes: Cluster) -> None:
+    """Raise ConfigError if the minimum replicas need more resources than the cluster has.
 
     Serve would wait forever.
     """
     pools = placed.pools.values()
-    for resource, field, there in (
-        ("CPU", "num_cpus", found.cpus),
-        ("GPU", "num_gpus", float(found.gpus)),
+    for resource, field, available in (
+        ("CPU", "num_cpus", nodes.cpus),
+        ("GPU", "num_gpus", float(nodes.gpus)),
     ):
-        wanted = sum(
+        needed = sum(
             pool.minimum * (pool.cpus if resource == "CPU" else pool.gpus) for pool in pools
         )
-        if wanted > there:
+        if needed > available:
             raise ConfigError(
-                f"the replicas need {wanted:g} {resource}s, the cluster has {there:g}; "
+                f"the replicas need {needed:g} {resource}s, the cluster has {available:g}; "
                 f"lower serve.*.min_replicas or serve.*.{field}"
             )
 
 
 def check_address(config: Config, host: str, port: int, address: str | None) -> str | None:
-    """Check host, port and tokens, and return the token of the environment.
+    """Check host, port and tokens, and return the token from the environment.
 
-    Raises ConfigError if the host needs a token and none is set, or cannot be bound.
+    Raises ConfigError if the host needs a token and none is set, or if it cannot be bound.
     """
     from tsq_ray.serving.requests.tokens import read_tokens
 
@@ -83,9 +83,9 @@ def run_endpoint(
 ) -> None:
     """Deploy the graph behind HTTP and wait for SIGINT or SIGTERM.
 
-    Then new requests are refused, those in hand are answered, for at most `serve.drain_s`, and the
-    endpoint ends; a second signal ends it at once. Raises UserError for wrong input and RunFailed
-    for other failures.
+    After the signal, new requests are refused and those in flight answered for at most
+    `serve.drain_s` seconds; a second signal ends the endpoint at once. Raises UserError for wrong
+    input and RunFailed for other failures.
     """
     token = check_address(config, host, port, session.address)
     model = storage.normalize(model)
@@ -99,37 +99,37 @@ def run_endpoint(
         cluster.connect(session, metrics_port=config.serve.metrics_port) as ray,
     ):
         signals.install()  # ray.init has installed its own handlers
-        found = cluster.read_cluster(ray, config)
+        nodes = cluster.read_cluster(ray, config)
         if session.address is None:
-            check_room(layout("serve", config, found, 1), found)
+            check_room(layout("serve", config, nodes, 1), nodes)
         log.say("starting: loading the model in each replica")
         inner = (host, port) if session.address is not None else (LOOPBACK, _free_port())
         with _deployed(ray, model, config, inner, token, session):
             signals.serving = True
-            with _entrance(config, host, port, inner, session) as entrance:
+            with _http_front(config, host, port, inner, session) as http_front:
                 _print_serving(model, config, host, port, session)
-                signals.wait(entrance.tend if entrance is not None else None)
+                signals.wait(http_front.restart_if_ended if http_front is not None else None)
                 left_s = _drain(config.serve.drain_s)
-                if entrance is not None:
-                    entrance.finish(left_s)
+                if http_front is not None:
+                    http_front.finish(left_s)
     log.say("stopped")
 
 
 class _Signals:
-    """SIGINT and SIGTERM: while the endpoint serves, the first asks it to end; else they end it."""
+    """SIGINT and SIGTERM: the first asks a serving endpoint to end; any other ends it at once."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._end_requested = threading.Event()
         self.serving = False
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
-        self._before = {number: signal.getsignal(number) for number in _NUMBERS}
+        self._previous = {number: signal.getsignal(number) for number in _NUMBERS}
         self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def install(self) -> None:
@@ -138,15 +138,15 @@ class _Signals:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self.serving or self._asked.is_set():
+        if not self.serving or self._end_requested.is_set():
             raise KeyboardInterrupt
-        self._asked.set()
+        self._end_requested.set()
 
-    def wait(self, tend: Callable[[], None] | None) -> None:
-        """Wait for the first signal, and call `tend` several times a second meanwhile."""
-        while not self._asked.wait(0.2):  # a wait without a limit would not see the signal
-            if tend is not None:
-                tend()
+    def wait(self, poll: Callable[[], None] | None) -> None:
+        """Wait for the first signal, calling `poll` several times a second."""
+        while not self._end_requested.wait(0.2):  # an unlimited wait would not see the signal
+            if poll is not None:
+                poll()
 
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
@@ -161,21 +161,21 @@ def _print_serving(model: str, config: Config, host: str, port: int, session: Se
 
 
 def _drain(limit_s: float) -> float:
-    """Refuse new requests, wait until those in hand are answered, and return the seconds left."""
-    ends = time.monotonic() + limit_s
-    log.say(f"ending: answering the requests in hand, for at most {limit_s:g} s")
-    facts.ask_to_end(APP)
+    """Refuse new requests, wait until those in flight are answered, return the seconds left."""
+    deadline = time.monotonic() + limit_s
+    log.say(f"ending: answering the requests in flight, for at most {limit_s:g} s")
+    facts.request_end(APP)
     if not facts.wait_until_done(APP, _num_ingresses, limit_s):
-        log.say(f"ending: requests still in hand after {limit_s:g} s are dropped")
-    return max(0.0, ends - time.monotonic())
+        log.say(f"ending: requests still in flight after {limit_s:g} s are dropped")
+    return max(0.0, deadline - time.monotonic())
 
 
 def _num_ingresses() -> int:
     from ray import serve
     from ray.serve._private.common import ReplicaState
 
-    found = serve.status().applications.get(APP)
-    ingress = found.deployments.get("Ingress") if found is not None else None
+    app = serve.status().applications.get(APP)
+    ingress = app.deployments.get("Ingress") if app is not None else None
     return ingress.replica_states.get(ReplicaState.RUNNING, 0) if ingress is not None else 0
 
 
@@ -198,15 +198,15 @@ def _deployed(
     from tsq_ray.serving.app import application
 
     cluster.quiet_data(session.debug)
-    named = ray.util.list_named_actors(all_namespaces=True)
-    if any(actor["namespace"] == "serve" for actor in named):
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    if any(actor["namespace"] == "serve" for actor in actors):
         if serve.status().applications:
             raise ConfigError(
                 "--address: Serve already runs on this cluster, with its own host and port; stop "
                 "it with: serve shutdown, or deploy tsq_ray.serving.app:build with: serve deploy"
             )
-        serve.shutdown()  # a scoring run left it, without HTTP
-    # one JSON line a request, in the log files of the ingress replicas
+        serve.shutdown()  # left by a scoring run, without HTTP
+    # one JSON line per request, in the log files of the ingress replicas
     logs = {"encoding": "JSON", "log_level": "INFO", "enable_access_log": session.debug}
     limit_s = config.serve.request_timeout_s + _SLACK_S
     http = HTTPOptions(host=inner[0], port=inner[1], request_timeout_s=limit_s)
@@ -224,21 +224,21 @@ def _deployed(
     finally:
         if session.address is not None:
             _take_down()
-        # a Ray of our own ends with this command, and with it whatever a second signal interrupts
+        # a Ray started by this command ends with it, even if a second signal interrupts this
 
 
 @contextlib.contextmanager
-def _entrance(
+def _http_front(
     config: Config, host: str, port: int, inner: tuple[str, int], session: Session
 ) -> Iterator[Front | None]:
-    """Put HAProxy before Serve's HTTP server, if that is on this machine's loopback."""
+    """Put HAProxy in front of Serve's HTTP server, if that is on this machine's loopback."""
     from tsq_ray.serving.front import front
 
     if session.address is not None:
         yield None
         return
-    with front(host, port, inner[1], config.serve) as entrance:
-        yield entrance
+    with front(host, port, inner[1], config.serve) as http_front:
+        yield http_front
 
 
 def _free_port() -> int:

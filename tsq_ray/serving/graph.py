@@ -2,7 +2,7 @@
 
 Frames pass from replica to replica through the object store, not through the caller: each stage
 returns a reference, which the next stage fetches. If a replica is lost, the fetch fails and the
-caller sees the error. With a response passed as an argument instead, Serve's router would mistake
+caller sees the error. If a response were passed as an argument instead, Serve's router would take
 the lost replica for one of the next stage and retry forever.
 """
 
@@ -31,13 +31,13 @@ STAGES = ("decoder", "sampler", "recognizer")
 
 
 class WrongVersion(TsqError):
-    """A stage was called for another version than its own.
+    """A stage was called for a version other than its own.
 
     Stages of different versions never contribute to one answer.
     """
 
 
-class Lost(TsqError):
+class InputLost(TsqError):
     """The input of a stage is gone, with the replica or node that held it."""
 
 
@@ -46,15 +46,15 @@ class NoAnswer(TsqError):
 
 
 class Busy(TsqError):
-    """The decoder fetches as many videos as it may.
+    """The decoder is already fetching as many videos as it may.
 
-    Those that wait do so with the caller, not in the decoder, where they would keep uploads out.
+    Further ones wait with the caller, not in the decoder, where they would keep uploads out.
     """
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video to score, and what is to be returned about it."""
+    """A video to score, and what to return about it."""
 
     source: VideoSource
     video_id: str
@@ -62,25 +62,25 @@ class Video:
     upload: Upload | None = None
     """The file, if it was uploaded; `source.uri` is then its name."""
     budget: int | None = None
-    """Most frames to choose; None for that of the settings."""
+    """Most frames to choose; None for the number in the settings."""
     top: int = TOP_LABELS
     """Number of best classes."""
     with_frames: bool = False
     """Whether to return the chosen frames as JPEG."""
     in_batch: bool = False
-    """Whether it belongs to a batch, whose files may take long to fetch."""
+    """Whether it belongs to a batch, whose files may take longer to fetch."""
     share: Share = WHOLE
-    """The client, and its part of the fetches of a decoder."""
+    """The client, and its share of a decoder's fetches."""
 
 
 @dataclass(frozen=True)
-class Handed:
-    """What a stage hands on: a reference to its result, or the failure."""
+class StageResult:
+    """What a stage passes on: a reference to its result, or the failure."""
 
     result: Any
     version: str
     file: StoredFile | None = None
-    """What storage says about a video that was fetched."""
+    """What storage reports about a video that was fetched."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class TimeLimits:
     network: float
     total: float
     recognize: float
-    """Of the last hop, which for a server includes its patience."""
+    """Limit of the last hop, which for a server includes `recognizer.patience_s`."""
 
     @classmethod
     def of(cls, config: Config, total: float | None = None) -> TimeLimits:
@@ -101,8 +101,8 @@ class TimeLimits:
         return cls(config.decode.timeout_s + network, network, total or network, network + asking)
 
 
-_SHORT_S = {WrongVersion: 0.05, Busy: 0.2}
-"""How long to wait, in seconds, for a replica that answers but not for this."""
+_SHORT_WAITS_S = {WrongVersion: 0.05, Busy: 0.2}
+"""Waits in seconds after a replica has answered that it cannot take this video now."""
 
 
 def graph_version(digest: str, config: Config) -> str:
@@ -128,7 +128,7 @@ class Graph:
     """The caller's view of the three deployments in sequence."""
 
     decoder: Any
-    """Serve's handle, as are the next two."""
+    """A Serve handle, like the next two."""
     sampler: Any
     recognizer: Any
     limits: TimeLimits
@@ -138,35 +138,36 @@ class Graph:
     async def score(self, video: Video) -> Answer:
         """Score one video; a video that cannot be used is an answer too.
 
-        Only a dead or unavailable replica is retried, which includes one that does not answer
-        within a hop's limit. After `limits.total` the answer is a failure `unavailable`. Raises
-        what a stage raises for any other reason.
+        Retries only if a replica is dead or unavailable, or does not answer within a hop's limit;
+        after `limits.total` seconds the answer is a failure `unavailable`. Raises any other error
+        of a stage.
         """
-        ends, wait_s = time.monotonic() + self.limits.total, _FIRST_WAIT_S
+        deadline, wait_s = time.monotonic() + self.limits.total, _FIRST_WAIT_S
         while True:
             try:
                 return await self._try(video)
             except Exception as error:
-                if not is_lost(error):
+                if not is_retryable(error):
                     raise
-                if time.monotonic() + wait_s >= ends:
+                if time.monotonic() + wait_s >= deadline:
                     why = (
                         f"no replica answered for {self.limits.total:g} s "
                         f"({type(error).__name__}); run again"
                     )
                     return Answer(error=VideoError("unavailable", why))
                 short_s = next(
-                    (_SHORT_S[kind] for kind in _SHORT_S if _has_cause(error, (kind,))), 0
+                    (_SHORT_WAITS_S[kind] for kind in _SHORT_WAITS_S if _has_cause(error, (kind,))),
+                    0,
                 )
             await asyncio.sleep(short_s or wait_s)
             if not short_s:
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
     async def _try(self, video: Video) -> Answer:
-        handed = await self._hop("decoder", self.limits.decode, video)
-        handed = await self._hop("sampler", self.limits.network, video, handed)
-        found: Answer = await self._hop("recognizer", self.limits.recognize, video, handed)
-        return found
+        previous = await self._hop("decoder", self.limits.decode, video)
+        previous = await self._hop("sampler", self.limits.network, video, previous)
+        answer: Answer = await self._hop("recognizer", self.limits.recognize, video, previous)
+        return answer
 
     async def _hop(self, stage: str, limit_s: float, *arguments: Any) -> Any:
         """Call a stage; cancel the call at the time limit or if the caller gives up."""
@@ -184,7 +185,7 @@ class Graph:
         return answer
 
     async def ping(self, limit_s: float) -> None:
-        """Ask every stage that has not answered for `limit_s` whether it is there."""
+        """Ping every stage that has not answered for `limit_s` seconds."""
 
         async def ask(stage: str) -> None:
             handle = getattr(self, stage)
@@ -204,8 +205,8 @@ class Graph:
         return time.monotonic() - self.answered.get(stage, -float("inf"))
 
 
-def is_lost(error: BaseException) -> bool:
-    """Return whether a replica, its node or what it held is gone or not available yet."""
+def is_retryable(error: BaseException) -> bool:
+    """Return whether a replica, its node or its data is lost or not available yet."""
     from ray import exceptions
     from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
@@ -218,8 +219,8 @@ def is_lost(error: BaseException) -> bool:
             exceptions.WorkerCrashedError,
             DeploymentUnavailableError,
             ReplicaUnavailableError,
-            Lost,
-            *_SHORT_S,
+            InputLost,
+            *_SHORT_WAITS_S,
             NoAnswer,
         ),
     )
@@ -242,4 +243,4 @@ def handles(app: str) -> dict[str, Any]:
 
 
 Ongoing = Mapping[str, int]
-"""The most requests that a replica of each stage processes at a time."""
+"""Limit on the requests that a replica of each stage processes at a time."""

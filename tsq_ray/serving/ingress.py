@@ -1,11 +1,10 @@
 """The endpoint's HTTP interface: scoring, batches, models, health, and its documentation.
 
-A prediction is answered as JSON, anything else as problem details.
+Predictions are returned as JSON, errors as problem details.
 """
 
-# `serve.ingress` pickles the routes by value while this module is still being imported, so
-# everything they use must be defined above them. `from __future__ import annotations` is left out:
-# FastAPI could not resolve the names of the annotations.
+# `serve.ingress` pickles the routes by value while this module is being imported: all they use must
+# be defined above them. No `from __future__ import annotations`: FastAPI could not resolve them.
 
 import asyncio
 import logging
@@ -53,9 +52,9 @@ from tsq_ray.serving.requests.models import (
     ModelCard,
     ModelList,
 )
-from tsq_ray.serving.requests.parse import Asked, asked, asked_batch
+from tsq_ray.serving.requests.parse import ScoreRequest, read_batch_request, read_score_request
 from tsq_ray.serving.requests.problems import RequestError, problem
-from tsq_ray.serving.requests.shares import Places
+from tsq_ray.serving.requests.shares import Quota
 from tsq_ray.serving.requests.tokens import AboveRate, Access, Token
 
 _log = logging.getLogger("ray.serve")
@@ -66,8 +65,8 @@ Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_
 Work = Callable[[Request, Token, dict[str, Any]], Awaitable[Response]]
 
 
-def _most_replicas() -> int:
-    """Return how many replicas of this deployment there may be, as it is deployed."""
+def _max_replicas() -> int:
+    """Return the largest number of replicas that this deployment may have."""
     deployed = serve.get_replica_context()._deployment_config
     scaling = deployed.autoscaling_config
     return int(scaling.max_replicas if scaling is not None else deployed.num_replicas or 1)
@@ -95,10 +94,10 @@ class Ingress:
         bind_to_loopback()
         self.batches = batches
         settings = self.settings = config.serve
-        self.access = Access(token, settings.tokens_file, _most_replicas())
+        self.access = Access(token, settings.tokens_file, _max_replicas())
         self.admission = Admission(settings.max_queued_requests, settings.request_timeout_s)
-        one, all_of_them = settings.max_upload_mb * 2**20, settings.max_upload_total_mb * 2**20
-        self.budget = Places(int(all_of_them), least=int(one))
+        one, total = settings.max_upload_mb * 2**20, settings.max_upload_total_mb * 2**20
+        self.upload_quota = Quota(int(total), minimum=int(one))
         self.graph = Graph(decoder, sampler, recognizer, TimeLimits.of(config))
         content, digest = read_bundle_settings(model)
         self.card = ModelCard(
@@ -120,12 +119,12 @@ class Ingress:
     async def _ping(self) -> None:
         while True:
             await self.graph.ping(_PING_S)
-            admission = self.admission
-            self.metrics.in_hand(admission.in_hand, self.budget.used, admission.expected_wait_s)
-            await asyncio.sleep(_PING_S if self._silent() is None else _PING_S / 10)
+            admission, quota = self.admission, self.upload_quota
+            self.metrics.in_flight(admission.in_flight, quota.used, admission.expected_wait_s)
+            await asyncio.sleep(_PING_S if self._silent_stage() is None else _PING_S / 10)
 
-    def _silent(self) -> str | None:
-        """Return a stage that has not answered of late."""
+    def _silent_stage(self) -> str | None:
+        """Return a stage that has not answered recently, if any."""
         return next((name for name in STAGES if self.graph.silent_s(name) > _READY_S), None)
 
     @api.get("/healthz", response_model=Health)
@@ -138,8 +137,8 @@ class Ingress:
         """Whether every stage answers and the endpoint accepts requests; needs no token."""
         if self.admission.draining:
             raise RequestError(503, "the endpoint is ending")
-        if (silent := self._silent()) is not None:
-            raise RequestError(503, f"the {silent} has not answered of late")
+        if (silent := self._silent_stage()) is not None:
+            raise RequestError(503, f"the {silent} has not answered recently")
         return JSONResponse({"status": "ok"})
 
     @api.get("/openapi.json", include_in_schema=False)
@@ -151,7 +150,7 @@ class Ingress:
 
     @api.get("/", include_in_schema=False)
     async def page(self) -> Response:
-        """A page on which to try the endpoint; needs no token, its requests do."""
+        """Show a page for trying the endpoint; it needs no token, but its requests do."""
         return start_page()
 
     @api.get("/docs", include_in_schema=False)
@@ -161,40 +160,40 @@ class Ingress:
 
     @api.get("/docs/{name}", include_in_schema=False)
     async def docs_file(self, name: str) -> Response:
-        """Return a file of that page."""
+        """Return a file that the page at /docs loads."""
         found = docs_asset(name)
         if found is None:
             raise HTTPException(404)
         return found
 
     @api.get("/v1/models", response_model=ModelList, responses={401: PROBLEMS[401]})
-    async def models(self, request: Request, given: Bearer = None) -> Response:
+    async def models(self, request: Request, bearer: Bearer = None) -> Response:
         """List the served models, with their classes and settings."""
-        return await self._observed(request, given, self._models)
+        return await self._observed(request, bearer, self._models)
 
     async def _models(self, _: Request, __: Token, ___: dict[str, Any]) -> Response:
         return JSONResponse({"models": [self.card.model_dump()]})
 
     @api.post("/v1/score", **SCORE)
-    async def score(self, request: Request, given: Bearer = None) -> Response:
+    async def score(self, request: Request, bearer: Bearer = None) -> Response:
         """Label one video: the file as the body, a form with a `file`, or JSON with a `uri`."""
-        return await self._observed(request, given, self._score)
+        return await self._observed(request, bearer, self._score)
 
     @api.post("/v1/batches", **BATCHES)
-    async def create_batch(self, request: Request, given: Bearer = None) -> Response:
+    async def create_batch(self, request: Request, bearer: Bearer = None) -> Response:
         """Score the videos of a manifest, or of JSON lines {"custom_id", "uri"}, in the background.
 
         With the header Idempotency-Key, a repeated request returns the same batch.
         """
-        return await self._observed(request, given, self._create_batch)
+        return await self._observed(request, bearer, self._create_batch)
 
     async def _create_batch(self, request: Request, token: Token, _: dict[str, Any]) -> Response:
         batches = self._batches()
         self.admission.check_open()
-        wanted, lines = await asked_batch(request, self.settings)
+        parsed, lines = await read_batch_request(request, self.settings)
         key = request.headers.get("idempotency-key")
         owned = f"{token.name}/{key}" if key else None
-        return _json(await batches.create.remote(wanted, lines, owned))
+        return _json(await batches.create.remote(parsed, lines, owned))
 
     def _batches(self) -> Any:
         if self.batches is None:
@@ -203,47 +202,47 @@ class Ingress:
 
     @api.get("/v1/batches", response_model=BatchList, responses=REFUSALS)
     async def list_batches(
-        self, request: Request, limit: int = 20, after: str | None = None, given: Bearer = None
+        self, request: Request, limit: int = 20, after: str | None = None, bearer: Bearer = None
     ) -> Response:
-        """List the batches, the newest first: those before `after`, at most `limit` (1 to 100)."""
+        """List at most `limit` batches (1 to 100), newest first; `after`: those older than it."""
 
         async def work(*_: object) -> Response:
             if not 1 <= limit <= 100:
                 raise RequestError(400, f"limit: {limit} is not in 1..100")
             return _json(await self._batches().newest.remote(limit, after))
 
-        return await self._observed(request, given, work)
+        return await self._observed(request, bearer, work)
 
     @api.get("/v1/batches/{batch}", response_model=Batch, responses=REFUSALS)
     async def get_batch(
-        self, request: Request, batch: str, verify: bool = False, given: Bearer = None
+        self, request: Request, batch: str, verify: bool = False, bearer: Bearer = None
     ) -> Response:
         """Return a batch; with `verify`, also whether its rows add up."""
 
         async def work(*_: object) -> Response:
             return _json(await self._batches().get.remote(batch, verify))
 
-        return await self._observed(request, given, work)
+        return await self._observed(request, bearer, work)
 
     @api.post("/v1/batches/{batch}/cancel", response_model=Batch, responses=REFUSALS)
-    async def cancel_batch(self, request: Request, batch: str, given: Bearer = None) -> Response:
-        """Cancel a batch; the rows that it has are kept."""
+    async def cancel_batch(self, request: Request, batch: str, bearer: Bearer = None) -> Response:
+        """Cancel a batch; the rows it already has are kept."""
 
         async def work(*_: object) -> Response:
             return _json(await self._batches().cancel.remote(batch))
 
-        return await self._observed(request, given, work)
+        return await self._observed(request, bearer, work)
 
     async def _observed(
-        self, request: Request, given: HTTPAuthorizationCredentials | None, work: Work
+        self, request: Request, bearer: HTTPAuthorizationCredentials | None, work: Work
     ) -> Response:
-        """Do the work of a request with a valid token; turn errors into answers; log and count."""
+        """Check the token, do the work, turn errors into answers; log and count the answer."""
         started = time.monotonic()
         headers: dict[str, str] = {}
         record: dict[str, Any] = {"request_id": request_id(request), "path": request.url.path}
         error: RequestError | None = None
         try:
-            token = self.access.client(given.credentials if given else None)
+            token = self.access.client(bearer.credentials if bearer else None)
             record["token"] = token.name
             headers, refused = self.access.spend(token)
             if refused is not None:
@@ -254,9 +253,9 @@ class Ingress:
         except Exception as raised:  # noqa: BLE001  the client must get an answer
             error = await self._error(raised)
             response = problem(error, record["request_id"], headers)
-        return self.told(record, response, error, time.monotonic() - started)
+        return self.record_answer(record, response, error, time.monotonic() - started)
 
-    def told(
+    def record_answer(
         self,
         record: dict[str, Any],
         response: Response,
@@ -275,8 +274,8 @@ class Ingress:
         return response
 
     async def _error(self, raised: Exception) -> RequestError:
-        # one that was raised here may have a cause; one of a replica is a cause, and Ray gives its
-        # wrapper the same class
+        # an error raised here may have a cause; a replica's error is the cause of a Ray wrapper of
+        # the same class
         own = isinstance(raised, RequestError) and not isinstance(raised, RayError)
         cause = raised if own else cluster.root_cause(raised)
         if isinstance(cause, RequestError):
@@ -292,97 +291,100 @@ class Ingress:
         return internal(raised)
 
     async def _score(self, request: Request, token: Token, record: dict[str, Any]) -> Response:
+        quota, share = self.upload_quota, token.client_share
         preferred = "respond-async" in request.headers.get("prefer", "").lower()
-        if preferred or self._is_too_late(request):
+        if preferred or self._would_be_late(request):
             self._batches()
             self.admission.check_open()
-            async with asked(request, self.settings, self.budget, token.holds) as wanted:
-                self._check_later(wanted, preferred)
+            async with read_score_request(request, self.settings, quota, share) as parsed:
+                self._check_can_become_batch(parsed, preferred)
             applied = {"Preference-Applied": "respond-async"} if preferred else {}
-            return await self._score_later(wanted, applied)
-        late: Asked | None = None
-        with self.admission.admitted(token.holds):
+            return await self._score_as_batch(parsed, applied)
+        accepted: ScoreRequest | None = None
+        with self.admission.admitted(share):
             try:
                 async with (
                     asyncio.timeout(self.settings.request_timeout_s),
-                    asked(request, self.settings, self.budget, token.holds) as wanted,
+                    read_score_request(request, self.settings, quota, share) as parsed,
                 ):
-                    late = wanted
-                    return await self._prediction(wanted, token, record)
+                    accepted = parsed
+                    return await self._prediction(parsed, token, record)
             except (TimeoutError, RequestError) as error:
                 timed_out = isinstance(error, TimeoutError) or error.error_type == "timeout"
-                if late is None or not timed_out or not self._can_be_later(late):
+                if accepted is None or not timed_out or not self._can_become_batch(accepted):
                     raise
-        return await self._score_later(late, {})
+        return await self._score_as_batch(accepted, {})
 
-    async def _prediction(self, wanted: Asked, token: Token, record: dict[str, Any]) -> Response:
+    async def _prediction(
+        self, parsed: ScoreRequest, token: Token, record: dict[str, Any]
+    ) -> Response:
         """Return the prediction; log its parts and count it."""
-        record["video_id"] = wanted.video_id
-        if wanted.upload is not None:
-            record["size_bytes"] = wanted.upload.size_bytes
-        self._check(wanted)
+        record["video_id"] = parsed.video_id
+        if parsed.upload is not None:
+            record["size_bytes"] = parsed.upload.size_bytes
+        self._check_options(parsed)
         started = time.monotonic()
         with self.admission.measured():
-            row, version = await self._row(wanted, token)
+            row, version = await self._row(parsed, token)
         record |= {
             name: row[name] for name in ("size_bytes", "decode_ms", "sample_ms", "recognize_ms")
         }
         self.metrics.scored(row, time.monotonic() - started)
         return JSONResponse(row, headers={MODEL_HEADER: version})
 
-    def _is_too_late(self, request: Request) -> bool:
-        """Whether the prediction would be late, and the request can become a batch instead."""
+    def _would_be_late(self, request: Request) -> bool:
+        """Whether the prediction would be late and the request might become a batch instead."""
         is_json = request.headers.get("content-type", "").startswith("application/json")
         return is_json and self.batches is not None and self.admission.late_s > 0
 
-    def _can_be_later(self, wanted: Asked) -> bool:
-        """Whether a batch of one can answer: the endpoint keeps the video's URI, but no options."""
-        no_options = not wanted.options.model_fields_set - {"uri"}
-        return self.batches is not None and wanted.upload is None and no_options
+    def _can_become_batch(self, parsed: ScoreRequest) -> bool:
+        """Whether a batch of one can answer: the endpoint stores a URI but no upload or options."""
+        no_options = not parsed.options.model_fields_set - {"uri"}
+        return self.batches is not None and parsed.upload is None and no_options
 
-    def _check_later(self, wanted: Asked, preferred: bool) -> None:
-        if self._can_be_later(wanted):
+    def _check_can_become_batch(self, parsed: ScoreRequest, preferred: bool) -> None:
+        if self._can_become_batch(parsed):
             return
-        if wanted.upload is not None:
-            raise RequestError(400, "respond-async needs a uri: an upload is not kept")
-        if not preferred:  # too late, which is not its fault
-            why = "the requests in hand take too long; try again later"
+        if parsed.upload is not None:
+            raise RequestError(400, "respond-async needs a uri: uploads are not stored")
+        if not preferred:  # the client did not ask for a batch
+            why = "the requests in flight take too long; try again later"
             raise RequestError(429, why, retry_after_s=max(1.0, self.admission.late_s))
-        raise RequestError(400, "respond-async takes no options besides the uri")
+        raise RequestError(400, "respond-async takes no options but the uri")
 
-    async def _score_later(self, wanted: Asked, headers: dict[str, str]) -> Response:
-        """Make a batch of one and return it, with status 202."""
-        line = BatchLine(custom_id=wanted.video_id, uri=wanted.source.uri)
+    async def _score_as_batch(self, parsed: ScoreRequest, headers: dict[str, str]) -> Response:
+        """Create a batch of one and return it, with status 202."""
+        line = BatchLine(custom_id=parsed.video_id, uri=parsed.source.uri)
         batch = await self._batches().create.remote(None, [line], None)
         headers = {"Location": f"/v1/batches/{batch.id}"} | headers
         return JSONResponse(batch.model_dump(mode="json"), 202, headers)
 
-    def _check(self, wanted: Asked) -> None:
-        card, options = self.card, wanted.options
-        for name, given, most in (
+    def _check_options(self, parsed: ScoreRequest) -> None:
+        card, options = self.card, parsed.options
+        for name, value, limit in (
             ("k", options.k, card.num_frames),
             ("top", options.top, len(card.classes)),
         ):
-            if given is not None and given > most and name in options.model_fields_set:
-                raise RequestError(400, f"{name}: {given} is above {most}, the most that there are")
+            if value is not None and value > limit and name in options.model_fields_set:
+                raise RequestError(400, f"{name}: {value} is above {limit}, the maximum")
         if options.k is not None and options.k % card.clip_frames:
-            clip = f"the recogniser takes clips of {card.clip_frames} frames"
-            raise RequestError(400, f"k: {options.k} is not a multiple; {clip}")
+            clip = f"{card.clip_frames}, the recogniser's clip length in frames"
+            raise RequestError(400, f"k: {options.k} is not a multiple of {clip}")
 
-    async def _row(self, wanted: Asked, token: Token) -> tuple[dict[str, Any], str]:
-        options = wanted.options
+    async def _row(self, parsed: ScoreRequest, token: Token) -> tuple[dict[str, Any], str]:
+        options = parsed.options
         answer = await self.graph.score(
             Video(
-                wanted.source,
-                wanted.video_id,
-                wanted.upload,
+                parsed.source,
+                parsed.video_id,
+                parsed.upload,
                 options.k,
                 options.top,
                 options.frames,
-                share=token.holds,
+                share=token.client_share,
             )
         )
-        identity = wanted.identity
+        identity = parsed.identity
         if (file := answer.file) is not None:
             identity |= {
                 "size_bytes": file.size_bytes,

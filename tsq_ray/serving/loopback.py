@@ -1,4 +1,4 @@
-"""Keep a replica's own server on loopback where its node is."""
+"""Keep a replica's own server on loopback if its node is on loopback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOOPBACK = "127.0.0.1"
 def bind_to_loopback() -> None:
     """Have the server that Serve starts in this replica listen on loopback, if the node does.
 
-    It takes pickled calls from other replicas, on every interface and without authentication.
+    By default it accepts pickled calls on every interface, without authentication.
     """
     import ray
     from ray.serve._private import replica

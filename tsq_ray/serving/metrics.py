@@ -26,23 +26,26 @@ class IngressMetrics:
     def __init__(self, model: Mapping[str, Any]) -> None:
         self._requests = metrics.Counter(
             "tsq_requests",
-            "Requests of /v1 by HTTP status and error type (of a failed video, or rate).",
+            "Requests to /v1 by HTTP status and error type (of a failed video, or rate).",
             _tags("status", "error_type"),
         )
         self._seconds = metrics.Histogram(
             "tsq_request_seconds", "Seconds from a request to its answer.", _SECONDS
         )
         self._stages = metrics.Histogram(
-            "tsq_stage_seconds", "Seconds of processing a video by stage.", _SECONDS, _tags("stage")
+            "tsq_stage_seconds",
+            "Seconds of processing per video, by stage.",
+            _SECONDS,
+            _tags("stage"),
         )
         self._waiting = metrics.Histogram(
-            "tsq_waiting_seconds", "Seconds of an answered request outside the stages.", _SECONDS
+            "tsq_waiting_seconds", "Seconds that a prediction spent outside the stages.", _SECONDS
         )
         self._frames = metrics.Counter("tsq_frames_decoded", "Frames decoded for the sampler.")
-        self._in_hand = metrics.Gauge("tsq_requests_in_hand", "Requests that have no answer yet.")
-        self._bytes = metrics.Gauge("tsq_upload_bytes_in_hand", "Bytes of uploads in hand.")
+        self._in_flight = metrics.Gauge("tsq_requests_in_hand", "Requests that have no answer yet.")
+        self._bytes = metrics.Gauge("tsq_upload_bytes_in_hand", "Bytes of uploads in flight.")
         self._wait = metrics.Gauge(
-            "tsq_expected_wait_seconds", "Seconds that the requests in hand are expected to take."
+            "tsq_expected_wait_seconds", "Seconds that the requests in flight are expected to take."
         )
         self._model = metrics.Gauge(
             "tsq_model_info", "1 for the served model.", _tags("sha256", "task", "mode", "budget")
@@ -63,10 +66,10 @@ class IngressMetrics:
         self._waiting.observe(max(0.0, seconds - sum(spent.values())))
         self._frames.inc(len(row["frame_pts_s"]))
 
-    def in_hand(self, requests: int, upload_bytes: int, expected_wait_s: float) -> None:
-        """Set what is in hand; to be called every few seconds, as gauges expire."""
+    def in_flight(self, requests: int, upload_bytes: int, expected_wait_s: float) -> None:
+        """Set the gauges of requests in flight; call it every few seconds, as gauges expire."""
         self._model.set(1, self._about)
-        self._in_hand.set(requests)
+        self._in_flight.set(requests)
         self._bytes.set(upload_bytes)
         self._wait.set(expected_wait_s)
 
@@ -81,7 +84,7 @@ class DecoderMetrics:
         self._seen = 0
 
     def lost(self, total: int) -> None:
-        """Count the decoding processes lost so far."""
+        """Count the newly lost decoding processes; `total`: lost so far."""
         if total > self._seen:
             self._lost.inc(total - self._seen)
             self._seen = total

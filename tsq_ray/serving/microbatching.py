@@ -1,4 +1,4 @@
-"""Batches of requests to a network: requests that wait while it is busy form the next batch.
+"""Batches of requests to a network: requests that arrive while it is busy form the next batch.
 
 `serve.batch` does not fit: it closes a batch after its wait even if the previous batch is still
 running, and since a batch takes longer than the wait here, most batches would hold one video.
@@ -40,25 +40,25 @@ class Microbatches(Generic[Item, Answer]):
         self.lanes = 1 if on_gpu or compiled else threads
         self.pools = [ThreadPoolExecutor(1, initializer=_settle_threads) for _ in range(self.lanes)]
         self.waiting: asyncio.Queue[tuple[Item, asyncio.Future[Answer]]] = asyncio.Queue()
-        # the lowest idle lane is used first, because a lane's thread never gives up helper threads:
-        # this way only the first lanes ever get many
+        # the lowest idle lane is used first, because a lane's thread never releases helper threads:
+        # this way only the first lanes ever have many
         self.idle = list(range(self.lanes))
         self.free = asyncio.Semaphore(self.lanes)
         self.dispatcher: asyncio.Task[None] | None = None
         self.rounds: set[asyncio.Task[None]] = set()
-        self.in_hand = 0
+        self.in_flight = 0
 
     async def __call__(self, item: Item) -> Answer:
         """Return the answer to one item. Raises what `work` raised for it."""
         if self.dispatcher is None:
             self.dispatcher = asyncio.create_task(self._dispatch())
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.in_hand += 1
+        self.in_flight += 1
         try:
             self.waiting.put_nowait((item, answer))
             return await answer
         finally:
-            self.in_hand -= 1
+            self.in_flight -= 1
 
     async def _dispatch(self) -> None:
         while True:
@@ -70,11 +70,11 @@ class Microbatches(Generic[Item, Answer]):
             task.add_done_callback(self.rounds.discard)
 
     async def _round(self, lane: int, batch: list[tuple[Item, asyncio.Future[Answer]]]) -> None:
-        # an answer that is already done belongs to an abandoned request
+        # a future that is already done belongs to an abandoned request
         batch = [(item, waiting) for item, waiting in batch if not waiting.done()]
         try:
             if batch:
-                threads = self.threads // min(self.lanes, max(1, self.in_hand))
+                threads = self.threads // min(self.lanes, max(1, self.in_flight))
                 answers = await asyncio.wrap_future(
                     self.pools[lane].submit(self._run, [item for item, _ in batch], threads)
                 )
@@ -99,7 +99,7 @@ class Microbatches(Generic[Item, Answer]):
         while len(batch) < self.size:
             try:
                 async with asyncio.timeout_at(deadline):
-                    # takes items that already wait, even after the deadline
+                    # takes items that are already waiting, even after the deadline
                     batch.append(await self.waiting.get())
             except TimeoutError:
                 break

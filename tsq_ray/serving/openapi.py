@@ -1,4 +1,4 @@
-"""The OpenAPI document of the endpoint, and its two pages, which load nothing from elsewhere."""
+"""The endpoint's OpenAPI document and its two pages, which load nothing from other sites."""
 
 from __future__ import annotations
 
@@ -35,29 +35,29 @@ _REASONS = {
     401: "no valid token",
     403: "the `uri` is not below an allowed prefix",
     404: "no such video",
-    413: "the upload or the video is above a limit",
+    413: "the upload or the video exceeds a limit",
     415: "the media type is not supported",
     422: "the video cannot be used: `error_type` is not_video, truncated, corrupt, unsupported, "
     "decoder_crash or out_of_memory",
-    429: "too many requests in hand, or above the token's rate; `Retry-After` says when to retry",
-    500: "a fault of the endpoint; its log says more",
+    429: "too many requests in flight, or above the token's rate; `Retry-After` says when to retry",
+    500: "an error in the endpoint; see its log",
     502: "storage refuses the endpoint's own keys",
-    503: "storage does not answer, or the endpoint is ending; `Retry-After` says when to try again",
+    503: "storage does not answer, or the endpoint is ending; `Retry-After` says when to retry",
     504: "a time limit has passed",
-    507: "the endpoint's disk is full; `Retry-After` says when to try again",
+    507: "the endpoint's disk is full; `Retry-After` says when to retry",
 }
 _WITH_RETRY_AFTER = (429, 503, 507)
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; "
     "style-src 'unsafe-inline'; img-src data:; media-src blob: http: https:; connect-src 'self'"
 }
-"""The page sends its requests to the endpoint only."""
+"""The page may send requests to the endpoint only."""
 _MODEL_HEADER = {
     "X-TSQ-Model": {"description": "SHA-256 of the bundle", "schema": {"type": "string"}}
 }
 _REQUEST_ID = {
     "x-request-id": {
-        "description": "the id of the request, the client's own if it sent one",
+        "description": "the request's id; the client's own if it sent one",
         "schema": {"type": "string"},
     }
 }
@@ -67,7 +67,7 @@ def _problem(status: int) -> dict[str, Any]:
     headers = dict(_REQUEST_ID)
     if status in _WITH_RETRY_AFTER:
         headers["Retry-After"] = {
-            "description": "seconds until it is worth another try",
+            "description": "seconds to wait before another try",
             "schema": {"type": "integer"},
         }
     return {
@@ -78,7 +78,7 @@ def _problem(status: int) -> dict[str, Any]:
 
 
 PROBLEMS = {status: _problem(status) for status in _REASONS}
-"""The documented answers that are no prediction, by status."""
+"""The documented answers other than predictions, by status."""
 
 
 def _binary(media_type: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ _PREFER = {
     "name": "Prefer",
     "in": "header",
     "required": False,
-    "description": "`respond-async`: answer 202 with a batch of this one `uri`, without options",
+    "description": "`respond-async`: answer 202 with a batch of this one `uri`; no options allowed",
     "schema": {"type": "string", "examples": ["respond-async"]},
 }
 SCORE: dict[str, Any] = {
@@ -111,7 +111,7 @@ SCORE: dict[str, Any] = {
         200: {"description": "The prediction", "headers": _MODEL_HEADER | _REQUEST_ID},
         202: {
             "model": Batch,
-            "description": "A batch of this video, for an answer that takes long",
+            "description": "A batch of this video, if the answer takes too long",
         },
         **PROBLEMS,
     },
@@ -155,7 +155,7 @@ BATCHES: dict[str, Any] = {
                 "in": "header",
                 "required": False,
                 "description": "a repeated request with the same key returns the same batch; "
-                "another request with it is refused",
+                "a different request with that key is refused",
                 "schema": {"type": "string", "maxLength": 255},
             },
             *_query_parameters(LinesOptions, "JSON lines"),

@@ -1,4 +1,4 @@
-"""What a recogniser replica works with: a network on its device, or a server."""
+"""The backends of a recogniser replica: a network on its device, or a server."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ if TYPE_CHECKING:  # torch: only in the replicas that need it
 _JPEG_QUALITY = 90
 
 
-class Recognizing(Protocol):
-    """What the deployment needs of either."""
+class RecognizerBackend(Protocol):
+    """What the deployment needs from either backend."""
 
     classes: Sequence[str]
 
-    async def answer(self, handed: Any) -> Answer:
-        """Return the answer for what the sampler handed on about one video."""
+    async def answer(self, sampled: Any) -> Answer:
+        """Return the answer for the sampler's result on one video."""
         ...
 
-    def jpegs(self, handed: Any, columns: dict[str, Any]) -> list[str]:
+    def jpegs(self, sampled: Any, columns: dict[str, Any]) -> list[str]:
         """Return the chosen frames as the recogniser saw them, as base64 JPEG."""
         ...
 
     async def check(self) -> None:
-        """Process a made-up video, if that costs nothing. Raises whatever is wrong."""
+        """Process a made-up video, if that is free. Raises what goes wrong."""
         ...
 
 
 class NetworkRecognizer:
-    """A network, whose batches wait for each other."""
+    """A network, which processes videos in batches."""
 
     def __init__(self, model: str, config: Config, placed: Layout) -> None:
         import torch
@@ -58,17 +58,17 @@ class NetworkRecognizer:
         recognize([self._made_up()])
         self._microbatches = microbatches(recognize, config, placed)
 
-    async def answer(self, handed: Sampled) -> Answer:
+    async def answer(self, sampled: Sampled) -> Answer:
         """Recognise the chosen frames of one video."""
-        return await self._microbatches(handed)
+        return await self._microbatches(sampled)
 
-    def jpegs(self, handed: Sampled, columns: dict[str, Any]) -> list[str]:
-        """Return the chosen frames in the shape of the video."""
-        assert handed.candidates is not None
-        places = {slot: place for place, slot in enumerate(handed.candidates.slots.tolist())}
+    def jpegs(self, sampled: Sampled, columns: dict[str, Any]) -> list[str]:
+        """Return the chosen frames in the video's aspect ratio, as base64 JPEG."""
+        assert sampled.candidates is not None
+        places = {slot: place for place, slot in enumerate(sampled.candidates.slots.tolist())}
         size = (columns["width"], columns["height"]) if self._network.resize == "squash" else None
         chosen = [places[int(slot)] for slot in columns["selected_slot"]]
-        return [_jpeg(handed.pictures.frames[place], size) for place in chosen]
+        return [_jpeg(sampled.pictures.frames[place], size) for place in chosen]
 
     async def check(self) -> None:
         """Process a made-up video."""
@@ -79,30 +79,30 @@ class NetworkRecognizer:
 
 
 class ServerRecognizer:
-    """A server, which is asked about as many videos at a time as it may be."""
+    """A server, asked about a limited number of videos at a time."""
 
     def __init__(self, model: ServerModel) -> None:
         self.classes: Sequence[str] = model.classes
         self._asker = Asker(model)
 
-    async def answer(self, handed: Question) -> Answer:
-        """Ask about one video; a caller that gives up ends the request."""
-        return await self._asker.answer(handed)
+    async def answer(self, question: Question) -> Answer:
+        """Ask about one video; if the caller gives up, the request is cancelled."""
+        return await self._asker.answer(question)
 
-    def jpegs(self, handed: Question, columns: dict[str, Any]) -> list[str]:
-        """Return the chosen frames as they were sent."""
-        sent = dict(zip(handed.slots.tolist(), handed.jpegs, strict=True))
+    def jpegs(self, question: Question, columns: dict[str, Any]) -> list[str]:
+        """Return the chosen frames as they were sent, as base64 JPEG."""
+        sent = dict(zip(question.slots.tolist(), question.jpegs, strict=True))
         return [base64.b64encode(sent[int(slot)]).decode() for slot in columns["selected_slot"]]
 
     async def check(self) -> None:
-        """Raise ModelError if the server refuses the key; asks about no video, to cost nothing."""
+        """Raise ModelError if the server refuses the key. Sends no video, so it costs nothing."""
         await self._asker.client.check()
 
 
 def microbatches(
     work: Callable[[list[Any]], list[Any]], config: Config, placed: Layout
 ) -> Microbatches[Any, Any]:
-    """Return `work` in batches as the settings and the layout say."""
+    """Return `work` in batches, according to the settings and the layout."""
     settings = config.serve
     threads = config.resources.threads or min(placed.threads, _node_cpus())
     return Microbatches(
@@ -119,13 +119,14 @@ def _node_cpus() -> int:
     import ray
 
     # in a container os.cpu_count() may be too high; Ray knows the actual number
-    here, there = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["NodeID"] == here]
-    return max(1, min([there, *(count for count in cpus if count)]))
+    node_id, limit = ray.get_runtime_context().get_node_id(), os.cpu_count() or 1
+    nodes = [node for node in ray.nodes() if node["NodeID"] == node_id]
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes]
+    return max(1, min([limit, *(count for count in cpus if count)]))
 
 
 def _jpeg(picture: np.ndarray, size: tuple[int, int] | None) -> str:
-    """Return a picture, uint8 [h, w, 3], as base64 JPEG, in the proportions of `size`."""
+    """Return a picture, uint8 [h, w, 3], as base64 JPEG, in the aspect ratio of `size`."""
     from PIL import Image
 
     image = Image.fromarray(picture)

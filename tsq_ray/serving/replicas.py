@@ -23,7 +23,7 @@ from tsq_ray.serving.graph import STAGES
 LOOK_EVERY_S = 2.0
 """Interval between checks of the nodes and of the replicas' capacity."""
 _RAISED = re.compile(r"^(?:tsq_ray\.errors\.\w+: |(?=[\w.]+(?:Error|Exception|Exit): ))(.+)$", re.M)
-"""The last line of a traceback, without the class if it is one of this package."""
+"""The last line of a traceback, without the exception's class if it is one of this package."""
 
 
 class Replicas:
@@ -32,7 +32,7 @@ class Replicas:
     def __init__(
         self, ray: Any, app: str, config: Config, model: str, counts: Any, videos: int
     ) -> None:
-        """Lay the graph out. `app` names the Serve application; `counts` is a FlowCounts actor."""
+        """Lay out the graph. `app` names the Serve application; `counts` is a FlowCounts actor."""
         self._ray, self._app, self._config, self._model, self._counts, self._videos = (
             ray,
             app,
@@ -42,9 +42,9 @@ class Replicas:
             videos,
         )
         self.placed = layout("score", config, cluster.read_cluster(ray, config), videos)
-        self._looked = 0.0
+        self._checked_at = 0.0
         self._nodes: Cluster | None = None
-        self._wanted = {name: self.placed[name].start for name in STAGES}
+        self._targets = {name: self.placed[name].start for name in STAGES}
 
     @contextlib.contextmanager
     def deployed(self, session: Session, observe: progress.Observe) -> Iterator[None]:
@@ -90,9 +90,9 @@ class Replicas:
 
     def tick(self) -> None:
         """Adapt the number of replicas to the live nodes, and the senders' room to the replicas."""
-        if time.monotonic() - self._looked < LOOK_EVERY_S:
+        if time.monotonic() - self._checked_at < LOOK_EVERY_S:
             return
-        self._looked = time.monotonic()
+        self._checked_at = time.monotonic()
         nodes = cluster.read_cluster(self._ray, self._config)
         if nodes != self._nodes:
             self._nodes = nodes
@@ -105,12 +105,12 @@ class Replicas:
 
         try:
             placed = layout("score", self._config, nodes, self._videos)
-        except ConfigError:  # the nodes it needs are lost; others may join
+        except ConfigError:  # the remaining nodes are too few; others may join
             return
         for name in STAGES:
             count = placed[name].start
-            if count != self._wanted[name]:
-                self._wanted[name] = count
+            if count != self._targets[name]:
+                self._targets[name] = count
                 target = DeploymentID(name.capitalize(), self._app)
                 # the call behind Serve's REST API for external scalers
                 controller: Any = getattr(_get_global_client(), "_controller")  # noqa: B009
@@ -130,30 +130,30 @@ class Replicas:
                     status.replica_states.get(ReplicaState.RUNNING, 0) if status is not None else 0
                 )
         ongoing = self.ongoing()
-        # a network takes its turn with the others on the same cores, a server does not
-        waits = self._config.recognizer.kind == "openai"
-        busy = STAGES if waits else ("decoder", "sampler")
+        # a network shares the cores with the other stages, a server does not
+        asks_server = self._config.recognizer.kind == "openai"
+        busy = STAGES if asks_server else ("decoder", "sampler")
         return max(1, sum(running[name] * ongoing[name] for name in busy))
 
 
 def start_failed(error: BaseException, app: str, doing: str) -> TsqError:
-    """Turn an error of an application's start into one that says what its replicas died of."""
+    """Turn an error while starting an application into one that says why its replicas died."""
     from ray import serve
 
     found = None
-    with contextlib.suppress(Exception):  # Serve itself may be what failed
+    with contextlib.suppress(Exception):  # Serve itself may have failed
         found = serve.status().applications.get(app)
     for name, deployment in (found.deployments if found is not None else {}).items():
-        # Serve hands on the replica's traceback; its last line names the error
+        # the message has the replica's traceback, whose last line names the error
         raised = _RAISED.findall(deployment.message)
         if raised:
-            what = storage.redact(raised[-1])
-            return RunFailed(f"{doing}: no {name.lower()} could start: {what}")
+            why = storage.redact(raised[-1])
+            return RunFailed(f"{doing}: no {name.lower()} could start: {why}")
     return cluster.run_failed(error, doing)
 
 
 class FlowCounts(progress.RowCounts):
-    """Counts that also divide the graph's room for requests among the senders."""
+    """Row counts that also divide the graph's room for requests among the senders."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class FlowCounts(progress.RowCounts):
         self.room = room
 
     def share(self, sender: str) -> int:
-        """Return one sender's share of the room; senders that stopped asking have none."""
+        """Return a sender's share of the room; senders that no longer ask get none."""
         now = time.monotonic()
         self.senders[sender] = now
         alive = sum(now - asked < 5 * LOOK_EVERY_S for asked in self.senders.values())

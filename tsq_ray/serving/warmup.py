@@ -1,4 +1,4 @@
-"""Made-up videos, for warming a replica up and for checking that it still works."""
+"""Made-up videos, to warm up a replica and to check that it still works."""
 
 from __future__ import annotations
 

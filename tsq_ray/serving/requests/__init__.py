@@ -1,1 +1,1 @@
-"""What clients ask of the endpoint, and whether it may be answered."""
+"""Requests to the endpoint: parsing, limits, and whether they may be answered."""

@@ -22,15 +22,15 @@ from tsq_ray import storage
 from tsq_ray.config import Config
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.serving.requests.uploads import write_all
-from tsq_ray.serving.requests.uris import WEB, may_ask, named_hosts
+from tsq_ray.serving.requests.uris import WEB, may_connect, named_hosts
 from tsq_ray.storage import StoredFile
 
 _CHUNK = 1 << 20
 _CONNECT_S = 10.0
 _SLOWEST_BYTES_S = 256 * 1024
-"""Rate below which a patient fetch gives up, so that no server holds a place forever."""
+"""Average rate below which a patient fetch gives up, so that no server blocks a slot forever."""
 _LOOK_S = 0.5
-_NAMES_AT_A_TIME = 32
+_CONCURRENT_NAMES = 32
 _TYPE_OF = {401: "access_denied", 403: "access_denied", 404: "not_found", 410: "not_found"}
 _ADVICE = {
     "access_denied": "the server refuses access; a presigned URL may have expired",
@@ -40,30 +40,30 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Fetched:
-    """A video on this machine, and what its storage says about it."""
+    """A video on this machine, and what its storage reports about it."""
 
     path: str
     file: StoredFile
 
 
 class Fetcher:
-    """Fetches videos, a limited number at a time, outside of the decoding processes."""
+    """Fetches videos, a limited number at a time, outside the decoding processes."""
 
     def __init__(
-        self, prefixes: Iterable[str], timeout_s: float, max_bytes: int, places: int
+        self, prefixes: Iterable[str], timeout_s: float, max_bytes: int, limit: int
     ) -> None:
-        self._named = named_hosts(prefixes)
+        self._named_hosts = named_hosts(prefixes)
         self._timeout_s, self._max_bytes = timeout_s, max_bytes
-        self._places = asyncio.Semaphore(places)
+        self._slots = asyncio.Semaphore(limit)
         self._web: aiohttp.ClientSession | None = None
-        self._paths = ThreadPoolExecutor(places, "tsq-paths")
+        self._paths = ThreadPoolExecutor(limit, "tsq-paths")
 
     @contextlib.asynccontextmanager
     async def fetched(self, uri: str, patient: bool = False) -> AsyncIterator[Fetched]:
         """Yield the video as a local file, valid inside the `with`; a local one is read in place.
 
-        `patient`: wait for a big file as long as it keeps coming. Raises StorageError, and
-        VideoError: too_large, or timeout after the limit.
+        `patient`: wait for a big file as long as data keeps arriving. Raises StorageError, and
+        VideoError (too_large, or timeout after the limit).
         """
         with tempfile.TemporaryFile(prefix="tsq-fetch-", buffering=0) as file:
             async with self._limited(uri, file if patient else None):
@@ -71,27 +71,28 @@ class Fetcher:
             yield found
 
     async def look_up(self, uri: str) -> StoredFile:
-        """Return what storage says about a video, by the same rules; size 0 if it does not say.
+        """Return what storage reports about a video; size 0 if it reports none.
 
-        Raises StorageError, and VideoError timeout after the limit.
+        The rules are those of `fetched`. Raises StorageError, and VideoError timeout after the
+        limit.
         """
         async with self._limited(uri):
             if storage.is_local(uri):
                 return await self._stat(uri)
             if not uri.startswith(WEB):
                 return await storage.look_up(uri)
-            # not HEAD, which a presigned URL refuses
+            # not HEAD, which presigned URLs refuse
             with storage.storage_errors(uri, "look up"):
                 async with self._answered(uri) as response:
                     return _stored(uri, response, response.content_length or 0)
 
     @contextlib.asynccontextmanager
     async def _limited(self, uri: str, growing: IO[bytes] | None = None) -> AsyncIterator[None]:
-        """Hold a place within the time limit, which moves on with the size of `growing`."""
-        async with self._places:
+        """Hold a slot within the time limit, which is extended as the file `growing` grows."""
+        async with self._slots:
             try:
                 async with asyncio.timeout(self._timeout_s) as limit:
-                    with _moving(limit, growing):
+                    with _extended_by_growth(limit, growing):
                         yield
             except TimeoutError:
                 why = f"not fetched within serve.fetch_timeout_s = {self._timeout_s:g} s"
@@ -130,7 +131,7 @@ class Fetcher:
 
     @contextlib.asynccontextmanager
     async def _answered(self, uri: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Yield a web server's answer before its body is read. StorageError if it is not a file."""
+        """Yield a web server's answer before its body is read. Raises StorageError if it fails."""
         async with self._session().get(uri, allow_redirects=False) as response:
             if response.status != 200:
                 raise _refused(uri, response.status)
@@ -139,7 +140,7 @@ class Fetcher:
     def _session(self) -> aiohttp.ClientSession:
         if self._web is None:
             self._web = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(resolver=PublicResolver(self._named), limit=0),
+                connector=aiohttp.TCPConnector(resolver=PublicResolver(self._named_hosts), limit=0),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S),
                 auto_decompress=False,
                 trust_env=False,
@@ -150,47 +151,47 @@ class Fetcher:
         return await storage.fetch(uri, path, lambda found: self._check_size(uri, found.size_bytes))
 
 
-def longest_s(config: Config) -> float:
-    """Return how long a patient fetch may take, in seconds."""
+def longest_fetch_s(config: Config) -> float:
+    """Return the longest that a patient fetch may take, in seconds."""
     return config.serve.fetch_timeout_s + config.decode.max_bytes / _SLOWEST_BYTES_S
 
 
 @contextlib.contextmanager
-def _moving(limit: asyncio.Timeout, file: IO[bytes] | None) -> Iterator[None]:
-    """Move a time limit on by what has come into a file, if one is given."""
+def _extended_by_growth(limit: asyncio.Timeout, file: IO[bytes] | None) -> Iterator[None]:
+    """Extend a time limit as a file grows, if one is given."""
 
-    async def move(file: IO[bytes], first: float) -> None:
+    async def extend(file: IO[bytes], initial: float) -> None:
         while not limit.expired():
-            limit.reschedule(first + os.fstat(file.fileno()).st_size / _SLOWEST_BYTES_S)
+            limit.reschedule(initial + os.fstat(file.fileno()).st_size / _SLOWEST_BYTES_S)
             await asyncio.sleep(_LOOK_S)
 
-    first = limit.when()
-    if file is None or first is None:
+    initial = limit.when()
+    if file is None or initial is None:
         yield
         return
-    mover = asyncio.get_running_loop().create_task(move(file, first))
+    extender = asyncio.get_running_loop().create_task(extend(file, initial))
     try:
         yield
     finally:
-        mover.cancel()
+        extender.cancel()
 
 
 class PublicResolver(AbstractResolver):
-    """Resolves names to addresses that may be asked; the connection goes to those it returns.
+    """Resolves names to the addresses that the endpoint may connect to, and to no others.
 
-    Its threads are its own, so that names which no server answers for hold up nothing else.
+    It has its own threads, so that names which do not resolve hold up nothing else.
     """
 
-    def __init__(self, named: Iterable[str]) -> None:
-        self._named = frozenset(named)
-        self._threads = ThreadPoolExecutor(_NAMES_AT_A_TIME, "tsq-names")
+    def __init__(self, hosts: Iterable[str]) -> None:
+        self._named_hosts = frozenset(hosts)
+        self._threads = ThreadPoolExecutor(_CONCURRENT_NAMES, "tsq-names")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        tcp, own = socket.SOCK_STREAM, socket.AI_ADDRCONFIG
-        look = partial(socket.getaddrinfo, host, port, family, tcp, flags=own)
-        found = await asyncio.get_running_loop().run_in_executor(self._threads, look)
+        tcp, flags = socket.SOCK_STREAM, socket.AI_ADDRCONFIG
+        look_up = partial(socket.getaddrinfo, host, port, family, tcp, flags=flags)
+        found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
         allowed = [
             ResolveResult(
                 hostname=host,
@@ -201,7 +202,7 @@ class PublicResolver(AbstractResolver):
                 flags=socket.AI_NUMERICHOST,
             )
             for kind, _, protocol, _, address in found
-            if may_ask(host, str(address[0]), self._named)
+            if may_connect(host, str(address[0]), self._named_hosts)
         ]
         if not allowed:
             why = (

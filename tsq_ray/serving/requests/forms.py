@@ -1,4 +1,4 @@
-"""The file in a multipart form, taken out as the form arrives."""
+"""The file in a multipart form, extracted as the form arrives."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from tsq_ray.serving.requests.problems import RequestError
 
 
 class Form:
-    """A form with one file, in the field `file`; other fields are read and dropped."""
+    """A form with one file, in the field `file`; other fields are read and discarded."""
 
     def __init__(self, content_type: str) -> None:
-        """Raise RequestError 400 if the media type names no boundary."""
+        """Raise RequestError 400 if the media type has no boundary."""
         boundary = parse_options_header(content_type)[1].get(b"boundary")
         if not boundary:
             raise RequestError(400, "the form cannot be read: its Content-Type has no boundary")
         self.file_name = ""
-        """As the client gave it, without folders; known once the file is read."""
+        """As the client sent it, without folders; known once the file has been read."""
         self._header, self._value, self._disposition = b"", b"", b""
         self._in_file = self._is_whole = False
         self._data = bytearray()

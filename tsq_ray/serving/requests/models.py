@@ -1,4 +1,4 @@
-"""What the endpoint takes and answers, as pydantic models.
+"""The endpoint's requests and answers, as pydantic models.
 
 The answer's fields are the prediction columns of schema.py, so that Parquet, the answer and the
 OpenAPI document agree.
@@ -16,7 +16,7 @@ from tsq_ray.errors import ErrorType
 from tsq_ray.schema import PREDICTIONS, SERVER, TOP_LABELS, Column
 
 OMITTED = frozenset({"labels", "split", "label_names", "error_type", "error_message"})
-"""Prediction columns that no answer has."""
+"""Prediction columns that answers leave out."""
 
 
 class Options(BaseModel):
@@ -70,7 +70,7 @@ def _python_type(column: Column) -> Any:
     kind = column.type
     inner = kind.value_type if pa.types.is_list(kind) else kind
     found = datetime if pa.types.is_timestamp(inner) else _PLAIN[inner]
-    # a tensor column may be absent: saliency without that module, scores that were not asked for
+    # a tensor column may be absent: saliency without that module, scores that were not requested
     whole = list[found] if pa.types.is_list(kind) or column.dims else found  # type: ignore[valid-type]
     return whole | None if column.nullable or column.dims else whole
 
@@ -117,7 +117,7 @@ Prediction = cast(
     type[BaseModel],
     create_model(
         "Prediction",
-        __doc__="The prediction of one video: its row, with the model and the frames asked for.",
+        __doc__="The prediction of one video: its row, the model, and the frames if requested.",
         __config__=ConfigDict(json_schema_extra={"examples": [_EXAMPLE]}),
         model=(str, Field(description="SHA-256 of the bundle that made the prediction")),
         frames=(
@@ -167,7 +167,7 @@ class ModelCard(BaseModel):
     budget: int | Literal["adaptive"] = Field(description="K, the frames chosen by default")
     mode: str = Field(description="how frames are chosen")
     clip_frames: int = Field(
-        description="K is a multiple of it, which the recogniser takes at once"
+        description="frames that the recogniser takes at once; K is a multiple of it"
     )
 
 
@@ -178,13 +178,13 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """That the endpoint is alive, or ready."""
+    """Health of the endpoint: alive, or ready."""
 
     status: Literal["ok"]
 
 
 class BatchOptions(BaseModel):
-    """What a batch may come with."""
+    """Options of a batch."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -195,7 +195,7 @@ class BatchOptions(BaseModel):
 
 
 class LinesOptions(BatchOptions):
-    """The same in the query, for a batch of JSON lines."""
+    """Options in the query, for a batch of JSON lines."""
 
     metadata: Json[Annotated[dict[str, str], Field(max_length=16)]] = Field(
         default={}, description="a JSON object, returned with the batch"
@@ -228,7 +228,7 @@ class BatchLine(BaseModel):
 
 
 class RequestCounts(BaseModel):
-    """The videos of a batch."""
+    """The number of videos of a batch."""
 
     total: int = 0
     completed: int = 0
@@ -253,7 +253,7 @@ class Batch(BaseModel):
     object: Literal["batch"] = "batch"
     status: BatchStatus = "validating"
     model: str = Field(description="SHA-256 of the bundle")
-    input_uri: str = Field(description="the manifest, given or made from the lines")
+    input_uri: str = Field(description="the manifest: the client's, or made from the lines")
     predictions_uri: str = Field(description="the run folder, as `tsq score` writes it")
     output_uri: str | None = Field(
         default=None, description="JSON lines of the answers, once completed"
@@ -263,7 +263,7 @@ class Batch(BaseModel):
     metadata: dict[str, str] = {}
     errors: list[str] = Field(default=[], description="why the batch failed")
     problems: list[str] | None = Field(
-        default=None, description="what `tsq verify` finds, if asked for; empty if the rows add up"
+        default=None, description="what `tsq verify` finds, if requested; empty if the rows add up"
     )
     created_at: int
     in_progress_at: int | None = None
@@ -279,7 +279,7 @@ class Batch(BaseModel):
 
 
 class BatchList(BaseModel):
-    """Batches, the newest first."""
+    """Batches, newest first."""
 
     object: Literal["list"] = "list"
     data: list[Batch]

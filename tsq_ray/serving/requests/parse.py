@@ -24,7 +24,7 @@ from tsq_ray.serving.requests.models import (
     UriRequest,
 )
 from tsq_ray.serving.requests.problems import RequestError
-from tsq_ray.serving.requests.shares import WHOLE, Places, Share
+from tsq_ray.serving.requests.shares import WHOLE, Quota, Share
 from tsq_ray.serving.requests.uploads import LimitedBody, Upload, received
 from tsq_ray.serving.requests.uris import check_uri
 from tsq_ray.serving.requests.webhooks import check_webhook
@@ -34,14 +34,14 @@ _MAX_LINES_BYTES = 64 * 2**20
 _LINES = ("application/jsonl", "application/x-ndjson")
 _BINARY = ("", "application/octet-stream", "multipart/form-data")
 _PATHS = ThreadPoolExecutor(16, "tsq-paths")
-"""Threads of their own for looking at paths: a mount that is away holds up no other request."""
+"""Separate threads for checking paths, so that a hanging mount holds up no other request."""
 _Parsed = TypeVar("_Parsed", bound=BaseModel)
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The video of a request, and what is to be returned."""
+class ScoreRequest:
+    """The video of a request, and what to return about it."""
 
     source: VideoSource
     video_id: str
@@ -62,21 +62,19 @@ class Asked:
 
 
 @contextlib.asynccontextmanager
-async def asked(
-    request: Request, settings: ServeConfig, budget: Places, share: Share = WHOLE
-) -> AsyncIterator[Asked]:
+async def read_score_request(
+    request: Request, settings: ServeConfig, quota: Quota, share: Share = WHOLE
+) -> AsyncIterator[ScoreRequest]:
     """Yield the video that a request asks for; an upload is kept for the duration of the `with`.
 
-    `budget`: the bytes of uploads in hand.
-
-    Raises RequestError if the request is refused.
+    `quota`: the bytes of uploads in flight. Raises RequestError if the request is refused.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         body = await LimitedBody(request, _MAX_JSON_BYTES).request.body()
-        wanted = parsed(UriRequest, body)
-        uri = await _in_thread(check_uri, wanted.uri, settings.allowed_uri_prefixes)
-        yield Asked(VideoSource(uri), video_id(uri), wanted)
+        parsed = validate(UriRequest, body)
+        uri = await _in_thread(check_uri, parsed.uri, settings.allowed_uri_prefixes)
+        yield ScoreRequest(VideoSource(uri), video_id(uri), parsed)
         return
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError(415, "Content-Encoding is not supported; send the file as it is")
@@ -86,14 +84,14 @@ async def asked(
             f"Content-Type {kind[:100]!r} is not supported; send application/json, "
             "multipart/form-data, application/octet-stream or video/*",
         )
-    options = parsed(Options, dict(request.query_params))
-    most = int(settings.max_upload_mb * 2**20)
-    async with received(request, kind, most, budget, share) as upload:
+    options = validate(Options, dict(request.query_params))
+    limit = int(settings.max_upload_mb * 2**20)
+    async with received(request, kind, limit, quota, share) as upload:
         name = f"upload:{upload.name}" if upload.name else "upload"
-        yield Asked(VideoSource(name), upload.sha256[:16], options, upload)
+        yield ScoreRequest(VideoSource(name), upload.sha256[:16], options, upload)
 
 
-def parsed(model: type[_Parsed], content: bytes | dict[str, Any], place: str = "") -> _Parsed:
+def validate(model: type[_Parsed], content: bytes | dict[str, Any], prefix: str = "") -> _Parsed:
     """Validate JSON or query parameters. Raises RequestError 400 that names the field."""
     try:
         if isinstance(content, bytes):
@@ -103,33 +101,33 @@ def parsed(model: type[_Parsed], content: bytes | dict[str, Any], place: str = "
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "the body"
         allowed = ", ".join(model.model_fields)
-        message = f"{place}{where}: {first['msg']}; allowed: {allowed}"
+        message = f"{prefix}{where}: {first['msg']}; allowed: {allowed}"
         raise RequestError(400, message) from None
 
 
-async def asked_batch(
+async def read_batch_request(
     request: Request, settings: ServeConfig
 ) -> tuple[BatchOptions, list[BatchLine]]:
-    """Return what a batch is to score: a BatchRequest without lines, or other options with lines.
+    """Return a batch's input: a BatchRequest without lines, or other options with lines.
 
     Raises RequestError if the request is refused.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     prefixes = settings.allowed_uri_prefixes
     if kind == "application/json":
-        wanted = parsed(BatchRequest, await LimitedBody(request, _MAX_JSON_BYTES).request.body())
-        manifest = await _in_thread(check_uri, wanted.manifest, prefixes)
-        return _checked(wanted.model_copy(update={"manifest": manifest}), settings), []
+        parsed = validate(BatchRequest, await LimitedBody(request, _MAX_JSON_BYTES).request.body())
+        manifest = await _in_thread(check_uri, parsed.manifest, prefixes)
+        return _with_checked_webhook(parsed.model_copy(update={"manifest": manifest}), settings), []
     if kind not in _LINES:
         allowed = "send application/json or application/jsonl"
         raise RequestError(415, f"Content-Type {kind[:100]!r} is not supported; {allowed}")
-    options = _checked(parsed(LinesOptions, dict(request.query_params)), settings)
+    options = _with_checked_webhook(validate(LinesOptions, dict(request.query_params)), settings)
     body = await LimitedBody(request, _MAX_LINES_BYTES).request.body()
-    lines = await asyncio.to_thread(_parsed_lines, body, settings.max_batch_lines)
+    lines = await asyncio.to_thread(_parse_lines, body, settings.max_batch_lines)
     ids = {line.custom_id for line in lines}
     if not lines or len(ids) < len(lines):
-        what = "the same custom_id occurs twice" if lines else "no line"
-        raise RequestError(400, f"{what}; send one line of JSON per video")
+        why = "the same custom_id occurs twice" if lines else "no lines"
+        raise RequestError(400, f"{why}; send one line of JSON per video")
     return options, await _in_thread(_checked_lines, lines, prefixes)
 
 
@@ -141,15 +139,15 @@ def _checked_lines(lines: list[BatchLine], prefixes: Iterable[str]) -> list[Batc
     return [line.model_copy(update={"uri": check_uri(line.uri, prefixes)}) for line in lines]
 
 
-def _checked(options: BatchOptions, settings: ServeConfig) -> BatchOptions:
+def _with_checked_webhook(options: BatchOptions, settings: ServeConfig) -> BatchOptions:
     if options.webhook is None:
         return options
     webhook = check_webhook(options.webhook, settings.webhook_prefixes)
     return options.model_copy(update={"webhook": webhook})
 
 
-def _parsed_lines(body: bytes, most: int) -> list[BatchLine]:
+def _parse_lines(body: bytes, limit: int) -> list[BatchLine]:
     lines = [line for line in body.splitlines() if line.strip()]
-    if len(lines) > most:
-        raise RequestError(413, f"{len(lines)} lines; the limit is {most}; send a manifest")
-    return [parsed(BatchLine, line, f"line {number}: ") for number, line in enumerate(lines, 1)]
+    if len(lines) > limit:
+        raise RequestError(413, f"{len(lines)} lines; the limit is {limit}; send a manifest")
+    return [validate(BatchLine, line, f"line {number}: ") for number, line in enumerate(lines, 1)]

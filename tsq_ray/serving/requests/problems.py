@@ -20,16 +20,16 @@ _STATUS_OF = {
     "timeout": 504,
     "internal": 500,
 }
-"""HTTP status of a failed video by error type; 422 for faults of the video itself."""
+"""HTTP status of a failed video by error type; 422 if the video itself is at fault."""
 _RETRY_AFTER_S = {503: 5.0, 507: 30.0}
-"""When to ask again where nothing better is known, in seconds by status."""
+"""Default seconds until a retry, by status."""
 
 
 class RequestError(UserError):
     """A request that gets no prediction.
 
     `status` is the HTTP status, `error_type` says why a video failed, and `retry_after_s` when to
-    ask again.
+    retry.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RequestError(UserError):
         self.retry_after_s = retry_after_s or _RETRY_AFTER_S.get(status, retry_after_s)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        # replicas raise it to one another
+        # replicas raise it in one another
         return type(self), (
             self.status,
             str(self),
@@ -68,7 +68,7 @@ class RequestError(UserError):
 def problem(
     error: RequestError, request_id: str, headers: dict[str, str] | None = None
 ) -> JSONResponse:
-    """Return the answer for `error`: type, title, status, detail, request_id and its subject."""
+    """Return the answer for `error`: type, title, status, detail, request_id and the video."""
     content: dict[str, Any] = {
         "type": f"urn:tsq-ray:{error.error_type}" if error.error_type else "about:blank",
         "title": HTTPStatus(error.status).phrase,

@@ -1,4 +1,4 @@
-"""What is limited and shared by the clients: places, bytes, fetches."""
+"""Limited resources that clients share: requests, bytes of uploads, fetches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Share(NamedTuple):
-    """Whose a request is, and the part of anything limited that this client may hold."""
+    """The client of a request, and the part of any quota that this client may hold."""
 
     client: str = ""
     part: float = 1.0
@@ -18,12 +18,12 @@ class Share(NamedTuple):
 WHOLE = Share()
 
 
-class Places:
-    """Something limited, counted in total and by client."""
+class Quota:
+    """A limited resource, counted in total and by client."""
 
-    def __init__(self, limit: int, least: int = 1) -> None:
-        """`least`: what every client may hold, however small its share."""
-        self.limit, self.used, self._least = limit, 0, least
+    def __init__(self, limit: int, minimum: int = 1) -> None:
+        """`minimum`: what every client may hold, however small its share."""
+        self.limit, self.used, self._minimum = limit, 0, minimum
         self._by_client: Counter[str] = Counter()
 
     def used_by(self, client: str) -> int:
@@ -31,8 +31,8 @@ class Places:
         return self._by_client[client]
 
     def allowed(self, share: Share, limit: float | None = None) -> float:
-        """Return how much a client may hold, of `limit` if that is less than everything."""
-        return max(self._least, min(self.limit, limit or self.limit) * share.part)
+        """Return how much a client may hold, out of `limit` if that is below the total limit."""
+        return max(self._minimum, min(self.limit, limit or self.limit) * share.part)
 
     def has_room(self, share: Share = WHOLE, count: int = 1, limit: float | None = None) -> bool:
         """Return whether a client may hold `count` more."""
@@ -52,7 +52,7 @@ class Places:
 
     @contextlib.contextmanager
     def held(self, share: Share = WHOLE) -> Iterator[None]:
-        """Hold one place for the duration of the `with`."""
+        """Hold one unit for the duration of the `with`."""
         self.take(share, 1)
         try:
             yield

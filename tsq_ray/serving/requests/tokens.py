@@ -1,7 +1,7 @@
 """Bearer tokens: one from the environment, or a file of named ones with a rate and a share each.
 
-The file is TOML, one table a token, made by `tsq token new NAME`; it holds hashes only and is read
-again when it changes:
+The file is TOML, with one table per token, made by `tsq token new NAME`. It holds only hashes and
+is read again when it changes:
 
     [[token]]
     name = "team-a"
@@ -37,7 +37,7 @@ _REQUIRED = "a valid token is required: send the header Authorization: Bearer TO
 
 
 class AboveRate(RequestError):
-    """A request above its token's own rate, however much room is left."""
+    """A request above its token's rate, even if the endpoint has room."""
 
 
 class Token(BaseModel):
@@ -50,7 +50,7 @@ class Token(BaseModel):
     rate: str | None = None
     """Requests per second, minute, hour or day, for example "60/minute"."""
     share: float = Field(default=1.0, gt=0, le=1)
-    """The part of what is limited that it may hold: requests in hand, bytes, fetches."""
+    """The part of each quota that it may hold: requests in flight, bytes, fetches."""
 
     @field_validator("rate")
     @classmethod
@@ -60,8 +60,8 @@ class Token(BaseModel):
         return rate
 
     @property
-    def holds(self) -> Share:
-        """What it may hold."""
+    def client_share(self) -> Share:
+        """The client and the part of each quota that it may hold."""
         return Share(self.name, self.share)
 
     @property
@@ -79,7 +79,7 @@ ANYBODY = Token(name="anonymous", sha256="0" * 64)
 
 
 def new_token(name: str, rate: str | None = None, share: float = 1.0) -> tuple[str, str]:
-    """Return a new secret token and its table for the file of tokens. Raises ConfigError."""
+    """Return a new secret token and its table for the tokens file. Raises ConfigError."""
     secret = secrets.token_urlsafe(32)
     content: dict[str, Any] = {"name": name, "sha256": sha256_of(secret.encode()), "share": share}
     if rate is not None:
@@ -87,7 +87,7 @@ def new_token(name: str, rate: str | None = None, share: float = 1.0) -> tuple[s
     try:
         token = Token.model_validate(content)
     except (ValidationError, ValueError) as error:
-        raise ConfigError(f"token {name!r}: {_first(error)}") from None
+        raise ConfigError(f"token {name!r}: {_first_problem(error)}") from None
     table = f'[[token]]\nname = "{_escaped(token.name)}"\nsha256 = "{token.sha256}"\n'
     table += f'rate = "{token.rate}"\n' if token.rate else ""
     table += f"share = {token.share:g}\n" if token.share < 1 else ""
@@ -95,36 +95,36 @@ def new_token(name: str, rate: str | None = None, share: float = 1.0) -> tuple[s
 
 
 def add_token(path: str, name: str, entry: str) -> None:
-    """Append a token's table to the file. Raises ConfigError if it has that name already."""
+    """Append a token's table to the file. Raises ConfigError if the file has that name already."""
     if os.path.exists(path) and name in (token.name for token in read_tokens(path)):
         raise ConfigError(f"{path}: has a token {name!r} already; remove its table first")
     try:
-        with open(path, "a", encoding="utf-8", opener=_private) as file:
+        with open(path, "a", encoding="utf-8", opener=_open_private) as file:
             file.write(f"{entry}\n")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
 
 
-def _private(path: str, flags: int) -> int:
+def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
 def read_tokens(path: str) -> list[Token]:
-    """Read a file of tokens. Raises ConfigError if it is missing or wrong."""
+    """Read a tokens file. Raises ConfigError if it is missing or invalid."""
     try:
         with open(path, "rb") as file:
             found = _File.model_validate(tomllib.load(file)).token
     except OSError as error:
         raise ConfigError(f"serve.tokens_file {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValidationError) as error:
-        raise ConfigError(f"serve.tokens_file {path}: {_first(error)}") from None
+        raise ConfigError(f"serve.tokens_file {path}: {_first_problem(error)}") from None
     names = [token.name for token in found]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"serve.tokens_file {path}: the name {twice[0]!r} occurs twice")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"serve.tokens_file {path}: the name {duplicates[0]!r} occurs twice")
     return found
 
 
-def _first(error: Exception) -> str:
+def _first_problem(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
@@ -137,10 +137,9 @@ def _escaped(name: str) -> str:
 
 @dataclass
 class Access:
-    """Decides whose a request is and whether it is within that client's rate.
+    """Identifies a request's client and decides whether it is within that client's rate.
 
-    `replicas`: the most ingress replicas that there may be, each of which grants its part of a
-    rate.
+    `replicas`: the largest number of ingress replicas, each of which grants its part of a rate.
     """
 
     token: str | None
@@ -160,15 +159,15 @@ class Access:
         else:
             self._own = []
 
-    def client(self, given: str | None) -> Token:
-        """Return whose token `given` is. Raises RequestError 401 if nobody's."""
+    def client(self, secret: str | None) -> Token:
+        """Return the token with this secret. Raises RequestError 401 if it is unknown."""
         self._refresh()
         known = [*self._own, *self._tokens]
         if not known and not self.path:
             return ANYBODY
-        digest = sha256_of((given or "").encode())
+        digest = sha256_of((secret or "").encode())
         found = None
-        for token in known:  # all of them, so that the time tells nothing
+        for token in known:  # all of them, so that timing reveals nothing
             if hmac.compare_digest(token.sha256, digest):
                 found = token
         if found is None:
@@ -178,19 +177,19 @@ class Access:
     def spend(self, token: Token) -> tuple[dict[str, str], RequestError | None]:
         """Count a request against the client's rate.
 
-        Return the headers that tell of it, and the refusal of a request above the rate.
+        Return the RateLimit headers, and the error if the request is above the rate.
         """
         limit = token.limit
         if limit is None:
             return {}, None
-        # a rate below one a replica is granted over a longer time
+        # a rate below one per replica is granted over a longer window
         windows = math.ceil(self.replicas / limit.amount)
-        each = max(1, limit.amount // self.replicas)
-        mine = type(limit)(each, limit.multiples * windows)
+        amount = max(1, limit.amount // self.replicas)
+        mine = type(limit)(amount, limit.multiples * windows)
         passes = self._limiter.hit(mine, token.name)
         window = self._limiter.get_window_stats(mine, token.name)
         left_s = max(0.0, window.reset_time - time.time())
-        refused = f"token {token.name!r} may ask {token.rate}; try again later"
+        refused = f"token {token.name!r} is limited to {token.rate}; try again later"
         return {
             "RateLimit-Limit": str(limit.amount),
             "RateLimit-Remaining": str(min(limit.amount, window.remaining * self.replicas)),
@@ -210,5 +209,5 @@ class Access:
         self._read = stamp
         try:
             self._tokens = read_tokens(self.path)
-        except ConfigError as error:  # those known so far stay valid
+        except ConfigError as error:
             _log.error("%s; the tokens read before stay valid", error)

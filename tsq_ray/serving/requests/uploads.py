@@ -1,7 +1,7 @@
 """Uploads: streamed to an unnamed file as they arrive, and read there by the decoder.
 
-An unnamed file disappears with the process that holds it, however that ends. Other processes of the
-node read it through /proc; a decoder on another node has it sent in chunks.
+An unnamed file disappears with the process that holds it, however that process ends. Other
+processes on the node read it through /proc; a decoder on another node receives it in chunks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from starlette.types import Message
 
 from tsq_ray.serving.requests.forms import Form
 from tsq_ray.serving.requests.problems import RequestError
-from tsq_ray.serving.requests.shares import WHOLE, Places, Share
+from tsq_ray.serving.requests.shares import WHOLE, Quota, Share
 
 _CHUNK = 1 << 20
 _CHUNKS_AHEAD = 4
@@ -41,21 +41,21 @@ class Upload:
     size_bytes: int
     sha256: str
     name: str
-    """Its file name as the client gave it; may be empty."""
+    """File name sent by the client; may be empty."""
 
 
 class LimitedBody:
-    """A request's body with a limit on its size, whose bytes count against the budget."""
+    """A request's body with a limit on its size; its bytes count against the quota."""
 
     def __init__(
-        self, request: Request, limit: int, budget: Places | None = None, share: Share = WHOLE
+        self, request: Request, limit: int, quota: Quota | None = None, share: Share = WHOLE
     ) -> None:
         """Raise RequestError 413 or 503 at once if the announced size exceeds a limit.
 
-        Bytes that are announced only are not held: a client could keep the others away with them.
+        Announced bytes are not reserved, or one client could block the others by announcing many.
         """
         self._receive, self._limit = request.receive, limit
-        self._budget, self._share = budget, share
+        self._quota, self._share = quota, share
         self.request = Request(request.scope, self._next)
         self.size = self.taken = 0
         announced = request.headers.get("content-length", "")
@@ -75,40 +75,40 @@ class LimitedBody:
             raise RequestError(413, f"the body is larger than the limit of {self._limit} bytes")
 
     def _check_room(self, count: int) -> None:
-        budget, share = self._budget, self._share
-        if budget is not None and not budget.has_room(share, count):
-            mine, most = budget.used_by(share.client), budget.allowed(share)
-            held, limit = (mine, most) if mine + count > most else (budget.used, budget.limit)
+        quota, share = self._quota, self._share
+        if quota is not None and not quota.has_room(share, count):
+            mine, allowed = quota.used_by(share.client), quota.allowed(share)
+            held, limit = (mine, allowed) if mine + count > allowed else (quota.used, quota.limit)
             raise RequestError(
                 503,
-                f"uploads of {held} bytes are in hand and the limit is {limit:.0f}; "
+                f"uploads of {held} bytes are in flight and the limit is {limit:.0f}; "
                 "try again later, or send a uri",
             )
 
     def _take(self, size: int) -> None:
         self._check_room(size - self.taken)
-        if self._budget is not None:
-            self._budget.take(self._share, size - self.taken)
+        if self._quota is not None:
+            self._quota.take(self._share, size - self.taken)
             self.taken = size
 
     def give_back(self) -> None:
-        """Return the bytes to the budget."""
-        if self._budget is not None:
-            self._budget.give_back(self._share, self.taken)
+        """Return the bytes to the quota."""
+        if self._quota is not None:
+            self._quota.give_back(self._share, self.taken)
             self.taken = 0
 
 
 @contextlib.asynccontextmanager
 async def received(
-    request: Request, kind: str, max_bytes: int, budget: Places, share: Share = WHOLE
+    request: Request, kind: str, max_bytes: int, quota: Quota, share: Share = WHOLE
 ) -> AsyncIterator[Upload]:
     """Yield the upload of a request, valid inside the `with`.
 
     Raises RequestError: 400 for a malformed form or an empty file, 413 above `max_bytes`, 503 above
-    the budget, 507 if the disk is full. `kind` is the body's media type.
+    the quota, 507 if the disk is full. `kind` is the body's media type.
     """
     is_form = kind == "multipart/form-data"
-    body = LimitedBody(request, max_bytes + (_FORM_BYTES if is_form else 0), budget, share)
+    body = LimitedBody(request, max_bytes + (_FORM_BYTES if is_form else 0), quota, share)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(body.give_back)
         try:
@@ -119,13 +119,13 @@ async def received(
         except OSError as error:
             if error.errno not in _FULL:
                 raise
-            what = "the endpoint's disk is full; try again later"
-            raise RequestError(507, what, "unavailable") from error
+            why = "the endpoint's disk is full; try again later"
+            raise RequestError(507, why, "unavailable") from error
         if not upload.size_bytes:
             raise RequestError(400, "the file is empty; send a video")
         if upload.size_bytes > max_bytes:
-            over = f"the file has {upload.size_bytes} bytes; the limit is {max_bytes}"
-            raise RequestError(413, over)
+            why = f"the file has {upload.size_bytes} bytes; the limit is {max_bytes}"
+            raise RequestError(413, why)
         yield upload
 
 
@@ -152,7 +152,7 @@ def _unnamed() -> IO[bytes]:
 
 
 def write_all(file: IO[bytes], data: bytes) -> None:
-    """Write to an unbuffered file, whose end then cannot fail."""
+    """Write everything to an unbuffered file, so that closing it cannot fail."""
     left = memoryview(data)
     while left:
         left = left[file.write(left) :]

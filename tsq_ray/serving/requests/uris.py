@@ -1,4 +1,4 @@
-"""Which URIs the endpoint reads: those below an allowed prefix, on hosts that may be asked."""
+"""Which URIs the endpoint reads: those below an allowed prefix, on hosts it may connect to."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def check_uri(uri: str, prefixes: Iterable[str]) -> str:
             "(serve.allowed_uri_prefixes), or is not absolute",
         )
     host = urlsplit(place).hostname if place.startswith(WEB) else None
-    if host is not None and is_address(host) and not may_ask(host, host, named_hosts(prefixes)):
+    if host is not None and is_address(host) and not may_connect(host, host, named_hosts(prefixes)):
         raise RequestError(403, f"uri {shown(uri)!r}: its host's address is not public")
     return place
 
 
 def shown(uri: str) -> str:
-    """Return what an answer may show of a URI: no user, no query, at most 200 characters."""
+    """Return what an answer may show of a URI: no user or query, at most 200 characters."""
     scheme, separator, rest = uri.partition("://")
     if separator:
         authority, slash, path = rest.partition("/")
@@ -52,18 +52,19 @@ def is_address(host: str) -> bool:
     return True
 
 
-def may_ask(host: str, address: str, named: Iterable[str]) -> bool:
-    """Return whether the endpoint may connect to `address`, which is what `host` resolves to.
+def may_connect(host: str, address: str, hosts: Iterable[str]) -> bool:
+    """Return whether the endpoint may connect to `address`, to which `host` resolves.
 
-    A public address, or any of a host that a prefix names; a link-local one, where clouds answer
-    with the machine's own keys, only if a prefix names the address itself.
+    `hosts`: those that the prefixes name. Allowed are public addresses, and any address of these
+    hosts; a link-local one, where clouds hand out the machine's own keys, only if it is in `hosts`
+    itself.
     """
     found = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(found, "ipv4_mapped", None)
     found = mapped or found
     if found.is_link_local:
-        return address in named
-    return (found.is_global and not found.is_multicast) or host in named
+        return address in hosts
+    return (found.is_global and not found.is_multicast) or host in hosts
 
 
 def _place(uri: str) -> str | None:
@@ -77,28 +78,28 @@ def _place(uri: str) -> str | None:
     if scheme.lower() in ("file", "local"):
         return None
     authority, _, path = rest.partition("/")
-    if "@" in authority or _is_odd(path):
+    if "@" in authority or _is_unsafe_path(path):
         return None
     if f"{scheme.lower()}://" in WEB:
         place = f"{scheme.lower()}://{authority.lower()}/{path}"
         try:
             host = urlsplit(place).hostname
-        except ValueError:  # an IPv6 address without its end
+        except ValueError:  # an IPv6 address without its closing bracket
             return None
-        return None if host is None or _is_odd_number(host) else place
+        return None if host is None or _is_obscured_ipv4(host) else place
     return storage.normalize(uri)
 
 
-def _is_odd(path: str) -> bool:
-    """Return whether a path has `..` or control characters, however often they are encoded."""
+def _is_unsafe_path(path: str) -> bool:
+    """Return whether a path has `..` or control characters, even if encoded repeatedly."""
     while (plain := unquote(path)) != path:
         path = plain
     segments = (segment.partition(";")[0] for segment in path.replace("\\", "/").split("/"))
     return ".." in segments or not path.isprintable()
 
 
-def _is_odd_number(host: str) -> bool:
-    """Return whether a host is an IPv4 address in one of the spellings that hide it."""
+def _is_obscured_ipv4(host: str) -> bool:
+    """Return whether a host is an IPv4 address in an obscure spelling, such as hexadecimal."""
     last = host.rstrip(".").rpartition(".")[2]
     return not is_address(host) and (last.isdecimal() or last.startswith("0x"))
 

@@ -1,4 +1,4 @@
-"""Tell a web server that a batch has ended, signed as the Standard Webhooks specification says."""
+"""Tell a web server that a batch has ended, signed according to Standard Webhooks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _log = logging.getLogger("ray.serve")
 
 
 def check_webhook(url: str, prefixes: Iterable[str]) -> str:
-    """Return the URL. Raises RequestError 403 if it is not below a prefix that may be called."""
+    """Return the URL. Raises RequestError 403 if it is not below an allowed prefix."""
     return check_uri(url, [prefix for prefix in prefixes if prefix.lower().startswith(WEB)])
 
 
 def signing_key() -> bytes | None:
-    """Return the key of the environment; None if it is not set.
+    """Return the signing key from the environment; None if it is not set.
 
-    Raises ConfigError if it is not base64 of 24 to 64 bytes, as the specification requires.
+    Raises ConfigError if it is not base64 of 24 to 64 bytes, as Standard Webhooks requires.
     """
     secret = os.environ.get(SECRET_VARIABLE, "").strip()
     if not secret:
@@ -63,15 +63,15 @@ async def call(
     url: str,
     message_id: str,
     content: Mapping[str, Any],
-    named: Iterable[str],
+    prefixes: Iterable[str],
     key: bytes | None,
 ) -> bool:
-    """Post `content` as JSON until it is accepted, a few times; return whether it was.
+    """Post `content` as JSON until it is accepted, a few times at most; return whether it was.
 
-    `named`: prefixes whose hosts may have private addresses. `key`: to sign with.
+    `prefixes`: their hosts may have private addresses. `key`: to sign with.
     """
     body = json.dumps(content).encode()
-    connector = aiohttp.TCPConnector(resolver=PublicResolver(named_hosts(named)))
+    connector = aiohttp.TCPConnector(resolver=PublicResolver(named_hosts(prefixes)))
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         for wait_s in _WAITS_S:
