@@ -137,7 +137,8 @@ def _spelling(
 ) -> Iterator[tuple[bytes, bytes, Mapping[str, Any]]]:
     """Yield the tokens that spell bytes start..start+length-1.
 
-    Each comes after its bytes before `start` and the bytes that earlier tokens spelled.
+    Yields (lead, spelled, token): the token's bytes before `start`, the bytes that earlier tokens
+    spelled, and the token.
     """
     spelled, at = b"", 0
     for token in tokens:

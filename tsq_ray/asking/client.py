@@ -1,4 +1,4 @@
-"""A client of an OpenAI-compatible server that limits, retries and never shows its key."""
+"""A client of an OpenAI-compatible server: limits and retries requests, never shows its key."""
 
 from __future__ import annotations
 

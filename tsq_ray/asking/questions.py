@@ -157,7 +157,7 @@ class Asking:
     """An Asker for callers without an event loop; it runs its own in a thread."""
 
     def __init__(self, model: ServerModel, limit: int = 0) -> None:
-        """Raises ModelError if the server refuses the key. `limit`: as in Asker."""
+        """Raise ModelError if the server refuses the key. `limit`: as in Asker."""
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         thread.start()
@@ -183,7 +183,7 @@ class Asking:
         """Return the logits of each frame, float32 [n, C], or an error, and the tokens used.
 
         `frames`: uint8 [n, h, w, 3] at `pts_s`, of a video of width x height pixels. The
-        softmax of the logits (multi-label: their sigmoid) is the scores.
+        softmax of the logits (multi-label: the sigmoid) gives the scores.
         """
         jpegs = jpegs_of(frames, self.model.config, width, height)
         replies = self._wait(self._asker.frame_scores(jpegs, pts_s))

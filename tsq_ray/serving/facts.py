@@ -102,7 +102,7 @@ def wait_until_done(app: str, replicas: Callable[[], int], patience_s: float) ->
 
 
 async def watch(app: str, replica: str, admission: Any) -> None:
-    """Once the endpoint is to end, refuse new requests in this replica and report the others."""
+    """Watch for the endpoint's end; then refuse new requests and report the unanswered ones."""
     while True:
         await asyncio.sleep(_POLL_S if admission.draining else _WATCH_S)
         try:

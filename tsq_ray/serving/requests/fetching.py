@@ -71,10 +71,10 @@ class Fetcher:
             yield found
 
     async def look_up(self, uri: str) -> StoredFile:
-        """Return what storage reports about a video; size 0 if it reports none.
+        """Return what storage reports about a video; size 0 if unknown.
 
-        The rules are those of `fetched`. Raises StorageError, and VideoError timeout after the
-        limit.
+        The same rules apply as for fetching. Raises StorageError, and VideoError timeout after
+        the limit.
         """
         async with self._limited(uri):
             if storage.is_local(uri):
@@ -131,7 +131,7 @@ class Fetcher:
 
     @contextlib.asynccontextmanager
     async def _answered(self, uri: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Yield a web server's answer before its body is read. Raises StorageError if it fails."""
+        """Yield a web server's answer before its body is read. Raises StorageError unless 200 OK."""
         async with self._session().get(uri, allow_redirects=False) as response:
             if response.status != 200:
                 raise _refused(uri, response.status)

@@ -77,7 +77,7 @@ async def read_score_request(
         yield ScoreRequest(VideoSource(uri), video_id(uri), parsed)
         return
     if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestError(415, "Content-Encoding is not supported; send the file as it is")
+        raise RequestError(415, "Content-Encoding is not supported; send the file unencoded")
     if kind not in _BINARY and not kind.startswith("video/"):
         raise RequestError(
             415,

@@ -45,7 +45,7 @@ class RequestError(UserError):
         self.retry_after_s = retry_after_s or _RETRY_AFTER_S.get(status, retry_after_s)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        # replicas raise it in one another
+        # pickled when a replica raises it to another
         return type(self), (
             self.status,
             str(self),
