@@ -131,7 +131,7 @@ class Fetcher:
 
     @contextlib.asynccontextmanager
     async def _answered(self, uri: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Yield a web server's answer before its body is read. Raises StorageError unless 200 OK."""
+        """Yield a web server's answer before its body is read. Raises StorageError for errors."""
         async with self._session().get(uri, allow_redirects=False) as response:
             if response.status != 200:
                 raise _refused(uri, response.status)
