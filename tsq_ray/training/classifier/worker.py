@@ -190,7 +190,7 @@ class _Tuner:
     def _take(self, rows: np.ndarray) -> tuple[Tensor | None, Tensor]:
         """Return the ok clips of `rows`, uint8 [B, S, H, W, 3], and their rows, int64 [B].
 
-        The clips are None if there are none. Failed ones are recorded in `failed`.
+        Without an ok clip, the first is None. Failed clips are recorded in `failed`.
         """
         clips = self.clips.take(rows)
         for clip in clips:
