@@ -33,16 +33,17 @@ def prototypes(
     classified frames with the highest probability of that label. A video without a correct frame
     is left out; if no video of a class has one, the top 30 % of all frames by that probability
     are used instead. A frame is correct for a label if no class outside the video's labels scores
-    as high; with a single label, if the best class is the right one. A class without videos starts
-    at random, scaled to the root mean square of the others.
+    as high; with a single label, if the best class is the right one. A class without videos gets
+    a random prototype, scaled to the root mean square of the others.
 
     Args:
-        features: [N, T, D], or one [T, D] at a time; read once, so an archive need not fit in
+        features: [N, T, D], or one [T, D] at a time; read once, so that an archive need not fit in
             memory.
         frame_logits: [N, T, C] from the frame classifier, or one [T, C] at a time.
         labels: class ids of each of the N videos.
         num_classes: C.
-        seed: seed of the random starts; that of class c is independent of which others are missing.
+        seed: seed of the random prototypes; that of a class does not depend on which others have
+            no videos.
         task: turns logits into probabilities: "single" softmax, "multi" sigmoid.
 
     Returns:
@@ -77,14 +78,14 @@ def _assemble(
     dim: int,
     seed: int,
 ) -> Tensor:
-    found = {}
+    means = {}
     for label in range(num_classes):
         for key in ((label, True), (label, False)):
-            if key in sums and label not in found:
-                found[label] = sums[key] / counts[key]
-    scale = math.sqrt(np.mean(np.square(list(found.values())))) if found else 1.0
+            if key in sums and label not in means:
+                means[label] = sums[key] / counts[key]
+    scale = math.sqrt(np.mean(np.square(list(means.values())))) if means else 1.0
     result = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(seed)) * scale
-    for label, prototype in found.items():
+    for label, prototype in means.items():
         result[label] = torch.from_numpy(prototype)
     return result
 
@@ -96,7 +97,7 @@ def _correct_frames(logits: np.ndarray, label: int, video_labels: Sequence[int])
 
 def _mean_of_best(frames: np.ndarray, probability: np.ndarray, among: np.ndarray) -> np.ndarray:
     candidates = np.flatnonzero(among)
-    # rounded first, so that a float error just above a whole number does not add a frame
+    # rounded first, so that a float just above a whole number does not add a frame
     count = max(1, math.ceil(round(TOP_SHARE * len(candidates), 9)))
     best = candidates[np.argsort(-probability[candidates], kind="stable")[:count]]
     return frames[best].mean(axis=0)

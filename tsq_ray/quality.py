@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from tsq_ray.schema import tensor_to_numpy
 
 ReadColumns = Callable[[list[str]], pa.Table]
-"""Reads these columns of one part of the predictions and omits those that the part lacks."""
+"""Reads the named columns of one part of the predictions, omitting those that the part lacks."""
 
 FAILED, UNLABELLED, WRONG, RIGHT = range(4)
-"""The verdicts on a row; see `verdicts`."""
+"""The verdict on a row; see `verdicts`."""
 
 
 class PrecisionCurves:
@@ -40,9 +40,9 @@ class PrecisionCurves:
         order = np.argsort(classes, kind="stable")
         ends = np.cumsum(np.bincount(classes, minlength=num_classes))[:-1]
         by_class = np.split(scores[order], ends)
-        found = [np.unique(values, return_counts=True) for values in by_class]
-        self._thresholds = [values for values, _ in found]
-        self._positives = [counts[::-1] for _, counts in found]
+        distinct = [np.unique(values, return_counts=True) for values in by_class]
+        self._thresholds = [values for values, _ in distinct]
+        self._positives = [counts[::-1] for _, counts in distinct]
         self._entered = [np.zeros(len(values), np.int64) for values in self._thresholds]
 
     def add(self, scores: np.ndarray) -> None:
@@ -158,7 +158,7 @@ def label_pairs(table: pa.Table, classes: Sequence[str]) -> tuple[np.ndarray, pa
 
 
 def verdicts(table: pa.Table, classes: Sequence[str]) -> np.ndarray:
-    """Return int8 [N]: FAILED, UNLABELLED, WRONG or RIGHT (the best class is one of the labels).
+    """Return for each row FAILED, UNLABELLED, WRONG or RIGHT (best class among labels), int8 [N].
 
     A video whose labels are all unknown to the bundle counts as unlabelled, because no prediction
     could be right. If `classes` is empty, all labels count. Reads `status`, `label_names` and
@@ -168,11 +168,11 @@ def verdicts(table: pa.Table, classes: Sequence[str]) -> np.ndarray:
     known = numbers >= 0 if len(classes) else np.ones(len(rows), bool)
     best = first_of(table["top_labels"].combine_chunks()).take(pa.array(rows))
     hit = pc.fill_null(pc.equal(names, best), False).to_numpy(zero_copy_only=False)
-    found = np.full(len(table), UNLABELLED, np.int8)
-    found[rows[known]] = WRONG
-    found[np.intersect1d(rows[known], rows[hit])] = RIGHT
-    found[~pc.equal(table["status"], "ok").to_numpy()] = FAILED
-    return found
+    result = np.full(len(table), UNLABELLED, np.int8)
+    result[rows[known]] = WRONG
+    result[np.intersect1d(rows[known], rows[hit])] = RIGHT
+    result[~pc.equal(table["status"], "ok").to_numpy()] = FAILED
+    return result
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,8 @@ def class_figures(parts: Sequence[ReadColumns], classes: Sequence[str]) -> Class
 def _labelled_scores(
     parts: Sequence[ReadColumns], classes: Sequence[str]
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield, per part, the scores [N, C] of the ok rows with a known label, then the row [P] and
-    the class [P] of each of these labels.
+    """Yield per part the scores [N, C] of the ok rows with a known label, and the row [P] and the
+    class [P] of each of these labels.
     """
     for read in parts:
         table = read(["status", "label_names"])
@@ -236,8 +236,8 @@ def _labelled_scores(
 def measure_parts(parts: Sequence[ReadColumns], classes: Sequence[str]) -> dict[str, Any]:
     """Return mAP (both conventions) and top-1 over the labelled videos that are ok.
 
-    Label names missing from `classes` are listed in "unknown_labels" and ignored. Without scores
-    the result has no mAP.
+    Label names missing from `classes` are listed in "unknown_labels" and otherwise ignored. Without
+    scores, the result has no mAP.
     """
     unknown: set[str] = set()
     counts = np.zeros(RIGHT + 1, np.int64)
@@ -247,11 +247,11 @@ def measure_parts(parts: Sequence[ReadColumns], classes: Sequence[str]) -> dict[
         _, names, numbers = label_pairs(table.filter(pc.equal(table["status"], "ok")), classes)
         unknown.update(pc.unique(names.filter(pa.array(numbers < 0))).to_pylist())
     judged = int(counts[RIGHT] + counts[WRONG])
-    found: dict[str, Any] = {"labelled": judged, "unknown_labels": sorted(unknown)}
+    metrics: dict[str, Any] = {"labelled": judged, "unknown_labels": sorted(unknown)}
     if not judged:
-        return found
-    found["top1"] = round(float(counts[RIGHT] / judged), 4)
+        return metrics
+    metrics["top1"] = round(float(counts[RIGHT] / judged), 4)
     if figures := class_figures(parts, classes):
-        found["mAP"] = round(mean_over_classes(figures.ap), 4)
-        found["mAP_interpolated"] = round(mean_over_classes(figures.ap_interpolated), 4)
-    return found
+        metrics["mAP"] = round(mean_over_classes(figures.ap), 4)
+        metrics["mAP_interpolated"] = round(mean_over_classes(figures.ap_interpolated), 4)
+    return metrics

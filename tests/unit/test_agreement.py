@@ -139,14 +139,14 @@ def words(chosen: Agreement, asked: float, *others: Agreement) -> str:
 def test_the_choice_in_words() -> None:
     chosen = dataclasses.replace(one("both", 5, 0.93, 0.14), low=0.89, high=0.96)
     figures = (
-        "what the recogniser says of TSQNet's frames agrees with what it says after seeing "
-        "every frame on 93 % of 200 held-out videos (89 to 96 %) at 14 % of the cost"
+        "from TSQNet's frames, the recogniser gives the same label as from every frame on 93 % of "
+        "200 held-out videos (89 to 96 %) at 14 % of the cost"
     )
     assert words(chosen, 0.9) == f"K = 5: {figures}"
     adaptive = dataclasses.replace(chosen, budget="adaptive", frames=3.25)
     assert words(adaptive, 0.9) == f"adaptive K, 3.2 on average: {figures}"
     assert "does not pay here" in words(one("uniform", 4, 0.96, 0.5), 0.9)
-    assert "K = 8, uniform: 99 % are not reached; " in words(one("uniform", 8, 0.9, 1), 0.99)
+    assert "K = 8, uniform: 99 % is not reached; " in words(one("uniform", 8, 0.9, 1), 0.99)
 
 
 def test_every_frame_in_words() -> None:
@@ -154,7 +154,10 @@ def test_every_frame_in_words() -> None:
     little."""
     every = one("maxconf", 5, 1, 1)
     few = [one("both", 2, 0.8, 1.2), one("uniform", 8, 0.9, 1)]
-    every_frame = "so it sees every frame and answers by its 5 surest; ask for a lower --agreement"
+    every_frame = (
+        "so it sees every frame and answers from the 5 of which it is surest; lower --agreement to "
+        "show it fewer"
+    )
     assert words(every, 0.95, *few) == (
         "no choice of fewer frames agrees with the recogniser on 95 % of 200 held-out videos, "
         f"{every_frame}"

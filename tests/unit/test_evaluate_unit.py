@@ -25,7 +25,7 @@ from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import ConfigError, ManifestError, ModelError, RunError
 from tsq_ray.evaluation import evaluate, evaluation_config, on_evidence, paper, read_annotations
 from tsq_ray.evaluation.ablations import TABLES, ablation
-from tsq_ray.evaluation.bench import Bench, Initial
+from tsq_ray.evaluation.bench import Bench, InitialValues
 from tsq_ray.evaluation.catalogue import METHODS, TEACHING
 from tsq_ray.evaluation.measures import (
     Clock,
@@ -37,8 +37,8 @@ from tsq_ray.evaluation.measures import (
 )
 from tsq_ray.evaluation.methods import (
     learned_sampler,
-    measured_at,
-    possible,
+    measurable,
+    measure_at_budgets,
     ranked_sampler,
     samplers_of,
     specs_of,
@@ -164,7 +164,7 @@ def test_without_splits_all_rows_are_measured_and_nothing_is_fitted(
     bench = Bench(
         case.bundle, features, evaluation_config(case.model), None, Store(str(tmp_path), {})
     )
-    methods, notes = possible(bench)
+    methods, notes = measurable(bench)
     assert [method.name for method in methods if method.trained] == []
     assert "tsqnet" in notes[0]
     assert paper.specs_for(bench, "table7") == []
@@ -180,7 +180,7 @@ def test_other_weights_or_missing_logits_are_refused(case: Case, tmp_path: Path)
             write_features(tmp_path / "bare", case.bundle, with_logits=False), case.bundle, None
         )
     hashes = {"visual": case.bundle.encoder.backbone_hash(), "recognizer": "b" * 64}
-    with pytest.raises(ModelError, match="another recogniser"):
+    with pytest.raises(ModelError, match=r"with a recogniser .* other than the bundle's"):
         load_features(
             write_features(tmp_path / "other", case.bundle, weights=hashes), case.bundle, None
         )
@@ -302,8 +302,8 @@ def test_intervals_by_hand() -> None:
     assert figure.mean == pytest.approx(0.6)
     assert figure.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-5)
     assert MeanOverSeeds((0.5,)).half is None
-    assert figure.above(MeanOverSeeds((0.4, 0.5, 0.6))).half == pytest.approx(0)  # seed by seed
-    assert figure.above(MeanOverSeeds((0.4,))).mean == pytest.approx(0.2)
+    assert figure.minus(MeanOverSeeds((0.4, 0.5, 0.6))).half == pytest.approx(0)  # seed by seed
+    assert figure.minus(MeanOverSeeds((0.4,))).mean == pytest.approx(0.2)
     assert verdict(figure, MeanOverSeeds((0.4, 0.5, 0.6))) == "held (+10.0 ± 0.0)"
     assert (
         verdict(figure, MeanOverSeeds((0.7, 0.5, 0.59)))
@@ -462,10 +462,10 @@ def test_a_teacher_replaces_the_labels(bench: Bench) -> None:
     assert training is not None
     few = {"target": "teacher", "max_videos": 8, "teacher_min_videos": 2, "modules": "visual"}
     spec = bench.spec(few, {}, 0)
-    taught = bench.taught(spec.config)
+    taught = bench.teacher_targets(spec.config)
     assert taught is not None
     assert (taught.classes, taught.targets.shape) == ([0, 1, 2], (8, len(CLASSES)))
-    shape, text, start, targets = Initial(bench, training).arguments(spec)
+    shape, text, start, targets = InitialValues(bench, training).arguments(spec)
     assert shape is not None
     assert text is None
     assert targets is not None
@@ -482,7 +482,7 @@ def test_a_teacher_replaces_the_labels(bench: Bench) -> None:
     with pytest.raises(
         RunError, match=r"finds 0 classes at least train\.teacher_min_videos = 4 times"
     ):
-        bench.taught(rare.config)
+        bench.teacher_targets(rare.config)
 
 
 def test_queries_start_from_the_teacher_where_the_frame_head_lacks_classes(bench: Bench) -> None:
@@ -492,9 +492,9 @@ def test_queries_start_from_the_teacher_where_the_frame_head_lacks_classes(bench
     assert isinstance(head, torch.nn.Linear)
     smaller = dataclasses.replace(bench.bundle, sampler_classes=list(CLASSES[:2]))
     spec = bench.spec({"modules": "visual"}, {}, 0)
-    _, _, start, targets = Initial(dataclasses.replace(bench, bundle=smaller), training).arguments(
-        spec
-    )
+    _, _, start, targets = InitialValues(
+        dataclasses.replace(bench, bundle=smaller), training
+    ).arguments(spec)
     assert targets is None
     labels = [np.flatnonzero(row).tolist() for row in training.targets]
     expected = prototypes(training.visual, training.logits, labels, len(CLASSES), 0, "single")
@@ -663,8 +663,7 @@ def test_the_teacher_beside_labels(bench: Bench) -> None:
     assert over.mean == pytest.approx(ours.mean - theirs.mean)
     assert rows["tsqnet"]["over tsqnet"] is None
     assert any(
-        "for want of training videos: teacher, 25 videos, teacher, 50" in note
-        for note in table.notes
+        "too few training videos: teacher, 25 videos, teacher, 50" in note for note in table.notes
     )
 
 
@@ -710,7 +709,9 @@ def test_table_1_adds_up(bench: Bench) -> None:
 
 def test_dense_is_measured_once(bench: Bench) -> None:
     dense = next(method for method in METHODS if method.name == "dense")
-    assert [measured.budget for measured in measured_at(bench, dense, (1, 2))] == [NUM_FRAMES]
+    assert [measured.budget for measured in measure_at_budgets(bench, dense, (1, 2))] == [
+        NUM_FRAMES
+    ]
     assert specs_of(bench, dense) == []
 
 

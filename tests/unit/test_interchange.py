@@ -268,7 +268,7 @@ def test_a_request_that_no_file_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "openai-batch needs the name of a model; .* --batch-model NAME"),
+        ({}, "openai-batch needs a model; .* --batch-model NAME"),
         ({"batch_model": "m", "prompt": "{class}"}, r"unknown field \{class\}; allowed: \{classes"),
     ],
 )

@@ -149,7 +149,7 @@ COUNTS = SimpleNamespace(set=SimpleNamespace(remote=lambda done: None))
 def test_head_prototypes_and_network_learn_what_the_teacher_shows(features: str) -> None:
     source = FeatureSource.of(features, None, "single", teacher=TEACHER)
     worker = FeatureWorker(source, 1, COUNTS)
-    taught = worker.taught(3)
+    taught = worker.taught_classes(3)
     assert taught == [0, 1, 2]  # nothing shows the others
     _, _, accuracy = worker.fit_head(FinetuneConfig(head=HeadConfig(lr=0.03)), "single", taught)
     assert accuracy > 0.9

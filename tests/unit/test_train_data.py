@@ -31,9 +31,9 @@ from tsq_ray.training.classifier.full import Tuned
 from tsq_ray.training.features import (
     FeatureSource,
     TrainingRows,
+    check_single_labels,
     multi_hot,
     open_training_set,
-    single_labels,
     source_arrays,
 )
 from tsq_ray.training.head import fit_head, head_logits, standard_scale
@@ -65,7 +65,7 @@ def test_rows_in_the_order_of_the_ids(features: str, temporary: Path) -> None:
         assert list(data.labels) == [[number % CLASSES] for number in order]
         assert (data.classes, len(data)) == (NAMES, VIDEOS)
         assert data.videos.left_out == {"other_split": 1, "failed": 1, "unlabelled": 1}
-        assert data.videos.named == ["/videos/bare.mp4"]
+        assert data.videos.unlabelled_uris == ["/videos/bare.mp4"]
         assert len(list(temporary.glob("tsq-*"))) == 1
     assert list(temporary.glob("tsq-*")) == [], "the last one removes the files"
 
@@ -251,7 +251,11 @@ def test_training_rows_and_the_account_of_the_others() -> None:
     )
     chosen = TrainingRows.of(rows, None, 1, "manifest")
     assert [row.uri for row in chosen.rows] == ["0.mp4"]
-    assert (chosen.split, chosen.named, chosen.warnings) == ("train", ["2.mp4", "3.mp4"], [])
+    assert (chosen.split, chosen.unlabelled_uris, chosen.warnings) == (
+        "train",
+        ["2.mp4", "3.mp4"],
+        [],
+    )
     assert chosen.left_out == {"other_split": 2, "unlabelled": 2, "limit": 1}
     labels = rows.table["labels"]
     assert multi_hot(
@@ -261,6 +265,6 @@ def test_training_rows_and_the_account_of_the_others() -> None:
         [True, False, True],
         [False, True, False],
     ]
-    single_labels(labels, "multi", "manifest")
+    check_single_labels(labels, "multi", "manifest")
     with pytest.raises(RunError, match="1 of 6 videos have several labels"):
-        single_labels(labels, "single", "manifest")
+        check_single_labels(labels, "single", "manifest")

@@ -1,6 +1,6 @@
-"""The paper's tables as lists of configurations: settings changed by each row, columns, and trends.
+"""The paper's tables as data: the settings that each row changes, the columns, and the trends.
 
-Only names and overrides; training/ and model/ implement what a configuration does. A row's value is
+Only names and overrides; training/ and model/ implement what a configuration does. Values are
 mAP at `sampler.budget`.
 """
 
@@ -18,23 +18,23 @@ TQM: tuple[str, TSQMode] = ("TQM", "textual")
 OURS: tuple[str, TSQMode] = ("TSQNet", "both")
 _VISUAL = {"modules": "visual"}
 _APART = {"modules": "both", "alpha": 0.0, "beta": 0.0}
-"""Without swap losses the two modules share nothing, so the TQM is as if trained alone."""
+"""Without swap losses the two modules share nothing, so this equals training the TQM alone."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration: its leading cells and overrides of `train.*` and `encoders.text.*`."""
+    """One configuration: its first cells, and overrides of `train.*` and `encoders.text.*`."""
 
     cells: tuple[str, ...]
     train: Mapping[str, Any]
     text: Mapping[str, Any] = field(default_factory=dict)
     mode: TSQMode | None = None
-    """How this row's network chooses frames; None: by the column's mode."""
+    """`sampler.mode` of this row; None: the column's."""
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A trend in the paper: cell `better` is above cell `worse`, both as (row, column) indices."""
+    """A trend in the paper: cell `better`, a (row, column), is above cell `worse`."""
 
     better: tuple[int, int]
     worse: tuple[int, int]
@@ -114,11 +114,11 @@ def _table8(alpha: float, beta: float) -> Ablation:
 def _table9(config: Config, num_objects: int) -> Ablation:
     rows, notes, trends = [], [], []
     ten = _APART | {"top_objects": min(10, num_objects)}
-    for place in config.evaluate.word_vectors:
-        rows.append(Row((PurePosixPath(place).stem, "top 10"), ten, {"weights": place}))
+    for path in config.evaluate.word_vectors:
+        rows.append(Row((PurePosixPath(path).stem, "top 10"), ten, {"weights": path}))
     if not rows:
         notes.append(
-            "static word vectors (GloVe, word2vec): not measured, no file in evaluate.word_vectors"
+            "static word vectors (GloVe, word2vec): not measured, evaluate.word_vectors is empty"
         )
     model = config.encoders.text.model.rpartition("/")[2]
     if num_objects > 10:

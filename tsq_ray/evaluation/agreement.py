@@ -1,7 +1,7 @@
-"""How often a choice of frames gives the dense recogniser's answer, and at what cost; no labels.
+"""How often the chosen frames give the dense recogniser's answer, and at what cost; no labels.
 
-The dense recogniser sees all T frames and answers by the surest of them. Shapes: V videos, T
-frames, C classes, K budget.
+The dense recogniser sees all T frames; its answer comes from those on which it is most confident.
+Shapes: V videos, T frames, C classes, K budget.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tsq_ray.evaluation.videos import VideoSet
 from tsq_ray.model.choosers import chooser_for
 
 _QUANTILE = 1.959964
-"""Of the normal distribution, for a 95 % interval."""
+"""97.5 % quantile of the normal distribution, for a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,15 @@ class Agreement:
     high: float
     """Its upper end."""
     map: float
-    """mAP with the classes that the dense recogniser finds as the truth."""
+    """mAP with the dense recogniser's classes as ground truth."""
     cost: float
-    """GFLOPs relative to those of the dense recogniser, counted as they run; frames, if it is
-    behind a server."""
+    """GFLOPs as they run, relative to the dense recogniser's; behind a server, frames instead."""
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % score interval of a share of `count` videos.
+    """Return Wilson's 95 % score interval of a share of `count` videos (Wilson 1927).
 
-    Unlike share ± error, it has a width at 0 and 1 (Wilson 1927).
+    Unlike share ± error, it keeps a width at 0 and 1.
     """
     square = _QUANTILE**2 / count
     middle = (share + square / 2) / (1 + square)
@@ -62,12 +61,11 @@ def interval(share: float, count: int) -> tuple[float, float]:
 def measure_agreement(
     bundle: Bundle, videos: VideoSet, config: SamplerConfig, surest: int = SUREST
 ) -> list[Agreement]:
-    """Measure the bundle's sampler and uniform frames at every K up to T, then the dense
-    recogniser.
+    """Measure the bundle's sampler and uniform frames at every K, and the dense recogniser.
 
-    With one label per video, also the adaptive budget. A server is not measured adaptively, nor
-    densely. `config`: the other settings of the sampler; `surest`: number of frames that the dense
-    recogniser's answer rests on.
+    With one label per video, also the adaptive budget. For a recogniser behind a server, adaptive
+    and dense are left out. `config`: the other settings of the sampler; `surest`: number of frames
+    that the dense recogniser's answer is based on.
     """
     task, dense = bundle.task, dense_answers(videos, bundle.task, surest)
     arrays = {name: getattr(videos, name) for name in ("visual", "object_ids", "object_probs")}
@@ -76,7 +74,7 @@ def measure_agreement(
     )
     mode: SamplerMode = "both" if bundle.sampler.shape.modules == "both" else "visual"
 
-    def measured(mode: SamplerMode, budget: int | Literal["adaptive"]) -> Agreement:
+    def measure(mode: SamplerMode, budget: int | Literal["adaptive"]) -> Agreement:
         settings = config.model_copy(update={"mode": mode, "budget": budget})
         sampler = Sampler(
             videos,
@@ -91,13 +89,13 @@ def measure_agreement(
         return _compare(answers(videos, chosen, task), dense, bundle, settings, frames)
 
     budgets: Sequence[int] = range(1, videos.num_frames + 1)
-    found = [measured(mode, budget) for budget in budgets[:-1]]
+    curve = [measure(mode, budget) for budget in budgets[:-1]]
     if task == "single" and config.max_budget <= videos.num_frames and not _is_server(bundle):
-        found.append(measured(mode, "adaptive"))
-    found += [measured("uniform", budget) for budget in budgets]
+        curve.append(measure(mode, "adaptive"))
+    curve += [measure("uniform", budget) for budget in budgets]
     if not _is_server(bundle):
-        found.append(measured("maxconf", min(surest, videos.num_frames)))
-    return found
+        curve.append(measure("maxconf", min(surest, videos.num_frames)))
+    return curve
 
 
 def _compare(
@@ -128,12 +126,12 @@ def _relative_cost(bundle: Bundle, config: SamplerConfig, budget: float) -> floa
     if _is_server(bundle):
         return budget / num_frames
     assert config.mode != "random"
-    own = gflops(bundle, config.mode, num_frames, budget, shape, "true")
-    return own / gflops(bundle, "uniform", num_frames, num_frames, shape, "true")
+    cost = gflops(bundle, config.mode, num_frames, budget, shape, "true")
+    return cost / gflops(bundle, "uniform", num_frames, num_frames, shape, "true")
 
 
-def cheapest(found: Sequence[Agreement], wanted: float) -> Agreement:
-    """Return the cheapest choice whose agreement reaches `wanted`; if none does, the best."""
-    best = max(one.top1 for one in found)
-    enough = (one for one in found if one.top1 >= min(wanted, best))
-    return min(enough, key=lambda one: one.cost)
+def cheapest(curve: Sequence[Agreement], target: float) -> Agreement:
+    """Return the cheapest choice whose agreement reaches `target`; if none does, the best."""
+    best = max(choice.top1 for choice in curve)
+    sufficient = (choice for choice in curve if choice.top1 >= min(target, best))
+    return min(sufficient, key=lambda choice: choice.cost)

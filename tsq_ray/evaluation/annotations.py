@@ -26,7 +26,7 @@ class Annotations:
     def of(self, uri: str) -> list[Segment]:
         """Return a video's segments; empty if it is unknown.
 
-        Looked up by its URI, then by the longest known end of its path, then by its file name
+        It is looked up by its URI, then by the longest known end of its path, then by its file name
         without the suffix.
         """
         if uri in self.by_name:
@@ -54,19 +54,19 @@ def read_annotations(uri: str) -> Annotations:
     - ActivityNet's JSON, `{"database": {id: {"annotations": [{"segment": [start_s, end_s]}]}}}`;
       the video's file is `id.*` or `v_id.*`.
 
-    Raises ManifestError if the file is in none of them.
+    Raises ManifestError if the file has none of these formats.
     """
     uri = storage.normalize(uri)
     data = storage.read_bytes(uri)
     try:
-        found = _segments(json.loads(data), storage.parent_of(uri))
+        by_name = _segments(json.loads(data), storage.parent_of(uri))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ManifestError(
             f"--annotations {storage.redact(uri)}: not readable as salient segments "
             f"({type(error).__name__}: {error}); expected ActivityNet JSON ({{'database': ...}}) "
             "or {'videos': ...} (docs/evaluation.md)"
         ) from None
-    return Annotations(found, storage.sha256_of(data))
+    return Annotations(by_name, storage.sha256_of(data))
 
 
 def _segments(content: Any, folder: str) -> dict[str, list[Segment]]:
@@ -91,7 +91,7 @@ def _pair(pair: Sequence[float]) -> Segment:
 
 
 def _from_frames(video: Mapping[str, Any]) -> list[Segment]:
-    # half a frame of slack: a frame's time, a float32, may be slightly off frame number / fps
+    # half a frame of slack, because a frame's time is a float32 and may differ slightly
     fps = float(video["fps"])
     salient = (part for part in video["segments"] if part["kind"] == "sal")
     return [
@@ -100,9 +100,7 @@ def _from_frames(video: Mapping[str, Any]) -> list[Segment]:
 
 
 def on_evidence(chosen: Iterable[tuple[str, Sequence[float]]], annotations: Annotations) -> float:
-    """Return the share of chosen frames in a salient segment, as a mean over the videos.
-
-    The share is `quality.salient_recall`.
+    """Return the mean over the videos of `quality.salient_recall` of their chosen frames.
 
     `chosen`: URI and presentation times in seconds of each video's frames. Videos without a known
     segment are left out; nan if none remain.

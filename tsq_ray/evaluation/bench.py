@@ -1,6 +1,6 @@
-"""The inputs of an evaluation, and the trainings it needs: run as Ray tasks, stored as they finish.
+"""The inputs of an evaluation, and its trainings: run as Ray tasks, stored as they finish.
 
-Legend: V videos, T frames, D dims, C classes.
+Shapes: V videos, T frames, D dims, C classes.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from tsq_ray.training.teacher import shown_classes, soft_targets, taught_classes
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What the recogniser says of the first n training videos, as they are sorted."""
+class TeacherTargets:
+    """The recogniser's answers on the first n training videos, in the order of their ids."""
 
     classes: list[int]
-    """Those that have a query."""
+    """The classes that have a query."""
     targets: np.ndarray
-    """float16 [n, C], soft, of all classes."""
+    """Soft targets over all classes, float16 [n, C]."""
 
 
 @dataclass
 class Bench:
-    """The data, the bundle and the settings of an evaluation, and the trainings finished so far."""
+    """The data, bundle and settings of an evaluation, and the trainings finished so far."""
 
     bundle: Bundle
     features: EvaluationFeatures
@@ -70,7 +70,7 @@ class Bench:
         return self.config.evaluate.seeds
 
     def spec(self, train: Mapping[str, Any], text: Mapping[str, Any], seed: int) -> TrainingSpec:
-        """Return a training of TSQNet with these overrides of `train.*` and `encoders.text.*`.
+        """Specify a training of TSQNet with these overrides of `train.*` and `encoders.text.*`.
 
         Raises ConfigError if the values are inconsistent.
         """
@@ -82,23 +82,23 @@ class Bench:
         )
 
     def scsampler(self, seed: int) -> TrainingSpec:
-        """Return a training of the SCSampler ranker."""
+        """Specify a training of the SCSampler ranker."""
         return TrainingSpec("scsampler", TrainConfig(seed=seed), TextConfig())
 
     def shape(self, config: TrainConfig, text_dim: int) -> TSQShape:
         """Return the shape of a training's network; fields that are settings come from `config`.
 
-        A teacher's network has a query for each class that it finds often enough.
+        With a teacher, only classes that it finds often enough have a query.
         """
         names = {item.name for item in dataclasses.fields(TSQShape)} & set(TrainConfig.model_fields)
         settings = {name: getattr(config, name) for name in names}
         dim = self.videos.visual.shape[-1]
-        taught = self.taught(config)
-        count = len(self.bundle.classes) if taught is None else len(taught.classes)
+        teacher = self.teacher_targets(config)
+        count = len(self.bundle.classes) if teacher is None else len(teacher.classes)
         return TSQShape(num_classes=count, visual_dim=dim, text_dim=text_dim, **settings)
 
-    def taught(self, config: TrainConfig) -> Taught | None:
-        """Return what the recogniser teaches in a training; None if the labels do.
+    def teacher_targets(self, config: TrainConfig) -> TeacherTargets | None:
+        """Return the recogniser's targets for a training; None if it learns from labels.
 
         Raises RunError if it finds too few classes in the training videos.
         """
@@ -109,30 +109,30 @@ class Bench:
         logits, index = training.logits[:count], training.frame_index[:count]
         targets = soft_targets(logits, index, frames, self.task)
         classes = taught_classes(targets, config.teacher_min_videos, self.task)
-        return Taught(classes, targets)
+        return TeacherTargets(classes, targets)
 
 
 def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, holder: Holder) -> int:
     """Fill `bench.learned` with the result of every spec; return how many had to be trained.
 
-    Results are read from the store, or trained in parallel, one CPU each, and stored as they
-    finish. Raises what a training raised; a non-finite loss is a result ("diverged").
+    Results come from the store or from trainings, which run in parallel on one CPU each and are
+    stored as they finish. Raises what a training raised; a non-finite loss is a result
+    ("diverged").
     """
-    wanted = list(dict.fromkeys(spec for spec in specs if spec not in bench.learned))
     todo = []
-    for spec in wanted:
-        if (found := bench.store.read(spec)) is None:
+    for spec in dict.fromkeys(spec for spec in specs if spec not in bench.learned):
+        if (learned := bench.store.read(spec)) is None:
             todo.append(spec)
         else:
-            bench.learned[spec] = found
+            bench.learned[spec] = learned
     if not todo:
         return 0
     assert bench.features.training is not None, (
         "nothing to train on; the caller must leave out samplers that need training"
     )
-    initial = Initial(bench, bench.features.training)
+    initial = InitialValues(bench, bench.features.training)
     calls = [(spec, initial.arguments(spec)) for spec in todo]
-    with cluster.connect(session) as ray, Observer(ray, holder, "evaluate") as seen:
+    with cluster.connect(session) as ray, Observer(ray, holder, "evaluate") as observer:
         arrays = initial.training_arrays(any(spec.kind == "scsampler" for spec in todo))
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
         texts = {id(text): ray.put(text) for _, (_, text, _, _) in calls if text is not None}
@@ -160,12 +160,12 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, hol
                     bench.store.write(spec, bench.learned[spec])
                 update(len(todo) - len(pending), 0)
                 watch.tick(len(todo) - len(pending))
-                seen.observe(len(todo) - len(pending), watch)
+                observer.observe(len(todo) - len(pending), watch)
     return len(todo)
 
 
-class Initial:
-    """Initial values of the trainings, each computed once."""
+class InitialValues:
+    """InitialValues values of the trainings, each computed once."""
 
     def __init__(self, bench: Bench, training: VideoSet) -> None:
         self.bench, self.training = bench, training
@@ -186,20 +186,20 @@ class Initial:
             return None, None, {}, None
         text = self._text(spec.text) if spec.config.modules == "both" else None
         shape = self.bench.shape(spec.config, text["vocabulary"].shape[1] if text else 1)
-        taught = self.bench.taught(spec.config)
+        teacher = self.bench.teacher_targets(spec.config)
         visual = textual = None
         if spec.config.init_visual == "prototype":
-            visual = self._prototypes(spec.config.seed, taught)
+            visual = self._prototypes(spec.config.seed, teacher)
         if text and spec.config.init_textual == "text":
             textual = text["classes"]
-        if taught is None:
+        if teacher is None:
             return shape, text, {"visual": visual, "textual": textual}, None
-        textual = textual[taught.classes] if textual is not None else None
-        targets = taught.targets[:, taught.classes]
+        textual = textual[teacher.classes] if textual is not None else None
+        targets = teacher.targets[:, teacher.classes]
         return shape, text, {"visual": visual, "textual": textual}, targets
 
     def training_arrays(self, with_teacher: bool) -> dict[str, np.ndarray]:
-        """Return the training arrays; the ranker's teacher is the true-class probability."""
+        """Return the training arrays; `teacher`, for SCSampler, is the true-class probability."""
         teacher = (
             {"teacher": true_class_probability(self.training, self.bench.task)}
             if with_teacher
@@ -221,22 +221,22 @@ class Initial:
             ]
             if unknown:
                 raise ModelError(
-                    f"text weights {storage.redact(config.weights)!r}: no word of {len(unknown)} "
-                    f"class names (first: {unknown[0]!r}); use other word vectors"
+                    f"text weights {storage.redact(config.weights)!r}: has no word of "
+                    f"{len(unknown)} class names (first: {unknown[0]!r}); use other word vectors"
                 )
         return self.texts[config]
 
-    def _prototypes(self, seed: int, taught: Taught | None) -> np.ndarray:
-        """Return one prototype per class, by the frame head's logits or those of the teacher."""
+    def _prototypes(self, seed: int, teacher: TeacherTargets | None) -> np.ndarray:
+        """Return one prototype per class, from the logits of the frame head or of the teacher."""
         task, count = self.bench.task, len(self.bench.bundle.classes)
-        if taught is not None:
-            place = {label: number for number, label in enumerate(taught.classes)}
-            shown = shown_classes(taught.targets, task)
-            labels = [[place[label] for label in one if label in place] for one in shown]
+        if teacher is not None:
+            position = {label: number for number, label in enumerate(teacher.classes)}
+            shown = shown_classes(teacher.targets, task)
+            labels = [[position[label] for label in ids if label in position] for ids in shown]
             chosen = slice(0, len(labels))
-            logits = self.training.logits[chosen][..., taught.classes]
+            logits = self.training.logits[chosen][..., teacher.classes]
             return prototypes(
-                self.training.visual[chosen], logits, labels, len(place), seed, task
+                self.training.visual[chosen], logits, labels, len(position), seed, task
             ).numpy()
         if seed not in self.starts:
             labels = [np.flatnonzero(row).tolist() for row in self.training.targets]
@@ -246,7 +246,7 @@ class Initial:
         return self.starts[seed]
 
     def _head_logits(self) -> np.ndarray:
-        """Return the logits of the frame head; the recogniser's, if the head lacks classes."""
+        """Return the logits of the frame head, or of the recogniser if the head lacks classes."""
         bundle = self.bench.bundle
         assert bundle.encoder.head is not None, "a bundle's encoder has the frame head"
         if bundle.sampler_classes is not None:

@@ -1,4 +1,4 @@
-"""The samplers that `tsq evaluate` compares, as data: how each is trained, and what it costs."""
+"""The samplers that `tsq evaluate` compares, as data: how each is trained and what it costs."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Method:
 
     name: str
     what: str
-    """One line for the table's notes."""
+    """Description in one line, for the table's notes."""
     cost: Cost | None
     """None: no computation achieves it (the oracle)."""
     train: Mapping[str, Any] | None = None
-    """Changes to `train.*`, if the sampler is a network trained by the evaluation."""
+    """Overrides of `train.*`, if the evaluation trains the sampler's network."""
     mode: TSQMode = "both"
     """`sampler.mode` of a network."""
     adaptive: bool = False
     """Whether the recogniser stops as soon as it is sure, after at most K frames."""
     selector: str = ""
-    """Key of `selectors.SELECTORS`; empty: the frames are chosen as `what` says."""
+    """Key of `selectors.SELECTORS`; empty: frames are chosen as described in `what`."""
     score: str = ""
-    """What the selector chooses by: "maxconf-l", "maxconf", "tsqnet"; empty: features alone."""
+    """The selector's score: "maxconf-l", "maxconf" or "tsqnet"; empty: features alone."""
 
     @property
     def trained(self) -> bool:
@@ -117,11 +117,11 @@ _SCORES: dict[str, tuple[Cost, str]] = {
     "maxconf": ("maxconf", "confidence of the recogniser, which sees all T frames"),
     "tsqnet": ("both", "lambda_v of the visual plus 1 - lambda_v of the textual saliency"),
 }
-"""What a selector can choose by: its cost, and what it is."""
+"""The scores that a selector can use: cost and description."""
 
 
 def score_notes() -> dict[str, str]:
-    """Return what each score of the table `selectors` is."""
+    """Return a description of each score in the table `selectors`."""
     return {score: what for score, (_, what) in _SCORES.items()}
 
 
@@ -139,10 +139,10 @@ SELECTING = (
     _selecting("maxinfo"),
     *(_selecting(selector, score) for score in _SCORES for selector in BY_SCORE),
 )
-"""The samplers of the table `selectors`; by MaxConf-L and MaxConf, top-k is their own row."""
+"""The samplers of the table `selectors`; the rows maxconf-l and maxconf are top-k by that score."""
 
 SAMPLE_SIZES = (25, 50, 100, 200, 320)
-"""Numbers of training videos of the table `teacher`."""
+"""Numbers of training videos in the table `teacher`."""
 _TAUGHT = {**_JOINT, "target": "teacher"}
 TEACHING = (
     *(method for method in METHODS if method.name in ("uniform", *_SCORES)),

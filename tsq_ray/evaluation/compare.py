@@ -30,9 +30,9 @@ _COUNTED = ["video_id", "status", "selected_pts_s", *_MILLISECONDS]
 def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None) -> Table:
     """Return a table with one row per run and one per group of runs that differ only in the model.
 
-    A group's row (models of several seeds, say) holds the mean and its interval.
+    The row of a group, such as models of several seeds, holds the mean and its interval.
     """
-    found = [_Run(uri, model, annotations) for uri in uris]
+    runs = [_Run(uri, model, annotations) for uri in uris]
     columns = [
         *(TableColumn(title) for title in ("run", "sampler", "T", "K", "ok", "failed")),
         *(TableColumn(title, "%") for title in ("mAP", "mAP interpolated", "top-1", "on evidence")),
@@ -48,10 +48,10 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
             str(run.failed),
             *map(_single, run.figures),
         ]
-        for run in found
+        for run in runs
     ]
     groups: dict[tuple[str, int, str], list[_Run]] = {}
-    for run in found:
+    for run in runs:
         groups.setdefault((run.mode, run.num_frames, run.budget), []).append(run)
     for (mode, num_frames, budget), members in groups.items():
         if len(members) > 1:
@@ -65,9 +65,9 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
     notes = [
         "s/video: decoding, sampling and recognition as each run measured them, on its machine"
     ]
-    if len({run.videos for run in found}) > 1:
+    if len({run.videos for run in runs}) > 1:
         notes.append("warning: the runs hold different videos, so their results are not comparable")
-    if any(math.isnan(run.figures[4]) for run in found):
+    if any(math.isnan(run.figures[4]) for run in runs):
         notes.append(
             "GFLOPs '-': the run's model is not --model and is no longer at the recorded URI"
         )
@@ -87,7 +87,7 @@ class _Run:
         parts = [part.uri for part in list_parts(self.uri)]
         if not parts:
             raise RunError(
-                f"{storage.redact(self.uri)}: no part-*.parquet here, the run has no videos; "
+                f"{storage.redact(self.uri)}: no part-*.parquet here, so the run has no videos; "
                 "leave this folder out"
             )
         count = _count(parts)
@@ -134,7 +134,7 @@ class _Counts:
     chosen: int
     seconds: float
     videos: str
-    """Hash of the sorted video ids: equal for runs over the same videos."""
+    """Hash of the sorted video ids, equal for runs over the same videos."""
 
 
 def _count(parts: Sequence[str]) -> _Counts:
@@ -162,10 +162,11 @@ def _chosen(parts: Sequence[str]) -> Iterator[tuple[str, Sequence[float]]]:
         yield from ((row["uri"], row["selected_pts_s"]) for row in rows.to_pylist())
 
 
-def _bundle_of(made_by: dict[str, Any], model: Bundle) -> Bundle | None:
-    """Return the bundle that made a run: --model, or the recorded one if unchanged, else None."""
-    if made_by["sha256"] == model.sha256:
+def _bundle_of(recorded: dict[str, Any], model: Bundle) -> Bundle | None:
+    """Return the bundle of a run: `model`, or the recorded one if it is unchanged, else None."""
+    sha256 = recorded["sha256"]
+    if sha256 == model.sha256:
         return model
-    if is_bundle(made_by["uri"]) and read_bundle_settings(made_by["uri"])[1] == made_by["sha256"]:
-        return load_bundle(made_by["uri"])
+    if is_bundle(recorded["uri"]) and read_bundle_settings(recorded["uri"])[1] == sha256:
+        return load_bundle(recorded["uri"])
     return None

@@ -10,10 +10,10 @@ from tsq_ray.evaluation import plots
 from tsq_ray.evaluation.bench import Bench
 from tsq_ray.evaluation.catalogue import SELECTING, TEACHING, Method, score_notes
 from tsq_ray.evaluation.measures import Clock, MeanOverSeeds
-from tsq_ray.evaluation.methods import Measured, cost_of, measured_at, possible
-from tsq_ray.evaluation.tables import Cell, Table, TableColumn, signs, single
+from tsq_ray.evaluation.methods import Measured, cost_of, measurable, measure_at_budgets
+from tsq_ray.evaluation.tables import Cell, Table, TableColumn, single, trend_notes
 
-_TABLE2_SIGNS = (
+_TABLE2_TRENDS = (
     ("tsqnet", "uniform"),
     ("tsqnet", "random"),
     ("tsqnet", "maxconf-l"),
@@ -28,54 +28,54 @@ def table2(bench: Bench, out: str) -> Table:
         bench.config.sampler.most_frames,
         Clock(bench.features.run, bench.bundle, bench.videos.num_frames),
     )
-    methods, notes = possible(bench)
-    found: dict[str, MeanOverSeeds] = {}
+    methods, notes = measurable(bench)
+    maps: dict[str, MeanOverSeeds] = {}
     rows: list[list[Cell]] = []
     for method in methods:
-        for measured in measured_at(bench, method, (budget,)):
-            found[method.name] = measured.map
+        for measured in measure_at_budgets(bench, method, (budget,)):
+            maps[method.name] = measured.map
             rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
             notes += _diverged(measured)
     columns = [TableColumn("sampler"), TableColumn("K"), *_COLUMNS]
-    notes += [f"{method.name}: {_what(bench, method)}" for method in methods]
-    notes += signs(
-        [(better, worse, found.get(better), found.get(worse)) for better, worse in _TABLE2_SIGNS]
+    notes += [f"{method.name}: {_describe(bench, method)}" for method in methods]
+    notes += trend_notes(
+        [(better, worse, maps.get(better), maps.get(worse)) for better, worse in _TABLE2_TRENDS]
     )
     return Table(
         "table2",
         f"Table 2: samplers at K = {budget} of T = {bench.videos.num_frames}",
         columns,
         rows,
-        notes + _reading(clock),
+        notes + _legend(clock),
     )
 
 
 def figure3(bench: Bench, out: str) -> Table:
     """Measure every sampler at every budget: the accuracy-cost plot and its data."""
     clock = Clock(bench.features.run, bench.bundle, bench.videos.num_frames)
-    methods, notes = possible(bench)
+    methods, notes = measurable(bench)
     rows: list[list[Cell]] = []
-    lines, level = [], {}
+    lines, levels = [], {}
     for method in methods:
-        found = measured_at(bench, method, bench.config.evaluate.budgets)
-        for measured in found:
+        results = measure_at_budgets(bench, method, bench.config.evaluate.budgets)
+        for measured in results:
             rows.append([method.name, str(measured.budget), *_figures(bench, measured, clock)])
-        notes += _diverged(found[0]) if found else []
-        costs = [cost_of(bench, method, _frames(measured), "field") for measured in found]
+        notes += _diverged(results[0]) if results else []
+        costs = [cost_of(bench, method, _frames(measured), "field") for measured in results]
         known = [cost for cost in costs if cost is not None]
-        if found and len(known) == len(costs):
-            lines.append(plots.Line(method.name, known, [measured.map for measured in found]))
-        elif found:
-            level[f"{method.name}, K = {found[-1].budget}"] = found[-1].map
+        if results and len(known) == len(costs):
+            lines.append(plots.Line(method.name, known, [measured.map for measured in results]))
+        elif results:
+            levels[f"{method.name}, K = {results[-1].budget}"] = results[-1].map
     title = f"Accuracy and cost by budget, T = {bench.videos.num_frames}"
-    pictures = plots.accuracy_cost(lines, level, out, "figure3", title)
+    pictures = plots.accuracy_cost(lines, levels, out, "figure3", title)
     columns = [TableColumn("sampler"), TableColumn("K"), *_COLUMNS]
     return Table(
         "figure3",
         f"Figure 3: {title[0].lower()}{title[1:]}",
         columns,
         rows,
-        notes + _reading(clock),
+        notes + _legend(clock),
         pictures[:1],
     )
 
@@ -90,38 +90,38 @@ _COLUMNS = (
 
 
 def selectors(bench: Bench, out: str) -> Table:
-    """Measure the selectors of 2024 to 2026 at `sampler.budget`, each by each score.
+    """Measure the selectors of 2024 to 2026 at `sampler.budget`, each with each score.
 
-    The row tsqnet is the paper's selection, whatever `sampler.selection` says.
+    The row tsqnet is the paper's selection, regardless of `sampler.selection`.
     """
     sampler = bench.config.sampler.model_copy(update={"selection": "top"})
     bench = replace(bench, config=bench.config.model_copy(update={"sampler": sampler}))
     budget, num_frames = bench.config.sampler.most_frames, bench.videos.num_frames
     clock = Clock(bench.features.run, bench.bundle, num_frames)
-    methods, notes = possible(bench, SELECTING)
-    found = [one for method in methods for one in measured_at(bench, method, (budget,))]
+    methods, notes = measurable(bench, SELECTING)
+    results = [each for method in methods for each in measure_at_budgets(bench, method, (budget,))]
     rows: list[list[Cell]] = []
-    for one, over in zip(found, _over_tsqnet(found), strict=True):
-        names = (one.method.selector or one.method.name, one.method.score or "-")
-        rows.append([*names, *_figures(bench, one, clock), over])
-        notes += _diverged(one)
+    for measured, gain in zip(results, _over_tsqnet(results), strict=True):
+        names = (measured.method.selector or measured.method.name, measured.method.score or "-")
+        rows.append([*names, *_figures(bench, measured, clock), gain])
+        notes += _diverged(measured)
     notes += [f"{name}: {what}" for name, what in score_notes().items()]
     notes.append(
         "over tsqnet: points of mAP over TSQNet's plain top K, seed by seed; the selection itself, "
-        "some T^2 D multiply-adds, is not counted as cost"
+        "about T^2 D multiply-adds, is not counted as cost"
     )
     columns = [TableColumn("selector"), TableColumn("score"), *_COLUMNS]
     columns.append(TableColumn("over tsqnet", "%"))
     title = f"Selectors at K = {budget} of T = {num_frames}"
-    return Table("selectors", title, columns, rows, notes + _reading(clock))
+    return Table("selectors", title, columns, rows, notes + _legend(clock))
 
 
-def _over_tsqnet(found: Sequence[Measured]) -> list[Cell]:
-    """Return how far the mAP of each sampler is above TSQNet's, seed by seed."""
-    plain = next((one.map for one in found if one.method.name == "tsqnet"), None)
+def _over_tsqnet(results: Sequence[Measured]) -> list[Cell]:
+    """Return each sampler's mAP minus TSQNet's, seed by seed."""
+    tsqnet = next((each.map for each in results if each.method.name == "tsqnet"), None)
     return [
-        one.map.above(plain) if plain is not None and one.method.name != "tsqnet" else None
-        for one in found
+        each.map.minus(tsqnet) if tsqnet is not None and each.method.name != "tsqnet" else None
+        for each in results
     ]
 
 
@@ -143,7 +143,7 @@ def _figures(bench: Bench, measured: Measured, clock: Clock) -> list[Cell]:
 
 
 def _frames(measured: Measured) -> float:
-    """Return the frames the cost counts: K, even for shorter videos; the mean if adaptive."""
+    """Return the frames whose cost counts: K, even for shorter videos; the mean if adaptive."""
     return measured.frames.mean if measured.method.adaptive else measured.budget
 
 
@@ -158,7 +158,7 @@ def _diverged(measured: Measured) -> list[str]:
     )
 
 
-def _what(bench: Bench, method: Method) -> str:
+def _describe(bench: Bench, method: Method) -> str:
     if method.name != "oracle":
         return method.what
     by = "the recogniser's probability of the true class"
@@ -170,7 +170,7 @@ def _what(bench: Bench, method: Method) -> str:
     return f"{method.what}: {order}; no cost, since it knows the answer"
 
 
-def _reading(clock: Clock) -> list[str]:
+def _legend(clock: Clock) -> list[str]:
     notes = [
         "± is half the 95 % interval of the mean over the seeds (Student's t); values without it "
         "do not depend on a seed",
@@ -187,43 +187,44 @@ def _reading(clock: Clock) -> list[str]:
     return notes
 
 
-def teaching(bench: Bench) -> list[Method]:
+def teacher_methods(bench: Bench) -> list[Method]:
     """Return the samplers of the table `teacher` for which there are enough training videos.
 
-    Those that a teacher finds too few classes for are left out.
+    A sampler is also left out if its teacher finds too few classes.
     """
     training = bench.features.training
-    most = len(training) if training is not None else 0
-    found = []
-    for method in possible(bench, TEACHING)[0]:
-        if (method.train or {}).get("max_videos", 0) >= most > 0:
+    available = len(training) if training is not None else 0
+    methods = []
+    for method in measurable(bench, TEACHING)[0]:
+        if (method.train or {}).get("max_videos", 0) >= available > 0:
             continue
         try:
-            bench.taught(bench.spec(method.train or {}, {}, bench.seeds[0]).config)
+            bench.teacher_targets(bench.spec(method.train or {}, {}, bench.seeds[0]).config)
         except RunError:
             continue
-        found.append(method)
-    return found
+        methods.append(method)
+    return methods
 
 
 def teacher(bench: Bench, out: str) -> Table:
-    """Measure a teacher's worth at `sampler.budget`, on labels and against the dense answer."""
+    """Compare a teacher with labels at `sampler.budget`, by labels and by the dense answer."""
     budget, num_frames = bench.config.sampler.most_frames, bench.videos.num_frames
     clock = Clock(bench.features.run, bench.bundle, num_frames)
-    methods, notes = teaching(bench), possible(bench, TEACHING)[1]
-    measured = [one for method in methods for one in measured_at(bench, method, (budget,))]
+    methods, notes = teacher_methods(bench), measurable(bench, TEACHING)[1]
+    results = [each for method in methods for each in measure_at_budgets(bench, method, (budget,))]
     rows: list[list[Cell]] = []
-    for one, over in zip(measured, _over_tsqnet(measured), strict=True):
-        rows.append([one.method.name, *_figures(bench, one, clock), one.agreement_map, over])
-        notes += _diverged(one)
+    for measured, gain in zip(results, _over_tsqnet(results), strict=True):
+        figures = _figures(bench, measured, clock)
+        rows.append([measured.method.name, *figures, measured.agreement_map, gain])
+        notes += _diverged(measured)
     left_out = [method.name for method in TEACHING if method not in methods]
-    notes += [f"not measured, for want of training videos: {', '.join(left_out)}"] * bool(left_out)
+    notes += [f"not measured, too few training videos: {', '.join(left_out)}"] * bool(left_out)
     notes.append(
-        "agreement mAP: with the classes that the dense recogniser finds as the truth; tsqnet "
-        "learns from the labels of the training videos, teacher from the recogniser's answers; "
-        "over tsqnet: points of mAP, seed by seed"
+        "agreement mAP: with the dense recogniser's classes as ground truth; tsqnet learns from "
+        "the labels of the training videos, teacher from the recogniser's answers; over tsqnet: "
+        "points of mAP, seed by seed"
     )
     columns = [TableColumn("sampler"), *_COLUMNS, TableColumn("agreement mAP", "%")]
     columns.append(TableColumn("over tsqnet", "%"))
     title = f"Teacher and labels at K = {budget} of T = {num_frames}"
-    return Table("teacher", title, columns, rows, notes + _reading(clock))
+    return Table("teacher", title, columns, rows, notes + _legend(clock))

@@ -1,4 +1,4 @@
-"""Samplers of a user's own beside the bundle's sampler, on stored features."""
+"""Measure a user's own samplers next to the bundle's, on stored features."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def measure_samplers(
     *,
     split: str | None = None,
 ) -> dict[str, Measures]:
-    """Measure samplers of your own beside "uniform" and the bundle's own, "tsqnet".
+    """Measure your own samplers next to "uniform" and the bundle's sampler, "tsqnet".
 
     The recogniser's answers come from the features, so nothing is decoded. Each video's `View`
     holds the bundle's saliencies and the light encoder's features. Raises RunError if the features
-    lack labels, the split or the recogniser's answers, ModelError if they were made with other
-    weights than the bundle's.
+    lack labels, the split or the recogniser's answers, ModelError if they were made with weights
+    other than the bundle's.
 
     Args:
         features_uri: folder of `extract` with a recogniser.
         model: the bundle.
         choosers: name of a sampler -> K -> its chooser.
-        budget: K, the most frames that each may choose.
+        budget: K, the maximum number of frames that each may choose.
         split: the videos to measure on; by default `val`, or all if no video has a split.
     """
     bundle = load_bundle(model)
@@ -43,7 +43,7 @@ def measure_samplers(
     )
     known: dict[str, Callable[[int], Chooser]] = {
         "uniform": Uniform,
-        "tsqnet": lambda most: Salient(most, settings.lambda_visual),
+        "tsqnet": lambda budget: Salient(budget, settings.lambda_visual),
     }
     return {
         name: measure_sampler(

@@ -1,6 +1,6 @@
 """Quality and cost of a choice of frames.
 
-Legend: V videos, T frames, C classes, K budget.
+Shapes: V videos, T frames, C classes, K budget.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tsq_ray.model.flops import Counting, cost_table, network_multiply_adds
 from tsq_ray.training.teacher import shown_classes
 
 SUREST = TrainConfig().teacher_frames
-"""Frames that the dense recogniser's answer rests on, by default."""
+"""Default number of frames that the dense recogniser's answer is based on."""
 Cost = Literal["uniform", "maxconf", "maxconf-l", "visual", "textual", "both", "scsampler"]
-"""As sampler.mode, plus "scsampler": light encoder on T frames, ranker, recogniser on K."""
+"""As `sampler.mode`, plus "scsampler": light encoder on T frames, ranker, recogniser on K."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class MeanOverSeeds:
             student_t.ppf(0.975, count - 1) * np.std(self.values, ddof=1) / math.sqrt(count)
         )
 
-    def above(self, other: MeanOverSeeds) -> MeanOverSeeds:
+    def minus(self, other: MeanOverSeeds) -> MeanOverSeeds:
         """Return the difference `self - other`.
 
-        Taken seed by seed if both have equally many values, against each value if one side has a
-        single one, else between the means.
+        It is taken seed by seed if both have the same number of values, with each value if one side
+        has a single one, else between the means.
         """
         if len(self.values) == len(other.values):
             return MeanOverSeeds(
@@ -78,7 +78,7 @@ class Measures:
     map: float
     """Mean average precision over the classes."""
     map_interpolated: float
-    """The same with interpolated precision, as ActivityNet's evaluation has it."""
+    """The same with interpolated precision, as in ActivityNet's evaluation."""
     top1: float
     """Share of the videos whose best class is one of their labels."""
     recall: float
@@ -88,11 +88,11 @@ class Measures:
     agreement: float
     """Share of the videos whose best class is that of the dense recogniser (`dense_answers`)."""
     agreement_map: float
-    """mAP with the classes that the dense recogniser finds as the truth."""
+    """mAP with the dense recogniser's classes as ground truth."""
 
 
 def answers(videos: VideoSet, chosen: Sequence[np.ndarray], task: Task) -> np.ndarray:
-    """Return float32 [V, C] scores as `tsq score` does: mean slot logits, softmax or sigmoid."""
+    """Return scores as `tsq score` does, float32 [V, C]: softmax or sigmoid of mean slot logits."""
     means = [
         logits[slots].astype(np.float32).mean(axis=0)
         for logits, slots in zip(videos.logits, chosen, strict=True)
@@ -102,10 +102,10 @@ def answers(videos: VideoSet, chosen: Sequence[np.ndarray], task: Task) -> np.nd
 
 @functools.lru_cache(maxsize=4)
 def dense_answers(videos: VideoSet, task: Task, surest: int = SUREST) -> np.ndarray:
-    """Return what the recogniser says after seeing every frame, float32 [V, C].
+    """Return the recogniser's answers after seeing every frame, float32 [V, C].
 
-    Its answer is that of the `surest` frames, as a teacher's is (`sampler.mode = "maxconf"`): where
-    few frames show the class, the mean of all of them says little.
+    Only the `surest` most confident frames count, as for a teacher (`sampler.mode = "maxconf"`):
+    where few frames show the class, the mean over all of them says little.
     """
     sampler = Sampler(videos, task, MostConfident)
     chosen = [sampler.choose(video, surest) for video in range(len(videos))]
@@ -113,7 +113,7 @@ def dense_answers(videos: VideoSet, task: Task, surest: int = SUREST) -> np.ndar
 
 
 def agreement(scores: np.ndarray, dense: np.ndarray, task: Task) -> tuple[float, float]:
-    """Return `Measures.agreement` and `agreement_map` of scores [V, C] with the dense ones."""
+    """Return `Measures.agreement` and `agreement_map` of scores [V, C] with those in `dense`."""
     targets = np.zeros(dense.shape, bool)
     for video, classes in enumerate(shown_classes(dense, task)):
         targets[video, classes] = True
@@ -131,9 +131,9 @@ def measure_sampler(
     annotations: Annotations | None,
     surest: int = SUREST,
 ) -> Measures:
-    """Choose at most `budget` frames of each video and judge the recogniser's answers.
+    """Choose at most `budget` frames of each video and measure the recogniser's answers.
 
-    `surest`: number of frames that the dense recogniser's answer rests on.
+    `surest`: number of frames that the dense recogniser's answer is based on.
     """
     chosen = [sampler.choose(video, budget) for video in range(len(videos))]
     scores = answers(videos, chosen, task)
@@ -183,7 +183,7 @@ def gflops(
 class Clock:
     """Estimated seconds of work per video, from the extraction's timings on its machine.
 
-    Decoding T frames is taken as measured. The measured encoding time, during which every frame
+    The decoding time of T frames is used as measured. The encoding time, during which every frame
     passed through the light encoder, the object recogniser and the recogniser, is apportioned by
     true multiply-adds.
     """
@@ -192,15 +192,15 @@ class Clock:
         seconds, videos = run.get("stage_seconds") or {}, run.get("videos_done_now") or 0
         self.known = bool(videos and "decode" in seconds and "encode" in seconds)
         assert bundle.recognizer is not None
-        # the time of a server's answers has nothing to do with the multiply-adds here
+        # the time that a server takes is unrelated to the multiply-adds here
         self.known = self.known and bundle.recognizer.config.kind != "openai"
         if not self.known:
             return
         networks = (bundle.encoders.visual, bundle.encoders.objects, bundle.recognizer.config)
-        each = sum(network_multiply_adds(network, "true") for network in networks) / 1e9
+        gflops_per_frame = sum(network_multiply_adds(net, "true") for net in networks) / 1e9
         self.decode_s = seconds["decode"] / videos
-        self.s_per_gflop = seconds["encode"] / videos / (each * num_frames)
+        self.s_per_gflop = seconds["encode"] / videos / (gflops_per_frame * num_frames)
 
     def seconds(self, true_gflops: float) -> float | None:
-        """Return the seconds of a video of this cost; None if the extraction has no timings."""
+        """Return the seconds for a video of this cost; None if the extraction has no timings."""
         return self.decode_s + true_gflops * self.s_per_gflop if self.known else None

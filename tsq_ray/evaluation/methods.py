@@ -1,4 +1,4 @@
-"""The samplers of the catalogue on a bench: what trains them, what they choose, what it costs."""
+"""The samplers of the catalogue on a bench: their trainings, choices and cost."""
 
 from __future__ import annotations
 
@@ -50,14 +50,16 @@ class Measured:
     agreement: MeanOverSeeds
     agreement_map: MeanOverSeeds
     diverged: int = 0
-    """Number of seeds whose training diverged; the other fields leave them out."""
+    """Number of seeds whose training diverged; they are excluded from the other fields."""
 
     @classmethod
-    def of(cls, method: Method, budget: int, found: list[Measures], diverged: int = 0) -> Measured:
+    def of(
+        cls, method: Method, budget: int, by_seed: list[Measures], diverged: int = 0
+    ) -> Measured:
         """Combine the measures of each seed."""
 
         def figure(name: str) -> MeanOverSeeds:
-            return MeanOverSeeds(tuple(getattr(item, name) for item in found))
+            return MeanOverSeeds(tuple(getattr(measures, name) for measures in by_seed))
 
         return cls(
             method,
@@ -73,13 +75,17 @@ class Measured:
         )
 
 
-def possible(bench: Bench, catalogue: Sequence[Method] = METHODS) -> tuple[list[Method], list[str]]:
-    """Return the samplers that can be measured, and one note per group that cannot."""
+def measurable(
+    bench: Bench, catalogue: Sequence[Method] = METHODS
+) -> tuple[list[Method], list[str]]:
+    """Return the samplers that can be measured, and a note on each group that cannot."""
     methods, notes = list(catalogue), []
     if bench.features.training is None:
-        gone = [method.name for method in methods if method.trained]
+        trained = [method.name for method in methods if method.trained]
         methods = [method for method in methods if not method.trained]
-        notes.append(f"not measured, because the features have no split 'train': {', '.join(gone)}")
+        notes.append(
+            f"not measured, because the features have no split 'train': {', '.join(trained)}"
+        )
     if bench.task == "multi" and any(method.adaptive for method in methods):
         methods = [method for method in methods if not method.adaptive]
         notes.append("not measured for several labels per video: adaptive")
@@ -96,18 +102,18 @@ def specs_of(bench: Bench, method: Method) -> list[TrainingSpec]:
 
 
 def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
-    """Return one sampler per seed, and the number of seeds that diverged."""
+    """Return one sampler per seed, and the number of seeds whose training diverged."""
     videos, task = bench.videos, bench.task
     if method.trained:
-        found = [bench.learned[spec] for spec in specs_of(bench, method)]
-        made = [
+        trainings = [bench.learned[spec] for spec in specs_of(bench, method)]
+        samplers = [
             selecting_sampler(bench, method, fused_saliency(bench, learned.arrays))
             if method.selector
             else learned_sampler(bench, learned.arrays, method.mode, adaptive=method.adaptive)
-            for learned in found
+            for learned in trainings
             if not learned.diverged
         ]
-        return made, sum(bool(learned.diverged) for learned in found)
+        return samplers, sum(bool(learned.diverged) for learned in trainings)
     if method.selector:
         scores = _scores(bench, method.score) if method.score else None
         return [selecting_sampler(bench, method, scores)], 0
@@ -133,18 +139,18 @@ def samplers_of(bench: Bench, method: Method) -> tuple[list[Sampler], int]:
 
 
 def ranked_sampler(bench: Bench, scores: np.ndarray, name: str) -> Sampler:
-    """Return a sampler of the frames with the highest scores, [V, T]."""
+    """Return a sampler that takes the frames with the highest scores, [V, T]."""
     return Sampler(bench.videos, bench.task, partial(Ranked, name=name), scores=scores)
 
 
 def selecting_sampler(bench: Bench, method: Method, scores: np.ndarray | None) -> Sampler:
-    """Return a sampler of the frames that a selector takes by these scores, [V, T]."""
+    """Return a sampler that takes the frames of the method's selector; scores are [V, T]."""
     videos, chooser = bench.videos, partial(Selected, name=method.selector)
     return Sampler(videos, bench.task, chooser, scores=scores, features=videos.visual)
 
 
 def fused_saliency(bench: Bench, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return one saliency per frame, [V, T]: lambda_v of the visual, the rest of the textual."""
+    """Return one saliency per frame, [V, T]: lambda_v visual + (1 - lambda_v) textual."""
     visual, textual = arrays["saliency_visual"], arrays.get("saliency_textual")
     return fused(visual, textual, bench.config.sampler.lambda_visual)
 
@@ -191,11 +197,8 @@ def _scores(bench: Bench, name: str) -> np.ndarray:
     )
 
 
-def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[Measured]:
-    """Measure a sampler at each budget, or `dense` once, at T.
-
-    Empty if every seed diverged.
-    """
+def measure_at_budgets(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[Measured]:
+    """Measure a sampler at each budget; `dense` once, at T. Empty if every seed diverged."""
     samplers, diverged = samplers_of(bench, method)
     if not samplers:
         return []
@@ -219,26 +222,27 @@ def measured_at(bench: Bench, method: Method, budgets: tuple[int, ...]) -> list[
 
 
 def cost_of(bench: Bench, method: Method, budget: float, counting: Counting) -> float | None:
-    """Return GFLOPs per video if `budget` frames are recognised on average; None for the oracle."""
+    """Return GFLOPs per video with `budget` frames recognised on average; None for the oracle."""
     if method.cost is None:
         return None
     cost: Cost = method.cost
     if method.name == "bundle" and bench.bundle.sampler.shape.modules == "visual":
         cost = "visual"
 
-    def of(cost: Cost, num_frames: int) -> float:
+    def gflops_of(cost: Cost, num_frames: int) -> float:
         return gflops(bench.bundle, cost, num_frames, budget, shape_of(bench, method), counting)
 
     num_frames = bench.videos.num_frames
-    if method.selector == "focus" and method.score != "tsqnet":  # whose saliency needs all frames
-        return of(cost, focus_looks(num_frames, math.ceil(budget)))
-    light = method.selector in BY_FEATURES and cost == "maxconf"
-    encoding = of("maxconf-l", num_frames) - of("uniform", num_frames) if light else 0.0
-    return of(cost, num_frames) + encoding
+    if method.selector == "focus" and method.score != "tsqnet":  # TSQNet's score needs all frames
+        return gflops_of(cost, focus_looks(num_frames, math.ceil(budget)))
+    encoding = 0.0
+    if method.selector in BY_FEATURES and cost == "maxconf":
+        encoding = gflops_of("maxconf-l", num_frames) - gflops_of("uniform", num_frames)
+    return gflops_of(cost, num_frames) + encoding
 
 
 def shape_of(bench: Bench, method: Method) -> TSQShape:
-    """Return the shape of the network whose cost counts: the bundle's own if nothing is trained."""
+    """Return the shape of the sampler network; the bundle's own if nothing is trained."""
     own = bench.bundle.sampler.shape
     if method.train is None:
         return own
@@ -250,9 +254,9 @@ def text_dim_of(bench: Bench) -> int:
     own = bench.bundle.sampler.shape
     if own.modules == "both":
         return own.text_dim
-    found = (
+    dims = (
         learned.arrays["textual_after"].shape[1]
         for learned in bench.learned.values()
         if "textual_after" in learned.arrays
     )
-    return next(found, own.text_dim)
+    return next(dims, own.text_dim)

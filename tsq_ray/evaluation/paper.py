@@ -9,10 +9,10 @@ from tsq_ray.evaluation import plots
 from tsq_ray.evaluation.ablations import TABLES, Ablation, Row, ablation
 from tsq_ray.evaluation.bench import Bench
 from tsq_ray.evaluation.catalogue import METHODS, SELECTING, method_named
-from tsq_ray.evaluation.comparisons import figure3, selectors, table2, teacher, teaching
+from tsq_ray.evaluation.comparisons import figure3, selectors, table2, teacher, teacher_methods
 from tsq_ray.evaluation.measures import MeanOverSeeds, measure_sampler
 from tsq_ray.evaluation.methods import learned_sampler, specs_of
-from tsq_ray.evaluation.tables import Cell, Table, TableColumn, signs, single
+from tsq_ray.evaluation.tables import Cell, Table, TableColumn, single, trend_notes
 from tsq_ray.evaluation.trainings import TrainingSpec
 from tsq_ray.model.flops import Counting, cost_table
 
@@ -20,7 +20,7 @@ Make = Callable[[Bench, str], Table]
 
 
 ON_REQUEST = ("teacher",)
-"""Tables that are made only if --table names them, because they take many trainings."""
+"""Tables that are made only if --table names them, because they need many trainings."""
 
 
 def names() -> list[str]:
@@ -42,10 +42,10 @@ def specs_for(bench: Bench, name: str) -> list[TrainingSpec]:
     if name == "selectors":
         return [spec for method in SELECTING for spec in specs_of(bench, method)]
     if name == "teacher":
-        return [spec for method in teaching(bench) for spec in specs_of(bench, method)]
+        return [spec for method in teacher_methods(bench) for spec in specs_of(bench, method)]
     if name == "figure4":
         return specs_of(bench, method_named("tsqnet"))[:1]
-    return [_job(bench, row, seed) for row in _ablation(bench, name).rows for seed in bench.seeds]
+    return [_spec(bench, row, seed) for row in _ablation(bench, name).rows for seed in bench.seeds]
 
 
 def make(bench: Bench, name: str, out: str) -> Table:
@@ -65,12 +65,12 @@ def _ablation(bench: Bench, name: str) -> Ablation:
     return ablation(name, bench.config, bench.videos.object_ids.shape[-1])
 
 
-def _job(bench: Bench, row: Row, seed: int) -> TrainingSpec:
+def _spec(bench: Bench, row: Row, seed: int) -> TrainingSpec:
     return bench.spec(row.train, row.text, seed)
 
 
 def table1(bench: Bench, out: str) -> Table:
-    """Return the bundle's cost per video, module by module, by both countings."""
+    """Return the bundle's cost per video, module by module, counted both ways."""
     bundle, budget = bench.bundle, bench.config.sampler.most_frames
     assert bundle.recognizer is not None
     columns = [TableColumn("Module"), TableColumn("Arch."), TableColumn("Res."), TableColumn("#F")]
@@ -128,8 +128,8 @@ def table1(bench: Bench, out: str) -> Table:
 
 def ablation_table(bench: Bench, name: str) -> Table:
     """Measure each configuration and column at `sampler.budget`; notes say if the trends held."""
-    wanted, budget = _ablation(bench, name), bench.config.sampler.most_frames
-    notes = list(wanted.notes)
+    design, budget = _ablation(bench, name), bench.config.sampler.most_frames
+    notes = list(design.notes)
     if bench.features.training is None:
         rows: list[list[Cell]] = []
         notes.append(
@@ -139,22 +139,24 @@ def ablation_table(bench: Bench, name: str) -> Table:
         rows = [
             [
                 *row.cells,
-                *(_cell(bench, row, row.mode or mode, budget, notes) for _, mode in wanted.columns),
+                *(_cell(bench, row, row.mode or mode, budget, notes) for _, mode in design.columns),
             ]
-            for row in wanted.rows
+            for row in design.rows
         ]
-        texts = len(wanted.head)
-        for trend in wanted.trends:
-            (better, first), (worse, second) = trend.better, trend.worse
-            titles = [_place(wanted, row, column) for row, column in (trend.better, trend.worse)]
-            notes += signs(
-                [(titles[0], titles[1], rows[better][texts + first], rows[worse][texts + second])]
+        texts = len(design.head)
+        for trend in design.trends:
+            titles = [
+                _cell_name(design, row, column) for row, column in (trend.better, trend.worse)
+            ]
+            better, worse = (
+                rows[row][texts + column] for row, column in (trend.better, trend.worse)
             )
+            notes += trend_notes([(titles[0], titles[1], better, worse)])
     columns = [
-        *(TableColumn(title) for title in wanted.head),
+        *(TableColumn(title) for title in design.head),
         *(
             TableColumn(f"{title} mAP".replace("mAP mAP", "mAP"), "%")
-            for title, _ in wanted.columns
+            for title, _ in design.columns
         ),
     ]
     notes.append(
@@ -162,19 +164,19 @@ def ablation_table(bench: Bench, name: str) -> Table:
         "in points of mAP"
     )
     return Table(
-        name, f"{wanted.title}; K = {budget} of T = {bench.videos.num_frames}", columns, rows, notes
+        name, f"{design.title}; K = {budget} of T = {bench.videos.num_frames}", columns, rows, notes
     )
 
 
-def _place(wanted: Ablation, row: int, column: int) -> str:
-    cells = " + ".join(wanted.rows[row].cells)
-    return cells if len(wanted.columns) == 1 else f"{wanted.columns[column][0]} at {cells}"
+def _cell_name(design: Ablation, row: int, column: int) -> str:
+    cells = " + ".join(design.rows[row].cells)
+    return cells if len(design.columns) == 1 else f"{design.columns[column][0]} at {cells}"
 
 
 def _cell(bench: Bench, row: Row, mode: TSQMode, budget: int, notes: list[str]) -> Cell:
     values = []
     for seed in bench.seeds:
-        learned = bench.learned[_job(bench, row, seed)]
+        learned = bench.learned[_spec(bench, row, seed)]
         if learned.diverged:
             notes.append(
                 f"{' + '.join(row.cells)}, seed {seed}: the training diverged; "

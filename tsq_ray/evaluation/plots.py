@@ -14,8 +14,8 @@ from tsq_ray.evaluation.measures import MeanOverSeeds
 
 FORMATS = ("png", "svg")
 _TSNE_SEED = 0
-_MOST_NAMES = 60
-"""Points carry their class names up to this count; more labels would be unreadable."""
+_MAX_NAMES = 60
+"""Up to this many points are labelled with their class names; more would be unreadable."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Line:
 
 
 def accuracy_cost(
-    lines: Sequence[Line], level: Mapping[str, MeanOverSeeds], out: str, name: str, title: str
+    lines: Sequence[Line], levels: Mapping[str, MeanOverSeeds], out: str, name: str, title: str
 ) -> list[str]:
-    """Plot mAP over GFLOPs per video, one line per sampler; return the names of the files.
+    """Plot mAP against GFLOPs per video, one line per sampler; return the names of the files.
 
-    Error bars show the 95 % interval; `level` holds values without a cost, drawn as dashed lines.
+    Error bars show the 95 % interval; `levels` holds values without a cost, drawn as dashed lines.
     """
     from matplotlib import colormaps
 
@@ -44,7 +44,7 @@ def accuracy_cost(
         halves = [(value.half or 0.0) * 100 for value in line.map]
         style = {"color": colour, "marker": marker, "markersize": 4, "capsize": 2, "linewidth": 1.2}
         axes.errorbar(line.gflops, means, yerr=halves, label=line.name, **style)
-    for value_name, value in level.items():
+    for value_name, value in levels.items():
         axes.axhline(value.mean * 100, linestyle="--", linewidth=1, color="0.5", label=value_name)
     axes.set_xlabel("GFLOPs per video (the field's convention)")
     axes.set_ylabel("mAP (%)")
@@ -78,7 +78,7 @@ def embedding_maps(
     for axes, ((module, moment), points) in zip(figure.axes, maps.items(), strict=True):
         colours = np.arange(len(points))
         axes.scatter(points[:, 0], points[:, 1], c=colours, cmap="hsv", s=18)
-        if len(points) <= _MOST_NAMES:
+        if len(points) <= _MAX_NAMES:
             for (x, y), label in zip(points, classes, strict=True):
                 axes.annotate(
                     label,

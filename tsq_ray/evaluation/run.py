@@ -28,16 +28,15 @@ from tsq_ray.runs.lease import Holder
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _IDENTITY_FILE = "evaluation.json"
-"""The evaluation's identity, written first; a folder of another evaluation is refused."""
+"""The evaluation's identity, written first; a folder with another identity is refused."""
 
 
 def evaluation_config(
     model: str, path: str | Path | None = None, sets: Sequence[str] = ()
 ) -> Config:
-    """Load the settings: those the bundle was trained with, then the TOML file, then the sets."""
+    """Load the settings: those the bundle was trained with, then the TOML file, then `sets`."""
     content, _ = read_bundle_settings(model)
-    made = content["config"]
-    base = {"decode": made["decode"], "encoders": made["encoders"], "sampler": made["sampler"]}
+    base = {name: content["config"][name] for name in ("decode", "encoders", "sampler")}
     base["train"] = {**(content["provenance"].get("train") or {}), "task": content["task"]}
     return load_config(path, sets, base)
 
@@ -69,7 +68,7 @@ def evaluate(
         model: the bundle that provides the networks, the frame head and the training settings.
         out: folder for a Markdown and a CSV file per table, the plots and the finished trainings,
             from which a killed evaluation resumes.
-        config: from `evaluation_config`, whose defaults are used without it.
+        config: the settings; `evaluation_config(model)` by default.
         annotations: a file of known salient segments (docs/evaluation.md has the formats).
         tables: names of tables, such as "table2" or "figure3"; all of them by default.
         split: split to measure; by default `val`, or every row if the features have no splits.
@@ -85,8 +84,8 @@ def evaluate(
     bundle = load_bundle(model)
     if bundle.recognizer is None:
         raise ModelError(
-            f"--model {storage.redact(model)}: the bundle has no recogniser, whose predictions are "
-            "measured; train it again with --recognizer URI"
+            f"--model {storage.redact(model)}: the bundle has no recogniser to measure; train it "
+            "again with --recognizer URI"
         )
     known = read_annotations(annotations) if annotations else None
     if kind == "predictions":
@@ -102,7 +101,7 @@ def evaluate(
     _check_budgets(config, features, bundle)
     data = _data(features, bundle)
     sampler = config.sampler.record(exclude={"seed"})
-    _enter(out, Identity.of(data=data, sampler=sampler, train=_trainings(config)))
+    _check_identity(out, Identity.of(data=data, sampler=sampler, train=_trainings(config)))
     bench = Bench(bundle, features, config, known, Store(out, data))
     names, header = list(tables) or paper.default_names(), _header(bench, model, annotations)
     trained = train_all(
@@ -119,7 +118,7 @@ def _check_tables(tables: Sequence[str]) -> None:
 
 
 def _kind_of(sources: Sequence[str]) -> str:
-    """Return the kind of all sources; raises RunError if they do not go together."""
+    """Return the common kind of the sources; raises RunError if they cannot be combined."""
     if not sources:
         raise RunError("evaluate: no source given; name a features folder or finished score runs")
     kinds = {read_run(uri)["kind"] for uri in sources}
@@ -177,21 +176,21 @@ def _trainings(config: Config) -> dict[str, Any]:
     return config.train.record(exclude={"seed", "num_workers", "checkpoint_every"})
 
 
-def _enter(out: str, identity: Identity) -> None:
-    """Create or reopen the folder; raises RunError if it holds another evaluation."""
-    place = storage.join(out, _IDENTITY_FILE)
-    before = read_json(place)
-    if before is None:
-        write_json(place, identity.parts)
+def _check_identity(out: str, identity: Identity) -> None:
+    """Record the identity in the folder; raises RunError if it holds another evaluation."""
+    path = storage.join(out, _IDENTITY_FILE)
+    recorded = read_json(path)
+    if recorded is None:
+        write_json(path, identity.parts)
     else:
-        identity.refuse_other(before, out, "holds another evaluation")
+        identity.refuse_other(recorded, out, "holds another evaluation")
 
 
 def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
     """Return the lines above each table: what was measured and how."""
     features, videos, config = bench.features, bench.videos, bench.config
     run, made = features.run, features.run["config"]
-    left = ", ".join(f"{count} {reason}" for reason, count in videos.left_out.items()) or "none"
+    left_out = ", ".join(f"{count} {reason}" for reason, count in videos.left_out.items()) or "none"
     skipped = run["counts"]["skipped"]
     versions = run["versions"]
     decoders = ", ".join(
@@ -203,7 +202,7 @@ def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
         f"data: {storage.redact(features.uri)} "
         f"(manifest sha256 {run['manifest']['sha256'][:12]}); "
         f"split {features.split or 'none, all rows'}: "
-        f"{len(videos)} videos measured, left out: {left}; "
+        f"{len(videos)} videos measured, left out: {left_out}; "
         f"{skipped} manifest inputs without features; trained on: {training}",
         f"T = {videos.num_frames}, K = {config.sampler.most_frames}, "
         f"lambda_v = {config.sampler.lambda_visual:g}, TSQNet's selection: "
@@ -231,8 +230,8 @@ def _recognizer_name(bundle: Bundle) -> str:
     if bundle.recognizer is None:
         return "-"
     config = bundle.recognizer.config
-    unknown = " (behind a server: its multiply-adds are unknown and count as 0)"
-    return config.model + (unknown if config.kind == "openai" else "")
+    note = " (behind a server: its multiply-adds are unknown and count as 0)"
+    return config.model + (note if config.kind == "openai" else "")
 
 
 def _model_line(model: str, bundle: Bundle) -> str:
@@ -266,7 +265,7 @@ def _summary(
                 files=(*files, *table.pictures),
                 rows=tuple(
                     dict(zip(table.titles, row, strict=True))
-                    for row in table.shown()
+                    for row in table.formatted_rows()
                     if table.name != "figure4"
                 ),
                 notes=tuple(table.notes),

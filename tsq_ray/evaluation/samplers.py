@@ -1,4 +1,4 @@
-"""Samplers that choose slots from arrays instead of videos.
+"""Samplers that choose slots from stored arrays instead of videos.
 
 Shapes: V videos, T frames (slots), D dims, C classes, K budget.
 """
@@ -21,7 +21,7 @@ from tsq_ray.model.task import probabilities
 
 @dataclass(frozen=True)
 class Sampler:
-    """A chooser for each budget, bound to the videos that it is measured on."""
+    """A chooser for each budget, with the videos on which it is measured."""
 
     videos: VideoSet
     task: Task
@@ -36,9 +36,9 @@ class Sampler:
     """Features of the light encoder, float [V, T, D]."""
 
     def choose(self, video: int, budget: int) -> np.ndarray:
-        """Return the slots chosen from a video, ascending: int [<= K].
+        """Return the slots chosen from a video, ascending, int [<= K].
 
-        They show at most `budget` distinct source frames.
+        They hold at most `budget` distinct source frames.
         """
 
         def of_video(values: np.ndarray | None) -> np.ndarray | None:
@@ -85,11 +85,11 @@ def frame_head_logits(head: nn.Module, videos: VideoSet) -> np.ndarray:
 def true_class_probability(videos: VideoSet, task: Task) -> np.ndarray:
     """Return the recogniser's probability of the video's label on each frame: [V, T].
 
-    The mean over the labels if a video has several.
+    If a video has several labels, it is the mean over them.
     """
-    found = frame_probabilities(videos.logits, task)
+    probs = frame_probabilities(videos.logits, task)
     weights = videos.targets / videos.targets.sum(axis=1, keepdims=True)
-    return np.einsum("vtc,vc->vt", found, weights.astype(np.float32))
+    return np.einsum("vtc,vc->vt", probs, weights.astype(np.float32))
 
 
 def oracle_scores(
@@ -97,8 +97,8 @@ def oracle_scores(
 ) -> np.ndarray:
     """Return the scores of an oracle restricted to the T candidates, [V, T].
 
-    Frames in an annotated salient segment rank before all others. Among them, or if no segments are
-    given, frames rank by the recogniser's probability of the true class.
+    Frames in an annotated salient segment rank before all others. Within both groups, or if no
+    segments are given, frames rank by the recogniser's probability of the true class.
     """
     scores = true_class_probability(videos, task)
     if segments is None:
@@ -117,8 +117,8 @@ def oracle_scores(
 def change_scores(videos: VideoSet) -> np.ndarray:
     """Return how much each frame differs from its neighbours, [V, T].
 
-    The mean over the neighbours of 1 - cosine of the visual features. "motion" ranks by this score,
-    "stillness" by its negative.
+    It is 1 - cosine of the visual features, averaged over the neighbours. "motion" ranks by this
+    score, "stillness" by its negative.
     """
     changes = np.zeros(videos.frame_index.shape, np.float32)
     for row, video in enumerate(videos.visual):

@@ -1,9 +1,9 @@
 """The frame selectors of 2024 to 2026, on stored features and scores: `tsq evaluate`'s `selectors`.
 
 Written from the papers, which choose frames for video language models by a query; here a score
-takes the place of the similarity to the query. Each docstring says what is the paper's and what is
-our reading. Every selector takes n distinct source frames in time order and returns the places of K
-of them. Shapes: T slots, n frames, D dims, K budget.
+takes the place of the similarity to the query. Each docstring separates what the paper says from
+our reading of it. Every selector takes n distinct source frames in time order and returns the
+places of K of them. Shapes: T slots, n frames, D dims, K budget.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _CLIPS_PER_FRAME, _FIRST_LOOK, _EXPLORED = 2, 2, 0.25
 
 @dataclass(frozen=True)
 class Selected:
-    """The chooser of a selector: K distinct source frames, or all of a video that has fewer."""
+    """The chooser of a selector: K distinct source frames, or all if a video has fewer."""
 
     budget: int
     name: str
     """A key of `SELECTORS`."""
 
     def candidates(self, view: View) -> Candidates:
-        """Return the frames that the selector takes; `view` holds its features and scores."""
+        """Return the frames that the selector takes; `view` holds the features and scores."""
         slots = distinct_slots(view.frame_index)
         assert view.features is not None
         features = np.asarray(view.features, np.float64)[slots]
@@ -47,7 +47,7 @@ class Selected:
         return Candidates.all_at_once(chosen)
 
     def enough(self, candidates: Candidates, probabilities: np.ndarray) -> np.ndarray | None:
-        """Return all candidates: the recogniser's answers change nothing."""
+        """Return all candidates; the recogniser's answers are ignored."""
         return np.arange(len(candidates.slots))
 
 
@@ -74,7 +74,7 @@ def aks(
     threshold: float = _AKS_THRESHOLD,
     depth: int = _AKS_DEPTH,
 ) -> np.ndarray:
-    """Split the video in halves until the best frames of a part stand out, then take these.
+    """Split the video into halves until the best frames of a part stand out, then take those.
 
     X. Tang et al., Adaptive Keyframe Sampling for Long Video Understanding, CVPR 2025, arXiv
     2502.21271. The paper's: the recursion; a part takes its top m frames if their mean score
@@ -84,19 +84,19 @@ def aks(
     """
     scaled = _unit_range(scores)
 
-    def split(start: int, stop: int, wanted: int, level: int) -> list[int]:
+    def split(start: int, stop: int, m: int, level: int) -> list[int]:
         part = scaled[start:stop]
-        best = np.argsort(-part, kind="stable")[:wanted]
-        stands_out = wanted > 0 and part[best].mean() - part.mean() >= threshold
-        if wanted < 2 or level == depth or stands_out:
+        best = np.argsort(-part, kind="stable")[:m]
+        stands_out = m > 0 and part[best].mean() - part.mean() >= threshold
+        if m < 2 or level == depth or stands_out:
             return [start + int(place) for place in best]
         middle = (start + stop) // 2
         left_is_higher = scaled[start:middle].mean() >= scaled[middle:stop].mean()
-        left = (wanted + 1) // 2 if left_is_higher else wanted // 2
-        left = min(max(left, wanted - (stop - middle)), middle - start)
+        left = (m + 1) // 2 if left_is_higher else m // 2
+        left = min(max(left, m - (stop - middle)), middle - start)
         return [
             *split(start, middle, left, level + 1),
-            *split(middle, stop, wanted - left, level + 1),
+            *split(middle, stop, m - left, level + 1),
         ]
 
     return np.array(split(0, len(scores), count, 0))
@@ -109,7 +109,7 @@ def bolt(features: np.ndarray, scores: np.ndarray, count: int, power: float = 1.
     Understanding, CVPR 2025, arXiv 2503.21483. The paper's: scores scaled to 0..1, raised to a
     power, summed to a distribution whose inverse is read at K even steps. Our reading: the steps
     are (i + 0.5) / K, so that equal scores give the uniform baseline; the power is 1; a frame that
-    several steps hit counts once, and the highest scores left over fill the places.
+    several steps hit counts once, and the highest remaining scores fill the free places.
     """
     weights = _unit_range(scores) ** power
     mass = np.cumsum(weights if weights.any() else np.ones(len(scores)))
@@ -128,38 +128,37 @@ def focus(features: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
     looks at every clip, a second at the quarter with the highest optimistic mean (empirical mean
     plus Bernstein's confidence radius), where the best frames are taken. Our reading, for T frames
     instead of a stream: 2 K equal clips, 2 evenly spaced frames each in the first round, all frames
-    of the explored clips in the second. Only `focus_looks` of the n scores are ever read, which is
-    what the selector saves.
+    of the explored clips in the second. At most `focus_looks` of the n scores are ever read, which
+    is the saving.
     """
     return focus_by(scores.__getitem__, len(scores), count)
 
 
 def focus_by(look: Callable[[np.ndarray], np.ndarray], num_frames: int, count: int) -> np.ndarray:
-    """Return `focus`'s choice of frames; `look` returns the scores of the places it is given."""
+    """Return `focus`'s choice of frames; `look` maps places to their scores."""
     clips = _clips(num_frames, count)
-    first = [clip[_first_look(len(clip))] for clip in clips]
-    seen = [look(places) for places in first]
-    total = sum(len(part) for part in seen)
-    spread = max(part.max() for part in seen) - min(part.min() for part in seen)
+    rewards = [look(clip[_first_look(len(clip))]) for clip in clips]
+    total = sum(len(part) for part in rewards)
+    spread = max(part.max() for part in rewards) - min(part.min() for part in rewards)
     optimistic = [
         part.mean()
         + math.sqrt(2 * part.var() * math.log(total) / len(part))
         + 3 * spread * math.log(total) / len(part)
-        for part in seen
+        for part in rewards
     ]
-    explored = np.argsort(-np.array(optimistic), kind="stable")[: _explored(clips, count)]
+    explored = np.argsort(-np.array(optimistic), kind="stable")[: _num_explored(clips, count)]
     places = np.sort(np.concatenate([clips[number] for number in explored]))
     return places[top(places, look(places), count)]
 
 
 def focus_looks(num_frames: int, count: int) -> int:
-    """Return at most how many of `num_frames` scores `focus` reads to choose K frames."""
+    """Return the maximum number of scores that `focus` reads to choose K of `num_frames`."""
     clips = _clips(num_frames, count)
-    firsts = [len(_first_look(len(clip))) for clip in clips]
+    first_round = [len(_first_look(len(clip))) for clip in clips]
     rest = sorted(
-        (len(clip) - first for clip, first in zip(clips, firsts, strict=True)), reverse=True
+        (len(clip) - looks for clip, looks in zip(clips, first_round, strict=True)), reverse=True
     )
-    return sum(firsts) + sum(rest[: _explored(clips, count)])
+    return sum(first_round) + sum(rest[: _num_explored(clips, count)])
 
 
 def _clips(num_frames: int, count: int) -> list[np.ndarray]:
@@ -172,24 +171,24 @@ def _first_look(length: int) -> np.ndarray:
     return (2 * np.arange(looks) + 1) * length // (2 * looks)
 
 
-def _explored(clips: list[np.ndarray], count: int) -> int:
-    """Return how many clips the second round explores: a quarter, and enough for K frames."""
+def _num_explored(clips: list[np.ndarray], count: int) -> int:
+    """Return the number of clips in the second round: a quarter, but enough for K frames."""
     return max(math.ceil(_EXPLORED * len(clips)), math.ceil(count / len(clips[-1])))
 
 
 def k_center(features: np.ndarray, scores: np.ndarray, count: int) -> np.ndarray:
     """Take the frame farthest from those taken so far, K times: greedy k-center.
 
-    T. Gonzalez, Clustering to minimize the maximum intercluster distance, 1985: no frame is then
-    more than twice as far from a taken one as in the best choice. For video: VKF, Beyond Pixels:
-    Embedding-Guided Keyframe Selection for VidLLMs, 2026. The papers': the greedy rule. Our
-    reading: Euclidean distance of normalised features, from the frame nearest to their mean on.
+    T. Gonzalez, Clustering to minimize the maximum intercluster distance, 1985: the farthest frame
+    is then at most twice as far from a taken one as in the best choice. For video: VKF, Beyond
+    Pixels: Embedding-Guided Keyframe Selection for VidLLMs, 2026. The papers': the greedy rule. Our
+    reading: Euclidean distance of normalised features, starting with the frame nearest their mean.
     """
     unit = normalized(features)
     taken = [int(np.linalg.norm(unit - unit.mean(axis=0), axis=1).argmin())]
     nearest = np.linalg.norm(unit - unit[taken[0]], axis=1)
     while len(taken) < count:
-        nearest[taken] = -1  # a duplicate of a taken frame is at 0
+        nearest[taken] = -1  # below the 0 of a duplicate, so that no frame is taken twice
         taken.append(int(nearest.argmax()))
         nearest = np.minimum(nearest, np.linalg.norm(unit - unit[taken[-1]], axis=1))
     return np.array(taken)
@@ -201,10 +200,10 @@ def max_volume(features: np.ndarray, scores: np.ndarray, count: int) -> np.ndarr
     P. Li et al., MaxInfo: A Training-Free Key-Frame Selection Method Using Maximum Volume for
     Enhanced Video Understanding, 2025, arXiv 2502.03183. The paper's: the left singular vectors of
     the features, truncated, and MaxVol on their rows (S. Goreinov et al., How to find a good
-    submatrix, 2010): frames are swapped while one raises the volume. Our reading: K singular
+    submatrix, 2010): frames are swapped while a swap raises the volume. Our reading: K singular
     vectors, so that the number of frames is the budget; it starts from the greedy maximum and stops
-    when no swap raises the volume by 5 %. Of features of a lower rank, the places left over are
-    taken in time order.
+    when no swap raises the volume by 5 %. If the features have a lower rank, the remaining places
+    are filled in time order.
     """
     left, values, _ = np.linalg.svd(features, full_matrices=False)
     rank = min(count, int((values > values[0] * 1e-6).sum()) if values[0] > 0 else 0)
@@ -237,6 +236,6 @@ SELECTORS: dict[str, Selector] = {
     "maxinfo": max_volume,
 }
 BY_FEATURES = ("dpp", "k-center", "maxinfo")
-"""Selectors that look at the light encoder's features."""
+"""Selectors that use the light encoder's features."""
 BY_SCORE = ("stratified", "aks", "bolt", "focus", "dpp")
-"""Selectors that take a score."""
+"""Selectors that use a score."""

@@ -38,23 +38,23 @@ class Store:
 
     def read(self, spec: TrainingSpec) -> Learned | None:
         """Return a finished training, or None. Raises RunError if its arrays are damaged."""
-        place = storage.join(self.folder, self.key(spec))
-        record = read_json(f"{place}.json")
+        path = storage.join(self.folder, self.key(spec))
+        record = read_json(f"{path}.json")
         if record is None:
             return None
-        data = storage.read_bytes(f"{place}.safetensors")
+        data = storage.read_bytes(f"{path}.safetensors")
         if storage.sha256_of(data) != record["sha256"]:
             raise RunError(
-                f"{storage.redact(place)}.safetensors: its content is not what was written "
-                f"(sha256 differs); delete {place}.json and run again"
+                f"{storage.redact(path)}.safetensors: its content is not what was written "
+                f"(sha256 differs); delete {path}.json and run again"
             )
         return Learned(load_arrays(data), record["losses"], record["seconds"], record["diverged"])
 
     def write(self, spec: TrainingSpec, learned: Learned) -> None:
-        """Store a finished training; it counts once its JSON, written last, exists."""
-        place = storage.join(self.folder, self.key(spec))
+        """Store a finished training; its JSON is written last and marks it as complete."""
+        path = storage.join(self.folder, self.key(spec))
         data = save_arrays(learned.arrays)
-        storage.write_bytes(f"{place}.safetensors", data)
+        storage.write_bytes(f"{path}.safetensors", data)
         record = {
             "losses": learned.losses,
             "seconds": learned.seconds,
@@ -62,7 +62,7 @@ class Store:
             "sha256": storage.sha256_of(data),
         }
         write_json(
-            f"{place}.json",
+            f"{path}.json",
             {
                 **spec.identity(),
                 "data": self.data,

@@ -18,12 +18,12 @@ Unit = Literal["", "%", "G", "s", "n"]
 
 @dataclass(frozen=True)
 class TableColumn:
-    """`unit`: "%" for fractions, "G" GFLOPs, "s" seconds, "n" mean counts, "" text."""
+    """A column; `unit`: "%" for fractions, "G" GFLOPs, "s" seconds, "n" mean counts, "" text."""
 
     title: str
     unit: Unit = ""
 
-    def shown(self, cell: Cell) -> str:
+    def format(self, cell: Cell) -> str:
         """Format a cell for display: mean ± half the 95 % interval over the seeds."""
         if not isinstance(cell, MeanOverSeeds):
             return "-" if cell is None else str(cell)
@@ -59,16 +59,16 @@ class Table:
         """The titles of the columns."""
         return [column.title for column in self.columns]
 
-    def shown(self) -> list[list[str]]:
+    def formatted_rows(self) -> list[list[str]]:
         """Return the cells as displayed, row by row."""
         return [
-            [column.shown(cell) for column, cell in zip(self.columns, row, strict=True)]
+            [column.format(cell) for column, cell in zip(self.columns, row, strict=True)]
             for row in self.rows
         ]
 
     def markdown(self, header: Sequence[str]) -> str:
         """Return the Markdown page; `header` lines say what was measured and how."""
-        lines = [self.titles, ["---"] * len(self.columns), *self.shown()]
+        lines = [self.titles, ["---"] * len(self.columns), *self.formatted_rows()]
         table = [
             "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
         ]
@@ -81,7 +81,7 @@ class Table:
         """Return the unrounded values as CSV.
 
         A column measured over seeds becomes three: the mean, half the 95 % interval, and the
-        single values joined by `;`.
+        individual values joined by `;`.
         """
         text = io.StringIO()
         writer = csv.writer(text)
@@ -122,7 +122,7 @@ def verdict(better: Cell, worse: Cell) -> str:
     """
     if not isinstance(better, MeanOverSeeds) or not isinstance(worse, MeanOverSeeds):
         return "not measured"
-    difference = better.above(worse)
+    difference = better.minus(worse)
     mean, half = difference.mean * 100, difference.half
     if half is None:
         return f"{'held' if mean > 0 else 'not held'} ({mean:+.1f})"
@@ -131,12 +131,15 @@ def verdict(better: Cell, worse: Cell) -> str:
 
 
 def single(value: float | None) -> MeanOverSeeds | None:
-    """Return a figure that was measured once."""
+    """Wrap a figure that was measured once."""
     return None if value is None else MeanOverSeeds((value,))
 
 
-def signs(pairs: Sequence[tuple[str, str, Cell, Cell]]) -> list[str]:
-    """Say of each pair (better, worse, figure, figure) whether the paper's trend holds."""
+def trend_notes(pairs: Sequence[tuple[str, str, Cell, Cell]]) -> list[str]:
+    """Say whether each of the paper's trends holds here.
+
+    `pairs`: names of the better and the worse, then their cells.
+    """
     return [
         f"trend in the paper: {better} above {worse}; here {verdict(first, second)}"
         for better, worse, first, second in pairs

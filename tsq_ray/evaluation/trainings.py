@@ -1,6 +1,6 @@
 """One training of an evaluation, in one process: fit on one set of videos, score another.
 
-Legend: V videos, T frames, D dims, C classes, N objects.
+Shapes: V videos, T frames, D dims, C classes, N objects.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class TrainingSpec:
 
 @dataclass
 class Learned:
-    """Result of a training on the measured videos.
+    """The result of a training on the measured videos.
 
     `diverged` holds the reason if the loss was not finite; `arrays` and `losses` are then empty.
     """
 
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
-    """Saliencies "saliency_visual" [V, T] and, with two modules, "saliency_textual" [V, T]; for
-    figure 4 the queries "visual_before" and "visual_after" [C, D], and the textual ones."""
+    """Saliencies "saliency_visual" [V, T] and, with both modules, "saliency_textual" [V, T]; for
+    figure 4, the queries "visual_before" and "visual_after" [C, D], and likewise "textual_*"."""
     losses: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     diverged: str | None = None
@@ -88,7 +88,7 @@ def learn(
         spec: what to train.
         training: "visual" [V, T, D], "object_ids" and "object_probs" [V, T, N], "targets" [V, C];
             for "scsampler" also "teacher" [V, T].
-        measured: the first three of these.
+        measured: as `training`; only the first three arrays are used.
         shape: shape of the network; None for "scsampler".
         text: {"vocabulary" [1000, Dt], "classes" [C, Dt]}; None without a textual module.
         start: initial queries {"visual", "textual"}, each None for random initialisation.
@@ -107,7 +107,7 @@ def learn(
             )
         assert shape is not None
         vocabulary = torch.from_numpy(np.array(text["vocabulary"])) if text is not None else None
-        first = {
+        initial = {
             name: torch.from_numpy(np.array(value)) if value is not None else None
             for name, value in start.items()
         }
@@ -115,7 +115,7 @@ def learn(
             training = {name: values[: len(taught)] for name, values in training.items()}
             training["targets"] = taught
         state, curve = fit_tsqnet(
-            _seen(training, _FIT, shape), vocabulary, first, shape, spec.config, threads=1
+            _used_arrays(training, _FIT, shape), vocabulary, initial, shape, spec.config, threads=1
         )
     except RunFailed as error:
         return Learned(seconds=round(time.monotonic() - started, 2), diverged=str(error))
@@ -125,7 +125,7 @@ def learn(
     arrays = {"saliency_visual": visual} | (
         {"saliency_textual": textual} if textual is not None else {}
     )
-    for module, before in first.items():
+    for module, before in initial.items():
         if f"{module}.embeddings" in state:
             arrays |= {f"{module}_after": state[f"{module}.embeddings"].numpy()}
             arrays |= {f"{module}_before": before.numpy()} if before is not None else {}
@@ -136,10 +136,10 @@ def learn(
 _FIT = ("visual", "object_ids", "object_probs", "targets")
 
 
-def _seen(
+def _used_arrays(
     arrays: Mapping[str, np.ndarray], names: Sequence[str], shape: TSQShape
 ) -> dict[str, np.ndarray]:
-    """Return the named arrays, cut to the number of objects per frame that the network uses."""
+    """Return the named arrays, with only as many objects per frame as the network uses."""
     return {
         name: arrays[name][..., : shape.top_objects] if name.startswith("object_") else arrays[name]
         for name in names
@@ -147,7 +147,7 @@ def _seen(
 
 
 def arrays_of(videos: VideoSet) -> dict[str, np.ndarray]:
-    """Return the arrays of a set of videos that `learn` takes."""
+    """Return the arrays of `videos` that `learn` takes."""
     return {name: getattr(videos, name) for name in _FIT}
 
 
@@ -166,10 +166,10 @@ def saliencies(
     """
     network = network.eval()
     network.fold()
-    seen, by_visual, by_text = _seen(arrays, _FIT[:3], network.shape), [], []
+    inputs, by_visual, by_text = _used_arrays(arrays, _FIT[:3], network.shape), [], []
     for first in range(0, len(arrays["visual"]), _CHUNK):
         chunk = slice(first, first + _CHUNK)
-        part = {name: torch.from_numpy(np.array(value[chunk])) for name, value in seen.items()}
+        part = {name: torch.from_numpy(np.array(value[chunk])) for name, value in inputs.items()}
         text = None
         if network.textual is not None:
             assert vocabulary is not None
@@ -203,7 +203,7 @@ class ScSampler:
 def fit_scsampler(features: np.ndarray, teacher: np.ndarray, seed: int) -> ScSampler:
     """Fit a class-agnostic ranker after SCSampler (Korbar et al. 2019, section 3.2).
 
-    It learns which of two frames the recogniser does better on. A multilayer perceptron
+    It learns on which of two frames the recogniser does better. A multilayer perceptron
     D -> 256 -> 1 (ReLU) on the standardised frame feature gives a frame's saliency s. Each step
     draws 64 random pairs of slots (i, j) per video. With z = 1 if the recogniser's probability of
     the video's true class is higher on i than on j and -1 if it is lower (pairs with equal
@@ -233,7 +233,7 @@ def fit_scsampler(features: np.ndarray, teacher: np.ndarray, seed: int) -> ScSam
     generator = torch.Generator().manual_seed(seed)
     sampler = ScSampler(network, mean, scale)
     num_videos, num_frames = teacher.shape
-    wanted = torch.from_numpy(np.array(teacher, np.float32))
+    target = torch.from_numpy(np.array(teacher, np.float32))
     for _ in range(int(settings["epochs"])):
         for batch in torch.randperm(num_videos, generator=generator).split(
             int(settings["batch_size"])
@@ -242,7 +242,7 @@ def fit_scsampler(features: np.ndarray, teacher: np.ndarray, seed: int) -> ScSam
             i, j = torch.randint(
                 num_frames, (2, len(batch), int(settings["pairs"])), generator=generator
             )
-            sign = torch.sign(wanted[batch].gather(1, i) - wanted[batch].gather(1, j))
+            sign = torch.sign(target[batch].gather(1, i) - target[batch].gather(1, j))
             gap = scores.gather(1, i) - scores.gather(1, j)
             loss = (
                 F.relu(settings["margin"] - sign * gap) * sign.abs()

@@ -1,6 +1,6 @@
 """Load features into arrays on which every sampler and budget is measured without decoding.
 
-Legend: V videos, T frames (slots), D dims, C classes of the bundle, N objects.
+Shapes: V videos, T frames (slots), D dims, C classes of the bundle, N objects.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tsq_ray.runs.folder import read_run
 LOGITS = schema.RECOGNIZER_LOGITS.name
 TRAIN_SPLIT, VAL_SPLIT = "train", "val"
 _TENSORS = ("frame_index", "frame_pts_s", "visual", "object_ids", "object_probs", LOGITS)
-_BRIEF = ["video_id", "uri", "labels", "split", "status", "fps"]
+_ROW_COLUMNS = ["video_id", "uri", "labels", "split", "status", "fps"]
 
 
 @dataclass(frozen=True, eq=False)
 class VideoSet:
-    """The ok, labelled videos of a split, sorted by id, and counts of the others.
+    """The ok videos of a split, sorted by id, and counts of the others.
 
-    Without labels, all ok videos.
+    Unlabelled videos are left out, unless `load_features` was called with `labelled=False`.
     """
 
     video_ids: list[str]
@@ -78,7 +78,7 @@ class EvaluationFeatures:
     split: str | None
     """Split of the measured videos; None: all rows."""
     training: VideoSet | None
-    """Split `train`, which trained samplers learn from; None if missing or the measured split."""
+    """Split `train`, from which samplers learn; None if it is missing or the measured one."""
     unknown_labels: list[str]
     """Names of labels that the bundle lacks."""
 
@@ -89,9 +89,9 @@ def load_features(
     """Read the features of a finished extraction.
 
     They must hold `recognizer_logits` and be made with the bundle's own encoder and recogniser.
-    `split` defaults to `val`, or to all rows if no row has a split. Of more than `max_videos` in a
-    split, a random sample is read (0: all). `labelled`: leave out the videos without labels;
-    otherwise nothing is read to train on.
+    `split` defaults to `val`, or to all rows if no row has a split. If a split has more than
+    `max_videos` videos, a random sample of that many is read (0: all). `labelled`: leave out videos
+    without labels; if False, no training videos are read.
 
     Raises RunError if logits, split or labels are missing, ModelError if the features were made
     with other weights.
@@ -102,35 +102,34 @@ def load_features(
     parts = [part.uri for part in list_parts(uri)]
     if not parts:
         raise RunError(
-            f"{shown}: no part-*.parquet here, the run has no videos; name a features folder with "
-            "videos"
+            f"{shown}: no part-*.parquet here, so the run has no videos; name a features folder "
+            "with videos"
         )
     arrow = _schema_with_logits(parts[0], shown)
     _check_weights(run, bundle, shown)
-    table = _brief_rows(parts)
+    table = _read_rows(parts)
     names = list(run["classes"])
-    wanted = _measured_split(table["split"], split, shown)
+    measured_split = _measured_split(table["split"], split, shown)
 
     def video_set(split: str | None) -> VideoSet:
         rows = table if split is None else table.filter(pc.equal(table["split"], split))
         return _video_set(parts, rows, names, bundle.classes, arrow, max_videos, labelled)
 
-    measured = video_set(wanted)
+    measured = video_set(measured_split)
     if not len(measured):
         raise RunError(
-            f"{shown}: split {wanted!r} has no ok video{' with a label' * labelled}, so nothing "
-            "can be measured "
-            f"(left out: {measured.left_out})"
+            f"{shown}: split {measured_split!r} has no ok video{' with a label' * labelled}, so "
+            f"nothing can be measured (left out: {measured.left_out})"
         )
-    trains = labelled and wanted not in (None, TRAIN_SPLIT)
-    training = video_set(TRAIN_SPLIT) if trains else None
+    can_train = labelled and measured_split not in (None, TRAIN_SPLIT)
+    training = video_set(TRAIN_SPLIT) if can_train else None
     known = set(bundle.classes)
     return EvaluationFeatures(
         uri,
         run,
         bundle.classes,
         measured,
-        wanted,
+        measured_split,
         training if training else None,
         sorted(name for name in names if name not in known),
     )
@@ -152,28 +151,28 @@ def _check_weights(run: dict[str, Any], bundle: Bundle, shown: str) -> None:
     assert bundle.recognizer is not None, "the caller must refuse a bundle without a recogniser"
     if (clip := bundle.recognizer.config.clip_frames) > 1:
         raise ModelError(
-            f"{shown}: the recogniser takes clips of {clip} frames, and features hold no answer to "
-            "a choice of frames; score with several settings and compare the predictions"
+            f"{shown}: the recogniser takes clips of {clip} frames, but features hold answers to "
+            "single frames only; score with several settings and compare the predictions"
         )
-    for name, have in (
+    for name, expected in (
         (VISUAL, bundle.encoder.backbone_hash()),
         (RECOGNIZER, bundle.recognizer.state_hash()),
     ):
-        made = run["weights"][name]
-        if made != have:
+        sha256 = run["weights"][name]
+        if sha256 != expected:
+            network = "recogniser" if name == RECOGNIZER else "visual encoder"
             raise ModelError(
-                f"{shown}: made with another "
-                f"{'recogniser' if name == RECOGNIZER else 'visual encoder'} (sha256 {made[:12]}) "
-                f"than the bundle's ({have[:12]}); name the bundle of these features, or extract "
-                "again with its --encoder and --recognizer"
+                f"{shown}: made with a {network} (sha256 {sha256[:12]}) other than the bundle's "
+                f"({expected[:12]}); name the bundle of these features, or extract again with its "
+                "--encoder and --recognizer"
             )
 
 
-def _brief_rows(parts: Sequence[str]) -> pa.Table:
-    """Return every row without its tensors, by video_id; `part` and `row` locate them."""
+def _read_rows(parts: Sequence[str]) -> pa.Table:
+    """Read all rows without tensors, sorted by video_id; `part` and `row` say where each lies."""
     tables = []
     for number, uri in enumerate(parts):
-        table = read_part(uri, _BRIEF)
+        table = read_part(uri, _ROW_COLUMNS)
         table = table.append_column("part", pa.array(np.full(len(table), number, np.int32)))
         tables.append(table.append_column("row", pa.array(np.arange(len(table), dtype=np.int32))))
     return pa.concat_tables(tables).sort_by("video_id").combine_chunks()
@@ -183,13 +182,13 @@ def _measured_split(splits: pa.ChunkedArray, split: str | None, shown: str) -> s
     known = {name for name in pc.unique(splits).to_pylist() if name}
     if split is None and not known:
         return None
-    wanted = split or VAL_SPLIT
-    if wanted not in known:
+    chosen = split or VAL_SPLIT
+    if chosen not in known:
         raise RunError(
-            f"{shown}: no row of split {wanted!r}; {describe_splits(splits)}; "
+            f"{shown}: no row of split {chosen!r}; {describe_splits(splits)}; "
             "choose one with --split"
         )
-    return wanted
+    return chosen
 
 
 def _video_set(
@@ -249,7 +248,7 @@ def _video_set(
 
 
 def _tensors(parts: Sequence[str], kept: pa.Table, arrow: pa.Schema) -> dict[str, np.ndarray]:
-    """Return the tensors of these rows, filled part by part so that nothing is in memory twice."""
+    """Return the tensors of these rows, read part by part so that nothing is in memory twice."""
     types = {name: arrow.field(name).type for name in _TENSORS}
     arrays = {
         name: np.empty((len(kept), *of.shape), of.value_type.to_pandas_dtype())

@@ -25,7 +25,7 @@ def batch_file(number: int) -> str:
 
 @dataclass(frozen=True)
 class BatchQuestion:
-    """What is asked about every video: `prompt` is a template of `chat.FIELDS`."""
+    """The question about every video; `prompt` is a template with `chat.FIELDS`."""
 
     model: str
     prompt: str
@@ -34,7 +34,7 @@ class BatchQuestion:
 
 
 class BatchWriter:
-    """Writes a request a video into numbered files; made by `batch_writer`."""
+    """Writes one request per video into numbered files; created by `batch_writer`."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class BatchWriter:
     ) -> None:
         self.files = self.requests = 0
         self.open_file = contextlib.ExitStack()
-        """Holds the file that is being written, which is published when this closes."""
+        """Holds the file being written, which is published when this closes."""
         self._out, self._question, self._add_video = out, question, add_video
         self._max_bytes, self._max_requests = max_bytes, max_requests
         self._bytes = self._requests_in_file = 0
@@ -57,7 +57,7 @@ class BatchWriter:
     ) -> None:
         """Add a video's request: its chosen `slots` and their frames, as JPEG or URLs.
 
-        Raises RunError if the request alone is larger than a file may be.
+        Raises RunError if the request alone exceeds the size limit of a file.
         """
         times = [float(row["frame_pts_s"][slot]) for slot in slots]
         question = self._question
@@ -91,7 +91,7 @@ class BatchWriter:
         """Write a line, into the next file if this one is full; return the file's name."""
         if len(line) > self._max_bytes:
             raise RunError(
-                f"{uri}: its request has {len(line)} bytes; a batch file may have "
+                f"{uri}: its request has {len(line)} bytes; a batch file may have at most "
                 f"{self._max_bytes}; export smaller frames (--size) or their URLs (--frame-urls)"
             )
         full = self._bytes + len(line) > self._max_bytes
@@ -114,7 +114,7 @@ def batch_writer(
 ) -> Iterator[BatchWriter]:
     """Write numbered files of requests below `out`, and a CSV of the videos.
 
-    A file is published once it is whole. Files that an earlier export numbered higher are removed.
+    A file is published once it is complete. Higher-numbered files of an earlier export are removed.
     """
     place = storage.join(out, VIDEOS_FILE)
     with storage.open_write(place) as file:

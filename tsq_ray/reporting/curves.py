@@ -15,8 +15,8 @@ from markupsafe import Markup, escape
 PANEL_PX = 44
 HEAD_PX = 20
 AXIS_PX = 34
-FEW_POINTS = 24
-"""Up to this many frames, each is drawn as a point on its curve."""
+MAX_POINTS = 24
+"""Up to this many frames are drawn as points on the curve."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def saliency_svg(
     """Draw one panel per module, its saliency [T] against `pts_s` [T], above an axis in seconds.
 
     A module's own choices are dots on its curve; the uniform positions are ticks below the axis.
-    Without any curve (the baselines have none) the chosen frames are dots on the axis. Each panel
-    runs from 0 to the module's own maximum.
+    Chosen frames without a curve (the baselines have none) are dots on the axis. Each panel runs
+    from 0 to the module's own maximum.
     """
     axis = _Axis.over([*pts_s, *uniform_pts_s, *(mark.pts_s for mark in chosen)], duration_s)
     parts, top = list[str](), 0
@@ -61,9 +61,9 @@ def saliency_svg(
     for name, values in drawn:
         parts += _panel(axis, top, name, pts_s, values, chosen)
         top += HEAD_PX + PANEL_PX
-    loose = [mark for mark in chosen if mark.by not in {name for name, _ in drawn}]
-    top += 10 if loose else 4
-    parts += _axis(axis, top, loose, uniform_pts_s)
+    on_axis = [mark for mark in chosen if mark.by not in {name for name, _ in drawn}]
+    top += 10 if on_axis else 4
+    parts += _axis(axis, top, on_axis, uniform_pts_s)
     what = "Saliency of each frame" if drawn else "Chosen frames"
     return Markup(
         f'<svg class="curve" role="img" aria-label="{what} over time, in seconds" width="100%" '
@@ -87,10 +87,10 @@ class _Axis:
         return 100 * (time - self.start) / (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return four to eight round times."""
+        """Return four to eight round times for the axis."""
         rough = (self.end - self.start) / 5
         step: float = 10 ** floor(log10(rough))
-        if rough >= 12:  # round steps of minutes and hours are base 60
+        if rough >= 12:  # minutes and hours need steps in base 60
             step = next(
                 (s for s in (15, 20, 30, 60, 120, 300, 600, 900, 1800, 3600) if s >= rough),
                 3600 * ceil(rough / 3600),
@@ -128,7 +128,7 @@ def _panel(
         f'<text x="100%" y="{top + 14}" text-anchor="end" class="quiet">highest {peak:.3g}</text>',
         f'<line class="base" x1="0" x2="100%" y1="{base + PANEL_PX}" y2="{base + PANEL_PX}"/>',
         *(_guide(axis, mark, base, own=mark.by == name) for mark in chosen),
-        # stretch only the curve to the width; text and dots would be distorted
+        # only the curve is stretched to the width; text and dots would be distorted
         f'<svg x="0" y="{base}" width="100%" height="{PANEL_PX}" viewBox="0 0 1000 {PANEL_PX}" '
         'preserveAspectRatio="none" overflow="visible">',
         f'<polygon class="area" points="{first:.2f},{PANEL_PX} {line} {last:.2f},{PANEL_PX}"/>'
@@ -136,7 +136,7 @@ def _panel(
         else "",
         f'<polyline class="line" points="{line}"/></svg>',
     ]
-    if len(points) <= FEW_POINTS:
+    if len(points) <= MAX_POINTS:
         parts += [
             f'<circle class="point" cx="{axis.at(time):.2f}%" cy="{base + y(value):.1f}" r="2.2"/>'
             for time, value in points
@@ -151,11 +151,11 @@ def _panel(
 
 def _points(pts_s: Sequence[float], values: np.ndarray) -> list[tuple[float, float]]:
     """Return each source frame once, in time order; a short video repeats frames to fill T."""
-    found: dict[float, float] = {}
+    by_time: dict[float, float] = {}
     for time, value in zip(pts_s, values, strict=True):
         if isfinite(time) and isfinite(value):
-            found.setdefault(float(time), float(value))
-    return sorted(found.items())
+            by_time.setdefault(float(time), float(value))
+    return sorted(by_time.items())
 
 
 def _guide(axis: _Axis, mark: Mark, base: int, own: bool) -> str:
@@ -175,7 +175,7 @@ def _dot(axis: _Axis, mark: Mark, y: float) -> str:
 
 
 def _axis(
-    axis: _Axis, top: int, loose: Sequence[Mark], uniform_pts_s: Sequence[float]
+    axis: _Axis, top: int, chosen: Sequence[Mark], uniform_pts_s: Sequence[float]
 ) -> list[str]:
     parts = ['<g class="axis">', f'<line class="base" x1="0" x2="100%" y1="{top}" y2="{top}"/>']
     for time in axis.ticks():
@@ -192,5 +192,5 @@ def _axis(
             f'<rect class="uniform" x="{axis.at(time):.2f}%" y="{top + 2}" width="5" height="8" '
             f'transform="translate(-2.5 0)"><title>{title}</title></rect>'
         )
-    parts += [_dot(axis, mark, top) for mark in loose]
+    parts += [_dot(axis, mark, top) for mark in chosen]
     return [*parts, "</g>"]

@@ -17,7 +17,7 @@ from tsq_ray import chat, storage
 from tsq_ray.errors import RunError, UserError
 from tsq_ray.reporting.batch import BatchQuestion, BatchWriter, batch_writer
 from tsq_ray.reporting.interchange import write_activitynet, write_label_studio
-from tsq_ray.reporting.pictures import Progress, Taken, jpeg, take_pictures
+from tsq_ray.reporting.pictures import Progress, VideoFrames, decode_again, jpeg
 from tsq_ray.reporting.predictions import Predictions, read_predictions
 from tsq_ray.reporting.tables import COLUMNS, csv_writer, label_rows, write_labels
 from tsq_ray.results import ExportSummary
@@ -48,18 +48,18 @@ def export_predictions(
     """Write predictions in the formats `what` below `out` (a folder or prefix).
 
     - `labels`: `labels.csv` and `labels.jsonl`, one row per video, failed ones with their reason.
-      In the CSV `|` joins the values of a cell, and a cell that a spreadsheet would take for a
+      In the CSV, `|` joins the values of a cell, and a cell that a spreadsheet would run as a
       formula (starting with = + - @ or white space that hides one) gets a leading apostrophe.
     - `frames`: `frames/<video_id>/<slot>_<seconds>.jpg`, the chosen frames in the video's aspect
-      ratio, shorter side `size` pixels, or the video's own if smaller. A video that is missing or
-      fails to decode is listed in `frames_missing.csv` with its reason.
+      ratio, with a shorter side of at most `size` pixels; none is enlarged. A video that is missing
+      or fails to decode is listed in `frames_missing.csv` with the reason.
     - `openai-batch`: the chosen frames as requests to `batch_model`, for OpenAI's Batch API.
       `prompt`: a template with {classes}, {num_frames}, {seconds}. `frame_urls`: the URL of `out`,
-      if the service is to fetch the frames, which are then written too; by default they are in the
-      requests.
+      if the service is to fetch the frames, which are then written too; by default the requests
+      contain them.
     - `label-studio`: tasks for Label Studio and their labelling interface; `document_root`: its
-      LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT, for videos on a disk.
-    - `activitynet`: results, and known labels as ground truth, in the JSON of ActivityNet 1.3.
+      LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT, for local videos.
+    - `activitynet`: results, and known labels as ground truth, in ActivityNet 1.3's JSON format.
 
     Raises UserError for an unknown `what`, a wrong prompt or no `batch_model`, RunError or
     StorageError if the predictions cannot be read or `out` cannot be written.
@@ -74,7 +74,7 @@ def export_predictions(
     files = _export_labels(predictions, out, what, document_root)
     frames, requests, missing = 0, 0, Counter[str]()
     if {"frames", "openai-batch"} & set(what):
-        pictures = _take(predictions, sides, num_processes, progress)
+        pictures = _decode_again(predictions, sides, num_processes, progress)
         save = "frames" in what or bool(frame_urls)
         with contextlib.ExitStack() as stack:
             batch = None
@@ -108,8 +108,8 @@ def _check_request(what: Sequence[str], size: int, batch_model: str, prompt: str
         )
     if "openai-batch" in what and not batch_model:
         raise UserError(
-            "export: openai-batch needs the name of a model; give the batch service's name for it "
-            "with --batch-model NAME"
+            "export: openai-batch needs a model; give its name at the batch service with "
+            "--batch-model NAME"
         )
     chat.check_prompt(prompt)
 
@@ -133,7 +133,7 @@ def _question(predictions: Predictions, model: str, prompt: str) -> BatchQuestio
 
 
 def _model_version(predictions: Predictions) -> str:
-    """Return the name of the bundle that scored, and the start of its hash."""
+    """Return the name of the bundle that made the predictions, and the start of its hash."""
     model = predictions.run.get("model")
     known = model if isinstance(model, dict) else {"uri": model}
     name, digest = str(known.get("uri") or "tsq_ray"), str(known.get("sha256") or "")
@@ -159,42 +159,46 @@ def _export_labels(
 
 
 def _sides(predictions: Predictions, table: pa.Table, size: int) -> np.ndarray:
-    """Return int32 [N], the shorter side of each video's frames: at most `size`; 0 if it failed."""
-    for strange in table["video_id"].filter(
+    """Return the shorter side of each video's frames, at most `size`, 0 if it failed: int32 [N]."""
+    for video_id in table["video_id"].filter(
         pc.invert(pc.match_substring_regex(table["video_id"], _VIDEO_ID))
     ):
         # the id becomes a folder name
         raise RunError(
-            f"{storage.redact(predictions.uri)}: video_id {strange.as_py()!r}; "
+            f"{storage.redact(predictions.uri)}: video_id {video_id.as_py()!r}; "
             "allowed: 16 hex digits; score again"
         )
-    found = np.full(len(table), size, np.int32)
+    shorter = np.full(len(table), size, np.int32)
     for name in ("width", "height"):
         side = pc.fill_null(table[name], 0).to_numpy()
-        found = np.where(side > 0, np.minimum(found, side), found)
-    return np.where(pc.equal(table["status"], "ok").to_numpy(), found, 0)
+        shorter = np.where(side > 0, np.minimum(shorter, side), shorter)
+    return np.where(pc.equal(table["status"], "ok").to_numpy(), shorter, 0)
 
 
 def _export_frames(
-    pictures: Iterable[Taken], out: str, save: bool, batch: BatchWriter | None, frame_urls: str
+    pictures: Iterable[VideoFrames],
+    out: str,
+    save: bool,
+    batch: BatchWriter | None,
+    frame_urls: str,
 ) -> tuple[int, Counter[str]]:
     """Write the frames as files if `save`, and as requests.
 
-    Returns the number of files and the count of videos without any frame, by reason.
+    Returns the number of files and, by reason, the number of videos without frames.
     """
     frames, missing = 0, Counter[str]()
     with contextlib.ExitStack() as stack:
-        for taken in pictures:
-            row = taken.row
-            if taken.error_type is not None:
+        for video in pictures:
+            row = video.row
+            if video.error_type is not None:
                 if not missing:
                     file = stack.enter_context(storage.open_write(storage.join(out, MISSING_FILE)))
                     add = csv_writer(file, MISSING_FIELDS)
                 place = {"video_id": row["video_id"], "uri": storage.redact(row["uri"])}
-                add(place | {"error_type": taken.error_type, "error_message": taken.note})
-                missing[taken.error_type] += 1
+                add(place | {"error_type": video.error_type, "error_message": video.note})
+                missing[video.error_type] += 1
                 continue
-            encoded = {slot: jpeg(frame, JPEG_QUALITY) for slot, frame in taken.slots.items()}
+            encoded = {slot: jpeg(frame, JPEG_QUALITY) for slot, frame in video.slots.items()}
             if save:
                 for slot, content in encoded.items():
                     storage.write_bytes(storage.join(out, _frame_name(row, slot)), content)
@@ -210,13 +214,13 @@ def _frame_name(row: Mapping[str, Any], slot: int) -> str:
     return f"frames/{row['video_id']}/{slot:04d}_{row['frame_pts_s'][slot]:.3f}.jpg"
 
 
-def _take(
+def _decode_again(
     predictions: Predictions,
     sides: Sequence[np.ndarray],
     num_processes: int,
     progress: Progress | None,
-) -> Iterator[Taken]:
-    """Yield the frames of every video, grouped by their shorter side so that none is upscaled."""
+) -> Iterator[VideoFrames]:
+    """Yield the frames of every video, grouped by their shorter side so that none is enlarged."""
     firsts = (
         of_part[np.sort(np.unique(of_part, return_index=True)[1])].tolist() for of_part in sides
     )
@@ -224,16 +228,16 @@ def _take(
     total = sum(int((of_part > 0).sum()) for of_part in sides)
     done = 0
     for side in groups:
-        wanted = (np.flatnonzero(of_part == side) for of_part in sides)
+        numbers_by_part = (np.flatnonzero(of_part == side) for of_part in sides)
         rows = chain.from_iterable(
             predictions.part_rows(part, numbers)
-            for part, numbers in enumerate(wanted)
+            for part, numbers in enumerate(numbers_by_part)
             if len(numbers)
         )
-        for taken in take_pictures(
+        for video in decode_again(
             predictions, rows, lambda row: row["selected_slot"] or (), side, num_processes
         ):
             done += 1
             if progress is not None:
                 progress(done, total)
-            yield taken
+            yield video

@@ -17,7 +17,7 @@ from tsq_ray.config import TSQ_MODES, flatten
 from tsq_ray.reporting.agreement import agreement_rows, agreement_svg, verdict
 from tsq_ray.reporting.curves import Mark, saliency_svg, time_text
 from tsq_ray.reporting.losses import PARTS, losses_svg
-from tsq_ray.reporting.pictures import Progress, Taken, data_uri, take_pictures, uniform_slots
+from tsq_ray.reporting.pictures import Progress, VideoFrames, data_uri, decode_again, uniform_slots
 from tsq_ray.reporting.predictions import Place, Predictions, read_predictions
 from tsq_ray.reporting.summary import Summary, summarize
 from tsq_ray.results import ReportSummary
@@ -41,7 +41,7 @@ def build_report(
 
     The page opens offline: images are data URIs, and the content security policy forbids all
     requests. Frames are decoded again from the videos by `num_processes` child processes; a missing
-    video has a note instead. `choice.choose_shown` picks up to `max_videos` videos for cards.
+    video gets a note instead. `choice.choose_shown` picks up to `max_videos` videos for cards.
     Raises RunError or StorageError if the predictions cannot be read.
     """
     out = storage.normalize(out)
@@ -112,7 +112,7 @@ def _cards(
 ) -> tuple[list[dict[str, Any]], int]:
     """Return the cards in the order of `shown`, and the number of ok videos without pictures."""
 
-    def wanted(row: Mapping[str, Any]) -> list[int]:
+    def shown_slots(row: Mapping[str, Any]) -> list[int]:
         uniform = uniform_slots(predictions.num_frames, budget)
         return sorted({*(row["selected_slot"] or ()), *uniform})
 
@@ -122,11 +122,11 @@ def _cards(
         for order, (row, (_, verdict)) in enumerate(zip(rows, shown, strict=True))
     ]
     ok = [number for number, (_, verdict) in enumerate(shown) if verdict != "failed"]
-    taken = take_pictures(
-        predictions, [rows[number] for number in ok], wanted, THUMBNAIL_PX, num_processes
+    decoded = decode_again(
+        predictions, [rows[number] for number in ok], shown_slots, THUMBNAIL_PX, num_processes
     )
-    for done, (number, pictures) in enumerate(zip(ok, taken, strict=True), start=1):
-        cards[number] |= _body(predictions, pictures, budget)
+    for done, (number, frames) in enumerate(zip(ok, decoded, strict=True), start=1):
+        cards[number] |= _body(predictions, frames, budget)
         if progress is not None:
             progress(done, len(ok))
     return cards, sum(bool(card.get("note")) for card in cards)
@@ -164,16 +164,16 @@ def _reason(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _body(predictions: Predictions, taken: Taken, budget: int) -> dict[str, Any]:
+def _body(predictions: Predictions, frames: VideoFrames, budget: int) -> dict[str, Any]:
     """Return the rest of an ok video's card: predictions, film strips and curves."""
-    row = taken.row
+    row = frames.row
     labels = set(row["label_names"] or ())
     pts = [float(time) for time in row["frame_pts_s"]]
     marks = [
         Mark(float(time), by)
         for time, by in zip(row["selected_pts_s"] or (), row["selected_by"] or (), strict=True)
     ]
-    pictures = {slot: data_uri(frame, JPEG_QUALITY) for slot, frame in taken.slots.items()}
+    pictures = {slot: data_uri(frame, JPEG_QUALITY) for slot, frame in frames.slots.items()}
     by_time = {pts[slot]: slot for slot in uniform_slots(predictions.num_frames, budget)}
     uniform = [by_time[time] for time in sorted(by_time)]
     curves = (
@@ -186,8 +186,8 @@ def _body(predictions: Predictions, taken: Taken, budget: int) -> dict[str, Any]
             (name, float(score), name in labels)
             for name, score in zip(row["top_labels"], row["top_scores"], strict=True)
         ],
-        "note": taken.note,
-        "note_type": taken.error_type,
+        "note": frames.note,
+        "note_type": frames.error_type,
         "chosen": [
             {"src": pictures.get(slot), "mark": mark}
             for slot, mark in zip(row["selected_slot"] or (), marks, strict=True)
@@ -216,7 +216,7 @@ def _sampler(predictions: Predictions) -> Mapping[str, Any]:
 
 
 def _budget(predictions: Predictions, max_chosen: int) -> int:
-    """Return K from the settings, else the most frames chosen for any video."""
+    """Return K from the settings, else the maximum number of frames chosen for a video."""
     sampler = _sampler(predictions)
     budget = sampler.get("max_budget" if sampler.get("budget") == "adaptive" else "budget")
     return (
@@ -232,14 +232,14 @@ def _sampler_name(predictions: Predictions) -> str:
 
 
 def _facts(predictions: Predictions, budget: int) -> list[tuple[str, str]]:
-    """Return the key facts of the run; those missing from `_run.json` are left out."""
+    """Return the main facts about the run; those missing from `_run.json` are left out."""
     run, config = predictions.run, predictions.config
     flat = flatten(config)
     versions = run.get("versions")
     versions = versions if isinstance(versions, dict) else {}
     adaptive = flat.get("sampler.budget") == "adaptive"
     with_lambda = flat.get("sampler.mode", "both") == "both"
-    wanted = [
+    facts = [
         ("Model", _uri_of(run.get("model") or run.get("bundle") or config.get("model"))),
         ("Manifest", _uri_of(run.get("manifest"))),
         ("Finished", str(run.get("ended") or "").replace("T", " ").replace("+00:00", " UTC")),
@@ -255,7 +255,7 @@ def _facts(predictions: Predictions, budget: int) -> list[tuple[str, str]]:
         ("Seed", flat.get("sampler.seed")),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
-    return [(name, storage.redact(str(value))) for name, value in wanted if value not in (None, "")]
+    return [(name, storage.redact(str(value))) for name, value in facts if value not in (None, "")]
 
 
 def _uri_of(value: Any) -> str | None:
@@ -286,30 +286,30 @@ def _training(run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _agreement(run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return sentence, plot and table of agreement with the recogniser; None without any."""
-    found = run.get("agreement")
-    if not found:
+    """Return sentence, plot and table of agreement with the recogniser; None if not measured."""
+    record = run.get("agreement")
+    if not record:
         return None
-    parts = {"verdict": verdict(found), "drawing": agreement_svg(found)}
-    return parts | {"rows": agreement_rows(found), "videos": found["videos"]}
+    parts = {"verdict": verdict(record), "drawing": agreement_svg(record)}
+    return parts | {"rows": agreement_rows(record), "videos": record["videos"]}
 
 
 def _cost(summary: Summary) -> list[tuple[str, str]]:
-    """Return the mean time per video of each step, and the total duration."""
+    """Return the mean time per video of each step, and the total duration of the videos."""
     names = {
         "decode_ms": "Mean decoding time",
         "sample_ms": "Mean sampling time",
         "recognize_ms": "Mean recognition time",
     }
-    found = [
+    cost = [
         (names[name], f"{mean:,.0f} ms" if mean >= 10 else f"{mean:.1f} ms")
         for name, mean in summary.means_ms.items()
     ]
     if seconds := summary.duration_s:
-        found.append(
+        cost.append(
             (
                 "Total duration",
                 f"{seconds / 3600:,.1f} h" if seconds >= 7200 else f"{seconds / 60:,.1f} min",
             )
         )
-    return found
+    return cost

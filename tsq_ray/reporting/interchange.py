@@ -31,7 +31,7 @@ _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 @contextlib.contextmanager
 def _json_file(uri: str, opening: str, closing: str) -> Iterator[Callable[[str], None]]:
-    """Write a JSON file member by member: `opening`, the members that are added, `closing`."""
+    """Write a JSON file piece by piece: `opening`, the added members, `closing`."""
     with storage.open_write(uri) as file:
         file.write(opening.encode())
         separator = "\n"
@@ -60,12 +60,12 @@ def write_label_studio(
     model_version: str,
     document_root: str,
 ) -> None:
-    """Write a Label Studio task for each video that is ok, and the labelling interface.
+    """Write a Label Studio task for each ok video, and the labelling interface.
 
-    A task holds the predicted classes as choices and the chosen frames as moments of the timeline,
-    as a prediction that people correct. `document_root`: the folder of local videos that Label
-    Studio serves. Raises RunError for class names that XML cannot hold, UserError for a video
-    outside `document_root`.
+    A task holds a prediction for people to correct: the predicted classes as choices and the chosen
+    frames as moments of the timeline. `document_root`: the folder of local videos that Label Studio
+    serves. Raises RunError for class names that XML cannot hold, UserError for a video outside
+    `document_root`.
     """
     root = storage.normalize(document_root).rstrip("/") + "/"
     interface = _interface(classes, multi)
@@ -78,10 +78,10 @@ def write_label_studio(
 
 def _interface(classes: Sequence[str], multi: bool) -> bytes:
     """Return the labelling interface as XML: the video, its classes, its moments."""
-    wrong = next(filter(_NOT_XML.search, classes), None)
-    if wrong is not None:
+    invalid = next(filter(_NOT_XML.search, classes), None)
+    if invalid is not None:
         raise RunError(
-            f"label-studio: class {wrong!r} has a control character, which XML cannot hold; "
+            f"label-studio: class {invalid!r} has a control character, which XML cannot hold; "
             "rename the class"
         )
     view = ElementTree.Element("View")
@@ -99,7 +99,7 @@ def _interface(classes: Sequence[str], multi: bool) -> bytes:
 
 def _task(row: Row, root: str, multi: bool, model_version: str) -> dict[str, Any]:
     data = {
-        "video": _playable(row["uri"], root),
+        "video": _video_url(row["uri"], root),
         "fps": row["fps"] or _DEFAULT_FPS,
         "uri": row["uri"],
         "video_id": row["video_id"],
@@ -128,7 +128,7 @@ def _region(number: str, control: str, kind: str, value: Mapping[str, Any]) -> d
 
 
 def _predicted(row: Row, multi: bool) -> list[str]:
-    """Return the best class; if `multi`, all that are probable."""
+    """Return the best class; if `multi`, all probable classes."""
     pairs = zip(row["top_labels"], row["top_scores"], strict=True)
     probable = [label for label, score in pairs if score >= _MIN_SCORE] if multi else []
     return probable or row["top_labels"][:1]
@@ -140,7 +140,7 @@ def _frame_numbers(row: Row) -> list[int]:
     return [max(1, round(time * fps) + 1) for time in row["selected_pts_s"] or ()] if fps else []
 
 
-def _playable(uri: str, root: str) -> str:
+def _video_url(uri: str, root: str) -> str:
     """Return the URL under which Label Studio plays a video."""
     if not storage.is_local(uri):
         return uri
@@ -158,8 +158,8 @@ def _playable(uri: str, root: str) -> str:
 def write_activitynet(rows: Callable[[], Iterable[Row]], out: str, details: str) -> bool:
     """Write the predictions as ActivityNet's results, and known labels as its ground truth.
 
-    A key is the name of the video's file without its suffix and `v_`, or its video_id where several
-    videos have that name. A segment is the whole video. Returns whether there are known labels:
+    A key is the video's file name without suffix and leading `v_`, or its video_id if several
+    videos have that name. A segment is the whole video. Returns whether any labels are known;
     without any, no ground truth is written.
     """
     names = Counter(id_of(storage.name_of(row["uri"])) for row in rows())
@@ -178,13 +178,13 @@ def write_activitynet(rows: Callable[[], Iterable[Row]], out: str, details: str)
             name = id_of(storage.name_of(row["uri"]))
             key = _dumps(name if names[name] == 1 else row["video_id"])
             if row["status"] == "ok":
-                add_result(f"{key}: {_dumps(_scored(row))}")
+                add_result(f"{key}: {_dumps(_results(row))}")
             if row["label_names"] and add_known is None:
                 place = storage.join(out, DATABASE_FILE)
                 header = f'{opening}"taxonomy": [], "database": {{'
                 add_known = stack.enter_context(_json_file(place, header, "}}"))
             if row["label_names"] and add_known is not None:
-                add_known(f"{key}: {_dumps(_known(row))}")
+                add_known(f"{key}: {_dumps(_ground_truth(row))}")
     return add_known is not None
 
 
@@ -192,14 +192,14 @@ def _segment(row: Row) -> list[float]:
     return [0.0, round(row["duration_s"] or 0.0, 3)]
 
 
-def _scored(row: Row) -> list[dict[str, Any]]:
+def _results(row: Row) -> list[dict[str, Any]]:
     return [
         {"label": label, "score": round(score, 6), "segment": _segment(row)}
         for label, score in zip(row["top_labels"], row["top_scores"], strict=True)
     ]
 
 
-def _known(row: Row) -> dict[str, Any]:
+def _ground_truth(row: Row) -> dict[str, Any]:
     split = row["split"] or ""
     return {
         "duration": _segment(row)[1],

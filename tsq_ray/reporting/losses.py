@@ -16,7 +16,7 @@ PARTS = ("visual", "textual", "t2v", "v2t")
 def losses_svg(curve: Sequence[Mapping[str, float]]) -> Markup:
     """Draw each part of the loss against the epoch.
 
-    `curve` holds the losses of each epoch; the axis runs from 0 to the highest.
+    `curve` holds the losses of each epoch; the axis runs from 0 to the highest loss.
     """
     drawn = [
         name for name in PARTS if all(name in losses and isfinite(losses[name]) for losses in curve)
@@ -29,9 +29,11 @@ def losses_svg(curve: Sequence[Mapping[str, float]]) -> Markup:
             f"{step * number:.2f},{HEIGHT_PX * (1 - losses[name] / highest):.2f}"
             for number, losses in enumerate(curve)
         )
-        last = f"{name}: {curve[0][name]:.3g} in the first epoch, {curve[-1][name]:.3g} in the last"
+        title = (
+            f"{name}: {curve[0][name]:.3g} in the first epoch, {curve[-1][name]:.3g} in the last"
+        )
         lines.append(
-            f'<polyline class="line {name}" points="{points}"><title>{escape(last)}</title>'
+            f'<polyline class="line {name}" points="{points}"><title>{escape(title)}</title>'
             "</polyline>"
         )
     bottom = f'<line class="base" x1="0" x2="100%" y1="{HEIGHT_PX}" y2="{HEIGHT_PX}"/>'
@@ -46,7 +48,7 @@ def losses_svg(curve: Sequence[Mapping[str, float]]) -> Markup:
 
 
 def _epochs(count: int) -> str:
-    """Label the first and last epoch, and the quarters, where the learning rate falls."""
+    """Label the first and last epoch, and the quarters, at which the learning rate drops."""
     numbers = sorted({1, count, *(count * quarter // 4 for quarter in (1, 2, 3) if count >= 12)})
     texts = []
     for number in numbers:

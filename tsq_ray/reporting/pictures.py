@@ -1,4 +1,4 @@
-"""Decode the frames of scored videos again, on the same slots, at another size."""
+"""Decode the frames of scored videos again, in the same slots, at another size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Taken:
+class VideoFrames:
     """The frames of one row: `slots` maps a slot to uint8 [H, W, 3] RGB.
 
     Without frames, `error_type` and `note` give the reason.
@@ -37,17 +37,17 @@ class Taken:
     error_type: str | None = None
 
 
-def take_pictures(
+def decode_again(
     predictions: Predictions,
     rows: Iterable[dict[str, Any]],
-    wanted: Callable[[dict[str, Any]], Sequence[int]],
+    slots_of: Callable[[dict[str, Any]], Sequence[int]],
     size: int,
     num_processes: int,
-) -> Iterator[Taken]:
+) -> Iterator[VideoFrames]:
     """Decode the videos of `rows` again with the run's settings and yield them in order.
 
-    Each comes with the slots that `wanted(row)` names; `size` is the shorter side in pixels. A
-    video that is missing, changed or fails to decode has a note in place of frames. About
+    Each has the frames of the slots `slots_of(row)`; `size` is the shorter side in pixels. A video
+    that is missing, has changed or fails to decode has a note instead of frames. About
     2 x `num_processes` videos are in memory at a time.
     """
     specs = {SPEC: FrameSpec(size=size, resize="keep", interpolation="bilinear")}
@@ -60,23 +60,23 @@ def take_pictures(
             for row, decoded in zip(
                 group, pool.decode([video_source(row) for row in group]), strict=True
             ):
-                yield _taken(row, decoded, wanted(row))
+                yield _video_frames(row, decoded, slots_of(row))
             group = list(islice(waiting, 2 * num_processes))
 
 
-def _taken(row: dict[str, Any], decoded: Outcome, wanted: Sequence[int]) -> Taken:
+def _video_frames(row: dict[str, Any], decoded: Outcome, slots: Sequence[int]) -> VideoFrames:
     if isinstance(decoded, (VideoError, StorageError)):
-        return Taken(row, {}, storage.redact(str(decoded)), decoded.error_type)
+        return VideoFrames(row, {}, storage.redact(str(decoded)), decoded.error_type)
     scored = row["frame_pts_s"]
     if scored is None or not np.allclose(decoded.frame_pts_s, scored, rtol=0, atol=_TOLERANCE_S):
-        return Taken(
+        return VideoFrames(
             row,
             {},
-            "its frame times differ from those when it was scored; score the video again",
+            "its frame times have changed since it was scored; score the video again",
             "source_changed",
         )
     frames = decoded.frames[SPEC]
-    return Taken(row, {slot: frames[decoded.slot_frame[slot]] for slot in wanted})
+    return VideoFrames(row, {slot: frames[decoded.slot_frame[slot]] for slot in slots})
 
 
 def uniform_slots(num_frames: int, budget: int) -> list[int]:

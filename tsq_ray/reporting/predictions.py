@@ -21,10 +21,10 @@ from tsq_ray.runs.folder import RUN_FILE, read_run
 from tsq_ray.schema import PREDICTIONS, SERVER
 
 _ROW = [column.name for column in PREDICTIONS if column.name != "scores"]
-"""All columns but `scores`, the score of every class, which no page and no export shows."""
+"""All columns except `scores`, the score of every class, which no page or export shows."""
 
 Place = tuple[int, int]
-"""Where a row lies: the number of its part, and its number in that part."""
+"""Where a row lies: the number of its part, and of the row in that part."""
 
 
 @dataclass(frozen=True)
@@ -82,26 +82,26 @@ class Predictions:
         return table
 
     def tables(self, columns: list[str]) -> Iterator[pa.Table]:
-        """Read some columns, part by part."""
+        """Yield some columns, part by part."""
         return (self.read(number, columns) for number in range(len(self.parts)))
 
     def rows(self, places: Sequence[Place]) -> list[dict[str, Any]]:
         """Return these rows without `scores`: plain values, and tensors as flat arrays or None."""
-        found: dict[Place, dict[str, Any]] = {}
+        by_place: dict[Place, dict[str, Any]] = {}
         for part in sorted({part for part, _ in places}):
-            numbers = [number for of, number in places if of == part]
+            numbers = [number for its_part, number in places if its_part == part]
             rows = self.part_rows(part, np.array(numbers))
-            found |= {(part, number): row for number, row in zip(numbers, rows, strict=True)}
-        return [found[place] for place in places]
+            by_place |= {(part, number): row for number, row in zip(numbers, rows, strict=True)}
+        return [by_place[place] for place in places]
 
     def part_rows(self, part: int, numbers: np.ndarray) -> Iterator[dict[str, Any]]:
-        """Yield these rows of one part in the form of `rows`, one at a time."""
+        """Yield these rows of one part, one at a time, as `rows` returns them."""
         columns = [*_ROW, *self.server_columns]
         table = self.read(part, columns).take(pa.array(numbers))
         return ({name: _cell(table[name], row) for name in columns} for row in range(len(table)))
 
     def decode_settings(self) -> DecodeConfig:
-        """Return the run's decode settings, so that frames decoded again fall on the same slots.
+        """Return the run's decode settings, which put frames decoded again into the same slots.
 
         Raises ConfigError if a recorded value is not allowed.
         """
@@ -125,7 +125,7 @@ def read_predictions(uri: str) -> Predictions:
     parts = [part.uri for part in list_parts(uri)]
     if not parts:
         raise RunError(
-            f"{storage.redact(uri)}: no part-*.parquet here, the run has no videos; "
+            f"{storage.redact(uri)}: no part-*.parquet here, so the run has no videos; "
             "name a folder with the predictions of `tsq score`"
         )
     schema = read_part(parts[0]).schema
@@ -136,14 +136,14 @@ def read_predictions(uri: str) -> Predictions:
         width = int(schema.field("scores").type.shape[0])
         if width != len(bundle_classes):
             raise RunError(
-                f"{storage.redact(uri)}: scores of {width} classes, but {RUN_FILE} names "
+                f"{storage.redact(uri)}: has scores of {width} classes, but {RUN_FILE} names "
                 f"{len(bundle_classes)}; score again"
             )
     return Predictions(uri, run, parts, schema, bundle_classes)
 
 
-def _check_columns(uri: str, names: Sequence[str], wanted: Sequence[str]) -> None:
-    missing = [name for name in wanted if name not in names]
+def _check_columns(uri: str, names: Sequence[str], required: Sequence[str]) -> None:
+    missing = [name for name in required if name not in names]
     if missing:
         raise RunError(
             f"{storage.redact(uri)}: these are not predictions, {missing[0]} is missing; "

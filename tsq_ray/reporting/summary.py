@@ -1,4 +1,4 @@
-"""The contents of a report, counted part by part: totals, quality on labelled videos, cards."""
+"""The contents of a report, collected part by part: totals, quality on labelled videos, cards."""
 
 from __future__ import annotations
 
@@ -55,24 +55,24 @@ class Summary:
     """Top-1, mAP by both conventions, AP by class and the pairs confused at top-1, over the ok
     videos with a label among the bundle's classes.
 
-    Labels are mapped by name to those classes; other names are counted in `unknown_labels` and left
+    Labels are mapped to those classes by name; other names are counted in `unknown_labels` and left
     out. Both mAP values are None without `scores` or without the bundle's class order."""
     classes: list[tuple[str, int]]
-    """How often each class is the best one, most frequent first."""
+    """For each class, the number of videos whose best class it is, most frequent first."""
     failed: list[dict[str, Any]]
     """`uri`, `error_type` and `error_message` of the first failed rows."""
     means_ms: dict[str, float]
-    """Mean time per video of each step, in milliseconds; steps that no row times are left out."""
+    """Mean time per video of each step, in milliseconds; steps without any timing are left out."""
     duration_s: float
     """Total duration of all videos."""
     max_chosen: int
-    """The most frames chosen for any video."""
+    """Maximum number of frames chosen for a video."""
     shown: list[tuple[Place, str]]
     """Place and verdict of each video with a card, in page order."""
 
 
 def summarize(predictions: Predictions, max_videos: int) -> Summary:
-    """Summarise the parts, read one at a time; with labels and `scores`, read twice more."""
+    """Summarise the parts, one at a time; with labels and `scores`, they are read twice more."""
     tally = _Tally(predictions.bundle_classes, max_videos)
     for part, table in enumerate(predictions.tables(_READ)):
         tally.add(part, table)
@@ -95,7 +95,7 @@ def summarize(predictions: Predictions, max_videos: int) -> Summary:
 
 
 class _Tally:
-    """Counts of the rows so far; counters keep the order in which their keys first appeared."""
+    """Counts over the rows so far; counters keep the order in which their keys first appeared."""
 
     def __init__(self, classes: Sequence[str], max_videos: int) -> None:
         self.classes, self.max_videos = classes, max_videos
@@ -163,7 +163,7 @@ class _Tally:
     def _count_warnings(self, lists: pa.ChunkedArray) -> None:
         self.warned += pc.sum(pc.greater(pc.list_value_length(lists), 0)).as_py() or 0
         for counted in pc.value_counts(pc.list_flatten(lists)).to_pylist():
-            self.warnings[storage.redact(_general(counted["values"]))] += counted["counts"]
+            self.warnings[storage.redact(_without_numbers(counted["values"]))] += counted["counts"]
 
     def _count_labels(self, table: pa.Table, verdict: np.ndarray, top: pa.Array) -> None:
         rows, names, numbers = label_pairs(table, self.classes)
@@ -171,23 +171,23 @@ class _Tally:
             _count(self.unknown, names.filter(pa.array(numbers < 0)))
         self.labelled_failed += len(np.unique(rows[verdict[rows] == FAILED]))
         wrong = verdict[rows] == WRONG
-        taken = pc.fill_null(top.take(pa.array(rows[wrong])), "None")
+        predicted = pc.fill_null(top.take(pa.array(rows[wrong])), "None")
         self.confusions.update(
-            zip(names.filter(pa.array(wrong)).to_pylist(), taken.to_pylist(), strict=True)
+            zip(names.filter(pa.array(wrong)).to_pylist(), predicted.to_pylist(), strict=True)
         )
 
     def totals(self, run: dict[str, Any]) -> dict[str, Any]:
         """Return `Summary.totals`."""
         recorded = run.get("counts")
         counts = recorded if isinstance(recorded, dict) else {}
-        skipped = _whole(counts.get("skipped"), 0)
+        skipped = _whole_number(counts.get("skipped"), 0)
         videos, failed = int(self.verdicts.sum()), int(self.verdicts[FAILED])
         expected = {"ok": videos - failed, "failed": failed, "inputs": videos + skipped}
         return expected | {
             "videos": videos,
             "skipped": skipped,
             "adds_up": all(
-                _whole(counts.get(key), value) == value for key, value in expected.items()
+                _whole_number(counts.get(key), value) == value for key, value in expected.items()
             ),
             "failures": dict(self.failures.most_common()),
             "failure_examples": dict(self.examples),
@@ -236,7 +236,7 @@ def _candidates(part: int, table: pa.Table, verdict: np.ndarray, top: pa.Array) 
 
 
 def _reasons(table: pa.Table) -> pa.Array:
-    """Return the error types, `internal` if a row has none."""
+    """Return the rows' error types; `internal` if a row has none."""
     reasons = pc.fill_null(table["error_type"].combine_chunks(), "")
     return pc.if_else(pc.equal(reasons, ""), "internal", reasons)
 
@@ -261,8 +261,8 @@ def _per_class(classes: Sequence[str], figures: ClassFigures) -> list[dict[str, 
     return sorted(rows, key=lambda row: (row["ap"] is None, row["ap"] or 0.0, row["name"]))
 
 
-def _general(warning: str) -> str:
-    """Replace the numbers of a warning, so that warnings of one kind are counted together."""
+def _without_numbers(warning: str) -> str:
+    """Replace the numbers in a warning, so that warnings of one kind are counted together."""
     return " ".join("…" if _is_number(word) else word for word in warning.split())
 
 
@@ -274,7 +274,7 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _whole(value: Any, default: int) -> int:
+def _whole_number(value: Any, default: int) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 

@@ -31,13 +31,15 @@ def csv_writer(file: BinaryIO, fields: Sequence[str]) -> Callable[[Mapping[str, 
 
     Text that a spreadsheet would run as a formula gets a leading apostrophe.
     """
-    # CRLF line ends (RFC 4180), so that a lone CR in a cell is quoted
+    # DictWriter ends lines with CRLF (RFC 4180), so a lone CR in a cell is quoted
     writer = csv.DictWriter(codecs.getwriter("utf-8")(file), fields)
     writer.writeheader()
-    return lambda row: writer.writerow({name: _harmless(value) for name, value in row.items()})
+    return lambda row: writer.writerow(
+        {name: _escape_formula(value) for name, value in row.items()}
+    )
 
 
-def _harmless(value: Any) -> Any:
+def _escape_formula(value: Any) -> Any:
     return "'" + value if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
@@ -47,17 +49,17 @@ def write_labels(predictions: Predictions, out: str) -> None:
         storage.open_write(storage.join(out, "labels.csv")) as table,
         storage.open_write(storage.join(out, "labels.jsonl")) as lines,
     ):
-        more = predictions.server_columns
-        add = csv_writer(table, (*CSV_FIELDS, *more))
-        for row in label_rows(predictions, (*COLUMNS, *more)):
-            add(_csv_row(row) | {name: row[name] for name in more})
+        extra = predictions.server_columns
+        add = csv_writer(table, (*CSV_FIELDS, *extra))
+        for row in label_rows(predictions, (*COLUMNS, *extra)):
+            add(_csv_row(row) | {name: row[name] for name in extra})
             lines.write(_json_line(row))
 
 
 def label_rows(
     predictions: Predictions, columns: Sequence[str] = COLUMNS
 ) -> Iterator[dict[str, Any]]:
-    """Iterate over these columns of all rows; secrets are removed from URIs and messages."""
+    """Yield these columns of all rows; secrets are removed from URIs and messages."""
     for table in predictions.tables(list(columns)):
         for batch in table.to_batches(max_chunksize=_ROWS):
             for row in batch.to_pylist():

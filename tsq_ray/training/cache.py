@@ -1,9 +1,9 @@
 """Arrays in local files, shared by the training processes of a machine.
 
-The first process writes them, all map them, the last one removes them. Mapped files are as fast as
-memory if they fit into it, and cannot run out of memory if they do not. The lock on the folder
-shows who uses it: exclusive during writing, shared during reading. The kernel releases it however a
-process ends.
+The first process writes them, all processes map them, and the last one removes them. Mapped files
+are as fast as memory if they fit into it, and cause no out-of-memory error if they do not. A lock
+on the folder shows who uses it: exclusive while writing, shared while reading. The kernel releases
+it however a process ends.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _LAYOUT = "layout.json"
 def node_arrays(key: str, write: Callable[[Create], None]) -> Iterator[dict[str, np.ndarray]]:
     """Provide the arrays of `key` on this machine for the duration of the `with`.
 
-    If no process has written them yet, `write` does. They are in the temporary folder (TMPDIR);
-    unused arrays that other runs of this user left there are removed first. Changes to the arrays
-    stay private to the process. Raises StorageError if the disk has no room.
+    If no process has written them yet, `write` is called. They lie in the temporary folder
+    (TMPDIR); unused arrays that other runs of this user left there are removed first. Changes to
+    the arrays stay private to the process. Raises StorageError if the disk has no room.
     """
     prefix = Path(tempfile.gettempdir()) / f"tsq-features-{os.getuid()}-"
     folder = Path(f"{prefix}{key}")
     for other in prefix.parent.glob(f"{prefix.name}*"):
         if other != folder:
             _remove_unused(other)
-    lock = _enter(folder, write)
+    lock = _lock_folder(folder, write)
     try:
         yield {
             name: _mapped(folder / name, dtype, shape)
@@ -50,7 +50,7 @@ def node_arrays(key: str, write: Callable[[Create], None]) -> Iterator[dict[str,
         _remove_unused(folder, lock)
 
 
-def _enter(folder: Path, write: Callable[[Create], None]) -> int:
+def _lock_folder(folder: Path, write: Callable[[Create], None]) -> int:
     """Return a descriptor that holds a shared lock on the complete folder."""
     while True:
         with contextlib.suppress(FileExistsError):
@@ -82,7 +82,7 @@ def _enter(folder: Path, write: Callable[[Create], None]) -> int:
 
 
 def _is_at(lock: int, folder: Path) -> bool:
-    """Whether `folder` is still the folder that is locked."""
+    """Whether the locked folder is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(lock), os.stat(folder))
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def _fill(folder: Path, write: Callable[[Create], None]) -> None:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         with open(folder / name, "wb") as file:
             try:
-                # a mapped file that runs out of disk later would kill the process
+                # reserves the space now: a mapped file on a full disk kills the process
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
                 free = shutil.disk_usage(folder).free

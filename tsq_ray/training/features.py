@@ -1,4 +1,4 @@
-"""Features in Parquet -> training arrays; which rows are used, which are left out and why.
+"""Read features from Parquet into training arrays, and select the rows to train on.
 
 Shapes: V videos, T frames, D dims, C classes.
 """
@@ -26,13 +26,13 @@ from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
 from tsq_ray.runs.folder import read_run
 from tsq_ray.training.cache import Create, node_arrays
-from tsq_ray.training.teacher import FRAME_INDEX, LOGITS, Teacher, check_taught, soft_targets
+from tsq_ray.training.teacher import FRAME_INDEX, LOGITS, Teacher, check_logits, soft_targets
 
 DEFAULT_SPLIT = "train"
 
 VISUAL_COLUMN, OBJECT_IDS, OBJECT_PROBS, TARGETS = "visual", "object_ids", "object_probs", "targets"
 OBJECT_COLUMNS = (OBJECT_IDS, OBJECT_PROBS)
-_BRIEF = ["video_id", "uri", "split", "status", "labels"]
+_ROW_COLUMNS = ["video_id", "uri", "split", "status", "labels"]
 _READERS = 4
 """Parts read at a time."""
 
@@ -49,9 +49,9 @@ class FeatureSource:
     max_videos: int
     """A sample of at most this many videos; 0: all."""
     teacher: Teacher | None
-    """Whose logits give the targets; None: the labels do."""
+    """The recogniser whose logits give the targets; None: the labels do."""
     key: str
-    """Changes with the content."""
+    """Hash of everything that the arrays depend on."""
 
     @classmethod
     def of(
@@ -84,25 +84,25 @@ class FeatureSource:
 
     @property
     def read_columns(self) -> tuple[str, ...]:
-        """The tensor columns to read, with those that only the targets need."""
+        """The tensor columns to read, including those that only the targets need."""
         return self.columns if self.teacher is None else (*self.columns, LOGITS, FRAME_INDEX)
 
 
 @dataclass
 class TrainingVideos:
-    """The videos a training uses, sorted by video id, and why the others are left out."""
+    """The videos that a training uses, sorted by video id, and why the others are left out."""
 
     count: int
     """V, the number of videos used."""
     labels: pa.ChunkedArray
-    """Their labels; those of a teacher are null."""
+    """Their labels; may be null with a teacher."""
     classes: list[str]
     """C names: those of the features, or the teacher's."""
     parts: list[tuple[str, np.ndarray]]
-    """Each part with the index of each of its rows among the V videos, or -1."""
+    """URI of each part, and the index of each of its rows among the V videos; -1 if not used."""
     left_out: dict[str, int] = field(default_factory=dict)
     """Reason -> count."""
-    named: list[str] = field(default_factory=list)
+    unlabelled_uris: list[str] = field(default_factory=list)
     """URIs of the first unlabelled videos."""
     warnings: list[str] = field(default_factory=list)
 
@@ -150,27 +150,27 @@ def multi_hot(labels: pa.ChunkedArray, num_classes: int) -> np.ndarray:
 def training_split(
     splits: pa.ChunkedArray, split: str | None, what: str
 ) -> tuple[str | None, list[str]]:
-    """Choose the split: the one asked for, else `train`; all rows if no row has a split.
+    """Choose the split: `split` if given, else `train`; all rows if no row has a split.
 
-    Returns the split (None: all rows) and warnings. Raises RunError if splits exist but none has
-    the name.
+    Returns the split (None: all rows) and warnings. Raises RunError if there are splits, but not
+    this one.
     """
     names = {name for name in pc.unique(splits).to_pylist() if name}
     if split is None and not names:
         return None, [
             f"{what} has no splits: training uses all rows, so nothing is held out for evaluation"
         ]
-    wanted = split or DEFAULT_SPLIT
-    if wanted not in names:
+    chosen = split or DEFAULT_SPLIT
+    if chosen not in names:
         raise RunError(
-            f"{what}: no row of split {wanted!r}; {describe_splits(splits)}; "
+            f"{what}: no row of split {chosen!r}; {describe_splits(splits)}; "
             "choose one with --split"
         )
-    return wanted, []
+    return chosen, []
 
 
 def check_classes(classes: list[str], labelled: int, what: str) -> None:
-    """Raise RunError if no video is labelled or the classes are fewer than two."""
+    """Raise RunError if no video is labelled or there are fewer than two classes."""
     if labelled == 0:
         raise RunError(
             f"{what}: no labelled video; index it with labels (class folders, --labels FILE)"
@@ -181,7 +181,7 @@ def check_classes(classes: list[str], labelled: int, what: str) -> None:
         )
 
 
-def single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
+def check_single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
     """Raise RunError if the task is "single" and a video has several labels."""
     several = pc.sum(pc.greater(pc.list_value_length(labels), 1)).as_py() or 0
     if task == "single" and several:
@@ -194,12 +194,12 @@ def single_labels(labels: pa.ChunkedArray, task: str, what: str) -> None:
 def select_videos(source: FeatureSource) -> TrainingVideos:
     """Select the ok rows of the split in a finished extraction; reads no tensors.
 
-    They have labels, unless a teacher gives the targets. Raises RunError if none is usable.
+    Without a teacher, only labelled rows are selected. Raises RunError if none is usable.
     """
     what = f"features {storage.redact(source.uri)}"
     parts = [part.uri for part in list_parts(source.uri)]
     with ThreadPoolExecutor(_READERS) as pool:
-        tables = list(pool.map(lambda part: read_part(part, _BRIEF), parts))
+        tables = list(pool.map(lambda part: read_part(part, _ROW_COLUMNS), parts))
     table = pa.concat_tables(tables)
     table = table.append_column("row", pa.array(np.arange(table.num_rows))).sort_by("video_id")
     chosen, warnings = training_split(table["split"], source.split, what)
@@ -221,16 +221,18 @@ def select_videos(source: FeatureSource) -> TrainingVideos:
     if source.teacher is None:
         classes = list(read_run(source.uri, "features")["classes"])
         check_classes(classes, ok.num_rows, what)
-        single_labels(ok["labels"], source.task, what)
+        check_single_labels(ok["labels"], source.task, what)
     else:
         classes = list(source.teacher.classes)
-        check_taught(parts, ok.num_rows, len(classes), what)
+        check_logits(parts, ok.num_rows, len(classes), what)
     places = np.full(sum(part.num_rows for part in tables), -1)
     places[ok["row"].to_numpy()] = np.arange(ok.num_rows)
     by_part = np.split(places, np.cumsum([part.num_rows for part in tables])[:-1])
-    named = [storage.redact(name) for name in unlabelled["uri"].slice(0, 5).to_pylist()]
+    unlabelled_uris = [storage.redact(name) for name in unlabelled["uri"].slice(0, 5).to_pylist()]
     rows = list(zip(parts, by_part, strict=True))
-    return TrainingVideos(ok.num_rows, ok["labels"], classes, rows, left_out, named, warnings)
+    return TrainingVideos(
+        ok.num_rows, ok["labels"], classes, rows, left_out, unlabelled_uris, warnings
+    )
 
 
 def copy_features(
@@ -243,8 +245,8 @@ def copy_features(
 
     `progress` is called with the number of videos copied so far.
     """
-    taken = [(part, places) for part, places in videos.parts if (places >= 0).any()]
-    with storage.open_read(taken[0][0]) as file:
+    parts = [(part, places) for part, places in videos.parts if (places >= 0).any()]
+    with storage.open_read(parts[0][0]) as file:
         types = {name: pq.read_schema(file).field(name).type for name in source.columns}
     num_videos, teacher = videos.count, source.teacher
     arrays = {
@@ -254,22 +256,22 @@ def copy_features(
         for name, column in types.items()
     }
 
-    kind = np.dtype(bool if teacher is None else np.float16)
-    targets = create(TARGETS, kind, (num_videos, len(videos.classes)))
+    dtype = np.dtype(bool if teacher is None else np.float16)
+    targets = create(TARGETS, dtype, (num_videos, len(videos.classes)))
 
     def copy(part: str, places: np.ndarray) -> int:
         table = read_part(part, list(source.read_columns)).filter(pa.array(places >= 0))
-        taken = places[places >= 0]
+        rows = places[places >= 0]
         for name, array in arrays.items():
-            array[taken] = schema.tensor_to_numpy(table[name])
+            array[rows] = schema.tensor_to_numpy(table[name])
         if teacher is not None:
             logits, index = (schema.tensor_to_numpy(table[name]) for name in (LOGITS, FRAME_INDEX))
-            targets[taken] = soft_targets(logits, index, teacher.num_frames, source.task)
+            targets[rows] = soft_targets(logits, index, teacher.num_frames, source.task)
         return len(table)
 
     done = 0
     with ThreadPoolExecutor(_READERS) as pool:
-        for count in pool.map(copy, *zip(*taken, strict=True)):
+        for count in pool.map(copy, *zip(*parts, strict=True)):
             progress(done := done + count)
     if teacher is None:
         targets[:] = multi_hot(videos.labels, len(videos.classes))
@@ -300,7 +302,7 @@ def source_arrays(
 
     def write(create: Create) -> None:
         with_objects = OBJECT_IDS in source.columns
-        now = FeatureSource.of(
+        current = FeatureSource.of(
             source.uri,
             source.split,
             source.task,
@@ -308,7 +310,7 @@ def source_arrays(
             source.max_videos,
             source.teacher,
         )
-        if now != source:
+        if current != source:
             raise RunFailed(
                 f"{storage.redact(source.uri)}: the features have changed since the training "
                 "began; start it again"
@@ -334,14 +336,14 @@ def open_training_set(
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The manifest rows a training uses, and why the others are left out."""
+    """The manifest rows that a training uses, and why the others are left out."""
 
     rows: VideoRows
     split: str | None
-    """The split of all of them; None if the manifest has no splits."""
+    """Their split; None if the manifest has no splits."""
     left_out: dict[str, int]
     """Reason -> count."""
-    named: list[str]
+    unlabelled_uris: list[str]
     """URIs of the first unlabelled videos."""
     warnings: list[str]
 
@@ -359,19 +361,19 @@ class TrainingRows:
             else pc.fill_null(pc.equal(table["split"], chosen), False).to_numpy()
         )
         labelled = is_labelled(rows)
-        bare = rows.where(inside & ~labelled)
-        taken = rows.where(inside & labelled)
+        unlabelled = rows.where(inside & ~labelled)
+        usable = rows.where(inside & labelled)
         left_out = {
             "other_split": int((~inside).sum()),
-            "unlabelled": len(bare),
-            "limit": len(taken) - len(taken[:limit]),
+            "unlabelled": len(unlabelled),
+            "limit": len(usable) - len(usable[:limit]),
         }
-        named = [storage.redact(row.uri) for row in bare[:5]]
-        return cls(taken[:limit], chosen, left_out, named, warnings)
+        unlabelled_uris = [storage.redact(row.uri) for row in unlabelled[:5]]
+        return cls(usable[:limit], chosen, left_out, unlabelled_uris, warnings)
 
 
 def is_labelled(rows: VideoRows) -> np.ndarray:
-    """Return bool [V]: whether each row has a label."""
+    """Return for each row whether it has a label, bool [V]."""
     return pc.fill_null(pc.greater(pc.list_value_length(rows.table["labels"]), 0), False).to_numpy()
 
 

@@ -37,7 +37,8 @@ def fit_head(
         config: only its `head` is used; each step takes one random frame from each of `segments`
             equal parts of the T frames.
         task: see `model.task.classification_loss`.
-        progress: called about once a second with the number of videos done, once per epoch each.
+        progress: called at most once a second with the number of videos done; each video counts
+            once per epoch.
     """
     settings = config.head
     x, y = torch.from_numpy(features), torch.from_numpy(targets)
@@ -54,10 +55,10 @@ def fit_head(
     steps = settings.epochs * -(-num_videos // settings.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     segments = min(settings.segments, num_frames)
-    told = time.monotonic()
+    last_report = time.monotonic()
     for epoch in range(settings.epochs):
-        if time.monotonic() - told > 1:
-            told = time.monotonic()
+        if time.monotonic() - last_report > 1:
+            last_report = time.monotonic()
             progress(epoch * num_videos)
         for batch in torch.randperm(num_videos, generator=generator).split(settings.batch_size):
             slots = segment_slots(len(batch), num_frames, segments, generator)
@@ -81,10 +82,10 @@ def standard_scale(features: np.ndarray) -> tuple[Tensor, Tensor]:
     count = features.size // features.shape[-1]
     chunks = range(0, len(features), _CHUNK)
 
-    def mean_over_frames(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    def mean_over_frames(transform: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         return (
             sum(
-                of(features[start : start + _CHUNK].astype(np.float64)).sum((0, 1))
+                transform(features[start : start + _CHUNK].astype(np.float64)).sum((0, 1))
                 for start in chunks
             )
             / count
@@ -115,7 +116,7 @@ def accuracy(head: nn.Module, features: np.ndarray, targets: np.ndarray) -> floa
     """Share of videos whose best class, by mean logits over all frames, is one of their labels.
 
     Args:
-        head: the classifier of a frame.
+        head: the frame classifier.
         features: float [V, T, D].
         targets: multi-hot [V, C].
     """

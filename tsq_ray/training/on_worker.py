@@ -1,6 +1,6 @@
-"""What training does with the features before its workers start, on a node of the cluster.
+"""Prepare a training on a node of the cluster: copy the features, fit heads, make prototypes.
 
-The driver, which may run on a small head node, never reads them.
+The driver, which may run on a small head node, never reads the features.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _RETRIES = 3
 _CLOSE_S = 60.0
 
 
-class _Videos:
+class _VideoCounter:
     """Progress in videos; runs as a Ray actor."""
 
     def __init__(self) -> None:
@@ -45,24 +45,24 @@ class _Videos:
         return self.done, {}
 
 
-def start_videos() -> Any:
+def start_video_counter() -> Any:
     """Start the actor that counts the videos of a training, for `run_with_progress`."""
-    return progress.start_counts(_Videos)
+    return progress.start_counts(_VideoCounter)
 
 
 def _cpus_of_this_node() -> int:
     import ray
 
-    here = ray.get_runtime_context().get_node_id()
-    found = (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == here)
-    return max(1, int(next(found, 1)))
+    node_id = ray.get_runtime_context().get_node_id()
+    cpus = (node["Resources"].get("CPU", 0) for node in ray.nodes() if node["NodeID"] == node_id)
+    return max(1, int(next(cpus, 1)))
 
 
 class FeatureWorker:
-    """Runs as a Ray actor and keeps the features on its node's disk for as long as it lives.
+    """Keeps the features on its node's disk for as long as it lives; runs as a Ray actor.
 
-    Training workers on that node share them. `threads`: of its computations; 0 for the node's CPUs,
-    because nothing else of the run is busy before the training workers are.
+    Training workers on that node share them. `threads`: threads for its computations; 0 uses all
+    CPUs of the node, because no other part of the run is busy until the training workers start.
     """
 
     def __init__(self, source: FeatureSource, threads: int, counts: Any) -> None:
@@ -72,14 +72,14 @@ class FeatureWorker:
         self._data: TrainingSet | None = None
 
     def read(self) -> None:
-        """Copy the features to this node, unless they are there."""
+        """Copy the features to this node, unless they are already there."""
         if self._data is None:
-            opened = open_training_set(self.source, self.counts.set.remote)
-            self._data = self._stack.enter_context(opened)
+            training_set = open_training_set(self.source, self.counts.set.remote)
+            self._data = self._stack.enter_context(training_set)
 
     @property
     def data(self) -> TrainingSet:
-        """The features, also after this actor was lost and restarted."""
+        """The features; copied again if this actor was lost and restarted."""
         self.read()
         assert self._data is not None
         return self._data
@@ -88,7 +88,7 @@ class FeatureWorker:
         """Remove the features from this node, unless another process uses them."""
         self._stack.close()
 
-    def taught(self, min_videos: int) -> list[int]:
+    def taught_classes(self, min_videos: int) -> list[int]:
         """Return the classes that the teacher finds in at least `min_videos` videos."""
         return taught_classes(self.data.targets, min_videos, self.source.task)
 
@@ -97,7 +97,7 @@ class FeatureWorker:
     ) -> tuple[np.ndarray, np.ndarray, float]:
         """Return the weight and bias of a head, and its accuracy on the training videos.
 
-        `taught`: the classes of a teacher that the head is for.
+        `taught`: with a teacher, the classes of the head.
         """
         data = self.data
         targets = data.targets if taught is None else data.targets[:, taught]
@@ -107,18 +107,18 @@ class FeatureWorker:
         return head.weight.numpy(), head.bias.numpy(), accuracy(head, data.visual, targets)
 
     def taught_prototypes(self, seed: int, taught: list[int]) -> np.ndarray:
-        """Return one prototype per class that is taught, by the teacher's logits of each frame."""
-        data, place = self.data, {label: number for number, label in enumerate(taught)}
+        """Return one prototype per taught class, from the teacher's logits of each frame."""
+        data, position = self.data, {label: number for number, label in enumerate(taught)}
         shown = shown_classes(data.targets, self.source.task)
         labels: list[list[int]] = []
 
         def logits_of_videos() -> Iterator[tuple[np.ndarray, np.ndarray]]:
             for video, visual, logits in frames_and_logits(self.source, data.videos):
-                labels.append([place[label] for label in shown[video] if label in place])
+                labels.append([position[label] for label in shown[video] if label in position])
                 yield visual, logits[:, taught]
 
         visual, logits = itertools.tee(logits_of_videos())
-        found = prototypes(
+        result = prototypes(
             (frames for frames, _ in visual),
             (scores for _, scores in logits),
             (labels[number] for number in range(len(data))),
@@ -126,14 +126,14 @@ class FeatureWorker:
             seed,
             self.source.task,
         )
-        return found.numpy()
+        return result.numpy()
 
     def prototypes(self, weight: np.ndarray, bias: np.ndarray, seed: int, task: Task) -> np.ndarray:
-        """Return one prototype per class, by the logits of this head."""
+        """Return one prototype per class, from the logits of this head."""
         data = self.data
         logits = head_logits(_linear(weight, bias), data.visual)
-        found = prototypes(data.visual, logits, data.labels, len(data.classes), seed, task)
-        return found.numpy()
+        result = prototypes(data.visual, logits, data.labels, len(data.classes), seed, task)
+        return result.numpy()
 
 
 def _linear(weight: np.ndarray, bias: np.ndarray) -> nn.Linear:
@@ -160,42 +160,43 @@ class RemoteFeatures:
         self._actor, self._counts, self._num_videos = actor, counts, num_videos
         self._what, self._session, self._observe = what, session, observe
 
-    def taught(self, min_videos: int) -> list[int]:
+    def taught_classes(self, min_videos: int) -> list[int]:
         """Return the classes that the teacher finds in at least `min_videos` videos."""
-        found: list[int] = self._call("classes", 0, self._actor.taught, min_videos)
-        return found
+        classes: list[int] = self._call("classes", 0, self._actor.taught_classes, min_videos)
+        return classes
 
     def fit_head(
         self, config: FinetuneConfig, task: Task, taught: list[int] | None = None
     ) -> tuple[nn.Linear, float]:
-        """Fit a linear head there; return it and its accuracy on the training videos.
+        """Fit a linear head on that node; return it and its accuracy on the training videos.
 
-        `taught`: the classes of a teacher that the head is for.
+        `taught`: with a teacher, the classes of the head.
         """
         total = config.head.epochs * self._num_videos
-        asked = (config, task, taught)
-        weight, bias, share = self._call("frame head", total, self._actor.fit_head, *asked)
+        arguments = (config, task, taught)
+        weight, bias, share = self._call("frame head", total, self._actor.fit_head, *arguments)
         return _linear(weight, bias), share
 
     def taught_prototypes(self, seed: int, taught: list[int]) -> Tensor:
-        """Return one prototype per class that is taught, float32 [C, D]."""
-        found = self._call("prototypes", 0, self._actor.taught_prototypes, seed, taught)
-        return torch.from_numpy(found.copy())
+        """Return one prototype per taught class, float32 [C, D]."""
+        result = self._call("prototypes", 0, self._actor.taught_prototypes, seed, taught)
+        return torch.from_numpy(result.copy())
 
     def prototypes(self, head: nn.Module, seed: int, task: Task) -> Tensor:
         """Return one prototype per class, float32 [C, D]."""
         state = {name: value.numpy() for name, value in head.state_dict().items()}
-        asked = (state["weight"], state["bias"], seed, task)
-        return torch.from_numpy(self._call("prototypes", 0, self._actor.prototypes, *asked).copy())
+        arguments = (state["weight"], state["bias"], seed, task)
+        result = self._call("prototypes", 0, self._actor.prototypes, *arguments)
+        return torch.from_numpy(result.copy())
 
     def read(self) -> None:
-        """Copy the features there."""
+        """Copy the features to that node."""
         self._call("reading features", self._num_videos, self._actor.read)
 
-    def _call(self, doing: str, total: int, method: Any, *arguments: Any) -> Any:
+    def _call(self, step: str, total: int, method: Any, *arguments: Any) -> Any:
         import ray
 
-        what = f"{self._what}: {doing}"
+        what = f"{self._what}: {step}"
         try:
             ray.get(self._counts.set.remote(0))
             return progress.run_with_progress(
@@ -221,14 +222,14 @@ def features_on_worker(
 ) -> Iterator[RemoteFeatures]:
     """Read the features on a node of the connected cluster and keep them for the `with` block.
 
-    `stage` names the run in its layout and in messages; `observe` is called twice a second while
-    the driver waits. Raises RunFailed if the node's disk has no room or the features cannot be
-    read.
+    `stage` selects the layout and names the run in messages; `observe` is called twice a second
+    while the driver waits. Raises RunFailed if the node's disk has no room or the features cannot
+    be read.
     """
     import ray
 
-    found = cluster.read_cluster(ray, config)
-    pool, counts = layout(stage, config, found, num_videos)["features"], start_videos()
+    nodes = cluster.read_cluster(ray, config)
+    pool, counts = layout(stage, config, nodes, num_videos)["features"], start_video_counter()
     options: dict[str, Any] = {"num_cpus": pool.cpus, "memory": pool.memory}
     options |= {"max_restarts": _RETRIES, "max_task_retries": _RETRIES}
     options |= {"label_selector": dict(pool.labels)} if pool.labels else {}

@@ -33,7 +33,7 @@ def run_workers(
     total: int,
     observe: progress.Observe,
 ) -> dict[str, Any]:
-    """Run `loop(job)` on Ray Train workers; return the content of the last checkpoint, on the CPU.
+    """Run `loop(job)` on Ray Train workers; return the contents of the last checkpoint, on the CPU.
 
     Raises RunFailed if the workers fail more than three times.
 
@@ -44,8 +44,8 @@ def run_workers(
         work: folder of the checkpoints.
         what: name of the run in messages.
         session: the command's cluster and output options.
-        counts: source of the progress.
-        total: value of the progress at the end.
+        counts: actor that counts the progress.
+        total: progress at the end.
         observe: called twice a second.
     """
     from ray.train import CheckpointConfig, FailureConfig, RunConfig
@@ -81,23 +81,24 @@ def run_workers(
 
 
 def scaling(placed: Layout) -> Any:
-    """Return Ray Train's ScalingConfig for a layout; elastic if its number of workers is."""
+    """Return Ray Train's ScalingConfig for a layout; elastic if the layout gives a range."""
     from ray.train import ScalingConfig
 
     pool = placed["worker"]
     workers: Any = pool.limit if pool.minimum == pool.limit else (pool.minimum, pool.limit)
-    each = {"CPU": pool.cpus, "memory": pool.memory} | ({"GPU": pool.gpus} if pool.gpus else {})
+    resources = {"CPU": pool.cpus, "memory": pool.memory}
+    resources |= {"GPU": pool.gpus} if pool.gpus else {}
     labels: Any = {"label_selector": dict(pool.labels)} if pool.labels else {}
     return ScalingConfig(
         num_workers=workers,
         use_gpu=placed.on_gpu,
-        resources_per_worker=each,
+        resources_per_worker=resources,
         **labels,
     )
 
 
 def worker_device(name: str) -> torch.device:
-    """Return the layout's device in a Ray Train worker; Ray alone would take any GPU it sees."""
+    """Return the layout's device in a Ray Train worker; Ray by itself would use any visible GPU."""
     from ray.train.torch import get_device
 
     return get_device() if name == "cuda" else torch.device("cpu")

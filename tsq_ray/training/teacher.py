@@ -1,6 +1,6 @@
-"""What a recogniser teaches the sampler: soft targets and prototypes from its logits.
+"""A recogniser as the sampler's teacher: soft targets and classes from its logits.
 
-No label is read. Shapes: V videos, T frames, C classes of the recogniser.
+No labels are read. Shapes: V videos, T frames, C classes of the recogniser.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from tsq_ray.model.selection import distinct_slots
 from tsq_ray.model.task import probabilities
 
 LOGITS, FRAME_INDEX = schema.RECOGNIZER_LOGITS.name, schema.FRAME_INDEX.name
-_SHOWN = 0.5
-"""Probability from which a video shows a class, with several classes per video."""
+_MIN_PROBABILITY = 0.5
+"""With several classes per video, a video shows the classes that are at least this probable."""
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The recogniser of the features, as what the sampler learns from."""
+    """The recogniser of the features, which the sampler learns from."""
 
     classes: tuple[str, ...]
     num_frames: int
-    """The number of surest frames that make a video's target."""
+    """Number of a video's most confident frames that its target is averaged over."""
 
 
 def soft_targets(
     logits: np.ndarray, frame_index: np.ndarray, num_frames: int, task: Task
 ) -> np.ndarray:
-    """Return the mean of the probabilities of each video's surest frames, float16 [V, C].
+    """Return the mean probabilities over each video's most confident frames, float16 [V, C].
 
     Args:
         logits: float [V, T, C], the recogniser's.
         frame_index: int [V, T], each slot's frame in the source. A frame counts once, as in
             `sampler.mode = "maxconf"`, however many slots of a short video show it.
-        num_frames: the number of surest frames, those whose best class is the most probable.
+        num_frames: the number of frames to average, those with the most probable best class.
         task: "single" softmax, "multi" sigmoid.
     """
-    found = probabilities(torch.from_numpy(logits.astype(np.float32)), task)
-    repeated = torch.ones(found.shape[:2], dtype=torch.bool)
+    probs = probabilities(torch.from_numpy(logits.astype(np.float32)), task)
+    repeated = torch.ones(probs.shape[:2], dtype=torch.bool)
     for video, index in enumerate(frame_index):
         repeated[video, distinct_slots(index)] = False
-    sureness = found.amax(-1).masked_fill(repeated, -1)
-    surest, slots = sureness.topk(min(num_frames, found.shape[1]), dim=1)
-    chosen = found.gather(1, slots[..., None].expand(-1, -1, found.shape[2]))
-    counts = (surest >= 0)[..., None]
+    confidence = probs.amax(-1).masked_fill(repeated, -1)
+    highest, slots = confidence.topk(min(num_frames, probs.shape[1]), dim=1)
+    chosen = probs.gather(1, slots[..., None].expand(-1, -1, probs.shape[2]))
+    counts = (highest >= 0)[..., None]
     return ((chosen * counts).sum(1) / counts.sum(1)).numpy().astype(np.float16)
 
 
 def shown_classes(targets: np.ndarray, task: Task) -> list[list[int]]:
-    """Return the classes that each video shows: the most probable, or all from one half on.
+    """Return the classes that each video shows: the most probable one, or all of at least 0.5.
 
     `targets`: soft, [V, C].
     """
@@ -63,7 +63,7 @@ def shown_classes(targets: np.ndarray, task: Task) -> list[list[int]]:
     if task == "single":
         return [[int(label)] for label in best]
     return [
-        np.flatnonzero(row >= _SHOWN).tolist() or [int(label)]
+        np.flatnonzero(row >= _MIN_PROBABILITY).tolist() or [int(label)]
         for row, label in zip(targets, best, strict=True)
     ]
 
@@ -71,7 +71,7 @@ def shown_classes(targets: np.ndarray, task: Task) -> list[list[int]]:
 def taught_classes(targets: np.ndarray, min_videos: int, task: Task) -> list[int]:
     """Return the classes that at least `min_videos` videos show, ascending.
 
-    Raises RunError if they are fewer than two. `targets`: soft, [V, C].
+    Raises RunError if there are fewer than two. `targets`: soft, [V, C].
     """
     counts = np.bincount(
         [label for labels in shown_classes(targets, task) for label in labels],
@@ -83,15 +83,15 @@ def taught_classes(targets: np.ndarray, min_videos: int, task: Task) -> list[int
         raise RunError(
             f"train.target 'teacher': in {len(targets)} videos, the recogniser finds "
             f"{len(taught)} classes at least train.teacher_min_videos = {min_videos} times; "
-            f"training needs two: {lower}extract more videos (of tsq label: --sample)"
+            f"training needs two: {lower}extract more videos (for tsq label: raise --sample)"
         )
     return taught
 
 
-def check_taught(parts: list[str], count: int, num_classes: int, what: str) -> None:
-    """Raise RunError if the features do not hold the recogniser's answers on any video."""
+def check_logits(parts: list[str], count: int, num_classes: int, what: str) -> None:
+    """Raise RunError if the features lack usable videos or this recogniser's logits."""
     if not count:
-        raise RunError(f"{what}: no video is ok, nothing to learn from")
+        raise RunError(f"{what}: no video is ok, so nothing can be learned from them")
     with storage.open_read(parts[0]) as file:
         arrow = pq.read_schema(file)
     if LOGITS not in arrow.names:
@@ -99,8 +99,8 @@ def check_taught(parts: list[str], count: int, num_classes: int, what: str) -> N
             f"{what}: lack {LOGITS}, which train.target = 'teacher' learns from; extract them into "
             "another folder with tsq extract --recognizer URI"
         )
-    found = arrow.field(LOGITS).type.shape[-1]
-    if found != num_classes:
+    width = arrow.field(LOGITS).type.shape[-1]
+    if width != num_classes:
         raise RunError(
-            f"{what}: their recogniser has {found} classes, that of --recognizer {num_classes}"
+            f"{what}: their recogniser has {width} classes, that of --recognizer {num_classes}"
         )

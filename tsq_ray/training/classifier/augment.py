@@ -1,7 +1,7 @@
-"""Random views of a video for training, the same crop, flip and colours for all its frames (TSN).
+"""Random augmentation of a video: one crop, flip and colour jitter for all its frames (TSN).
 
-The view of a video in an epoch depends only on (seed, epoch, video id), so a resumed run sees what
-an uninterrupted one does.
+A video's augmentation in an epoch depends only on (seed, epoch, video id), so a resumed run sees
+the same frames as an uninterrupted one.
 
 Shapes: S frames (segments), h x w pixels as decoded, size x size pixels as input of the network.
 """
@@ -34,7 +34,7 @@ def random_choices(seed: int, epoch: int, video_id: str, segments: int) -> Rando
 
 
 def training_spec(model: ModelConfig) -> FrameSpec:
-    """Return the frame format for random crops: 8/7 of the network's size, squashed like it."""
+    """Return the frame format for random crops: 8/7 of the network's size, squashed if it is."""
     return FrameSpec(
         round(model.size * 8 / 7),
         "squash" if model.resize == "squash" else "keep",

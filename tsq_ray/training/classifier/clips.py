@@ -1,7 +1,7 @@
 """Decoded and augmented clips from Ray Data, in the order in which the training needs them.
 
 One dataset serves all epochs of a training worker, so that decoders start once and work ahead, even
-across the boundary of an epoch. The order depends only on (seed, epoch).
+from one epoch into the next. The order depends only on (seed, epoch).
 
 Shapes: S segments (frames of a clip), V videos.
 """
@@ -26,7 +26,7 @@ from tsq_ray.training.classifier.augment import Augment, random_choices, trainin
 
 _BATCH = 4
 """Clips per call of a decoder."""
-_MOST_BLOCKS = 20_000
+_MAX_BLOCKS = 20_000
 _PLAIN = -1
 """Replaces the epoch for clips of the middle frames of the segments, without augmentation."""
 
@@ -45,7 +45,7 @@ class ClipPlan:
     decoders: Pool
     """The decoders of one training worker."""
     memory: int
-    """Bytes of the object store for the clips of one training worker."""
+    """Object store memory for the clips of one training worker, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Rows of videos to decode, augmented for an epoch or plain."""
+    """Rows of the videos to decode, augmented for `epoch` or not at all (`_PLAIN`)."""
 
     rows: np.ndarray
     epoch: int = _PLAIN
@@ -78,7 +78,7 @@ def epoch_batches(seed: int, epoch: int, num_videos: int, batch_size: int) -> li
 
 
 class ClipStream:
-    """The clips of all `work`, in order; decoding starts at the first `take`."""
+    """The clips of all `work`, in order; decoding starts with the first `take`."""
 
     def __init__(self, plan: ClipPlan, work: Iterable[ClipBatch]) -> None:
         rows, epochs = [], []
@@ -91,7 +91,7 @@ class ClipStream:
         """Return the next clips, which must be those of `rows`."""
         clips = [next(self._clips) for _ in range(len(rows))]
         assert [clip.row for clip in clips] == list(rows), (
-            "clips came in another order than planned"
+            "clips did not arrive in the planned order"
         )
         return clips
 
@@ -105,7 +105,7 @@ def _clips(plan: ClipPlan, rows: np.ndarray, epochs: np.ndarray) -> Iterator[Cli
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         object_store_memory=plan.memory
     )
-    size = max(_BATCH, -(-len(rows) // _MOST_BLOCKS))
+    size = max(_BATCH, -(-len(rows) // _MAX_BLOCKS))
     todo = pa.table({"row": pa.array(rows, pa.int64()), "epoch": pa.array(epochs, pa.int64())})
     blocks = [todo.slice(start, size) for start in range(0, len(todo), size)]
     data = ray.data.from_blocks(blocks).map_batches(
@@ -127,7 +127,7 @@ def _clips(plan: ClipPlan, rows: np.ndarray, epochs: np.ndarray) -> Iterator[Cli
 
 
 class ClipWorker:
-    """Decodes in a child process and augments in this one meanwhile."""
+    """Decodes in a child process while it augments in its own."""
 
     def __init__(self, plan: ClipPlan) -> None:
         import ray

@@ -31,9 +31,9 @@ from tsq_ray.training.classifier import frozen, full
 from tsq_ray.training.features import (
     TrainingRows,
     check_classes,
+    check_single_labels,
     describe_left_out,
     is_labelled,
-    single_labels,
 )
 
 Role = Literal["encoder", "recognizer"]
@@ -84,7 +84,7 @@ def finetune(
 
 @dataclass(frozen=True)
 class _Plan:
-    """A finetune whose input has been checked."""
+    """A fine-tuning run whose input has been checked."""
 
     out: str
     role: Role
@@ -94,7 +94,7 @@ class _Plan:
     val: VideoRows
     settings: ModelConfig
     network: FrameEncoder
-    """Its backbone, without a head."""
+    """The backbone, without a head."""
     identity: Identity
 
     @classmethod
@@ -117,12 +117,12 @@ class _Plan:
         val = _validation_rows(manifest, chosen.rows, config)
         check_classes(manifest.classes, len(chosen.rows), what)
         for rows in (chosen.rows, val):
-            single_labels(rows.table["labels"], config.train.task, what)
+            check_single_labels(rows.table["labels"], config.train.task, what)
         settings = config.encoders.visual if role == "encoder" else config.recognizer
         if settings.clip_frames > 1:
             raise ConfigError(
                 f"model {settings.model!r} takes clips of {settings.clip_frames} frames; finetune "
-                "trains networks of single frames, tsq import takes it as it is"
+                "trains only networks of single frames; use tsq import to use it unchanged"
             )
         network = load_network(settings, with_head=False)
         identity = _identity(
@@ -139,23 +139,23 @@ class _Plan:
         return storage.join(self.out, full.WORK_FOLDER)
 
     def finished(self) -> FinetuneSummary | None:
-        """Return the summary if `out` holds this finetune, finished; None if it does not.
+        """Return the summary if `out` holds the finished result of this run, else None.
 
         Raises RunError if `out` holds another finetune, finished or not.
         """
         done = storage.exists(storage.join(self.out, CLASSIFIER_FILE))
         if done:
             record = read_classifier_settings(self.out)[0]["provenance"]
-            before = record["identity"]
+            recorded = record["identity"]
         else:
-            before = read_json(storage.join(self.work, _IDENTITY_FILE))
-        if before is not None:
-            self.identity.refuse_other(before, self.out, "holds another finetune")
+            recorded = read_json(storage.join(self.work, _IDENTITY_FILE))
+        if recorded is not None:
+            self.identity.refuse_other(recorded, self.out, "holds another finetune")
         return from_record(FinetuneSummary, record["summary"], already_done=True) if done else None
 
 
 def _fit(plan: _Plan, session: Session, lease: Lease) -> full.Tuned:
-    """Train in the work folder, resuming what is there."""
+    """Train in the work folder, resuming from any checkpoint there."""
     write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
     rows = plan.chosen.rows
     if plan.trains_backbone:
@@ -218,7 +218,7 @@ def _summary(plan: _Plan, tuned: full.Tuned, seconds: float) -> FinetuneSummary:
         failed=dict(Counter(tuned.failed.values())),
         failed_videos=tuple(map(storage.redact, failed[:5])),
         left_out=describe_left_out(chosen.left_out),
-        unlabelled=tuple(chosen.named),
+        unlabelled=tuple(chosen.unlabelled_uris),
         warnings=tuple(chosen.warnings),
         happened=tuned.happened,
         seconds=seconds,
@@ -228,13 +228,13 @@ def _summary(plan: _Plan, tuned: full.Tuned, seconds: float) -> FinetuneSummary:
 
 def _validation_rows(manifest: Manifest, rows: VideoRows, config: Config) -> VideoRows:
     """Return the labelled videos of `finetune.val_split` that are not trained on."""
-    every = manifest.rows
+    videos = manifest.rows
     if config.finetune.backbone == "frozen" or not config.finetune.val_split:
-        return every[:0]
+        return videos[:0]
     in_split = pc.fill_null(
-        pc.equal(every.table["split"], config.finetune.val_split), False
+        pc.equal(videos.table["split"], config.finetune.val_split), False
     ).to_numpy()
-    return every.where(in_split & is_labelled(every) & (rows.places(every.ids) < 0))
+    return videos.where(in_split & is_labelled(videos) & (rows.places(videos.ids) < 0))
 
 
 def _identity(

@@ -1,4 +1,4 @@
-"""A linear head on a frozen backbone: extracts its features, then fits the head to them."""
+"""A linear head on a frozen backbone: extract the features, then fit the head to them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def fit_frozen(
 ) -> Tuned:
     """Fit a head for `network` (built from `settings`) to the selected videos, all labelled.
 
-    Their features are kept in the folder `work`, so that a stopped run resumes. Raises what
+    Their features are kept in the folder `work`, so that a stopped run can resume. Raises what
     `extract_features` raises, and RunFailed if the lease is lost.
     """
     features = storage.join(work, "features")
@@ -43,25 +43,25 @@ def fit_frozen(
     options: dict[str, Any] = {"stage": "finetune", "ticks": (lease.stop_if_lost,)}
     with cluster.connect(session) as ray:  # for both steps
         run = extract_features(features, selection, config, networks, loaded, session, **options)
-        log.use_run(lease.holder.run)  # the features were a run of their own
+        log.use_run(lease.holder.run)  # extract_features logged under its own run
         if not (count := run["counts"]["ok"]):
             return Tuned(network, _failed(features), {}, [], {})
         source = FeatureSource.of(features, selection.split, task, with_objects=False)
-        with Observer(ray, lease.holder, "finetune", lease.stop_if_lost) as seen:
-            where = (config, session, seen.observe)
+        with Observer(ray, lease.holder, "finetune", lease.stop_if_lost) as observer:
+            where = (config, session, observer.observe)
             with features_on_worker(source, count, "finetune", *where) as data:
                 network.head, accuracy = data.fit_head(config.finetune, task)
-    happened = Counter(run.get("happened", {})) + Counter(seen.happened)
+    happened = Counter(run.get("happened", {})) + Counter(observer.happened)
     return Tuned(network, _failed(features), {"train_accuracy": accuracy}, [], dict(happened))
 
 
 def _failed(features: str) -> dict[str, str]:
     """Return the error type of each failed video, by video id."""
-    found: dict[str, str] = {}
+    errors: dict[str, str] = {}
     for part in list_parts(features):
         table = read_part(part.uri, ["video_id", "status", "error_type"])
         table = table.filter(pc.equal(table["status"], "failed"))
-        found |= dict(
+        errors |= dict(
             zip(table["video_id"].to_pylist(), table["error_type"].to_pylist(), strict=True)
         )
-    return found
+    return errors

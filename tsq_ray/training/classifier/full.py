@@ -1,6 +1,6 @@
 """Full fine-tuning: backbone and head on Ray Train, clips from Ray Data.
 
-The workers run worker.py.
+worker.py holds the workers' loop.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Tuned:
     curve: list[dict[str, float]]
     """One row per epoch, nan for what was not measured; empty for a frozen backbone."""
     happened: Mapping[str, float]
-    """Nodes lost, work done again and waits, if any."""
+    """Lost nodes, repeated work and waits, if any."""
 
 
 def check_input(network: FrameEncoder) -> None:
-    """Raise ModelError if the network does not take pictures of the size in its settings."""
+    """Raise ModelError if the network does not accept pictures of the size in its settings."""
     size = network.config.size
     try:
         with torch.inference_mode():
@@ -58,7 +58,7 @@ def check_input(network: FrameEncoder) -> None:
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ModelError(
             f"model {network.config.model!r}: does not take pictures of size {size} "
-            f"({' '.join(str(error).split())[:120]}); set the size it is made for, "
+            f"({' '.join(str(error).split())[:120]}); set the size it was made for, "
             "or model_args = {img_size = ...} if it has that argument"
         ) from None
 
@@ -75,24 +75,24 @@ def tune(
 ) -> Tuned:
     """Train `network` with a new head on the labelled videos `train` and measure it on `val`.
 
-    Checkpoints go to the folder `work`; a run that finds some there resumes from the last. Raises
-    RunFailed if the training fails or the lease is lost.
+    Checkpoints go to the folder `work`; if it already holds some, training resumes from the last.
+    Raises RunFailed if the training fails or the lease is lost.
     """
     backbone = network.backbone.state_dict()
     with (
         cluster.connect(session) as ray,
-        Observer(ray, lease.holder, "finetune", lease.stop_if_lost) as seen,
+        Observer(ray, lease.holder, "finetune", lease.stop_if_lost) as observer,
     ):
         job, placed = _plan(ray, network, backbone, train, val, num_classes, config)
         total = job.num_clips(config.finetune.epochs)
         options: dict[str, Any] = {"counts": job.clips.counts, "total": total}
-        options["observe"] = seen.observe
+        options["observe"] = observer.observe
         content = run_workers(
             tune_loop, {"job": job}, scaling(placed), work, "finetune", session, **options
         )
         last = content["curve"][-1]
         if not math.isfinite(last["loss"]):
-            storage.remove_folder(work)  # a diverged checkpoint is no use for resuming
+            storage.remove_folder(work)  # a diverged training cannot resume
             if len(content["failed"]) < len(train):
                 raise RunFailed(
                     f"finetune: the loss is {last['loss']} in epoch {last['epoch']}; "
@@ -105,7 +105,7 @@ def tune(
         tuned = start_network(job, backbone)
     tuned.load_state_dict(content["model"])
     tuned.eval().requires_grad_(False)
-    return Tuned(tuned, content["failed"], *_figures(content), seen.happened)
+    return Tuned(tuned, content["failed"], *_figures(content), observer.happened)
 
 
 def _plan(
@@ -145,7 +145,7 @@ def _plan(
 
 
 def _figures(content: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Return the figures for the summary, and the curve with the same columns in every row."""
+    """Return the figures for the summary, and the curve with equal columns in every row."""
     curve = content["curve"]
     last = curve[-1]
     figures = {

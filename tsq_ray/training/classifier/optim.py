@@ -13,7 +13,7 @@ from tsq_ray.networks.inference import takes_bf16
 
 
 def make_optimizer(network: FrameEncoder, config: FinetuneConfig) -> torch.optim.Optimizer:
-    """Create SGD with momentum 0.9, or AdamW, over four parameter groups.
+    """Create SGD with momentum 0.9, or AdamW, with up to four parameter groups.
 
     Backbone and head each have a group with weight decay and one without (biases, norms).
     """
@@ -36,7 +36,7 @@ def make_optimizer(network: FrameEncoder, config: FinetuneConfig) -> torch.optim
 
 
 def lr_factor(step: int, num_steps: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, then a cosine to zero."""
+    """Fraction of the peak learning rate at a step (from 0): linear warm-up, then cosine to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, num_steps - warmup_steps)))
@@ -60,7 +60,7 @@ def set_lr(
 
 
 def use_bf16(precision: Precision, device: torch.device) -> bool:
-    """Whether to autocast to bfloat16: `takes_bf16`, with `auto` also on CPUs that support it."""
+    """Whether to autocast to bfloat16: as `takes_bf16`, and for `auto` on CPUs that support it."""
     if precision == "auto" and device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return takes_bf16(precision, device)

@@ -1,4 +1,4 @@
-"""The loop of a full fine-tuning worker: its share of every batch, validation, checkpoints.
+"""The training loop of a full fine-tuning worker: its batch shares, validation and checkpoints.
 
 The order of videos, the frames, the augmentation and the dropout depend only on (seed, epoch,
 step), so a run that was killed and resumed from a checkpoint continues as if it had never stopped.
@@ -44,7 +44,7 @@ class TunePlan:
     task: Task
     num_classes: int
     num_train: int
-    """Training videos, the first in the table; the `num_val` after them are for validation."""
+    """Number of training videos, which come first in the table; `num_val` for validation follow."""
     num_val: int
     labels: Any
     """Ray reference to bool [V, C]."""
@@ -53,16 +53,15 @@ class TunePlan:
     threads: int
     device: str = "cpu"
 
-    def due(self, epoch: int) -> bool:
+    def checkpoint_due(self, epoch: int) -> bool:
         """Whether an epoch (from 0) ends with a validation and a checkpoint."""
         config = self.clips.config
         return epoch + 1 == config.epochs or (epoch + 1) % config.checkpoint_every == 0
 
     def num_clips(self, epochs: int) -> int:
         """Return the number of clips of the first `epochs` epochs and their validations."""
-        return (
-            epochs * self.num_train + sum(self.due(epoch) for epoch in range(epochs)) * self.num_val
-        )
+        validations = sum(self.checkpoint_due(epoch) for epoch in range(epochs))
+        return epochs * self.num_train + validations * self.num_val
 
 
 def start_network(job: TunePlan, backbone: dict[str, Tensor]) -> FrameEncoder:
@@ -118,15 +117,15 @@ def tune_loop(worker: dict[str, Any]) -> None:
     tuner = _Tuner(
         job, context.get_world_rank(), context.get_world_size(), worker_device(job.device)
     )
-    for epoch in range(tuner.first, job.clips.config.epochs):
+    for epoch in range(tuner.start_epoch, job.clips.config.epochs):
         row = {"epoch": epoch + 1, **tuner.train_epoch(epoch)}
-        lost = not math.isfinite(row["loss"])
-        if job.due(epoch) and not lost:
+        diverged = not math.isfinite(row["loss"])
+        if job.checkpoint_due(epoch) and not diverged:
             row |= tuner.validate()
         tuner.curve.append(row)
-        if job.due(epoch) or lost:
+        if job.checkpoint_due(epoch) or diverged:
             tuner.report()
-        if lost:  # a retry by Ray Train would diverge again, so this is not raised as a failure
+        if diverged:  # raises no error, because Ray Train would retry and diverge again
             return
 
 
@@ -142,26 +141,26 @@ class _Tuner:
         self.labels = torch.from_numpy(np.array(ray.get(job.labels)))
         self.failed: dict[str, str] = {}
         """Error type by video id."""
-        self.bare = start_network(job, ray.get(job.backbone)).to(device)
-        self.optimizer = make_optimizer(self.bare, self.config)
-        self.first, self.curve = self._resume()
+        self.unwrapped = start_network(job, ray.get(job.backbone)).to(device)
+        self.optimizer = make_optimizer(self.unwrapped, self.config)
+        self.start_epoch, self.curve = self._resume()
         rows = np.arange(job.num_train)
-        # only rank 0 estimates statistics: the others receive its weights at the first step
+        # only rank 0 estimates statistics: the other ranks receive its weights at the first step
         sample = (
             rows[:: -(-len(rows) // _SAMPLE)]
-            if rank == 0 and not self.first and folded_norms(self.bare)
+            if rank == 0 and not self.start_epoch and folded_norms(self.unwrapped)
             else rows[:0]
         )
         self.clips = ClipStream(job.clips, [ClipBatch(sample), *self._clip_batches()])
         if len(sample):
             self._unfold(sample)
-        self.network = distribute(self.bare, device, world)
+        self.network = distribute(self.unwrapped, device, world)
 
     def _clip_batches(self) -> Iterator[ClipBatch]:
-        for epoch in range(self.first, self.config.epochs):
+        for epoch in range(self.start_epoch, self.config.epochs):
             for batch in self._batches(epoch):
                 yield ClipBatch(batch[self.rank :: self.world], epoch)
-            if self.job.due(epoch):
+            if self.job.checkpoint_due(epoch):
                 yield ClipBatch(self._val_rows())
 
     def _batches(self, epoch: int) -> list[np.ndarray]:
@@ -180,7 +179,7 @@ class _Tuner:
             return 0, []
         with checkpoint.as_directory() as folder:
             content = torch.load(Path(folder, STATE_FILE), weights_only=True, map_location="cpu")
-        self.bare.load_state_dict(content["model"])
+        self.unwrapped.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.failed = content["failed"]
         if self.rank == 0:
@@ -189,17 +188,16 @@ class _Tuner:
         return len(content["curve"]), content["curve"]
 
     def _take(self, rows: np.ndarray) -> tuple[Tensor | None, Tensor]:
-        """Return the ok clips of `rows`, uint8 [B, S, H, W, 3] or None, and their rows, int64 [B].
+        """Return the ok clips of `rows`, uint8 [B, S, H, W, 3], and their rows, int64 [B].
 
-        Failed clips are recorded in `failed`.
+        Without an ok clip, the first is None. Failed clips are recorded in `failed`.
         """
         clips = self.clips.take(rows)
         for clip in clips:
             if clip.error_type is not None:
                 self.failed[clip.video_id] = clip.error_type
-        good = [clip for clip in clips if clip.pictures is not None]
-        found = torch.tensor([clip.row for clip in good], dtype=torch.int64)
-        return self._stack(good), found
+        ok = [clip for clip in clips if clip.pictures is not None]
+        return self._stack(ok), torch.tensor([clip.row for clip in ok], dtype=torch.int64)
 
     def _stack(self, clips: Sequence[Clip]) -> Tensor | None:
         if not clips:
@@ -214,7 +212,7 @@ class _Tuner:
             self._take(sample[start : start + size])[0] for start in range(0, len(sample), size)
         )
         unfold_norms(
-            self.bare, (pictures.flatten(0, 1) for pictures in parts if pictures is not None)
+            self.unwrapped, (pictures.flatten(0, 1) for pictures in parts if pictures is not None)
         )
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
@@ -233,19 +231,22 @@ class _Tuner:
                 ((self.config.seed * 1_000_003 + epoch) * 10_007 + step) * 101 + self.rank
             )
             sums += self._step(batch)
-        self._add_up(sums)
-        loss, right = (float(value / sums[2]) for value in sums[:2])
-        return {"loss": loss, "accuracy": right, "lr": lr}
+        self._sum_over_workers(sums)
+        loss, accuracy = (float(value / sums[2]) for value in sums[:2])
+        return {"loss": loss, "accuracy": accuracy, "lr": lr}
 
     def _step(self, batch: np.ndarray) -> Tensor:
-        """Take one step on a global batch: float64 [3], this worker's losses, hits and clips."""
+        """Take one step on a global batch.
+
+        Returns float64 [3]: sum of the losses, correct predictions and clips of this worker.
+        """
         pictures, rows = self._take(batch[self.rank :: self.world])
-        counted = self._add_up(torch.tensor([float(len(rows))]))
+        counted = self._sum_over_workers(torch.tensor([float(len(rows))]))
         if not counted:
             return torch.zeros(3, dtype=torch.float64)
         self.optimizer.zero_grad()
         if pictures is None:
-            # the other workers wait for this one's gradients; eval mode keeps its statistics
+            # the other workers wait for this one's gradients; eval mode keeps the statistics
             self.network.eval()
             size = self.job.clips.model.size
             blank = torch.zeros(1, 1, size, size, 3, dtype=torch.uint8, device=self.device)
@@ -255,50 +256,50 @@ class _Tuner:
         else:
             targets = self.labels[rows].to(self.device)
             logits = clip_logits(self.network, pictures, self.bf16)
-            wanted = smoothed(targets, self.config, self.job.task)
-            loss = classification_loss(logits, wanted, self.job.task)
+            smooth_targets = smoothed(targets, self.config, self.job.task)
+            loss = classification_loss(logits, smooth_targets, self.job.task)
             # gradients are averaged over the workers; the factor gives the mean over the batch
             (loss * (len(rows) * self.world / counted)).backward()
-            right = targets[torch.arange(len(rows)), logits.argmax(1)].sum()
-            sums = [float(loss.detach()) * len(rows), float(right), float(len(rows))]
+            correct = targets[torch.arange(len(rows)), logits.argmax(1)].sum()
+            sums = [float(loss.detach()) * len(rows), float(correct), float(len(rows))]
             result = torch.tensor(sums, dtype=torch.float64)
-        clip_gradients(self.bare, self.config.clip_grad_norm)
+        clip_gradients(self.unwrapped, self.config.clip_grad_norm)
         self.optimizer.step()
         return result
 
-    def _add_up(self, values: Tensor) -> float:
+    def _sum_over_workers(self, values: Tensor) -> float:
         """Sum `values` over the workers, in place, and return the last value."""
         if self.world > 1:
-            moved = values.to(self.device)
-            dist.all_reduce(moved)
-            values.copy_(moved)
+            on_device = values.to(self.device)
+            dist.all_reduce(on_device)
+            values.copy_(on_device)
         return float(values[-1])
 
     def validate(self) -> dict[str, float]:
-        """Return loss, top-1 and mAP on the validation videos, seen by their segments' middles."""
+        """Return loss, top-1 and mAP on the validation videos, from the middles of the segments."""
         if not self.job.num_val:
             return {}
         self.network.eval()
-        for buffer in self.bare.buffers() if self.world > 1 else ():
+        for buffer in self.unwrapped.buffers() if self.world > 1 else ():
             dist.broadcast(buffer, 0)  # each worker has its own statistics; rank 0's are kept
         logits, rows = [torch.zeros(0, self.job.num_classes)], [torch.zeros(0, dtype=torch.int64)]
-        mine = self._val_rows()
-        for start in range(0, len(mine), self.config.batch_size):
-            pictures, found = self._take(mine[start : start + self.config.batch_size])
+        share = self._val_rows()
+        for start in range(0, len(share), self.config.batch_size):
+            pictures, ok_rows = self._take(share[start : start + self.config.batch_size])
             if pictures is not None:
                 with torch.inference_mode():
-                    logits.append(clip_logits(self.bare, pictures, self.bf16).cpu())
-                rows.append(found)
+                    logits.append(clip_logits(self.unwrapped, pictures, self.bf16).cpu())
+                rows.append(ok_rows)
         parts = self._gather((torch.cat(logits).numpy(), torch.cat(rows).numpy()))
-        found_logits = torch.from_numpy(np.concatenate([part[0] for part in parts]))
+        all_logits = torch.from_numpy(np.concatenate([part[0] for part in parts]))
         targets = self.labels[np.concatenate([part[1] for part in parts])]
         if not len(targets):
             return {}
-        as_labelled = self.config.model_copy(update={"label_smoothing": 0.0})
-        wanted = smoothed(targets, as_labelled, self.job.task)
-        scores = probabilities(found_logits, self.job.task).numpy()
+        unsmoothed = self.config.model_copy(update={"label_smoothing": 0.0})
+        loss_targets = smoothed(targets, unsmoothed, self.job.task)
+        scores = probabilities(all_logits, self.job.task).numpy()
         return {
-            "val_loss": float(classification_loss(found_logits, wanted, self.job.task)),
+            "val_loss": float(classification_loss(all_logits, loss_targets, self.job.task)),
             "val_top1": quality.top1_accuracy(scores, targets.numpy()),
             "val_mAP": quality.mean_average_precision(scores, targets.numpy()),
         }
@@ -318,17 +319,19 @@ class _Tuner:
         self.failed = {
             video: error for part in self._gather(self.failed) for video, error in part.items()
         }
-        numbers = dict(self.curve[-1])
+        metrics = dict(self.curve[-1])
         if self.rank != 0:
-            ray.train.report(numbers)
+            ray.train.report(metrics)
             return
         content = {
-            "model": {name: value.detach().cpu() for name, value in self.bare.state_dict().items()},
+            "model": {
+                name: value.detach().cpu() for name, value in self.unwrapped.state_dict().items()
+            },
             "optimizer": self.optimizer.state_dict(),
             "curve": self.curve,
             "failed": self.failed,
-            "resumed_at": self.first,
+            "resumed_at": self.start_epoch,
         }
         with tempfile.TemporaryDirectory() as folder:
             torch.save(content, Path(folder, STATE_FILE))
-            ray.train.report(numbers, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))

@@ -33,32 +33,32 @@ class Embeddings:
 
     @classmethod
     def make(cls, config: Config, classes: list[str]) -> Embeddings:
-        """Embed the object and class names.
+        """Embed the object names and, if they initialise the queries, the class names.
 
-        Raises ModelError if the word vectors know no object, or lack a class that starts a query.
+        Raises ModelError if the word vectors know no object name, or lack one of these class names.
         """
         encoder = text_encoder(config.encoders.text)
-        place = storage.redact(config.encoders.text.weights)
+        weights = storage.redact(config.encoders.text.weights)
         objects = object_names()
         vocabulary = encoder.embed(objects)
         unknown = _unknown(objects, vocabulary)
         if len(unknown) == len(objects):
             raise ModelError(
-                f"encoders.text.weights {place!r}: has no word of any of the {len(objects)} object "
-                "names; use English vectors"
+                f"encoders.text.weights {weights!r}: has no word of any of the {len(objects)} "
+                "object names; use English vectors"
             )
         start = encoder.embed(classes) if config.train.init_textual == "text" else None
-        strange = _unknown(classes, start) if start is not None else []
-        if strange:
+        unknown_classes = _unknown(classes, start) if start is not None else []
+        if unknown_classes:
             raise ModelError(
-                f"encoders.text.weights {place!r}: has no word of {len(strange)} of the "
-                f"{len(classes)} class names (first: {strange[0]!r}); rename them, use other "
-                "vectors, or set train.init_textual=random"
+                f"encoders.text.weights {weights!r}: has no word of {len(unknown_classes)} of the "
+                f"{len(classes)} class names (first: {unknown_classes[0]!r}); rename them, use "
+                "other vectors, or set train.init_textual=random"
             )
         warnings = []
         if unknown:
             warnings.append(
-                f"{len(unknown)} object names have no word in {place} and are ignored "
+                f"{len(unknown)} object names have no word in {weights} and are ignored "
                 f"(first: {unknown[0]!r})"
             )
         return cls(vocabulary, start, encoder.state_hash(), warnings)
@@ -74,16 +74,16 @@ class Components:
     """The components of a bundle other than TSQNet."""
 
     encoder: FrameEncoder
-    """Without a head if one has to be fitted on the features."""
+    """Has no head if one must be fitted on the features."""
     objects: FrameEncoder | None
     text: Embeddings | None
     recognizer: FrameEncoder | ServerModel | None
     shape: TSQShape
     taught: list[int] | None = None
-    """The classes of a teacher that have a query; None: all classes have."""
+    """The teacher's classes that have a query; None: all classes have one."""
 
     def of_classes(self, taught: list[int]) -> Components:
-        """Return the components of a sampler with queries for these classes of a teacher."""
+        """Return the components of a sampler that has queries only for these teacher classes."""
         text = self.text
         if text is not None and text.classes is not None:
             text = dataclasses.replace(text, classes=text.classes[taught])
@@ -99,24 +99,24 @@ class Components:
         encoder: str | None,
         recognizer: str | None,
     ) -> Components:
-        """Load them; raises ModelError if one does not fit the features.
+        """Load the components; raises ModelError if one does not fit the features.
 
         Args:
             config: the settings.
             run: `_run.json` of the features.
             classes: the class names of the features.
-            encoder: finetune's output, whose head is taken too.
+            encoder: finetune's output, whose head is used too.
             recognizer: finetune's output.
         """
         frame_encoder = _frame_encoder(config, run, classes, encoder)
-        answering = _recognizer(config, run, classes, recognizer) if recognizer else None
+        network = _recognizer(config, run, classes, recognizer) if recognizer else None
         text = objects = None
         if config.train.modules == "both":
             text = Embeddings.make(config, classes)
             objects = load_network(config.encoders.objects, with_head=True)
-            _same_weights(objects.state_hash(), run["weights"][OBJECTS], "encoders.objects")
+            _check_same_weights(objects.state_hash(), run["weights"][OBJECTS], "encoders.objects")
         shape = _shape(config, len(classes), frame_encoder.dim, text)
-        return cls(frame_encoder, objects, text, answering, shape)
+        return cls(frame_encoder, objects, text, network, shape)
 
 
 def _frame_encoder(
@@ -125,10 +125,10 @@ def _frame_encoder(
     """Load the encoder of the features, with the frame head of finetune or without a head."""
     if encoder is not None and config.train.target == "labels":
         network = _classifier(encoder, "--encoder", classes, config.train.task).encoder
-        _same_weights(network.backbone_hash(), run["weights"][VISUAL], "--encoder")
+        _check_same_weights(network.backbone_hash(), run["weights"][VISUAL], "--encoder")
         return network
     network = load_network(config.encoders.visual, with_head=False)
-    _same_weights(network.backbone_hash(), run["weights"][VISUAL], "encoders.visual")
+    _check_same_weights(network.backbone_hash(), run["weights"][VISUAL], "encoders.visual")
     network.head = None
     return network
 
@@ -140,32 +140,34 @@ def _recognizer(
     network: FrameEncoder | ServerModel
     if (server := read_server(uri)) is not None:
         what = f"--recognizer {storage.redact(uri)}"
-        _check_answers(server, what, classes, config.train.task)
+        _check_classes_and_task(server, what, classes, config.train.task)
         network = server
     else:
         network = _classifier(uri, "--recognizer", classes, config.train.task).encoder
     if config.train.target == "teacher":
-        _same_weights(network.state_hash(), run["weights"].get(RECOGNIZER) or "", "--recognizer")
+        _check_same_weights(
+            network.state_hash(), run["weights"].get(RECOGNIZER) or "", "--recognizer"
+        )
     check_budget(config.sampler, config.decode.num_frames, config.train.task, network.config)
     return network
 
 
-def _same_weights(have: str, want: str, what: str) -> None:
-    if have != want:
+def _check_same_weights(sha256: str, expected: str, what: str) -> None:
+    if sha256 != expected:
         raise ModelError(
-            f"{what}: its weights (sha256 {have[:12]}) are not those that made the features "
-            f"({want[:12]}); give the same weights or extract again"
+            f"{what}: its weights (sha256 {sha256[:12]}) are not those that made the features "
+            f"({expected[:12]}); give the same weights or extract again"
         )
 
 
 def _classifier(uri: str, option: str, classes: list[str], task: str) -> Classifier:
-    """Load finetune's output; raises ModelError if its classes or its task are others."""
+    """Load finetune's output; raises ModelError if its classes or its task differ."""
     classifier = load_classifier(uri)
-    _check_answers(classifier, f"{option} {storage.redact(uri)}", classes, task)
+    _check_classes_and_task(classifier, f"{option} {storage.redact(uri)}", classes, task)
     return classifier
 
 
-def _check_answers(
+def _check_classes_and_task(
     classifier: Classifier | ServerModel, what: str, classes: list[str], task: str
 ) -> None:
     class_order(classifier.classes, classes, what)

@@ -1,4 +1,4 @@
-"""Running the training workers on a Ray cluster: their number, resources and checkpoints."""
+"""Run the training workers on a Ray cluster: their number, resources and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tsq_ray.config import Config
 from tsq_ray.runtime import cluster
 from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
-from tsq_ray.training.on_worker import start_videos
+from tsq_ray.training.on_worker import start_video_counter
 from tsq_ray.training.resumable import run_workers, scaling
 from tsq_ray.training.sampler.loop import train_loop
 
@@ -34,7 +34,7 @@ class Fitted:
     seconds: float
     """Time from the start of the workers to the end."""
     happened: Mapping[str, float]
-    """What the observer saw."""
+    """Lost nodes, repeated work and waits, if any."""
 
 
 def fit_on_cluster(
@@ -44,22 +44,22 @@ def fit_on_cluster(
     num_videos: int,
     work: str,
     session: Session,
-    seen: Observer,
+    observer: Observer,
 ) -> Fitted:
-    """Run `loop.train_loop` on Ray Train workers, from the last checkpoint in `work` if it has one.
+    """Run `loop.train_loop` on Ray Train workers, resuming from the last checkpoint in `work`.
 
     `job` holds "config" (a TrainConfig as JSON), "shape", "start" and "vocabulary" (see
-    `loop.fit_tsqnet`) and "source". `seen` observes the workers. Raises RunFailed if the training
-    fails.
+    `loop.fit_tsqnet`), "source" and "taught". `observer` watches the workers. Raises RunFailed if
+    the training fails.
     """
-    counts = start_videos()
+    counts = start_video_counter()
     placed = cluster.lay_out(ray, "train", config, num_videos)
     job = job | {"counts": counts, "threads": placed.threads, "device": placed.device}
     total = config.train.epochs * num_videos
     started = time.monotonic()
-    options: dict[str, Any] = {"counts": counts, "total": total, "observe": seen.observe}
+    options: dict[str, Any] = {"counts": counts, "total": total, "observe": observer.observe}
     content = run_workers(train_loop, job, scaling(placed), work, "train", session, **options)
     seconds = time.monotonic() - started
-    model, curve, of_epochs = (content[name] for name in ("model", "curve", "seconds"))
+    model, curve, epoch_seconds = (content[name] for name in ("model", "curve", "seconds"))
     workers, resumed_at = content["workers"], content["resumed_at"]
-    return Fitted(model, curve, of_epochs, workers, resumed_at, seconds, seen.happened)
+    return Fitted(model, curve, epoch_seconds, workers, resumed_at, seconds, observer.happened)

@@ -1,4 +1,4 @@
-"""The training loop of a worker: its share of every batch, the schedule, checkpoints.
+"""The training loop of a worker: its batch shares, the learning rate and checkpoints.
 
 The order of samples and the dropout depend only on (seed, epoch, step), so a run that was killed
 and resumed from a checkpoint continues as if it had never stopped.
@@ -30,7 +30,7 @@ from tsq_ray.training.resumable import STATE_FILE, distribute, worker_device
 _SAMPLE = 64
 """Videos that set the initial scale of the convolutions."""
 _GPU_SHARE = 0.25
-"""Share of a GPU's free memory that the features may take; larger ones stay in host memory."""
+"""Share of a GPU's free memory that the features may use; larger ones stay in host memory."""
 _CPU = torch.device("cpu")
 
 
@@ -44,7 +44,7 @@ def fit_tsqnet(
     device: torch.device | None = None,
     threads: int | None = None,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-    """Train in this process, without Ray, with the same result as a single Ray Train worker.
+    """Train in this process without Ray, with the same result as a single Ray Train worker.
 
     Args:
         arrays: "visual" float16 [V, T, D], "object_ids" int16 [V, T, n], "object_probs" float16
@@ -57,7 +57,7 @@ def fit_tsqnet(
         threads: threads of torch; default: unchanged.
 
     Returns:
-        The state dict, on the CPU, and per epoch its losses and its number, "epoch".
+        The state dict, on the CPU, and for each epoch its number, "epoch", and its losses.
 
     Raises:
         RunFailed: the loss is not finite.
@@ -75,7 +75,7 @@ def fit_tsqnet(
 
 
 def train_loop(job: dict[str, Any]) -> None:
-    """Run one Ray Train worker on its share of every batch, gradients averaged over the workers."""
+    """Run one Ray Train worker on its share of every batch; gradients are averaged over workers."""
     import ray.train
 
     config, shape = TrainConfig.model_validate(job["config"]), TSQShape(**job["shape"])
@@ -130,7 +130,7 @@ class Training:
         torch.manual_seed(config.seed)
         network = TSQNet(shape)
         starts = (start[name] for name in ("visual", "textual"))
-        network.set_embeddings(*(None if one is None else _tensor(one) for one in starts))
+        network.set_embeddings(*(None if value is None else _tensor(value) for value in starts))
         batches = BatchShares(arrays, vocabulary, config, rank, world, device)
         network.balance(*batches.sample())
         network.to(device)
@@ -143,8 +143,8 @@ class Training:
     ) -> Iterator[int]:
         """Train the remaining epochs and yield the number of each when it ends.
 
-        `network` is `self.network` or a wrapper of it. `progress` is called after each step with
-        the number of videos done, including those of earlier epochs.
+        `network` is `self.network` or a wrapper around it. `progress` is called after each step
+        with the number of videos done, including those of earlier epochs.
         """
         before = time.perf_counter()
         for epoch in range(len(self.curve), self.config.epochs):
@@ -160,7 +160,7 @@ class Training:
             yield epoch + 1
 
     def state(self) -> dict[str, Tensor]:
-        """Return a copy of the network's state dict on the CPU, which later steps do not change."""
+        """Copy the network's state dict to the CPU; later steps do not change the copy."""
         return {
             name: value.detach().to("cpu", copy=True)
             for name, value in self.network.state_dict().items()
@@ -173,7 +173,7 @@ def learning_rate(config: TrainConfig, epoch: int) -> float:
 
 
 def _tensor(value: Any) -> Tensor:
-    """Copy an array, which may be read-only, or a tensor."""
+    """Copy an array or tensor, which may be read-only."""
     return torch.from_numpy(np.array(value))
 
 
@@ -213,12 +213,12 @@ class BatchShares:
 
         The weight turns the mean over workers into the mean over the batch.
         """
-        mine = batch[self.rank :: self.world]
-        weight = len(mine) * self.world / len(batch)
-        if not len(mine):
+        share = batch[self.rank :: self.world]
+        weight = len(share) * self.world / len(batch)
+        if not len(share):
             # fewer videos than workers: the all-reduce still needs gradients, with weight 0
-            mine = batch[:1]
-        return *self._frames(mine), self._rows("targets", mine).float(), weight
+            share = batch[:1]
+        return *self._frames(share), self._rows("targets", share).float(), weight
 
     def sample(self) -> tuple[Tensor, Tensor | None]:
         """Return visual [N, T, D] and text [N, T, Dt] of a few videos, on the CPU.
@@ -234,7 +234,7 @@ class BatchShares:
         visual = self._rows("visual", videos).float()
         if self.vocabulary is None:
             return visual, None
-        # stored best first
+        # objects are stored most probable first
         ids, probs = (
             self._rows(name, videos)[..., : self.config.top_objects]
             for name in ("object_ids", "object_probs")
@@ -269,7 +269,7 @@ def train_epoch(
         (parts["loss"] * weight).backward()
         optimizer.step()
         for name, value in parts.items():
-            # kept on the device: reading a loss at every step would wait for the GPU
+            # kept on the device, because reading a loss at every step would wait for the GPU
             totals[name] = totals.get(name, 0.0) + value.detach().double() * (
                 weight / batches.world / len(order)
             )
@@ -291,11 +291,11 @@ class _Progress:
     """Reports the number of videos done to the driver's counter, about once a second."""
 
     def __init__(self, counts: Any) -> None:
-        self.counts, self.told = counts, 0.0
+        self.counts, self.last_report = counts, 0.0
 
     def __call__(self, done: int) -> None:
-        if time.monotonic() - self.told > 1:
-            self.told = time.monotonic()
+        if time.monotonic() - self.last_report > 1:
+            self.last_report = time.monotonic()
             self.counts.set.remote(done)
 
 

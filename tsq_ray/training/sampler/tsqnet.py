@@ -1,6 +1,6 @@
-"""Training TSQNet, from features to a bundle (paper, section 3 and appendix A).
+"""Train TSQNet, from features to a bundle (paper, section 3 and appendix A).
 
-The workers run loop.py.
+loop.py holds the workers' loop.
 """
 
 from __future__ import annotations
@@ -47,26 +47,26 @@ _IDENTITY_FILE = "identity.json"
 def training_config(
     features_uri: str, path: str | Path | None = None, sets: Iterable[str] = ()
 ) -> Config:
-    """Load the settings of a training: those of the features, then the TOML file, then the sets.
+    """Load the settings of a training: those of the features, then the TOML file, then `sets`.
 
     Raises RunError if the decode or object encoder settings differ from those of the features,
     apart from limits and the paths of weights; `train` checks the visual encoder's.
     """
-    made = read_run(features_uri, "features")["config"]
-    base = {"decode": made["decode"], "encoders": made["encoders"]}
+    recorded = read_run(features_uri, "features")["config"]
+    base = {"decode": recorded["decode"], "encoders": recorded["encoders"]}
     config = load_config(path, sets, base)
-    wanted = Identity.of(
+    requested = Identity.of(
         decode=config.decode.record(),
         encoders=config.encoders.record(),
     )
-    _refuse_others(wanted, base, features_uri, _may_change)
+    _refuse_other_settings(requested, base, features_uri, _may_change)
     return config
 
 
-def _refuse_others(
-    wanted: Identity, made: Mapping[str, Any], features: str, free: Callable[[str], bool]
+def _refuse_other_settings(
+    requested: Identity, recorded: Mapping[str, Any], features: str, free: Callable[[str], bool]
 ) -> None:
-    differ = wanted.differences(made, words=("in the features", "asked for"), free=free)
+    differ = requested.differences(recorded, words=("in the features", "asked for"), free=free)
     if differ:
         raise RunError(
             f"{storage.redact(features)}: the features were made with other settings "
@@ -75,8 +75,8 @@ def _refuse_others(
 
 
 def _may_change(key: str) -> bool:
-    """Whether a training may change this setting of its features."""
-    # paths of weights may differ, because hashes are compared; only training uses the text model
+    """Whether a training may use another value of this setting than its features."""
+    # paths of weights may differ, because hashes are compared; the features hold no text embeddings
     free = ("encoders.text.", "encoders.visual.", "decode.timeout_s", "decode.max_")
     return key.startswith(free) or key.endswith(".weights")
 
@@ -99,7 +99,7 @@ def train(
     Args:
         features_uri: folder of the extraction.
         out: folder of the bundle.
-        config: from `training_config`, whose defaults are used without it.
+        config: the settings; `training_config(features_uri)` by default.
         encoder: finetune's output whose backbone made the features; without it, a linear frame head
             is fitted on the features for the encoder that made them.
         recognizer: finetune's output; without it, the bundle cannot score.
@@ -158,9 +158,9 @@ class _Plan:
         run = read_run(features, "features")
         if classifiers[0] is not None:
             config = config.with_visual_encoder(classifier_settings(classifiers[0]))
-        asked = Identity.of(encoders={"visual": config.encoders.visual.record()})
-        made = {"encoders": {"visual": run["config"]["encoders"]["visual"]}}
-        _refuse_others(asked, made, features, lambda key: key.endswith(".weights"))
+        requested = Identity.of(encoders={"visual": config.encoders.visual.record()})
+        recorded = {"encoders": {"visual": run["config"]["encoders"]["visual"]}}
+        _refuse_other_settings(requested, recorded, features, lambda key: key.endswith(".weights"))
         identity = _identity(run, config, classifiers, split)
         settings = config.train
         source = FeatureSource.of(
@@ -178,7 +178,7 @@ class _Plan:
         return storage.join(self.out, WORK_FOLDER)
 
     def finished(self) -> TrainingSummary | None:
-        """Return the summary if `out` holds this training, finished; None if it does not.
+        """Return the summary if `out` holds the finished result of this training, else None.
 
         Raises RunError if `out` holds another training.
         """
@@ -186,9 +186,9 @@ class _Plan:
             record = read_bundle_settings(self.out)[0]["provenance"]
             self.identity.refuse_other(record["identity"], self.out, "holds another training")
             return from_record(TrainingSummary, record["summary"], already_done=True)
-        begun = read_json(storage.join(self.work, _IDENTITY_FILE))
-        if begun is not None:
-            self.identity.refuse_other(begun, self.out, "holds another training")
+        recorded = read_json(storage.join(self.work, _IDENTITY_FILE))
+        if recorded is not None:
+            self.identity.refuse_other(recorded, self.out, "holds another training")
         return None
 
 
@@ -208,20 +208,25 @@ def _teacher(settings: TrainConfig, recognizer: str | None) -> Teacher | None:
 def _fit(
     plan: _Plan, videos: TrainingVideos, parts: Components, session: Session, lease: Lease
 ) -> tuple[Components, Fitted]:
-    """Train in the work folder, resuming what is there; return the components with their heads."""
+    """Train in the work folder, resuming from any checkpoint there.
+
+    Returns the components, whose encoder now has a head, and the result.
+    """
     write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
     config, count = plan.config, videos.count
     with (
         cluster.connect(session) as ray,
-        Observer(ray, lease.holder, "train", lease.stop_if_lost) as seen,
-        features_on_worker(plan.source, count, "train", config, session, seen.observe) as features,
+        Observer(ray, lease.holder, "train", lease.stop_if_lost) as observer,
+        features_on_worker(
+            plan.source, count, "train", config, session, observer.observe
+        ) as features,
     ):
         taught = None
         if plan.source.teacher is not None:
-            taught = features.taught(config.train.teacher_min_videos)
+            taught = features.taught_classes(config.train.teacher_min_videos)
             parts = parts.of_classes(taught)
         job = _job(config, plan.source, features, parts, taught)
-        return parts, fit_on_cluster(ray, job, config, count, plan.work, session, seen)
+        return parts, fit_on_cluster(ray, job, config, count, plan.work, session, observer)
 
 
 def _publish(
@@ -254,9 +259,9 @@ def _job(
     parts: Components,
     taught: list[int] | None,
 ) -> dict[str, Any]:
-    """Return the workers' job; fits the frame head if none is stored.
+    """Return the workers' job; fits a frame head if the encoder has none.
 
-    `taught`: the classes of a teacher that have a query.
+    `taught`: the teacher's classes that have a query.
     """
     text, task, encoder = parts.text, config.train.task, parts.encoder
     if encoder.head is None:
@@ -284,7 +289,7 @@ def _job(
 def _summary(
     plan: _Plan, videos: TrainingVideos, parts: Components, fitted: Fitted, seconds: float
 ) -> TrainingSummary:
-    epochs, warned = plan.config.train.epochs, parts.text.warnings if parts.text else ()
+    epochs, text_warnings = plan.config.train.epochs, parts.text.warnings if parts.text else ()
     return TrainingSummary(
         out=storage.redact(plan.out),
         videos=videos.count,
@@ -292,8 +297,8 @@ def _summary(
         epochs=epochs,
         losses={key: value for key, value in fitted.curve[-1].items() if key != "epoch"},
         left_out=describe_left_out(videos.left_out),
-        unlabelled=tuple(videos.named),
-        warnings=(*videos.warnings, *warned),
+        unlabelled=tuple(videos.unlabelled_uris),
+        warnings=(*videos.warnings, *text_warnings),
         workers=fitted.workers,
         resumed_after_epoch=fitted.resumed_at,
         happened=fitted.happened,
