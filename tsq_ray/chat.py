@@ -1,7 +1,7 @@
 """The question to a vision-language model: frames, seconds and classes as a chat request.
 
 A pure function from JPEG frames to the body of an OpenAI-compatible `/v1/chat/completions` request.
-The question is the same whether it is sent at once or in a batch. Needs no torch and no network.
+The question is the same whether it is sent directly or in a batch. Needs no torch and no network.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def extract(
         out: the run folder.
         config: the settings; `load_config()` by default.
         encoder: output of `finetune` that replaces `encoders.visual`.
-        recognizer: output of `finetune` whose logits of each frame are stored too.
+        recognizer: output of `finetune`; its logits for each frame are stored too.
         split: only the videos of this split.
         limit: at most this many videos, in the order of the manifest.
         retry_failed: also retry the videos that failed for this reason; "all" for any.
