@@ -205,7 +205,7 @@ class _Follower:
                 raise ConnectionError(f"no answer from {self.jobs.address}")
 
     def _pass_on(self, text: str, position: int) -> int:
-        """Write the new part of the text that starts at `position` in the output; return its end."""
+        """Write what is new of the text at `position` in the output; return the end of the text."""
         end = position + len(text)
         if end > self.shown:
             self.write(text[max(0, self.shown - position) :])
