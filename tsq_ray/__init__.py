@@ -1,7 +1,7 @@
 """Label very large video archives cheaply (TSQNet on Ray): the public API.
 
-Importing the package sets OMP_WAIT_POLICY and loads neither torch nor ray; a name is loaded at
-first use. docs/api.md describes each.
+Importing the package sets OMP_WAIT_POLICY and loads neither torch nor ray; each name is loaded on
+first use. docs/api.md describes them.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name at first use."""
+    """Load a public name on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = importlib.import_module(f"{__name__}.{_HOMES.get(name, 'results')}")

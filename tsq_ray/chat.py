@@ -1,7 +1,7 @@
 """The question to a vision-language model: frames, seconds and classes as a chat request.
 
 A pure function from JPEG frames to the body of an OpenAI-compatible `/v1/chat/completions` request.
-Whoever sends it, now or in a batch, asks the same question; no torch, no network.
+The question is the same whether it is sent directly or in a batch. Needs no torch and no network.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ PROMPT = (
 )
 """The default prompt; a template may use any of `FIELDS`."""
 MAX_STRICT_CLASSES, LONG_ENUM, MAX_LONG_ENUM_CHARS = 1000, 250, 15_000
-"""OpenAI's limits of a strict schema: values; above 250 values, their characters together."""
+"""OpenAI's limits for a strict schema: values; with over 250 values, their total characters."""
 
 
 def check_prompt(prompt: str) -> str:
-    """Return a prompt template as it is. Raises ConfigError if it uses anything but `FIELDS`."""
+    """Return a prompt template unchanged. Raises ConfigError if it uses anything but `FIELDS`."""
     try:
         fields = {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
-        wrong = sorted(fields - set(FIELDS))
+        unknown = sorted(fields - set(FIELDS))
     except ValueError as error:
         raise ConfigError(
             f"prompt {prompt[:80]!r}: {error}; write a literal brace as {{{{ or }}}}"
         ) from None
-    if wrong:
+    if unknown:
         raise ConfigError(
-            f"prompt {prompt[:80]!r}: unknown field {{{wrong[0]}}}; allowed: "
+            f"prompt {prompt[:80]!r}: unknown field {{{unknown[0]}}}; allowed: "
             f"{', '.join(f'{{{name}}}' for name in FIELDS)}; write a literal brace as {{{{ or }}}}"
         )
     return prompt
@@ -57,7 +57,8 @@ def request_body(
 
     `frames_jpeg`: the frames as JPEG in time order, sent inside the request, or URLs that the
     server fetches; `pts_s`: their times in seconds. `prompt`: a template of `FIELDS`. The answer
-    is a JSON object bound to `classes` by `answer_schema`. Raises ConfigError for a wrong template.
+    is a JSON object restricted to `classes` by `answer_schema`. Raises ConfigError for an invalid
+    template.
     """
     assert len(frames_jpeg) == len(pts_s), (len(frames_jpeg), len(pts_s))
     seconds = [f"{time:.2f}" for time in pts_s]
@@ -86,8 +87,10 @@ def answer_schema(
     classes: Sequence[str], *, multi: bool = False, caption: bool = False
 ) -> dict[str, Any]:
     """Return the JSON schema of the answer: `label`, or `labels` if `multi`, and a `caption`."""
-    one = {"type": "string", "enum": list(classes)}
-    answer: dict[str, Any] = {LABELS: {"type": "array", "items": one}} if multi else {LABEL: one}
+    label = {"type": "string", "enum": list(classes)}
+    answer: dict[str, Any] = (
+        {LABELS: {"type": "array", "items": label}} if multi else {LABEL: label}
+    )
     if caption:
         answer[CAPTION] = {"type": "string"}
     return {
@@ -99,7 +102,7 @@ def answer_schema(
 
 
 def fits_strict_schema(classes: Sequence[str]) -> bool:
-    """Whether OpenAI takes these classes as the values of a strict schema."""
+    """Whether OpenAI accepts these classes as the values of a strict schema."""
     short = len(classes) <= LONG_ENUM or sum(map(len, classes)) <= MAX_LONG_ENUM_CHARS
     return len(classes) <= MAX_STRICT_CLASSES and short
 

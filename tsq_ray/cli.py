@@ -30,9 +30,9 @@ app = typer.Typer(
 )
 
 
-def print_version(wanted: bool) -> None:
+def print_version(requested: bool) -> None:
     """Print the version and exit; the callback of `tsq --version`."""
-    if wanted:
+    if requested:
         from tsq_ray import __version__
 
         print(f"tsq_ray {__version__}")  # noqa: T201

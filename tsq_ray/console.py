@@ -36,9 +36,9 @@ class _Output(io.FileIO):
         try:
             return super().write(data)
         except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self.fileno())
+            os.close(devnull)
             return len(memoryview(data).cast("B"))
 
 
@@ -139,8 +139,8 @@ def guarded(run: Callable[[], Any], debug: bool) -> int:
 
 
 def _interrupted(debug: bool) -> int:
-    how = "; run the same command again: saved work is not repeated" if log.has_run() else ""
-    return fail(f"interrupted{how}", 1, debug)
+    advice = "; run the same command again: saved work is not repeated" if log.has_run() else ""
+    return fail(f"interrupted{advice}", 1, debug)
 
 
 def fail(message: str, code: int, debug: bool) -> int:

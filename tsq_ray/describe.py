@@ -30,9 +30,10 @@ def describe(uri: str) -> dict[str, Any]:
     uri = storage.normalize(uri)
     if storage.is_folder(uri):
         known = {BUNDLE_FILE: _bundle, CLASSIFIER_FILE: _classifier, RUN_FILE: _run}
-        for name, what in (known | {CONFIG_FILE: _run, manifests.MANIFEST_FILE: _manifest}).items():
+        known |= {CONFIG_FILE: _run, manifests.MANIFEST_FILE: _manifest}
+        for name, describe_folder in known.items():
             if storage.exists(storage.join(uri, name)):
-                return what(uri)
+                return describe_folder(uri)
     try:
         return _manifest(uri)
     except (ManifestError, StorageError) as error:
@@ -111,7 +112,7 @@ def _bundle(uri: str) -> dict[str, Any]:
     described["sampler_shape"] = asdict(TSQShape(**content["sampler_shape"]))
     described["gflops"] = bundle_gflops(content)
     if server_of(content) is not None:
-        note = "the recogniser's are unknown, as it is behind a server, and count as 0"
+        note = "the recogniser's are unknown, because it is behind a server, and count as 0"
         described["gflops_note"] = note
     return described | {"provenance": content["provenance"], "sha256": digest}
 
@@ -131,7 +132,7 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
     encoders = EncodersConfig.model_validate(config["encoders"])
     shape = TSQShape(**content["sampler_shape"])
     mode: SamplerMode = "both" if shape.modules == "both" else "visual"
-    found: dict[str, Any] = {}
+    gflops: dict[str, Any] = {}
     for counting in get_args(Counting):
         table = cost_table(
             mode,
@@ -144,5 +145,5 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
             counting=counting,
         )
         modules = {row.module: round(row.gflops, 4) for row in table.rows}
-        found[counting] = modules | {"total": round(table.gflops, 4)}
-    return found
+        gflops[counting] = modules | {"total": round(table.gflops, 4)}
+    return gflops

@@ -10,7 +10,7 @@
     │   │   (for a video: a failed row; for the run's own input or output: exit code 2)
     │   └── DiskFull                this machine's disk is full
     ├── VideoError                  one video cannot be used: a failed row with `.error_type`
-    │   └── DecoderKilled           its decoder was ended from outside, each time
+    │   └── DecoderKilled           its decoder was killed from outside on every try
     └── RunFailed                   the run failed or its rows do not add up: exit code 1
 
 A message is one line: what is wrong, the value given, what is allowed, what to do next.
@@ -40,7 +40,7 @@ ErrorType = Literal[
 ERROR_TYPES: tuple[ErrorType, ...] = get_args(ErrorType)
 
 RETRIED_ERROR_TYPES: tuple[ErrorType, ...] = ("unavailable",)
-"""Reasons that the next run of the same command retries by itself."""
+"""Reasons that the next run of the same command retries automatically."""
 
 
 class TsqError(Exception):
@@ -74,7 +74,7 @@ class _TypedError(TsqError):
         self.error_type: ErrorType = error_type
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        # child processes send it back pickled
+        # child processes return it pickled
         return type(self), (self.error_type, str(self))
 
 
@@ -86,7 +86,7 @@ class StorageError(_TypedError):
 
 
 class DiskFull(StorageError):
-    """The disk of this machine has no room left."""
+    """This machine's disk is full."""
 
 
 class VideoError(_TypedError):
@@ -94,7 +94,7 @@ class VideoError(_TypedError):
 
 
 class DecoderKilled(VideoError):
-    """The decoder was killed, or ended before it had this video, each time it was tried."""
+    """The decoder was killed, or ended before it received this video, on every try."""
 
 
 class RunFailed(TsqError):

@@ -1,8 +1,8 @@
-"""`--dry-run`: estimate a run from a probe of a few videos. No output.
+"""`--dry-run`: estimate a run from a probe of a few videos. Writes nothing.
 
-The probe processes PROBES videos, an equal share of each class of file size, on one node: this
-machine, or a worker of the cluster. Its figures are scaled to the nodes that the run would use by
-the run's layout on them. The start-up of Ray and its workers is added.
+The probe processes PROBES videos, an equal share of each size class, on one node: this machine, or
+a worker of the cluster. Its figures are scaled to the nodes that the run would use, by the run's
+layout on them. The start-up of Ray and its workers is added.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 PROBES = 16
 """Videos that are processed."""
 STARTUP_S = 15.0
-"""Start-up of Ray and its workers, which the probe cannot measure, unlike loading the networks."""
+"""Start-up of Ray and its workers; the probe measures only the loading of the networks."""
 
-_UNTOLD = ("videos", "tokens_cost")
-"""Of `Used`: what an Estimate says by itself, or only as money."""
+_SET_SEPARATELY = ("videos", "tokens_cost")
+"""Fields of `Used` that an Estimate sets itself or shows only as part of the cost."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Target:
     """The nodes that an estimate is for."""
 
     session: Session = DEFAULT_SESSION
-    """Its cluster, on a node of which the probe runs; without an address, this machine."""
+    """The probe runs on a node of its cluster or, without an address, on this machine."""
     nodes: int | None = None
-    """That many nodes like the one of the probe; by default, those that the run could use."""
+    """This many nodes like the probed one; by default, those that the run could use."""
     price: Price | None = None
 
 
@@ -68,11 +68,11 @@ def estimate_extract(
 
     Extrapolates from PROBES videos. Raises as `extract` does.
     """
-    manifest, todo = _to_do("features", manifest_uri, split, limit, out, retry_failed)
+    manifest, todo = _find_todo("features", manifest_uri, split, limit, out, retry_failed)
     config, networks = choose_networks(config, encoder, recognizer)
     load = partial(load_extract, config, networks, manifest.classes)
-    asked = ProbeRequest("extract", config, load, _choose(todo), max(1, len(todo)))
-    return _estimate(asked, todo, len(manifest.rows), target or Target())
+    request = ProbeRequest("extract", config, load, _choose_probes(todo), max(1, len(todo)))
+    return _estimate(request, todo, len(manifest.rows), target or Target())
 
 
 def estimate_score(
@@ -90,13 +90,13 @@ def estimate_score(
 
     Extrapolates from PROBES videos. Raises as `score` does.
     """
-    manifest, todo = _to_do("predictions", manifest_uri, split, limit, out, retry_failed)
+    manifest, todo = _find_todo("predictions", manifest_uri, split, limit, out, retry_failed)
     load = partial(load_score, config, storage.normalize(model), manifest.classes)
-    asked = ProbeRequest("score", config, load, _choose(todo), max(1, len(todo)))
-    return _estimate(asked, todo, len(manifest.rows), target or Target())
+    request = ProbeRequest("score", config, load, _choose_probes(todo), max(1, len(todo)))
+    return _estimate(request, todo, len(manifest.rows), target or Target())
 
 
-def _to_do(
+def _find_todo(
     kind: Kind,
     manifest_uri: str,
     split: str | None,
@@ -111,7 +111,7 @@ def _to_do(
     return manifest, todo_without_entering(storage.normalize(out), kind, selection)
 
 
-def _choose(todo: VideoRows) -> tuple[Any, ...]:
+def _choose_probes(todo: VideoRows) -> tuple[Any, ...]:
     """Return PROBES videos, the medians of equal shares by file size, the largest first.
 
     File size is a proxy for processing time. The largest come first, so that no worker finishes
@@ -128,38 +128,38 @@ def this_machine() -> Node:
     return Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()))
 
 
-def _estimate(asked: ProbeRequest, todo: VideoRows, inputs: int, target: Target) -> Estimate:
+def _estimate(request: ProbeRequest, todo: VideoRows, inputs: int, target: Target) -> Estimate:
     facts: dict[str, Any] = {
         "videos": len(todo),
         "inputs": inputs,
         "bytes_in": pc.sum(todo.table["size_bytes"]).as_py() or 0,
     }
-    if not asked.chosen:
+    if not request.chosen:
         return Estimate(**facts)
-    # the probe is one node, which cannot have the labels of all parts
-    resources = asked.config.resources.model_copy(update={"labels": LabelsConfig()})
-    asked = replace(asked, config=asked.config.model_copy(update={"resources": resources}))
-    probe, nodes = _measured(asked, target)
-    return Estimate(**facts, **predict(probe, asked, nodes, target.price))
+    # the probe runs on one node, which cannot have the labels of all parts
+    resources = request.config.resources.model_copy(update={"labels": LabelsConfig()})
+    request = replace(request, config=request.config.model_copy(update={"resources": resources}))
+    probe, nodes = _measure(request, target)
+    return Estimate(**facts, **predict(probe, request, nodes, target.price))
 
 
-def _measured(asked: ProbeRequest, target: Target) -> tuple[Probe, list[Node]]:
+def _measure(request: ProbeRequest, target: Target) -> tuple[Probe, list[Node]]:
     """Return the probe and the nodes that the run would use."""
     session, here = target.session, this_machine()
     if not session.address and not os.environ.get("RAY_ADDRESS"):
-        return probe_videos(asked, here), [here] * (target.nodes or 1)
+        return probe_videos(request, here), [here] * (target.nodes or 1)
     with cluster.connect(session) as ray:
-        found = cluster.read_cluster(ray, asked.config)
-        check_known(found)
-        placed = layout(asked.stage, asked.config, found, asked.videos)
-        node = max(found.every_node(), key=lambda node: (node.gpus * placed.on_gpu, node.cpus))
-        node = replace(node, cpus=node.cpus or found.largest_cpus)
+        connected = cluster.read_cluster(ray, request.config)
+        check_known(connected)
+        placed = layout(request.stage, request.config, connected, request.videos)
+        node = max(connected.every_node(), key=lambda node: (node.gpus * placed.on_gpu, node.cpus))
+        node = replace(node, cpus=node.cpus or connected.largest_cpus)
         gpus = 1 if placed.on_gpu else 0
         prober = ray.remote(num_cpus=node.cpus, num_gpus=gpus, max_restarts=0)(_Prober).remote()
-        log.say(f"dry run: probing {len(asked.chosen)} videos on a node with {node.cpus:g} CPUs")
+        log.say(f"dry run: probing {len(request.chosen)} videos on a node with {node.cpus:g} CPUs")
         try:
             probe = progress.run_watched(
-                lambda: ray.get(prober.measure.remote(asked, node)), "dry run", session
+                lambda: ray.get(prober.measure.remote(request, node)), "dry run", session
             )
         except ray.exceptions.RayError as error:
             raise cluster.run_failed(error, "dry run") from error
@@ -167,12 +167,12 @@ def _measured(asked: ProbeRequest, target: Target) -> tuple[Probe, list[Node]]:
             ray.kill(prober)
     if target.nodes:
         return probe, [node] * target.nodes
-    return probe, usable_nodes(placed, found)
+    return probe, usable_nodes(placed, connected)
 
 
-def check_known(found: Cluster) -> None:
-    """Raise RunError if neither a live node nor `resources.node_types` says what nodes are like."""
-    if not any(node.cpus for node in found.every_node()):
+def check_known(connected: Cluster) -> None:
+    """Raise RunError if neither a live node nor `resources.node_types` shows the size of a node."""
+    if not any(node.cpus for node in connected.every_node()):
         raise RunError(
             "--dry-run: no worker node of the cluster is up, and resources.node_types names none; "
             "set it to the nodes that the autoscaler can start, for example "
@@ -181,25 +181,26 @@ def check_known(found: Cluster) -> None:
 
 
 class _Prober:
-    """Measures on the node of the cluster that Ray gives it."""
+    """Actor that probes the node on which Ray places it."""
 
-    def measure(self, asked: ProbeRequest, node: Node) -> Probe:
-        """Measure there."""
-        return probe_videos(asked, node)
+    def measure(self, request: ProbeRequest, node: Node) -> Probe:
+        """Process the chosen videos there."""
+        return probe_videos(request, node)
 
 
 def predict(
-    probe: Probe, asked: ProbeRequest, nodes: Sequence[Node], price: Price | None = None
+    probe: Probe, request: ProbeRequest, nodes: Sequence[Node], price: Price | None = None
 ) -> dict[str, Any]:
-    """Return what an Estimate says of a run on these nodes."""
-    videos, found = asked.videos, Cluster(tuple(nodes))
-    placed = layout(asked.stage, asked.config, found, videos)
+    """Return the fields of an Estimate for a run on these nodes."""
+    videos, planned = request.videos, Cluster(tuple(nodes))
+    placed = layout(request.stage, request.config, planned, videos)
     seconds = max(
-        probe.seconds / _speed(asked, probe, found, placed),
-        probe.requests_s / asked.config.recognizer.max_concurrent,
+        probe.seconds / _speed(request, probe, planned, placed),
+        probe.requests_s / request.config.recognizer.max_concurrent,
     )
     hours = (seconds * videos + STARTUP_S + probe.load_s) / 3600
-    used = _used(probe, asked, found.cpus * hours, found.gpus * hours if placed.on_gpu else 0.0)
+    gpus = planned.gpus if placed.on_gpu else 0
+    used = _used(probe, request, planned.cpus * hours, gpus * hours)
     return {
         "probed": probe.uris,
         "probed_failed": probe.failed,
@@ -208,27 +209,27 @@ def predict(
         "wall_seconds": round(hours * 3600, 1),
         "bytes_out": int(probe.row_bytes * videos),
         "nodes": len(nodes),
-        "cpus": found.cpus,
-        "gpus": found.gpus if placed.on_gpu else 0,
+        "cpus": planned.cpus,
+        "gpus": gpus,
         "probed_tokens_in": round(probe.spent[0]),
         "probed_tokens_out": round(probe.spent[1]),
         "cost": used.cost(price),
-        **{name: value for name, value in asdict(used).items() if name not in _UNTOLD},
+        **{name: value for name, value in asdict(used).items() if name not in _SET_SEPARATELY},
     }
 
 
-def _used(probe: Probe, asked: ProbeRequest, cpu_hours: float, gpu_hours: float) -> Used:
-    """Return what a run of as many videos as asked for would take."""
-    sent, received = (each * asked.videos for each in probe.tokens)
+def _used(probe: Probe, request: ProbeRequest, cpu_hours: float, gpu_hours: float) -> Used:
+    """Return what the whole run would take."""
+    sent, received = (each * request.videos for each in probe.tokens)
     return Used(
         cpu_hours=round(cpu_hours, 4),
         gpu_hours=round(gpu_hours, 4),
-        videos=asked.videos,
-        video_hours=round(probe.video_s * asked.videos / 3600, 4),
+        videos=request.videos,
+        video_hours=round(probe.video_s * request.videos / 3600, 4),
         dense=probe.dense,
         tokens_in=round(sent),
         tokens_out=round(received),
-        tokens_cost=tokens_cost(asked.config.recognizer.model_dump(), sent, received),
+        tokens_cost=tokens_cost(request.config.recognizer.model_dump(), sent, received),
     )
 
 
@@ -238,14 +239,14 @@ def _networks(placed: Layout) -> int:
     )
 
 
-def _speed(asked: ProbeRequest, probe: Probe, found: Cluster, placed: Layout) -> float:
-    """Return how many times as fast as the probe a run is on these nodes with this layout."""
+def _speed(request: ProbeRequest, probe: Probe, planned: Cluster, placed: Layout) -> float:
+    """Return how many times as fast as the probe a run with this layout on these nodes is."""
     own = probe.layout
     if placed.on_gpu:
         alone = _slowest(own, probe)
-        return alone / _slowest(placed, probe) if alone else float(found.gpus)
-    # decoding and networks share the cores, and a video needs one at a time
-    cores = min(found.cpus, asked.videos) / min(probe.cpus, asked.videos)
+        return alone / _slowest(placed, probe) if alone else float(planned.gpus)
+    # decoding and networks share the cores, and a video uses one core at a time
+    cores = min(planned.cpus, request.videos) / min(probe.cpus, request.videos)
     return min(cores, _networks(placed) / _networks(own)) if "worker" in own.pools else cores
 
 

@@ -37,10 +37,10 @@ def extract(
         out: the run folder.
         config: the settings; `load_config()` by default.
         encoder: output of `finetune` that replaces `encoders.visual`.
-        recognizer: output of `finetune` whose logits of each frame are stored too.
+        recognizer: output of `finetune`; its logits for each frame are stored too.
         split: only the videos of this split.
         limit: at most this many videos, in the order of the manifest.
-        retry_failed: also do the videos that failed for this reason again; "all" for any.
+        retry_failed: also retry the videos that failed for this reason; "all" for any.
         take_over: take the folder from another run that is writing to it.
         session: the cluster to use and the output to show.
     """
@@ -62,12 +62,12 @@ def choose_networks(
     """Return the settings and networks of an extraction.
 
     `encoder` and `recognizer` are outputs of `finetune`; an encoder replaces `encoders.visual`. A
-    recogniser behind a server becomes `recognizer`, used as that section says.
+    recogniser behind a server becomes `recognizer`, with that section's settings for its use.
     """
     if encoder is not None:
         config = config.with_visual_encoder(classifier_settings(encoder))
-    answers = classifier_settings(recognizer) if recognizer is not None else None
-    if answers is not None and answers.kind == "openai":
-        answers = config.recognizer.used_for(answers)
-        config = config.model_copy(update={"recognizer": answers})
-    return config, Networks(config.encoders.visual, config.encoders.objects, answers)
+    model = classifier_settings(recognizer) if recognizer is not None else None
+    if model is not None and model.kind == "openai":
+        model = config.recognizer.used_for(model)
+        config = config.model_copy(update={"recognizer": model})
+    return config, Networks(config.encoders.visual, config.encoders.objects, model)

@@ -112,8 +112,8 @@ class LoadedNetworks:
     def encode(self, config: Config, device: str, workers: int = 1) -> Encode:
         """Return the encoding step that applies the networks with these settings.
 
-        `workers`: how many share the requests that a server may have in flight. Raises ModelError
-        if it refuses the key.
+        `workers`: how many workers share the requests that a server may have in flight. Raises
+        ModelError if the server refuses the key.
         """
         own = self.recognizer
         recognizer = (
@@ -127,14 +127,14 @@ class LoadedNetworks:
     def hashes(self) -> dict[str, str]:
         """Return a hash of each network's weights.
 
-        The visual encoder's leaves out the head, which is not used.
+        The visual encoder's hash leaves out its head, which is not used.
         """
-        found = {VISUAL: self.visual.backbone_hash()}
+        hashes = {VISUAL: self.visual.backbone_hash()}
         if self.objects is not None:
-            found[OBJECTS] = self.objects.state_hash()
+            hashes[OBJECTS] = self.objects.state_hash()
         if self.recognizer is not None:
-            found[RECOGNIZER] = self.recognizer.state_hash()
-        return found
+            hashes[RECOGNIZER] = self.recognizer.state_hash()
+        return hashes
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,15 @@ def extract_features(
             arrow = loaded.features_schema(config, selection.manifest.classes)
             with (
                 cluster.connect(session) as ray,
-                BulkObserver(ray, run, stage, progress.start_counts(progress.RowCounts)) as seen,
+                BulkObserver(
+                    ray, run, stage, progress.start_counts(progress.RowCounts)
+                ) as observer,
             ):
                 placed = cluster.lay_out(ray, stage, config, len(run.todo))
-                plan = FeaturePlan(config, networks, arrow, seen.counts, placed)
+                plan = FeaturePlan(config, networks, arrow, observer.counts, placed)
                 stages, batch = partial(feature_stage, plan=plan), config.resources.batch_size
                 work = Work(plan.first_pool, placed["writer"], stages, arrow, batch)
-                seconds = run_bulk(seen, work, session, ticks=ticks)
+                seconds = run_bulk(observer, work, session, ticks=ticks)
         return run.close(seconds, lambda: {"weights": loaded.hashes()})
 
 
@@ -206,21 +208,21 @@ def _identity(config: Config, networks: Networks, loaded: LoadedNetworks) -> Ide
         "objects": networks.objects,
         "recognizer": networks.recognizer,
     }
-    # weights count by their hashes, not by their location
-    free = {"weights", *SERVER_USE}
-    shown = {
-        name: model.record(exclude=free) if model is not None else None
+    # weights are compared by hash, not by location
+    excluded = {"weights", *SERVER_USE}
+    recorded = {
+        name: model.record(exclude=excluded) if model is not None else None
         for name, model in models.items()
     }
     decode = {"strategy", "backend", "num_frames", "max_pixels", "max_duration_s", "max_bytes"}
     return Identity.of(
         decode=config.decode.record(include=decode),
         encoders={
-            "visual": shown["visual"],
-            "objects": shown["objects"],
+            "visual": recorded["visual"],
+            "objects": recorded["objects"],
             "num_objects": config.encoders.num_objects,
         },
-        recognizer=shown["recognizer"],
+        recognizer=recorded["recognizer"],
         weights=loaded.hashes(),
     )
 
@@ -252,18 +254,18 @@ def feature_row(ref: VideoRef, video: Outcome, features: FrameFeatures | None) -
     if features.error is not None:
         return failed_row(ref, features.error) | features.tokens
     names = ("visual", "object_ids", "object_probs", "recognizer_logits")
-    found = {name: getattr(features, name) for name in names}
+    outputs = {name: getattr(features, name) for name in names}
     row = (
         identity_row(ref)
         | source_columns(video)
         | {"frame_index": video.frame_index, parts.DECODE_S: video.decode_ms / 1000}
         | {parts.FETCHED: video.fetched_bytes}
     )
-    return row | features.tokens | {k: value for k, value in found.items() if value is not None}
+    return row | features.tokens | {k: value for k, value in outputs.items() if value is not None}
 
 
 class ExtractWorker:
-    """Decode and encode in one worker: the child decodes a video while the last one is encoded."""
+    """Decode and encode in one worker: its child decodes while the previous video is encoded."""
 
     def __init__(self, plan: FeaturePlan) -> None:
         self.plan = plan

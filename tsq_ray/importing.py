@@ -1,4 +1,4 @@
-"""`tsq import`: a pretrained network as it is, as a classifier like those of finetune."""
+"""`tsq import`: make a pretrained network, unchanged, a classifier like those of finetune."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from tsq_ray.runs.identity import Identity
 
 Role = Literal["encoder", "recognizer"]
 TEMPLATE = "a photo of {}"
-"""Text of a class for a dual encoder, by default."""
+"""Default text of a class for a dual encoder."""
 SERVER_SIZE = 512
-"""Shorter side of the frames that a server is sent, by default."""
+"""Default shorter side, in pixels, of the frames sent to a server."""
 
 
 def import_config(
@@ -48,8 +48,8 @@ def import_config(
     """Return the settings for `import_network`, with the preprocessing that `model` expects.
 
     `model`: a timm name, or the hub id, folder or URI of a transformers model; with
-    `recognizer.kind=openai` the server's name of a model. The TOML file and the sets may change the
-    preprocessing and name other weights, not another model. Raises ConfigError or ModelError.
+    `recognizer.kind=openai` the model's name on the server. The TOML file and `sets` may change the
+    preprocessing and the weights, but not the model. Raises ConfigError or ModelError.
     """
     sets = list(sets)
 
@@ -57,19 +57,19 @@ def import_config(
         base = {"recognizer": own} if role == "recognizer" else {"encoders": {"visual": own}}
         return load_config(path, sets, base)
 
-    # the size of the network is not known yet: with the smallest, no `resize_to` is wrong
-    asked = _network(resolved({"size": 16, "model": model}), role)
-    if asked.kind == "openai":
+    # the network's size is not known yet; no `resize_to` is too small for this one
+    requested = _network(resolved({"size": 16, "model": model}), role)
+    if requested.kind == "openai":
         own: dict[str, Any] = {"kind": "openai", "model": model, "size": SERVER_SIZE}
     else:
-        own = _library_settings(model, asked.weights)
+        own = _library_settings(model, requested.weights)
     config = resolved(own)
-    found = _network(config, role)
-    if (found.kind, found.model) != (own["kind"], own["model"]):
+    chosen = _network(config, role)
+    if (chosen.kind, chosen.model) != (own["kind"], own["model"]):
         name = "recognizer" if role == "recognizer" else "encoders.visual"
         raise ConfigError(
-            f"the settings name {name}.model = {found.model!r} ({found.kind}), the command "
-            f"{model!r}; leave one of them out"
+            f"the settings name {name}.model = {chosen.model!r} ({chosen.kind}), the command "
+            f"names {model!r}; leave one of them out"
         )
     return config
 
@@ -84,7 +84,7 @@ def import_network(
 ) -> ImportSummary:
     """Write the network that the settings name as a classifier, without training it.
 
-    A folder that already holds it is left as it is. Raises UserError for wrong input.
+    A folder that already holds it is left unchanged. Raises UserError for wrong input.
 
     Args:
         config: from `import_config`.
@@ -135,7 +135,7 @@ def import_network(
 def _import_server(
     config: Config, out: str, classes: str | None, templates: Sequence[str], what: str
 ) -> ImportSummary:
-    """Write the classifier folder of a model behind a server, which is not asked anything yet."""
+    """Write the classifier folder of a model behind a server, without contacting the server."""
     if classes is None:
         raise ModelError(f"{what}: a server is asked about classes; name them with --classes FILE")
     if templates:
@@ -163,9 +163,9 @@ def _import_server(
 
 
 def _already_done(identity: Identity, out: str) -> ImportSummary | None:
-    """Return the summary of an equal import into `out`, which must otherwise be writable.
+    """Return the summary of an identical earlier import into `out`; None if the folder holds none.
 
-    Raises RunError if the folder holds another classifier.
+    Raises RunError if it holds another classifier, StorageError if it is not writable.
     """
     if storage.exists(storage.join(out, CLASSIFIER_FILE)):
         record = read_classifier_settings(out)[0]["provenance"]
@@ -184,16 +184,16 @@ def _network(config: Config, role: Role) -> ModelConfig:
 def _load(
     settings: ModelConfig, names: list[str] | None, templates: Sequence[str], what: str
 ) -> tuple[FrameEncoder, list[str], dict[str, Any]]:
-    """Return the network with its head, the class names, and what else shaped the head."""
+    """Return the network with its head, the class names, and what else determined the head."""
     load = _load_timm if settings.kind == "timm" else _load_transformers
-    encoder, found, more = load(settings, names, templates, what)
+    encoder, classes, more = load(settings, names, templates, what)
     assert isinstance(encoder.head, nn.Linear)
-    if len(found) != encoder.head.out_features:
+    if len(classes) != encoder.head.out_features:
         raise ModelError(
-            f"{what}: has {encoder.head.out_features} classes, --classes names {len(found)}; name "
-            "each of them, in its order, or train it for other classes with tsq finetune"
+            f"{what}: has {encoder.head.out_features} classes, --classes names {len(classes)}; "
+            "name each of them, in its order, or train it for other classes with tsq finetune"
         )
-    return encoder, found, more
+    return encoder, classes, more
 
 
 # ------------------------------------------------------------------------------------------- timm
@@ -212,8 +212,8 @@ def _timm_settings(name: str) -> dict[str, Any]:
     def apply(picture: np.ndarray) -> np.ndarray:
         return np.asarray(transform(Image.fromarray(picture)))
 
-    found = preprocessing_of(apply, "timm", f"timm's {name}")
-    return {"kind": "timm", "model": name, **found}
+    preprocessing = preprocessing_of(apply, "timm", f"timm's {name}")
+    return {"kind": "timm", "model": name, **preprocessing}
 
 
 def _load_timm(
@@ -230,7 +230,7 @@ def _load_timm(
 
 
 def _imagenet_names(model: str, count: int, what: str) -> list[str]:
-    """Return the names of the ImageNet classes of a timm network, each different."""
+    """Return distinct names for the ImageNet classes of a timm network."""
     import timm
 
     with torch.device("meta"):
@@ -271,7 +271,7 @@ def _transformers_settings(model: str, weights: str) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     what = f"import {storage.redact(model)}"
     with tempfile.TemporaryDirectory() as scratch:
-        place = _place(model, weights, scratch, what)
+        place = _source_of(model, weights, scratch, what)
         try:
             config: Any = transformers.AutoConfig.from_pretrained(place)
             processor: Any = transformers.AutoImageProcessor.from_pretrained(place)
@@ -282,9 +282,9 @@ def _transformers_settings(model: str, weights: str) -> dict[str, Any]:
     clip = int(arguments["num_frames"]) if VIDEO_CLASSIFIER in name else 0
 
     def apply(picture: np.ndarray) -> np.ndarray:
-        given = [picture] * clip if clip else picture
-        found = np.asarray(processor(given, return_tensors="np")["pixel_values"], np.float32)
-        return found.reshape(-1, *found.shape[-3:])[0]
+        pictures = [picture] * clip if clip else picture
+        values = np.asarray(processor(pictures, return_tensors="np")["pixel_values"], np.float32)
+        return values.reshape(-1, *values.shape[-3:])[0]
 
     return {
         "kind": "transformers",
@@ -300,13 +300,12 @@ def _load_transformers(
     import transformers
 
     with tempfile.TemporaryDirectory() as scratch:
-        place = _place(settings.model, settings.weights, scratch, what)
+        place = _source_of(settings.model, settings.weights, scratch, what)
         network = transformers_models.load_transformers(settings, place, what)
         if network.is_tower:
             if names is None:
                 raise ModelError(
-                    f"{what}: a dual encoder recognises what it is asked for; name the classes "
-                    "with --classes FILE"
+                    f"{what}: a dual encoder recognises any classes; name yours with --classes FILE"
                 )
             texts = list(templates) or [TEMPLATE]
             if (wrong := next((text for text in texts if "{}" not in text), None)) is not None:
@@ -319,14 +318,14 @@ def _load_transformers(
     encoder = split_network(settings, network, with_head=True)
     assert isinstance(encoder.head, nn.Linear)
     if names is None:
-        given = [str(labels.get(number, number)) for number in range(encoder.head.out_features)]
-        numbered = [f"{name} ({number})" for number, name in enumerate(given)]
-        names = _distinct([given, numbered])
+        own = [str(labels.get(number, number)) for number in range(encoder.head.out_features)]
+        numbered = [f"{name} ({number})" for number, name in enumerate(own)]
+        names = _distinct([own, numbered])
     return encoder, names, {}
 
 
-def _place(model: str, weights: str, scratch: str, what: str) -> str:
-    """Return what transformers loads `model`, or the weights of the settings, from."""
+def _source_of(model: str, weights: str, scratch: str, what: str) -> str:
+    """Return where transformers loads `model` from: the settings' `weights`, or `model` itself."""
     if weights == "hub" and _is_model_folder(model):
         weights = model
     return model_folder(weights, model, scratch, what)
@@ -340,7 +339,7 @@ def _is_model_folder(model: str) -> bool:
 
 
 def _library_settings(model: str, weights: str) -> dict[str, Any]:
-    """Return the settings of `model`, of timm if it has one of this name."""
+    """Return the settings of `model`; a timm network of this name takes precedence."""
     import timm
 
     name = model.removeprefix("timm/")
@@ -348,35 +347,35 @@ def _library_settings(model: str, weights: str) -> dict[str, Any]:
         return _timm_settings(name)
     if _is_model_folder(model) or "/" in model:
         return _transformers_settings(model, weights)
-    near = timm.list_models(f"*{model.split('_')[0]}*")[:5]
+    similar = timm.list_models(f"*{model.split('_')[0]}*")[:5]
     raise ModelError(
         f"import {model!r}: neither a timm network nor the hub id (OWNER/NAME) or the folder of a "
-        "transformers model" + (f"; similar timm names: {', '.join(near)}" if near else "")
+        "transformers model" + (f"; similar timm names: {', '.join(similar)}" if similar else "")
     )
 
 
 def _refuse_templates(templates: Sequence[str], what: str) -> None:
     if templates:
         raise ConfigError(
-            f"{what}: --template is for dual encoders; this network has classes of its own"
+            f"{what}: --template is for dual encoders; this network has its own classes"
         )
 
 
 def _check_restored(encoder: FrameEncoder, what: str) -> None:
-    """Raise ModelError unless the settings and the weights make the same network again."""
+    """Raise ModelError unless settings and weights rebuild a network that computes the same."""
     config = encoder.config
     assert isinstance(encoder.head, nn.Linear)
     try:
-        made = create_network(config, encoder.head.out_features)
-        again = split_network(config, made, with_head=False)
-        again.backbone.load_state_dict(encoder.backbone.state_dict())
+        network = create_network(config, encoder.head.out_features)
+        rebuilt = split_network(config, network, with_head=False)
+        rebuilt.backbone.load_state_dict(encoder.backbone.state_dict())
         shape = (config.clip_frames, config.size, config.size, 3)
         pictures = (torch.arange(math.prod(shape)) % 251).reshape(shape).byte()
-        found, wanted = (one.features(pictures) for one in (again, encoder))
-        same = torch.allclose(found, wanted, rtol=1e-3, atol=1e-4)
+        actual, expected = (each.features(pictures) for each in (rebuilt, encoder))
+        same = torch.allclose(actual, expected, rtol=1e-3, atol=1e-4)
     except (RuntimeError, ValueError) as error:
         raise ModelError(
-            f"{what}: cannot be made again from its settings ({' '.join(str(error).split())[:160]})"
+            f"{what}: cannot be rebuilt from its settings ({' '.join(str(error).split())[:160]})"
         ) from error
     if not same:
-        raise ModelError(f"{what}: made again from its settings, it computes something else")
+        raise ModelError(f"{what}: rebuilt from its settings, it computes something else")

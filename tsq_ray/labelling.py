@@ -1,7 +1,7 @@
 """`tsq label`: an archive without labels, from its files to a scored archive with a report.
 
-The recogniser labels a sample densely and teaches TSQNet; held-out videos of the sample tell how
-often K frames give its answer; the smallest sufficient K labels the archive.
+The recogniser labels a sample densely and teaches TSQNet; held-out videos of the sample show how
+often K frames give the same answer; the archive is labelled with the smallest sufficient K.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from tsq_ray.training import train
 from tsq_ray.training.sampler.components import Embeddings
 
 HELD_OUT = 0.4
-"""Share of the sample held out of training: 200 of 500 videos make 93 % certain within 4 points."""
+"""Share of the sample held out of training; 200 of 500 videos make 93 % certain to 4 points."""
 _IDENTITY_FILE = "label.json"
-"""What the folder was begun with; written first."""
+"""Records what the folder was begun with; written first."""
 
 
 def label(
@@ -60,11 +60,11 @@ def label(
     with_scores: bool = True,
     session: Session = DEFAULT_SESSION,
 ) -> LabelSummary:
-    """Label an archive without labels by what a recogniser sees in few frames of each video.
+    """Label an archive without labels, from what a recogniser sees in a few frames of each video.
 
-    `out` then holds what the single commands would have written: manifest.parquet, sample.parquet,
-    features, bundle, predictions and report.html. Every step resumes; finished ones are kept.
-    Raises UserError for wrong input, RunFailed if a step fails.
+    `out` then holds what the individual commands would have written: manifest.parquet,
+    sample.parquet, features, bundle, predictions and report.html. Every step resumes; finished ones
+    are kept. Raises UserError for wrong input, RunFailed if a step fails.
 
     Args:
         sources: folders, `s3://` prefixes or video files.
@@ -73,15 +73,15 @@ def label(
         config: the settings; `load_config()` by default. `train.target` is "teacher" here, and the
             held-out videos choose `sampler.mode` and `sampler.budget`.
         sample: number of videos that the recogniser sees densely; two fifths of them are held out.
-        agreement: least share of the held-out videos on which the chosen frames must give the dense
-            recogniser's best class.
+        agreement: minimum share of the held-out videos on which the chosen frames must give the
+            dense recogniser's best class.
         with_scores: keep the scores of all classes.
         session: the cluster to use and the output to show.
     """
     started, config = time.time(), config or load_config()
     _check_numbers(sample, agreement)
-    taught = config.train.model_copy(update={"target": "teacher"})
-    config = config.model_copy(update={"train": taught})
+    train_config = config.train.model_copy(update={"target": "teacher"})
+    config = config.model_copy(update={"train": train_config})
     steps = _Steps(storage.normalize(out), recognizer, config, session)
     steps.check()
     steps.index(sources, sample)
@@ -109,7 +109,7 @@ def label(
 
 @dataclass(frozen=True)
 class _Steps:
-    """The commands that `label` calls in turn, each into its place below `out`."""
+    """The commands that `label` calls in turn, each with its own output below `out`."""
 
     out: str
     recognizer: str
@@ -123,25 +123,25 @@ class _Steps:
         """Raise UserError for what would otherwise fail only after the extraction."""
         config, what = self.config, f"--recognizer {storage.redact(self.recognizer)}"
         content, _ = read_classifier_settings(self.recognizer)
-        answers = classifier_settings(self.recognizer)
-        if answers.clip_frames > 1:
+        recognizer = classifier_settings(self.recognizer)
+        if recognizer.clip_frames > 1:
             raise ModelError(
-                f"{what}: takes clips of {answers.clip_frames} frames, and a teacher must answer "
-                "for single frames; use an image classifier or a dual encoder"
+                f"{what}: takes clips of {recognizer.clip_frames} frames, and a teacher must "
+                "answer for single frames; use an image classifier or a dual encoder"
             )
         if (task := content["task"]) != config.train.task:
             raise ModelError(
                 f"{what}: answers for task {task!r}, train.task is {config.train.task!r}; "
                 f"add --set train.task={task}"
             )
-        check_budget(config.sampler, config.decode.num_frames, task, answers)
+        check_budget(config.sampler, config.decode.num_frames, task, recognizer)
         if config.train.modules == "both":
             check_top_objects(config.train.top_objects, config.encoders.num_objects)
             if not is_bundle(self.at("bundle")):
                 Embeddings.make(config, content["classes"])
 
     def index(self, sources: str | Sequence[str], sample: int) -> None:
-        """List the videos and draw the sample; one that was drawn stays."""
+        """List the videos and draw the sample, unless it was drawn before."""
         self._enter(sources, sample)
         manifest, drawn = self.at("manifest.parquet"), self.at("sample.parquet")
         _say("index: list the videos")
@@ -177,40 +177,43 @@ class _Steps:
         train(self.at("features"), self.at("bundle"), self.config, **options)
         return done
 
-    def measure(self, wanted: float) -> dict[str, Any]:
-        """Measure the held-out videos, unless that was done, and choose by what they say."""
+    def measure(self, minimum: float) -> dict[str, Any]:
+        """Measure the held-out videos, unless that was done, and choose a budget."""
         model = self.at("bundle")
-        found = read_agreement(model)
-        if found is None:
+        measured = read_agreement(model)
+        if measured is None:
             bundle = load_bundle(model)
             features = load_features(self.at("features"), bundle, VAL_SPLIT, labelled=False)
             settings = (self.config.sampler, self.config.train.teacher_frames)
             curve = measure_agreement(bundle, features.measured, *settings)
-            found = {"videos": len(features.measured), "curve": [asdict(one) for one in curve]}
-        chosen = cheapest([Agreement(**one) for one in found["curve"]], wanted)
-        return found | {"asked": wanted, "chosen": asdict(chosen)}
+            measured = {
+                "videos": len(features.measured),
+                "curve": [asdict(point) for point in curve],
+            }
+        chosen = cheapest([Agreement(**point) for point in measured["curve"]], minimum)
+        return measured | {"asked": minimum, "chosen": asdict(chosen)}
 
-    def score(self, found: Mapping[str, Any], with_scores: bool) -> RunSummary:
-        """Store curve and choice in the bundle, and score every video as chosen.
+    def score(self, measured: Mapping[str, Any], with_scores: bool) -> RunSummary:
+        """Store the curve and the choice in the bundle, and score every video as chosen.
 
         Raises RunError, and stores nothing, if `out` holds videos scored with another choice.
         """
         manifest, model, out = map(self.at, ("manifest.parquet", "bundle", "predictions"))
-        config = self._scoring(found["chosen"])
+        config = self._scoring(measured["chosen"])
         identity = identity_of(*read_bundle_settings(model), config, with_scores)
         check_folder(out, "predictions", read_manifest(manifest), identity)
-        write_agreement(model, found)
+        write_agreement(model, measured)
         _say("score: every video")
         return score(manifest, model, out, config, with_scores=with_scores, session=self.session)
 
     def used(self) -> dict[str, Any] | None:
-        """Return what `_run.json` of the extraction and of the scoring say that they took."""
+        """Return what the extraction and the scoring took together, from their `_run.json`."""
         runs = (read_run(self.at("features")), read_run(self.at("predictions")))
         used = Used.together(map(Used.of_run, runs))
         return None if used is None else asdict(used)
 
     def _scoring(self, chosen: Mapping[str, Any]) -> Config:
-        """Return the bundle's settings with the choice and what this run may set."""
+        """Return the bundle's settings with the choice and what this run may change."""
         kept = self.config.model_dump(mode="json", include={"resources", "output", "serve"})
         kept["sampler"] = {name: chosen[name] for name in ("mode", "budget")}
         kept["recognizer"] = self.config.recognizer.model_dump(
@@ -235,7 +238,7 @@ def _check_numbers(sample: int, agreement: float) -> None:
 def draw_sample(manifest: Manifest, count: int) -> Manifest:
     """Return a random sample of at most `count` videos, in the splits `train` and `val`.
 
-    The videos with the lowest ids: ids are hashes, so these are random and always the same.
+    Takes the videos with the lowest ids: ids are hashes, so the sample is random but reproducible.
     """
     order = np.argsort(keys_of(manifest.rows.ids), kind="stable")[:count]
     table = manifest.rows.take(order).table

@@ -1,6 +1,6 @@
-"""Lines on stderr about what a command does: text, or one JSON object a line (`--log-format json`).
+"""Lines on stderr about what a command does: text, or JSON, one object per line (`--log-format`).
 
-A JSON line has the time, the id of the run, the message and what else the caller knows about it.
+A JSON line has the time, the id of the run, the message and any facts that the caller adds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _format = LogFormat.text
 _run = ""
 
 
-def use_format(wanted: LogFormat) -> LogFormat:
+def use_format(log_format: LogFormat) -> LogFormat:
     """Write lines in this format from now on."""
     global _format
-    _format = wanted
-    return wanted
+    _format = log_format
+    return log_format
 
 
 def use_run(run: str) -> None:

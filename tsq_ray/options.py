@@ -71,7 +71,7 @@ LogFormats = Annotated[
     typer.Option(
         "--log-format",
         callback=use_format,
-        help="Lines on stderr: text, or json with time and run.",
+        help="Format of the lines on stderr: text, or json with time and run.",
     ),
 ]
 DryRun = Annotated[
@@ -96,7 +96,7 @@ Prices = Annotated[
     typer.Option(
         "--price",
         metavar="cpu=X,gpu=Y",
-        help="Prices of a CPU and of a GPU for an hour: the summary then says the cost.",
+        help="Hourly prices of a CPU and of a GPU; the summary then includes the cost.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout.")]
@@ -159,7 +159,7 @@ ExportFormats = Annotated[
 ]
 BatchModel = Annotated[
     str | None,
-    typer.Option("--batch-model", metavar="NAME", help="openai-batch: model that is asked."),
+    typer.Option("--batch-model", metavar="NAME", help="openai-batch: model to ask."),
 ]
 Prompt = Annotated[
     str,
@@ -174,8 +174,8 @@ FrameUrls = Annotated[
     typer.Option(
         "--frame-urls",
         metavar="URL",
-        help="openai-batch: where the service finds the folder --out, to fetch the frames; "
-        "default: the frames are in the requests.",
+        help="openai-batch: URL at which the service finds the folder --out and its frames; "
+        "default: the requests contain the frames.",
     ),
 ]
 DocumentRoot = Annotated[

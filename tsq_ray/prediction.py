@@ -26,7 +26,7 @@ def predict(
     """Label one or a few videos (paths or URIs) in this process, without Ray, in their order.
 
     A video that cannot be used gets a failed prediction with the reason. `config` comes from
-    `scoring_config`, whose defaults are used without it. Raises ModelError if the bundle cannot
+    `scoring_config`, with its defaults if omitted. Raises ModelError if the bundle cannot
     score, or if the server of its recogniser refuses the key.
     """
     videos = [videos] if isinstance(videos, str) else videos
@@ -35,7 +35,7 @@ def predict(
 
 
 def predict_rows(videos: Sequence[str], model: str, config: Config) -> list[dict[str, Any]]:
-    """Return the predictions as the endpoint answers them, as JSON values."""
+    """Return the predictions as JSON values, as the endpoint does."""
     bundle = load_bundle(model)
     device = best_device() if config.resources.gpus else torch.device("cpu")
     sample = Sample(bundle, config.sampler, device, config.resources)

@@ -1,7 +1,7 @@
-"""The probe of `--dry-run`: what a few videos take on one node with all of its workers busy.
+"""The probe of `--dry-run`: time a few videos on one node with all of its workers busy.
 
 It runs as many decoding child processes and networks in parallel as the run has workers on that
-node, each with the run's threads, so that contention is part of the measurement. No output.
+node, each with the run's threads, so that contention is part of the measurement. Writes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Finish = Callable[[VideoRef, Any], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a stage does with a video, its networks loaded."""
+    """A stage with its networks loaded: what it does with a video."""
 
     finish: Finish
     schema: pa.Schema
@@ -51,12 +51,12 @@ class ProbeRequest:
     load: Callable[[Layout], Loaded]
     chosen: tuple[VideoRef, ...]
     videos: int
-    """Videos of the run."""
+    """Number of videos in the run."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What the chosen videos took. Seconds and bytes are means per video."""
+    """Measurements of the chosen videos. Seconds and bytes are means per video."""
 
     layout: Layout
     """The run's, on this node alone."""
@@ -71,7 +71,7 @@ class Probe:
     network_s: float
     """Of one worker's networks."""
     load_s: float
-    """Loading the networks, in all."""
+    """Total time to load the networks, not per video."""
     row_bytes: float
     """Compressed."""
     video_s: float
@@ -79,11 +79,11 @@ class Probe:
     dense: float | None
     """As in `cost.Used`."""
     tokens: tuple[float, float] = (0.0, 0.0)
-    """That the recogniser's server was sent, and that it answered."""
+    """Sent to the recogniser's server, and received from it."""
     spent: tuple[float, float] = (0.0, 0.0)
-    """The same of the whole probe, warm-up included; no mean."""
+    """The same, as sums over the whole probe, warm-up included."""
     requests_s: float = 0.0
-    """Of a video's turn at the server, which `seconds` leaves out."""
+    """Spent waiting for the server, which `seconds` leaves out."""
 
 
 def load_extract(
@@ -123,26 +123,26 @@ def load_score(config: Config, model: str, classes: Sequence[str], placed: Layou
     )
 
 
-def probe_videos(asked: ProbeRequest, node: Node) -> Probe:
+def probe_videos(request: ProbeRequest, node: Node) -> Probe:
     """Process the chosen videos here, on `node`, with one of its GPUs if the run uses GPUs."""
     node = replace(node, gpus=min(1.0, node.gpus))
-    placed = layout(asked.stage, asked.config, Cluster((node,)), asked.videos)
+    placed = layout(request.stage, request.config, Cluster((node,)), request.videos)
     started = time.perf_counter()
-    loaded = asked.load(placed)
+    loaded = request.load(placed)
     load_s = time.perf_counter() - started
     workers, threads = _parallel(placed)
     decoders = placed.pools.get("decoder")
     children = workers if decoders is None else decoders.now * placed.decoder_processes
-    with Decode(asked.config.decode, loaded.specs, children) as decode:
+    with Decode(request.config.decode, loaded.specs, children) as decode:
         warm, rows, network_s, seconds = _probe(
-            asked.chosen, decode, loaded.finish, workers, threads
+            request.chosen, decode, loaded.finish, workers, threads
         )
-    requests_s = _requests_s(rows) if asked.config.recognizer.kind == "openai" else 0.0
+    requests_s = _requests_s(rows) if request.config.recognizer.kind == "openai" else 0.0
     ok = [row for row in rows if row["status"] == "ok"]
     return Probe(
         layout=placed,
         cpus=node.cpus,
-        uris=tuple(storage.redact(ref.uri) for ref in asked.chosen),
+        uris=tuple(storage.redact(ref.uri) for ref in request.chosen),
         failed=len(rows) - len(ok),
         seconds=max(0.0, seconds - requests_s / workers),
         decode_s=_mean([row.get("_decode_s") or row.get("decode_ms", 0) / 1000 for row in ok]),
@@ -169,9 +169,9 @@ def _parallel(placed: Layout) -> tuple[int, int]:
 def _probe(
     chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float, float]:
-    """Return the rows of the warm-up and of the chosen videos.
+    """Return the rows of the warm-up, the rows of the chosen videos, and seconds per video.
 
-    Then, per video, the networks' seconds and those of all.
+    The seconds are those of the networks, then those of everything.
     """
     spent: list[float] = []
 

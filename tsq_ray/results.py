@@ -1,4 +1,4 @@
-"""What the public functions return: frozen dataclasses, most of which `--json` prints as they are.
+"""What the public functions return: frozen dataclasses, most of which `--json` prints unchanged.
 
 Paths in them are redacted: no secret and no query of a presigned URL.
 """
@@ -117,7 +117,7 @@ class _Trained:
     """Videos trained on."""
     classes: int
     left_out: Mapping[str, int]
-    """Videos that were not to be trained on, by reason."""
+    """Videos excluded from training, by reason."""
     unlabelled: tuple[str, ...]
     """The first videos without a label."""
     warnings: tuple[str, ...]
@@ -220,15 +220,15 @@ class LabelSummary:
     sample: int
     """Videos that the recogniser saw densely."""
     held_out: int
-    """Those of them that were not trained on and are ok, on which the agreement was measured."""
+    """Videos of the sample, ok and not trained on, on which the agreement was measured."""
     asked: float
-    """Least agreement with the dense recogniser."""
+    """The requested minimum agreement with the dense recogniser."""
     curve: Sequence[Mapping[str, Any]]
     """Every choice that was measured: `mode` and `budget` of the sampler, `frames` recognised on
     average, `top1` agreement with its 95 % interval `low` to `high`, agreement as `map`, and `cost`
     relative to every frame."""
     chosen: Mapping[str, Any]
-    """The one of them that the archive was scored with."""
+    """The choice that the archive was scored with."""
     verdict: str
     """The choice in one sentence."""
     features: RunSummary
@@ -236,7 +236,7 @@ class LabelSummary:
     predictions: RunSummary
     used: Mapping[str, Any] | None
     """What both took, each in the call that finished it: `cpu_hours`, `gpu_hours`, `tokens_in`,
-    `tokens_out` and their money, `tokens_cost`. None if that is unknown."""
+    `tokens_out` and their cost, `tokens_cost`. None if unknown."""
     report: str
     """URI of the report."""
     seconds: float
@@ -266,7 +266,7 @@ class ReportSummary:
     failed: int
     skipped: int
     adds_up: bool
-    """Whether the rows are those that the run counted."""
+    """Whether the rows match the counts in the run's record."""
     failures: Mapping[str, int]
     """Failed videos by error type."""
     warned: int
@@ -274,7 +274,7 @@ class ReportSummary:
     judged: int
     """Labelled videos that are ok, over which the following three are measured."""
     top1: float | None
-    """None without labels, as are the following two; these also without all scores."""
+    """None without labels, as are the following two, which also need all scores."""
     map: float | None
     map_interpolated: float | None
     unknown_labels: Mapping[str, int]
@@ -308,12 +308,12 @@ class Estimate:
     """What `--dry-run` expects of a run, from a probe of a few videos."""
 
     videos: int
-    """Videos to do; if there are none, the other figures are 0."""
+    """Videos to process; if there are none, the other figures are 0."""
     inputs: int
     """Videos of the manifest."""
     bytes_in: int
     probed: tuple[str, ...] = ()
-    """URIs of the probe."""
+    """URIs of the probed videos."""
     probed_failed: int = 0
     nodes: int = 0
     """Nodes that the run would use, with their `cpus` and, if it uses any, `gpus`."""
@@ -324,21 +324,21 @@ class Estimate:
     wall_seconds: float = 0.0
     """Including start-up."""
     cpu_hours: float = 0.0
-    """Hours of all CPUs of the nodes."""
+    """Hours of all CPUs of these nodes."""
     gpu_hours: float = 0.0
     video_hours: float = 0.0
     """Footage."""
     bytes_out: int = 0
     dense: float | None = None
-    """How many times as much time recognising all T frames would take; None for features."""
+    """How many times as long recognising all T frames would take; None for features."""
     tokens_in: int = 0
-    """Tokens that the recogniser's server would be sent, and `tokens_out` that it would answer."""
+    """Tokens that would be sent to the recogniser's server; `tokens_out` would be received."""
     tokens_out: int = 0
     probed_tokens_in: int = 0
-    """Tokens of the probe itself, as `probed_tokens_out`: it asks the server."""
+    """Tokens of the probe itself, like `probed_tokens_out`, because it asks the server."""
     probed_tokens_out: int = 0
     cost: Mapping[str, float] | None = None
-    """`total`, `tokens` of it, `per_video`, `per_video_hour`, `dense_total`; None without
+    """`total`, the `tokens` in it, `per_video`, `per_video_hour`, `dense_total`; None without
     prices."""
 
 
@@ -386,7 +386,7 @@ class Prediction:
     sample_ms: float | None = None
     recognize_ms: float | None = None
     tokens_in: int | None = None
-    """Tokens sent to the recogniser's server, also of a failed prediction; None for a network."""
+    """Tokens sent to the recogniser's server, also for a failed prediction; None for a network."""
     tokens_out: int | None = None
     caption: str | None = None
     """The server's description of the video, if `recognizer.caption` asks for one."""

@@ -1,4 +1,4 @@
-"""The pictures that a run asks of the decoder, and its results as output rows, without torch."""
+"""The pictures that a run needs from the decoder, and its results as output rows; no torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
 
 
 def frame_spec(config: ModelConfig) -> FrameSpec:
-    """Return the picture that a network takes, or that a server is sent."""
+    """Return the spec of the pictures that a network takes or a server receives."""
     if config.kind == "openai":
         return FrameSpec(config.size, "keep")
     centre = centre_of(config.kind) if config.resize_to else "down"
@@ -30,7 +30,7 @@ def frame_spec(config: ModelConfig) -> FrameSpec:
 
 
 def centre_of(kind: str) -> Centre:
-    """Return how the library of a network rounds the middle of a crop."""
+    """Return how a network's library rounds the centre of a crop."""
     return "nearest" if kind == "timm" else "down"
 
 
@@ -41,7 +41,7 @@ def picture_specs(
     mode: str,
     native_size: bool = False,
 ) -> dict[str, FrameSpec]:
-    """Return exactly the pictures that scoring with `mode` needs.
+    """Return the specs of exactly the pictures that scoring with `mode` needs.
 
     Baselines that do not use the sampler's encoders skip their pictures. `native_size`: request
     small frames at their own size, because the networks' device resizes them
@@ -111,7 +111,7 @@ class Answer:
 
 
 def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:
-    """Return the prediction row of a manifest's video; a failed one keeps its tokens."""
+    """Return the prediction row of a manifest's video; a failed one keeps its token counts."""
     if answer.error is None:
         return {**identity_row(ref), **answer.columns}
     names = [column.name for column in TOKENS if column.name in answer.columns]

@@ -211,7 +211,7 @@ TOKENS = (
     Column("tokens_in", pa.int64(), "tokens sent to the recogniser's server", nullable=True),
     Column("tokens_out", pa.int64(), "tokens received from the recogniser's server", nullable=True),
 )
-"""Columns of features and predictions by a server's recogniser, over all tries at a video."""
+"""Columns of features and predictions from a server's recogniser; sums over a video's attempts."""
 CAPTION = Column(
     "caption",
     pa.string(),

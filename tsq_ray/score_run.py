@@ -1,4 +1,4 @@
-"""A scoring run: its identity, its folder and its rows, whatever sends its videos to the graph."""
+"""A scoring run: its identity, its folder and its rows, for any sender of its videos."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tsq_ray.runs.identity import Identity
 
 @dataclass(frozen=True)
 class ScoreRun:
-    """A run of predictions over a manifest, to be entered by `with scored.run`."""
+    """A run of predictions over a manifest; enter it with `with scored.run`."""
 
     run: BulkRun
     schema: pa.Schema
@@ -38,7 +38,7 @@ class ScoreRun:
     labels: list[str]
     """The manifest's class names, which `labels` of its rows index."""
     about: Mapping[str, Any]
-    """What `_run.json` says about the bundle."""
+    """Keys of `_run.json` that describe the bundle."""
 
     @classmethod
     def of(

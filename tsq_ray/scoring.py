@@ -31,7 +31,7 @@ from tsq_ray.serving.graph import Video
 from tsq_ray.serving.replicas import LOOK_EVERY_S, FlowCounts, Replicas
 
 _PATIENCE_S = 600.0
-"""How long a video whose replicas are lost waits for their replacements."""
+"""How long a video waits for replacements of lost replicas."""
 _BLOCKS_AT_A_TIME = 4
 """Per sender: while one block's last videos are in flight, the next blocks keep the graph busy."""
 _BATCH_ROWS = 32
@@ -70,10 +70,10 @@ def score(
         manifest_uri: what `build_manifest` wrote.
         model: the bundle.
         out: the run folder.
-        config: from `scoring_config`, whose defaults are used without it.
+        config: from `scoring_config`; its defaults if omitted.
         split: only the videos of this split.
         limit: at most this many videos, in the order of the manifest.
-        retry_failed: also do the videos that failed for this reason again; "all" for any.
+        retry_failed: also retry the videos that failed for this reason; "all" for any.
         take_over: take the folder from another run that is writing to it.
         with_scores: keep the scores of all classes, which the metrics need.
         session: the cluster to use and the output to show.
@@ -91,21 +91,21 @@ def score(
 
 
 def _score_todo(scored: ScoreRun, model: str, session: Session) -> dict[str, float]:
-    """Send the videos that have no row through the graph; return the seconds by stage."""
+    """Send the videos without a row through the graph; return the seconds by stage."""
     run = scored.run
     with (
         cluster.connect(session) as ray,
-        BulkObserver(ray, run, "score", progress.start_counts(FlowCounts)) as seen,
+        BulkObserver(ray, run, "score", progress.start_counts(FlowCounts)) as observer,
     ):
         app = f"tsq-score-{_unique(model)}"
-        plan = ScorePlan(app, scored.schema, scored.labels, seen.counts, run.config)
-        replicas = Replicas(ray, plan.app, run.config, model, seen.counts, len(run.todo))
+        plan = ScorePlan(app, scored.schema, scored.labels, observer.counts, run.config)
+        replicas = Replicas(ray, plan.app, run.config, model, observer.counts, len(run.todo))
         work = _work(plan, replicas.placed)
         with (
-            replicas.deployed(session, seen.observe),
+            replicas.deployed(session, observer.observe),
             cluster.asking_for_nodes(ray, replicas.placed, run.config),
         ):
-            return run_bulk(seen, work, session, ticks=(replicas.tick,), app=plan.app)
+            return run_bulk(observer, work, session, ticks=(replicas.tick,), app=plan.app)
 
 
 def _unique(name: str) -> str:
@@ -131,8 +131,8 @@ def _work(plan: ScorePlan, placed: Layout) -> Work:
             ScoreWorker, batch_size=None, fn_constructor_args=(plan,), **options
         )
 
-    many = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
-    return Work(many, placed["writer"], stage, plan.schema, _BATCH_ROWS)
+    pool = replace(senders, start=senders.start * _BLOCKS_AT_A_TIME)
+    return Work(pool, placed["writer"], stage, plan.schema, _BATCH_ROWS)
 
 
 class ScoreWorker:
@@ -145,7 +145,7 @@ class ScoreWorker:
         limits = TimeLimits.of(plan.config, _PATIENCE_S)
         self.graph = Graph(**handles(plan.app), limits=limits)
         self.loop = asyncio.new_event_loop()
-        self.on_its_way = 0
+        self.in_flight = 0
         self.share = 1
         self.changed = asyncio.Condition()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
@@ -174,12 +174,12 @@ class ScoreWorker:
 
     async def _row(self, ref: VideoRef) -> dict[str, Any]:
         async with self.changed:
-            await self.changed.wait_for(lambda: self.on_its_way < self.share)
-            self.on_its_way += 1
+            await self.changed.wait_for(lambda: self.in_flight < self.share)
+            self.in_flight += 1
         try:
             answer = await self._answer(ref)
         finally:
-            self.on_its_way -= 1
+            self.in_flight -= 1
             async with self.changed:
                 self.changed.notify_all()
         row = prediction_of(ref, answer, self.plan.classes)

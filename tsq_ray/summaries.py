@@ -65,8 +65,8 @@ def _happened_lines(happened: Mapping[str, float]) -> list[str]:
         "videos_done_again": "videos done again: {}",
         "waited_s": "waited for room on the cluster: {} s",
     }
-    found = [text.format(happened[name]) for name, text in texts.items() if name in happened]
-    return [f"in this run: {'; '.join(found)}"] if found else []
+    parts = [text.format(happened[name]) for name, text in texts.items() if name in happened]
+    return [f"in this run: {'; '.join(parts)}"] if parts else []
 
 
 def _metric_lines(measured: Mapping[str, Any]) -> list[str]:
@@ -116,7 +116,7 @@ def estimate_text(estimate: Estimate) -> str:
         lines.append(f"would write {_megabytes(estimate.bytes_out)}")
         if estimate.tokens_in:
             lines.append(
-                f"the probe has asked the server, for {estimate.probed_tokens_in} tokens sent and "
+                f"the probe itself asked the server: {estimate.probed_tokens_in} tokens sent, "
                 f"{estimate.probed_tokens_out} received"
             )
         lines.append(
@@ -136,7 +136,7 @@ def _tokens_text(tokens_in: int, tokens_out: int) -> str:
 
 
 def _cost_text(cost: Mapping[str, float] | None, dense: float | None) -> str:
-    """Format money, and what recognising all frames would take, as the end of a sentence."""
+    """Format the cost, and that of recognising all frames, as the end of a sentence."""
     text = ""
     if cost is not None:
         units = {"per_video": "a video", "per_video_hour": "an hour of video"}
@@ -153,10 +153,10 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def bench_text(found: BenchSummary) -> str:
+def bench_text(bench: BenchSummary) -> str:
     """Format the measurements of an endpoint."""
-    lines = [f"{found.by:>8} {'ok/s':>7} {'p50 s':>7} {'p95 s':>7} {'p99 s':>7}  answers; CPU ms"]
-    for point in found.points:
+    lines = [f"{bench.by:>8} {'ok/s':>7} {'p50 s':>7} {'p95 s':>7} {'p99 s':>7}  answers; CPU ms"]
+    for point in bench.points:
         latencies = [point.p50_s, point.p95_s, point.p99_s]
         shown = " ".join("      -" if value is None else f"{value:7.3f}" for value in latencies)
         answers = ", ".join(f"{count} x {status}" for status, count in point.statuses.items())
@@ -164,8 +164,8 @@ def bench_text(found: BenchSummary) -> str:
         total = sum(point.cpu_ms.values())
         spent = f"; {total:.0f} = " + ", ".join(f"{n} {ms:.0f}" for n, ms in cpu) if cpu else ""
         lines.append(f"{point.load:8g} {point.ok_per_s:7.2f} {shown}  {answers}{spent}")
-    unit = "clients" if found.by == "clients" else "requests/s"
-    lines.append(f"best {found.best_ok_per_s:.2f}/s; saturated at {found.saturated_at:g} {unit}")
+    unit = "clients" if bench.by == "clients" else "requests/s"
+    lines.append(f"best {bench.best_ok_per_s:.2f}/s; saturated at {bench.saturated_at:g} {unit}")
     return "\n".join(lines)
 
 
@@ -221,14 +221,16 @@ def _agreement_lines(summary: LabelSummary) -> list[str]:
     lines = [["K", "TSQNet agrees", "cost", "uniform agrees", "cost"]]
     for row in agreement_rows({"curve": summary.curve, "chosen": summary.chosen}):
         lines.append([str(row["name"])])
-        for one in (row.get("sampler"), row.get("uniform")):
-            lines[-1] += ["-", "-"] if one is None else _agreement_cells(one)
+        for point in (row.get("sampler"), row.get("uniform")):
+            lines[-1] += ["-", "-"] if point is None else _agreement_cells(point)
         lines[-1] += ["chosen"] if row["chosen"] else []
     return _aligned(lines)
 
 
-def _agreement_cells(one: Mapping[str, Any]) -> list[str]:
-    share, low, high, cost = (f"{100 * one[name]:.0f}" for name in ("top1", "low", "high", "cost"))
+def _agreement_cells(point: Mapping[str, Any]) -> list[str]:
+    share, low, high, cost = (
+        f"{100 * point[name]:.0f}" for name in ("top1", "low", "high", "cost")
+    )
     return [f"{share} % ({low} to {high})", f"{cost} %"]
 
 
@@ -273,7 +275,7 @@ def import_text(summary: ImportSummary) -> str:
         f"parameters, {summary.gflops_per_frame:.2f} GFLOPs per frame"
     )
     if summary.kind == "openai":
-        what = f"behind a server, which is sent frames of {summary.size} pixels"
+        what = f"behind a server that receives frames of {summary.size} pixels"
     lines = [
         f"{summary.role} {summary.model} ({summary.kind}): {what}",
         f"{summary.classes} classes: {', '.join(summary.first_classes)}{more}",
@@ -289,9 +291,9 @@ def _trained_on(summary: TrainingSummary | FinetuneSummary) -> list[str]:
         lines.append("already done: nothing to do")
     lines.append(f"{summary.videos} videos, {summary.classes} classes")
     if summary.left_out:
-        first = summary.unlabelled
-        named = f" (unlabelled: {', '.join(first)})" if first else ""
-        lines.append(f"left out: {pairs(summary.left_out)}{named}")
+        examples = summary.unlabelled
+        unlabelled = f" (unlabelled: {', '.join(examples)})" if examples else ""
+        lines.append(f"left out: {pairs(summary.left_out)}{unlabelled}")
     return lines
 
 
@@ -315,7 +317,7 @@ def _table_lines(table: EvaluatedTable) -> list[str]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return each row as a line, its cells below one another."""
+    """Return each row as a line, with its cells aligned in columns."""
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
@@ -333,19 +335,19 @@ def prediction_text(row: Mapping[str, Any]) -> str:
     )
     frames = ", ".join(f"{pts:.2f} s" for pts in row["selected_pts_s"])
     warned = "".join(f"\n  warning: {warning}" for warning in row["warnings"])
-    said = f"\n  {row['caption']}" if row.get("caption") else ""
-    return f"{row['uri']}: {best}\n  frames at {frames}{said}{warned}"
+    caption = f"\n  {row['caption']}" if row.get("caption") else ""
+    return f"{row['uri']}: {best}\n  frames at {frames}{caption}{warned}"
 
 
-def verification_text(found: Verification) -> str:
+def verification_text(result: Verification) -> str:
     """Format what verify found."""
-    number = len(found.problems)
+    number = len(result.problems)
     verdict = f"does not add up: {number} problems" if number else "adds up"
     lines = [
-        f"{found.uri}: {found.kind}: {counts_text(found.counts)}",
-        f"checked {', '.join(found.checks)}: {verdict}",
+        f"{result.uri}: {result.kind}: {counts_text(result.counts)}",
+        f"checked {', '.join(result.checks)}: {verdict}",
     ]
-    return "\n".join([*lines, *(f"  {problem}" for problem in found.problems)])
+    return "\n".join([*lines, *(f"  {problem}" for problem in result.problems)])
 
 
 def pairs(counts: Mapping[str, Any]) -> str:

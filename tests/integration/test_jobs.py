@@ -279,7 +279,7 @@ def test_tokens(head: Head, tmp_path: Path) -> None:
             assert done.returncode == 0, done.stderr
             continue
         assert done.returncode == 1
-        what = "does not accept the token" if content else "wants a token, and got none"
+        what = "does not accept the token" if content else "wants a token but got none"
         assert done.stderr.startswith(f"error: {head.url}: this cluster {what}; set RAY_AUTH_TOKEN")
         assert len(done.stderr.strip().splitlines()) == 1
     by_variable = bare | {"HOME": str(tmp_path / "none"), "RAY_AUTH_TOKEN": token}
@@ -305,9 +305,9 @@ def test_joining_with_a_token(head: Head, tmp_path: Path) -> None:
             continue
         assert done.returncode == 1
         assert len(done.stderr.strip().splitlines()) == 1
-        what = "does not accept the token" if token else "may want a token, and got none"
+        what = "does not accept the token" if token else "may want a token but got none"
         assert done.stderr.startswith(
-            f"error: --address {head.address}: what listens there {what}, or is no Ray cluster"
+            f"error: --address {head.address}: what listens there {what}, or is not a Ray cluster"
         )
         assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in done.stderr
 

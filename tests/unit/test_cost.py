@@ -245,4 +245,4 @@ def test_a_server_limits_the_run_and_costs_tokens() -> None:
     text = estimate_text(from_record(Estimate, found, videos=10_000, inputs=10_000, bytes_in=0))
     assert "; 9000000 tokens sent, 100000 received; cost " in text
     assert "of which tokens 19)" in text
-    assert "the probe has asked the server, for 14400 tokens sent and 160 received" in text
+    assert "the probe itself asked the server: 14400 tokens sent, 160 received" in text

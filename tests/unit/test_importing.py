@@ -313,7 +313,7 @@ def test_wrong_use(tmp_path: Path) -> None:
     videomae = import_config(save_pretrained("videomae", tmp_path / "videomae"), "encoder")
     with pytest.raises(ModelError, match="takes clips; the sampler's encoder looks at single"):
         import_network(videomae, out, "encoder")
-    with pytest.raises(ModelError, match="a dual encoder recognises what it is asked for"):
+    with pytest.raises(ModelError, match="a dual encoder recognises any classes"):
         import_network(import_config(clip), out)
     with pytest.raises(ConfigError, match=r"--template 'a photo': has no \{\}"):
         import_network(import_config(clip), out, classes=str(names), templates=["a photo"])

@@ -60,7 +60,7 @@ class Selection:
         return cls(manifest, wanted, split, retry_reasons(retry_failed))
 
     def todo(self, done: Done) -> VideoRows:
-        """Return the wanted videos that `done`, the rows of a run folder, does not settle."""
+        """Return the wanted videos that still need processing, given the rows of a run folder."""
         return still_to_do(self.wanted, done, self.retry)
 
 
@@ -119,7 +119,7 @@ class BulkRun:
         self.started = time.time() if started is None else started
         self.lease = Lease(out, take_over=take_over)
         self.happened: dict[str, float] = {}
-        """What went on besides the work, if not 0: nodes_lost, videos_done_again, waited_s."""
+        """Incidents during the run, if not 0: nodes_lost, videos_done_again, waited_s."""
         self.used: dict[str, float] = {}
         """What the work took: cpu_hours and gpu_hours of the nodes, video_hours, frames, tokens."""
         self._held = contextlib.ExitStack()
@@ -155,7 +155,7 @@ class BulkRun:
     def count_settled(self) -> tuple[int, int]:
         """Return how many videos were ok and how many failed when the folder was last read.
 
-        Those that are still to do do not count.
+        Videos still to do are not counted.
         """
         assert self._done is not None, "the run must have been entered"
         ok = accounting(self._done, None)["ok"]
@@ -184,7 +184,7 @@ class BulkRun:
         `seconds`: time by stage. `more`: returns further keys; called once the parts are final.
         Raises RunFailed if a wanted video has no row, another run took over, or storage fails.
         """
-        with _storage_fails_the_run():
+        with _storage_errors_as_run_failed():
             return self._close(seconds, more)
 
     def _close(
@@ -291,7 +291,7 @@ def _free_memory() -> None:
 
 
 @contextlib.contextmanager
-def _storage_fails_the_run() -> Iterator[None]:
+def _storage_errors_as_run_failed() -> Iterator[None]:
     try:
         yield
     except StorageError as error:

@@ -72,23 +72,23 @@ def _read(
     footer: pq.FileMetaData | None,
     columns: Sequence[str] | None,
 ) -> pa.Table:
-    with _named(uri), pq.ParquetFile(file, metadata=footer, pre_buffer=False) as parquet:
+    with _parquet_errors(uri), pq.ParquetFile(file, metadata=footer, pre_buffer=False) as parquet:
         # no pre-buffering, no threads: an Arrow thread that releases the Python file object while
         # the interpreter shuts down aborts the process
         return parquet.read(columns=columns, use_threads=False)
 
 
 @contextlib.contextmanager
-def _named(uri: str) -> Iterator[None]:
+def _parquet_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         # Arrow reports a corrupt page as an OSError without errno; one with errno is the disk's
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise RunError(
-            f"{storage.redact(uri)}: not readable as Parquet ({said}); delete it and run again"
+            f"{storage.redact(uri)}: not readable as Parquet ({reason}); delete it and run again"
         ) from None
 
 
@@ -112,9 +112,9 @@ def _tails(files: Sequence[storage.StoredFile]) -> list[bytes]:
 
 def _ends(files: Sequence[storage.StoredFile], lengths: Sequence[int]) -> list[bytes]:
     """Read the last `lengths` bytes of each file; a length of 0 reads nothing."""
-    some = [(file, length) for file, length in zip(files, lengths, strict=True) if length]
-    ranges = [(file.size_bytes - length, file.size_bytes) for file, length in some]
-    found = iter(storage.read_ranges([file.uri for file, _ in some], ranges))
+    requests = [(file, length) for file, length in zip(files, lengths, strict=True) if length]
+    ranges = [(file.size_bytes - length, file.size_bytes) for file, length in requests]
+    found = iter(storage.read_ranges([file.uri for file, _ in requests], ranges))
     return [next(found) if length else b"" for length in lengths]
 
 

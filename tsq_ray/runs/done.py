@@ -26,7 +26,7 @@ _BRIEF = [
     "warnings",
 ]
 _AT_A_TIME = 100
-"""Parts read and compared with the manifest in one batch."""
+"""Number of parts to read and compare with the manifest in one batch."""
 OK, FAILED, WARNED, OTHER_VERSION, RELABELLED = (1 << bit for bit in range(5))
 """Bits of a row's `flags`: its status, whether it has warnings, and whether the manifest names
 another version of the file (OTHER_VERSION) or other labels or another split (RELABELLED)."""
@@ -142,12 +142,12 @@ def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
     """Read every row of every part of a run folder, reusing parts unchanged since `known`."""
     files, before = list_parts(uri), known.by_file() if known is not None else {}
     parts: list[Part] = []
-    found: list[np.ndarray] = [np.zeros(0, ROW)]
+    pieces: list[np.ndarray] = [np.zeros(0, ROW)]
     start = 0
     for first in range(0, len(files), _AT_A_TIME):
-        some = files[first : first + _AT_A_TIME]
-        read = _read([file for file in some if file not in before], manifest)
-        for file in some:
+        batch = files[first : first + _AT_A_TIME]
+        read = _read([file for file in batch if file not in before], manifest)
+        for file in batch:
             classes, rows = before[file] if file in before else read[file]
             # nearly all parts have the manifest's class names: sharing its list saves memory
             parts.append(
@@ -158,11 +158,11 @@ def read_done(uri: str, manifest: Manifest, known: Done | None = None) -> Done:
                     len(rows),
                 )
             )
-            found.append(rows)
+            pieces.append(rows)
             start += len(rows)
-    every = np.concatenate(found)
-    every["part"] = np.repeat(np.arange(len(parts)), [part.num_rows for part in parts])
-    return Done(manifest, parts, every)
+    all_rows = np.concatenate(pieces)
+    all_rows["part"] = np.repeat(np.arange(len(parts)), [part.num_rows for part in parts])
+    return Done(manifest, parts, all_rows)
 
 
 def _read(

@@ -63,7 +63,7 @@ def read_run(uri: str, kind: Kind | None = None) -> dict[str, Any]:
         if read_json(storage.join(uri, CONFIG_FILE)) is not None:
             raise RunError(
                 f"{storage.redact(uri)}: this run is not finished; "
-                "run its command again, it resumes where it stopped"
+                "run its command again to resume it"
             )
         raise RunError(
             f"{storage.redact(uri)}: no run folder (no {RUN_FILE}); "

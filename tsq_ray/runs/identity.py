@@ -17,7 +17,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that a result depends on, nested, as JSON returns it."""
+    """Everything that a result depends on, as nested JSON values."""
 
     parts: Mapping[str, Any]
 
@@ -46,7 +46,7 @@ class Identity:
         return "; ".join(islice(named, _SHOWN)) + more
 
     def refuse_other(self, before: Mapping[str, Any], uri: str, holds: str) -> None:
-        """Raise RunError if `before`, the record in folder `uri`, is of other work.
+        """Raise RunError if `before`, the record in folder `uri`, describes other work.
 
         `holds` describes the folder in the message, such as "holds another training".
         """

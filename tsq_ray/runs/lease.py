@@ -1,4 +1,4 @@
-"""The lease of a run folder, which only one run holds at a time and which permits writing.
+"""The lease of a run folder: only one run at a time holds it, and only that run may write.
 
 The lease is the file `_lease.json`, created exclusively and rewritten while its run is alive. A
 killed run leaves its lease behind. Another run takes it over: immediately if the kernel reports
@@ -40,7 +40,7 @@ class LeaseTimes:
 
     @property
     def trusted_s(self) -> float:
-        """How long a run may write after its last renewal; the rest of `expire_s` is to stop in."""
+        """How long a run may write after its last renewal; the rest is time to stop."""
         return 2 / 3 * self.expire_s
 
 
@@ -116,10 +116,10 @@ class Lease:
         self._content = self.holder.lease(0)
         self._renewed = time.monotonic()
         self._lost: str | None = None
-        self._trouble = "storage does not answer"
+        self._renewal_error = "storage does not answer"
         self._renewing = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="tsq-lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew_regularly, name="tsq-lease", daemon=True)
 
     def __enter__(self) -> Lease:
         log.use_run(self.holder.run)
@@ -144,7 +144,7 @@ class Lease:
         self.stop_if_lost()
 
     def stop_if_lost(self) -> None:
-        """Raise RunFailed if the lease is lost or may be: storage is not accessed.
+        """Raise RunFailed if the lease is, or may be, lost; does not access storage.
 
         It is lost if the last renewal found that another run has it. Another run may take it once
         no renewal has succeeded for `expire_s`; workers must have stopped by then.
@@ -154,9 +154,9 @@ class Lease:
         since = time.monotonic() - self._renewed
         if since > self.times.trusted_s:
             raise RunFailed(
-                f"{storage.redact(self.uri)}: not renewed for {since:.0f} s ({self._trouble}), so "
-                "another run may take over this folder; this run stops: its finished parts are "
-                "kept, run the same command again to resume"
+                f"{storage.redact(self.uri)}: not renewed for {since:.0f} s "
+                f"({self._renewal_error}), so another run may take over this folder; this run "
+                "stops: its finished parts are kept, run the same command again to resume"
             )
 
     def _acquire(self) -> None:
@@ -169,13 +169,13 @@ class Lease:
                 return
             if found is None or not self._is_abandoned(found):
                 continue
-            self._renewed = time.monotonic()  # watching took its time
+            self._renewed = time.monotonic()  # watching took time
             if storage.replace_bytes(self.uri, found, self._content):
                 return
         raise RunError(f"{storage.redact(self.uri)}: cannot be taken; inspect it, then delete it")
 
     def _is_abandoned(self, found: bytes) -> bool:
-        """Whether the lease may be taken from its holder; False if it was released meanwhile.
+        """Whether the lease may be taken from its holder; False if it has been released since.
 
         Raises RunError if the holder is alive.
         """
@@ -221,13 +221,13 @@ class Lease:
         holder = Holder.read(found) if found else None
         return holder is not None and holder.id == self.holder.id
 
-    def _keep(self) -> None:
+    def _renew_regularly(self) -> None:
         while self._lost is None and not self._ended.wait(self.times.renew_s):
             try:
                 self._renew()
-            # `stop_if_lost` ends the run if renewals go on failing, whatever the reason
+            # `stop_if_lost` ends the run if renewals keep failing, whatever the reason
             except Exception as error:  # noqa: BLE001
-                self._trouble = storage.redact(str(error)) or type(error).__name__
+                self._renewal_error = storage.redact(str(error)) or type(error).__name__
 
     def _renew(self) -> None:
         with self._renewing:
@@ -237,12 +237,12 @@ class Lease:
             if not storage.replace_bytes(self.uri, self._content, content):
                 found = self._read()
                 if found is None or not self._is_ours(found):
-                    self._lost = self._loss(found)
+                    self._lost = self._loss_message(found)
                     return
                 content = found  # replaced, but the response was lost and the retry failed
             self._renewals, self._content, self._renewed = self._renewals + 1, content, started
 
-    def _loss(self, found: bytes | None) -> str:
+    def _loss_message(self, found: bytes | None) -> str:
         holder = Holder.read(found) if found else None
         now = f"{holder} has it" if holder else f"its {LEASE_FILE} is gone"
         return (

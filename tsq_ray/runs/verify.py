@@ -17,7 +17,7 @@ from tsq_ray.runs.done import FAILED, OK, OTHER_VERSION, Done, list_parts, read_
 from tsq_ray.runs.folder import RUN_FILE, part_name, read_run
 
 _SHOWN = 20
-"""Videos named per kind of problem."""
+"""Maximum number of videos to name per kind of problem."""
 
 
 def verify(uri: str) -> Verification:
@@ -31,12 +31,12 @@ def verify(uri: str) -> Verification:
     if problems:
         checks = ["parts", "counts", "rows and manifest not checked (repair the parts first)"]
     else:
-        manifest, why_not = _manifest_of(run)
+        manifest, reason = _manifest_of(run)
         done = read_done(uri, manifest or Manifest(VideoRows.of([]), []))
         problems += _check_rows(run, done)
         if manifest is not None:
             problems += _check_manifest(run, done)
-        checks = ["parts", "rows", "counts", why_not or "manifest"]
+        checks = ["parts", "rows", "counts", reason or "manifest"]
     problems += _check_counts(run)
     counts = Counts(**run["counts"])
     return Verification(storage.redact(uri), run["kind"], counts, tuple(checks), tuple(problems))
@@ -44,10 +44,10 @@ def verify(uri: str) -> Verification:
 
 def _check_parts(uri: str, run: Mapping[str, Any]) -> list[str]:
     listed = {part["name"] for part in run["parts"]}
-    there = {storage.name_of(part.uri) for part in list_parts(uri)}
-    problems = [f"{name}: listed in {RUN_FILE} but missing" for name in sorted(listed - there)]
-    problems += [f"{name}: not listed in {RUN_FILE}" for name in sorted(there - listed)]
-    for name in sorted(there):
+    present = {storage.name_of(part.uri) for part in list_parts(uri)}
+    problems = [f"{name}: listed in {RUN_FILE} but missing" for name in sorted(listed - present)]
+    problems += [f"{name}: not listed in {RUN_FILE}" for name in sorted(present - listed)]
+    for name in sorted(present):
         try:
             problems += _check_part(storage.join(uri, name), run["kind"])
         except RunError as error:
@@ -137,10 +137,10 @@ def _check_manifest(run: Mapping[str, Any], done: Done) -> list[str]:
             f"the manifest has {len(manifest.rows)} videos, "
             f"{RUN_FILE} says {run['counts']['inputs']}"
         )
-    lost = len(manifest.rows) - len(np.unique(place[place >= 0]))
-    if lost != run["counts"]["skipped"]:
+    missing = len(manifest.rows) - len(np.unique(place[place >= 0]))
+    if missing != run["counts"]["skipped"]:
         problems.append(
-            f"{lost} videos of the manifest have no row, "
+            f"{missing} videos of the manifest have no row, "
             f"{RUN_FILE} says {run['counts']['skipped']} were skipped"
         )
     return problems

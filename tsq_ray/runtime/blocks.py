@@ -1,4 +1,4 @@
-"""Blocks of videos: what goes into Ray Data, and what a worker takes at a time."""
+"""Blocks of videos: the units in which Ray Data passes them to workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from tsq_ray.manifest import VideoRef, VideoRows
 
 MAX_BLOCK_ROWS = 128
-"""Most rows that are computed again when a worker is lost."""
+"""Maximum number of rows to recompute when a worker is lost."""
 _BLOCKS_PER_WORKER = 8
 _MAX_BLOCKS = 20_000
 """Blocks per execution: each costs the driver 9 kB, and delays the first by some milliseconds."""
@@ -55,11 +55,11 @@ def cut_blocks(sizes: np.ndarray, workers: int) -> tuple[np.ndarray, np.ndarray]
     blocks = _BLOCKS_PER_WORKER * max(1, workers)
     rows = min(MAX_BLOCK_ROWS, -(-len(sizes) // blocks))
     ends = np.cumsum(sizes[order], dtype=np.float64)
-    most = ends[-1] / blocks if len(ends) else 0.0
+    max_bytes = ends[-1] / blocks if len(ends) else 0.0
     bounds = [0]
     while (start := bounds[-1]) < len(sizes):
         before = ends[start - 1] if start else 0.0
-        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, before + max_bytes, side="right")))
         bounds.append(min(stop, start + rows, len(sizes)))
     return order, np.array(bounds)
 

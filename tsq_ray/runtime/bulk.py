@@ -23,7 +23,7 @@ _PASSES = 3
 
 @dataclass(frozen=True)
 class Work:
-    """What a run does with its videos, and the pools that do it."""
+    """What a run does with its videos, and the pools that it uses."""
 
     workers: Pool
     """The pool that the videos are sent to."""
@@ -33,7 +33,7 @@ class Work:
     schema: pa.Schema
     """Schema of the rows."""
     batch_rows: int
-    """Rows that a worker makes at a time."""
+    """Rows that a worker yields at a time."""
 
 
 class BulkObserver(Observer):
@@ -60,19 +60,19 @@ class BulkObserver(Observer):
         self.metrics.published(part)
 
     def used(self, amounts: Mapping[str, float]) -> None:
-        """Add to what the run worked on: AMOUNTS of published parts."""
+        """Add the AMOUNTS of published parts to those of the run."""
         self._used.update(amounts)
 
-    def _had(self, nodes: Sequence[Mapping[str, Any]], hours: float) -> None:
-        used, found = self.run.used, self._used
+    def _record_hours(self, nodes: Sequence[Mapping[str, Any]], hours: float) -> None:
+        used, total = self.run.used, self._used
         for kind, name in (("CPU", "cpu_hours"), ("GPU", "gpu_hours")):
-            found[name] += hours * sum(node["Resources"].get(kind, 0.0) for node in nodes)
-            used[name] = round(found[name], 6)
-        used["video_hours"] = round(found[parts.VIDEO_S] / 3600, 6)
-        if found[parts.RECOGNIZED]:
-            used["sampled_frames"] = int(found[parts.SAMPLED])
-            used["recognized_frames"] = int(found[parts.RECOGNIZED])
-        used |= {name: int(found[name]) for name in parts.TOKENS if found[name]}
+            total[name] += hours * sum(node["Resources"].get(kind, 0.0) for node in nodes)
+            used[name] = round(total[name], 6)
+        used["video_hours"] = round(total[parts.VIDEO_S] / 3600, 6)
+        if total[parts.RECOGNIZED]:
+            used["sampled_frames"] = int(total[parts.SAMPLED])
+            used["recognized_frames"] = int(total[parts.RECOGNIZED])
+        used |= {name: int(total[name]) for name in parts.TOKENS if total[name]}
 
     def _export(self) -> None:
         if self._done:  # else the actor may still be starting
@@ -85,17 +85,17 @@ class BulkObserver(Observer):
 
 
 def run_bulk(
-    seen: BulkObserver,
+    observer: BulkObserver,
     work: Work,
     session: Session,
     *,
     ticks: Sequence[Callable[[], None]] = (),
     app: str = "",
 ) -> dict[str, float]:
-    """Process the videos of the observed run that are to do, publish their rows.
+    """Process the remaining videos of the observed run and publish their rows.
 
-    Returns the seconds by stage, summed over the rows. Rows lost in transit, with a node for
-    example, are computed again. `ticks` are called twice a second; `app` names the run's Serve
+    Returns the seconds by stage, summed over the rows. Rows lost in transit, for example
+    with a node, are computed again. `ticks` are called twice a second; `app` names the run's Serve
     application, if it has one. Raises RunFailed if the cluster or storage fails, if the run has
     waited for room on the cluster for longer than `session.wait_s`, or if another run has taken
     over the folder.
@@ -103,18 +103,18 @@ def run_bulk(
     import ray
 
     seconds: Counter[str] = Counter()
-    run, what = seen.run, seen.stage
+    run, what = observer.run, observer.stage
     todo = run.todo
     options: dict[str, Any] = {"session": session, "ticks": (run.stop_if_lost, *ticks), "app": app}
     for _ in range(_PASSES):
-        seen.left = len(todo)
+        observer.left = len(todo)
         try:
             written, spent = progress.run_with_progress(
-                _publishing(work, todo, seen, session.debug),
-                seen.counts,
+                _publisher(work, todo, observer, session.debug),
+                observer.counts,
                 len(run.todo),
                 what,
-                observe=seen.observe,
+                observe=observer.observe,
                 **options,
             )
         except ray.exceptions.RayError as error:
@@ -125,15 +125,15 @@ def run_bulk(
     return dict(seconds)
 
 
-def _publishing(
-    work: Work, todo: VideoRows, seen: BulkObserver, debug: bool
+def _publisher(
+    work: Work, todo: VideoRows, observer: BulkObserver, debug: bool
 ) -> Callable[[], tuple[int, dict[str, float]]]:
-    run = seen.run
+    run = observer.run
 
     def publish() -> tuple[int, dict[str, float]]:
         totals: Counter[str] = Counter()
         rows = parts.part_rows(work.schema, run.config.output, len(todo))
-        parts.hand_on_after(cluster.quiet_data(debug), work.schema, work.batch_rows)
+        parts.limit_output_blocks(cluster.quiet_data(debug), work.schema, work.batch_rows)
         for data in blocks.executions(todo, work.workers.start):
             totals.update(
                 parts.write_parts(
@@ -143,11 +143,11 @@ def _publishing(
                     work.schema,
                     run.config.output,
                     rows,
-                    seen.published,
+                    observer.published,
                 )
             )
         written, *amounts = (totals.pop(name, 0.0) for name in parts.AMOUNTS)
-        seen.used(dict(zip(parts.AMOUNTS[1:], amounts, strict=True)))
+        observer.used(dict(zip(parts.AMOUNTS[1:], amounts, strict=True)))
         return int(written), {name: value for name, value in totals.items() if value > 0}
 
     return publish

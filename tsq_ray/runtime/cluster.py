@@ -23,7 +23,7 @@ from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage, not_yet_started,
 from tsq_ray.runtime.placement import layout, wanted_nodes
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
-_MAX_CHATTER = 200
+_MAX_LINE_CHARS = 200
 _ASK_EVERY_S = 3.0
 _MAX_INIT_DEATHS = 3
 _MAX_SOCKET_PATH = 107
@@ -36,7 +36,7 @@ _SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
 def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None) -> Iterator[Any]:
     """Connect to the session's Ray cluster, or start one here, for the duration of the `with`.
 
-    One that is started listens on loopback only, with its metrics on `metrics_port` or a free port.
+    A started cluster listens on loopback only, with its metrics on `metrics_port` or a free port.
     A cluster that is already connected is used and stays connected. Raises RunFailed if no cluster
     can be started or joined.
     """
@@ -64,8 +64,8 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
             ray.init(**options)
     except Exception as error:  # Ray also raises plain Exception
         if place == "local":
-            raise RunFailed(_why_start_failed(error)) from error
-        raise RunFailed(_why_joining_failed(error, place, bool(address))) from error
+            raise RunFailed(_explain_start_failure(error)) from error
+        raise RunFailed(_explain_join_failure(error, place, bool(address))) from error
     with _stdout_to_stderr(debug):
         try:
             yield ray
@@ -74,7 +74,7 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
 
 
 def ray_token() -> str | None:
-    """Return the token of Ray's clusters that this user has, in the places where Ray looks."""
+    """Return this user's token for Ray clusters, from the places where Ray looks for it."""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
     path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
@@ -110,7 +110,7 @@ def cluster_of(records: Iterable[Mapping[str, Any]], config: Config) -> Cluster:
 
 
 def lay_out(ray: Any, stage: Stage, config: Config, videos: int) -> Layout:
-    """Lay out a stage on the connected cluster, and say what it starts without."""
+    """Lay out a stage on the connected cluster, and log what it starts without."""
     found = read_cluster(ray, config)
     placed = layout(stage, config, found, videos)
     _say_shortfalls(placed, config, found)
@@ -204,10 +204,10 @@ def run_failed(error: BaseException, doing: str) -> TsqError:
 
 @contextlib.contextmanager
 def _for_loopback(place: str) -> Iterator[None]:
-    """Have a Ray that is imported and started inside the `with` listen on loopback only.
+    """Make a Ray that is imported and started inside the `with` listen on loopback only.
 
-    Unless it is one to join. The variable does not stay, because a Ray of several nodes that is
-    started later from this environment would fail.
+    A cluster to join is not affected. The variable is removed again, because it would make a
+    multi-node Ray started later from this environment fail.
     """
     name = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     if place != "local" or name in os.environ:
@@ -243,16 +243,16 @@ def _temp_dir() -> str:
     there, else a private folder with a short path. Raises RunFailed if RAY_TMPDIR is too long or no
     private folder can be made.
     """
-    asked = os.environ.get("RAY_TMPDIR")
+    requested = os.environ.get("RAY_TMPDIR")
     # given a relative path, Ray fails to start and reports it only after 30 s
-    folder = os.path.abspath(asked or os.environ.get("TMPDIR") or "/tmp")
+    folder = os.path.abspath(requested or os.environ.get("TMPDIR") or "/tmp")
     allowed = _MAX_SOCKET_PATH - len(_LONGEST_SOCKET.format(pid=os.getpid()))
     length = len(os.fsencode(folder))
     if length <= allowed:
         return os.path.join(folder, "ray")
-    name = "RAY_TMPDIR" if asked else "TMPDIR"
+    name = "RAY_TMPDIR" if requested else "TMPDIR"
     what = f"{name} is too long for Ray's Unix sockets ({length} bytes, at most {allowed})"
-    if asked:
+    if requested:
         raise RunFailed(f"{what}: {folder}; set RAY_TMPDIR to a shorter path")
     for base in _SHORT_FOLDERS:
         own = os.path.join(base, f"tsq-ray-{os.getuid()}")
@@ -264,7 +264,7 @@ def _temp_dir() -> str:
 
 
 def _is_private_folder(path: str) -> bool:
-    """Create the folder if it is missing; return whether this user alone can write to it."""
+    """Create the folder if it is missing; return whether only this user can write to it."""
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
         found = os.lstat(path)
@@ -275,24 +275,24 @@ def _is_private_folder(path: str) -> bool:
 
 
 def _check_reachable(place: str) -> None:
-    """Raise _Unreachable if nothing listens at `[ray://]host:port` or where `auto` leads.
+    """Raise _Unreachable if nothing listens at `[ray://]host:port` or the address behind `auto`.
 
-    Ray would retry for five minutes.
+    Ray itself would retry for five minutes.
     """
-    address = _address_here() if place == "auto" else place
+    address = _resolve_auto() if place == "auto" else place
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if colon and port.isdigit():
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         except OSError as error:
-            found = "" if address == place else f"{address}: "
-            raise _Unreachable(f"{found}{error}") from error
+            prefix = "" if address == place else f"{address}: "
+            raise _Unreachable(f"{prefix}{error}") from error
 
 
-def _address_here() -> str:
-    """Return where `auto` leads: to this machine's cluster, which may have died since.
+def _resolve_auto() -> str:
+    """Return the address behind `auto`: that of this machine's cluster, which may have died since.
 
-    Raises _Unreachable without one.
+    Raises _Unreachable if there was none.
     """
     from ray._private.services import canonicalize_bootstrap_address
 
@@ -306,22 +306,22 @@ class _Unreachable(Exception):
     """Nothing listens at an address."""
 
 
-def _why_joining_failed(error: Exception, place: str, is_argument: bool) -> str:
+def _explain_join_failure(error: Exception, place: str, is_argument: bool) -> str:
     """Say what is wrong with the address and what to do about it."""
-    named = f"--address {place}" if is_argument else f"RAY_ADDRESS={place}"
-    otherwise = "leave --address out" if is_argument else "unset RAY_ADDRESS"
+    setting = f"--address {place}" if is_argument else f"RAY_ADDRESS={place}"
+    alternative = "leave --address out" if is_argument else "unset RAY_ADDRESS"
     if place.startswith(("http://", "https://")):
         remedy = "without it name the cluster as auto, HOST:PORT or ray://HOST:PORT"
         return (
-            f"{named}: a dashboard's URL, which --submit takes; {remedy}, "
-            f"or {otherwise} to start Ray here"
+            f"{setting}: a dashboard's URL, which --submit takes; {remedy}, "
+            f"or {alternative} to start Ray here"
         )
     if isinstance(error, _Unreachable):
         what, remedy = "no Ray cluster answers there", "start one with: ray start --head"
     elif isinstance(error, OSError):  # this is how Ray reports a wrong token and a missing one
         presented = os.environ.get("RAY_AUTH_MODE") == "token" and ray_token() is not None
-        given = "does not accept the token" if presented else "may want a token, and got none"
-        what = f"what listens there {given}, or is no Ray cluster"
+        problem = "does not accept the token" if presented else "may want a token but got none"
+        what = f"what listens there {problem}, or is not a Ray cluster"
         remedy = (
             "check the address; for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "~/.ray/auth_token to the cluster's"
@@ -329,12 +329,12 @@ def _why_joining_failed(error: Exception, place: str, is_argument: bool) -> str:
     else:
         what = "that Ray cluster cannot be joined"
         remedy = "check the address, and that the cluster has the same Python and Ray versions"
-    return f"{named}: {what} ({one_line(error)}); {remedy}, or {otherwise} to start Ray here"
+    return f"{setting}: {what} ({one_line(error)}); {remedy}, or {alternative} to start Ray here"
 
 
-def _why_start_failed(error: Exception) -> str:
-    said = one_line(error)
-    if "timed out" in said:
+def _explain_start_failure(error: Exception) -> str:
+    reason = one_line(error)
+    if "timed out" in reason:
         advice = (
             "the machine is too busy: run the same command again when it is less loaded, "
             "or let Ray wait longer than its 30 s with RAY_raylet_start_wait_time_s=120"
@@ -343,7 +343,7 @@ def _why_start_failed(error: Exception) -> str:
         advice = "set RAY_TMPDIR to a folder that you can write to and that has free space"
     else:
         advice = "--debug shows Ray's own output"
-    return f"Ray could not be started here ({said}); {advice}"
+    return f"Ray could not be started here ({reason}); {advice}"
 
 
 def one_line(error: BaseException) -> str:
@@ -359,12 +359,12 @@ def _stdout_to_stderr(debug: bool) -> Iterator[None]:
 
 
 class _FirstLines(io.TextIOBase):
-    """Say the first line of each text: Ray adds 20 log lines to a report of a lost node."""
+    """Log the first line of each text: Ray adds 20 log lines to a report of a lost node."""
 
     def write(self, text: str) -> int:
         lines = text.strip().splitlines()
         if lines:
-            log.say(lines[0][:_MAX_CHATTER])
+            log.say(lines[0][:_MAX_LINE_CHARS])
         return len(text)
 
 
@@ -376,11 +376,11 @@ def _silent_stderr() -> Iterator[None]:
     """
     sys.stderr.flush()
     kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
         os.dup2(kept, 2)
-        os.close(nowhere)
+        os.close(devnull)
         os.close(kept)

@@ -18,8 +18,8 @@ from tsq_ray.runtime.cluster import one_line, ray_token
 _DEFAULT = "http://127.0.0.1:8265"
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RETRY_S, _LOST_S = 2.0, 600.0
-"""Between attempts to reach a cluster again, and how long in all."""
-_STOPS_S = 60.0
+"""Seconds between attempts to reconnect to a cluster, and until giving up."""
+_STOP_TIMEOUT_S = 60.0
 _HEARTBEAT_S = 20.0
 """A connection whose peer leaves a ping unanswered for half of this time is lost."""
 
@@ -36,7 +36,7 @@ class Job:
     """Seconds since the epoch; None before the start."""
     ended: float | None
     exit_code: int | None
-    """0, 1 or 2 as the command's own; None while it runs."""
+    """The command's own, 0, 1 or 2; None while it runs."""
     message: str
     """What Ray says about the status."""
 
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def says_more(self) -> bool:
-        """Whether the message tells what the job's own output does not."""
+        """Whether the message adds to the job's own output."""
         return self.status == "FAILED" and "exit code" not in self.message
 
 
@@ -57,7 +57,7 @@ class Jobs:
     def __init__(self, address: str | None = None) -> None:
         """Connect to a dashboard; `address` defaults to RAY_ADDRESS, then to this machine.
 
-        Raises RunFailed if it does not answer or wants another token.
+        Raises RunFailed if it does not answer or rejects the token.
         """
         variable = os.environ.get("RAY_ADDRESS")
         self.address = address or variable or _DEFAULT
@@ -68,14 +68,14 @@ class Jobs:
     def submit(self, name: str, argv: Sequence[str], folder: str) -> tuple[str, bool]:
         """Start `tsq ARGV` in a copy of `folder`, together with this package.
 
-        Return the job's id, which is `name` and the number of the attempt, and whether it is new: a
-        job of this name that has not ended is not started again.
+        Return the job's id, `name` with the number of the attempt, and whether it is new: while a
+        job of this name has not ended, no other is started.
         """
-        before = [job for job in self.all() if job.id.rpartition("-")[0] == name]
-        for job in before:
+        earlier = [job for job in self.all() if job.id.rpartition("-")[0] == name]
+        for job in earlier:
             if not job.is_over:
                 return job.id, False
-        attempts = [int(job.id.rpartition("-")[2]) for job in before]
+        attempts = [int(job.id.rpartition("-")[2]) for job in earlier]
         job_id = f"{name}-{max(attempts, default=0) + 1}"
         environment = {"working_dir": folder, "py_modules": [str(Path(__file__).parents[1])]}
         try:
@@ -91,10 +91,10 @@ class Jobs:
         return job_id, True
 
     def follow(self, job_id: str, write: Callable[[str], object]) -> Job:
-        """Pass a job's output on until it ends. A lost connection is made again.
+        """Pass on a job's output until it ends, reconnecting if the connection is lost.
 
-        Raises RunError for an unknown job; RunFailed if the user interrupts, after which the job
-        goes on, or if the cluster stays out of reach.
+        Raises RunError for an unknown job; RunFailed if the user interrupts, which does not stop
+        the job, or if the cluster stays unreachable.
         """
         attach, stop = (f"tsq jobs {what} {job_id}{self._shown}" for what in ("attach", "stop"))
         try:
@@ -138,13 +138,13 @@ class Jobs:
             self._client.stop_job(job_id)
         except RuntimeError as error:
             raise self._unknown(job_id, error) from error
-        deadline = time.monotonic() + _STOPS_S
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
         while not (found := self.get(job_id)).is_over and time.monotonic() < deadline:
             time.sleep(0.5)
         if not found.is_over:
             raise RunFailed(
-                f"job {job_id}: still {found.status} {_STOPS_S:g} s after the request to stop; "
-                f"look again with `tsq jobs list{self._shown}`"
+                f"job {job_id}: still {found.status} {_STOP_TIMEOUT_S:g} s after the request to "
+                f"stop; look again with `tsq jobs list{self._shown}`"
             )
         return found
 
@@ -160,10 +160,10 @@ class _Follower:
     def __init__(self, jobs: Jobs, job_id: str, write: Callable[[str], object]) -> None:
         self.jobs, self.job_id, self.write = jobs, job_id, write
         self.shown = 0
-        """Characters that were passed on."""
+        """Characters passed on so far."""
 
     def follow(self) -> Job:
-        """Raises ConnectionError if the cluster stays out of reach."""
+        """Follow until the job ends. Raises ConnectionError if the cluster stays unreachable."""
         lost_at: float | None = None
         while True:
             try:
@@ -187,11 +187,11 @@ class _Follower:
     async def tail(self, heartbeat_s: float = _HEARTBEAT_S) -> None:
         """Pass on the output until the connection ends. Raises ConnectionError if it breaks.
 
-        Ray's own client sends no heartbeat, and waits forever for a peer that has silently gone.
+        Ray's own client sends no heartbeat, and waits forever for a peer that is silently gone.
         """
         import aiohttp
 
-        client, place = self.jobs._client, 0  # each connection starts at the output's beginning
+        client, position = self.jobs._client, 0  # each connection replays all output
         url = f"{client._address}/api/jobs/{self.job_id}/logs/tail"
         async with (
             aiohttp.ClientSession(cookies=client._cookies, headers=client._headers) as session,
@@ -200,15 +200,15 @@ class _Follower:
             async for message in socket:
                 if message.type != aiohttp.WSMsgType.TEXT:
                     break
-                place = self._pass_on(message.data, place)
+                position = self._pass_on(message.data, position)
             if socket.close_code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
                 raise ConnectionError(f"no answer from {self.jobs.address}")
 
-    def _pass_on(self, text: str, place: int) -> int:
-        """Write the part of a text at `place` that was not written yet; return where it ends."""
-        end = place + len(text)
+    def _pass_on(self, text: str, position: int) -> int:
+        """Write what is new of the text at `position` in the output; return the end of the text."""
+        end = position + len(text)
         if end > self.shown:
-            self.write(text[max(0, self.shown - place) :])
+            self.write(text[max(0, self.shown - position) :])
             self.shown = end
         return end
 
@@ -228,7 +228,7 @@ def _client(address: str, named_by: str) -> Any:
                 raise
             return JobSubmissionClient(address, headers=headers)
     except AuthenticationError as error:
-        what = "does not accept the token" if token else "wants a token, and got none"
+        what = "does not accept the token" if token else "wants a token but got none"
         raise RunFailed(
             f"{address}: this cluster {what}; set RAY_AUTH_TOKEN to the cluster's token, or write "
             "it to ~/.ray/auth_token"

@@ -1,9 +1,9 @@
 """What a run exports to Prometheus through Ray (docs/operations.md lists it).
 
-Ray puts `ray_` before each name. Everything is counted by the driver, which hears of each part
-once, whatever was killed. Each series has the labels `run`, the id of the run as in its JSON log
-lines and `_run.json`, and `stage`, the command. Runs that write no rows (train, finetune, evaluate)
-export those of `update` and `end` only.
+Ray puts `ray_` before each name. The driver counts everything: it learns of each part exactly once,
+no matter which processes are killed. Each series has the labels `run`, the id of the run as in its
+JSON log lines and `_run.json`, and `stage`, the command. Runs that write no rows (train, finetune,
+evaluate) export only those of `update` and `end`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class PublishedPart:
     video_bytes: int
     """Size of their videos."""
     fetched_bytes: int
-    """Bytes of them read from storage."""
+    """Bytes of these videos that were read from storage."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of work on them by step."""
+    """Seconds of work on these videos, by step."""
     tokens: Mapping[str, float] = field(default_factory=dict)
     """tokens_in and tokens_out of the recogniser's server."""
 
@@ -37,39 +37,45 @@ class RunMetrics:
         """`run`: its id. `stage`: its command. `holder`: who runs it, as in its folder's lease."""
         from ray.util import metrics
 
-        def made(kind: Any, name: str, text: str, *more: str) -> Any:
+        def create(kind: Any, name: str, text: str, *more: str) -> Any:
             return kind(f"tsq_run_{name}", text, ("run", "stage", *more))
 
         counter, gauge = metrics.Counter, metrics.Gauge
         self.stage, self._holder = stage, holder
         self._tags = {"run": run, "stage": stage}
-        self._videos = made(
+        self._videos = create(
             counter, "videos", "Rows published, by status and error type.", "status", "error_type"
         )
-        self._parts = made(counter, "parts", "Parts published.")
-        self._bytes = made(counter, "video_bytes", "Size of the videos whose rows were published.")
-        self._fetched = made(
+        self._parts = create(counter, "parts", "Parts published.")
+        self._bytes = create(
+            counter, "video_bytes", "Size of the videos whose rows were published."
+        )
+        self._fetched = create(
             counter, "fetched_bytes", "Bytes of those videos that were read from storage."
         )
-        self._seconds = made(counter, "seconds", "Seconds of work on those videos.", "step")
-        self._tokens = made(
+        self._seconds = create(counter, "seconds", "Seconds of work on those videos.", "step")
+        self._tokens = create(
             counter, "tokens", "Tokens that the recogniser's server counted.", "direction"
         )
-        self._left = made(gauge, "videos_left", "Videos that have no published row yet.")
-        self._queued = made(gauge, "videos_queued", "Videos done whose rows are not published yet.")
-        self._last = made(gauge, "last_part_timestamp_seconds", "When the last part was published.")
-        self._waiting = made(
-            gauge, "waiting_seconds", "Seconds that it has waited for room by now."
+        self._left = create(gauge, "videos_left", "Videos that have no published row yet.")
+        self._queued = create(
+            gauge, "videos_queued", "Videos done whose rows are not published yet."
         )
-        self._nodes = made(gauge, "nodes_lost", "Nodes lost during the run.")
-        self._again = made(
+        self._last = create(
+            gauge, "last_part_timestamp_seconds", "When the last part was published."
+        )
+        self._waiting = create(
+            gauge, "waiting_seconds", "Seconds that the run has been waiting for room."
+        )
+        self._nodes = create(gauge, "nodes_lost", "Nodes lost during the run.")
+        self._again = create(
             gauge, "videos_done_again", "Videos done again because their rows were lost."
         )
-        self._progress = made(
-            gauge, "last_progress_timestamp_seconds", "When its progress last changed."
+        self._progress = create(
+            gauge, "last_progress_timestamp_seconds", "When the run's progress last changed."
         )
-        self._info = made(gauge, "info", "1 while the run lasts.", "holder")
-        self._ended = made(counter, "ended", "Runs whose work on the cluster ended.", "status")
+        self._info = create(gauge, "info", "1 during the run.", "holder")
+        self._ended = create(counter, "ended", "Runs whose work on the cluster ended.", "status")
         self._published = time.time()
 
     def published(self, part: PublishedPart) -> None:
@@ -91,9 +97,9 @@ class RunMetrics:
                 self._tokens.inc(tokens, self._tags | {"direction": name.removeprefix("tokens_")})
 
     def update(self, waiting_s: float, progressed: float, happened: Mapping[str, float]) -> None:
-        """Set the gauges of any run; to be called every few seconds, as they expire.
+        """Set the gauges of any run. Call it every few seconds, because gauges expire.
 
-        `progressed`: when its progress last changed, in seconds since 1970.
+        `progressed`: when the run's progress last changed, in seconds since 1970.
         """
         self._waiting.set(waiting_s, self._tags)
         self._progress.set(progressed, self._tags)
@@ -101,7 +107,7 @@ class RunMetrics:
         self._info.set(1, self._tags | {"holder": self._holder})
 
     def update_rows(self, left: int, queued: int, again: int) -> None:
-        """Set the gauges of a run that writes rows, in the same way."""
+        """Set the gauges of a run that writes rows, as often as `update`."""
         self._left.set(left, self._tags)
         self._queued.set(queued, self._tags)
         self._again.set(again, self._tags)

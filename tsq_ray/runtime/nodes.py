@@ -125,16 +125,16 @@ class Cluster:
         """Return the largest CPU share per actor at which the nodes hold all `actors`.
 
         Launchable nodes count like live ones. On a cluster that grows by unknown nodes an actor
-        asks for at least a core, because those that do not fit make it grow.
+        asks for at least a core, because actors that do not fit make it grow.
         """
         nodes = [node for node in self.every_node() if node.cpus] or [Node(self.largest_cpus)]
         free = [(node.cpus - ROOM * min(1.0, node.cpus), node.count) for node in nodes]
-        least = self.busy_cpus if self.grows else STEP * self.unit
+        minimum = self.busy_cpus if self.grows else STEP * self.unit
         for steps in range(int(max(cpus for cpus, _ in free) / STEP + 1e-9), 1, -1):
             each = round(steps * STEP, 2)
-            if each > least and sum(int(c / each + 1e-9) * count for c, count in free) >= actors:
+            if each > minimum and sum(int(c / each + 1e-9) * count for c, count in free) >= actors:
                 return each
-        return least
+        return minimum
 
     def capacity(self, pool: Pool, *, launchable: bool = False) -> int:
         """Return how many of the pool's actors fit on the live nodes at once.
@@ -235,19 +235,19 @@ def num_fitting(pool: Pool, node: Node) -> int:
     """Return how many of the pool's actors the node holds at once."""
     if not pool.labels.items() <= node.labels.items():
         return 0
-    asked = ((node.cpus, pool.cpus), (node.gpus, pool.gpus), (node.memory, pool.memory))
-    fits = (available / wanted for available, wanted in asked if wanted)
+    pairs = ((node.cpus, pool.cpus), (node.gpus, pool.gpus), (node.memory, pool.memory))
+    fits = (available / requested for available, requested in pairs if requested)
     return int(min(fits, default=float(GROWTH_LIMIT)) + 1e-9)
 
 
 def unplaced(placed: Layout, free: Sequence[Node]) -> Pool | None:
-    """Return a pool that has no room for the actors it starts with; None if all have.
+    """Return a pool that has no room for the actors it starts with; None if every pool has.
 
     A pool that grows with the cluster starts with one, the others with their minimum.
 
     Args:
         placed: the layout.
-        free: the live nodes, with the resources that nobody uses.
+        free: the live nodes, reduced to their unused resources.
     """
     left = list(free)
     for pool in sorted(placed.pools.values(), key=lambda pool: (-pool.gpus, -pool.cpus)):
@@ -266,7 +266,7 @@ def unplaced(placed: Layout, free: Sequence[Node]) -> Pool | None:
 
 
 def shortfalls(placed: Layout, resources: ResourcesConfig, cluster: Cluster) -> Iterator[str]:
-    """Yield what a run starts without: GPUs that nobody named, actors without a node so far."""
+    """Yield what a run starts without: GPUs that no setting names, actors without a node so far."""
     if resources.gpus < 0 and cluster.grows and not placed.on_gpu:
         yield (
             "no node has a GPU now, so the networks run on CPUs; to have the cluster start GPU "
@@ -279,11 +279,13 @@ def shortfalls(placed: Layout, resources: ResourcesConfig, cluster: Cluster) -> 
         pool = placed.pools.get(name)
         if pool is None or asked < 1 or pool.minimum == pool.limit:
             continue  # the cluster sizes it, or it waits for all of its actors
-        there = min(pool.limit, cluster.capacity(replace(pool, gpus=float(math.ceil(pool.gpus)))))
-        if there < pool.limit:
+        available = min(
+            pool.limit, cluster.capacity(replace(pool, gpus=float(math.ceil(pool.gpus))))
+        )
+        if available < pool.limit:
             yield (
-                f"resources.{setting} = {asked}: the nodes hold {there} of {pool.limit} {name}s "
-                "now; the others start when nodes join"
+                f"resources.{setting} = {asked}: the nodes hold {available} of {pool.limit} "
+                f"{name}s now; the others start when nodes join"
             )
 
 

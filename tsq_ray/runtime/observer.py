@@ -1,4 +1,4 @@
-"""What happens to a run on its cluster: for its metrics, its summary and its record."""
+"""Follow a run on its cluster, for its metrics, its summary and its record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Observer:
     def __init__(
         self, ray: Any, holder: Holder, stage: str, check: Callable[[], None] = lambda: None
     ) -> None:
-        """`holder` names the run; `check` is called each time and may end it by an exception."""
+        """`holder` names the run; `check` is called each time and may raise to end the run."""
         self.stage, self.metrics = stage, RunMetrics(holder.run, stage, str(holder))
         self.happened: dict[str, float] = {}
         """nodes_lost and waited_s, if not 0."""
@@ -52,13 +52,13 @@ class Observer:
             self.look()
 
     def look(self) -> None:
-        """Compare the nodes with those of before, and export what is known."""
+        """Compare the nodes with those seen last, and export the metrics."""
         now = time.monotonic()
         hours = (now - self._looked) / 3600 if self._nodes else 0.0
         self._looked = now
         with contextlib.suppress(self._ray.exceptions.RayError):
             alive = [node for node in self._ray.nodes() if node["Alive"]]
-            self._had(alive, hours)
+            self._record_hours(alive, hours)
             nodes = {node["NodeID"] for node in alive}
             if lost := len(self._nodes - nodes):
                 self._note("nodes_lost", self.happened.get("nodes_lost", 0) + lost)
@@ -67,8 +67,8 @@ class Observer:
         self._note("waited_s", round(self._waited_s(), 1))
         self._export()
 
-    def _had(self, nodes: Sequence[Mapping[str, Any]], hours: float) -> None:
-        """Take note that the run had these nodes for these hours."""
+    def _record_hours(self, nodes: Sequence[Mapping[str, Any]], hours: float) -> None:
+        """Record that the run had these nodes for these hours."""
 
     def _export(self) -> None:
         waiting_s = self._watch.waiting_s if self._watch is not None else 0.0

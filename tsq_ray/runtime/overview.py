@@ -18,9 +18,9 @@ from tsq_ray.runtime.placement import layout
 from tsq_ray.runtime.session import Session
 
 _GIB = 2**30
-_PROBE_S = 30.0
-_MOST_SHOWN = 50
-"""Nodes that are listed one by one."""
+_PROBE_TIMEOUT_S = 30.0
+_MAX_SHOWN = 50
+"""Maximum number of nodes to list individually."""
 
 
 def describe_cluster(
@@ -35,29 +35,29 @@ def describe_cluster(
     it would have to wait. Raises RunFailed if the cluster cannot be joined.
     """
     with cluster.connect(session) as ray:
-        found = cluster.read_cluster(ray, config)
-        free = _free_nodes(ray, found)
+        connected = cluster.read_cluster(ray, config)
+        free = _free_nodes(ray, connected)
         status, disks = usage.read_status(ray), _free_disks(ray)
         states = Counter("alive" if node["Alive"] else "dead" for node in ray.nodes())
         described: dict[str, Any] = {
             "kind": "cluster",
             "nodes": dict(states),
-            "largest_node": describe_largest(found),
-            "free": _free(found, free),
-            "each_node": _each_node(found, free, disks),
+            "largest_node": describe_largest(connected),
+            "free": _free(connected, free),
+            "each_node": _each_node(connected, free, disks),
             "held_by": usage.holders(ray) or "nobody",
         }
         if status is not None:
             described["waiting"] = usage.demands(status) or "nothing"
             described["autoscaler"] = usage.launches(status)
-    described["can_start"] = _can_start(found)
+    described["can_start"] = _can_start(connected)
     count = videos or GROWTH_LIMIT * MAX_BLOCK_ROWS
-    layouts = {stage: _describe_layout(stage, config, found, free, count) for stage in stages}
+    layouts = {stage: _describe_layout(stage, config, connected, free, count) for stage in stages}
     return described | layouts
 
 
-def _free_nodes(ray: Any, found: Cluster) -> tuple[Node, ...]:
-    """Return the live nodes of `found`, in its order, with the resources that nobody uses."""
+def _free_nodes(ray: Any, connected: Cluster) -> tuple[Node, ...]:
+    """Return the live nodes of `connected`, in its order, reduced to their unused resources."""
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
@@ -69,25 +69,25 @@ def _free_nodes(ray: Any, found: Cluster) -> tuple[Node, ...]:
             gpus=free.get(name, {}).get("GPU", 0.0),
             memory=free.get(name, {}).get("memory", 0.0),
         )
-        for name, node in zip(alive, found.nodes, strict=False)
+        for name, node in zip(alive, connected.nodes, strict=False)
     )
 
 
 def _free_disks(ray: Any) -> dict[str, str]:
-    """Return what is free for temporary files, by the node's name; nodes that are silent lack."""
+    """Return the free space for temporary files by node name, for the nodes that answer."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    asked: dict[Any, str] = {}
-    for node in [node for node in ray.nodes() if node["Alive"]][:_MOST_SHOWN]:
+    pending: dict[Any, str] = {}
+    for node in [node for node in ray.nodes() if node["Alive"]][:_MAX_SHOWN]:
         here: Any = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=here)(_free_disk)
-        asked[task.remote()] = node["NodeName"]
-    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)
-    found = {}
+        pending[task.remote()] = node["NodeName"]
+    done, _ = ray.wait(list(pending), num_returns=len(pending), timeout=_PROBE_TIMEOUT_S)
+    disks = {}
     for answer in done:
         with contextlib.suppress(ray.exceptions.RayError):
-            found[asked[answer]] = ray.get(answer)
-    return found
+            disks[pending[answer]] = ray.get(answer)
+    return disks
 
 
 def _free_disk() -> str:
@@ -98,51 +98,53 @@ def _free_disk() -> str:
     return f"{usage.free / 1e9:.0f} of {usage.total / 1e9:.0f} GB"
 
 
-def _free(found: Cluster, free: Sequence[Node]) -> dict[str, str]:
-    rooms = {
-        "CPU": f"{sum(node.cpus for node in free):.4g} of {found.cpus:g}",
-        "GPU": f"{sum(node.gpus for node in free):.4g} of {found.gpus:g}",
+def _free(connected: Cluster, free: Sequence[Node]) -> dict[str, str]:
+    amounts = {
+        "CPU": f"{sum(node.cpus for node in free):.4g} of {connected.cpus:g}",
+        "GPU": f"{sum(node.gpus for node in free):.4g} of {connected.gpus:g}",
     }
-    memory = sum(node.memory for node in found.nodes)
+    memory = sum(node.memory for node in connected.nodes)
     if not math.isinf(memory):
         left = sum(node.memory for node in free)
-        rooms["memory"] = f"{left / _GIB:.1f} of {memory / _GIB:.1f} GiB"
-    return rooms
+        amounts["memory"] = f"{left / _GIB:.1f} of {memory / _GIB:.1f} GiB"
+    return amounts
 
 
 def _each_node(
-    found: Cluster, free: Sequence[Node], disks: Mapping[str, str]
+    connected: Cluster, free: Sequence[Node], disks: Mapping[str, str]
 ) -> dict[str, dict[str, str]]:
-    """Describe the live nodes; two of the same name get numbers."""
+    """Describe the live nodes; nodes that share a name are numbered."""
     described: dict[str, dict[str, str]] = {}
-    for whole, left in list(zip(found.nodes, free, strict=False))[:_MOST_SHOWN]:
-        rooms = _free(Cluster((whole,)), [left])
+    for whole, left in list(zip(connected.nodes, free, strict=False))[:_MAX_SHOWN]:
+        amounts = _free(Cluster((whole,)), [left])
         if not whole.gpus:
-            rooms.pop("GPU")
+            amounts.pop("GPU")
         if whole.name in disks:
-            rooms["disk"] = disks[whole.name]
+            amounts["disk"] = disks[whole.name]
         if labels := {k: v for k, v in whole.labels.items() if not k.startswith("ray.io/node-id")}:
-            rooms["labels"] = ", ".join(f"{name}={value}" for name, value in labels.items())
+            amounts["labels"] = ", ".join(f"{name}={value}" for name, value in labels.items())
         name, number = whole.name, 2
         while name in described:
             name, number = f"{whole.name} ({number})", number + 1
-        described[name] = rooms
+        described[name] = amounts
     return described
 
 
-def _can_start(found: Cluster) -> list[str] | str:
-    if found.launchable:
-        return [f"{node.count} x {node.cpus:g} CPU, {node.gpus:g} GPU" for node in found.launchable]
-    if found.grows:
-        return "unknown: Ray does not tell; name the nodes in resources.node_types"
+def _can_start(connected: Cluster) -> list[str] | str:
+    if connected.launchable:
+        return [
+            f"{node.count} x {node.cpus:g} CPU, {node.gpus:g} GPU" for node in connected.launchable
+        ]
+    if connected.grows:
+        return "unknown, because Ray does not say; name the nodes in resources.node_types"
     return "nothing: no resources.node_types"
 
 
 def _describe_layout(
-    stage: Stage, config: Config, found: Cluster, free: Sequence[Node], videos: int
+    stage: Stage, config: Config, connected: Cluster, free: Sequence[Node], videos: int
 ) -> dict[str, Any] | str:
     try:
-        placed = layout(stage, config, found, videos)
+        placed = layout(stage, config, connected, videos)
     except ConfigError as error:
         return str(error)
     pool = unplaced(placed, free)

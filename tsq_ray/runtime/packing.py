@@ -39,7 +39,7 @@ def packed_fields(names: Sequence[str]) -> dict[str, pa.DataType]:
 def pack_video(video: Outcome, names: Sequence[str]) -> dict[str, Any]:
     """Return a decoded video, or its failure, as Arrow values.
 
-    Of the pictures `names`, those that the video has are packed.
+    Packs those of the pictures `names` that the video has.
     """
     if not isinstance(video, DecodedVideo):
         return {"error_type": video.error_type, "error_message": str(video)}

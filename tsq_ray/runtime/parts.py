@@ -1,4 +1,4 @@
-"""Parts of the run folder: the rows that come out of Ray Data, gathered and published."""
+"""Parts of the run folder: rows from Ray Data, collected and published."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tsq_ray.runtime.nodes import Pool
 RETRIES: dict[str, int] = {"max_restarts": 100, "max_task_retries": 60}
 """Retry limits of a stage's workers.
 
-By default Ray Data retries without limit, and a batch that always kills its worker would keep the
-run from ever ending. A lost node uses up many retries: for the 10 to 30 s until Ray declares it
-dead, every task sent to it is retried about once a second.
+By default Ray Data retries without limit, so a batch that always kills its worker would run
+forever. A lost node uses up many retries: for the 10 to 30 s until Ray declares it dead, every task
+sent to it is retried about once a second.
 """
 STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = (
     "_decode_s",
@@ -36,7 +36,7 @@ STAGE_SECONDS = (DECODE_S, ENCODE_S, SAMPLE_S, RECOGNIZE_S) = (
 """Columns that carry a row's seconds in each stage as far as `write_parts`, which drops them."""
 FETCHED = "_fetched_bytes"
 """The same for the bytes read from storage."""
-_HAND_ON_BATCHES = 4
+_BATCHES_PER_OUTPUT = 4
 _MIN_PART_ROWS = 128
 _PARTS_OF_LARGE_RUN = 1000
 _OTHER_BYTES = 300
@@ -46,9 +46,9 @@ AMOUNTS = (ROWS, VIDEO_S, SAMPLED, RECOGNIZED, *TOKENS) = (
     *("rows", "video_s", "sampled", "recognized"),
     *(column.name for column in schema.TOKENS),
 )
-"""Keys of the sums that `write_parts` returns that are no stage's seconds: written rows, seconds of
-footage in them, of those that a recogniser saw, the frames sampled and the frames recognised, and
-the tokens that its server counted."""
+"""Keys of the sums from `write_parts` that are not seconds of a stage: rows written, seconds of
+footage in them, frames sampled and recognised in those that a recogniser saw, and the tokens that
+its server counted."""
 _ERROR, _WRITE, _VIDEOS, _BYTES, _READ = "error", "write", "videos", "bytes", "fetched"
 _WRITE_WAITS_S = (5, 10, 20, 40)
 
@@ -88,10 +88,10 @@ def part_rows(arrow: pa.Schema, output: OutputConfig, videos: int) -> int:
     return min(fill, max(_MIN_PART_ROWS, -(-videos // _PARTS_OF_LARGE_RUN)))
 
 
-def hand_on_after(context: Any, arrow: pa.Schema, batch_size: int) -> None:
-    """Make workers pass rows on every few batches, even in the middle of a block."""
+def limit_output_blocks(context: Any, arrow: pa.Schema, batch_size: int) -> None:
+    """Make workers emit rows every few batches, even in the middle of a block."""
     context.target_max_block_size = max(
-        1, _HAND_ON_BATCHES * batch_size * row_bytes(arrow) * 9 // 10
+        1, _BATCHES_PER_OUTPUT * batch_size * row_bytes(arrow) * 9 // 10
     )
 
 
@@ -127,11 +127,11 @@ def write_parts(
     `published` is called for each part. Returns the sums of what WritePart returns. Raises
     RunFailed if a part cannot be written.
     """
-    # the batch size exceeds `rows` by what a bundle of blocks may exceed it, so that the excess
-    # does not become a part of its own
+    # a bundle of blocks may exceed `rows`: the larger batch size keeps the excess from becoming a
+    # part of its own
     data = data.map_batches(
         WritePart,
-        batch_size=rows + _HAND_ON_BATCHES * MAX_BLOCK_ROWS,
+        batch_size=rows + _BATCHES_PER_OUTPUT * MAX_BLOCK_ROWS,
         fn_constructor_args=(out, arrow, output.compression),
         **pool_options(writers),
     )

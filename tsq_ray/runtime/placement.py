@@ -29,7 +29,7 @@ from tsq_ray.runtime.nodes import (
 _VIDEOS_PER_ACTOR = 8
 """Minimum number of videos per actor: for fewer, starting a node does not pay."""
 _MAX_ASKED = 1000
-"""Most actors of a pool that wait for nodes to start."""
+"""Maximum number of a pool's actors that wait for nodes to start."""
 _MIN_AHEAD = 8
 _WAITING_CPUS = 0.01
 """CPUs of an actor that mostly waits. Above 0, to keep it off a head node without CPUs."""
@@ -67,16 +67,16 @@ def gpu_count(config: Config, cluster: Cluster) -> int:
     This is `resources.gpus`, or if negative all GPUs of the live and launchable nodes. Raises
     ConfigError if `resources.gpus` is positive and no node can ever have a GPU.
     """
-    wanted = config.resources.gpus
-    if wanted < 0:
+    requested = config.resources.gpus
+    if requested < 0:
         return cluster.max_gpus
-    if wanted and not cluster.max_gpus and not cluster.grows:
+    if requested and not cluster.max_gpus and not cluster.grows:
         raise ConfigError(
-            f"resources.gpus = {wanted}: no node of the cluster has a GPU, "
-            "and none that has one can be started; set it to 0 to run on CPUs, add GPU nodes, "
+            f"resources.gpus = {requested}: no node of the cluster has a GPU, "
+            "and no node with a GPU can be started; set it to 0 to run on CPUs, add GPU nodes, "
             "or name those that can be started in resources.node_types"
         )
-    return wanted
+    return requested
 
 
 def usable_nodes(placed: Layout, cluster: Cluster) -> list[Node]:
@@ -102,7 +102,7 @@ def usable_nodes(placed: Layout, cluster: Cluster) -> list[Node]:
 
 
 def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
-    """Return the resources of each node to ask the autoscaler for: of those that are usable.
+    """Return the resources of each node to request from the autoscaler: the usable ones.
 
     If the cluster grows by nodes of unknown types, the resources of each missing actor are added.
     """
@@ -132,10 +132,10 @@ def _check_fits(placed: Layout, cluster: Cluster) -> None:
     nodes = [node for node in cluster.every_node() if node.cpus or node.gpus]
     for pool in placed.pools.values():
         if nodes and not cluster.grows and not any(num_fitting(pool, node) for node in nodes):
-            asked = [f"{pool.cpus:g} CPU", *([f"{pool.gpus:g} GPU"] if pool.gpus else [])]
-            asked += [f"the label {name} = {value}" for name, value in pool.labels.items()]
+            needs = [f"{pool.cpus:g} CPU", *([f"{pool.gpus:g} GPU"] if pool.gpus else [])]
+            needs += [f"the label {name} = {value}" for name, value in pool.labels.items()]
             raise ConfigError(
-                f"{placed.stage}: a {pool.name} asks for {' and '.join(asked)}, "
+                f"{placed.stage}: a {pool.name} asks for {' and '.join(needs)}, "
                 "which no node of the cluster can ever hold "
                 f"(largest: {describe_largest(cluster)}); ask for less, add a node that can, "
                 "or name one that can be started, with its labels, in resources.node_types"
@@ -146,10 +146,10 @@ def _resources(node: Node) -> dict[str, float]:
     return {"CPU": node.cpus} | ({"GPU": node.gpus} if node.gpus else {})
 
 
-def _memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
+def _memory(cluster: Cluster, desired: int, cpus: float = 1.0) -> int:
     """Return the bytes to request for an actor with these CPUs.
 
-    This is `wanted`, but at most the actor's share of a node that is full of such actors and has
+    This is `desired`, but at most the actor's share of a node that is full of such actors and has
     one share left over.
     """
     shares = [
@@ -157,35 +157,35 @@ def _memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
         for node in cluster.every_node()
         if node.cpus
     ]
-    return int(min([wanted, *shares]))
+    return int(min([desired, *shares]))
 
 
-def _waiting_memory(cluster: Cluster, wanted: int, cpus: float = 1.0) -> int:
-    """Return the bytes of an actor that mostly waits: at most its part of what `_memory` spares."""
-    return int(min(wanted, _memory(cluster, wanted * _WAITING_ACTORS, cpus) / _WAITING_ACTORS))
+def _waiting_memory(cluster: Cluster, desired: int, cpus: float = 1.0) -> int:
+    """Return the bytes of an actor that mostly waits: at most its part of the share left free."""
+    return int(min(desired, _memory(cluster, desired * _WAITING_ACTORS, cpus) / _WAITING_ACTORS))
 
 
-def _busy(cluster: Cluster, name: str, asked: int, most: int, cpus: float = 0.0) -> Pool:
+def _busy(cluster: Cluster, name: str, size: int, limit: int, cpus: float = 0.0) -> Pool:
     """Return a pool of actors that each keep a core busy, sized as in `_sized`."""
     cpus = cpus or cluster.busy_cpus
     memory = _memory(cluster, _BUSY_BYTES, cpus)
     pool = Pool(name, 1, 1, 1, cpus, memory=memory, cores=_cores(cpus))
-    return _sized(cluster, pool, asked, most)
+    return _sized(cluster, pool, size, limit)
 
 
-def _sized(cluster: Cluster, pool: Pool, asked: int, most: int) -> Pool:
-    """Return the pool with `asked` actors, or (0) as many as the nodes hold, at most `most`.
+def _sized(cluster: Cluster, pool: Pool, size: int, maximum: int) -> Pool:
+    """Return the pool with `size` actors, or (0) as many as the nodes hold, up to `maximum`.
 
     Further actors, up to the limit, are created before their nodes: waiting actors make the
     autoscaler start nodes, and start at once on a node that joins.
     """
     pool = cluster.labelled(pool)
-    if asked:
-        start = min(asked, most)
+    if size:
+        start = min(size, maximum)
         fit = max(1, cluster.capacity(pool))
         return replace(pool, start=start, limit=start, fit=fit if fit < start else 0)
-    alive = min(most, max(1, cluster.capacity(pool)))
-    limit = _growth(alive, most)
+    alive = min(maximum, max(1, cluster.capacity(pool)))
+    limit = _growth(alive, maximum)
     ahead = (
         cluster.capacity(pool, launchable=True) - alive
         if cluster.launchable
@@ -213,17 +213,17 @@ def _writers(cluster: Cluster, cpus: float = 1.0) -> Pool:
 
 
 def _features(cluster: Cluster, cpus: float = 1.0) -> Pool:
-    """Return the actor that holds a training's features; it is busy only before its workers are."""
+    """Return the actor that holds a training's features; it is busy only before the workers are."""
     return Pool("features", 1, 1, 1, _WAITING_CPUS, memory=_memory(cluster, _BUSY_BYTES, cpus) // 2)
 
 
-def _on_gpus(cluster: Cluster, name: str, asked: int, most: int, share: float, cpus: float) -> Pool:
+def _on_gpus(cluster: Cluster, name: str, size: int, limit: int, share: float, cpus: float) -> Pool:
     """Return a pool of actors with `share` of a GPU each, sized by whole GPUs.
 
-    The pool waits for `asked` GPUs; -1 takes those of the cluster.
+    The pool waits for `size` GPUs; -1 takes as many as the cluster has.
     """
     pool = Pool(name, 1, 1, 1, cpus, 1.0, _memory(cluster, _BUSY_BYTES))
-    return replace(_sized(cluster, pool, max(0, asked), most), gpus=share)
+    return replace(_sized(cluster, pool, max(0, size), limit), gpus=share)
 
 
 def _extract(config: Config, cluster: Cluster, videos: int) -> Layout:
@@ -264,8 +264,8 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
     gpus = _training_gpus("finetune.num_workers", workers, config, cluster)
     cores = max(1, int(cluster.max_cpus or cluster.largest_cpus))
     # a CPU trains much slower than it decodes; a GPU needs as many decoders as fit
-    wanted = config.resources.decoders or (cores - workers if gpus else cores // 4)
-    decoders = max(1, wanted // workers)
+    total = config.resources.decoders or (cores - workers if gpus else cores // 4)
+    decoders = max(1, total // workers)
     cpus = cluster.share(workers * (1 + decoders))
     own = min(cpus, cluster.with_gpus.share(workers)) if gpus else cpus
     memory = _memory(cluster, _BUSY_BYTES, cpus)
@@ -287,16 +287,16 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
 def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
     """Lay out training: `train.num_workers` workers of Ray Train, a number or a range."""
     workers = config.train.num_workers
-    fewest, most = (workers, workers) if isinstance(workers, int) else workers
-    gpus = _training_gpus("train.num_workers", fewest, config, cluster)
-    cpus = (cluster.with_gpus if gpus else cluster).share(most)
-    if most > fewest and config.resources.threads and not gpus:
+    minimum, maximum = (workers, workers) if isinstance(workers, int) else workers
+    gpus = _training_gpus("train.num_workers", minimum, config, cluster)
+    cpus = (cluster.with_gpus if gpus else cluster).share(maximum)
+    if maximum > minimum and config.resources.threads and not gpus:
         cpus = float(
             config.resources.threads
         )  # not a share: the cluster may grow to hold more workers
     threads = config.resources.threads or int(_cores(cpus))
     memory = _memory(cluster, _BUSY_BYTES, cpus)
-    pool = Pool("worker", fewest, most, most, cpus, 1.0 if gpus else 0.0, memory)
+    pool = Pool("worker", minimum, maximum, maximum, cpus, 1.0 if gpus else 0.0, memory)
     pools = {"worker": pool, "features": _features(cluster, cpus)}
     return Layout("train", pools, "cuda" if gpus else "cpu", threads)
 
@@ -319,7 +319,7 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
     """Lay out scoring: replicas of the Serve graph, and the actors that send videos to them.
 
     The replicas fill the live nodes. Each network has half a GPU; without GPUs each node has one
-    replica of each network, which uses all of its cores. A server is asked by one replica.
+    replica of each network, which uses all of its cores. One replica asks a server.
     """
     resources = config.resources
     gpus = gpu_count(config, cluster)
@@ -344,7 +344,7 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
             name: Pool(name, 1, count, limit, _NETWORK_CPUS * unit, memory=memory)
             for name in ("sampler", "recognizer")
         }
-    if config.recognizer.kind == "openai":  # it waits for its server, whose limits are for the run
+    if config.recognizer.kind == "openai":  # it waits for its server, whose limits hold per run
         networks["recognizer"] = Pool("recognizer", 1, 1, 1, _NETWORK_CPUS * unit, memory=waiting)
     children = max(1, int(min(config.serve.decoder_processes, cores)))
     count = min(resources.decoders or max(1, int((cores - unit) / 2)), videos)
@@ -369,7 +369,7 @@ def _serve(config: Config, cluster: Cluster, videos: int) -> Layout:
     """
     settings = config.serve
     gpus = gpu_count(config, cluster)
-    asked = settings.sampler.num_gpus + settings.recognizer.num_gpus
+    gpus_set = settings.sampler.num_gpus + settings.recognizer.num_gpus
     scales = {
         name: getattr(settings, name) for name in ("ingress", "decoder", "sampler", "recognizer")
     }
@@ -380,11 +380,11 @@ def _serve(config: Config, cluster: Cluster, videos: int) -> Layout:
     )
     pools = {}
     for name, scale in scales.items():
-        share = 0.5 if name in networks and not asked and gpus else scale.num_gpus
+        share = 0.5 if name in networks and not gpus_set and gpus else scale.num_gpus
         memory = _memory(cluster, _WAITING_BYTES if name == "ingress" else _BUSY_BYTES)
         memory = int(min(memory, room)) if cluster.nodes else memory
-        least, most = scale.min_replicas, scale.max_replicas
-        pools[name] = Pool(name, least, least, most, scale.num_cpus, share, memory)
+        minimum, maximum = scale.min_replicas, scale.max_replicas
+        pools[name] = Pool(name, minimum, minimum, maximum, scale.num_cpus, share, memory)
     on_gpu = any(pools[name].gpus for name in ("sampler", "recognizer"))
     threads = config.resources.threads or max(1, int(cluster.largest_cpus))
     return Layout("serve", pools, "cuda" if on_gpu else "cpu", threads, settings.decoder_processes)

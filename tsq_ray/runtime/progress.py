@@ -43,7 +43,7 @@ class Counts:
 
 
 class RowCounts(Counts):
-    """Counts that also recognise videos done again, at 8 bytes per video."""
+    """Counts that also detect videos done again, at 8 bytes per video."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,8 +72,7 @@ class RowCounts(Counts):
 
 
 def start_counts(kind: type = Counts) -> Any:
-    """Start an actor of this class, Counts or one with its `get`, for `run_with_progress` and the
-    workers.
+    """Start an actor of this class, Counts or one with its `get`, that the workers report to.
 
     It runs on the driver's node, because any other node may be lost during the run.
     """
@@ -146,12 +145,12 @@ def _thread(work: Callable[[], T]) -> Iterator[tuple[Callable[[float], bool], Ca
     Yields two functions: one waits some seconds and returns whether the thread is still running,
     the other returns the result of `work` or raises its error.
     """
-    found: list[T] = []
+    results: list[T] = []
     raised: list[BaseException] = []
 
     def body() -> None:
         try:
-            found.append(work())
+            results.append(work())
         except BaseException as error:  # noqa: BLE001  raised again by `result`
             raised.append(error)
 
@@ -162,7 +161,7 @@ def _thread(work: Callable[[], T]) -> Iterator[tuple[Callable[[float], bool], Ca
     def result() -> T:
         if raised:
             raise raised[0]
-        return found[0]
+        return results[0]
 
     thread = threading.Thread(target=body, daemon=True)
     thread.start()

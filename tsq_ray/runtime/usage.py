@@ -24,10 +24,10 @@ def facts(ray: Any, status: Any) -> Iterator[str]:
     total, free = ray.cluster_resources(), ray.available_resources()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     kinds = [kind for kind in ("CPU", "GPU") if total.get(kind) or kind == "CPU"]
-    rooms = ", ".join(
+    amounts = ", ".join(
         f"{free.get(kind, 0.0):.3g} of {total.get(kind, 0.0):g} {kind}" for kind in kinds
     )
-    yield f"free {rooms} on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+    yield f"free {amounts} on {len(nodes)} node{'s' * (len(nodes) != 1)}"
     largest: Mapping[str, float] = max(
         nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)), default={}
     )
@@ -46,7 +46,7 @@ def actors() -> list[dict[str, Any]]:
 
 
 def read_status(ray: Any) -> Any:
-    """Return the autoscaler's view of the cluster; None if it cannot be had."""
+    """Return the autoscaler's view of the cluster; None if it is unavailable."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     # a client driver (ray://) may get an address that is not reachable from its network

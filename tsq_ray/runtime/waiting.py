@@ -25,7 +25,7 @@ class Seen:
     """What the cluster says about a run."""
 
     lacking: Counter[str]
-    """Classes of which no actor runs, as returned by `lacking`."""
+    """Classes without a running actor, as returned by `lacking`."""
     running: Counter[str]
     """The actors that run, by class."""
     demanded: int | None = None
@@ -48,7 +48,7 @@ class Watch:
         """Start watching the run `what`.
 
         `wait_s` is the longest wait, 0 for no limit; `app` names the run's Serve application, if it
-        has one; `look` asks the cluster, by default the connected one.
+        has one; `look` asks the cluster; by default the connected one.
         """
         self._what, self._wait_s = what, wait_s
         self._look = look or partial(look_at, ray, app)
@@ -56,10 +56,10 @@ class Watch:
         self._since = self._looked = time.monotonic()
         self._waits_since: float | None = None
         self.waited_s = 0.0
-        """Seconds that the run has waited for room, in all."""
+        """Seconds of all past waits for room."""
 
     def tick(self, done: int) -> None:
-        """Report a stall, given the number of videos done; to be called about every second.
+        """Report a stall, given the number of videos done. Call it about every second.
 
         Raises RunFailed if the run has waited for longer than `wait_s`.
         """
@@ -69,7 +69,7 @@ class Watch:
             self._done, self._since, self._looked = done, now, now
             return
         first = self._looked == self._since
-        if now < min(self._looked + (FIRST_LINE_S if first else EVERY_S), self._ends()):
+        if now < min(self._looked + (FIRST_LINE_S if first else EVERY_S), self._deadline()):
             return
         self._looked, seen = now, self._look()
         kinds = seen.lacking
@@ -86,7 +86,7 @@ class Watch:
         self._waits_since = self._waits_since or self._since
         waited = now - self._waits_since
         line = f"{self._what}: waiting for {waited:.0f} s: {seen.facts()}"
-        if now >= self._ends():
+        if now >= self._deadline():
             raise RunFailed(
                 f"{line}; gave up after --wait-s {self._wait_s:g}; "
                 "run the same command again to resume"
@@ -95,7 +95,7 @@ class Watch:
 
     @property
     def waiting_s(self) -> float:
-        """Seconds that the run waits for room by now; 0 if it does not."""
+        """Seconds that the run has been waiting for room; 0 if it is not waiting."""
         return time.monotonic() - self._waits_since if self._waits_since is not None else 0.0
 
     def _end_wait(self, now: float) -> None:
@@ -103,8 +103,8 @@ class Watch:
             self.waited_s += now - self._waits_since
         self._waits_since = None
 
-    def _ends(self) -> float:
-        """Return when the wait limit is reached: never, as long as nothing is known to wait."""
+    def _deadline(self) -> float:
+        """Return when the wait limit is reached: never while nothing is known to wait."""
         if not self._wait_s or (self._waits_since is None and self._looked > self._since):
             return math.inf
         return (self._waits_since or self._since) + self._wait_s
@@ -126,7 +126,7 @@ def look_at(ray: Any, app: str = "") -> Seen:
 
 
 def running(actors: Iterable[Mapping[str, Any]], job: str, app: str = "") -> Counter[str]:
-    """Return the number of running actors of a run by class, without those that only count."""
+    """Return the number of running actors of a run by class, except those that only count."""
     names = (actor["ActorClassName"] for actor in _of_run(actors, job, app, ("ALIVE",)))
     return Counter(
         name for name in names if not name.startswith((*usage.SYSTEM_ACTORS, *_COUNTERS))
@@ -160,6 +160,6 @@ def _of_run(
 ) -> Iterator[Mapping[str, Any]]:
     replica = f"ServeReplica:{app}:"
     for actor in actors:
-        mine = actor["JobID"] == job or (app and actor["ActorClassName"].startswith(replica))
-        if mine and actor["State"] in states:
+        belongs = actor["JobID"] == job or (app and actor["ActorClassName"].startswith(replica))
+        if belongs and actor["State"] in states:
             yield actor

@@ -1,4 +1,4 @@
-"""Decode videos, and encode their frames: what the sampler and `tsq extract` look at.
+"""Decode videos and encode their frames, for the sampler and for `tsq extract`.
 
 Shapes: T frames (slots) per video, N distinct source frames, C classes, D dims.
 """
@@ -31,7 +31,7 @@ from tsq_ray.schema import TOP_OBJECTS
 
 
 def bundle_specs(bundle: Bundle, mode: str, native_size: bool = False) -> dict[str, FrameSpec]:
-    """Return exactly the pictures that scoring with `mode` needs.
+    """Return the specs of exactly the pictures that scoring with `mode` needs.
 
     `native_size`: as in `picture_specs`.
     """
@@ -94,7 +94,7 @@ class FrameFeatures:
     error: VideoError | None = None
     """Why the recogniser's server did not answer."""
     tokens: dict[str, int] = field(default_factory=dict)
-    """What the server counted."""
+    """Tokens that the server counted."""
 
 
 class Encode:
@@ -150,12 +150,12 @@ class Encode:
             FrameFeatures(feature.numpy(), *rest)
             for feature, *rest in zip(visual, ids, probs, frame_logits, logits, strict=True)
         ]
-        return self._asked(videos, features)
+        return self._add_answers(videos, features)
 
-    def _asked(
+    def _add_answers(
         self, videos: Sequence[DecodedVideo], features: list[FrameFeatures]
     ) -> list[FrameFeatures]:
-        """Return the features with the answers of the recogniser's server, if it has one."""
+        """Add the answers of the recogniser's server, if it is behind one, to the features."""
         if isinstance(self.recognizer, Asking):
             for video, feature in zip(videos, features, strict=True):
                 _ask(self.recognizer, video, feature)

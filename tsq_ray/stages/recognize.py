@@ -32,7 +32,7 @@ from tsq_ray.stages.sample import Sampled, array_probabilities
 class Recognize:
     """Label each video from its chosen frames.
 
-    The logits of the frames, or of the clips that they make in time order, are averaged, then pass
+    The logits of the frames, or of the clips that they form in time order, are averaged, then go
     through softmax (sigmoid for multi-label).
     """
 
@@ -84,10 +84,10 @@ class Recognize:
             if not waiting:
                 break
             ends = [len(found[number]) for number in waiting]
-            more = self._logits(
+            added = self._logits(
                 [items[n].take(end, end + 1) for n, end in zip(waiting, ends, strict=True)]
             )
-            for number, logits in zip(waiting, more, strict=True):
+            for number, logits in zip(waiting, added, strict=True):
                 found[number] = torch.cat([found[number], logits])
         return [
             (place, logits)
@@ -107,7 +107,7 @@ class Recognize:
 
 
 def question_of(item: Sampled, config: RecognizerConfig) -> Question:
-    """Return what a server is asked about a sampled video."""
+    """Return the question to a server about a sampled video."""
     if item.candidates is None:
         return Question(
             item.row, item.frame_index, error=item.error, fetched_bytes=item.fetched_bytes

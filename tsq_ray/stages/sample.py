@@ -31,7 +31,7 @@ from tsq_ray.stages.encode import Encode, FrameFeatures, pictures_of
 
 @dataclass
 class Sampled:
-    """A video ready for the recogniser: its candidates and the prediction columns known by then."""
+    """A video ready for the recogniser: its candidates and the prediction columns known so far."""
 
     row: dict[str, Any]
     pictures: Pictures
@@ -58,7 +58,7 @@ class Sampled:
         return self.chooser.enough(self.candidates, probabilities)
 
 
-_NOTHING = Pictures(np.zeros((0, 1, 1, 3), np.uint8))
+_NO_PICTURES = Pictures(np.zeros((0, 1, 1, 3), np.uint8))
 
 
 def _stacked(arrays: Sequence[np.ndarray | None]) -> Tensor:
@@ -105,7 +105,7 @@ class Sample:
         """Return one `Sampled` per item, in order.
 
         `items`: (video id, its frames or its failure); the id seeds the random baseline. `budgets`:
-        K of each item; None for that of the settings.
+        K of each item; None: the K of the settings.
         """
         started = time.perf_counter()
         live = [(name, video) for name, video in items if isinstance(video, DecodedVideo)]
@@ -114,7 +114,7 @@ class Sample:
         sampled = []
         for (_, video), budget in itertools.zip_longest(items, budgets):
             if not isinstance(video, DecodedVideo):
-                sampled.append(Sampled({}, _NOTHING, np.zeros(0, np.int32), error=video))
+                sampled.append(Sampled({}, _NO_PICTURES, np.zeros(0, np.int32), error=video))
                 continue
             view, chooser = next(views), chooser_for(self.config.with_budget(budget))
             candidates = chooser.candidates(view)
