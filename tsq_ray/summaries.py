@@ -121,7 +121,7 @@ def estimate_text(estimate: Estimate) -> str:
             )
         lines.append(
             f"based on a probe of {len(estimate.probed)} videos, "
-            f"{estimate.probed_failed} of which failed (--json names them)"
+            f"{estimate.probed_failed} of which failed (--json names all of them)"
         )
     return "\n".join(lines)
 

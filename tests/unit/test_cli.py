@@ -634,7 +634,7 @@ def test_a_dry_run_is_described_in_words() -> None:
         "cost 2 (0.07 a video, 1.3 an hour of video); "
         "recognising all frames: about 3.1 times as much (6.2)",
         "would write 0.2 MB",
-        "based on a probe of 2 videos, 1 of which failed (--json names them)",
+        "based on a probe of 2 videos, 1 of which failed (--json names all of them)",
     ]
 
 

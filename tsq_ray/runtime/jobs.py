@@ -75,7 +75,9 @@ class Jobs:
         for job in earlier:
             if not job.is_over:
                 return job.id, False
-        attempts = [int(job.id.rpartition("-")[2]) for job in earlier]
+        attempts = [
+            int(number) for job in earlier if (number := job.id.rpartition("-")[2]).isdecimal()
+        ]
         job_id = f"{name}-{max(attempts, default=0) + 1}"
         environment = {"working_dir": folder, "py_modules": [str(Path(__file__).parents[1])]}
         try:

@@ -35,10 +35,11 @@ def describe_cluster(
     it would have to wait. Raises RunFailed if the cluster cannot be joined.
     """
     with cluster.connect(session) as ray:
-        connected = cluster.read_cluster(ray, config)
-        free = _free_nodes(ray, connected)
+        records = ray.nodes()
+        connected = cluster.cluster_of(records, config)
+        free = _free_nodes(connected, records)
         status, disks = usage.read_status(ray), _free_disks(ray)
-        states = Counter("alive" if node["Alive"] else "dead" for node in ray.nodes())
+        states = Counter("alive" if node["Alive"] else "dead" for node in records)
         described: dict[str, Any] = {
             "kind": "cluster",
             "nodes": dict(states),
@@ -56,12 +57,12 @@ def describe_cluster(
     return described | layouts
 
 
-def _free_nodes(ray: Any, connected: Cluster) -> tuple[Node, ...]:
-    """Return the live nodes of `connected`, in its order, reduced to their unused resources."""
+def _free_nodes(connected: Cluster, records: Sequence[Mapping[str, Any]]) -> tuple[Node, ...]:
+    """Return the nodes of a cluster made from Ray's records, reduced to their unused resources."""
     from ray._private.state import available_resources_per_node
 
     free = available_resources_per_node()
-    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    alive = [node["NodeID"] for node in records if node["Alive"]]
     return tuple(
         replace(
             node,
@@ -69,7 +70,7 @@ def _free_nodes(ray: Any, connected: Cluster) -> tuple[Node, ...]:
             gpus=free.get(name, {}).get("GPU", 0.0),
             memory=free.get(name, {}).get("memory", 0.0),
         )
-        for name, node in zip(alive, connected.nodes, strict=False)
+        for name, node in zip(alive, connected.nodes, strict=True)
     )
 
 
