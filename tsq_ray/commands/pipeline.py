@@ -147,7 +147,7 @@ def _prices(price: str | None, nodes: int | None, dry_run: bool) -> Price | None
     """Return the prices of --price. Raises RunError for --nodes without --dry-run."""
     if nodes is not None and not dry_run:
         raise RunError(
-            f"--nodes {nodes}: a prediction, to be asked for with --dry-run; "
+            f"--nodes {nodes} needs --dry-run, which predicts for that many nodes; "
             "a run uses the nodes that its cluster has"
         )
     return Price.parse(price) if price is not None else None
@@ -202,7 +202,7 @@ def import_(
         typer.Argument(
             metavar="MODEL",
             help="timm name; hub id, folder or URI of a transformers model; or, with "
-            "recognizer.kind=openai, a server's name of a model.",
+            "recognizer.kind=openai, the name of a model on a server.",
         ),
     ],
     out: Out,
@@ -226,7 +226,7 @@ def import_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a pretrained network as a classifier, as it is, without training."""
+    """Write a pretrained network as a classifier, without training."""
     from tsq_ray.importing import import_config, import_network
 
     settings = import_config(model, role.value, config, sets or ())
