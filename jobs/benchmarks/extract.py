@@ -122,13 +122,13 @@ def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str,
 
 def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
-    ready, go, answers = context.Barrier(processes), context.Queue(), context.Queue()
+    barrier, queue, answers = context.Barrier(processes), context.Queue(), context.Queue()
     for path in paths:
-        go.put(path)
+        queue.put(path)
     for _ in range(processes):
-        go.put(None)
+        queue.put(None)
     workers = [
-        context.Process(target=by_hand, args=(config, folded, ready, go, answers))
+        context.Process(target=by_hand, args=(config, folded, barrier, queue, answers))
         for _ in range(processes)
     ]
     for worker in workers:
@@ -150,7 +150,7 @@ def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) ->
 def _limit(
     manifest: Manifest, config: Config, loops: Sequence[dict[str, float]]
 ) -> dict[str, float]:
-    """Return a core's seconds per video: CPU time of decoding, and the multiply-adds at the peak.
+    """Return a core's least seconds per video: decoding CPU time, and multiply-adds at the peak.
 
     Decoding is measured with one thread and nothing else running.
     """

@@ -158,13 +158,13 @@ def _plain(
     for _ in range(settings.epochs):
         started = time.perf_counter()
         for batch in torch.randperm(len(visual)).split(settings.batch_size):
-            frames, wanted = visual[batch].to(device).float(), targets[batch].to(device).float()
+            frames, labels = visual[batch].to(device).float(), targets[batch].to(device).float()
             text = object_embeddings(
                 ids[batch].to(device).long(), probs[batch].to(device).float(), words
             )
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = tsq_loss(
-                    network(frames, text), wanted, settings.task, settings.alpha, settings.beta
+                    network(frames, text), labels, settings.task, settings.alpha, settings.beta
                 )["loss"]
             optimizer.zero_grad()
             loss.backward()

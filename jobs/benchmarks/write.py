@@ -66,7 +66,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--wait-ms", type=float, default=30.0, help="milliseconds added to each request"
     )
-    parser.add_argument("--turns", type=int, default=1, help="how often each pool writes all rows")
+    parser.add_argument("--turns", type=int, default=1, help="times each pool writes all rows")
     return parser.parse_args(argv)
 
 
