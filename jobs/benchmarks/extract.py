@@ -133,12 +133,12 @@ def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) ->
     ]
     for worker in workers:
         worker.start()
-    found = [answers.get() for _ in workers]
+    results = [answers.get() for _ in workers]
     for worker in workers:
         worker.join()
-    times = sorted(moment for one in found for moment in one["times"])
+    times = sorted(moment for result in results for moment in result["times"])
     mean = {
-        name: float(np.mean([one[name] for one in found]))
+        name: float(np.mean([result[name] for result in results]))
         for name in ("decode", "resize", "encode", "peak")
     }
     return {"rate": steady(times, processes)} | mean

@@ -286,11 +286,11 @@ def _rate(
 def _matrix_peak(device: torch.device, precision: str, side: int) -> float:
     """Return multiply-adds per second of a square matrix product."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
-        product = one @ other
+        product = left @ right
         product[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
     return side**3 / min(seconds)

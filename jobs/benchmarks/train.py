@@ -188,7 +188,7 @@ def _table(
         ("tsq train", [rate(fitted.epoch_seconds) for fitted in ours]),
         ("plain loop", [rate(seconds) for seconds in plain]),
     ]
-    ratios = [one / other for one, other in zip(rows[0][1], rows[1][1], strict=True)]
+    ratios = [own / peer for own, peer in zip(rows[0][1], rows[1][1], strict=True)]
     start = statistics.median(fitted.seconds - sum(fitted.epoch_seconds) for fitted in ours)
     turns = range(1, options.rounds + 1)
     lines = [

@@ -129,17 +129,17 @@ def extract(
     if submit:
         return submit_command(context, settings)
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
-    which: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    rows: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     networks: dict[str, Any] = {"encoder": encoder, "recognizer": recognizer}
     if dry_run:
         from tsq_ray.estimate import Target, estimate_extract
 
         target = Target(session, nodes, prices)
-        estimate = estimate_extract(manifest, settings, out=out, target=target, **networks, **which)
+        estimate = estimate_extract(manifest, settings, out=out, target=target, **networks, **rows)
         return show(estimate, as_json, estimate_text(estimate))
     from tsq_ray.extraction import extract as run
 
-    done = run(manifest, out, settings, take_over=take_over, session=session, **networks, **which)
+    done = run(manifest, out, settings, take_over=take_over, session=session, **networks, **rows)
     return end_run(done, as_json, max_failed, prices)
 
 
@@ -311,12 +311,12 @@ def score(
     if submit:
         return submit_command(context)  # the weights are in the bundle
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
-    which: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    rows: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     if dry_run:
         from tsq_ray.estimate import Target, estimate_score
 
         target = Target(session, nodes, prices)
-        estimate = estimate_score(manifest, model, settings, out=out, target=target, **which)
+        estimate = estimate_score(manifest, model, settings, out=out, target=target, **rows)
         return show(estimate, as_json, estimate_text(estimate))
     from tsq_ray.scoring import score as run
 
@@ -328,6 +328,6 @@ def score(
         take_over=take_over,
         with_scores=scores is Scores.all,
         session=session,
-        **which,
+        **rows,
     )
     return end_run(done, as_json, max_failed, prices)
