@@ -91,8 +91,7 @@ def evaluate(
 ) -> None:
     """Compute the paper's tables, or compare finished predictions.
 
-    The tables cover samplers x budgets, ablations and GFLOPs; predictions are compared by mAP,
-    top-1 and cost.
+    The tables cover samplers x budgets, ablations and GFLOPs; the comparison, quality and cost.
     """
     if submit:
         from tsq_ray.config import load_config
