@@ -5,7 +5,7 @@
 #            recogniser of the 1,000 classes of ImageNet teaches the sampler (tsq label).
 #            Without VIDEOS, a small archive is rendered (5 classes, 80 videos of about 20 s).
 # Sets up .venv, then: index, extract, finetune, train, score, verify, report. The outputs are in
-# runs/quickstart or runs/<name of VIDEOS>. Run again, it resumes where it stopped; delete that
+# runs/quickstart or runs/<name of VIDEOS>. If run again, it resumes where it stopped; delete that
 # folder to start over.
 set -euo pipefail
 
@@ -86,7 +86,7 @@ sys.exit(labels.null_count < len(labels))' "$run/manifest.parquet"; then
     "$tsq" import tf_efficientnet_lite0 --out "$run/recognizer" "${settings[@]}" \
         --set recognizer.size=320 --set recognizer.resize_to=0
 
-    step "label: the recogniser teaches a sampler, which then saves frames"
+    step "label: the recogniser teaches a sampler, then sees only K frames per video"
     # the sampler's network sees small frames: its cost must stay below the recogniser's
     "$tsq" label "$videos" --recognizer "$run/recognizer" --out "$run" --sample 200 \
         --agreement 0.9 "${settings[@]}" --set encoders.visual.size=112 \

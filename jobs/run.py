@@ -4,8 +4,8 @@ ray job submit --address http://127.0.0.1:8265 --working-dir . -- \\
     python jobs/run.py [--attempts N] extract MANIFEST --out URI
 
 With --attempts, a failed run (exit code 1) is started again, up to N runs in all, and resumes.
-Wrong input (exit code 2) ends the job at once. A job whose nodes have no `tsq_ray` uses the one
-that was shipped with this file.
+Wrong input (exit code 2) ends the job immediately. On nodes without `tsq_ray`, the job uses the
+package that was shipped with this file.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from pathlib import Path
 _PAUSE_S = 20.0
 
 
-def arguments(given: Sequence[str]) -> list[str]:
+def arguments(argv: Sequence[str]) -> list[str]:
     """Return the arguments of `tsq`; the job's own cluster is the default address."""
-    named = any(item == "--address" or item.startswith("--address=") for item in given)
-    return [*given, *([] if named else ["--address", "auto"])]
+    has_address = any(item == "--address" or item.startswith("--address=") for item in argv)
+    return [*argv, *([] if has_address else ["--address", "auto"])]
 
 
-def attempts(given: list[str]) -> tuple[int, list[str]]:
+def attempts(argv: list[str]) -> tuple[int, list[str]]:
     """Take --attempts from the start of a command line."""
-    if given[:1] == ["--attempts"] and len(given) > 1 and given[1].isdecimal():
-        return max(1, int(given[1])), given[2:]
-    return 1, given
+    if argv[:1] == ["--attempts"] and len(argv) > 1 and argv[1].isdecimal():
+        return max(1, int(argv[1])), argv[2:]
+    return 1, argv
 
 
-def main(given: list[str], pause_s: float = _PAUSE_S) -> int:
+def main(argv: list[str], pause_s: float = _PAUSE_S) -> int:
     """Run the command and return its exit code."""
-    most, command = attempts(given)
-    if most == 1:
+    limit, command = attempts(argv)
+    if limit == 1:
         # `ray job submit --working-dir .` ships the folder but does not install the package
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
         from tsq_ray.cli import main as tsq
 
         return tsq(arguments(command))
-    for left in reversed(range(most)):
+    for remaining in reversed(range(limit)):
         code = subprocess.call([sys.executable, __file__, *command])
-        if code in (0, 2) or not left:
+        if code in (0, 2) or not remaining:
             break
-        print(f"exit code {code}; runs left: {left}", file=sys.stderr, flush=True)
+        print(f"exit code {code}; runs left: {remaining}", file=sys.stderr, flush=True)
         time.sleep(pause_s)
     return code
 

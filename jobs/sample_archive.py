@@ -213,9 +213,9 @@ def render_archive(
     val_per_class = max(1, videos_per_class * 3 // 8) if val_per_class is None else val_per_class
     root = Path(out)
     annotations = root / "annotations.json"
-    if annotations.exists() and (there := json.loads(annotations.read_text()).get("seed")) != seed:
+    if annotations.exists() and (found := json.loads(annotations.read_text()).get("seed")) != seed:
         raise ValueError(
-            f"{root} holds an archive of seed {there}, not {seed}; "
+            f"{root} holds an archive of seed {found}, not {seed}; "
             "name another folder or delete that one"
         )
     plans = plan_archive(videos_per_class, val_per_class, seed)

@@ -1,6 +1,7 @@
 """Ask a running endpoint (`tsq serve`): call_endpoint.py URL VIDEO...
 
-Needs httpx (`pip install httpx`). If the endpoint wants a bearer token, it comes from TSQ_TOKEN.
+Needs httpx (`pip install httpx`). A bearer token, if the endpoint requires one, comes from the
+environment variable TSQ_TOKEN.
 """
 
 import os

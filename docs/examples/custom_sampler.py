@@ -1,4 +1,4 @@
-"""Measure a sampler of your own beside TSQNet: custom_sampler.py FEATURES BUNDLE [K].
+"""Compare your own sampler with TSQNet: custom_sampler.py FEATURES BUNDLE [K].
 
 FEATURES is a folder of `tsq extract --recognizer`: it holds the recogniser's answer for every
 frame, so nothing is decoded. A sampler is a `tsq_ray.Chooser`. This one cuts the video into K parts
@@ -35,10 +35,10 @@ class ChangePerPart:
 
 
 def main(features: str, model: str, budget: str = "4") -> None:
-    """Print mAP and top-1 of uniform frames, of the bundle's TSQNet and of this sampler."""
+    """Print mAP and top-1 of uniform frames, the bundle's TSQNet and this sampler."""
     own = {"change per part": ChangePerPart}
-    for name, found in tsq_ray.measure_samplers(features, model, own, int(budget)).items():
-        print(f"{name}: mAP {found.map:.3f}, top-1 {found.top1:.3f}, {found.frames:.1f} frames")
+    for name, row in tsq_ray.measure_samplers(features, model, own, int(budget)).items():
+        print(f"{name}: mAP {row.map:.3f}, top-1 {row.top1:.3f}, {row.frames:.1f} frames")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ def main(videos: str, bundle: str, out: str) -> None:
     """Write OUT/manifest.parquet and OUT/predictions and print each video's best label."""
     manifest = f"{out}/manifest.parquet"
     print(tsq_ray.build_manifest([videos], manifest, update=True))
-    done = tsq_ray.score(manifest, bundle, f"{out}/predictions")  # resumes what was stopped
+    done = tsq_ray.score(manifest, bundle, f"{out}/predictions")  # resumes a run that was stopped
     print(
         f"{done.counts.ok} labelled, {done.counts.failed} failed {dict(done.counts.failed_by_type)}"
     )

@@ -18,8 +18,8 @@ CLI_INTRO = """\
 Exit codes: 0, every row is accounted for (failed videos are rows; `--max-failed FRACTION` makes too
 many of them an error); 1, the run failed or does not add up; 2, the command line or its input is
 wrong. An error is one line on stderr: what is wrong, the value given, what is allowed, what to do;
-with `--debug` it follows a traceback. Progress goes to stderr, the summary to stdout (`--json`: as
-JSON).
+with `--debug` it comes after a traceback. Progress goes to stderr, the summary to stdout (`--json`:
+as JSON).
 
 Every path may be an `s3://` URI. Settings (`--config`, `--set`): [configuration](configuration.md).
 `python -m tsq_ray` is `tsq`; `tsq --version` prints the package's version.
@@ -30,7 +30,7 @@ def command_line() -> str:
     """Return docs/cli.md."""
     commands = all_commands()
     listed = [
-        f"- [`tsq {name}`](#tsq-{name.replace(' ', '-')}): {_first(command)}"
+        f"- [`tsq {name}`](#tsq-{name.replace(' ', '-')}): {_help(command)}"
         for name, command in commands.items()
     ]
     return "\n".join(
@@ -60,7 +60,7 @@ def all_commands() -> dict[str, Callable[..., Any]]:
     return found
 
 
-def _first(command: Callable[..., Any]) -> str:
+def _help(command: Callable[..., Any]) -> str:
     return " ".join(inspect.cleandoc(command.__doc__ or "").split())
 
 
@@ -78,16 +78,16 @@ def command_text(title: str, command: Callable[..., Any]) -> str:
         required = parameter.default is inspect.Parameter.empty
         what = info.help or ""
         if isinstance(info, ArgumentInfo):
-            spelled = info.metavar or name.upper()
-            usage.append(spelled if required else f"[{spelled}]")
+            signature = info.metavar or name.upper()
+            usage.append(signature if required else f"[{signature}]")
         else:
-            spelled = option_text(info, kind)
-            usage += [spelled] if required else []
+            signature = option_text(info, kind)
+            usage += [signature] if required else []
             what += _default_text(parameter.default)
-        rows.append([f"`{spelled}`", "required" if required else "", what])
+        rows.append([f"`{signature}`", "required" if required else "", what])
     line = " ".join(usage) + (" [OPTIONS]" if len(rows) + 1 > len(usage) else "")
     options = table(["argument or option", "", "what"], rows)
-    return f"## tsq {title}\n{_first(command)}\n```\n{line}\n```\n{options}\n"
+    return f"## tsq {title}\n{_help(command)}\n```\n{line}\n```\n{options}\n"
 
 
 def option_text(info: OptionInfo, kind: Any) -> str:
@@ -104,8 +104,8 @@ def option_text(info: OptionInfo, kind: Any) -> str:
     choices = _plain(kind)
     if isinstance(choices, type) and issubclass(choices, Enum):
         return f"{names} {'|'.join(str(choice.value) for choice in choices)}"
-    words = {int: "N", float: "NUMBER"}
-    return f"{names} {info.metavar or words.get(choices, 'TEXT')}"
+    metavars = {int: "N", float: "NUMBER"}
+    return f"{names} {info.metavar or metavars.get(choices, 'TEXT')}"
 
 
 def _plain(kind: Any) -> Any:

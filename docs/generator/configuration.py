@@ -29,8 +29,8 @@ tsq extract runs/manifest.parquet --out runs/features --config my.toml --set dec
 A value of `--set` is read as TOML: `5`, `0.6`, `true`, `[0.5, 0.5, 0.5]`, `{pad_type = "same"}`;
 anything that is not TOML is a string. An unknown setting or a value that is not allowed is refused
 before anything starts (exit code 2), as is K > T by `tsq train` and `tsq score`. The resolved
-settings are in `_run.json` of every output. One that the first version did not have is left out at
-its default, so that an earlier version can read the file.
+settings are in `_run.json` of every output. Settings added after 0.1.0 are left out at their
+default, so that an earlier version can read the file.
 
 Features carry `decode.*` and `encoders.*` to `tsq train`, and the bundle carries them to
 `tsq score`: you need not repeat them there, and other values are refused. Scoring may set

@@ -24,9 +24,9 @@ pd.read_parquet("runs/predictions")[["uri", "status", "top_labels", "selected_pt
 select uri, top_labels[1] as label, top_scores[1] as score from 'runs/predictions/*.parquet' where status = 'ok';
 ```
 
-T is the number of frames per video (`decode.num_frames`), K of chosen frames (`sampler.budget`), C
-of classes, d of dimensions of a frame's feature, n of objects stored per frame
-(`encoders.num_objects`). A type followed by a shape, `float16 [T, d]`, is an
+T is the number of frames per video (`decode.num_frames`), K that of chosen frames
+(`sampler.budget`), C that of classes, d that of dimensions of a frame's feature, n that of objects
+stored per frame (`encoders.num_objects`). A type followed by a shape, `float16 [T, d]`, is an
 `arrow.fixed_shape_tensor`, row-major; a reader that does not know the type sees a fixed-size list
 of its T x d values. In a failed row it is null. The file's metadata also has the shapes, as JSON,
 under `tsq.shapes`, and the class names, as a JSON list in the order of the labels, under
@@ -86,14 +86,14 @@ special meaning; only http(s) URLs have a query.
 
 Labels come from class folders, `SOURCE/class/video` or `SOURCE/split/class/video`, if every video
 is in one, or from label files: `--labels FILE`, repeatable for one list per split. In a folder's
-name, `_` between words becomes a space, one at the start or the end stays. The first line of a
+name, `_` between words becomes a space; one at the start or the end stays. The first line of a
 label file identifies its format; if it does not, use `--labels-format NAME`.
 
-| format | its first line | which video, which labels |
+| format | first line | videos and labels |
 | --- | --- | --- |
 | `csv` | `path,label[,split]` | the path is absolute, a URI, or relative to the CSV's folder; several labels are joined by `\\|` |
-| `activitynet` | `{` (JSON of v1.3) | a key of `database` is `ID.*` or `v_ID.*`; the labels of all its `annotations`; the subsets become `train`, `val`, `test`; segments and taxonomy are ignored |
-| `label-studio` | `[`, then `{` (JSON or JSON-MIN) | a Label Studio export: the choices of people are labels; below |
+| `activitynet` | `{` (JSON of v1.3) | the key ID of `database` is the video `ID.*` or `v_ID.*`, with the labels of all its `annotations`; the subsets become `train`, `val`, `test`; segments and taxonomy are ignored |
+| `label-studio` | `[`, then `{` (JSON or JSON-MIN) | a Label Studio export: people's choices are the labels; see below |
 | `kinetics` | `[label,]youtube_id,time_start,time_end[,split]`, in any order | `ID_000010_000020.*`, else `ID.*`, in class folders or flat |
 | `video-list` | `path class_id [class_id ...]` | mmaction2's lists of videos; ids may also be joined by commas (`path 3,17`) |
 | `frame-list` | `name num_frames class_id [class_id ...]` | mmaction2's lists of frame folders (without offsets): `name` is the video's name without its suffix; the number of frames is ignored. With commas between all values: the ActivityNet and FCVID lists of AR-Net and AdaFocus (`fcvid_train_split.txt`) |
@@ -115,7 +115,7 @@ label file identifies its format; if it does not, use `--labels-format NAME`.
   `Choices`, those named `label`, else `choice`, else `choices` are the classes; in JSON-MIN the
   control must have one of these names. The video is the task's `uri`, else its `video`, else any
   value with a video suffix: a path, a URI, a link to a local or uploaded file of Label Studio, or a
-  URL, of which the end of the path counts, with at least one folder. `split` in the task's data is
+  URL, matched by the end of its path, which must include at least one folder. `split` in the task's data is
   the split.
 - **Unicode.** Label files are UTF-8. Names match in composed (NFC) and decomposed form (NFD, as
   macOS writes it), the exact spelling first; class names are stored as NFC. A line ends with LF,
@@ -164,7 +164,7 @@ bundle's, if `tsq label` made it).
 FAILED_TEXT = """\
 `error_type` is one of
 {types}.
-The next call of the same command tries {retried} again.
+The next run of the same command retries the videos that failed as {retried}.
 What to do about each: [operations](operations.md#error-types).
 """
 
@@ -174,7 +174,7 @@ A folder: `model.safetensors` (`backbone.*` and `head.*`), `curves.csv` (one row
 a trained backbone) and, written last, `finetune.json` with `format`, `role` (`encoder` or
 `recognizer`), `classes`, `task`, `model` (the network and its preprocessing), `backbone_sha256`,
 `provenance` and `files` (sha256 of each file). A network of transformers is described by
-`model.model_args`, so that nothing but this folder is needed to make it again. The folder of a model
+`model.model_args`, so that this folder alone is enough to rebuild it. The folder of a model
 behind a server holds `finetune.json` alone.
 
 ## The bundle
@@ -215,20 +215,20 @@ What `tsq export PREDICTIONS --out URI` writes; `--format NAME` chooses, by defa
   characters if more than 250); a longer list is sent with `strict: false`. `--prompt` replaces the
   question, `--size` sets the frames' shorter side. The frames are in the requests as base64; with
   `--frame-urls URL` they are written as files, and the requests name `URL/frames/...`. A file
-  has at most 50,000 requests and 200 MB, then the next one begins.
+  has at most 50,000 requests and 200 MB; then the next one begins.
 - **`label-studio`**: create a project with the interface and import the tasks. The prediction is the
-  best class (of a multi-label bundle all classes from 0.5 on, or the best), with its score and the
+  best class (for a multi-label bundle all classes with at least 0.5, or the best), with its score and the
   bundle as `model_version`; the chosen frames are single-frame moments of the timeline, counted
   from 1 at the video's mean frame rate, so in videos of variable frame rate they may be off.
   Failed videos have no task. `s3://` videos need a storage connected to the project; local ones
   become `/data/local-files/?d=PATH`, relative to `--document-root`.
-  [Operations](operations.md#correcting-labels) shows the way there and back.
+  [Operations](operations.md#correcting-labels) shows the whole round trip.
 - **`activitynet`** has the keys of version 1.3. A video's key is its file's name without suffix and
-  `v_`, or its `video_id` where several videos have that name; a segment is the whole video. The
+  `v_`, or its `video_id` where several videos have that name; each segment is the whole video. The
   results hold `top_labels`, so with more than five classes the mAP that ActivityNet's tools
   compute is lower than `tsq evaluate`'s. The database holds known labels only, never predictions, in
-  the subsets `training`, `validation` and `testing`; without any it is not written. Those tools refuse
-  a predicted class that no known label of the subset has. `tsq index --labels` and
+  the subsets `training`, `validation` and `testing`; without any it is not written. Those tools reject
+  a predicted class that is missing from the subset's known labels. `tsq index --labels` and
   `tsq evaluate --annotations` read the database.
 """
 

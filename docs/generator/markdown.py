@@ -29,18 +29,18 @@ def page(text: str) -> str:
 
     Only those with a longer line are wrapped again; code, tables and headings are left alone.
     """
-    found, block, in_code = [], [], False
+    lines, block, in_code = [], [], False
     for line in [*text.split("\n"), ""]:
         fence = line.lstrip().startswith("```")
         if in_code or fence or not line.strip() or line[0] in "|#<" or re.match(_ITEM, line):
-            found += _filled(block)
+            lines += _filled(block)
             block = []
         in_code ^= fence
         if in_code or fence or not line.strip() or line[0] in "|#<":
-            found.append(line)
+            lines.append(line)
         else:
             block.append(line)
-    return "\n".join(found[:-1])
+    return "\n".join(lines[:-1])
 
 
 def _filled(block: Sequence[str]) -> Sequence[str]:

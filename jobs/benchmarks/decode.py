@@ -282,7 +282,7 @@ _PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "to RGB": ((pyav_backend, "to_rgb"), (indexed, "to_rgb"), (survivors, "to_rgb")),
     "resize": ((FrameStore, "put"),),
 }
-"""Functions of the decoder to time; none calls another of them."""
+"""Decoder functions to time; none of them calls another one."""
 
 
 def _profile(options: argparse.Namespace) -> list[str]:
@@ -293,10 +293,10 @@ def _profile(options: argparse.Namespace) -> list[str]:
     spent: Counter[str] = Counter()
 
     def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **more: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             started = time.process_time()
             try:
-                return function(*args, **more)
+                return function(*args, **kwargs)
             finally:
                 spent[part] += time.process_time() - started  # type: ignore[assignment]
 
@@ -317,7 +317,7 @@ def _profile(options: argparse.Namespace) -> list[str]:
                     found.append(
                         [*(spent[part] for part in _PARTS), total - sum(spent.values()), total]
                     )
-                cells = [f"{1000 * value:.1f}" for value in min(found[1:], key=lambda one: one[-1])]
+                cells = [f"{1000 * value:.1f}" for value in min(found[1:], key=lambda row: row[-1])]
                 lines.append(
                     f"| {path.parent.name}/{path.name}, {strategy.replace('uniform', 'exact')} | "
                     + " | ".join(cells)

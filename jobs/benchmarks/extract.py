@@ -122,23 +122,23 @@ def _extract(ray: Any, manifest_uri: str, out: str, config: Config) -> dict[str,
 
 def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) -> dict[str, float]:
     context = multiprocessing.get_context("spawn")
-    ready, go, answers = context.Barrier(processes), context.Queue(), context.Queue()
+    barrier, queue, answers = context.Barrier(processes), context.Queue(), context.Queue()
     for path in paths:
-        go.put(path)
+        queue.put(path)
     for _ in range(processes):
-        go.put(None)
+        queue.put(None)
     workers = [
-        context.Process(target=by_hand, args=(config, folded, ready, go, answers))
+        context.Process(target=by_hand, args=(config, folded, barrier, queue, answers))
         for _ in range(processes)
     ]
     for worker in workers:
         worker.start()
-    found = [answers.get() for _ in workers]
+    results = [answers.get() for _ in workers]
     for worker in workers:
         worker.join()
-    times = sorted(moment for one in found for moment in one["times"])
+    times = sorted(moment for result in results for moment in result["times"])
     mean = {
-        name: float(np.mean([one[name] for one in found]))
+        name: float(np.mean([result[name] for result in results]))
         for name in ("decode", "resize", "encode", "peak")
     }
     return {"rate": steady(times, processes)} | mean
@@ -150,7 +150,7 @@ def _loop(paths: Sequence[str], config: Config, processes: int, folded: bool) ->
 def _limit(
     manifest: Manifest, config: Config, loops: Sequence[dict[str, float]]
 ) -> dict[str, float]:
-    """Return a core's seconds per video: CPU time of decoding, and the multiply-adds at the peak.
+    """Return a core's least seconds per video: decoding CPU time, and multiply-adds at the peak.
 
     Decoding is measured with one thread and nothing else running.
     """

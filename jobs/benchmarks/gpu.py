@@ -15,7 +15,7 @@ second table compares decoding alone, the network alone and the network fed by d
 (--backend nvdec: the GPU's decoder), in the fastest configuration of the first table.
 
 The paper reports 17.7 and 121.1 videos/s at batches of 1 and 32 on an RTX 3090 (table A.1). Without
-a GPU it runs on the CPU, slowly; --small makes everything small.
+a GPU it runs on the CPU, slowly; --small is a smoke test with tiny networks.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         precision: _matrix_peak(device, precision, options.matrix)
         for precision in options.precisions
     }
-    each = 1e9 * gflops(
+    adds_per_video = 1e9 * gflops(
         bundle, "both", options.num_frames, budget.most_frames, bundle.sampler.shape, "true"
     )
     ways = itertools.product(
         options.precisions, (False, True) if options.compile else (False,), options.resizes
     )
-    sys.stdout.write(_head(options, device, each))
+    sys.stdout.write(_head(options, device, adds_per_video))
     best: tuple[float, bool, Callable[[list[DecodedVideo]], Any]] | None = None
     for precision, compiled, resize in ways:
         run, whole = (
@@ -92,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 resize,
                 batch,
                 f"{rate:.1f}",
-                f"{rate * each / 1e12:.3f}",
-                f"{rate * each / peaks[precision]:.1%}",
+                f"{rate * adds_per_video / 1e12:.3f}",
+                f"{rate * adds_per_video / peaks[precision]:.1%}",
             )
             sys.stdout.write(f"| {' | '.join(map(str, cells))} |\n")
             sys.stdout.flush()
@@ -152,7 +152,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="decoder for the videos of the second table",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="also run each compiled (CUDA graphs): minutes more"
+        "--compile",
+        action="store_true",
+        help="also run compiled networks (CUDA graphs); takes minutes",
     )
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument(
@@ -268,7 +270,7 @@ def _frames(bundle: Bundle, seed: int, frame: tuple[int, int] | None) -> Decoded
 def _rate(
     run: Callable[[list[DecodedVideo]], Any], videos: list[DecodedVideo], rounds: int
 ) -> float:
-    """Return videos per second of the median round, after one to warm up.
+    """Return videos per second of the median round, after a warm-up round.
 
     The results arrive on the host, so no work is still pending when the clock stops.
     """
@@ -284,22 +286,22 @@ def _rate(
 def _matrix_peak(device: torch.device, precision: str, side: int) -> float:
     """Return multiply-adds per second of a square matrix product."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
-        product = one @ other
+        product = left @ right
         product[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
     return side**3 / min(seconds)
 
 
-def _head(options: argparse.Namespace, device: torch.device, each: float) -> str:
+def _head(options: argparse.Namespace, device: torch.device, adds_per_video: float) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     models = f"{options.visual}, {options.objects}, {options.recognizer}"
     return (
         f"{name}; {models}; T = {options.num_frames}, K = {options.budget}, C = {options.classes}; "
-        f"{each / 1e9:.2f} G multiply-adds per video\n\n"
+        f"{adds_per_video / 1e9:.2f} G multiply-adds per video\n\n"
         "| precision | compiled | resize | batch | videos/s | T multiply-adds/s "
         "| of the matrix peak |\n"
         "| --- | --- | --- | ---: | ---: | ---: | ---: |\n"
@@ -313,7 +315,7 @@ def _end_to_end(
     whole: bool,
     run: Callable[[list[DecodedVideo]], Any],
 ) -> str:
-    """Measure videos/s over the same files, decoding alone and decoding that feeds the network."""
+    """Measure videos/s over the same files: decoding alone, and decoding that feeds the network."""
     uris = [
         file.uri
         for file in storage.walk(storage.normalize(options.videos))

@@ -10,7 +10,7 @@ step at each size runs in its own driver process, with torch, the networks and R
 
 - `plan`: from the manifest file to the Ray dataset of remaining work.
 - `resume`: the same with 99 % of the rows done, in parts with as many rows as for T = 50, d = 1280.
-- `close`: in the same process once the last rows are written, accounting and `_run.json` of all.
+- `close`: in the same process, once the last rows are written, the accounting and `_run.json`.
 - `run`: `tsq extract` from the first finished row to the last, up to --through-ray rows (a million
   take a quarter of an hour).
 
@@ -185,7 +185,7 @@ def _config() -> Config:
 
 
 def _make(options: argparse.Namespace) -> dict[str, Any]:
-    """Write the manifest, and 99 % of its rows as a killed run would leave them."""
+    """Write the manifest, and 99 % of its rows as a killed run would have left them."""
     count, planned, tables = options.rows[0], f"{options.folder}/planned", []
     begin(planned, "features", Identity.of(), _manifest(made_up_rows(0, 0)))
     for first in range(0, count, _MADE_ROWS):
@@ -356,7 +356,7 @@ def _listings(options: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
 
 
 def _list(options: argparse.Namespace) -> dict[str, Any]:
-    """Run `tsq index` on the bucket, after measuring time and memory until the first video."""
+    """Run `tsq index` on the bucket, after measuring time and memory up to the first video."""
     memory, source, started = Memory(), f"s3://{_BUCKET}/videos", time.perf_counter()
     next(iter(list_sources([source], Findings())))
     first, before = time.perf_counter() - started, memory.now()

@@ -1,12 +1,12 @@
-"""The endpoint: against bulk scoring at the same load, at rest, and under too much load.
+"""Measure the endpoint: against bulk scoring at the same load, idle, and overloaded.
 
 python jobs/benchmarks/serve.py --model runs/bundle VIDEO... [--seconds 60 --rounds 2 --clients 4]
 
-Starts `tsq serve`. In each round `--clients` clients upload the videos in a loop, and `tsq score`
-scores them in bulk, with the endpoint at rest beside it; the fastest round of each side counts,
-because other load can only slow a round down. Then the endpoint is measured at rest (its CPU time
-per second without a request), with one client, at `--flood` times as many clients, with as many
-as before on both sides of those, and with a lone client right after. CPU time of HTTP and Serve is
+Starts `tsq serve`. In each round `--clients` clients upload the videos in a loop, then `tsq score`
+scores them in bulk while the endpoint is idle; the fastest round of each side counts, because other
+load can only slow a round down. Then the endpoint is measured with one client, under a flood of
+`--flood` times `--clients` clients, with `--clients` before and after it and one client right after
+it, and idle (its CPU time per second without a request). CPU time of HTTP and Serve is that of
 everything but the sampler, the recogniser and the decoding processes.
 """
 
@@ -41,7 +41,7 @@ _START_S = 600.0
 
 
 class TimedFlow(TimedCounts, FlowCounts):
-    """The counts of a scoring run, with the times of its rows."""
+    """Counts of a scoring run that record when each row was finished."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,15 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = point(options.clients).ok_per_s
         flood = point(options.flood * options.clients).ok_per_s
         lone = point(1, "1 client right after", 1.0)
-        beside = (before + point(options.clients).ok_per_s) / 2
-        at_rest = _at_rest(url)
-        spent = sum(at_rest.values())
-        largest = sorted(at_rest.items(), key=lambda item: -item[1])
+        normal = (before + point(options.clients).ok_per_s) / 2
+        idle = _idle_cpu_ms(url)
+        spent = sum(idle.values())
+        largest = sorted(idle.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} {value:.0f}" for name, value in largest if value >= 1)
         say(f"\nHTTP / bulk: {max(http) / max(bulk):.2f}; ")
-        say(f"{options.flood} times the clients: {flood / beside:.2f} of before and after; ")
+        say(f"{options.flood} times the clients: {flood / normal:.2f} of before and after; ")
         say(f"right after: {dict(lone.statuses)}\n")
-        say(f"at rest: {spent:.0f} ms CPU per second ({shown})\n")
+        say(f"idle: {spent:.0f} ms CPU per second ({shown})\n")
     return 0
 
 
@@ -85,7 +85,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("videos", nargs="+", help="files to upload and to score")
     parser.add_argument("--model", required=True, help="the bundle")
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--flood", type=int, default=6, help="that many times the clients")
+    parser.add_argument("--flood", type=int, default=6, help="factor on --clients for the overload")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of a measurement")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--bulk-videos", type=int, default=120, help="videos per bulk round")
@@ -107,7 +107,7 @@ def _serving(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, f
         try:
             while not _is_ready(url):
                 assert process.poll() is None, (folder / "serve.log").read_text()
-                assert time.monotonic() < started + _START_S, "the endpoint does not become ready"
+                assert time.monotonic() < started + _START_S, "the endpoint did not become ready"
                 time.sleep(0.2)
             yield url, time.monotonic() - started
         finally:
@@ -141,17 +141,17 @@ def _bulk(options: argparse.Namespace, folder: Path) -> float:
 
 def _row(name: str, found: BenchPoint) -> str:
     total = sum(found.cpu_ms.values())
-    around = total - sum(found.cpu_ms.get(process, 0.0) for process in _WORK)
+    overhead = total - sum(found.cpu_ms.get(process, 0.0) for process in _WORK)
     answers = ", ".join(f"{count} x {status}" for status, count in found.statuses.items())
     latencies = [
         f"{value:.2f}" if value is not None else "" for value in (found.p50_s, found.p95_s)
     ]
-    cells = [name, f"{found.ok_per_s:.2f}", *latencies, answers, f"{total:.0f}", f"{around:.0f}"]
+    cells = [name, f"{found.ok_per_s:.2f}", *latencies, answers, f"{total:.0f}", f"{overhead:.0f}"]
     return "| " + " | ".join(cells) + " |\n"
 
 
-def _at_rest(url: str, seconds: float = 30.0) -> Mapping[str, float]:
-    """Return the CPU milliseconds per second of each process while nothing is asked."""
+def _idle_cpu_ms(url: str, seconds: float = 30.0) -> Mapping[str, float]:
+    """Return the CPU milliseconds per second of each process while the endpoint is idle."""
     before = cpu_seconds(url)
     time.sleep(seconds)
     after = cpu_seconds(url)

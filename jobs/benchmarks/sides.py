@@ -19,7 +19,7 @@ Round = Callable[[], int | list[float]]
 
 
 def main() -> None:
-    """Serve rounds until the input ends."""
+    """Run a round for each line of input."""
     name, options = sys.argv[1], json.loads(sys.argv[2])
     started = time.perf_counter()
     try:
@@ -117,7 +117,7 @@ def _read_videos(name: str, options: dict[str, Any]) -> Round:
 
 
 def _daft(name: str, options: dict[str, Any]) -> Round:
-    """Daft's way to T frames: one per T-th of the duration.
+    """T frames by Daft: one per T-th of the duration.
 
     One file at a time, because Daft 0.7.26 hung on two at once (two cores).
     """

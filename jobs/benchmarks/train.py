@@ -158,13 +158,13 @@ def _plain(
     for _ in range(settings.epochs):
         started = time.perf_counter()
         for batch in torch.randperm(len(visual)).split(settings.batch_size):
-            frames, wanted = visual[batch].to(device).float(), targets[batch].to(device).float()
+            frames, labels = visual[batch].to(device).float(), targets[batch].to(device).float()
             text = object_embeddings(
                 ids[batch].to(device).long(), probs[batch].to(device).float(), words
             )
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = tsq_loss(
-                    network(frames, text), wanted, settings.task, settings.alpha, settings.beta
+                    network(frames, text), labels, settings.task, settings.alpha, settings.beta
                 )["loss"]
             optimizer.zero_grad()
             loss.backward()
@@ -188,7 +188,7 @@ def _table(
         ("tsq train", [rate(fitted.epoch_seconds) for fitted in ours]),
         ("plain loop", [rate(seconds) for seconds in plain]),
     ]
-    ratios = [one / other for one, other in zip(rows[0][1], rows[1][1], strict=True)]
+    ratios = [own / peer for own, peer in zip(rows[0][1], rows[1][1], strict=True)]
     start = statistics.median(fitted.seconds - sum(fitted.epoch_seconds) for fitted in ours)
     turns = range(1, options.rounds + 1)
     lines = [

@@ -66,7 +66,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--wait-ms", type=float, default=30.0, help="milliseconds added to each request"
     )
-    parser.add_argument("--turns", type=int, default=1, help="how often each pool writes all rows")
+    parser.add_argument("--turns", type=int, default=1, help="times each pool writes all rows")
     return parser.parse_args(argv)
 
 
@@ -117,13 +117,13 @@ def _measure(ray: Any, options: argparse.Namespace) -> str:
             assert totals[parts.ROWS] == options.rows
             rates[count].append(options.rows / ray.get(clock.seconds.remote()))
     parts.WritePart = plain  # type: ignore[misc]
-    one = float(np.mean(rates[options.writers[0]]))
+    first = float(np.mean(rates[options.writers[0]]))
     lines = ["| writers | rows/s | MB/s | times the first |", "| ---: | ---: | ---: | ---: |"]
     for count, found in rates.items():
         mean = float(np.mean(found))
         lines.append(
             f"| {count} | {mean:.0f} | {mean * parts.row_bytes(arrow) / 1e6:.0f} "
-            f"| {mean / one:.2f} |"
+            f"| {mean / first:.2f} |"
         )
     note = (
         f"{options.rows} rows of {parts.row_bytes(arrow)} bytes in parts of {size}; "

@@ -179,9 +179,7 @@ def test_the_same_command_attaches_and_jobs_can_be_stopped(
     )
     with Driver(argv, tmp_path / "again", head.environment) as driver:
         driver.wait_until(lambda: "job: " in (tmp_path / "again.err").read_text())
-        assert (
-            f"job: {job}, which runs already; following it" in (tmp_path / "again.err").read_text()
-        )
+        assert f"job: {job}, already running; following it" in (tmp_path / "again.err").read_text()
         jobs = [sys.executable, "-m", "tsq_ray", "jobs"]
         listed = client(
             [*jobs, "list", "--address", head.url, "--json"], head.environment, tmp_path

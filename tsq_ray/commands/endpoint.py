@@ -22,28 +22,28 @@ def tokens() -> None:
 
 @token.command("new")
 def new_token(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Who will use it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Client that will use the token.")],
     rate: Annotated[
         str | None, typer.Option("--rate", metavar="N/PERIOD", help="For example 60/minute.")
     ] = None,
     share: Annotated[
-        float, typer.Option("--share", help="Part of the endpoint's places it may hold, 0 to 1.")
+        float, typer.Option("--share", help="Share of the endpoint's capacity it may use, 0 to 1.")
     ] = 1.0,
     file: Annotated[
-        str | None, typer.Option("--file", metavar="FILE.toml", help="Append its entry here.")
+        str | None, typer.Option("--file", metavar="FILE.toml", help="File to append the entry to.")
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Make a bearer token, and its entry in the file that serve.tokens_file names."""
+    """Make a bearer token, and its entry for the file that serve.tokens_file names."""
     from tsq_ray.serving.requests.tokens import add_token
     from tsq_ray.serving.requests.tokens import new_token as make
 
     secret, entry = make(name, rate, share)
     if file is not None:
         add_token(file, name, entry)
-    told = f"appended to {file}" if file is not None else f"append to serve.tokens_file:\n\n{entry}"
-    show({"token": secret, "entry": entry}, as_json, f"{secret}\n\n{told}")
+    note = f"appended to {file}" if file is not None else f"append to serve.tokens_file:\n\n{entry}"
+    show({"token": secret, "entry": entry}, as_json, f"{secret}\n\n{note}")
 
 
 def serve(
@@ -86,17 +86,17 @@ def bench(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure an endpoint under load: answers per second, latencies, its point of saturation.
+    """Measure an endpoint under load: answers per second, latencies, point of saturation.
 
     The bearer token comes from the environment variable TSQ_TOKEN.
     """
     from tsq_ray.serving.bench import measure_endpoint, numbers
 
-    found = measure_endpoint(
+    measured = measure_endpoint(
         url,
         videos,
         numbers("--clients", clients),
         numbers("--rates", rates) if rates is not None else None,
         seconds,
     )
-    show(found, as_json, bench_text(found))
+    show(measured, as_json, bench_text(measured))

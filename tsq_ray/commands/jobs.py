@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from tsq_ray.runtime.jobs import Job, Jobs
 
 SHIPPED = ("config", "labels", "classes", "annotations")
-"""Parameters that name small files of this machine, which travel with the job."""
+"""Parameters that name small files of this machine, which are shipped with the job."""
 READ = ("manifest", "features", "sources", "encoder", "recognizer", "model", "uri")
 WRITTEN = ("out",)
 _MANIFESTS = ("manifest", "uri")
-"""Those of READ that travel with the job too, if they are a small file."""
+"""Those of READ that are shipped too, if they name a small file."""
 _NOT_FOR_THE_JOB = ("submit", "address", "shared_fs")
 _NO_FILE = ("folders", "none")
 """Values of --labels that name no file."""
 _NO_PATH = ("package:", "random:")
-"""Starts of weights that are not a path; besides these, `hub` is none."""
+"""Prefixes of weights that are not a path; nor is `hub`."""
 _SHIPPED_BYTES = 64 * 2**20
 _INPUTS = "inputs"
 """Folder of the shipped files in the job's working directory."""
 
-jobs = typer.Typer(help="Look after jobs that --submit started.", no_args_is_help=True)
+jobs = typer.Typer(help="Manage jobs started with --submit.", no_args_is_help=True)
 Dashboard = Annotated[
     str | None,
     typer.Option("--address", help="The cluster's dashboard; default RAY_ADDRESS or this machine."),
@@ -49,9 +49,9 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Its id, as --submit p
 def submit_command(context: typer.Context, settings: Config | None = None) -> None:
     """Run the command of this context as a job on the cluster and follow it.
 
-    The same command attaches to its job if that still runs. Exits with the job's own exit code.
-    `settings`: those of which the command reads weights. Raises RunError if the job would need a
-    file of this machine that is not shipped.
+    The same command attaches to its job if that is still running. Exits with the job's own exit
+    code. `settings`: those that name weights which the command reads. Raises RunError if the job
+    would need a file of this machine that is not shipped.
     """
     from tsq_ray.runtime.jobs import Jobs
 
@@ -64,12 +64,12 @@ def submit_command(context: typer.Context, settings: Config | None = None) -> No
         name = f"tsq-{context.info_name}-{rewrite.digest(argv)}"
         client = Jobs(params["address"])
         job, is_new = client.submit(name, [*argv, "--address", "auto"], folder)
-        log.say(f"job: {job}" if is_new else f"job: {job}, which runs already; following it")
+        log.say(f"job: {job}" if is_new else f"job: {job}, already running; following it")
         _follow(client, job, bool(params.get("as_json")))
 
 
 class _Rewrite:
-    """A command line as the job needs it: shipped files by their new names, paths absolute."""
+    """Rewrites a command line for the job: shipped files by their new names, paths absolute."""
 
     def __init__(self, folder: Path, shared_fs: bool) -> None:
         self.folder, self.shared_fs = folder / _INPUTS, shared_fs
@@ -87,8 +87,8 @@ class _Rewrite:
             if value is True:
                 yield from option
                 continue
-            for one in value if isinstance(value, list | tuple) else [value]:
-                yield from (*option, self._value(name, str(getattr(one, "value", one))))
+            for item in value if isinstance(value, list | tuple) else [value]:
+                yield from (*option, self._value(name, str(getattr(item, "value", item))))
 
     def _value(self, name: str, value: str) -> str:
         from tsq_ray import storage
@@ -127,14 +127,14 @@ class _Rewrite:
 
     def digest(self, argv: list[str]) -> str:
         """Return what identifies the command: its arguments and the content of shipped files."""
-        found = hashlib.sha256(json.dumps(argv).encode())
+        digest = hashlib.sha256(json.dumps(argv).encode())
         for path in self.shipped:
-            found.update(hashlib.sha256(path.read_bytes()).digest())
-        return found.hexdigest()[:12]
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()[:12]
 
 
 def _check_videos(manifest: Path) -> None:
-    """Raise RunError if videos of a manifest that travels are on this machine."""
+    """Raise RunError if a manifest to be shipped lists videos on this machine."""
     from tsq_ray.manifest import read_manifest
     from tsq_ray.storage import is_local
 
@@ -152,24 +152,24 @@ def _check_paths(settings: Config, shared_fs: bool) -> None:
     from tsq_ray.storage import is_local
 
     encoders = settings.encoders
-    named = [
+    paths = [
         ("encoders.visual.weights", encoders.visual.weights),
         ("encoders.objects.weights", encoders.objects.weights),
         ("encoders.text.weights", encoders.text.weights),
         ("recognizer.weights", settings.recognizer.weights),
-        *(("evaluate.word_vectors", place) for place in settings.evaluate.word_vectors),
+        *(("evaluate.word_vectors", path) for path in settings.evaluate.word_vectors),
     ]
-    for name, place in named:
-        if place == "hub" or place.startswith(_NO_PATH) or not is_local(place):
+    for name, path in paths:
+        if path == "hub" or path.startswith(_NO_PATH) or not is_local(path):
             continue
         if not shared_fs:
             raise RunError(
-                f"--submit: {name} = {place!r} is on this machine, where the cluster cannot see "
+                f"--submit: {name} = {path!r} is on this machine, where the cluster cannot see "
                 "it; use a URI, or --shared-fs if every node has this path too"
             )
-        if not Path(place).is_absolute():
+        if not Path(path).is_absolute():
             raise RunError(
-                f"--submit: {name} = {place!r} is relative to this folder, and the job runs in "
+                f"--submit: {name} = {path!r} is relative to this folder, and the job runs in "
                 "another; give the absolute path"
             )
 
@@ -209,7 +209,7 @@ class _Output:
 
 @jobs.command("list")
 def list_jobs(address: Dashboard = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """List the jobs, the newest first."""
+    """List the jobs, newest first."""
     from tsq_ray.runtime.jobs import Jobs
 
     found = Jobs(address).all()

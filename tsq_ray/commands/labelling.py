@@ -34,7 +34,7 @@ from tsq_ray.summaries import label_text
 
 Sample = Annotated[
     int,
-    typer.Option("--sample", metavar="N", help="Videos of which the recogniser sees every frame."),
+    typer.Option("--sample", metavar="N", help="Videos of which the recogniser sees all T frames."),
 ]
 
 
@@ -46,7 +46,7 @@ def label(
         typer.Option(
             "--recognizer",
             metavar="URI",
-            help="Recogniser from tsq finetune or import; it teaches.",
+            help="Recogniser from tsq finetune or import, the teacher.",
         ),
     ],
     out: Out,
@@ -56,7 +56,7 @@ def label(
         typer.Option(
             "--agreement",
             metavar="SHARE",
-            help="Least share of held-out videos with the label that every frame together gives.",
+            help="Minimum share of held-out videos that K frames label like all T frames.",
         ),
     ] = 0.95,
     config: ConfigFile = None,
@@ -72,7 +72,7 @@ def label(
     log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
 ) -> None:
-    """Label an archive without labels: the recogniser teaches a sampler, which then saves frames.
+    """Label an archive without labels: the recogniser teaches a sampler, then sees only K frames.
 
     Indexes, extracts a sample, trains, chooses the smallest K that agrees, scores and reports.
     """

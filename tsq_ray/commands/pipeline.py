@@ -129,17 +129,17 @@ def extract(
     if submit:
         return submit_command(context, settings)
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
-    which: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    rows: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     networks: dict[str, Any] = {"encoder": encoder, "recognizer": recognizer}
     if dry_run:
         from tsq_ray.estimate import Target, estimate_extract
 
         target = Target(session, nodes, prices)
-        estimate = estimate_extract(manifest, settings, out=out, target=target, **networks, **which)
+        estimate = estimate_extract(manifest, settings, out=out, target=target, **networks, **rows)
         return show(estimate, as_json, estimate_text(estimate))
     from tsq_ray.extraction import extract as run
 
-    done = run(manifest, out, settings, take_over=take_over, session=session, **networks, **which)
+    done = run(manifest, out, settings, take_over=take_over, session=session, **networks, **rows)
     return end_run(done, as_json, max_failed, prices)
 
 
@@ -147,7 +147,7 @@ def _prices(price: str | None, nodes: int | None, dry_run: bool) -> Price | None
     """Return the prices of --price. Raises RunError for --nodes without --dry-run."""
     if nodes is not None and not dry_run:
         raise RunError(
-            f"--nodes {nodes}: a prediction, to be asked for with --dry-run; "
+            f"--nodes {nodes} needs --dry-run, which predicts for that many nodes; "
             "a run uses the nodes that its cluster has"
         )
     return Price.parse(price) if price is not None else None
@@ -202,7 +202,7 @@ def import_(
         typer.Argument(
             metavar="MODEL",
             help="timm name; hub id, folder or URI of a transformers model; or, with "
-            "recognizer.kind=openai, a server's name of a model.",
+            "recognizer.kind=openai, the name of a model on a server.",
         ),
     ],
     out: Out,
@@ -226,7 +226,7 @@ def import_(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a pretrained network as a classifier, as it is, without training."""
+    """Write a pretrained network as a classifier, without training."""
     from tsq_ray.importing import import_config, import_network
 
     settings = import_config(model, role.value, config, sets or ())
@@ -311,12 +311,12 @@ def score(
     if submit:
         return submit_command(context)  # the weights are in the bundle
     session = Session(address, wait_s, show_progress=not as_json, debug=debug)
-    which: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
+    rows: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     if dry_run:
         from tsq_ray.estimate import Target, estimate_score
 
         target = Target(session, nodes, prices)
-        estimate = estimate_score(manifest, model, settings, out=out, target=target, **which)
+        estimate = estimate_score(manifest, model, settings, out=out, target=target, **rows)
         return show(estimate, as_json, estimate_text(estimate))
     from tsq_ray.scoring import score as run
 
@@ -328,6 +328,6 @@ def score(
         take_over=take_over,
         with_scores=scores is Scores.all,
         session=session,
-        **which,
+        **rows,
     )
     return end_run(done, as_json, max_failed, prices)

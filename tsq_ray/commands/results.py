@@ -91,7 +91,7 @@ def evaluate(
 ) -> None:
     """Compute the paper's tables, or compare finished predictions.
 
-    The tables cover samplers x budgets, ablations and GFLOPs; predictions are compared as they are.
+    The tables cover samplers x budgets, ablations and GFLOPs; the comparison, quality and cost.
     """
     if submit:
         from tsq_ray.config import load_config
@@ -142,7 +142,8 @@ def export(
         bool | None,
         typer.Option(
             "--frames/--no-frames",
-            help="Write the chosen frames as JPEG; default: unless --format names other formats.",
+            help="Write the chosen frames as JPEG; "
+            "default: yes, unless --format is given without frames.",
         ),
     ] = None,
     size: Annotated[
@@ -155,9 +156,10 @@ def export(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Export labels as CSV and JSONL, the chosen frames as JPEG, or both as other tools take them.
+    """Export labels as CSV and JSONL, the chosen frames as JPEG, or both for other tools.
 
-    These are tasks of Label Studio, ActivityNet's JSON, and requests for OpenAI's Batch API.
+    The formats for other tools are Label Studio's tasks, ActivityNet's JSON, and requests for
+    OpenAI's Batch API.
     """
     from tsq_ray.reporting import export_predictions
 
@@ -212,8 +214,8 @@ def info(
 ) -> None:
     """Describe a bundle, manifest, run folder or cluster.
 
-    Shows counts, classes, settings, provenance and GFLOPs; of a cluster, what is free, who holds
-    the rest, and how runs would be laid out.
+    Shows counts, classes, settings, provenance and GFLOPs; for a cluster, what is free, which jobs
+    hold the rest, and how runs would be laid out.
     """
     from tsq_ray.describe import describe
 
@@ -236,7 +238,7 @@ def _cluster_for(
     config: Path | None,
     sets: list[str] | None,
 ) -> dict[str, Any]:
-    """Describe the cluster, with the layouts of runs over a manifest or with a bundle, or of any.
+    """Describe the cluster and run layouts on it: for a manifest, a bundle, or neither.
 
     `found` is the description of `uri`.
     """

@@ -21,15 +21,15 @@ class Section(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=()
     )
     NEWER: ClassVar[frozenset[str]] = frozenset()
-    """Settings that came after the records of tests/data/0.1.0."""
+    """Settings added after the records in tests/data/0.1.0 were written."""
 
     def record(
         self, *, include: Iterable[str] | None = None, exclude: Iterable[str] = ()
     ) -> dict[str, Any]:
         """Return the settings as JSON for the record that a bundle or a run keeps of them.
 
-        A setting that came later is left out at its default: then a version that lacks it reads the
-        record, after a rollback.
+        A newer setting is left out at its default, so that an older version without it can still
+        read the record after a rollback.
         """
         fields = set(type(self).model_fields) if include is None else set(include)
         return self.model_dump(mode="json", include=fields - set(exclude), context=_RECORD)
@@ -38,9 +38,9 @@ class Section(BaseModel):
     def _without_newer(
         self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo
     ) -> dict[str, Any]:
-        found: dict[str, Any] = serialize(self)
+        record: dict[str, Any] = serialize(self)
         if info.context is not _RECORD:
-            return found
+            return record
         fields = type(self).model_fields
-        idle = {name for name in self.NEWER if getattr(self, name) == fields[name].get_default()}
-        return {name: value for name, value in found.items() if name not in idle}
+        unset = {name for name in self.NEWER if getattr(self, name) == fields[name].get_default()}
+        return {name: value for name, value in record.items() if name not in unset}

@@ -94,8 +94,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not readable as TOML: {error}") from None
 
 
-def _merge(tree: dict[str, Any], more: Mapping[str, Any]) -> None:
-    for key, value in more.items():
+def _merge(tree: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    for key, value in overrides.items():
         if isinstance(value, Mapping) and isinstance(tree.get(key), dict) and key != "model_args":
             _merge(tree[key], value)
         else:
@@ -125,17 +125,17 @@ def _apply_set(tree: dict[str, Any], item: str) -> None:
 def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     # for a union of types pydantic reports each alternative, with its name at the end of `loc`
-    where = ".".join(
+    name = ".".join(
         str(part) for part in first["loc"] if not str(part).startswith(("constrained-", "literal["))
     )
     if first["type"] == "extra_forbidden":
         section: Any = Config
         for part in first["loc"][:-1]:
             section = section.model_fields[part].annotation
-        return f"unknown setting {where}; allowed: {', '.join(section.model_fields)}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        return f"unknown setting {name}; allowed: {', '.join(section.model_fields)}"
+    others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "value_error":  # from a validator of a whole section
-        return f"settings {where}: {first['msg'].removeprefix('Value error, ')}{more}"
+        return f"settings {name}: {first['msg'].removeprefix('Value error, ')}{others}"
     return (
-        f"setting {where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+        f"setting {name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{others}"
     )

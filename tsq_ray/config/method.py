@@ -13,7 +13,7 @@ TSQMode = Literal["both", "visual", "textual"]
 Task = Literal["single", "multi"]
 """One label per video, or several."""
 VIDEO_CLASSIFIER = "ForVideoClassification"
-"""In the class names of transformers' networks that take clips."""
+"""Part of the class names of transformers' video classifiers."""
 TSQ_MODES: tuple[str, ...] = ("both", "visual", "textual")
 """Modes that run the sampler network; the others are baselines."""
 
@@ -49,10 +49,10 @@ class ModelConfig(Section):
     kind: Literal["timm", "transformers", "openai"] = "timm"
     """Library of the network; `openai` (only the recogniser): a model behind a server."""
     model: str
-    """timm name, Hugging Face id of a transformers network, or the server's name of a model."""
+    """timm name, Hugging Face id of a transformers network, or the name of a model on a server."""
     model_args: dict[str, Any] = Field(default_factory=dict)
-    """Extra arguments for the model's constructor, for example {pad_type = "same"}. Of a
-    transformers network its class and config, which `tsq import` sets."""
+    """Extra arguments for the model's constructor, for example {pad_type = "same"}. For
+    a transformers network, its class and config, which `tsq import` sets."""
     weights: str = "hub"
     """`hub`, the path or URI of a .safetensors file or folder, `package:NAME` of an installed
     Python package, or `random:SEED`."""
@@ -62,8 +62,8 @@ class ModelConfig(Section):
     """`squash`: the whole frame to a square; `crop`: the shorter side to `resize_to`; then the
     centre of size x size."""
     resize_to: int = Field(default=0, ge=0, le=2048)
-    """Side before the centre is taken, in pixels, for example 256 for a size of 224; 0: size x 8/7
-    with `crop`, and size with `squash`."""
+    """Side before the centre crop, in pixels, for example 256 for a size of 224; 0: size x 8/7 with
+    `crop`, and size with `squash`."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Interpolation of the resize, with antialiasing."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -78,7 +78,7 @@ class ModelConfig(Section):
         return int(self.model_args["num_frames"]) if is_video else 1
 
     @model_validator(mode="after")
-    def _crops_from_more(self) -> Self:
+    def _check_resize_to(self) -> Self:
         if 0 < self.resize_to < self.size:
             raise ValueError(
                 f"resize_to is {self.resize_to}, below size = {self.size}: the crop of size x size "
@@ -111,7 +111,7 @@ class EncodersConfig(Section):
     (paper, table 9: 10, all 1000)."""
 
     @model_validator(mode="after")
-    def _are_networks(self) -> Self:
+    def _check_kinds(self) -> Self:
         for name, model in (("visual", self.visual), ("objects", self.objects)):
             if model.kind == "openai":
                 raise ValueError(
@@ -183,11 +183,11 @@ class TrainConfig(Section):
     """`single`: one label per video, softmax; `multi`: several labels, sigmoid and binary cross
     entropy."""
     target: Literal["labels", "teacher"] = "labels"
-    """What a video's frames should show: its `labels`, or what the recogniser saw in them when the
-    features were extracted with it (`teacher`, which reads no label)."""
+    """Target of a video: its `labels`, or what the recogniser saw in its frames when the features
+    were extracted with it (`teacher`, which reads no label)."""
     teacher_frames: int = Field(default=5, ge=1)
-    """With the target `teacher`: the mean of the recogniser's probabilities on that many frames of
-    which it is surest."""
+    """Frames in the target `teacher`: the mean of the recogniser's probabilities on this number of
+    frames, those about which it is most confident."""
     teacher_min_videos: int = Field(default=3, ge=1)
     """With the target `teacher`: classes that the recogniser finds in fewer videos get no query."""
     modules: Literal["both", "visual"] = "both"
@@ -204,8 +204,9 @@ class TrainConfig(Section):
     batch_size: int = Field(default=64, ge=1)
     """Videos per step, over all workers."""
     max_videos: int = Field(default=200_000, ge=0)
-    """Most videos to train on; of more, a random sample is used (0: all). Each node with a worker
-    keeps the features of these videos on its disk, at 16 frames about 40 kB per video."""
+    """Maximum number of videos to train on, a random sample if there are more (0: all). Each node
+    with a worker keeps the features of these videos on its disk, at 16 frames about 40 kB per
+    video."""
     alpha: float = Field(default=0.6, ge=0)
     """Weight of the loss L_t->v (equation 4)."""
     beta: float = Field(default=0.6, ge=0)
@@ -250,7 +251,7 @@ class TrainConfig(Section):
     """`bf16`: autocast; `auto`: bf16 on a GPU that supports it, otherwise fp32."""
 
     @model_validator(mode="after")
-    def _possible(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.attention == "class-agnostic" and self.classifier == "shared":
             raise ValueError(
                 "attention 'class-agnostic' gives one response, from which a 'shared' row makes "
@@ -348,7 +349,7 @@ class FinetuneConfig(Section):
     --encoder."""
 
     @model_validator(mode="after")
-    def _crops(self) -> Self:
+    def _check_crop_scale(self) -> Self:
         smallest, largest = self.crop_scale
         if not 0 < smallest <= largest <= 1:
             raise ValueError(
@@ -368,13 +369,13 @@ class EvaluateConfig(Section):
     )
     """Budgets K of the accuracy-cost plot; tables with one budget use `sampler.budget`."""
     max_videos: int = Field(default=20_000, ge=0)
-    """Most videos to measure, and as many to train on; of more, a random sample is used (0: all).
-    Their features are kept in memory, at 16 frames about 50 kB per video."""
+    """Maximum number of videos to measure, and also to train on; a random sample if there are more
+    (0: all). Their features are kept in memory, at 16 frames about 50 kB per video."""
     word_vectors: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Files of static word vectors (GloVe, word2vec; see `encoders.text.weights`) for table 9."""
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _check_distinct(self) -> Self:
         for name, values in (("seeds", self.seeds), ("budgets", self.budgets)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} {list(values)} has a duplicate; give each value once")

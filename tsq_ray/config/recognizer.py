@@ -11,14 +11,14 @@ from tsq_ray.chat import PROMPT, check_prompt
 from tsq_ray.config.method import ModelConfig
 
 SERVER_USE = ("max_concurrent", "timeout_s", "patience_s", "price_in", "price_out")
-"""Settings of a server that change no answer: what may differ between runs."""
+"""Server settings that change no answer, so they may differ between runs."""
 
 
 class RecognizerConfig(ModelConfig):
     """The recogniser: a network, or with `kind = "openai"` a model behind a server.
 
-    All settings from `url` on are for `kind = "openai"`. Its key is never a setting: it is taken
-    from the environment variable OPENAI_API_KEY.
+    All settings from `url` on are for `kind = "openai"`. The server's key is not a setting: it
+    comes from the environment variable OPENAI_API_KEY.
     """
 
     NEWER: ClassVar[frozenset[str]] = ModelConfig.NEWER | {
@@ -30,35 +30,35 @@ class RecognizerConfig(ModelConfig):
     http://localhost:8000/v1. `size` is then the shorter side of the frames sent, and `model_args`
     are more fields of the request, for example {temperature = 0}."""
     prompt: str = PROMPT
-    """Question about a video: a template with {classes} and, if wanted, {num_frames} and
+    """Question about a video: a template with {classes} and, optionally, {num_frames} and
     {seconds}."""
     caption: bool = False
-    """Ask for a description of the video as well, the column `caption`."""
+    """Also ask for a description of the video, the column `caption`."""
     logprobs: bool = True
-    """Ask for log-probabilities, which the scores are made of. Without them the answered class gets
-    0.99. Set it to false for a server that refuses them."""
+    """Ask for log-probabilities, from which the scores are computed. Without them the answered
+    class gets 0.99. Set it to false for a server that rejects such requests."""
     max_concurrent: int = Field(default=8, ge=1)
-    """Most requests in flight at a time: of one replica (`tsq score` has one), of all workers of an
-    extraction."""
+    """Maximum number of requests in flight: per replica (`tsq score` has one), or over all workers
+    of an extraction."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Time limit of one request, in seconds."""
     patience_s: float = Field(default=300.0, gt=0)
-    """How long a request is tried again while the server is busy, failing or away, in seconds; then
-    the video is a failed row (unavailable)."""
+    """How long a request is retried while the server is busy, failing or unreachable, in seconds;
+    then the video is a failed row (unavailable)."""
     price_in: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Price of a million tokens sent, in any currency."""
     price_out: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Price of a million tokens received, in the same currency."""
 
     def used_for(self, model: RecognizerConfig) -> RecognizerConfig:
-        """Return the settings of `model`, with those of SERVER_USE that are set here."""
+        """Return the settings of `model`, overridden by those of SERVER_USE that are set here."""
         fields = type(self).model_fields
         changed = {name: getattr(self, name) for name in SERVER_USE}
         changed = {name: value for name, value in changed.items() if value != fields[name].default}
         return model.model_copy(update=changed)
 
     @model_validator(mode="after")
-    def _askable(self) -> Self:
+    def _check_server(self) -> Self:
         check_prompt(self.prompt)
         if "{classes}" not in self.prompt:
             raise ValueError(

@@ -54,7 +54,7 @@ class LabelsConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """Resources that the stages request from the cluster; 0: choose by what the cluster has."""
+    """Resources that the stages request from the cluster; 0: chosen from what the cluster has."""
 
     workers: int = Field(default=0, ge=0)
     """Workers of a CPU-only extraction (0: one per CPU, more as the cluster grows)."""
@@ -62,8 +62,8 @@ class ResourcesConfig(Section):
     """Decoding workers that feed GPU encoders (0: one per CPU, more as the cluster grows)."""
     gpus: int = Field(default=-1, ge=-1)
     """GPUs to use. -1: all that the cluster has or can start according to `resources.node_types`;
-    0: none, even on GPU machines; n: that many, for the first of which a run waits if no node has
-    one (a training: for all)."""
+    0: none, even on GPU machines; n: that many. If no node has a GPU, a run waits for the first (a
+    training: for all n)."""
     node_types: tuple[NodeType, ...] = ()
     """Nodes that the autoscaler can start, for example [{cpus = 16, count = 200}, {cpus = 8, gpus =
     1, count = 64}]; a driver cannot learn this from Ray. A run on a cluster that starts small then
@@ -112,7 +112,7 @@ class ScaleConfig(Section):
     """How long there must be too many replicas before one is removed, in seconds."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_replicas(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(
                 f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}"
@@ -146,38 +146,39 @@ class ServeConfig(Section):
     batch_wait_s: float = Field(default=0.01, ge=0)
     """Longest wait for a full batch on a GPU, in seconds."""
     max_queued_requests: int = Field(default=256, ge=1)
-    """Most requests in hand per ingress replica; further ones return 429, as do requests that could
-    not be answered within their time limit."""
+    """Maximum number of requests in flight per ingress replica; further ones return 429, as do
+    requests that could not be answered within their time limit."""
     request_timeout_s: float = Field(default=120.0, gt=0)
     """Time limit of one request, including its upload, in seconds; then it returns 504."""
     drain_s: float = Field(default=30.0, ge=0)
-    """How long `tsq serve` waits at its end for the requests in hand, in seconds."""
+    """How long `tsq serve` waits for the requests in flight when it shuts down, in seconds."""
     max_upload_mb: float = Field(default=256, gt=0)
     """Largest upload, in MiB; a larger one returns 413."""
     max_upload_total_mb: float = Field(default=1024, gt=0)
-    """Most bytes of uploads in hand per ingress replica, in MiB; further ones return 503."""
+    """Limit on all uploads in flight per ingress replica, in MiB; further ones return 503."""
     fetch_timeout_s: float = Field(default=30.0, gt=0)
     """Time limit for fetching the video of a `uri`, in seconds; then it returns 504. In a batch, a
     file may take longer while it arrives at 256 KiB/s on average."""
     max_fetches: int = Field(default=32, ge=1)
-    """Videos that a decoder replica fetches at a time; more wait."""
+    """Videos that a decoder replica fetches at a time; further ones wait."""
     batches_uri: str = ""
     """Folder of the batches' run folders, local or in object storage. Empty: no batches."""
     batch_videos: int = Field(default=2, ge=1)
     """Videos of batches in progress at a time; the rest of the endpoint is for single requests."""
     max_batch_lines: int = Field(default=50_000, ge=1)
-    """Most lines of a batch that is sent as JSON lines; a manifest may be of any size."""
+    """Maximum number of lines of a batch sent as JSON lines; a manifest may be of any size."""
     webhook_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = ("https://",)
-    """Prefixes of URLs to call when a batch has ended; `https://` allows public hosts."""
+    """Allowed prefixes of webhooks, URLs to call when a batch has ended; `https://` allows public
+    hosts."""
     tokens_file: str = ""
-    """File of named tokens, each with a rate and a share (`tsq token new`); read again on change.
-    Empty: none."""
+    """File of named tokens, each with a rate and a share (`tsq token new`); read again when it
+    changes. Empty: none."""
     metrics_port: int = Field(default=8001, ge=1, le=65535)
     """Port of the metrics, on loopback (`tsq serve`)."""
     header_timeout_s: int = Field(default=10, ge=1)
     """How long a client may take to send a request's headers, in seconds (`tsq serve`)."""
     max_connections: int = Field(default=1024, ge=1)
-    """Connections at a time; more wait (`tsq serve`)."""
+    """Maximum number of connections; further ones wait (`tsq serve`)."""
     allowed_uri_prefixes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Folders, as absolute paths or URIs, that a request's `uri` may point into; none by default,
     so that the endpoint exposes no files. `https://` allows every public host."""

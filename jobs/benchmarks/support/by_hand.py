@@ -14,8 +14,8 @@ from tsq_ray.networks import inference
 from tsq_ray.rows import OBJECTS, VISUAL, frame_spec
 
 
-def by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) -> None:
-    """Extract in a single-threaded process, as one would write it by hand.
+def by_hand(config: Config, folded: bool, barrier: Any, queue: Any, answers: Any) -> None:
+    """Extract the videos of `queue` in a single-threaded process.
 
     `folded`: prepare the networks for inference as this package does.
     """
@@ -40,10 +40,10 @@ def by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) -> 
     )
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     times, spent = [], {"decode": 0.0, "resize": 0.0, "encode": 0.0}
-    ready.wait()
+    barrier.wait()
     peak = _peak()
-    ready.wait()
-    while (path := go.get()) is not None:
+    barrier.wait()
+    while (path := queue.get()) is not None:
         started = time.perf_counter()
         reader = decord.VideoReader(path, num_threads=1)
         middles = (np.arange(config.decode.num_frames) + 0.5) / config.decode.num_frames
@@ -80,9 +80,9 @@ def by_hand(config: Config, folded: bool, ready: Any, go: Any, answers: Any) -> 
 
 
 def _peak() -> float:
-    """Return this thread's peak of multiply-adds per second while the other processes do the same.
+    """Return a thread's peak of multiply-adds per second while the other processes measure theirs.
 
-    The faster of a matrix product and a 1 x 1 convolution.
+    It is the rate of a matrix product or of a 1 x 1 convolution, whichever is faster.
     """
     left, right = torch.randn(512, 512), torch.randn(512, 512)
     picture = torch.randn(8, 128, 28, 28).to(memory_format=torch.channels_last)

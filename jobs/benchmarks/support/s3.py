@@ -64,9 +64,9 @@ def free_ports(count: int, below: int = 65536) -> list[int]:
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
         while len(ports) < count:
-            wanted = 0 if below > 32768 else 2000 + secrets.randbelow(below - 2000)
+            port = 0 if below > 32768 else 2000 + secrets.randbelow(below - 2000)
             with contextlib.suppress(OSError):
-                held = stack.enter_context(socket.create_server(("127.0.0.1", wanted)))
+                held = stack.enter_context(socket.create_server(("127.0.0.1", port)))
                 ports.append(held.getsockname()[1])
         return ports
 

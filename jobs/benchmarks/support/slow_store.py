@@ -52,22 +52,22 @@ async def _serve(options: argparse.Namespace) -> None:
     seconds_a_byte = 1e-6 / options.mb_s if options.mb_s else 0.0
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked = asyncio.Event()
-        there_reader, there_writer = await asyncio.open_connection(
+        requested = asyncio.Event()
+        upstream_reader, upstream_writer = await asyncio.open_connection(
             behind.hostname, behind.port, limit=_PIECE
         )
 
         async def requests() -> None:
             while data := await reader.read(_PIECE):
-                asked.set()
+                requested.set()
                 await asyncio.sleep(len(data) * seconds_a_byte)
-                there_writer.write(data)
-                await there_writer.drain()
+                upstream_writer.write(data)
+                await upstream_writer.drain()
 
         async def answers() -> None:
-            while data := await there_reader.read(_PIECE):
-                wait_s = options.wait_ms / 1000 if asked.is_set() else 0.0
-                asked.clear()
+            while data := await upstream_reader.read(_PIECE):
+                wait_s = options.wait_ms / 1000 if requested.is_set() else 0.0
+                requested.clear()
                 await asyncio.sleep(wait_s + len(data) * seconds_a_byte)
                 writer.write(data)
                 await writer.drain()
@@ -78,7 +78,7 @@ async def _serve(options: argparse.Namespace) -> None:
             task.cancel()
         with contextlib.suppress(OSError, asyncio.CancelledError):
             await asyncio.gather(*both)
-        for end in (writer, there_writer):
+        for end in (writer, upstream_writer):
             end.close()
 
     server = await asyncio.start_server(connected, "127.0.0.1", 0, limit=_PIECE, backlog=1000)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _SIDES = Path(__file__).resolve().parents[1] / "sides.py"
-_ENDS_S = 20.0
+_CLOSE_TIMEOUT_S = 20.0
 _INSTALL = {
     "daft": (
         "not installed: python -m venv DIR && DIR/bin/pip install daft av pillow numpy, "
@@ -46,7 +46,7 @@ class _Warm:
             )
         return json.loads(line) if line else {}
 
-    def again(self) -> dict[str, Any]:
+    def run_round(self) -> dict[str, Any]:
         """Run a round and return its answer; empty if the process is in trouble."""
         if self.trouble:
             return {}
@@ -60,7 +60,7 @@ class _Warm:
         assert self.process.stdin is not None
         self.process.stdin.close()
         try:
-            self.process.wait(_ENDS_S)
+            self.process.wait(_CLOSE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -87,7 +87,7 @@ class Side(_Warm):
 
     def round(self) -> None:
         """Decode all videos once."""
-        if answer := self.again():
+        if answer := self.run_round():
             self.rounds.append(answer["seconds"])
             self.frames = answer["frames"]
 
@@ -101,7 +101,7 @@ class CpuSide(_Warm):
     def round(self) -> list[float]:
         """Return the CPU seconds of each video. Raises RuntimeError if the process is in
         trouble."""
-        answer = self.again()
+        answer = self.run_round()
         if self.trouble:
-            raise RuntimeError(f"the side of a checkout {self.trouble}")
+            raise RuntimeError(f"the process of a checkout {self.trouble}")
         return answer["frames"]
