@@ -33,7 +33,7 @@ def build_manifest(
             one.
         labels_format: format of the label files, by default recognised from their content
             (docs/data-format.md).
-        classes: file of class names, one per line, whose order is kept; by default it is
+        classes: file of class names, one per line, in the order to use; by default, the order is
             alphabetical.
         split_name: split of all videos, overriding that of the labels.
         update: replace an existing manifest and count the changes since.
