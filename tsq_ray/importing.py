@@ -278,7 +278,7 @@ def _transformers_settings(model: str, weights: str) -> dict[str, Any]:
         except Exception as error:
             raise transformers_models.cannot_load(what, error) from error
     name = transformers_models.architecture_of(config, what)
-    arguments = transformers_models.described(config, name)
+    arguments = transformers_models.model_args_of(config, name)
     clip = int(arguments["num_frames"]) if VIDEO_CLASSIFIER in name else 0
 
     def apply(picture: np.ndarray) -> np.ndarray:

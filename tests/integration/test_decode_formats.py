@@ -213,7 +213,7 @@ def test_frames_between_keyframes_by_the_sample_table_alone(
     data_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        job, "_RARE", 1.0
+        job, "_MAX_WITHOUT_KEYFRAME", 1.0
     )  # even if a file with few keyframes would otherwise be decoded whole
     monkeypatch.delattr(job.DecodeJob, "exact")
     for num_frames in (7, 16):

@@ -16,7 +16,7 @@ from torch import nn
 from tsq_ray.bundle.settings import (
     BUNDLE_FILE,
     CLASSIFIER_FILE,
-    class_order,
+    check_class_order,
     is_bundle,
     read_bundle_settings,
     read_curves,
@@ -297,7 +297,7 @@ def test_a_damaged_classifier_is_refused(
 
 
 def test_the_same_classes_in_the_same_order_pass() -> None:
-    class_order(CLASSES, list(CLASSES), "--encoder x")
+    check_class_order(CLASSES, list(CLASSES), "--encoder x")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_the_same_classes_in_the_same_order_pass() -> None:
 )
 def test_other_classes_are_refused(have: list[str], message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        class_order(have, CLASSES, "--encoder x")
+        check_class_order(have, CLASSES, "--encoder x")
 
 
 def test_curves_come_back_or_are_none(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from tsq_ray.decode.clock import (
     jumps,
     longest_step,
     max_step,
-    rebuilt,
+    rebuild,
     skippable,
     unproven_keys,
 )
@@ -25,7 +25,7 @@ HOUR = 3_600_000
 
 
 def seconds(times: list[int | None]) -> list[float]:
-    fixed = rebuilt(times, TICK, LIMIT, 40)
+    fixed = rebuild(times, TICK, LIMIT, 40)
     assert fixed is not None
     assert (np.diff(fixed.pts) > 0).all()
     assert len(fixed.pts) == len(times)
@@ -43,7 +43,7 @@ def seconds(times: list[int | None]) -> list[float]:
     ],
 )
 def test_times_that_can_be_true_are_left_alone(times: list[int | None]) -> None:
-    assert rebuilt(times, TICK, LIMIT, 40) is None
+    assert rebuild(times, TICK, LIMIT, 40) is None
 
 
 EVEN = [0.0, 0.04, 0.08, 0.12, 0.16, 0.2]
@@ -66,7 +66,7 @@ EVEN = [0.0, 0.04, 0.08, 0.12, 0.16, 0.2]
     ],
 )
 def test_times_are_rebuilt_in_the_decoders_order(times: list[int | None], fault: str) -> None:
-    fixed = rebuilt(times, TICK, LIMIT, 40)
+    fixed = rebuild(times, TICK, LIMIT, 40)
     assert fixed is not None
     assert fault in fixed.fault
     if "repeat" not in fault:
@@ -164,7 +164,7 @@ def test_frames_are_skipped_but_for_one_whole_group_of_each_pattern() -> None:
     "times", [[2**62, 40, 80, 120], [0, -(2**63) + 1, 2, 3], [0, 40, 2**63 - 1, 120]]
 )
 def test_times_that_no_clock_gives_are_wrong_too(times: list[int | None]) -> None:
-    fixed = rebuilt(times, TICK, LIMIT, 40)
+    fixed = rebuild(times, TICK, LIMIT, 40)
     assert fixed is not None
     assert (np.diff(fixed.pts) > 0).all()
 

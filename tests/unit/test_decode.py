@@ -136,7 +136,7 @@ def test_few_packets_are_held_on_the_way_to_a_frame_far_from_its_keyframe(
         return outcome
 
     monkeypatch.setattr(IndexedReader, "_read", watched)
-    monkeypatch.setattr(job, "_RARE", 1.0)
+    monkeypatch.setattr(job, "_MAX_WITHOUT_KEYFRAME", 1.0)
     assert numbers(decode(path, "keyframe", 4)) == [0, 74, 124, 174]
     assert len(held) > 150
     assert max(held) < 16

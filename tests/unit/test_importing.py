@@ -282,7 +282,7 @@ def saved(kind: str, folder: Path, **changed: Any) -> str:
     ("changed", "message"),
     [
         ({"size": {"height": SIZE, "width": 2 * SIZE}}, r"makes pictures of shape \(3, 64, 128\)"),
-        ({"resample": 0}, "resizes pictures in a way that this package cannot repeat"),
+        ({"resample": 0}, "resizes pictures in a way that this package cannot reproduce"),
     ],
 )
 def test_preprocessing_that_cannot_be_repeated(

@@ -301,7 +301,7 @@ def test_no_export_raises_anything_but_a_manifest_error(export_file: Path, text:
     export_file.write_text(text)
     files = [(source, f"{source}/videos/a.mp4"), (source, f"{source}/other/a.mp4")]
     try:
-        found = read_labels([str(export_file)], files, layout="label-studio")
+        found = read_labels([str(export_file)], files, format_name="label-studio")
     except ManifestError as error:
         message = str(error)
     else:

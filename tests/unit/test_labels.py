@@ -155,7 +155,7 @@ def test_quotes_that_would_become_part_of_a_name_are_refused(
 ) -> None:
     message = (
         r"""labels\.csv line 3: '\\t"(dog|a\.mp4)"' keeps its quotes; """
-        r"expected them right after a comma"
+        r"expected the first one right after a comma"
     )
     with pytest.raises(ManifestError, match=message):
         index(make("a.mp4", "b.mp4"), write("labels.csv", f"path,label\nvideos/b.mp4,x\n{line}\n"))

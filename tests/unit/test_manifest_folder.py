@@ -349,7 +349,7 @@ def with_column(folder: Path, name: str, values: pa.Array | None) -> None:
         (
             lambda folder: write_plain(folder, {"b.parquet": refs("bca")}, CLASSES),
             r"/v/a\.mp4 in a\.parquet and /v/a\.mp4 in b\.parquet have the same video_id "
-            rf"{video_id('/v/a.mp4')}; leave one",
+            rf"{video_id('/v/a.mp4')}; remove one",
         ),
     ],
     ids=[

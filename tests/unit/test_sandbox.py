@@ -19,7 +19,7 @@ from support.video import number_of, write_video
 from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, FrameSpec, VideoSource, decode_video
 from tsq_ray.decode import child as children
-from tsq_ray.decode.sandbox import _how
+from tsq_ray.decode.sandbox import _describe_exit
 from tsq_ray.errors import DecoderKilled, StorageError, VideoError
 
 SPECS = {"wide": FrameSpec(64)}
@@ -261,7 +261,7 @@ def test_a_child_killed_from_outside_is_not_the_videos_fault(
     ],
 )
 def test_how_a_child_died_is_said(code: int | None, said: str) -> None:
-    assert _how(code) == said
+    assert _describe_exit(code) == said
 
 
 @pytest.mark.parametrize(

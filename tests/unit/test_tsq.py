@@ -114,7 +114,7 @@ def test_swap_gathers_with_the_other_attention_through_the_own_classifier(
         values = branch.conv(frames)
         if swap_values == "projected":
             values = branch.value(values)
-        torch.testing.assert_close(logits, branch.look_with([attention], [values]))
+        torch.testing.assert_close(logits, branch.run_with_attention([attention], [values]))
 
 
 def attention_parameters(net: TSQNet, name: str) -> list[Tensor]:

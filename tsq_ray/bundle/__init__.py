@@ -1,4 +1,4 @@
-"""Trained artifacts: settings and hashes, networks, and overrides when scoring.
+"""Trained artifacts: settings and hashes, networks, and overrides for scoring.
 
 Only `weights` imports torch.
 """

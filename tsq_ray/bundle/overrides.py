@@ -1,4 +1,4 @@
-"""Settings for scoring: the bundle's own, of which a few may be overridden."""
+"""Settings for scoring: the bundle's own, some of which may be overridden."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tsq_ray.config import SERVER_USE, Config, check_budget, load_config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runs.identity import Identity
 
-FREE = (
+OVERRIDABLE = (
     "sampler.budget",
     "sampler.max_budget",
     "sampler.margin",
@@ -51,14 +51,16 @@ def scoring_config(
     base: dict[str, Any] = {**own}
     before = load_config(None, (), base).model_dump(mode="json")
     if settings:
-        base = _layered(base, settings)
+        base = _merged(base, settings)
     config = load_config(path, sets, base)
-    wanted = Identity.of(**config.model_dump(mode="json"))
-    differ = wanted.differences(before, words=("in the bundle", "asked for"), free=_is_free)
-    if differ:
+    identity = Identity.of(**config.model_dump(mode="json"))
+    changes = identity.differences(
+        before, words=("in the bundle", "asked for"), free=_is_overridable
+    )
+    if changes:
         raise ConfigError(
             f"{storage.redact(model)}: scoring cannot change what the bundle was trained with "
-            f"({differ}); it may set sampler.budget, sampler.lambda_visual, sampler.mode, "
+            f"({changes}); it may set sampler.budget, sampler.lambda_visual, sampler.mode, "
             "sampler.selection, sampler.seed, decode.backend and resources.*"
         )
     recognizer = config.recognizer if recognizer_of(content) is not None else None
@@ -66,15 +68,15 @@ def scoring_config(
     return config
 
 
-def _is_free(key: str) -> bool:
-    return key.startswith(FREE) or key.endswith(".weights")
+def _is_overridable(key: str) -> bool:
+    return key.startswith(OVERRIDABLE) or key.endswith(".weights")
 
 
-def _layered(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
-    for key, value in more.items():
+    for key, value in overrides.items():
         merged[key] = (
-            _layered(merged.get(key) or {}, value)
+            _merged(merged.get(key) or {}, value)
             if isinstance(value, Mapping) and key != "model_args"
             else value
         )

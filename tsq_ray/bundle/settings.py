@@ -26,8 +26,8 @@ CURVES_FILE = "curves.csv"
 AGREEMENT_FILE = "agreement.json"
 """Agreement with the dense recogniser on held-out videos, stored in a bundle's folder."""
 FORMAT, FEWER_CLASSES_FORMAT, SERVER_FORMAT = 1, 2, 3
-"""The second is that of a bundle whose sampler has queries for some of the classes only, the third
-that of an artifact whose recogniser is behind a server."""
+"""FEWER_CLASSES_FORMAT: a bundle whose sampler has queries for only some of the classes.
+SERVER_FORMAT: an artifact whose recogniser is behind a server."""
 NO_RECOGNIZER = (
     "the bundle has no recogniser; train it again with --recognizer URI "
     "(from tsq finetune --role recognizer)"
@@ -59,7 +59,7 @@ def read_classifier_settings(uri: str) -> tuple[dict[str, Any], str]:
 
 
 def check_bundle(uri: str, mode: str) -> None:
-    """Read every file of a bundle that is to score with sampler `mode`, without torch.
+    """Check, without torch, that a bundle can score with sampler `mode`; reads all its files.
 
     Raises ModelError if one is damaged or missing, or if the bundle cannot score.
     """
@@ -81,7 +81,7 @@ def recognizer_of(content: Mapping[str, Any]) -> RecognizerConfig | None:
 def server_of(content: Mapping[str, Any], config: Config | None = None) -> ServerModel | None:
     """Return the recogniser of a bundle if it is behind a server.
 
-    `config`: settings of a scoring run, which may use the server in another way.
+    `config`: settings of a scoring run, which may use the server differently.
     """
     own = recognizer_of(content)
     if own is None or own.kind != "openai":
@@ -94,7 +94,7 @@ def server_of(content: Mapping[str, Any], config: Config | None = None) -> Serve
 def read_server(uri: str, config: RecognizerConfig | None = None) -> ServerModel | None:
     """Return the classifier at `uri` if it is behind a server. Raises ModelError.
 
-    `config`: its settings in a run, which may use the server in another way.
+    `config`: its settings in a run, which may use the server differently.
     """
     content, _ = read_classifier_settings(uri)
     if content["model"].get("kind") != "openai":  # older classifiers have no kind
@@ -136,17 +136,17 @@ def read_curves(uri: str) -> list[dict[str, float]]:
     ]
 
 
-def write_agreement(uri: str, found: Mapping[str, Any]) -> None:
+def write_agreement(uri: str, agreement: Mapping[str, Any]) -> None:
     """Write what `tsq label` measured on held-out videos into the folder of a bundle."""
-    write_json(storage.join(storage.normalize(uri), AGREEMENT_FILE), found)
+    write_json(storage.join(storage.normalize(uri), AGREEMENT_FILE), agreement)
 
 
 def read_agreement(uri: str) -> dict[str, Any] | None:
-    """Read what `write_agreement` wrote; None if nothing did."""
+    """Read what `write_agreement` wrote; None if the bundle has none."""
     return read_json(storage.join(storage.normalize(uri), AGREEMENT_FILE))
 
 
-def class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:
+def check_class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:
     """Raise ModelError unless two class lists are equal, order included."""
     if list(have) == list(want):
         return

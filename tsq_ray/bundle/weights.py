@@ -83,7 +83,7 @@ class Bundle:
     provenance: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     sampler_classes: list[str] | None = None
-    """The classes that have a query and a place in the frame head; None: all of `classes`."""
+    """The classes with a query and an output of the frame head; None: all of `classes`."""
 
 
 def save_classifier(classifier: Classifier, uri: str) -> None:
@@ -193,7 +193,7 @@ def load_bundle(uri: str) -> Bundle:
     encoders = EncodersConfig.model_validate(config["encoders"])
     sampler = TSQNet(TSQShape(**content["sampler_shape"]))
     _load_into(sampler, uri, content, "sampler")
-    classes, taught = list(content["classes"]), content.get("sampler_classes")
+    classes, sampler_classes = list(content["classes"]), content.get("sampler_classes")
     with_text = "objects" in content["files"]
     recognizer: FrameEncoder | ServerModel | None = server_of(content)
     if recognizer is None and (own := recognizer_of(content)) is not None:
@@ -205,7 +205,9 @@ def load_bundle(uri: str) -> Bundle:
         encoders=encoders,
         sampler_defaults=SamplerConfig.model_validate(config["sampler"]),
         sampler=sampler.eval().requires_grad_(False),
-        encoder=_restore_encoder(uri, content, "encoder", encoders.visual, len(taught or classes)),
+        encoder=_restore_encoder(
+            uri, content, "encoder", encoders.visual, len(sampler_classes or classes)
+        ),
         objects=_restore_encoder(uri, content, "objects", encoders.objects, NUM_OBJECTS)
         if with_text
         else None,
@@ -213,12 +215,12 @@ def load_bundle(uri: str) -> Bundle:
         recognizer=recognizer,
         provenance=content["provenance"],
         sha256=digest,
-        sampler_classes=taught,
+        sampler_classes=sampler_classes,
     )
 
 
 def load_recognizer(uri: str) -> Classifier:
-    """Read only the network that recognises. Raises ModelError if the bundle has none."""
+    """Read only the recogniser of a bundle. Raises ModelError if it has no network for it."""
     uri = storage.normalize(uri)
     content, _ = read_bundle_settings(uri)
     if (own := recognizer_of(content)) is None:
@@ -278,8 +280,8 @@ def _restore_encoder(
     encoder = split_network(config, create_network(config, num_classes), with_head=False)
     state = _read_file(uri, content, name)
     what = f"{storage.redact(uri)}/{name}.safetensors"
-    load_weights(encoder.backbone, _below(state, "backbone."), what)
-    head_state = _below(state, "head.")
+    load_weights(encoder.backbone, _without_prefix(state, "backbone."), what)
+    head_state = _without_prefix(state, "head.")
     if head_state:
         encoder.head = linear_head(encoder.dim, num_classes, head_state, what)
     return encoder.eval().requires_grad_(False)
@@ -298,7 +300,7 @@ def linear_head(
     return head
 
 
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }

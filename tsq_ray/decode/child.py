@@ -37,10 +37,10 @@ SPENT = 75
 _PR_SET_PDEATHSIG = 1
 
 
-def _copied(standard: Any, module: ModuleType, **over: Any) -> FunctionType:
-    """A function of a module of the standard library, with some of its globals replaced."""
-    place = {**vars(module), **over}
-    return FunctionType(standard.__code__, place, argdefs=standard.__defaults__)
+def _with_globals(standard: Any, module: ModuleType, **replaced: Any) -> FunctionType:
+    """Copy a function of the standard library, with some of its globals replaced."""
+    namespace = {**vars(module), **replaced}
+    return FunctionType(standard.__code__, namespace, argdefs=standard.__defaults__)
 
 
 def _current_folder() -> str | None:
@@ -50,7 +50,7 @@ def _current_folder() -> str | None:
         return None
 
 
-_standard_data = _copied(
+_standard_data = _with_globals(
     multiprocessing.spawn.get_preparation_data,
     multiprocessing.spawn,
     os=SimpleNamespace(getcwd=_current_folder, path=os.path),
@@ -74,9 +74,9 @@ def _bind_address(family: str) -> str:
 
 
 class _Server(multiprocessing.forkserver.ForkServer):
-    """A fork server whose socket has no name: nothing is left when this process is killed."""
+    """A fork server whose socket has no name: nothing is left behind if this process is killed."""
 
-    _ensure = _copied(
+    _ensure = _with_globals(
         multiprocessing.forkserver.ForkServer.ensure_running,
         multiprocessing.forkserver,
         connection=SimpleNamespace(arbitrary_address=_bind_address),
@@ -90,13 +90,13 @@ class _Server(multiprocessing.forkserver.ForkServer):
         self._ensure()
         bound = str(vars(self)["_forkserver_address"])
         folder, _, name = bound.rpartition("/")
-        if name != "socket":  # it was running already
+        if name != "socket":  # it was already running
             return
-        socket = os.open(bound, os.O_PATH)  # reaches the socket when its name is gone
-        place = os.readlink(folder)
+        socket = os.open(bound, os.O_PATH)  # still reaches the socket once its name is gone
+        path = os.readlink(folder)
         os.unlink(bound)
         os.close(int(folder.rpartition("/")[2]))
-        os.rmdir(place)
+        os.rmdir(path)
         self._forkserver_address = f"/proc/self/fd/{socket}"
 
 
@@ -110,17 +110,17 @@ def _connect_to_new_process(fds: Sequence[int]) -> tuple[int, int]:
         try:
             return _SERVER.connect_to_new_process(fds)
         except ConnectionError:
-            # the server was killed and does not listen any more, but has not quite ended; once it
-            # has, another is started
+            # the server was killed and no longer listens, but has not exited yet; once it has, a
+            # new one is started
             server = vars(_SERVER)["_forkserver_pid"]
             os.waitid(os.P_PID, server, os.WEXITED | os.WNOWAIT)
             return _SERVER.connect_to_new_process(fds)
 
 
 def _read_status(sentinel: int) -> int:
-    """The exit code of a child, from the server.
+    """Read a child's exit code from the server.
 
-    If that was killed, the kernel has killed the child too.
+    If the server was killed, the kernel has killed the child too.
     """
     try:
         return int(multiprocessing.forkserver.read_signed(sentinel))
@@ -130,7 +130,7 @@ def _read_status(sentinel: int) -> int:
 
 class _Popen(multiprocessing.popen_forkserver.Popen):
     # with our fork server and without the main module's path
-    _launch = _copied(
+    _launch = _with_globals(
         multiprocessing.popen_forkserver.Popen._launch,  # type: ignore[attr-defined]
         multiprocessing.popen_forkserver,
         spawn=SimpleNamespace(get_preparation_data=_preparation_data),
@@ -139,7 +139,7 @@ class _Popen(multiprocessing.popen_forkserver.Popen):
             read_signed=multiprocessing.forkserver.read_signed,
         ),
     )
-    poll = _copied(
+    poll = _with_globals(
         multiprocessing.popen_forkserver.Popen.poll,
         multiprocessing.popen_forkserver,
         forkserver=SimpleNamespace(read_signed=_read_status),
@@ -159,7 +159,7 @@ class ChildContext(multiprocessing.context.ForkServerContext):
 
 
 def start_child(max_memory_mb: int) -> None:
-    """Initialise this child process, whose data may take `max_memory_mb`."""
+    """Initialise this child process, with its data limited to `max_memory_mb`."""
     # The fork server exits once all copies of its parent's end of a pipe are closed. The child
     # closes the copy it inherits and has the kernel kill it when the server exits, so nothing
     # outlives a killed parent.
@@ -190,8 +190,8 @@ def run_task(
     task: DecodeTask, source: VideoSource, settings: DecodeConfig, specs: Mapping[str, FrameSpec]
 ) -> Outcome:
     """Run `task` on a video in this child; return its failure instead of raising it."""
-    left = settings.max_memory_mb * 1024 * 1024 - _at_start
-    if _data_bytes() - _at_start > left / 2:
+    available = settings.max_memory_mb * 1024 * 1024 - _at_start
+    if _data_bytes() - _at_start > available / 2:
         # earlier videos left so much behind that this one could fail: use a fresh child
         os._exit(SPENT)
     try:
@@ -212,7 +212,7 @@ def _outcome_of(
         # their tracebacks would keep the decoder alive
         error.__context__ = error.__cause__ = None
         return error.with_traceback(None)
-    # FFmpeg reports "temporarily unavailable" if it gets no memory for a picture
+    # FFmpeg reports "temporarily unavailable" if it cannot allocate a picture
     except (MemoryError, BlockingIOError):
         return VideoError(
             "out_of_memory",

@@ -1,7 +1,7 @@
 """Check which timestamps can be trusted, and rebuild the others.
 
 Pure: integers of one time base in and out. FFmpeg's decoders output pictures in presentation order.
-If their timestamps do not ascend, repeat, or jump, the timestamps are wrong and the order is right.
+If their timestamps run backwards, repeat or jump, the timestamps are wrong and the order is right.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ _DOUBTFUL_S = 3
 _MAX_GAP_S, _MAX_STILL_S = 120, 600
 """Longest step in seconds, for streams whose clock may restart and for all others.
 
-Up to this length the step is believed: in a screen recording the picture may stand for minutes.
+Shorter steps are trusted: in a screen recording the picture may stand still for minutes.
 """
 _MAX_GROUP = 64
 """Maximum number of frames between two anchors; codecs reorder 16 to 32."""
-_UNEVEN, _MOSTLY, _SPLIT = 0.1, 0.9, 0.6
-"""A step is even within this share of the usual one; a stream is if this share of its steps are; a
-time that lies between two others splits a step in two, the smaller part at most this share."""
-_NEAR = 16
-"""Usual steps that a time may run back in swapped frames; further back, the clock restarted."""
-_FINER = 1000
+_EVEN_TOLERANCE, _EVEN_SHARE, _SHORT_SHARE = 0.1, 0.9, 0.6
+"""A step is even if it differs from the usual one by at most this share of it; a stream is even if
+this share of its steps are; a step is short if it is at most this share of the usual one, as when a
+time that lies between two others splits their step."""
+_MAX_BACKSTEP = 16
+"""Swapped frames may run back by this many usual steps; beyond that, the clock restarted."""
+_MIN_REFINEMENT = 1000
 """Rebuilt times use a time base at least this many times finer.
 
 Frames with equal times are spread over the step to the next one.
@@ -51,11 +52,11 @@ def jumps(pts: Sequence[int] | np.ndarray, limit: int) -> bool:
 
 @dataclass(frozen=True)
 class LongStep:
-    """The longest time that one frame is shown, as the timestamps have it."""
+    """The longest time that one frame is shown, according to the timestamps."""
 
     frame: int
     start_s: float
-    """When it is first shown, from the first frame on."""
+    """When it is first shown, relative to the first frame."""
     length_s: float
     ratio: float
     """Its length as a multiple of the usual step."""
@@ -86,22 +87,23 @@ def longest_step(pts: Sequence[int], end: int, time_base: Fraction) -> LongStep:
 
 
 def doubtful(pts: Sequence[int]) -> list[int]:
-    """Indices of those among ascending, otherwise evenly spaced times that may lie out of place.
+    """Indices of times that may be out of place among ascending, otherwise evenly spaced ones.
 
-    Both ends of each short step: one of the two frames may be displayed elsewhere. In a stream that
-    reorders, its packets can look like those of a healthy one, so only a decode in order tells. A
-    step whose neighbour is as much too long belongs to a frame that is early or late, in its place.
+    Both ends of each short step: one of the two frames may be displayed elsewhere. If the stream
+    reorders frames, its packets can look healthy all the same, so only decoding in order tells. A
+    step whose neighbour is too long by the same amount belongs to a frame that is early or late but
+    in its place.
     """
     steps = np.diff(np.asarray(pts, np.int64))
     if not len(steps):
         return []
     shares = steps / np.median(steps)
-    if (np.abs(shares - 1) <= _UNEVEN).mean() < _MOSTLY:
+    if (np.abs(shares - 1) <= _EVEN_TOLERANCE).mean() < _EVEN_SHARE:
         return []
     around = np.pad(shares, 1)
     off = np.minimum(np.abs(shares + around[:-2] - 2), np.abs(shares + around[2:] - 2))
-    # next to the gap that a displaced frame has left, the sum is off by the whole short step
-    short = np.flatnonzero((shares <= _SPLIT) & (off >= shares / 2))
+    # next to the gap that a displaced frame left, the sum is off by the whole short step
+    short = np.flatnonzero((shares <= _SHORT_SHARE) & (off >= shares / 2))
     return sorted({*short.tolist(), *(short + 1).tolist()})
 
 
@@ -144,12 +146,11 @@ def skippable(
 
     `pts` are in decoding order. Without reordering, all frames but the wanted ones can be skipped.
     With reordering, only the decoder can tell which frame of a group is displayed first: among the
-    groups with a wanted frame, one group of each pattern is decoded completely, the cheapest one.
-    The other groups of that pattern are then right too, because an encoder orders them the same
-    way and a wrong time produces a different pattern. The `suspects` among the wanted frames may
-    have a wrong time all the same, so their groups are decoded completely too. In a stream that
-    reorders although its times ascend in decoding order, nothing is proven and no frame can be
-    skipped.
+    groups with a wanted frame, the cheapest group of each pattern is decoded completely. The other
+    groups of that pattern are then right too, because an encoder orders them the same way and a
+    wrong time produces a different pattern. The `suspects` among the wanted frames may still have a
+    wrong time, so their groups are decoded completely too. In a stream that reorders although its
+    times ascend in decoding order, nothing is proven and no frame can be skipped.
     """
     if not reordered:
         return frozenset(pts).difference(wanted)
@@ -162,18 +163,19 @@ def skippable(
     for number in np.unique(group[needed]).tolist():
         members = slice(bounds[number], bounds[number + 1])
         pattern = tuple(np.argsort(times[members]).tolist())
-        found = (int(extra[members].sum()), number)
-        whole[pattern] = min(found, whole.get(pattern, found))
+        candidate = (int(extra[members].sum()), number)
+        whole[pattern] = min(candidate, whole.get(pattern, candidate))
     complete = {number for _, number in whole.values()}
     complete.update(group[np.isin(times, np.fromiter(suspects, np.int64))].tolist())
     return frozenset(times[extra & ~np.isin(group, list(complete))].tolist())
 
 
 def unproven_keys(pts: Sequence[int], key_pts: Sequence[int]) -> frozenset[int]:
-    """Times of a reordering stream's keyframes whose own place the packets do not prove.
+    """Times of the keyframes, in a stream that reorders, whose own place the packets do not prove.
 
-    Frames decoded after such a keyframe are displayed before it, or no frame after it is reordered:
-    then its time may be a decoding time, and frames displayed before it may be decoded later.
+    Either frames decoded after the keyframe are displayed before it, or no frame after it is
+    reordered: then its time may be a decoding time, and frames displayed before it may be decoded
+    later.
     """
     times = np.asarray(pts, np.int64)
     _, group = anchor_groups(pts)
@@ -196,7 +198,7 @@ class Rebuilt:
     fault: str
 
 
-def rebuilt(
+def rebuild(
     times: Sequence[int | None], time_base: Fraction, limit: int, default_step: int
 ) -> Rebuilt | None:
     """Rebuild times in decoder order so that they ascend; return None if they already do.
@@ -207,7 +209,7 @@ def rebuilt(
     equal times are spread over the step to the next one. Missing times are placed evenly between
     their neighbours.
     """
-    finer = max(_FINER, 2 * len(times))
+    finer = max(_MIN_REFINEMENT, 2 * len(times))
     bound = 2**61 // finer  # keeps differences from overflowing
     times = [time if time is None else min(max(time, -bound), bound) for time in times]
     known, missing = _filled(times, finer, default_step)
@@ -250,7 +252,7 @@ def _breaks(times: np.ndarray, limit: int) -> np.ndarray:
     steps = np.diff(times)
     moving = np.abs(steps[steps != 0])
     usual = np.median(moving) if len(moving) else 1
-    back = steps < -_NEAR * usual
+    back = steps < -_MAX_BACKSTEP * usual
     breaks = back | (steps > max(limit, _JUMP * usual))
     for i in np.flatnonzero(back):
         if i and times[i + 1] > times[i - 1]:
@@ -267,7 +269,7 @@ def _split(times: np.ndarray, breaks: np.ndarray) -> list[np.ndarray]:
 def _unswapped(stretch: np.ndarray) -> list[np.ndarray]:
     """Sort the times of swapped frames into ascending order.
 
-    If sorting would make two times equal, return one unsorted piece per start of the clock instead.
+    If sorting would make two times equal, return one unsorted piece per clock restart instead.
     """
     ordered = np.sort(stretch)
     if (np.diff(ordered) == 0).sum() <= (np.diff(stretch) == 0).sum():
@@ -292,8 +294,8 @@ def _fault(times: np.ndarray, missing: int, limit: int, usual: int, time_base: F
         "repeat": int((steps == 0).sum()),
         f"jump by up to {float(int(jump.max(initial=0)) * time_base):.1f} s": len(jump),
     }
-    found = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
+    faults = ", ".join(f"{number} {what}" for what, number in numbers.items() if number)
     return (
-        f"the timestamps of {len(times)} frames are wrong ({found}): "
+        f"the timestamps of {len(times)} frames are wrong ({faults}): "
         f"times rebuilt in the decoder's order, usual step {float(usual * time_base):.4g} s"
     )

@@ -104,9 +104,10 @@ def decode_exact(
                 f"decord finds {len(reader)} frames, the packets hold {len(table.pts)}"
             )
         seen = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0].astype(np.float64)
-        known = np.asarray([pts - table.pts[0] for pts in table.pts], np.float64) * float(time_base)
+        expected = np.asarray([pts - table.pts[0] for pts in table.pts], np.float64)
+        expected *= float(time_base)
         # decord stores seconds as float32
-        if np.abs(seen - seen[0] - known).max() > _TOLERANCE_S + known[-1] * 2e-7:
+        if np.abs(seen - seen[0] - expected).max() > _TOLERANCE_S + expected[-1] * 2e-7:
             raise DecodeTrouble("decord's frame times differ from those of the packets")
         for i, index in enumerate(wanted):
             rgb = reader[index].asnumpy()

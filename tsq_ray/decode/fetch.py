@@ -106,7 +106,7 @@ def open_ranges(uri: str) -> Iterator[tuple[RangedFile, bytes]]:
             yield ranges, head
         finally:
             if ranges.failure is not None:
-                raise ranges.failure  # FFmpeg may have taken it for end of file
+                raise ranges.failure  # FFmpeg may have taken it for the end of the file
 
 
 class RangedFile:

@@ -103,7 +103,7 @@ class FrameStore:
             self._pictures = {name: spec for name, spec in self.specs.items() if name != WHOLE}
             self.specs = {WHOLE: self.specs[WHOLE]} if whole else self._pictures
         elif WHOLE in self.frames and rgb.shape[:2] != (self.height, self.width):
-            self._no_longer_whole()
+            self._switch_to_resized()
         for name, spec in self.specs.items():
             # one array holds all frames, so later frames of another size get the first one's size
             size = (
@@ -117,7 +117,7 @@ class FrameStore:
             self.frames[name][i] = picture
         self._filled[i] = True
 
-    def _no_longer_whole(self) -> None:
+    def _switch_to_resized(self) -> None:
         """Store resized pictures instead: whole frames of several sizes do not fit one array."""
         self.specs, whole = self._pictures, self.frames.pop(WHOLE)
         for i in np.flatnonzero(self._filled):

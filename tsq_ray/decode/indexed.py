@@ -38,7 +38,7 @@ class Placed:
 
 
 class IndexedReader:
-    """Reads the frames of one container by its sample table."""
+    """Reads frames of one container, located by its sample table."""
 
     def __init__(
         self, container: Container, stream: Stream, index: SampleIndex, max_pixels: int
@@ -77,7 +77,7 @@ class IndexedReader:
             packets = self._packets_from(key)
             packet = next(packets)
             assert packet.pts is not None
-            after = self._after(packets, packet.pts)
+            after = self._packets_after(packets, packet.pts)
             early = [other for other in after if other.pts is not None and other.pts < packet.pts]
             if early and (not self._reorders or early != after[: len(early)]):
                 raise DecodeTrouble("frames have times before a keyframe that they cannot precede")
@@ -97,10 +97,10 @@ class IndexedReader:
     def _is_suspicious(
         self, key_time: int, early: Sequence[av.Packet], after: Sequence[av.Packet]
     ) -> bool:
-        """Whether one time near a keyframe is off the grid of steps that the others are on.
+        """Whether one time near a keyframe is off the grid of even steps that the others are on.
 
         A decoder that starts at the keyframe cannot decode the frames displayed before it, so only
-        the whole file tells a wrong time there from a right one.
+        decoding the whole file tells a wrong time there from a right one.
         """
         step = (self.index.end_dts - self.index.dts[0]) / len(self.index.dts)
         if step <= 0:
@@ -136,20 +136,20 @@ class IndexedReader:
         raise DecodeTrouble(f"a seek to keyframe {key} arrived elsewhere")
 
     @staticmethod
-    def _after(packets: Iterator[av.Packet], key_time: int) -> list[av.Packet]:
+    def _packets_after(packets: Iterator[av.Packet], key_time: int) -> list[av.Packet]:
         """The packets after a keyframe: first any displayed before it, then two more."""
-        found: list[av.Packet] = []
+        after: list[av.Packet] = []
         later = 0
         for packet in itertools.islice(packets, _MAX_LEADING):
-            found.append(packet)
+            after.append(packet)
             later += packet.pts is None or packet.pts > key_time
             if packet.size == 0 or later == 2:
                 break
-        return found
+        return after
 
     @staticmethod
     def _shows_reordering(after: Sequence[av.Packet]) -> bool:
-        """Whether the last two packets in `after` are displayed in another order than decoded."""
+        """Whether the last two packets in `after` are displayed in reverse decoding order."""
         times = [packet.pts for packet in after[-2:]]
         return (
             len(times) == 2
@@ -188,7 +188,7 @@ class IndexedReader:
         return Placed(to_rgb(self._current, self.max_pixels), self._wanted, index)
 
     def _start(self, key: int) -> None:
-        """Seek to keyframe number `key` and read it."""
+        """Seek to keyframe number `key` and read its packet."""
         self._key, self._packets = key, self._packets_from(key)
         self._ahead, self._seen, self._current = deque(), _Groups(), None
         self._wanted = self._time = self.key_pts[key]
@@ -222,7 +222,7 @@ class IndexedReader:
     def _settle(self, pts: int | None) -> None:
         """Read ahead until it is clear whether the frame at `pts` is the wanted one.
 
-        No further, because packets read ahead are held in memory.
+        Stops there, because packets read ahead are held in memory.
         """
         while pts == self._wanted and self._read_on:
             self._read()
@@ -267,7 +267,7 @@ class _Groups:
         return sum(time < pts for time in self._times)
 
     def proves_nothing(self, pts: int, wanted: int) -> bool:
-        """Whether the frame at `pts` is in another group than `wanted` and is not its anchor."""
+        """Whether the frame at `pts` is in a group other than `wanted`'s and not its anchor."""
         group = self._group.get(pts)
         return (
             group is not None

@@ -1,12 +1,12 @@
-"""How the T frames of one video are decoded, and when everything is decoded instead.
+"""Decode the T frames of one video, and decide when to decode the whole file instead.
 
-A file with all its packets is planned from its packet table and decoded only where the positions
-need it. At the first sign of damage (a truncated packet, fewer packets than the header's table
-promises, an error or a damaged frame while decoding) the whole file is decoded, and the positions
-run over the frames that decode. One frame is enough: fewer than T are repeated cyclically. Anything
-missing becomes a warning. No frame at all is an error: `truncated` if the file ends early, cannot
-be read further or holds no packets, `unsupported` if the codec is unknown, `not_video` for a raw
-stream (random bytes look like one), else `corrupt`.
+The frames of an intact file are planned from its packet table, and only what they need is decoded.
+At the first sign of damage (a truncated packet, fewer packets than the header's table promises, an
+error or a damaged frame while decoding) the whole file is decoded, and the positions run over the
+frames that decode. One frame is enough: fewer than T are repeated cyclically. Anything missing
+becomes a warning. No frame at all is an error: `truncated` if the file ends early, cannot be read
+further or holds no packets, `unsupported` if the codec is unknown, `not_video` for a raw stream
+(random bytes look like one), else `corrupt`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tsq_ray.decode.survivors import Survivors, decode_survivors, find_survivors
 from tsq_ray.decode.types import DecodedVideo, FrameSpec
 from tsq_ray.errors import VideoError
 
-_RARE = 0.25  # byte ranges do not pay if more than this share of intervals has no keyframe
+_MAX_WITHOUT_KEYFRAME = 0.25  # share of intervals; with more, byte ranges do not pay
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Extent:
 
 
 class DecodeJob:
-    """The decoding of one video."""
+    """Decodes one video."""
 
     def __init__(
         self,
@@ -110,21 +110,21 @@ class DecodeJob:
         self._check_duration(Extent(index.dts, index.end_dts, _time_base(stream)))
         reader = IndexedReader(container, stream, index, self.settings.max_pixels)
         choice = keyframe_choice(reader.key_pts, reader.start, reader.end, count, self.places)
-        # with rare keyframes nearly the whole file is needed: better to read it in one go and
+        # if keyframes are rare, nearly the whole file is needed: better to read it in one go and
         # decode it with all timestamps known
-        if choice.count(None) > count * _RARE:
+        if choice.count(None) > count * _MAX_WITHOUT_KEYFRAME:
             return None
         store = FrameStore(self.specs, count)
         times, indices = [0] * count, [0] * count
-        without = []
+        without_keyframe = []
         for i, key in enumerate(choice):
             placed = reader.keyframe(key) if key is not None else None
             if placed is None or interval_of(placed.pts, reader.start, reader.end, count) != i:
-                without.append(i)
+                without_keyframe.append(i)
                 continue
             store.put(i, placed.rgb)
             times[i], indices[i] = placed.pts, placed.index
-        for i in without:
+        for i in without_keyframe:
             placed = reader.frame_at(position(reader.start, reader.end, count, i, self.places))
             store.put(i, placed.rgb)
             times[i], indices[i] = placed.pts, placed.index
@@ -248,48 +248,51 @@ class DecodeJob:
     def _from_survivors(self, path: str) -> DecodedVideo:
         with self._open(path) as (container, stream):
             claimed = claimed_packets(stream)
-            found = find_survivors(container, stream)
-            if not found.pts:
-                raise self._nothing_decodes(container, found, claimed)
-        self._warn_of_damage(found, claimed)
-        extent = Extent(found.pts, found.end, found.time_base)
+            survivors = find_survivors(container, stream)
+            if not survivors.pts:
+                raise self._nothing_decodes(container, survivors, claimed)
+        self._warn_of_damage(survivors, claimed)
+        extent = Extent(survivors.pts, survivors.end, survivors.time_base)
         self._check_duration(extent)
-        indices = uniform_indices(found.pts, found.end, self.settings.num_frames, self.places)
+        indices = uniform_indices(
+            survivors.pts, survivors.end, self.settings.num_frames, self.places
+        )
         wanted, slot_frame = distinct(indices)
         store = FrameStore(self.specs, len(wanted))
         with self._open(path) as (container, stream):
             decode_survivors(container, stream, wanted, store, self.settings.max_pixels)
             assert store.complete
-            times = [found.pts[i] for i in indices]
+            times = [survivors.pts[i] for i in indices]
             return self._result(stream, store, slot_frame, indices, times, extent)
 
     def _nothing_decodes(
-        self, container: Container, found: Survivors, claimed: int | None
+        self, container: Container, survivors: Survivors, claimed: int | None
     ) -> VideoError:
         if is_raw(container):
             return VideoError(
                 "not_video", f"{self.name}: not recognised as video; a video file is needed"
             )
-        if found.walk.unsupported:
+        if survivors.walk.unsupported:
             return VideoError(
                 "unsupported",
                 f"{self.name}: the decoder does not support this kind of video; "
                 "convert the file, for example to H.264",
             )
         if (
-            found.walk.demux_failed
-            or found.walk.num_packets == 0
-            or (claimed is not None and found.walk.num_packets < claimed)
+            survivors.walk.demux_failed
+            or survivors.walk.num_packets == 0
+            or (claimed is not None and survivors.walk.num_packets < claimed)
         ):
             return VideoError(
                 "truncated", f"{self.name}: the file is cut off: none of its frames can be decoded"
             )
         return VideoError(
-            "corrupt", f"{self.name}: none of its {found.walk.num_packets} packets can be decoded"
+            "corrupt",
+            f"{self.name}: none of its {survivors.walk.num_packets} packets can be decoded",
         )
 
-    def _warn_of_damage(self, found: Survivors, claimed: int | None) -> None:
-        count, walk = len(found.pts), found.walk
+    def _warn_of_damage(self, survivors: Survivors, claimed: int | None) -> None:
+        count, walk = len(survivors.pts), survivors.walk
         stored = walk.num_packets - walk.num_discarded
         if claimed is not None and claimed > walk.num_packets:
             self.warnings.append(
@@ -301,12 +304,12 @@ class DecodeJob:
             self.warnings.append(
                 f"the file cannot be read to its end; {count} frames can be decoded"
             )
-        if found.num_damaged:
+        if survivors.num_damaged:
             self.warnings.append(
-                f"damaged: {found.num_damaged} of the {count} frames that can be decoded"
+                f"damaged: {survivors.num_damaged} of the {count} frames that can be decoded"
             )
-        if found.clock_fault is not None:
-            self.warnings.append(found.clock_fault)
+        if survivors.clock_fault is not None:
+            self.warnings.append(survivors.clock_fault)
 
     def _check_duration(self, extent: Extent) -> None:
         if extent.duration_s > self.settings.max_duration_s:
@@ -320,7 +323,7 @@ class DecodeJob:
 
     def _warn_of_duration(self, stream: Stream, duration: float, start_s: float) -> None:
         header = _header_duration(stream)
-        # some containers count the duration from zero, whenever the first frame comes
+        # some containers count the duration from time zero, not from the first frame
         if (
             header is not None
             and min(abs(header - duration), abs(header - start_s - duration)) > 1 + 0.1 * duration

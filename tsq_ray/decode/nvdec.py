@@ -25,16 +25,16 @@ def accelerator() -> HWAccel | None:
     # FFmpeg refuses to share the context of a process in which torch has set it up
     choices: tuple[dict[str, object], ...] = ({"primary_ctx": "1"}, {})
     for options in choices:
-        found = HWAccel("cuda", device=str(_ordinal()), options=options)
+        decoder = HWAccel("cuda", device=str(_ordinal()), options=options)
         with contextlib.suppress(av.error.FFmpegError, NotImplementedError):
             # kept for the life of the process: setting up a GPU takes about 0.2 s, which every
             # video would otherwise pay again
-            _held.append(found.create(av.Codec("h264", "r")))
-            return found
+            _contexts.append(decoder.create(av.Codec("h264", "r")))
+            return decoder
     return None
 
 
-_held: list[HWAccel] = []
+_contexts: list[HWAccel] = []
 
 
 def _ordinal() -> int:

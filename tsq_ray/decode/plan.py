@@ -42,7 +42,7 @@ def frame_at(pts: Sequence[int], time: int) -> int:
 
 
 def interval_of(time: int, start: int, end: int, num_frames: int) -> int:
-    """The one of the T equal intervals of [start, end) that contains `time`; -1 or T outside."""
+    """Index of the one of T equal intervals of [start, end) that holds `time`; -1 or T outside."""
     if time < start:
         return -1
     if end <= start:
@@ -55,7 +55,7 @@ def keyframe_choice(
 ) -> list[int | None]:
     """For each of the T intervals, the keyframe in it nearest its position, or None.
 
-    Keyframes are indices into `key_pts`; the position is the centre of the interval or its place.
+    Keyframes are indices into `key_pts`; the position is the interval's centre or `places` entry.
     """
     best: list[int | None] = [None] * num_frames
     for k, time in enumerate(key_pts):
@@ -85,10 +85,10 @@ def distinct(indices: Sequence[int]) -> tuple[list[int], np.ndarray]:
 def end_of(pts: Sequence[int], last_duration: int | None, track_duration: int | None = None) -> int:
     """The time at which the last frame ends.
 
-    Taken from the header's track duration if the track ends within one frame distance after the
-    last frame starts (a packet's own duration is the distance to the next one *decoded*); else from
-    the last frame's duration, else from the median distance between frames; a single frame without
-    a duration ends at its start.
+    Taken from the header's track duration if the track ends within one frame interval after the
+    last frame starts (a packet's own duration is the time to the next one *decoded*); else from the
+    last frame's duration; else from the median time between frames. A single frame without a
+    duration ends at its start.
     """
     steps = np.diff(np.asarray(pts, np.int64))
     if (

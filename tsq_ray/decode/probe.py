@@ -83,7 +83,7 @@ def open_container(
 def pick_stream(container: Container, uri: str) -> Stream:
     """The video stream that a player shows.
 
-    Raises VideoError: not_video without one, unsupported if no decoder is known for it.
+    Raises VideoError: not_video if the file has none, unsupported if it has no known decoder.
     """
     videos = [
         stream for stream in container.streams.video if not stream.disposition & _ATTACHED_PICTURE
@@ -125,8 +125,8 @@ def is_raw(container: Container) -> bool:
     return bool(container.format.flags & _NO_TIMESTAMPS)
 
 
-def believed_step(container: Container, time_base: Fraction) -> int:
-    """The longest step between two frames that is still believed, in `time_base`."""
+def max_trusted_step(container: Container, time_base: Fraction) -> int:
+    """The longest step between two frames that is trusted, in `time_base`."""
     return max_step(time_base, bool(container.format.flags & _DISCONTINUOUS))
 
 
@@ -158,11 +158,11 @@ class PacketTable:
     open_gops: bool = False
     """Some frame is decoded after a keyframe and displayed before it."""
     damaged: bool = False
-    """The demuxer met an error or a truncated packet."""
+    """The demuxer hit an error or a truncated packet."""
 
     @property
     def reordered(self) -> bool:
-        """Whether frames are decoded in another order than displayed."""
+        """Whether the decoding order of the frames differs from the display order."""
         return self.order != self.pts
 
 
@@ -212,7 +212,7 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     if table.reliable:
         table.doubtful = doubtful(table.pts) if table.reordered else []
         assert stream.time_base is not None
-        limit = believed_step(container, stream.time_base)
+        limit = max_trusted_step(container, stream.time_base)
         table.reliable = not jumps(table.pts, limit)
         table.end = end_of(table.pts, last_duration, stream.duration)
     return table
@@ -257,7 +257,7 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
     ):
         # with reordering and a variable rate, decoding times do not give presentation times
         return None
-    if jumps(times, believed_step(container, stream.time_base)):
+    if jumps(times, max_trusted_step(container, stream.time_base)):
         return None
     end = end_of(times, None if len(times) > 1 else stream.duration, stream.duration)
     # a hybrid file continues in fragments, which this table does not list
@@ -278,19 +278,19 @@ def read_index(container: Container, stream: Stream, size_bytes: int | None) -> 
 
 def display_matrix(frame: av.VideoFrame) -> Sequence[int]:
     """(a, b, c, d) of the frame's display matrix, each -1, 0 or 1: quarter turns and flips."""
-    turned = {0: UPRIGHT, 90: (0, -1, 1, 0), -90: (0, 1, -1, 0)}
-    upright = turned.get(round(frame.rotation / 90) * 90, (-1, 0, 0, -1))
+    quarter_turns = {0: UPRIGHT, 90: (0, -1, 1, 0), -90: (0, 1, -1, 0)}
+    rotation = quarter_turns.get(round(frame.rotation / 90) * 90, (-1, 0, 0, -1))
     try:
         items = list(cast("Iterable[Any]", frame.side_data))
     except ValueError:  # a kind of side data unknown to this PyAV
-        return upright
+        return rotation
     for item in items:
         if item.type.name == "DISPLAYMATRIX":
             a, b, _, c, d = np.frombuffer(bytes(item), "<i4")[:5].tolist()
             if max(abs(a), abs(d)) >= max(abs(b), abs(c)):
                 return _sign(a), 0, 0, _sign(d)
             return 0, _sign(b), _sign(c), 0
-    return upright
+    return rotation
 
 
 def _sign(value: int) -> int:

@@ -18,7 +18,7 @@ from tsq_ray.decode.frames import FrameStore, orient
 from tsq_ray.decode.probe import Container, PacketTable, Stream, display_matrix, read_packets
 from tsq_ray.errors import VideoError
 
-# in these, a keyframe packet decodes independently (in a GIF or a screen codec it may not)
+# a keyframe packet of these codecs decodes independently (in a GIF or a screen codec it may not)
 SEEKABLE_CODECS = (
     "h264",
     "hevc",
@@ -40,21 +40,21 @@ SEEKABLE_CODECS = (
 
 
 class DecodeTrouble(Exception):
-    """A fast path met an error, a damaged frame, or a frame that is out of place."""
+    """A fast path hit an error, a damaged frame, or a frame that is out of place."""
 
 
 def to_rgb(frame: av.VideoFrame, max_pixels: int) -> np.ndarray:
     """Convert to uint8 [H, W, 3] as displayed. Raises VideoError (too_large) above `max_pixels`."""
     check_pixels(frame.width, frame.height, max_pixels)
-    # frame.to_ndarray(format=...) would make a converter for each frame, kept alive by it, with a
-    # thread per core: 50 frames on 16 cores are 800 threads and 6 GB of stacks
-    if not hasattr(_own, "converter"):
-        _own.converter = VideoReformatter()
-    converted = _own.converter.reformat(frame, format="rgb24", threads=1)
+    # frame.to_ndarray(format=...) would make a converter for each frame, which keeps it alive, with
+    # a thread per core: 50 frames on 16 cores are 800 threads and 6 GB of stacks
+    if not hasattr(_thread_local, "converter"):
+        _thread_local.converter = VideoReformatter()
+    converted = _thread_local.converter.reformat(frame, format="rgb24", threads=1)
     return orient(converted.to_ndarray(), display_matrix(frame))
 
 
-_own = threading.local()
+_thread_local = threading.local()
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
@@ -86,10 +86,10 @@ def strict_frames(
 ) -> Iterator[av.VideoFrame]:
     """Yield frames from time `start` on, in presentation order.
 
-    Raises DecodeTrouble at the first error or damaged frame, and if the frames come in another
-    order than their packets' times, which are then wrong. Frames that `may_skip` accepts are left
-    out if no other frame refers to them: in H.264 their header says so, and skipping them costs
-    nothing (in HEVC a higher layer may still refer to them).
+    Raises DecodeTrouble at the first error or damaged frame, and if the frames do not come in the
+    order of their packets' times, which are then wrong. Frames that `may_skip` accepts are left out
+    if no other frame refers to them: in H.264 their header says so, and skipping them costs nothing
+    (in HEVC a higher layer may still refer to them).
     """
     context = stream.codec_context
     can_skip, reorders, skips = context.name == "h264", context.has_b_frames, False
@@ -130,8 +130,8 @@ def decode_exact(
 ) -> None:
     """Put the frames `wanted` (ascending indices into `table.pts`) into the store.
 
-    Seeks to keyframes and identifies each picture by its timestamp. Raises DecodeTrouble if one
-    does not come at its own timestamp, or one of the table's doubtful frames does not.
+    Seeks to keyframes and identifies each picture by its timestamp. Raises DecodeTrouble if one of
+    them, or one of the table's doubtful frames, does not come at its own timestamp.
     """
     codec = stream.codec_context.codec.canonical_name
     if codec not in SEEKABLE_CODECS:
@@ -144,10 +144,10 @@ def decode_exact(
     may_skip = skippable(table.order, targets, reordered, suspects)
     unproven = unproven_keys(table.order, table.key_pts) if reordered else frozenset()
     # for each frame, how many frames the decoder must have output up to and including it; the final
-    # 0 is read by index -1, before the first frame
+    # 0 is for index -1, before the first frame
     due = [*itertools.accumulate(pts not in may_skip for pts in table.pts), 0]
     frames: Iterator[av.VideoFrame] = iter(())
-    current, come = None, 0
+    current, num_output = None, 0
     for index, target in zip(checked, targets, strict=True):
         key = bisect_right(table.key_pts, target) - 1
         if key < 0:
@@ -159,15 +159,15 @@ def decode_exact(
                 ),
                 key,
             )
-            come = due[bisect_left(table.pts, table.key_pts[key]) - 1]
+            num_output = due[bisect_left(table.pts, table.key_pts[key]) - 1]
         for frame in frames:
             assert frame.pts is not None
-            come += frame.pts not in may_skip
+            num_output += frame.pts not in may_skip
             if frame.pts >= target:
                 break
         else:
             raise DecodeTrouble(f"no frame at {target}")
-        if frame.pts != target or come != due[index]:
+        if frame.pts != target or num_output != due[index]:
             raise DecodeTrouble(f"the frame at {target} is not in its place")
         if index in place:
             store.put(place[index], to_rgb(frame, max_pixels))

@@ -30,7 +30,7 @@ _KILLED = (-signal.SIGKILL, -signal.SIGTERM)
 
 @dataclass(eq=False)
 class _Video:
-    """A submitted video without an outcome."""
+    """A submitted video that has no outcome yet."""
 
     source: VideoSource
     outcome: Future[Outcome]
@@ -63,7 +63,7 @@ class DecodePool:
         self._waiting: dict[Future[Outcome], _Video] = {}
         self._second_tries: deque[_Video] = deque()
         self._second_pool: pebble.ProcessPool | None = None
-        self._held: deque[_Video] = deque()
+        self._queued: deque[_Video] = deque()
         self._closed = False
         self.children_lost = 0
         """Children that died or were killed while they decoded."""
@@ -105,23 +105,23 @@ class DecodePool:
                 raise ValueError("this DecodePool is closed; create a new one")
             video = _Video(source, outcome)
             self._waiting[outcome] = video
-            self._held.append(video)
+            self._queued.append(video)
             try:
                 self._start_next()
             except BaseException:
                 self._waiting.pop(outcome, None)
-                if video in self._held:
-                    self._held.remove(video)
+                if video in self._queued:
+                    self._queued.remove(video)
                 raise
         return outcome
 
     def cancel(self, outcome: Future[Outcome]) -> None:
-        """Make a submitted video a failure, and kill the child that decodes it."""
+        """Make a submitted video fail, and kill the child that decodes it."""
         with self._lock:
             video = self._waiting.get(outcome)
             if video is None:
                 return
-            for queue in (self._held, self._second_tries):
+            for queue in (self._queued, self._second_tries):
                 if video in queue:
                     queue.remove(video)
                     del self._waiting[outcome]
@@ -140,14 +140,14 @@ class DecodePool:
             # its own pool guarantees a fresh child, whatever the other pool's children did before
             self._second_pool = self._new_pool(1)
             self._schedule(self._second_tries.popleft(), self._second_pool)
-        # each child has one video queued; the rest waits here, so that a second try does not have
-        # to wait for it
-        while self._held and self._running < 2 * self._num_processes:
+        # each child has one video queued; the others wait here, so that a second try does not have
+        # to wait for them
+        while self._queued and self._running < 2 * self._num_processes:
             if self._second_tries or self._second_pool is not None:
                 return
             pool = self._shared_pool()
             self._running += 1
-            self._schedule(self._held.popleft(), pool)
+            self._schedule(self._queued.popleft(), pool)
 
     def _shared_pool(self) -> pebble.ProcessPool:
         if self._pool is not None and not self._pool.active:
@@ -161,7 +161,7 @@ class DecodePool:
         limit = self.settings.max_memory_mb
         pool = pebble.ProcessPool(num_processes, 0, start_child, [limit], ChildContext())
         if not pool.active:  # reading `active` starts the children
-            raise BrokenProcessPool("the decoder processes ended as soon as they were started")
+            raise BrokenProcessPool("the decoder processes exited as soon as they were started")
         return pool
 
     def _schedule(self, video: _Video, pool: pebble.ProcessPool) -> None:
@@ -173,9 +173,9 @@ class DecodePool:
             running = Future()
             running.set_exception(BrokenProcessPool(str(error)))
         video.running = running
-        running.add_done_callback(lambda finished: self._done(video, finished))
+        running.add_done_callback(lambda finished: self._on_done(video, finished))
 
-    def _done(self, video: _Video, finished: Future[Outcome]) -> None:
+    def _on_done(self, video: _Video, finished: Future[Outcome]) -> None:
         answers: list[tuple[_Video, Outcome]] = []
         with self._lock:
             if self._closed:
@@ -186,27 +186,27 @@ class DecodePool:
             else:
                 _stop_later(self._second_pool)
                 self._second_pool = None
-            if finished.cancelled() or not self._again(video, finished.exception()):
+            if finished.cancelled() or not self._retry(video, finished.exception()):
                 answers.append((video, self._outcome(video, finished)))
             try:
                 self._start_next()
             except Exception as error:  # noqa: BLE001  raised in pebble's thread, it would be lost
                 message = f"cannot start a decoder process: {error.__cause__ or error}"
-                queued = [*self._held, *self._second_tries]
+                queued = [*self._queued, *self._second_tries]
                 answers += [(other, VideoError("internal", message)) for other in queued]
-                self._held.clear()
+                self._queued.clear()
                 self._second_tries.clear()
             for answered, _ in answers:
                 self._waiting.pop(answered.outcome, None)
         for answered, outcome in answers:
             answered.outcome.set_result(outcome)
 
-    def _again(self, video: _Video, error: BaseException | None) -> bool:
+    def _retry(self, video: _Video, error: BaseException | None) -> bool:
         """Queue the video again if something else ended its child; return whether it was queued."""
         video.attempts -= 1
         if video.attempts and _is_not_the_videos_fault(error):
             # a child that dies between two videos breaks pebble's whole pool, with all its videos
-            (self._second_tries if video.was_killed else self._held).appendleft(video)
+            (self._second_tries if video.was_killed else self._queued).appendleft(video)
             return True
         if not video.was_killed and _was_killed(error):
             # by the out-of-memory killer or by a user; if it happens again while the video runs
@@ -229,12 +229,12 @@ class DecodePool:
                 f"{name}: not decoded within decode.timeout_s = {self.settings.timeout_s:g} s",
             )
         if isinstance(error, (pebble.ProcessExpired, BrokenProcessPool)):
-            how = _how(getattr(error, "exitcode", None))
+            cause = _describe_exit(getattr(error, "exitcode", None))
             alone = " twice, the second time as the only video in this worker"
             twice = alone if video.was_killed else ""
             outside = _was_killed(error) or _is_not_the_videos_fault(error)
             kind = DecoderKilled if outside else VideoError
-            return kind("decoder_crash", f"{name}: the decoder process died{twice} ({how})")
+            return kind("decoder_crash", f"{name}: the decoder process died{twice} ({cause})")
         return VideoError(
             "internal", f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         )
@@ -247,7 +247,7 @@ class DecodePool:
             self._pool = self._second_pool = None
             waiting, self._waiting = self._waiting, {}
             self._second_tries.clear()
-            self._held.clear()
+            self._queued.clear()
         for outcome in waiting:
             outcome.set_result(
                 VideoError("internal", "the decoder pool was closed before this video was done")
@@ -280,7 +280,7 @@ def _stop_later(pool: pebble.ProcessPool) -> None:
     threading.Thread(target=_stop, args=[pool], daemon=True).start()
 
 
-def _how(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code is None:
         return "cause unknown"
     if code >= 0:

@@ -1,4 +1,4 @@
-"""Decode whatever decodes, in decoder order, of a file with damage or untrusted timestamps."""
+"""Decode what can be decoded of a file with damage or untrusted timestamps, in decoder order."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from fractions import Fraction
 
 import av
 
-from tsq_ray.decode.clock import rebuilt
+from tsq_ray.decode.clock import rebuild
 from tsq_ray.decode.frames import FrameStore
 from tsq_ray.decode.plan import end_of
-from tsq_ray.decode.probe import Container, Stream, believed_step, is_raw, read_packets
+from tsq_ray.decode.probe import Container, Stream, is_raw, max_trusted_step, read_packets
 from tsq_ray.decode.pyav_backend import to_rgb
 
 
@@ -31,7 +31,7 @@ class Survivors:
 
 
 def find_survivors(container: Container, stream: Stream) -> Survivors:
-    """Decode a newly opened file once, without converting pictures; positions use the result."""
+    """Decode a newly opened file once, without converting pictures, to plan the positions."""
     walk = Walk(container, stream)
     times: list[int | None] = []
     damaged = last_duration = 0
@@ -50,8 +50,11 @@ def find_survivors(container: Container, stream: Stream) -> Survivors:
         assumed = f"{what}: {float(rate):g} frames per second assumed"
         return Survivors(list(range(count)), count, 1 / rate, damaged, walk, assumed)
     time_base = stream.time_base or Fraction(1, 25)
-    fixed = rebuilt(
-        times, time_base, believed_step(container, time_base), max(1, round(1 / (rate * time_base)))
+    fixed = rebuild(
+        times,
+        time_base,
+        max_trusted_step(container, time_base),
+        max(1, round(1 / (rate * time_base))),
     )
     if fixed is not None:
         fault = None if damaged and fixed.only_swapped else fixed.fault
@@ -65,7 +68,7 @@ def find_survivors(container: Container, stream: Stream) -> Survivors:
 def decode_survivors(
     container: Container, stream: Stream, wanted: Sequence[int], store: FrameStore, max_pixels: int
 ) -> None:
-    """Decode again, newly opened, and put the `wanted` frames into the store in that order.
+    """Decode the reopened file again and put the `wanted` frames into the store in that order.
 
     `wanted` are frame numbers in decoder order.
     """
@@ -79,7 +82,7 @@ def decode_survivors(
 
 
 class Walk:
-    """Decodes the whole stream, continuing after every error and counting what it meets."""
+    """Decodes the whole stream, continuing after every error; counts packets and errors."""
 
     def __init__(self, container: Container, stream: Stream) -> None:
         self.container, self.stream = container, stream
@@ -122,7 +125,7 @@ class Walk:
             av.error.NotImplementedError,
         ):
             self.unsupported = True
-        except av.error.EOFError:  # flushed already
+        except av.error.EOFError:  # already flushed
             return []
         except av.error.FFmpegError:
             self.num_errors += 1

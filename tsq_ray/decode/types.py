@@ -26,9 +26,9 @@ class FrameSpec:
     the central size x size; `keep`: the shorter side to `size`, keeping the aspect ratio; `none`:
     the original frame, see `with_whole_frames`. With `resize_to`, `crop` resizes the shorter side
     to that many pixels and rounds the longer one down, as torchvision and transformers do, and
-    `squash` resizes to that square before it takes the centre. `centre` says which way the middle
-    of the crop is rounded: `down` as in transformers, or to the `nearest` as in torchvision, a half
-    to the even number.
+    `squash` resizes to that square before it takes the centre. `centre` sets how the crop's corner
+    is rounded: `down` as in transformers, or to the `nearest` integer, half to even, as in
+    torchvision.
     """
 
     size: int
@@ -40,15 +40,15 @@ class FrameSpec:
 
 WHOLE = "whole"
 """Name of the original-size frames, which are resized on the networks' device."""
-_MOST_DATA = 2
+_MAX_DATA_RATIO = 2
 
 
 def with_whole_frames(specs: Mapping[str, FrameSpec]) -> dict[str, FrameSpec]:
-    """`specs` plus WHOLE, which replaces them for a video whose frames are small.
+    """Return `specs` plus WHOLE, which replaces them for a video with small frames.
 
     Such a video yields only its original frames: at most twice the data of the resized pictures.
     """
-    pixels = _MOST_DATA * sum(spec.size**2 for spec in specs.values())
+    pixels = _MAX_DATA_RATIO * sum(spec.size**2 for spec in specs.values())
     return {**specs, WHOLE: FrameSpec(math.isqrt(pixels), "none")}
 
 
@@ -68,7 +68,7 @@ class VideoSource:
 
     @classmethod
     def of(cls, ref: VideoRef) -> Self:
-        """Return what the decoder needs of a manifest row."""
+        """Return what the decoder needs from a manifest row."""
         return cls(ref.uri, ref.size_bytes, ref.etag, ref.modified)
 
 
@@ -108,7 +108,7 @@ class DecodedVideo:
     decode_ms: float
     """Wall-clock time to fetch, decode and resize, in milliseconds."""
     fetched_bytes: int = 0
-    """Bytes read from storage other than this machine's."""
+    """Bytes read from remote storage."""
 
     def slots(self, name: str) -> np.ndarray:
         """Return a copy, uint8 [T, h, w, 3]: each slot's picture in the size `name`."""
@@ -116,4 +116,4 @@ class DecodedVideo:
 
 
 Outcome = DecodedVideo | Failure
-"""What decoding a video gives."""
+"""The result of decoding a video."""

@@ -27,9 +27,9 @@ def decode_video(
 ) -> DecodedVideo:
     """Decode the T frames of one video in every size of `specs`, in this process on one thread.
 
-    Raises StorageError, and VideoError: see job.py, and too_large if a limit of
-    `settings` is exceeded, source_changed if the file differs from the manifest, out_of_memory.
-    The time limit is DecodePool's.
+    Raises StorageError or VideoError: those of job.py, too_large if a limit of `settings` is
+    exceeded, source_changed if the file differs from the manifest, or out_of_memory. DecodePool
+    enforces the time limit.
     """
     started = time.perf_counter()
     _silence()

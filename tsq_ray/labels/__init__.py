@@ -1,7 +1,7 @@
 """Label files: classes and splits of the listed videos.
 
-`formats` and `json_files` read the files into `entries`, `classes` the names of ids; `match` finds
-the videos that they name.
+`formats` and `json_files` read the files into `entries`, `classes` reads the names of class ids,
+and `match` finds the videos that the entries name.
 """
 
 from tsq_ray.labels.classes import Classes, read_classes

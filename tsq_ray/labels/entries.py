@@ -1,4 +1,4 @@
-"""What all label formats share: the file as it was read, and what it says about each video."""
+"""What all label formats share: the text of the file, and what it says about each video."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validate", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""Word for a split (in label files, list names, folders above class folders) -> manifest name."""
+"""Name of a split (in label files, list names, folders above class folders) -> manifest name."""
 
 
-def split_named(word: str | None) -> str | None:
-    """Return the split that a word means: Training is train; other words stay as they are.
+def canonical_split(name: str | None) -> str | None:
+    """Return a split's name in the manifest: Training becomes train, unknown names are kept.
 
-    None for no word or an empty one.
+    None if `name` is None or empty.
     """
-    return SPLITS.get(word.lower(), word) if word else None
+    return SPLITS.get(name.lower(), name) if name else None
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Entry:
     split: str | None = None
     keys: tuple[str, ...] = ()
     """Ids that the video's file may be named after, best first; empty if `name` is a path."""
-    also: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
     """Other spellings of `name`, tried in turn if no video has it."""
 
 

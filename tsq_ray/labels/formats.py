@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from tsq_ray import storage
 from tsq_ray.errors import ManifestError, StorageError
 from tsq_ray.labels.classes import Classes, lines_of
-from tsq_ray.labels.entries import SPLITS, Entry, LabelFile, split_named, stem_of
+from tsq_ray.labels.entries import SPLITS, Entry, LabelFile, canonical_split, stem_of
 from tsq_ray.labels.json_files import read_activitynet, read_label_studio
 
 FCVID_MATRIX = "FCVID_Label.txt"
@@ -70,7 +70,7 @@ def _check_quotes(place: str, cells: Sequence[str]) -> None:
         if cell[:1].isspace() and cell.strip().startswith('"'):
             raise ManifestError(
                 f"{place}: {cell[:80]!r} keeps its quotes; "
-                "expected them right after a comma, or after a comma and blanks"
+                "expected the first one right after a comma, or after a comma and blanks"
             )
 
 
@@ -84,7 +84,7 @@ def _read_csv(file: LabelFile) -> list[Entry]:
         labels = tuple(
             dict.fromkeys(part.strip() for part in row["label"].split("|") if part.strip())
         )
-        entries.append(Entry(line, row["path"], labels, split_named(row.get("split"))))
+        entries.append(Entry(line, row["path"], labels, canonical_split(row.get("split"))))
     return entries
 
 
@@ -102,7 +102,7 @@ def _read_kinetics(file: LabelFile) -> list[Entry]:
         clip = f"{video}_{start:06d}_{end:06d}"
         # some test sets withhold their labels
         labels = (row["label"],) if row.get("label") else ()
-        split = split_named(row.get("split"))
+        split = canonical_split(row.get("split"))
         entries.append(Entry(line, clip, labels, split, keys=(clip, video)))
     return entries
 
@@ -132,13 +132,13 @@ def _read_fcvid(file: LabelFile) -> list[Entry]:
                 f"{file.shown} line {number}: got {line[:80]!r}; "
                 f"expected a path and {' or '.join(sorted(SPLITS))}"
             )
-        numbers = _ones(rows[row], f"{storage.redact(place)} line {row + 1}", file.classes)
+        numbers = _marked_ids(rows[row], f"{storage.redact(place)} line {row + 1}", file.classes)
         labels = file.class_names(numbers, f"line {number}")
         entries.append(Entry(f"line {number}", name.strip(), labels, SPLITS[split.lower()]))
     return entries
 
 
-def _ones(row: str, place: str, classes: Classes | None) -> list[int]:
+def _marked_ids(row: str, place: str, classes: Classes | None) -> list[int]:
     """Return the class ids marked 1 in a row of the FCVID matrix."""
     cells = re.split(r"[\s,]+", row.strip())
     if not set(cells) <= {"0", "1"} or (classes is not None and len(cells) != len(classes.names)):
@@ -162,7 +162,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _read_list(file: LabelFile, frames: bool) -> list[Entry]:
-    """Read a list with one or more class ids per line; `frames`: after the number of frames."""
+    """Read a list with one or more class ids per line, after the number of frames if `frames`."""
     entries = []
     split = _split_of(file.uri)
     for number, line in file.lines():
@@ -221,7 +221,7 @@ class Reader:
     layout: str
     recognise: Callable[[str], bool]
     read: Callable[[LabelFile], list[Entry]]
-    anywhere: bool = True
+    searches_sources: bool = True
     """Whether paths are also looked up below the sources, not only relative to the label file."""
 
 
@@ -243,7 +243,7 @@ READERS: dict[str, Reader] = {
         "path,label[,split]",
         lambda line: {"path", "label"} <= _columns(line),
         _read_csv,
-        anywhere=False,
+        searches_sources=False,
     ),
     "fcvid": Reader(
         f"lines of a path and train or test, {FCVID_MATRIX} in the same folder",

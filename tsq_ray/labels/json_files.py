@@ -1,7 +1,7 @@
 """Read label files in JSON: ActivityNet's database and Label Studio's exports.
 
 Label Studio's JSON holds a task per video with its annotations, JSON-MIN a row per annotation. Only
-choices of people are labels: predictions, drafts and skipped annotations are not.
+people's choices are labels: predictions, drafts and skipped annotations are not.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from tsq_ray import storage
 from tsq_ray.errors import ManifestError
-from tsq_ray.labels.entries import Entry, LabelFile, split_named, stem_of
+from tsq_ray.labels.entries import Entry, LabelFile, canonical_split, stem_of
 
 CONTROLS = ("label", "choice", "choices")
-"""Usual names of the control whose choices are the labels, the first that a file has."""
+"""Usual names of the control whose choices are the labels; the first that a file has counts."""
 VIDEO_KEYS = ("uri", "video")
 """Keys of a task's data that name its video, best first; else any value with a video suffix."""
 _MAX_FOLDERS = 8
-"""Folders of a URL's path that are compared with the ends of the videos' paths."""
+"""Number of a URL's last folders that are compared with the ends of the videos' paths."""
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)", re.DOTALL)
 """The name that Label Studio gives an uploaded file."""
@@ -63,13 +63,13 @@ def read_activitynet(file: LabelFile) -> list[Entry]:
                 f"{file.shown}: not ActivityNet JSON: {key!r} is {str(video)[:80]!r}; "
                 "expected 'subset' and 'annotations', each with a 'label'"
             ) from None
-        entries.append(Entry(repr(key), key, labels, split_named(subset), keys=(key,)))
+        entries.append(Entry(repr(key), key, labels, canonical_split(subset), keys=(key,)))
     return entries
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """The latest annotation of a task, or none: its choices by the name of their control."""
+class _Annotation:
+    """The latest annotation of a task: its choices by control name, empty if it has none."""
 
     place: str
     data: dict[str, Any]
@@ -80,8 +80,8 @@ class _Answer:
 def read_label_studio(file: LabelFile) -> list[Entry]:
     """Read Label Studio's JSON or JSON-MIN export.
 
-    Of several annotations of a task the latest by `updated_at` counts; without one that is not
-    skipped the video has no label. Raises ManifestError with the number of the task.
+    The latest annotation of a task by `updated_at` counts; if all were skipped, the video has no
+    label. Raises ManifestError with the number of the task.
     """
     tasks = _parse(file, "Label Studio JSON")
     if not isinstance(tasks, list):
@@ -89,81 +89,81 @@ def read_label_studio(file: LabelFile) -> list[Entry]:
             f"{file.shown}: not Label Studio JSON: got {str(tasks)[:80]!r}; "
             "expected a list of tasks (export as JSON or JSON-MIN)"
         )
-    latest: dict[str, _Answer] = {}
+    latest: dict[str, _Annotation] = {}
     for number, task in enumerate(tasks, 1):
         place = f"{file.shown} task {number}"
-        _check(isinstance(task, dict), place, task, "a task with 'data' and 'annotations'")
+        _expect(isinstance(task, dict), place, task, "a task with 'data' and 'annotations'")
         full = isinstance(task.get("data"), dict)
-        answer = _answer(task, place) if full else _short_answer(task, place)
+        annotation = _latest_annotation(task, place) if full else _row_annotation(task, place)
         # JSON-MIN has a row per annotation, with the id of its task
         key = str(task.get("id", place)) if not full else place
-        if key not in latest or latest[key].time <= answer.time:
-            latest[key] = answer
+        if key not in latest or latest[key].time <= annotation.time:
+            latest[key] = annotation
     control = _control(file, latest.values())
     return [
         Entry(
-            answer.place.removeprefix(f"{file.shown} "),
+            annotation.place.removeprefix(f"{file.shown} "),
             names[0],
-            tuple(dict.fromkeys(answer.choices.get(control, ()))),
-            _split(answer),
-            also=names[1:],
+            tuple(dict.fromkeys(annotation.choices.get(control, ()))),
+            _split(annotation),
+            alternatives=names[1:],
         )
-        for answer in latest.values()
-        for names in [_names(answer)]
+        for annotation in latest.values()
+        for names in [_names(annotation)]
     ]
 
 
-def _check(good: bool, place: str, value: object, expected: str) -> None:
-    if not good:
+def _expect(holds: bool, place: str, value: object, expected: str) -> None:
+    if not holds:
         raise ManifestError(f"{place}: got {str(value)[:80]!r}; expected {expected}")
 
 
-def _answer(task: dict[str, Any], place: str) -> _Answer:
-    """Return the latest annotation of a task that nobody skipped."""
+def _latest_annotation(task: dict[str, Any], place: str) -> _Annotation:
+    """Return the latest annotation of a task that was not skipped."""
     annotations = task.get("annotations", [])
-    _check(
-        isinstance(annotations, list) and all(isinstance(one, dict) for one in annotations),
+    _expect(
+        isinstance(annotations, list) and all(isinstance(item, dict) for item in annotations),
         place,
         annotations,
         "'annotations', a list of objects with a 'result'",
     )
-    best = _Answer(place, task["data"], _NEVER, {})
+    best = _Annotation(place, task["data"], _NEVER, {})
     for annotation in annotations:
         time = _time(annotation, place)
         if not annotation.get("was_cancelled") and best.time <= time:
-            best = _Answer(place, task["data"], time, _choices(annotation.get("result"), place))
+            best = _Annotation(place, task["data"], time, _choices(annotation.get("result"), place))
     return best
 
 
 def _choices(result: object, place: str) -> dict[str, list[str]]:
     """Return the choices of an annotation by the name of their control."""
     expected = "'result', a list with {'from_name', 'type': 'choices', 'value': {'choices': [...]}}"
-    _check(isinstance(result, list), place, result, expected)
-    found: dict[str, list[str]] = {}
+    _expect(isinstance(result, list), place, result, expected)
+    choices: dict[str, list[str]] = {}
     for part in result if isinstance(result, list) else ():
-        _check(isinstance(part, dict), place, part, expected)
+        _expect(isinstance(part, dict), place, part, expected)
         if part.get("type") == "choices":
             control, value = part.get("from_name"), part.get("value")
-            good = isinstance(control, str) and isinstance(value, dict) and "choices" in value
-            _check(good, place, part, expected)
-            found.setdefault(control, []).extend(_texts(value["choices"], place))
-    return found
+            holds = isinstance(control, str) and isinstance(value, dict) and "choices" in value
+            _expect(holds, place, part, expected)
+            choices.setdefault(control, []).extend(_texts(value["choices"], place))
+    return choices
 
 
-def _short_answer(task: dict[str, Any], place: str) -> _Answer:
-    """Return a row of JSON-MIN: its data, its choices and its times beside each other."""
+def _row_annotation(task: dict[str, Any], place: str) -> _Annotation:
+    """Return the annotation of a JSON-MIN row, which holds data, choices and times side by side."""
     choices: dict[str, list[str]] = {}
     for control in CONTROLS:
         value = task.get(control)
         for part in value if isinstance(value, list) else [] if value is None else [value]:
             texts = part.get("choices") if isinstance(part, dict) else [part]
             choices.setdefault(control, []).extend(_texts(texts, place))
-    return _Answer(place, task, _time(task, place), choices)
+    return _Annotation(place, task, _time(task, place), choices)
 
 
 def _texts(values: object, place: str) -> list[str]:
-    good = isinstance(values, list) and all(isinstance(x, str) and x.strip() for x in values)
-    _check(good, place, values, "'choices', a list of class names")
+    holds = isinstance(values, list) and all(isinstance(x, str) and x.strip() for x in values)
+    _expect(holds, place, values, "'choices', a list of class names")
     return [text.strip() for text in values] if isinstance(values, list) else []
 
 
@@ -180,9 +180,9 @@ def _time(record: dict[str, Any], place: str) -> datetime:
     return time if time.tzinfo is not None else time.replace(tzinfo=timezone.utc)
 
 
-def _control(file: LabelFile, answers: Iterable[_Answer]) -> str:
+def _control(file: LabelFile, annotations: Iterable[_Annotation]) -> str:
     """Return the name of the control whose choices are the labels; empty if there are none."""
-    names = list(dict.fromkeys(name for answer in answers for name in answer.choices))
+    names = list(dict.fromkeys(name for each in annotations for name in each.choices))
     usual = [name for name in CONTROLS if name in names]
     if not usual and len(names) > 1:
         raise ManifestError(
@@ -192,23 +192,23 @@ def _control(file: LabelFile, answers: Iterable[_Answer]) -> str:
     return (usual or names or [""])[0]
 
 
-def _split(answer: _Answer) -> str | None:
-    split = answer.data.get("split")
-    return split_named(split) if isinstance(split, str) else None
+def _split(annotation: _Annotation) -> str | None:
+    split = annotation.data.get("split")
+    return canonical_split(split) if isinstance(split, str) else None
 
 
-def _names(answer: _Answer) -> tuple[str, ...]:
+def _names(annotation: _Annotation) -> tuple[str, ...]:
     """Return the spellings of a task's video, best first."""
     texts = {
         key: value
-        for key, value in answer.data.items()
+        for key, value in annotation.data.items()
         if isinstance(value, str) and value.strip() and "\0" not in value
     }
     named = [texts[key] for key in VIDEO_KEYS if key in texts]
     found = named or [text for text in texts.values() if _is_video(storage.name_of(text))]
     if not found:
         raise ManifestError(
-            f"{answer.place}: no video among its data ({str(list(answer.data))[:80]}); "
+            f"{annotation.place}: no video among its data ({str(list(annotation.data))[:80]}); "
             f"expected {' or '.join(map(repr, VIDEO_KEYS))} with a path or URL"
         )
     return tuple(dict.fromkeys([*found, *(name for text in found for name in _spellings(text))]))
@@ -219,7 +219,7 @@ def _is_video(name: str) -> bool:
 
 
 def _spellings(text: str) -> Iterator[str]:
-    """Iterate over what a path or URL may be called in the listing: the ends of its path."""
+    """Iterate over the names a path or URL may have in the listing: the ends of its path."""
     path = text
     if text.startswith(("http://", "https://", "/data/")):
         try:

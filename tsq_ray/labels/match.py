@@ -12,20 +12,20 @@ from functools import cached_property, lru_cache
 from tsq_ray import storage
 from tsq_ray.errors import ManifestError
 from tsq_ray.labels.classes import Classes, composed
-from tsq_ray.labels.entries import SPLITS, LabelFile, split_named, stem_of
+from tsq_ray.labels.entries import SPLITS, LabelFile, canonical_split, stem_of
 from tsq_ray.labels.formats import READERS, Reader, recognise
 
 ListedFile = tuple[str, str]
 """(listed source, URI of a file found below it)."""
-Named = tuple[tuple[str, ...], str | None]
+VideoLabels = tuple[tuple[str, ...], str | None]
 """(class names, split) of a video."""
 
 
 @dataclass
 class Labels:
-    """Class names and split by URI, labelled videos that were not found, and the labels' origin."""
+    """Class names and split by URI, labelled videos that were not found, origin of the labels."""
 
-    by_uri: dict[str, Named] = field(default_factory=dict)
+    by_uri: dict[str, VideoLabels] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     origin: str = "none"
 
@@ -34,32 +34,32 @@ def read_labels(
     labels: Sequence[str],
     files: Sequence[ListedFile],
     classes: Classes | None = None,
-    layout: str | None = None,
+    format_name: str | None = None,
 ) -> Labels:
     """Label `files` from label files, or from class folders.
 
     `labels`: label files, or one of "folders" and "none"; if empty, class folders are used if
-    every video lies in one. `layout`: name of the files' format; None: recognised from each file's
+    every video lies in one. `format_name`: the files' format; None: recognised from each file's
     content. Raises ManifestError.
     """
-    words = [word for word in ("none", "folders") if word in labels]
-    if layout is not None and (words or not labels):
+    keywords = [word for word in ("none", "folders") if word in labels]
+    if format_name is not None and (keywords or not labels):
         raise ManifestError(
-            f"--labels-format {layout}: no label file to read; name one with --labels FILE"
+            f"--labels-format {format_name}: no label file to read; name one with --labels FILE"
         )
-    if words and len(labels) > 1:
+    if keywords and len(labels) > 1:
         raise ManifestError(
-            f"--labels {words[0]}: cannot be combined with other labels, "
+            f"--labels {keywords[0]}: cannot be combined with other labels, "
             f"got {', '.join(map(storage.redact, labels))}"
         )
-    if words == ["none"]:
+    if keywords == ["none"]:
         return Labels(origin="none (--labels none)")
-    if words or not labels:
-        return _from_folders(files, asked_for=bool(words))
+    if keywords or not labels:
+        return _from_folders(files, asked_for=bool(keywords))
     videos, found, places, origins = _Videos(files), Labels(), dict[str, str](), []
     for uri in labels:
         file = LabelFile(storage.normalize(uri), storage.read_text(storage.normalize(uri)), classes)
-        name = layout or recognise(file)
+        name = format_name or recognise(file)
         if name not in READERS:
             raise ManifestError(
                 f"--labels-format {name}: no such format; allowed: {', '.join(READERS)}"
@@ -72,16 +72,16 @@ def read_labels(
 
 def _from_folders(files: Sequence[ListedFile], asked_for: bool) -> Labels:
     found = Labels(origin="class folders")
-    folders = dict[Named, Named]()  # shares one object among all videos of a folder
+    folders = dict[VideoLabels, VideoLabels]()  # shares one object among all videos of a folder
     for source, uri in files:
         parts = uri[len(source) :].strip("/").split("/") if uri.startswith(source) else []
         if len(parts) == 2:
-            named: Named = ((_class_of(parts[0]),), None)
+            label: VideoLabels = ((_class_of(parts[0]),), None)
         elif len(parts) == 3 and parts[0].lower() in SPLITS:
-            named = ((_class_of(parts[1]),), split_named(parts[0]))
+            label = ((_class_of(parts[1]),), canonical_split(parts[0]))
         else:
             break
-        found.by_uri[uri] = folders.setdefault(named, named)
+        found.by_uri[uri] = folders.setdefault(label, label)
     if len(found.by_uri) == len(files) and len({labels for labels, _ in found.by_uri.values()}) > 1:
         return found
     if asked_for:
@@ -95,7 +95,7 @@ def _from_folders(files: Sequence[ListedFile], asked_for: bool) -> Labels:
 def _class_of(folder: str) -> str:
     """Return the class that a folder names: each `_` between words is a blank.
 
-    One at the start or at the end belongs to the name: `_other` and `other` are two classes.
+    A `_` at the start or the end belongs to the name: `_other` and `other` are two classes.
     """
     return composed(re.sub(r"(?<=[^_])_+(?=[^_])", lambda gap: " " * len(gap[0]), folder.strip()))
 
@@ -140,7 +140,7 @@ class _Videos:
         self._real_path = lru_cache(maxsize=4096)(os.path.realpath)
         self._by_id = _Names((id_of(storage.name_of(uri)), uri) for uri in ordered)
 
-    def _spelled(self, uri: str) -> list[str]:
+    def _uris_of(self, uri: str) -> list[str]:
         return [uri] if uri in self.uris else self._composed.get(composed(uri), [])
 
     @cached_property
@@ -161,19 +161,19 @@ class _Videos:
         place = storage.join(folder, path) if storage.is_local(path) else path
         home = [storage.normalize(path)] if path.startswith("~") else []
         for spelling in (place, storage.normalize(place), *home):
-            if found := self._spelled(spelling):
+            if found := self._uris_of(spelling):
                 return found
         if not storage.is_local(place) or "\0" in place:
             return []
         # the listing may use a symlink's path and the label file the real one, or vice versa
         real = self._in_real_folder(storage.normalize(place))
-        return self._spelled(real) or self._by_real_folder.find(real)
+        return self._uris_of(real) or self._by_real_folder.find(real)
 
-    def named(self, keys: Sequence[str]) -> list[str]:
+    def by_ids(self, keys: Sequence[str]) -> list[str]:
         """Return the videos, in any folder, named after the first of these ids that matches."""
         return next((found for key in keys if (found := self._by_id.find(id_of(key)))), [])
 
-    def like(self, path: str, folder: str) -> list[str]:
+    def matching(self, path: str, folder: str) -> list[str]:
         """Return the video at a path relative to `folder` or to a source.
 
         Otherwise return the videos whose own paths end with it, with any suffix or none.
@@ -182,16 +182,16 @@ class _Videos:
             return self.at(path, folder)
         path = posixpath.normpath(path)
         for base in (folder, *self.folders):
-            if found := self._spelled(storage.join(base, path)):
+            if found := self._uris_of(storage.join(base, path)):
                 return found
         parent, name = posixpath.split(path)
         end = composed(f"/{parent}") if parent else ""
-        for same in (
+        for candidates in (
             self._by_name.find(name),
             self._by_name.find(stem_of(name)),
             self._by_id.find(id_of(name)),
         ):
-            found = [uri for uri in same if composed(storage.parent_of(uri)).endswith(end)]
+            found = [uri for uri in candidates if composed(storage.parent_of(uri)).endswith(end)]
             if found:
                 return found
         return []
@@ -207,17 +207,19 @@ def _join(
 ) -> None:
     """Add the entries of one file to `found` under the URIs of their videos.
 
-    `places` records which line labelled a video.
+    `places` records which line labelled each video.
     """
     entries = reader.read(file)
-    find = videos.like if reader.anywhere else videos.at
+    find = videos.matching if reader.searches_sources else videos.at
     missing = []
     for entry in entries:
         place = f"{file.shown} {entry.line}"
         uris = (
-            videos.named(entry.keys)
+            videos.by_ids(entry.keys)
             if entry.keys
-            else _first(find(spelling, file.folder) for spelling in (entry.name, *entry.also))
+            else _first(
+                find(spelling, file.folder) for spelling in (entry.name, *entry.alternatives)
+            )
         )
         name = storage.redact(entry.name)
         shown = name if name.isprintable() else repr(name)

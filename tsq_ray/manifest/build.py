@@ -23,7 +23,7 @@ def build_manifest(
 ) -> IndexSummary:
     """List videos, join their labels and write the manifest to `out`.
 
-    Raises ManifestError for wrong input, StorageError if a source cannot be listed.
+    Raises ManifestError for invalid input, StorageError if a source cannot be listed.
 
     Args:
         sources: folders, `s3://` prefixes or video files.
@@ -33,10 +33,10 @@ def build_manifest(
             one.
         labels_format: format of the label files, by default recognised from their content
             (docs/data-format.md).
-        classes: file of class names, one per line, which fix their order; otherwise it is
+        classes: file of class names, one per line, in the order to use; by default, the order is
             alphabetical.
-        split_name: split of all videos, instead of that of the labels.
-        update: replace an existing manifest and compare with it.
+        split_name: split of all videos, overriding that of the labels.
+        update: replace an existing manifest and count the changes since.
     """
     sources = [sources] if isinstance(sources, str) else sources
     old = find_old(out, update)

@@ -42,15 +42,15 @@ _TRIES = 3
 def find_old(out: str, update: bool) -> Manifest | None:
     """Return the manifest that `tsq index --out` will replace; None if `out` holds none yet.
 
-    Raises ManifestError if a manifest exists but `update` is not set, or if `out` is something
+    Raises ManifestError if a manifest exists but `update` is not set, or if `out` holds something
     else.
     """
-    place, shown = storage.normalize(out), storage.redact(out)
-    if storage.is_folder(place):
-        if _read_listing(place) is None:
+    target, shown = storage.normalize(out), storage.redact(out)
+    if storage.is_folder(target):
+        if _read_listing(target) is None:
             foreign = (
                 file.uri
-                for file in storage.walk(place)
+                for file in storage.walk(target)
                 if not _SHARD.fullmatch(storage.name_of(file.uri))
             )
             if uri := next(foreign, None):
@@ -59,7 +59,7 @@ def find_old(out: str, update: bool) -> Manifest | None:
                     "name a new file or folder"
                 )
             return None
-    elif not storage.exists(place):
+    elif not storage.exists(target):
         return None
     elif out.endswith("/"):
         raise ManifestError(f"--out {shown}: is a file; drop the trailing / or name another folder")
@@ -67,7 +67,7 @@ def find_old(out: str, update: bool) -> Manifest | None:
         raise ManifestError(
             f"--out {shown}: already exists; add --update to list again, or name another file"
         )
-    return read_manifest(place)
+    return read_manifest(target)
 
 
 def write_manifest(manifest: Manifest, uri: str) -> None:
@@ -76,12 +76,12 @@ def write_manifest(manifest: Manifest, uri: str) -> None:
     Writes a folder of shards if `uri` ends in `/` or is a folder, or if the manifest has more than
     MAX_FILE_ROWS rows and `uri` is not an existing file; otherwise one file.
     """
-    place = storage.normalize(uri)
-    many = len(manifest.rows) > MAX_FILE_ROWS and not storage.is_file(place)
-    if uri.endswith("/") or many or storage.is_folder(place):
-        _write_folder(manifest, place)
+    target = storage.normalize(uri)
+    large = len(manifest.rows) > MAX_FILE_ROWS and not storage.is_file(target)
+    if uri.endswith("/") or large or storage.is_folder(target):
+        _write_folder(manifest, target)
         return
-    with storage.open_write(place) as file:
+    with storage.open_write(target) as file:
         _write_table(manifest.rows.table, manifest, file, {"format": FORMAT})
 
 
@@ -140,8 +140,8 @@ class _Shard:
 def read_manifest(uri: str) -> Manifest:
     """Read and check a manifest: a file, a folder that `tsq index` wrote, or any folder of shards.
 
-    Shards that `_manifest.json` does not list are read in the order of their names. Raises
-    ManifestError if the manifest is missing, unfinished or something else, if class names differ
+    Shards in a folder without `_manifest.json` are read in the order of their names. Raises
+    ManifestError if the manifest is missing, unfinished or not a manifest, if class names differ
     between shards, or if two rows share an id.
     """
     uri = storage.normalize(uri)
@@ -158,7 +158,7 @@ def read_manifest(uri: str) -> Manifest:
         ) from None
     if not shard.identity:
         raise ManifestError(f"{shown}: lacks the manifest's metadata; make one with tsq index")
-    return _combined([shard], shard.identity, shard.sha256, uri, shown)
+    return _combine([shard], shard.identity, shard.sha256, uri, shown)
 
 
 def _read_folder(uri: str, shown: str) -> Manifest:
@@ -174,7 +174,7 @@ def _read_folder(uri: str, shown: str) -> Manifest:
                 raise
             listing = newer or {}  # an update removed the old shards
         else:
-            return _combined(shards, listing, _hash_of_hashes(shards), uri, shown)
+            return _combine(shards, listing, _hash_of_hashes(shards), uri, shown)
     raise ManifestError(
         f"{shown}: changed while being read; wait for tsq index --update to finish, then run again"
     )
@@ -182,19 +182,19 @@ def _read_folder(uri: str, shown: str) -> Manifest:
 
 def _read_listing(folder: str) -> dict[str, Any] | None:
     """Return the content of `_manifest.json`, or None if the folder has none."""
-    place = storage.join(folder, MANIFEST_FILE)
+    path = storage.join(folder, MANIFEST_FILE)
     try:
-        listing = json.loads(storage.read_bytes(place))
+        listing = json.loads(storage.read_bytes(path))
     except StorageError as error:
         if error.error_type == "not_found":
             return None
         raise
     except ValueError:
         raise ManifestError(
-            f"{storage.redact(place)}: not JSON; the file is damaged, "
+            f"{storage.redact(path)}: not JSON; the file is damaged, "
             "rebuild the manifest with tsq index"
         ) from None
-    check_format(listing, FORMAT, storage.redact(place), ManifestError)
+    check_format(listing, FORMAT, storage.redact(path), ManifestError)
     return listing
 
 
@@ -224,24 +224,24 @@ def _read_plain_folder(uri: str, shown: str) -> Manifest:
                 f"{shown}: not finished, it has no {MANIFEST_FILE} yet; "
                 "run the same tsq index command again"
             )
-        for strange in shard.table["video_id"].filter(
+        for bad_id in shard.table["video_id"].filter(
             pc.invert(pc.match_substring_regex(shard.table["video_id"], _VIDEO_ID))
         ):
             raise ManifestError(
-                f"{shown}: {name}: video_id {strange.as_py()!r}; "
+                f"{shown}: {name}: video_id {bad_id.as_py()!r}; "
                 "expected 16 hex digits (see docs/data-format.md)"
             )
         shards.append(shard)
     # another program's manifest has no sources recorded: the folder itself stands in for them
     identity = {"id": storage.sha256_of(uri.encode())[:16], "sources": [uri]}
-    return _combined(shards, identity, _hash_of_hashes(shards), uri, shown)
+    return _combine(shards, identity, _hash_of_hashes(shards), uri, shown)
 
 
 def _hash_of_hashes(shards: Sequence[_Shard]) -> str:
     return storage.sha256_of("\n".join(shard.sha256 for shard in shards).encode())
 
 
-def _combined(
+def _combine(
     shards: Sequence[_Shard], identity: dict[str, Any], sha256: str, uri: str, shown: str
 ) -> Manifest:
     classes = shards[0].classes
@@ -254,15 +254,15 @@ def _combined(
             )
     rows = VideoRows(pa.concat_tables([shard.table for shard in shards]))
     if found := rows.duplicate():
-        twice, numbers = found
+        shared_id, numbers = found
         names = _names_at(shards, numbers)
         first, second = (
             f"{storage.redact(rows[number].uri)} in {name}"
             for number, name in zip(numbers, names, strict=True)
         )
         raise ManifestError(
-            f"{shown}: {first} and {second} have the same video_id {twice}; "
-            "leave one of the two out"
+            f"{shown}: {first} and {second} have the same video_id {shared_id}; "
+            "remove one of the two"
         )
     return Manifest(rows, classes, identity["id"], tuple(identity["sources"]), sha256, uri)
 
@@ -288,7 +288,7 @@ def _read_shard(uri: str, what: str) -> _Shard:
     metadata = table.schema.metadata or {}
     classes = schema.classes_of(table.schema)
     identity = json.loads(metadata.get(schema.MANIFEST_KEY, b"{}"))
-    # other programs write no format, nor did 0.1.0 into a manifest of one file
+    # other programs write no format, nor did 0.1.0 in a manifest of one file
     check_format({"format": 1} | identity, FORMAT, what, ManifestError)
     table = _conform(table, classes, what)
     if len(table) > MAPPED_ROWS:
@@ -312,13 +312,13 @@ def _read_columns(file: BinaryIO) -> pa.Table:
         # `_conform` rejects them by their schema
         if "status" in arrow.names:
             return arrow.empty_table()
-        found = [name for name in names if name in arrow.names]
+        present = [name for name in names if name in arrow.names]
         groups = range(parquet.num_row_groups)
         tables = [
-            parquet.read_row_group(group, found, use_threads=False).combine_chunks()
+            parquet.read_row_group(group, present, use_threads=False).combine_chunks()
             for group in groups
         ]
-        empty = arrow.empty_table().select(found)
+        empty = arrow.empty_table().select(present)
         return pa.concat_tables([empty, *tables]).replace_schema_metadata(arrow.metadata)
 
 
@@ -338,14 +338,14 @@ def _conform(table: pa.Table, classes: Sequence[str], what: str) -> pa.Table:
     columns = {}
     for field in schema.manifest_schema(None):
         try:
-            there = field.name in table.column_names
+            present = field.name in table.column_names
             column = (
-                table[field.name].cast(field.type) if there else pa.nulls(len(table), field.type)
+                table[field.name].cast(field.type) if present else pa.nulls(len(table), field.type)
             )
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            have = table.schema.field(field.name).type
+            actual = table.schema.field(field.name).type
             raise ManifestError(
-                f"{what}: {field.name} is {have}, which cannot be cast to {field.type}"
+                f"{what}: {field.name} is {actual}, which cannot be cast to {field.type}"
             ) from None
         if column.null_count and field.name in required:
             raise ManifestError(

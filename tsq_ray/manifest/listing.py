@@ -29,7 +29,7 @@ _EXAMPLES = 3
 
 @dataclass
 class Findings:
-    """Counts and examples of what a listing and its labels hold, collected on the way."""
+    """Counts and examples of what a listing and its labels hold, collected along the way."""
 
     videos: int = 0
     classes: int = 0
@@ -48,7 +48,7 @@ class Findings:
     unchanged: int = 0
 
     def leave_out(self, uri: str, reason: str) -> None:
-        """Count an entry, and keep it as an example if it is among the first."""
+        """Count an entry, and keep it as an example if it is one of the first for its reason."""
         self.left_out[reason] = self.left_out.get(reason, 0) + 1
         examples = self.left_out_examples.setdefault(reason, [])
         if len(examples) < _EXAMPLES:
@@ -58,15 +58,15 @@ class Findings:
 def video_id(uri: str) -> str:
     """Return the first 16 hex digits of the sha256 of the normalised URI.
 
-    Of `uri` as given if that cannot be normalised: such a name becomes a failed row, which needs an
-    id too.
+    Hashes `uri` as given if it cannot be normalised: such a name becomes a failed row, which needs
+    an id too.
     """
     try:
-        place = storage.normalize(uri)
+        name = storage.normalize(uri)
     except (StorageError, OSError, ValueError):
-        place = uri
-    # surrogatepass: so does a name that is not UTF-8
-    return hashlib.sha256(place.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        name = uri
+    # surrogatepass: a name that is not UTF-8 needs an id too
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def list_sources(
@@ -74,18 +74,18 @@ def list_sources(
 ) -> Iterator[tuple[str, storage.StoredFile]]:
     """Yield (source, file) once for every video below the sources; count the rest in `summary`.
 
-    Raises ManifestError if a source matches nothing, StorageError if it cannot be listed.
+    Raises ManifestError if a source holds no video, StorageError if it cannot be listed.
     """
     seen: set[str] = set()  # filled only for several sources: one listing names nothing twice
     is_folder = {source: storage.is_folder(source) for source in sources}
     for source, folder in is_folder.items():
-        found, others = 0, Counter[str]()
-        for entry in storage.entries(source) if folder else _one(source):
+        num_videos, others = 0, Counter[str]()
+        for entry in storage.entries(source) if folder else _single_file(source):
             reason = _why_left_out(entry) if folder else None
-            found += reason is None
+            num_videos += reason is None
             if len(is_folder) > 1:
-                named_outright = reason is not None and entry.uri in is_folder
-                if entry.uri in seen or named_outright:
+                is_source_itself = reason is not None and entry.uri in is_folder
+                if entry.uri in seen or is_source_itself:
                     continue
                 seen.add(entry.uri)
             if isinstance(entry, storage.StoredFile) and reason is None:
@@ -93,7 +93,7 @@ def list_sources(
             else:
                 others[str(reason)] += 1
                 summary.leave_out(entry.uri, str(reason))
-        if not found:
+        if not num_videos:
             raise _no_video(source, others)
 
 
@@ -113,7 +113,7 @@ def _why_left_out(entry: storage.StoredFile | storage.LeftOut) -> str | None:
     return None if suffix in VIDEO_SUFFIXES else suffix or "(no suffix)"
 
 
-def _one(source: str) -> Iterator[storage.StoredFile]:
+def _single_file(source: str) -> Iterator[storage.StoredFile]:
     try:
         yield storage.stat(source)
     except StorageError as error:
@@ -173,10 +173,10 @@ def assemble_manifest(
 def _check_ids(rows: VideoRows) -> None:
     """Raise ManifestError if two rows share an id: every run would then miss one of them."""
     if found := rows.duplicate():
-        twice, numbers = found
+        shared_id, numbers = found
         first, second = (storage.redact(rows[number].uri) for number in numbers)
         raise ManifestError(
-            f"{first} and {second} have the same video_id {twice}; rename one of the two"
+            f"{first} and {second} have the same video_id {shared_id}; rename one of the two"
         )
 
 
@@ -247,10 +247,10 @@ def _join(
     columns: dict[str, list[pa.Array]] = {"labels": [], "split": []}
     for start in range(0, len(rows), _CHUNK):
         uris = table["uri"].slice(start, _CHUNK).to_pylist()
-        named = [labels.by_uri.get(uri, ((), None)) for uri in uris]
+        known = [labels.by_uri.get(uri, ((), None)) for uri in uris]
         values = {
-            "labels": [sorted(index[name] for name in names) or None for names, _ in named],
-            "split": [split_name or split for _, split in named],
+            "labels": [sorted(index[name] for name in names) or None for names, _ in known],
+            "split": [split_name or split for _, split in known],
         }
         for name, chunks in columns.items():
             chunks.append(pa.array(values[name], table.schema.field(name).type))

@@ -156,7 +156,7 @@ class VideoRows(Sequence[VideoRef]):
         return pa.Table.from_batches(taken).combine_chunks().take(pa.array(back))
 
     def where(self, mask: np.ndarray) -> VideoRows:
-        """Return the rows where `mask` is true, in order; more than MAPPED_ROWS stay on disk."""
+        """Return the rows where `mask` is true, in order; on disk if more than MAPPED_ROWS."""
         batches, bounds = self._pieces
 
         def kept() -> Iterator[pa.RecordBatch]:
@@ -261,7 +261,7 @@ def _equal(left: pa.ChunkedArray, right: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def same_as_before(rows: VideoRows, old: VideoRows, before: np.ndarray) -> np.ndarray:
-    """Compare each row with row `before` of `old` by `same_contents`; False where that is -1."""
+    """Compare each row with row `before` of `old` by `same_contents`; False if `before` is -1."""
     same = np.zeros(len(rows), bool)
     for start in range(0, len(rows), _AT_A_TIME):
         known = start + np.flatnonzero(before[start : start + _AT_A_TIME] >= 0)

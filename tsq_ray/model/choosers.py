@@ -58,9 +58,9 @@ class Candidates:
     first: int
     """How many candidates the recogniser sees in its first pass."""
     rounds: tuple[tuple[int, float], ...] = ()
-    """For a recogniser that gives one answer about all frames shown, a server: how many candidates
-    each of its answers is about, and the lead of one class over the next at which it is the last.
-    None: all at once."""
+    """For a recogniser behind a server, which gives one answer about all frames that it is shown:
+    per round, the number of candidates shown and the lead of one class over the next that makes
+    this round the last. Empty: all at once."""
 
     @classmethod
     def all_at_once(cls, selection: Selection) -> Candidates:
@@ -164,7 +164,7 @@ class Salient(_Fixed):
 class Diverse(Salient):
     """K salient frames that differ from each other: `sampler.selection = "dpp"`.
 
-    Their saliency is the mean of both modules' with the weights lambda_v and 1 - lambda_v.
+    Their saliency is the mean of both modules', weighted by lambda_v and 1 - lambda_v.
     """
 
     def select(self, view: View, budget: int) -> Selection:
@@ -189,17 +189,17 @@ class UntilConfident:
         slots = by_importance(
             lambda budget: self.salient.select(view, budget).slots, self.salient.budget
         )
-        by = dict(zip(chosen.slots.tolist(), chosen.selected_by, strict=True))
+        module_of = dict(zip(chosen.slots.tolist(), chosen.selected_by, strict=True))
         # each frame adds at most 1 to the lead
         first = min(len(slots), math.ceil(self.margin))
-        selected_by = [by[slot] for slot in slots.tolist()]
+        selected_by = [module_of[slot] for slot in slots.tolist()]
         return Candidates(slots, selected_by, first, tuple(self._rounds(len(slots))))
 
     def _rounds(self, count: int) -> Iterator[tuple[int, float]]:
-        """Yield the rounds of `count` candidates, each of twice as many as the one before.
+        """Yield the rounds of `count` candidates, each with twice as many as the one before.
 
-        An answer about n frames counts as n frames that all answer so. The first round is of the
-        fewest frames on which an answer without log-probabilities suffices.
+        An answer about n frames counts like n frames with that answer each. The first round has the
+        fewest frames for which an answer without log-probabilities suffices.
         """
         shown = math.floor(self.margin / ANSWERED_SCORE) + 1
         while shown < count:
@@ -244,9 +244,9 @@ def chooser_for(config: SamplerConfig) -> Chooser:
 
 
 def salient_for(config: SamplerConfig, mode: TSQMode, budget: int, *, adaptive: bool) -> Chooser:
-    """Return TSQNet's chooser with these settings, but for its modules and its budget."""
-    chooses = Diverse if config.selection == "dpp" else Salient
-    salient = chooses(budget, config.lambda_visual, mode)
+    """Return TSQNet's chooser with these settings, except for the modules and the budget."""
+    chooser_class = Diverse if config.selection == "dpp" else Salient
+    salient = chooser_class(budget, config.lambda_visual, mode)
     return UntilConfident(salient, config.margin) if adaptive else salient
 
 

@@ -6,7 +6,7 @@ No figure is hard-coded except one citation (`CITED`). Two ways to count a video
   element of a batch normalisation, of the unfolded architecture without its classifier at
   224 x 224, times (size / 224)^2; TSQNet with its constant queries recomputed for each video.
 - "true": the same operations at the true size (a layer of 3.5 x 3.5 is 4 x 4), TSQNet with its
-  queries folded, as this package runs it, and the sum of the object embeddings, which matters with
+  queries folded, as this package runs it, plus the sum of the object embeddings, which matters with
   all 1000 objects per frame (table 9).
 """
 
@@ -128,7 +128,7 @@ def count_ops(model: nn.Module, *inputs: Tensor | None) -> OpCount:
 def count_network(network: NetworkLike) -> OpCount:
     """Count a network without its classifier, on one picture of its input size.
 
-    A model behind a server counts 0: nobody knows its work, it costs money instead.
+    A model behind a server counts as 0: its work is unknown, and it costs money instead.
 
     Raises:
         ModelError: the library has no model of that name, or rejects the arguments or the size.
@@ -143,8 +143,8 @@ def count_network(network: NetworkLike) -> OpCount:
 def network_multiply_adds(network: NetworkLike, counting: Counting = "field") -> float:
     """Return the multiply-adds of one frame of size x size pixels through a network.
 
-    `counting`: see the module docstring; a transformers network is made for one size, so both
-    ways count it there, and a model behind a server as 0.
+    `counting`: see the module docstring. A transformers network is made for one size, so both ways
+    count it at that size; a model behind a server counts as 0.
     """
     if counting == "true" or network.kind != "timm":
         return count_network(network).total

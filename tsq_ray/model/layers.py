@@ -45,7 +45,7 @@ class TSQLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.mixer = SelfAttention(dim, num_heads, dropout) if self_attention else None
 
-    def ask(self, queries: Tensor) -> Tensor:
+    def project_queries(self, queries: Tensor) -> Tensor:
         """Project queries [Q, d'] or [B, Q, d'] with W_q, after self-attention if present."""
         return self.query(self.mixer(queries) if self.mixer is not None else queries)
 
@@ -98,13 +98,13 @@ class SelfAttention(nn.Module):
     def forward(self, queries: Tensor) -> Tensor:
         """Mix queries [Q, d'] or [B, Q, d']; the result has the same shape."""
         batch = queries if queries.dim() == 3 else queries[None]
-        asked, keys, values = (
+        projected, keys, values = (
             _split_heads(layer(batch), self.num_heads)
             for layer in (self.query, self.key, self.value)
         )
-        weights = (torch.bmm(asked, keys.transpose(1, 2)) / math.sqrt(asked.shape[2])).softmax(
-            dim=-1
-        )
+        weights = (
+            torch.bmm(projected, keys.transpose(1, 2)) / math.sqrt(projected.shape[2])
+        ).softmax(dim=-1)
         mixed = self.out(_join_heads(torch.bmm(self.dropout(weights), values), self.num_heads))
         return self.norm(queries + self.dropout(mixed).reshape(queries.shape))
 

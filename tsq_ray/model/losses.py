@@ -23,7 +23,7 @@ def tsq_loss(
         beta: weight of L_v->t.
 
     Returns:
-        Scalars: "loss" and the unweighted parts that exist of "visual", "textual", "t2v", "v2t".
+        Scalars: "loss", and those of "visual", "textual", "t2v", "v2t" that exist, unweighted.
     """
     weighted = (
         ("visual", output.logits_visual, 1.0),

@@ -31,7 +31,7 @@ def saliency(attention: Tensor, logits: Tensor, task: Task, top_classes: int = 5
     """Return s_i = sum of p_c A_c,i over the most probable classes (equation 5): [B, T].
 
     p is softmax(z), or sigmoid(z) for the multi-label task, and is not renormalised over the
-    `top_classes`. Among classes with equal p the first ones count.
+    `top_classes`. Among classes with equal p, the first ones count.
 
     Args:
         attention: [B, C, T]. Class-agnostic attention, [B, 1, T], is returned as the saliency
@@ -61,7 +61,7 @@ def select_frames(
     This is "Saliency score fusion" of appendix A. A slot that repeats an earlier slot's source
     frame is not a candidate. If a video has fewer than K source frames, all are chosen. Slots are
     ranked by (score descending, slot ascending). lambda_v K is rounded half up. Frames chosen by
-    both modules count as the VQM's; the VQM's next frames then fill the places left.
+    both modules count as the VQM's; the VQM's next frames then fill the remaining places.
 
     Args:
         saliency_visual: [T].
@@ -130,8 +130,8 @@ def frames_until_sure(probabilities: np.ndarray, margin: float) -> int | None:
     [K, C], is added to the classes' sums, so that several frames have to agree: the recogniser is
     often very confident on a single frame that shows something else.
     """
-    two = np.sort(np.cumsum(probabilities, axis=0), axis=1)[:, -2:]
-    reached = np.flatnonzero(two[:, 1] - two[:, 0] >= margin)
+    top_two = np.sort(np.cumsum(probabilities, axis=0), axis=1)[:, -2:]
+    reached = np.flatnonzero(top_two[:, 1] - top_two[:, 0] >= margin)
     return int(reached[0]) + 1 if len(reached) else None
 
 

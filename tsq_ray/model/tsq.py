@@ -91,7 +91,7 @@ class TSQOutput:
     """
 
 
-class _Look(NamedTuple):
+class _BranchOutput(NamedTuple):
     logits: Tensor
     """[B, C]."""
     attentions: list[Tensor]
@@ -159,21 +159,21 @@ class TSQBranch(TSQLayer):
         """Apply the convolution: [B, T, D] -> [B, T, d']."""
         return self.conv(frames.to(self.conv.weight.dtype))
 
-    def look(self, frames: Tensor) -> _Look:
+    def run(self, frames: Tensor) -> _BranchOutput:
         """Run all layers and the classifier on projected frames [B, T, d']."""
         response: Tensor | None = None
         attentions, values = [], []
         queries, embeddings = self._queries()
         for layer in self.layers:
             if response is not None:
-                queries = layer.ask(embeddings + response)
+                queries = layer.project_queries(embeddings + response)
             attentions.append(layer.attend(queries, frames))
             values.append(layer.value(frames))
             response = layer.respond(attentions[-1], values[-1], response)
         assert response is not None
-        return _Look(self.classify(response), attentions, values)
+        return _BranchOutput(self.classify(response), attentions, values)
 
-    def look_with(self, attentions: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    def run_with_attention(self, attentions: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
         """Return the logits [B, C] with another module's attention (equation 3).
 
         Args:
@@ -204,7 +204,7 @@ class TSQBranch(TSQLayer):
         if self.folded_queries is not None and self.folded_embeddings is not None:
             return self.folded_queries, self.folded_embeddings
         embeddings = self.conv(self.embeddings)
-        return self.ask(embeddings), embeddings
+        return self.project_queries(embeddings), embeddings
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -291,25 +291,25 @@ class TSQNet(nn.Module):
             text: object embeddings [B, T, Dt]; in evaluation mode None runs the VQM alone.
         """
         frames_v = self.visual.project(visual)
-        visual_look = self.visual.look(frames_v)
-        output = TSQOutput(visual_look.logits, self.visual.saliency_map(visual_look.attentions))
+        visual_out = self.visual.run(frames_v)
+        output = TSQOutput(visual_out.logits, self.visual.saliency_map(visual_out.attentions))
         if self.textual is None:
             return output
         if text is None:
             assert not self.training, "a network with a TQM trains on both features; text is None"
             return output
         frames_t = self.textual.project(text)
-        text_look = self.textual.look(frames_t)
-        output.logits_textual = text_look.logits
-        output.attention_textual = self.textual.saliency_map(text_look.attentions)
+        text_out = self.textual.run(frames_t)
+        output.logits_textual = text_out.logits
+        output.attention_textual = self.textual.saliency_map(text_out.attentions)
         if self.training:
             as_printed, layers = self.shape.swap_values == "input", self.shape.num_layers
-            output.logits_t2v = self.visual.look_with(
-                text_look.attentions, [frames_v] * layers if as_printed else visual_look.values
+            output.logits_t2v = self.visual.run_with_attention(
+                text_out.attentions, [frames_v] * layers if as_printed else visual_out.values
             )
-            detached = [attention.detach() for attention in visual_look.attentions]
-            output.logits_v2t = self.textual.look_with(
-                detached, [frames_t] * layers if as_printed else text_look.values
+            detached = [attention.detach() for attention in visual_out.attentions]
+            output.logits_v2t = self.textual.run_with_attention(
+                detached, [frames_t] * layers if as_printed else text_out.values
             )
         return output
 

@@ -1,9 +1,9 @@
 """Folding batch norms into convolutions for inference, and unfolding them for training.
 
 Weights made for inference have each batch norm folded into the preceding convolution: running mean
-0, running variance 1 and a bias. In training such a layer would normalise activations that were not
-normalised before, and destroy the network at the first step. So its statistics are estimated first,
-without changing what the network computes.
+0, running variance 1 and a bias. In training, such a layer would normalise activations that were
+not normalised before, and destroy the network at the first step. So its statistics are estimated
+first, without changing what the network computes.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from tsq_ray.networks.encoder import FrameEncoder
 
 @torch.no_grad()
 def fold_batch_norms(network: nn.Module, size: int, frames: int = 1) -> int:
-    """Fold each batch norm that follows a convolution into it, in place; return how many.
+    """Fold each batch norm that follows a convolution into it, in place; return their number.
 
     In eval mode the network computes the same as before. One picture (or one clip of several
     `frames`) of `size` x `size` reveals the pairs: the input of the batch norm is the very tensor
-    that the convolution returned, and both run once. If the folded network computes something else
+    that the convolution returned, and both run once. If the folded network's output differs
     (because the output of a convolution is used elsewhere too), nothing is folded.
     """
     pairs = _conv_norm_pairs(network, torch.zeros(frames, 3, size, size))
     if not pairs:
         return 0
     probe = torch.linspace(-1, 1, frames * 3 * size * size).reshape(frames, 3, size, size)
-    before, kept = network(probe), copy.deepcopy(network.state_dict())
+    before, original_state = network(probe), copy.deepcopy(network.state_dict())
     replaced: list[tuple[nn.Conv2d, bool, str, _BatchNorm]] = []
     for conv_name, norm_name in pairs:
         conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
@@ -56,20 +56,20 @@ def fold_batch_norms(network: nn.Module, size: int, frames: int = 1) -> int:
             nn.Parameter(bias, requires_grad=False),
         )
         # timm's batch norms include the activation
-        _put(network, norm_name, getattr(norm, "act", None) or nn.Identity())
+        _replace_module(network, norm_name, getattr(norm, "act", None) or nn.Identity())
     if torch.allclose(network(probe), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())):
         return len(pairs)
     for conv, had_bias, norm_name, norm in replaced:
         if not had_bias:
             conv.register_parameter("bias", None)
-        _put(network, norm_name, norm)
-    network.load_state_dict(kept)
+        _replace_module(network, norm_name, norm)
+    network.load_state_dict(original_state)
     return 0
 
 
 def _conv_norm_pairs(network: nn.Module, probe: Tensor) -> list[tuple[str, str]]:
     """Return the names of each (convolution, batch norm) pair, in execution order."""
-    # holds the tensors, so that no two share an id
+    # keeps the tensors alive, so that no two share an id
     made_by: dict[int, tuple[str, Tensor]] = {}
     pairs: list[tuple[str, str]] = []
     calls: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def _conv_norm_pairs(network: nn.Module, probe: Tensor) -> list[tuple[str, str]]
     return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]
 
 
-def _put(network: nn.Module, name: str, module: nn.Module) -> None:
+def _replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, own = name.rpartition(".")
     setattr(network.get_submodule(parent), own, module)
 
@@ -135,7 +135,7 @@ def unfold_norms(network: FrameEncoder, batches: Iterable[Tensor]) -> int:
     """Give each folded batch norm the statistics of its input: mean m and variance v.
 
     Its weight becomes weight * sqrt(v), its bias bias + weight * m. So the network computes the
-    same as before in eval mode, and about the same in training mode on batches like `batches`.
+    same as before in eval mode, and about the same in training mode on similar batches.
 
     Args:
         network: in eval mode; changed in place.

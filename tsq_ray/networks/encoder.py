@@ -38,7 +38,7 @@ class FrameEncoder(nn.Module):
     dtype = torch.float32
     """Precision of the backbone."""
     fixed_sizes = False
-    """Whether it is compiled for a few batch sizes only."""
+    """Whether it is compiled, for only a few batch sizes."""
 
     def __init__(self, config: ModelConfig, backbone: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class FrameEncoder(nn.Module):
 
 
 def create_network(config: ModelConfig, num_classes: int) -> nn.Module:
-    """Create a network with random weights, which has timm's methods for its classifier.
+    """Create a network with random weights and timm's methods for its classifier.
 
     A timm network is made without a classifier if `num_classes` is 0. Raises ModelError for an
     unknown name or argument, and for a model behind a server.

@@ -34,11 +34,11 @@ _KEPT_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that a layer frees for the next layer.
+    """Let this process keep the memory that one layer frees for the next layer.
 
-    glibc returns large blocks to the system, which then hands them out again page by page: a fifth
-    to a third of the time of a network on a CPU. The process's largest size stays the same. Does
-    nothing with another C library.
+    glibc returns large blocks to the system, which then hands them out again page by page; this
+    takes a fifth to a third of a network's time on a CPU. Peak memory stays the same. Does nothing
+    with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
 def takes_bf16(precision: Precision, device: torch.device) -> bool:
     """Whether a network computes in bf16.
 
-    `auto` chooses it only on GPUs with native instructions; others emulate it, slowly.
+    `auto` chooses it only on GPUs with native bf16 instructions; others emulate it slowly.
     """
     if precision != "auto":
         return precision == "bf16"
@@ -61,27 +61,27 @@ def prepare_for_inference(
 ) -> FrameEncoder:
     """Return a faster copy of an encoder on `device`; the original does not change.
 
-    The copy computes the same, in bf16 nearly the same. Of `resources` it uses `precision` and
-    `compile`; a compiled copy takes a minute for the first frames of each chunk size
+    The copy computes the same, or nearly the same in bf16. Only `precision` and `compile` of
+    `resources` are used; a compiled copy takes a minute for the first frames of each chunk size
     (`encode_pictures`).
     """
     if device.type == "cpu":
         keep_freed_memory()
-    made = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
-    fold_batch_norms(made.backbone, made.config.size, made.config.clip_frames)
-    made.to(device=device)
-    if made.config.clip_frames == 1:  # not for the convolutions of a video network
-        made.backbone.to(memory_format=torch.channels_last)
-    made.dtype = torch.bfloat16 if takes_bf16(resources.precision, device) else torch.float32
-    made.backbone.to(made.dtype)
-    if made.head is not None:
-        made.head.to(made.dtype)
+    prepared = copy.deepcopy(encoder).cpu().eval().requires_grad_(False)
+    fold_batch_norms(prepared.backbone, prepared.config.size, prepared.config.clip_frames)
+    prepared.to(device=device)
+    if prepared.config.clip_frames == 1:  # not for the convolutions of a video network
+        prepared.backbone.to(memory_format=torch.channels_last)
+    prepared.dtype = torch.bfloat16 if takes_bf16(resources.precision, device) else torch.float32
+    prepared.backbone.to(prepared.dtype)
+    if prepared.head is not None:
+        prepared.head.to(prepared.dtype)
     if resources.compile:
-        made.backbone.compile(
+        prepared.backbone.compile(
             mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False
         )
-        made.fixed_sizes = True
-    return made
+        prepared.fixed_sizes = True
+    return prepared
 
 
 class Pictures(NamedTuple):
@@ -99,9 +99,9 @@ def encode_pictures(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the features [N, D] and logits [N, C] of N pictures in total, float32 on the CPU.
 
-    A video network gives one row per clip: the frames of each item make whole clips, the last
-    of which is filled up with its last frame (`num_inputs`). The logits are None if the encoder has
-    no head. Runs one chunk of frames at a time.
+    A video network gives one row per clip: the frames of each item are cut into clips, the last of
+    which is filled by repeating its last frame (`num_inputs`). The logits are None if the encoder
+    has no head. Runs one chunk of frames at a time.
     """
     device, clip = next(encoder.parameters()).device, encoder.config.clip_frames
     chunk = max(1, _CHUNK[device.type] // clip) * clip
@@ -120,7 +120,7 @@ def encode_pictures(
         features.append(feature.float())
         if encoder.head is not None:
             logits.append(encoder.head(feature).float())
-    # a single copy back, so that the device keeps computing while the next chunk is on its way
+    # a single copy back at the end, so that the device computes while the next chunk is on its way
     return torch.cat(features).cpu(), torch.cat(logits).cpu() if logits else None
 
 
@@ -163,7 +163,7 @@ def resize_frames(frames: Tensor, spec: FrameSpec) -> Tensor:
 
 
 def num_inputs(config: ModelConfig, count: int) -> int:
-    """Return how many inputs of a network `count` frames of a video make."""
+    """Return how many network inputs `count` frames of a video make: frames, or clips of them."""
     return -(-count // config.clip_frames)
 
 
@@ -176,7 +176,7 @@ def _whole_clips(pictures: Pictures, clip: int) -> Pictures:
 
 
 def _padded(part: Tensor, chunk: int, clip: int) -> Tensor:
-    """Pad [n, ...] with empty frames to a power of two of clips, at least 8 frames."""
+    """Pad [n, ...] with empty frames until the clips are a power of two, with at least 8 frames."""
     clips = max(-(-8 // clip), 1 << (len(part) // clip - 1).bit_length())
     size = min(chunk, clips * clip)
     return (

@@ -1,7 +1,7 @@
-"""The preprocessing that a library does for a network, as settings.
+"""A library's preprocessing for a network, expressed as settings.
 
-What a library's transform does is measured on pictures, not read from its options, of which each
-library and each class has others.
+What a library's transform does is measured on pictures, not read from its options, which differ
+between libraries and classes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from tsq_ray.rows import centre_of
 
 Apply = Callable[[np.ndarray], np.ndarray]
 """uint8 [H, W, 3] to float [3, size, size]."""
-_MOST_ENLARGED = 1.3
+_MAX_ENLARGEMENT = 1.3
 """The shorter side before the crop is at most this many times the size."""
-_ALLOWED_LEVELS = 1.0
-"""Mean difference of a picture from the library's, of 255 levels: resizes differ by roundings."""
+_MAX_DIFFERENCE = 1.0
+"""Maximum mean difference from the library's picture, of 255 levels: resizes round differently."""
 
 
 def preprocessing_of(apply: Apply, kind: str, what: str) -> dict[str, Any]:
     """Return the ModelConfig fields `size`, `resize`, `resize_to`, `interpolation`, `mean`, `std`.
 
-    `kind` is the library of the network. Raises ModelError if none of them do what `apply` does.
+    `kind` is the library of the network. Raises ModelError if no values do what `apply` does.
     """
     black, white = (apply(np.full((240, 320, 3), level, np.uint8)) for level in (0, 255))
     if black.ndim != 3 or black.shape[0] != 3 or black.shape[1] != black.shape[2]:
@@ -39,45 +39,45 @@ def preprocessing_of(apply: Apply, kind: str, what: str) -> dict[str, Any]:
     red[..., 0] = 255
     expected = np.where(np.arange(3)[:, None, None] == 0, white, black)
     if not np.allclose(apply(red), expected, atol=0.05 * float(np.abs(white - black).max())):
-        raise ModelError(f"{what}: mixes or reorders the colours, which this package does not")
+        raise ModelError(f"{what}: mixes or reorders the colours, which this package cannot do")
 
     def levels(picture: np.ndarray) -> np.ndarray:
         return (apply(picture) * std[:, None, None] + mean[:, None, None]) * 255
 
     pictures = [_picture(300, 420), _picture(380, 290)]
-    wanted = [levels(picture) for picture in pictures]
+    targets = [levels(picture) for picture in pictures]
 
     def difference(spec: FrameSpec) -> float:
         return max(
-            float(np.abs(resize_picture(picture, spec).transpose(2, 0, 1) - levels).mean())
-            for picture, levels in zip(pictures, wanted, strict=True)
+            float(np.abs(resize_picture(picture, spec).transpose(2, 0, 1) - target).mean())
+            for picture, target in zip(pictures, targets, strict=True)
         )
 
-    found = min(_candidates(size, centre_of(kind)), key=difference)
-    if difference(found) > _ALLOWED_LEVELS:
+    best = min(_candidates(size, centre_of(kind)), key=difference)
+    if difference(best) > _MAX_DIFFERENCE:
         raise ModelError(
-            f"{what}: resizes pictures in a way that this package cannot repeat (the nearest, "
-            f"{found.resize}, differs by {difference(found):.1f} of 255 levels)"
+            f"{what}: resizes pictures in a way that this package cannot reproduce (the closest, "
+            f"{best.resize}, differs by {difference(best):.1f} of 255 levels)"
         )
     return {
         "size": size,
-        "resize": found.resize,
-        "resize_to": found.resize_to,
-        "interpolation": found.interpolation,
+        "resize": best.resize,
+        "resize_to": best.resize_to,
+        "interpolation": best.interpolation,
         "mean": [round(float(value), 6) for value in mean],
         "std": [round(float(value), 6) for value in std],
     }
 
 
 def _candidates(size: int, centre: Centre) -> list[FrameSpec]:
-    found = []
+    specs = []
     for interpolation in ("bilinear", "bicubic"):
-        found.append(FrameSpec(size, "squash", interpolation))
-        for shorter in range(size + 1, int(size * _MOST_ENLARGED) + 1):
-            found.append(FrameSpec(size, "squash", interpolation, shorter, centre))
-        for shorter in range(size, int(size * _MOST_ENLARGED) + 1):
-            found.append(FrameSpec(size, "crop", interpolation, shorter, centre))
-    return found
+        specs.append(FrameSpec(size, "squash", interpolation))
+        for shorter in range(size + 1, int(size * _MAX_ENLARGEMENT) + 1):
+            specs.append(FrameSpec(size, "squash", interpolation, shorter, centre))
+        for shorter in range(size, int(size * _MAX_ENLARGEMENT) + 1):
+            specs.append(FrameSpec(size, "crop", interpolation, shorter, centre))
+    return specs
 
 
 def _picture(height: int, width: int) -> np.ndarray:

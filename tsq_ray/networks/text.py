@@ -27,9 +27,9 @@ _BLOCK = 1 << 22
 
 
 class TextEncoder:
-    """A BERT-family encoder that averages the last layer's tokens (PAPER: text pooling).
+    """A BERT-family encoder that averages the last layer's tokens, without the special ones.
 
-    The special tokens do not count.
+    The paper leaves the pooling open.
     """
 
     def __init__(self, config: TextConfig) -> None:
@@ -68,7 +68,7 @@ class TextEncoder:
                 truncation=True,
             )
             keep = (tokens["attention_mask"] * (1 - tokens.pop("special_tokens_mask"))).float()
-            # a name of unknown characters only still gets the mean of its attended tokens
+            # a name with only unknown characters still gets the mean of its attended tokens
             keep = torch.where(
                 keep.sum(1, keepdim=True) > 0, keep, tokens["attention_mask"].float()
             )
@@ -130,14 +130,14 @@ class WordVectors:
             )
         return dim
 
-    def _find(self, wanted: set[str]) -> dict[str, np.ndarray]:
+    def _find(self, words: set[str]) -> dict[str, np.ndarray]:
         exact: dict[str, np.ndarray] = {}
         cased: dict[str, np.ndarray] = {}
         for number, line in enumerate(self._lines(), 1):
             word = line.partition(b" ")[0].decode("utf-8", "replace")
             key = word.lower()
-            found = exact if word == key else cased
-            if key not in wanted or key in found:
+            vectors = exact if word == key else cased
+            if key not in words or key in vectors:
                 continue
             fields = line.split()
             if len(fields) > self.dim + 1 or (number == 1 and len(fields) == 2):
@@ -148,7 +148,7 @@ class WordVectors:
                     f"{self.what}: line {number} is not a word and {self.dim} numbers; "
                     "the file is damaged"
                 )
-            found[key] = vector
+            vectors[key] = vector
         return cased | exact
 
     def _lines(self) -> Iterator[bytes]:
@@ -171,7 +171,7 @@ class WordVectors:
 
 
 def text_encoder(config: TextConfig) -> TextEncoder | WordVectors:
-    """Load the encoder of names: static vectors if `weights` is a file, else a language model.
+    """Load the encoder for names: static vectors if `weights` is a file, else a language model.
 
     Raises ModelError if it cannot be loaded.
     """

@@ -1,7 +1,7 @@
 """Networks of the transformers library: image and video classifiers, towers of dual encoders.
 
 A dual encoder (CLIP, SigLIP) embeds pictures and texts. The embedded names of the classes become
-its head, so that scoring needs its image tower only.
+its head, so that scoring needs only its image tower.
 
 Shapes: N pictures, D dims, C classes.
 """
@@ -46,7 +46,7 @@ class TransformersNetwork(nn.Module):
         super().__init__()
         self.network = network
         self._output = _TOWERS.get(type(network).__name__, "logits")
-        self._head = _place_of_head(network)
+        self._head = _head_name(network)
         config: Any = network.config
         is_video = VIDEO_CLASSIFIER in type(network).__name__
         self._clip_frames = int(config.num_frames) if is_video else 1
@@ -66,14 +66,14 @@ class TransformersNetwork(nn.Module):
         return self._output != "logits"
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return the features [N, D]; the logits while the classifier is there."""
+        """Return the features [N, D], or the logits while the network still has its classifier."""
         if self._clip_frames > 1:
             pixels = pixels.unflatten(0, (-1, self._clip_frames))
-        found: Tensor = getattr(self.network(pixel_values=pixels), self._output)
-        return F.normalize(found, dim=-1) if self.is_tower else found
+        output: Tensor = getattr(self.network(pixel_values=pixels), self._output)
+        return F.normalize(output, dim=-1) if self.is_tower else output
 
     def get_classifier(self) -> nn.Linear:
-        """Return the classifier; the identity if it is part of the features."""
+        """Return the classifier; an identity if the features already are the logits."""
         if self._head is not None:
             linear = self.network.get_submodule(self._head)
             assert isinstance(linear, nn.Linear)
@@ -97,7 +97,7 @@ def linear_of(weight: Tensor, bias: Tensor | float = 0.0) -> nn.Linear:
     return layer
 
 
-def _place_of_head(network: nn.Module) -> str | None:
+def _head_name(network: nn.Module) -> str | None:
     """Return the name of the linear layer that ends the network, or None."""
     classifier = getattr(network, "classifier", None)
     if isinstance(classifier, nn.Linear):
@@ -122,7 +122,7 @@ def create_transformers(config: ModelConfig, num_classes: int) -> TransformersNe
         return TransformersNetwork(kind(own))
     except Exception as error:
         raise ModelError(
-            f"model {config.model!r}: transformers cannot make a {name} of its model_args "
+            f"model {config.model!r}: transformers cannot build a {name} from its model_args "
             f"({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         ) from error
 
@@ -130,17 +130,17 @@ def create_transformers(config: ModelConfig, num_classes: int) -> TransformersNe
 def _network_class(name: str, model: str) -> Any:
     import transformers
 
-    found = getattr(transformers, name, None) if name.isidentifier() else None
-    if found is None or not (name in _TOWERS or _is_classifier(name)):
+    kind = getattr(transformers, name, None) if name.isidentifier() else None
+    if kind is None or not (name in _TOWERS or _is_classifier(name)):
         raise ModelError(
-            f"model {model!r}: model_args.{ARCHITECTURE} {name!r} is no network that can be used; "
+            f"model {model!r}: model_args.{ARCHITECTURE} {name!r} is not a supported network; "
             f"allowed: {', '.join(_TOWERS)}, and classes of transformers named "
             f"...{', ...'.join(_CLASSIFIERS)}; tsq import sets it"
         )
-    return found
+    return kind
 
 
-def described(config: Any, name: str) -> dict[str, Any]:
+def model_args_of(config: Any, name: str) -> dict[str, Any]:
     """Return the `model_args` that create a network of class `name` for a checkpoint's config."""
     config = config.vision_config if name in _TOWERS else config
     kept = {key: value for key, value in config.to_diff_dict().items() if key not in _LEFT_OUT}
@@ -153,7 +153,7 @@ def _is_classifier(name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON and TOML can hold: no null."""
+    """Convert to values that JSON and TOML can both hold, without nulls."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
@@ -203,8 +203,8 @@ def _pretrained(kind: Any, place: str, what: str) -> Any:
 def text_head(place: str, classes: Sequence[str], templates: Sequence[str], what: str) -> nn.Linear:
     """Return the head of a dual encoder: x of length 1 to the logits [C] of the classes.
 
-    A class is the mean of its embedded texts, one per template, with length 1 again (CLIP, section
-    3.1.4 of its paper). Raises ModelError as `load_transformers`.
+    A class is the mean of its embedded texts, one per template, scaled to length 1 again (CLIP,
+    section 3.1.4 of its paper). Raises ModelError as `load_transformers` does.
     """
     import transformers
 
@@ -221,15 +221,15 @@ def text_head(place: str, classes: Sequence[str], templates: Sequence[str], what
     for name in classes:
         texts = [template.replace("{}", name.replace("_", " ")) for template in templates]
         tokens = tokenizer(texts, return_tensors="pt", **options)
-        found = model.get_text_features(**tokens)
-        found = found if isinstance(found, Tensor) else found.pooler_output
-        rows.append(F.normalize(F.normalize(found, dim=-1).mean(0), dim=-1))
+        output = model.get_text_features(**tokens)
+        embedded = output if isinstance(output, Tensor) else output.pooler_output
+        rows.append(F.normalize(F.normalize(embedded, dim=-1).mean(0), dim=-1))
     bias = getattr(model, "logit_bias", None)
     return linear_of(torch.stack(rows) * model.logit_scale.exp(), 0.0 if bias is None else bias)
 
 
 def cannot_load(what: str, error: Exception) -> ModelError:
-    """Return the error of a model that transformers does not load."""
+    """Return the error for a model that transformers cannot load."""
     return ModelError(
         f"{what}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:160]}); "
         "check the name and the network connection, or name a folder"

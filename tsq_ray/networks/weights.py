@@ -36,7 +36,7 @@ def hash_state(state: Mapping[str, Tensor]) -> str:
 def read_weights(source: str) -> dict[str, Tensor]:
     """Read a state dict from a path, URI or `package:NAME`.
 
-    Reads .safetensors, and .pth with weights only.
+    Reads .safetensors, and .pth with `weights_only=True`.
     """
     uri = (
         _package_file(source.removeprefix("package:"))
@@ -73,7 +73,7 @@ def package_folder(name: str) -> Path:
 
 
 def model_folder(weights: str, hub_id: str, scratch: str, what: str) -> str:
-    """Return what transformers loads a model from: its hub id, or a folder with its config.json.
+    """Return where transformers loads a model from: its hub id, or a folder with its config.json.
 
     `weights`: as in TextConfig. A remote folder is copied to `scratch`. Raises ModelError if it
     does not exist.

@@ -56,43 +56,43 @@ def redact(text: str) -> str:
 
 def _chain(error: BaseException) -> list[BaseException]:
     chain: list[BaseException] = []
-    seen: BaseException | None = error
-    while seen is not None and seen not in chain:
-        chain.append(seen)
-        seen = seen.__cause__ or seen.__context__
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
     return chain
 
 
 def classify(error: BaseException) -> ErrorType:
     """Map a storage exception to not_found, access_denied, not_video or unavailable.
 
-    Expired keys are `unavailable`: they will be renewed, and the next run then retries by itself.
+    Expired keys are `unavailable`: once they are renewed, the next run retries by itself.
     """
     chain = _chain(error)
-    if _EXPIRED_CODES & {_code(seen) for seen in chain}:
+    if _EXPIRED_CODES & {_code(cause) for cause in chain}:
         return "unavailable"  # checked first: s3fs wraps it in a PermissionError
-    connected = _no_connection(chain) is None
-    for seen in chain:
-        code, status = _code(seen), getattr(seen, "status", None)
-        if type(seen).__name__ == _BAD_NAME_ERROR:
+    connected = _connection_failure(chain) is None
+    for cause in chain:
+        code, status = _code(cause), getattr(cause, "status", None)
+        if type(cause).__name__ == _BAD_NAME_ERROR:
             return "not_found"
         # fsspec reports an unreachable http server as a missing file
-        if isinstance(seen, FileNotFoundError) and connected:
+        if isinstance(cause, FileNotFoundError) and connected:
             return "not_found"
-        if code in _MISSING_CODES or status == 404 or _errno(seen) in _PATH_ERRORS:
+        if code in _MISSING_CODES or status == 404 or _errno(cause) in _PATH_ERRORS:
             return "not_found"
-        if isinstance(seen, PermissionError) or code in _DENIED_CODES or status in (401, 403):
+        if isinstance(cause, PermissionError) or code in _DENIED_CODES or status in (401, 403):
             return "access_denied"
-        if type(seen).__name__ in _KEY_ERRORS:
+        if type(cause).__name__ in _KEY_ERRORS:
             return "access_denied"
-        if isinstance(seen, (SpecialFile, IsADirectoryError)):
+        if isinstance(cause, (SpecialFile, IsADirectoryError)):
             return "not_video"
     return "unavailable"
 
 
 def is_refused_condition(error: BaseException) -> bool:
     """Whether a store refused a conditional write because its condition does not hold."""
-    codes = {_code(seen) for seen in _chain(error)}
+    codes = {_code(cause) for cause in _chain(error)}
     return isinstance(error, FileExistsError) or bool(_REFUSED_CODES & codes)
 
 
@@ -106,14 +106,14 @@ def _code(error: BaseException) -> str:
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
-def _no_connection(chain: list[BaseException]) -> str | None:
+def _connection_failure(chain: list[BaseException]) -> str | None:
     """Why no connection was made; None if `chain` has another cause."""
-    names = {type(seen).__name__ for seen in chain}
-    if any(_errno(seen) == errno.ECONNREFUSED for seen in chain):
+    names = {type(cause).__name__ for cause in chain}
+    if any(_errno(cause) == errno.ECONNREFUSED for cause in chain):
         return "refused"
     if "ClientConnectorDNSError" in names or any(isinstance(e, socket.gaierror) for e in chain):
         return "unknown host"
-    if names & set(_TIMEOUTS) or any(isinstance(seen, TimeoutError) for seen in chain):
+    if names & set(_TIMEOUTS) or any(isinstance(cause, TimeoutError) for cause in chain):
         return "timed out"
     return "failed" if names & set(_CONNECTION_ERRORS) else None
 
@@ -160,10 +160,10 @@ def _local_advice(kind: ErrorType, error: BaseException) -> str:
 
 def _remote_advice(uri: str, kind: ErrorType, error: BaseException) -> str:
     chain, s3 = _chain(error), uri.startswith("s3://")
-    codes = {_code(seen) for seen in chain}
+    codes = {_code(cause) for cause in chain}
     if codes & _EXPIRED_CODES:
         return "the keys have expired; renew them, then run again"
-    if s3 and "400" in codes:  # the answer to HEAD has no body, and with it no better code
+    if s3 and "400" in codes:  # the response to HEAD has no body, so no better code
         return (
             "storage refuses the request (400), as it does when the keys have expired; renew them "
             "or check AWS_ENDPOINT_URL, then run again"
@@ -181,7 +181,7 @@ def _remote_advice(uri: str, kind: ErrorType, error: BaseException) -> str:
     if kind == "access_denied":
         return "access denied; check the URL (a presigned one expires) and the permissions"
     place = "AWS_ENDPOINT_URL" if s3 else "the host"
-    why = _no_connection(chain)
+    why = _connection_failure(chain)
     if why is not None:
         return f"no connection ({why}): check {place} and the network, then run again"
     return f"storage did not respond as expected; check {place} and the network, then run again"

@@ -39,14 +39,14 @@ def read_ranges(uris: Sequence[str], ranges: Sequence[tuple[int, int]]) -> list[
         return []
     fs, _ = filesystem(uris[0])
     starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
-    found = fs.cat_ranges(
+    contents = fs.cat_ranges(
         [fs._strip_protocol(uri) for uri in uris], starts, ends, on_error="return"
     )
-    for uri, content in zip(uris, found, strict=True):
+    for uri, content in zip(uris, contents, strict=True):
         if isinstance(content, Exception):
             with storage_errors(uri, "read"):
                 raise content
-    return cast(list[bytes], found)
+    return cast(list[bytes], contents)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -66,12 +66,12 @@ def read_text(uri: str) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        found = "UTF-16, not UTF-8 text" if utf16 else "not UTF-8 text"
-        raise UserError(f"{redact(uri)}: {found}; save it as UTF-8") from None
+        problem = "UTF-16, not UTF-8 text" if utf16 else "not UTF-8 text"
+        raise UserError(f"{redact(uri)}: {problem}; save it as UTF-8") from None
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Publish atomically: readers see the old content or all of the new one, never a part."""
+    """Publish atomically: readers see the old content or the new, never a part of it."""
     with storage_errors(uri, "write"):
         local = local_path(uri)
         if local is not None:
@@ -83,9 +83,9 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def open_write(uri: str) -> Iterator[BinaryIO]:
-    """Open a file, for content too large for memory, that is published atomically.
+    """Open a file that is published atomically, for content too large for memory.
 
-    It is published when the `with` ends, and not at all if the `with` raises. For remote storage
+    It is published when the `with` ends, and not at all if the `with` raises. For remote storage,
     the content is first collected in a local temporary file.
     """
     with storage_errors(uri, "write"):
@@ -95,16 +95,16 @@ def open_write(uri: str) -> Iterator[BinaryIO]:
                 yield file
             return
         fs, path = object_at(uri)
-        with tempfile.NamedTemporaryFile() as waiting:
-            yield cast(BinaryIO, waiting)
-            waiting.flush()
-            fs.put_file(waiting.name, path)
+        with tempfile.NamedTemporaryFile() as temporary:
+            yield cast(BinaryIO, temporary)
+            temporary.flush()
+            fs.put_file(temporary.name, path)
 
 
 def create_bytes(uri: str, data: bytes) -> bool:
-    """Publish a new file; return False if one exists. Of concurrent callers one succeeds.
+    """Publish a new file; return False if one exists. Only one of concurrent callers succeeds.
 
-    Stores without conditional writes may let two of them succeed.
+    Stores without conditional writes may let several succeed.
     """
     with storage_errors(uri, "write"):
         local = local_path(uri)
@@ -117,7 +117,7 @@ def create_bytes(uri: str, data: bytes) -> bool:
 def replace_bytes(uri: str, expected: bytes, data: bytes) -> bool:
     """Publish `data` if the content is still `expected`; return False if it changed or is gone.
 
-    Of concurrent callers one succeeds, with the exception given in `create_bytes`.
+    Only one of concurrent callers succeeds, with the exception given in `create_bytes`.
     """
     with storage_errors(uri, "write"):
         local = local_path(uri)
@@ -165,7 +165,7 @@ def remove(uri: str) -> None:
 
 
 def remove_folder(uri: str) -> None:
-    """Delete a folder or prefix and all below it; a missing one is not an error."""
+    """Delete a folder or prefix and everything below it; a missing one is not an error."""
     with storage_errors(uri, "delete"), contextlib.suppress(FileNotFoundError):
         local = local_path(uri)
         if local is not None:
@@ -180,7 +180,7 @@ def remove_folder(uri: str) -> None:
 
 
 def download(uri: str, folder: str | os.PathLike[str]) -> str:
-    """Copy one file into `folder` and return its path; a local file is returned as it is."""
+    """Copy one file into `folder` and return its path; a local file's own path is returned."""
     if is_local(uri):
         return uri
     name = name_of(uri)
@@ -194,36 +194,36 @@ def download(uri: str, folder: str | os.PathLike[str]) -> str:
 
 
 async def fetch(uri: str, target: str, check: Callable[[StoredFile], None]) -> StoredFile:
-    """Copy a remote file to the path `target` and return what its storage says about it.
+    """Copy a remote file to the path `target` and return its StoredFile.
 
     `check` may raise before the copy. Cancelling the call ends the transfer.
     """
     with storage_errors(uri, "fetch"):
         fs, path = object_at(uri)
-        found = await _info(fs, path)
-        check(found)
+        file = await _info(fs, path)
+        check(file)
         if not fs.async_impl:
             await asyncio.to_thread(fs.get_file, path, target)
-            return found
-        # in one stream: parts side by side would be held in memory
+            return file
+        # in one stream: parallel parts would be held in memory
         options = {"max_concurrency": 1} if uri.startswith("s3://") else {}
-        await _on_its_loop(fs, fs._get_file(path, target, **options))
-        return found
+        await _on_fs_loop(fs, fs._get_file(path, target, **options))
+        return file
 
 
 async def look_up(uri: str) -> StoredFile:
-    """Return what storage says about a remote file. Cancelling the call ends the request."""
+    """Return the StoredFile of a remote file. Cancelling the call ends the request."""
     with storage_errors(uri, "look up"):
         return await _info(*object_at(uri))
 
 
 async def _info(fs: Any, path: str) -> StoredFile:
-    asked = _on_its_loop(fs, fs._info(path)) if fs.async_impl else asyncio.to_thread(fs.info, path)
-    return stored_file(fs, await asked)
+    lookup = _on_fs_loop(fs, fs._info(path)) if fs.async_impl else asyncio.to_thread(fs.info, path)
+    return stored_file(fs, await lookup)
 
 
-async def _on_its_loop(fs: Any, work: Coroutine[Any, Any, Any]) -> Any:
-    """Await `work` on the event loop of an fsspec file system, which has a thread of its own."""
+async def _on_fs_loop(fs: Any, work: Coroutine[Any, Any, Any]) -> Any:
+    """Await `work` on the event loop of an fsspec file system, which runs in its own thread."""
     return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, fs.loop))
 
 

@@ -16,7 +16,7 @@ from tsq_ray.storage.local_files import LeftOut, StoredFile, is_utf8
 from tsq_ray.storage.paths import filesystem, local_path, name_of
 
 _HIDDEN = re.compile(r"(?:.*?/)??\.[^/]*/?", re.DOTALL)
-"""The first part of a key that begins with a dot, and what is before it; a folder's ends in /."""
+"""A key up to its first component that begins with a dot; a match of a folder ends in /."""
 
 
 def stat(uri: str) -> StoredFile:
@@ -65,10 +65,10 @@ def kind_of(uri: str) -> str | None:
 
 
 def entries(uri: str) -> Iterator[StoredFile | LeftOut]:
-    """Yield every entry below a folder or prefix: a file, or an entry left out and why.
+    """Yield every entry below a folder or prefix: a file, or a LeftOut.
 
-    Sorted by folder and name on disks, by key on S3, which is listed page by page, a thousand keys
-    each. Raises StorageError if any of the folders cannot be listed.
+    Sorted by folder and name on disks, by key on S3, which is listed in pages of a thousand keys.
+    Raises StorageError if any of the folders cannot be listed.
     """
     local = local_path(uri)
     if local is not None:
@@ -80,7 +80,7 @@ def entries(uri: str) -> Iterator[StoredFile | LeftOut]:
         return
     with storage_errors(uri, "list"):
         fs, path = filesystem(uri)
-        yield from _pages(fs, path) if uri.startswith("s3://") else _below(fs, path)
+        yield from _s3_entries(fs, path) if uri.startswith("s3://") else _entries_below(fs, path)
 
 
 def walk(uri: str) -> Iterator[StoredFile]:
@@ -88,12 +88,12 @@ def walk(uri: str) -> Iterator[StoredFile]:
     return (entry for entry in entries(uri) if isinstance(entry, StoredFile))
 
 
-def _below(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
+def _entries_below(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
     # not fs.walk, which silently skips subfolders that it cannot read
     with storage_errors(fs.unstrip_protocol(path), "list"):
-        found = [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path]
+        listed = [entry for entry in fs.ls(path, detail=True) if entry["name"].rstrip("/") != path]
     folders = []
-    for entry in sorted(found, key=lambda entry: (name_of(entry["name"]), entry["type"])):
+    for entry in sorted(listed, key=lambda entry: (name_of(entry["name"]), entry["type"])):
         name = name_of(entry["name"])
         if name.startswith("."):
             yield LeftOut(fs.unstrip_protocol(entry["name"]), local_files.HIDDEN)
@@ -102,45 +102,45 @@ def _below(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
         else:
             yield stored_file(fs, entry)
     for folder in folders:
-        yield from _below(fs, folder)
+        yield from _entries_below(fs, folder)
 
 
-def _pages(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
+def _s3_entries(fs: Any, path: str) -> Iterator[StoredFile | LeftOut]:
     bucket, _, folder = path.partition("/")
     prefix = f"{folder}/" if folder else ""
-    wanted: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
-    before = ""
+    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix}
+    last_hidden = ""
     while True:
-        page = fs.call_s3("list_objects_v2", **wanted)
+        page = fs.call_s3("list_objects_v2", **request)
         for item in page.get("Contents", ()):
             key, size = item["Key"], int(item["Size"])
             uri = f"s3://{bucket}/{key}"
             if hidden := _HIDDEN.match(key, len(prefix)):
-                place = key[: hidden.end()]
-                if place != before:  # a folder's keys follow one another
-                    yield LeftOut(f"s3://{bucket}/{place.rstrip('/')}", local_files.HIDDEN)
-                before = place
+                path = key[: hidden.end()]
+                if path != last_hidden:  # the keys of a folder are consecutive
+                    yield LeftOut(f"s3://{bucket}/{path.rstrip('/')}", local_files.HIDDEN)
+                last_hidden = path
             elif not key.endswith("/"):
                 yield StoredFile(uri, size, item["ETag"].strip('"'), item["LastModified"])
             elif size:  # an empty one is a folder marker
                 yield LeftOut(uri, "name ends in /")
         if not page.get("IsTruncated"):
             return
-        wanted["ContinuationToken"] = page["NextContinuationToken"]
+        request["ContinuationToken"] = page["NextContinuationToken"]
 
 
 def list_folder(uri: str) -> list[StoredFile]:
-    """List the files directly in a folder, hidden ones too, sorted; empty if it is missing."""
+    """List the files directly in a folder, sorted, with hidden ones; empty if it is missing."""
     with storage_errors(uri, "list"):
         local = local_path(uri)
         if local is not None:
             return local_files.list_folder(local)
         fs, path = filesystem(uri)
         try:
-            found = fs.ls(path, detail=True)
+            listed = fs.ls(path, detail=True)
         except FileNotFoundError:
             return []
-        files = (entry for entry in found if entry["type"] == "file")
+        files = (entry for entry in listed if entry["type"] == "file")
         return sorted(
             (stored_file(fs, entry) for entry in files if entry["name"].rstrip("/") != path),
             key=lambda file: file.uri,

@@ -1,7 +1,6 @@
 """Local disks: look up paths, list the files below a folder, write and remove.
 
-Functions raise OSError if the system refuses; `storage_errors` in advice.py turns it into
-StorageError.
+Functions raise OSError on failure; `storage_errors` in advice.py turns it into StorageError.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def absolute(path: str) -> str:
     """Make a path absolute. Links are kept, except those before a `..`, which are resolved.
 
     A `..` after a link means the parent of the link's target. Raises StorageError for a relative
-    path if the current folder has been removed, which an absolute one never looks at.
+    path if the current folder has been removed.
     """
     if not path or "\0" in path:
         return path
@@ -81,7 +80,7 @@ def _current_folder(path: str) -> str:
         return os.getcwd()
     except FileNotFoundError:
         what = "is relative to the current folder, which has been removed"
-        raise StorageError("not_found", f"{path}: {what}; go to another one") from None
+        raise StorageError("not_found", f"{path}: {what}; change to another one") from None
 
 
 def is_utf8(name: str) -> bool:
@@ -104,16 +103,16 @@ def kind_of(path: str) -> str | None:
 
 def look_up(path: str) -> StoredFile:
     """Look up the size and time of a file or folder. Raises SpecialFile if it is neither."""
-    return _stored(path, _check(path))
+    return _stored(path, _checked_stat(path))
 
 
 def open_file(path: str) -> BinaryIO:
     """Open a file for reading. Raises SpecialFile, before opening it, if it is not a file."""
-    _check(path)
+    _checked_stat(path)
     return open(path, "rb")
 
 
-def _check(path: str) -> os.stat_result:
+def _checked_stat(path: str) -> os.stat_result:
     found = os.stat(path)
     special = _special(found)
     if special:
@@ -135,7 +134,7 @@ def _stored(path: str, found: os.stat_result) -> StoredFile:
 
 
 def list_folder(folder: str) -> list[StoredFile]:
-    """List the files directly in a folder, hidden ones too, sorted; empty if it is missing."""
+    """List the files directly in a folder, sorted, with hidden ones; empty if it is missing."""
     found = []
     with (
         contextlib.suppress(FileNotFoundError, NotADirectoryError),
@@ -161,22 +160,22 @@ class _Walk:
     """The state of one listing: the folders already entered through links."""
 
     def __init__(self, root: str) -> None:
-        self.given, self.root = root, os.path.realpath(root)
+        self.start, self.root = root, os.path.realpath(root)
         self.entered: set[tuple[int, int]] = set()
 
     def entries(self) -> Iterator[StoredFile | LeftOut]:
         # an explicit stack: folders may be nested deeper than Python's recursion limit
-        todo = [(self.given, False)]
+        todo = [(self.start, False)]
         while todo:
             folder, through_link = todo.pop()
-            below = []
+            subfolders = []
             for entry in self._scan(folder, through_link):
-                found = entry if isinstance(entry, LeftOut) else self._look_at(entry, through_link)
+                found = entry if isinstance(entry, LeftOut) else self._inspect(entry, through_link)
                 if isinstance(found, tuple):
-                    below.append(found)
+                    subfolders.append(found)
                 else:
                     yield found
-            todo += reversed(below)
+            todo += reversed(subfolders)
 
     def _scan(self, folder: str, through_link: bool) -> list[os.DirEntry[str]] | list[LeftOut]:
         try:
@@ -184,11 +183,11 @@ class _Walk:
                 return sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             gone = error.errno in (errno.ENOENT, errno.ENAMETOOLONG)
-            if folder == self.given or not (gone or through_link):
+            if folder == self.start or not (gone or through_link):
                 raise
-            return [LeftOut(folder, _why(error) if gone else f"linked folder, {_why(error)}")]
+            return [LeftOut(folder, _reason(error) if gone else f"linked folder, {_reason(error)}")]
 
-    def _look_at(
+    def _inspect(
         self, entry: os.DirEntry[str], through_link: bool
     ) -> StoredFile | LeftOut | tuple[str, bool]:
         """Return a file, a LeftOut, or a folder to enter and whether a link led to it."""
@@ -197,32 +196,32 @@ class _Walk:
         if not is_utf8(entry.name):
             return LeftOut(entry.path, NOT_UTF8)
         try:
-            own_folder = entry.is_dir(follow_symlinks=False)
-            if own_folder and entry.name == _LOST_AND_FOUND:
+            is_real_folder = entry.is_dir(follow_symlinks=False)
+            if is_real_folder and entry.name == _LOST_AND_FOUND:
                 return LeftOut(entry.path, f"{_LOST_AND_FOUND} (the file system's own)")
-            if own_folder and not through_link:
+            if is_real_folder and not through_link:
                 return entry.path, False
             found = entry.stat()
         except OSError as error:
             broken = error.errno in (errno.ENOENT, errno.ENOTDIR) and entry.is_symlink()
-            return LeftOut(entry.path, "broken link" if broken else _why(error))
+            return LeftOut(entry.path, "broken link" if broken else _reason(error))
         if stat.S_ISDIR(found.st_mode):
-            return self._through_link(entry.path, found, own_folder)
+            return self._through_link(entry.path, found, is_real_folder)
         special = _special(found)
         if special:
             return LeftOut(entry.path, f"not a regular file ({special})")
         return _stored(entry.path, found)
 
     def _through_link(
-        self, path: str, found: os.stat_result, own_folder: bool
+        self, path: str, found: os.stat_result, is_real_folder: bool
     ) -> LeftOut | tuple[str, bool]:
-        if not own_folder:
+        if not is_real_folder:
             target = os.path.realpath(path)
-            if _lies_in(os.path.realpath(os.path.dirname(path)), target) or _lies_in(
+            if _is_within(os.path.realpath(os.path.dirname(path)), target) or _is_within(
                 self.root, target
             ):
                 return LeftOut(path, LINK_LOOP)
-            if _lies_in(target, self.root) and all(
+            if _is_within(target, self.root) and all(
                 map(_is_entered, os.path.relpath(target, self.root).split("/"))
             ):
                 return LeftOut(path, "linked folder, listed under its own name")
@@ -238,11 +237,11 @@ def _is_entered(name: str) -> bool:
     return not name.startswith(".") and name != _LOST_AND_FOUND and is_utf8(name)
 
 
-def _lies_in(path: str, folder: str) -> bool:
+def _is_within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def _why(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     known = {
         errno.ENOENT: VANISHED,
         errno.ELOOP: LINK_LOOP,
@@ -254,7 +253,7 @@ def _why(error: OSError) -> str:
 
 
 def write(path: str, data: bytes) -> None:
-    """Publish atomically: readers see the old content or all of the new one.
+    """Publish atomically: readers see the old content or the new, never a part of it.
 
     If `path` is a link, the link stays and its target is replaced.
     """
@@ -270,15 +269,18 @@ def open_write(path: str) -> Iterator[BinaryIO]:
     """
     if os.path.islink(path):
         path = os.path.realpath(path)
-    with _beside(path) as (temporary, file):
+    with _temporary_file(path) as (temporary, file):
         yield file
         _sync(file)
         os.replace(temporary, path)
 
 
 def create(path: str, data: bytes) -> bool:
-    """Publish a new file atomically; return False if it exists. Of several callers one succeeds."""
-    with _beside(path) as (temporary, file):
+    """Publish a new file atomically; return False if it exists.
+
+    Only one of several callers succeeds.
+    """
+    with _temporary_file(path) as (temporary, file):
         file.write(data)
         _sync(file)
         try:
@@ -304,7 +306,7 @@ def _create_in_place(path: str, data: bytes) -> bool:
 def replace(path: str, expected: bytes, data: bytes) -> bool:
     """Publish `data` if the content is still `expected`; return False if it changed or is gone.
 
-    Of several callers on one machine one succeeds.
+    Only one of several callers on a machine succeeds.
     """
     try:
         with _locked(os.path.dirname(path)):
@@ -330,8 +332,8 @@ def _locked(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _beside(path: str) -> Iterator[tuple[str, BinaryIO]]:
-    """Yield name and file of a temporary file in the folder of `path`, created if missing."""
+def _temporary_file(path: str) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield a temporary file next to `path`: its name and file object. Creates the folder."""
     folder, name = os.path.split(path)
     os.makedirs(folder, exist_ok=True)
     # Parquet readers skip names with a leading dot; a file name is limited to 255 bytes
@@ -350,7 +352,7 @@ def _sync(file: BinaryIO) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Delete a folder and all below it, or a single file."""
+    """Delete a folder and everything below it, or a single file."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:

@@ -34,9 +34,9 @@ def normalize(uri: str | os.PathLike[str]) -> str:
 
 
 def real_path(uri: str | os.PathLike[str]) -> str:
-    """The normalised `uri`; if it is local, with its links resolved."""
-    place = normalize(uri)
-    return os.path.realpath(place) if is_local(place) else place
+    """The normalised `uri`, with links resolved if it is local."""
+    normalized = normalize(uri)
+    return os.path.realpath(normalized) if is_local(normalized) else normalized
 
 
 def join(base: str, *parts: str) -> str:

@@ -41,7 +41,7 @@ def _class() -> Any:
     from s3fs import S3FileSystem
 
     class WholeKeys(S3FileSystem):
-        """S3 in which a key may hold `?versionId=`."""
+        """S3 whose keys may contain `?versionId=`."""
 
         def split_path(self, path: str) -> tuple[str, str, None]:
             before, mark, after = path.partition("?versionId=")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tsq_ray import storage
 from tsq_ray.asking.questions import ServerModel
-from tsq_ray.bundle.settings import class_order, read_server
+from tsq_ray.bundle.settings import check_class_order, read_server
 from tsq_ray.bundle.weights import Classifier, load_classifier, load_network
 from tsq_ray.config import Config, check_budget
 from tsq_ray.errors import ModelError
@@ -170,7 +170,7 @@ def _classifier(uri: str, option: str, classes: list[str], task: str) -> Classif
 def _check_classes_and_task(
     classifier: Classifier | ServerModel, what: str, classes: list[str], task: str
 ) -> None:
-    class_order(classifier.classes, classes, what)
+    check_class_order(classifier.classes, classes, what)
     if classifier.task != task:
         raise ModelError(
             f"{what}: was finetuned for task {classifier.task!r}, train.task is {task!r}"
