@@ -139,6 +139,16 @@ def memory_of(pids: list[int]) -> dict[int, int]:
     return found
 
 
+def private_memory_of(pids: list[int]) -> dict[int, int]:
+    """Resident bytes of each process that are neither files nor shared memory."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            found[pid] = int(status.partition("RssAnon:")[2].split()[0]) * 1024
+    return found
+
+
 class Load:
     """Clients that ask in a loop, and all their answers; None for one that did not come."""
 
