@@ -74,7 +74,7 @@ def label(
 ) -> None:
     """Label an archive without labels: the recogniser teaches a sampler, then sees only K frames.
 
-    Indexes, extracts a sample, trains, chooses the smallest K that agrees, scores and reports.
+    Indexes, extracts a sample, trains, chooses the cheapest K that agrees, scores and reports.
     """
     from tsq_ray.config import load_config
 
