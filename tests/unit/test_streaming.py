@@ -55,7 +55,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(write_large_run(folder / str(parts), parts, 1000, 100)) for parts in (4, 40)]
 
 
-@pytest.mark.parametrize("work", ["report", "export", "measure", "compare"])
+@pytest.mark.parametrize(
+    "work",
+    [
+        "report",
+        "measure",
+        *(pytest.param(work, marks=pytest.mark.slow) for work in ("export", "compare")),
+    ],
+)
 def test_memory_does_not_grow_with_the_rows(folders: list[str], work: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, work, *folders], capture_output=True, text=True, check=True
