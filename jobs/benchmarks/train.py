@@ -11,7 +11,6 @@ run takes besides its epochs.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.features import FeatureSource, source_arrays
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
+from tsq_ray.training.sampler.loop import SamplerJob
 
 _ROWS = 128
 
@@ -64,13 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         features = str(Path(folder, "features"))
         _write_features(features, options)
         source = FeatureSource.of(features, None, "single")
-        job = {
-            "config": config.train.model_dump(mode="json"),
-            "shape": dataclasses.asdict(shape),
-            "start": {"visual": None, "textual": None},
-            "vocabulary": vocabulary.numpy(),
-            "source": source,
-        }
+        start = {"visual": None, "textual": None}
+        job = SamplerJob(config.train, shape, start, vocabulary.numpy(), source)
         ours: list[Fitted] = []
         plain: list[list[float]] = []
         for turn in range(options.rounds):

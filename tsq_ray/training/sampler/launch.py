@@ -15,7 +15,7 @@ from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
 from tsq_ray.training.on_worker import start_video_counter
 from tsq_ray.training.resumable import run_workers, scaling
-from tsq_ray.training.sampler.loop import train_loop
+from tsq_ray.training.sampler.loop import SamplerJob, train_loop
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Fitted:
 
 def fit_on_cluster(
     ray: Any,
-    job: dict[str, Any],
+    job: SamplerJob,
     config: Config,
     num_videos: int,
     work: str,
@@ -48,17 +48,15 @@ def fit_on_cluster(
 ) -> Fitted:
     """Run `loop.train_loop` on Ray Train workers, resuming from the last checkpoint in `work`.
 
-    `job` holds "config" (a TrainConfig as JSON), "shape", "start" and "vocabulary" (see
-    `loop.fit_tsqnet`), "source" and "taught". `observer` watches the workers. Raises RunFailed if
-    the training fails.
+    `observer` watches the workers. Raises RunFailed if the training fails.
     """
     counts = start_video_counter()
     placed = cluster.lay_out(ray, "train", config, num_videos)
-    job = job | {"counts": counts, "threads": placed.threads, "device": placed.device}
+    inputs = {"job": job, "counts": counts, "threads": placed.threads, "device": placed.device}
     total = config.train.epochs * num_videos
     started = time.monotonic()
     options: dict[str, Any] = {"counts": counts, "total": total, "observe": observer.observe}
-    content = run_workers(train_loop, job, scaling(placed), work, "train", session, **options)
+    content = run_workers(train_loop, inputs, scaling(placed), work, "train", session, **options)
     seconds = time.monotonic() - started
     model, curve, epoch_seconds = (content[name] for name in ("model", "curve", "seconds"))
     workers, resumed_at = content["workers"], content["resumed_at"]

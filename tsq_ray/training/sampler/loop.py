@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tsq_ray.config import TrainConfig
 from tsq_ray.errors import RunFailed
 from tsq_ray.model import TSQNet, TSQShape, object_embeddings, tsq_loss
 from tsq_ray.networks.inference import takes_bf16
-from tsq_ray.training.features import source_arrays
+from tsq_ray.training.features import FeatureSource, source_arrays
 from tsq_ray.training.resumable import STATE_FILE, distribute, worker_device
 
 _SAMPLE = 64
@@ -74,23 +74,40 @@ def fit_tsqnet(
     return training.state(), training.curve
 
 
-def train_loop(job: dict[str, Any]) -> None:
-    """Run one Ray Train worker on its share of every batch; gradients are averaged over workers."""
+@dataclass(frozen=True)
+class SamplerJob:
+    """What a run trains, and from what; see `fit_tsqnet`."""
+
+    config: TrainConfig
+    shape: TSQShape
+    start: Mapping[str, np.ndarray | None]
+    vocabulary: np.ndarray | None
+    source: FeatureSource
+    taught: Sequence[int] | None = None
+    """The teacher's classes that have a query; None: the classes of the labels."""
+
+
+def train_loop(inputs: dict[str, Any]) -> None:
+    """Run one Ray Train worker on its share of every batch; gradients are averaged over workers.
+
+    `inputs` holds the job, threads, device, and the actor that counts videos.
+    """
     import ray.train
 
-    config, shape = TrainConfig.model_validate(job["config"]), TSQShape(**job["shape"])
+    job: SamplerJob = inputs["job"]
+    config = job.config
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(job["threads"])
-    device = worker_device(job["device"])
-    with source_arrays(job["source"]) as arrays:
-        if (taught := job["taught"]) is not None:
-            arrays = {**arrays, "targets": arrays["targets"][:, taught]}
+    torch.set_num_threads(inputs["threads"])
+    device = worker_device(inputs["device"])
+    with source_arrays(job.source) as arrays:
+        if job.taught is not None:
+            arrays = {**arrays, "targets": arrays["targets"][:, list(job.taught)]}
         training = Training.begin(
-            arrays, job["vocabulary"], job["start"], shape, config, rank, world, device
+            arrays, job.vocabulary, job.start, job.shape, config, rank, world, device
         )
         _resume(training)
-        progress = _Progress(job["counts"]) if rank == 0 else None
+        progress = _Progress(inputs["counts"]) if rank == 0 else None
         for epoch in training.epochs(distribute(training.network, device, world), progress):
             if epoch == config.epochs or epoch % config.checkpoint_every == 0:
                 _report(training, rank)

@@ -39,6 +39,7 @@ from tsq_ray.training.features import (
 from tsq_ray.training.on_worker import RemoteFeatures, features_on_worker
 from tsq_ray.training.sampler.components import Components
 from tsq_ray.training.sampler.launch import Fitted, fit_on_cluster
+from tsq_ray.training.sampler.loop import SamplerJob
 
 WORK_FOLDER = "_train"
 _IDENTITY_FILE = "identity.json"
@@ -258,7 +259,7 @@ def _job(
     features: RemoteFeatures,
     parts: Components,
     taught: list[int] | None,
-) -> dict[str, Any]:
+) -> SamplerJob:
     """Return the workers' job; fits a frame head if the encoder has none.
 
     `taught`: the teacher's classes that have a query.
@@ -274,16 +275,14 @@ def _job(
             else features.taught_prototypes(seed, taught)
         )
     start = {"visual": visual, "textual": text.classes if text else None}
-    return {
-        "config": config.train.model_dump(mode="json"),
-        "shape": asdict(parts.shape),
-        "start": {
-            name: value.numpy() if value is not None else None for name, value in start.items()
-        },
-        "vocabulary": text.vocabulary.numpy() if text else None,
-        "source": source,
-        "taught": taught,
-    }
+    return SamplerJob(
+        config.train,
+        parts.shape,
+        {name: value.numpy() if value is not None else None for name, value in start.items()},
+        text.vocabulary.numpy() if text else None,
+        source,
+        taught,
+    )
 
 
 def _summary(
