@@ -20,6 +20,7 @@ from support.endpoint import running
 from support.head import Head, running_head
 from support.nodes import SLOW_SETTINGS
 from support.proxy import S3Proxy, running_proxy
+from support.train import registered_checkpoints
 
 from jobs.benchmarks.support.s3 import S3Server, free_ports
 from tsq_ray import storage
@@ -70,7 +71,7 @@ class Cloud:
         """Whether a training has one; notes who holds features."""
         folders = [self.folder / "temporary", *(node.folder for node in self.head.nodes)]
         self.holders.update(one for one in folders if list(one.glob("tsq-features-*")))
-        return any("checkpoint_" in file.uri for file in storage.walk(f"{bundle}/_train"))
+        return bool(registered_checkpoints(f"{bundle}/_train"))
 
 
 @pytest.fixture(scope="module")

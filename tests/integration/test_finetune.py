@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ import pytest
 import torch
 from support.archive import CLASSES
 from support.cluster import Chain, Chains, Driver, Ended, descendants, read_rows, tsq
+from support.train import registered_checkpoints, wait_for
 
 from tsq_ray import storage
 from tsq_ray.bundle.settings import read_curves
@@ -71,20 +70,6 @@ class Undisturbed:
 def undisturbed(chains: Chains, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     chain, out = chains("local"), str(tmp_path_factory.mktemp("finetune") / "encoder")
     return Undisturbed(chain, out, tsq(*command(chain, out)).json)
-
-
-def checkpoints(out: str | Path) -> set[str]:
-    """Names of the current checkpoints; they begin with the time."""
-    return {
-        path.parent.name for path in Path(out, "_finetune", "run").glob("checkpoint_20*/state.pt")
-    }
-
-
-def wait_for(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not ready():
-        assert time.monotonic() < deadline, "never came"
-        time.sleep(0.01)
 
 
 def test_two_workers_learn(undisturbed: Undisturbed) -> None:
@@ -140,30 +125,34 @@ def test_extract_and_train_take_the_encoder(undisturbed: Undisturbed, tmp_path: 
 def test_a_run_whose_driver_and_worker_were_killed(
     undisturbed: Undisturbed, ray_cluster: Any, tmp_path: Path
 ) -> None:
+    longer = ("--set", f"finetune.epochs={3 * EPOCHS}")  # an epoch takes less than a second
+    whole = str(tmp_path / "whole")
+    summary = tsq(*command(undisturbed.chain, whole, *longer)).json
     out = tmp_path / "encoder"
-    argv = command(undisturbed.chain, out)
+    argv = command(undisturbed.chain, out, *longer)
     address = ray_cluster.get_runtime_context().gcs_address
+
+    def checkpoints() -> set[str]:
+        return registered_checkpoints(f"{out}/_finetune")
+
     with Driver([*argv, "--address", address], tmp_path / "driver") as driver:
-        driver.kill_when(
-            lambda: len(checkpoints(out)) > 1, PATIENCE_S
-        )  # so that Ray Train knows of the first
+        driver.kill_when(lambda: bool(checkpoints()), PATIENCE_S)
     wait_for(lambda: not descendants("ray::RayTrainWorker"))
     assert not (out / "finetune.json").exists()
     other = tsq(*argv, "--set", "finetune.lr=1e-4")
     assert (other.code, "finetune.lr: 0.03 there, 0.0001 now" in other.err) == (2, True)
-    before = checkpoints(out)
-    assert before
+    before = checkpoints()
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(tsq, *argv)
-        wait_for(lambda: running.done() or len(checkpoints(out) - before) > 1)
+        wait_for(lambda: running.done() or bool(checkpoints() - before))
         workers = descendants("ray::RayTrainWorker")
         assert len(workers) == 2, running.result() if running.done() else workers
         os.kill(workers[0], signal.SIGKILL)
         ended: Ended = running.result(PATIENCE_S)
-    assert 1 <= ended.json["resumed_after_epoch"] < EPOCHS
-    whole, killed = read_curves(undisturbed.out), read_curves(str(out))
-    assert [row.keys() for row in killed] == [row.keys() for row in whole]
-    for one, other_row in zip(killed, whole, strict=True):
+    assert 1 <= ended.json["resumed_after_epoch"] < 3 * EPOCHS
+    wanted, curve = read_curves(whole), read_curves(str(out))
+    assert [row.keys() for row in curve] == [row.keys() for row in wanted]
+    for one, other_row in zip(curve, wanted, strict=True):
         assert one == pytest.approx(other_row, abs=1e-4)
     settings = json.loads((out / "finetune.json").read_text())
-    assert settings["provenance"]["summary"]["failed"] == undisturbed.summary["failed"]
+    assert settings["provenance"]["summary"]["failed"] == summary["failed"]

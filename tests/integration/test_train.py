@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +15,22 @@ from typing import Any
 import pytest
 import torch
 from support.cluster import Driver, Ended, descendants, tsq
-from support.train import CLASSES, ENCODER, TEXT_DIM, VIDEOS, make_arrays, write_features
+from support.train import (
+    CLASSES,
+    ENCODER,
+    TEXT_DIM,
+    VIDEOS,
+    make_arrays,
+    registered_checkpoints,
+    wait_for,
+    write_features,
+)
 from torch import Tensor
 
 from tsq_ray import storage
 from tsq_ray.bundle.settings import read_curves
 from tsq_ray.bundle.weights import load_bundle, load_network
 from tsq_ray.config import ModelConfig, load_config
-from tsq_ray.errors import StorageError
 from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import object_names
 from tsq_ray.networks.text import text_encoder
@@ -114,20 +120,7 @@ def check(out: str, wanted: tuple[dict[str, Tensor], list[dict[str, float]]], ne
 
 
 def has_checkpoint(out: str) -> bool:
-    """Whether a checkpoint to resume from exists: one that Ray Train has registered."""
-    try:
-        return "checkpoint_20" in storage.read_text(
-            f"{out}/_train/run/checkpoint_manager_snapshot.json"
-        )
-    except StorageError:
-        return False
-
-
-def wait_for(ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not ready():
-        assert time.monotonic() < deadline, "never came"
-        time.sleep(0.005)
+    return bool(registered_checkpoints(f"{out}/_train"))
 
 
 # 22 videos in batches of 4: six steps per epoch, the last of two videos; five epochs pass the drops

@@ -1,17 +1,21 @@
-"""Made-up features that can be learned, for tests of training: arrays, and their run folder."""
+"""For tests of training: made-up features as arrays and as a run folder, and its checkpoints."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tsq_ray import schema
+from tsq_ray import schema, storage
 from tsq_ray.bundle.weights import load_network
 from tsq_ray.config import Config, TrainConfig, validate_config
+from tsq_ray.errors import StorageError
 from tsq_ray.model import TSQShape
 from tsq_ray.rows import OBJECTS, RECOGNIZER, VISUAL
 from tsq_ray.runs.folder import FORMAT, RUN_FILE, write_json, write_part
@@ -123,3 +127,23 @@ def _row(name: str) -> dict[str, Any]:
         "warnings": [],
         "frame_index": np.arange(FRAMES, dtype=np.int32),
     }
+
+
+def registered_checkpoints(work: str) -> set[str]:
+    """Names of the checkpoints that Ray Train would resume the training in `work` from.
+
+    A checkpoint's folder exists before it is registered.
+    """
+    try:
+        content = json.loads(storage.read_text(f"{work}/run/checkpoint_manager_snapshot.json"))
+    except (StorageError, ValueError):  # not there yet, or half written
+        return set()
+    return {found["checkpoint_dir_name"] for found in content["checkpoint_results"]}
+
+
+def wait_for(ready: Callable[[], bool], patience_s: float = 900.0) -> None:
+    """Poll until `ready` holds; fails after `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    while not ready():
+        assert time.monotonic() < deadline, "never became ready"
+        time.sleep(0.005)
