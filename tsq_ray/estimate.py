@@ -155,7 +155,9 @@ def _measure(request: ProbeRequest, target: Target) -> tuple[Probe, list[Node]]:
         node = max(connected.every_node(), key=lambda node: (node.gpus * placed.on_gpu, node.cpus))
         node = replace(node, cpus=node.cpus or connected.largest_cpus)
         gpus = 1 if placed.on_gpu else 0
-        prober = ray.remote(num_cpus=node.cpus, num_gpus=gpus, max_restarts=0)(_Prober).remote()
+        memory = max(pool.memory for pool in placed.pools.values())
+        options = {"num_cpus": node.cpus, "num_gpus": gpus, "memory": memory, "max_restarts": 0}
+        prober = ray.remote(**options)(_Prober).remote()
         log.say(f"dry run: probing {len(request.chosen)} videos on a node with {node.cpus:g} CPUs")
         try:
             probe = progress.run_watched(

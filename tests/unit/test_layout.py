@@ -49,8 +49,8 @@ INSIDE = {
     ),
     "runs": ("identity", "lease", "columns", "done", "folder", "tables", "bulk", "verify"),
     "runtime": (
-        *("nodes", "placement", "session", "cluster", "usage", "waiting", "progress", "metrics"),
-        *("observer", "blocks", "packing", "parts", "bulk", "overview", "jobs"),
+        *("nodes", "pools", "placement", "session", "cluster", "usage", "waiting", "progress"),
+        *("metrics", "observer", "blocks", "packing", "parts", "bulk", "overview", "jobs"),
     ),
     "serving": (
         *("access", "loopback", "facts", "microbatching", "warmup", "metrics", "requests", "graph"),

@@ -120,7 +120,7 @@ def test_extract(
     assert sizes(frozen) == expected, "a frozen backbone is an extraction"
 
 
-@pytest.mark.parametrize("stage", ["extract", "finetune", "train", "score", "serve"])
+@pytest.mark.parametrize("stage", ["extract", "finetune", "train", "evaluate", "score", "serve"])
 @pytest.mark.parametrize("cpus", [0.5, 1, 2, 3, 4, 8, 16, 64])
 @pytest.mark.parametrize("nodes", [1, 2, 7, 200])
 @pytest.mark.parametrize("videos", [1, 15, 10**6])
@@ -490,6 +490,25 @@ def test_train(
 
 
 @pytest.mark.parametrize(
+    ("cluster", "trainings", "now", "limit", "cpus"),
+    [
+        (Cluster(many(2, 8)), 5, 5, 5, 1.0),
+        (Cluster(many(2, 8)), 100, 16, 100, 1.0),
+        (Cluster(many(1, 8, 1)), 100, 8, 100, 1.0),
+        (Cluster(many(3, 0.5)), 100, 3, 100, 0.5),
+    ],
+    ids=["few", "many", "a GPU", "half a core"],
+)
+def test_evaluate_trains_on_each_core(
+    cluster: Cluster, trainings: int, now: int, limit: int, cpus: float
+) -> None:
+    placed = place("evaluate", cluster, trainings)
+    pool = placed["training"]
+    assert (pool.now, pool.limit, pool.cpus, pool.gpus) == (now, limit, cpus, 0)
+    assert (placed.device, placed.threads) == ("cpu", 1)
+
+
+@pytest.mark.parametrize(
     "node", [Node(2, memory=14 * GIB), Node(16, memory=20 * GIB), Node(1, memory=3 * GIB)], ids=str
 )
 @pytest.mark.parametrize(
@@ -500,6 +519,7 @@ def test_train(
         ("finetune", ["finetune.num_workers=9"]),
         ("finetune", ["finetune.backbone=frozen"]),
         ("train", ["train.num_workers=8"]),
+        ("evaluate", []),
         (
             "serve",
             [

@@ -136,9 +136,9 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, hol
         arrays = initial.training_arrays(any(spec.kind == "scsampler" for spec in todo))
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
         texts = {id(text): ray.put(text) for _, (_, text, _, _) in calls if text is not None}
-        cpus, watch = cluster.read_cluster(ray, bench.config).unit, Watch(ray, "evaluate")
-        task = ray.remote(num_cpus=cpus, max_retries=3)(learn)
-        top = bench.config.sampler.top_classes
+        pool = cluster.lay_out(ray, "evaluate", bench.config, len(todo))["training"]
+        task = ray.remote(num_cpus=pool.cpus, memory=pool.memory, max_retries=3)(learn)
+        watch, top = Watch(ray, "evaluate"), bench.config.sampler.top_classes
         pending = {
             task.remote(
                 *(spec, *shared, shape, texts[id(text)] if text is not None else None),
@@ -165,7 +165,7 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, hol
 
 
 class InitialValues:
-    """InitialValues values of the trainings, each computed once."""
+    """Initial values of the trainings, each computed once."""
 
     def __init__(self, bench: Bench, training: VideoSet) -> None:
         self.bench, self.training = bench, training

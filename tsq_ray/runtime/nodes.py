@@ -9,7 +9,7 @@ from typing import Literal
 
 from tsq_ray.config import ResourcesConfig
 
-Stage = Literal["extract", "finetune", "train", "score", "serve"]
+Stage = Literal["extract", "finetune", "train", "evaluate", "score", "serve"]
 Device = Literal["cpu", "cuda"]
 
 _WRITE = {"writer": "write", "sender": "write", "ingress": "write"}
@@ -20,6 +20,7 @@ PARTS: dict[Stage, dict[str, str]] = {
     | {"features": "networks"}
     | _WRITE,
     "train": {"worker": "networks", "features": "networks"},
+    "evaluate": {},
     "score": _GRAPH | _WRITE,
     "serve": _GRAPH | _WRITE,
 }
@@ -267,7 +268,8 @@ def unplaced(placed: Layout, free: Sequence[Node]) -> Pool | None:
 
 def shortfalls(placed: Layout, resources: ResourcesConfig, cluster: Cluster) -> Iterator[str]:
     """Yield what a run starts without: GPUs that no setting names, actors without a node so far."""
-    if resources.gpus < 0 and cluster.grows and not placed.on_gpu:
+    may_use_gpus = placed.stage != "evaluate"
+    if may_use_gpus and resources.gpus < 0 and cluster.grows and not placed.on_gpu:
         yield (
             "no node has a GPU now, so the networks run on CPUs; to have the cluster start GPU "
             "nodes, name them in resources.node_types, or set resources.gpus to 0 to run on CPUs"

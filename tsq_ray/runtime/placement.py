@@ -25,29 +25,30 @@ from tsq_ray.runtime.nodes import (
     describe_largest,
     num_fitting,
 )
+from tsq_ray.runtime.pools import (
+    BUSY_BYTES,
+    MAX_ASKED,
+    WAITING_BYTES,
+    WAITING_CPUS,
+    busy_cores,
+    busy_pool,
+    features_pool,
+    gpu_pool,
+    growth,
+    memory_share,
+    sized,
+    waiting_memory,
+    writer_pool,
+)
 
-_VIDEOS_PER_ACTOR = 8
-"""Minimum number of videos per actor: for fewer, starting a node does not pay."""
-_MAX_ASKED = 1000
-"""Maximum number of a pool's actors that wait for nodes to start."""
-_MIN_AHEAD = 8
-_WAITING_CPUS = 0.01
-"""CPUs of an actor that mostly waits. Above 0, to keep it off a head node without CPUs."""
 _NETWORK_CPUS = 0.2
 """CPUs of a sampler or recogniser replica, which uses the cores that decoding leaves."""
 _INGRESS_CPUS = 0.1
-_GIB = 2**30
-_BUSY_BYTES = 2 * _GIB
-_WAITING_BYTES = _GIB // 4
-_WRITING_BYTES = _GIB // 2
-_WAITING_ACTORS = 5
-"""Waiting actors of a run on a small cluster: an ingress, two senders and two writers."""
-_MIN_WRITERS, _MAX_WRITERS = 2, 64
 _MIN_SENDERS, _MAX_SENDERS = 2, 128
 
 
 def layout(stage: Stage, config: Config, cluster: Cluster, videos: int) -> Layout:
-    """Lay out a stage that processes `videos` videos on the cluster.
+    """Lay out a stage that processes `videos` videos (evaluate: trainings) on the cluster.
 
     Raises ConfigError if one of its actors fits on no node, live or launchable.
     """
@@ -109,7 +110,7 @@ def wanted_nodes(placed: Layout, cluster: Cluster) -> list[dict[str, float]]:
     bundles = [_resources(node) for node in usable_nodes(placed, cluster)]
     pools = [pool for pool in placed.pools.values() if pool.gpus or pool.cores]
     for pool in pools if cluster.grows else ():
-        missing = min(pool.limit, _MAX_ASKED) - cluster.capacity(pool)
+        missing = min(pool.limit, MAX_ASKED) - cluster.capacity(pool)
         bundles += [_resources(Node(pool.cpus, pool.gpus))] * max(0, missing)
     return bundles
 
@@ -146,86 +147,6 @@ def _resources(node: Node) -> dict[str, float]:
     return {"CPU": node.cpus} | ({"GPU": node.gpus} if node.gpus else {})
 
 
-def _memory(cluster: Cluster, desired: int, cpus: float = 1.0) -> int:
-    """Return the bytes to request for an actor with these CPUs.
-
-    This is `desired`, but at most the actor's share of a node that is full of such actors and has
-    one share left over.
-    """
-    shares = [
-        node.memory / (math.ceil(node.cpus / min(1.0, cpus)) + 1)
-        for node in cluster.every_node()
-        if node.cpus
-    ]
-    return int(min([desired, *shares]))
-
-
-def _waiting_memory(cluster: Cluster, desired: int, cpus: float = 1.0) -> int:
-    """Return the bytes of an actor that mostly waits: at most its part of the share left free."""
-    return int(min(desired, _memory(cluster, desired * _WAITING_ACTORS, cpus) / _WAITING_ACTORS))
-
-
-def _busy(cluster: Cluster, name: str, size: int, limit: int, cpus: float = 0.0) -> Pool:
-    """Return a pool of actors that each keep a core busy, sized as in `_sized`."""
-    cpus = cpus or cluster.busy_cpus
-    memory = _memory(cluster, _BUSY_BYTES, cpus)
-    pool = Pool(name, 1, 1, 1, cpus, memory=memory, cores=_cores(cpus))
-    return _sized(cluster, pool, size, limit)
-
-
-def _sized(cluster: Cluster, pool: Pool, size: int, maximum: int) -> Pool:
-    """Return the pool with `size` actors, or (0) as many as the nodes hold, up to `maximum`.
-
-    Further actors, up to the limit, are created before their nodes: waiting actors make the
-    autoscaler start nodes, and start at once on a node that joins.
-    """
-    pool = cluster.labelled(pool)
-    if size:
-        start = min(size, maximum)
-        fit = max(1, cluster.capacity(pool))
-        return replace(pool, start=start, limit=start, fit=fit if fit < start else 0)
-    alive = min(maximum, max(1, cluster.capacity(pool)))
-    limit = _growth(alive, maximum)
-    ahead = (
-        cluster.capacity(pool, launchable=True) - alive
-        if cluster.launchable
-        else max(alive, _MIN_AHEAD)
-    )
-    start = min(limit, alive + min(max(0, ahead), _MAX_ASKED))
-    return replace(pool, minimum=start, start=start, limit=limit, fit=min(alive, start))
-
-
-def _growth(start: int, videos: int) -> int:
-    """Return the limit of a pool that grows with the cluster."""
-    return max(start, min(GROWTH_LIMIT, -(-videos // _VIDEOS_PER_ACTOR)))
-
-
-def _cores(cpus: float) -> float:
-    """Return the number of cores that an actor with these logical CPUs keeps busy."""
-    return float(max(1, round(cpus)))
-
-
-def _writers(cluster: Cluster, cpus: float = 1.0) -> Pool:
-    known = max(_MIN_WRITERS, min(_MAX_WRITERS, cluster.num_workers))
-    limit = _MAX_WRITERS if cluster.grows else known
-    memory = _waiting_memory(cluster, _WRITING_BYTES, cpus)
-    return Pool("writer", 1, 1, limit, _WAITING_CPUS, memory=memory)
-
-
-def _features(cluster: Cluster, cpus: float = 1.0) -> Pool:
-    """Return the actor that holds a training's features; it is busy only before the workers are."""
-    return Pool("features", 1, 1, 1, _WAITING_CPUS, memory=_memory(cluster, _BUSY_BYTES, cpus) // 2)
-
-
-def _on_gpus(cluster: Cluster, name: str, size: int, limit: int, share: float, cpus: float) -> Pool:
-    """Return a pool of actors with `share` of a GPU each, sized by whole GPUs.
-
-    The pool waits for `size` GPUs; -1 takes as many as the cluster has.
-    """
-    pool = Pool(name, 1, 1, 1, cpus, 1.0, _memory(cluster, _BUSY_BYTES))
-    return replace(_sized(cluster, pool, max(0, size), limit), gpus=share)
-
-
 def _extract(config: Config, cluster: Cluster, videos: int) -> Layout:
     """Lay out extraction.
 
@@ -234,18 +155,18 @@ def _extract(config: Config, cluster: Cluster, videos: int) -> Layout:
     """
     resources = config.resources
     gpus = gpu_count(config, cluster)
-    writers = {"writer": _writers(cluster)}
+    writers = {"writer": writer_pool(cluster)}
     if not gpus and not resources.decoders:
         cpus = cluster.share(resources.workers) if resources.workers else 0.0
-        workers = _busy(cluster, "worker", resources.workers, videos, cpus)
+        workers = busy_pool(cluster, "worker", resources.workers, videos, cpus)
         threads = resources.threads or int(workers.cores)
         return Layout("extract", {"worker": workers} | writers, "cpu", threads)
-    decoders = _busy(cluster, "decoder", resources.decoders, videos)
+    decoders = busy_pool(cluster, "decoder", resources.decoders, videos)
     cpus = STEP * cluster.unit
     if gpus:
-        encoders = _on_gpus(cluster, "encoder", resources.gpus, videos, 1.0, cpus)
+        encoders = gpu_pool(cluster, "encoder", resources.gpus, videos, 1.0, cpus)
     else:
-        encoders = Pool("encoder", 1, 1, 1, cpus, memory=_memory(cluster, _BUSY_BYTES))
+        encoders = Pool("encoder", 1, 1, 1, cpus, memory=memory_share(cluster, BUSY_BYTES))
     threads = resources.threads or max(1, int(cluster.largest_cpus) - 1)
     pools = {"decoder": decoders, "encoder": encoders} | writers
     return Layout("extract", pools, "cuda" if gpus else "cpu", threads)
@@ -258,7 +179,7 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
     """
     if config.finetune.backbone == "frozen":
         placed = _extract(config, cluster, videos)
-        pools = placed.pools | {"features": _features(cluster)}
+        pools = placed.pools | {"features": features_pool(cluster)}
         return replace(placed, stage="finetune", pools=pools)
     workers = config.finetune.num_workers
     gpus = _training_gpus("finetune.num_workers", workers, config, cluster)
@@ -268,7 +189,7 @@ def _finetune(config: Config, cluster: Cluster, videos: int) -> Layout:
     decoders = max(1, total // workers)
     cpus = cluster.share(workers * (1 + decoders))
     own = min(cpus, cluster.with_gpus.share(workers)) if gpus else cpus
-    memory = _memory(cluster, _BUSY_BYTES, cpus)
+    memory = memory_share(cluster, BUSY_BYTES, cpus)
     pool = Pool("worker", workers, workers, workers, own, 1.0 if gpus else 0.0, memory)
     if not cluster.grows and workers * (1 + decoders) * cpus > cluster.max_cpus > 0:
         raise ConfigError(
@@ -294,11 +215,19 @@ def _train(config: Config, cluster: Cluster, videos: int) -> Layout:
         cpus = float(
             config.resources.threads
         )  # not a share: the cluster may grow to hold more workers
-    threads = config.resources.threads or int(_cores(cpus))
-    memory = _memory(cluster, _BUSY_BYTES, cpus)
+    threads = config.resources.threads or int(busy_cores(cpus))
+    memory = memory_share(cluster, BUSY_BYTES, cpus)
     pool = Pool("worker", minimum, maximum, maximum, cpus, 1.0 if gpus else 0.0, memory)
-    pools = {"worker": pool, "features": _features(cluster, cpus)}
+    pools = {"worker": pool, "features": features_pool(cluster, cpus)}
     return Layout("train", pools, "cuda" if gpus else "cpu", threads)
+
+
+def _evaluate(config: Config, cluster: Cluster, trainings: int) -> Layout:
+    """Lay out the trainings of an evaluation: tasks of one thread each."""
+    memory = memory_share(cluster, BUSY_BYTES, cluster.unit)
+    pool = Pool("training", 1, 1, 1, cluster.unit, memory=memory, cores=1.0)
+    count = min(trainings, GROWTH_LIMIT)
+    return Layout("evaluate", {"training": sized(cluster, pool, count, count)}, "cpu", 1)
 
 
 def _training_gpus(setting: str, workers: int, config: Config, cluster: Cluster) -> int:
@@ -328,18 +257,18 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
     unit = min(1.0, smallest)
     # a node holds one decoder per two cores, a sampler and a recogniser
     each_cpus = smallest / (max(1, int(smallest / 2)) + 2)
-    memory = _memory(cluster, _BUSY_BYTES, each_cpus)
-    waiting = _waiting_memory(cluster, _WAITING_BYTES, each_cpus)
+    memory = memory_share(cluster, BUSY_BYTES, each_cpus)
+    waiting = waiting_memory(cluster, WAITING_BYTES, each_cpus)
     if gpus:
         # no more than the live nodes hold: `score` computes a new layout whenever they change
-        each = _on_gpus(cluster, "sampler", resources.gpus, videos, 0.5, _NETWORK_CPUS * unit)
+        each = gpu_pool(cluster, "sampler", resources.gpus, videos, 0.5, _NETWORK_CPUS * unit)
         networks = {
             name: replace(each, name=name, minimum=1, start=each.now)
             for name in ("sampler", "recognizer")
         }
     else:
         count = min(len(nodes), videos)
-        limit = _growth(count, videos)
+        limit = growth(count, videos)
         networks = {
             name: Pool(name, 1, count, limit, _NETWORK_CPUS * unit, memory=memory)
             for name in ("sampler", "recognizer")
@@ -348,16 +277,16 @@ def _score(config: Config, cluster: Cluster, videos: int) -> Layout:
         networks["recognizer"] = Pool("recognizer", 1, 1, 1, _NETWORK_CPUS * unit, memory=waiting)
     children = max(1, int(min(config.serve.decoder_processes, cores)))
     count = min(resources.decoders or max(1, int((cores - unit) / 2)), videos)
-    limit = count if resources.decoders else _growth(count, videos)
+    limit = count if resources.decoders else growth(count, videos)
     # leaves room for a sampler and a recogniser on the same node
     cpus = round(min(1.0, 0.35 * smallest), 2)
     decoder = Pool("decoder", 1, count, limit, cpus, memory=memory, cores=float(children))
     count = min(_MIN_SENDERS * max(1, len(nodes)), _MAX_SENDERS, videos)
     limit = max(count, min(_MIN_SENDERS * cluster.num_workers, _MAX_SENDERS, videos))
-    sender = Pool("sender", 1, count, limit, _WAITING_CPUS, memory=waiting)
+    sender = Pool("sender", 1, count, limit, WAITING_CPUS, memory=waiting)
     ingress = Pool("ingress", 1, 1, 1, _INGRESS_CPUS * unit, memory=waiting)
     pools = {"decoder": decoder} | networks
-    pools |= {"ingress": ingress, "sender": sender, "writer": _writers(cluster, each_cpus)}
+    pools |= {"ingress": ingress, "sender": sender, "writer": writer_pool(cluster, each_cpus)}
     threads = resources.threads or max(1, int(max(node.cpus for node in nodes)))
     return Layout("score", pools, "cuda" if gpus else "cpu", threads, children)
 
@@ -381,7 +310,7 @@ def _serve(config: Config, cluster: Cluster, videos: int) -> Layout:
     pools = {}
     for name, scale in scales.items():
         share = 0.5 if name in networks and not gpus_set and gpus else scale.num_gpus
-        memory = _memory(cluster, _WAITING_BYTES if name == "ingress" else _BUSY_BYTES)
+        memory = memory_share(cluster, WAITING_BYTES if name == "ingress" else BUSY_BYTES)
         memory = int(min(memory, room)) if cluster.nodes else memory
         minimum, maximum = scale.min_replicas, scale.max_replicas
         pools[name] = Pool(name, minimum, minimum, maximum, scale.num_cpus, share, memory)
@@ -394,6 +323,7 @@ _STAGES: dict[Stage, Callable[[Config, Cluster, int], Layout]] = {
     "extract": _extract,
     "finetune": _finetune,
     "train": _train,
+    "evaluate": _evaluate,
     "score": _score,
     "serve": _serve,
 }
