@@ -153,7 +153,7 @@ def _blocks(ray: Any, arrow: pa.Schema, count: int) -> list[Any]:
     made = [
         base | {"video_id": f"{number:016x}", "visual": features[number]} for number in range(rows)
     ]
-    table = parts.transport_table(made, arrow, progress.start_counts())
+    table = parts.transport_table(made, arrow, progress.start_counts(progress.RowCounts))
     place = table.schema.get_field_index("video_id")
     refs = []
     for start in range(0, count, rows):

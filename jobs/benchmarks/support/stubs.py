@@ -45,7 +45,7 @@ class StubWorker(feature_pipeline.ExtractWorker):
         self.pool = self.encode = stub
 
 
-class SpanCounts(progress.Counts):
+class SpanCounts(progress.RowCounts):
     """Counts that record when the first and the last row were finished."""
 
     first = last = 0.0

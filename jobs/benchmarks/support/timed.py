@@ -13,7 +13,7 @@ _WARM_UP = 2
 """Uncounted videos per process."""
 
 
-class TimedCounts(progress.Counts):
+class TimedCounts(progress.RowCounts):
     """Counts that record when each row was finished."""
 
     def __init__(self) -> None:
