@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -19,7 +20,8 @@ from support.fault import BAD, Started, adds_up, index, make_site, mounted, one_
 from support.video import write_video
 
 from jobs.benchmarks.support.s3 import S3Process, make_buckets
-from tsq_ray.runtime import progress
+from tsq_ray.errors import ModelError, StorageError, TsqError
+from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.session import Session
 
 pytestmark = pytest.mark.ray
@@ -63,6 +65,43 @@ def test_a_decode_child_and_a_worker_are_killed(ray_cluster: Any, tmp_path: Path
         "whoever kills a child does not say anything of its video"
     )
     adds_up(site)
+
+
+_BUG = "extract failed: KeyError: 'frames'; run the same command again to resume .*"
+
+
+@pytest.mark.parametrize(
+    ("streams", "error", "kind", "expected"),
+    [
+        (False, KeyError("frames"), "RunFailed", _BUG),
+        (True, KeyError("frames"), "RunFailed", _BUG),
+        (True, ModelError("m: no such network"), "ModelError", "m: no such network"),
+        (False, StorageError("not_found", "b: not found"), "RunFailed", "b: not found"),
+    ],
+    ids=["a bug", "a bug in a stream", "our own", "storage"],
+)
+def test_an_error_in_a_worker_keeps_its_cause(
+    ray_cluster: Any, streams: bool, error: Exception, kind: str, expected: str
+) -> None:
+    class Returns:  # of this function, because workers cannot import the tests
+        def __call__(self, batch: Any) -> Any:
+            raise error
+
+    class Yields:
+        def __call__(self, batch: Any) -> Any:
+            yield batch
+            raise error
+
+    cluster.quiet_data()
+    data = ray_cluster.data.range(1).map_batches(
+        Yields if streams else Returns, concurrency=1, num_cpus=0.1
+    )
+    with pytest.raises(ray_cluster.exceptions.RayError) as raised:
+        list(data.iter_batches(batch_size=None))
+    found = cluster.run_failed(raised.value, "extract")
+    assert isinstance(found, TsqError)
+    assert type(found).__name__ == kind
+    assert re.fullmatch(expected, str(found)), found
 
 
 def test_the_counter_of_a_run_is_killed(ray_cluster: Any) -> None:

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 import socket
 import stat
 import sys
@@ -30,6 +31,8 @@ _MAX_SOCKET_PATH = 107
 _LONGEST_SOCKET = "/ray/session_2026-12-31_23-59-59_999999_{pid}/sockets/plasma_store"
 _GROUP_LABEL = "ray.io/node-group"
 _SHORT_FOLDERS = ("/tmp", "/dev/shm", "/var/tmp")
+_RETRY_ADVICE = re.compile(r"\nFailed to .* after \d+/\d+ attempts .*", re.DOTALL)
+"""What Ray Data appends to the message of an error in a worker."""
 
 
 @contextlib.contextmanager
@@ -163,6 +166,8 @@ def quiet_data(debug: bool = False) -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = debug
     context.execution_options.preserve_order = False
+    # otherwise an error in a worker loses its cause on its way here
+    context.raise_original_map_exception = True
     # the run itself reports what it waits for, and --wait-s ends the wait
     context.execution_no_progress_timeout_s = 365 * 24 * 3600
     context.max_consecutive_actor_init_deaths = _MAX_INIT_DEATHS
@@ -191,6 +196,8 @@ def run_failed(error: BaseException, doing: str) -> TsqError:
     An error of this package keeps its class, except that a storage error in mid-run is RunFailed.
     """
     cause = root_cause(error)
+    if cause.args and isinstance(cause.args[0], str):
+        cause.args = (_RETRY_ADVICE.sub("", cause.args[0]), *cause.args[1:])
     if isinstance(cause, StorageError):
         return RunFailed(str(cause))
     if isinstance(cause, TsqError):
