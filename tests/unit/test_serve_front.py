@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import http.server
+import json
 import os
 import signal
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,11 +27,17 @@ LARGE = 8 << 20
 
 
 class Inner(http.server.BaseHTTPRequestHandler):
-    """/large answers 8 MiB, /lost fails as Serve does, all else tells the request's id."""
+    """/large answers 8 MiB, /lost fails as Serve does, /closed closes the connection.
+
+    All else tells the request's id.
+    """
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        if self.path == "/closed":
+            self.close_connection = True
+            return
         lost = self.path == "/lost"
         body = bytes(LARGE) if self.path == "/large" else self.headers["x-request-id"].encode()
         self.send_response(500 if lost else 200)
@@ -94,6 +102,29 @@ def test_a_front_that_cannot_start_says_why(inner: int, outer: int) -> None:
         front("127.0.0.1", outer, inner, ServeConfig()),
     ):
         pass
+
+
+def test_every_answer_names_its_request(inner: int, outer: int) -> None:
+    def ask_all(port: int) -> Iterator[tuple[int, str, str]]:
+        for path in ("/-/routes", "/lost", "/closed"):
+            for own in ("my-id.1", None, 'a"b', "x" * 200):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                with contextlib.closing(connection):
+                    connection.request("GET", path, headers={"x-request-id": own} if own else {})
+                    answer = connection.getresponse()
+                    found = json.loads(answer.read())["request_id"]
+                    assert found == answer.headers["x-request-id"]
+                    yield answer.status, own or "", found
+
+    (closed,) = free_ports(1)
+    answers = []
+    for server in (inner, closed):
+        with front("127.0.0.1", outer, server, ServeConfig()):
+            answers += ask_all(outer)
+    assert {status for status, _, _ in answers} == {404, 502, 503}
+    for _, own, found in answers:
+        assert found == own if own == "my-id.1" else uuid.UUID(found)
+    assert len({found for *_, found in answers}) == len(answers) - 5, "new ids differ"
 
 
 def start_reading(port: int) -> socket.socket:

@@ -33,47 +33,44 @@ _LIBC = ctypes.CDLL(None)
 _REASONS = {
     400: "the request is not valid HTTP",
     404: "no such path; see /openapi.json",
-    408: "the request's headers did not arrive in time",
+    408: "the request did not arrive in time",
     500: "the request was lost with the process that handled it; try again",
     502: "the request was lost with the process that handled it; try again",
     503: "the endpoint is starting or a part of it is being replaced; try again",
     504: "no answer in time",
 }
+_USABLE_ID = "^[A-Za-z0-9._:@/+=-]{1,128}$"
 
 
-def _error_file(status: int) -> str:
-    content = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": _REASONS[status],
-        "request_id": "",
-    }
-    body = json.dumps(content)
-    retry = f"Retry-After: {_RETRY_AFTER_S}\r\n" if status in (502, 503) else ""
-    return (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {MEDIA_TYPE}\r\n"
-        f"Content-Length: {len(body)}\r\n{retry}Connection: close\r\n\r\n{body}"
-    )
+def _write_problems(folder: Path) -> None:
+    for status, detail in _REASONS.items():
+        content = {
+            "type": "about:blank",
+            "title": HTTPStatus(status).phrase,
+            "status": status,
+            "detail": detail,
+            "request_id": "%[var(txn.request_id)]",
+        }
+        (folder / f"{status}.json").write_text(json.dumps(content))
+
+
+def _answer(folder: Path, status: int) -> str:
+    retry = f" hdr Retry-After {_RETRY_AFTER_S}" if status in (502, 503) else ""
+    return f"status {status} content-type {MEDIA_TYPE} lf-file {folder / str(status)}.json{retry}"
 
 
 def _config(folder: Path, host: str, port: int, inner_port: int, settings: ServeConfig) -> str:
     """Return HAProxy's configuration."""
     limit_s = settings.request_timeout_s + 2 * _SLACK_S
     shown = f"[{host}]" if ":" in host else host
-    errors = "\n".join(f"    errorfile {status} {folder / str(status)}.http" for status in _REASONS)
+    own = "\n".join(f"    http-error {_answer(folder, status)}" for status in _REASONS)
     plain = "{ res.hdr(content-type) -m beg text/plain }"
     lost = "\n".join(
-        f"    http-response return status {replacement} content-type {MEDIA_TYPE} "
-        f"file {folder / str(replacement)}.json hdr Retry-After {_RETRY_AFTER_S} "
-        f"if {{ status {status} }} {plain}"
+        f"    http-response return {_answer(folder, replacement)} if {{ status {status} }} {plain}"
         for status, replacement in ((500, 502), (503, 503))
     )
     # Serve's own paths answer without a token
-    hidden = (
-        f"http-request return status 404 content-type {MEDIA_TYPE} file {folder / '404.json'} "
-        "if { path_beg /-/ }"
-    )
+    hidden = f"http-request return {_answer(folder, 404)} if {{ path_beg /-/ }}"
     return f"""\
 global
     maxconn {settings.max_connections}
@@ -89,14 +86,21 @@ defaults
     option redispatch
     retries 3
     retry-on conn-failure empty-response
-{errors}
+    unique-id-format %[uuid()]
+{own}
 frontend endpoint
     bind {shown}:{port}
     filter bwlim-in uploads default-limit {_UPLOAD_BYTES_PER_S} default-period 1s
     http-request set-bandwidth-limit uploads
+    # a client's own id of the request, or a new one
+    http-request set-var(txn.request_id) req.hdr(x-request-id)
+    acl usable_id var(txn.request_id) -m reg '{_USABLE_ID}'
+    http-request set-var(txn.request_id) unique-id if !usable_id
+    http-request set-header x-request-id %[var(txn.request_id)]
+    http-after-response set-header x-request-id %[var(txn.request_id)]
     {hidden}
     # a refused upload may not have been read to the end: the next request needs a new connection
-    http-response set-header Connection close if METH_POST {{ status ge 400 }}
+    http-after-response set-header Connection close if METH_POST {{ status ge 400 }}
     default_backend serve
 backend serve
 {lost}
@@ -163,10 +167,7 @@ def front(host: str, port: int, inner_port: int, settings: ServeConfig) -> Itera
     """
     with tempfile.TemporaryDirectory(prefix="tsq-front-") as name:
         folder = Path(name)
-        for status in _REASONS:
-            response = _error_file(status)
-            (folder / f"{status}.http").write_text(response, newline="")
-            (folder / f"{status}.json").write_text(response.partition("\r\n\r\n")[2])
+        _write_problems(folder)
         (folder / _CONFIG).write_text(_config(folder, host, port, inner_port, settings))
         running = Front(folder)
         try:
