@@ -49,16 +49,28 @@ class Head:
     nodes: list[JoinedNode] = field(default_factory=list)
 
     def add_node(self, cpus: int) -> JoinedNode:
-        """Start a node and let it join."""
+        """Start a node and wait until it has joined.
+
+        Ray gives a node 30 s to join, which it may miss on a busy machine.
+        """
+        for _ in range(3):
+            node = self._start_node(cpus)
+            self.nodes.append(node)
+            while node.process.poll() is None:
+                if b"Ray runtime started" in (node.folder / "log").read_bytes():
+                    return node
+                time.sleep(0.1)
+            node.kill()
+        raise AssertionError((node.folder / "log").read_text()[-2000:])
+
+    def _start_node(self, cpus: int) -> JoinedNode:
         mark = uuid.uuid4().hex
         folder = self.folder / f"disk{len(self.nodes)}"
         folder.mkdir()
         environment = self.environment | {MARK: mark, "TMPDIR": str(folder)}
         command = [RAY, "start", f"--address={self.address}", "--block", f"--num-cpus={cpus}"]
         command += ["--node-ip-address=127.0.0.1", "--disable-usage-stats", _OBJECT_STORE]
-        node = JoinedNode(mark, folder, _started(command, environment, folder / "log"))
-        self.nodes.append(node)
-        return node
+        return JoinedNode(mark, folder, _started(command, environment, folder / "log"))
 
 
 def _started(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
