@@ -35,6 +35,7 @@ from tsq_ray.rows import (
     OBJECTS,
     RECOGNIZER,
     VISUAL,
+    Row,
     failed_row,
     frame_spec,
     identity_row,
@@ -246,7 +247,7 @@ def feature_stage(data: Any, plan: FeaturePlan) -> Any:
     )
 
 
-def feature_row(ref: VideoRef, video: Outcome, features: FrameFeatures | None) -> dict[str, Any]:
+def feature_row(ref: VideoRef, video: Outcome, features: FrameFeatures | None) -> Row:
     """Return the row of a video; `features` is None if it could not be decoded."""
     if not isinstance(video, DecodedVideo) or features is None:
         assert not isinstance(video, DecodedVideo)
@@ -280,7 +281,7 @@ class ExtractWorker:
             rows = [self._row(ref, next(videos)) for ref in batch]
             yield parts.transport_table(rows, self.plan.schema, self.plan.counts)
 
-    def _row(self, ref: VideoRef, video: Outcome) -> dict[str, Any]:
+    def _row(self, ref: VideoRef, video: Outcome) -> Row:
         started = time.perf_counter()
         features = self.encode([video])[0] if isinstance(video, DecodedVideo) else None
         seconds = {parts.ENCODE_S: time.perf_counter() - started} if features is not None else {}

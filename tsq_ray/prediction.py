@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -16,7 +15,7 @@ from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.manifest import VideoRef, video_id
 from tsq_ray.networks.encoder import best_device
 from tsq_ray.results import Prediction, from_record
-from tsq_ray.rows import plain_row, prediction_row
+from tsq_ray.rows import Row, plain_row, prediction_row
 from tsq_ray.stages import Decode, Sample, bundle_specs, recognizer_for
 
 
@@ -34,14 +33,14 @@ def predict(
     return [from_record(Prediction, row) for row in rows]
 
 
-def predict_rows(videos: Sequence[str], model: str, config: Config) -> list[dict[str, Any]]:
+def predict_rows(videos: Sequence[str], model: str, config: Config) -> list[Row]:
     """Return the predictions as JSON values, as the endpoint does."""
     bundle = load_bundle(model)
     device = best_device() if config.resources.gpus else torch.device("cpu")
     sample = Sample(bundle, config.sampler, device, config.resources)
     recognize = recognizer_for(bundle, config, device)
     native_size = config.resources.resizes_on_device(device.type == "cuda")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with Decode(config.decode, bundle_specs(bundle, config.sampler.mode, native_size)) as decode:
         for video in videos:
             ref, decoded = _decode(decode, video)

@@ -24,12 +24,12 @@ from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource
 from tsq_ray.feature_pipeline import Networks, feature_row
 from tsq_ray.manifest import VideoRef
-from tsq_ray.rows import prediction_row
+from tsq_ray.rows import Row, prediction_row
 from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage
 from tsq_ray.runtime.placement import layout
 from tsq_ray.stages import Decode, Sample, bundle_specs, recognizer_for
 
-Finish = Callable[[VideoRef, Any], dict[str, Any]]
+Finish = Callable[[VideoRef, Any], Row]
 """Maps a decoded video, or its failure, to its row."""
 
 
@@ -93,7 +93,7 @@ def load_extract(
     loaded = networks.load()
     encode = loaded.encode(config, placed.device)
 
-    def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
+    def finish(ref: VideoRef, video: Any) -> Row:
         features = encode([video])[0] if isinstance(video, DecodedVideo) else None
         return feature_row(ref, video, features)
 
@@ -107,7 +107,7 @@ def load_score(config: Config, model: str, classes: Sequence[str], placed: Layou
     sample = Sample(bundle, config.sampler, device, config.resources)
     recognize = recognizer_for(bundle, config, device)
 
-    def finish(ref: VideoRef, video: Any) -> dict[str, Any]:
+    def finish(ref: VideoRef, video: Any) -> Row:
         return prediction_row(ref, recognize(sample([(ref.video_id, video)]))[0])
 
     native_size = config.resources.resizes_on_device(placed.on_gpu)
@@ -168,14 +168,14 @@ def _parallel(placed: Layout) -> tuple[int, int]:
 
 def _probe(
     chosen: Sequence[VideoRef], decode: Decode, finish: Finish, workers: int, threads: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], float, float]:
+) -> tuple[list[Row], list[Row], float, float]:
     """Return the rows of the warm-up, the rows of the chosen videos, and seconds per video.
 
     The seconds are those of the networks, then those of everything.
     """
     spent: list[float] = []
 
-    def work(ref: VideoRef, decoded: Future[Any]) -> dict[str, Any]:
+    def work(ref: VideoRef, decoded: Future[Any]) -> Row:
         video = decoded.result()
         started = time.perf_counter()
         row = finish(ref, video)
@@ -185,7 +185,7 @@ def _probe(
     # set_num_threads applies to the calling thread only
     with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, threads)) as pool:
 
-        def run(refs: Sequence[VideoRef]) -> list[dict[str, Any]]:
+        def run(refs: Sequence[VideoRef]) -> list[Row]:
             return list(
                 pool.map(work, refs, [decode.pool.submit(VideoSource.of(ref)) for ref in refs])
             )
@@ -222,7 +222,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _encoded_size(rows: Sequence[dict[str, Any]], arrow: pa.Schema) -> int:
+def _encoded_size(rows: Sequence[Row], arrow: pa.Schema) -> int:
     sink = pa.BufferOutputStream()
     pq.write_table(schema.table_from_rows(rows, arrow), sink, compression="zstd")
     return sink.getvalue().size

@@ -17,6 +17,9 @@ from tsq_ray.manifest import VideoRef
 from tsq_ray.schema import TOKENS, TOP_LABELS
 from tsq_ray.storage import StoredFile
 
+Row = dict[str, Any]
+"""Values of one row of features or predictions, by column."""
+
 VISUAL, OBJECTS, RECOGNIZER = "visual", "objects", "recognizer"
 """The pictures that a single decode can make of each frame, one per network."""
 
@@ -57,17 +60,17 @@ def picture_specs(
     return with_whole_frames(specs) if native_size else specs
 
 
-def identity_row(ref: VideoRef) -> dict[str, Any]:
+def identity_row(ref: VideoRef) -> Row:
     """Return a row's manifest columns."""
     return {**asdict(ref), "labels": list(ref.labels) if ref.labels is not None else None}
 
 
-def failed_row(ref: VideoRef, error: Failure) -> dict[str, Any]:
+def failed_row(ref: VideoRef, error: Failure) -> Row:
     """Return the output row of a video that cannot be used."""
     return {**identity_row(ref), **failure_columns(error)}
 
 
-def failure_columns(error: Failure) -> dict[str, Any]:
+def failure_columns(error: Failure) -> Row:
     """Return the status and error columns of a video that cannot be used."""
     message = storage.redact(" ".join(str(error).split()))[:500]
     return {
@@ -78,7 +81,7 @@ def failure_columns(error: Failure) -> dict[str, Any]:
     }
 
 
-def source_columns(video: DecodedVideo) -> dict[str, Any]:
+def source_columns(video: DecodedVideo) -> Row:
     """Return the columns that features and predictions share for a video whose status is ok.
 
     The manifest's columns are not included.
@@ -100,7 +103,7 @@ def source_columns(video: DecodedVideo) -> dict[str, Any]:
 class Answer:
     """The result of scoring one video: prediction columns without the manifest's, or an error."""
 
-    columns: dict[str, Any] = field(default_factory=dict)
+    columns: Row = field(default_factory=dict)
     error: Failure | None = None
     version: str = ""
     """Version of the stages that made it: bundle and settings, as in `serving.graph`."""
@@ -110,7 +113,7 @@ class Answer:
     """As in DecodedVideo; 0 if the endpoint fetched it."""
 
 
-def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:
+def prediction_row(ref: VideoRef, answer: Answer) -> Row:
     """Return the prediction row of a manifest's video; a failed one keeps its token counts."""
     if answer.error is None:
         return {**identity_row(ref), **answer.columns}
@@ -119,9 +122,7 @@ def prediction_row(ref: VideoRef, answer: Answer) -> dict[str, Any]:
     return failed_row(ref, answer.error) | tokens
 
 
-def best_labels(
-    scores: np.ndarray, classes: Sequence[str], count: int = TOP_LABELS
-) -> dict[str, Any]:
+def best_labels(scores: np.ndarray, classes: Sequence[str], count: int = TOP_LABELS) -> Row:
     """Return the prediction columns of the `count` best classes; `scores` is [C]."""
     best = np.argsort(-scores, kind="stable")[:count]
     return {"top_labels": [classes[number] for number in best], "top_scores": scores[best]}
@@ -129,7 +130,7 @@ def best_labels(
 
 def selection_columns(
     slots: np.ndarray, selected_by: Sequence[str], frame_index: np.ndarray, frame_pts_s: np.ndarray
-) -> dict[str, Any]:
+) -> Row:
     """Return the prediction columns that describe the chosen slots, which ascend."""
     return {
         "selected_slot": slots,
@@ -139,12 +140,12 @@ def selection_columns(
     }
 
 
-def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+def plain_row(row: Mapping[str, Any]) -> Row:
     """Return a prediction row as JSON values.
 
     The manifest's labels and split and the queries of presigned URLs are left out.
     """
-    plain: dict[str, Any] = {}
+    plain: Row = {}
     for name, value in row.items():
         if name in ("labels", "label_names", "split"):
             continue

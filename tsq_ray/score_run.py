@@ -21,7 +21,7 @@ from tsq_ray.bundle.settings import (
 from tsq_ray.config import TSQ_MODES, Config
 from tsq_ray.errors import ModelError
 from tsq_ray.manifest import VideoRef
-from tsq_ray.rows import Answer, prediction_row
+from tsq_ray.rows import Answer, Row, prediction_row
 from tsq_ray.runs.bulk import BulkRun, Selection
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
@@ -91,7 +91,7 @@ class ScoreRun:
         )
 
 
-def prediction_of(ref: VideoRef, answer: Answer, labels: Sequence[str]) -> dict[str, Any]:
+def prediction_of(ref: VideoRef, answer: Answer, labels: Sequence[str]) -> Row:
     """Return the prediction row of a video, with the names of its labels."""
     row = prediction_row(ref, answer)
     if ref.labels is not None:

@@ -20,7 +20,7 @@ from tsq_ray.decode import VideoSource
 from tsq_ray.errors import VideoError
 from tsq_ray.manifest import VideoRef, read_manifest
 from tsq_ray.results import RunSummary
-from tsq_ray.rows import Answer
+from tsq_ray.rows import Answer, Row
 from tsq_ray.runs.bulk import Selection
 from tsq_ray.runtime import blocks, cluster, parts, progress
 from tsq_ray.runtime.bulk import BulkObserver, Work, run_bulk
@@ -172,7 +172,7 @@ class ScoreWorker:
                 self.changed.notify_all()
             await asyncio.sleep(LOOK_EVERY_S)
 
-    async def _row(self, ref: VideoRef) -> dict[str, Any]:
+    async def _row(self, ref: VideoRef) -> Row:
         async with self.changed:
             await self.changed.wait_for(lambda: self.in_flight < self.share)
             self.in_flight += 1

@@ -23,7 +23,7 @@ from tsq_ray.asking.client import Client, Reply
 from tsq_ray.config import SERVER_USE, RecognizerConfig, Task
 from tsq_ray.decode.frames import resize_picture
 from tsq_ray.errors import Failure, VideoError
-from tsq_ray.rows import Answer, best_labels, frame_spec, selection_columns
+from tsq_ray.rows import Answer, Row, best_labels, frame_spec, selection_columns
 from tsq_ray.storage import sha256_of
 
 _QUALITY = 90
@@ -52,7 +52,7 @@ class ServerModel:
 class Question:
     """A video for the server: its candidate frames, and the prediction columns known so far."""
 
-    row: dict[str, Any]
+    row: Row
     frame_index: np.ndarray
     """int32 [T]."""
     jpegs: list[bytes] = field(default_factory=list)

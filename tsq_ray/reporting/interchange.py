@@ -14,8 +14,7 @@ from xml.etree import ElementTree
 from tsq_ray import storage
 from tsq_ray.errors import RunError, UserError
 from tsq_ray.labels import id_of
-
-Row = Mapping[str, Any]
+from tsq_ray.rows import Row
 
 TASKS_FILE, INTERFACE_FILE = "label_studio_tasks.json", "label_studio_interface.xml"
 RESULTS_FILE, DATABASE_FILE = "activitynet_results.json", "activitynet_database.json"

@@ -7,7 +7,6 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +15,7 @@ from tsq_ray import storage
 from tsq_ray.decode import DecodePool, FrameSpec, Outcome
 from tsq_ray.errors import StorageError, VideoError
 from tsq_ray.reporting.predictions import Predictions, video_source
+from tsq_ray.rows import Row
 
 SPEC = "picture"
 _TOLERANCE_S = 0.05
@@ -31,7 +31,7 @@ class VideoFrames:
     Without frames, `error_type` and `note` give the reason.
     """
 
-    row: dict[str, Any]
+    row: Row
     slots: dict[int, np.ndarray]
     note: str = ""
     error_type: str | None = None
@@ -39,8 +39,8 @@ class VideoFrames:
 
 def decode_again(
     predictions: Predictions,
-    rows: Iterable[dict[str, Any]],
-    slots_of: Callable[[dict[str, Any]], Sequence[int]],
+    rows: Iterable[Row],
+    slots_of: Callable[[Row], Sequence[int]],
     size: int,
     num_processes: int,
 ) -> Iterator[VideoFrames]:
@@ -64,7 +64,7 @@ def decode_again(
             group = list(islice(waiting, 2 * num_processes))
 
 
-def _video_frames(row: dict[str, Any], decoded: Outcome, slots: Sequence[int]) -> VideoFrames:
+def _video_frames(row: Row, decoded: Outcome, slots: Sequence[int]) -> VideoFrames:
     if isinstance(decoded, (VideoError, StorageError)):
         return VideoFrames(row, {}, storage.redact(str(decoded)), decoded.error_type)
     scored = row["frame_pts_s"]

@@ -15,6 +15,7 @@ from tsq_ray.config import DecodeConfig, validate_config
 from tsq_ray.decode import VideoSource
 from tsq_ray.errors import RunError
 from tsq_ray.quality import ReadColumns
+from tsq_ray.rows import Row
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
 from tsq_ray.runs.folder import RUN_FILE, read_run
@@ -85,16 +86,16 @@ class Predictions:
         """Yield some columns, part by part."""
         return (self.read(number, columns) for number in range(len(self.parts)))
 
-    def rows(self, places: Sequence[Place]) -> list[dict[str, Any]]:
+    def rows(self, places: Sequence[Place]) -> list[Row]:
         """Return these rows without `scores`: plain values, and tensors as flat arrays or None."""
-        by_place: dict[Place, dict[str, Any]] = {}
+        by_place: dict[Place, Row] = {}
         for part in sorted({part for part, _ in places}):
             numbers = [number for its_part, number in places if its_part == part]
             rows = self.part_rows(part, np.array(numbers))
             by_place |= {(part, number): row for number, row in zip(numbers, rows, strict=True)}
         return [by_place[place] for place in places]
 
-    def part_rows(self, part: int, numbers: np.ndarray) -> Iterator[dict[str, Any]]:
+    def part_rows(self, part: int, numbers: np.ndarray) -> Iterator[Row]:
         """Yield these rows of one part, one at a time, as `rows` returns them."""
         columns = [*_ROW, *self.server_columns]
         table = self.read(part, columns).take(pa.array(numbers))
@@ -151,7 +152,7 @@ def _check_columns(uri: str, names: Sequence[str], required: Sequence[str]) -> N
         )
 
 
-def video_source(row: dict[str, Any]) -> VideoSource:
+def video_source(row: Row) -> VideoSource:
     """Return a row's video as recorded in the manifest, so that a changed file is detected."""
     return VideoSource(
         uri=row["uri"], size_bytes=row["size_bytes"], etag=row["etag"], modified=row["modified"]

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 from pydantic import BaseModel
 
 from tsq_ray import storage
 from tsq_ray.errors import StorageError
 from tsq_ray.manifest import video_id
-from tsq_ray.rows import plain_row
+from tsq_ray.rows import Row, plain_row
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.done import list_parts
 from tsq_ray.serving.requests.models import Batch, BatchLine
@@ -132,7 +131,7 @@ class BatchFolders:
         return places
 
 
-def _rows(predictions_uri: str) -> Iterator[dict[str, Any]]:
+def _rows(predictions_uri: str) -> Iterator[Row]:
     for part in list_parts(predictions_uri):
         for row in read_part(part.uri).to_pylist():
             yield plain_row({name: value for name, value in row.items() if value is not None})

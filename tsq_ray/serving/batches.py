@@ -20,7 +20,7 @@ from tsq_ray.config import Config
 from tsq_ray.decode import VideoSource
 from tsq_ray.errors import RunError, StorageError, TsqError, VideoError
 from tsq_ray.manifest import VideoRef
-from tsq_ray.rows import Answer
+from tsq_ray.rows import Answer, Row
 from tsq_ray.runs.bulk import Selection
 from tsq_ray.runs.verify import verify
 from tsq_ray.runtime.parts import part_rows
@@ -322,7 +322,7 @@ class BatchRunner:
         async with running.saving:
             await asyncio.to_thread(self._folders.save, running.card)
 
-    async def _row(self, running: _Running, scored: ScoreRun, ref: VideoRef) -> dict[str, Any]:
+    async def _row(self, running: _Running, scored: ScoreRun, ref: VideoRef) -> Row:
         async with self._places:
             _stop_if_cancelled(running)
             answer = await self._answer(ref)

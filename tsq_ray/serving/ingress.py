@@ -26,7 +26,7 @@ from tsq_ray import storage
 from tsq_ray.bundle.settings import read_bundle_settings
 from tsq_ray.config import Config
 from tsq_ray.errors import StorageError
-from tsq_ray.rows import plain_row
+from tsq_ray.rows import Row, plain_row
 from tsq_ray.runtime import cluster
 from tsq_ray.serving import facts
 from tsq_ray.serving.api import api, internal, request_id
@@ -371,7 +371,7 @@ class Ingress:
             clip = f"{card.clip_frames}, the recogniser's clip length in frames"
             raise RequestError(400, f"k: {options.k} is not a multiple of {clip}")
 
-    async def _row(self, parsed: ScoreRequest, token: Token) -> tuple[dict[str, Any], str]:
+    async def _row(self, parsed: ScoreRequest, token: Token) -> tuple[Row, str]:
         options = parsed.options
         answer = await self.graph.score(
             Video(

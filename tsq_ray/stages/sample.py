@@ -9,7 +9,6 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from tsq_ray.model.choosers import Candidates, Chooser, View, chooser_for
 from tsq_ray.model.task import probabilities
 from tsq_ray.networks.encoder import CPU
 from tsq_ray.networks.inference import DEFAULT_RESOURCES, Pictures
-from tsq_ray.rows import RECOGNIZER, source_columns
+from tsq_ray.rows import RECOGNIZER, Row, source_columns
 from tsq_ray.stages.encode import Encode, FrameFeatures, pictures_of
 
 
@@ -33,7 +32,7 @@ from tsq_ray.stages.encode import Encode, FrameFeatures, pictures_of
 class Sampled:
     """A video ready for the recogniser: its candidates and the prediction columns known so far."""
 
-    row: dict[str, Any]
+    row: Row
     pictures: Pictures
     """One per candidate, in the same order; empty for a failed video."""
     frame_index: np.ndarray
