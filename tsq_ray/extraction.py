@@ -36,8 +36,9 @@ def extract(
         manifest_uri: what `build_manifest` wrote.
         out: the run folder.
         config: the settings; `load_config()` by default.
-        encoder: output of `finetune` that replaces `encoders.visual`.
-        recognizer: output of `finetune`; its logits for each frame are stored too.
+        encoder: what `finetune` or `import_network` wrote; it replaces `encoders.visual`.
+        recognizer: what `finetune` or `import_network` wrote; its logits for each frame are
+            stored too.
         split: only the videos of this split.
         limit: at most this many videos, in the order of the manifest.
         retry_failed: also retry the videos that failed for this reason; "all" for any.

@@ -311,7 +311,7 @@ def _table_lines(table: EvaluatedTable) -> list[str]:
     rows = [list(row.values()) for row in table.rows]
     if rows:
         rows.insert(0, list(table.rows[0]))
-    marks = ("sign in the paper", "warning", "not measured")
+    marks = ("trend in the paper", "warning", "not measured")
     notes = [f"  {note}" for note in table.notes if note.startswith(marks)]
     return [table.title, *_aligned(rows), *notes, f"  files: {', '.join(table.files)}"]
 

@@ -21,7 +21,8 @@ wrong. An error is one line on stderr: what is wrong, the value given, what is a
 with `--debug` it comes after a traceback. Progress goes to stderr, the summary to stdout (`--json`:
 as JSON).
 
-Every path may be an `s3://` URI. Settings (`--config`, `--set`): [configuration](configuration.md).
+Every path except that of a TOML file may be an `s3://` URI. Settings (`--config`, `--set`):
+[configuration](configuration.md).
 `python -m tsq_ray` is `tsq`; `tsq --version` prints the package's version.
 """
 

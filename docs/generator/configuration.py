@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from generator.markdown import NOTE, table
+from tsq_ray.bundle.overrides import settable_names
 from tsq_ray.config import Config, Section
 
 CONFIG_INTRO = """\
@@ -29,20 +30,20 @@ tsq extract runs/manifest.parquet --out runs/features --config my.toml --set dec
 A value of `--set` is read as TOML: `5`, `0.6`, `true`, `[0.5, 0.5, 0.5]`, `{pad_type = "same"}`;
 anything that is not TOML is a string. An unknown setting or a value that is not allowed is refused
 before anything starts (exit code 2), as is K > T by `tsq train` and `tsq score`. The resolved
-settings are in `_run.json` of every output. Settings added after 0.1.0 are left out at their
-default, so that an earlier version can read the file.
+settings are in `_run.json` of every output. Newer settings are left out at their default, so that
+an earlier version can read the file.
 
 Features carry `decode.*` and `encoders.*` to `tsq train`, and the bundle carries them to
 `tsq score`: you need not repeat them there, and other values are refused. Scoring may set
-`sampler.budget`, `sampler.max_budget`, `sampler.margin`, `sampler.lambda_visual`, `sampler.mode`,
-`sampler.selection`, `sampler.seed`, `decode.backend`, `decode.timeout_s`, the limits
-`decode.max_*`, `output.*`, `resources.*` and `serve.*`.
+{settable}.
 """
 
 
 def configuration() -> str:
     """Return docs/configuration.md."""
-    parts = [NOTE.format("tsq_ray/config/"), "# Configuration", CONFIG_INTRO]
+    settable = ", ".join(f"`{name}`" for name in settable_names())
+    intro = CONFIG_INTRO.replace("{settable}", settable)
+    parts = [NOTE.format("tsq_ray/config/"), "# Configuration", intro]
     for name, field in Config.model_fields.items():
         kind, value = field.annotation, getattr(Config(), name)
         assert isinstance(kind, type)

@@ -107,9 +107,12 @@ def documented_order() -> list[str]:
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
-def test_lines_fit(path: Path) -> None:
+def test_lines_fit_and_code_is_fenced(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert page(text) == text, "lines above 100 columns"
+    fences = [line for line in text.splitlines() if "```" in line]
+    assert all(line.lstrip().startswith("```") for line in fences), "code begins within a line"
+    assert len(fences) % 2 == 0
 
 
 # ---------------------------------------------------------------------------------- generated pages

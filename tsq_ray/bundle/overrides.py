@@ -12,7 +12,7 @@ from tsq_ray.config import SERVER_USE, Config, check_budget, load_config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runs.identity import Identity
 
-OVERRIDABLE = (
+SETTABLE = (
     "sampler.budget",
     "sampler.max_budget",
     "sampler.margin",
@@ -26,13 +26,17 @@ OVERRIDABLE = (
     "resources.",
     "output.",
     "serve.",
-    "train.",
-    "finetune.",
-    "encoders.text.",
     "recognizer.url",
     *(f"recognizer.{name}" for name in SERVER_USE),
 )
-"""Settings that scoring may change or does not read; all others are fixed by training."""
+"""Settings that scoring may change, or the beginnings of their names."""
+_NOT_READ = ("train.", "finetune.", "encoders.text.")
+"""Settings that scoring does not read. All others are fixed by training."""
+
+
+def settable_names() -> list[str]:
+    """Return the names of the settings that scoring may change; "*" stands for any ending."""
+    return [f"{name}*" if name.endswith((".", "_")) else name for name in SETTABLE]
 
 
 def scoring_config(
@@ -60,8 +64,7 @@ def scoring_config(
     if changes:
         raise ConfigError(
             f"{storage.redact(model)}: scoring cannot change what the bundle was trained with "
-            f"({changes}); it may set sampler.budget, sampler.lambda_visual, sampler.mode, "
-            "sampler.selection, sampler.seed, decode.backend and resources.*"
+            f"({changes}); it may set {', '.join(settable_names())}"
         )
     recognizer = config.recognizer if recognizer_of(content) is not None else None
     check_budget(config.sampler, config.decode.num_frames, str(content["task"]), recognizer)
@@ -69,7 +72,7 @@ def scoring_config(
 
 
 def _is_overridable(key: str) -> bool:
-    return key.startswith(OVERRIDABLE) or key.endswith(".weights")
+    return key.startswith((*SETTABLE, *_NOT_READ)) or key.endswith(".weights")
 
 
 def _merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

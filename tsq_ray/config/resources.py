@@ -13,8 +13,8 @@ class OutputConfig(Section):
     """The files that a run writes."""
 
     part_mb: float = Field(default=128, gt=0)
-    """Target size of a Parquet part before compression, in MiB, if the run has enough videos. A
-    part holds at least 128 rows and, in a large run, at most a thousandth of the rows."""
+    """Target size of a Parquet part before compression, in MiB, if the run has enough videos. In a
+    large run, a part holds at most a thousandth of the rows, or 128 rows if that is more."""
     rows_per_file: int = Field(default=0, ge=0)
     """Rows per Parquet part; 0: determined by `part_mb`."""
     compression: Literal["zstd", "snappy", "none"] = "zstd"

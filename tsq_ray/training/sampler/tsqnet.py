@@ -101,9 +101,10 @@ def train(
         features_uri: folder of the extraction.
         out: folder of the bundle.
         config: the settings; `training_config(features_uri)` by default.
-        encoder: finetune's output whose backbone made the features; without it, a linear frame head
-            is fitted on the features for the encoder that made them.
-        recognizer: finetune's output; without it, the bundle cannot score.
+        encoder: what `finetune` or `import_network` wrote, whose backbone made the features;
+            without it, a linear frame head is fitted on the features for the encoder that made
+            them.
+        recognizer: what `finetune` or `import_network` wrote; without it, the bundle cannot score.
         split: split to train on; by default `train`, or every row if the features have no splits.
         take_over: take the folder from another run that writes to it.
         session: the cluster to use and the output to show.
