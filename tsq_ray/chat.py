@@ -40,6 +40,12 @@ def check_prompt(prompt: str) -> str:
             f"prompt {prompt[:80]!r}: unknown field {{{unknown[0]}}}; allowed: "
             f"{', '.join(f'{{{name}}}' for name in FIELDS)}; write a literal brace as {{{{ or }}}}"
         )
+    try:
+        prompt.format(classes="", num_frames=1, seconds="")
+    except (AttributeError, LookupError, ValueError) as error:
+        raise ConfigError(
+            f"prompt {prompt[:80]!r}: {error}; write its fields without a format"
+        ) from None
     return prompt
 
 

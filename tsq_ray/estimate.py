@@ -146,7 +146,7 @@ def _estimate(request: ProbeRequest, todo: VideoRows, inputs: int, target: Targe
 def _measure(request: ProbeRequest, target: Target) -> tuple[Probe, list[Node]]:
     """Return the probe and the nodes that the run would use."""
     session, here = target.session, this_machine()
-    if not session.address and not os.environ.get("RAY_ADDRESS"):
+    if not session.joins_cluster:
         return probe_videos(request, here), [here] * (target.nodes or 1)
     with cluster.connect(session) as ray:
         connected = cluster.read_cluster(ray, request.config)

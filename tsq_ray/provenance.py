@@ -46,10 +46,19 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """Return the git revision that this package runs from, None outside a checkout."""
+    file = Path(__file__)
+    # an installed package may lie inside the checkout of another project
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:
+        return None
+    return _git(file.parent, "rev-parse", "HEAD")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints; None if it fails."""
     try:
         answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
+            ["git", *arguments],
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=5,

@@ -183,10 +183,12 @@ class ScoreWorker:
             async with self.changed:
                 self.changed.notify_all()
         row = prediction_of(ref, answer, self.plan.classes)
-        seconds = {
-            f"_{stage}_s": (row.get(f"{stage}_ms") or 0.0) / 1000
-            for stage in ("decode", "sample", "recognize")
-        }
+        stages = (
+            (parts.DECODE_S, "decode_ms"),
+            (parts.SAMPLE_S, "sample_ms"),
+            (parts.RECOGNIZE_S, "recognize_ms"),
+        )
+        seconds = {name: (row.get(column) or 0.0) / 1000 for name, column in stages}
         return row | seconds | {parts.FETCHED: answer.fetched_bytes}
 
     async def _answer(self, ref: VideoRef) -> Answer:

@@ -186,6 +186,10 @@ def test_log_probabilities_of_another_form() -> None:
         del token["logprob"]
     with pytest.raises(UnusableAnswer, match=r"set recognizer\.logprobs = false"):
         read_answer(found, ["cat", "dog"])
+    for odd in ([0.5], {"content": ["cat"]}, {"content": 3}):
+        found["choices"][0]["logprobs"] = odd
+        with pytest.raises(UnusableAnswer, match=r"set recognizer\.logprobs = false"):
+            read_answer(found, ["cat", "dog"])
 
 
 # -------------------------------------------------------------------------------------- the server

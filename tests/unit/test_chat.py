@@ -77,6 +77,9 @@ def test_a_schema_is_strict_within_openais_limits(classes: list[str], strict: bo
         ("Which? {classes.x}", r"unknown field \{classes.x\}"),
         ("Which? {classes", "expected '}' before end of string; write a literal brace as"),
         ("Which? }", "Single '}' encountered"),
+        ("At {seconds:.1f} s: {classes}", "format code 'f'.*; write its fields without a format"),
+        ("{classes!z}", "write its fields without a format"),
+        ("{classes:{x}}", "write its fields without a format"),
     ],
 )
 def test_a_wrong_template_is_one_clear_line(prompt: str, message: str) -> None:

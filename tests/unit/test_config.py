@@ -92,6 +92,15 @@ def test_values_of_set_are_toml_or_plain_text(item: str, key: str, value: object
         ),
         ("nothing.at_all=1", "unknown setting nothing; allowed: decode, encoders"),
         (
+            "resources.node_types=[{cpus = 8, count = 16, gpu = 1}]",
+            "unknown setting resources.node_types.0.gpu; allowed: cpus, gpus, count, labels",
+        ),
+        (
+            "encoders.visual.weights=https://host/a.pth?signature=x",
+            "encoders.visual.weights: weights from a URL with a user or a query",
+        ),
+        ("encoders.text.weights=https://me:pw@host/a", "encoders.text.weights: weights from a URL"),
+        (
             "decode.num_frames=0",
             "setting decode.num_frames = 0: input should be greater than or equal to 1",
         ),

@@ -437,6 +437,15 @@ def test_a_list_for_each_split(make: Make, write: Callable[[str, str], str]) -> 
     )
 
 
+def test_a_list_beside_the_videos_folder(make: Make, tmp_path: Path) -> None:
+    folder, lists = make("a/1.mp4", "b/1.mp4"), tmp_path / "lists"
+    lists.mkdir()
+    (lists / "train.txt").write_text("../videos/b/1.mp4 0\n")
+    (lists / "classes.txt").write_text("x\n")
+    manifest, _ = index(folder, str(lists / "train.txt"), classes_file=str(lists / "classes.txt"))
+    assert labels_of(manifest) == {"a/1.mp4": ([], None), "b/1.mp4": (["x"], "train")}
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [

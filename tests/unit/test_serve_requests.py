@@ -37,7 +37,7 @@ from tsq_ray.serving.requests.models import (
 from tsq_ray.serving.requests.parse import read_score_request, validate
 from tsq_ray.serving.requests.problems import RequestError, problem
 from tsq_ray.serving.requests.shares import Quota, Share
-from tsq_ray.serving.requests.tokens import Access, new_token, read_tokens
+from tsq_ray.serving.requests.tokens import Access, add_token, new_token, read_tokens
 from tsq_ray.serving.requests.uploads import LimitedBody
 from tsq_ray.serving.requests.uris import check_uri, may_connect, named_hosts, shown
 
@@ -106,6 +106,8 @@ HTTP = ("https://host.example/videos/",)
         ("http://10.0.0.5/v/a.mp4", ("http://10.0.0.5/v",), "http://10.0.0.5/v/a.mp4"),
         ("~no-such-user/a.mp4", ("/",), None),
         ("videos/a.mp4", ("/",), None),
+        ("/no/such/a.mp4", ("file:///no/such/",), "/no/such/a.mp4"),
+        ("/no/other/a.mp4", ("file:///no/such/",), None),
         ("x" * 5000, S3, None),
         ("/a\0b", ("/",), None),
     ],
@@ -687,6 +689,8 @@ def test_one_token_of_the_environment_and_none() -> None:
         ("x", "tokens.toml: "),
         ('[[token]]\nname = "a"\nsha256 = "12"', r"token\.0\.sha256"),
         (f'[[token]]\nname = "a"\nsha256 = "{"0" * 64}"\nrate = "often"', r"token\.0\.rate"),
+        (f'[[token]]\nname = "a"\nsha256 = "{"0" * 64}"\nrate = "0/minute"', "is not one rate"),
+        (f'[[token]]\nname = "a"\nsha256 = "{"0" * 64}"\nrate = "9/second;9/day"', "not one rate"),
         (f'[[token]]\nname = "a"\nsha256 = "{"0" * 64}"\n' * 2, "the name 'a' occurs twice"),
         (f'[[token]]\nname = "a"\nsha256 = "{"0" * 64}"\nshare = 2', r"token\.0\.share"),
         (None, "No such file"),
@@ -698,3 +702,10 @@ def test_a_wrong_file_of_tokens(text: str | None, message: str, tmp_path: Path) 
         path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_tokens(str(path))
+
+
+def test_a_token_is_added_to_a_file_without_a_last_line_end(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.toml"
+    path.write_text(new_token("a", share=0.5)[1].rstrip())
+    add_token(str(path), "b", new_token("b", rate="60/minute")[1])
+    assert [(token.name, token.share) for token in read_tokens(str(path))] == [("a", 0.5), ("b", 1)]

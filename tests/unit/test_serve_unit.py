@@ -20,6 +20,7 @@ from tsq_ray.config import load_config
 from tsq_ray.errors import ConfigError, ModelError, UserError
 from tsq_ray.runtime.nodes import Cluster, Node, Pool
 from tsq_ray.runtime.placement import layout
+from tsq_ray.runtime.session import Session
 from tsq_ray.score_run import identity_of
 from tsq_ray.serving.access import (
     TOKEN_VARIABLE,
@@ -28,7 +29,7 @@ from tsq_ray.serving.access import (
     is_loopback,
     read_token,
 )
-from tsq_ray.serving.bench import process_name
+from tsq_ray.serving.bench import numbers, process_name
 from tsq_ray.serving.endpoint import check_room
 
 
@@ -270,6 +271,34 @@ def test_deployment_options() -> None:
     decoders = deployment_options(Pool("decoder", 1, 1, 3, 0.25), 32, config)
     aim = decoders["autoscaling_config"]["target_ongoing_requests"]
     assert aim == 2 * config.serve.decoder_processes
+    entries = deployment_options(Pool("ingress", 1, 1, 3, 0.1), 1280, config)
+    aim = entries["autoscaling_config"]["target_ongoing_requests"]
+    assert aim == config.serve.max_queued_requests / 2, "an ingress refuses more than these"
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "joins"),
+    [
+        (None, None, False),
+        ("local", None, False),
+        (None, "10.0.0.1:6379", True),
+        ("auto", None, True),
+        ("local", "10.0.0.1:6379", False),
+    ],
+)
+def test_a_session_joins_the_cluster_of_the_environment(
+    address: str | None, variable: str | None, joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert Session(address).joins_cluster == joins
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "1,-2", "a", "0.5"])
+def test_loads_that_cannot_be_measured(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--clients '.*': expected"):
+        numbers("--clients", text)
 
 
 @pytest.mark.parametrize(

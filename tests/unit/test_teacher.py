@@ -124,7 +124,7 @@ def test_no_label_is_read(features: str) -> None:
                 video = logits[[int(name)]]
                 wanted = soft_targets(video, INDEX[None], TEACHER.num_frames, "single")[0]
                 assert np.array_equal(data.targets[number], wanted)
-        found = sorted(number for number, _, _ in frames_and_logits(source, data.videos))
+        found = sorted(number for number, _, _ in frames_and_logits(data.videos))
         assert found == list(range(VIDEOS + 1))
 
 

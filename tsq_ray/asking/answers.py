@@ -42,10 +42,10 @@ def read_answer(
     unknown = [label for label in labels if label not in classes]
     if unknown:
         raise UnusableAnswer(f"answered {str(unknown[0])[:_SHOWN]!r}, which is none of its classes")
-    tokens = ((completion["choices"][0].get("logprobs") or {}).get("content")) or []
+    logprobs = completion["choices"][0].get("logprobs")
     scores = np.zeros(len(classes))
     for label in labels:
-        scores = np.maximum(scores, _label_scores(tokens, classes, label, multi))
+        scores = np.maximum(scores, _label_scores(logprobs, classes, label, multi))
     scores = np.clip(scores, MIN_SCORE, 1 - MIN_SCORE if multi else None)
     caption = answer.get(CAPTION)
     return (
@@ -55,12 +55,13 @@ def read_answer(
 
 
 def _label_scores(
-    tokens: Sequence[Mapping[str, Any]], classes: Sequence[str], label: str, multi: bool
+    logprobs: Mapping[str, Any] | None, classes: Sequence[str], label: str, multi: bool
 ) -> np.ndarray:
     """Return the scores that an answered label gives, float [C]. Raises UnusableAnswer."""
     try:
+        tokens = (logprobs or {}).get("content") or []
         masses = _masses(tokens, classes, label, LABELS if multi else LABEL)
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UnusableAnswer(
             "its log-probabilities are not as in OpenAI's API; set recognizer.logprobs = false"
         ) from None

@@ -65,7 +65,7 @@ class Client:
     ) -> None:
         self.settings, self.classes, self.multi = settings, classes, multi
         self.url = settings.url.rstrip("/")
-        self._key = os.environ.get(KEY_VARIABLE, "")
+        self._key = os.environ.get(KEY_VARIABLE, "").strip()
         self._free = asyncio.Semaphore(limit)
         self._not_before = 0.0
         """Earliest time of the next request, by the monotonic clock."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -131,7 +131,12 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         section: Any = Config
         for part in first["loc"][:-1]:
-            section = section.model_fields[part].annotation
+            # an item of a tuple of sections
+            section = (
+                get_args(section)[0]
+                if isinstance(part, int)
+                else section.model_fields[part].annotation
+            )
         return f"unknown setting {name}; allowed: {', '.join(section.model_fields)}"
     others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "value_error":  # from a validator of a whole section

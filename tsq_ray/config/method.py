@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from tsq_ray.config.base import Precision, Section
 
@@ -16,6 +17,21 @@ VIDEO_CLASSIFIER = "ForVideoClassification"
 """Part of the class names of transformers' video classifiers."""
 TSQ_MODES: tuple[str, ...] = ("both", "visual", "textual")
 """Modes that run the sampler network; the others are baselines."""
+
+
+def _check_weights(weights: str) -> str:
+    if not weights.startswith(("http://", "https://")):
+        return weights
+    parts = urlsplit(weights)
+    if parts.username or parts.password or parts.query:
+        raise ValueError(
+            "weights from a URL with a user or a query, which every output would record; "
+            "download the file, or put it into object storage"
+        )
+    return weights
+
+
+Weights = Annotated[str, AfterValidator(_check_weights)]
 
 
 class DecodeConfig(Section):
@@ -53,7 +69,7 @@ class ModelConfig(Section):
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Extra arguments for the model's constructor, for example {pad_type = "same"}. For
     a transformers network, its class and config, which `tsq import` sets."""
-    weights: str = "hub"
+    weights: Weights = "hub"
     """`hub`, the path or URI of a .safetensors file or folder, `package:NAME` of an installed
     Python package, or `random:SEED`."""
     size: int = Field(default=224, ge=16, le=1024)
@@ -92,7 +108,7 @@ class TextConfig(Section):
 
     model: str = "bert-base-uncased"
     """Hugging Face id of a BERT-family encoder; ignored if `weights` is a file of word vectors."""
-    weights: str = "hub"
+    weights: Weights = "hub"
     """`hub`, the path or URI of a folder, `package:NAME` of an installed Python package, or the
     path or URI of a file of static word vectors in GloVe's or word2vec's text format."""
 

@@ -38,8 +38,8 @@ class RecognizerConfig(ModelConfig):
     """Ask for log-probabilities, from which the scores are computed. Without them the answered
     class gets 0.99. Set it to false for a server that rejects such requests."""
     max_concurrent: int = Field(default=8, ge=1)
-    """Maximum number of requests in flight: per replica (`tsq score` has one), or over all workers
-    of an extraction."""
+    """Maximum number of requests in flight: per replica (`tsq score` has one), or over the workers
+    with which an extraction starts, but at least one per worker."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Time limit of one request, in seconds."""
     patience_s: float = Field(default=300.0, gt=0)

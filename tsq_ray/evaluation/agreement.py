@@ -61,7 +61,7 @@ def interval(share: float, count: int) -> tuple[float, float]:
 def measure_agreement(
     bundle: Bundle, videos: VideoSet, config: SamplerConfig, surest: int = SUREST
 ) -> list[Agreement]:
-    """Measure the bundle's sampler and uniform frames at every K, and the dense recogniser.
+    """Measure the bundle's sampler at every K < T, uniform frames, and the dense recogniser.
 
     With one label per video, also the adaptive budget. For a recogniser behind a server, adaptive
     and dense are left out. `config`: the other settings of the sampler; `surest`: number of frames

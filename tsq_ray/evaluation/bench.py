@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from tsq_ray import storage
 from tsq_ray.bundle.weights import Bundle
 from tsq_ray.config import Config, Task, TextConfig, TrainConfig
-from tsq_ray.errors import ModelError
+from tsq_ray.errors import ConfigError, ModelError
 from tsq_ray.evaluation.annotations import Annotations
 from tsq_ray.evaluation.samplers import frame_head_logits, true_class_probability
 from tsq_ray.evaluation.store import Store
@@ -75,9 +76,14 @@ class Bench:
         Raises ConfigError if the values are inconsistent.
         """
         values = self.config.train.model_dump() | dict(train) | {"seed": seed, "task": self.task}
+        try:
+            config = TrainConfig.model_validate(values)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"the bundle's train.* with {dict(train)}: {why}") from None
         return TrainingSpec(
             "tsq",
-            TrainConfig.model_validate(values),
+            config,
             self.config.encoders.text.model_copy(update=dict(text)),
         )
 

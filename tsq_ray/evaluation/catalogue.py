@@ -36,11 +36,6 @@ class Method:
         """Whether it has to be fitted before it is measured."""
         return self.train is not None or self.name == "scsampler"
 
-    @property
-    def seeded(self) -> bool:
-        """Whether its choice depends on a seed."""
-        return self.trained or self.name == "random"
-
 
 _AGNOSTIC = {"modules": "visual", "attention": "class-agnostic", "classifier": "class-specific"}
 _JOINT = {"modules": "both"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,18 +51,18 @@ def compare(uris: Sequence[str], model: Bundle, annotations: Annotations | None)
         ]
         for run in runs
     ]
-    groups: dict[tuple[str, int, str], list[_Run]] = {}
+    groups: dict[str, list[_Run]] = {}
     for run in runs:
-        groups.setdefault((run.mode, run.num_frames, run.budget), []).append(run)
-    for (mode, num_frames, budget), members in groups.items():
+        groups.setdefault(run.group, []).append(run)
+    for members in groups.values():
         if len(members) > 1:
+            first = members[0]
             means = [
                 MeanOverSeeds(tuple(values))
                 for values in zip(*(run.figures for run in members), strict=True)
             ]
-            rows.append(
-                [f"mean of {len(members)} runs", mode, str(num_frames), budget, "", "", *means]
-            )
+            name, num_frames = f"mean of {len(members)} runs", str(first.num_frames)
+            rows.append([name, first.mode, num_frames, first.budget, "", "", *means])
     notes = [
         "s/video: decoding, sampling and recognition as each run measured them, on its machine"
     ]
@@ -98,6 +99,10 @@ class _Run:
         self.num_frames = run["config"]["decode"]["num_frames"]
         adaptive = sampler["budget"] == "adaptive"
         self.budget = f"up to {sampler['max_budget']}" if adaptive else str(sampler["budget"])
+        own = {name: value for name, value in run["identity"]["sampler"].items() if name != "seed"}
+        decode = [run["config"]["decode"]["strategy"], self.num_frames]
+        self.group = json.dumps([own, *decode], sort_keys=True)
+        """Equal for runs that differ only in the model."""
         self.frames = count.chosen / max(count.ok, 1) if adaptive else sampler["budget"]
         measured = run.get("metrics") or measure_predictions(self.uri, run["bundle_classes"])
         self.figures = (

@@ -198,6 +198,12 @@ def figure4(bench: Bench, out: str) -> Table:
         return Table(
             "figure4", title, columns, [], ["not made: no split 'train', or the training diverged"]
         )
+    if any(len(learned.arrays[name]) < 2 for name in learned.arrays if name.endswith("_after")):
+        return Table("figure4", title, columns, [], ["not made: the network has a single query"])
+    teacher = bench.teacher_targets(spec.config)
+    classes = bench.bundle.classes
+    if teacher is not None:
+        classes = [classes[index] for index in teacher.classes]
     maps = {
         (module, moment): plots.project(learned.arrays[f"{module}_{moment}"])
         for module in ("visual", "textual")
@@ -207,11 +213,11 @@ def figure4(bench: Bench, out: str) -> Table:
     rows: list[list[Cell]] = [
         [module, moment, name, f"{x:.3f}", f"{y:.3f}"]
         for (module, moment), points in maps.items()
-        for name, (x, y) in zip(bench.bundle.classes, points.tolist(), strict=True)
+        for name, (x, y) in zip(classes, points.tolist(), strict=True)
     ]
     notes = [
         "t-SNE (scikit-learn, perplexity min(30, (C - 1) / 3), initialised by PCA, seed 0) of the "
         "embeddings themselves, before the convolution"
     ]
-    pictures = plots.embedding_maps(maps, bench.bundle.classes, out, "figure4") if maps else []
+    pictures = plots.embedding_maps(maps, classes, out, "figure4") if maps else []
     return Table("figure4", title, columns, rows, notes, pictures[:1])

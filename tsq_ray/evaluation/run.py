@@ -103,7 +103,7 @@ def evaluate(
     sampler = config.sampler.record(exclude={"seed"})
     _check_identity(out, Identity.of(data=data, sampler=sampler, train=_trainings(config)))
     bench = Bench(bundle, features, config, known, Store(out, data))
-    names, header = list(tables) or paper.default_names(), _header(bench, model, annotations)
+    names, header = list(tables) or _possible(bench), _header(bench, model, annotations)
     trained = train_all(
         bench, [spec for name in names for spec in paper.specs_for(bench, name)], session, holder
     )
@@ -149,6 +149,19 @@ def _check_budgets(config: Config, features: EvaluationFeatures, bundle: Bundle)
 def _make(bench: Bench, name: str, out: str, header: list[str]) -> tuple[Table, list[str]]:
     table = paper.make(bench, name, out)
     return table, table.write(out, header)
+
+
+def _possible(bench: Bench) -> list[str]:
+    """Return the default tables whose trainings the bundle's settings allow; log the others."""
+    possible = []
+    for name in paper.default_names():
+        try:
+            paper.specs_for(bench, name)
+        except ConfigError as error:
+            log.say(f"evaluate: {name} is left out: {error}")
+        else:
+            possible.append(name)
+    return possible
 
 
 def _counts(features: EvaluationFeatures) -> dict[str, Any]:

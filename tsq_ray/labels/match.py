@@ -182,7 +182,11 @@ class _Videos:
             return self.at(path, folder)
         path = posixpath.normpath(path)
         for base in (folder, *self.folders):
-            if found := self._uris_of(storage.join(base, path)):
+            place = storage.join(base, path)
+            if path.startswith("../"):
+                scheme, separator, rest = place.rpartition("://")
+                place = f"{scheme}{separator}{posixpath.normpath(rest)}"
+            if found := self._uris_of(place):
                 return found
         parent, name = posixpath.split(path)
         end = composed(f"/{parent}") if parent else ""

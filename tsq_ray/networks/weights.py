@@ -75,8 +75,8 @@ def package_folder(name: str) -> Path:
 def model_folder(weights: str, hub_id: str, scratch: str, what: str) -> str:
     """Return where transformers loads a model from: its hub id, or a folder with its config.json.
 
-    `weights`: as in TextConfig. A remote folder is copied to `scratch`. Raises ModelError if it
-    does not exist.
+    `weights`: as in TextConfig. A remote folder is copied to `scratch`. Raises ModelError if the
+    package or the remote folder holds no model; a local folder is not checked.
     """
     if weights == "hub":
         return hub_id
@@ -91,7 +91,10 @@ def model_folder(weights: str, hub_id: str, scratch: str, what: str) -> str:
     uri = storage.normalize(weights)
     if storage.is_local(uri):
         return uri
-    for file in storage.list_folder(uri):
+    files = storage.list_folder(uri)
+    if not files:
+        raise ModelError(f"{what}: {storage.redact(uri)} has no files")
+    for file in files:
         storage.download(file.uri, scratch)
     return scratch
 

@@ -155,7 +155,7 @@ class BulkRun:
     def count_settled(self) -> tuple[int, int]:
         """Return how many videos were ok and how many failed when the folder was last read.
 
-        Videos still to do are not counted.
+        Videos still to do are not counted. The run must be over the whole manifest.
         """
         assert self._done is not None, "the run must have been entered"
         ok = accounting(self._done, None)["ok"]
@@ -227,6 +227,8 @@ class BulkRun:
         """Whether `_run.json` already says what this run would write."""
         same_manifest = finished.get("manifest", {}).get("sha256") == self.selection.manifest.sha256
         if self.todo or not same_manifest or finished["counts"] != counts:
+            return False
+        if finished["status"] != "complete":
             return False
         return bool(done.counts().all()) and not outdated_labels(done)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from tsq_ray import schema, storage
+from tsq_ray import storage
 from tsq_ray.errors import RunError
 from tsq_ray.runs.columns import read_part
 from tsq_ray.runs.folder import Kind, read_run
@@ -40,9 +40,9 @@ def _read(uri: str, kind: Kind, columns: Sequence[str] | None) -> pa.Table:
         return pa.table({})
     missing = [name for name in columns or () if name not in tables[0].column_names]
     if missing:
-        known = schema.FEATURES if kind == "features" else schema.PREDICTIONS
+        known = read_part(storage.join(place, names[0])).column_names
         raise RunError(
-            f"{storage.redact(uri)}: {kind} have no column {missing[0]!r}; "
-            f"allowed: {', '.join(column.name for column in known)}"
+            f"{storage.redact(uri)}: these {kind} have no column {missing[0]!r}; "
+            f"allowed: {', '.join(known)}"
         )
     return pa.concat_tables(tables)

@@ -113,8 +113,12 @@ class Jobs:
             ) from error
 
     def all(self) -> list[Job]:
-        """Return the jobs, the newest first."""
-        found = [_job(job) for job in self._client.list_jobs() if job.submission_id]
+        """Return the jobs, the newest first. Raises RunFailed if the cluster does not say."""
+        try:
+            listed = self._client.list_jobs()
+        except (OSError, RuntimeError) as error:
+            raise RunFailed(f"{self.address}: {one_line(error)}") from error
+        found = [_job(job) for job in listed if job.submission_id]
         return sorted(found, key=lambda job: job.started or time.time(), reverse=True)
 
     def get(self, job_id: str) -> Job:
@@ -151,7 +155,7 @@ class Jobs:
         return found
 
     def _unknown(self, job_id: str, error: Exception) -> Exception:
-        if "404" in str(error):
+        if "status code 404" in str(error):
             return RunError(f"{self.address} has no job {job_id!r}; list them with: tsq jobs list")
         return RunFailed(f"{self.address}: {one_line(error)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 
@@ -18,6 +19,11 @@ class Session:
     """Report progress on stderr."""
     debug: bool = False
     """Show Ray's own output and tracebacks."""
+
+    @property
+    def joins_cluster(self) -> bool:
+        """Whether a cluster is joined, named here or by RAY_ADDRESS, instead of started."""
+        return (self.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
 
 
 DEFAULT_SESSION = Session()

@@ -41,6 +41,7 @@ from tsq_ray.serving.requests.models import (
     BatchRequest,
     RequestCounts,
 )
+from tsq_ray.serving.requests.parse import in_thread
 from tsq_ray.serving.requests.problems import RequestError
 from tsq_ray.serving.requests.uris import check_uri
 
@@ -231,10 +232,9 @@ class BatchRunner:
         for wait_s in _retry_waits():
             try:
                 await self._set_status(running, status, errors=errors)
+                break
             except StorageError as error:
                 _log.warning("the end of batch %s waits: %s", running.card.id, error)
-            else:
-                break
             await asyncio.sleep(wait_s)
         del self._running[running.card.id]
 
@@ -242,6 +242,8 @@ class BatchRunner:
         async with running.saving:
             if status == "cancelling" and running.card.has_ended:
                 return
+            if status in ("in_progress", "finalizing"):
+                _stop_if_cancelled(running)
             stamp = {f"{status}_at": int(time.time())}
             running.card = running.card.model_copy(update={"status": status} | stamp | fields)
             await asyncio.to_thread(self._folders.save, running.card)
@@ -277,12 +279,10 @@ class BatchRunner:
         scored = ScoreRun.of(selection, self._model, running.card.predictions_uri, self._config)
         async with self._open_run(scored, running):
             todo = scored.run.todo
-            ok, failed = scored.run.count_settled()
-            running.card.request_counts = RequestCounts(
-                total=len(manifest.rows), completed=ok, failed=failed
-            )
+            total, (ok, failed) = len(manifest.rows), scored.run.count_settled()
+            running.card.request_counts = RequestCounts(total=total, completed=ok, failed=failed)
             await self._set_status(running, "in_progress")
-            size = part_rows(scored.schema, self._config.output, len(manifest.rows))
+            size = part_rows(scored.schema, self._config.output, total)
             for start in range(0, len(todo), size):
                 await self._part(running, scored, todo[start : start + size])
             await self._set_status(running, "finalizing")
@@ -336,7 +336,7 @@ class BatchRunner:
 
     async def _answer(self, ref: VideoRef) -> Answer:
         try:
-            check_uri(ref.uri, self._config.serve.allowed_uri_prefixes)
+            await in_thread(check_uri, ref.uri, self._config.serve.allowed_uri_prefixes)
             # a line that could not be looked up has no size to compare with
             source = VideoSource.of(ref) if ref.size_bytes else VideoSource(ref.uri)
             return await self._graph.score(Video(source, ref.video_id, in_batch=True))

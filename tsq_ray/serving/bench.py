@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 import time
 from collections import Counter
@@ -59,7 +60,9 @@ def numbers(option: str, text: str) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) <= 0:
+    if option == "--clients" and any(value % 1 for value in found if math.isfinite(value)):
+        raise ConfigError(f"{option} {text!r}: expected whole numbers, for example 1,2,4")
+    if not found or not all(0 < value < math.inf for value in found):
         raise ConfigError(f"{option} {text!r}: expected numbers above 0, for example 1,2,4")
     return found
 

@@ -73,7 +73,9 @@ def deployment_options(
     if pool.minimum == pool.limit:
         return options | {"num_replicas": pool.start}
     scale = getattr(config.serve, pool.name)
-    default = 2 * config.serve.decoder_processes if pool.name == "decoder" else max_ongoing / 2
+    # an ingress refuses requests above its own limit, so Serve never counts `max_ongoing` of them
+    handled = config.serve.max_queued_requests if pool.name == "ingress" else max_ongoing
+    default = 2 * config.serve.decoder_processes if pool.name == "decoder" else handled / 2
     scaling = {
         "min_replicas": pool.minimum,
         "initial_replicas": pool.start,

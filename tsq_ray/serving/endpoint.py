@@ -62,7 +62,7 @@ def check_room(placed: Layout, nodes: Cluster) -> None:
             )
 
 
-def check_address(config: Config, host: str, port: int, address: str | None) -> str | None:
+def check_address(config: Config, host: str, port: int, on_cluster: bool) -> str | None:
     """Check host, port and tokens, and return the token from the environment.
 
     Raises ConfigError if the host needs a token and none is set, or if it cannot be bound.
@@ -72,7 +72,7 @@ def check_address(config: Config, host: str, port: int, address: str | None) -> 
     token, path = read_token(), config.serve.tokens_file
     tokens = read_tokens(path) if path else []
     check_token_rule(host, token is not None or bool(tokens))
-    if address is None:  # on a cluster the port belongs to other machines
+    if not on_cluster:  # there the port belongs to other machines
         check_binding(host, port)
         check_binding(LOOPBACK, config.serve.metrics_port, "serve.metrics_port")
     return token
@@ -87,7 +87,7 @@ def run_endpoint(
     `serve.drain_s` seconds; a second signal ends the endpoint at once. Raises UserError for wrong
     input and RunFailed for other failures.
     """
-    token = check_address(config, host, port, session.address)
+    token = check_address(config, host, port, session.joins_cluster)
     model = storage.normalize(model)
     check_bundle(model, config.sampler.mode)
     log.say("starting: Ray")
@@ -100,10 +100,10 @@ def run_endpoint(
     ):
         signals.install()  # ray.init has installed its own handlers
         nodes = cluster.read_cluster(ray, config)
-        if session.address is None:
+        if not session.joins_cluster:
             check_room(layout("serve", config, nodes, 1), nodes)
         log.say("starting: loading the model in each replica")
-        inner = (host, port) if session.address is not None else (LOOPBACK, _free_port())
+        inner = (host, port) if session.joins_cluster else (LOOPBACK, _free_port())
         with _deployed(ray, model, config, inner, token, session):
             signals.serving = True
             with _http_front(config, host, port, inner, session) as http_front:
@@ -155,7 +155,7 @@ _NUMBERS = (signal.SIGINT, signal.SIGTERM)
 def _print_serving(model: str, config: Config, host: str, port: int, session: Session) -> None:
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{port}"
-    if session.address is None:
+    if not session.joins_cluster:
         log.say(f"metrics on http://{LOOPBACK}:{config.serve.metrics_port}/metrics")
     log.say(f"serving {storage.redact(model)} on {url} (stop with Ctrl-C)")
 
@@ -222,7 +222,7 @@ def _deployed(
             raise start_failed(error, APP, "serve") from error
         yield
     finally:
-        if session.address is not None:
+        if session.joins_cluster:
             _take_down()
         # a Ray started by this command ends with it, even if a second signal interrupts this
 
@@ -234,7 +234,7 @@ def _http_front(
     """Put HAProxy in front of Serve's HTTP server, if that is on this machine's loopback."""
     from tsq_ray.serving.front import front
 
-    if session.address is not None:
+    if session.joins_cluster:
         yield None
         return
     with front(host, port, inner[1], config.serve) as http_front:

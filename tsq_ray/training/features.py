@@ -198,6 +198,8 @@ def select_videos(source: FeatureSource) -> TrainingVideos:
     """
     what = f"features {storage.redact(source.uri)}"
     parts = [part.uri for part in list_parts(source.uri)]
+    if not parts:
+        raise RunError(f"{what}: the run has no videos")
     with ThreadPoolExecutor(_READERS) as pool:
         tables = list(pool.map(lambda part: read_part(part, _ROW_COLUMNS), parts))
     table = pa.concat_tables(tables)
@@ -278,7 +280,7 @@ def copy_features(
 
 
 def frames_and_logits(
-    source: FeatureSource, videos: TrainingVideos
+    videos: TrainingVideos,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield index, `visual` [T, D] and the teacher's logits [T, C] of each video, part by part."""
     for part, places in videos.parts:

@@ -113,7 +113,7 @@ class FeatureWorker:
         labels: list[list[int]] = []
 
         def logits_of_videos() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for video, visual, logits in frames_and_logits(self.source, data.videos):
+            for video, visual, logits in frames_and_logits(data.videos):
                 labels.append([position[label] for label in shown[video] if label in position])
                 yield visual, logits[:, taught]
 

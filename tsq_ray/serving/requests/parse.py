@@ -73,7 +73,7 @@ async def read_score_request(
     if kind == "application/json":
         body = await LimitedBody(request, _MAX_JSON_BYTES).request.body()
         parsed = validate(UriRequest, body)
-        uri = await _in_thread(check_uri, parsed.uri, settings.allowed_uri_prefixes)
+        uri = await in_thread(check_uri, parsed.uri, settings.allowed_uri_prefixes)
         yield ScoreRequest(VideoSource(uri), video_id(uri), parsed)
         return
     if request.headers.get("content-encoding", "identity").lower() != "identity":
@@ -116,7 +116,7 @@ async def read_batch_request(
     prefixes = settings.allowed_uri_prefixes
     if kind == "application/json":
         parsed = validate(BatchRequest, await LimitedBody(request, _MAX_JSON_BYTES).request.body())
-        manifest = await _in_thread(check_uri, parsed.manifest, prefixes)
+        manifest = await in_thread(check_uri, parsed.manifest, prefixes)
         return _with_checked_webhook(parsed.model_copy(update={"manifest": manifest}), settings), []
     if kind not in _LINES:
         allowed = "send application/json or application/jsonl"
@@ -128,10 +128,10 @@ async def read_batch_request(
     if not lines or len(ids) < len(lines):
         why = "the same custom_id occurs twice" if lines else "no lines"
         raise RequestError(400, f"{why}; send one line of JSON per video")
-    return options, await _in_thread(_checked_lines, lines, prefixes)
+    return options, await in_thread(_checked_lines, lines, prefixes)
 
 
-async def _in_thread(work: Callable[..., _Result], *arguments: Any) -> _Result:
+async def in_thread(work: Callable[..., _Result], *arguments: Any) -> _Result:
     return await asyncio.get_running_loop().run_in_executor(_PATHS, work, *arguments)
 
 
@@ -147,7 +147,7 @@ def _with_checked_webhook(options: BatchOptions, settings: ServeConfig) -> Batch
 
 
 def _parse_lines(body: bytes, limit: int) -> list[BatchLine]:
-    lines = [line for line in body.splitlines() if line.strip()]
+    lines = [(number, line) for number, line in enumerate(body.splitlines(), 1) if line.strip()]
     if len(lines) > limit:
         raise RequestError(413, f"{len(lines)} lines; the limit is {limit}; send a manifest")
-    return [validate(BatchLine, line, f"line {number}: ") for number, line in enumerate(lines, 1)]
+    return [validate(BatchLine, line, f"line {number}: ") for number, line in lines]

@@ -22,7 +22,7 @@ import tomllib
 from dataclasses import dataclass
 from typing import Any
 
-from limits import RateLimitItem, parse
+from limits import RateLimitItem, parse, parse_many
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -56,7 +56,9 @@ class Token(BaseModel):
     @classmethod
     def _parses(cls, rate: str | None) -> str | None:
         if rate is not None:
-            parse(rate)
+            found = parse_many(rate)
+            if len(found) != 1 or found[0].amount < 1:
+                raise ValueError(f"{rate!r} is not one rate of at least 1, such as 60/minute")
         return rate
 
     @property
@@ -100,7 +102,7 @@ def add_token(path: str, name: str, entry: str) -> None:
         raise ConfigError(f"{path}: has a token {name!r} already; remove its table first")
     try:
         with open(path, "a", encoding="utf-8", opener=_open_private) as file:
-            file.write(f"{entry}\n")
+            file.write(f"\n{entry}")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
 
@@ -127,7 +129,8 @@ def read_tokens(path: str) -> list[Token]:
 def _first_problem(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        message = first["msg"].removeprefix("Value error, ")
+        return f"{'.'.join(map(str, first['loc']))}: {message}"
     return str(error)
 
 

@@ -93,7 +93,8 @@ def tune(
         last = content["curve"][-1]
         if not math.isfinite(last["loss"]):
             storage.remove_folder(work)  # a diverged training cannot resume
-            if len(content["failed"]) < len(train):
+            failed = content["failed"].keys() & set(train.table["video_id"].to_pylist())
+            if len(failed) < len(train):
                 raise RunFailed(
                     f"finetune: the loss is {last['loss']} in epoch {last['epoch']}; "
                     f"lower finetune.lr ({config.finetune.lr})"
