@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tsq_ray import provenance
 from tsq_ray.config import (
     Config,
     DecodeConfig,
@@ -105,3 +107,22 @@ def test_other_work_is_refused_with_what_to_do() -> None:
         "use the same settings or another --out$",
     ):
         IDENTITY.refuse_other(before, "s3://bucket/out", "holds another training")
+
+
+def test_the_revision_is_that_of_the_packages_own_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        own = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        command = ["git", "-C", str(tmp_path), *own, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    (tmp_path / "provenance.py").touch()
+    assert provenance.git_revision() is None
+    git("init")
+    git("commit", "--allow-empty", "-m", "another project")
+    assert provenance.git_revision() is None, "installed inside another project's checkout"
+    git("add", "provenance.py")
+    git("commit", "-m", "this one")
+    assert provenance.git_revision() == git("rev-parse", "HEAD")
