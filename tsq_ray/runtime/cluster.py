@@ -43,11 +43,7 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
     A cluster that is already connected is used and stays connected. Raises RunFailed if no cluster
     can be started or joined.
     """
-    debug, variable = session.debug, os.environ.get("RAY_ADDRESS")
-    # Ray, too, reads "auto" as RAY_ADDRESS if that is set
-    address = None if session.address == "auto" and variable else session.address
-    # without an address Ray would join any head node that runs on this machine
-    place = address or variable or "local"
+    debug, place = session.debug, session.place
     _set_environment(debug)
     with _for_loopback(place):
         import ray
@@ -58,7 +54,7 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
         return
     level = logging.INFO if debug else logging.ERROR
     options: dict[str, Any] = {"address": place, "log_to_driver": debug, "logging_level": level}
-    if place == "local":
+    if not session.joins_cluster:
         options |= {"include_dashboard": False, "_temp_dir": _temp_dir()}
         options |= {"_metrics_export_port": metrics_port}
     try:
@@ -66,9 +62,9 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
         with _for_loopback(place), contextlib.nullcontext() if debug else _silent_stderr():
             ray.init(**options)
     except Exception as error:  # Ray also raises plain Exception
-        if place == "local":
+        if not session.joins_cluster:
             raise RunFailed(_explain_start_failure(error)) from error
-        raise RunFailed(_explain_join_failure(error, place, bool(address))) from error
+        raise RunFailed(_explain_join_failure(error, place, place == session.address)) from error
     with _stdout_to_stderr(debug):
         try:
             yield ray

@@ -21,9 +21,18 @@ class Session:
     """Show Ray's own output and tracebacks."""
 
     @property
+    def place(self) -> str:
+        """The address of the cluster to join; "local": one is started here."""
+        variable = os.environ.get("RAY_ADDRESS")
+        # Ray, too, reads "auto" as RAY_ADDRESS if that is set
+        address = None if self.address == "auto" and variable else self.address
+        # without an address Ray would join any head node that runs on this machine
+        return address or variable or "local"
+
+    @property
     def joins_cluster(self) -> bool:
         """Whether a cluster is joined, named here or by RAY_ADDRESS, instead of started."""
-        return (self.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+        return self.place != "local"
 
 
 DEFAULT_SESSION = Session()
