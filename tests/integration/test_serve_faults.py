@@ -117,7 +117,8 @@ def test_an_endpoint_that_is_told_to_end_answers_what_it_has_in_hand(
             assert time.monotonic() < deadline, "new requests are still accepted"
         assert refused.headers["Retry-After"] == "5"
         assert "the endpoint is ending" in refused.json()["detail"]
-        assert endpoint.client.get("/readyz").status_code == 503
+        while endpoint.client.get("/readyz").status_code != 503:
+            assert time.monotonic() < deadline, "an ingress replica still accepts requests"
         assert endpoint.client.get("/healthz").status_code == 200
         for answer in go_on():
             assert answer.status_code == 200

@@ -200,11 +200,13 @@ def write_large_run(folder: Path, num_parts: int, rows_per_part: int, num_classe
     for number in range(num_parts):
         part = _large_part(number, rows_per_part, classes)
         pq.write_table(part, folder / f"part-{number:05d}.parquet", compression="none")
+    config = settings().model_dump(mode="json")
     content = {
         "format": 1,
         "kind": "predictions",
         "status": "complete",
-        "config": settings().model_dump(mode="json"),
+        "config": config,
+        "identity": {"sampler": config["sampler"]},
         "bundle_classes": classes,
         "model": {"uri": "/models/kitchen", "sha256": "0" * 64},
     }
