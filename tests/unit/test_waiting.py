@@ -10,7 +10,7 @@ import pytest
 
 from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import usage, waiting
-from tsq_ray.runtime.waiting import Seen, Watch, lacking, running
+from tsq_ray.runtime.waiting import Seen, Watch, lacking, num_pending, running
 
 MINE, OTHER = "01000000", "02000000"
 
@@ -61,6 +61,15 @@ def test_placement_groups(job: str, state: str, expected: dict[str, int]) -> Non
     assert lacking([], {f"{'ab' * 14}{job}": {"state": state}}, MINE) == expected
 
 
+def test_pending_actors_include_those_created_for_nodes_that_may_join() -> None:
+    actors = [
+        *(actor("Decoder", "ALIVE"), actor("Decoder", "PENDING_CREATION")),
+        *(actor("Encoder", "PENDING_CREATION"), actor("Encoder", "RESTARTING")),
+        *(actor("Encoder", "DEAD"), actor("Encoder", "PENDING_CREATION", OTHER)),
+    ]
+    assert num_pending(actors, {f"group{MINE}": {"state": "PENDING"}}, MINE) == 4
+
+
 def test_running_actors_are_the_run_s_own_without_counters() -> None:
     actors = [
         *(actor("Worker", "ALIVE"), actor("Worker", "ALIVE"), actor("Worker", "RESTARTING")),
@@ -70,9 +79,9 @@ def test_running_actors_are_the_run_s_own_without_counters() -> None:
     assert running(actors, MINE, "mine") == {"Worker": 2, "ServeReplica:mine:Decoder": 1}
 
 
-FULL = Seen(Counter(Worker=2), Counter(), 2, lambda: "free 0 of 8 CPU")
-LOADING = Seen(Counter(Worker=2), Counter(), 0)
-WORKING = Seen(Counter(), Counter(Worker=2, Writer=1), 3)
+FULL = Seen(Counter(Worker=2), Counter(), False, lambda: "free 0 of 8 CPU")
+LOADING = Seen(Counter(Worker=2), Counter(), True)
+WORKING = Seen(Counter(), Counter(Worker=2, Writer=1))
 
 
 @pytest.fixture

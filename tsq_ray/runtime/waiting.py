@@ -28,8 +28,8 @@ class Seen:
     """Classes without a running actor, as returned by `lacking`."""
     running: Counter[str]
     """The actors that run, by class."""
-    demanded: int | None = None
-    """Actors and placement groups of all jobs that have no place yet; None if unknown."""
+    loading: bool = False
+    """Whether some of the run's actors have a place and are starting there."""
     facts: Callable[[], str] = str
     """Describes what is asked for, what is free and who holds the rest."""
 
@@ -73,7 +73,7 @@ class Watch:
             return
         self._looked, seen = now, self._look()
         kinds = seen.lacking
-        if not kinds or (seen.demanded is not None and seen.demanded < kinds.total()):
+        if not kinds or seen.loading:
             self._end_wait(now)
             at_work = ", ".join(f"{count} x {name}" for name, count in seen.running.most_common(4))
             doing = (
@@ -116,10 +116,11 @@ def look_at(ray: Any, app: str = "") -> Seen:
         job = ray.get_runtime_context().get_job_id()
         actors, groups = usage.actors(), ray.util.placement_group_table()
         status = usage.read_status(ray)
+        pending = num_pending(actors, groups, job, app)
         return Seen(
             lacking(actors, groups, job, app),
             running(actors, job, app),
-            usage.num_demanded(status) if status is not None else None,
+            status is not None and usage.num_demanded(status) < pending,
             lambda: "; ".join(usage.facts(ray, status)),
         )
     return Seen(Counter(), Counter())
@@ -149,10 +150,25 @@ def lacking(
     alive = {actor["ActorClassName"] for actor in _of_run(actors, job, app, ("ALIVE",))}
     pending = (actor["ActorClassName"] for actor in _of_run(actors, job, app, _PENDING))
     found = Counter(name for name in pending if name not in alive)
-    found["placement group"] = sum(
-        group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job)
-    )
+    found["placement group"] = _pending_groups(groups, job)
     return +found
+
+
+def num_pending(
+    actors: Iterable[Mapping[str, Any]],
+    groups: Mapping[str, Mapping[str, Any]],
+    job: str,
+    app: str = "",
+) -> int:
+    """Return the number of a run's actors and placement groups that do not run yet.
+
+    Those created for nodes that may still join count too.
+    """
+    return sum(1 for _ in _of_run(actors, job, app, _PENDING)) + _pending_groups(groups, job)
+
+
+def _pending_groups(groups: Mapping[str, Mapping[str, Any]], job: str) -> int:
+    return sum(group["state"] == "PENDING" for name, group in groups.items() if name.endswith(job))
 
 
 def _of_run(
