@@ -22,11 +22,13 @@ from support.bundle import make_bundle
 
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.manifest import build_manifest
+from tsq_ray.runs.lease import Lease
 from tsq_ray.runs.tables import read_predictions
 from tsq_ray.runs.verify import verify
-from tsq_ray.serving import batches
+from tsq_ray.serving import batch_runner
 from tsq_ray.serving.batch_folders import BatchFolders, BatchInput, Claim
-from tsq_ray.serving.batches import BatchRunner, in_time
+from tsq_ray.serving.batch_runner import BatchRunner
+from tsq_ray.serving.batches import in_time
 from tsq_ray.serving.graph import Graph, TimeLimits
 from tsq_ray.serving.requests.models import (
     Batch,
@@ -181,7 +183,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    monkeypatch.setattr(batches, "_WAITS_S", (0.05,))
+    monkeypatch.setattr(batch_runner, "_WAITS_S", (0.05,))
     logger = logging.getLogger("ray.serve")
     logger.addHandler(handler)
     yield found
@@ -239,6 +241,51 @@ def test_a_batch_that_was_not_resumed_yet_is_cancelled(start: Start, tmp_path: P
         assert (await start().cancel(card.id)).status == "cancelled"
 
     asyncio.run(work())
+
+
+def test_a_batch_that_another_version_began_gets_a_folder_of_its_own(
+    start: Start, tmp_path: Path
+) -> None:
+    folders = BatchFolders(f"{tmp_path}/batches")
+    card = unfinished(folders, 1)
+    folders.save_input(card.id, folders.input(card.id).model_copy(update={"version": "old+1"}))
+    mark = Path(card.predictions_uri, "old.txt")
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+    async def work() -> Batch:
+        runner = start()
+        await runner.resume()
+        return await ended(runner, card.id)
+
+    found = asyncio.run(work())
+    check_rows(found)
+    assert found.predictions_uri.startswith(f"{card.predictions_uri}-")
+    assert found.model != card.model
+    assert mark.exists()
+    lines = Path(folders.at(card.id, "errors.jsonl")).read_text().splitlines()
+    assert {json.loads(line)["model"] for line in lines} == {found.model}
+
+
+def test_a_batch_that_the_old_replica_ends_meanwhile_stays_as_it_is(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_runner, "_BUSY_WAIT_S", 0.05)
+    folders = BatchFolders(f"{tmp_path}/batches")
+    card = unfinished(folders, 1)
+
+    async def work() -> Batch:
+        runner = start()
+        with Lease(card.predictions_uri):
+            resumed = asyncio.create_task(runner.resume())
+            await asyncio.sleep(0.3)
+            assert not (await runner.get(card.id)).has_ended
+            folders.save(card.model_copy(update={"status": "completed", "completed_at": 7}))
+        await resumed
+        return await ended(runner, card.id)
+
+    assert asyncio.run(work()).completed_at == 7
+    assert not list(Path(card.predictions_uri).glob("part-*"))
 
 
 def test_the_end_of_a_batch_is_written_once_storage_takes_it(

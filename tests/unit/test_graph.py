@@ -108,6 +108,13 @@ def test_lost_work_is_repeated_from_the_start(name: str, lost: Exception) -> Non
     assert len(parts["decoder"].calls) == 2
 
 
+def test_an_answer_of_another_version_is_not_accepted() -> None:
+    parts = stages(decoder=Stage(StageResult("old", "one"), StageResult("frames", "two")))
+    graph = Graph(**parts, limits=TimeLimits(5, 5, 20, 5), version="two")
+    assert asyncio.run(graph.score(VIDEO)) is ANSWER
+    assert parts["sampler"].calls == [(VIDEO, StageResult("frames", "two"))]
+
+
 def test_a_stage_that_stays_down_makes_the_video_unavailable() -> None:
     answer = score(stages(sampler=Stage(ActorDiedError())), TimeLimits(5, 5, 0.2, 5))
     assert answer.error is not None

@@ -60,6 +60,7 @@ INSIDE = {
             "batch_folders",
             "batch_manifests",
             "batch_webhooks",
+            "batch_runner",
             "batches",
             "openapi",
             "api",

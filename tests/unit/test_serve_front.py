@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -33,6 +34,12 @@ class Inner(http.server.BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
+    posted: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        """Close the connection without an answer."""
+        self.posted.append(self.path)
+        self.close_connection = True
 
     def do_GET(self) -> None:
         if self.path == "/closed":
@@ -125,6 +132,17 @@ def test_every_answer_names_its_request(inner: int, outer: int) -> None:
     for _, own, found in answers:
         assert found == own if own == "my-id.1" else uuid.UUID(found)
     assert len({found for *_, found in answers}) == len(answers) - 5, "new ids differ"
+
+
+def test_a_batch_whose_answer_was_lost_is_not_created_again(inner: int, outer: int) -> None:
+    with front("127.0.0.1", outer, inner, ServeConfig()):
+        for path in ("/v1/score", "/v1/batches"):
+            connection = http.client.HTTPConnection("127.0.0.1", outer, timeout=10)
+            with contextlib.closing(connection):
+                connection.request("POST", path, b"{}")
+                assert connection.getresponse().status == 502
+    assert Inner.posted.count("/v1/score") > 1, "repeated"
+    assert Inner.posted.count("/v1/batches") == 1
 
 
 def start_reading(port: int) -> socket.socket:

@@ -18,6 +18,7 @@ import pytest
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from tsq_ray import storage
 from tsq_ray.config import ServeConfig, load_config
 from tsq_ray.errors import ConfigError, DecoderKilled, DiskFull, VideoError
 from tsq_ray.schema import PREDICTIONS, SERVER
@@ -34,9 +35,9 @@ from tsq_ray.serving.requests.models import (
     Problem,
     UriRequest,
 )
-from tsq_ray.serving.requests.parse import read_score_request, validate
+from tsq_ray.serving.requests.parse import read_batch_request, read_score_request, validate
 from tsq_ray.serving.requests.problems import RequestError, problem
-from tsq_ray.serving.requests.shares import Quota, Share
+from tsq_ray.serving.requests.shares import WHOLE, Quota, Share
 from tsq_ray.serving.requests.tokens import Access, add_token, new_token, read_tokens
 from tsq_ray.serving.requests.uploads import LimitedBody
 from tsq_ray.serving.requests.uris import check_uri, may_connect, named_hosts, shown
@@ -273,6 +274,35 @@ def test_a_client_has_its_share_of_the_bytes() -> None:
     assert "uploads of 50 bytes are in flight and the limit is 80" in str(refused)
 
 
+def test_a_batch_s_lines_count_as_bytes_in_flight_until_they_are_parsed() -> None:
+    budget = Quota(200)
+    line = b'{"custom_id": "a", "uri": "/v/a.mp4"}'
+    settings = ServeConfig(allowed_uri_prefixes=("/v/",))
+
+    async def parsed(others: int) -> int:
+        budget.take(WHOLE, others)
+        try:
+            request, _ = request_of([line], content_type="application/jsonl")
+            _, lines = await read_batch_request(request, settings, budget)
+        finally:
+            budget.give_back(WHOLE, others)
+        return len(lines)
+
+    assert asyncio.run(parsed(100)) == 1
+    with pytest.raises(RequestError, match="uploads of 180 bytes are in flight") as caught:
+        asyncio.run(parsed(180))
+    assert caught.value.status == 503
+    assert budget.used == 0
+
+
+def test_a_local_prefix_is_not_looked_at_for_a_remote_uri(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(_: str) -> str:
+        raise AssertionError("the prefix was looked at")
+
+    monkeypatch.setattr(storage, "real_path", hang)
+    assert check_uri("s3://b/a.mp4", ("/mnt/", "s3://b/")) == "s3://b/a.mp4"
+
+
 def test_a_mount_that_is_away_holds_up_no_upload(
     node: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -482,7 +512,8 @@ def test_the_document_tells_of_the_header_prefer() -> None:
     ],
 )
 def test_the_answer_for_a_failed_video(failure: VideoError, status: int, retry: str | None) -> None:
-    answer = problem(RequestError.of(failure, {"uri": "a"}), "id-1")
+    answer = problem(RequestError.of(failure, {"uri": "a"}, "0123"), "id-1")
+    assert answer.headers["X-TSQ-Model"] == "0123"
     assert answer.status_code == status
     assert answer.media_type == "application/problem+json"
     assert answer.headers.get("Retry-After") == retry

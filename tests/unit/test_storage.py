@@ -88,6 +88,9 @@ def test_the_query_is_no_part_of_the_name_in_a_url() -> None:
         ),
         ("'http://h/a?b=s3cret' and https://h/c?d=s3cret", "'http://h/a?...' and https://h/c?..."),
         ("s3://bucket/a", "s3://bucket/a"),
+        ("no s3://b/a b.mp4?X-Amz-Signature=s3cret: x", "no s3://b/a b.mp4?... x"),
+        ("'gs://b/a?sig=s3cret'", "'gs://b/a?...'"),
+        ("s3://bucket/what? nothing?.mp4", "s3://bucket/what? nothing?.mp4"),
         ("what? nothing", "what? nothing"),
     ],
 )

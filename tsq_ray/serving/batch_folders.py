@@ -2,9 +2,10 @@
 
 Each batch has its own folder: `batch.json` (what clients see), `input.json` (what to score),
 `webhook.json` until its webhook has been called, `manifest.parquet` if it was sent as JSON lines or
-is on a web server, `predictions/` (the run folder), and at the end `output.jsonl` and
-`errors.jsonl`. `keys/` has a file per idempotency key. No other state exists, so a batch resumes
-where it stopped when the endpoint restarts.
+is on a web server, `predictions/` (the run folder; after an update of the endpoint a further one,
+`predictions-...`), and at the end `output.jsonl` and `errors.jsonl`. `keys/` has a file per
+idempotency key. No other state exists, so a batch resumes where it stopped when the endpoint
+restarts.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class BatchInput(BaseModel):
 
     manifest: str
     lines: list[BatchLine] = []
+    version: str = ""
+    """That of the graph that scores them; empty in folders from before this field existed."""
 
 
 class Claim(BaseModel):
@@ -68,8 +71,12 @@ class BatchFolders:
         """Write a new batch; it exists once its card does."""
         if webhook is not None:
             storage.write_bytes(self.at(card.id, WEBHOOK), json.dumps({"url": webhook}).encode())
-        storage.write_bytes(self.at(card.id, _INPUT), videos.model_dump_json().encode())
+        self.save_input(card.id, videos)
         self.save(card)
+
+    def save_input(self, batch: str, videos: BatchInput) -> None:
+        """Write the videos that a batch scores."""
+        storage.write_bytes(self.at(batch, _INPUT), videos.model_dump_json().encode())
 
     def save(self, card: Batch) -> None:
         """Write what clients see of a batch."""
@@ -113,7 +120,7 @@ class BatchFolders:
         """Record that the webhook of a batch has been called."""
         storage.remove(self.at(batch, WEBHOOK))
 
-    def write_answers(self, batch: str, lines: Sequence[BatchLine]) -> tuple[str, str]:
+    def write_answers(self, card: Batch, lines: Sequence[BatchLine]) -> tuple[str, str]:
         """Write the answers and the failures as JSON lines, in the order of the parts.
 
         Return the paths of both files.
@@ -121,11 +128,11 @@ class BatchFolders:
         custom_ids: dict[str, list[str]] = {}
         for line in lines:
             custom_ids.setdefault(video_id(line.uri), []).append(line.custom_id)
-        places = self.at(batch, "output.jsonl"), self.at(batch, "errors.jsonl")
+        places = self.at(card.id, "output.jsonl"), self.at(card.id, "errors.jsonl")
         with storage.open_write(places[0]) as output, storage.open_write(places[1]) as errors:
-            for row in _rows(self.at(batch, "predictions")):
+            for row in _rows(card.predictions_uri):
                 for custom_id in custom_ids.get(row["video_id"], [row["video_id"]]):
-                    record = {"custom_id": custom_id, **row}
+                    record = {"custom_id": custom_id, "model": card.model, **row}
                     file = output if row["status"] == "ok" else errors
                     file.write(json.dumps(record).encode() + b"\n")
         return places

@@ -44,7 +44,6 @@ from tsq_ray.storage import StoredFile, redact, storage_errors
 
 _SHUTDOWN_SLACK_S = 5.0
 _HEALTH_EVERY_S, _HEALTH_LIMIT_S, _IDLE_S = 10.0, 60.0, 30.0
-_LOAD_WAIT_S = 120.0
 
 
 def deployment_options(
@@ -115,12 +114,8 @@ class _Stage(abc.ABC):
     def _wait_for_other_stages(self, bulk: bool) -> None:
         """Wait for the other stages of this version, so that an update leaves no gap."""
         if not bulk:
-            facts.wait_for_stages(
-                serve.get_replica_context().app_name,
-                self._version,
-                type(self).__name__,
-                _LOAD_WAIT_S,
-            )
+            app = serve.get_replica_context().app_name
+            facts.wait_for_stages(app, self._version, type(self).__name__)
 
     def version(self) -> str:
         """Return the version that this replica answers for."""

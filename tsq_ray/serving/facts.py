@@ -15,7 +15,7 @@ from typing import Any
 _log = logging.getLogger("ray.serve")
 _NAMESPACE = "tsq-serving"
 _POLL_S, _WATCH_S = 0.2, 1.0
-_STALE_S = 5.0
+_STALE_S, _LOAD_WAIT_S = 5.0, 120.0
 STAGES = ("Decoder", "Sampler", "Recognizer")
 
 
@@ -46,14 +46,14 @@ def _remove(key: str) -> None:
     _store()._internal_kv_del(key, namespace=_NAMESPACE)
 
 
-def wait_for_stages(app: str, version: str, stage: str, patience_s: float) -> None:
-    """Wait until every stage of a version has loaded.
+def wait_for_stages(app: str, version: str, deployment: str) -> None:
+    """Wait until every stage of a version has loaded, for at most two minutes.
 
     Serve replaces each stage as soon as it has started. Stages that wait for each other keep the
     old version complete until the new one is.
     """
-    _put(_key(app, "loaded", version, stage), time.time())
-    deadline = time.monotonic() + patience_s
+    _put(_key(app, "loaded", version, deployment), time.time())
+    deadline = time.monotonic() + _LOAD_WAIT_S
     while time.monotonic() < deadline:
         if all(_get(_key(app, "loaded", version, other)) for other in STAGES):
             break

@@ -98,6 +98,8 @@ frontend endpoint
     http-request set-var(txn.request_id) unique-id if !usable_id
     http-request set-header x-request-id %[var(txn.request_id)]
     http-after-response set-header x-request-id %[var(txn.request_id)]
+    # a batch that was created before its answer was lost must not be created twice
+    http-request disable-l7-retry if METH_POST {{ path /v1/batches }}
     {hidden}
     # a refused upload may not have been read to the end: the next request needs a new connection
     http-after-response set-header Connection close if METH_POST {{ status ge 400 }}

@@ -132,6 +132,8 @@ class Graph:
     sampler: Any
     recognizer: Any
     limits: TimeLimits
+    version: str | None = None
+    """The only version whose answers are accepted; None: any."""
     answered: dict[str, float] = field(default_factory=dict)
     """When each stage last answered, by the monotonic clock."""
 
@@ -165,6 +167,8 @@ class Graph:
 
     async def _try(self, video: Video) -> Answer:
         previous = await self._hop("decoder", self.limits.decode, video)
+        if self.version not in (None, previous.version):
+            raise WrongVersion(f"asked for version {self.version}, got {previous.version}")
         previous = await self._hop("sampler", self.limits.network, video, previous)
         answer: Answer = await self._hop("recognizer", self.limits.recognize, video, previous)
         return answer

@@ -53,13 +53,12 @@ from tsq_ray.serving.requests.models import (
     ModelList,
 )
 from tsq_ray.serving.requests.parse import ScoreRequest, read_batch_request, read_score_request
-from tsq_ray.serving.requests.problems import RequestError, problem
+from tsq_ray.serving.requests.problems import MODEL_HEADER, RequestError, problem
 from tsq_ray.serving.requests.shares import Quota
 from tsq_ray.serving.requests.tokens import AboveRate, Access, Token
 
 _log = logging.getLogger("ray.serve")
 _PING_S, _READY_S = 5.0, 30.0
-MODEL_HEADER = "X-TSQ-Model"
 
 Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 Work = Callable[[Request, Token, dict[str, Any]], Awaitable[Response]]
@@ -190,7 +189,8 @@ class Ingress:
     async def _create_batch(self, request: Request, token: Token, _: dict[str, Any]) -> Response:
         batches = self._batches()
         self.admission.check_open()
-        parsed, lines = await read_batch_request(request, self.settings)
+        quota, share = self.upload_quota, token.client_share
+        parsed, lines = await read_batch_request(request, self.settings, quota, share)
         key = request.headers.get("idempotency-key")
         owned = f"{token.name}/{key}" if key else None
         return _json(await batches.create.remote(parsed, lines, owned))
@@ -391,9 +391,9 @@ class Ingress:
                 "etag": file.etag,
                 "modified": file.modified.isoformat() if file.modified else None,
             }
-        if answer.error is not None:
-            raise RequestError.of(answer.error, plain_row(identity))
         model = model_of(answer.version)
+        if answer.error is not None:
+            raise RequestError.of(answer.error, plain_row(identity), model)
         row = plain_row({"model": model} | identity | answer.columns)
         if not options.scores:
             row.pop("scores", None)

@@ -24,7 +24,7 @@ from tsq_ray.serving.requests.models import (
     Problem,
     UriRequest,
 )
-from tsq_ray.serving.requests.problems import MEDIA_TYPE
+from tsq_ray.serving.requests.problems import MEDIA_TYPE, MODEL_HEADER
 
 _DESCRIPTION = (
     "Labels videos: a small sampler looks at T frames, chooses the K most salient ones, and a "
@@ -53,7 +53,7 @@ _PAGE_HEADERS = {
 }
 """The page may send requests to the endpoint only."""
 _MODEL_HEADER = {
-    "X-TSQ-Model": {"description": "SHA-256 of the bundle", "schema": {"type": "string"}}
+    MODEL_HEADER: {"description": "SHA-256 of the bundle", "schema": {"type": "string"}}
 }
 _REQUEST_ID = {
     "x-request-id": {

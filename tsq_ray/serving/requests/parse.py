@@ -106,11 +106,12 @@ def validate(model: type[_Parsed], content: bytes | dict[str, Any], prefix: str 
 
 
 async def read_batch_request(
-    request: Request, settings: ServeConfig
+    request: Request, settings: ServeConfig, quota: Quota, share: Share = WHOLE
 ) -> tuple[BatchOptions, list[BatchLine]]:
     """Return a batch's input: a BatchRequest without lines, or other options with lines.
 
-    Raises RequestError if the request is refused.
+    `quota`: the bytes of uploads in flight, to which lines belong until they are parsed. Raises
+    RequestError if the request is refused.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     prefixes = settings.allowed_uri_prefixes
@@ -122,8 +123,12 @@ async def read_batch_request(
         allowed = "send application/json or application/jsonl"
         raise RequestError(415, f"Content-Type {kind[:100]!r} is not supported; {allowed}")
     options = _with_checked_webhook(validate(LinesOptions, dict(request.query_params)), settings)
-    body = await LimitedBody(request, _MAX_LINES_BYTES).request.body()
-    lines = await asyncio.to_thread(_parse_lines, body, settings.max_batch_lines)
+    body = LimitedBody(request, _MAX_LINES_BYTES, quota, share)
+    try:
+        content = await body.request.body()
+        lines = await asyncio.to_thread(_parse_lines, content, settings.max_batch_lines)
+    finally:
+        body.give_back()
     ids = {line.custom_id for line in lines}
     if not lines or len(ids) < len(lines):
         why = "the same custom_id occurs twice" if lines else "no lines"

@@ -12,6 +12,7 @@ from tsq_ray import storage
 from tsq_ray.errors import DecoderKilled, DiskFull, Failure, UserError
 
 MEDIA_TYPE = "application/problem+json"
+MODEL_HEADER = "X-TSQ-Model"
 _STATUS_OF = {
     "not_found": 404,
     "access_denied": 502,  # storage refuses the endpoint's keys, not the client's
@@ -42,6 +43,8 @@ class RequestError(UserError):
     ) -> None:
         super().__init__(message)
         self.status, self.error_type, self.video = status, error_type, video
+        self.model: str | None = None
+        """The bundle's sha256, if its stages found the error."""
         self.retry_after_s = retry_after_s or _RETRY_AFTER_S.get(status, retry_after_s)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
@@ -55,14 +58,16 @@ class RequestError(UserError):
         )
 
     @classmethod
-    def of(cls, failure: Failure, video: dict[str, Any]) -> RequestError:
-        """Return the answer for a video that cannot be used."""
+    def of(cls, failure: Failure, video: dict[str, Any], model: str | None = None) -> RequestError:
+        """Return the answer for a video that cannot be used, as found by the stages of `model`."""
         status = _STATUS_OF.get(failure.error_type, 422)
         if isinstance(failure, DiskFull):
             status = 507
         elif isinstance(failure, DecoderKilled):
             status = 503
-        return cls(status, str(failure), failure.error_type, video=video)
+        error = cls(status, str(failure), failure.error_type, video=video)
+        error.model = model
+        return error
 
 
 def problem(
@@ -83,6 +88,8 @@ def problem(
     headers = dict(headers or {})
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    if error.model:
+        headers[MODEL_HEADER] = error.model
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     return JSONResponse(content, error.status, headers, MEDIA_TYPE)

@@ -107,6 +107,8 @@ def _is_obscured_ipv4(host: str) -> bool:
 def _is_below(place: str, prefix: str) -> bool:
     if prefix.lower().startswith(("file://", "local://")):
         prefix = storage.normalize(prefix)
+    if storage.is_local(prefix) != storage.is_local(place):
+        return False  # without a look at the prefix, whose mount may hang
     if storage.is_local(prefix):
         return place.startswith(storage.real_path(prefix).rstrip("/") + "/")
     scheme, _, rest = prefix.partition("://")
