@@ -49,7 +49,7 @@ check() {
     fi
 }
 tests() {
-    check pytest "$@" ${filter[@]+"${filter[@]}"} ${arguments[@]+"${arguments[@]}"}
+    check pytest --durations 30 --durations-min 5 "$@" ${filter[@]+"${filter[@]}"} ${arguments[@]+"${arguments[@]}"}
 }
 
 check ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -152,4 +153,9 @@ def plain_row(row: Mapping[str, Any]) -> Row:
         if isinstance(value, (np.ndarray, np.generic)):
             value = value.tolist()
         plain[name] = storage.redact(value) if isinstance(value, str) else value
-    return json.loads(json.dumps(plain, default=str))
+    return json.loads(json.dumps(plain, default=_json_value))
+
+
+def _json_value(value: Any) -> str:
+    """Return a value that JSON lacks as text: a time in ISO 8601."""
+    return value.isoformat() if isinstance(value, datetime) else str(value)

@@ -216,6 +216,16 @@ def test_a_killed_decoding_process_is_not_the_videos_fault(
             if answer.status_code == 200:
                 same_answer(answer.json(), row)
         assert sum(answer.status_code == 200 for answer in answers) >= 5
+        deadline = time.monotonic() + END_S  # exported every few seconds
+        while not metric(endpoint, "ray_tsq_decoders_restarted_total"):
+            assert time.monotonic() < deadline, "the lost children were not counted"
+            time.sleep(1)
+
+
+def metric(endpoint: Endpoint, name: str) -> float:
+    """The sum of a metric over the replicas."""
+    lines = httpx.get(endpoint.metrics_url, trust_env=False).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
 
 
 def decoding_processes(endpoint: Endpoint) -> list[int]:
@@ -393,6 +403,15 @@ def test_limits(bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path) -
         assert "serve.request_timeout_s = 12 s" in late.json()["detail"]
         assert endpoint.score(content=data).status_code == 200
         assert headers_that_never_end(endpoint) == 408
+
+        load = Load(lambda: endpoint.score(content=data), 40)  # above Serve's own limit too
+        load.wait_for(40)
+        assert endpoint.client.get("/healthz").status_code == 200
+        for answer in load.ended():
+            assert answer is not None
+            assert answer.status_code in (200, 429), answer.text
+            assert answer.status_code == 200 or int(answer.headers["Retry-After"]) >= 1
+            assert answer.json()["status"] in ("ok", 429)
 
 
 @pytest.mark.slow

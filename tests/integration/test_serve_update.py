@@ -1,8 +1,13 @@
-"""A deployment is replaced under load: no request is lost, no answer comes from two models."""
+"""A deployment is replaced under load: no request is lost, no answer comes from two models.
+
+A batch under way is scored again, by the new model alone.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,13 @@ from support.endpoint import ANSWER_S, VIDEO, Load
 
 from jobs.benchmarks.support.s3 import free_ports
 from tsq_ray.bundle.settings import read_bundle_settings
+from tsq_ray.runs.verify import verify
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 RENAMED = [f"new {name}" for name in CLASSES]
 NAME = "train/1_1.mp4"
+END_S = 600.0
 
 
 @pytest.fixture
@@ -36,12 +43,17 @@ def url(ray_cluster: Any) -> Iterator[str]:
     serve.shutdown()
 
 
-def deploy(bundle: str, budget: int, wait: bool) -> None:
+def deploy(bundle: str, budget: int, folder: Path, wait: bool) -> None:
     """Deploy the application from a config, as `serve deploy` does."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    settings = {"sampler": {"budget": budget}}
+    open_to_batches = {
+        "batches_uri": str(folder / "batches"),
+        "allowed_uri_prefixes": [str(folder)],
+        "batch_videos": 1,
+    }
+    settings = {"sampler": {"budget": budget}, "serve": open_to_batches}
     application = {
         "name": "tsq",
         "route_prefix": "/",
@@ -49,7 +61,7 @@ def deploy(bundle: str, budget: int, wait: bool) -> None:
         "args": {"model": bundle, "settings": settings, "anonymous": True},
         "deployments": [
             {"name": name, "ray_actor_options": {"num_cpus": 0.1}}
-            for name in ("Ingress", "Decoder", "Sampler", "Recognizer")
+            for name in ("Ingress", "Decoder", "Sampler", "Recognizer", "Batches")
         ],
     }
     client: Any = _get_global_client()
@@ -57,18 +69,22 @@ def deploy(bundle: str, budget: int, wait: bool) -> None:
 
 
 def test_an_update_loses_nothing_and_mixes_nothing(url: str, tmp_path: Path) -> None:
-    data = (make_archive(tmp_path / "videos").root / NAME).read_bytes()
+    video = make_archive(tmp_path / "videos").root / NAME
+    data = video.read_bytes()
     bundles = make_bundle(tmp_path / "old"), make_bundle(tmp_path / "new", classes=RENAMED)
     old, new = (read_bundle_settings(bundle)[1] for bundle in bundles)
     expected = {old: (3, set(CLASSES)), new: (2, set(RENAMED))}
-    deploy(bundles[0], 3, wait=True)
+    deploy(bundles[0], 3, tmp_path, wait=True)
     with httpx.Client(timeout=ANSWER_S, trust_env=False) as client:
         load = Load(lambda: client.post(f"{url}/v1/score", content=data, headers=VIDEO), 4)
         load.wait_for(8)
-        deploy(bundles[1], 2, wait=False)
+        batch = create_batch(client, url, video, 900)
+        assert batch["model"] == old
+        deploy(bundles[1], 2, tmp_path, wait=False)
         load.wait_until(lambda answer: model_of(answer) == new)
         load.wait_for(8)
         answers = load.ended()
+        batch = ended_batch(client, url, batch["id"])
     for answer in answers:
         assert answer is not None, "a connection was closed without an answer"
         assert answer.status_code == 200, answer.text
@@ -77,9 +93,39 @@ def test_an_update_loses_nothing_and_mixes_nothing(url: str, tmp_path: Path) -> 
         assert len(row["selected_slot"]) == budget
         assert set(row["top_labels"]) <= names
     assert {model_of(answer) for answer in answers} == {old, new}
+    assert (batch["status"], batch["model"]) == ("completed", new), batch
+    assert batch["request_counts"] == {"total": 900, "completed": 900, "failed": 0}
+    assert verify(batch["predictions_uri"]).problems == ()
+    for line in Path(batch["output_uri"]).read_text().splitlines():
+        row = json.loads(line)
+        assert (row["model"], len(row["selected_slot"])) == (new, 2)
     times = [when for when, _ in load.answers]
     silence = max(later - when for when, later in itertools.pairwise(times))
     print(f"{len(answers)} answers; longest silence {silence:.1f} s")
+
+
+def create_batch(client: httpx.Client, url: str, video: Path, count: int) -> dict[str, Any]:
+    """A batch of so many links to the video, once it has begun."""
+    lines = []
+    for number in range(count):
+        link = video.with_name(f"link{number}.mp4")
+        link.symlink_to(video)
+        lines.append(json.dumps({"custom_id": str(number), "uri": str(link)}))
+    headers = {"Content-Type": "application/jsonl"}
+    batch = client.post(f"{url}/v1/batches", content="\n".join(lines), headers=headers).json()
+    while client.get(f"{url}/v1/batches/{batch['id']}").json()["status"] == "validating":
+        time.sleep(0.2)
+    return dict(batch)
+
+
+def ended_batch(client: httpx.Client, url: str, batch: str) -> dict[str, Any]:
+    deadline = time.monotonic() + END_S
+    while True:
+        found: dict[str, Any] = client.get(f"{url}/v1/batches/{batch}").json()
+        if found["status"] in ("completed", "failed", "cancelled"):
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
 
 
 def model_of(answer: httpx.Response | None) -> Any:

@@ -279,6 +279,11 @@ def loaded(code: str) -> set[str]:
             "'--config', 'nowhere.toml']) == 2",
             {"pydantic", "fsspec"},
         ),
+        (
+            "from tsq_ray.cli import main\nassert main(['serve', '--model', 'm', "
+            "'--set', 'serve.drain_s=-1']) == 2",
+            {"pydantic", "pyarrow", "fsspec", "av"},
+        ),
         ("import tsq_ray.runs, tsq_ray.manifest", {"pydantic", "pyarrow", "fsspec"}),
         (
             "import tsq_ray.scoring, tsq_ray.rows, tsq_ray.bundle.settings",
@@ -297,6 +302,7 @@ def loaded(code: str) -> set[str]:
         "help",
         "command help",
         "wrong settings",
+        "wrong settings of serve",
         "runs",
         "score",
         "server",

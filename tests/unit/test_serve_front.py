@@ -7,6 +7,7 @@ import http.client
 import http.server
 import json
 import os
+import select
 import signal
 import socket
 import threading
@@ -134,13 +135,32 @@ def test_every_answer_names_its_request(inner: int, outer: int) -> None:
     assert len({found for *_, found in answers}) == len(answers) - 5, "new ids differ"
 
 
+def test_a_connection_above_the_limit_waits_for_another_to_end(inner: int, outer: int) -> None:
+    def connected() -> socket.socket:
+        client = socket.create_connection(("127.0.0.1", outer), timeout=10)
+        client.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nx-request-id: a\r\n\r\n")
+        return client
+
+    with (
+        front("127.0.0.1", outer, inner, ServeConfig(max_connections=2)),
+        connected() as first,
+        connected() as second,
+    ):
+        assert first.recv(12) == second.recv(12) == b"HTTP/1.1 200"
+        with connected() as third:
+            assert not select.select([third], [], [], 0.5)[0]
+            first.close()
+            assert third.recv(12) == b"HTTP/1.1 200"
+
+
 def test_a_batch_whose_answer_was_lost_is_not_created_again(inner: int, outer: int) -> None:
     with front("127.0.0.1", outer, inner, ServeConfig()):
         for path in ("/v1/score", "/v1/batches"):
-            connection = http.client.HTTPConnection("127.0.0.1", outer, timeout=10)
-            with contextlib.closing(connection):
-                connection.request("POST", path, b"{}")
-                assert connection.getresponse().status == 502
+            with socket.create_connection(("127.0.0.1", outer), timeout=10) as client:
+                # in one packet: HAProxy repeats only what it has completely
+                head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\n"
+                client.sendall(head.encode() + b"{}")
+                assert client.recv(12) == b"HTTP/1.1 502"
     assert Inner.posted.count("/v1/score") > 1, "repeated"
     assert Inner.posted.count("/v1/batches") == 1
 

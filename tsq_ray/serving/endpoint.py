@@ -217,7 +217,7 @@ def _deployed(
             placed = layout("serve", config, cluster.read_cluster(ray, config), 1)
             app = application(model, config, placed, token)
             start = partial(serve.run, app, name=APP, route_prefix="/", logging_config=logs)
-            progress.run_watched(start, "serve", session, APP)
+            progress.run_watched(start, "serve", session, APP, _loading_reporter())
         except Exception as error:
             raise start_failed(error, APP, "serve") from error
         yield
@@ -225,6 +225,19 @@ def _deployed(
         if session.joins_cluster:
             _take_down()
         # a Ray started by this command ends with it, even if a second signal interrupts this
+
+
+def _loading_reporter() -> progress.Observe:
+    """Return an observer that reports each stage once it has loaded."""
+    reported: set[str] = set()
+
+    def observe(*_: object) -> None:
+        new = facts.loaded(APP) - reported
+        for name in sorted(new):
+            log.say(f"starting: the {name.lower()} has loaded")
+        reported.update(new)
+
+    return observe
 
 
 @contextlib.contextmanager

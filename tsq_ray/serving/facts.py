@@ -64,6 +64,12 @@ def wait_for_stages(app: str, version: str, deployment: str) -> None:
             _remove(key)
 
 
+def loaded(app: str) -> set[str]:
+    """Return the stages that have loaded what they need, of any version."""
+    keys = _keys_below(_key(app, "loaded", ""))
+    return {key.rpartition("/")[2] for key in keys} & set(STAGES)
+
+
 def request_end(app: str) -> None:
     """Tell the ingress replicas to refuse new requests."""
     _put(_key(app, "ending"), time.time())

@@ -389,7 +389,7 @@ class Ingress:
             identity |= {
                 "size_bytes": file.size_bytes,
                 "etag": file.etag,
-                "modified": file.modified.isoformat() if file.modified else None,
+                "modified": file.modified,
             }
         model = model_of(answer.version)
         if answer.error is not None:

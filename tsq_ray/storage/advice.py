@@ -13,7 +13,11 @@ from tsq_ray.storage.local_files import SpecialFile, is_utf8
 
 SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*)://")
 _QUERY = re.compile(r"(https?://[^?\n]*?)\?[^\s'\"]+(?:['\"][^\s'\"=]*=[^\s'\"]*)*", re.IGNORECASE)
-_PARAMETERS = re.compile(r"([a-z][a-z0-9+.-]*://[^?\n]*?)\?[\w.~-]+=[^\s'\"]+", re.IGNORECASE)
+_SECRET = re.compile(
+    r"([a-z][a-z0-9+.-]*://[^?\n]*?)\?(?=[^\s'\"]*(?:sig|token|key|secret|passw|credential|auth)"
+    r"[\w.-]*=)[^\s'\"]+",
+    re.IGNORECASE,
+)
 _USER = re.compile(r"([a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE)
 _DENIED_CODES = {
     "401",
@@ -48,11 +52,11 @@ def is_local(uri: str) -> bool:
 def redact(text: str) -> str:
     """Return `text` in a form that is safe to show.
 
-    Drops the query of http(s) URLs (presigned URLs carry their secret there), the parameters at the
-    end of any other URI and the user of any, and escapes bytes that are not UTF-8.
+    Drops the query of http(s) URLs (presigned URLs carry their secret there), that of any other URI
+    if it seems to hold a secret, and the user of any, and escapes bytes that are not UTF-8.
     """
     shown = text if is_utf8(text) else text.encode("utf-8", "backslashreplace").decode()
-    for pattern, replacement in ((_QUERY, r"\1?..."), (_PARAMETERS, r"\1?..."), (_USER, r"\1...@")):
+    for pattern, replacement in ((_QUERY, r"\1?..."), (_SECRET, r"\1?..."), (_USER, r"\1...@")):
         shown = pattern.sub(replacement, shown)
     return shown
 
