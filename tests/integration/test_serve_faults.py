@@ -416,14 +416,25 @@ def test_limits(bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_flood_leaves_no_work_behind(
-    bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path
+    bundle: str, archive: Archive, data: bytes, row: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Far above saturation predictions go on, the rest is refused, and no late work is left."""
-    with serving(bundle, tmp_path, "serve.request_timeout_s=10") as endpoint:
+    """Far above saturation predictions go on, the rest is refused, and no late work is left.
+
+    A URI is not refused: it becomes a batch of one.
+    """
+    settings = (
+        "serve.request_timeout_s=10",
+        f"serve.batches_uri={tmp_path}/batches",
+        f'serve.allowed_uri_prefixes=["{archive.root}"]',
+    )
+    with serving(bundle, tmp_path, *settings) as endpoint:
         rates = []
         for clients in (4, 4, 48):  # the first warms up
             load = Load(lambda: endpoint.score(content=data), clients)
             time.sleep(20)
+            if clients == 48:
+                uri = {"uri": str(archive.root / NAME)}
+                batch = endpoint.answers_again(202, json=uri).json()["id"]
             answers = load.ended()
             good = [when for when, one in load.answers if one is not None and one.is_success]
             rates.append((len(good) - 1) / (good[-1] - good[0]))
@@ -441,6 +452,10 @@ def test_a_flood_leaves_no_work_behind(
         lone = endpoint.score(content=data)
         assert lone.status_code == 200, lone.text
         same_answer(lone.json(), row)
+        deadline = time.monotonic() + END_S
+        while endpoint.client.get(f"/v1/batches/{batch}").json()["status"] != "completed":
+            assert time.monotonic() < deadline, "the batch does not end"
+            time.sleep(0.5)
 
 
 @pytest.fixture

@@ -5,8 +5,11 @@ A batch under way is scored again, by the new model alone.
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import itertools
 import json
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,15 +46,15 @@ def url(ray_cluster: Any) -> Iterator[str]:
     serve.shutdown()
 
 
-def deploy(bundle: str, budget: int, folder: Path, wait: bool) -> None:
+def deploy(bundle: str, budget: int, folder: Path, web: str, wait: bool) -> None:
     """Deploy the application from a config, as `serve deploy` does."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
     open_to_batches = {
         "batches_uri": str(folder / "batches"),
-        "allowed_uri_prefixes": [str(folder)],
-        "batch_videos": 1,
+        "allowed_uri_prefixes": [str(folder), web],
+        "fetch_timeout_s": END_S,
     }
     settings = {"sampler": {"budget": budget}, "serve": open_to_batches}
     application = {
@@ -68,22 +71,50 @@ def deploy(bundle: str, budget: int, folder: Path, wait: bool) -> None:
     client.deploy_apps(ServeDeploySchema(applications=[application]), _blocking=wait)
 
 
-def test_an_update_loses_nothing_and_mixes_nothing(url: str, tmp_path: Path) -> None:
+class Held(http.server.BaseHTTPRequestHandler):
+    """Serves the head of a video at once, and the video itself once it is released."""
+
+    data = b""
+    released = threading.Event()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.data)))
+        self.end_headers()
+        self.released.wait(END_S)
+        with contextlib.suppress(OSError):
+            self.wfile.write(self.data)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Held) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        Held.released.set()
+        server.shutdown()
+
+
+def test_an_update_loses_nothing_and_mixes_nothing(url: str, web: str, tmp_path: Path) -> None:
     video = make_archive(tmp_path / "videos").root / NAME
-    data = video.read_bytes()
+    data = Held.data = video.read_bytes()
     bundles = make_bundle(tmp_path / "old"), make_bundle(tmp_path / "new", classes=RENAMED)
     old, new = (read_bundle_settings(bundle)[1] for bundle in bundles)
     expected = {old: (3, set(CLASSES)), new: (2, set(RENAMED))}
-    deploy(bundles[0], 3, tmp_path, wait=True)
+    deploy(bundles[0], 3, tmp_path, web, wait=True)
     with httpx.Client(timeout=ANSWER_S, trust_env=False) as client:
         load = Load(lambda: client.post(f"{url}/v1/score", content=data, headers=VIDEO), 4)
         load.wait_for(8)
-        batch = create_batch(client, url, video, 900)
+        batch = create_batch(client, url, [str(video), f"{web}last.mp4"])
         assert batch["model"] == old
-        deploy(bundles[1], 2, tmp_path, wait=False)
+        deploy(bundles[1], 2, tmp_path, web, wait=False)
         load.wait_until(lambda answer: model_of(answer) == new)
         load.wait_for(8)
         answers = load.ended()
+        Held.released.set()
         batch = ended_batch(client, url, batch["id"])
     for answer in answers:
         assert answer is not None, "a connection was closed without an answer"
@@ -94,7 +125,7 @@ def test_an_update_loses_nothing_and_mixes_nothing(url: str, tmp_path: Path) -> 
         assert set(row["top_labels"]) <= names
     assert {model_of(answer) for answer in answers} == {old, new}
     assert (batch["status"], batch["model"]) == ("completed", new), batch
-    assert batch["request_counts"] == {"total": 900, "completed": 900, "failed": 0}
+    assert batch["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
     assert verify(batch["predictions_uri"]).problems == ()
     for line in Path(batch["output_uri"]).read_text().splitlines():
         row = json.loads(line)
@@ -104,13 +135,9 @@ def test_an_update_loses_nothing_and_mixes_nothing(url: str, tmp_path: Path) -> 
     print(f"{len(answers)} answers; longest silence {silence:.1f} s")
 
 
-def create_batch(client: httpx.Client, url: str, video: Path, count: int) -> dict[str, Any]:
-    """A batch of so many links to the video, once it has begun."""
-    lines = []
-    for number in range(count):
-        link = video.with_name(f"link{number}.mp4")
-        link.symlink_to(video)
-        lines.append(json.dumps({"custom_id": str(number), "uri": str(link)}))
+def create_batch(client: httpx.Client, url: str, uris: list[str]) -> dict[str, Any]:
+    """A batch of these videos, once it has begun."""
+    lines = [json.dumps({"custom_id": uri, "uri": uri}) for uri in uris]
     headers = {"Content-Type": "application/jsonl"}
     batch = client.post(f"{url}/v1/batches", content="\n".join(lines), headers=headers).json()
     while client.get(f"{url}/v1/batches/{batch['id']}").json()["status"] == "validating":
