@@ -144,7 +144,10 @@ class Client:
             found = json.loads(content)
         except ValueError:
             raise _TryAgain("its answer is not JSON") from None
-        return found if isinstance(found, dict) else {}
+        found = found if isinstance(found, dict) else {}
+        if found.get("error") and not found.get("choices"):
+            raise _TryAgain(f"HTTP {status}{_message(content)}")
+        return found
 
     def _get_session(self) -> aiohttp.ClientSession:
         if self._session is None:
