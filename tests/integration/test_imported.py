@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from support.archive import make_archive
 from support.bundle import make_bundle
-from support.cluster import SETTINGS, Ended, read_rows, refused, tsq
+from support.cluster import SETTINGS, Ended, read_rows, refused, tsq, upload
 from support.endpoint import CLOSE, same_answer, serving
 from support.pretrained import CLASSES, CLIP, save_pretrained
 
+from jobs.benchmarks.support.s3 import S3Server
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.weights import load_bundle, load_classifier
 from tsq_ray.prediction import predict_rows
@@ -34,6 +35,18 @@ def import_kind(kind: str, folder: Path) -> str:
     model = save_pretrained(kind, folder / "model")
     done(tsq("import", model, "--out", out, "--classes", str(names)))
     return out
+
+
+def test_a_model_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
+    local = import_kind("vit", tmp_path)
+    upload(tmp_path / "model", "s3://tsq-chain/imported/model")
+    out = "s3://tsq-chain/imported/recognizer"
+    done(tsq("import", "s3://tsq-chain/imported/model", "--out", out))
+    here, there = load_classifier(local), load_classifier(out)
+    assert there.encoder.state_hash() == here.encoder.state_hash()
+    assert there.classes == here.classes
+    line = refused(tsq("import", "s3://tsq-chain/imported/none", "--out", f"{out}2"))
+    assert "s3://tsq-chain/imported/none" in line
 
 
 @pytest.mark.slow
