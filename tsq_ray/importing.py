@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -288,22 +288,22 @@ def _transformers_settings(model: str, weights: str) -> dict[str, Any]:
     clip = int(arguments["num_frames"]) if VIDEO_CLASSIFIER in name else 0
 
     def apply(picture: np.ndarray) -> np.ndarray:
-        pictures = [picture] * clip if clip else picture
-        made = processor(pictures, return_tensors="np")
-        if "pixel_values" not in made:
-            raise ModelError(
-                f"{what}: a {config.model_type} network takes {', '.join(made)}, not pictures; "
-                "choose one whose image processor makes pixel_values"
-            )
-        values = np.asarray(made["pixel_values"], np.float32)
-        return values.reshape(-1, *values.shape[-3:])[0]
+        made = processor([picture] * clip if clip else picture, return_tensors="np")
+        return _first_picture(made, f"{what}: a {config.model_type} network")
 
-    return {
-        "kind": "transformers",
-        "model": model,
-        "model_args": arguments,
-        **preprocessing_of(apply, "transformers", what),
-    }
+    preprocessing = preprocessing_of(apply, "transformers", what)
+    return {"kind": "transformers", "model": model, "model_args": arguments, **preprocessing}
+
+
+def _first_picture(made: Mapping[str, Any], what: str) -> np.ndarray:
+    """Return the first picture [3, H, W] that a processor made. Raises ModelError if none."""
+    if "pixel_values" not in made:
+        raise ModelError(
+            f"{what} takes {', '.join(made)}, not pictures; choose one whose image processor makes "
+            "pixel_values"
+        )
+    values = np.asarray(made["pixel_values"], np.float32)
+    return values.reshape(-1, *values.shape[-3:])[0]
 
 
 def _load_transformers(

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from markupsafe import escape
-from support.archive import Archive, make_archive
+from support.archive import CLASSES, Archive, make_archive, write_clip
 from support.bundle import make_bundle, make_recognizer
 from support.cluster import SETTINGS, Driver, read_rows, refused, tsq, upload, visible_parts
 
 from jobs.benchmarks.support.s3 import S3Server
 from tsq_ray import storage
+from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.settings import is_bundle, read_agreement
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import SamplerConfig
@@ -64,6 +65,8 @@ def check_folder(out: str, archive: Archive) -> None:
     run = json.loads(storage.read_text(f"{out}/predictions/_run.json"))
     sampler = run["config"]["sampler"]
     assert (sampler["mode"], sampler["budget"]) == (best.mode, best.budget)
+    own = scoring_config(f"{out}/bundle").sampler
+    assert (own.mode, own.budget) == (best.mode, best.budget), "scoring needs no --set"
     page = storage.read_text(f"{out}/report.html")
     assert "Agreement with the recogniser" in page
     assert "No video has a known label" in page
@@ -94,6 +97,35 @@ def test_an_archive_without_labels(
     assert any(line.endswith("  chosen") for line in again.out.splitlines())
     line = refused(tsq(*argv[:-6], "--sample", "17", *argv[-6:]))
     assert "holds another labelling (sample: " in line
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [("blue sea",), ("blue sea", "green field"), tuple(CLASSES), ("blue sea",) * 4],
+    ids=["one video", "two videos", "three videos", "one class"],
+)
+def test_an_archive_that_cannot_teach(
+    labels: tuple[str, ...], ray_cluster: Any, recognizer: str, tmp_path: Path
+) -> None:
+    for number, label in enumerate(labels):
+        write_clip(tmp_path / "videos" / f"{number}.mp4", label, seed=number)
+    out = str(tmp_path / "out")
+    argv = command(str(tmp_path / "videos"), recognizer, out, tmp_path)
+    argv[-1] = "train.teacher_min_videos=2"
+    done = tsq(*argv, "--json").json
+    assert "no sampler can be taught (" in done["verdict"]
+    assert done["chosen"]["mode"] in ("uniform", "maxconf")
+    assert done["held_out"] == len(labels)
+    rows = read_rows(f"{out}/predictions").to_pylist()
+    order = [row["top_labels"][0] for row in sorted(rows, key=lambda row: row["uri"])]
+    assert order == list(labels)
+    assert "no sampler can be taught (" in storage.read_text(f"{out}/report.html")
+    again = tsq(*argv)
+    assert again.code == 0, again.err
+    assert "already done: nothing to do" in again.out
+    score = ("score", f"{out}/manifest.parquet", "--model", f"{out}/bundle")
+    line = refused(tsq(*score, "--out", f"{out}/2", "--set", "sampler.mode=both"))
+    assert "the bundle's sampler was not taught" in line
 
 
 @pytest.mark.parametrize(

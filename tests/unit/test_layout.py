@@ -93,6 +93,7 @@ INSIDE = {
         "teacher",
         "head",
         "features",
+        "teachable",
         "on_worker",
         "resumable",
         "classifier",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsq_ray import log, provenance, storage
-from tsq_ray.bundle.settings import read_bundle_settings
+from tsq_ray.bundle.settings import NOT_TAUGHT, read_bundle_settings
 from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import Config, check_budget, load_config
 from tsq_ray.errors import ConfigError, ModelError, RunError
@@ -87,6 +87,8 @@ def evaluate(
             f"--model {storage.redact(model)}: the bundle has no recogniser to measure; train it "
             "again with --recognizer URI"
         )
+    if not bundle.is_taught:
+        raise ModelError(f"--model {storage.redact(model)}: {NOT_TAUGHT}")
     known = read_annotations(annotations) if annotations else None
     if kind == "predictions":
         if tables or split:

@@ -25,6 +25,8 @@ from tsq_ray.runs.folder import read_run
 
 LOGITS = schema.RECOGNIZER_LOGITS.name
 TRAIN_SPLIT, VAL_SPLIT = "train", "val"
+EVERY_SPLIT = "*"
+"""Stands for all rows, whatever their split."""
 _TENSORS = ("frame_index", "frame_pts_s", "visual", "object_ids", "object_probs", LOGITS)
 _ROW_COLUMNS = ["video_id", "uri", "labels", "split", "status", "fps"]
 
@@ -89,9 +91,9 @@ def load_features(
     """Read the features of a finished extraction.
 
     They must hold `recognizer_logits` and be made with the bundle's own encoder and recogniser.
-    `split` defaults to `val`, or to all rows if no row has a split. If a split has more than
-    `max_videos` videos, a random sample of that many is read (0: all). `labelled`: leave out videos
-    without labels; if False, no training videos are read.
+    `split` defaults to `val`, or to all rows if no row has a split; EVERY_SPLIT: all rows. If a
+    split has more than `max_videos` videos, a random sample of that many is read (0: all).
+    `labelled`: leave out videos without labels; if False, no training videos are read.
 
     Raises RunError if logits, split or labels are missing, ModelError if the features were made
     with other weights.
@@ -180,7 +182,7 @@ def _read_rows(parts: Sequence[str]) -> pa.Table:
 
 def _measured_split(splits: pa.ChunkedArray, split: str | None, shown: str) -> str | None:
     known = {name for name in pc.unique(splits).to_pylist() if name}
-    if split is None and not known:
+    if split == EVERY_SPLIT or (split is None and not known):
         return None
     chosen = split or VAL_SPLIT
     if chosen not in known:
