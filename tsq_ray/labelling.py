@@ -206,7 +206,8 @@ class _Steps:
         if measured is None:
             bundle = load_bundle(model)
             split = VAL_SPLIT if bundle.is_taught else EVERY_SPLIT
-            features = load_features(self.at("features"), bundle, split, labelled=False)
+            options = {"labelled": False, "with_training": False}
+            features = load_features(self.at("features"), bundle, split, **options)
             settings = (self.config.sampler, self.config.train.teacher_frames)
             curve = measure_agreement(bundle, features.measured, *settings)
             measured = {

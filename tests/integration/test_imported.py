@@ -82,6 +82,22 @@ def test_a_sampler_learns_from_an_imported_recogniser(ray_cluster: Any, tmp_path
 
 
 @pytest.mark.slow
+def test_a_dual_encoder_labels_an_archive(ray_cluster: Any, tmp_path: Path) -> None:
+    recognizer, out = import_kind("siglip", tmp_path), str(tmp_path / "out")
+    archive, settings = make_archive(tmp_path / "videos"), tmp_path / "settings.toml"
+    settings.write_text(SETTINGS)
+    given = ("--recognizer", recognizer, "--config", str(settings), "--sample", "18")
+    done(tsq("label", str(archive.root), *given, "--out", out))
+    rows = read_rows(f"{out}/predictions").to_pylist()
+    assert len(rows) == len(archive.paths)
+    good = [row for row in rows if row["status"] == "ok"]
+    assert len(good) == len(archive.paths) - len(archive.bad)
+    assert {label for row in good for label in row["top_labels"]} == set(CLASSES)
+    (row,) = predict_rows([good[0]["uri"]], f"{out}/bundle", scoring_config(f"{out}/bundle"))
+    assert good[0]["scores"] == pytest.approx(row["scores"], abs=CLOSE)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["videomae", "vit", "clip", "timm"])
 def test_bulk_http_and_predict_answer_the_same(kind: str, ray_cluster: Any, tmp_path: Path) -> None:
     recognizer = load_classifier(import_kind(kind, tmp_path))

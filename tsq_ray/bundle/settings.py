@@ -71,12 +71,17 @@ def check_bundle(uri: str, mode: str) -> None:
     content, _ = read_bundle_settings(uri)
     if recognizer_of(content) is None:
         raise ModelError(NO_RECOGNIZER)
+    check_mode(content, mode)
+    for name in content["files"]:
+        read_checked(storage.normalize(uri), content, name)
+
+
+def check_mode(content: Mapping[str, Any], mode: str) -> None:
+    """Raise ModelError if a bundle lacks what sampler `mode` needs."""
     if mode == "textual" and "objects" not in content["files"]:
         raise ModelError(NO_TEXTUAL_MODULE)
     if content.get("sampler_classes") == [] and mode in LEARNED_MODES:
         raise ModelError(NOT_TAUGHT)
-    for name in content["files"]:
-        read_checked(storage.normalize(uri), content, name)
 
 
 def recognizer_of(content: Mapping[str, Any]) -> RecognizerConfig | None:
