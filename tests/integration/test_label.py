@@ -112,8 +112,12 @@ def test_an_archive_without_labels(
 
 @pytest.mark.parametrize(
     "labels",
-    [("blue sea",), ("blue sea", "green field"), tuple(CLASSES), ("blue sea",) * 4],
-    ids=["one video", "two videos", "three videos", "one class"],
+    [
+        pytest.param(("blue sea",), id="one video"),
+        pytest.param(("blue sea", "green field"), id="two videos", marks=pytest.mark.slow),
+        pytest.param(tuple(CLASSES), id="three videos", marks=pytest.mark.slow),
+        pytest.param(("blue sea",) * 4, id="one class"),
+    ],
 )
 def test_an_archive_that_cannot_teach(
     labels: tuple[str, ...], ray_cluster: Any, recognizer: str, tmp_path: Path
