@@ -189,7 +189,7 @@ What `tsq train` writes, and all that scoring needs: no hub, no language model. 
 | `text.safetensors` | `vocabulary` [1000, text dimensions], the embeddings of the object names; absent with `train.modules = "visual"` |
 | `recognizer.safetensors` | the recogniser; absent if it is behind a server, and without `--recognizer`, in which case `tsq score` refuses the bundle |
 | `curves.csv` | the losses of each epoch |
-| `agreement.json` | only from `tsq label`: `videos` held out, `curve` (for each sampler mode and budget: agreement with the dense recogniser, its interval, cost), `asked` and `chosen` |
+| `agreement.json` | only from `tsq label`: `videos` held out, `curve` (for each sampler mode and budget: agreement with the dense recogniser, its interval, cost), `asked`, `chosen` and, if no sampler could be taught, why (`untaught`) |
 
 Nothing is unpickled. A file whose sha256 differs from the one in `bundle.json` is refused, as is a
 `format` other than {format}. The sha256 of `bundle.json` identifies the whole bundle.
