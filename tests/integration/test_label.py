@@ -95,7 +95,8 @@ def test_an_archive_without_labels(
     assert first["used"]["cpu_hours"] == pytest.approx(sum(used["cpu_hours"] for used in runs))
     assert first["cost"]["total"] == pytest.approx(2 * first["used"]["cpu_hours"], rel=1e-3)
     check_folder(out, archive)
-    tables = ("--table", "teacher", "--set", "evaluate.seeds=[0]", "--out", f"{out}/tables")
+    few = ("--set", "evaluate.seeds=[0]", "--set", "evaluate.budgets=[1, 2]")
+    tables = ("--table", "teacher", *few, "--out", f"{out}/tables")
     found = tsq("evaluate", f"{out}/features", "--model", f"{out}/bundle", *tables, "--json").json
     rows = {row["sampler"]: row for row in found["tables"]["teacher"]["rows"]}
     assert (rows["teacher"]["mAP"], "tsqnet" in rows) == ("-", False)
