@@ -3,6 +3,8 @@
 #   VIDEOS   a folder or an s3:// prefix of videos. Labels come from VIDEOS/labels.csv
 #            (path,label[,split]), or else the parent folder is the class. Without either, a
 #            recogniser of the 1,000 classes of ImageNet teaches the sampler (tsq label).
+#            LABELS=none bash jobs/quickstart.sh VIDEOS ignores labels.csv and the folders, for
+#            folders that are dates or cameras instead of classes.
 #            Without VIDEOS, a small archive is rendered (5 classes, 80 videos of about 20 s).
 # Sets up .venv, then: index, extract, finetune, train, score, verify, report. The outputs are in
 # runs/quickstart or runs/<name of VIDEOS>. If run again, it resumes where it stopped; delete that
@@ -11,6 +13,10 @@ set -euo pipefail
 
 if [ "$#" -gt 1 ] || [[ "${1:-}" == -* ]]; then
     echo "usage: bash jobs/quickstart.sh [VIDEOS]" >&2
+    exit 2
+fi
+if [ -n "${LABELS:-}" ] && { [ "$LABELS" != none ] || [ "$#" = 0 ]; }; then
+    echo "LABELS is $LABELS; allowed is LABELS=none, with VIDEOS" >&2
     exit 2
 fi
 videos=${1:-}
@@ -54,7 +60,7 @@ if [ -z "$videos" ]; then
     step "render the sample archive into $videos"
     "$VENV_PYTHON" jobs/sample_archive.py "$videos" --videos-per-class 12
 else
-    run=runs/$(basename "$videos" | tr -c 'A-Za-z0-9._\n-' '_')
+    run=runs/$(basename "$videos" | tr -c 'A-Za-z0-9._\n-' '_')${LABELS:+-unlabelled}
     mkdir -p "$run"
 fi
 if [ "$(cat "$run/.source" 2>/dev/null || echo "$videos")" != "$videos" ]; then
@@ -66,7 +72,9 @@ echo "$videos" >"$run/.source"
 
 settings=(--config jobs/quickstart.toml)
 labels=()
-if "$VENV_PYTHON" -c 'import sys
+if [ -n "${LABELS:-}" ]; then
+    labels=(--labels none)
+elif "$VENV_PYTHON" -c 'import sys
 from tsq_ray import storage
 sys.exit(not storage.exists(storage.join(sys.argv[1], "labels.csv")))' "$videos" 2>/dev/null; then
     labels=(--labels "$videos/labels.csv")

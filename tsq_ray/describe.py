@@ -131,13 +131,16 @@ def bundle_gflops(content: dict[str, Any]) -> dict[str, Any]:
         return {}
     encoders = EncodersConfig.model_validate(config["encoders"])
     shape = TSQShape(**content["sampler_shape"])
-    mode: SamplerMode = "both" if shape.modules == "both" else "visual"
+    sampler = SamplerConfig.model_validate(config["sampler"])
+    mode: SamplerMode = sampler.mode
+    if mode == "both" and shape.modules != "both":
+        mode = "visual"
     gflops: dict[str, Any] = {}
     for counting in get_args(Counting):
         table = cost_table(
             mode,
             num_frames=config["decode"]["num_frames"],
-            budget=SamplerConfig.model_validate(config["sampler"]).most_frames,
+            budget=sampler.most_frames,
             recognizer=recognizer,
             visual=encoders.visual,
             objects=encoders.objects,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from tsq_ray.bundle.settings import CLASSIFIER_FILE, read_classifier_settings
 from tsq_ray.bundle.weights import Classifier, save_classifier, save_server
 from tsq_ray.config import VIDEO_CLASSIFIER, Config, ModelConfig, load_config
 from tsq_ray.errors import ConfigError, ModelError
-from tsq_ray.labels.classes import read_classes
+from tsq_ray.labels.classes import composed, read_classes
 from tsq_ray.model.flops import network_multiply_adds
 from tsq_ray.networks import transformers_models
 from tsq_ray.networks.encoder import (
@@ -250,12 +250,16 @@ def _imagenet_names(model: str, count: int, what: str) -> list[str]:
 
 
 def _distinct(choices: Sequence[Sequence[str]]) -> list[str]:
-    """Return for each class the first of its names that no other class has."""
-    counts = [Counter(names) for names in choices]
+    """Return for each class the first of its names that is no name of another, or else its last.
+
+    The last names must be distinct.
+    """
+    owners = defaultdict(set)
+    for names in choices:
+        for number, name in enumerate(names):
+            owners[name].add(number)
     return [
-        next(
-            (name for name, count in zip(names, counts, strict=True) if count[name] == 1), names[-1]
-        )
+        next((name for name in names if len(owners[name]) == 1), names[-1])
         for names in zip(*choices, strict=True)
     ]
 
@@ -274,24 +278,32 @@ def _transformers_settings(model: str, weights: str) -> dict[str, Any]:
         place = _source_of(model, weights, scratch, what)
         try:
             config: Any = transformers.AutoConfig.from_pretrained(place)
+            name = transformers_models.architecture_of(config, what)
             processor: Any = transformers.AutoImageProcessor.from_pretrained(place)
+        except ModelError:
+            raise
         except Exception as error:
             raise transformers_models.cannot_load(what, error) from error
-    name = transformers_models.architecture_of(config, what)
     arguments = transformers_models.model_args_of(config, name)
     clip = int(arguments["num_frames"]) if VIDEO_CLASSIFIER in name else 0
 
     def apply(picture: np.ndarray) -> np.ndarray:
-        pictures = [picture] * clip if clip else picture
-        values = np.asarray(processor(pictures, return_tensors="np")["pixel_values"], np.float32)
-        return values.reshape(-1, *values.shape[-3:])[0]
+        made = processor([picture] * clip if clip else picture, return_tensors="np")
+        return _first_picture(made, f"{what}: a {config.model_type} network")
 
-    return {
-        "kind": "transformers",
-        "model": model,
-        "model_args": arguments,
-        **preprocessing_of(apply, "transformers", what),
-    }
+    preprocessing = preprocessing_of(apply, "transformers", what)
+    return {"kind": "transformers", "model": model, "model_args": arguments, **preprocessing}
+
+
+def _first_picture(made: Mapping[str, Any], what: str) -> np.ndarray:
+    """Return the first picture [3, H, W] that a processor made. Raises ModelError if none."""
+    if "pixel_values" not in made:
+        raise ModelError(
+            f"{what} takes {', '.join(made)}, not pictures; choose one whose image processor makes "
+            "pixel_values"
+        )
+    values = np.asarray(made["pixel_values"], np.float32)
+    return values.reshape(-1, *values.shape[-3:])[0]
 
 
 def _load_transformers(
@@ -318,7 +330,8 @@ def _load_transformers(
     encoder = split_network(settings, network, with_head=True)
     assert isinstance(encoder.head, nn.Linear)
     if names is None:
-        own = [str(labels.get(number, number)) for number in range(encoder.head.out_features)]
+        given = [str(labels.get(number, "")) for number in range(encoder.head.out_features)]
+        own = [composed(name.strip()) or str(number) for number, name in enumerate(given)]
         numbered = [f"{name} ({number})" for number, name in enumerate(own)]
         names = _distinct([own, numbered])
     return encoder, names, {}
@@ -373,7 +386,7 @@ def _check_restored(encoder: FrameEncoder, what: str) -> None:
         pictures = (torch.arange(math.prod(shape)) % 251).reshape(shape).byte()
         actual, expected = (each.features(pictures) for each in (rebuilt, encoder))
         same = torch.allclose(actual, expected, rtol=1e-3, atol=1e-4)
-    except (RuntimeError, ValueError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelError(
             f"{what}: cannot be rebuilt from its settings ({' '.join(str(error).split())[:160]})"
         ) from error

@@ -17,23 +17,26 @@ import pyarrow as pa
 from tsq_ray import log, storage
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.settings import (
+    BUNDLE_FILE,
     is_bundle,
     read_agreement,
     read_bundle_settings,
     read_classifier_settings,
+    with_choice,
     write_agreement,
+    write_settings,
 )
 from tsq_ray.bundle.weights import classifier_settings, load_bundle
 from tsq_ray.config import SERVER_USE, Config, check_budget, check_top_objects, load_config
 from tsq_ray.cost import Used
 from tsq_ray.errors import ConfigError, ModelError
 from tsq_ray.evaluation.agreement import Agreement, cheapest, measure_agreement
-from tsq_ray.evaluation.videos import VAL_SPLIT, load_features
+from tsq_ray.evaluation.videos import EVERY_SPLIT, VAL_SPLIT, load_features
 from tsq_ray.extraction import extract
 from tsq_ray.manifest import Manifest, build_manifest, read_manifest, write_manifest
 from tsq_ray.manifest.videos import VideoRows, keys_of
 from tsq_ray.reporting import build_report
-from tsq_ray.reporting.agreement import verdict
+from tsq_ray.reporting.agreement import UNTAUGHT, verdict
 from tsq_ray.results import LabelSummary, RunSummary
 from tsq_ray.runs.folder import check_folder, read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
@@ -42,9 +45,15 @@ from tsq_ray.score_run import identity_of
 from tsq_ray.scoring import score
 from tsq_ray.training import train
 from tsq_ray.training.sampler.components import Embeddings
+from tsq_ray.training.sampler.tsqnet import keep_untaught
+from tsq_ray.training.teachable import why_untaught
 
 HELD_OUT = 0.4
 """Share of the sample held out of training; 200 of 500 videos make 93 % certain to 4 points."""
+_TO_TEACH = (
+    "uniform frames or every frame are used; to teach one, use another --out with a larger "
+    "--sample or a lower train.teacher_min_videos"
+)
 _IDENTITY_FILE = "label.json"
 """Records what the folder was begun with; written first."""
 
@@ -71,7 +80,8 @@ def label(
         recognizer: what `finetune` or `import_network` wrote.
         out: folder of the results.
         config: the settings; `load_config()` by default. `train.target` is "teacher" here, and the
-            held-out videos choose `sampler.mode` and `sampler.budget`.
+            held-out videos choose `sampler.mode` and `sampler.budget`. If the sample cannot teach a
+            sampler, only uniform frames and every frame are measured, on all of its videos.
         sample: number of videos that the recogniser sees densely; two fifths of them are held out.
         agreement: minimum share of the held-out videos on which the chosen frames must give the
             dense recogniser's best class.
@@ -80,8 +90,7 @@ def label(
     """
     started, config = time.time(), config or load_config()
     _check_numbers(sample, agreement)
-    train_config = config.train.model_copy(update={"target": "teacher"})
-    config = config.model_copy(update={"train": train_config})
+    config = _label_config(config)
     steps = _Steps(storage.normalize(out), recognizer, config, session)
     steps.check()
     steps.index(sources, sample)
@@ -173,9 +182,22 @@ class _Steps:
         options: dict[str, Any] = {"recognizer": self.recognizer, "session": self.session}
         _say("extract: the recogniser on every frame of the sample")
         done = extract(self.at("sample.parquet"), self.at("features"), self.config, **options)
-        _say("train: the recogniser teaches the sampler")
-        train(self.at("features"), self.at("bundle"), self.config, **options)
+        features, model = self.at("features"), self.at("bundle")
+        if (why := self._why_untaught()) is None:
+            _say("train: the recogniser teaches the sampler")
+            train(features, model, self.config, **options)
+        else:
+            _say(f"{UNTAUGHT} ({why}): {_TO_TEACH}")
+            keep_untaught(features, model, self.config, self.recognizer, why)
         return done
+
+    def _why_untaught(self) -> str | None:
+        """Say why the sample cannot teach a sampler; None if it can. Kept in the bundle."""
+        if is_bundle(self.at("bundle")):
+            provenance = read_bundle_settings(self.at("bundle"))[0]["provenance"]
+            return provenance.get("untaught")
+        classes = tuple(read_classifier_settings(self.recognizer)[0]["classes"])
+        return why_untaught(self.at("features"), classes, self.config.train, VAL_SPLIT)
 
     def measure(self, minimum: float) -> dict[str, Any]:
         """Measure the held-out videos, unless that was done, and choose a budget."""
@@ -183,13 +205,17 @@ class _Steps:
         measured = read_agreement(model)
         if measured is None:
             bundle = load_bundle(model)
-            features = load_features(self.at("features"), bundle, VAL_SPLIT, labelled=False)
+            split = VAL_SPLIT if bundle.is_taught else EVERY_SPLIT
+            options = {"labelled": False, "with_training": False}
+            features = load_features(self.at("features"), bundle, split, **options)
             settings = (self.config.sampler, self.config.train.teacher_frames)
             curve = measure_agreement(bundle, features.measured, *settings)
             measured = {
                 "videos": len(features.measured),
                 "curve": [asdict(point) for point in curve],
             }
+            if not bundle.is_taught:
+                measured["untaught"] = bundle.provenance["untaught"]
         chosen = cheapest([Agreement(**point) for point in measured["curve"]], minimum)
         return measured | {"asked": minimum, "chosen": asdict(chosen)}
 
@@ -200,9 +226,11 @@ class _Steps:
         """
         manifest, model, out = map(self.at, ("manifest.parquet", "bundle", "predictions"))
         config = self._scoring(measured["chosen"])
-        identity = identity_of(*read_bundle_settings(model), config, with_scores)
+        content, digest = with_choice(read_bundle_settings(model)[0], measured["chosen"])
+        identity = identity_of(content, digest, config, with_scores)
         check_folder(out, "predictions", read_manifest(manifest), identity)
         write_agreement(model, measured)
+        write_settings(model, BUNDLE_FILE, content)
         _say("score: every video")
         return score(manifest, model, out, config, with_scores=with_scores, session=self.session)
 
@@ -220,6 +248,19 @@ class _Steps:
             mode="json", include=set(SERVER_USE), exclude_defaults=True
         )
         return scoring_config(self.at("bundle"), settings=kept)
+
+
+def _label_config(config: Config) -> Config:
+    """Return the settings of every step: the recogniser teaches, and a K above T is lowered to T.
+
+    K is chosen later.
+    """
+    sampler, num_frames = config.sampler, config.decode.num_frames
+    if sampler.budget != "adaptive":
+        budget = min(sampler.budget, num_frames)
+        sampler = sampler.model_copy(update={"budget": budget})
+    train_config = config.train.model_copy(update={"target": "teacher"})
+    return config.model_copy(update={"train": train_config, "sampler": sampler})
 
 
 def _say(line: str) -> None:

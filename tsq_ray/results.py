@@ -220,7 +220,8 @@ class LabelSummary:
     sample: int
     """Videos that the recogniser saw densely."""
     held_out: int
-    """Videos of the sample, ok and not trained on, on which the agreement was measured."""
+    """Videos of the sample on which the agreement was measured: those that are ok and not trained
+    on."""
     asked: float
     """The requested minimum agreement with the dense recogniser."""
     curve: Sequence[Mapping[str, Any]]

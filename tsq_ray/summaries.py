@@ -195,11 +195,10 @@ def index_text(summary: IndexSummary) -> str:
 
 def label_text(summary: LabelSummary, price: Price | None = None) -> str:
     """Format the summary of label, with its cost at these prices."""
-    sample, held_out = summary.sample, summary.held_out
     lines = [
         summary.verdict,
         *_agreement_lines(summary),
-        f"the sample, {sample} videos, of which {held_out} were held out:",
+        f"the sample, {summary.sample} videos; agreement measured on {summary.held_out} of them:",
         _priced_text(summary.features, price),
         "the archive:",
         _priced_text(summary.predictions, price),

@@ -182,14 +182,14 @@ What `tsq train` writes, and all that scoring needs: no hub, no language model. 
 
 | file | what |
 | --- | --- |
-| `bundle.json` | written last: `format`, `classes`, `sampler_classes` (those with a query, if not all have one), `task`, `config` (`decode`, `encoders`, `recognizer`, `sampler`), `sampler_shape`, `provenance`, `files` (sha256 of each) |
+| `bundle.json` | written last: `format`, `classes`, `sampler_classes` (those with a query, if not all have one; empty: the sampler was not taught), `task`, `config` (`decode`, `encoders`, `recognizer`, `sampler`), `sampler_shape`, `provenance`, `files` (sha256 of each) |
 | `sampler.safetensors` | TSQNet |
 | `encoder.safetensors` | the frame encoder with its frame head |
 | `objects.safetensors` | the object recogniser; absent with `train.modules = "visual"` |
 | `text.safetensors` | `vocabulary` [1000, text dimensions], the embeddings of the object names; absent with `train.modules = "visual"` |
 | `recognizer.safetensors` | the recogniser; absent if it is behind a server, and without `--recognizer`, in which case `tsq score` refuses the bundle |
 | `curves.csv` | the losses of each epoch |
-| `agreement.json` | only from `tsq label`: `videos` held out, `curve` (for each sampler mode and budget: agreement with the dense recogniser, its interval, cost), `asked` and `chosen` |
+| `agreement.json` | only from `tsq label`: `videos` held out, `curve` (for each sampler mode and budget: agreement with the dense recogniser, its interval, cost), `asked`, `chosen` and, if no sampler could be taught, why (`untaught`) |
 
 Nothing is unpickled. A file whose sha256 differs from the one in `bundle.json` is refused, as is a
 `format` other than {format}. The sha256 of `bundle.json` identifies the whole bundle.
@@ -215,7 +215,9 @@ What `tsq export PREDICTIONS --out URI` writes; `--format NAME` chooses, by defa
   characters if more than 250); a longer list is sent with `strict: false`. `--prompt` replaces the
   question, `--size` sets the frames' shorter side. The frames are in the requests as base64; with
   `--frame-urls URL` they are written as files, and the requests name `URL/frames/...`. A file
-  has at most 50,000 requests and 200 MB; then the next one begins.
+  has at most 50,000 requests and 200 MB; then the next one begins. The table of videos holds the
+  slots and seconds of the frames: OpenAI takes `metadata` in a request only if it stores the answer
+  (`store`).
 - **`label-studio`**: create a project with the interface and import the tasks. The prediction is the
   best class (for a multi-label bundle all classes with at least 0.5, or the best), with its score and the
   bundle as `model_version`; the chosen frames are single-frame moments of the timeline, counted

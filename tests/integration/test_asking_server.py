@@ -124,6 +124,28 @@ def test_the_server_teaches_a_sampler(
 
 
 @pytest.mark.slow
+def test_the_server_labels_an_archive(
+    server: ChatServer, recognizer: str, ray_cluster: Any, tmp_path: Path
+) -> None:
+    archive = make_archive(tmp_path / "videos", odd=False)
+    settings, out = tmp_path / "settings.toml", str(tmp_path / "out")
+    settings.write_text(SETTINGS)
+    teach = ("--set", "train.teacher_min_videos=1", "--set", "recognizer.price_in=1000")
+    given = ("--recognizer", recognizer, "--config", str(settings), *teach)
+    found = json.loads(
+        done(tsq("label", str(archive.root), *given, "--sample", "12", "--out", out, "--json"))
+    )
+    assert "held-out videos" in found["verdict"]
+    assert {choice["mode"] for choice in found["curve"]} == {"both", "uniform"}
+    assert found["used"]["tokens_in"] > 12 * 8 * PICTURE_TOKENS
+    assert found["cost"]["tokens"] > 0
+    rows = read_rows(f"{out}/predictions").to_pylist()
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {len(row["selected_slot"]) for row in rows} == {found["chosen"]["budget"]}
+    assert min(row["tokens_in"] for row in rows) > PICTURE_TOKENS
+
+
+@pytest.mark.slow
 def test_a_wrong_key_ends_the_run_and_is_not_shown(recognizer: str, tmp_path: Path) -> None:
     """In a cluster of its own, which has the key from the driver's environment."""
     with ChatServer(key="sk-another") as strict:

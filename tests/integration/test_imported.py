@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from support.archive import make_archive
 from support.bundle import make_bundle
-from support.cluster import SETTINGS, Ended, read_rows, refused, tsq
+from support.cluster import SETTINGS, Ended, read_rows, refused, tsq, upload
 from support.endpoint import CLOSE, same_answer, serving
 from support.pretrained import CLASSES, CLIP, save_pretrained
 
+from jobs.benchmarks.support.s3 import S3Server
 from tsq_ray.bundle.overrides import scoring_config
 from tsq_ray.bundle.weights import load_bundle, load_classifier
 from tsq_ray.prediction import predict_rows
@@ -34,6 +35,18 @@ def import_kind(kind: str, folder: Path) -> str:
     model = save_pretrained(kind, folder / "model")
     done(tsq("import", model, "--out", out, "--classes", str(names)))
     return out
+
+
+def test_a_model_in_a_bucket(s3: S3Server, tmp_path: Path) -> None:
+    local = import_kind("vit", tmp_path)
+    upload(tmp_path / "model", "s3://tsq-chain/imported/model")
+    out = "s3://tsq-chain/imported/recognizer"
+    done(tsq("import", "s3://tsq-chain/imported/model", "--out", out))
+    here, there = load_classifier(local), load_classifier(out)
+    assert there.encoder.state_hash() == here.encoder.state_hash()
+    assert there.classes == here.classes
+    line = refused(tsq("import", "s3://tsq-chain/imported/none", "--out", f"{out}2"))
+    assert "s3://tsq-chain/imported/none" in line
 
 
 @pytest.mark.slow
@@ -66,6 +79,22 @@ def test_a_sampler_learns_from_an_imported_recogniser(ray_cluster: Any, tmp_path
     (row,) = predict_rows([min(scored)], bundle, scoring_config(bundle))
     assert scored[min(scored)]["scores"] == pytest.approx(row["scores"], abs=CLOSE)
     assert scored[min(scored)]["selected_slot"] == list(row["selected_slot"])
+
+
+@pytest.mark.slow
+def test_a_dual_encoder_labels_an_archive(ray_cluster: Any, tmp_path: Path) -> None:
+    recognizer, out = import_kind("siglip", tmp_path), str(tmp_path / "out")
+    archive, settings = make_archive(tmp_path / "videos"), tmp_path / "settings.toml"
+    settings.write_text(SETTINGS)
+    given = ("--recognizer", recognizer, "--config", str(settings), "--sample", "18")
+    done(tsq("label", str(archive.root), *given, "--out", out))
+    rows = read_rows(f"{out}/predictions").to_pylist()
+    assert len(rows) == len(archive.paths)
+    good = [row for row in rows if row["status"] == "ok"]
+    assert len(good) == len(archive.paths) - len(archive.bad)
+    assert {label for row in good for label in row["top_labels"]} == set(CLASSES)
+    (row,) = predict_rows([good[0]["uri"]], f"{out}/bundle", scoring_config(f"{out}/bundle"))
+    assert good[0]["scores"] == pytest.approx(row["scores"], abs=CLOSE)
 
 
 @pytest.mark.slow

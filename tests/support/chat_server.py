@@ -21,6 +21,13 @@ from support.archive import COLOURS
 MODEL, PICTURE_TOKENS, PIECE = "colours-1", 85, 3
 """Its model, the tokens of a picture, and the characters of a token of its answers."""
 _SOFTNESS = 40.0
+_WRAPPED = {
+    "fence": ("```json\n", "\n```"),
+    "think": ('<think>Is it {"label": "amber light"}?</think>\n', ""),
+    "parts": ("", ""),
+    "usage": ("", ""),
+}
+"""Unusual right answers, and the texts before and after them."""
 
 
 def probabilities(jpegs: Sequence[bytes], classes: Sequence[str]) -> np.ndarray:
@@ -38,7 +45,9 @@ class Trouble:
     """What goes wrong with one request."""
 
     kind: str
-    """A status, "slow", "cut", "outside", "text" (no JSON), "short" or "refusal"."""
+    """A status, "slow", "cut", "outside", "text" (no JSON), "short", "refusal", "error" (an error
+    with status 200), "usage" (tokens that are no numbers), or how a right answer is wrapped:
+    "fence", "think" or "parts"."""
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -119,6 +128,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind = trouble.kind if trouble else ""
         if trouble and kind.isdigit():
             return self._fail(int(kind), f"trouble {kind}", trouble.headers)
+        if kind == "error":
+            return self._fail(200, "overloaded")
         if kind == "slow":
             time.sleep(1.5)
         found = completion(body, kind, self.server_state.logprobs)
@@ -166,23 +177,32 @@ def completion(body: dict[str, Any], kind: str = "", with_logprobs: bool = True)
         answer["caption"] = f" {len(jpegs)} pictures of colour "
     if kind == "outside":
         answer["label"] = "a unicorn"
-    text = json.dumps(answer, ensure_ascii=False)
+    text = _in_json(answer, kind)
     if kind in ("text", "short"):
         text = "I see colours" if kind == "text" else text[:9]
     reason = "length" if kind == "short" else "stop"
     message: dict[str, Any] = {"role": "assistant", "content": text}
     if kind == "refusal":
         message |= {"content": None, "refusal": "I do not look at this"}
+    if kind == "parts":
+        message["content"] = [{"type": "text", "text": text[:5]}, {"text": text[5:]}]
     choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reason}
     tokens = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
-    if with_logprobs and body.get("logprobs") and not multi and not kind:
-        names = [json.dumps(answer | {"label": name}, ensure_ascii=False) for name in classes]
+    if with_logprobs and body.get("logprobs") and not multi and (kind in _WRAPPED or not kind):
+        names = [_in_json(answer | {"label": name}, kind) for name in classes]
         choice["logprobs"] = {"content": list(_logprobs(text, names, chances))}
-    usage = {
+    usage: dict[str, Any] = {
         "prompt_tokens": PICTURE_TOKENS * len(jpegs) + sum(len(text) // 4 for text in texts),
         "completion_tokens": len(tokens),
     }
+    if kind == "usage":
+        usage = {"prompt_tokens": "many", "completion_tokens": [len(tokens)]}
     return {"object": "chat.completion", "model": MODEL, "choices": [choice], "usage": usage}
+
+
+def _in_json(answer: dict[str, Any], kind: str) -> str:
+    before, after = _WRAPPED.get(kind, ("", ""))
+    return before + json.dumps(answer, ensure_ascii=False) + after
 
 
 def _logprobs(text: str, names: Sequence[str], chances: np.ndarray) -> Iterator[dict[str, Any]]:

@@ -33,14 +33,17 @@ class Case:
     bundle: Bundle
 
 
-def make_case(folder: Path, with_logits: bool = True, **changes: Any) -> Case:
+def make_case(
+    folder: Path, with_logits: bool = True, labelled: bool = True, **changes: Any
+) -> Case:
     """Features of a video whose frames 2 and 5 show its class.
 
     It shows in the visual feature and in the recogniser's logits. Frame i of T is at i / 10 s.
     """
     model = make_bundle(folder / "bundle")
     bundle = load_bundle(model)
-    features = write_features(folder / "features", bundle, with_logits, **changes)
+    options = {"with_logits": with_logits, "labelled": labelled}
+    features = write_features(folder / "features", bundle, **options, **changes)
     videos = {f"{name}.mp4": {"segments": [[0.15, 0.25], [0.45, 0.55]]} for name, _, _ in rows_of()}
     (folder / "annotations.json").write_text(json.dumps({"videos": videos}))
     return Case(model, features, str(folder / "annotations.json"), bundle)
@@ -87,7 +90,12 @@ def feature_row(
 
 
 def write_features(
-    folder: Path, bundle: Bundle, with_logits: bool = True, splits: bool = True, **changes: Any
+    folder: Path,
+    bundle: Bundle,
+    with_logits: bool = True,
+    splits: bool = True,
+    labelled: bool = True,
+    **changes: Any,
 ) -> str:
     """A finished run folder of 21 good videos, an unlabelled one and a failed one.
 
@@ -109,7 +117,9 @@ def write_features(
         }
         | {"status": "failed", "error_type": "corrupt", "error_message": "bad", "warnings": []}
     )
-    made = schema.features_schema(NUM_FRAMES, dim, CLASSES, len(CLASSES) if with_logits else None)
+    classes = CLASSES if labelled else []
+    rows = [row if labelled else row | {"labels": None} for row in rows]
+    made = schema.features_schema(NUM_FRAMES, dim, classes, len(CLASSES) if with_logits else None)
     for part in (rows[:10], rows[10:]):
         write_part(str(folder), schema.table_from_rows(part, made), "zstd")
     assert bundle.recognizer is not None
@@ -124,7 +134,7 @@ def write_features(
         "status": "complete",
         "counts": {"inputs": len(rows), "ok": len(rows) - 1, "failed": 1, "skipped": 0},
         "manifest": {"uri": "/manifest.parquet", "id": "m", "sha256": "0" * 64},
-        "classes": CLASSES,
+        "classes": classes,
         "identity": {"weights": weights},
         "weights": weights,
         "config": config.model_dump(mode="json"),

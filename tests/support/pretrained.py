@@ -107,6 +107,49 @@ def _vivit() -> tuple[Any, Any]:
     return transformers.VivitForVideoClassification(config), processor
 
 
+def _imagegpt() -> tuple[Any, Any]:
+    """It sees colour clusters."""
+    config = transformers.ImageGPTConfig(
+        n_embd=16, n_layer=1, n_head=2, n_positions=64, vocab_size=16, **_LABELS
+    )
+    processor = transformers.ImageGPTImageProcessor(
+        clusters=[[number / 8 - 1] * 3 for number in range(16)], size={"height": 8, "width": 8}
+    )
+    return transformers.ImageGPTForImageClassification(config), processor
+
+
+def _vjepa2() -> tuple[Any, Any]:
+    """Its config says the frames of a clip in words of its own."""
+    predictor = {"pred_hidden_size": 32, "pred_num_hidden_layers": 1}
+    config = transformers.VJEPA2Config(
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pred_num_attention_heads=2,
+        num_pooler_layers=1,
+        crop_size=SIZE,
+        frames_per_clip=CLIP,
+        **predictor,
+        **_LABELS,
+    )
+    return transformers.VJEPA2ForVideoClassification(config), transformers.VideoMAEImageProcessor()
+
+
+def _naflex() -> tuple[Any, Any]:
+    """It sees patches."""
+    vision = {**_WIDTHS, "patch_size": 16, "num_patches": 16}
+    config = transformers.Siglip2Config(
+        text_config={**_WIDTHS, "vocab_size": 300}, vision_config=vision
+    )
+    return transformers.Siglip2Model(config), transformers.Siglip2ImageProcessor()
+
+
+def _bert() -> tuple[Any, Any]:
+    """It sees no pictures at all."""
+    config = transformers.BertConfig(**_WIDTHS, vocab_size=300)
+    return transformers.BertModel(config), transformers.ViTImageProcessor()
+
+
 VIDEO_CLASSIFIERS = {"videomae": _videomae, "timesformer": _timesformer, "vivit": _vivit}
 CLASSIFIERS = {
     "vit": _vit,
@@ -118,13 +161,15 @@ CLASSIFIERS = {
     "siglip-classifier": partial(_siglip, transformers.SiglipForImageClassification, **_LABELS),
 }
 DUAL_ENCODERS = {"clip": _clip, "siglip": _siglip}
+UNSUPPORTED = {"imagegpt": _imagegpt, "vjepa2": _vjepa2, "naflex": _naflex, "bert": _bert}
 
 
 def save_pretrained(kind: str, folder: Path) -> str:
     """Write the network, its image processor and, for a dual encoder, its tokenizer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        network, processor = (CLASSIFIERS | DUAL_ENCODERS | VIDEO_CLASSIFIERS)[kind]()
+        every = CLASSIFIERS | DUAL_ENCODERS | VIDEO_CLASSIFIERS | UNSUPPORTED
+        network, processor = every[kind]()
         for parameter in network.parameters():  # answers that differ between pictures
             if parameter.ndim > 1:
                 parameter.data.normal_(std=0.2)

@@ -7,20 +7,32 @@ No label is read.
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support.bundle import make_recognizer
-from support.evaluate import make_case
+from support.bundle import NUM_FRAMES, make_recognizer
+from support.evaluate import Case, feature_row, make_case
 from support.pretrained import save_pretrained
 
+from tsq_ray import schema
 from tsq_ray.asking.questions import ServerModel
 from tsq_ray.bundle.overrides import scoring_config
-from tsq_ray.bundle.settings import read_agreement, read_bundle_settings, write_agreement
-from tsq_ray.config import RecognizerConfig, validate_config
+from tsq_ray.bundle.settings import (
+    BUNDLE_FILE,
+    check_bundle,
+    read_agreement,
+    read_bundle_settings,
+    with_choice,
+    write_agreement,
+    write_settings,
+)
+from tsq_ray.bundle.weights import load_bundle, save_bundle
+from tsq_ray.config import RecognizerConfig, SamplerConfig, validate_config
 from tsq_ray.errors import ConfigError, ModelError, RunError
 from tsq_ray.evaluation.agreement import (
     Agreement,
@@ -29,14 +41,18 @@ from tsq_ray.evaluation.agreement import (
     measure_agreement,
 )
 from tsq_ray.evaluation.measures import dense_answers
-from tsq_ray.evaluation.videos import load_features
+from tsq_ray.evaluation.run import evaluate
+from tsq_ray.evaluation.videos import EVERY_SPLIT, load_features
 from tsq_ray.importing import import_config, import_network
-from tsq_ray.labelling import _Steps, draw_sample, label
+from tsq_ray.labelling import _label_config, _Steps, draw_sample, label
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, write_manifest
+from tsq_ray.model import TSQNet
 from tsq_ray.reporting.agreement import agreement_rows, verdict
-from tsq_ray.runs.folder import begin
+from tsq_ray.runs.folder import begin, write_part
 from tsq_ray.runtime.session import DEFAULT_SESSION
 from tsq_ray.score_run import identity_of
+from tsq_ray.stages.sample import Sample
+from tsq_ray.training.teachable import why_untaught
 
 
 def one(mode: str, budget: int, top1: float, cost: float) -> Agreement:
@@ -211,21 +227,30 @@ def test_another_choice_does_not_replace_that_of_the_predictions(tmp_path: Path)
     chosen = [asdict(one("uniform", budget, 1, budget / 8)) for budget in (2, 4)]
     found = {"videos": 9, "curve": chosen, "asked": 0.9, "chosen": chosen[1]}
     write_agreement(case.model, found)
+    content, digest = with_choice(read_bundle_settings(case.model)[0], chosen[1])
+    write_settings(case.model, BUNDLE_FILE, content)
+    assert read_bundle_settings(case.model) == (content, digest)
     steps = _Steps(str(tmp_path), "", validate_config({}), DEFAULT_SESSION)
-    config = scoring_config(case.model, sets=["sampler.mode=uniform", "sampler.budget=4"])
-    scored = identity_of(*read_bundle_settings(case.model), config, True)
+    config = scoring_config(case.model)
+    assert (config.sampler.mode, config.sampler.budget) == ("uniform", 4), "the bundle's own"
+    scored = identity_of(content, digest, config, True)
     begin(steps.at("predictions"), "predictions", scored, manifest)
     other = steps.measure(0.95)
     assert other["chosen"]["budget"] == 2
     with pytest.raises(RunError, match=r"sampler\.budget: 4 there, 2 now"):
         steps.score(other, True)
     assert read_agreement(case.model) == found
+    assert read_bundle_settings(case.model)[1] == digest
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"decode": {"num_frames": 4}}, ConfigError, r"sampler\.budget \(K\) is 5, above decode"),
+        (
+            {"decode": {"num_frames": 4}, "sampler": {"budget": "adaptive"}},
+            ConfigError,
+            r"sampler\.max_budget is 5, above decode",
+        ),
         (
             {"train": {"task": "multi"}},
             ModelError,
@@ -246,6 +271,105 @@ def test_settings_that_only_the_training_would_refuse_are_refused_first(
     with pytest.raises(error, match=message):
         label(str(tmp_path), recognizer, str(out), validate_config(settings))
     assert not out.exists()
+
+
+def test_k_is_chosen_so_the_default_may_be_above_t(tmp_path: Path) -> None:
+    settings = {"decode": {"num_frames": 4}, "train": {"modules": "visual"}}
+    config = _label_config(validate_config(settings))
+    assert (config.sampler.budget, config.train.target) == (4, "teacher")
+    recognizer = make_recognizer(tmp_path / "recognizer")
+    _Steps(str(tmp_path / "out"), recognizer, config, DEFAULT_SESSION).check()
+
+
+Sampled = tuple[str, int, str]
+"""Split, label and status of a video of the sample."""
+
+
+def sampled_features(case: Case, folder: Path, videos: Sequence[Sampled]) -> str:
+    """Features of a sample."""
+    rows = []
+    for number, (split, shown, status) in enumerate(videos):
+        row = feature_row(f"{number}", split, shown, case.bundle.encoder.dim, number)
+        if status == "failed":
+            row = {name: row[name] for name in ("video_id", "uri", "size_bytes", "split")}
+            row |= {"status": status, "error_type": "corrupt", "error_message": "", "warnings": []}
+        rows.append(row | {"labels": None})
+    dim, count = case.bundle.encoder.dim, len(case.bundle.classes)
+    arrow = schema.features_schema(NUM_FRAMES, dim, case.bundle.classes, count)
+    write_part(str(folder), schema.table_from_rows(rows, arrow), "zstd")
+    shutil.copy(f"{case.features}/_run.json", folder)
+    return str(folder)
+
+
+GOOD = [("train", 0, "ok"), ("train", 1, "ok"), ("val", 0, "ok")]
+
+
+@pytest.mark.parametrize(
+    ("videos", "minimum", "why"),
+    [
+        (GOOD, 1, None),
+        (GOOD, 2, "in 2 videos, the recogniser finds 0 classes at least train.teacher_min_videos"),
+        ([*GOOD[:1], *GOOD[:1], *GOOD[2:]], 1, "finds 1 classes at least train.teacher_min_videos"),
+        (GOOD[:1], 1, "1 usable videos to learn from and 0 to measure it on"),
+        (GOOD[2:], 1, "0 usable videos to learn from and 1 to measure it on"),
+        ([*GOOD[:2], ("val", 0, "failed")], 1, "2 usable videos to learn from and 0 to measure"),
+    ],
+)
+def test_whether_a_sample_can_teach(
+    videos: list[Sampled], minimum: int, why: str | None, tmp_path: Path
+) -> None:
+    case = make_case(tmp_path)
+    features = sampled_features(case, tmp_path / "sample", videos)
+    settings = validate_config({"train": {"teacher_min_videos": minimum}}).train
+    found = why_untaught(features, tuple(case.bundle.classes), settings, "val")
+    assert (found is None) if why is None else (found is not None and why in found)
+
+
+def test_a_sample_without_a_usable_video_is_an_error(tmp_path: Path) -> None:
+    case = make_case(tmp_path)
+    features = sampled_features(case, tmp_path / "sample", [("train", 0, "failed")] * 2)
+    with pytest.raises(RunError, match="no video of the sample is ok, so nothing can be learned"):
+        why_untaught(features, tuple(case.bundle.classes), validate_config({}).train, "val")
+
+
+def test_a_sampler_that_was_not_taught(tmp_path: Path) -> None:
+    """Only uniform frames and every frame are measured, on every video; nothing else is allowed."""
+    case = make_case(tmp_path)
+    shape = dataclasses.replace(case.bundle.sampler.shape, num_classes=1)
+    encoder = case.bundle.encoder
+    encoder.head = None
+    changes = {"sampler": TSQNet(shape), "sampler_classes": [], "encoder": encoder}
+    save_bundle(dataclasses.replace(case.bundle, **changes), case.model)
+    bundle = load_bundle(case.model)
+    assert not bundle.is_taught
+    videos = load_features(case.features, bundle, EVERY_SPLIT, labelled=False).measured
+    assert len(videos) == 22
+    curve = measure_agreement(bundle, videos, bundle.sampler_defaults)
+    assert {each.mode for each in curve} == {"uniform", "maxconf"}
+    for mode in ("both", "visual", "maxconf-l"):
+        with pytest.raises(ModelError, match=r"was not taught.* use sampler\.mode = 'unif"):
+            check_bundle(case.model, mode)
+        with pytest.raises(ModelError, match="sampler was not taught"):
+            Sample(bundle, SamplerConfig(mode=mode, budget=2))  # type: ignore[arg-type]
+    check_bundle(case.model, "uniform")
+    with pytest.raises(ModelError, match="sampler was not taught"):
+        evaluate(case.features, case.model, str(tmp_path / "tables"))
+
+
+def test_a_sampler_that_was_not_taught_in_words() -> None:
+    every, few = one("maxconf", 5, 1, 1), dataclasses.replace(one("uniform", 2, 1, 0.25), low=0.2)
+    record = {"videos": 1, "asked": 0.9, "untaught": "1 class"}
+    curve = {"curve": [asdict(few), asdict(every)]}
+    assert verdict(record | curve | {"chosen": asdict(few)}) == (
+        "K = 2, uniform: no sampler can be taught (1 class); from uniform frames, the recogniser "
+        "gives the same label as from every frame on 100 % of 1 sampled video (20 to 100 %) at "
+        "25 % of the cost"
+    )
+    words = verdict(record | {"curve": [asdict(every)], "chosen": asdict(every)})
+    assert words.startswith(
+        "no sampler can be taught (1 class); no choice of fewer frames agrees with the recogniser "
+        "on 90 % of 1 sampled video, so it sees every frame"
+    )
 
 
 def test_a_video_classifier_cannot_teach(tmp_path: Path) -> None:

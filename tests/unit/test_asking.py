@@ -22,7 +22,7 @@ from support.bundle import make_bundle
 from support.chat_server import MODEL, PICTURE_TOKENS, ChatServer, Trouble, _logprobs, probabilities
 
 from tsq_ray import schema, storage
-from tsq_ray.asking.answers import ANSWERED_SCORE, MIN_SCORE, UnusableAnswer, read_answer
+from tsq_ray.asking.answers import ANSWERED_SCORE, MIN_SCORE, UnusableAnswer, read_answer, tokens_of
 from tsq_ray.asking.client import Client, Reply, _seconds
 from tsq_ray.asking.questions import Asker, Asking, Question, ServerModel, jpegs_of
 from tsq_ray.bundle.overrides import scoring_config
@@ -166,6 +166,7 @@ def test_several_labels() -> None:
         ({"message": {"content": '["cat"]'}}, "not JSON of the schema"),
         ({"message": {"content": '{"label": ["cat"]}'}}, "not JSON of the schema"),
         ({"text": "cat"}, "not a chat completion"),
+        ({"message": {"content": ["cat"]}}, "not a chat completion"),
         (
             {"message": {"content": '{"label": "cat"}'}, "logprobs": {"content": [{"token": 3}]}},
             "answered",
@@ -224,7 +225,7 @@ def test_other_fields_of_the_request(server: ChatServer) -> None:
 
 @pytest.mark.parametrize(
     "trouble",
-    ["429", "500", "503", "529", "cut", "slow", "outside", "text", "short", "refusal"],
+    ["429", "500", "503", "529", "error", "cut", "slow", "outside", "text", "short", "refusal"],
 )
 def test_after_trouble_it_asks_again(trouble: str, server: ChatServer) -> None:
     server.trouble = [Trouble(trouble)]
@@ -234,6 +235,42 @@ def test_after_trouble_it_asks_again(trouble: str, server: ChatServer) -> None:
     billed = 2 if trouble in ("outside", "text", "short", "refusal") else 1
     assert answer.columns["tokens_in"] > billed * 2 * PICTURE_TOKENS
     assert (answer.columns["tokens_in"] > 4 * PICTURE_TOKENS) == (billed == 2)
+
+
+@pytest.mark.parametrize("logprobs", [True, False])
+@pytest.mark.parametrize("form", ["fence", "think", "parts", "usage"])
+def test_a_right_answer_in_another_form(form: str, logprobs: bool, server: ChatServer) -> None:
+    one, server.trouble, server.logprobs = question(), [Trouble(form)], logprobs
+    (answer,) = ask(model(server), one)
+    assert (answer.error, server.asked) == (None, 1)
+    assert answer.columns["top_labels"][0] == "blue sea"
+    if logprobs:
+        wanted = probabilities(one.jpegs, CLASSES)
+        assert answer.columns["scores"] == pytest.approx(wanted, abs=1e-5)
+    counted = 0 if form == "usage" else 2 * PICTURE_TOKENS
+    assert counted <= answer.columns["tokens_in"] <= 2 * counted
+
+
+@pytest.mark.parametrize(
+    ("text", "multi"),
+    [
+        ('```\n{"label": "cat"}```', False),
+        ('```json {"labels": ["cat"]}\n```\n', True),
+        ('\n\n{"labels": ["cat"]} \n', True),
+        ('<think>a {"label": "catch"} </think>```json\n{"label": "cat"}\n```', False),
+        ('no opening mark</think>{"label": "cat"}', False),
+    ],
+)
+def test_what_surrounds_the_answer_is_left_out(text: str, multi: bool) -> None:
+    for content in (text, [{"type": "reasoning", "x": "y"}, {"type": "text", "text": text}]):
+        scores, _ = read_answer({"choices": [{"message": {"content": content}}]}, ODD, multi)
+        assert scores.argmax() == ODD.index("cat")
+
+
+@pytest.mark.parametrize("count", ["12", None, [3], {}, -1, float("nan"), float("inf"), 1e30])
+def test_tokens_that_are_no_numbers_are_not_counted(count: Any) -> None:
+    assert tokens_of({"usage": {"prompt_tokens": count, "completion_tokens": 7}}) == (0, 7)
+    assert tokens_of({"usage": count}) == (0, 0)
 
 
 def test_it_waits_as_long_as_the_server_says(server: ChatServer) -> None:
@@ -252,12 +289,13 @@ def test_it_waits_as_long_as_the_server_says(server: ChatServer) -> None:
     [
         ([Trouble("429", {"Retry-After": "60"})], 1, "HTTP 429: trouble 429 (tried 1 times)"),
         ([Trouble("500")] * 9, 3, "HTTP 500: trouble 500 (tried"),
+        ([Trouble("error")] * 9, 3, "HTTP 200: overloaded (tried"),
         ([Trouble("cut")] * 9, 3, "ClientPayloadError"),
         ([Trouble("outside")] * 9, 3, "answered 'a unicorn', which is none of its classes"),
         ([Trouble("400")], 1, "HTTP 400: trouble 400"),
         ([Trouble("302", {"Location": "http://nowhere/"})], 1, "HTTP 302"),
     ],
-    ids=["busy", "broken", "cut", "outside", "refused", "moved"],
+    ids=["busy", "broken", "error", "cut", "outside", "refused", "moved"],
 )
 def test_in_the_end_the_video_is_unavailable(
     trouble: list[Trouble], asked: int, message: str, server: ChatServer

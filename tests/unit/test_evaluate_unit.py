@@ -23,7 +23,14 @@ from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import SamplerConfig, TextConfig, TrainConfig
 from tsq_ray.decode import DecodedVideo
 from tsq_ray.errors import ConfigError, ManifestError, ModelError, RunError
-from tsq_ray.evaluation import evaluate, evaluation_config, on_evidence, paper, read_annotations
+from tsq_ray.evaluation import (
+    comparisons,
+    evaluate,
+    evaluation_config,
+    on_evidence,
+    paper,
+    read_annotations,
+)
 from tsq_ray.evaluation.ablations import TABLES, ablation
 from tsq_ray.evaluation.bench import Bench, InitialValues
 from tsq_ray.evaluation.catalogue import METHODS, TEACHING
@@ -76,8 +83,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return make_case(tmp_path_factory.mktemp("evaluate"))
 
 
-def bench_of(case: Case, out: Path, *sets: str, split: str | None = None) -> Bench:
-    features = load_features(case.features, case.bundle, split)
+def bench_of(
+    case: Case, out: Path, *sets: str, split: str | None = None, labelled: bool = True
+) -> Bench:
+    features = load_features(case.features, case.bundle, split, labelled=labelled)
     small = (
         "train.epochs=2",
         "train.dim_visual=16",
@@ -665,6 +674,46 @@ def test_the_teacher_beside_labels(bench: Bench) -> None:
     assert any(
         "too few training videos: teacher, 25 videos, teacher, 50" in note for note in table.notes
     )
+
+
+def test_the_teacher_without_labels(tmp_path: Path) -> None:
+    case = make_case(tmp_path / "case", labelled=False)
+    with pytest.raises(RunError, match=r"no ok video with a label.* only --table teacher needs no"):
+        load_features(case.features, case.bundle, None)
+    bench = bench_of(case, tmp_path, labelled=False)
+    assert (len(bench.videos), len(bench.features.training or ())) == (VAL + 1, TRAIN)
+    specs = paper.specs_for(bench, "teacher")
+    assert {spec.config.target for spec in specs} == {"teacher"}
+    saliency = bench.videos.logits.max(-1).astype(np.float32)
+    for spec in specs:
+        learned = {f"saliency_{module}": saliency for module in ("visual", "textual")}
+        bench.learned[spec] = Learned({**learned, "textual_after": np.zeros((3, 5), np.float32)})
+    table = paper.make(bench, "teacher", "")
+    titles = [column.title for column in table.columns]
+    rows = [dict(zip(titles, row, strict=True)) for row in table.formatted_rows()]
+    assert [row["sampler"] for row in rows] == ["uniform", "maxconf", "maxconf-l", "teacher"]
+    assert {row[name] for row in rows for name in ("mAP", "top-1", "over tsqnet")} == {"-"}
+    assert all(float(row["agreement"].split()[0]) > 0 for row in rows)
+    assert any("no labels: no mAP, no top-1, and tsqnet is not" in note for note in table.notes)
+    assert not any("too few" in note and "tsqnet" in note for note in table.notes)
+
+
+def test_a_size_that_is_all_the_training_videos(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = [each for each in TEACHING if each.name == "teacher"]
+    sizes = [
+        dataclasses.replace(whole, name=name, train={**(whole.train or {}), "max_videos": count})
+        for name, count in (("as many", TRAIN), ("more", TRAIN + 1))
+    ]
+    monkeypatch.setattr(comparisons, "TEACHING", (whole, *sizes))
+    for spec in paper.specs_for(bench, "teacher"):
+        saliency = bench.videos.logits.max(-1).astype(np.float32)
+        learned = {f"saliency_{module}": saliency for module in ("visual", "textual")}
+        bench.learned[spec] = Learned({**learned, "textual_after": np.zeros((3, 5), np.float32)})
+    notes = paper.make(bench, "teacher", "").notes
+    assert "as many: the same as teacher, which learns from all training videos" in notes
+    assert "not measured, too few training videos: more" in notes
 
 
 # ------------------------------------------------------------------------------------------- tables

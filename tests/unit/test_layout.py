@@ -94,6 +94,7 @@ INSIDE = {
         "teacher",
         "head",
         "features",
+        "teachable",
         "on_worker",
         "resumable",
         "classifier",

@@ -63,6 +63,19 @@ def test_quickstart_refuses_a_wrong_command_line_at_once(given: list[str], messa
     assert message in done.stderr
 
 
+@pytest.mark.parametrize(("labels", "given"), [("folders", ["/videos"]), ("none", [])])
+def test_quickstart_refuses_other_values_of_labels(labels: str, given: list[str]) -> None:
+    done = subprocess.run(
+        ["bash", str(REPO / "jobs/quickstart.sh"), *given],
+        env={"PATH": "/usr/bin:/bin", "LABELS": labels},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"LABELS is {labels}; allowed is LABELS=none, with VIDEOS" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("python", "message"), [("/no/python", "PYTHON=/no/python is not a Python 3.11, 3.12 or 3.13")]
 )

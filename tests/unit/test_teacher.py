@@ -56,8 +56,12 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def features(tmp_path: Path) -> str:
     """No video has a label that the recogniser does not give it."""
+    return features_in(tmp_path, logits_of(make_arrays()["targets"].argmax(1)))
+
+
+def features_in(tmp_path: Path, logits: np.ndarray) -> str:
     arrays = make_arrays()
-    arrays["recognizer_logits"] = logits_of(arrays["targets"].argmax(1))
+    arrays["recognizer_logits"] = logits
     arrays["frame_index"] = np.tile(INDEX, (VIDEOS, 1))
     write_features(str(tmp_path / "features"), arrays, tmp_path / "words.txt")
     return str(tmp_path / "features")
@@ -160,4 +164,26 @@ def test_head_prototypes_and_network_learn_what_the_teacher_shows(features: str)
     arrays = {**worker.data.arrays, "targets": worker.data.targets[:, taught]}
     _, curve = fit_tsqnet(arrays, make_vocabulary(), make_start(), SHAPE, config_with(epochs=12))
     assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]  # soft targets leave a rest
+    worker.close()
+
+
+def test_a_teacher_of_several_labels_per_video(tmp_path: Path) -> None:
+    """A frame that shows class 0 also shows class 3, which no other frame does."""
+    first = make_arrays()["targets"].argmax(1)
+    logits = 2 * logits_of(first) - 4
+    logits[..., 3] = np.where(first == 0, logits[..., 0].T, -4).T
+    source = FeatureSource.of(features_in(tmp_path, logits), None, "multi", teacher=TEACHER)
+    worker = FeatureWorker(source, 1, COUNTS)
+    targets = worker.data.targets
+    assert ((targets[:, 0] > 0.4) == (targets[:, 3] > 0.4)).all()
+    assert (targets.sum(1) < 1.2).any(), "independent probabilities, no distribution"
+    taught = worker.taught_classes(3)
+    assert taught == [0, 1, 2, 3]
+    assert worker.taught_prototypes(0, taught).shape[0] == 4
+    worker.fit_head(FinetuneConfig(head=HeadConfig(lr=0.03)), "multi", taught)
+    arrays = {**worker.data.arrays, "targets": targets[:, taught]}
+    shape, start = dataclasses.replace(SHAPE, num_classes=4), {"visual": None, "textual": None}
+    settings = config_with(epochs=12, task="multi", init_visual="random", init_textual="random")
+    _, curve = fit_tsqnet(arrays, make_vocabulary(), start, shape, settings)
+    assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
     worker.close()

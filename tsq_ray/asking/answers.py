@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,10 @@ ANSWERED_SCORE = 0.99
 MIN_SCORE = 1e-6
 """Smallest score, that of a class which the server did not consider."""
 _SHOWN = 80
+_THOUGHT_END = "</think>"
+_FENCED = re.compile(r"```\w*\s(.*)```", re.DOTALL)
+_MAX_TOKENS = 2**31 - 1
+"""What a prediction column holds."""
 
 Completion = Mapping[str, Any]
 """The JSON object that a server returns."""
@@ -76,21 +81,26 @@ def tokens_of(completion: Completion) -> tuple[int, int]:
     """Return the tokens sent and received, as the server counted them; 0 if it does not say."""
     usage = completion.get("usage")
     usage = usage if isinstance(usage, dict) else {}
-    return int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0)
+    sent, received = (usage.get(name) for name in ("prompt_tokens", "completion_tokens"))
+    return _count(sent), _count(received)
+
+
+def _count(value: object) -> int:
+    return int(value) if isinstance(value, (int, float)) and 0 <= value <= _MAX_TOKENS else 0
 
 
 def _parsed(completion: Completion, multi: bool) -> tuple[dict[str, Any], list[str]]:
     """Return the answer and its labels. Raises UnusableAnswer."""
     try:
         choice = completion["choices"][0]
-        text = choice["message"]["content"]
-    except (KeyError, IndexError, TypeError):
+        text = _text_of(choice["message"]["content"])
+    except (AttributeError, KeyError, IndexError, TypeError):
         raise UnusableAnswer("its answer is not a chat completion") from None
     if not isinstance(text, str):
         refusal = choice["message"].get("refusal") or choice.get("finish_reason")
         raise UnusableAnswer(f"answered no text ({str(refusal)[:_SHOWN]})")
     try:
-        answer = json.loads(text)
+        answer = json.loads(_without_wrapping(text))
         found = answer[LABELS] if multi else [answer[LABEL]]
         return answer, [*dict.fromkeys(found)]
     except (ValueError, KeyError, TypeError):
@@ -99,6 +109,20 @@ def _parsed(completion: Completion, multi: bool) -> tuple[dict[str, Any], list[s
         raise UnusableAnswer(
             f"answered {shown!r}{cut}, which is not JSON of the schema requested"
         ) from None
+
+
+def _text_of(content: object) -> object:
+    """Return the text of a message; some servers send it as a list of parts."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] for part in content if part.get("type", "text") == "text")
+
+
+def _without_wrapping(text: str) -> str:
+    """Return an answer without the thoughts before it and the Markdown fence around it."""
+    answer = text.rpartition(_THOUGHT_END)[2].strip()
+    fenced = _FENCED.fullmatch(answer)
+    return fenced[1] if fenced else answer
 
 
 def _masses(
@@ -110,11 +134,12 @@ def _masses(
     equally among the classes that continue with it. None if the tokens do not spell the label.
     """
     text = b"".join(map(_bytes, tokens))
-    begin = text.find(json.dumps(key).encode()) + len(key) + 2
+    key_at = text.find(json.dumps(key).encode(), text.rfind(_THOUGHT_END.encode()) + 1)
+    begin = key_at + len(key) + 2
     for ascii_only in (False, True):
         names = [json.dumps(name, ensure_ascii=ascii_only).encode() for name in classes]
         start = text.find(names[classes.index(label)], begin)
-        if begin > len(key) + 1 and start >= 0:
+        if key_at >= 0 and start >= 0:
             break
     else:
         return None

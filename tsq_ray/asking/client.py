@@ -140,11 +140,7 @@ class Client:
             raise VideoError("unavailable", self._refused(status))
         if status != 200:
             raise self._unavailable(f"HTTP {status}{_message(content)}")
-        try:
-            found = json.loads(content)
-        except ValueError:
-            raise _TryAgain("its answer is not JSON") from None
-        return found if isinstance(found, dict) else {}
+        return _completion_of(content)
 
     def _get_session(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -164,6 +160,18 @@ class Client:
     def _unavailable(self, why: str) -> VideoError:
         shown = why.replace(self._key, "***") if self._key else why
         return VideoError("unavailable", f"{self.url}: {shown}")
+
+
+def _completion_of(content: bytes) -> Completion:
+    """Return the completion in an answer of status 200. Raises _TryAgain if it is an error."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        raise _TryAgain("its answer is not JSON") from None
+    found = found if isinstance(found, dict) else {}
+    if found.get("error") and not found.get("choices"):
+        raise _TryAgain(f"HTTP 200{_message(content)}")
+    return found
 
 
 def _message(content: bytes) -> str:

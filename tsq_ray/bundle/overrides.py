@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tsq_ray import storage
-from tsq_ray.bundle.settings import read_bundle_settings, recognizer_of
+from tsq_ray.bundle.settings import check_mode, read_bundle_settings, recognizer_of
 from tsq_ray.config import SERVER_USE, Config, check_budget, load_config
 from tsq_ray.errors import ConfigError
 from tsq_ray.runs.identity import Identity
@@ -48,7 +48,7 @@ def scoring_config(
     """Return the bundle's settings, overridden by nested `settings`, a TOML file and `sets`.
 
     Later sources win. Raises ConfigError if they change what the bundle was trained with, or if K
-    is above T.
+    is above T, ModelError if the bundle lacks what the sampler's mode needs.
     """
     content, _ = read_bundle_settings(model)
     own = {name: value for name, value in content["config"].items() if value is not None}
@@ -66,6 +66,7 @@ def scoring_config(
             f"{storage.redact(model)}: scoring cannot change what the bundle was trained with "
             f"({changes}); it may set {', '.join(settable_names())}"
         )
+    check_mode(content, config.sampler.mode)
     recognizer = config.recognizer if recognizer_of(content) is not None else None
     check_budget(config.sampler, config.decode.num_frames, str(content["task"]), recognizer)
     return config

@@ -14,7 +14,7 @@ from typing import Any
 
 from tsq_ray import storage
 from tsq_ray.asking.questions import ServerModel
-from tsq_ray.config import Config, RecognizerConfig
+from tsq_ray.config import LEARNED_MODES, Config, RecognizerConfig
 from tsq_ray.errors import ModelError, StorageError
 from tsq_ray.provenance import check_format
 from tsq_ray.runs.folder import read_json, write_json
@@ -26,7 +26,7 @@ CURVES_FILE = "curves.csv"
 AGREEMENT_FILE = "agreement.json"
 """Agreement with the dense recogniser on held-out videos, stored in a bundle's folder."""
 FORMAT, FEWER_CLASSES_FORMAT, SERVER_FORMAT = 1, 2, 3
-"""FEWER_CLASSES_FORMAT: a bundle whose sampler has queries for only some of the classes.
+"""FEWER_CLASSES_FORMAT: a bundle whose sampler has queries for only some of the classes, or none.
 SERVER_FORMAT: an artifact whose recogniser is behind a server."""
 NO_RECOGNIZER = (
     "the bundle has no recogniser; train it again with --recognizer URI "
@@ -36,6 +36,11 @@ NO_RECOGNIZER = (
 NO_TEXTUAL_MODULE = (
     "sampler.mode 'textual': the bundle was trained with train.modules = 'visual'; "
     "use 'visual' or a baseline"
+)
+
+NOT_TAUGHT = (
+    "the bundle's sampler was not taught, because the sample of tsq label had too few videos or "
+    "classes; use sampler.mode = 'uniform', 'random' or 'maxconf'"
 )
 
 
@@ -66,10 +71,17 @@ def check_bundle(uri: str, mode: str) -> None:
     content, _ = read_bundle_settings(uri)
     if recognizer_of(content) is None:
         raise ModelError(NO_RECOGNIZER)
-    if mode == "textual" and "objects" not in content["files"]:
-        raise ModelError(NO_TEXTUAL_MODULE)
+    check_mode(content, mode)
     for name in content["files"]:
         read_checked(storage.normalize(uri), content, name)
+
+
+def check_mode(content: Mapping[str, Any], mode: str) -> None:
+    """Raise ModelError if a bundle lacks what sampler `mode` needs."""
+    if mode == "textual" and "objects" not in content["files"]:
+        raise ModelError(NO_TEXTUAL_MODULE)
+    if content.get("sampler_classes") == [] and mode in LEARNED_MODES:
+        raise ModelError(NOT_TAUGHT)
 
 
 def recognizer_of(content: Mapping[str, Any]) -> RecognizerConfig | None:
@@ -144,6 +156,25 @@ def write_agreement(uri: str, agreement: Mapping[str, Any]) -> None:
 def read_agreement(uri: str) -> dict[str, Any] | None:
     """Read what `write_agreement` wrote; None if the bundle has none."""
     return read_json(storage.join(storage.normalize(uri), AGREEMENT_FILE))
+
+
+def with_choice(
+    content: Mapping[str, Any], chosen: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Return the content of bundle.json with `chosen` as its sampler's mode and budget, and its
+    sha256."""
+    sampler = content["config"]["sampler"] | {name: chosen[name] for name in ("mode", "budget")}
+    changed = {**content, "config": content["config"] | {"sampler": sampler}}
+    return changed, storage.sha256_of(_settings_bytes(changed))
+
+
+def write_settings(uri: str, name: str, content: Mapping[str, Any]) -> None:
+    """Write the settings file `name` of an artifact's folder."""
+    storage.write_bytes(storage.join(storage.normalize(uri), name), _settings_bytes(content))
+
+
+def _settings_bytes(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=1, default=str) + "\n").encode()
 
 
 def check_class_order(have: Sequence[str], want: Sequence[str], what: str) -> None:

@@ -6,7 +6,6 @@ parts that need no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,6 +29,7 @@ from tsq_ray.bundle.settings import (
     read_classifier_settings,
     recognizer_of,
     server_of,
+    write_settings,
 )
 from tsq_ray.config import (
     DecodeConfig,
@@ -83,7 +83,13 @@ class Bundle:
     provenance: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     sampler_classes: list[str] | None = None
-    """The classes with a query and an output of the frame head; None: all of `classes`."""
+    """The classes with a query and an output of the frame head; None: all of `classes`. Empty: the
+    sampler was not taught."""
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether the sampler was trained; if not, only baselines can choose frames."""
+        return self.sampler_classes != []
 
 
 def save_classifier(classifier: Classifier, uri: str) -> None:
@@ -206,7 +212,11 @@ def load_bundle(uri: str) -> Bundle:
         sampler_defaults=SamplerConfig.model_validate(config["sampler"]),
         sampler=sampler.eval().requires_grad_(False),
         encoder=_restore_encoder(
-            uri, content, "encoder", encoders.visual, len(sampler_classes or classes)
+            uri,
+            content,
+            "encoder",
+            encoders.visual,
+            len(classes if sampler_classes is None else sampler_classes),
         ),
         objects=_restore_encoder(uri, content, "objects", encoders.objects, NUM_OBJECTS)
         if with_text
@@ -253,10 +263,7 @@ def _write_folder(
         )
         storage.write_bytes(storage.join(uri, f"{name}.safetensors"), data)
         content["files"][name] = storage.sha256_of(data)
-    storage.write_bytes(
-        storage.join(uri, settings_name),
-        (json.dumps(content, indent=1, default=str) + "\n").encode(),
-    )
+    write_settings(uri, settings_name, content)
 
 
 def _read_file(uri: str, content: Mapping[str, Any], name: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ docs/configuration.md is generated from the field docstrings.
 from tsq_ray.config.base import Precision, Section
 from tsq_ray.config.load import differing, flatten, load_config, validate_config
 from tsq_ray.config.method import (
+    LEARNED_MODES,
     TSQ_MODES,
     VIDEO_CLASSIFIER,
     DecodeConfig,
@@ -36,6 +37,7 @@ from tsq_ray.config.resources import (
 from tsq_ray.config.settings import Config, check_budget, check_top_objects
 
 __all__ = [
+    "LEARNED_MODES",
     "SERVER_USE",
     "TSQ_MODES",
     "VIDEO_CLASSIFIER",

@@ -17,6 +17,8 @@ VIDEO_CLASSIFIER = "ForVideoClassification"
 """Part of the class names of transformers' video classifiers."""
 TSQ_MODES: tuple[str, ...] = ("both", "visual", "textual")
 """Modes that run the sampler network; the others are baselines."""
+LEARNED_MODES = (*TSQ_MODES, "maxconf-l")
+"""Modes that run something trained on the features: the sampler network or the frame head."""
 
 
 def _check_weights(weights: str) -> str:

@@ -64,14 +64,12 @@ def measure_agreement(
     """Measure the bundle's sampler at every K < T, uniform frames, and the dense recogniser.
 
     With one label per video, also the adaptive budget. For a recogniser behind a server, adaptive
-    and dense are left out. `config`: the other settings of the sampler; `surest`: number of frames
-    that the dense recogniser's answer is based on.
+    and dense are left out; for a bundle whose sampler was not taught, the sampler. `config`: the
+    other settings of the sampler; `surest`: number of frames that the dense recogniser's answer is
+    based on.
     """
     task, dense = bundle.task, dense_answers(videos, bundle.task, surest)
-    arrays = {name: getattr(videos, name) for name in ("visual", "object_ids", "object_probs")}
-    visual, textual = saliencies(
-        bundle.sampler, arrays, bundle.vocabulary, task, config.top_classes
-    )
+    visual, textual = _saliencies(bundle, videos, config)
     mode: SamplerMode = "both" if bundle.sampler.shape.modules == "both" else "visual"
 
     def measure(mode: SamplerMode, budget: int | Literal["adaptive"]) -> Agreement:
@@ -89,13 +87,23 @@ def measure_agreement(
         return _compare(answers(videos, chosen, task), dense, bundle, settings, frames)
 
     budgets: Sequence[int] = range(1, videos.num_frames + 1)
-    curve = [measure(mode, budget) for budget in budgets[:-1]]
-    if task == "single" and config.max_budget <= videos.num_frames and not _is_server(bundle):
+    curve = [measure(mode, budget) for budget in budgets[:-1] if bundle.is_taught]
+    fits = config.max_budget <= videos.num_frames and bundle.is_taught
+    if task == "single" and fits and not _is_server(bundle):
         curve.append(measure(mode, "adaptive"))
     curve += [measure("uniform", budget) for budget in budgets]
     if not _is_server(bundle):
         curve.append(measure("maxconf", min(surest, videos.num_frames)))
     return curve
+
+
+def _saliencies(
+    bundle: Bundle, videos: VideoSet, config: SamplerConfig
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    if not bundle.is_taught:
+        return None, None
+    arrays = {name: getattr(videos, name) for name in ("visual", "object_ids", "object_probs")}
+    return saliencies(bundle.sampler, arrays, bundle.vocabulary, bundle.task, config.top_classes)
 
 
 def _compare(

@@ -190,13 +190,16 @@ def _legend(clock: Clock) -> list[str]:
 def teacher_methods(bench: Bench) -> list[Method]:
     """Return the samplers of the table `teacher` for which there are enough training videos.
 
-    A sampler is also left out if its teacher finds too few classes.
+    A sampler is also left out if its teacher finds too few classes, or if it learns from labels
+    that the features lack.
     """
-    training = bench.features.training
-    available = len(training) if training is not None else 0
+    available = _available(bench)
     methods = []
     for method in measurable(bench, TEACHING)[0]:
-        if (method.train or {}).get("max_videos", 0) >= available > 0:
+        settings = method.train or {}
+        if settings.get("max_videos", 0) >= available > 0:
+            continue
+        if method.train and "target" not in settings and not bench.features.labelled:
             continue
         try:
             bench.teacher_targets(bench.spec(method.train or {}, {}, bench.seeds[0]).config)
@@ -204,6 +207,29 @@ def teacher_methods(bench: Bench) -> list[Method]:
             continue
         methods.append(method)
     return methods
+
+
+def _available(bench: Bench) -> int:
+    training = bench.features.training
+    return len(training) if training is not None else 0
+
+
+def _left_out(bench: Bench, methods: Sequence[Method]) -> list[str]:
+    """Return notes on the samplers of the table `teacher` that were not measured."""
+    missing = [method for method in TEACHING if method not in methods]
+    notes = []
+    if not bench.features.labelled:
+        notes.append("the features have no labels: no mAP, no top-1, and tsqnet is not measured")
+        missing = [method for method in missing if method.name != "tsqnet"]
+    sizes = {(method.train or {}).get("max_videos"): method for method in missing}
+    whole = sizes.get(_available(bench))
+    if whole is not None and any(method.name == "teacher" for method in methods):
+        notes.append(f"{whole.name}: the same as teacher, which learns from all training videos")
+        missing.remove(whole)
+    if missing:
+        names = ", ".join(method.name for method in missing)
+        notes.append(f"not measured, too few training videos: {names}")
+    return notes
 
 
 def teacher(bench: Bench, out: str) -> Table:
@@ -217,8 +243,7 @@ def teacher(bench: Bench, out: str) -> Table:
         figures = _figures(bench, measured, clock)
         rows.append([measured.method.name, *figures, measured.agreement_map, gain])
         notes += _diverged(measured)
-    left_out = [method.name for method in TEACHING if method not in methods]
-    notes += [f"not measured, too few training videos: {', '.join(left_out)}"] * bool(left_out)
+    notes += _left_out(bench, methods)
     notes.append(
         "agreement mAP: with the dense recogniser's classes as ground truth; tsqnet learns from "
         "the labels of the training videos, teacher from the recogniser's answers; over tsqnet: "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from tsq_ray.bundle.settings import NOT_TAUGHT
 from tsq_ray.bundle.weights import load_bundle
+from tsq_ray.errors import ModelError
 from tsq_ray.evaluation.measures import Measures, measure_sampler
 from tsq_ray.evaluation.samplers import Sampler
 from tsq_ray.evaluation.trainings import saliencies
@@ -35,6 +37,8 @@ def measure_samplers(
         split: the videos to measure on; by default `val`, or all if no video has a split.
     """
     bundle = load_bundle(model)
+    if not bundle.is_taught:
+        raise ModelError(NOT_TAUGHT)
     videos, task = load_features(features_uri, bundle, split).measured, bundle.task
     arrays = {name: getattr(videos, name) for name in ("visual", "object_ids", "object_probs")}
     settings = bundle.sampler_defaults

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tsq_ray import log, provenance, storage
-from tsq_ray.bundle.settings import read_bundle_settings
+from tsq_ray.bundle.settings import NOT_TAUGHT, read_bundle_settings
 from tsq_ray.bundle.weights import Bundle, load_bundle
 from tsq_ray.config import Config, check_budget, load_config
 from tsq_ray.errors import ConfigError, ModelError, RunError
@@ -70,7 +70,8 @@ def evaluate(
             from which a killed evaluation resumes.
         config: the settings; `evaluation_config(model)` by default.
         annotations: a file of known salient segments (docs/evaluation.md has the formats).
-        tables: names of tables, such as "table2" or "figure3"; all of them by default.
+        tables: names of tables, such as "table2" or "figure3"; all of them by default. "teacher"
+            alone needs no labels.
         split: split to measure; by default `val`, or every row if the features have no splits.
         session: the cluster to use and the output to show.
     """
@@ -81,12 +82,7 @@ def evaluate(
     out = storage.normalize(out)
     _check_tables(tables)
     kind = _kind_of(sources)
-    bundle = load_bundle(model)
-    if bundle.recognizer is None:
-        raise ModelError(
-            f"--model {storage.redact(model)}: the bundle has no recogniser to measure; train it "
-            "again with --recognizer URI"
-        )
+    bundle = _bundle_to_measure(model)
     known = read_annotations(annotations) if annotations else None
     if kind == "predictions":
         if tables or split:
@@ -97,7 +93,7 @@ def evaluate(
         made = [(table, table.write(out, [_model_line(model, bundle), _version()]))]
         return _summary(out, made, started, 0, {"runs": len(sources)})
     config = config or evaluation_config(model)
-    features = load_features(sources[0], bundle, split, config.evaluate.max_videos)
+    features = _features(sources[0], bundle, config, tables, split)
     _check_budgets(config, features, bundle)
     data = _data(features, bundle)
     sampler = config.sampler.record(exclude={"seed"})
@@ -132,6 +128,28 @@ def _kind_of(sources: Sequence[str]) -> str:
             "evaluate takes features or predictions, not both at once; run it once for each"
         )
     return kinds.pop()
+
+
+def _bundle_to_measure(model: str) -> Bundle:
+    """Load the bundle. Raises ModelError if it has no recogniser or an untaught sampler."""
+    bundle = load_bundle(model)
+    if bundle.recognizer is None:
+        raise ModelError(
+            f"--model {storage.redact(model)}: the bundle has no recogniser to measure; train it "
+            "again with --recognizer URI"
+        )
+    if not bundle.is_taught:
+        raise ModelError(f"--model {storage.redact(model)}: {NOT_TAUGHT}")
+    return bundle
+
+
+def _features(
+    uri: str, bundle: Bundle, config: Config, tables: Sequence[str], split: str | None
+) -> EvaluationFeatures:
+    """Load the features; only the table `teacher` can do without labels."""
+    labelled = list(tables) != ["teacher"] or bool(read_run(uri, "features")["classes"])
+    limit = config.evaluate.max_videos
+    return load_features(uri, bundle, split, limit, labelled=labelled)
 
 
 def _check_budgets(config: Config, features: EvaluationFeatures, bundle: Bundle) -> None:

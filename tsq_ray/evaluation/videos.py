@@ -25,6 +25,8 @@ from tsq_ray.runs.folder import read_run
 
 LOGITS = schema.RECOGNIZER_LOGITS.name
 TRAIN_SPLIT, VAL_SPLIT = "train", "val"
+EVERY_SPLIT = "*"
+"""Stands for all rows, whatever their split."""
 _TENSORS = ("frame_index", "frame_pts_s", "visual", "object_ids", "object_probs", LOGITS)
 _ROW_COLUMNS = ["video_id", "uri", "labels", "split", "status", "fps"]
 
@@ -81,17 +83,25 @@ class EvaluationFeatures:
     """Split `train`, from which samplers learn; None if it is missing or the measured one."""
     unknown_labels: list[str]
     """Names of labels that the bundle lacks."""
+    labelled: bool = True
+    """Whether every video has a label; otherwise nothing can learn from labels."""
 
 
 def load_features(
-    uri: str, bundle: Bundle, split: str | None, max_videos: int = 0, *, labelled: bool = True
+    uri: str,
+    bundle: Bundle,
+    split: str | None,
+    max_videos: int = 0,
+    *,
+    labelled: bool = True,
+    with_training: bool = True,
 ) -> EvaluationFeatures:
     """Read the features of a finished extraction.
 
     They must hold `recognizer_logits` and be made with the bundle's own encoder and recogniser.
-    `split` defaults to `val`, or to all rows if no row has a split. If a split has more than
-    `max_videos` videos, a random sample of that many is read (0: all). `labelled`: leave out videos
-    without labels; if False, no training videos are read.
+    `split` defaults to `val`, or to all rows if no row has a split; EVERY_SPLIT: all rows. If a
+    split has more than `max_videos` videos, a random sample of that many is read (0: all).
+    `labelled`: leave out videos without labels. `with_training`: read the training videos too.
 
     Raises RunError if logits, split or labels are missing, ModelError if the features were made
     with other weights.
@@ -117,11 +127,12 @@ def load_features(
 
     measured = video_set(measured_split)
     if not len(measured):
+        only = "; only --table teacher needs no labels" * labelled
         raise RunError(
             f"{shown}: split {measured_split!r} has no ok video{' with a label' * labelled}, so "
-            f"nothing can be measured (left out: {measured.left_out})"
+            f"nothing can be measured (left out: {measured.left_out}){only}"
         )
-    can_train = labelled and measured_split not in (None, TRAIN_SPLIT)
+    can_train = with_training and measured_split not in (None, TRAIN_SPLIT)
     training = video_set(TRAIN_SPLIT) if can_train else None
     known = set(bundle.classes)
     return EvaluationFeatures(
@@ -132,6 +143,7 @@ def load_features(
         measured_split,
         training if training else None,
         sorted(name for name in names if name not in known),
+        labelled,
     )
 
 
@@ -180,7 +192,7 @@ def _read_rows(parts: Sequence[str]) -> pa.Table:
 
 def _measured_split(splits: pa.ChunkedArray, split: str | None, shown: str) -> str | None:
     known = {name for name in pc.unique(splits).to_pylist() if name}
-    if split is None and not known:
+    if split == EVERY_SPLIT or (split is None and not known):
         return None
     chosen = split or VAL_SPLIT
     if chosen not in known:

@@ -27,6 +27,8 @@ _TOWERS = {
 """Image towers, and the output that their texts are compared with."""
 _TOWER_OF = {"clip": "CLIPVisionModelWithProjection", "siglip": "SiglipVisionModel"}
 _CLASSIFIERS = ("ForImageClassification", VIDEO_CLASSIFIER)
+_NAFLEX = "siglip2"
+"""Type of a SigLIP 2 of variable size; those of fixed size are of type siglip."""
 _LEFT_OUT = (
     *("id2label", "label2id", "architectures", "transformers_version", "dtype", "torch_dtype"),
     *("_name_or_path", "problem_type", "num_labels", "return_dict", "output_hidden_states"),
@@ -166,8 +168,18 @@ def architecture_of(config: Any, what: str) -> str:
 
     Raises ModelError if it is neither an image classifier nor a dual encoder.
     """
+    if config.model_type == _NAFLEX:
+        raise ModelError(
+            f"{what}: is a SigLIP 2 of variable size (NaFlex), which takes patches, not pictures; "
+            "use one of fixed size, such as google/siglip2-base-patch16-224"
+        )
     # a classifier trained from a dual encoder keeps its model_type
     if names := [name for name in config.architectures or () if _is_classifier(name)]:
+        if VIDEO_CLASSIFIER in names[0] and not hasattr(config, "num_frames"):
+            raise ModelError(
+                f"{what}: a {config.model_type} checkpoint does not say the num_frames of its "
+                "clips; use a VideoMAE, TimeSformer or ViViT"
+            )
         return str(names[0])
     if config.model_type in _TOWER_OF:
         return _TOWER_OF[config.model_type]
@@ -213,13 +225,14 @@ def text_head(place: str, classes: Sequence[str], templates: Sequence[str], what
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place)
     except Exception as error:
         raise cannot_load(what, error) from error
-    # SigLIP was trained on texts of full length
+    # SigLIP was trained on lower-case texts of full length; not all of its tokenizers do the former
     whole = model.config.model_type == "siglip"
     options: dict[str, Any] = {"padding": "max_length" if whole else True, "truncation": True}
     options["max_length"] = model.config.text_config.max_position_embeddings
     rows = []
     for name in classes:
         texts = [template.replace("{}", name.replace("_", " ")) for template in templates]
+        texts = [text.lower() for text in texts] if whole else texts
         tokens = tokenizer(texts, return_tensors="pt", **options)
         output = model.get_text_features(**tokens)
         embedded = output if isinstance(output, Tensor) else output.pooler_output

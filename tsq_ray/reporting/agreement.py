@@ -2,8 +2,8 @@
 
 A sentence, a table, and an inline SVG whose widths are percentages and heights pixels, so that text
 keeps its size on a phone. `record` holds the contents of a bundle's agreement.json: the number of
-held-out `videos`, the `curve` of all measured choices, the requested agreement (`asked`) and the
-`chosen` choice.
+held-out `videos`, the `curve` of all measured choices, the requested agreement (`asked`), the
+`chosen` choice and, if no sampler could be taught and none was held out, why (`untaught`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from markupsafe import Markup, escape
 
 from tsq_ray.config import TSQ_MODES
 
+UNTAUGHT = "no sampler can be taught"
 HEIGHT_PX = 160
 AXIS_PX = 34
 
@@ -100,11 +101,13 @@ def _frames(choice: Mapping[str, Any]) -> str:
 def verdict(record: Mapping[str, Any]) -> str:
     """Say in one sentence what was chosen, how well it agrees and what it saves."""
     chosen, asked = record["chosen"], f"{100 * record['asked']:g} %"
-    held_out = f"{record['videos']} held-out videos"
+    held_out, untaught = measured_videos(record), record.get("untaught")
     if chosen["mode"] == "maxconf":
+        no_sampler = f"{UNTAUGHT} ({untaught}); " if untaught else ""
         return (
-            f"{_why_every_frame(record, asked, held_out)}, so it sees every frame and answers from "
-            f"the {chosen['budget']} of which it is surest; lower --agreement to show it fewer"
+            f"{no_sampler}{_why_every_frame(record, asked, held_out)}, so it sees every frame and "
+            f"answers from the {chosen['budget']} of which it is surest; lower --agreement to show "
+            "it fewer"
         )
     figures = (
         f"the recogniser gives the same label as from every frame on {100 * chosen['top1']:.0f} % "
@@ -113,11 +116,15 @@ def verdict(record: Mapping[str, Any]) -> str:
     )
     missed = f"{asked} is not reached; " if chosen["top1"] < record["asked"] else ""
     if chosen["mode"] == "uniform":
-        return (
-            f"{_frames(chosen)}, uniform: {missed}a sampler does not pay here; from uniform "
-            f"frames, {figures}"
-        )
+        no_sampler = f"{UNTAUGHT} ({untaught})" if untaught else "a sampler does not pay here"
+        return f"{_frames(chosen)}, uniform: {missed}{no_sampler}; from uniform frames, {figures}"
     return f"{_frames(chosen)}: {missed}from TSQNet's frames, {figures}"
+
+
+def measured_videos(record: Mapping[str, Any]) -> str:
+    """Say which videos the agreement was measured on."""
+    count, kind = record["videos"], "sampled" if record.get("untaught") else "held-out"
+    return f"{count} {kind} video{'s' if count != 1 else ''}"
 
 
 def _why_every_frame(record: Mapping[str, Any], asked: str, held_out: str) -> str:

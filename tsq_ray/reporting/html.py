@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from tsq_ray import storage
 from tsq_ray.config import TSQ_MODES, flatten
-from tsq_ray.reporting.agreement import agreement_rows, agreement_svg, verdict
+from tsq_ray.reporting.agreement import agreement_rows, agreement_svg, measured_videos, verdict
 from tsq_ray.reporting.curves import Mark, saliency_svg, time_text
 from tsq_ray.reporting.losses import PARTS, losses_svg
 from tsq_ray.reporting.pictures import Progress, VideoFrames, data_uri, decode_again, uniform_slots
@@ -291,7 +291,7 @@ def _agreement(run: Mapping[str, Any]) -> dict[str, Any] | None:
     if not record:
         return None
     parts = {"verdict": verdict(record), "drawing": agreement_svg(record)}
-    return parts | {"rows": agreement_rows(record), "videos": record["videos"]}
+    return parts | {"rows": agreement_rows(record), "videos": measured_videos(record)}
 
 
 def _cost(summary: Summary) -> list[tuple[str, str]]:

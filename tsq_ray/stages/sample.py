@@ -14,9 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tsq_ray.bundle.settings import NO_RECOGNIZER, NO_TEXTUAL_MODULE
+from tsq_ray.bundle.settings import NO_RECOGNIZER, NO_TEXTUAL_MODULE, NOT_TAUGHT
 from tsq_ray.bundle.weights import Bundle
-from tsq_ray.config import TSQ_MODES, ResourcesConfig, SamplerConfig, Task, check_budget
+from tsq_ray.config import (
+    LEARNED_MODES,
+    TSQ_MODES,
+    ResourcesConfig,
+    SamplerConfig,
+    Task,
+    check_budget,
+)
 from tsq_ray.decode import DecodedVideo, Outcome
 from tsq_ray.errors import Failure, ModelError
 from tsq_ray.model import TSQNet, object_embeddings, saliency
@@ -82,7 +89,7 @@ class Sample:
         )
         self.encode: Encode | None = None
         self.device = device
-        if config.mode in (*TSQ_MODES, "maxconf-l"):
+        if config.mode in LEARNED_MODES:
             objects, kept = (
                 bundle.objects if self.textual else None,
                 bundle.sampler.shape.top_objects,
@@ -189,6 +196,8 @@ def check_sampler(bundle: Bundle, config: SamplerConfig) -> None:
     check_budget(config, bundle.decode.num_frames, bundle.task, bundle.recognizer.config)
     if config.mode == "textual" and bundle.objects is None:
         raise ModelError(NO_TEXTUAL_MODULE)
+    if not bundle.is_taught and config.mode in LEARNED_MODES:
+        raise ModelError(NOT_TAUGHT)
 
 
 def array_probabilities(logits: np.ndarray | Tensor | None, task: Task) -> np.ndarray:

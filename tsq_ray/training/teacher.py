@@ -68,24 +68,35 @@ def shown_classes(targets: np.ndarray, task: Task) -> list[list[int]]:
     ]
 
 
-def taught_classes(targets: np.ndarray, min_videos: int, task: Task) -> list[int]:
+def often_shown(targets: np.ndarray, min_videos: int, task: Task) -> list[int]:
     """Return the classes that at least `min_videos` videos show, ascending.
 
-    Raises RunError if there are fewer than two. `targets`: soft, [V, C].
+    `targets`: soft, [V, C].
     """
     counts = np.bincount(
         [label for labels in shown_classes(targets, task) for label in labels],
         minlength=targets.shape[1],
     )
-    taught = np.flatnonzero(counts >= min_videos).tolist()
-    if len(taught) < 2:
+    return np.flatnonzero(counts >= min_videos).tolist()
+
+
+def too_few(targets: np.ndarray, min_videos: int, task: Task) -> str | None:
+    """Say that fewer than two classes are shown often enough; None if they suffice."""
+    found = len(often_shown(targets, min_videos, task))
+    if found > 1:
+        return None
+    return (
+        f"in {len(targets)} videos, the recogniser finds {found} classes at least "
+        f"train.teacher_min_videos = {min_videos} times, and training needs two"
+    )
+
+
+def taught_classes(targets: np.ndarray, min_videos: int, task: Task) -> list[int]:
+    """Return the classes that are shown often enough; RunError if there are fewer than two."""
+    if (why := too_few(targets, min_videos, task)) is not None:
         lower = "lower that setting, or " if min_videos > 1 else ""
-        raise RunError(
-            f"train.target 'teacher': in {len(targets)} videos, the recogniser finds "
-            f"{len(taught)} classes at least train.teacher_min_videos = {min_videos} times; "
-            f"training needs two: {lower}extract more videos (for tsq label: raise --sample)"
-        )
-    return taught
+        raise RunError(f"train.target 'teacher': {why}: {lower}extract more videos")
+    return often_shown(targets, min_videos, task)
 
 
 def check_logits(parts: list[str], count: int, num_classes: int, what: str) -> None:

@@ -90,6 +90,11 @@ class Components:
         shape = dataclasses.replace(self.shape, num_classes=len(taught))
         return dataclasses.replace(self, text=text, shape=shape, taught=taught)
 
+    def untaught(self) -> Components:
+        """Return the components of a sampler that nothing can be taught: one query, of no class."""
+        shape = dataclasses.replace(self.shape, num_classes=1)
+        return dataclasses.replace(self, shape=shape, taught=[])
+
     @classmethod
     def load(
         cls,

@@ -131,6 +131,28 @@ def train(
         return _publish(plan, videos, parts, fitted, started)
 
 
+def keep_untaught(features_uri: str, out: str, config: Config, recognizer: str, why: str) -> None:
+    """Write a bundle whose sampler was not taught, so that only baselines can choose frames.
+
+    `why` is kept in its provenance. Raises UserError for wrong input, and if `out` holds another
+    bundle.
+    """
+    config = config.model_copy(
+        update={"train": config.train.model_copy(update={"modules": "visual"})}
+    )
+    features, out = storage.normalize(features_uri), storage.normalize(out)
+    plan = _Plan.make(features, out, config, (None, recognizer), None)
+    with Lease(plan.out) as lease:
+        if is_bundle(plan.out):
+            record = read_bundle_settings(plan.out)[0]["provenance"]
+            return plan.identity.refuse_other(record["identity"], plan.out, "holds another bundle")
+        classes = list(read_classifier_settings(recognizer)[0]["classes"])
+        parts = Components.load(config, plan.run, classes, None, recognizer).untaught()
+        record = _record(plan, parts) | {"untaught": why}
+        lease.check()
+        save_bundle(_bundle(config, classes, parts, TSQNet(parts.shape), record), plan.out)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A training whose settings have been checked against its features."""
@@ -235,23 +257,28 @@ def _publish(
     plan: _Plan, videos: TrainingVideos, parts: Components, fitted: Fitted, started: float
 ) -> TrainingSummary:
     """Write the bundle, then remove the work folder."""
-    config = plan.config
     summary = _summary(plan, videos, parts, fitted, round(time.time() - started, 2))
-    record = {
+    record = _record(plan, parts) | {"summary": asdict(summary)}
+    network = TSQNet(parts.shape)
+    network.load_state_dict(fitted.state)
+    write_curves(plan.out, fitted.curve)
+    save_bundle(_bundle(plan.config, videos.classes, parts, network, record), plan.out)
+    storage.remove_folder(plan.work)  # a finished bundle needs no checkpoints
+    return summary
+
+
+def _record(plan: _Plan, parts: Components) -> dict[str, Any]:
+    """Return the provenance of a bundle."""
+    text = plan.config.encoders.text.record()
+    return {
         "identity": plan.identity.parts,
         "features": storage.redact(plan.features),
         "features_manifest": plan.run["manifest"],
         "weights": plan.run["weights"],
-        "train": config.train.record(),
-        "text": config.encoders.text.record()
-        | {"sha256": parts.text.sha256 if parts.text else None},
-        "summary": asdict(summary),
+        "train": plan.config.train.record(),
+        "text": text | {"sha256": parts.text.sha256 if parts.text else None},
         **provenance.of_this_run(),
     }
-    write_curves(plan.out, fitted.curve)
-    save_bundle(_bundle(config, videos.classes, parts, fitted, record), plan.out)
-    storage.remove_folder(plan.work)  # a finished bundle needs no checkpoints
-    return summary
 
 
 def _job(
@@ -309,10 +336,8 @@ def _summary(
 
 
 def _bundle(
-    config: Config, classes: list[str], parts: Components, fitted: Fitted, record: dict[str, Any]
+    config: Config, classes: list[str], parts: Components, network: TSQNet, record: dict[str, Any]
 ) -> Bundle:
-    network = TSQNet(parts.shape)
-    network.load_state_dict(fitted.state)
     return Bundle(
         classes,
         config.train.task,
@@ -325,7 +350,9 @@ def _bundle(
         parts.text.vocabulary if parts.text else None,
         parts.recognizer,
         record,
-        sampler_classes=[classes[number] for number in parts.taught] if parts.taught else None,
+        sampler_classes=None
+        if parts.taught is None
+        else [classes[number] for number in parts.taught],
     )
 
 
