@@ -7,17 +7,15 @@ validator checks the launcher file.
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,25 @@ import pydantic
 import pytest
 import typer
 import yaml
+from support.manifests import (
+    CLUSTER,
+    FOLDERS,
+    OVERLAYS,
+    REPO,
+    RUNS,
+    cluster_spec,
+    pod_specs,
+    ray_manifests,
+    rendered,
+)
 
 from jobs.run import arguments, attempts
 from tsq_ray import cli
 from tsq_ray.commands.jobs import READ
 from tsq_ray.config import Config, ServeConfig, label_map, load_config, validate_config
-from tsq_ray.runtime.nodes import Cluster, Node
+from tsq_ray.runtime.nodes import Cluster, Node, Stage
 from tsq_ray.runtime.placement import layout
 
-CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
-REPO = CLUSTER.parent
 ANY_TYPE: dict[str, Any] = {}
 
 
@@ -92,57 +99,18 @@ def crds(data_dir: Path) -> dict[str, jsonschema.Draft202012Validator]:
         schema = strict_schema(version["schema"]["openAPIV3Schema"])
         schema["properties"]["metadata"] = ANY_TYPE  # the API server's own type, not the CRD's
         schemas[crd["spec"]["names"]["kind"]] = jsonschema.Draft202012Validator(schema)
+    assert schemas.keys() == {"RayCluster", "RayJob", "RayService"}
     return schemas
 
 
-@functools.cache
-def rendered(folder: str, overlay: str, component: str = "") -> tuple[dict[str, Any], ...]:
-    """What `kubectl apply -k` would send for a folder that uses this overlay and component."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("no program kubectl")
-    with tempfile.TemporaryDirectory() as place:
-        copied = shutil.copytree(CLUSTER / "kuberay", Path(place, "kuberay"))
-        file = copied / folder / "kustomization.yaml"
-        text = file.read_text()
-        assert "../overlays/gpu" in text
-        file.write_text(text.replace("../overlays/gpu", f"../overlays/{overlay}", 1))
-        if component:
-            file = copied / "overlays" / overlay / "kustomization.yaml"
-            file.write_text(f"{file.read_text()}\ncomponents: [../../components/{component}]\n")
-        command = ["kubectl", "kustomize", str(copied / folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    return tuple(yaml.safe_load_all(done.stdout))
+def components(folder: str, overlay: str) -> tuple[str, ...]:
+    """What can be added; as it is, `kueue` is for overlays with both groups."""
+    queue = ["kueue"] * (folder == "jobs" and overlay != "cpu")
+    return ("", "workload-identity", "gcs-redis", *queue)
 
 
-def ray_manifests(folder: str, overlay: str, component: str = "") -> list[dict[str, Any]]:
-    return [
-        manifest
-        for manifest in rendered(folder, overlay, component)
-        if manifest["apiVersion"] == "ray.io/v1"
-    ]
-
-
-def cluster_spec(manifest: dict[str, Any]) -> dict[str, Any]:
-    spec = manifest["spec"]
-    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
-
-
-def pod_specs(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Of the head, of each group, and of the pod that submits a job."""
-    cluster = cluster_spec(manifest)
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        yield group["template"]["spec"]
-    if "submitterPodTemplate" in manifest["spec"]:
-        yield manifest["spec"]["submitterPodTemplate"]["spec"]
-
-
-FOLDERS = ("cluster", "jobs", "endpoint")
-OVERLAYS = ("gpu", "cpu", "spot")
 every_folder = pytest.mark.parametrize("folder", FOLDERS)
 every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
-RUNS = ("index", "finetune", "extract", "train", "score", "evaluate")
-"""In the order in which docs/kubernetes.md runs them."""
 
 
 def test_what_each_folder_makes() -> None:
@@ -159,13 +127,12 @@ def test_what_each_folder_makes() -> None:
     }
 
 
-@pytest.mark.data
 @every_overlay
 @every_folder
 def test_manifests_fit_the_crds(
     folder: str, overlay: str, crds: dict[str, jsonschema.Draft202012Validator]
 ) -> None:
-    for component in ("", "workload-identity", "gcs-redis"):
+    for component in components(folder, overlay):
         for manifest in ray_manifests(folder, overlay, component):
             crds[manifest["kind"]].validate(manifest)
 
@@ -174,7 +141,6 @@ def misspell(key: str) -> Callable[[dict[str, Any]], None]:
     return lambda mapping: mapping.update({key[:-1] + "_": mapping.pop(key)})
 
 
-@pytest.mark.data
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -229,7 +195,7 @@ def misfits(manifest: dict[str, Any]) -> list[str]:
 @every_folder
 def test_the_other_objects_fit_kubernetes(folder: str, overlay: str) -> None:
     found = set()
-    for component in ("", "workload-identity", "gcs-redis"):
+    for component in components(folder, overlay):
         for manifest in rendered(folder, overlay, component):
             if manifest["apiVersion"] != "ray.io/v1":
                 found.add(manifest["kind"])
@@ -293,6 +259,36 @@ def test_pods_are_restricted_with_limits_and_the_pinned_ray(folder: str, overlay
                 assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"][kind].keys()
 
 
+def gibibytes(text: str) -> float:
+    return float(text.removesuffix("Gi"))
+
+
+def shared_memory(group: dict[str, Any]) -> tuple[float, float]:
+    """Size of /dev/shm, and of the object store that Ray puts there if it fits, both in GiB."""
+    from ray._private import ray_constants
+
+    pod = group["template"]["spec"]
+    container = pod["containers"][0]
+    (name,) = (one["name"] for one in container["volumeMounts"] if one["mountPath"] == "/dev/shm")
+    (volume,) = (one["emptyDir"] for one in pod["volumes"] if one["name"] == name)
+    assert volume["medium"] == "Memory"
+    size = gibibytes(volume["sizeLimit"])
+    share = ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+    share *= gibibytes(container["resources"]["limits"]["memory"])
+    return size, min(share, max(ray_constants.REQUIRE_SHM_SIZE_THRESHOLD / 2**30, 0.95 * size))
+
+
+@every_overlay
+@every_folder
+def test_the_object_store_fits_into_shared_memory(folder: str, overlay: str) -> None:
+    """Ray would put it on disk otherwise."""
+    for manifest in ray_manifests(folder, overlay):
+        cluster = cluster_spec(manifest)
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            size, store = shared_memory(group)
+            assert size >= store
+
+
 GROUPS = {"gpu": ["cpu", "gpu"], "cpu": ["cpu"], "spot": ["cpu", "gpu", "kept"]}
 
 
@@ -310,7 +306,8 @@ def test_groups_match_the_settings_of_their_overlay(overlay: str) -> None:
         cpus, gpus = int(limits["cpu"]), int(limits.get("nvidia.com/gpu", 0))
         kinds[cpus, gpus, *group["labels"].items()] += group["maxReplicas"]
         bound_gib = 2.5 + cpus * (1 + config.decode.max_memory_mb / 1024)
-        assert int(limits["memory"].removesuffix("Gi")) >= bound_gib
+        _, store = shared_memory(group)
+        assert gibibytes(limits["memory"]) >= bound_gib + store
     assert {
         (kind.cpus, kind.gpus, *label_map(kind.labels).items()): kind.count
         for kind in config.resources.node_types
@@ -321,28 +318,47 @@ def settings_of(overlay: str, *sets: str) -> Config:
     return load_config(CLUSTER / "kuberay" / "overlays" / overlay / "settings.toml", sets)
 
 
-@every_overlay
-def test_labelled_pools_grow_from_nothing_on_every_overlay(overlay: str) -> None:
-    """Each pool may start actors before there is a node with its label."""
-    networks = "decode" if overlay == "cpu" else "networks"
-    parts = {"decode": "decode", "networks": networks}
-    config = settings_of(
-        overlay, *(f"resources.labels.{part}=tsq/part={group}" for part, group in parts.items())
-    )
-    types = tuple(
+def pods(config: Config) -> tuple[Node, ...]:
+    return tuple(
         Node(kind.cpus, kind.gpus, count=kind.count, labels=label_map(kind.labels))
         for kind in config.resources.node_types
     )
-    placed = layout("extract", config, Cluster((), types, grows=True), 10**6)
+
+
+@every_overlay
+def test_labelled_pools_grow_from_nothing_on_every_overlay(overlay: str) -> None:
+    """Each pool may start actors before there is a node with its label."""
+    parts = ("decode", "networks") if overlay == "cpu" else ()
+    config = settings_of(overlay, *(f"resources.labels.{part}=tsq/part=decode" for part in parts))
+    placed = layout("extract", config, Cluster((), pods(config), grows=True), 10**6)
     started = {name: pool.start for name, pool in placed.pools.items() if name != "writer"}
     assert started == ({"worker": 128} if overlay == "cpu" else {"decoder": 128, "encoder": 4})
+
+
+@pytest.mark.parametrize("stage", ["extract", "finetune", "train", "score"])
+def test_gpu_pods_run_the_networks_and_nothing_else(stage: Stage) -> None:
+    config = settings_of("gpu")
+    labels = {part: label_map(getattr(config.resources.labels, part)) for part in PARTS}
+    (cluster,) = ray_manifests("cluster", "gpu")
+    groups = {one["groupName"]: one["labels"] for one in cluster["spec"]["workerGroupSpecs"]}
+    assert labels == {part: groups["gpu" if part == "networks" else "cpu"] for part in PARTS}
+    nodes = tuple(
+        Node(kind.cpus, kind.gpus, labels=label_map(kind.labels))
+        for kind in config.resources.node_types
+        for _ in range(kind.count)
+    )
+    for cluster_now in (Cluster(nodes), Cluster((), pods(config))):
+        assert layout(stage, config, cluster_now, 10**6).pools
+
+
+PARTS = ("decode", "networks", "write")
 
 
 def test_only_writers_are_on_the_pod_that_spot_keeps() -> None:
     (cluster,) = ray_manifests("cluster", "spot")
     groups = {one["groupName"]: one["labels"] for one in cluster["spec"]["workerGroupSpecs"]}
     labels = settings_of("spot").resources.labels
-    asked = {part: label_map(getattr(labels, part)) for part in ("decode", "networks", "write")}
+    asked = {part: label_map(getattr(labels, part)) for part in PARTS}
     assert asked == {
         "decode": groups["cpu"],
         "networks": groups["gpu"],
@@ -402,6 +418,46 @@ def test_a_role_takes_the_place_of_the_keys() -> None:
         for pod in pod_specs(manifest):
             assert pod["serviceAccountName"] in accounts
             assert not pod["containers"][0].get("envFrom")
+    assert ("169.254.170.23/32", 80) in reachable(objects)
+    assert ("169.254.170.23/32", 80) not in reachable(rendered("jobs", "gpu"))
+
+
+def reachable(objects: tuple[dict[str, Any], ...]) -> set[tuple[str, int]]:
+    """Addresses outside the cluster that the pods reach, with the port."""
+    policies = [one["spec"] for one in objects if one["kind"] == "NetworkPolicy"]
+    return {
+        (target.get("ipBlock", {}).get("cidr", "pods"), port["port"])
+        for policy in policies
+        for rule in policy.get("egress", ())
+        for target in rule.get("to", ({"ipBlock": {"cidr": "0.0.0.0/0"}},))
+        for port in rule.get("ports", ())
+    }
+
+
+def test_a_queued_run_has_its_final_size_from_the_start() -> None:
+    """Kueue refuses a cluster that scales itself."""
+    for overlay in ("gpu", "spot"):
+        for manifest in ray_manifests("jobs", overlay, "kueue"):
+            assert manifest["spec"]["suspend"] is True
+            assert manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+            cluster = cluster_spec(manifest)
+            assert not cluster.keys() & {"enableInTreeAutoscaling", "autoscalerOptions"}
+            for group in cluster["workerGroupSpecs"]:
+                assert group["replicas"] == group["maxReplicas"]
+
+
+def test_a_drained_node_leaves_the_endpoint_a_pod_of_each_group() -> None:
+    for overlay in OVERLAYS:
+        objects = rendered("endpoint", overlay)
+        kept = {
+            one["spec"]["selector"]["matchLabels"].get("ray.io/group"): one["spec"]
+            for one in objects
+            if one["kind"] == "PodDisruptionBudget"
+        }
+        assert all(kept[group]["minAvailable"] == 1 for group in ("cpu", "gpu"))
+        (service,) = ray_manifests("endpoint", overlay)
+        groups = {group["groupName"] for group in cluster_spec(service)["workerGroupSpecs"]}
+        assert groups - {"kept"} <= kept.keys()
 
 
 def package_version() -> str:
@@ -504,6 +560,17 @@ def launcher_configs() -> dict[str, dict[str, Any]]:
     }
 
 
+def sends_a_token(config: dict[str, Any]) -> bool:
+    """Whether every machine gets the cluster's token: from its own file, or with the launcher."""
+    words = [word for option in config["docker"]["run_options"] for word in option.split()]
+    if "/etc/tsq/cluster.env" in words:
+        page = (REPO / "docs" / "cluster.md").read_text()
+        return "\nRAY_AUTH_MODE=token\nRAY_AUTH_TOKEN=...\n" in page
+    given = dict(word.split("=", 1) for word in words if word.startswith("RAY_AUTH"))
+    token = given.pop("RAY_AUTH_TOKEN_PATH")
+    return given == {"RAY_AUTH_MODE": "token"} and token in config["file_mounts"]
+
+
 @pytest.mark.parametrize("variant", ["local", "aws"])
 def test_ray_accepts_the_launcher_file(variant: str) -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
@@ -519,6 +586,7 @@ def test_ray_accepts_the_launcher_file(variant: str) -> None:
         assert workers.keys() == {"head", "cpu", "gpu"}
         assert workers["head"]["max_workers"] == 0
     assert config["docker"]["image"] == f"tsq-ray:{package_version()}"
+    assert sends_a_token(config)
 
     config["cluster_nam"] = config.pop("cluster_name")
     with pytest.raises(jsonschema.ValidationError, match="cluster_nam"):
@@ -557,6 +625,7 @@ def test_dockerfile_copies_what_exists_and_is_sent() -> None:
 def test_dockerfile_ends_unprivileged_on_a_supported_python() -> None:
     steps = dockerfile()
     assert re.fullmatch(r"python:3\.1[123]-slim@sha256:[0-9a-f]{64}", steps[0][1])
+    assert any("RAY_USAGE_STATS_ENABLED=0" in words for words in steps if words[0] == "ENV")
     users = [words[1] for words in steps if words[0] == "USER"]
     assert users[-1] == "1000"
     pod_users = {
