@@ -190,7 +190,7 @@ def extract_features(
         if run.todo:
             arrow = loaded.features_schema(config, selection.manifest.classes)
             with (
-                cluster.connect(session) as ray,
+                cluster.connect(session, out=out) as ray,
                 BulkObserver(
                     ray, run, stage, progress.start_counts(progress.RowCounts)
                 ) as observer,

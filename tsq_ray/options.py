@@ -63,7 +63,7 @@ Submit = Annotated[
 SharedFs = Annotated[
     bool,
     typer.Option(
-        "--shared-fs", help="With --submit: every node of the cluster has this machine's paths."
+        "--shared-fs", help="Every node of the cluster has this machine's paths, --out among them."
     ),
 ]
 LogFormats = Annotated[

@@ -94,7 +94,7 @@ def _score_todo(scored: ScoreRun, model: str, session: Session) -> dict[str, flo
     """Send the videos without a row through the graph; return the seconds by stage."""
     run = scored.run
     with (
-        cluster.connect(session) as ray,
+        cluster.connect(session, out=run.out) as ray,
         BulkObserver(ray, run, "score", progress.start_counts(FlowCounts)) as observer,
     ):
         app = f"tsq-score-{_unique(model)}"

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from support.cluster import Chain, Chains, Driver, read_rows, tsq
+from support.cluster import Chain, Chains, Driver, Ended, read_rows, refused, tsq
 from support.head import RAY, Head, running_head
 
 from jobs.benchmarks.support.s3 import free_ports
@@ -285,29 +289,105 @@ def test_tokens(head: Head, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_joining_with_a_token(head: Head, tmp_path: Path) -> None:
-    """A command that joins the cluster itself must also be in the cluster's mode."""
+def test_the_local_head_of_the_docs(chain: Chain, repo_dir: Path, tmp_path: Path) -> None:
+    """The commands of the page, with the token's file alone, which any `tsq` command leaves.
+
+    The head has ports of its own and stays on loopback; `ray stop` would end every Ray here.
+    """
+    page = (repo_dir / "docs" / "cluster.md").read_text()
+    (block,) = re.findall(r"## A local head node\n```bash\n(.*?)```", page, re.DOTALL)
+    lines = [shlex.split(line, comments=True) for line in block.replace("\\\n", "").splitlines()]
+    _, start, submit, stop = lines
+    assert (start[:4], stop) == (["ray", "start", "--head", "--port=6379"], ["ray", "stop"])
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "jobs").mkdir()
+    shutil.copy(chain.manifest, tmp_path / submit[2])
+    shutil.copy(chain.settings, tmp_path / submit[submit.index("--config") + 1])
+    with running_head(tmp_path, cpus=2, home=tmp_path / "home") as head:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{head.url}/api/version", timeout=30)
+        environment = head.environment | {"RAY_ADDRESS": head.url}
+        done = client([sys.executable, "-m", "tsq_ray", *submit[1:]], environment, tmp_path)
+    assert done.returncode == 0, done.stderr
+    verified = tsq("verify", tmp_path / submit[submit.index("--out") + 1], "--json").json
+    assert verified["counts"]["ok"] == 15
+
+
+@pytest.fixture(scope="module")
+def joining(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Ended]:
+    """joining(home, RAY_AUTH_TOKEN=...): `info --cluster` by a client with no other token."""
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     bare = {name: value for name, value in head.environment.items() if name not in names}
-    command = [sys.executable, "-m", "tsq_ray", "info", "--cluster", "--address", head.address]
     # the head listens on loopback only, for which Ray would take this machine's other address
     bare["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    folder = tmp_path_factory.mktemp("client")
+    command = [sys.executable, "-m", "tsq_ray", "info", "--cluster", "--address", head.address]
+
+    def join(home: Path, **own: str) -> Ended:
+        done = client(command, bare | {"HOME": str(home)} | own, folder)
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    return join
+
+
+@pytest.mark.slow
+def test_joining_with_a_token(head: Head, joining: Callable[..., Ended], tmp_path: Path) -> None:
+    """A command that joins the cluster itself must also be in the cluster's mode."""
     right = head.environment["RAY_AUTH_TOKEN"]
-    for name, token in (("right", right), ("wrong", "0" * 64), ("none", None)):
-        home = tmp_path / name
-        home.mkdir()
-        own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}
-        done = client(command, bare | {"HOME": str(home)} | own, tmp_path)
-        if name == "right":
-            assert done.returncode == 0, done.stderr
-            continue
-        assert done.returncode == 1
-        assert len(done.stderr.strip().splitlines()) == 1
-        what = "does not accept the token" if token else "may want a token but got none"
-        assert done.stderr.startswith(
-            f"error: --address {head.address}: what listens there {what}, or is not a Ray cluster"
+    done = joining(tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=right)
+    assert done.code == 0, done.err
+    wrong = joining(tmp_path, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64)
+    for what, done in (
+        ("does not accept the token", wrong),
+        ("may want a token but got none", joining(tmp_path)),
+    ):
+        message = refused(done, code=1)
+        assert message.startswith(
+            f"--address {head.address}: what listens there {what}, or is not a Ray cluster"
         )
-        assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in done.stderr
+        variables = "RAY_AUTH_TOKEN" if done is wrong else "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN"
+        assert f"for a token, set {variables} or ~/.ray/auth_token to the cluster's" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["file", "variable"])
+def test_joining_with_a_token_but_without_the_mode(
+    place: str, head: Head, joining: Callable[..., Ended], tmp_path: Path
+) -> None:
+    token, own = head.environment["RAY_AUTH_TOKEN"], {}
+    if place == "file":
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(token)
+    else:
+        own["RAY_AUTH_TOKEN"] = token
+    message = refused(joining(tmp_path, **own), code=1)
+    assert message.startswith(
+        f"--address {head.address}: what listens there may want this user's token, which is sent "
+        "only with RAY_AUTH_MODE=token, or is not a Ray cluster"
+    )
+    assert "; for a token, set RAY_AUTH_MODE=token, or leave --address out" in message
+    assert joining(tmp_path, **own, RAY_AUTH_MODE="token").code == 0
+
+
+@pytest.mark.slow
+def test_an_output_that_another_machine_cannot_see(chain: Chain, tmp_path: Path) -> None:
+    """A node with another address counts as another machine; this one has the disk all the same."""
+    out = tmp_path / "features"
+    argv = ["extract", chain.manifest, "--out", str(out), "--config", str(chain.settings)]
+    with running_head(tmp_path, cpus=1) as head:
+        head.add_node(1, host="127.0.0.2")
+        # the head listens on loopback only, for which Ray would take this machine's other address
+        environment = head.environment | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        command = [sys.executable, "-m", "tsq_ray", *argv, "--address", head.address]
+        alone = client(command, environment, tmp_path)
+        shared = client([*command, "--shared-fs"], environment, tmp_path)
+    message = refused(Ended(alone.returncode, alone.stdout, alone.stderr))
+    assert message == (
+        f"--out {out}: a path of this machine, which the cluster's other machines (127.0.0.2) "
+        "cannot see; use a URI such as s3://..., or --shared-fs if they have this path too"
+    )
+    assert shared.returncode == 0, shared.stderr
+    assert read_rows(str(out)).num_rows == len(chain.archive.paths)
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])

@@ -48,13 +48,13 @@ class Head:
     folder: Path
     nodes: list[JoinedNode] = field(default_factory=list)
 
-    def add_node(self, cpus: int) -> JoinedNode:
-        """Start a node and wait until it has joined.
+    def add_node(self, cpus: int, host: str = "127.0.0.1") -> JoinedNode:
+        """Start a node and wait until it has joined; `host` is its address.
 
         Ray gives a node 30 s to join, which it may miss on a busy machine.
         """
         for _ in range(3):
-            node = self._start_node(cpus)
+            node = self._start_node(cpus, host)
             self.nodes.append(node)
             while node.process.poll() is None:
                 if b"Ray runtime started" in (node.folder / "log").read_bytes():
@@ -63,13 +63,13 @@ class Head:
             node.kill()
         raise AssertionError((node.folder / "log").read_text()[-2000:])
 
-    def _start_node(self, cpus: int) -> JoinedNode:
+    def _start_node(self, cpus: int, host: str) -> JoinedNode:
         mark = uuid.uuid4().hex
         folder = self.folder / f"disk{len(self.nodes)}"
         folder.mkdir()
         environment = self.environment | {MARK: mark, "TMPDIR": str(folder)}
         command = [RAY, "start", f"--address={self.address}", "--block", f"--num-cpus={cpus}"]
-        command += ["--node-ip-address=127.0.0.1", "--disable-usage-stats", _OBJECT_STORE]
+        command += [f"--node-ip-address={host}", "--disable-usage-stats", _OBJECT_STORE]
         return JoinedNode(mark, folder, _started(command, environment, folder / "log"))
 
 
@@ -86,8 +86,11 @@ def _started(command: list[str], environment: dict[str, str], log: Path) -> subp
 
 
 @contextlib.contextmanager
-def running_head(folder: Path, cpus: int) -> Iterator[Head]:
-    """Run `ray start --head` in the foreground, with its own ports, folder and token."""
+def running_head(folder: Path, cpus: int, home: Path | None = None) -> Iterator[Head]:
+    """Run `ray start --head` in the foreground, with its own ports, folder and token.
+
+    The token is in the environment; with `home`, only in the file there where Ray looks for it.
+    """
     names = (
         "port",
         "dashboard-port",
@@ -98,9 +101,15 @@ def running_head(folder: Path, cpus: int) -> Iterator[Head]:
     )
     ports = dict(zip(names, free_ports(len(names), below=10000), strict=True))
     mark, token, log = uuid.uuid4().hex, secrets.token_hex(32), folder / "log"
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    if home is not None:
+        own = {"HOME": str(home)}
+        (home / ".ray").mkdir(parents=True)
+        (home / ".ray" / "auth_token").write_text(token)
     # a Ray instance that this process started has left its token's mode in the environment
-    own = {MARK: mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | own
+    of_ray = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    rest = {name: value for name, value in os.environ.items() if name not in of_ray}
+    environment = rest | own | {MARK: mark}
     with short_folder() as temporary:
         command = [RAY, "start", "--head", "--block", f"--num-cpus={cpus}", _OBJECT_STORE]
         command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]

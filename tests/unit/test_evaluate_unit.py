@@ -73,6 +73,7 @@ from tsq_ray.manifest import VideoRef
 from tsq_ray.model import TSQShape, choosers
 from tsq_ray.prototypes import prototypes
 from tsq_ray.rows import RECOGNIZER, VISUAL
+from tsq_ray.runs.lease import Lease
 from tsq_ray.stages import Encode, Recognize, Sample, bundle_specs
 
 SALIENT = {2, 5}
@@ -894,3 +895,15 @@ def test_another_evaluation_in_the_same_folder_is_refused(case: Case, tmp_path: 
         "tsq-ray",
     ):
         assert part in header
+
+
+def test_a_folder_to_which_another_run_writes_is_refused(case: Case, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    config = evaluation_config(case.model, None, ["evaluate.budgets=[1, 2]"])
+    with Lease(out) as lease, pytest.raises(RunError) as refused:
+        evaluate([case.features], case.model, out, config, tables=["table1"])
+    assert str(refused.value).startswith(f"{out}: {lease.holder} writes to this folder; ")
+    assert list((tmp_path / "out").iterdir()) == []
+    with Lease(out):
+        evaluate([case.features], case.model, out, config, tables=["table1"], take_over=True)
+    assert (tmp_path / "out" / "table1.md").exists()

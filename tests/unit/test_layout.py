@@ -49,7 +49,17 @@ INSIDE = {
     ),
     "runs": ("identity", "lease", "columns", "done", "folder", "tables", "bulk", "verify"),
     "runtime": (
-        *("nodes", "pools", "placement", "session", "cluster", "usage", "waiting", "progress"),
+        *(
+            "nodes",
+            "pools",
+            "placement",
+            "session",
+            "reach",
+            "cluster",
+            "usage",
+            "waiting",
+            "progress",
+        ),
         *("metrics", "observer", "blocks", "packing", "parts", "bulk", "overview", "jobs"),
     ),
     "serving": (

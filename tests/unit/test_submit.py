@@ -90,6 +90,13 @@ def test_with_a_shared_file_system_paths_are_absolute(here: Path) -> None:
     assert "inputs/0-own.toml" in found
 
 
+def test_the_job_knows_of_a_shared_file_system(here: Path) -> None:
+    """It refuses a local --out otherwise if the cluster has several machines."""
+    argv = ["train", "s3://b/features", "--out", "/shared/bundle"]
+    assert "--shared-fs" in rewritten(here, True, *argv, "--shared-fs")[0]
+    assert "--shared-fs" not in rewritten(here, True, *argv)[0]
+
+
 def test_the_name_follows_from_the_command_and_the_files(here: Path) -> None:
     argv = ["m.parquet", "--out", "s3://b/out"]
 

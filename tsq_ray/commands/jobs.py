@@ -29,7 +29,7 @@ READ = ("manifest", "features", "sources", "encoder", "recognizer", "model", "ur
 WRITTEN = ("out",)
 _MANIFESTS = ("manifest", "uri")
 """Those of READ that are shipped too, if they name a small file."""
-_NOT_FOR_THE_JOB = ("submit", "address", "shared_fs")
+_NOT_FOR_THE_JOB = ("submit", "address")
 _NO_FILE = ("folders", "none")
 """Values of --labels that name no file."""
 _NO_PATH = ("package:", "random:")

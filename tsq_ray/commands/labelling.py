@@ -92,7 +92,9 @@ def label(
         sample=sample,
         agreement=agreement,
         with_scores=scores is Scores.all,
-        session=Session(address, wait_s, show_progress=not as_json, debug=debug),
+        session=Session(
+            address, wait_s, show_progress=not as_json, debug=debug, shared_fs=shared_fs
+        ),
     )
     _show(done, as_json, prices)
     refuse_failures(done.predictions.counts, max_failed)

@@ -128,7 +128,7 @@ def extract(
     prices = _prices(price, nodes, dry_run)
     if submit:
         return submit_command(context, settings)
-    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
     rows: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     networks: dict[str, Any] = {"encoder": encoder, "recognizer": recognizer}
     if dry_run:
@@ -182,7 +182,7 @@ def finetune(
         return submit_command(context, settings)
     from tsq_ray.training import finetune as run
 
-    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
     summary = run(
         manifest,
         role.value,
@@ -265,7 +265,7 @@ def train(
     from tsq_ray.training import training_config
 
     settings = training_config(features, config, sets or ())
-    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
     summary = run(
         features,
         out,
@@ -310,7 +310,7 @@ def score(
     prices = _prices(price, nodes, dry_run)
     if submit:
         return submit_command(context)  # the weights are in the bundle
-    session = Session(address, wait_s, show_progress=not as_json, debug=debug)
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
     rows: dict[str, Any] = {"split": split, "limit": limit, "retry_failed": retry_failed}
     if dry_run:
         from tsq_ray.estimate import Target, estimate_score

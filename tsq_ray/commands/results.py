@@ -29,6 +29,7 @@ from tsq_ray.options import (
     SharedFs,
     Split,
     Submit,
+    TakeOver,
 )
 from tsq_ray.runtime.session import Session
 from tsq_ray.summaries import evaluation_text, prediction_text, tree_text, verification_text
@@ -82,6 +83,7 @@ def evaluate(
     config: ConfigFile = None,
     sets: Sets = None,
     split: Split = None,
+    take_over: TakeOver = False,
     address: Address = None,
     submit: Submit = False,
     shared_fs: SharedFs = False,
@@ -101,17 +103,9 @@ def evaluate(
     from tsq_ray.evaluation import evaluation_config
 
     settings = evaluation_config(model, config, sets or ())
-    session = Session(address, show_progress=not as_json, debug=debug)
-    summary = run(
-        sources,
-        model,
-        out,
-        settings,
-        annotations=annotations,
-        tables=tables or (),
-        split=split,
-        session=session,
-    )
+    session = Session(address, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
+    options: dict[str, Any] = {"annotations": annotations, "tables": tables or (), "split": split}
+    summary = run(sources, model, out, settings, take_over=take_over, session=session, **options)
     return show(summary, as_json, evaluation_text(summary))
 
 

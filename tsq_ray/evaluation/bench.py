@@ -26,7 +26,7 @@ from tsq_ray.model import TSQShape
 from tsq_ray.networks.encoder import object_names
 from tsq_ray.networks.text import text_encoder
 from tsq_ray.prototypes import prototypes
-from tsq_ray.runs.lease import Holder
+from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
@@ -118,12 +118,12 @@ class Bench:
         return TeacherTargets(classes, targets)
 
 
-def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, holder: Holder) -> int:
+def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, lease: Lease) -> int:
     """Fill `bench.learned` with the result of every spec; return how many had to be trained.
 
     Results come from the store or from trainings, which run in parallel on one CPU each and are
-    stored as they finish. Raises what a training raised; a non-finite loss is a result
-    ("diverged").
+    stored as they finish. Raises what a training raised, and RunFailed if the lease is lost; a
+    non-finite loss is a result ("diverged").
     """
     todo = []
     for spec in dict.fromkeys(spec for spec in specs if spec not in bench.learned):
@@ -138,7 +138,10 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, hol
     )
     initial = InitialValues(bench, bench.features.training)
     calls = [(spec, initial.arguments(spec)) for spec in todo]
-    with cluster.connect(session) as ray, Observer(ray, holder, "evaluate") as observer:
+    with (
+        cluster.connect(session) as ray,
+        Observer(ray, lease.holder, "evaluate") as observer,
+    ):
         arrays = initial.training_arrays(any(spec.kind == "scsampler" for spec in todo))
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
         texts = {id(text): ray.put(text) for _, (_, text, _, _) in calls if text is not None}
@@ -157,6 +160,7 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, hol
         ) as update:
             while pending:
                 ready, _ = ray.wait(list(pending), timeout=0.5)
+                lease.stop_if_lost()
                 for reference in ready:
                     spec = pending.pop(reference)
                     try:

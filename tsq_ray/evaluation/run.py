@@ -24,7 +24,7 @@ from tsq_ray.evaluation.videos import EvaluationFeatures, load_features
 from tsq_ray.results import EvaluatedTable, EvaluationSummary
 from tsq_ray.runs.folder import read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
-from tsq_ray.runs.lease import Holder
+from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _IDENTITY_FILE = "evaluation.json"
@@ -57,6 +57,7 @@ def evaluate(
     annotations: str | None = None,
     tables: Sequence[str] = (),
     split: str | None = None,
+    take_over: bool = False,
     session: Session = DEFAULT_SESSION,
 ) -> EvaluationSummary:
     """Make the paper's tables from one features folder, or compare finished predictions.
@@ -73,10 +74,10 @@ def evaluate(
         tables: names of tables, such as "table2" or "figure3"; all of them by default. "teacher"
             alone needs no labels.
         split: split to measure; by default `val`, or every row if the features have no splits.
+        take_over: take the folder from another run that writes to it.
         session: the cluster to use and the output to show.
     """
     check_installed()
-    log.use_run((holder := Holder.of_this_process()).run)
     sources = [sources] if isinstance(sources, str) else sources
     started = time.time()
     out = storage.normalize(out)
@@ -90,20 +91,18 @@ def evaluate(
                 "--table and --split are for features; leave them out to compare predictions"
             )
         table = compare(sources, bundle, known)
-        made = [(table, table.write(out, [_model_line(model, bundle), _version()]))]
+        with Lease(out, take_over=take_over):
+            made = [(table, table.write(out, [_model_line(model, bundle), _version()]))]
         return _summary(out, made, started, 0, {"runs": len(sources)})
     config = config or evaluation_config(model)
     features = _features(sources[0], bundle, config, tables, split)
     _check_budgets(config, features, bundle)
-    data = _data(features, bundle)
-    sampler = config.sampler.record(exclude={"seed"})
-    _check_identity(out, Identity.of(data=data, sampler=sampler, train=_trainings(config)))
-    bench = Bench(bundle, features, config, known, Store(out, data))
+    bench = Bench(bundle, features, config, known, Store(out, _data(features, bundle)))
     names, header = list(tables) or _possible(bench), _header(bench, model, annotations)
-    trained = train_all(
-        bench, [spec for name in names for spec in paper.specs_for(bench, name)], session, holder
-    )
-    made = [_make(bench, name, out, header) for name in names]
+    with Lease(out, take_over=take_over) as lease:
+        _check_identity(bench, out)
+        trained = _train(bench, names, session, lease)
+        made = [_make(bench, name, out, header) for name in names]
     return _summary(out, made, started, trained, _counts(features))
 
 
@@ -164,6 +163,14 @@ def _check_budgets(config: Config, features: EvaluationFeatures, bundle: Bundle)
         )
 
 
+def _train(bench: Bench, names: Sequence[str], session: Session, lease: Lease) -> int:
+    """Do the trainings that these tables need and the store lacks; return their number."""
+    specs = [spec for name in names for spec in paper.specs_for(bench, name)]
+    trained = train_all(bench, specs, session, lease)
+    lease.check()
+    return trained
+
+
 def _make(bench: Bench, name: str, out: str, header: list[str]) -> tuple[Table, list[str]]:
     table = paper.make(bench, name, out)
     return table, table.write(out, header)
@@ -207,8 +214,10 @@ def _trainings(config: Config) -> dict[str, Any]:
     return config.train.record(exclude={"seed", "num_workers", "checkpoint_every"})
 
 
-def _check_identity(out: str, identity: Identity) -> None:
+def _check_identity(bench: Bench, out: str) -> None:
     """Record the identity in the folder; raises RunError if it holds another evaluation."""
+    sampler = bench.config.sampler.record(exclude={"seed"})
+    identity = Identity.of(data=bench.store.data, sampler=sampler, train=_trainings(bench.config))
     path = storage.join(out, _IDENTITY_FILE)
     recorded = read_json(path)
     if recorded is None:

@@ -22,6 +22,7 @@ from tsq_ray.config import Config, label_map
 from tsq_ray.errors import RunFailed, StorageError, TsqError
 from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage, not_yet_started, shortfalls
 from tsq_ray.runtime.placement import layout, wanted_nodes
+from tsq_ray.runtime.reach import check_out
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _MAX_LINE_CHARS = 200
@@ -36,12 +37,14 @@ _RETRY_ADVICE = re.compile(r"\nFailed to .* after \d+/\d+ attempts .*", re.DOTAL
 
 
 @contextlib.contextmanager
-def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None) -> Iterator[Any]:
+def connect(
+    session: Session = DEFAULT_SESSION, metrics_port: int | None = None, out: str = ""
+) -> Iterator[Any]:
     """Connect to the session's Ray cluster, or start one here, for the duration of the `with`.
 
     A started cluster listens on loopback only, with its metrics on `metrics_port` or a free port.
     A cluster that is already connected is used and stays connected. Raises RunFailed if no cluster
-    can be started or joined.
+    can be started or joined, RunError if a node of it cannot see the run's folder `out`.
     """
     debug, place = session.debug, session.place
     _set_environment(debug)
@@ -50,6 +53,7 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
 
     if ray.is_initialized():
         with _stdout_to_stderr(debug):
+            check_out(ray, out, session)
             yield ray
         return
     level = logging.INFO if debug else logging.ERROR
@@ -67,6 +71,7 @@ def connect(session: Session = DEFAULT_SESSION, metrics_port: int | None = None)
         raise RunFailed(_explain_join_failure(error, place, place == session.address)) from error
     with _stdout_to_stderr(debug):
         try:
+            check_out(ray, out, session)
             yield ray
         finally:
             ray.shutdown()
@@ -322,17 +327,23 @@ def _explain_join_failure(error: Exception, place: str, is_argument: bool) -> st
     if isinstance(error, _Unreachable):
         what, remedy = "no Ray cluster answers there", "start one with: ray start --head"
     elif isinstance(error, OSError):  # this is how Ray reports a wrong token and a missing one
-        presented = os.environ.get("RAY_AUTH_MODE") == "token" and ray_token() is not None
-        problem = "does not accept the token" if presented else "may want a token but got none"
+        problem, needed = _token_problem()
         what = f"what listens there {problem}, or is not a Ray cluster"
-        remedy = (
-            "check the address; for a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-            "~/.ray/auth_token to the cluster's"
-        )
+        remedy = f"check the address; for a token, set {needed}"
     else:
         what = "that Ray cluster cannot be joined"
         remedy = "check the address, and that the cluster has the same Python and Ray versions"
     return f"{setting}: {what} ({one_line(error)}); {remedy}, or {alternative} to start Ray here"
+
+
+def _token_problem() -> tuple[str, str]:
+    """Return what a refused client may lack, and the variables to set for it."""
+    mode, token = "RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's"
+    if ray_token() is None:
+        return "may want a token but got none", f"{mode}, and {token}"
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        return "does not accept the token", token
+    return f"may want this user's token, which is sent only with {mode}", mode
 
 
 def _explain_start_failure(error: Exception) -> str:

@@ -19,6 +19,8 @@ class Session:
     """Report progress on stderr."""
     debug: bool = False
     """Show Ray's own output and tracebacks."""
+    shared_fs: bool = False
+    """Every node of the cluster has this machine's paths."""
 
     @property
     def place(self) -> str:

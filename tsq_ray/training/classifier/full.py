@@ -80,7 +80,7 @@ def tune(
     """
     backbone = network.backbone.state_dict()
     with (
-        cluster.connect(session) as ray,
+        cluster.connect(session, out=lease.folder) as ray,
         Observer(ray, lease.holder, "finetune", lease.stop_if_lost) as observer,
     ):
         job, placed = _plan(ray, network, backbone, train, val, num_classes, config)

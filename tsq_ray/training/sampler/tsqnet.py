@@ -239,7 +239,7 @@ def _fit(
     write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
     config, count = plan.config, videos.count
     with (
-        cluster.connect(session) as ray,
+        cluster.connect(session, out=plan.out) as ray,
         Observer(ray, lease.holder, "train", lease.stop_if_lost) as observer,
         features_on_worker(
             plan.source, count, "train", config, session, observer.observe
