@@ -114,7 +114,7 @@ def test_an_archive_without_labels(
 @pytest.mark.parametrize(
     "labels",
     [
-        pytest.param(("blue sea",), id="one video"),
+        pytest.param(("blue sea",), id="one video", marks=pytest.mark.slow),
         pytest.param(("blue sea", "green field"), id="two videos", marks=pytest.mark.slow),
         pytest.param(tuple(CLASSES), id="three videos", marks=pytest.mark.slow),
         pytest.param(("blue sea",) * 4, id="one class"),
