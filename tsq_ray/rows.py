@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tsq_ray import storage
-from tsq_ray.config import TSQ_MODES, EncodersConfig, ModelConfig
+from tsq_ray.config import LEARNED_MODES, TSQ_MODES, EncodersConfig, ModelConfig
 from tsq_ray.decode import Centre, DecodedVideo, FrameSpec, with_whole_frames
 from tsq_ray.errors import Failure
 from tsq_ray.manifest import VideoRef
@@ -52,7 +52,7 @@ def picture_specs(
     (`ResourcesConfig.resizes_on_device`).
     """
     specs = {}
-    if mode in (*TSQ_MODES, "maxconf-l"):
+    if mode in LEARNED_MODES:
         specs[VISUAL] = frame_spec(encoders.visual)
     if mode in TSQ_MODES and with_objects and mode != "visual":
         specs[OBJECTS] = frame_spec(encoders.objects)

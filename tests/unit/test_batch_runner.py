@@ -267,8 +267,9 @@ def test_a_batch_that_another_version_began_gets_a_folder_of_its_own(
     assert {json.loads(line)["model"] for line in lines} == {found.model}
 
 
-def test_a_batch_that_the_old_replica_ends_meanwhile_stays_as_it_is(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("found", ["completed", "cancelling"])
+def test_what_the_old_replica_does_to_a_batch_meanwhile_counts(
+    found: Any, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_runner, "_BUSY_WAIT_S", 0.05)
     folders = BatchFolders(f"{tmp_path}/batches")
@@ -280,11 +281,13 @@ def test_a_batch_that_the_old_replica_ends_meanwhile_stays_as_it_is(
             resumed = asyncio.create_task(runner.resume())
             await asyncio.sleep(0.3)
             assert not (await runner.get(card.id)).has_ended
-            folders.save(card.model_copy(update={"status": "completed", "completed_at": 7}))
+            folders.save(card.model_copy(update={"status": found, f"{found}_at": 7}))
         await resumed
         return await ended(runner, card.id)
 
-    assert asyncio.run(work()).completed_at == 7
+    last = asyncio.run(work())
+    assert last.status == {"cancelling": "cancelled"}.get(found, found)
+    assert found == "cancelling" or last.completed_at == 7
     assert not list(Path(card.predictions_uri).glob("part-*"))
 
 

@@ -138,10 +138,7 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, lea
     )
     initial = InitialValues(bench, bench.features.training)
     calls = [(spec, initial.arguments(spec)) for spec in todo]
-    with (
-        cluster.connect(session) as ray,
-        Observer(ray, lease.holder, "evaluate") as observer,
-    ):
+    with cluster.connect(session) as ray, Observer(ray, lease.holder, "evaluate") as observer:
         arrays = initial.training_arrays(any(spec.kind == "scsampler" for spec in todo))
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
         texts = {id(text): ray.put(text) for _, (_, text, _, _) in calls if text is not None}

@@ -335,6 +335,8 @@ class BatchRunner:
             if card is not None and card.has_ended:
                 running.card = card
                 raise Ended
+            running.cancelled |= card is not None and card.status == "cancelling"
+            _stop_if_cancelled(running)
             yield
         finally:
             await asyncio.to_thread(folder.__exit__)

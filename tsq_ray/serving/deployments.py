@@ -13,7 +13,7 @@ import ray
 from ray import serve
 
 from tsq_ray.bundle.settings import read_bundle_settings, recognizer_of, server_of
-from tsq_ray.config import TSQ_MODES, Config, EncodersConfig
+from tsq_ray.config import LEARNED_MODES, Config, EncodersConfig
 from tsq_ray.decode import DecodedVideo, DecodePool, Outcome, VideoSource
 from tsq_ray.decode.fetch import check_unchanged
 from tsq_ray.errors import Failure, StorageError, VideoError
@@ -232,9 +232,7 @@ class Decoder(_Stage):
 
 def _all_on_gpus(config: Config, placed: Layout) -> bool:
     """Return whether every network that takes pictures runs on a GPU."""
-    names = ["recognizer"] + (
-        ["sampler"] if config.sampler.mode in (*TSQ_MODES, "maxconf-l") else []
-    )
+    names = ["recognizer"] + ["sampler"] * (config.sampler.mode in LEARNED_MODES)
     return all(placed[name].gpus > 0 for name in names)
 
 
