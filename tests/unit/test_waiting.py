@@ -132,6 +132,15 @@ def test_from_the_tenth_second_on_a_stalled_run_says_why_every_15_s(
     assert capsys.readouterr().err.splitlines() == lines
 
 
+def test_a_run_with_long_pauses_is_reported_only_after_twice_the_longest(
+    watch: Callable[..., Watch], capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch(lambda second: WORKING, lambda second: 1 if second < 14 else 2, 0)
+    assert capsys.readouterr().err.splitlines() == [
+        f"extract: no progress after {s} s: at work: 2 x Worker, 1 x Writer" for s in (10, 40)
+    ]
+
+
 def test_a_run_that_makes_progress_says_nothing(
     watch: Callable[..., Watch], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,8 @@ from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import usage
 
 FIRST_LINE_S, EVERY_S = 10.0, 15.0
+_SLOW = 2.0
+"""A working run is reported after this many times its longest pause so far."""
 _COUNTERS = ("Counts", "RowCounts", "FlowCounts", "_Videos")
 _PENDING = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
 
@@ -53,6 +55,7 @@ class Watch:
         self._what, self._wait_s = what, wait_s
         self._look = look or partial(look_at, ray, app)
         self._done = -1
+        self._gap = 0.0  # the longest time between two changes of `done`
         self._since = self._looked = time.monotonic()
         self._waits_since: float | None = None
         self.waited_s = 0.0
@@ -66,6 +69,8 @@ class Watch:
         now = time.monotonic()
         if done != self._done:
             self._end_wait(now)
+            if self._done > 0:
+                self._gap = max(self._gap, now - self._since)
             self._done, self._since, self._looked = done, now, now
             return
         first = self._looked == self._since
@@ -80,7 +85,8 @@ class Watch:
                 f"{', '.join(kinds)} (loading what they need)" if kinds else f"at work: {at_work}"
             )
             state = "still starting" if kinds else "no progress"
-            if kinds or at_work:
+            slow = now - self._since >= _SLOW * self._gap
+            if kinds or (at_work and slow):
                 log.say(f"{self._what}: {state} after {now - self._since:.0f} s: {doing}")
             return
         self._waits_since = self._waits_since or self._since
