@@ -19,6 +19,7 @@ from tsq_ray.console import (
     guarded,
     prepare_output,
 )
+from tsq_ray.runtime.driver import sigterm_interrupts
 
 app = typer.Typer(
     name="tsq",
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     arguments = bare_retry(list(sys.argv[1:] if argv is None else argv)) or ["--help"]
     debug = "--debug" in arguments
-    return guarded(lambda: app(args=arguments, prog_name="tsq", standalone_mode=False), debug)
+    with sigterm_interrupts():
+        return guarded(lambda: app(args=arguments, prog_name="tsq", standalone_mode=False), debug)
 
 
 if __name__ == "__main__":

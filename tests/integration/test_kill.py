@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from support.cluster import BUDGET, Chain, Chains, Driver, marked, read_rows, ts
 from tsq_ray.bundle.weights import load_classifier
 
 pytestmark = pytest.mark.ray
+SLOW = pytest.mark.slow
 
 ONE_AT_A_TIME = [
     "--set",
@@ -81,7 +83,7 @@ def columns(table: pa.Table, without: tuple[str, ...] = ()) -> list[dict[str, An
     return table.drop_columns([name for name in without if name in table.column_names]).to_pylist()
 
 
-KILLS = pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
+KILLS = pytest.mark.parametrize("kills", [1, pytest.param(2, marks=SLOW)])
 
 
 @KILLS
@@ -96,7 +98,7 @@ def test_a_killed_extract(chain: Chain, tmp_path: Path, kills: int) -> None:
     assert columns(read_rows(out)) == columns(read_rows(whole))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("kills", [1, 2])
 def test_a_killed_score(chain: Chain, tmp_path: Path, kills: int) -> None:
     whole, out = chain.predictions, str(tmp_path / "killed")
@@ -112,13 +114,14 @@ def test_a_killed_score(chain: Chain, tmp_path: Path, kills: int) -> None:
         assert len(one["selected_slot"] or ()) <= BUDGET
 
 
-def test_an_interrupt_says_how_to_resume(chain: Chain, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=SLOW), signal.SIGTERM])
+def test_an_interrupt_says_how_to_resume(chain: Chain, tmp_path: Path, number: int) -> None:
     """The same command then continues as after a kill."""
     out = str(tmp_path / "interrupted")
     argv = ["extract", chain.manifest, "--out", out, *chain.extract_options, *ONE_AT_A_TIME]
     with Driver(argv, tmp_path / "run0") as driver:
         driver.wait_until(lambda: len(visible_parts(out)) > 0)
-        driver.interrupt()
+        driver.interrupt(number)
         ended = driver.ended()
     assert (ended.code, ended.out) == (1, "")
     assert (
@@ -127,7 +130,7 @@ def test_an_interrupt_says_how_to_resume(chain: Chain, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_killed_fit_of_a_head_keeps_its_features(chain: Chain, tmp_path: Path) -> None:
     out, whole = tmp_path / "encoder", chain.encoder
     features = out / "_finetune" / "features"

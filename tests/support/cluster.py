@@ -381,9 +381,9 @@ class Driver:
             self.process.wait()
         end_marked(self.mark)
 
-    def interrupt(self) -> None:
-        """Interrupt the command as Ctrl-C does."""
-        self.process.send_signal(signal.SIGINT)
+    def interrupt(self, number: int = signal.SIGINT) -> None:
+        """Interrupt the command as Ctrl-C does, or with another signal."""
+        self.process.send_signal(number)
 
     def ended(self, timeout_s: float = 240.0) -> Ended:
         """Wait for the end."""

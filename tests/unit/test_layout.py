@@ -55,6 +55,7 @@ INSIDE = {
             "placement",
             "session",
             "reach",
+            "driver",
             "cluster",
             "usage",
             "waiting",

@@ -12,7 +12,7 @@ import pytest
 from tsq_ray import log
 from tsq_ray.cli import main
 from tsq_ray.runs.lease import LEASE_FILE, Lease, LeaseTimes
-from tsq_ray.runtime import cluster
+from tsq_ray.runtime import driver
 from tsq_ray.runtime.progress import progress_display
 
 
@@ -77,7 +77,7 @@ def test_whoever_takes_a_lease_names_the_run(
 
 def test_what_ray_prints_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     log.use_format(log.LogFormat.json)
-    with cluster._stdout_to_stderr(debug=False):
+    with driver.stdout_to_stderr(debug=False):
         print("a node is lost\nand 20 lines of its log")
     found = capsys.readouterr()
     assert found.out == ""

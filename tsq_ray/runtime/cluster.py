@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import math
 import os
 import re
 import socket
 import stat
-import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,12 +18,12 @@ from typing import Any
 from tsq_ray import log
 from tsq_ray.config import Config, label_map
 from tsq_ray.errors import RunFailed, StorageError, TsqError
+from tsq_ray.runtime.driver import signal_handlers_kept, silent_stderr, stdout_to_stderr
 from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage, not_yet_started, shortfalls
 from tsq_ray.runtime.placement import layout, wanted_nodes
 from tsq_ray.runtime.reach import check_out
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
-_MAX_LINE_CHARS = 200
 _ASK_EVERY_S = 3.0
 _MAX_INIT_DEATHS = 3
 _MAX_SOCKET_PATH = 107
@@ -52,7 +50,7 @@ def connect(
         import ray
 
     if ray.is_initialized():
-        with _stdout_to_stderr(debug):
+        with stdout_to_stderr(debug):
             check_out(ray, out, session)
             yield ray
         return
@@ -63,13 +61,14 @@ def connect(
         options |= {"_metrics_export_port": metrics_port}
     try:
         _check_reachable(place)
-        with _for_loopback(place), contextlib.nullcontext() if debug else _silent_stderr():
+        quiet = contextlib.nullcontext() if debug else silent_stderr()
+        with _for_loopback(place), quiet, signal_handlers_kept():
             ray.init(**options)
     except Exception as error:  # Ray also raises plain Exception
         if not session.joins_cluster:
             raise RunFailed(_explain_start_failure(error)) from error
         raise RunFailed(_explain_join_failure(error, place, place == session.address)) from error
-    with _stdout_to_stderr(debug):
+    with stdout_to_stderr(debug):
         try:
             check_out(ray, out, session)
             yield ray
@@ -363,38 +362,3 @@ def _explain_start_failure(error: Exception) -> str:
 def one_line(error: BaseException) -> str:
     """Return the first 200 characters of an error's text, on one line."""
     return " ".join(str(error).split())[:200]
-
-
-@contextlib.contextmanager
-def _stdout_to_stderr(debug: bool) -> Iterator[None]:
-    """Send what Ray prints about its nodes and workers to stderr: stdout is for the summary."""
-    with contextlib.redirect_stdout(sys.stderr if debug else _FirstLines()):
-        yield
-
-
-class _FirstLines(io.TextIOBase):
-    """Log the first line of each text: Ray adds 20 log lines to a report of a lost node."""
-
-    def write(self, text: str) -> int:
-        lines = text.strip().splitlines()
-        if lines:
-            log.say(lines[0][:_MAX_LINE_CHARS])
-        return len(text)
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Silence stderr during ray.init, where Ray's C++ core announces its log level.
-
-    No error is lost: ray.init raises exceptions.
-    """
-    sys.stderr.flush()
-    kept = os.dup(2)
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(devnull, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(devnull)
-        os.close(kept)

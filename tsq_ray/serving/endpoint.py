@@ -98,7 +98,6 @@ def run_endpoint(
         _Signals() as signals,
         cluster.connect(session, metrics_port=config.serve.metrics_port) as ray,
     ):
-        signals.install()  # ray.init has installed its own handlers
         nodes = cluster.read_cluster(ray, config)
         if not session.joins_cluster:
             check_room(layout("serve", config, nodes, 1), nodes)
@@ -124,18 +123,12 @@ class _Signals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
-        self._previous = {number: signal.getsignal(number) for number in _NUMBERS}
-        self.install()
+        self._previous = {number: signal.signal(number, self._handle) for number in _NUMBERS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    def install(self) -> None:
-        """Install the handlers."""
-        for number in _NUMBERS:
-            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: object) -> None:
         if not self.serving or self._end_requested.is_set():
