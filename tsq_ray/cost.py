@@ -133,7 +133,7 @@ def dense(seconds: Mapping[str, float], frames: float) -> float | None:
 
     Args:
         seconds: by stage; without a sampler, only decode and recognize would remain.
-        frames: sampled frames per chosen one, T / K.
+        frames: sampled frames per recognised one, T / K.
     """
     decode, sample, recognize = (seconds.get(name, 0.0) for name in STAGES)
     if not recognize:

@@ -24,7 +24,7 @@ from tsq_ray.config import Config
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource
 from tsq_ray.feature_pipeline import Networks, feature_row
 from tsq_ray.manifest import VideoRef
-from tsq_ray.rows import Row, prediction_row
+from tsq_ray.rows import Row, num_recognized, prediction_row
 from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage
 from tsq_ray.runtime.placement import layout
 from tsq_ray.stages import Decode, Sample, bundle_specs, recognizer_for
@@ -200,11 +200,11 @@ def _probe(
 
 def _dense(rows: Sequence[Mapping[str, Any]]) -> float | None:
     sums = {name: sum(row[f"{name}_ms"] or 0.0 for row in rows) for name in cost.STAGES}
-    frames = sum(len(row["frame_pts_s"]) for row in rows)
-    chosen = sum(len(row["selected_slot"]) for row in rows)
-    if chosen and any("tokens_in" in row for row in rows):
-        return round(frames / chosen, 2)
-    return cost.dense(sums, frames / chosen) if chosen else None
+    frames = [len(row["frame_pts_s"]) for row in rows]
+    recognized = sum(map(num_recognized, frames, [row["selected_by"] for row in rows]))
+    if recognized and any("tokens_in" in row for row in rows):
+        return round(sum(frames) / recognized, 2)
+    return cost.dense(sums, sum(frames) / recognized) if recognized else None
 
 
 def _requests_s(rows: Sequence[Mapping[str, Any]]) -> float:

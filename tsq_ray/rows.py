@@ -141,6 +141,11 @@ def selection_columns(
     }
 
 
+def num_recognized(num_frames: int, selected_by: Sequence[str]) -> int:
+    """Return how many of a video's frames the recogniser saw: in mode `maxconf` all of them."""
+    return num_frames if "maxconf" in selected_by else len(selected_by)
+
+
 def plain_row(row: Mapping[str, Any]) -> Row:
     """Return a prediction row as JSON values.
 

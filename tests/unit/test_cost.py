@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from tsq_ray.config import load_config
@@ -13,6 +14,7 @@ from tsq_ray.errors import ConfigError, RunError
 from tsq_ray.estimate import STARTUP_S, check_known, predict
 from tsq_ray.probe import Probe, ProbeRequest
 from tsq_ray.results import Counts, Estimate, LabelSummary, RunSummary, from_record
+from tsq_ray.runtime import parts
 from tsq_ray.runtime.nodes import Cluster, Node, Stage
 from tsq_ray.runtime.placement import layout
 from tsq_ray.summaries import estimate_text, label_text
@@ -84,6 +86,18 @@ def test_tokens_cost_money_without_other_prices() -> None:
     assert Used(10, 0, 100, 4).cost(None) is None
 
 
+def test_the_recogniser_saw_every_frame_of_maxconf() -> None:
+    """It chooses by the recogniser's own confidence; written by each writer, read by the summary."""
+    rows = [
+        {"frame_pts_s": [0.0] * 8, "selected_slot": [1, 2], "selected_by": [mode] * 2}
+        for mode in ("maxconf", "maxconf-l", "visual")
+    ]
+    failed = dict.fromkeys(rows[0])
+    table = pa.Table.from_pylist([*rows, failed]).append_column("duration_s", [[1.0] * 4])
+    found = parts._amounts(table)
+    assert (found[parts.SAMPLED], found[parts.RECOGNIZED]) == (24, 8 + 2 + 2)
+
+
 def record(**used: float) -> dict[str, Any]:
     return {
         "videos_done_now": 10,
@@ -146,10 +160,11 @@ def test_the_summary_of_label_has_the_money_of_the_sample_and_of_the_archive() -
             | PRICED,
             Used(1.0, 0.0, 10, 0.5, 4.0, 3_000_000, 500, 6.004),
         ),
+        (record(sampled_frames=160, recognized_frames=160), Used(1.0, 0.0, 10, 0.5, 1.0)),
         (record() | {"videos_done_now": 0}, None),
         ({"videos_done_now": 10}, None),
     ],
-    ids=["features", "predictions", "tokens", "nothing done", "a run of 0.1.0"],
+    ids=["features", "predictions", "tokens", "every frame", "nothing done", "a run of 0.1.0"],
 )
 def test_what_a_run_used(content: dict[str, Any], expected: Used | None) -> None:
     assert Used.of_run(content) == expected

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from tsq_ray import schema, storage
 from tsq_ray.config import OutputConfig
 from tsq_ray.errors import RunFailed, StorageError
+from tsq_ray.rows import num_recognized
 from tsq_ray.runs.folder import write_part
 from tsq_ray.runtime.blocks import MAX_BLOCK_ROWS
 from tsq_ray.runtime.metrics import PublishedPart
@@ -158,8 +159,9 @@ def _amounts(rows: pa.Table) -> dict[str, float]:
     sampled = recognized = 0
     if "selected_slot" in rows.column_names:
         live = rows.filter(pc.is_valid(rows["selected_slot"]))
-        sampled = pc.sum(pc.list_value_length(live["frame_pts_s"])).as_py() or 0
-        recognized = pc.sum(pc.list_value_length(live["selected_slot"])).as_py() or 0
+        frames = pc.list_value_length(live["frame_pts_s"]).to_pylist()
+        sampled = sum(frames)
+        recognized = sum(map(num_recognized, frames, live["selected_by"].to_pylist()))
     seconds = pc.sum(rows["duration_s"]).as_py() or 0.0
     known = [name for name in TOKENS if name in rows.column_names]
     tokens = [pc.sum(rows[name]).as_py() or 0 for name in known] or [0] * len(TOKENS)
