@@ -87,7 +87,7 @@ def test_tokens_cost_money_without_other_prices() -> None:
 
 
 def test_the_recogniser_saw_every_frame_of_maxconf() -> None:
-    """It chooses by the recogniser's own confidence; written by each writer, read by the summary."""
+    """It chooses by the recogniser's own confidence."""
     rows = [
         {"frame_pts_s": [0.0] * 8, "selected_slot": [1, 2], "selected_by": [mode] * 2}
         for mode in ("maxconf", "maxconf-l", "visual")
