@@ -30,6 +30,7 @@ from tsq_ray.options import (
     Split,
     Submit,
     TakeOver,
+    WaitS,
 )
 from tsq_ray.runtime.session import Session
 from tsq_ray.summaries import evaluation_text, prediction_text, tree_text, verification_text
@@ -85,6 +86,7 @@ def evaluate(
     split: Split = None,
     take_over: TakeOver = False,
     address: Address = None,
+    wait_s: WaitS = 0.0,
     submit: Submit = False,
     shared_fs: SharedFs = False,
     as_json: AsJson = False,
@@ -103,7 +105,7 @@ def evaluate(
     from tsq_ray.evaluation import evaluation_config
 
     settings = evaluation_config(model, config, sets or ())
-    session = Session(address, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
     options: dict[str, Any] = {"annotations": annotations, "tables": tables or (), "split": split}
     summary = run(sources, model, out, settings, take_over=take_over, session=session, **options)
     return show(summary, as_json, evaluation_text(summary))

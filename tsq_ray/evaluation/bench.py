@@ -5,8 +5,10 @@ Shapes: V videos, T frames, D dims, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +32,7 @@ from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
-from tsq_ray.runtime.waiting import Watch
+from tsq_ray.runtime.waiting import Seen, Watch, look_at_tasks
 from tsq_ray.training.teacher import shown_classes, soft_targets, taught_classes
 
 
@@ -122,8 +124,9 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, lea
     """Fill `bench.learned` with the result of every spec; return how many had to be trained.
 
     Results come from the store or from trainings, which run in parallel on one CPU each and are
-    stored as they finish. Raises what a training raised, and RunFailed if the lease is lost; a
-    non-finite loss is a result ("diverged").
+    stored as they finish. Raises what a training raised, and RunFailed if the lease is lost or the
+    trainings have waited for room for longer than `session.wait_s`; a non-finite loss is a result
+    ("diverged").
     """
     todo = []
     for spec in dict.fromkeys(spec for spec in specs if spec not in bench.learned):
@@ -143,15 +146,18 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, lea
         shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
         texts = {id(text): ray.put(text) for _, (_, text, _, _) in calls if text is not None}
         pool = cluster.lay_out(ray, "evaluate", bench.config, len(todo))["training"]
-        task = ray.remote(num_cpus=pool.cpus, memory=pool.memory, max_retries=3)(learn)
-        watch, top = Watch(ray, "evaluate"), bench.config.sampler.top_classes
+        task = ray.remote(num_cpus=pool.cpus, memory=pool.memory, max_retries=3)(_learn)
+        begun, top = progress.start_counts(progress.Begun), bench.config.sampler.top_classes
         pending = {
             task.remote(
+                *(begun, bench.store.key(spec)),
                 *(spec, *shared, shape, texts[id(text)] if text is not None else None),
                 *(start, top, taught),
             ): spec
             for spec, (shape, text, start, taught) in calls
         }
+        look = _Look(ray, begun, lambda: {bench.store.key(spec) for spec in pending.values()})
+        watch = Watch(ray, "evaluate", session.wait_s, look=look)
         with progress.progress_display(
             len(todo), "evaluate", session.show_progress, "trainings"
         ) as update:
@@ -169,6 +175,30 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, lea
                 watch.tick(len(todo) - len(pending))
                 observer.observe(len(todo) - len(pending), watch)
     return len(todo)
+
+
+def _learn(begun: Any, name: str, *arguments: Any) -> Learned:
+    """Run a training as the Ray task `name`."""
+    begun.add.remote(name)
+    return learn(*arguments)
+
+
+class _Look:
+    """Tells a Watch how many of the pending trainings have begun."""
+
+    def __init__(self, ray: Any, begun: Any, pending: Callable[[], set[str]]) -> None:
+        """`begun`: the actor that trainings report to; `pending`: names of those not finished."""
+        self._ray, self._actor, self._pending = ray, begun, pending
+        self._begun: set[str] = set()
+
+    def __call__(self) -> Seen:
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            # what is known is kept: a restarted actor has forgotten it
+            self._begun |= self._ray.get(self._actor.get.remote(), timeout=10)
+            pending = self._pending()
+            at_work = len(pending & self._begun)
+            return look_at_tasks(self._ray, "training", len(pending) - at_work, at_work)
+        return Seen(Counter(), Counter())
 
 
 class InitialValues:
