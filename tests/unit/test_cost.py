@@ -11,7 +11,7 @@ from tsq_ray.config import load_config
 from tsq_ray.cost import Price, Used, dense
 from tsq_ray.errors import ConfigError, RunError
 from tsq_ray.estimate import STARTUP_S, check_known, predict
-from tsq_ray.probe import Probe, ProbeRequest
+from tsq_ray.probe import Probe, ProbeRequest, _server_seconds
 from tsq_ray.results import Counts, Estimate, LabelSummary, RunSummary, from_record
 from tsq_ray.runtime.nodes import Cluster, Node, Stage
 from tsq_ray.runtime.placement import layout
@@ -246,3 +246,29 @@ def test_a_server_limits_the_run_and_costs_tokens() -> None:
     assert "; 9000000 tokens sent, 100000 received; cost " in text
     assert "of which tokens 19)" in text
     assert "the probe itself asked the server: 14400 tokens sent, 160 received" in text
+
+
+@pytest.mark.parametrize(
+    ("nodes", "limit", "in_flight"),
+    [(1, 8, 8), (2, 8, 8), (5, 8, 20), (1, 10, 8), (1, 1000, 64), (2, 1000, 128)],
+    ids=["one node", "two nodes", "one a worker", "equal shares", "all frames", "on two nodes"],
+)
+def test_a_server_answers_an_extraction_no_faster_on_more_nodes(
+    nodes: int, limit: int, in_flight: int
+) -> None:
+    """The workers, four on each node, share `max_concurrent`, but each has at least one request."""
+    sets = (
+        *("recognizer.kind=openai", "recognizer.url=http://host/v1", "decode.num_frames=16"),
+        *("resources.gpus=0", f"recognizer.max_concurrent={limit}"),
+    )
+    alone = predicted("extract", FOUR, [FOUR] * nodes, sets=sets)
+    found = predicted("extract", FOUR, [FOUR] * nodes, sets=sets, requests_s=640.0)
+    assert found["workers"] == 4 * nodes
+    waiting = found["seconds_a_video"] - alone["seconds_a_video"]
+    assert waiting == pytest.approx(640 / in_flight, abs=1e-3)
+
+
+def test_what_a_server_took_for_rows_of_an_extraction_and_of_scoring() -> None:
+    asked = [{"_requests_s": 8.0, "_waited_s": 2.0}, {"_requests_s": 4.0, "_waited_s": 1.0}, {}]
+    assert _server_seconds(asked) == (4.0, 1.0)
+    assert _server_seconds([{"recognize_ms": 3000.0}, {"recognize_ms": None}]) == (1.5, 1.5)

@@ -43,6 +43,8 @@ class Reply:
     error: VideoError | None = None
     tokens_in: int = 0
     tokens_out: int = 0
+    seconds: float = 0.0
+    """For which its tries were in flight."""
 
     def count(self, tokens_in: int, tokens_out: int) -> None:
         """Add the tokens of a try."""
@@ -97,8 +99,12 @@ class Client:
         for tries in itertools.count(1):
             try:
                 async with self._free:
-                    deadline = min(deadline, time.monotonic() + self.settings.patience_s)
-                    completion = await self._request(body)
+                    started = time.monotonic()
+                    deadline = min(deadline, started + self.settings.patience_s)
+                    try:
+                        completion = await self._request(body)
+                    finally:
+                        reply.seconds += time.monotonic() - started
                 reply.count(*tokens_of(completion))
                 reply.scores, reply.caption = read_answer(completion, self.classes, self.multi)
                 return reply
