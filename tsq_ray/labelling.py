@@ -40,6 +40,7 @@ from tsq_ray.reporting.agreement import UNTAUGHT, verdict
 from tsq_ray.results import LabelSummary, RunSummary
 from tsq_ray.runs.folder import check_folder, read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
+from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.score_run import identity_of
 from tsq_ray.scoring import score
@@ -93,6 +94,7 @@ def label(
     config = _label_config(config)
     steps = _Steps(storage.normalize(out), recognizer, config, session)
     steps.check()
+    steps.check_cluster()
     steps.index(sources, sample)
     features = steps.teach()
     measured = steps.measure(agreement)
@@ -148,6 +150,12 @@ class _Steps:
             check_top_objects(config.train.top_objects, config.encoders.num_objects)
             if not is_bundle(self.at("bundle")):
                 Embeddings.make(config, content["classes"])
+
+    def check_cluster(self) -> None:
+        """Raise if the cluster cannot be joined or a node of it cannot see `out`."""
+        if self.session.joins_cluster:
+            with cluster.connect(self.session, out=self.out):
+                pass
 
     def index(self, sources: str | Sequence[str], sample: int) -> None:
         """List the videos and draw the sample, unless it was drawn before."""

@@ -92,7 +92,7 @@ def bench(tmp_path: Path) -> Bench:
 def train(bench: Bench, wait_s: float) -> None:
     specs = [bench.scsampler(0), bench.scsampler(1)]
     with Lease(bench.store.folder) as lease:
-        train_all(bench, specs, Session(wait_s=wait_s), lease)
+        train_all(bench, specs, Session(wait_s=wait_s), lease, lambda: None)
 
 
 def test_an_evaluation_waits_for_room_only_as_long_as_it_may(

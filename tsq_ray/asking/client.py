@@ -99,12 +99,8 @@ class Client:
         for tries in itertools.count(1):
             try:
                 async with self._free:
-                    started = time.monotonic()
-                    deadline = min(deadline, started + self.settings.patience_s)
-                    try:
-                        completion = await self._request(body)
-                    finally:
-                        reply.seconds += time.monotonic() - started
+                    deadline = min(deadline, time.monotonic() + self.settings.patience_s)
+                    completion = await self._timed_request(body, reply)
                 reply.count(*tokens_of(completion))
                 reply.scores, reply.caption = read_answer(completion, self.classes, self.multi)
                 return reply
@@ -121,6 +117,14 @@ class Client:
                 return reply
             await asyncio.sleep(pause)
         raise AssertionError("the loop above returns")
+
+    async def _timed_request(self, body: dict[str, Any], reply: Reply) -> Completion:
+        """Return the completion, and add its seconds to the reply. Raises as `_request` does."""
+        started = time.monotonic()
+        try:
+            return await self._request(body)
+        finally:
+            reply.seconds += time.monotonic() - started
 
     async def _request(self, body: dict[str, Any]) -> Completion:
         """Return the completion. Raises _TryAgain, or VideoError for a refusal."""

@@ -105,6 +105,7 @@ def run_bulk(
     seconds: Counter[str] = Counter()
     run, what = observer.run, observer.stage
     todo = run.todo
+    run.begin()
     options: dict[str, Any] = {"session": session, "ticks": (run.stop_if_lost, *ticks), "app": app}
     for _ in range(_PASSES):
         observer.left = len(todo)

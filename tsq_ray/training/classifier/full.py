@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +72,13 @@ def tune(
     config: Config,
     session: Session,
     lease: Lease,
+    begin: Callable[[], None],
 ) -> Tuned:
     """Train `network` with a new head on the labelled videos `train` and measure it on `val`.
 
     Checkpoints go to the folder `work`; if it already holds some, training resumes from the last.
-    Raises RunFailed if the training fails or the lease is lost.
+    `begin` is called before anything is written there. Raises RunFailed if the training fails or
+    the lease is lost.
     """
     backbone = network.backbone.state_dict()
     with (
@@ -84,6 +86,7 @@ def tune(
         Observer(ray, lease.holder, "finetune", lease.stop_if_lost) as observer,
     ):
         job, placed = _plan(ray, network, backbone, train, val, num_classes, config)
+        begin()
         total = job.num_clips(config.finetune.epochs)
         options: dict[str, Any] = {"counts": job.clips.counts, "total": total}
         options["observe"] = observer.observe
