@@ -64,6 +64,7 @@ def _happened_lines(happened: Mapping[str, float]) -> list[str]:
         "nodes_lost": "nodes lost: {}",
         "videos_done_again": "videos done again: {}",
         "waited_s": "waited for room on the cluster: {} s",
+        "rows_removed": "rows of changed, deleted or repeated videos removed: {}",
     }
     parts = [text.format(happened[name]) for name, text in texts.items() if name in happened]
     return [f"in this run: {'; '.join(parts)}"] if parts else []

@@ -403,6 +403,7 @@ def test_closing_takes_out_changed_and_deleted_videos(done: Folder) -> None:
     assert done.left() == ["/videos/1.mp4"]
     done.write(row(ref(1, size_bytes=11)))
     run = done.close()
+    assert run["happened"] == {"rows_removed": 2}
     assert done.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "failed")]
     assert (run["counts"]["inputs"], run["counts"]["ok"], run["counts"]["failed"]) == (2, 1, 1)
     assert done.problems() == []

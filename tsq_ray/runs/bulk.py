@@ -120,7 +120,7 @@ class BulkRun:
         self.started = time.time() if started is None else started
         self.lease = Lease(out, take_over=take_over)
         self.happened: dict[str, float] = {}
-        """Incidents during the run, if not 0: nodes_lost, videos_done_again, waited_s."""
+        """Incidents of the run, if not 0: nodes_lost, videos_done_again, waited_s, rows_removed."""
         self.used: dict[str, float] = {}
         """What the work took: cpu_hours and gpu_hours of the nodes, video_hours, frames, tokens."""
         self._held = contextlib.ExitStack()
@@ -250,7 +250,7 @@ class BulkRun:
         """Remove rows that do not count, update changed labels and return the remaining rows."""
         compression = self.config.output.compression
         if not done.counts().all():
-            prune(self.out, done, compression)
+            self.happened["rows_removed"] = prune(self.out, done, compression)
             done = self._read_done()
         relabel(self.out, outdated_labels(done), done, compression)
         return done
