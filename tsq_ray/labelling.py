@@ -243,9 +243,10 @@ class _Steps:
         return score(manifest, model, out, config, with_scores=with_scores, session=self.session)
 
     def used(self) -> dict[str, Any] | None:
-        """Return what the extraction and the scoring took together, from their `_run.json`."""
+        """Return what the extraction, the training and the scoring took together."""
         runs = (read_run(self.at("features")), read_run(self.at("predictions")))
-        used = Used.together(map(Used.of_run, runs))
+        trained = read_bundle_settings(self.at("bundle"))[0]["provenance"].get("summary", {})
+        used = Used.together([*map(Used.of_run, runs), Used.of_hours(trained.get("used", {}))])
         return None if used is None else asdict(used)
 
     def _scoring(self, chosen: Mapping[str, Any]) -> Config:

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from tsq_ray.config import load_config
+from tsq_ray.console import show_priced
 from tsq_ray.cost import Price, Used, dense
 from tsq_ray.errors import ConfigError, RunError
 from tsq_ray.estimate import STARTUP_S, check_known, predict
 from tsq_ray.probe import Probe, ProbeRequest, _server_seconds
-from tsq_ray.results import Counts, Estimate, LabelSummary, RunSummary, from_record
+from tsq_ray.results import (
+    Counts,
+    Estimate,
+    EvaluationSummary,
+    FinetuneSummary,
+    LabelSummary,
+    RunSummary,
+    TrainingSummary,
+    from_record,
+)
 from tsq_ray.runtime.nodes import Cluster, Node, Stage
 from tsq_ray.runtime.placement import layout
-from tsq_ray.summaries import estimate_text, label_text
+from tsq_ray.summaries import (
+    estimate_text,
+    evaluation_text,
+    finetune_text,
+    label_text,
+    training_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -127,10 +145,47 @@ def test_the_summary_of_label_has_the_money_of_the_sample_and_of_the_archive() -
     ]
     assert lines.count("already done: nothing to do") == 2
     assert lines[-2:] == [
-        "sample and archive together used 2 CPU hours, 0 GPU hours; 4000000 tokens sent, 1000 "
-        "received; cost 10.01 (of which tokens 8.008)",
+        "sample, training and archive together used 2 CPU hours, 0 GPU hours; 4000000 tokens "
+        "sent, 1000 received; cost 10.01 (of which tokens 8.008)",
         "report: report.html",
     ]
+
+
+TRAINED = {
+    **{"out": "out", "videos": 2, "classes": 1, "left_out": {}, "unlabelled": [], "warnings": []},
+    **{"epochs": 1, "losses": {"loss": 0.5}, "workers": 1, "train_seconds": 1, "videos_per_s": 2},
+    **{"role": "encoder", "backbone": "frozen", "failed": {}, "failed_videos": []},
+    **{"train_accuracy": 1.0, "measured": {}, "trained_now": 2, "tables": {}, "seconds": 1.0},
+    "used": {"cpu_hours": 3.0, "gpu_hours": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (FinetuneSummary, finetune_text),
+        (TrainingSummary, training_text),
+        (EvaluationSummary, evaluation_text),
+    ],
+)
+def test_what_a_training_used_and_cost(
+    kind: type[Any], text: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = from_record(kind, TRAINED)
+    show_priced(summary, False, text, Price(0.1, 2.0))
+    assert "used 3 CPU hours, 0.5 GPU hours; cost 1.3" in capsys.readouterr().out.splitlines()
+    show_priced(summary, True, text, Price(0.1, 2.0))
+    assert json.loads(capsys.readouterr().out)["cost"] == {"total": 1.3}
+    show_priced(summary, True, text, None)
+    assert "cost" not in json.loads(capsys.readouterr().out)
+
+
+def test_work_of_an_earlier_call_costs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = from_record(TrainingSummary, TRAINED, already_done=True)
+    show_priced(summary, False, training_text, Price(0.1))
+    assert "hours" not in capsys.readouterr().out
+    show_priced(summary, True, training_text, Price(0.1))
+    assert "cost" not in json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import typer
 
 from tsq_ray import chat
 from tsq_ray.commands.jobs import submit_command
-from tsq_ray.console import show
+from tsq_ray.console import show, show_priced
+from tsq_ray.cost import Price
 from tsq_ray.errors import RunError
 from tsq_ray.log import LogFormat
 from tsq_ray.options import (
@@ -24,6 +25,7 @@ from tsq_ray.options import (
     LogFormats,
     Model,
     Out,
+    Prices,
     Prompt,
     Sets,
     SharedFs,
@@ -89,6 +91,7 @@ def evaluate(
     wait_s: WaitS = 0.0,
     submit: Submit = False,
     shared_fs: SharedFs = False,
+    price: Prices = None,
     as_json: AsJson = False,
     log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
@@ -97,6 +100,7 @@ def evaluate(
 
     The tables cover samplers x budgets, ablations and GFLOPs; the comparison, quality and cost.
     """
+    prices = Price.parse(price) if price is not None else None
     if submit:
         from tsq_ray.config import load_config
 
@@ -108,7 +112,7 @@ def evaluate(
     session = Session(address, wait_s, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
     options: dict[str, Any] = {"annotations": annotations, "tables": tables or (), "split": split}
     summary = run(sources, model, out, settings, take_over=take_over, session=session, **options)
-    return show(summary, as_json, evaluation_text(summary))
+    return show_priced(summary, as_json, evaluation_text, prices)
 
 
 def report(

@@ -135,8 +135,10 @@ def train_all(
     session: Session,
     lease: Lease,
     begin: Callable[[], None],
-) -> int:
-    """Fill `bench.learned` with the result of every spec; return how many had to be trained.
+) -> tuple[int, Mapping[str, float]]:
+    """Fill `bench.learned` with the result of every spec.
+
+    Returns how many had to be trained, and the `cpu_hours` and `gpu_hours` that this took.
 
     Results come from the store or from trainings, which run in parallel on one CPU each and are
     stored as they finish. `begin` is called before the first training. Raises what a training
@@ -150,7 +152,7 @@ def train_all(
         else:
             bench.learned[spec] = learned
     if not todo:
-        return 0
+        return 0, {}
     assert bench.features.training is not None, (
         "nothing to train on; the caller must leave out samplers that need training"
     )
@@ -179,7 +181,7 @@ def train_all(
                 update(len(todo) - len(pending), 0)
                 watch.tick(len(todo) - len(pending))
                 observer.observe(len(todo) - len(pending), watch)
-    return len(todo)
+    return len(todo), observer.hours
 
 
 def _start(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def evaluate(
         table = compare(sources, bundle, known)
         with Lease(out, take_over=take_over):
             made = [(table, table.write(out, [_model_line(model, bundle), _version()]))]
-        return _summary(out, made, started, 0, {"runs": len(sources)})
+        return _summary(out, made, started, (0, {}), {"runs": len(sources)})
     config = config or evaluation_config(model)
     features = _features(sources[0], bundle, config, tables, split)
     _check_budgets(config, features, bundle)
@@ -169,17 +169,19 @@ def _train(
     session: Session,
     lease: Lease,
     begin: Callable[[], None],
-) -> int:
-    """Do the trainings that these tables need and the store lacks; return their number.
+) -> tuple[int, Mapping[str, float]]:
+    """Do the trainings that these tables need and the store lacks.
+
+    Returns their number and the node hours that they took.
 
     `begin` is called before anything is written.
     """
     specs = [spec for name in names for spec in paper.specs_for(bench, name)]
-    trained = train_all(bench, specs, session, lease, begin)
+    trained, hours = train_all(bench, specs, session, lease, begin)
     lease.check()
     if not trained:
         begin()
-    return trained
+    return trained, hours
 
 
 def _make(bench: Bench, name: str, out: str, header: list[str]) -> tuple[Table, list[str]]:
@@ -306,13 +308,13 @@ def _summary(
     out: str,
     made: list[tuple[Table, list[str]]],
     started: float,
-    trained: int,
+    trained: tuple[int, Mapping[str, float]],
     measured: dict[str, Any],
 ) -> EvaluationSummary:
     return EvaluationSummary(
         out=storage.redact(out),
         measured=measured,
-        trained_now=trained,
+        trained_now=trained[0],
         tables={
             table.name: EvaluatedTable(
                 title=table.title,
@@ -327,4 +329,5 @@ def _summary(
             for table, files in made
         },
         seconds=round(time.time() - started, 2),
+        used=trained[1],
     )

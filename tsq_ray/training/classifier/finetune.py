@@ -220,6 +220,7 @@ def _summary(plan: _Plan, tuned: full.Tuned, seconds: float) -> FinetuneSummary:
         unlabelled=tuple(chosen.unlabelled_uris),
         warnings=tuple(chosen.warnings),
         happened=tuned.happened,
+        used=tuned.hours,
         seconds=seconds,
         **tuned.figures,
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
 
 from tsq_ray import log, storage
 from tsq_ray.config import Config, ModelConfig
+from tsq_ray.cost import Used
 from tsq_ray.feature_pipeline import LoadedNetworks, Networks, extract_features
 from tsq_ray.networks.encoder import FrameEncoder
 from tsq_ray.runs.bulk import Selection
@@ -58,7 +59,16 @@ def fit_frozen(
             with features_on_worker(source, count, "finetune", *where) as data:
                 network.head, accuracy = data.fit_head(config.finetune, task)
     happened = Counter(run.get("happened", {})) + Counter(observer.happened)
-    return Tuned(network, _failed(features), {"train_accuracy": accuracy}, [], dict(happened))
+    figures = {"train_accuracy": accuracy}
+    hours = _hours(run, observer.hours)
+    return Tuned(network, _failed(features), figures, [], dict(happened), hours)
+
+
+def _hours(run: Mapping[str, Any], head: Mapping[str, float]) -> dict[str, float]:
+    """Return the node hours of the extraction, if this call did some of it, and of the head."""
+    extraction = Used.of_run(run)
+    spent = {} if extraction is None else {name: getattr(extraction, name) for name in head}
+    return {name: round(hours + spent.get(name, 0.0), 6) for name, hours in head.items()}
 
 
 def _failed(features: str) -> dict[str, str]:

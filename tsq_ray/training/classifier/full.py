@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -47,6 +47,8 @@ class Tuned:
     """One row per epoch, nan for what was not measured; empty for a frozen backbone."""
     happened: Mapping[str, float]
     """Lost nodes, repeated work and waits, if any."""
+    hours: Mapping[str, float] = field(default_factory=dict)
+    """`cpu_hours` and `gpu_hours` of all live nodes."""
 
 
 def check_input(network: FrameEncoder) -> None:
@@ -109,7 +111,7 @@ def tune(
         tuned = start_network(job, backbone)
     tuned.load_state_dict(content["model"])
     tuned.eval().requires_grad_(False)
-    return Tuned(tuned, content["failed"], *_figures(content), observer.happened)
+    return Tuned(tuned, content["failed"], *_figures(content), observer.happened, observer.hours)
 
 
 def _plan(

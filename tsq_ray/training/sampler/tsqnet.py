@@ -330,6 +330,7 @@ def _summary(
         workers=fitted.workers,
         resumed_after_epoch=fitted.resumed_at,
         happened=fitted.happened,
+        used=fitted.hours,
         train_seconds=round(fitted.seconds, 2),
         videos_per_s=round(videos.count * epochs / sum(fitted.epoch_seconds), 1),
         seconds=seconds,
