@@ -8,16 +8,22 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import typer
 
 from tsq_ray import log
 from tsq_ray.cost import Price, Used
 from tsq_ray.errors import StorageError, TsqError, UserError
-from tsq_ray.results import Counts, RunSummary
-from tsq_ray.summaries import run_text
+from tsq_ray.results import (
+    Counts,
+    EvaluationSummary,
+    FinetuneSummary,
+    RunSummary,
+    TrainingSummary,
+)
+from tsq_ray.summaries import run_text, was_done
 
 USAGE_ERROR: Any = typer.BadParameter.__base__
 """click's UsageError, taken from typer because newer versions of typer bundle their own click."""
@@ -72,6 +78,22 @@ def show(summary: Any, as_json: bool, text: str) -> None:
     if as_json and not isinstance(summary, dict):
         summary = dataclasses.asdict(summary)
     print(json.dumps(summary, default=str, indent=1) if as_json else text)  # noqa: T201
+
+
+_Priced = TypeVar("_Priced", FinetuneSummary, TrainingSummary, EvaluationSummary)
+
+
+def show_priced(
+    summary: _Priced,
+    as_json: bool,
+    text: Callable[[_Priced, Mapping[str, float] | None], str],
+    price: Price | None,
+) -> None:
+    """Print the summary of a training or an evaluation, with its cost at these prices."""
+    used = None if was_done(summary) else Used.of_hours(summary.used)
+    cost = used.cost(price) if used is not None else None
+    shown = dataclasses.asdict(summary) | ({"cost": cost} if cost is not None else {})
+    show(shown, as_json, text(summary, cost))
 
 
 def end_run(

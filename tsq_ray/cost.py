@@ -103,6 +103,13 @@ class Used:
         )
 
     @classmethod
+    def of_hours(cls, hours: Mapping[str, float]) -> Used | None:
+        """Return what a training took, from its `cpu_hours` and `gpu_hours`; None if unknown."""
+        if not hours:
+            return None
+        return cls(hours["cpu_hours"], hours["gpu_hours"], videos=0, video_hours=0.0)
+
+    @classmethod
     def together(cls, runs: Iterable[Used | None]) -> Used | None:
         """Return the hours and tokens of several runs, without videos; None if none is known."""
         known = [run for run in runs if run is not None]

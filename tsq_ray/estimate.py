@@ -196,10 +196,7 @@ def predict(
     """Return the fields of an Estimate for a run on these nodes."""
     videos, planned = request.videos, Cluster(tuple(nodes))
     placed = layout(request.stage, request.config, planned, videos)
-    seconds = max(
-        probe.seconds / _speed(request, probe, planned, placed),
-        probe.requests_s / request.config.recognizer.max_concurrent,
-    )
+    seconds = _seconds(request, probe, planned, placed)
     hours = (seconds * videos + STARTUP_S + probe.load_s) / 3600
     gpus = planned.gpus if placed.on_gpu else 0
     used = _used(probe, request, planned.cpus * hours, gpus * hours)
@@ -218,6 +215,18 @@ def predict(
         "cost": used.cost(price),
         **{name: value for name, value in asdict(used).items() if name not in _SET_SEPARATELY},
     }
+
+
+def _seconds(request: ProbeRequest, probe: Probe, planned: Cluster, placed: Layout) -> float:
+    """Return the seconds per video of a run with this layout on these nodes."""
+    own = probe.seconds / _speed(request, probe, planned, placed)
+    server = request.config.recognizer
+    if request.stage != "extract":
+        return max(own, probe.requests_s / server.max_concurrent)
+    # each worker has its share of the requests, all about one video, and waits for the answers
+    workers, num_frames = _networks(placed), request.config.decode.num_frames
+    in_flight = workers * min(server.requests_per_worker(workers), num_frames)
+    return own + probe.requests_s / in_flight
 
 
 def _used(probe: Probe, request: ProbeRequest, cpu_hours: float, gpu_hours: float) -> Used:

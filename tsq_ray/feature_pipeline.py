@@ -118,7 +118,7 @@ class LoadedNetworks:
         """
         own = self.recognizer
         recognizer = (
-            Asking(own, max(1, own.config.max_concurrent // workers))
+            Asking(own, own.config.requests_per_worker(workers))
             if isinstance(own, ServerModel)
             else own
         )

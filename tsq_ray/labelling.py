@@ -40,6 +40,7 @@ from tsq_ray.reporting.agreement import UNTAUGHT, verdict
 from tsq_ray.results import LabelSummary, RunSummary
 from tsq_ray.runs.folder import check_folder, read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
+from tsq_ray.runtime import cluster
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 from tsq_ray.score_run import identity_of
 from tsq_ray.scoring import score
@@ -93,6 +94,7 @@ def label(
     config = _label_config(config)
     steps = _Steps(storage.normalize(out), recognizer, config, session)
     steps.check()
+    steps.check_cluster()
     steps.index(sources, sample)
     features = steps.teach()
     measured = steps.measure(agreement)
@@ -148,6 +150,12 @@ class _Steps:
             check_top_objects(config.train.top_objects, config.encoders.num_objects)
             if not is_bundle(self.at("bundle")):
                 Embeddings.make(config, content["classes"])
+
+    def check_cluster(self) -> None:
+        """Raise if the cluster cannot be joined or a node of it cannot see `out`."""
+        if self.session.joins_cluster:
+            with cluster.connect(self.session, out=self.out):
+                pass
 
     def index(self, sources: str | Sequence[str], sample: int) -> None:
         """List the videos and draw the sample, unless it was drawn before."""
@@ -235,9 +243,10 @@ class _Steps:
         return score(manifest, model, out, config, with_scores=with_scores, session=self.session)
 
     def used(self) -> dict[str, Any] | None:
-        """Return what the extraction and the scoring took together, from their `_run.json`."""
+        """Return what the extraction, the training and the scoring took together."""
         runs = (read_run(self.at("features")), read_run(self.at("predictions")))
-        used = Used.together(map(Used.of_run, runs))
+        trained = read_bundle_settings(self.at("bundle"))[0]["provenance"].get("summary", {})
+        used = Used.together([*map(Used.of_run, runs), Used.of_hours(trained.get("used", {}))])
         return None if used is None else asdict(used)
 
     def _scoring(self, chosen: Mapping[str, Any]) -> Config:

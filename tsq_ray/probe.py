@@ -29,6 +29,8 @@ from tsq_ray.runtime.nodes import Cluster, Layout, Node, Stage
 from tsq_ray.runtime.placement import layout
 from tsq_ray.stages import Decode, Sample, bundle_specs, recognizer_for
 
+_REQUESTS_S, _WAITED_S = "_requests_s", "_waited_s"
+"""Columns for what an extraction's server took, which are not written."""
 Finish = Callable[[VideoRef, Any], Row]
 """Maps a decoded video, or its failure, to its row."""
 
@@ -83,7 +85,8 @@ class Probe:
     spent: tuple[float, float] = (0.0, 0.0)
     """The same, as sums over the whole probe, warm-up included."""
     requests_s: float = 0.0
-    """Spent waiting for the server, which `seconds` leaves out."""
+    """For which requests to the server were in flight. `seconds` and `network_s` leave the waiting
+    for them out."""
 
 
 def load_extract(
@@ -95,7 +98,10 @@ def load_extract(
 
     def finish(ref: VideoRef, video: Any) -> Row:
         features = encode([video])[0] if isinstance(video, DecodedVideo) else None
-        return feature_row(ref, video, features)
+        row = feature_row(ref, video, features)
+        if features is not None:
+            row |= {_REQUESTS_S: features.requests_s, _WAITED_S: features.waited_s}
+        return row
 
     specs = networks.specs(config.resources.resizes_on_device(placed.on_gpu))
     return Loaded(finish, loaded.features_schema(config, classes), specs)
@@ -137,16 +143,17 @@ def probe_videos(request: ProbeRequest, node: Node) -> Probe:
         warm, rows, network_s, seconds = _probe(
             request.chosen, decode, loaded.finish, workers, threads
         )
-    requests_s = _requests_s(rows) if request.config.recognizer.kind == "openai" else 0.0
+    asks = request.config.recognizer.kind == "openai"
+    requests_s, waited_s = _server_seconds(rows) if asks else (0.0, 0.0)
     ok = [row for row in rows if row["status"] == "ok"]
     return Probe(
         layout=placed,
         cpus=node.cpus,
         uris=tuple(storage.redact(ref.uri) for ref in request.chosen),
         failed=len(rows) - len(ok),
-        seconds=max(0.0, seconds - requests_s / workers),
+        seconds=max(0.0, seconds - waited_s / workers),
         decode_s=_mean([row.get("_decode_s") or row.get("decode_ms", 0) / 1000 for row in ok]),
-        network_s=network_s,
+        network_s=max(0.0, network_s - waited_s),
         load_s=load_s,
         row_bytes=_encoded_size(rows, loaded.schema) / len(rows),
         video_s=_mean([row["duration_s"] or 0.0 for row in ok]),
@@ -207,8 +214,17 @@ def _dense(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return cost.dense(sums, sum(frames) / recognized) if recognized else None
 
 
-def _requests_s(rows: Sequence[Mapping[str, Any]]) -> float:
-    return _mean([(row.get("recognize_ms") or 0.0) / 1000 for row in rows])
+def _server_seconds(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Return means per video: for how long requests were in flight, and until all were answered.
+
+    In scoring both are the same, because a video's requests follow each other.
+    """
+    answers = [(row.get("recognize_ms") or 0.0) / 1000 for row in rows]
+    in_flight, waited = (
+        [row.get(name, answer) for row, answer in zip(rows, answers, strict=True)]
+        for name in (_REQUESTS_S, _WAITED_S)
+    )
+    return _mean(in_flight), _mean(waited)
 
 
 def _tokens(rows: Sequence[Mapping[str, Any]], weight: float = 1.0) -> tuple[float, float]:

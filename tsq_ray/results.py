@@ -125,6 +125,8 @@ class _Trained:
     """Epoch from which a stopped training was resumed; 0 for none."""
     happened: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """`nodes_lost`, `videos_done_again` and seconds `waited_s` for room, if not 0."""
+    used: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """`cpu_hours` and `gpu_hours` of all live nodes, in the call that finished this work."""
     seconds: float = 0.0
     already_done: bool = False
     """Whether an earlier call had finished this work."""
@@ -209,6 +211,8 @@ class EvaluationSummary:
     tables: Mapping[str, EvaluatedTable]
     """By name, for example `table2`."""
     seconds: float
+    used: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """`cpu_hours` and `gpu_hours` of all live nodes during the trainings of this call."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +240,8 @@ class LabelSummary:
     """The extraction of the sample, with the recogniser on every frame."""
     predictions: RunSummary
     used: Mapping[str, Any] | None
-    """What both took, each in the call that finished it: `cpu_hours`, `gpu_hours`, `tokens_in`,
-    `tokens_out` and their cost, `tokens_cost`. None if unknown."""
+    """What both and the training took, each in the call that finished it: `cpu_hours`, `gpu_hours`,
+    `tokens_in`, `tokens_out` and their cost, `tokens_cost`. None if unknown."""
     report: str
     """URI of the report."""
     seconds: float

@@ -64,6 +64,7 @@ def _happened_lines(happened: Mapping[str, float]) -> list[str]:
         "nodes_lost": "nodes lost: {}",
         "videos_done_again": "videos done again: {}",
         "waited_s": "waited for room on the cluster: {} s",
+        "rows_removed": "rows of changed, deleted or repeated videos removed: {}",
     }
     parts = [text.format(happened[name]) for name, text in texts.items() if name in happened]
     return [f"in this run: {'; '.join(parts)}"] if parts else []
@@ -205,7 +206,7 @@ def label_text(summary: LabelSummary, price: Price | None = None) -> str:
     ]
     if summary.used is not None:
         used = Used(**summary.used)
-        lines.append(f"sample and archive together {_used_text(used, used.cost(price))}")
+        lines.append(f"sample, training and archive together {_used_text(used, used.cost(price))}")
     return "\n".join([*lines, f"report: {summary.report}"])
 
 
@@ -233,8 +234,21 @@ def _agreement_cells(point: Mapping[str, Any]) -> list[str]:
     return [f"{share} % ({low} to {high})", f"{cost} %"]
 
 
-def training_text(summary: TrainingSummary) -> str:
-    """Format the summary of train."""
+def _hours_lines(
+    summary: TrainingSummary | FinetuneSummary | EvaluationSummary,
+    cost: Mapping[str, float] | None,
+) -> list[str]:
+    used = Used.of_hours(summary.used)
+    return [_used_text(used, cost)] if used is not None and not was_done(summary) else []
+
+
+def was_done(summary: TrainingSummary | FinetuneSummary | EvaluationSummary) -> bool:
+    """Whether an earlier call had done this work, and paid for it."""
+    return not isinstance(summary, EvaluationSummary) and summary.already_done
+
+
+def training_text(summary: TrainingSummary, cost: Mapping[str, float] | None = None) -> str:
+    """Format the summary of train, with its cost."""
     resumed = summary.resumed_after_epoch
     again = f", resumed after epoch {resumed}" if resumed else ""
     return "\n".join(
@@ -242,14 +256,15 @@ def training_text(summary: TrainingSummary) -> str:
             *_trained_on(summary),
             f"losses: {_figures(summary.losses)}",
             f"speed: {summary.videos_per_s} videos/s, workers: {summary.workers}{again}",
+            *_hours_lines(summary, cost),
             *_happened_lines(summary.happened),
             f"out: {summary.out}",
         ]
     )
 
 
-def finetune_text(summary: FinetuneSummary) -> str:
-    """Format the summary of finetune."""
+def finetune_text(summary: FinetuneSummary, cost: Mapping[str, float] | None = None) -> str:
+    """Format the summary of finetune, with its cost."""
     lines = _trained_on(summary)
     if summary.failed:
         lines.append(f"failed: {pairs(summary.failed)} (first: {', '.join(summary.failed_videos)})")
@@ -261,7 +276,7 @@ def finetune_text(summary: FinetuneSummary) -> str:
             f"on the validation videos: top1 {summary.val_top1:.4f}, "
             f"mAP {summary.val_mAP:.4f} (weights of the last epoch)"
         )
-    lines += _happened_lines(summary.happened)
+    lines += [*_hours_lines(summary, cost), *_happened_lines(summary.happened)]
     return "\n".join([*lines, f"out: {summary.out}"])
 
 
@@ -300,10 +315,11 @@ def _figures(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
 
 
-def evaluation_text(summary: EvaluationSummary) -> str:
-    """Format the results of evaluate: each table's rows, notes and files."""
+def evaluation_text(summary: EvaluationSummary, cost: Mapping[str, float] | None = None) -> str:
+    """Format the results of evaluate: each table's rows, notes and files, and the cost."""
     lines = [line for table in summary.tables.values() for line in (*_table_lines(table), "")]
-    return "\n".join([*lines, f"trained now: {summary.trained_now}", f"out: {summary.out}"])
+    lines += [f"trained now: {summary.trained_now}", *_hours_lines(summary, cost)]
+    return "\n".join([*lines, f"out: {summary.out}"])
 
 
 def _table_lines(table: EvaluatedTable) -> list[str]:

@@ -153,7 +153,8 @@ The keys of `_run.json`: `format` ({format}), `kind` (`features` or `predictions
 `identity` (as in `_config.json`), `config` (all settings), `split`, `versions`, `git_revision`,
 `started`, `ended`, `wall_seconds`, `stage_seconds` (summed over the workers), `slowest_stage`,
 `videos_done_now` (by the last call), `run_id` (of the last call, as in its log lines and metrics),
-`happened` (incidents of the last call: `nodes_lost`, `videos_done_again`, `waited_s`), `used` (what the
+`happened` (incidents of the last call: `nodes_lost`, `videos_done_again`, `waited_s`, and `rows_removed`, those of
+changed, deleted or repeated videos), `used` (what the
 last call took: `cpu_hours` and `gpu_hours` of all live nodes, `video_hours` of footage, for predictions
 `sampled_frames` and `recognized_frames`, with a server `tokens_in` and `tokens_out`), `parts` (`name`, `bytes`). Features add `weights`;
 predictions add `model` (`uri`, `sha256` of `bundle.json`), `bundle_classes` (the order of `scores`), `task`,

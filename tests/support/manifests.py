@@ -20,6 +20,9 @@ OVERLAYS = ("gpu", "cpu", "spot")
 RUNS = ("index", "finetune", "extract", "train", "score", "evaluate")
 """In the order in which docs/kubernetes.md runs them."""
 
+every_folder = pytest.mark.parametrize("folder", FOLDERS)
+every_overlay = pytest.mark.parametrize("overlay", OVERLAYS)
+
 
 @functools.cache
 def rendered(folder: str, overlay: str, component: str = "") -> tuple[dict[str, Any], ...]:
@@ -68,3 +71,28 @@ def pod_specs(manifest: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield group["template"]["spec"]
     if "submitterPodTemplate" in manifest["spec"]:
         yield manifest["spec"]["submitterPodTemplate"]["spec"]
+
+
+def gibibytes(text: str) -> float:
+    return float(text.removesuffix("Gi"))
+
+
+def shared_memory(group: dict[str, Any]) -> tuple[float, float]:
+    """Size of /dev/shm, and of the object store that Ray puts there if it fits, both in GiB."""
+    from ray._private import ray_constants
+
+    pod = group["template"]["spec"]
+    container = pod["containers"][0]
+    (name,) = (one["name"] for one in container["volumeMounts"] if one["mountPath"] == "/dev/shm")
+    (volume,) = (one["emptyDir"] for one in pod["volumes"] if one["name"] == name)
+    assert volume["medium"] == "Memory"
+    size = gibibytes(volume["sizeLimit"])
+    share = ray_constants.DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+    share *= gibibytes(container["resources"]["limits"]["memory"])
+    return size, min(share, max(ray_constants.REQUIRE_SHM_SIZE_THRESHOLD / 2**30, 0.95 * size))
+
+
+def package_version() -> str:
+    import tsq_ray
+
+    return tsq_ray.__version__

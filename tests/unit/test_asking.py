@@ -326,6 +326,16 @@ def test_at_most_so_many_requests_in_flight(server: ChatServer) -> None:
     assert server.most_in_flight == 3
 
 
+def test_the_seconds_in_flight_are_those_at_the_server(server: ChatServer) -> None:
+    """Not those of waiting for a turn: they say how long a run with another limit takes."""
+    server.delay_s = 0.2
+    frames = np.broadcast_to(FRAMES[:1], (6, *FRAMES.shape[1:]))
+    asking = Asking(model(server, max_concurrent=2))
+    found = asking.frame_logits(frames, np.arange(6, dtype=np.float32), 12, 8)
+    assert 6 * 0.2 <= found.requests_s <= 2 * found.waited_s
+    assert found.waited_s >= 3 * 0.2
+
+
 def test_a_caller_that_gives_up_ends_the_request(server: ChatServer) -> None:
     server.trouble = [Trouble("slow")]
     which = model(server)

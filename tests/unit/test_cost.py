@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -9,15 +11,31 @@ import pyarrow as pa
 import pytest
 
 from tsq_ray.config import load_config
+from tsq_ray.console import show_priced
 from tsq_ray.cost import Price, Used, dense
 from tsq_ray.errors import ConfigError, RunError
 from tsq_ray.estimate import STARTUP_S, check_known, predict
-from tsq_ray.probe import Probe, ProbeRequest
-from tsq_ray.results import Counts, Estimate, LabelSummary, RunSummary, from_record
+from tsq_ray.probe import Probe, ProbeRequest, _server_seconds
+from tsq_ray.results import (
+    Counts,
+    Estimate,
+    EvaluationSummary,
+    FinetuneSummary,
+    LabelSummary,
+    RunSummary,
+    TrainingSummary,
+    from_record,
+)
 from tsq_ray.runtime import parts
 from tsq_ray.runtime.nodes import Cluster, Node, Stage
 from tsq_ray.runtime.placement import layout
-from tsq_ray.summaries import estimate_text, label_text
+from tsq_ray.summaries import (
+    estimate_text,
+    evaluation_text,
+    finetune_text,
+    label_text,
+    training_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +159,47 @@ def test_the_summary_of_label_has_the_money_of_the_sample_and_of_the_archive() -
     ]
     assert lines.count("already done: nothing to do") == 2
     assert lines[-2:] == [
-        "sample and archive together used 2 CPU hours, 0 GPU hours; 4000000 tokens sent, 1000 "
-        "received; cost 10.01 (of which tokens 8.008)",
+        "sample, training and archive together used 2 CPU hours, 0 GPU hours; 4000000 tokens "
+        "sent, 1000 received; cost 10.01 (of which tokens 8.008)",
         "report: report.html",
     ]
+
+
+TRAINED = {
+    **{"out": "out", "videos": 2, "classes": 1, "left_out": {}, "unlabelled": [], "warnings": []},
+    **{"epochs": 1, "losses": {"loss": 0.5}, "workers": 1, "train_seconds": 1, "videos_per_s": 2},
+    **{"role": "encoder", "backbone": "frozen", "failed": {}, "failed_videos": []},
+    **{"train_accuracy": 1.0, "measured": {}, "trained_now": 2, "tables": {}, "seconds": 1.0},
+    "used": {"cpu_hours": 3.0, "gpu_hours": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (FinetuneSummary, finetune_text),
+        (TrainingSummary, training_text),
+        (EvaluationSummary, evaluation_text),
+    ],
+)
+def test_what_a_training_used_and_cost(
+    kind: type[Any], text: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = from_record(kind, TRAINED)
+    show_priced(summary, False, text, Price(0.1, 2.0))
+    assert "used 3 CPU hours, 0.5 GPU hours; cost 1.3" in capsys.readouterr().out.splitlines()
+    show_priced(summary, True, text, Price(0.1, 2.0))
+    assert json.loads(capsys.readouterr().out)["cost"] == {"total": 1.3}
+    show_priced(summary, True, text, None)
+    assert "cost" not in json.loads(capsys.readouterr().out)
+
+
+def test_work_of_an_earlier_call_costs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = from_record(TrainingSummary, TRAINED, already_done=True)
+    show_priced(summary, False, training_text, Price(0.1))
+    assert "hours" not in capsys.readouterr().out
+    show_priced(summary, True, training_text, Price(0.1))
+    assert "cost" not in json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -261,3 +316,29 @@ def test_a_server_limits_the_run_and_costs_tokens() -> None:
     assert "; 9000000 tokens sent, 100000 received; cost " in text
     assert "of which tokens 19)" in text
     assert "the probe itself asked the server: 14400 tokens sent, 160 received" in text
+
+
+@pytest.mark.parametrize(
+    ("nodes", "limit", "in_flight"),
+    [(1, 8, 8), (2, 8, 8), (5, 8, 20), (1, 10, 8), (1, 1000, 64), (2, 1000, 128)],
+    ids=["one node", "two nodes", "one a worker", "equal shares", "all frames", "on two nodes"],
+)
+def test_a_server_answers_an_extraction_no_faster_on_more_nodes(
+    nodes: int, limit: int, in_flight: int
+) -> None:
+    """The workers, four on each node, share `max_concurrent`, but each has at least one request."""
+    sets = (
+        *("recognizer.kind=openai", "recognizer.url=http://host/v1", "decode.num_frames=16"),
+        *("resources.gpus=0", f"recognizer.max_concurrent={limit}"),
+    )
+    alone = predicted("extract", FOUR, [FOUR] * nodes, sets=sets)
+    found = predicted("extract", FOUR, [FOUR] * nodes, sets=sets, requests_s=640.0)
+    assert found["workers"] == 4 * nodes
+    waiting = found["seconds_a_video"] - alone["seconds_a_video"]
+    assert waiting == pytest.approx(640 / in_flight, abs=1e-3)
+
+
+def test_what_a_server_took_for_rows_of_an_extraction_and_of_scoring() -> None:
+    asked = [{"_requests_s": 8.0, "_waited_s": 2.0}, {"_requests_s": 4.0, "_waited_s": 1.0}, {}]
+    assert _server_seconds(asked) == (4.0, 1.0)
+    assert _server_seconds([{"recognize_ms": 3000.0}, {"recognize_ms": None}]) == (1.5, 1.5)

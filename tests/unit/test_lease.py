@@ -108,7 +108,14 @@ def test_a_lease_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
         found = holder_in(tmp_path / "out")
         assert found == lease.holder
         assert (found.pid, found.is_alive()) == (os.getpid(), True)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_there_or_is_written_to_stays(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with Lease(str(tmp_path / "empty")), Lease(str(tmp_path / "written")):
+        (tmp_path / "written/part").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "part", "written"]
 
 
 def test_a_living_holder_on_this_machine_is_refused_immediately(tmp_path: Path) -> None:
@@ -262,7 +269,7 @@ def test_a_run_that_cannot_renew_stops_before_another_may_take_over(
             away.rename(tmp_path / "out")
         stack.close()
         lease.check()  # storage is back, and nobody took over
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_whose_lease_is_gone_must_stop(tmp_path: Path) -> None:

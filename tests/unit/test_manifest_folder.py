@@ -167,6 +167,41 @@ def test_a_killed_index_leaves_no_half_manifest(
     assert len(shards(folder)) == 2
 
 
+@pytest.mark.parametrize("out", ["m.parquet", "m/"])
+def test_of_two_index_runs_at_once_the_last_to_end_wins(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/operations.md says; the second run begins and ends while the first one writes."""
+    uri, write = f"{tmp_path}/{out}", manifest_files._write_table
+
+    def write_while_another_runs(*arguments: Any) -> None:
+        monkeypatch.setattr(manifest_files, "_write_table", write)
+        write(*arguments)
+        write_manifest(manifest_of("cd"), uri)
+        assert [row.uri for row in read_manifest(uri).rows] == ["/v/c.mp4", "/v/d.mp4"]
+
+    monkeypatch.setattr(manifest_files, "_write_table", write_while_another_runs)
+    write_manifest(manifest_of("ab"), uri)
+    assert [row.uri for row in read_manifest(uri).rows] == ["/v/a.mp4", "/v/b.mp4"]
+
+
+def test_a_folder_that_two_index_runs_broke_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, publish = f"{tmp_path}/m/", storage.write_bytes
+
+    def publish_after_another_run(name: str, data: bytes) -> None:
+        if name.endswith("_manifest.json"):
+            monkeypatch.setattr(storage, "write_bytes", publish)
+            write_manifest(manifest_of("cd"), uri)
+        publish(name, data)
+
+    monkeypatch.setattr(storage, "write_bytes", publish_after_another_run)
+    write_manifest(manifest_of("ab"), uri)
+    with pytest.raises(StorageError, match=r"part-00000-.*\.parquet: no such file"):
+        read_manifest(uri)
+
+
 def test_a_reader_that_an_update_overtakes_starts_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,6 +101,16 @@ def test_a_training_is_ended_by_its_check() -> None:
         seen.observe(1, watch(0.0))
 
 
+def test_the_hours_of_the_nodes_add_up(run: BulkRun) -> None:
+    node, gpu = {"Resources": {"CPU": 4.0}}, {"Resources": {"CPU": 8.0, "GPU": 1.0}}
+    training = Observer(ray, run.lease.holder, "train")
+    for seen in (training, BulkObserver(ray, run, "extract", None)):
+        seen._record_hours([node, gpu], 0.25)
+        seen._record_hours([node], 0.5)
+    assert training.hours == {"cpu_hours": 5.0, "gpu_hours": 0.25}
+    assert run.used == training.hours | {"video_hours": 0.0}
+
+
 def test_nothing_happened_is_nothing(run: BulkRun) -> None:
     seen = BulkObserver(ray, run, "extract", None)
     seen.observe(0, watch(0.0))

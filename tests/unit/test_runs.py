@@ -403,6 +403,7 @@ def test_closing_takes_out_changed_and_deleted_videos(done: Folder) -> None:
     assert done.left() == ["/videos/1.mp4"]
     done.write(row(ref(1, size_bytes=11)))
     run = done.close()
+    assert run["happened"] == {"rows_removed": 2}
     assert done.rows() == [("/videos/1.mp4", "ok"), ("/videos/2.mp4", "failed")]
     assert (run["counts"]["inputs"], run["counts"]["ok"], run["counts"]["failed"]) == (2, 1, 1)
     assert done.problems() == []
@@ -436,7 +437,27 @@ def test_a_run_does_what_is_left_and_closes(folder: Folder) -> None:
 def test_a_run_with_work_to_do_reopens_the_folder(done: Folder) -> None:
     with done.run(Selection.of(done.manifest, retry_failed="corrupt")) as run:
         assert [video.uri for video in run.todo] == ["/videos/2.mp4"]
+        assert (done.path / RUN_FILE).exists()
+        run.begin()
         assert not (done.path / RUN_FILE).exists()
+
+
+def test_a_run_that_is_refused_after_it_took_the_lease_changes_nothing(
+    done: Folder, tmp_path: Path
+) -> None:
+    """By the cluster, for example, before any work."""
+
+    def refused(run: BulkRun) -> None:
+        with pytest.raises(RunError, match="no such GPU"), run:
+            raise RunError("no such GPU")
+
+    before = {path.name: path.read_bytes() for path in done.path.iterdir()}
+    refused(done.run(Selection.of(done.manifest, retry_failed="corrupt")))
+    assert {path.name: path.read_bytes() for path in done.path.iterdir()} == before
+    (tmp_path / "other").mkdir()
+    new = Folder(tmp_path / "other", [ref(1)])
+    refused(new.run())
+    assert not new.path.exists()
 
 
 def test_remaining_work_is_known_without_entering(folder: Folder, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import typer
 from aiohttp import web
 
 from tsq_ray.cli import app, main
 from tsq_ray.commands.jobs import _check_paths, _Output, _Rewrite
 from tsq_ray.config import load_config
+from tsq_ray.errors import RunFailed
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, video_id, write_manifest
 from tsq_ray.runtime.jobs import Jobs, _Follower
 
@@ -165,6 +167,37 @@ def test_what_the_cluster_cannot_see_is_refused(
 ) -> None:
     assert main([*argv, "--submit", "--address", "http://127.0.0.1:1"]) == 2
     assert message.format(here=here) in capsys.readouterr().err
+
+
+class LostConnection:
+    """A client of Ray's jobs whose dashboard is gone."""
+
+    def _lost(self, job_id: str) -> None:
+        raise requests.ConnectionError("[Errno 111] Connection refused")
+
+    get_job_info = get_job_logs = stop_job = _lost
+
+
+@pytest.mark.parametrize("command", ["logs", "stop"])
+def test_a_lost_connection_is_one_line(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tsq_ray.runtime.jobs._client", lambda *arguments: LostConnection())
+    assert main(["jobs", command, "j-1", "--address", "http://head:8265"]) == 1
+    assert capsys.readouterr().err == (
+        "error: connection to http://head:8265 lost, so nothing is known about job j-1 "
+        "([Errno 111] Connection refused); run the same command again\n"
+    )
+    with pytest.raises(RunFailed, match=r"^connection to http://head:8265 lost, so nothing is"):
+        Jobs("http://head:8265").get("j-1")
+
+
+def test_a_cluster_that_stays_away_ends_following(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tsq_ray.runtime.jobs._client", lambda *arguments: LostConnection())
+    monkeypatch.setattr("tsq_ray.runtime.jobs._LOST_S", -1.0)
+    gone = r"has not answered for -1 s \(\[Errno 111\] Connection refused\); the job may still be"
+    with pytest.raises(RunFailed, match=gone):
+        Jobs("http://head:8265").follow("j-1", print)
 
 
 async def silent_dashboard(request: web.Request) -> web.StreamResponse:

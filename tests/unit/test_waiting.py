@@ -10,7 +10,7 @@ import pytest
 
 from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import usage, waiting
-from tsq_ray.runtime.waiting import Seen, Watch, lacking, num_pending, running
+from tsq_ray.runtime.waiting import Seen, Watch, lacking, look_at_tasks, num_pending, running
 
 MINE, OTHER = "01000000", "02000000"
 
@@ -182,3 +182,26 @@ def test_what_the_autoscaler_says_is_named() -> None:
     assert usage.demands(status) == "3 x (1 CPU, 2 GiB), 2 x (2 CPU, 1 GPU)"
     assert usage.launches(status) == "2 x cpu starting, gpu failed to start (no capacity)"
     assert usage.launches(schema.ClusterStatus()) == "no node is starting"
+
+
+@pytest.mark.parametrize(
+    ("waiting_for", "at_work", "demanded", "expected"),
+    [
+        (3, 0, 3, (Counter(training=3), Counter(), False)),
+        (3, 0, 1, (Counter(training=3), Counter(), True)),
+        (2, 1, 2, (Counter(), Counter(training=1), False)),
+        (0, 0, 0, (Counter(), Counter(), False)),
+    ],
+    ids=["no room", "starting", "one runs", "all done"],
+)
+def test_tasks(
+    monkeypatch: pytest.MonkeyPatch,
+    waiting_for: int,
+    at_work: int,
+    demanded: int,
+    expected: tuple[Counter[str], Counter[str], bool],
+) -> None:
+    monkeypatch.setattr(usage, "read_status", lambda ray: "status")
+    monkeypatch.setattr(usage, "num_demanded", lambda status: demanded)
+    seen = look_at_tasks(None, "training", waiting_for, at_work)
+    assert (seen.lacking, seen.running, seen.loading) == expected

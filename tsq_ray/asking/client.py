@@ -43,6 +43,8 @@ class Reply:
     error: VideoError | None = None
     tokens_in: int = 0
     tokens_out: int = 0
+    seconds: float = 0.0
+    """For which its tries were in flight."""
 
     def count(self, tokens_in: int, tokens_out: int) -> None:
         """Add the tokens of a try."""
@@ -98,7 +100,7 @@ class Client:
             try:
                 async with self._free:
                     deadline = min(deadline, time.monotonic() + self.settings.patience_s)
-                    completion = await self._request(body)
+                    completion = await self._timed_request(body, reply)
                 reply.count(*tokens_of(completion))
                 reply.scores, reply.caption = read_answer(completion, self.classes, self.multi)
                 return reply
@@ -115,6 +117,14 @@ class Client:
                 return reply
             await asyncio.sleep(pause)
         raise AssertionError("the loop above returns")
+
+    async def _timed_request(self, body: dict[str, Any], reply: Reply) -> Completion:
+        """Return the completion, and add its seconds to the reply. Raises as `_request` does."""
+        started = time.monotonic()
+        try:
+            return await self._request(body)
+        finally:
+            reply.seconds += time.monotonic() - started
 
     async def _request(self, body: dict[str, Any]) -> Completion:
         """Return the completion. Raises _TryAgain, or VideoError for a refusal."""

@@ -153,6 +153,19 @@ def _lead(scores: np.ndarray) -> float:
     return float(best[-1] - best[0]) if len(best) > 1 else 1.0
 
 
+@dataclass(frozen=True)
+class FrameAnswers:
+    """What a server answered about frames, and what that took."""
+
+    logits: np.ndarray | VideoError
+    """float32 [n, C], whose softmax (multi-label: sigmoid) gives the scores; or an error."""
+    tokens: dict[str, int]
+    requests_s: float
+    """For which the requests were in flight, summed over them."""
+    waited_s: float
+    """Until the last was answered."""
+
+
 class Asking:
     """An Asker for callers without an event loop; it runs its own in a thread."""
 
@@ -179,24 +192,24 @@ class Asking:
 
     def frame_logits(
         self, frames: np.ndarray, pts_s: np.ndarray, width: int, height: int
-    ) -> tuple[np.ndarray | VideoError, dict[str, int]]:
-        """Return the logits of each frame, float32 [n, C], or an error, and the tokens used.
+    ) -> FrameAnswers:
+        """Return the answers about each frame by itself.
 
-        `frames`: uint8 [n, h, w, 3] at `pts_s`, of a video of width x height pixels. The
-        softmax of the logits (multi-label: the sigmoid) gives the scores.
+        `frames`: uint8 [n, h, w, 3] at `pts_s`, of a video of width x height pixels.
         """
-        jpegs = jpegs_of(frames, self.model.config, width, height)
+        jpegs, started = jpegs_of(frames, self.model.config, width, height), time.monotonic()
         replies = self._wait(self._asker.frame_scores(jpegs, pts_s))
+        seconds = sum(reply.seconds for reply in replies), time.monotonic() - started
         tokens = {
             "tokens_in": sum(reply.tokens_in for reply in replies),
             "tokens_out": sum(reply.tokens_out for reply in replies),
         }
         errors = [reply.error for reply in replies if reply.error is not None]
         if errors:
-            return errors[0], tokens
+            return FrameAnswers(errors[0], tokens, *seconds)
         scores = np.stack([reply.scores for reply in replies if reply.scores is not None])
-        logits = np.log(scores)
-        return (logits - np.log1p(-scores) if self.model.task == "multi" else logits), tokens
+        logits = np.log(scores) - (np.log1p(-scores) if self.model.task == "multi" else 0.0)
+        return FrameAnswers(logits, tokens, *seconds)
 
 
 def _close(client: Client, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tsq_ray.commands.jobs import Dashboard, submit_command
-from tsq_ray.console import end_run, show
+from tsq_ray.console import end_run, show, show_priced
 from tsq_ray.cost import Price
 from tsq_ray.errors import RunError
 from tsq_ray.log import LogFormat
@@ -167,6 +167,7 @@ def finetune(
     wait_s: WaitS = 0.0,
     submit: Submit = False,
     shared_fs: SharedFs = False,
+    price: Prices = None,
     as_json: AsJson = False,
     log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
@@ -178,6 +179,7 @@ def finetune(
     from tsq_ray.config import load_config
 
     settings = load_config(config, sets or ())
+    prices = Price.parse(price) if price is not None else None
     if submit:
         return submit_command(context, settings)
     from tsq_ray.training import finetune as run
@@ -193,7 +195,7 @@ def finetune(
         take_over=take_over,
         session=session,
     )
-    return show(summary, as_json, finetune_text(summary))
+    return show_priced(summary, as_json, finetune_text, prices)
 
 
 def import_(
@@ -252,11 +254,13 @@ def train(
     wait_s: WaitS = 0.0,
     submit: Submit = False,
     shared_fs: SharedFs = False,
+    price: Prices = None,
     as_json: AsJson = False,
     log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
 ) -> None:
     """Train TSQNet on features (Ray Train) and write the bundle."""
+    prices = Price.parse(price) if price is not None else None
     if submit:
         from tsq_ray.config import load_config
 
@@ -276,7 +280,7 @@ def train(
         take_over=take_over,
         session=session,
     )
-    return show(summary, as_json, training_text(summary))
+    return show_priced(summary, as_json, training_text, prices)
 
 
 def score(

@@ -9,7 +9,8 @@ import typer
 
 from tsq_ray import chat
 from tsq_ray.commands.jobs import submit_command
-from tsq_ray.console import show
+from tsq_ray.console import show, show_priced
+from tsq_ray.cost import Price
 from tsq_ray.errors import RunError
 from tsq_ray.log import LogFormat
 from tsq_ray.options import (
@@ -24,12 +25,14 @@ from tsq_ray.options import (
     LogFormats,
     Model,
     Out,
+    Prices,
     Prompt,
     Sets,
     SharedFs,
     Split,
     Submit,
     TakeOver,
+    WaitS,
 )
 from tsq_ray.runtime.session import Session
 from tsq_ray.summaries import evaluation_text, prediction_text, tree_text, verification_text
@@ -85,8 +88,10 @@ def evaluate(
     split: Split = None,
     take_over: TakeOver = False,
     address: Address = None,
+    wait_s: WaitS = 0.0,
     submit: Submit = False,
     shared_fs: SharedFs = False,
+    price: Prices = None,
     as_json: AsJson = False,
     log_format: LogFormats = LogFormat.text,
     debug: Debug = False,
@@ -95,6 +100,7 @@ def evaluate(
 
     The tables cover samplers x budgets, ablations and GFLOPs; the comparison, quality and cost.
     """
+    prices = Price.parse(price) if price is not None else None
     if submit:
         from tsq_ray.config import load_config
 
@@ -103,10 +109,10 @@ def evaluate(
     from tsq_ray.evaluation import evaluation_config
 
     settings = evaluation_config(model, config, sets or ())
-    session = Session(address, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
+    session = Session(address, wait_s, show_progress=not as_json, debug=debug, shared_fs=shared_fs)
     options: dict[str, Any] = {"annotations": annotations, "tables": tables or (), "split": split}
     summary = run(sources, model, out, settings, take_over=take_over, session=session, **options)
-    return show(summary, as_json, evaluation_text(summary))
+    return show_priced(summary, as_json, evaluation_text, prices)
 
 
 def report(

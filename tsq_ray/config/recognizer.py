@@ -57,6 +57,10 @@ class RecognizerConfig(ModelConfig):
         changed = {name: value for name, value in changed.items() if value != fields[name].default}
         return model.model_copy(update=changed)
 
+    def requests_per_worker(self, workers: int) -> int:
+        """Return how many requests each of these workers of an extraction may have in flight."""
+        return max(1, self.max_concurrent // workers)
+
     @model_validator(mode="after")
     def _check_server(self) -> Self:
         check_prompt(self.prompt)

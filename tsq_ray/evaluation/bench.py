@@ -5,8 +5,10 @@ Shapes: V videos, T frames, D dims, C classes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +30,19 @@ from tsq_ray.networks.text import text_encoder
 from tsq_ray.prototypes import prototypes
 from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import cluster, progress
+from tsq_ray.runtime.nodes import Pool
 from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
-from tsq_ray.runtime.waiting import Watch
+from tsq_ray.runtime.waiting import Seen, Watch, look_at_tasks
 from tsq_ray.training.teacher import shown_classes, soft_targets, taught_classes
+
+Arguments = tuple[
+    TSQShape | None,
+    dict[str, np.ndarray] | None,
+    dict[str, np.ndarray | None],
+    np.ndarray | None,
+]
+"""Of a training: shape of the network, text embeddings, initial queries, soft targets."""
 
 
 @dataclass(frozen=True)
@@ -118,12 +129,21 @@ class Bench:
         return TeacherTargets(classes, targets)
 
 
-def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, lease: Lease) -> int:
-    """Fill `bench.learned` with the result of every spec; return how many had to be trained.
+def train_all(
+    bench: Bench,
+    specs: Iterable[TrainingSpec],
+    session: Session,
+    lease: Lease,
+    begin: Callable[[], None],
+) -> tuple[int, Mapping[str, float]]:
+    """Fill `bench.learned` with the result of every spec.
+
+    Returns how many had to be trained, and the `cpu_hours` and `gpu_hours` that this took.
 
     Results come from the store or from trainings, which run in parallel on one CPU each and are
-    stored as they finish. Raises what a training raised, and RunFailed if the lease is lost; a
-    non-finite loss is a result ("diverged").
+    stored as they finish. `begin` is called before the first training. Raises what a training
+    raised, and RunFailed if the lease is lost or the trainings have waited for room for longer than
+    `session.wait_s`; a non-finite loss is a result ("diverged").
     """
     todo = []
     for spec in dict.fromkeys(spec for spec in specs if spec not in bench.learned):
@@ -132,26 +152,19 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, lea
         else:
             bench.learned[spec] = learned
     if not todo:
-        return 0
+        return 0, {}
     assert bench.features.training is not None, (
         "nothing to train on; the caller must leave out samplers that need training"
     )
     initial = InitialValues(bench, bench.features.training)
-    calls = [(spec, initial.arguments(spec)) for spec in todo]
+    calls = {spec: initial.arguments(spec) for spec in todo}
     with cluster.connect(session) as ray, Observer(ray, lease.holder, "evaluate") as observer:
-        arrays = initial.training_arrays(any(spec.kind == "scsampler" for spec in todo))
-        shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
-        texts = {id(text): ray.put(text) for _, (_, text, _, _) in calls if text is not None}
         pool = cluster.lay_out(ray, "evaluate", bench.config, len(todo))["training"]
-        task = ray.remote(num_cpus=pool.cpus, memory=pool.memory, max_retries=3)(learn)
-        watch, top = Watch(ray, "evaluate"), bench.config.sampler.top_classes
-        pending = {
-            task.remote(
-                *(spec, *shared, shape, texts[id(text)] if text is not None else None),
-                *(start, top, taught),
-            ): spec
-            for spec, (shape, text, start, taught) in calls
-        }
+        begin()
+        begun = progress.start_counts(progress.Begun)
+        pending = _start(ray, pool, begun, initial, calls)
+        look = _Look(ray, begun, lambda: {bench.store.key(spec) for spec in pending.values()})
+        watch = Watch(ray, "evaluate", session.wait_s, look=look)
         with progress.progress_display(
             len(todo), "evaluate", session.show_progress, "trainings"
         ) as update:
@@ -168,7 +181,54 @@ def train_all(bench: Bench, specs: Iterable[TrainingSpec], session: Session, lea
                 update(len(todo) - len(pending), 0)
                 watch.tick(len(todo) - len(pending))
                 observer.observe(len(todo) - len(pending), watch)
-    return len(todo)
+    return len(todo), observer.hours
+
+
+def _start(
+    ray: Any,
+    pool: Pool,
+    begun: Any,
+    initial: InitialValues,
+    calls: Mapping[TrainingSpec, Arguments],
+) -> dict[Any, TrainingSpec]:
+    """Start a Ray task per training; return the specs by their task's reference."""
+    bench = initial.bench
+    arrays = initial.training_arrays(any(spec.kind == "scsampler" for spec in calls))
+    shared = ray.put(arrays), ray.put(arrays_of(bench.videos))
+    texts = {id(text): ray.put(text) for _, text, _, _ in calls.values() if text is not None}
+    task = ray.remote(num_cpus=pool.cpus, memory=pool.memory, max_retries=3)(_learn)
+    return {
+        task.remote(
+            *(begun, bench.store.key(spec)),
+            *(spec, *shared, shape, texts[id(text)] if text is not None else None),
+            *(start, bench.config.sampler.top_classes, taught),
+        ): spec
+        for spec, (shape, text, start, taught) in calls.items()
+    }
+
+
+def _learn(begun: Any, name: str, *arguments: Any) -> Learned:
+    """Run a training as the Ray task `name`."""
+    begun.add.remote(name)
+    return learn(*arguments)
+
+
+class _Look:
+    """Tells a Watch how many of the pending trainings have begun."""
+
+    def __init__(self, ray: Any, begun: Any, pending: Callable[[], set[str]]) -> None:
+        """`begun`: the actor that trainings report to; `pending`: names of those not finished."""
+        self._ray, self._actor, self._pending = ray, begun, pending
+        self._begun: set[str] = set()
+
+    def __call__(self) -> Seen:
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            # what is known is kept: a restarted actor has forgotten it
+            self._begun |= self._ray.get(self._actor.get.remote(), timeout=10)
+            pending = self._pending()
+            at_work = len(pending & self._begun)
+            return look_at_tasks(self._ray, "training", len(pending) - at_work, at_work)
+        return Seen(Counter(), Counter())
 
 
 class InitialValues:
@@ -180,14 +240,7 @@ class InitialValues:
         self.texts: dict[TextConfig, dict[str, np.ndarray]] = {}
         self.starts: dict[int, np.ndarray] = {}
 
-    def arguments(
-        self, spec: TrainingSpec
-    ) -> tuple[
-        TSQShape | None,
-        dict[str, np.ndarray] | None,
-        dict[str, np.ndarray | None],
-        np.ndarray | None,
-    ]:
+    def arguments(self, spec: TrainingSpec) -> Arguments:
         """Return a training's network shape, text embeddings, initial queries and soft targets."""
         if spec.kind == "scsampler":
             return None, None, {}, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime.session import DEFAULT_SESSION, Session
 
 _IDENTITY_FILE = "evaluation.json"
-"""The evaluation's identity, written first; a folder with another identity is refused."""
+"""The identity, written before the results; a folder with that of another evaluation is refused."""
 
 
 def evaluation_config(
@@ -93,15 +93,15 @@ def evaluate(
         table = compare(sources, bundle, known)
         with Lease(out, take_over=take_over):
             made = [(table, table.write(out, [_model_line(model, bundle), _version()]))]
-        return _summary(out, made, started, 0, {"runs": len(sources)})
+        return _summary(out, made, started, (0, {}), {"runs": len(sources)})
     config = config or evaluation_config(model)
     features = _features(sources[0], bundle, config, tables, split)
     _check_budgets(config, features, bundle)
     bench = Bench(bundle, features, config, known, Store(out, _data(features, bundle)))
     names, header = list(tables) or _possible(bench), _header(bench, model, annotations)
     with Lease(out, take_over=take_over) as lease:
-        _check_identity(bench, out)
-        trained = _train(bench, names, session, lease)
+        begin = _check_identity(bench, out)
+        trained = _train(bench, names, session, lease, begin)
         made = [_make(bench, name, out, header) for name in names]
     return _summary(out, made, started, trained, _counts(features))
 
@@ -163,12 +163,25 @@ def _check_budgets(config: Config, features: EvaluationFeatures, bundle: Bundle)
         )
 
 
-def _train(bench: Bench, names: Sequence[str], session: Session, lease: Lease) -> int:
-    """Do the trainings that these tables need and the store lacks; return their number."""
+def _train(
+    bench: Bench,
+    names: Sequence[str],
+    session: Session,
+    lease: Lease,
+    begin: Callable[[], None],
+) -> tuple[int, Mapping[str, float]]:
+    """Do the trainings that these tables need and the store lacks.
+
+    Returns their number and the node hours that they took.
+
+    `begin` is called before anything is written.
+    """
     specs = [spec for name in names for spec in paper.specs_for(bench, name)]
-    trained = train_all(bench, specs, session, lease)
+    trained, hours = train_all(bench, specs, session, lease, begin)
     lease.check()
-    return trained
+    if not trained:
+        begin()
+    return trained, hours
 
 
 def _make(bench: Bench, name: str, out: str, header: list[str]) -> tuple[Table, list[str]]:
@@ -214,16 +227,19 @@ def _trainings(config: Config) -> dict[str, Any]:
     return config.train.record(exclude={"seed", "num_workers", "checkpoint_every"})
 
 
-def _check_identity(bench: Bench, out: str) -> None:
-    """Record the identity in the folder; raises RunError if it holds another evaluation."""
+def _check_identity(bench: Bench, out: str) -> Callable[[], None]:
+    """Return a function that records the identity in the folder unless it is there.
+
+    Raises RunError if the folder holds another evaluation.
+    """
     sampler = bench.config.sampler.record(exclude={"seed"})
     identity = Identity.of(data=bench.store.data, sampler=sampler, train=_trainings(bench.config))
     path = storage.join(out, _IDENTITY_FILE)
     recorded = read_json(path)
     if recorded is None:
-        write_json(path, identity.parts)
-    else:
-        identity.refuse_other(recorded, out, "holds another evaluation")
+        return lambda: write_json(path, identity.parts)
+    identity.refuse_other(recorded, out, "holds another evaluation")
+    return lambda: None
 
 
 def _header(bench: Bench, model: str, annotations: str | None) -> list[str]:
@@ -292,13 +308,13 @@ def _summary(
     out: str,
     made: list[tuple[Table, list[str]]],
     started: float,
-    trained: int,
+    trained: tuple[int, Mapping[str, float]],
     measured: dict[str, Any],
 ) -> EvaluationSummary:
     return EvaluationSummary(
         out=storage.redact(out),
         measured=measured,
-        trained_now=trained,
+        trained_now=trained[0],
         tables={
             table.name: EvaluatedTable(
                 title=table.title,
@@ -313,4 +329,5 @@ def _summary(
             for table, files in made
         },
         seconds=round(time.time() - started, 2),
+        used=trained[1],
     )

@@ -102,6 +102,7 @@ class BulkRun:
     """
 
     todo: VideoRows
+    _begun = False
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class BulkRun:
         self.started = time.time() if started is None else started
         self.lease = Lease(out, take_over=take_over)
         self.happened: dict[str, float] = {}
-        """Incidents during the run, if not 0: nodes_lost, videos_done_again, waited_s."""
+        """Incidents of the run, if not 0: nodes_lost, videos_done_again, waited_s, rows_removed."""
         self.used: dict[str, float] = {}
         """What the work took: cpu_hours and gpu_hours of the nodes, video_hours, frames, tokens."""
         self._held = contextlib.ExitStack()
@@ -135,15 +136,26 @@ class BulkRun:
         check_folder(self.out, self.kind, self.selection.manifest, self.identity)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.lease)
-            begin(self.out, self.kind, self.identity, self.selection.manifest)
             self.todo = self.find_todo()
-            if self.todo:
-                reopen(self.out)
             self._held = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._held.close()
+
+    def begin(self) -> None:
+        """Record the configuration, and reopen a finished folder if work remains.
+
+        Until then the folder is unchanged, so that a run that is refused, by the cluster for
+        example, leaves nothing behind. Called before the first part; further calls do nothing.
+        """
+        if self._begun:
+            return
+        self.check()
+        begin(self.out, self.kind, self.identity, self.selection.manifest)
+        if self.todo:
+            reopen(self.out)
+        self._begun = True
 
     def find_todo(self) -> VideoRows:
         """Read the folder and return the wanted videos that have no row."""
@@ -171,6 +183,7 @@ class BulkRun:
 
     def publish(self, table: pa.Table) -> str:
         """Publish rows as one part of the folder and return its name."""
+        self.begin()
         self.check()
         return write_part(self.out, table, self.config.output.compression)
 
@@ -192,6 +205,7 @@ class BulkRun:
         seconds: Mapping[str, float],
         more: Callable[[], Mapping[str, Any]],
     ) -> dict[str, Any]:
+        self.begin()
         self.check()
         _free_memory()
         done = self._read_done()
@@ -236,7 +250,7 @@ class BulkRun:
         """Remove rows that do not count, update changed labels and return the remaining rows."""
         compression = self.config.output.compression
         if not done.counts().all():
-            prune(self.out, done, compression)
+            self.happened["rows_removed"] = prune(self.out, done, compression)
             done = self._read_done()
         relabel(self.out, outdated_labels(done), done, compression)
         return done

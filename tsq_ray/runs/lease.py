@@ -105,7 +105,8 @@ class Holder:
 class Lease:
     """The right to write to a run folder, held inside a `with` and renewed by a thread.
 
-    Entering raises RunError if another run holds it, unless `take_over` is set.
+    Entering raises RunError if another run holds it, unless `take_over` is set. A local folder that
+    the lease made is removed at the end if nothing was written to it.
     """
 
     def __init__(self, folder: str, *, take_over: bool = False, times: LeaseTimes = TIMES) -> None:
@@ -116,6 +117,7 @@ class Lease:
         self._content = self.holder.lease(0)
         self._renewed = time.monotonic()
         self._lost: str | None = None
+        self._made_folder = False
         self._renewal_error = "storage does not answer"
         self._renewing = threading.Lock()
         self._ended = threading.Event()
@@ -123,6 +125,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         log.use_run(self.holder.run)
+        self._made_folder = storage.is_local(self.folder) and not storage.exists(self.folder)
         self._acquire()
         _held.add(self.holder.id)
         self._thread.start()
@@ -137,6 +140,8 @@ class Lease:
         with contextlib.suppress(StorageError):
             if self._is_ours(self._read()):
                 storage.remove(self.uri)
+                if self._made_folder:
+                    storage.remove_empty_folder(self.folder)
 
     def check(self) -> None:
         """Renew the lease. Raises RunFailed if another run has it: writing is then forbidden."""

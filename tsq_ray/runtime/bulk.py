@@ -64,10 +64,9 @@ class BulkObserver(Observer):
         self._used.update(amounts)
 
     def _record_hours(self, nodes: Sequence[Mapping[str, Any]], hours: float) -> None:
+        super()._record_hours(nodes, hours)
         used, total = self.run.used, self._used
-        for kind, name in (("CPU", "cpu_hours"), ("GPU", "gpu_hours")):
-            total[name] += hours * sum(node["Resources"].get(kind, 0.0) for node in nodes)
-            used[name] = round(total[name], 6)
+        used |= self.hours
         used["video_hours"] = round(total[parts.VIDEO_S] / 3600, 6)
         if total[parts.RECOGNIZED]:
             used["sampled_frames"] = int(total[parts.SAMPLED])
@@ -105,6 +104,7 @@ def run_bulk(
     seconds: Counter[str] = Counter()
     run, what = observer.run, observer.stage
     todo = run.todo
+    run.begin()
     options: dict[str, Any] = {"session": session, "ticks": (run.stop_if_lost, *ticks), "app": app}
     for _ in range(_PASSES):
         observer.left = len(todo)

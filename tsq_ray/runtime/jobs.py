@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,28 +123,25 @@ class Jobs:
         return sorted(found, key=lambda job: job.started or time.time(), reverse=True)
 
     def get(self, job_id: str) -> Job:
-        """Return a job. Raises RunError if its id is unknown."""
-        try:
+        """Return a job.
+
+        Raises RunError if its id is unknown, RunFailed if the cluster does not answer.
+        """
+        with self._explained(job_id):
             return _job(self._client.get_job_info(job_id))
-        except RuntimeError as error:
-            raise self._unknown(job_id, error) from error
 
     def logs(self, job_id: str) -> str:
-        """Return what a job has printed. Raises RunError if its id is unknown."""
-        try:
+        """Return what a job has printed. Raises as `get` does."""
+        with self._explained(job_id):
             return str(self._client.get_job_logs(job_id))
-        except RuntimeError as error:
-            raise self._unknown(job_id, error) from error
 
     def stop(self, job_id: str) -> Job:
         """Stop a job and wait for its end.
 
-        Raises RunError if its id is unknown, RunFailed if it still runs after a minute.
+        Raises as `get` does, and RunFailed if it still runs after a minute.
         """
-        try:
+        with self._explained(job_id):
             self._client.stop_job(job_id)
-        except RuntimeError as error:
-            raise self._unknown(job_id, error) from error
         deadline = time.monotonic() + _STOP_TIMEOUT_S
         while not (found := self.get(job_id)).is_over and time.monotonic() < deadline:
             time.sleep(0.5)
@@ -154,10 +152,23 @@ class Jobs:
             )
         return found
 
-    def _unknown(self, job_id: str, error: Exception) -> Exception:
-        if "status code 404" in str(error):
-            return RunError(f"{self.address} has no job {job_id!r}; list them with: tsq jobs list")
-        return RunFailed(f"{self.address}: {one_line(error)}")
+    @contextlib.contextmanager
+    def _explained(self, job_id: str) -> Iterator[None]:
+        """Turn what Ray's client raises about a job into an error of one line."""
+        try:
+            yield
+        except OSError as error:  # as those of `requests` are
+            raise RunFailed(
+                f"connection to {self.address} lost, so nothing is known about job {job_id} "
+                f"({one_line(error)}); run the same command again"
+            ) from error
+        except RuntimeError as error:
+            if "status code 404" in str(error):
+                listing = f"tsq jobs list{self._shown}"
+                raise RunError(
+                    f"{self.address} has no job {job_id!r}; list them with: {listing}"
+                ) from error
+            raise RunFailed(f"{self.address}: {one_line(error)}") from error
 
 
 class _Follower:
@@ -187,7 +198,7 @@ class _Follower:
                     log.say(f"connection to {self.jobs.address} lost; trying again")
                     lost_at = now
                 if now - lost_at > _LOST_S:
-                    raise ConnectionError(one_line(error)) from error
+                    raise ConnectionError(one_line(error.__cause__ or error)) from error
             time.sleep(_RETRY_S)
 
     async def tail(self, heartbeat_s: float = _HEARTBEAT_S) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -26,6 +27,9 @@ class Observer:
         self.stage, self.metrics = stage, RunMetrics(holder.run, stage, str(holder))
         self.happened: dict[str, float] = {}
         """nodes_lost and waited_s, if not 0."""
+        self.hours: dict[str, float] = {}
+        """cpu_hours and gpu_hours of all live nodes so far."""
+        self._exact_hours: Counter[str] = Counter()
         self._ray, self._check = ray, check
         self._nodes: set[str] = set()
         self._looked = -math.inf
@@ -69,6 +73,10 @@ class Observer:
 
     def _record_hours(self, nodes: Sequence[Mapping[str, Any]], hours: float) -> None:
         """Record that the run had these nodes for these hours."""
+        for kind, name in (("CPU", "cpu_hours"), ("GPU", "gpu_hours")):
+            count = sum(node["Resources"].get(kind, 0.0) for node in nodes)
+            self._exact_hours[name] += hours * count
+            self.hours[name] = round(self._exact_hours[name], 6)
 
     def _export(self) -> None:
         waiting_s = self._watch.waiting_s if self._watch is not None else 0.0

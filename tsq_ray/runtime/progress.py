@@ -71,8 +71,23 @@ class RowCounts(Counts):
         return self.again
 
 
+class Begun:
+    """The tasks of a run that have begun; an instance lives in a Ray actor."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def add(self, name: str) -> None:
+        """Record that a task has begun; a task that is retried keeps its name."""
+        self._names.add(name)
+
+    def get(self) -> set[str]:
+        """Return the names of the tasks that have begun."""
+        return self._names
+
+
 def start_counts(kind: type = Counts) -> Any:
-    """Start an actor of this class, Counts or one with its `get`, that the workers report to.
+    """Start an actor of this class, such as Counts, that the workers report to.
 
     It runs on the driver's node, because any other node may be lost during the run.
     """

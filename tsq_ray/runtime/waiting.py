@@ -18,7 +18,7 @@ from tsq_ray.runtime import usage
 FIRST_LINE_S, EVERY_S = 10.0, 15.0
 _SLOW = 2.0
 """A working run is reported after this many times its longest pause so far."""
-_COUNTERS = ("Counts", "RowCounts", "FlowCounts", "_Videos")
+_COUNTERS = ("Counts", "RowCounts", "FlowCounts", "_VideoCounter", "Begun")
 _PENDING = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
 
 
@@ -130,6 +130,21 @@ def look_at(ray: Any, app: str = "") -> Seen:
             lambda: "; ".join(usage.facts(ray, status)),
         )
     return Seen(Counter(), Counter())
+
+
+def look_at_tasks(ray: Any, kind: str, waiting: int, running: int) -> Seen:
+    """Ask the connected cluster about a run whose work is tasks of one `kind`, not actors.
+
+    Ray's records do not say which tasks run: `waiting` and `running` are the run's own counts of
+    tasks that have not begun and of those that have begun and not ended.
+    """
+    status = usage.read_status(ray)
+    return Seen(
+        Counter({kind: waiting} if waiting and not running else {}),
+        Counter({kind: running} if running else {}),
+        status is not None and usage.num_demanded(status) < waiting,
+        lambda: "; ".join(usage.facts(ray, status)),
+    )
 
 
 def running(actors: Iterable[Mapping[str, Any]], job: str, app: str = "") -> Counter[str]:

@@ -286,6 +286,7 @@ class BatchRunner:
         selection = Selection.of(manifest)
         scored = ScoreRun.of(selection, self._model, running.card.predictions_uri, self._config)
         async with self._held(running, scored.run):
+            await asyncio.to_thread(scored.run.begin)
             todo = scored.run.todo
             total, (ok, failed) = len(manifest.rows), scored.run.count_settled()
             running.card.request_counts = RequestCounts(total=total, completed=ok, failed=failed)

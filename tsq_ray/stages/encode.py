@@ -95,6 +95,9 @@ class FrameFeatures:
     """Why the recogniser's server did not answer."""
     tokens: dict[str, int] = field(default_factory=dict)
     """Tokens that the server counted."""
+    requests_s: float = 0.0
+    """For which the requests to the server were in flight; `waited_s`: until all were answered."""
+    waited_s: float = 0.0
 
 
 class Encode:
@@ -181,10 +184,12 @@ class Encode:
 def _ask(server: Asking, video: DecodedVideo, features: FrameFeatures) -> None:
     """Ask a server about each distinct frame; add its logits, its tokens or its error."""
     _, places = np.unique(video.slot_frame, return_index=True)
-    found, features.tokens = server.frame_logits(
+    found = server.frame_logits(
         pictures_of(video, RECOGNIZER).frames, video.frame_pts_s[places], video.width, video.height
     )
-    if isinstance(found, VideoError):
-        features.error = found
+    features.tokens = found.tokens
+    features.requests_s, features.waited_s = found.requests_s, found.waited_s
+    if isinstance(found.logits, VideoError):
+        features.error = found.logits
     else:
-        features.recognizer_logits = found[video.slot_frame]
+        features.recognizer_logits = found.logits[video.slot_frame]

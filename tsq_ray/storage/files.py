@@ -179,6 +179,13 @@ def remove_folder(uri: str) -> None:
                 fs.rm_file(name)
 
 
+def remove_empty_folder(uri: str) -> None:
+    """Delete a local folder if it is empty; elsewhere, a folder is only a part of names."""
+    if (local := local_path(uri)) is not None:
+        with contextlib.suppress(OSError):
+            os.rmdir(local)
+
+
 def download(uri: str, folder: str | os.PathLike[str]) -> str:
     """Copy one file into `folder` and return its path; a local file's own path is returned."""
     if is_local(uri):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -73,7 +73,6 @@ def finetune(
         return done
     if plan.trains_backbone:
         full.check_input(plan.network)
-    storage.check_writable(plan.out)
     with Lease(plan.out, take_over=take_over) as lease:
         # the run that held the lease before may have finished it
         if (done := plan.finished()) is not None:
@@ -138,6 +137,10 @@ class _Plan:
     def work(self) -> str:
         return storage.join(self.out, full.WORK_FOLDER)
 
+    def begin(self) -> None:
+        """Record in the work folder what is trained there, once the cluster accepts the run."""
+        write_json(storage.join(self.work, _IDENTITY_FILE), self.identity.parts)
+
     def finished(self) -> FinetuneSummary | None:
         """Return the summary if `out` holds the finished result of this run, else None.
 
@@ -156,18 +159,14 @@ class _Plan:
 
 def _fit(plan: _Plan, session: Session, lease: Lease) -> full.Tuned:
     """Train in the work folder, resuming from any checkpoint there."""
-    write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
     rows = plan.chosen.rows
+    where: tuple[Any, ...] = (plan.work, plan.config, session, lease, plan.begin)
     if plan.trains_backbone:
         num_classes = len(plan.manifest.classes)
-        tuned = full.tune(
-            plan.network, rows, plan.val, num_classes, plan.work, plan.config, session, lease
-        )
+        tuned = full.tune(plan.network, rows, plan.val, num_classes, *where)
     else:
         selection = Selection(plan.manifest, rows, plan.chosen.split)
-        tuned = frozen.fit_frozen(
-            plan.network, plan.settings, selection, plan.work, plan.config, session, lease
-        )
+        tuned = frozen.fit_frozen(plan.network, plan.settings, selection, *where)
     lease.check()
     if not _usable(rows, tuned):
         storage.remove_folder(plan.work)  # nothing to resume, and other settings may work
@@ -221,6 +220,7 @@ def _summary(plan: _Plan, tuned: full.Tuned, seconds: float) -> FinetuneSummary:
         unlabelled=tuple(chosen.unlabelled_uris),
         warnings=tuple(chosen.warnings),
         happened=tuned.happened,
+        used=tuned.hours,
         seconds=seconds,
         **tuned.figures,
     )

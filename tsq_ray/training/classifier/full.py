@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -47,6 +47,8 @@ class Tuned:
     """One row per epoch, nan for what was not measured; empty for a frozen backbone."""
     happened: Mapping[str, float]
     """Lost nodes, repeated work and waits, if any."""
+    hours: Mapping[str, float] = field(default_factory=dict)
+    """`cpu_hours` and `gpu_hours` of all live nodes."""
 
 
 def check_input(network: FrameEncoder) -> None:
@@ -72,11 +74,13 @@ def tune(
     config: Config,
     session: Session,
     lease: Lease,
+    begin: Callable[[], None],
 ) -> Tuned:
     """Train `network` with a new head on the labelled videos `train` and measure it on `val`.
 
     Checkpoints go to the folder `work`; if it already holds some, training resumes from the last.
-    Raises RunFailed if the training fails or the lease is lost.
+    `begin` is called before anything is written there. Raises RunFailed if the training fails or
+    the lease is lost.
     """
     backbone = network.backbone.state_dict()
     with (
@@ -84,6 +88,7 @@ def tune(
         Observer(ray, lease.holder, "finetune", lease.stop_if_lost) as observer,
     ):
         job, placed = _plan(ray, network, backbone, train, val, num_classes, config)
+        begin()
         total = job.num_clips(config.finetune.epochs)
         options: dict[str, Any] = {"counts": job.clips.counts, "total": total}
         options["observe"] = observer.observe
@@ -106,7 +111,7 @@ def tune(
         tuned = start_network(job, backbone)
     tuned.load_state_dict(content["model"])
     tuned.eval().requires_grad_(False)
-    return Tuned(tuned, content["failed"], *_figures(content), observer.happened)
+    return Tuned(tuned, content["failed"], *_figures(content), observer.happened, observer.hours)
 
 
 def _plan(

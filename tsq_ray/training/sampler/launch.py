@@ -35,6 +35,8 @@ class Fitted:
     """Time from the start of the workers to the end."""
     happened: Mapping[str, float]
     """Lost nodes, repeated work and waits, if any."""
+    hours: Mapping[str, float]
+    """`cpu_hours` and `gpu_hours` of all live nodes, from reading the features on."""
 
 
 def fit_on_cluster(
@@ -60,4 +62,5 @@ def fit_on_cluster(
     seconds = time.monotonic() - started
     model, curve, epoch_seconds = (content[name] for name in ("model", "curve", "seconds"))
     workers, resumed_at = content["workers"], content["resumed_at"]
-    return Fitted(model, curve, epoch_seconds, workers, resumed_at, seconds, observer.happened)
+    about = (workers, resumed_at, seconds, observer.happened, observer.hours)
+    return Fitted(model, curve, epoch_seconds, *about)

@@ -236,7 +236,6 @@ def _fit(
 
     Returns the components, whose encoder now has a head, and the result.
     """
-    write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
     config, count = plan.config, videos.count
     with (
         cluster.connect(session, out=plan.out) as ray,
@@ -245,6 +244,8 @@ def _fit(
             plan.source, count, "train", config, session, observer.observe
         ) as features,
     ):
+        # only now, so that a training that the cluster refuses leaves nothing behind
+        write_json(storage.join(plan.work, _IDENTITY_FILE), plan.identity.parts)
         taught = None
         if plan.source.teacher is not None:
             taught = features.taught_classes(config.train.teacher_min_videos)
@@ -329,6 +330,7 @@ def _summary(
         workers=fitted.workers,
         resumed_after_epoch=fitted.resumed_at,
         happened=fitted.happened,
+        used=fitted.hours,
         train_seconds=round(fitted.seconds, 2),
         videos_per_s=round(videos.count * epochs / sum(fitted.epoch_seconds), 1),
         seconds=seconds,

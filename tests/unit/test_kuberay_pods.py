@@ -1,0 +1,150 @@
+"""cluster/kuberay: the pods: security, shared memory, network, roles, queues, disruption."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from support.manifests import (
+    OVERLAYS,
+    REPO,
+    cluster_spec,
+    every_folder,
+    every_overlay,
+    package_version,
+    pod_specs,
+    ray_manifests,
+    rendered,
+    shared_memory,
+)
+
+
+def pinned(package: str) -> str:
+    found = re.search(
+        rf"^{package}==(.+)$", (REPO / "tests" / "constraints.txt").read_text(), re.MULTILINE
+    )
+    assert found, f"tests/constraints.txt does not pin {package}"
+    return found[1]
+
+
+@every_overlay
+@every_folder
+def test_pods_are_restricted_with_limits_and_the_pinned_ray(folder: str, overlay: str) -> None:
+    """Pod Security level "restricted", for every container that the files or KubeRay start."""
+    image = f"tsq-ray:{package_version()}{'-cpu' if overlay == 'cpu' else ''}"
+    for manifest in ray_manifests(folder, overlay):
+        cluster = cluster_spec(manifest)
+        assert cluster["rayVersion"] == pinned("ray")
+        assert cluster["authOptions"]["mode"] == "token"
+        containers = [cluster["autoscalerOptions"]]
+        for pod in pod_specs(manifest):
+            assert pod["securityContext"]["runAsNonRoot"] is True
+            assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            is_head = pod["containers"][0]["name"] == "ray-head"
+            assert pod.get("automountServiceAccountToken", True) is is_head
+            written = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+            assert {"/tmp", "/ray"} <= written
+            mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+            assert mounted == {volume["name"] for volume in pod["volumes"]}
+            for container in pod["containers"]:
+                assert container["image"] == image
+                assert "env" not in container, "keys come from the Secret, never from the file"
+            containers += pod["containers"]
+        for container in containers:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            for kind in ("requests", "limits"):
+                assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"][kind].keys()
+
+
+@every_overlay
+@every_folder
+def test_the_object_store_fits_into_shared_memory(folder: str, overlay: str) -> None:
+    """Ray would put it on disk otherwise."""
+    for manifest in ray_manifests(folder, overlay):
+        cluster = cluster_spec(manifest)
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            size, store = shared_memory(group)
+            assert size >= store
+
+
+def test_the_network_policy_and_the_budget_select_the_pods() -> None:
+    """The labels that they select by are on the pods; KubeRay adds those that begin with
+    ray.io/."""
+    objects = [*rendered("jobs", "gpu"), *rendered("endpoint", "gpu")]
+    labels = []
+    for manifest in objects:
+        if manifest["apiVersion"] == "ray.io/v1":
+            cluster = cluster_spec(manifest)
+            templates = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+            labels += [group["template"]["metadata"]["labels"] for group in templates]
+            if "submitterPodTemplate" in manifest["spec"]:
+                labels.append(manifest["spec"]["submitterPodTemplate"]["metadata"]["labels"])
+    assert labels
+    for manifest in objects:
+        spec = manifest.get("spec", {})
+        selector = spec.get("podSelector") or spec.get("selector")
+        if manifest["kind"] in ("NetworkPolicy", "PodDisruptionBudget"):
+            own = {
+                name: value
+                for name, value in selector["matchLabels"].items()
+                if not name.startswith("ray.io/")
+            }
+            assert all(own.items() <= one.items() for one in labels)
+
+
+def test_a_role_takes_the_place_of_the_keys() -> None:
+    objects = rendered("jobs", "gpu", "workload-identity")
+    accounts = {
+        one["metadata"]["name"]: one["metadata"]["annotations"]
+        for one in objects
+        if one["kind"] == "ServiceAccount"
+    }
+    assert accounts.keys() == {"tsq", "tsq-head"}
+    assert all("eks.amazonaws.com/role-arn" in found for found in accounts.values())
+    for manifest in ray_manifests("jobs", "gpu", "workload-identity"):
+        for pod in pod_specs(manifest):
+            assert pod["serviceAccountName"] in accounts
+            assert not pod["containers"][0].get("envFrom")
+    assert ("169.254.170.23/32", 80) in reachable(objects)
+    assert ("169.254.170.23/32", 80) not in reachable(rendered("jobs", "gpu"))
+
+
+def reachable(objects: tuple[dict[str, Any], ...]) -> set[tuple[str, int]]:
+    """Addresses outside the cluster that the pods reach, with the port."""
+    policies = [one["spec"] for one in objects if one["kind"] == "NetworkPolicy"]
+    return {
+        (target.get("ipBlock", {}).get("cidr", "pods"), port["port"])
+        for policy in policies
+        for rule in policy.get("egress", ())
+        for target in rule.get("to", ({"ipBlock": {"cidr": "0.0.0.0/0"}},))
+        for port in rule.get("ports", ())
+    }
+
+
+def test_a_queued_run_has_its_final_size_from_the_start() -> None:
+    """Kueue refuses a cluster that scales itself."""
+    for overlay in ("gpu", "spot"):
+        for manifest in ray_manifests("jobs", overlay, "kueue"):
+            assert manifest["spec"]["suspend"] is True
+            assert manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
+            cluster = cluster_spec(manifest)
+            assert not cluster.keys() & {"enableInTreeAutoscaling", "autoscalerOptions"}
+            for group in cluster["workerGroupSpecs"]:
+                assert group["replicas"] == group["maxReplicas"]
+
+
+def test_a_drained_node_leaves_the_endpoint_a_pod_of_each_group() -> None:
+    for overlay in OVERLAYS:
+        objects = rendered("endpoint", overlay)
+        kept = {
+            one["spec"]["selector"]["matchLabels"].get("ray.io/group"): one["spec"]
+            for one in objects
+            if one["kind"] == "PodDisruptionBudget"
+        }
+        assert all(kept[group]["minAvailable"] == 1 for group in ("cpu", "gpu"))
+        (service,) = ray_manifests("endpoint", overlay)
+        groups = {group["groupName"] for group in cluster_spec(service)["workerGroupSpecs"]}
+        assert groups - {"kept"} <= kept.keys()
