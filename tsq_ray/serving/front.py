@@ -12,8 +12,10 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
@@ -27,7 +29,8 @@ _SLACK_S = 10.0
 _RETRY_AFTER_S = 5
 _UPLOAD_BYTES_PER_S = 16 * 2**20
 """Limit per upload: Serve's proxy keeps in memory what the ingress has not read yet."""
-_STARTS_S, _ENDS_S = 0.3, 5.0
+_REFUSED_S, _STARTS_S, _ENDS_S = 0.3, 30.0, 5.0
+"""Seconds in which HAProxy refuses a wrong start, at most starts on a busy machine, and ends."""
 _CONFIG = "haproxy.cfg"
 _LIBC = ctypes.CDLL(None)
 _REASONS = {
@@ -113,8 +116,8 @@ backend serve
 class Front:
     """A running HAProxy, started again by `restart_if_ended` if it is gone."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, address: tuple[str, int]) -> None:
+        self._folder, self._address = folder, address
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -130,10 +133,20 @@ class Front:
                 preexec_fn=_end_with_parent,
             )
         with contextlib.suppress(subprocess.TimeoutExpired):
-            if process.wait(_STARTS_S) >= 0:  # else killed: `restart_if_ended` starts it again
+            if process.wait(_REFUSED_S) >= 0:  # else killed: `restart_if_ended` starts it again
                 why = " ".join(log_file.read_text(errors="replace").split())[:300]
                 raise RunFailed(f"serve: the HTTP front did not start: {why}")
+        self._wait_until_it_listens(process)
         return process
+
+    def _wait_until_it_listens(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait until HAProxy accepts connections or has ended."""
+        deadline = time.monotonic() + _STARTS_S
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                socket.create_connection(self._address, timeout=1).close()
+                return
+            time.sleep(0.05)
 
     def restart_if_ended(self) -> None:
         """Start HAProxy again if it has ended for any reason. Raises RunFailed if it cannot.
@@ -171,7 +184,7 @@ def front(host: str, port: int, inner_port: int, settings: ServeConfig) -> Itera
         folder = Path(name)
         _write_problems(folder)
         (folder / _CONFIG).write_text(_config(folder, host, port, inner_port, settings))
-        running = Front(folder)
+        running = Front(folder, (host, port))
         try:
             yield running
         finally:
