@@ -20,7 +20,7 @@ from support.cluster import SETTINGS, Driver, read_rows, refused, tsq, upload, v
 from jobs.benchmarks.support.s3 import S3Server
 from tsq_ray import storage
 from tsq_ray.bundle.overrides import scoring_config
-from tsq_ray.bundle.settings import is_bundle, read_agreement
+from tsq_ray.bundle.settings import is_bundle, read_agreement, read_bundle_settings
 from tsq_ray.bundle.weights import load_bundle
 from tsq_ray.config import SamplerConfig
 from tsq_ray.evaluation.agreement import measure_agreement
@@ -92,6 +92,7 @@ def test_an_archive_without_labels(
     assert "held-out videos" in first["verdict"]
     assert first["chosen"] in first["curve"]
     runs = [first[name]["record"]["used"] for name in ("features", "predictions")]
+    runs.append(read_bundle_settings(f"{out}/bundle")[0]["provenance"]["summary"]["used"])
     assert first["used"]["cpu_hours"] == pytest.approx(sum(used["cpu_hours"] for used in runs))
     assert first["cost"]["total"] == pytest.approx(2 * first["used"]["cpu_hours"], rel=1e-3)
     check_folder(out, archive)
@@ -105,7 +106,9 @@ def test_an_archive_without_labels(
     assert again.code == 0, again.err
     assert "already done: nothing to do" in again.out
     assert first["verdict"] in again.out
-    assert "sample and archive together used " in again.out, "by the calls that finished them"
+    assert "sample, training and archive together used " in again.out, (
+        "by the calls that finished them"
+    )
     assert any(line.endswith("  chosen") for line in again.out.splitlines())
     line = refused(tsq(*argv[:-6], "--sample", "17", *argv[-6:]))
     assert "holds another labelling (sample: " in line
