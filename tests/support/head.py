@@ -120,7 +120,9 @@ def running_head(folder: Path, cpus: int, home: Path | None = None) -> Iterator[
         head = Head(url, f"127.0.0.1:{ports['port']}", environment, folder)
         try:
             headers = {"Authorization": f"Bearer {token}"}
-            wait_for(urllib.request.Request(f"{url}/api/version", headers=headers), process, log)
+            agent = f"http://127.0.0.1:{ports['dashboard-agent-listen-port']}"  # which starts jobs
+            for address in (f"{url}/api/version", f"{agent}/api/local_raylet_healthz"):
+                wait_for(urllib.request.Request(address, headers=headers), process, log)
             yield head
         finally:
             for node in head.nodes:

@@ -192,6 +192,34 @@ def test_a_lost_connection_is_one_line(
         Jobs("http://head:8265").get("j-1")
 
 
+class YoungCluster:
+    """A client of Ray's jobs on a cluster whose agents still start."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+
+    def list_jobs(self) -> list[Any]:
+        return []
+
+    def submit_job(self, **_: object) -> None:
+        self.tries += 1
+        if self.tries < 3:
+            raise RuntimeError("Request failed with status code 500: No available agent to submit")
+
+
+def test_a_job_waits_for_a_cluster_that_has_only_just_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cluster = YoungCluster()
+    monkeypatch.setattr("tsq_ray.runtime.jobs._client", lambda *arguments: cluster)
+    monkeypatch.setattr("tsq_ray.runtime.jobs._RETRY_S", 0.0)
+    assert Jobs("http://head:8265").submit("tsq", ["index"], str(tmp_path)) == ("tsq-1", True)
+    monkeypatch.setattr("tsq_ray.runtime.jobs._AGENT_S", -1.0)
+    cluster.tries = 0
+    with pytest.raises(RunFailed, match="No available agent to submit"):
+        Jobs("http://head:8265").submit("tsq", ["index"], str(tmp_path))
+
+
 def test_a_cluster_that_stays_away_ends_following(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tsq_ray.runtime.jobs._client", lambda *arguments: LostConnection())
     monkeypatch.setattr("tsq_ray.runtime.jobs._LOST_S", -1.0)

@@ -18,7 +18,7 @@ from tsq_ray.runtime.cluster import one_line, ray_token
 
 _DEFAULT = "http://127.0.0.1:8265"
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-_RETRY_S, _LOST_S = 2.0, 600.0
+_RETRY_S, _LOST_S, _AGENT_S = 2.0, 600.0, 60.0
 """Seconds between attempts to reconnect to a cluster, and until giving up."""
 _STOP_TIMEOUT_S = 60.0
 _HEARTBEAT_S = 20.0
@@ -82,16 +82,26 @@ class Jobs:
         job_id = f"{name}-{max(attempts, default=0) + 1}"
         environment = {"working_dir": folder, "py_modules": [str(Path(__file__).parents[1])]}
         try:
-            self._client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "tsq_ray", *argv]),
-                submission_id=job_id,
-                runtime_env=environment,
-            )
+            self._start(job_id, shlex.join(["python", "-m", "tsq_ray", *argv]), environment)
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
             if "already exists" in str(error):  # the same command, a moment ago
                 return job_id, False
             raise RunFailed(f"--submit to {self.address}: {one_line(error)}") from error
         return job_id, True
+
+    def _start(self, job_id: str, entrypoint: str, environment: dict[str, Any]) -> None:
+        """Submit a job; wait for the agent that starts jobs if the cluster has only just begun."""
+        deadline = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=entrypoint, submission_id=job_id, runtime_env=environment
+                )
+                return
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_RETRY_S)
 
     def follow(self, job_id: str, write: Callable[[str], object]) -> Job:
         """Pass on a job's output until it ends, reconnecting if the connection is lost.
