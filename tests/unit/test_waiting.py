@@ -88,11 +88,16 @@ WORKING = Seen(Counter(), Counter(Worker=2, Writer=1))
 def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watch]:
     """watch(look, done, wait_s): watch a run for a minute, given both at each second."""
 
-    def run(look: Callable[[float], Seen], done: Callable[[float], int], wait_s: float) -> Watch:
+    def run(
+        look: Callable[[float], Seen],
+        done: Callable[[float], int],
+        wait_s: float,
+        seconds: int = 61,
+    ) -> Watch:
         now = [1000.0]
         monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
         watched = Watch(None, "extract", wait_s, look=lambda: look(now[0] - 1000))
-        for second in range(61):
+        for second in range(seconds):
             now[0] = 1000.0 + second
             watched.tick(done(second))
         return watched
@@ -139,6 +144,19 @@ def test_a_run_with_long_pauses_is_reported_only_after_twice_the_longest(
     assert capsys.readouterr().err.splitlines() == [
         f"extract: no progress after {s} s: at work: 2 x Worker, 1 x Writer" for s in (10, 40)
     ]
+
+
+def test_a_long_wait_does_not_hide_a_later_stall(
+    watch: Callable[..., Watch], capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch(
+        lambda second: FULL if second < 600 else WORKING,
+        lambda second: 1 if second < 600 else 2,
+        0,
+        seconds=671,
+    )
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no progress" in line]
+    assert lines == ["extract: no progress after 70 s: at work: 2 x Worker, 1 x Writer"]
 
 
 def test_a_run_that_makes_progress_says_nothing(

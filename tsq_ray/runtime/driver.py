@@ -21,14 +21,10 @@ def sigterm_interrupts() -> Iterator[None]:
 
     For the duration of the `with`, and only in the main thread, where Python handles signals.
     """
-    if threading.current_thread() is not threading.main_thread():
+    with signal_handlers_kept():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager
@@ -42,7 +38,8 @@ def signal_handlers_kept() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # else it was not set from Python
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -16,8 +16,9 @@ from tsq_ray.errors import RunFailed
 from tsq_ray.runtime import usage
 
 FIRST_LINE_S, EVERY_S = 10.0, 15.0
-_SLOW = 2.0
-"""A working run is reported after this many times its longest pause so far."""
+_SLOW, _SLOW_S = 2.0, 60.0
+"""A working run is reported after this many times its longest pause so far, at the latest after
+that many seconds: a pause may have been a stall itself."""
 _COUNTERS = ("Counts", "RowCounts", "FlowCounts", "_VideoCounter", "Begun")
 _PENDING = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
 
@@ -85,7 +86,7 @@ class Watch:
                 f"{', '.join(kinds)} (loading what they need)" if kinds else f"at work: {at_work}"
             )
             state = "still starting" if kinds else "no progress"
-            slow = now - self._since >= _SLOW * self._gap
+            slow = now - self._since >= min(_SLOW * self._gap, _SLOW_S)
             if kinds or (at_work and slow):
                 log.say(f"{self._what}: {state} after {now - self._since:.0f} s: {doing}")
             return
