@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -17,6 +18,8 @@ from support.manifests import (
     rendered,
     shared_memory,
 )
+
+from tsq_ray.config import ServeConfig
 
 
 def pinned(package: str) -> str:
@@ -148,3 +151,17 @@ def test_a_drained_node_leaves_the_endpoint_a_pod_of_each_group() -> None:
         (service,) = ray_manifests("endpoint", overlay)
         groups = {group["groupName"] for group in cluster_spec(service)["workerGroupSpecs"]}
         assert groups - {"kept"} <= kept.keys()
+
+
+def test_a_pod_that_must_end_drains_within_its_grace_period() -> None:
+    for folder, overlay in itertools.product(("cluster", "endpoint"), OVERLAYS):
+        for manifest in ray_manifests(folder, overlay):
+            for group in cluster_spec(manifest)["workerGroupSpecs"]:
+                pod = group["template"]["spec"]
+                command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+                found = re.search(r"--deadline-remaining-seconds (\d+); ?sleep (\d+)$", command)
+                assert found, command
+                deadline_s, sleep_s = map(int, found.groups())
+                assert sleep_s < deadline_s < pod["terminationGracePeriodSeconds"]
+                if folder == "endpoint" and group["groupName"] == "cpu":
+                    assert sleep_s > ServeConfig().request_timeout_s
