@@ -252,24 +252,21 @@ def test_whole_frames_of_several_sizes_go_through_a_network_together() -> None:
 def test_freed_memory_is_kept_for_the_next_layer() -> None:
     """A new process, because the C library's setting lasts as long as the process."""
     script = """
-import resource, sys, torch
+import resource, torch
 from tsq_ray.networks.inference import keep_freed_memory
-if sys.argv[1] == "kept":
-    keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(40 << 20, dtype=torch.uint8)
-before = faults()
-for _ in range(20):
+def faults_of_layers():
     torch.ones(40 << 20, dtype=torch.uint8)
-print(faults() - before)
+    before = faults()
+    for _ in range(20):
+        torch.ones(40 << 20, dtype=torch.uint8)
+    return faults() - before
+returned = faults_of_layers()
+keep_freed_memory()
+print(faults_of_layers(), returned)
 """
-    kept, returned = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", script, how], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for how in ("kept", "returned")
-    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kept, returned = map(int, done.stdout.split())
     assert kept < returned / 10

@@ -59,8 +59,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     "work",
     [
         "report",
-        "measure",
-        *(pytest.param(work, marks=pytest.mark.slow) for work in ("export", "compare")),
+        *(pytest.param(work, marks=pytest.mark.slow) for work in ("measure", "export", "compare")),
     ],
 )
 def test_memory_does_not_grow_with_the_rows(folders: list[str], work: str) -> None:
