@@ -71,6 +71,24 @@ class RowCounts(Counts):
         return self.again
 
 
+class VideoCounts:
+    """The videos that a training has done; an instance lives in a Ray actor.
+
+    In this module, because its process would import torch with those of `training`.
+    """
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def set(self, done: int) -> None:
+        """Set the number of videos done in the current step."""
+        self.done = done
+
+    def get(self) -> tuple[int, dict[str, int]]:
+        """Return the number of videos done; none of them has failed."""
+        return self.done, {}
+
+
 class Begun:
     """The tasks of a run that have begun; an instance lives in a Ray actor."""
 

@@ -19,7 +19,7 @@ FIRST_LINE_S, EVERY_S = 10.0, 15.0
 _SLOW, _SLOW_S = 2.0, 60.0
 """A working run is reported after this many times its longest pause so far, at the latest after
 that many seconds: a pause may have been a stall itself."""
-_COUNTERS = ("Counts", "RowCounts", "FlowCounts", "_VideoCounter", "Begun")
+_COUNTERS = ("Counts", "RowCounts", "FlowCounts", "VideoCounts", "Begun")
 _PENDING = ("PENDING_CREATION", "DEPENDENCIES_UNREADY", "RESTARTING")
 
 

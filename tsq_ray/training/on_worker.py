@@ -32,24 +32,6 @@ _RETRIES = 3
 _CLOSE_S = 60.0
 
 
-class _VideoCounter:
-    """Progress in videos; runs as a Ray actor."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def set(self, done: int) -> None:
-        self.done = done
-
-    def get(self) -> tuple[int, dict[str, int]]:
-        return self.done, {}
-
-
-def start_video_counter() -> Any:
-    """Start the actor that counts the videos of a training, for `run_with_progress`."""
-    return progress.start_counts(_VideoCounter)
-
-
 def _cpus_of_this_node() -> int:
     import ray
 
@@ -229,7 +211,8 @@ def features_on_worker(
     import ray
 
     nodes = cluster.read_cluster(ray, config)
-    pool, counts = layout(stage, config, nodes, num_videos)["features"], start_video_counter()
+    pool = layout(stage, config, nodes, num_videos)["features"]
+    counts = progress.start_counts(progress.VideoCounts)
     options: dict[str, Any] = {"num_cpus": pool.cpus, "memory": pool.memory}
     options |= {"max_restarts": _RETRIES, "max_task_retries": _RETRIES}
     options |= {"label_selector": dict(pool.labels)} if pool.labels else {}

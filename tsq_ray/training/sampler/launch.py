@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from tsq_ray.config import Config
-from tsq_ray.runtime import cluster
+from tsq_ray.runtime import cluster, progress
 from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
-from tsq_ray.training.on_worker import start_video_counter
 from tsq_ray.training.resumable import run_workers, scaling
 from tsq_ray.training.sampler.loop import SamplerJob, train_loop
 
@@ -52,7 +51,7 @@ def fit_on_cluster(
 
     `observer` watches the workers. Raises RunFailed if the training fails.
     """
-    counts = start_video_counter()
+    counts = progress.start_counts(progress.VideoCounts)
     placed = cluster.lay_out(ray, "train", config, num_videos)
     inputs = {"job": job, "counts": counts, "threads": placed.threads, "device": placed.device}
     total = config.train.epochs * num_videos
