@@ -7,13 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.cluster import Chains, running_ray
 from support.proxy import S3Proxy, running_proxy
 
 from jobs.benchmarks.support.s3 import BUCKETS, S3Server, make_buckets, running_s3
+
+if TYPE_CHECKING:
+    from support.served import Served
 
 REPO = Path(__file__).resolve().parent.parent
 # a Ray node runs jobs with the first `python` on its PATH: this one, with the package in it
@@ -113,3 +116,14 @@ def ray_cluster(s3: S3Server) -> Iterator[Any]:
 def chains(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Chains:
     """chains("local"), chains("s3"): the main path's outputs, made once."""
     return Chains(tmp_path_factory.mktemp("chain"))
+
+
+@pytest.fixture(scope="session")
+def served(s3: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The endpoint that several modules ask, with what it serves."""
+    from support.served import Served, running_listener
+
+    with running_listener() as listener:
+        found = Served(tmp_path_factory.mktemp("served"), s3, listener)
+        yield found
+        found.close()

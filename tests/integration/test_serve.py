@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import httpx
 import pytest
 import yaml
 from PIL import Image
-from support.archive import Archive, make_archive
+from support.archive import Archive
 from support.browser import Page, page
 from support.bundle import make_bundle
 from support.cluster import marked, refused, tsq
@@ -42,6 +41,7 @@ from support.endpoint import (
     same_answer,
     serving,
 )
+from support.served import MAX_UPLOAD_BYTES, Served
 
 from jobs.benchmarks.support.s3 import S3Server, free_ports
 from tsq_ray import storage
@@ -54,7 +54,6 @@ REPO = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.ray
 
-MAX_UPLOAD_BYTES = 2**20
 GOOD = (
     "train/0_0.mp4",
     "train/1_1.mp4",
@@ -65,13 +64,13 @@ GOOD = (
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
-    return make_archive(tmp_path_factory.mktemp("served") / "videos")
+def archive(served: Served) -> Archive:
+    return served.archive
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_bundle(tmp_path_factory.mktemp("model") / "bundle")
+def bundle(served: Served) -> str:
+    return served.bundle
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +82,10 @@ def rows(archive: Archive, bundle: str) -> dict[str, dict[str, Any]]:
     return dict(zip(archive.paths, found, strict=True))
 
 
-@pytest.fixture(scope="module")
-def endpoint(
-    archive: Archive, bundle: str, s3: S3Server, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Endpoint]:
+@pytest.fixture
+def endpoint(served: Served) -> Endpoint:
     """`tsq serve` with a token, two open folders, small uploads and a sampler that may scale."""
-    prefixes = json.dumps([str(archive.root / "train"), "s3://tsq-other/open"])
-    folder = tmp_path_factory.mktemp("endpoint")
-    settings = (
-        f"serve.allowed_uri_prefixes={prefixes}",
-        f"serve.max_upload_mb={MAX_UPLOAD_BYTES / 2**20}",
-        "serve.sampler.max_replicas=2",
-        "serve.recognizer.max_replicas=3",
-        f"serve.batches_uri={folder}/batches",
-    )
-    with serving(bundle, folder, *settings, token=TOKEN, **s3.environment) as found:
-        yield found
+    return served.endpoint
 
 
 FORMS = ("uri", "s3", "body", "form")
@@ -580,7 +567,9 @@ def test_serve_refuses_what_is_no_bundle_or_cannot_score(tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize("loop", [["--clients", "1,3"], ["--rates", "2,4"]])
+@pytest.mark.parametrize(
+    "loop", [["--clients", "1,3"], pytest.param(["--rates", "2,4"], marks=pytest.mark.slow)]
+)
 def test_bench(
     endpoint: Endpoint, archive: Archive, loop: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

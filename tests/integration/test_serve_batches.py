@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import http.server
 import json
 import os
 import re
 import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx
 import pytest
-from support.archive import Archive, make_archive
+from support.archive import Archive
 from support.bundle import make_bundle
 from support.endpoint import CLOSE, END_S, Endpoint, serving
+from support.served import SECRET, SLOW_S, Listener, Served
 
 from jobs.benchmarks.support.s3 import S3Server
 from tsq_ray import storage
@@ -33,72 +30,18 @@ from tsq_ray.serving.requests.webhooks import signature
 
 pytestmark = pytest.mark.ray
 
-SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 LINES = {"Content-Type": "application/jsonl"}
 DONE_S = 240.0
-SLOW_S = 8
-
-
-class Listener(http.server.BaseHTTPRequestHandler):
-    """Records the calls, of which it refuses the first; sends a video slowly."""
-
-    calls: ClassVar[list[tuple[dict[str, str], bytes]]] = []
-    video = b""
-
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.video)))
-        self.end_headers()
-        size = len(self.video) // SLOW_S + 1
-        with contextlib.suppress(OSError):  # the client has gone away
-            for start in range(0, len(self.video), size):
-                self.wfile.write(self.video[start : start + size])
-                time.sleep(1)
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.calls.append((dict(self.headers), body))
-        self.send_response(204 if len(self.calls) > 1 else 500)
-        self.end_headers()
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing."""
 
 
 @pytest.fixture(scope="module")
-def listener() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/hook"
-        server.shutdown()
+def archive(served: Served) -> Archive:
+    return served.batched
 
 
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
-    return make_archive(tmp_path_factory.mktemp("batched") / "videos")
-
-
-@pytest.fixture(scope="module")
-def endpoint(
-    archive: Archive, listener: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Endpoint]:
-    folder = tmp_path_factory.mktemp("batches")
-    bundle = make_bundle(folder / "bundle")
-    settings = (
-        f"serve.batches_uri={folder}/batches",
-        "serve.allowed_uri_prefixes="
-        + json.dumps([str(archive.root), f"{folder}/manifests", slow_video(listener)]),
-        "serve.fetch_timeout_s=3",
-        f'serve.webhook_prefixes=["{listener.rpartition("/")[0]}"]',
-        "output.rows_per_file=4",
-    )
-    with serving(bundle, folder / "run", *settings, TSQ_WEBHOOK_SECRET=SECRET) as found:
-        yield found
-
-
-def slow_video(listener: str) -> str:
-    """The folder of a video that takes SLOW_S seconds to fetch."""
-    return f"{listener.rpartition('/')[0]}/slow"
+@pytest.fixture
+def endpoint(served: Served) -> Endpoint:
+    return served.endpoint
 
 
 def ended(endpoint: Endpoint, batch: dict[str, Any], **params: Any) -> dict[str, Any]:
@@ -118,24 +61,28 @@ def lines_of(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def batch_videos(endpoint: Endpoint, at_least: int) -> Counter[str]:
-    """The metric of videos in batches by error type, once it has reached a number."""
-    deadline = time.monotonic() + END_S  # it is exported every few seconds
-    while True:
-        text = httpx.get(endpoint.metrics_url, trust_env=False).text
-        found: Counter[str] = Counter()
-        for labels, value in re.findall(r"^ray_tsq_batch_videos_total{(.*)} (.+)$", text, re.M):
-            error_type = re.search(r'error_type="(\w*)"', labels)
-            assert error_type is not None, labels
-            found[error_type[1]] += int(float(value))
-        if found.total() >= at_least:
-            return found
-        assert time.monotonic() < deadline, found
+def batch_videos(endpoint: Endpoint) -> Counter[str]:
+    """The metric of videos in batches by error type."""
+    text = httpx.get(endpoint.metrics_url, trust_env=False).text
+    found: Counter[str] = Counter()
+    for labels, value in re.findall(r"^ray_tsq_batch_videos_total{(.*)} (.+)$", text, re.M):
+        error_type = re.search(r'error_type="(\w*)"', labels)
+        assert error_type is not None, labels
+        found[error_type[1]] += int(float(value))
+    return found
+
+
+def wait_for_batch_videos(endpoint: Endpoint, wanted: Counter[str]) -> None:
+    """Wait until the metric, which is exported every few seconds, is this."""
+    deadline = time.monotonic() + END_S
+    while (found := batch_videos(endpoint)) != wanted:
+        assert time.monotonic() < deadline, (found, wanted)
         time.sleep(1)
 
 
 def test_a_batch_of_lines(endpoint: Endpoint, archive: Archive) -> None:
     uris = {f"id {number}": str(archive.root / path) for number, path in enumerate(archive.paths)}
+    before = batch_videos(endpoint)
     uris["twice"] = uris["id 0"]
     uris["missing"] = str(archive.root / "nothing.mp4")
     body = "\n".join(json.dumps({"custom_id": key, "uri": uri}) for key, uri in uris.items())
@@ -168,7 +115,7 @@ def test_a_batch_of_lines(endpoint: Endpoint, archive: Archive) -> None:
         errors.items()
     )
     by_type = Counter({"": counts["completed"]}) + Counter(errors.values())
-    assert batch_videos(endpoint, counts["total"]) == by_type
+    wait_for_batch_videos(endpoint, before + by_type)
     (row,) = predict_rows([uris["id 0"]], endpoint.model, scoring_config(endpoint.model))
     line = next(line for line in good if line["custom_id"] == "twice")
     assert line["top_labels"] == row["top_labels"]
@@ -177,13 +124,13 @@ def test_a_batch_of_lines(endpoint: Endpoint, archive: Archive) -> None:
 
 
 def test_a_batch_over_a_manifest_survives_the_replica_that_runs_it(
-    endpoint: Endpoint, archive: Archive, listener: str
+    served: Served, endpoint: Endpoint, archive: Archive
 ) -> None:
-    folder = endpoint.folder.parents[1] / "manifests"
-    manifest = str(folder / "all.parquet")
-    folder.mkdir(exist_ok=True)
+    manifest = str(served.manifests / "all.parquet")
+    served.manifests.mkdir(exist_ok=True)
     build_manifest([str(archive.root)], manifest)
-    asked = {"manifest": manifest, "metadata": {"team": "a"}, "webhook": listener}
+    hook = f"{served.listener}/hook"
+    asked = {"manifest": manifest, "metadata": {"team": "a"}, "webhook": hook}
     batch = endpoint.client.post("/v1/batches", json=asked).json()
     deadline = time.monotonic() + DONE_S
     while not list(Path(batch["predictions_uri"]).glob("part-*")):
@@ -234,12 +181,12 @@ def test_a_single_video_for_later(endpoint: Endpoint, archive: Archive) -> None:
 
 
 def test_a_video_that_takes_too_long_becomes_a_batch_that_waits_for_it(
-    endpoint: Endpoint, archive: Archive, listener: str
+    served: Served, endpoint: Endpoint, archive: Archive
 ) -> None:
     padding = SLOW_S * 2**20 // 2  # 512 KiB/s
     box = (padding + 8).to_bytes(4, "big") + b"free" + bytes(padding)
     Listener.video = (archive.root / archive.paths[0]).read_bytes() + box
-    uri = f"{slow_video(listener)}/a.mp4"
+    uri = f"{served.slow_video}/a.mp4"
     # what it asks for besides the uri is not kept for later
     refused = endpoint.score(json={"uri": uri, "k": 2})
     assert (refused.status_code, refused.json()["error_type"]) == (504, "timeout")
