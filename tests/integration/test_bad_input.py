@@ -9,13 +9,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
+import pyarrow as pa
 import pytest
 from support.archive import CLASSES, make_archive, write_clip
 from support.cluster import BUDGET, Chain, Chains, Ended, read_rows, refused, tsq
 
+from tsq_ray.runs.folder import RUN_FILE, write_json, write_part
 from tsq_ray.runs.lease import Lease
 
 pytestmark = pytest.mark.ray
@@ -46,7 +49,7 @@ def chain(chains: Chains) -> Chain:
 def labels(
     chain: Chain, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, Path]]:
-    """labels(kind) -> manifest and features of a few clips.
+    """labels(kind) -> a manifest of a few clips, and features.
 
     `kind`: "none" for no labels, "one" for a single class.
     """
@@ -64,11 +67,23 @@ def labels(
             given = "none" if kind == "none" else str(folder / "videos/labels.csv")
             manifest, features = folder / "m.parquet", folder / "features"
             assert tsq("index", folder / "videos", "--labels", given, "--out", manifest).code == 0
-            assert tsq("extract", manifest, "--out", features, "--config", chain.settings).code == 0
+            relabel(chain.features, features, [] if kind == "none" else CLASSES[:1])
             made[kind] = (manifest, features)
         return made[kind]
 
     return make
+
+
+def relabel(features: str, out: Path, classes: list[str]) -> None:
+    """Copy an extraction; all its videos have the first of these classes, or no label."""
+    table = read_rows(features)
+    number, labels = table.schema.get_field_index("labels"), [0] if classes else None
+    column = pa.array([labels] * table.num_rows, table.schema.field(number).type)
+    table = table.set_column(number, table.schema.field(number), column)
+    named = table.schema.metadata | {b"tsq.classes": json.dumps(classes).encode()}
+    write_part(str(out), table.replace_schema_metadata(named), "none")
+    run = json.loads(Path(features, RUN_FILE).read_text())
+    write_json(f"{out}/{RUN_FILE}", run | {"classes": classes})
 
 
 def write_csv(path: Path, lines: list[list[str]]) -> None:
@@ -180,9 +195,28 @@ def test_a_missing_output_bucket(chain: Chain, command: str) -> None:
     )
 
 
+@pytest.fixture
+def set_key(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], None]]:
+    """set_key(NAME, value): this process has another key until the end of the test."""
+    clear = fsspec.get_filesystem_class("s3").clear_instance_cache
+
+    def set_and_forget(name: str, value: str) -> None:
+        monkeypatch.setenv(name, value)
+        clear()
+
+    yield set_and_forget
+    clear()
+
+
 @pytest.mark.parametrize("wrong", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
 @pytest.mark.parametrize("command", ["index", "extract"])
-def test_wrong_keys(chains: Chains, command: str, wrong: str, tmp_path: Path) -> None:
+def test_wrong_keys(
+    chains: Chains,
+    command: str,
+    wrong: str,
+    set_key: Callable[[str, str], None],
+    tmp_path: Path,
+) -> None:
     chain = chains("s3")
     argv = {
         "index": ["index", chain.at("videos"), "--out", str(tmp_path / "m.parquet")],
@@ -196,7 +230,8 @@ def test_wrong_keys(chains: Chains, command: str, wrong: str, tmp_path: Path) ->
         ],
     }[command]
     bad = "0123456789abcdefghij"
-    error = refused(alone(argv, {wrong: bad}))
+    set_key(wrong, bad)
+    error = refused(tsq(*argv))
     assert "access denied; check the keys (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)" in error
     assert bad not in error
 
@@ -249,7 +284,8 @@ def test_nothing_to_learn_from(
         "--config",
         chain.settings,
     )
-    train = tsq("train", features, "--out", tmp_path / "b", "--config", chain.settings)
+    learn = ("train", features, "--encoder", chain.encoder, "--config", chain.settings)
+    train = tsq(*learn, "--out", tmp_path / "b")
     for ended, what in ((tune, f"manifest {manifest}: "), (train, f"features {features}: ")):
         error = refused(ended)
         assert error.startswith(what)
