@@ -1,6 +1,6 @@
 """Full fine-tuning on the sample archive.
 
-Two workers learn, later commands use the result, and a run is killed twice.
+One worker or two learn, later commands use the result, and a run is killed twice.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ SETS = (
     "lr=0.03",
     "batch_size=12",
     "crop_scale=[1,1]",
-    "num_workers=2",
     "precision=fp32",
 )
 NETWORK = ["--set", "encoders.visual.model=test_resnet"]
 PATIENCE_S = 200.0
 
 
-def command(chain: Chain, out: str | Path, *more: str) -> list[str]:
-    sets = [word for item in SETS for word in ("--set", f"finetune.{item}")]
+def command(chain: Chain, out: str | Path, *more: str, workers: int = 2) -> list[str]:
+    sets = [
+        word for item in (*SETS, f"num_workers={workers}") for word in ("--set", f"finetune.{item}")
+    ]
     return [
         "finetune",
         chain.manifest,
@@ -59,20 +60,34 @@ def command(chain: Chain, out: str | Path, *more: str) -> list[str]:
 
 @dataclass
 class Undisturbed:
-    """An encoder trained by two workers without interruption."""
+    """An encoder trained without interruption, and the command that did it."""
 
     chain: Chain
     out: str
+    argv: list[str]
     summary: dict[str, Any]
+
+
+def train_encoder(chain: Chain, folder: Path, workers: int) -> Undisturbed:
+    argv = command(chain, folder / "encoder", workers=workers)
+    return Undisturbed(chain, str(folder / "encoder"), argv, tsq(*argv).json)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(chains: Chains, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    chain, out = chains("local"), str(tmp_path_factory.mktemp("finetune") / "encoder")
-    return Undisturbed(chain, out, tsq(*command(chain, out)).json)
+    return train_encoder(chains("local"), tmp_path_factory.mktemp("finetune"), workers=1)
 
 
-def test_two_workers_learn(undisturbed: Undisturbed) -> None:
+def test_a_worker_learns(undisturbed: Undisturbed) -> None:
+    check_learnt(undisturbed)
+
+
+@pytest.mark.slow
+def test_two_workers_learn(chains: Chains, tmp_path: Path) -> None:
+    check_learnt(train_encoder(chains("local"), tmp_path, workers=2))
+
+
+def check_learnt(undisturbed: Undisturbed) -> None:
     found, curve = undisturbed.summary, read_curves(undisturbed.out)
     assert (found["backbone"], found["videos"], found["classes"]) == ("trained", 10, 3)
     assert found["failed"] == {"truncated": 1, "not_video": 2}  # one of them is a validation video
@@ -86,7 +101,7 @@ def test_two_workers_learn(undisturbed: Undisturbed) -> None:
     names = [storage.name_of(file.uri) for file in storage.list_folder(undisturbed.out)]
     assert names == ["curves.csv", "finetune.json", "model.safetensors"]
     assert not Path(undisturbed.out, "_finetune").exists()
-    assert tsq(*command(undisturbed.chain, undisturbed.out)).json["already_done"] is True
+    assert tsq(*undisturbed.argv).json["already_done"] is True
 
 
 def test_backbone_and_head_have_changed(undisturbed: Undisturbed) -> None:
