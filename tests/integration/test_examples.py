@@ -29,6 +29,7 @@ def printed_by(example: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_label_a_folder(chain: Chain, tmp_path: Path) -> None:
     printed = printed_by(
         "label_folder.py", str(chain.archive.root / "val"), chain.bundle, str(tmp_path)

@@ -153,10 +153,17 @@ def test_videos_that_timed_out_are_retried_on_request(ray_cluster: Any, tmp_path
     adds_up(site)
 
 
-def test_every_worker_of_an_extraction_is_killed(ray_cluster: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "titles",
+    [(WRITER, WORKER), pytest.param((WRITER, WORKER, WRITER), marks=pytest.mark.slow)],
+    ids=len,
+)
+def test_every_worker_of_an_extraction_is_killed(
+    ray_cluster: Any, tmp_path: Path, titles: tuple[str, ...]
+) -> None:
     site = make_site(tmp_path)
     started = Started(site.argv)
-    for number, title in enumerate((WRITER, WORKER, WRITER)):
+    for number, title in enumerate(titles):
         started.wait_until(lambda number=number: len(site.parts) > number)  # type: ignore[misc]
         started.wait_until(lambda title=title: descendants(title))  # type: ignore[misc]
         os.kill(descendants(title)[0], signal.SIGKILL)

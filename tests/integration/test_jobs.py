@@ -95,6 +95,7 @@ def test_extract_train_and_score_as_ray_jobs(
     assert (info["kind"], info["sampler_shape"]["modules"]) == ("bundle", "visual")
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_says_why(
     head: Head, chain: Chain, repo_dir: Path, tmp_path: Path
 ) -> None:
@@ -390,7 +391,10 @@ def test_an_output_that_another_machine_cannot_see(chain: Chain, tmp_path: Path)
     assert read_rows(str(out)).num_rows == len(chain.archive.paths)
 
 
-@pytest.mark.parametrize("address", ["http://127.0.0.1:{port}", "127.0.0.1:{port}"])
+@pytest.mark.parametrize(
+    "address",
+    ["http://127.0.0.1:{port}", pytest.param("127.0.0.1:{port}", marks=pytest.mark.slow)],
+)
 def test_an_address_that_does_not_answer(chain: Chain, address: str, tmp_path: Path) -> None:
     place = address.format(port=free_ports(1)[0])
     submit = ["--submit", "--shared-fs"] if address.startswith("http") else []

@@ -376,6 +376,7 @@ def test_a_defect_in_a_lookup_is_a_row_too(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_run_over_links_and_odd_names_finishes(
     ray_cluster: Any, clip: Path, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ def random_refs(count: int) -> list[VideoRef]:
     ("arrow", "num_frames", "limit"),
     [
         (features(50), 50, 100_000),
-        (features(16), 16, 170_000),
+        pytest.param(features(16), 16, 170_000, marks=pytest.mark.slow),
         (schema.predictions_schema(16, 3, ["a"]), 0, 450_000),
     ],
     ids=["features, T = 50", "features, T = 16", "predictions"],

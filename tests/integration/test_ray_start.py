@@ -96,10 +96,11 @@ DEAD = f"127.0.0.1:{PORT}"
             rf"RAY_ADDRESS={DEAD}: no Ray cluster answers there \(.*refused\); start one with: "
             "ray start --head, or unset RAY_ADDRESS to start Ray here",
         ),
-        (
+        pytest.param(
             [],
             {"RAY_ADDRESS": f"ray://{DEAD}"},
             f"RAY_ADDRESS=ray://{DEAD}: no Ray cluster .* unset RAY_ADDRESS to start Ray here",
+            marks=pytest.mark.slow,
         ),
         (
             ["--address", DEAD],
@@ -107,31 +108,36 @@ DEAD = f"127.0.0.1:{PORT}"
             rf"--address {DEAD}: no Ray cluster answers there \(.*refused\); start one with: "
             "ray start --head, or leave --address out to start Ray here",
         ),
-        (
+        pytest.param(
             ["--address", DEAD],
             {"RAY_ADDRESS": "127.0.0.1:1"},
             f"--address {DEAD}: no Ray cluster .* leave --address out to start Ray here",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["--address", "no-such-host.invalid:6379"],
             {},
             "--address no-such-host.invalid:6379: no Ray cluster .* leave --address out .*",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["--address", "http://127.0.0.1:8265"],
             {},
             "--address http://127.0.0.1:8265: a dashboard's URL, which --submit takes; without it "
             "name the cluster as auto, HOST:PORT or ray://HOST:PORT, or leave --address out to .*",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             [],
             {"RAY_ADDRESS": "https://cluster.invalid"},
             "RAY_ADDRESS=https://cluster.invalid: a dashboard's URL, .* or unset RAY_ADDRESS to .*",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             ["--address", "auto"],
             {"RAY_ADDRESS": DEAD},
             f"RAY_ADDRESS={DEAD}: no Ray cluster .* unset RAY_ADDRESS to start Ray here",
+            marks=pytest.mark.slow,
         ),
         (
             [],
