@@ -34,6 +34,7 @@ from tsq_ray.config import DecodeConfig
 from tsq_ray.decode import DecodedVideo, FrameSpec, VideoSource, decode_video, job
 from tsq_ray.errors import VideoError
 
+SLOW = pytest.mark.slow
 HOUR = 3600 * TICKS
 HEALTHY = ("right", "starts at one hour", "wraps at 33 bits")
 CLOCKS: dict[str, Clock] = {
@@ -148,7 +149,7 @@ def test_the_sample_has_every_container_and_codec() -> None:
         pytest.param(
             container,
             codec,
-            marks=() if (container, codec) in SAMPLE else pytest.mark.slow,
+            marks=() if (container, codec) in SAMPLE else SLOW,
         )
         for container in CONTAINERS
         for codec in sorted(CONTAINERS[container])
@@ -186,7 +187,7 @@ def test_every_picture_is_the_one_named(
 @pytest.mark.parametrize(
     "codec", [codec for codec in sorted(CONTAINERS["mkv"]) if codec not in ("h264", "mpeg4")]
 )
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [pytest.param(0, marks=SLOW), 1])
 def test_decoding_times_in_place_of_presentation_times(
     sources: dict[str, Path], tmp_path: Path, codec: str, container: str, late: int
 ) -> None:
@@ -208,7 +209,15 @@ UNEVEN: dict[str, Clock] = {
 
 
 @pytest.mark.parametrize("container", ["mkv", "mp4", "ts"])
-@pytest.mark.parametrize("codec", ["h264_b", "h264_open", "hevc_b", "mpeg2_b"])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        pytest.param("h264_b", marks=SLOW),
+        "h264_open",
+        pytest.param("hevc_b", marks=SLOW),
+        "mpeg2_b",
+    ],
+)
 def test_a_true_uneven_step_changes_no_plan(
     sources: dict[str, Path],
     tmp_path: Path,
@@ -295,7 +304,9 @@ def told_of_step(video: DecodedVideo, seconds: int) -> None:
     ), warning
 
 
-@pytest.mark.parametrize("seconds", [5, 30, 100, 500])
+@pytest.mark.parametrize(
+    "seconds", [5, pytest.param(30, marks=SLOW), pytest.param(100, marks=SLOW), 500]
+)
 @pytest.mark.parametrize(
     ("container", "codec"),
     [
@@ -446,7 +457,7 @@ def test_a_sample_of_drawn_clocks(sources: dict[str, Path], tmp_path: Path, case
     drawn(sources, tmp_path, case)
 
 
-@pytest.mark.slow
+@SLOW
 @settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
 @given(case=clocks())
 def test_drawn_clocks(sources: dict[str, Path], tmp_path: Path, case: Case) -> None:
