@@ -44,6 +44,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """At the end they are collected as in any process: some extensions report them otherwise."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def repo_dir() -> Path:
     """The repository's root."""
