@@ -81,6 +81,7 @@ def check_folder(out: str, archive: Archive) -> None:
     assert run["agreement"] == found
 
 
+@pytest.mark.slow
 def test_an_archive_without_labels(
     ray_cluster: Any, archive: Archive, recognizer: str, tmp_path: Path
 ) -> None:
@@ -114,13 +115,12 @@ def test_an_archive_without_labels(
     assert "holds another labelling (sample: " in line
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "labels",
     [
-        pytest.param(("blue sea",), id="one video"),
-        pytest.param(("blue sea", "green field"), id="two videos"),
-        pytest.param(tuple(CLASSES), id="three videos"),
+        pytest.param(("blue sea",), id="one video", marks=pytest.mark.slow),
+        pytest.param(("blue sea", "green field"), id="two videos", marks=pytest.mark.slow),
+        pytest.param(tuple(CLASSES), id="three videos", marks=pytest.mark.slow),
         pytest.param(("blue sea",) * 4, id="one class"),
     ],
 )
