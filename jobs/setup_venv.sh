@@ -46,9 +46,13 @@ PY
             return 0
         fi
     done
-    echo "installing .[$extras] into .venv (a few minutes; about 6 GB with torch and CUDA)"
+    echo "installing .[$extras] into .venv (a minute or more; about 6 GB with torch and CUDA)"
     rm -f "$root/.venv/".installed-*
-    "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-input \
-        -e "$root[$extras]" -c "$root/tests/constraints.txt" || return
+    # uv needs a quarter of pip's time but does not read pip.conf: where it fails, pip installs
+    local packages=(-e "$root[$extras]" -c "$root/tests/constraints.txt")
+    local pip=("$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-input)
+    "${pip[@]}" uv -c "$root/tests/constraints.txt" || return
+    "$VENV_PYTHON" -m uv pip install --quiet --python "$VENV_PYTHON" "${packages[@]}" ||
+        "${pip[@]}" "${packages[@]}" || return
     echo "$want" >"$root/.venv/.installed-$extras"
 }
