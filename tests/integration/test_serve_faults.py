@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ def test_processes_are_killed_under_load(
             load = Load(lambda: endpoint.score(content=data), 4)
             load.wait_for(4)
             os.kill(endpoint.processes(title)[0], signal.SIGKILL)
+            killed = time.monotonic()
             load.wait_for(8)
             answers = load.ended()
             for answer in answers:
@@ -185,6 +187,15 @@ def test_processes_are_killed_under_load(
                     assert answer.json()["status"] == answer.status_code
                     assert answer.headers["Retry-After"]
             same_answer(endpoint.answers_again(content=data).json(), row)
+            answered = [
+                when
+                for when, answer in load.answers
+                if when > killed and answer is not None and answer.status_code == 200
+            ]
+            times = [killed, *answered, time.monotonic()]
+            silence = max(later - earlier for earlier, later in pairwise(times))
+            lost = sum(answer is not None and answer.status_code != 200 for answer in answers)
+            print(f"{title}: {silence:.1f} s without a prediction, {lost} answers 502 or 503")
 
 
 @pytest.mark.slow
@@ -367,11 +378,18 @@ def test_more_stalling_sources_than_fetches_hold_up_no_upload(
         "serve.decoder.max_replicas=1",
     )
     with serving(bundle, tmp_path, *settings) as endpoint, ThreadPoolExecutor(8) as pool:
+
+        def seconds_of_upload() -> float:
+            start = time.monotonic()
+            same_answer(endpoint.score(content=data).json(), row)
+            return time.monotonic() - start
+
         ask = {"json": {"uri": f"{web}/open/slow"}}
+        alone = seconds_of_upload()
         slow = [pool.submit(endpoint.score, **ask) for _ in range(8)]
         time.sleep(2)
-        for _ in range(3):
-            same_answer(endpoint.score(content=data).json(), row)
+        beside = [seconds_of_upload() for _ in range(3)]
+        print(f"an upload took {alone:.1f} s alone, at most {max(beside):.1f} s beside 8 sources")
         assert not any(waiting.done() for waiting in slow), "the uploads waited for them"
         Stalling.released.set()
         for waiting in slow:
