@@ -52,7 +52,9 @@ PY
     local packages=(-e "$root[$extras]" -c "$root/tests/constraints.txt")
     local pip=("$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-input)
     "${pip[@]}" uv -c "$root/tests/constraints.txt" || return
-    "$VENV_PYTHON" -m uv pip install --quiet --python "$VENV_PYTHON" "${packages[@]}" ||
+    if ! "$VENV_PYTHON" -m uv pip install --quiet --python "$VENV_PYTHON" "${packages[@]}"; then
+        echo "uv could not install; trying pip" >&2
         "${pip[@]}" "${packages[@]}" || return
+    fi
     echo "$want" >"$root/.venv/.installed-$extras"
 }
