@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import promql_parser
 import pytest
 import yaml
+from promql_parser import AggModifierType, AggregateExpr, VectorSelector
 
 MONITORING = Path(__file__).resolve().parents[2] / "cluster" / "monitoring"
 BASE = MONITORING.parent / "kuberay" / "base" / "cluster.yaml"
 TEXT = {"type": "string", "minLength": 1}
-SERIES = re.compile(r"ray_(tsq_[a-z_]+)(?:{([^}]*)})?")
-"""A series in a query: its name without `ray_`, and its selectors."""
 
 
 def strict(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
@@ -123,9 +123,20 @@ def exported() -> dict[str, set[str]]:
     return series
 
 
+def nodes(expression: str) -> list[promql_parser.Expr]:
+    """The syntax tree of a query, depth first; ValueError if it is no PromQL."""
+    found: list[promql_parser.Expr] = []
+    tree = promql_parser.parse(expression.replace("$__rate_interval", "5m"))  # Grafana's variable
+    promql_parser.walk(tree, found.append)
+    return found
+
+
 def kept_labels(expression: str) -> set[str]:
     """Labels that the result of a query has: those that its aggregations keep."""
-    return set(re.findall(r"\w+", " ".join(re.findall(r"\bby \(([^)]*)\)", expression))))
+    aggregations = (one for one in nodes(expression) if isinstance(one, AggregateExpr))
+    modifiers = [one.modifier for one in aggregations if one.modifier is not None]
+    assert all(one.type == AggModifierType.By for one in modifiers), expression
+    return {label for one in modifiers for label in one.labels}
 
 
 @pytest.mark.ray
@@ -133,14 +144,12 @@ def test_queries_use_series_and_labels_that_are_exported() -> None:
     series, asked = exported(), list(expressions())
     assert len(asked) > 20
     for title, expression in asked:
-        for opening, closing in ("()", "{}", "[]"):
-            assert expression.count(opening) == expression.count(closing), title
-        names = SERIES.findall(expression)
-        assert names, title
-        labels = set.union(*(series[name] for name, _ in names))
-        assert kept_labels(expression) <= labels, title
-        for name, selected in names:
-            assert set(re.findall(r"(\w+)(?==|!=|=~|!~)", selected)) <= series[name], title
+        selectors = [one for one in nodes(expression) if isinstance(one, VectorSelector)]
+        assert selectors, title
+        names = [str(one.name).removeprefix("ray_") for one in selectors]
+        assert kept_labels(expression) <= set.union(*(series[name] for name in names)), title
+        for name, selector in zip(names, selectors, strict=True):
+            assert {one.name for one in selector.matchers.matchers} <= series[name], title
 
 
 def test_texts_show_labels_that_their_query_keeps() -> None:
