@@ -4,10 +4,11 @@ python jobs/benchmarks/serve.py --model runs/bundle VIDEO... [--seconds 60 --rou
 
 Starts `tsq serve`. In each round `--clients` clients upload the videos in a loop, then `tsq score`
 scores them in bulk while the endpoint is idle; the fastest round of each side counts, because other
-load can only slow a round down. Then the endpoint is measured with one client, under a flood of
-`--flood` times `--clients` clients, with `--clients` before and after it and one client right after
-it, and idle (its CPU time per second without a request). CPU time of HTTP and Serve is that of
-everything but the sampler, the recogniser and the decoding processes.
+load can only slow a round down. Then the endpoint is measured with one client, two and `--clients`
+(it is saturated by the fewest that reach 95 % of the best rate), under a flood of `--flood` times
+`--clients`, with one client and with `--clients` right after it, in an open loop at three quarters
+of its rate, and idle (its CPU time per second without a request). CPU time of HTTP and Serve is
+that of everything but the sampler, the recogniser and the decoding processes.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     with tempfile.TemporaryDirectory() as folder, _serving(options, Path(folder)) as (url, start_s):
         say = sys.stdout.write
-        say(f"ready after {start_s:.0f} s\n\n| | videos/s | p50 s | p95 s | answers | CPU ms | ")
-        say("of that HTTP + Serve |\n| --- | ---: | ---: | ---: | --- | ---: | ---: |\n")
+        say(f"ready after {start_s:.0f} s\n\n| | videos/s | p50 s | p95 s | p99 s | answers | ")
+        say("CPU ms | of that HTTP + Serve |\n")
+        say("| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |\n")
 
         def point(clients: int, name: str = "", seconds: float = options.seconds) -> BenchPoint:
             (found,) = measure_endpoint(url, options.videos, [clients], seconds=seconds).points
@@ -63,20 +65,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         for turn in range(options.rounds):
             http.append(point(options.clients).ok_per_s)
             bulk.append(_bulk(options, Path(folder, f"round{turn}")))
-            say(f"| bulk | {bulk[-1]:.2f} | | | | | |\n")
-        point(1, "1 client")
-        before = point(options.clients).ok_per_s
+            say(f"| bulk | {bulk[-1]:.2f} | | | | | | |\n")
+        loads = [1, 2, options.clients]
+        ramp = measure_endpoint(url, options.videos, loads, seconds=options.seconds)
+        for found in ramp.points:
+            say(_row(f"{found.load:g} clients", found))
+        before = ramp.points[-1].ok_per_s
         flood = point(options.flood * options.clients).ok_per_s
         lone = point(1, "1 client right after", 1.0)
-        normal = (before + point(options.clients).ok_per_s) / 2
+        last = point(options.clients)
+        normal = (before + last.ok_per_s) / 2
+        rate = round(0.75 * normal, 2)
+        (spread,) = measure_endpoint(url, options.videos, [], [rate], options.seconds).points
+        say(_row(f"{rate} requests/s", spread))
         idle = _idle_cpu_ms(url)
-        spent = sum(idle.values())
-        largest = sorted(idle.items(), key=lambda item: -item[1])
-        shown = ", ".join(f"{name} {value:.0f}" for name, value in largest if value >= 1)
         say(f"\nHTTP / bulk: {max(http) / max(bulk):.2f}; ")
+        say(f"saturated at {ramp.saturated_at:g} clients; ")
         say(f"{options.flood} times the clients: {flood / normal:.2f} of before and after; ")
         say(f"right after: {dict(lone.statuses)}\n")
-        say(f"idle: {spent:.0f} ms CPU per second ({shown})\n")
+        say(f"CPU ms per request at {options.clients} clients: {_by_process(last.cpu_ms)}\n")
+        say(f"idle: {sum(idle.values()):.0f} ms CPU per second ({_by_process(idle)})\n")
     return 0
 
 
@@ -144,10 +152,16 @@ def _row(name: str, found: BenchPoint) -> str:
     overhead = total - sum(found.cpu_ms.get(process, 0.0) for process in _WORK)
     answers = ", ".join(f"{count} x {status}" for status, count in found.statuses.items())
     latencies = [
-        f"{value:.2f}" if value is not None else "" for value in (found.p50_s, found.p95_s)
+        f"{value:.2f}" if value is not None else ""
+        for value in (found.p50_s, found.p95_s, found.p99_s)
     ]
     cells = [name, f"{found.ok_per_s:.2f}", *latencies, answers, f"{total:.0f}", f"{overhead:.0f}"]
     return "| " + " | ".join(cells) + " |\n"
+
+
+def _by_process(cpu_ms: Mapping[str, float]) -> str:
+    largest = sorted(cpu_ms.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {value:.0f}" for name, value in largest if value >= 1)
 
 
 def _idle_cpu_ms(url: str, seconds: float = 30.0) -> Mapping[str, float]:

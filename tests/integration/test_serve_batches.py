@@ -90,6 +90,9 @@ def test_a_batch_of_lines(endpoint: Endpoint, archive: Archive) -> None:
     params = {"metadata": '{"team": "b"}'}
     created = endpoint.client.post("/v1/batches", content=body, headers=headers, params=params)
     assert created.status_code == 200, created.text
+    assert endpoint.score(json={"uri": uris["id 0"]}).status_code == 200
+    beside = endpoint.client.get(f"/v1/batches/{created.json()['id']}").json()
+    assert beside["status"] != "completed", "the single request waited for the batch"
     again = endpoint.client.post("/v1/batches", content=body, headers=headers, params=params).json()
     assert again["id"] == created.json()["id"]
     other = endpoint.client.post(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,13 +61,14 @@ class Endpoint:
 
     def answers_again(self, status: int = 200, **request: Any) -> httpx.Response:
         """Ask until the answer has this status."""
-        deadline = time.monotonic() + ANSWER_S
+        deadline, others = time.monotonic() + ANSWER_S, Counter[int]()
         while True:
             with contextlib.suppress(httpx.TransportError):
                 response = self.score(**request)
                 if response.status_code == status:
                     return response
-            assert time.monotonic() < deadline, f"no answer {status}"
+                others[response.status_code] += 1
+            assert time.monotonic() < deadline, f"no answer {status}, but {others}"
             time.sleep(0.2)
 
 
