@@ -211,6 +211,8 @@ class EvaluationSummary:
     tables: Mapping[str, EvaluatedTable]
     """By name, for example `table2`."""
     seconds: float
+    happened: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """`nodes_lost` and seconds `waited_s` for room, if not 0."""
     used: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """`cpu_hours` and `gpu_hours` of all live nodes during the trainings of this call."""
 

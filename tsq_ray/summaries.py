@@ -319,6 +319,7 @@ def evaluation_text(summary: EvaluationSummary, cost: Mapping[str, float] | None
     """Format the results of evaluate: each table's rows, notes and files, and the cost."""
     lines = [line for table in summary.tables.values() for line in (*_table_lines(table), "")]
     lines += [f"trained now: {summary.trained_now}", *_hours_lines(summary, cost)]
+    lines += _happened_lines(summary.happened)
     return "\n".join([*lines, f"out: {summary.out}"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,15 @@ from support.evaluate import make_case
 
 from tsq_ray.errors import RunFailed
 from tsq_ray.evaluation import bench as bench_module
-from tsq_ray.evaluation import evaluation_config
+from tsq_ray.evaluation import evaluate, evaluation_config
 from tsq_ray.evaluation.bench import Bench, _Look, train_all
 from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.videos import load_features
 from tsq_ray.runs.lease import Lease
 from tsq_ray.runtime import progress, usage, waiting
+from tsq_ray.runtime.observer import Observer
 from tsq_ray.runtime.session import Session
+from tsq_ray.summaries import evaluation_text
 
 
 class _RayError(Exception):
@@ -122,3 +125,49 @@ def test_trainings_that_have_begun_are_remembered(ray: FullCluster) -> None:
     assert look().running == {"training": 1}
     ray.is_up = False
     assert (look().running, look().lacking) == ({}, {})
+
+
+class LosingCluster(FullCluster):
+    """A cluster that does each training in this process, and loses a node meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = ["kept", "lost"]
+
+    def remote(self, **options: Any) -> Any:
+        return lambda function: SimpleNamespace(remote=partial(partial, function))
+
+    def wait(self, pending: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        self.names = ["kept"]
+        return pending, []
+
+    def get(self, value: Any, timeout: float = 0.0) -> Any:
+        return value()
+
+    def counter(self, kind: type | None = None) -> Any:
+        return SimpleNamespace(add=SimpleNamespace(remote=self.begun.add))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in self.names]
+
+
+def test_the_summary_of_an_evaluation_says_what_happened(
+    ray: FullCluster, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    case, losing = make_case(tmp_path), LosingCluster()
+    monkeypatch.setattr(
+        bench_module.cluster, "connect", lambda session: contextlib.nullcontext(losing)
+    )
+    monkeypatch.setattr(bench_module, "Observer", Observer)
+    monkeypatch.setattr(progress, "start_counts", losing.counter)
+    monkeypatch.setattr("ray._private.auto_init_hook.enable_auto_connect", False)
+    sets = ["train.modules=visual", "train.epochs=1", "evaluate.seeds=[0]", "evaluate.budgets=[1]"]
+    config = evaluation_config(case.model, None, sets)
+    arguments = ([case.features], case.model, str(tmp_path / "out"), config)
+    summary = evaluate(*arguments, tables=["table9"])
+    assert summary.trained_now > 0
+    assert summary.happened == {"nodes_lost": 1}
+    assert "in this run: nodes lost: 1" in evaluation_text(summary).splitlines()
+    again = evaluate(*arguments, tables=["table9"])
+    assert (again.trained_now, again.happened) == (0, {})
+    assert "in this run" not in evaluation_text(again)

@@ -55,6 +55,18 @@ class TeacherTargets:
     """Soft targets over all classes, float16 [n, C]."""
 
 
+@dataclass(frozen=True)
+class Trainings:
+    """What a call of `train_all` did."""
+
+    number: int = 0
+    """Samplers trained; the store held the others."""
+    happened: Mapping[str, float] = field(default_factory=dict)
+    """`nodes_lost` and `waited_s`, if not 0."""
+    used: Mapping[str, float] = field(default_factory=dict)
+    """`cpu_hours` and `gpu_hours`."""
+
+
 @dataclass
 class Bench:
     """The data, bundle and settings of an evaluation, and the trainings finished so far."""
@@ -135,10 +147,8 @@ def train_all(
     session: Session,
     lease: Lease,
     begin: Callable[[], None],
-) -> tuple[int, Mapping[str, float]]:
+) -> Trainings:
     """Fill `bench.learned` with the result of every spec.
-
-    Returns how many had to be trained, and the `cpu_hours` and `gpu_hours` that this took.
 
     Results come from the store or from trainings, which run in parallel on one CPU each and are
     stored as they finish. `begin` is called before the first training. Raises what a training
@@ -152,7 +162,7 @@ def train_all(
         else:
             bench.learned[spec] = learned
     if not todo:
-        return 0, {}
+        return Trainings()
     assert bench.features.training is not None, (
         "nothing to train on; the caller must leave out samplers that need training"
     )
@@ -181,7 +191,7 @@ def train_all(
                 update(len(todo) - len(pending), 0)
                 watch.tick(len(todo) - len(pending))
                 observer.observe(len(todo) - len(pending), watch)
-    return len(todo), observer.hours
+    return Trainings(len(todo), observer.happened, observer.hours)
 
 
 def _start(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tsq_ray.config import Config, check_budget, load_config
 from tsq_ray.errors import ConfigError, ModelError, RunError
 from tsq_ray.evaluation import paper
 from tsq_ray.evaluation.annotations import read_annotations
-from tsq_ray.evaluation.bench import Bench, train_all
+from tsq_ray.evaluation.bench import Bench, Trainings, train_all
 from tsq_ray.evaluation.compare import compare
 from tsq_ray.evaluation.store import Store
 from tsq_ray.evaluation.tables import Table
@@ -93,7 +93,7 @@ def evaluate(
         table = compare(sources, bundle, known)
         with Lease(out, take_over=take_over):
             made = [(table, table.write(out, [_model_line(model, bundle), _version()]))]
-        return _summary(out, made, started, (0, {}), {"runs": len(sources)})
+        return _summary(out, made, started, Trainings(), {"runs": len(sources)})
     config = config or evaluation_config(model)
     features = _features(sources[0], bundle, config, tables, split)
     _check_budgets(config, features, bundle)
@@ -169,19 +169,17 @@ def _train(
     session: Session,
     lease: Lease,
     begin: Callable[[], None],
-) -> tuple[int, Mapping[str, float]]:
+) -> Trainings:
     """Do the trainings that these tables need and the store lacks.
-
-    Returns their number and the node hours that they took.
 
     `begin` is called before anything is written.
     """
     specs = [spec for name in names for spec in paper.specs_for(bench, name)]
-    trained, hours = train_all(bench, specs, session, lease, begin)
+    trained = train_all(bench, specs, session, lease, begin)
     lease.check()
-    if not trained:
+    if not trained.number:
         begin()
-    return trained, hours
+    return trained
 
 
 def _make(bench: Bench, name: str, out: str, header: list[str]) -> tuple[Table, list[str]]:
@@ -308,13 +306,13 @@ def _summary(
     out: str,
     made: list[tuple[Table, list[str]]],
     started: float,
-    trained: tuple[int, Mapping[str, float]],
+    trained: Trainings,
     measured: dict[str, Any],
 ) -> EvaluationSummary:
     return EvaluationSummary(
         out=storage.redact(out),
         measured=measured,
-        trained_now=trained[0],
+        trained_now=trained.number,
         tables={
             table.name: EvaluatedTable(
                 title=table.title,
@@ -329,5 +327,6 @@ def _summary(
             for table, files in made
         },
         seconds=round(time.time() - started, 2),
-        used=trained[1],
+        happened=trained.happened,
+        used=trained.used,
     )
