@@ -86,6 +86,20 @@ def test_labels_travel_unless_they_are_folders(here: Path) -> None:
     assert "folders" in rewritten(here, False, "index", *argv, "folders")[0]
 
 
+@pytest.mark.parametrize("shared_fs", [False, True])
+def test_class_names_and_annotations_travel(here: Path, shared_fs: bool) -> None:
+    index = ["s3://b/videos", "--out", "s3://b/m.parquet", "--classes", "classes.txt"]
+    network = ["timm", "resnet18", "--out", "s3://b/r", "--classes", "classes.txt"]
+    evaluate = ["s3://b/f", "--model", "s3://b/m", "--out", "s3://b/e", "--annotations", "a.json"]
+    for command, argv in {"index": index, "import": network, "evaluate": evaluate}.items():
+        if command == "import" and shared_fs:
+            continue
+        found, _ = rewritten(here, shared_fs, command, *argv)
+        option, file = argv[-2:]
+        assert found[found.index(option) + 1] == f"inputs/0-{file}"
+        assert (here / f"job/inputs/0-{file}").read_text() == f"content of {file}"
+
+
 def test_with_a_shared_file_system_paths_are_absolute(here: Path) -> None:
     found, _ = rewritten(here, True, "train", "features", "--out", "bundle", "--config", "own.toml")
     assert found[:3] == [str(here / "features"), "--out", str(here / "bundle")]

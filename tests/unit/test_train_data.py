@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import multiprocessing
 import os
 import signal
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +22,7 @@ import pytest
 import torch
 from support.train import CLASSES, NAMES, VIDEOS, make_arrays, video_id, write_features
 
-from tsq_ray.config import FinetuneConfig, load_config
+from tsq_ray.config import FinetuneConfig, HeadConfig, load_config
 from tsq_ray.errors import RunError, RunFailed, StorageError
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows
 from tsq_ray.prototypes import prototypes
@@ -37,6 +39,7 @@ from tsq_ray.training.features import (
     source_arrays,
 )
 from tsq_ray.training.head import fit_head, head_logits, standard_scale
+from tsq_ray.training.on_worker import FeatureWorker
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +134,26 @@ def test_head_scale_and_prototypes_from_files_are_those_from_memory(features: st
         )
     whole = head(torch.from_numpy(copy.astype(np.float32))).numpy()
     assert torch.allclose(found, prototypes(copy, whole, labels, CLASSES, 0, "single"), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "reports"), [(2.0, [0, VIDEOS, 2 * VIDEOS]), (0.6, [VIDEOS]), (0.0, [])]
+)
+def test_progress_of_the_frame_head(
+    features: str, monkeypatch: pytest.MonkeyPatch, step_s: float, reports: list[int]
+) -> None:
+    """The worker reports videos times epochs at most once a second; each look at the clock takes
+    `step_s`."""
+    clock, done = itertools.count(0.0, step_s), list[int]()
+    counts = SimpleNamespace(set=SimpleNamespace(remote=done.append))
+    worker = FeatureWorker(FeatureSource.of(features, None, "single"), 1, counts)
+    worker.read()
+    assert done.pop() == VIDEOS, "reading reports too"
+    done.clear()
+    monkeypatch.setattr("tsq_ray.training.head.time", SimpleNamespace(monotonic=clock.__next__))
+    worker.fit_head(FinetuneConfig(head=HeadConfig(epochs=3)), "single", None)
+    assert done == reports
+    worker.close()
 
 
 def _counted(
