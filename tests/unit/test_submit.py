@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -88,16 +89,16 @@ def test_labels_travel_unless_they_are_folders(here: Path) -> None:
 
 @pytest.mark.parametrize("shared_fs", [False, True])
 def test_class_names_and_annotations_travel(here: Path, shared_fs: bool) -> None:
-    index = ["s3://b/videos", "--out", "s3://b/m.parquet", "--classes", "classes.txt"]
-    network = ["timm", "resnet18", "--out", "s3://b/r", "--classes", "classes.txt"]
-    evaluate = ["s3://b/f", "--model", "s3://b/m", "--out", "s3://b/e", "--annotations", "a.json"]
-    for command, argv in {"index": index, "import": network, "evaluate": evaluate}.items():
-        if command == "import" and shared_fs:
-            continue
-        found, _ = rewritten(here, shared_fs, command, *argv)
-        option, file = argv[-2:]
+    for command, *argv, option, file in (
+        ("index", "s3://b/v", "--out", "s3://b/m", "--classes", "names.txt"),
+        ("evaluate", "s3://b/f", "--model=s3://b/b", "--out=s3://b/e", "--annotations", "a.json"),
+    ):
+        (here / file).write_text(f"content of {file}")
+        found, first = rewritten(here, shared_fs, command, *argv, option, file)
         assert found[found.index(option) + 1] == f"inputs/0-{file}"
         assert (here / f"job/inputs/0-{file}").read_text() == f"content of {file}"
+        (here / file).write_text("something else")
+        assert first != rewritten(here, shared_fs, command, *argv, option, file)[1]
 
 
 def test_with_a_shared_file_system_paths_are_absolute(here: Path) -> None:
@@ -181,6 +182,39 @@ def test_what_the_cluster_cannot_see_is_refused(
 ) -> None:
     assert main([*argv, "--submit", "--address", "http://127.0.0.1:1"]) == 2
     assert message.format(here=here) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("index", "s3://b/v", "--out", "s3://b/m", "--classes", "large"),
+        ("index", "s3://b/v", "--out", "s3://b/m", "--labels", "large", "--shared-fs"),
+        ("evaluate", "s3://b/f", "--model=s3://b/b", "--out=s3://b/e", "--annotations", "large"),
+    ],
+    ids=["classes", "labels", "annotations"],
+)
+def test_a_file_too_large_to_travel_is_refused(
+    here: Path, argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (here / "large").open("wb") as file:
+        file.truncate(64 * 2**20 + 1)
+    assert main([*argv, "--submit", "--address", "http://127.0.0.1:1"]) == 2
+    option = next(word for word in ("--classes", "--labels", "--annotations") if word in argv)
+    assert capsys.readouterr().err == (
+        f"error: {option}: {here}/large is too large to travel with a job (at most 64 MiB); "
+        "put it where the cluster can read it\n"
+    )
+    os.truncate(here / "large", 64 * 2**20)
+    shipped, _ = rewritten(here, "--shared-fs" in argv, *argv)
+    assert "inputs/0-large" in shipped
+
+
+def test_a_large_manifest_does_not_travel(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.truncate(here / "m.parquet", 64 * 2**20 + 1)
+    argv = ["extract", "m.parquet", "--out", "s3://b/o", "--submit"]
+    assert main([*argv, "--address", "http://127.0.0.1:1"]) == 2
+    assert "manifest 'm.parquet' is on this machine" in capsys.readouterr().err
+    assert rewritten(here, True, *argv)[0][0] == str(here / "m.parquet")
 
 
 class LostConnection:
