@@ -6,6 +6,7 @@ import itertools
 import re
 from typing import Any
 
+import pytest
 from support.manifests import (
     OVERLAYS,
     REPO,
@@ -110,9 +111,35 @@ def test_a_role_takes_the_place_of_the_keys() -> None:
     for manifest in ray_manifests("jobs", "gpu", "workload-identity"):
         for pod in pod_specs(manifest):
             assert pod["serviceAccountName"] in accounts
-            assert not pod["containers"][0].get("envFrom")
     assert ("169.254.170.23/32", 80) in reachable(objects)
     assert ("169.254.170.23/32", 80) not in reachable(rendered("jobs", "gpu"))
+
+
+SECRETS = {"tsq-s3": False, "tsq-recognizer": True}
+"""Secrets that the pods of every cluster read, and whether a pod starts without them."""
+
+
+@pytest.mark.parametrize("component", ["", "workload-identity"])
+@every_overlay
+@every_folder
+def test_head_and_workers_read_the_keys_of_storage_and_recogniser(
+    folder: str, overlay: str, component: str
+) -> None:
+    wanted = dict(SECRETS)
+    if component:
+        wanted.pop("tsq-s3")
+    for manifest in ray_manifests(folder, overlay, component):
+        for pod in pod_specs(manifest):
+            (container,) = pod["containers"]
+            references = [one["secretRef"] for one in container.get("envFrom", ())]
+            found = {one["name"]: one.get("optional", False) for one in references}
+            if container["name"] == "ray-job-submitter":
+                assert found == {}, "the driver runs on the head"
+            elif folder == "endpoint":
+                assert wanted.items() <= found.items()
+                assert found.keys() - wanted.keys() <= {"tsq-endpoint"}
+            else:
+                assert found == wanted
 
 
 def reachable(objects: tuple[dict[str, Any], ...]) -> set[tuple[str, int]]:
