@@ -109,4 +109,10 @@ def test_spot_machines_hold_neither_the_head_nor_the_kept_pod() -> None:
         "gpu": spot,
         "kept": kept,
     }
+    taint = {"key": "karpenter.sh/capacity-type", "value": "spot", "effect": "NoSchedule"}
+    tolerated = {name: pod.get("tolerations", []) for name, pod in pods.items()}
+    assert {name for name, found in tolerated.items() if taint in found} == {"cpu", "gpu"}
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in tolerated[
+        "gpu"
+    ]
     assert "tolerations" not in pods["kept"]

@@ -13,6 +13,7 @@ from support.manifests import (
     cluster_spec,
     every_folder,
     every_overlay,
+    gibibytes,
     package_version,
     pod_specs,
     ray_manifests,
@@ -20,7 +21,7 @@ from support.manifests import (
     shared_memory,
 )
 
-from tsq_ray.config import ServeConfig
+from tsq_ray.config import DecodeConfig, ServeConfig
 
 
 def pinned(package: str) -> str:
@@ -42,8 +43,7 @@ def test_pods_are_restricted_with_limits_and_the_pinned_ray(folder: str, overlay
         assert cluster["authOptions"]["mode"] == "token"
         containers = [cluster["autoscalerOptions"]]
         for pod in pod_specs(manifest):
-            assert pod["securityContext"]["runAsNonRoot"] is True
-            assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+            check_pod(pod)
             is_head = pod["containers"][0]["name"] == "ray-head"
             assert pod.get("automountServiceAccountToken", True) is is_head
             written = {mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
@@ -55,12 +55,81 @@ def test_pods_are_restricted_with_limits_and_the_pinned_ray(folder: str, overlay
                 assert "env" not in container, "keys come from the Secret, never from the file"
             containers += pod["containers"]
         for container in containers:
-            context = container["securityContext"]
-            assert context["allowPrivilegeEscalation"] is False
-            assert context["readOnlyRootFilesystem"] is True
-            assert context["capabilities"] == {"drop": ["ALL"]}
-            for kind in ("requests", "limits"):
-                assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"][kind].keys()
+            check_container(container)
+
+
+def check_pod(pod: dict[str, Any]) -> None:
+    """It satisfies the Pod Security level "restricted", apart from its containers."""
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert not pod.keys() & {"hostNetwork", "hostPID", "hostIPC"}
+
+
+def check_container(container: dict[str, Any]) -> None:
+    """It satisfies the level "restricted", cannot write to its image, and has limits."""
+    context = container["securityContext"]
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    for kind in ("requests", "limits"):
+        assert {"cpu", "memory", "ephemeral-storage"} <= container["resources"][kind].keys()
+
+
+@every_overlay
+def test_redis_is_restricted_with_limits_and_a_pinned_image(overlay: str) -> None:
+    objects = rendered("endpoint", overlay, "gcs-redis")
+    (redis,) = (one["spec"] for one in objects if one["kind"] == "StatefulSet")
+    pod = redis["template"]["spec"]
+    check_pod(pod)
+    assert pod["automountServiceAccountToken"] is False
+    (container,) = pod["containers"]
+    check_container(container)
+    assert re.fullmatch(r"redis:[\d.]+@sha256:[0-9a-f]{64}", container["image"])
+    (password,) = container["env"]
+    assert password["valueFrom"] == {"secretKeyRef": {"name": "tsq-redis", "key": "password"}}
+    claims = {claim["metadata"]["name"] for claim in redis["volumeClaimTemplates"]}
+    assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == {
+        name: "/data" for name in claims
+    }
+
+
+@every_overlay
+def test_the_endpoint_survives_a_lost_head_and_a_changed_cluster(overlay: str) -> None:
+    (service,) = ray_manifests("endpoint", overlay)
+    assert service["spec"]["upgradeStrategy"] == {"type": "NewCluster"}
+    assert "gcsFaultToleranceOptions" not in cluster_spec(service)
+    (kept,) = ray_manifests("endpoint", overlay, "gcs-redis")
+    (redis,) = (
+        one
+        for one in rendered("endpoint", overlay, "gcs-redis")
+        if one["kind"] == "Service" and one["metadata"]["name"] == "tsq-redis"
+    )
+    assert cluster_spec(kept)["gcsFaultToleranceOptions"] == {
+        "redisAddress": f"tsq-redis:{redis['spec']['ports'][0]['port']}",
+        "redisPassword": {"valueFrom": {"secretKeyRef": {"name": "tsq-redis", "key": "password"}}},
+    }
+
+
+@every_overlay
+def test_disk_of_a_pod_holds_a_copy_of_a_video_per_cpu(overlay: str) -> None:
+    """For videos up to the documented size; the page also names what `decode.max_bytes` needs."""
+    text = (REPO / "docs" / "kubernetes.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| disk of a pod |"))
+    found = re.search(
+        r"\| (\d+) GiB for Ray's own files.*\| (\d+) GiB for (\d+) CPUs and videos of up to "
+        r"(\d+) GiB; for the (\d+) GiB that `decode.max_bytes` allows by default, (\d+) GiB:",
+        row,
+    )
+    assert found, row
+    spare, limit, cpus, video, allowed, needed = map(int, found.groups())
+    assert DecodeConfig().max_bytes == allowed * 2**30
+    assert needed == spare + cpus * allowed
+    (cluster,) = ray_manifests("cluster", overlay)
+    for group in cluster_spec(cluster)["workerGroupSpecs"]:
+        for amounts in group["template"]["spec"]["containers"][0]["resources"].values():
+            assert (int(amounts["cpu"]), gibibytes(amounts["ephemeral-storage"])) == (cpus, limit)
+    assert spare + cpus * video <= limit < spare + cpus * (video + 1)
 
 
 @every_overlay
