@@ -223,6 +223,8 @@ def test_cluster_resources_and_the_layout_of_runs(two_nodes: Any, tmp_path: Path
     assert found["extract"]["would_wait"] == "no"
     assert [set(node) for node in found["each_node"].values()] == [{"CPU", "memory", "disk"}] * 2
     assert (found["held_by"], found["waiting"]) == ("nobody", "nothing")
+    assert found["autoscaler"] == "no node is starting"
+    assert found["can_start"] == "nothing: no resources.node_types"
     assert found["serve"].startswith(
         "serve: a decoder asks for 4 CPU, which no node of the cluster can ever hold"
     )
