@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+from support.archive import CLASSES
+from support.bundle import NUM_FRAMES
+from support.evaluate import feature_row
 
 from tsq_ray import schema
 from tsq_ray.config import OutputConfig
 from tsq_ray.runtime.blocks import MAX_BLOCK_ROWS, cut_blocks
-from tsq_ray.runtime.parts import part_rows
+from tsq_ray.runtime.parts import limit_output_blocks, part_rows
 
 _SIZES: dict[str, list[int]] = {
     "none": [],
@@ -54,3 +59,14 @@ def test_a_huge_video_is_a_block_of_its_own() -> None:
 def test_rows_of_a_part(videos: int, output: dict[str, float], rows: int) -> None:
     arrow = schema.features_schema(50, 1280, ["a"], None, 10)
     assert part_rows(arrow, OutputConfig.model_validate(output), videos) == rows
+
+
+def test_a_worker_passes_rows_on_by_the_fourth_batch() -> None:
+    """Ray Data passes a block on once it holds more than the target."""
+    dim, batch = 1280, 8
+    arrow = schema.features_schema(NUM_FRAMES, dim, CLASSES, len(CLASSES))
+    rows = [feature_row(f"{seed}", "train", 0, dim, seed) for seed in range(batch)]
+    size = schema.to_storage(schema.table_from_rows(rows, arrow)).nbytes
+    context = SimpleNamespace(target_max_block_size=128 * 2**20)
+    limit_output_blocks(context, arrow, batch)
+    assert 3 * size < context.target_max_block_size < 4 * size
