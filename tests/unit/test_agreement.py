@@ -47,6 +47,7 @@ from tsq_ray.importing import import_config, import_network
 from tsq_ray.labelling import _label_config, _Steps, draw_sample, label
 from tsq_ray.manifest import Manifest, VideoRef, VideoRows, write_manifest
 from tsq_ray.model import TSQNet
+from tsq_ray.model.choosers import UntilConfident, chooser_for
 from tsq_ray.reporting.agreement import agreement_rows, verdict
 from tsq_ray.runs.folder import begin, write_part
 from tsq_ray.runtime.session import DEFAULT_SESSION
@@ -241,6 +242,29 @@ def test_another_choice_does_not_replace_that_of_the_predictions(tmp_path: Path)
         steps.score(other, True)
     assert read_agreement(case.model) == found
     assert read_bundle_settings(case.model)[1] == digest
+
+
+def test_an_adaptive_budget_is_chosen_kept_and_scored_with(tmp_path: Path) -> None:
+    """Nothing else that costs less than every frame agrees often enough."""
+    case = make_case(tmp_path)
+    curve = [
+        *(one("both", budget, 0.8, budget / 8) for budget in (1, 2, 3, 4)),
+        dataclasses.replace(one("both", 4, 0.95, 0.5), budget="adaptive"),
+        *(one("uniform", budget, 0.85, budget / 9) for budget in (2, 4)),
+        one("maxconf", 5, 1, 1),
+    ]
+    write_agreement(case.model, {"videos": 9, "curve": [asdict(each) for each in curve]})
+    steps = _Steps(str(tmp_path), "", validate_config({}), DEFAULT_SESSION)
+    assert steps.measure(0.96)["chosen"]["mode"] == "maxconf"
+    chosen = steps.measure(0.9)["chosen"]
+    assert (chosen["mode"], chosen["budget"]) == ("both", "adaptive")
+    scored_with = steps._scoring(chosen).sampler
+    assert scored_with.budget == "adaptive"
+    assert isinstance(chooser_for(scored_with), UntilConfident)
+    content, _ = with_choice(read_bundle_settings(case.model)[0], chosen)
+    write_settings(case.model, BUNDLE_FILE, content)
+    own = scoring_config(case.model).sampler
+    assert (own.mode, own.budget) == ("both", "adaptive"), "the bundle's own"
 
 
 @pytest.mark.parametrize(
