@@ -104,6 +104,7 @@ HTTP = ("https://host.example/videos/",)
         ("https://a.example.:8443/a.mp4", ("https://",), "https://a.example.:8443/a.mp4"),
         ("https://[bad/a.mp4", ("https://",), None),
         ("https://169.254.169.254/latest", ("https://",), None),
+        ("https://[64:ff9b::a9fe:a9fe]/latest", ("https://",), None),
         ("http://10.0.0.5/v/a.mp4", ("http://10.0.0.5/v",), "http://10.0.0.5/v/a.mp4"),
         ("~no-such-user/a.mp4", ("/",), None),
         ("videos/a.mp4", ("/",), None),
@@ -172,6 +173,21 @@ def test_a_relative_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("a.example", "169.254.169.254", ("a.example",), False),
         ("a.example", "fe80::1%eth0", ("a.example",), False),
         ("169.254.169.254", "169.254.169.254", ("169.254.169.254",), True),
+        # an IPv4 address within an IPv6 address counts too: NAT64, 6to4, Teredo, IPv4-compatible
+        *(("a", "64:ff9b::8.8.8.8", (), True), ("a", "64:ff9b::10.1.2.3", (), False)),
+        *(("a", "2002:808:808::1", (), True), ("a", "2002:a01:203::1", (), False)),
+        *(("a", "::8.8.8.8", (), True), ("a", "::10.1.2.3", (), False)),
+        *(("a", "64:ff9b::10.1.2.3", ("a",), True), ("::1", "::1", ("::1",), True)),
+        ("a", "64:ff9b::169.254.169.254", ("a",), False),
+        ("64:ff9b::a9fe:a9fe", "64:ff9b::a9fe:a9fe", ("64:ff9b::a9fe:a9fe",), True),
+        *(("a", "2002:a9fe:a9fe::1", ("a",), False), ("a", "::169.254.169.254", ("a",), False)),
+        ("a", "2001:0:808:808:0:0:5601:5601", ("a",), False),  # the Teredo client, inverted
+        ("a", "2001:0:a9fe:a9fe:0:0:f7f7:f7f7", ("a",), False),  # the Teredo server
+        ("a", "64:ff9b:1:a9fe:a9:fe00::", ("a",), False),  # prefixes of 48, 56, 64 and 96 bits
+        ("a", "64:ff9b:1:a9:fe:a9fe::", ("a",), False),
+        ("a", "64:ff9b:1::a9:fea9:fe00:0", ("a",), False),
+        ("a", "64:ff9b:1::169.254.169.254", ("a",), False),
+        ("a", "64:ff9b:1::10.1.2.3", (), False),
     ],
 )
 def test_may_ask(host: str, address: str, named: tuple[str, ...], expected: bool) -> None:

@@ -11,6 +11,19 @@ from tsq_ray import storage
 from tsq_ray.serving.requests.problems import RequestError
 
 WEB = ("http://", "https://")
+_LAST = ((12, 13, 14, 15),)
+_IPV4_BYTES = {
+    ipaddress.IPv6Network("::/96"): _LAST,  # IPv4-compatible
+    ipaddress.IPv6Network("2002::/16"): ((2, 3, 4, 5),),  # 6to4
+    ipaddress.IPv6Network("64:ff9b::/96"): _LAST,  # NAT64
+    # NAT64 with a prefix of 48, 56, 64 or 96 bits (RFC 6052, section 2.2)
+    ipaddress.IPv6Network("64:ff9b:1::/48"): (
+        *((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12)),
+        *_LAST,
+    ),
+}
+"""The networks whose addresses embed an IPv4 address, and which bytes it may be in."""
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def check_uri(uri: str, prefixes: Iterable[str]) -> str:
@@ -57,14 +70,26 @@ def may_connect(host: str, address: str, hosts: Iterable[str]) -> bool:
 
     `hosts`: those that the prefixes name. Allowed are public addresses, and any address of these
     hosts; a link-local one, where clouds hand out the machine's own keys, only if it is in `hosts`
-    itself.
+    itself. The same goes for the IPv4 addresses that an IPv6 address embeds.
     """
-    found = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(found, "ipv4_mapped", None)
-    found = mapped or found
-    if found.is_link_local:
+    found = _reached(ipaddress.ip_address(address.partition("%")[0]))
+    if any(one.is_link_local for one in found):
         return address in hosts
-    return (found.is_global and not found.is_multicast) or host in hosts
+    return host in hosts or all(one.is_global and not one.is_multicast for one in found)
+
+
+def _reached(address: _Address) -> list[_Address]:
+    """Return an address and the IPv4 addresses that it embeds, to which a gateway may forward."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return [address]
+    if address.ipv4_mapped is not None:  # the system itself connects to the IPv4 address
+        return [address.ipv4_mapped]
+    found: list[_Address] = [address, *(address.teredo or ())]
+    for network, places in _IPV4_BYTES.items():
+        if address in network:
+            octets = (bytes(address.packed[place] for place in four) for four in places)
+            found += map(ipaddress.IPv4Address, octets)
+    return found
 
 
 def _place(uri: str) -> str | None:
