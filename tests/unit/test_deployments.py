@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,6 +76,18 @@ def test_a_decoder_that_cannot_decode_is_unhealthy(
     monkeypatch.setattr(warmup, "video_file", video_file)
     with pytest.raises(VideoError, match="not recognised as video"):
         asyncio.run(stage("Decoder").check_health())
+
+
+def test_an_idle_decoder_needs_no_disk(
+    stage: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    decoder = stage("Decoder")
+    asyncio.run(decoder.check_health())  # starts the fork server, whose socket needs a folder
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nothing"))
+    warmup._encoded.cache_clear()
+    decoder._answered_at = 0.0
+    asyncio.run(decoder.check_health())
+    assert decoder._answered_at > 0
 
 
 @pytest.mark.parametrize("name", ["Sampler", "Recognizer"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,11 @@ _SIDE, _FRAMES, _RATE = 64, 4, 4
 
 @contextlib.contextmanager
 def video_file() -> Iterator[str]:
-    """Yield the path of a video of a few grey frames, valid inside the `with`."""
-    with tempfile.TemporaryFile(prefix="tsq-warmup-", buffering=0) as file:
+    """Yield the path of a video of a few grey frames, valid inside the `with`.
+
+    It is in memory, so that a full disk does not make an idle decoder unhealthy.
+    """
+    with open(os.memfd_create("tsq-warmup"), "wb", buffering=0) as file:
         file.write(_encoded())
         yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
 
@@ -31,17 +34,16 @@ def video_file() -> Iterator[str]:
 def _encoded() -> bytes:
     import av
 
-    with tempfile.TemporaryFile(prefix="tsq-warmup-") as file:
-        with av.open(file, "w", "matroska") as container:
-            stream: Any = container.add_stream("mpeg4", rate=_RATE)
-            stream.width = stream.height = _SIDE
-            stream.pix_fmt = "yuv420p"
-            picture = np.full((_SIDE, _SIDE, 3), 127, np.uint8)
-            for _ in range(_FRAMES):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-        file.seek(0)
-        return file.read()
+    file = io.BytesIO()
+    with av.open(file, "w", "matroska") as container:
+        stream: Any = container.add_stream("mpeg4", rate=_RATE)
+        stream.width = stream.height = _SIDE
+        stream.pix_fmt = "yuv420p"
+        picture = np.full((_SIDE, _SIDE, 3), 127, np.uint8)
+        for _ in range(_FRAMES):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
 
 
 def decoded_video(specs: Mapping[str, FrameSpec], num_frames: int) -> DecodedVideo:
