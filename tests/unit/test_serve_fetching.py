@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -178,6 +178,33 @@ def test_a_name_of_a_private_address_is_not_asked(port: int) -> None:
         asyncio.run(fetch(f"http://localhost:{port}/data", ("http://",)))
     named = f"http://localhost:{port}/"
     assert asyncio.run(fetch(f"{named}data", (named,)))[0] == DATA
+
+
+def test_a_name_is_resolved_once(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that moves after its address was checked leads to the address that was checked."""
+
+    class Elsewhere(Web):
+        def do_GET(self) -> None:
+            self.send_error(500)
+
+    asked: list[object] = []
+    resolve = socket.getaddrinfo
+
+    def moving(host: object, *arguments: Any, **named: Any) -> Any:
+        if host != "moving.example":
+            return resolve(host, *arguments, **named)
+        asked.append(host)
+        return resolve("127.0.0.1" if len(asked) == 1 else "127.0.0.2", *arguments, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", moving)
+    prefix = f"http://moving.example:{port}/"
+    with http.server.ThreadingHTTPServer(("127.0.0.2", port), Elsewhere) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert asyncio.run(fetch(f"{prefix}data", (prefix,)))[0] == DATA
+        assert len(asked) == 1
+        with pytest.raises(StorageError, match="HTTP 500"):
+            asyncio.run(fetch(f"{prefix}data", (prefix,)))
+        server.shutdown()
 
 
 def test_a_host_that_does_not_answer() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from tsq_ray.serving.access import (
 )
 from tsq_ray.serving.bench import numbers, process_name
 from tsq_ray.serving.endpoint import check_room
+from tsq_ray.serving.requests.admission import Admission
 
 
 @pytest.fixture(scope="module")
@@ -223,24 +225,51 @@ def test_a_request_that_reaches_nothing_is_logged_and_counted(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    counted: list[Any] = []
+    metrics = SimpleNamespace(answered=lambda *told: counted.append(told))
+    client = client_of(monkeypatch, metrics=metrics)
+    answer = client.request(method, path, headers={"x-request-id": "id-1"})
+    assert (answer.status_code, answer.json()["status"]) == (status, status)
+    assert counted == [(status, None, 0.0)]
+    (logged,) = (vars(record) for record in caplog.records if record.msg == "answered")
+    assert logged["request_id"] == "id-1"
+    assert (logged["path"], logged["status"]) == (path.partition("?")[0], status)
+
+
+def client_of(monkeypatch: pytest.MonkeyPatch, **parts: Any) -> Any:
+    """A client of an ingress that has these parts and no replica around it."""
     from ray import serve
     from starlette.testclient import TestClient
 
     from tsq_ray.serving.api import api
     from tsq_ray.serving.app import Ingress
 
-    counted: list[Any] = []
     ingress = Ingress.func_or_class.__new__(Ingress.func_or_class)
-    ingress.metrics = SimpleNamespace(answered=lambda *told: counted.append(told))
-    monkeypatch.setattr(
-        serve, "get_replica_context", lambda: SimpleNamespace(servable_object=ingress)
-    )
-    answer = TestClient(api).request(method, path, headers={"x-request-id": "id-1"})
-    assert (answer.status_code, answer.json()["status"]) == (status, status)
-    assert counted == [(status, None, 0.0)]
-    (logged,) = (vars(record) for record in caplog.records if record.msg == "answered")
-    assert logged["request_id"] == "id-1"
-    assert (logged["path"], logged["status"]) == (path.partition("?")[0], status)
+    vars(ingress).update(parts)
+    context = SimpleNamespace(servable_object=ingress)
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    return TestClient(api)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("silent", ["decoder", "sampler", "recognizer"])
+def test_an_endpoint_with_a_silent_stage_is_not_ready(
+    silent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tsq_ray.serving.graph import STAGES, Graph, TimeLimits
+
+    graph = Graph(None, None, None, TimeLimits.of(load_config()))
+    client = client_of(monkeypatch, graph=graph, admission=Admission(8, 60.0))
+    graph.answered |= dict.fromkeys(STAGES, time.monotonic())
+    assert client.get("/readyz").json() == {"status": "ok"}
+    graph.answered[silent] -= 31
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["status"]) == (503, 503)
+    assert answer.json()["detail"] == f"the {silent} has not answered recently"
+    assert answer.headers["Retry-After"]
+    assert client.get("/healthz").status_code == 200
+    graph.answered[silent] = time.monotonic()
+    assert client.get("/readyz").status_code == 200
 
 
 # ------------------------------------------------------------------------------- replicas, settings
