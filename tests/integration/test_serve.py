@@ -333,6 +333,25 @@ def test_a_request_id_is_in_the_answer_and_in_the_log(endpoint: Endpoint, archiv
     assert line["seconds"] > 0
 
 
+def test_the_line_about_a_prediction(endpoint: Endpoint, archive: Archive) -> None:
+    mine = {"x-request-id": "my-prediction", "Content-Type": "video/mp4"}
+    data = (archive.root / GOOD[0]).read_bytes()
+    answer = endpoint.score(content=data, headers=mine, params={"frames": True}).json()
+    (line,) = log_lines(endpoint, "my-prediction")
+    named = ("video_id", "size_bytes", *sorted(TIMES))
+    assert {name: line[name] for name in named} == {name: answer[name] for name in named}
+    assert line["size_bytes"] == len(data)
+    assert (line["status"], line["path"], line["token"]) == (200, "/v1/score", "TSQ_TOKEN")
+    assert "error_type" not in line
+    text = json.dumps(line)
+    for kept in (TOKEN, endpoint.driver.environment["AWS_SECRET_ACCESS_KEY"]):
+        assert kept not in text
+    assert answer["frames"]
+    for frame in answer["frames"]:
+        assert frame["jpeg"] not in text
+    assert not line.keys() & {"frames", "scores", "top_labels"}
+
+
 def log_lines(endpoint: Endpoint, request_id: str) -> list[dict[str, Any]]:
     """The lines about a request in the JSON logs of the replicas."""
     deadline = time.monotonic() + END_S
@@ -627,8 +646,8 @@ def test_a_token_of_a_file_works_at_once(bundle: str, tmp_path: Path) -> None:
 
 
 def test_the_page_in_a_browser(endpoint: Endpoint, archive: Archive, tmp_path: Path) -> None:
-    """A token, a file, its frames and curves, another K, a URI, an error; on a phone, in the
-    dark."""
+    """A token, a file, its frames and curves, a dropped file, another K, a URI, an error; on a
+    phone, in the dark."""
     asyncio.run(use_the_page(endpoint, archive.root, tmp_path))
 
 
@@ -651,7 +670,11 @@ async def use_the_page(endpoint: Endpoint, videos: Path, folder: Path) -> None:
         await browser.until("document.getElementById('player').readyState > 0")
         await browser.value("document.querySelector('#frames figure').click()")
         await browser.until("document.getElementById('player').currentTime > 0")
+        await seek_in_the_curves(browser, endpoint, videos / GOOD[0])
+        shown = await browser.value("document.getElementById('result').innerText")
+        assert "The recogniser's opinion of the chosen frames" in shown
         await browser.screenshot(folder / "page.png")
+        await drop_a_file(browser, endpoint, videos / GOOD[2])
 
         assert "k=" not in await browser.value("document.getElementById('curl').textContent")
         await set_value(browser, "k", "1", "change")
@@ -680,6 +703,28 @@ async def use_the_page(endpoint: Endpoint, videos: Path, folder: Path) -> None:
             if not url.startswith((endpoint.url, "data:", "blob:", "about:"))
         ] == []
         assert browser.complaints == []
+
+
+async def seek_in_the_curves(browser: Page, endpoint: Endpoint, video: Path) -> None:
+    """Click on the curves, whose axis ends with the video and has margins of 1 % of the width."""
+    duration_s = endpoint.score(content=video.read_bytes()).json()["duration_s"]
+    for across in (0.75, 0.25):
+        await browser.click("#curves svg", across)
+        expected = duration_s * (across - 0.01) / 0.98
+        place = "document.getElementById('player').currentTime"
+        await browser.until(f"Math.abs({place} - {expected}) < 0.02 * {duration_s}")
+
+
+async def drop_a_file(browser: Page, endpoint: Endpoint, video: Path) -> None:
+    row = endpoint.score(content=video.read_bytes()).json()
+    await browser.drop_file("#drop", video)
+    assert not await browser.value("document.getElementById('busy').hidden")
+    await browser.until("document.getElementById('busy').hidden")
+    assert video.name in await browser.value("document.getElementById('curl').textContent")
+    cells = "[...document.querySelectorAll('#labels tr')].map(({cells}) => [cells[0], cells[2]])"
+    found = await browser.value(f"{cells}.map((pair) => pair.map((cell) => cell.textContent))")
+    assert [label for label, _ in found] == row["top_labels"]
+    assert [float(score) for _, score in found] == pytest.approx(row["top_scores"], abs=0.001)
 
 
 async def set_value(browser: Page, name: str, value: str, event: str) -> None:

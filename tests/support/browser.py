@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -81,6 +82,30 @@ class Page:
             await self.call(f"{domain}.enable")
         await self.call("Page.navigate", url=url)
         await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    async def click(self, selector: str, across: float = 0.5) -> None:
+        """Click with the mouse on an element, at a part of its width."""
+        box = await self.value(
+            "((node) => { node.scrollIntoView({block: 'center'});"
+            " const {x, y, width, height} = node.getBoundingClientRect();"
+            f" return {{x, y, width, height}}; }})(document.querySelector({json.dumps(selector)}))"
+        )
+        x, y = box["x"] + across * box["width"], box["y"] + box["height"] / 2
+        for kind in ("mousePressed", "mouseReleased"):
+            await self.call(
+                "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
+            )
+
+    async def drop_file(self, selector: str, path: str | Path) -> None:
+        """Drop a file on an element."""
+        data = base64.b64encode(Path(path).read_bytes()).decode()
+        await self.value(
+            f"((bytes) => {{ const dataTransfer = new DataTransfer();"
+            f" dataTransfer.items.add(new File([bytes], {json.dumps(Path(path).name)}));"
+            f" document.querySelector({json.dumps(selector)}).dispatchEvent("
+            f"new DragEvent('drop', {{dataTransfer, bubbles: true, cancelable: true}})); }})"
+            f"(Uint8Array.from(atob('{data}'), (one) => one.charCodeAt(0)))"
+        )
 
     async def choose_file(self, selector: str, path: str | Path) -> None:
         """Choose a file in an <input type="file">."""
