@@ -78,10 +78,11 @@ class SlowBody:
 def in_hand(endpoint: Endpoint, pool: ThreadPoolExecutor, data: bytes, count: int) -> Any:
     """Requests that the endpoint has in hand, and a function that lets them go on."""
     bodies = [SlowBody(data) for _ in range(count)]
-    answers = [pool.submit(endpoint.score, content=body) for body in bodies]
     uploads = f"{endpoint.folder}/tsq-upload-"
+    before = open_files(endpoint, uploads)
+    answers = [pool.submit(endpoint.score, content=body) for body in bodies]
     deadline = time.monotonic() + ANSWER_S
-    while open_files(endpoint, uploads) < count:
+    while open_files(endpoint, uploads) < before + count:
         assert time.monotonic() < deadline, "the uploads did not begin"
         time.sleep(0.1)
 
@@ -133,6 +134,18 @@ def test_an_endpoint_that_is_told_to_end_answers_what_it_has_in_hand(
             f"ending: answering the requests in flight, for at most {DRAIN_S} s",
             "stopped",
         ]
+        starting = "starting: the {} has loaded".format
+        loaded = [line for line in shown if line.endswith(" has loaded")]
+        assert set(loaded) <= set(map(starting, ("decoder", "sampler", "recognizer")))
+        assert starting("decoder") in loaded, "the first, long before the last"
+        lines = [line for line in shown if line.startswith(("starting", "metrics", "serving"))]
+        assert lines == [
+            "starting: Ray",
+            "starting: loading the model in each replica",
+            *loaded,
+            f"metrics on {endpoint.metrics_url}",
+            f"serving {served.bundle} on {endpoint.url} (stop with Ctrl-C)",
+        ]
         assert "Traceback" not in ended.out + ended.err
         # of a process that another test has killed, Ray tells in colour
         own = [line for line in shown if "(raylet)" not in line]
@@ -158,6 +171,33 @@ def test_a_second_signal_ends_it_at_once(
         is_ended(endpoint)
         with contextlib.suppress(httpx.TransportError):
             assert go_on()[0].status_code in (502, 503)
+
+
+@pytest.mark.slow
+def test_ctrl_c_drops_only_what_takes_longer_than_the_drain(
+    bundle: str, data: bytes, row: dict[str, Any], tmp_path: Path
+) -> None:
+    drain_s = 15
+    setting = f"serve.drain_s={drain_s}"
+    with serving(bundle, tmp_path, setting) as endpoint, ThreadPoolExecutor(2) as pool:
+        go_on = in_hand(endpoint, pool, data, 1)
+        go_on_too_late = in_hand(endpoint, pool, data, 1)
+        os.killpg(endpoint.driver.process.pid, signal.SIGINT)  # as a terminal sends it
+        deadline = time.monotonic() + END_S
+        while endpoint.client.get("/readyz").status_code != 503:
+            assert time.monotonic() < deadline, "the signal had no effect"
+        (answer,) = go_on()
+        same_answer(answer.json(), row)
+        ended = endpoint.driver.ended(END_S)
+        assert ended.code == 0, ended
+        assert ended.err.strip().splitlines()[-3:] == [
+            f"ending: answering the requests in flight, for at most {drain_s} s",
+            f"ending: requests still in flight after {drain_s} s are dropped",
+            "stopped",
+        ]
+        is_ended(endpoint)
+        with contextlib.suppress(httpx.TransportError):
+            assert go_on_too_late()[0].status_code in (502, 503)
 
 
 STAGES = ("ServeReplica:tsq:Decoder", "ServeReplica:tsq:Sampler", "ServeReplica:tsq:Recognizer")
