@@ -66,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             http.append(point(options.clients).ok_per_s)
             bulk.append(_bulk(options, Path(folder, f"round{turn}")))
             say(f"| bulk | {bulk[-1]:.2f} | | | | | | |\n")
-        loads = [1, 2, options.clients]
+        loads = sorted({1, 2, options.clients})
         ramp = measure_endpoint(url, options.videos, loads, seconds=options.seconds)
         for found in ramp.points:
-            say(_row(f"{found.load:g} clients", found))
+            say(_row(f"{found.load:g} client{'s' * (found.load > 1)}", found))
         before = ramp.points[-1].ok_per_s
         flood = point(options.flood * options.clients).ok_per_s
         lone = point(1, "1 client right after", 1.0)
