@@ -113,8 +113,8 @@ def test_a_front_that_cannot_start_says_why(inner: int, outer: int) -> None:
 
 
 def test_every_answer_names_its_request(inner: int, outer: int) -> None:
-    def ask_all(port: int) -> Iterator[tuple[int, str, str]]:
-        for path in ("/-/routes", "/lost", "/closed"):
+    def ask_all(port: int, *paths: str) -> Iterator[tuple[int, str, str]]:
+        for path in paths:
             for own in ("my-id.1", None, 'a"b', "x" * 200):
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
                 with contextlib.closing(connection):
@@ -126,13 +126,14 @@ def test_every_answer_names_its_request(inner: int, outer: int) -> None:
 
     (closed,) = free_ports(1)
     answers = []
-    for server in (inner, closed):
+    # to a closed port HAProxy connects three times, a second apart
+    for server, paths in ((inner, ("/-/routes", "/lost", "/closed")), (closed, ("/lost",))):
         with front("127.0.0.1", outer, server, ServeConfig()):
-            answers += ask_all(outer)
+            answers += ask_all(outer, *paths)
     assert {status for status, _, _ in answers} == {404, 502, 503}
     for _, own, found in answers:
         assert found == own if own == "my-id.1" else uuid.UUID(found)
-    assert len({found for *_, found in answers}) == len(answers) - 5, "new ids differ"
+    assert len({found for *_, found in answers}) == len(answers) - 3, "new ids differ"
 
 
 def test_a_connection_above_the_limit_waits_for_another_to_end(inner: int, outer: int) -> None:
