@@ -23,7 +23,7 @@ from tsq_ray import storage
 from tsq_ray.bundle.settings import read_curves
 from tsq_ray.bundle.weights import load_bundle, load_classifier, load_network
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 EPOCHS = 6
 SETS = (
@@ -82,7 +82,6 @@ def test_a_worker_learns(undisturbed: Undisturbed) -> None:
     check_learnt(undisturbed)
 
 
-@pytest.mark.slow
 def test_two_workers_learn(chains: Chains, tmp_path: Path) -> None:
     check_learnt(train_encoder(chains("local"), tmp_path, workers=2))
 
@@ -119,7 +118,6 @@ def test_backbone_and_head_have_changed(undisturbed: Undisturbed) -> None:
     assert not classifier.encoder.training
 
 
-@pytest.mark.slow
 def test_extract_and_train_take_the_encoder(undisturbed: Undisturbed, tmp_path: Path) -> None:
     chain, encoder = undisturbed.chain, ["--encoder", undisturbed.out]
     features, bundle = str(tmp_path / "features"), str(tmp_path / "bundle")
@@ -136,7 +134,6 @@ def test_extract_and_train_take_the_encoder(undisturbed: Undisturbed, tmp_path: 
     )
 
 
-@pytest.mark.slow
 def test_a_run_whose_driver_and_worker_were_killed(
     undisturbed: Undisturbed, ray_cluster: Any, tmp_path: Path
 ) -> None:

@@ -697,7 +697,8 @@ def changed_archive(archive: Archive, put: Callable[[str, bytes | None], None]) 
     put("labels.csv", archive.write_labels().read_bytes())
 
 
-@pytest.mark.parametrize("where", [pytest.param("local", marks=pytest.mark.slow), "s3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "s3"])
 def test_update_replaces_removes_and_adds_rows(chains: Chains, where: str, tmp_path: Path) -> None:
     update_archive(chains, where, tmp_path)
 

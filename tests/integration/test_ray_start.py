@@ -318,6 +318,7 @@ def output_of(code: str, *gone: str) -> subprocess.CompletedProcess[str]:
         end_marked(mark)
 
 
+@pytest.mark.slow
 def test_a_worker_of_a_cluster_sets_its_threads_policy() -> None:
     """The cluster's processes were started elsewhere, without the variable."""
     done = output_of(OMP, "RAY_", "OMP_", "TMPDIR")

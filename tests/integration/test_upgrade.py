@@ -67,7 +67,8 @@ def test_a_bundle_gives_the_answers_that_it_gave() -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("run", ["features", pytest.param("predictions", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["features", "predictions"])
 def test_a_stopped_run_is_resumed(ray_cluster: Any, old: Path, run: str) -> None:
     """The videos without a row are gone from their place, and become rows that say so."""
     folder = old / run
