@@ -51,8 +51,8 @@ PY
     # uv needs a quarter of pip's time but does not read pip.conf: where it fails, pip installs
     local packages=(-e "$root[$extras]" -c "$root/tests/constraints.txt")
     local pip=("$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-input)
-    "${pip[@]}" uv -c "$root/tests/constraints.txt" || return
-    if ! "$VENV_PYTHON" -m uv pip install --quiet --python "$VENV_PYTHON" "${packages[@]}"; then
+    if ! { "${pip[@]}" uv -c "$root/tests/constraints.txt" &&
+        "$VENV_PYTHON" -m uv pip install --quiet --python "$VENV_PYTHON" "${packages[@]}"; }; then
         echo "uv could not install; trying pip" >&2
         "${pip[@]}" "${packages[@]}" || return
     fi
