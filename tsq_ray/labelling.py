@@ -37,7 +37,7 @@ from tsq_ray.manifest import Manifest, build_manifest, read_manifest, write_mani
 from tsq_ray.manifest.videos import VideoRows, keys_of
 from tsq_ray.reporting import build_report
 from tsq_ray.reporting.agreement import UNTAUGHT, verdict
-from tsq_ray.results import LabelSummary, RunSummary
+from tsq_ray.results import LabelSummary, RunSummary, TrainingSummary
 from tsq_ray.runs.folder import check_folder, read_json, read_run, write_json
 from tsq_ray.runs.identity import Identity
 from tsq_ray.runtime import cluster
@@ -96,7 +96,7 @@ def label(
     steps.check()
     steps.check_cluster()
     steps.index(sources, sample)
-    features = steps.teach()
+    features, training = steps.teach()
     measured = steps.measure(agreement)
     _say(verdict(measured))
     predictions = steps.score(measured, with_scores)
@@ -111,6 +111,7 @@ def label(
         chosen=measured["chosen"],
         verdict=verdict(measured),
         features=features,
+        training=training,
         predictions=predictions,
         used=steps.used(),
         report=report.out,
@@ -182,10 +183,10 @@ class _Steps:
         else:
             identity.refuse_other(before, self.out, "holds another labelling")
 
-    def teach(self) -> RunSummary:
+    def teach(self) -> tuple[RunSummary, TrainingSummary | None]:
         """Extract the sample with the recogniser and train the sampler on it.
 
-        Returns the summary of the extraction.
+        Returns the summary of the extraction and, if the sample can teach, of the training.
         """
         options: dict[str, Any] = {"recognizer": self.recognizer, "session": self.session}
         _say("extract: the recogniser on every frame of the sample")
@@ -193,11 +194,10 @@ class _Steps:
         features, model = self.at("features"), self.at("bundle")
         if (why := self._why_untaught()) is None:
             _say("train: the recogniser teaches the sampler")
-            train(features, model, self.config, **options)
-        else:
-            _say(f"{UNTAUGHT} ({why}): {_TO_TEACH}")
-            keep_untaught(features, model, self.config, self.recognizer, why)
-        return done
+            return done, train(features, model, self.config, **options)
+        _say(f"{UNTAUGHT} ({why}): {_TO_TEACH}")
+        keep_untaught(features, model, self.config, self.recognizer, why)
+        return done, None
 
     def _why_untaught(self) -> str | None:
         """Say why the sample cannot teach a sampler; None if it can. Kept in the bundle."""

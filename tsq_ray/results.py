@@ -226,8 +226,7 @@ class LabelSummary:
     sample: int
     """Videos that the recogniser saw densely."""
     held_out: int
-    """Videos of the sample on which the agreement was measured: those that are ok and not trained
-    on."""
+    """Its videos on which the agreement was measured: those that are ok and not trained on."""
     asked: float
     """The requested minimum agreement with the dense recogniser."""
     curve: Sequence[Mapping[str, Any]]
@@ -240,9 +239,11 @@ class LabelSummary:
     """The choice in one sentence."""
     features: RunSummary
     """The extraction of the sample, with the recogniser on every frame."""
+    training: TrainingSummary | None
+    """The sampler's; None if the sample could not teach one."""
     predictions: RunSummary
     used: Mapping[str, Any] | None
-    """What both and the training took, each in the call that finished it: `cpu_hours`, `gpu_hours`,
+    """What the three took, each in the call that finished it: `cpu_hours`, `gpu_hours`,
     `tokens_in`, `tokens_out` and their cost, `tokens_cost`. None if unknown."""
     report: str
     """URI of the report."""

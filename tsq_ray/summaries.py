@@ -201,6 +201,7 @@ def label_text(summary: LabelSummary, price: Price | None = None) -> str:
         *_agreement_lines(summary),
         f"the sample, {summary.sample} videos; agreement measured on {summary.held_out} of them:",
         _priced_text(summary.features, price),
+        *_sampler_lines(summary.training, price),
         "the archive:",
         _priced_text(summary.predictions, price),
     ]
@@ -213,6 +214,13 @@ def label_text(summary: LabelSummary, price: Price | None = None) -> str:
 def _priced_text(run: RunSummary, price: Price | None) -> str:
     used = Used.of_run(run.record)
     return run_text(run, None if used is None else used.cost(price))
+
+
+def _sampler_lines(training: TrainingSummary | None, price: Price | None) -> list[str]:
+    if training is None:
+        return []
+    used = Used.of_hours(training.used)
+    return ["the sampler:", training_text(training, None if used is None else used.cost(price))]
 
 
 def _agreement_lines(summary: LabelSummary) -> list[str]:

@@ -92,6 +92,7 @@ def test_an_archive_without_labels(
     assert first["predictions"]["counts"]["inputs"] == len(archive.paths)
     assert "held-out videos" in first["verdict"]
     assert first["chosen"] in first["curve"]
+    assert first["training"]["videos"] >= 9
     runs = [first[name]["record"]["used"] for name in ("features", "predictions")]
     runs.append(read_bundle_settings(f"{out}/bundle")[0]["provenance"]["summary"]["used"])
     assert first["used"]["cpu_hours"] == pytest.approx(sum(used["cpu_hours"] for used in runs))
@@ -136,7 +137,7 @@ def test_an_archive_that_cannot_teach(
     done = tsq(*argv, "--json").json
     assert "no sampler can be taught (" in done["verdict"]
     assert done["chosen"]["mode"] in ("uniform", "maxconf")
-    assert done["held_out"] == len(labels)
+    assert (done["held_out"], done["training"]) == (len(labels), None)
     rows = read_rows(f"{out}/predictions").to_pylist()
     order = [row["top_labels"][0] for row in sorted(rows, key=lambda row: row["uri"])]
     assert order == list(labels)

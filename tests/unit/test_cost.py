@@ -146,10 +146,11 @@ def test_the_summary_of_label_has_the_money_of_the_sample_and_of_the_archive() -
     ]
     used = Used.together(map(Used.of_run, (dense, few)))
     assert used is not None
+    trained = from_record(TrainingSummary, TRAINED | {"happened": {"nodes_lost": 1}})
     choice = {"mode": "both", "budget": 2, "top1": 0.9, "low": 0.8, "high": 1.0, "cost": 0.4}
     summary = LabelSummary(
-        *("out", 10, 4, 0.8, [choice], choice, "K = 2: fine", *runs, asdict(used)),
-        *("report.html", 1.0),
+        *("out", 10, 4, 0.8, [choice], choice, "K = 2: fine", runs[0], trained, runs[1]),
+        *(asdict(used), "report.html", 1.0),
     )
     lines = label_text(summary, Price(1.0)).splitlines()
     assert lines[:3] == [
@@ -158,6 +159,8 @@ def test_the_summary_of_label_has_the_money_of_the_sample_and_of_the_archive() -
         "2  90 % (80 to 100)  40 %  -               -     chosen",
     ]
     assert lines.count("already done: nothing to do") == 2
+    assert lines.index("the sampler:") < lines.index("in this run: nodes lost: 1")
+    assert "used 3 CPU hours, 0.5 GPU hours" in lines[lines.index("in this run: nodes lost: 1") - 1]
     assert lines[-2:] == [
         "sample, training and archive together used 2 CPU hours, 0 GPU hours; 4000000 tokens "
         "sent, 1000 received; cost 10.01 (of which tokens 8.008)",
