@@ -6,7 +6,6 @@ Few videos, a node that joins, nodes from nothing, a cluster in use, a node lost
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -15,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from support.bundle import make_bundle
 from support.cluster import Driver, Ended, read_rows, visible_parts
+from support.endpoint import Load, running
+from support.manifests import cluster_spec, ray_manifests
 from support.nodes import SLOW_SETTINGS, SlowStore, autoscaling, nodes, running_store, slow_manifest
 from support.scrape import counters_of, wait_for_counters
+from support.video import write_video
 
+from jobs.benchmarks.support.s3 import free_ports
 from tsq_ray.runs.lease import Lease
 
 pytestmark = pytest.mark.ray
-REPO = Path(__file__).resolve().parents[2]
 END_S = 400.0
 SECONDS = 0.7
 """The store's delay before it returns a video."""
@@ -239,9 +240,18 @@ from ray._private.state import actors
 
 names = {node["NodeID"]: node["Labels"].get("part", "head") for node in ray.nodes()}
 print(json.dumps(sorted({
-    (actor["ActorClassName"], names[actor["Address"]["NodeID"]]) for actor in actors().values()
+    (actor["ActorClassName"], names[actor["Address"]["NodeID"]], actor["State"])
+    for actor in actors().values()
+    if actor["Address"]["NodeID"] in names
 })))
 """
+
+
+def placed_actors(address: str) -> list[tuple[str, str, str]]:
+    """Class, node and state of each actor that has had a node."""
+    asked = [sys.executable, "-c", ACTORS, address]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
+    return [(kind, node, state) for kind, node, state in json.loads(done.stdout.splitlines()[-1])]
 
 
 @pytest.mark.slow
@@ -256,13 +266,11 @@ def test_labels_place_each_part(store: SlowStore, settings: Path, tmp_path: Path
         with Driver([*argv, "--address", cluster.address], tmp_path / "run") as driver:
             ended = driver.ended(END_S)
         assert ended.code == 0, ended.err
-        asked = [sys.executable, "-c", ACTORS, cluster.address]
-        done = subprocess.run(asked, capture_output=True, text=True, check=True)
+        placed = placed_actors(cluster.address)
     assert read_rows(str(tmp_path / "out")).num_rows == 12
-    placed = json.loads(done.stdout.splitlines()[-1])
     for kind, node in (("DecodeWorker", "decode"), ("EncodeWorker", "networks")):
-        assert {where for name, where in placed if kind in name} == {node}
-    assert {where for name, where in placed if "WritePart" in name} == {"decode"}
+        assert {where for name, where, _ in placed if kind in name} == {node}
+    assert {where for name, where, _ in placed if "WritePart" in name} == {"decode"}
 
 
 @pytest.mark.slow
@@ -379,16 +387,10 @@ def test_gpus_are_requested_from_the_autoscaler(
     assert "NVIDIA" in ended.err.splitlines()[-1]
 
 
-def drain(address: str, node_id: str) -> None:
-    """Give the notice that a spot pod gives before it ends."""
-    built = subprocess.run(
-        ["kubectl", "kustomize", str(REPO / "cluster/kuberay/overlays/spot")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (cluster,) = [item for item in yaml.safe_load_all(built.stdout) if item["kind"] == "RayCluster"]
-    (container,) = cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"]
+def drain(address: str, node_id: str, folder: str) -> None:
+    """Give the notice that a spot pod of this folder of cluster/kuberay gives before it ends."""
+    (manifest,) = ray_manifests(folder, "spot")
+    (container,) = cluster_spec(manifest)["workerGroupSpecs"][0]["template"]["spec"]["containers"]
     shell, option, command = container["lifecycle"]["preStop"]["exec"]["command"]
     assert (shell, option) == ("sh", "-c")
     notice, _, wait = command.partition(";")
@@ -398,7 +400,6 @@ def drain(address: str, node_id: str) -> None:
     subprocess.run([shell, option, here], check=True, capture_output=True)
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl, which builds the overlay")
 @pytest.mark.slow
 @pytest.mark.parametrize("notice", [True, False], ids=["with notice", "without"])
 def test_a_spot_node_is_taken_away(
@@ -417,7 +418,7 @@ def test_a_spot_node_is_taken_away(
         driver.wait_until(lambda: len(store.begun) >= 12, END_S)
         (other,) = cluster.worker_nodes
         if notice:
-            drain(cluster.address, other.node_id)
+            drain(cluster.address, other.node_id, "cluster")
             time.sleep(20)
         cluster.remove_node(other, allow_graceful=False)
         ended = driver.ended(END_S)
@@ -431,6 +432,43 @@ def test_a_spot_node_is_taken_away(
     assert happened["nodes_lost"] == 1
     if notice:  # without it, those that were in hand and not yet published
         assert "videos_done_again" not in happened
+
+
+@pytest.mark.slow
+def test_a_pod_of_the_endpoint_is_drained(tmp_path: Path) -> None:
+    """Its replicas are replaced on another node before they end: each request has its answer."""
+    write_video(tmp_path / "a.mp4", num_frames=12)
+    data, (port,) = (tmp_path / "a.mp4").read_bytes(), free_ports(1, below=10000)
+    bundle = make_bundle(tmp_path / "bundle")
+    # a Ray instance that this process started has left its token's mode in the environment
+    environment = {"RAY_AUTH_MODE": "disabled", "TSQ_TOKEN": ""}
+    with nodes(0, 2, labels=[{"part": "first"}]) as cluster:
+        argv = ["serve", "--model", bundle, "--port", str(port), "--address", cluster.address]
+        with running(argv, port, tmp_path / "endpoint", environment, None) as endpoint:
+            (first,) = cluster.worker_nodes
+            assert replicas_on(cluster.address, "first")
+            cluster.add_node(num_cpus=2, object_store_memory=100 * 2**20, labels={"part": "second"})
+            load = Load(lambda: endpoint.score(content=data), 2)
+            load.wait_for(4)
+            drain(cluster.address, first.node_id, "endpoint")
+            deadline = time.monotonic() + 140  # as the pod has
+            while replicas_on(cluster.address, "first"):
+                assert time.monotonic() < deadline, "replicas are left on the node"
+            load.wait_for(4)
+            answers = load.ended()
+            cluster.remove_node(first, allow_graceful=False)
+            assert endpoint.answers_again(content=data).json()["status"] == "ok"
+    assert {answer and answer.status_code for answer in answers} == {200}
+    assert len({json.dumps(answer.json()["scores"]) for answer in answers if answer}) == 1
+
+
+def replicas_on(address: str, node: str) -> list[str]:
+    """The endpoint's replicas that are alive on this node."""
+    return [
+        kind
+        for kind, where, state in placed_actors(address)
+        if "ServeReplica" in kind and (where, state) == (node, "ALIVE")
+    ]
 
 
 @pytest.mark.slow

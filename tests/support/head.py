@@ -104,12 +104,15 @@ def running_head(folder: Path, cpus: int, home: Path | None = None) -> Iterator[
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
     if home is not None:
         own = {"HOME": str(home)}
-        (home / ".ray").mkdir(parents=True)
-        (home / ".ray" / "auth_token").write_text(token)
     # a Ray instance that this process started has left its token's mode in the environment
     of_ray = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     rest = {name: value for name, value in os.environ.items() if name not in of_ray}
     environment = rest | own | {MARK: mark}
+    if home is not None:
+        home.mkdir()
+        make = [RAY, "get-auth-token", "--generate"]
+        subprocess.run(make, env=environment, check=True, capture_output=True)
+        token = (home / ".ray" / "auth_token").read_text()
     with short_folder() as temporary:
         command = [RAY, "start", "--head", "--block", f"--num-cpus={cpus}", _OBJECT_STORE]
         command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from support.manifests import (
     REPO,
     RUNS,
     ray_manifests,
+    rendered,
 )
 
 from jobs.run import arguments, attempts
@@ -68,6 +70,33 @@ def test_each_job_reads_what_those_before_it_wrote() -> None:
             value = params.get(name) or []
             assert {value} if isinstance(value, str) else set(value) <= written, (run, name)
         written.add(params["out"])
+
+
+def page() -> str:
+    return (REPO / "docs" / "kubernetes.md").read_text()
+
+
+def test_the_selectors_of_the_page_split_the_folder() -> None:
+    """One applies what the runs share, the others exactly one run each."""
+    shared, *runs = re.findall(r"kubectl apply -k cluster/kuberay/jobs -l '?([!=\w]+)'?", page())
+    assert (shared, set(runs)) == ("!job", {"job=index"})
+    labels = [
+        (one["kind"], one["metadata"].get("labels", {}).get("job"))
+        for one in rendered("jobs", "gpu")
+    ]
+    assert sorted(job for _, job in labels if job) == sorted(RUNS)
+    assert {kind for kind, job in labels if job} == {"RayJob"}
+    assert {kind for kind, job in labels if not job} >= {"ConfigMap", "ServiceAccount"}
+
+
+def test_the_bucket_is_put_into_every_file(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^ +(sed -i s/BUCKET/.*)$", page(), re.MULTILINE)
+    shutil.copytree(CLUSTER, tmp_path / "cluster")
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True)
+    texts = {file.name: file.read_text() for file in (tmp_path / "cluster").rglob("*.yaml")}
+    assert [name for name, text in texts.items() if "BUCKET" in text] == []
+    for name in (*(f"{run}.yaml" for run in RUNS), "service.yaml"):
+        assert "s3://my-videos/" in texts[name]
 
 
 def test_the_features_hold_the_answers_that_evaluate_measures() -> None:
