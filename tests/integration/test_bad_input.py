@@ -109,6 +109,7 @@ def test_a_folder_that_another_run_writes_to(chain: Chain, command: str, tmp_pat
     assert not Path(out).exists(), "the folder that only the lease needed"
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_bad_files(chain: Chain, data_dir: Path, tmp_path: Path) -> None:
     manifest, out = tmp_path / "m.parquet", tmp_path / "features"

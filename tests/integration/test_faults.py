@@ -153,18 +153,12 @@ def test_videos_that_timed_out_are_retried_on_request(ray_cluster: Any, tmp_path
     adds_up(site)
 
 
-@pytest.mark.parametrize(
-    "titles",
-    [(WORKER, WRITER), pytest.param((WORKER, WRITER, WRITER), marks=pytest.mark.slow)],
-    ids=len,
-)
-def test_every_worker_of_an_extraction_is_killed(
-    ray_cluster: Any, tmp_path: Path, titles: tuple[str, ...]
-) -> None:
+@pytest.mark.slow
+def test_every_worker_of_an_extraction_is_killed(ray_cluster: Any, tmp_path: Path) -> None:
     """A worker first: it may have finished its videos by the time that a new writer goes on."""
     site = make_site(tmp_path)
     started = Started(site.argv)
-    for number, title in enumerate(titles):
+    for number, title in enumerate((WORKER, WRITER, WRITER)):
         started.wait_until(lambda number=number: len(site.parts) > number)  # type: ignore[misc]
         started.wait_until(lambda title=title: descendants(title))  # type: ignore[misc]
         os.kill(descendants(title)[0], signal.SIGKILL)

@@ -102,10 +102,19 @@ def test_index(chain: Chain) -> None:
         assert row["split"] == chain.archive.splits.get(path)
 
 
-@pytest.mark.parametrize("role", ["encoder", "recognizer"])
-def test_finetune(chain: Chain, role: str) -> None:
-    place = getattr(chain, role)
-    found = chain.outputs[role]
+def test_finetune(chain: Chain) -> None:
+    check_finetuned(chain.encoder, chain.outputs["encoder"], "encoder")
+
+
+@pytest.mark.slow
+def test_finetune_of_a_recognizer(chain: Chain) -> None:
+    place = chain.at("finetuned")
+    options = ["--role", "recognizer", "--config", str(chain.settings), "--json"]
+    found = tsq("finetune", chain.manifest, "--out", place, *options).json
+    check_finetuned(place, found, "recognizer")
+
+
+def check_finetuned(place: str, found: dict[str, Any], role: str) -> None:
     assert (found["videos"], found["classes"], found["failed"]) == (
         10,
         3,
@@ -206,6 +215,7 @@ def test_read_without_this_package(chain: Chain, kind: str, tmp_path: Path) -> N
 def test_train(chain: Chain) -> None:
     place, found = chain.bundle, chain.outputs["train"]
     assert (found["videos"], found["classes"], found["epochs"]) == (10, 3, 4)
+    assert found["workers"] == 2
     assert found["left_out"] == {"other_split": 6, "failed": 2}
     assert found["losses"].keys() == {"loss", "visual", "textual", "t2v", "v2t"}
     settings = json.loads(storage.read_bytes(f"{place}/bundle.json"))
@@ -458,14 +468,6 @@ def test_info(chain: Chain, name: str, kind: str) -> None:
 def test_running_again_does_nothing(chain: Chain) -> None:
     folders = [chain.encoder, chain.features, chain.bundle, chain.predictions]
     before = [state_of(folder) for folder in folders]
-    train = [
-        "--encoder",
-        chain.encoder,
-        "--recognizer",
-        chain.recognizer,
-        "--config",
-        str(chain.settings),
-    ]
     settings = str(chain.settings)
     encoder = tsq(
         "finetune",
@@ -481,7 +483,8 @@ def test_running_again_does_nothing(chain: Chain) -> None:
     extract = tsq(
         "extract", chain.manifest, "--out", chain.features, *chain.extract_options, "--json"
     ).json
-    bundle = tsq("train", chain.features, "--out", chain.bundle, *train, "--json").json
+    train = ["train", chain.features, "--out", chain.bundle, *chain.train_options]
+    bundle = tsq(*train, "--json").json
     score = tsq(
         "score", chain.manifest, "--model", chain.bundle, "--out", chain.predictions, "--json"
     ).json
@@ -527,17 +530,9 @@ def test_index_does_not_overwrite(chain: Chain) -> None:
 def test_another_configuration_is_refused(
     local: Chain, command: str, change: str, key: str
 ) -> None:
-    trained = [
-        "--encoder",
-        local.encoder,
-        "--recognizer",
-        local.recognizer,
-        "--config",
-        str(local.settings),
-    ]
     argv = {
         "extract": ["extract", local.manifest, "--out", local.features, *local.extract_options],
-        "train": ["train", local.features, "--out", local.bundle, *trained],
+        "train": ["train", local.features, "--out", local.bundle, *local.train_options],
         "score": ["score", local.manifest, "--model", local.bundle, "--out", local.predictions],
         "finetune": [
             "finetune",

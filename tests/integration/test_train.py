@@ -125,17 +125,12 @@ def has_checkpoint(out: str) -> bool:
 
 # 22 videos in batches of 4: six steps per epoch, the last of two videos; five epochs pass the drops
 # of the learning rate in the paper
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workers", "more", "expected"),
     [
         pytest.param("2", (), 2, id="two workers"),
-        pytest.param(
-            "[1, 2]",
-            ("resources.threads=3",),
-            1,
-            id="elastic, where one fits",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param("[1, 2]", ("resources.threads=3",), 1, id="elastic, where one fits"),
     ],
 )
 def test_any_number_of_workers_gives_the_same(

@@ -156,27 +156,20 @@ class Chain:
         )
         return self.at("manifest.parquet")
 
-    def _finetune(self, role: str) -> str:
-        self.run(
-            role,
-            "finetune",
-            self.manifest,
-            "--role",
-            role,
-            "--out",
-            self.at(role),
-            "--config",
-            str(self.settings),
-        )
-        return self.at(role)
-
     @cached_property
     def encoder(self) -> str:
-        return self._finetune("encoder")
+        options = ["--role", "encoder", "--config", str(self.settings)]
+        self.run("encoder", "finetune", self.manifest, "--out", self.at("encoder"), *options)
+        return self.at("encoder")
 
     @cached_property
     def recognizer(self) -> str:
-        return self._finetune("recognizer")
+        """As fine-tuning makes it, without its run."""
+        from support.bundle import make_recognizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            upload(Path(make_recognizer(Path(folder))), self.at("recognizer"))
+        return self.at("recognizer")
 
     @cached_property
     def features(self) -> str:
@@ -196,17 +189,14 @@ class Chain:
             str(self.settings),
         ]
 
+    @property
+    def train_options(self) -> list[str]:
+        return [*self.extract_options, "--set", "train.num_workers=2"]
+
     @cached_property
     def bundle(self) -> str:
-        options = [
-            "--encoder",
-            self.encoder,
-            "--recognizer",
-            self.recognizer,
-            "--config",
-            str(self.settings),
-        ]
-        self.run("train", "train", self.features, "--out", self.at("bundle"), *options)
+        options = ["--out", self.at("bundle"), *self.train_options]
+        self.run("train", "train", self.features, *options)
         return self.at("bundle")
 
     @cached_property

@@ -113,23 +113,24 @@ def test_a_front_that_cannot_start_says_why(inner: int, outer: int) -> None:
 
 
 def test_every_answer_names_its_request(inner: int, outer: int) -> None:
-    def ask_all(port: int, *paths: str) -> Iterator[tuple[int, str, str]]:
-        for path in paths:
-            for own in ("my-id.1", None, 'a"b', "x" * 200):
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-                with contextlib.closing(connection):
-                    connection.request("GET", path, headers={"x-request-id": own} if own else {})
-                    answer = connection.getresponse()
-                    found = json.loads(answer.read())["request_id"]
-                    assert found == answer.headers["x-request-id"]
-                    yield answer.status, own or "", found
+    def ask_all(port: int, path: str, *ids: str | None) -> Iterator[tuple[int, str, str]]:
+        for own in ids:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+            with contextlib.closing(connection):
+                connection.request("GET", path, headers={"x-request-id": own} if own else {})
+                answer = connection.getresponse()
+                found = json.loads(answer.read())["request_id"]
+                assert found == answer.headers["x-request-id"]
+                yield answer.status, own or "", found
 
-    (closed,) = free_ports(1)
     answers = []
-    # to a closed port HAProxy connects three times, a second apart
-    for server, paths in ((inner, ("/-/routes", "/lost", "/closed")), (closed, ("/lost",))):
-        with front("127.0.0.1", outer, server, ServeConfig()):
-            answers += ask_all(outer, *paths)
+    with front("127.0.0.1", outer, inner, ServeConfig()):
+        for path in ("/-/routes", "/lost", "/closed"):
+            answers += ask_all(outer, path, "my-id.1", None, 'a"b', "x" * 200)
+    (closed,) = free_ports(1)
+    with front("127.0.0.1", outer, closed, ServeConfig()):
+        # it connects three times, a second apart
+        answers += ask_all(outer, "/lost", "my-id.1", None)
     assert {status for status, _, _ in answers} == {404, 502, 503}
     for _, own, found in answers:
         assert found == own if own == "my-id.1" else uuid.UUID(found)
