@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,11 +23,13 @@ from tsq_ray.serving.graph import (
     InputLost,
     StageResult,
     TimeLimits,
+    UploadOutOfReach,
     Video,
     WrongVersion,
     graph_version,
     model_of,
 )
+from tsq_ray.serving.requests.uploads import Upload
 
 VIDEO = Video(VideoSource("/v/1.mp4"), "name")
 ANSWER = Answer(columns={"status": "ok"}, version="one")
@@ -106,6 +109,24 @@ def test_lost_work_is_repeated_from_the_start(name: str, lost: Exception) -> Non
     parts[name].results.insert(0, lost)
     assert score(parts) is ANSWER
     assert len(parts["decoder"].calls) == 2
+
+
+class Kept(Upload):
+    """An upload whose references are plain objects."""
+
+    async def in_object_store(self) -> Upload:
+        return replace(self, chunks=("reference",))
+
+
+def test_an_upload_out_of_reach_is_sent_again_with_its_content() -> None:
+    """Once; then the node that holds it is waited for."""
+    parts, lost = stages(), UploadOutOfReach("TaskUnschedulableError")
+    parts["decoder"].results[:0] = [lost, lost]
+    video = replace(VIDEO, upload=Kept("node", "/proc/1/fd/9", 9, "hash", "a.mp4"))
+    graph = Graph(**parts, limits=TimeLimits(5, 5, 20, 5))
+    assert asyncio.run(graph.score(video)) is ANSWER
+    sent = [call[0].upload for call in parts["decoder"].calls]
+    assert [upload.chunks for upload in sent] == [(), ("reference",), ("reference",)]
 
 
 def test_an_answer_of_another_version_is_not_accepted() -> None:

@@ -25,6 +25,7 @@ from tsq_ray.serving.graph import (
     InputLost,
     Ongoing,
     StageResult,
+    UploadOutOfReach,
     Video,
     WrongVersion,
     graph_version,
@@ -198,8 +199,11 @@ class Decoder(_Stage):
         """Yield what the decoding children read: the upload, the fetched file or the URI itself."""
         if video.upload is not None:
             async with contextlib.AsyncExitStack() as stack:
-                with storage_errors(video.source.uri, "copy"):
-                    path = await stack.enter_async_context(local_path(video.upload))
+                try:
+                    with storage_errors(video.source.uri, "copy"):
+                        path = await stack.enter_async_context(local_path(video.upload))
+                except ray.exceptions.RayError as error:  # like that of `_fetch_input`
+                    raise UploadOutOfReach(type(error).__name__) from None
                 yield VideoSource(path), None
         elif self._fetcher is not None:
             if not self._fetch_quota.has_room(video.share):

@@ -12,7 +12,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tsq_ray.config import Config
@@ -39,6 +39,10 @@ class WrongVersion(TsqError):
 
 class InputLost(TsqError):
     """The input of a stage is gone, with the replica or node that held it."""
+
+
+class UploadOutOfReach(TsqError):
+    """The decoder is on another node, and the upload's node accepts no task that would read it."""
 
 
 class NoAnswer(TsqError):
@@ -151,6 +155,10 @@ class Graph:
             except Exception as error:
                 if not is_retryable(error):
                     raise
+                upload = video.upload
+                if upload and not upload.chunks and _has_cause(error, (UploadOutOfReach,)):
+                    video = replace(video, upload=await upload.in_object_store())
+                    continue
                 if time.monotonic() + wait_s >= deadline:
                     why = (
                         f"no replica answered for {self.limits.total:g} s "
@@ -224,6 +232,7 @@ def is_retryable(error: BaseException) -> bool:
             DeploymentUnavailableError,
             ReplicaUnavailableError,
             InputLost,
+            UploadOutOfReach,
             *_SHORT_WAITS_S,
             NoAnswer,
         ),

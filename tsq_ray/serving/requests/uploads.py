@@ -1,7 +1,8 @@
 """Uploads: streamed to an unnamed file as they arrive, and read there by the decoder.
 
 An unnamed file disappears with the process that holds it, however that process ends. Other
-processes on the node read it through /proc; a decoder on another node receives it in chunks.
+processes on the node read it through /proc; a decoder on another node receives it in chunks, from a
+task on the upload's node or, if that node accepts no tasks, from the object store.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any
 
 import ray
@@ -42,6 +43,19 @@ class Upload:
     sha256: str
     name: str
     """File name sent by the client; may be empty."""
+    chunks: tuple[Any, ...] = ()
+    """References to its content, once it is in the object store."""
+
+    async def in_object_store(self) -> Upload:
+        """Return the upload with its content in the object store; for the process that holds it.
+
+        Nodes that are being drained accept no tasks, but keep their objects.
+        """
+        return replace(self, chunks=await asyncio.to_thread(self._put))
+
+    def _put(self) -> tuple[Any, ...]:
+        with open(self.path, "rb") as file:
+            return tuple(map(ray.put, _pieces(file)))
 
 
 class LimitedBody:
@@ -167,23 +181,36 @@ def _upload(file: IO[bytes], digest: str, name: str) -> Upload:
 async def local_path(upload: Upload) -> AsyncIterator[str]:
     """Yield a path to the upload on this node, valid inside the `with`.
 
-    Raises RayError if the upload's node is lost, OSError if the disk is full.
+    Raises RayError if the upload's node is lost or accepts no tasks, OSError if the disk is full.
     """
     if upload.node == _node_id():
         yield upload.path
         return
     with _unnamed() as file:
-        chunks: Any = _read_chunks.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(upload.node, soft=False),
-            _generator_backpressure_num_objects=_CHUNKS_AHEAD,
-        ).remote(upload.path)
-        async for chunk in chunks:
-            await asyncio.to_thread(write_all, file, await chunk)
+        async for chunk in _content(upload):
+            await asyncio.to_thread(write_all, file, chunk)
         yield f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+async def _content(upload: Upload) -> AsyncIterator[bytes]:
+    for chunk in upload.chunks:
+        yield await chunk
+    if upload.chunks:
+        return
+    chunks: Any = _read_chunks.options(
+        scheduling_strategy=NodeAffinitySchedulingStrategy(upload.node, soft=False),
+        _generator_backpressure_num_objects=_CHUNKS_AHEAD,
+    ).remote(upload.path)
+    async for chunk in chunks:
+        yield await chunk
 
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming")
 def _read_chunks(path: str) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        while chunk := file.read(_CHUNKS_AHEAD * _CHUNK):
-            yield chunk
+        yield from _pieces(file)
+
+
+def _pieces(file: IO[bytes]) -> Iterator[bytes]:
+    while piece := file.read(_CHUNKS_AHEAD * _CHUNK):
+        yield piece
