@@ -478,9 +478,9 @@ def replicas_on(address: str, node: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(3))
-def test_a_node_is_lost_during_scoring(store: SlowStore, attempt: int, tmp_path: Path) -> None:
-    count = 60
+@pytest.mark.parametrize("how", ["first time", "second time", "third time", "with notice"])
+def test_a_node_is_lost_during_scoring(store: SlowStore, how: str, tmp_path: Path) -> None:
+    count = 90 if how == "with notice" else 60
     with nodes(1, 1) as cluster:
         bundle = make_bundle(tmp_path / "bundle")
         argv = [
@@ -496,7 +496,10 @@ def test_a_node_is_lost_during_scoring(store: SlowStore, attempt: int, tmp_path:
             tmp_path / "run",
         ) as driver:
             driver.wait_until(lambda: len(store.begun) >= 12, END_S)
-            (other,) = [node for node in cluster.worker_nodes]
+            (other,) = cluster.worker_nodes
+            if how == "with notice":
+                drain(cluster.address, other.node_id, "cluster")
+                time.sleep(20)
             cluster.remove_node(other, allow_graceful=False)
             lost, seen = time.monotonic(), len(store.begun)
             driver.wait_until(lambda: len(store.begun) >= seen + 6, END_S)

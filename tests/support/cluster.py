@@ -191,7 +191,9 @@ class Chain:
 
     @property
     def train_options(self) -> list[str]:
-        return [*self.extract_options, "--set", "train.num_workers=2"]
+        """Without dropout, which differs between workers, two train as one does."""
+        sets = ("train.num_workers=2", "train.dropout=0.0")
+        return [*self.extract_options, *(word for one in sets for word in ("--set", one))]
 
     @cached_property
     def bundle(self) -> str:
