@@ -92,7 +92,7 @@ def test_an_archive_without_labels(
     assert first["predictions"]["counts"]["inputs"] == len(archive.paths)
     assert "held-out videos" in first["verdict"]
     assert first["chosen"] in first["curve"]
-    assert first["training"]["videos"] >= 9
+    assert first["training"]["videos"] > 0
     runs = [first[name]["record"]["used"] for name in ("features", "predictions")]
     runs.append(read_bundle_settings(f"{out}/bundle")[0]["provenance"]["summary"]["used"])
     assert first["used"]["cpu_hours"] == pytest.approx(sum(used["cpu_hours"] for used in runs))
