@@ -9,12 +9,12 @@ exec </dev/null
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source jobs/setup_venv.sh
 
-filter=(-m "not slow")
+fast="not slow"
 arguments=()
 names_tests=false
 for argument in "$@"; do
     if [ "$argument" = --all ]; then
-        filter=()
+        fast=""
     else
         arguments+=("$argument")
         if [ -e "${argument%%::*}" ]; then
@@ -23,21 +23,26 @@ for argument in "$@"; do
     fi
 done
 
-setup_venv dev,weights
-
-if ! command -v chromium >/dev/null; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "installing chromium (the report's screenshot test needs a browser)"
-        {
-            apt-get update -qq &&
-                DEBIAN_FRONTEND=noninteractive \
-                    apt-get install -y -qq --no-install-recommends chromium
-        } >/dev/null 2>&1 ||
-            echo "chromium could not be installed: the screenshot tests are skipped"
-    else
-        echo "no chromium, and no right to install it: the screenshot tests are skipped"
+install_chromium() {
+    if command -v chromium >/dev/null; then
+        return
     fi
-fi
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "no chromium, and no right to install it: the screenshot tests are skipped"
+        return
+    fi
+    echo "installing chromium (the report's screenshot test needs a browser)"
+    {
+        apt-get update -qq &&
+            DEBIAN_FRONTEND=noninteractive \
+                apt-get install -y -qq --no-install-recommends chromium
+    } >/dev/null 2>&1 ||
+        echo "chromium could not be installed: the screenshot tests are skipped"
+}
+
+install_chromium &
+setup_venv dev,weights
+wait
 
 status=0
 check() {
@@ -49,7 +54,10 @@ check() {
     fi
 }
 tests() {
-    check pytest --durations 30 --durations-min 5 "$@" ${filter[@]+"${filter[@]}"} ${arguments[@]+"${arguments[@]}"}
+    local marked=$1
+    shift
+    check pytest --durations 30 --durations-min 5 ${marked:+-m "$marked"} \
+        "$@" ${arguments[@]+"${arguments[@]}"}
 }
 
 check ruff check .
@@ -57,10 +65,10 @@ check ruff format --check .
 check codespell_lib tsq_ray jobs tests docs cluster README.md .github
 check mypy
 if [ "$names_tests" = true ]; then
-    tests
+    tests "$fast"
 else
     # tests that start a cluster need the machine to themselves
-    tests tests/unit -n auto
-    tests tests/integration
+    tests "${fast:+$fast and }not ray" -n auto tests
+    tests "${fast:+$fast and }ray" tests
 fi
 exit "$status"

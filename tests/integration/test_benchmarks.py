@@ -124,6 +124,7 @@ def test_a_side_does_rounds(videos: list[Path]) -> None:
     assert (len(side.rounds), side.frames, side.trouble) == (2, 8, "")
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_extract_prints_its_tables(videos: list[Path], tmp_path: Path) -> None:
     manifest, _ = assemble_manifest([str(videos[0].parent)], labels="none")
@@ -151,6 +152,7 @@ def test_extract_prints_its_tables(videos: list[Path], tmp_path: Path) -> None:
     assert "--dry-run: " in text
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_write_prints_its_table() -> None:
     text = printed(
@@ -172,6 +174,7 @@ def test_write_prints_its_table() -> None:
     assert "300 rows of 130700 bytes in parts of 256" in text
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_scale_prints_its_tables() -> None:
     text = printed(
@@ -197,6 +200,7 @@ def test_scale_prints_its_tables() -> None:
     ]
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_serve_prints_its_table(videos: list[Path], tmp_path: Path) -> None:
     options = {"seconds": "2", "rounds": "1", "clients": "2", "bulk-videos": "40"}

@@ -320,7 +320,7 @@ def test_a_server_that_is_away(server: ChatServer) -> None:
 
 
 def test_at_most_so_many_requests_in_flight(server: ChatServer) -> None:
-    server.delay_s = 0.1
+    server.delay_s = 0.3
     answers = ask(model(server, max_concurrent=3), *(question() for _ in range(9)))
     assert [answer.error for answer in answers] == [None] * 9
     assert server.most_in_flight == 3

@@ -40,8 +40,6 @@ from tsq_ray.serving.requests.models import (
 from tsq_ray.serving.requests.parse import validate
 from tsq_ray.serving.requests.problems import RequestError
 
-pytestmark = pytest.mark.ray
-
 LIMIT_S = 60.0
 LINES = [BatchLine(custom_id=name, uri=f"/nowhere/{name}.mp4") for name in ("a", "b")]
 

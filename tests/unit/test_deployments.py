@@ -22,8 +22,6 @@ from tsq_ray.serving import deployments, warmup
 from tsq_ray.serving.graph import Busy, Video
 from tsq_ray.serving.requests.shares import Share
 
-pytestmark = pytest.mark.ray
-
 NAMES = ("Decoder", "Sampler", "Recognizer")
 
 

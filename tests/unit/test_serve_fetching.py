@@ -20,8 +20,6 @@ from tsq_ray.errors import DiskFull, StorageError, VideoError
 from tsq_ray.serving.requests.fetching import Fetcher
 from tsq_ray.storage import StoredFile
 
-pytestmark = pytest.mark.ray
-
 DATA = bytes(range(256)) * 40
 CHUNK = 2**18
 BIG = bytes(8 * CHUNK)

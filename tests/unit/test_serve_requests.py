@@ -42,8 +42,6 @@ from tsq_ray.serving.requests.tokens import Access, add_token, new_token, read_t
 from tsq_ray.serving.requests.uploads import LimitedBody
 from tsq_ray.serving.requests.uris import check_uri, may_connect, named_hosts, shown
 
-pytestmark = pytest.mark.ray
-
 
 def refusal(run: Callable[[], Any]) -> RequestError:
     with pytest.raises(RequestError, match=r".") as caught:
