@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from support.cluster import Chain, Chains, Driver, Ended, read_rows, refused, tsq
 from support.head import RAY, Head, running_head
@@ -177,20 +178,20 @@ def client(
 def test_submit_ships_what_the_command_names_and_returns_its_exit_code(
     head: Head, chain: Chain, tmp_path: Path
 ) -> None:
-    out = str(tmp_path / "features")
-    (tmp_path / "own.toml").write_bytes(chain.settings.read_bytes())
-    extract = ["extract", chain.manifest, "--out", out, "--config", "own.toml", "--limit", "3"]
-    command = [*submitted(*extract), "--address", head.url, "--json"]
+    out = tmp_path / "m.parquet"
+    shutil.copy(chain.archive.root / "labels.csv", tmp_path / "own.csv")
+    index = ["index", chain.archive.root, "--labels", "own.csv", "--out", out]
+    command = [*submitted(*index), "--address", head.url, "--json"]
     done = client(command, head.environment, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["counts"]["ok"] == 3, "stdout has the summary alone"
-    assert re.search(r"^job tsq-extract-\w+-1: SUCCEEDED$", done.stderr, re.MULTILINE)
-    assert tsq("verify", out, "--json").json["counts"]["skipped_by"] == {"split": 0, "limit": 15}
-    assert read_rows(out).num_rows == 3
-    wrong = submitted("extract", "/nowhere/m.parquet", "--out", out, "--address", head.url)
+    printed = json.loads(done.stdout)
+    assert (printed["videos"], printed["labelled"]) == (18, 16), "stdout has the summary alone"
+    assert re.search(r"^job tsq-index-\w+-1: SUCCEEDED$", done.stderr, re.MULTILINE)
+    assert pq.read_table(out).num_rows == 18
+    wrong = submitted("index", "/nowhere/videos", "--out", out, "--address", head.url)
     refused = client(wrong, head.environment, tmp_path)
     assert refused.returncode == 2
-    assert "error: manifest /nowhere/m.parquet" in refused.stdout
+    assert "error: /nowhere/videos: no such file" in refused.stdout
 
 
 def test_the_same_command_attaches_and_jobs_can_be_stopped(
