@@ -414,7 +414,8 @@ def test_a_spot_node_is_taken_away(
 
     The counters equal the rows in either case.
     """
-    argv = ["extract", slow_manifest(store, tmp_path, 60), "--out", tmp_path / "out", "--json"]
+    count = 120 if notice else 60  # 20 s pass before the node is taken
+    argv = ["extract", slow_manifest(store, tmp_path, count), "--out", tmp_path / "out", "--json"]
     argv += ["--config", settings, "--set", "output.rows_per_file=4"]
     with (
         nodes(1, 1) as cluster,
@@ -432,7 +433,7 @@ def test_a_spot_node_is_taken_away(
         head = cluster.head_node
         url = f"http://{head.node_ip_address}:{head.metrics_export_port}/metrics"
         wait_for_counters(url, ended.json["run_id"], counters_of(rows, len(parts)))
-    assert (rows.num_rows, set(rows["status"].to_pylist())) == (60, {"ok"})
+    assert (rows.num_rows, set(rows["status"].to_pylist())) == (count, {"ok"})
     happened = ended.json["happened"]
     assert happened["nodes_lost"] == 1
     if notice:  # without it, those that were in hand and not yet published
