@@ -105,7 +105,6 @@ def test_the_features_hold_the_answers_that_evaluate_measures() -> None:
     assert extract["recognizer"] == train["recognizer"] == parameters("finetune")["out"]
 
 
-@pytest.mark.ray
 def test_serve_config_parses() -> None:
     from ray.serve.schema import ServeDeploySchema
 

@@ -139,7 +139,6 @@ def kept_labels(expression: str) -> set[str]:
     return {label for one in modifiers for label in one.labels}
 
 
-@pytest.mark.ray
 def test_queries_use_series_and_labels_that_are_exported() -> None:
     series, asked = exported(), list(expressions())
     assert len(asked) > 20

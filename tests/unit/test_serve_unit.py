@@ -5,6 +5,7 @@ Address, replicas, and what scoring may override.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -99,7 +100,6 @@ def test_check_binding() -> None:
 # -------------------------------------------------------------------------------------------- build
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize(
     ("token", "args", "message"),
     [
@@ -147,7 +147,6 @@ def test_build_refuses(
         build({"model": bundle} | args)
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize(
     ("token", "anonymous"), [("t", False), ("t", True), (None, True), (None, "true")]
 )
@@ -164,7 +163,6 @@ def test_build(
     assert isinstance(build({"model": bundle, "anonymous": anonymous}), Application)
 
 
-@pytest.mark.ray
 def test_relative_paths_are_resolved_where_the_endpoint_is_deployed(
     bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +207,6 @@ def test_sources_that_stall_leave_uploads_their_room(
 # ---------------------------------------------------------------------------------- what is logged
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -228,6 +225,11 @@ def test_a_request_that_reaches_nothing_is_logged_and_counted(
     counted: list[Any] = []
     metrics = SimpleNamespace(answered=lambda *told: counted.append(told))
     client = client_of(monkeypatch, metrics=metrics)
+    logger = logging.getLogger("ray.serve")
+    # Ray Serve, once started in this process, keeps its records from the root's handlers
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    caplog.set_level(logging.INFO, logger.name)
     answer = client.request(method, path, headers={"x-request-id": "id-1"})
     assert (answer.status_code, answer.json()["status"]) == (status, status)
     assert counted == [(status, None, 0.0)]
@@ -251,7 +253,6 @@ def client_of(monkeypatch: pytest.MonkeyPatch, **parts: Any) -> Any:
     return TestClient(api)
 
 
-@pytest.mark.ray
 @pytest.mark.parametrize("silent", ["decoder", "sampler", "recognizer"])
 def test_an_endpoint_with_a_silent_stage_is_not_ready(
     silent: str, monkeypatch: pytest.MonkeyPatch
@@ -275,7 +276,6 @@ def test_an_endpoint_with_a_silent_stage_is_not_ready(
 # ------------------------------------------------------------------------------- replicas, settings
 
 
-@pytest.mark.ray
 def test_deployment_options() -> None:
     from tsq_ray.serving.deployments import deployment_options
 

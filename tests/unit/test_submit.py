@@ -288,7 +288,6 @@ async def silent_dashboard(request: web.Request) -> web.StreamResponse:
     return socket
 
 
-@pytest.mark.ray
 def test_a_connection_whose_peer_is_gone_ends() -> None:
     written: list[str] = []
 
