@@ -48,11 +48,14 @@ PY
     done
     echo "installing .[$extras] into .venv (a minute or more; about 6 GB with torch and CUDA)"
     rm -f "$root/.venv/".installed-*
-    # uv needs a quarter of pip's time but does not read pip.conf: where it fails, pip installs
+    # uv needs a quarter of pip's time but does not read pip.conf: where it fails, pip installs.
+    # Compiled here, as pip does: otherwise every process compiles torch anew for 5 s wherever
+    # bytecode cannot be written or PYTHONDONTWRITEBYTECODE is set
     local packages=(-e "$root[$extras]" -c "$root/tests/constraints.txt")
     local pip=("$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-input)
     if ! { "${pip[@]}" uv -c "$root/tests/constraints.txt" &&
-        "$VENV_PYTHON" -m uv pip install --quiet --python "$VENV_PYTHON" "${packages[@]}"; }; then
+        "$VENV_PYTHON" -m uv pip install --quiet --compile-bytecode \
+            --python "$VENV_PYTHON" "${packages[@]}"; }; then
         echo "uv could not install; trying pip" >&2
         "${pip[@]}" "${packages[@]}" || return
     fi
