@@ -49,7 +49,7 @@ PY
     echo "installing .[$extras] into .venv (a minute or more; about 6 GB with torch and CUDA)"
     rm -f "$root/.venv/".installed-*
     # uv needs a quarter of pip's time but does not read pip.conf: where it fails, pip installs.
-    # Compiled here, as pip does: otherwise every process compiles torch anew for 5 s wherever
+    # Compiled here, as pip does: otherwise every process spends 5 s on compiling torch if
     # bytecode cannot be written or PYTHONDONTWRITEBYTECODE is set
     local packages=(-e "$root[$extras]" -c "$root/tests/constraints.txt")
     local pip=("$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --no-input)

@@ -145,6 +145,8 @@ class PacketTable:
     """Times of the displayed keyframes, ascending."""
     key_dts: list[int] = field(default_factory=list)
     """Decoding times of the same keyframes, for seeking."""
+    key_sizes: list[int] = field(default_factory=list)
+    """Bytes of their packets, to check that a seek gives each picture its own time."""
     num_packets: int = 0
     num_discarded: int = 0
     """Packets hidden by an edit list."""
@@ -171,7 +173,7 @@ def scan(container: Container, stream: Stream) -> PacketTable:
     table = PacketTable()
     last_duration: int | None = None
     last_pts: int | None = None
-    keys: list[tuple[int, int]] = []
+    keys: list[tuple[int, int, int]] = []
     key_time: int | None = None
     packets = read_packets(container, stream)
     while True:
@@ -202,10 +204,11 @@ def scan(container: Container, stream: Stream) -> PacketTable:
         if last_pts is None or packet.pts >= last_pts:
             last_pts, last_duration = packet.pts, packet.duration
         if packet.is_keyframe:
-            keys.append((packet.pts, packet.dts if packet.dts is not None else packet.pts))
+            dts = packet.dts if packet.dts is not None else packet.pts
+            keys.append((packet.pts, dts, packet.size))
     keys.sort()
     table.pts = sorted(table.order)
-    table.key_pts, table.key_dts = [pts for pts, _ in keys], [dts for _, dts in keys]
+    table.key_pts, table.key_dts, table.key_sizes = ([key[i] for key in keys] for i in range(3))
     table.reliable &= len(set(table.pts)) == len(table.pts) and in_order(table.order, table.key_pts)
     # reordered times are wrong if the codec does not reorder
     table.reliable &= stream.codec_context.has_b_frames or not table.reordered

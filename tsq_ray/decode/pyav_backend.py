@@ -194,13 +194,26 @@ def _frames_from_key(
         (*first_try, *(table.key_dts[number] for number in (key, max(key - 1, 0), max(key - 3, 0))))
     ):
         seek(container, stream, start)
-        frames = strict_frames(read_packets(container, stream), stream, time, may_skip.__contains__)
+        packets = _with_key(read_packets(container, stream), time, table.key_sizes[key])
+        frames = strict_frames(packets, stream, time, may_skip.__contains__)
         with contextlib.suppress(DecodeTrouble):
             first = next(frames, None)
             if first is not None and first.pts == time:
                 second = next(frames, None) if unproven else None
                 return itertools.chain([first], () if second is None else [second], frames)
     raise DecodeTrouble(f"no seek arrives at or before {time}")
+
+
+def _with_key(packets: Iterable[av.Packet], time: int, size: int) -> Iterator[av.Packet]:
+    """Yield the packets. Raises DecodeTrouble if the one at `time` is not the keyframe of `size`.
+
+    A seek in a program stream may arrive in mid-frame; the rest of that frame then takes the time
+    of the next frame, and all frames after it are late.
+    """
+    for packet in packets:
+        if packet.pts == time and not (packet.is_keyframe and packet.size == size):
+            raise DecodeTrouble(f"another frame than the keyframe came at {time}")
+        yield packet
 
 
 def seek(container: Container, stream: Stream, time: int) -> None:
