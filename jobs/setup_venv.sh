@@ -46,7 +46,7 @@ PY
             return 0
         fi
     done
-    echo "installing .[$extras] into .venv (a minute or more; about 6 GB with torch and CUDA)"
+    echo "installing .[$extras] into .venv (a minute or more; about 7 GB with torch and CUDA)"
     rm -f "$root/.venv/".installed-*
     # uv needs a quarter of pip's time but does not read pip.conf: where it fails, pip installs.
     # Compiled here, as pip does: otherwise every process spends 5 s on compiling torch if

@@ -29,6 +29,8 @@ this share of its steps are; a step is short if it is at most this share of the 
 time that lies between two others splits their step."""
 _MAX_BACKSTEP = 16
 """Swapped frames may run back by this many usual steps; beyond that, the clock restarted."""
+_RISING_SHARE = 0.05
+"""With fewer rising steps, the clock stands still: its few steps are not the usual one."""
 _MIN_REFINEMENT = 1000
 """Rebuilt times use a time base at least this many times finer.
 
@@ -204,7 +206,8 @@ def rebuild(
     """Rebuild times in decoder order so that they ascend; return None if they already do.
 
     At least one time must be known. Stretches between two breaks of the clock keep their own steps
-    and follow one another at the usual step, which is `default_step` if no two times define one.
+    and follow one another at the usual step, which is `default_step` if fewer than one in twenty
+    times rises: those may be wrong stamps in a clock that stands still.
     Within a stretch, times that run slightly backwards belong to swapped frames, and frames with
     equal times are spread over the step to the next one. Missing times are placed evenly between
     their neighbours.
@@ -220,7 +223,8 @@ def rebuild(
         piece for stretch in _split(known, _breaks(known, limit)) for piece in _unswapped(stretch)
     ]
     rising = np.concatenate([np.diff(piece) for piece in pieces])
-    usual = int(np.median(rising[rising > 0])) if (rising > 0).any() else default_step * finer
+    defined = (rising > 0).sum() > len(rising) * _RISING_SHARE
+    usual = int(np.median(rising[rising > 0])) if defined else default_step * finer
     chained: list[np.ndarray] = []
     start = int(known[0])
     for piece in pieces:

@@ -204,16 +204,20 @@ def _frames_from_key(
     raise DecodeTrouble(f"no seek arrives at or before {time}")
 
 
-def _with_key(packets: Iterable[av.Packet], time: int, size: int) -> Iterator[av.Packet]:
+def _with_key(packets: Iterator[av.Packet], time: int, size: int) -> Iterator[av.Packet]:
     """Yield the packets. Raises DecodeTrouble if the one at `time` is not the keyframe of `size`.
 
     A seek in a program stream may arrive in mid-frame; the rest of that frame then takes the time
     of the next frame, and all frames after it are late.
     """
     for packet in packets:
-        if packet.pts == time and not (packet.is_keyframe and packet.size == size):
+        found = packet.pts == time
+        if found and not (packet.is_keyframe and packet.size == size):
             raise DecodeTrouble(f"another frame than the keyframe came at {time}")
         yield packet
+        if found:
+            break
+    yield from packets
 
 
 def seek(container: Container, stream: Stream, time: int) -> None:
